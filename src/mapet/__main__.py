@@ -1,0 +1,7 @@
+"""`python -m mapet`."""
+
+import sys
+
+from mapet.cli import main
+
+sys.exit(main())

@@ -1,0 +1,160 @@
+"""`mapet STAGE [recipe.yaml] --key value`: turns words into a config and calls the stage. No logic."""
+
+import argparse
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+import mapet
+from mapet.errors import MapetError, did_you_mean
+from mapet.recipe import build, fields, read_recipe
+from mapet.stages import STAGES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"mapet {mapet.__version__}")
+        return 0
+    try:
+        if argv[0] not in STAGES:
+            raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
+        run_stage(argv[0], argv[1:])
+    except MapetError as error:
+        print(f"mapet {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"mapet {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        # Disk full, permission denied, ...: the system's own message names the file.
+        print(f"mapet {argv[0]}: {error.strerror or error} ({error.filename or 'while writing'})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    """The text of `mapet --help`."""
+    width = max(map(len, STAGES)) + 2
+    lines = [f"  {name:<{width}}{_summary(function)}" for name, function in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: mapet STAGE [recipe.yaml] [--option value ...]",
+            "",
+            "Pre-train Vision Transformers on your own images by masked and permuted visual-token prediction.",
+            "",
+            "stages, in the order they are used:",
+            *lines,
+            "",
+            "example:",
+            "  mapet run --images PHOTOS --out RUN     all of it with defaults",
+            "  mapet STAGE --help                      options, defaults and an example",
+        ]
+    )
+
+
+def run_stage(name: str, argv: list[str]) -> Any:
+    """Parse `argv` for one stage and call it."""
+    function = STAGES[name]
+    config_type = function.config_type
+    parser = _parser(name, function)
+    namespace, unknown = parser.parse_known_args(argv)
+    known = {option for option, _ in fields(config_type)}
+    for word in unknown:
+        key = word.lstrip("-").split("=")[0].replace("-", "_")
+        if word.startswith("--"):
+            raise MapetError(f"unknown option '--{_flag(key)}'{_flag(did_you_mean(key, known))} See `mapet {name} --help`")
+        raise MapetError(f"unexpected word '{word}'; options are written --name value")
+    options = vars(namespace)
+    recipe = options.pop("recipe")
+    typed: dict[str, Any] = {}
+    for dotted, value in options.items():
+        *path, last = dotted.split(".")
+        inner = typed
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
+    return function(config)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise MapetError(f"{message}. See `{self.prog} --help`")
+
+
+def _parser(name: str, function: Any) -> argparse.ArgumentParser:
+    summary, _, example = (inspect.getdoc(function) or "").partition("Example:")
+    parser = _Parser(
+        prog=f"mapet {name}",
+        description=summary.strip(),
+        epilog=f"example:\n{example.rstrip()}".replace("\n\n", "\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins")
+    for option, field in fields(function.config_type):
+        description = " ".join((field.description or "").split()).replace("%", "%%")
+        default = "required" if field.is_required() else f"default: {_show(field.get_default(call_default_factory=True))}"
+        kind, several = _kind(field.annotation)
+        extra: dict[str, Any] = {"metavar": kind}
+        if kind == "bool":
+            extra |= {"nargs": "?", "const": True}
+        elif kind == "KEY=VALUE":
+            extra |= {"nargs": "+", "action": _KeyValues}
+        elif several:
+            extra |= {"nargs": "+"}
+        help_text = f"{description} ({default})".strip().replace("default: None)", "default: automatic)" if "utomatic" in description else "default: none)")
+        parser.add_argument(f"--{_flag(option)}", dest=option, help=help_text, **extra)
+    return parser
+
+
+class _KeyValues(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = [word.partition("=") for word in values]
+        if not all(equals for _, equals, _ in pairs):
+            parser.error(f"{option_string} takes key=value pairs, got {' '.join(values)}")
+        setattr(namespace, self.dest, {key: yaml.safe_load(value) for key, _, value in pairs})
+
+
+def _kind(annotation: Any) -> tuple[str, bool]:
+    """(metavar, takes several words) of an option's type."""
+    origin, arguments = get_origin(annotation), [a for a in get_args(annotation) if a is not NoneType]
+    if origin is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}", False
+    if origin is dict or annotation is dict:
+        return "KEY=VALUE", True
+    if origin in (tuple, list):
+        return _kind(arguments[0])[0], True
+    if arguments:  # Optional and unions
+        kinds = [_kind(a) for a in arguments]
+        return "|".join(dict.fromkeys(k for k, _ in kinds)), any(s for _, s in kinds)
+    names = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT", bool: "bool"}
+    return names.get(annotation, getattr(annotation, "__name__", "VALUE").upper()), False
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value if value != {} else "none")
+
+
+def _flag(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _summary(function: Any) -> str:
+    return (inspect.getdoc(function) or "").split("\n")[0]

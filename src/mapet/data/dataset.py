@@ -1,0 +1,181 @@
+"""Images -> batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mapet.data.decode import BadImage, read_image
+from mapet.data.image_list import ImageList
+from mapet.data.token_store import TokenStore
+from mapet.data.views import ViewSpec, color_jitter, draw_view, render
+from mapet.errors import MapetError
+
+log = logging.getLogger("mapet")
+
+
+class Sample(NamedTuple):
+    """One view of one image, or the reason why there is none."""
+
+    index: int
+    image: UInt8[Tensor, "C H W"] | None = None
+    teacher_image: UInt8[Tensor, "C h w"] | None = None
+    tokens: Int[np.ndarray, " N"] | None = None
+    permutation: Int[np.ndarray, " N"] | None = None
+    bad: str | None = None
+
+
+class Batch(NamedTuple):
+    """Samples that could be read, stacked; `bad` are the others: (index, reason)."""
+
+    index: Int[Tensor, " B"]
+    image: UInt8[Tensor, "B C H W"] | None
+    teacher_image: UInt8[Tensor, "B C h w"] | None
+    tokens: Int[Tensor, "B N"] | None
+    permutation: Int[Tensor, "B N"] | None
+    bad: list[tuple[int, str]]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    good = [sample for sample in samples if sample.bad is None]
+
+    def stack(name: str) -> Tensor | None:
+        values = [getattr(sample, name) for sample in good]
+        return None if not values or values[0] is None else torch.stack([torch.as_tensor(value) for value in values])
+
+    index = torch.tensor([sample.index for sample in good], dtype=torch.int64)
+    bad = [(sample.index, sample.bad) for sample in samples if sample.bad is not None]
+    return Batch(index, stack("image"), stack("teacher_image"), stack("tokens"), stack("permutation"), bad)
+
+
+@dataclass
+class ViewDataset(Dataset[Sample]):
+    """View `number` of image `index` for dataset[(number, index)].
+
+    Attributes:
+        image_size: (H, W) of `Sample.image`; None leaves it out.
+        teacher_size: (h, w) of `Sample.teacher_image`, the same view at the teacher's size; None leaves it out.
+        store: token ids; then the view drawn is one of the stored ones.
+        num_patches: draw a permutation of so many patches; None leaves it out.
+        jitter: strength of colour jitter of `Sample.image` (never of the teacher's).
+    """
+
+    images: ImageList
+    spec: ViewSpec
+    channels: int = 3
+    image_size: tuple[int, int] | None = None
+    teacher_size: tuple[int, int] | None = None
+    store: TokenStore | None = None
+    num_patches: int | None = None
+    jitter: float = 0.0
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: tuple[int, int]) -> Sample:
+        number, index = position
+        try:
+            image = read_image(self.images[index], self.channels)
+        except BadImage as error:
+            return Sample(index, bad=str(error))
+        key = self.images.key(index)
+        rng = np.random.default_rng([self.seed, key, number])
+        if self.store is not None:
+            number = int(rng.integers(self.store.num_views))
+        permutation = None if self.num_patches is None else rng.permutation(self.num_patches)
+        view = draw_view(self.spec, (image.shape[1], image.shape[2]), key, number)
+        student = teacher = None
+        if self.image_size is not None:
+            student = render(image, view, self.image_size)
+            if self.jitter:
+                student = color_jitter(student, self.jitter, rng)
+        if self.teacher_size is not None:
+            teacher = render(image, view, self.teacher_size)
+        tokens = None if self.store is None else self.store.read(index, number)
+        return Sample(index, student, teacher, tokens, permutation)
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), each epoch a fresh order that depends on (seed, epoch) alone; starts at any step.
+
+    Every image comes once an epoch; where `batch_size` doesn't divide their number, an epoch's batches are a little
+    smaller, all about equal, rather than one of them tiny.
+    """
+
+    def __init__(self, indices: Int[np.ndarray, " n"], batch_size: int, epochs: int, seed: int, first_step: int = 0) -> None:
+        self.indices, self.batch_size, self.epochs, self.seed, self.first_step = indices, batch_size, epochs, seed, first_step
+        self.steps_per_epoch = -(-len(indices) // batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_epoch = self.indices, -1
+        for step in range(self.first_step, self.epochs * self.steps_per_epoch):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.indices), epoch
+            first, last = (len(order) * b // self.steps_per_epoch for b in (batch, batch + 1))
+            yield [(epoch, int(index)) for index in order[first:last]]
+
+
+def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
+    """Batches of (number, index) for indices start .. count-1 in order."""
+    return [
+        [(number, index) for index in range(first, min(first + batch_size, count))] for first in range(start, count, batch_size)
+    ]
+
+
+def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+    """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass
+class Quarantine:
+    """Images that could not be read, with reasons; stops the stage when there are too many.
+
+    Attributes:
+        max_bad: the largest share of the list that may be bad; one bad image is always allowed.
+        on_new: called with (index, reason) of each newly found one.
+    """
+
+    images: ImageList
+    max_bad: float
+    reasons: dict[int, str] = field(default_factory=dict)
+    on_new: Callable[[int, str], None] | None = None
+
+    def add(self, bad: list[tuple[int, str]]) -> None:
+        for index, reason in bad:
+            if index in self.reasons:
+                continue
+            self.reasons[index] = reason
+            log.warning("bad image %r: %s", self.images.id(index), reason)
+            if self.on_new:
+                self.on_new(index, reason)
+            if len(self.reasons) > max(1, self.max_bad * len(self.images)) or len(self.reasons) == len(self.images):
+                examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
+                raise MapetError(
+                    f"{len(self.reasons)} of {len(self.images)} images cannot be read, more than --max-bad {self.max_bad:g} allows "
+                    f"({examples}). `mapet check` lists them all; remove them or raise --max-bad"
+                )

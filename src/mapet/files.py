@@ -1,0 +1,73 @@
+"""Writing files so that nothing is lost: atomic, synced, never over something else."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mapet.errors import MapetError
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file of ours. `what` names it in errors, e.g. 'token store'."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}") from None
+    except (ValueError, OSError) as error:
+        raise MapetError(f"{path}: not a readable {what} ({error})") from None
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
+
+    Works for files and folders. On any error the temporary is removed and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def new_folder(path: Path, resume_hint: str = "") -> Path:
+    """Create the output folder of a stage; refuse one that already holds something."""
+    if path.is_dir() and any(path.iterdir()):
+        raise MapetError(f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}")
+    if path.exists() and not path.is_dir():
+        raise MapetError(f"{path} exists and is not a folder: choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,118 @@
+"""Pre-training objectives as tables: which segments are packed, who sees whom, where the loss is read.
+
+Patches are first gathered into permutation order, so visibility depends on rank alone and is one constant table for
+the whole batch (MaPeT: arXiv 2306.07346, section 3 and figure 1).
+
+Segments, with N patches, c context patches and p = N - c predicted ones:
+
+    context  prefix tokens (CLS, registers) and the first c patches   embedded content + position
+    target   the other p patches                                      embedded content + position
+    mask     p mask tokens                                            mask token + position
+    query    p query tokens                                           the same as `mask`
+
+Query rows ask and are never seen: they have no column.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mapet.errors import MapetError, did_you_mean
+
+Segment = Literal["context", "target", "mask", "query"]
+Sees = Literal["all", "before", "up to", "from", "after"]
+"""Which ranks j a row of rank i sees: all; j < i; j <= i; j >= i; j > i."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table of objectives.
+
+    Attributes:
+        sees: row segment -> {column segment: which ranks of it}. Its keys, in order, are the packed segments.
+        read_at: the segment whose outputs predict the tokens of the p patches.
+    """
+
+    name: str
+    sees: dict[Segment, dict[Segment, Sees]]
+    read_at: Segment
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(self.sees)
+
+
+MAPET = Objective(
+    "mapet",
+    sees={
+        "context": {"context": "all", "mask": "all"},
+        "target": {"context": "all", "target": "up to", "mask": "after"},
+        "mask": {"context": "all", "mask": "all"},
+        "query": {"context": "all", "target": "before", "mask": "from"},
+    },
+    read_at="query",
+)
+PIM = Objective(
+    "pim",
+    sees={
+        "context": {"context": "all"},
+        "target": {"context": "all", "target": "up to"},
+        "query": {"context": "all", "target": "before"},
+    },
+    read_at="query",
+)
+MIM = Objective(
+    "mim",
+    sees={
+        "context": {"context": "all", "mask": "all"},
+        "mask": {"context": "all", "mask": "all"},
+    },
+    read_at="mask",
+)
+OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM)}
+
+
+def get_objective(name: str) -> Objective:
+    if name not in OBJECTIVES:
+        raise MapetError(f"unknown objective '{name}'{did_you_mean(name, OBJECTIVES)} Known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_predicted: int) -> dict[Segment, int]:
+    """Rows of each packed segment, in packing order."""
+    return {s: num_prefix + num_context if s == "context" else num_predicted for s in objective.segments}
+
+
+@functools.lru_cache(maxsize=64)
+def _visibility(name: str, num_prefix: int, num_context: int, num_predicted: int) -> Bool[Tensor, "R R"]:
+    objective = OBJECTIVES[name]
+    lengths = segment_lengths(objective, num_prefix, num_context, num_predicted)
+    i, j = torch.arange(num_predicted)[:, None], torch.arange(num_predicted)[None, :]
+    by_rank = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
+    rows = []
+    for row in objective.segments:
+        columns = []
+        for column in objective.segments:
+            rule = objective.sees[row].get(column)
+            shape = lengths[row], lengths[column]
+            columns.append(by_rank[rule] if rule in by_rank else torch.full(shape, rule == "all"))
+        rows.append(torch.cat(columns, dim=1))
+    return torch.cat(rows)
+
+
+def visibility(objective: Objective, num_prefix: int, num_context: int, num_predicted: int) -> Bool[Tensor, "R R"]:
+    """True where the row's token may attend to the column's. Rows and columns are the packed segments in order.
+
+    Cached: don't write to it.
+
+    Raises:
+        MapetError: a row would see nothing at all (PIM's first query when there is no context and no prefix token).
+    """
+    table = _visibility(objective.name, num_prefix, num_context, num_predicted)
+    if not table.any(dim=1).all():
+        raise MapetError(f"objective '{objective.name}' needs at least one context patch or a class token: its first query sees nothing")
+    return table

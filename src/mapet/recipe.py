@@ -1,0 +1,127 @@
+"""Stage configs: one typed class, filled from a YAML recipe, the command line or Python keywords.
+
+All three become one mapping that pydantic validates, so a value means the same wherever it was written.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from mapet.errors import MapetError, did_you_mean
+
+
+class Config(BaseModel):
+    """Base of every stage's config. A field's docstring is its `--help` text and gives units."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+R = TypeVar("R")
+
+
+def _as_pair(value: Any) -> Any:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * 2 if len(values) == 1 else values
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
+"""Height and width; one number means a square."""
+
+
+def stage(function: Callable[[C], R]) -> Callable[..., R]:
+    """Let a stage be called with its config, or with the config's fields as keywords.
+
+    >>> pretrain(PretrainConfig(images="photos", out="run"))      # doctest: +SKIP
+    >>> pretrain(images="photos", out="run")                      # doctest: +SKIP
+    """
+    config_type = get_type_hints(function)["config"]
+
+    @functools.wraps(function)
+    def call(config: C | None = None, /, **options: Any) -> R:
+        if config is None:
+            config = build(config_type, options)
+        elif options:
+            raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
+        return function(config)
+
+    call.config_type = config_type  # type: ignore[attr-defined]
+    return call
+
+
+def build(config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] = {}) -> C:
+    """Validate options into a config.
+
+    Args:
+        options: field name -> value; nested configs are nested mappings.
+        recipe: the file that `options` came from, for error messages.
+        typed: options from the command line; they win over `options`.
+
+    Raises:
+        MapetError: one line for each unknown, missing or wrong option, saying where it was written.
+    """
+    try:
+        return config_type.model_validate(_merge(options, typed))
+    except ValidationError as error:
+        lines = [_explain(config_type, item, recipe, typed) for item in error.errors()]
+        raise MapetError("; ".join(dict.fromkeys(lines))) from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: Mapping[str, Any]) -> str:
+    known = dict(fields(config_type))
+    key = ".".join(str(part) for part in item["loc"])
+    name = next((field for field in known if key == field or key.startswith(field + ".")), key)
+    where = f" (in {recipe})" if recipe and item["loc"] and item["loc"][0] not in typed else ""
+    if item["type"] == "extra_forbidden":
+        return f"unknown option '{key}'{where}{did_you_mean(key, known)}"
+    if item["type"] == "missing":
+        return f"option '{name}' is required: {known[name].description if name in known else ''}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"option '{name}': {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
+
+
+def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, pydantic field) of every option, nested configs opened up."""
+    for name, field in config_type.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML recipe: a mapping of option names to values."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise MapetError(f"{path} must be a mapping of options to values, not a {type(recipe).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as a recipe that repeats it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:
+    """'key: old -> new' for every option that differs."""
+    a, b = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]

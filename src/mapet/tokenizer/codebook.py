@@ -1,0 +1,179 @@
+"""The tokenizer: a teacher and the centroids that its features are named by. On disk: safetensors and JSON."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mapet.errors import MapetError
+from mapet.files import atomic, canonical_hash, read_json, write_json
+from mapet.tokenizer.kmeans import assign
+from mapet.tokenizer.teacher import PIXELS, Teacher, make_teacher
+
+CENTROIDS = "codebook.safetensors"
+DESCRIPTION = "tokenizer.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Health:
+    """Is this codebook any good? Measured on the patches it was fitted to.
+
+    Attributes:
+        used_codes: codes that at least one patch has.
+        dead_codes: codes that none has.
+        perplexity: exp of the entropy of code usage; K when all are equally common, 1 when one takes all.
+        commonest_share: share of patches that have the commonest code; what always guessing it would score.
+        quantization_error: mean squared distance to the centroid, divided by that to one global mean (0: exact, 1: useless).
+        patches: how many patches it was measured on.
+    """
+
+    used_codes: int
+    dead_codes: int
+    perplexity: float
+    commonest_share: float
+    quantization_error: float
+    patches: int
+
+    @classmethod
+    def measure(cls, counts: Int[Tensor, " K"], error: float, variance: float) -> "Health":
+        share = counts.double() / counts.sum()
+        used = share[share > 0]
+        return cls(
+            used_codes=len(used),
+            dead_codes=len(counts) - len(used),
+            perplexity=float((-(used * used.log()).sum()).exp()),
+            commonest_share=float(share.max()),
+            quantization_error=error / variance if variance > 0 else 0.0,
+            patches=int(counts.sum()),
+        )
+
+    def __str__(self) -> str:
+        total = self.used_codes + self.dead_codes
+        return (
+            f"{self.used_codes} of {total} codes used ({self.dead_codes} dead), perplexity {self.perplexity:.1f}, "
+            f"commonest code {self.commonest_share:.1%} of patches, quantization error {self.quantization_error:.3f} of the "
+            f"global mean's, over {self.patches:,} patches"
+        )
+
+
+class Tokenizer(nn.Module):
+    """uint8 views -> visual words: the nearest centroid of each patch's teacher feature (k-CLIP in the paper).
+
+    Attributes:
+        teacher: None when loaded for its description alone.
+        centroids: (K, F).
+        description: everything `tokenizer.json` holds.
+    """
+
+    def __init__(self, teacher: Teacher | None, centroids: Float[Tensor, "K F"], description: dict[str, Any]) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("centroids", centroids)
+        self.description = description
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        rows, columns = self.description["grid"]
+        return rows, columns
+
+    @property
+    def student_size(self) -> tuple[int, int]:
+        height, width = self.description["teacher"]["student_size"]
+        return height, width
+
+    @property
+    def hash(self) -> str:
+        """Identity of the codebook: centroids, teacher and its weights."""
+        return str(self.description["hash"])
+
+    @torch.inference_mode()
+    def forward(self, images: UInt8[Tensor, "B C h w"]) -> Int[Tensor, "B rows columns"]:
+        """Token ids of views rendered at `teacher.image_size`."""
+        assert self.teacher is not None, "loaded without its teacher"
+        return self.name_features(self.teacher(images))
+
+    def name_features(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
+        """The nearest centroid of each feature."""
+        if features.shape[1] != self.centroids.shape[1]:
+            raise MapetError(f"the teacher gives {features.shape[1]} features, the codebook has {self.centroids.shape[1]}")
+        flat = features.permute(0, 2, 3, 1)
+        return assign(flat.flatten(0, 2), self.centroids)[0].view(flat.shape[:3])
+
+
+def describe(teacher: Teacher, centroids: Tensor, health: Health, fitting: dict[str, Any]) -> dict[str, Any]:
+    """The content of `tokenizer.json`."""
+    content = hashlib.sha256(centroids.cpu().contiguous().numpy().tobytes()).hexdigest()
+    identity = {"teacher": teacher.settings, "weights_hash": teacher.weights_hash, "centroids_hash": content}
+    identity["teacher"] = {key: value for key, value in teacher.settings.items() if key != "checkpoint"}
+    return {
+        "format": FORMAT,
+        "hash": canonical_hash(identity),
+        "teacher": teacher.settings,
+        "teacher_image_size": list(teacher.image_size),
+        "weights_hash": teacher.weights_hash,
+        "centroids_hash": content,
+        "grid": list(teacher.grid),
+        "vocab_size": len(centroids),
+        "feature_size": centroids.shape[1],
+        "fitting": fitting,
+        "health": asdict(health),
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
+    """Write `codebook.safetensors` (centroids, usage) and `tokenizer.json` into an existing folder."""
+    with atomic(folder / CENTROIDS) as temporary:
+        save_file({"centroids": tokenizer.centroids.cpu().contiguous(), "usage": usage.cpu().contiguous()}, temporary)
+    write_json(folder / DESCRIPTION, tokenizer.description)
+
+
+def load_tokenizer(folder: Path, with_teacher: bool = True, allow: str | None = None, checkpoint: str | None = None) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        with_teacher: also make the teacher, which `forward` needs.
+        allow: the 'package.module:function' that may be imported. A codebook from elsewhere could name any function,
+            so a person's own encoder runs only if its name is given again.
+        checkpoint: the teacher's weights, if they are no longer where they were.
+
+    Raises:
+        MapetError: not a tokenizer, damaged, its teacher is not to be had or has other weights than it was fitted with.
+    """
+    description = read_json(folder / DESCRIPTION, "tokenizer")
+    try:
+        centroids = load_file(folder / CENTROIDS)["centroids"]
+        content = hashlib.sha256(centroids.contiguous().numpy().tobytes()).hexdigest()
+        if description["format"] != FORMAT or content != description["centroids_hash"]:
+            raise ValueError("the centroids are not those that tokenizer.json describes")
+        settings = dict(description["teacher"])
+        name = settings["teacher"]
+        _ = description["hash"], description["grid"], description["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
+    if not with_teacher:
+        return Tokenizer(None, centroids, description)
+    if ":" in name and name != PIXELS and name != allow:
+        raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
+    if checkpoint:
+        settings["checkpoint"] = checkpoint
+    try:
+        teacher = make_teacher(**settings)
+    except TypeError as error:
+        raise MapetError(f"{folder / DESCRIPTION}: unknown teacher setting ({error})") from None
+    if teacher.weights_hash != description["weights_hash"]:
+        raise MapetError(
+            f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted "
+            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Give the right --teacher-checkpoint or fit again"
+        )
+    return Tokenizer(teacher, centroids, description)

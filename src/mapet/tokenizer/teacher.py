@@ -1,0 +1,197 @@
+"""Frozen encoders: uint8 images in, one feature vector for each of the student's patches out."""
+
+import hashlib
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mapet.errors import MapetError, did_you_mean
+
+PIXELS = "pixels"
+
+
+class Teacher(nn.Module):
+    """Turns views into features on the student's grid.
+
+    Attributes:
+        name: as the user gave it: 'pixels', a timm model, or 'package.module:function'.
+        image_size: (h, w) it wants views rendered at, pixels.
+        grid: (rows, columns) of the student's patches; other grids are interpolated to it.
+        settings: what made it, for the codebook's JSON; `make_teacher(**settings)` makes it again.
+        weights_hash: sha256 of its parameters, '' if it has none.
+    """
+
+    def __init__(self, encoder: nn.Module, name: str, image_size: tuple[int, int], grid: tuple[int, int], settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
+        self.weights_hash = _hash_weights(encoder)
+
+    @torch.inference_mode()
+    def forward(self, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
+        """Features in float32.
+
+        Raises:
+            MapetError: the encoder returned something that is not a map of features.
+        """
+        features = self.encoder(images.float() / 255)
+        if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[0] != images.shape[0]:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise MapetError(
+                f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {shape} for {len(images)} images"
+            )
+        features = features.float()
+        if tuple(features.shape[2:]) != self.grid:
+            features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
+        return features
+
+
+def make_teacher(
+    teacher: str,
+    student_size: tuple[int, int],
+    patch_size: int,
+    channels: int = 3,
+    checkpoint: str | None = None,
+    teacher_size: tuple[int, int] | None = None,
+    layer: int = -1,
+) -> Teacher:
+    """A teacher by name.
+
+    Args:
+        teacher: 'pixels' (raw patches, no encoder); any timm model, e.g. 'resnet50x64_clip.openai'; or
+            'package.module:function', a function of (checkpoint) that returns an encoder: a callable that maps
+            (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
+        student_size: (H, W) of the student's input; with `patch_size` it fixes the grid.
+        checkpoint: a local weights file; without one timm downloads its own.
+        teacher_size: (h, w) of the views it sees; None: timm's own for that model, else the student's.
+        layer: which of timm's intermediate feature maps; -1 is the last.
+
+    Raises:
+        MapetError: unknown name, missing or unsafe checkpoint, weights that can't be had.
+    """
+    settings = {
+        "teacher": teacher,
+        "student_size": list(student_size),
+        "patch_size": patch_size,
+        "channels": channels,
+        "checkpoint": checkpoint,
+        "teacher_size": list(teacher_size) if teacher_size else None,
+        "layer": layer,
+    }
+    grid = student_size[0] // patch_size, student_size[1] // patch_size
+    if teacher == PIXELS:
+        encoder: nn.Module = _Pixels(patch_size)
+        size = student_size
+    elif ":" in teacher and not teacher.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        encoder = _person_s_encoder(teacher, checkpoint)
+        size = teacher_size or getattr(encoder, "image_size", None) or student_size
+    else:
+        encoder = _TimmFeatures(teacher, checkpoint, channels, teacher_size, layer)
+        size = encoder.image_size
+    return Teacher(encoder, teacher, (int(size[0]), int(size[1])), grid, settings)
+
+
+class _Pixels(nn.Module):
+    """The patch's own pixels, flattened: label-free and needs nothing."""
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F rows columns"]:
+        return F.pixel_unshuffle(images, self.patch_size)
+
+
+class _TimmFeatures(nn.Module):
+    """One of timm's intermediate feature maps, not normalised (k-CLIP: the last stage before the attention pool)."""
+
+    def __init__(self, name: str, checkpoint: str | None, channels: int, size: tuple[int, int] | None, layer: int) -> None:
+        super().__init__()
+        overlay = {"file": _safe_checkpoint(checkpoint), "custom_load": False} if checkpoint else None
+        known = timm.list_models()
+        if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and name.split(".")[0] not in known:
+            raise MapetError(f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, *known])} Use 'pixels', a timm model or package.module:function")
+        try:
+            config = timm.models.get_pretrained_cfg(name) if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) else None
+            own = tuple(config.input_size[1:]) if config else None
+            resized = {"img_size": size} if size and size != own and _takes_image_size(name) else {}
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, num_classes=0, **resized)
+        except MapetError:
+            raise
+        except Exception as error:  # hub, network, file and shape errors of many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            way_out = f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
+            raise MapetError(f"cannot load the weights of teacher '{name}': {reason[:300]}; {way_out}") from None
+        if not hasattr(model, "forward_intermediates"):
+            raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
+        data = timm.data.resolve_model_data_config(model)
+        self.model, self.layer = model, layer
+        self.image_size: tuple[int, int] = size or tuple(data["input_size"][1:])
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
+        normal = (images - self.mean) / self.std
+        count = len(self.model.feature_info)
+        indices = [self.layer if self.layer >= 0 else count + self.layer]
+        return self.model.forward_intermediates(normal, indices=indices, intermediates_only=True, output_fmt="NCHW")[0]
+
+
+def _takes_image_size(name: str) -> bool:
+    return name.startswith(("vit_", "deit", "eva", "beit", "swin", "naflexvit", "flexivit", "samvit", "xcit"))
+
+
+def _safe_checkpoint(checkpoint: str) -> str:
+    """timm reads safetensors, or torch files with `weights_only`; anything else must fail before it is opened."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise MapetError(f"teacher checkpoint {checkpoint} does not exist")
+    return str(path)
+
+
+def _person_s_encoder(name: str, checkpoint: str | None) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise MapetError(f"teacher '{name}': cannot import {module_name} ({error}); is it installed or on PYTHONPATH?") from None
+    except AttributeError:
+        known = vars(importlib.import_module(module_name))
+        raise MapetError(f"teacher '{name}': {module_name} has no '{function_name}'{did_you_mean(function_name, known)}") from None
+    try:
+        inspect.signature(function).bind(checkpoint)
+    except TypeError:
+        raise MapetError(f"teacher '{name}' must be a function of one argument, the checkpoint path or None, that returns an encoder") from None
+    encoder = function(checkpoint)
+    if not callable(encoder):
+        raise MapetError(f"teacher '{name}' must return a callable encoder, got {type(encoder).__name__}")
+    return encoder if isinstance(encoder, nn.Module) else _Callable(encoder)
+
+
+class _Callable(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        if (size := getattr(function, "image_size", None)) is not None:
+            self.image_size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def _hash_weights(module: nn.Module) -> str:
+    tensors = module.state_dict()
+    if not tensors:
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
