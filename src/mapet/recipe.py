@@ -4,9 +4,11 @@ All three become one mapping that pydantic validates, so a value means the same 
 """
 
 import functools
+import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -39,7 +41,7 @@ def stage(function: Callable[[C], R]) -> Callable[..., R]:
     >>> pretrain(PretrainConfig(images="photos", out="run"))      # doctest: +SKIP
     >>> pretrain(images="photos", out="run")                      # doctest: +SKIP
     """
-    config_type = get_type_hints(function)["config"]
+    config_type = function.__annotations__["config"]
 
     @functools.wraps(function)
     def call(config: C | None = None, /, **options: Any) -> R:
@@ -47,10 +49,21 @@ def stage(function: Callable[[C], R]) -> Callable[..., R]:
             config = build(config_type, options)
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
+        _show_progress()
         return function(config)
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return call
+
+
+def _show_progress() -> None:
+    """Print what stages report, unless the program has set up logging of its own."""
+    log = logging.getLogger("mapet")
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def build(config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] = {}) -> C:

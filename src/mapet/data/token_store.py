@@ -30,6 +30,10 @@ class TokenStore:
     def __init__(self, folder: Path, manifest: dict[str, Any], rows: np.memmap) -> None:
         self.folder, self.manifest, self.rows = folder, manifest, rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader workers map the file again instead of receiving a copy of it.
+        return _reopen, (self.folder, self.manifest)
+
     @property
     def view_spec(self) -> ViewSpec:
         return ViewSpec(**self.manifest["view_spec"])
@@ -150,3 +154,7 @@ class TokenStore:
         if ids.max(initial=0) >= self.vocab_size:
             raise MapetError(f"{self.folder / ROWS}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged")
         return ids
+
+
+def _reopen(folder: Path, manifest: dict[str, Any]) -> TokenStore:
+    return TokenStore(folder, manifest, np.load(folder / ROWS, mmap_mode="r", allow_pickle=False))

@@ -28,7 +28,7 @@ class ViewSpec(Config):
     """How views are drawn. Stored with the tokens, so that student and teacher cannot disagree."""
 
     kind: ViewKind = "center"
-    """center: largest centred box (the released recipe); flip: that, mirrored half the time; crop: a random box,
+    """center: largest centred box (the released recipe); flip: that, mirrored every other time; crop: a random box,
     mirrored half the time."""
     image_size: tuple[int, int]
     """Height and width of the student's input, pixels; fixes the box's aspect ratio."""
@@ -45,10 +45,10 @@ def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> V
     box = max(1, round(target_height * scale)), max(1, round(target_width * scale))
     if spec.kind == "center":
         return View((size[0] - box[0]) // 2, (size[1] - box[1]) // 2, *box, flip=False)
+    if spec.kind == "flip":  # in turn, so that two stored views are both of them
+        return View((size[0] - box[0]) // 2, (size[1] - box[1]) // 2, *box, flip=bool((key + number) % 2))
     rng = np.random.default_rng([spec.seed, key, number])
     flip = bool(rng.integers(2))
-    if spec.kind == "flip":
-        return View((size[0] - box[0]) // 2, (size[1] - box[1]) // 2, *box, flip=flip)
     shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
     height, width = max(1, round(box[0] * shrink)), max(1, round(box[1] * shrink))
     top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))

@@ -1,7 +1,6 @@
 """Plain timm ViTs: made by name, saved and loaded as timm's own model folders."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 
 from mapet.errors import MapetError, did_you_mean
 from mapet.files import atomic
@@ -103,11 +102,12 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
 
 
-def load_backbone(path: str | Path, **overrides: Any) -> VisionTransformer:
+def load_backbone(path: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
     """The pre-trained ViT of a run or export folder, as a plain timm model without a classifier.
 
     Args:
         path: a run folder, its `backbone` folder, or an export.
+        pretrained: False gives the same architecture with random weights.
         overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256` (positions are resampled).
 
     Raises:
@@ -115,7 +115,7 @@ def load_backbone(path: str | Path, **overrides: Any) -> VisionTransformer:
     """
     folder = find_backbone(Path(path))
     try:
-        vit = timm.create_model(f"local-dir:{folder}", pretrained=True, **overrides)
+        vit = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **overrides)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, safetensors.SafetensorError) as error:
         raise MapetError(f"cannot load the backbone {folder}: {str(error).splitlines()[0]}") from None
     if not isinstance(vit, VisionTransformer):
@@ -131,13 +131,5 @@ def find_backbone(path: Path) -> Path:
     raise MapetError(f"{path} holds no backbone: expected a folder with config.json and model.safetensors, or a finished run")
 
 
-def backbone_config(folder: Path) -> dict[str, Any]:
-    """timm's description of a saved backbone."""
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-
-
 def num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-__all__ = ["Block", "VisionTransformer", "create_vit", "load_backbone", "save_backbone"]

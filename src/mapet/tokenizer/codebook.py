@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, read_json, write_json
 from mapet.tokenizer.kmeans import assign
-from mapet.tokenizer.teacher import PIXELS, Teacher, make_teacher
+from mapet.tokenizer.teacher import Teacher, is_own_code, make_teacher
 
 CENTROIDS = "codebook.safetensors"
 DESCRIPTION = "tokenizer.json"
@@ -163,7 +163,7 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, allow: str | None = 
         raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
     if not with_teacher:
         return Tokenizer(None, centroids, description)
-    if ":" in name and name != PIXELS and name != allow:
+    if is_own_code(name) and name != allow:
         raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
     if checkpoint:
         settings["checkpoint"] = checkpoint

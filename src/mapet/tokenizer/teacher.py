@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from mapet.errors import MapetError, did_you_mean
 
 PIXELS = "pixels"
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def is_own_code(teacher: str) -> bool:
+    """Whether the name is a person's own 'package.module:function'."""
+    return ":" in teacher and not teacher.startswith(HUBS)
 
 
 class Teacher(nn.Module):
@@ -89,7 +95,7 @@ def make_teacher(
     if teacher == PIXELS:
         encoder: nn.Module = _Pixels(patch_size)
         size = student_size
-    elif ":" in teacher and not teacher.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    elif is_own_code(teacher):
         encoder = _person_s_encoder(teacher, checkpoint)
         size = teacher_size or getattr(encoder, "image_size", None) or student_size
     else:
@@ -116,10 +122,10 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         overlay = {"file": _safe_checkpoint(checkpoint), "custom_load": False} if checkpoint else None
         known = timm.list_models()
-        if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and name.split(".")[0] not in known:
+        if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, *known])} Use 'pixels', a timm model or package.module:function")
         try:
-            config = timm.models.get_pretrained_cfg(name) if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) else None
+            config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None
             own = tuple(config.input_size[1:]) if config else None
             resized = {"img_size": size} if size and size != own and _takes_image_size(name) else {}
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, num_classes=0, **resized)

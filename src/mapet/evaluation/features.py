@@ -1,0 +1,130 @@
+"""Frozen features of a labelled set of images, and the labels to judge them by."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from mapet.compute import Compute
+from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
+from mapet.data.image_list import ImageList, scan
+from mapet.data.views import ViewSpec
+from mapet.errors import MapetError
+from mapet.model.backbone import pixel_stats
+
+Pool = Literal["avg", "token"]
+
+
+@dataclass
+class LabelledSet:
+    """Images with the class of each.
+
+    Attributes:
+        classes: names; `labels` are indices into them.
+    """
+
+    images: ImageList
+    classes: list[str]
+    labels: Int[np.ndarray, " n"]
+
+    def subset(self, indices: Int[np.ndarray, " m"]) -> "LabelledSet":
+        return LabelledSet(self.images.subset(indices), self.classes, self.labels[indices])
+
+    def few(self, per_class: int | None = None, share: float = 1.0, seed: int = 0) -> "LabelledSet":
+        """A random sample: `per_class` images of each class, or a share of each class (at least one)."""
+        rng = np.random.default_rng(seed)
+        kept = []
+        for label in range(len(self.classes)):
+            members = rng.permutation(np.flatnonzero(self.labels == label))
+            if per_class is not None and per_class > len(members):
+                raise MapetError(f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for")
+            kept.append(members[: per_class if per_class is not None else max(1, round(share * len(members)))])
+        return self.subset(np.sort(np.concatenate(kept)))
+
+
+def labelled(images: ImageList) -> LabelledSet:
+    """Labels from class folders.
+
+    Raises:
+        MapetError: the images do not lie in two or more class folders.
+    """
+    found = images.classes()
+    if found is None:
+        raise MapetError(f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg")
+    return LabelledSet(images, *found)
+
+
+def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
+    """Two labelled folders, or one split by image id, the same way every time."""
+    everything = labelled(scan(train))
+    if test is None:
+        return split(everything, test_share)
+    other = labelled(scan(test))
+    if other.classes != everything.classes:
+        odd = sorted(set(other.classes) ^ set(everything.classes))
+        raise MapetError(f"{train} and {test} have different classes: {', '.join(odd[:5])} {'...' if len(odd) > 5 else ''}")
+    return everything, other
+
+
+def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
+    """A fixed share of each class, chosen by a hash of the image id, becomes the test set."""
+    keys = np.array([everything.images.key(i) for i in range(len(everything.labels))], dtype=np.uint64)
+    test = np.zeros(len(keys), dtype=bool)
+    for label in range(len(everything.classes)):
+        members = np.flatnonzero(everything.labels == label)
+        test[members[np.argsort(keys[members])][: max(1, round(test_share * len(members)))]] = True
+    if test.all():
+        raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
+    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+
+
+def normalize(images: Tensor, channels: int) -> Float[Tensor, "B C H W"]:
+    """uint8 pixels -> the model's input: [0, 1], then each channel's mean and standard deviation."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in pixel_stats(channels))
+    return (images.float() / 255 - mean) / std
+
+
+def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Pool) -> Float[Tensor, "B D"]:
+    """The mean of the patch tokens ('avg') or the class token ('token')."""
+    if pool == "token":
+        if not vit.has_class_token:
+            raise MapetError("this ViT has no class token: use --pool avg")
+        return tokens[:, 0]
+    return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+
+
+@torch.inference_mode()
+def extract_features(
+    vit: VisionTransformer,
+    data: LabelledSet,
+    compute: Compute,
+    pool: Pool = "avg",
+    batch_size: int = 128,
+    workers: int = 0,
+    show: bool = True,
+) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
+    """Pooled features of the centred views, in float32 on the CPU, with labels. Unreadable images are left out."""
+    training = vit.training
+    vit.eval()
+    height, width = vit.patch_embed.img_size
+    spec = ViewSpec(image_size=(height, width))
+    dataset = ViewDataset(data.images, spec, vit.in_chans, image_size=(height, width))
+    quarantine = Quarantine(data.images, max_bad=0.5)
+    features, index = [], []
+    loader = make_loader(dataset, in_order(len(data.images), batch_size), workers)
+    for batch in tqdm(loader, desc="features", unit="batch", disable=None if show else True, leave=False):
+        quarantine.add(batch.bad)
+        if batch.image is None:
+            continue
+        with compute.autocast():
+            tokens = vit.forward_features(normalize(compute.to(batch.image), vit.in_chans))
+        features.append(pool_tokens(vit, tokens, pool).float().cpu())
+        index.append(batch.index)
+    vit.train(training)
+    return torch.cat(features), torch.from_numpy(data.labels)[torch.cat(index)]

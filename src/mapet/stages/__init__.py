@@ -1,0 +1,19 @@
+"""The stages: each a file with a config and a function, which is at once the command and the Python call.
+
+These files import nothing heavy until a stage runs, so that `mapet --help` answers at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from mapet.stages.fit_tokenizer import fit_tokenizer
+from mapet.stages.pretrain import pretrain
+from mapet.stages.probe import probe
+from mapet.stages.tokenize import tokenize
+
+STAGES: dict[str, Callable[..., Any]] = {
+    "fit-tokenizer": fit_tokenizer,
+    "tokenize": tokenize,
+    "pretrain": pretrain,
+    "probe": probe,
+}

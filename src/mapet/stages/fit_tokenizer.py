@@ -1,0 +1,117 @@
+"""Stage: frozen teacher features -> k-means codebook."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from mapet.recipe import Config, Size, stage
+from mapet.stages.options import BadImages, Loading
+
+if TYPE_CHECKING:
+    from mapet.tokenizer.codebook import Tokenizer
+
+log = logging.getLogger("mapet")
+
+
+class FitTokenizerConfig(Loading, BadImages):
+    """Options of `fit-tokenizer`."""
+
+    images: Path
+    """Folder of images, or text file of paths."""
+    out: Path
+    """New folder for the tokenizer."""
+    teacher: str = "pixels"
+    """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), or
+    package.module:function."""
+    teacher_checkpoint: str | None = None
+    """Local weights file of the teacher; otherwise timm downloads them."""
+    teacher_size: Size | None = None
+    """Height and width the teacher sees, pixels; automatic: the model's own."""
+    layer: int = -1
+    """Which of the timm model's intermediate feature maps; -1 is the last."""
+    image_size: Size = (224, 224)
+    """Height and width of the student's input, pixels."""
+    patch_size: PositiveInt = 16
+    """Side of the student's patches, pixels."""
+    channels: PositiveInt = 3
+    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
+    vocab_size: PositiveInt | None = None
+    """K, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    iterations: PositiveInt = 20
+    """Rounds of k-means."""
+    restarts: PositiveInt = 1
+    """Runs of k-means, of which the best is kept (the paper: 5)."""
+    points_per_word: PositiveInt = 512
+    """Most patches for each visual word used in fitting."""
+    seed: NonNegativeInt = 0
+    """Seed of the sample of patches and of k-means."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "FitTokenizerConfig":
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not divisible by the patch size {self.patch_size}")
+        return self
+
+
+@stage
+def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
+    """Cluster a frozen teacher's patch features into a codebook of visual words.
+
+    Example:
+      mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
+      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --restarts 5
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from mapet.compute import Compute
+    from mapet.data.dataset import Quarantine, ViewDataset
+    from mapet.data.image_list import scan
+    from mapet.data.views import ViewSpec
+    from mapet.files import new_folder
+    from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer
+    from mapet.tokenizer.extract import sample_features
+    from mapet.tokenizer.kmeans import assign, kmeans
+    from mapet.tokenizer.teacher import make_teacher
+
+    new_folder(config.out)
+    compute = Compute.choose(config.device, "float32")
+    images = scan(config.images)
+    size = config.image_size
+    teacher = make_teacher(
+        config.teacher, size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_size, config.layer
+    ).to(compute.device)
+    num_patches = len(images) * teacher.grid[0] * teacher.grid[1]
+    vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
+    log.info("%s images, %s patches, teacher %s at %s px, K = %d", f"{len(images):,}", f"{num_patches:,}", teacher.name, teacher.image_size, vocab_size)
+
+    order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
+    dataset = ViewDataset(images, ViewSpec(image_size=size), config.channels, teacher_size=teacher.image_size)
+    quarantine = Quarantine(images, config.max_bad)
+    points = sample_features(
+        teacher, dataset, order, config.points_per_word * vocab_size, quarantine, compute, config.batch_size, config.num_workers
+    ).to(compute.device)
+
+    with tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar:
+        centroids, error = kmeans(
+            points, vocab_size, config.iterations, config.restarts, config.seed,
+            lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+        )  # fmt: skip
+    counts = torch.bincount(assign(points, centroids)[0], minlength=vocab_size).cpu()
+    variance = float((points - points.mean(0)).square().sum(1).mean())
+    health = Health.measure(counts, error, variance)
+    fitting = config.model_dump(mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"})
+    fitting |= {"images_hash": images.hash, "num_images": len(images), "patches": len(points), "mean_squared_distance": error}
+    tokenizer = Tokenizer(teacher, centroids, describe(teacher, centroids, health, fitting))
+    save_tokenizer(tokenizer, counts, config.out)
+    log.info("codebook: %s", health)
+    log.info("saved %s", config.out)
+    return tokenizer
+
+
+def automatic_vocab_size(num_patches: int) -> int:
+    """The largest power of two that leaves 64 patches for each word, from 2 to the paper's 8192."""
+    return min(8192, max(2, 1 << max(1, (num_patches // 64).bit_length() - 1))) if num_patches > 1 else 1

@@ -1,0 +1,103 @@
+"""Stage: the ViT learns to predict visual words."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mapet.recipe import Size, stage
+from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.tokenize import Views
+
+
+class PretrainConfig(Views, BadImages, Device):
+    """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
+
+    images: Path
+    """Folder of images, or text file of paths."""
+    out: Path
+    """New run folder."""
+    tokenizer: Path
+    """Folder made by `fit-tokenizer`."""
+    tokens: Path | None = None
+    """Store made by `tokenize`, whose views are used; without one the teacher runs in the loop on fresh views."""
+    teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
+
+    model: str = "vit_tiny_patch16_224"
+    """Any timm VisionTransformer."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
+    image_size: Size | None = None
+    """Height and width of the input, pixels; automatic: what the tokenizer was fitted for."""
+    patch_size: PositiveInt | None = None
+    """Side of a patch, pixels; automatic: what the tokenizer was fitted for."""
+    objective: str = "mapet"
+    """mapet; pim (permuted, no mask columns); mim (masked, all at once)."""
+    num_context: NonNegativeInt | None = None
+    """c, patches that are given; the others are predicted; automatic: a quarter (49 of 196)."""
+    init_from: Path | None = None
+    """Start from the weights of this run or backbone (a new run; to go on with one, --resume)."""
+
+    epochs: PositiveInt = 300
+    """Passes over the images."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Passes with a rising learning rate; automatic: one thirtieth (10 of 300)."""
+    batch_size: PositiveInt | None = None
+    """Images a step; automatic: the largest power of two up to 2048 that memory holds and leaves 20 steps an epoch."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; automatic: 1.5e-3 * sqrt(batch / 2048)."""
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's."""
+    clip_grad: PositiveFloat | None = 3.0
+    """Largest norm of the gradient."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block."""
+    layer_scale: PositiveFloat | None = 0.1
+    """LayerScale's first value; none leaves it out."""
+    color_jitter: NonNegativeFloat = 0.4
+    """Strength of brightness, contrast and saturation jitter (the student's view only)."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, order, views and permutations."""
+
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    workers: NonNegativeInt | None = None
+    """Processes that read images; automatic: one a core, less one, at most 8."""
+    save_minutes: PositiveFloat = 10
+    """Time between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    log_every: PositiveInt | None = None
+    """Steps between lines of metrics; automatic: 5 an epoch, at most 50 steps."""
+    probe_every: NonNegativeInt | None = None
+    """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
+    probe_images: Path | None = None
+    """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
+    resume: bool = False
+    """Go on with an interrupted run in `out`, exactly where it stopped."""
+
+    @property
+    def num_workers(self) -> int:
+        return automatic_workers() if self.workers is None else self.workers
+
+    @model_validator(mode="after")
+    def _views_of_the_store(self) -> "PretrainConfig":
+        if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
+            raise ValueError("--views is for tokens made in the loop; with --tokens the store says which views there are")
+        return self
+
+
+@stage
+def pretrain(config: PretrainConfig) -> Path:
+    """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
+
+    Example:
+      mapet pretrain --images PHOTOS --tokenizer runs/tokenizer --tokens runs/tokens --out runs/vit
+      mapet pretrain runs/vit/config.yaml --resume
+    """
+    from mapet.training.loop import train
+
+    return train(config)

@@ -1,0 +1,65 @@
+"""Stage: how good are a backbone's frozen features?"""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from mapet.recipe import stage
+from mapet.stages.options import Loading, Precision
+
+log = logging.getLogger("mapet")
+
+
+class ProbeConfig(Loading):
+    """Options of `probe`."""
+
+    backbone: Path
+    """A run, its backbone folder, or an export."""
+    images: Path
+    """Labelled images, CLASS/image.jpg, to train the probes on."""
+    test_images: Path | None = None
+    """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
+    pool: Literal["avg", "token"] = "avg"
+    """Feature of an image: mean of its patch tokens, or the class token."""
+    untrained: bool = True
+    """Also probe the same ViT with random weights, for comparison."""
+    seed: int = 0
+    """Seed of the random weights."""
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+@stage
+def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
+    """Linear probe and weighted k-NN (k = 20) on frozen features, against the same ViT untrained.
+
+    Example:
+      mapet probe --backbone runs/photos --images labelled/train --test-images labelled/test
+    """
+    import torch
+
+    from mapet.compute import Compute
+    from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
+    from mapet.evaluation.features import extract_features, train_and_test
+    from mapet.files import write_json
+    from mapet.model.backbone import load_backbone, prefer_plain_attention
+
+    compute = Compute.choose(config.device, config.precision)
+    train, test = train_and_test(config.images, config.test_images)
+    results = {}
+    for name in ["untrained", "pretrained"] if config.untrained else ["pretrained"]:
+        torch.manual_seed(config.seed)
+        vit = load_backbone(config.backbone, pretrained=name == "pretrained")
+        if compute.device.type == "cpu":
+            prefer_plain_attention(vit)
+        vit.to(compute.device)
+        fit, check = (extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers) for data in (train, test))
+        results[name] = {"linear": linear_accuracy(*fit, *check), "knn": knn_accuracy(*fit, *check)}
+        log.info("%-10s linear probe %.3f   k-NN %.3f", name, results[name]["linear"], results[name]["knn"])
+    chance = float(torch.bincount(check[1]).max() / len(check[1]))
+    log.info("%d training and %d test images, %d classes; commonest class %.3f", len(fit[1]), len(check[1]), len(train.classes), chance)
+    if config.out:
+        write_json(config.out, results | {"commonest_class": chance, "train_images": len(fit[1]), "test_images": len(check[1])})
+    return results

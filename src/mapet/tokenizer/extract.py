@@ -1,0 +1,57 @@
+"""Running the teacher over images: a sample of features to fit a codebook to, or the tokens of all."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from mapet.compute import Compute
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
+from mapet.data.image_list import ImageList
+from mapet.errors import MapetError
+from mapet.tokenizer.teacher import Teacher
+
+
+def teacher_features(teacher: Teacher, batch: Batch, images: ImageList, compute: Compute) -> Float[Tensor, "B F rows columns"]:
+    """Features of a batch's teacher views.
+
+    Raises:
+        MapetError: a feature is NaN or infinite; the image is named.
+    """
+    assert batch.teacher_image is not None
+    features = teacher(compute.to(batch.teacher_image))
+    finite = features.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        first = int(batch.index[int((~finite).nonzero()[0])])
+        raise MapetError(
+            f"teacher '{teacher.name}' gave NaN or infinite features for {int((~finite).sum())} of {len(finite)} images, first "
+            f"{images.id(first)!r}: check its weights and the range of its input ([0, 1])"
+        )
+    return features
+
+
+def sample_features(
+    teacher: Teacher,
+    dataset: ViewDataset,
+    order: Sequence[int],
+    max_points: int,
+    quarantine: Quarantine,
+    compute: Compute,
+    batch_size: int,
+    workers: int,
+) -> Float[Tensor, "n F"]:
+    """Patch features of the images of `order`, one after the other, until there are `max_points`."""
+    per_image = teacher.grid[0] * teacher.grid[1]
+    wanted = list(order[: -(-max_points // per_image)])
+    batches = [[(0, index) for index in wanted[i : i + batch_size]] for i in range(0, len(wanted), batch_size)]
+    parts: list[Tensor] = []
+    for batch in tqdm(make_loader(dataset, batches, workers), desc="teacher features", unit="batch", disable=None):
+        quarantine.add(batch.bad)
+        if len(batch.index):
+            features = teacher_features(teacher, batch, dataset.images, compute)
+            parts.append(features.permute(0, 2, 3, 1).flatten(0, 2).cpu())
+    return torch.cat(parts)[:max_points]
+
+

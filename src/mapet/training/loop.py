@@ -1,0 +1,208 @@
+"""Pre-training: one loop that reads top to bottom."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mapet.compute import Compute
+from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, make_loader
+from mapet.data.image_list import ImageList, scan
+from mapet.data.token_store import TokenStore
+from mapet.data.views import ViewSpec
+from mapet.errors import Interrupted, MapetError
+from mapet.evaluation.features import normalize
+from mapet.evaluation.online import OnlineProbe
+from mapet.model.backbone import create_vit, load_backbone, num_parameters, prefer_plain_attention, save_backbone
+from mapet.model.objective import get_objective
+from mapet.model.pretrainer import Pretrainer
+from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
+from mapet.training.checkpoint import load_checkpoint, save_checkpoint
+from mapet.training.metrics import Meter
+from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
+from mapet.training.run_folder import RunFolder
+from mapet.training.sizing import automatic_batch_size
+
+log = logging.getLogger("mapet")
+
+
+def train(config: Any) -> Path:
+    """Run `mapet pretrain` with a resolved `PretrainConfig`; returns the folder of the exported backbone."""
+    # ---- what is learned, and from what
+    compute = Compute.choose(config.device, config.precision)
+    images = scan(config.images)
+    tokenizer = load_tokenizer(config.tokenizer, with_teacher=config.tokens is None, allow=config.teacher).to(compute.device)
+    store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
+    model = build_model(config, tokenizer).to(compute.device)
+    if compute.device.type == "cpu" and compute.dtype == torch.bfloat16:
+        prefer_plain_attention(model.vit)
+
+    # ---- how long, how fast
+    usable = np.setdiff1d(np.arange(len(images)), list(store.bad) if store else [])
+    batch_size = config.batch_size or automatic_batch_size(model, len(usable), compute)
+    sampler = EpochSampler(usable, batch_size, config.epochs, config.seed)
+    total_steps = len(sampler)
+    lr = config.lr or automatic_lr(batch_size)
+    optimizer = make_optimizer(model, lr, config.weight_decay)
+    warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
+    schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
+    log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
+    probe = OnlineProbe.for_run(config, images, compute)
+
+    with RunFolder(config, compute) as run, stop_signals() as stop:
+        if config.resume:
+            state = load_checkpoint(run.checkpoints, model, optimizer)
+            sampler.first_step = state["step"]
+            run.rewind(state["step"])
+            log.info("resumed at step %d of %d", state["step"], total_steps)
+        log.info(
+            "%s, %.1f M parameters, %s on %s images of %s px, %d of %d patches predicted from %d words, batch %d, lr %.2g, %d epochs, %s",
+            config.model, num_parameters(model.vit) / 1e6, config.objective, f"{len(usable):,}", _by(model.vit.patch_embed.img_size),
+            model.num_predicted, model.num_patches, tokenizer.vocab_size, batch_size, lr, config.epochs, compute,
+        )  # fmt: skip
+        dataset = training_views(config, images, tokenizer, store, model)
+        loader = make_loader(dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
+        quarantine = Quarantine(images, config.max_bad, dict(store.bad) if store else {})
+        meter = Meter(tokenizer.vocab_size, compute.device)
+        saved = time.monotonic()
+        step = sampler.first_step
+
+        # ---- the loop
+        model.train()
+        with tqdm(total=total_steps, initial=step, desc="pretrain", unit="step", disable=None, smoothing=0.05) as bar:
+            for batch in meter.time_waiting(loader):
+                quarantine.add(batch.bad)
+                if batch.image is not None:
+                    torch.manual_seed(step_seed(config.seed, step))  # stochastic depth depends on the step alone
+                    schedule.step_update(step)
+                    prediction = model(*model_input(batch, tokenizer, model, compute))
+                    prediction.loss.backward()
+                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    meter.add(prediction, norm)
+                step += 1
+                bar.update()
+
+                epoch_ended = step % sampler.steps_per_epoch == 0
+                if step % log_every == 0 or step == total_steps:
+                    metrics = meter.read() | {"epoch": step / sampler.steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
+                    run.record(step, metrics)
+                    bar.set_postfix_str(Meter.line(metrics), refresh=False)
+                    if bar.disable and (epoch_ended or step == total_steps):
+                        log.info("epoch %d: %s", step // sampler.steps_per_epoch, Meter.line(metrics))
+                    if not math.isfinite(metrics["loss"]):
+                        raise MapetError(f"the loss is {metrics['loss']} at step {step}: lower --lr (now {lr:.2g}) or use --precision float32, and go on from the last checkpoint with --resume")
+                if probe and epoch_ended and probe.due(step // sampler.steps_per_epoch, config.epochs):
+                    scores = probe(model.vit)
+                    run.record(step, scores)
+                    log.info("epoch %d: linear probe %.3f, k-NN %.3f", step // sampler.steps_per_epoch, scores["probe/linear"], scores["probe/knn"])
+                due = time.monotonic() - saved > 60 * config.save_minutes
+                if stop.asked or due or step == total_steps:
+                    save_checkpoint(run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints)
+                    saved = time.monotonic()
+                if stop.asked and step < total_steps:
+                    raise Interrupted(f"stopped by {stop.asked} at step {step} of {total_steps}, saved. Go on with: mapet pretrain {config.out / 'config.yaml'} --resume")
+
+        # ---- the product
+        backbone = config.out / "backbone"
+        if not backbone.exists():
+            save_backbone(model.vit.eval().cpu(), backbone)
+        log.info("backbone saved in %s", backbone)
+        return backbone
+
+
+def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
+    """The ViT and its token head, with the weights that `seed` or `init_from` give."""
+    size = config.image_size or tokenizer.student_size
+    patch = config.patch_size or tokenizer.description["teacher"]["patch_size"]
+    torch.manual_seed(config.seed)
+    args = {"init_values": config.layer_scale} if config.layer_scale else {}
+    vit = create_vit(config.model, size, patch, tokenizer.description["teacher"]["channels"], args | config.model_args, config.drop_path)
+    if tuple(vit.patch_embed.grid_size) != tokenizer.grid:
+        raise MapetError(
+            f"the ViT has {_by(vit.patch_embed.grid_size)} patches ({_by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
+            f"{_by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
+        )
+    num_context = round(vit.patch_embed.num_patches / 4) if config.num_context is None else config.num_context
+    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context)
+    if config.init_from:
+        weights = load_backbone(config.init_from).state_dict()
+        try:
+            vit.load_state_dict(weights)
+        except RuntimeError as error:
+            raise MapetError(f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}") from None
+    return model
+
+
+def training_views(config: Any, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer) -> ViewDataset:
+    """The student's views, with tokens from the store or the teacher's views to make them of."""
+    height, width = model.vit.patch_embed.img_size
+    spec = store.view_spec if store else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    return ViewDataset(
+        images,
+        spec,
+        channels=model.vit.in_chans,
+        image_size=(height, width),
+        teacher_size=None if tokenizer.teacher is None else tokenizer.teacher.image_size,
+        store=store,
+        num_patches=model.num_patches,
+        jitter=config.color_jitter,
+        seed=config.seed,
+    )
+
+
+def model_input(batch: Batch, tokenizer: Tokenizer, model: Pretrainer, compute: Compute) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(normalised images, tokens, permutation) on the device."""
+    assert batch.image is not None and batch.permutation is not None
+    tokens = batch.tokens
+    if tokens is None:
+        assert batch.teacher_image is not None
+        tokens = tokenizer(compute.to(batch.teacher_image)).flatten(1)
+    return normalize(compute.to(batch.image), model.vit.in_chans), compute.to(tokens), compute.to(batch.permutation)
+
+
+def step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class StopRequest:
+    """`asked` names the signal that asked the run to stop, '' while none has."""
+
+    asked = ""
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once."""
+    request = StopRequest()
+    old = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if request.asked:
+            raise KeyboardInterrupt
+        request.asked = signal.Signals(number).name
+        log.warning("%s: saving after this step (again to stop at once)", request.asked)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller handles signals
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _by(size: Any) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,42 @@
+"""AdamW and the cosine schedule of the recipe, by timm."""
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+PAPER_LR, PAPER_BATCH = 1.5e-3, 2048
+
+
+def automatic_lr(batch_size: int) -> float:
+    """The paper's 1.5e-3 at batch 2048, scaled by the square root of the batch.
+
+    Adam's step does not grow with the gradient, so its rule is the square root, not SGD's linear one (Malladi et al.,
+    arXiv 2205.10287); linear scaling would starve small batches.
+    """
+    return PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None) -> torch.optim.Optimizer:
+    """AdamW; no decay on biases, norms, positions and tokens."""
+    return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float, warmup_lr: float = 1e-6
+) -> CosineLRScheduler:
+    """Linear warm-up, then one cosine to `min_lr`. Call `step_update(step)` before each step: the rate depends on it alone."""
+    warmup_steps = min(warmup_steps, total_steps)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, total_steps - warmup_steps),
+        lr_min=min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    schedule.step_update(0)
+    return schedule

@@ -1,0 +1,105 @@
+"""A pre-training run's folder: resolved recipe, log, metrics, TensorBoard, checkpoints, backbone."""
+
+import json
+import logging
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+import mapet
+from mapet.compute import Compute
+from mapet.errors import MapetError
+from mapet.files import atomic, new_folder
+from mapet.recipe import Config, build, differences, read_recipe, to_yaml
+
+log = logging.getLogger("mapet")
+MAY_CHANGE = frozenset({"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"})
+"""Options that can't change what is learned, so they may differ on resuming."""
+
+
+class RunFolder:
+    """Creates or reopens the folder and writes to its logs; a context manager.
+
+        config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
+    """
+
+    def __init__(self, config: Any, compute: Compute) -> None:
+        self.path: Path = config.out
+        self.checkpoints = self.path / "checkpoints"
+        if config.resume:
+            _same_recipe(self.path, config)
+        else:
+            new_folder(self.path, resume_hint=", or go on with --resume")
+            with atomic(self.path / "config.yaml") as temporary:
+                temporary.write_text(f"# mapet pretrain {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8")
+        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+        self._log_file_only(f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}system: {system_information(compute)}")
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._log_file_only(f"stopped: {kind.__name__}: {error}")
+        log.removeHandler(self._handler)
+        self._handler.close()
+        self._metrics.close()
+        if self._board:
+            self._board.close()
+
+    def _log_file_only(self, text: str) -> None:
+        self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`: the run goes on from there."""
+        self._metrics.close()
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same in TensorBoard."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash
+
+
+def _same_recipe(path: Path, config: Config) -> None:
+    recipe = path / "config.yaml"
+    if not recipe.is_file():
+        raise MapetError(f"nothing to resume in {path}: it has no config.yaml. Leave out --resume to start")
+    old = build(type(config), read_recipe(recipe), recipe)
+    changed = differences(old, config, MAY_CHANGE)
+    if changed:
+        raise MapetError(
+            f"{path} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet pretrain {recipe} --resume; "
+            "to start from its weights with new options: --init-from, and a new --out"
+        )
+
+
+def system_information(compute: Compute) -> str:
+    versions = f"mapet {mapet.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    return f"{compute}; {versions}, Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads; {' '.join(sys.argv)}"

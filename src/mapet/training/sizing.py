@@ -1,0 +1,41 @@
+"""How many images fit: a coarse count of a training step's memory."""
+
+import os
+
+import torch
+
+from mapet.compute import Compute
+from mapet.model.objective import segment_lengths
+from mapet.model.pretrainer import Pretrainer
+
+
+def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
+    """Activations kept for the backward pass of one image, with plain attention.
+
+    About 34 numbers of width D a token and block (norms, qkv, attention output, MLP with GELU) and 3 of each attention
+    score; the logits in float32 twice.
+    """
+    vit = model.vit
+    rows = sum(segment_lengths(model.objective, vit.num_prefix_tokens, model.num_context, model.num_predicted).values())
+    heads = vit.blocks[0].attn.num_heads
+    size = 2 if compute.dtype == torch.bfloat16 else 4
+    per_block = 34 * rows * vit.embed_dim * size + 3 * heads * rows * rows * size
+    return len(vit.blocks) * per_block + 3 * 4 * model.num_predicted * model.head.out_features
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):
+        return 4 << 30
+
+
+def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute) -> int:
+    """The largest power of two up to the paper's 2048 that takes at most 60 % of free memory and leaves 20 steps an epoch."""
+    limit = 2048 if compute.device.type != "cpu" else 256  # more doesn't make a CPU faster
+    fits = int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute)
+    most = max(1, min(limit, fits, max(16, num_images // 20), num_images))
+    return 1 << (most.bit_length() - 1)
