@@ -104,6 +104,7 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
     summary, _, example = (inspect.getdoc(function) or "").partition("Example:")
     parser = _Parser(
         prog=f"mapet {name}",
+        usage=f"mapet {name} [recipe.yaml] [--option value ...]",
         description=summary.strip(),
         epilog=f"example:\n{example.rstrip()}".replace("\n\n", "\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

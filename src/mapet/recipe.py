@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
 from mapet.errors import MapetError, did_you_mean
 
@@ -24,6 +24,12 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 R = TypeVar("R")
+
+
+def section(config_type: type[Config], without: set[str]) -> type[Config]:
+    """The options of a stage, less those that a larger recipe sets for it, all optional."""
+    kept = {name: (field.annotation, field) for name, field in config_type.model_fields.items() if name not in without}
+    return create_model(f"{config_type.__name__}Section", __base__=Config, __doc__=config_type.__doc__, **kept)  # type: ignore[call-overload]
 
 
 def _as_pair(value: Any) -> Any:

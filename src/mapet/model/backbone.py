@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import timm
@@ -10,9 +10,11 @@ import torch
 from timm.models import save_for_hf
 from timm.models.vision_transformer import Attention, VisionTransformer
 
+from mapet.compute import Compute
 from mapet.errors import MapetError, did_you_mean
 from mapet.files import atomic
 
+M = TypeVar("M", bound=torch.nn.Module)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -83,11 +85,17 @@ def _check_size(image_size: tuple[int, int], patch: int | None) -> None:
         )
 
 
-def prefer_plain_attention(vit: VisionTransformer) -> None:
-    """Use matmul-softmax-matmul: on CPUs PyTorch's fused attention is up to 3x slower in bfloat16 for short sequences."""
-    for module in vit.modules():
-        if isinstance(module, Attention):
+def on_device(model: M, compute: Compute) -> M:
+    """Move a ViT, or a model that holds one, to where it runs, with the attention that is fastest there.
+
+    On CPUs PyTorch's fused attention is up to 3x slower in bfloat16, for the short sequences here, than plain
+    matmul-softmax-matmul.
+    """
+    plain = compute.device.type == "cpu" and compute.dtype == torch.bfloat16
+    for module in model.modules():
+        if plain and isinstance(module, Attention):
             module.fused_attn = False
+    return model.to(compute.device)
 
 
 def save_backbone(vit: VisionTransformer, folder: Path) -> None:

@@ -6,14 +6,26 @@ These files import nothing heavy until a stage runs, so that `mapet --help` answ
 from collections.abc import Callable
 from typing import Any
 
+from mapet.stages.check import check
+from mapet.stages.demo import demo
+from mapet.stages.export import export
+from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
+from mapet.stages.inspect import inspect
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
+from mapet.stages.run import run
 from mapet.stages.tokenize import tokenize
 
 STAGES: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "run": run,
+    "check": check,
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,
     "probe": probe,
+    "finetune": finetune,
+    "inspect": inspect,
+    "export": export,
 }

@@ -74,7 +74,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer
     from mapet.tokenizer.extract import sample_features
-    from mapet.tokenizer.kmeans import assign, kmeans
+    from mapet.tokenizer.kmeans import assign, automatic_vocab_size, kmeans
     from mapet.tokenizer.teacher import make_teacher
 
     new_folder(config.out)
@@ -110,8 +110,3 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     log.info("codebook: %s", health)
     log.info("saved %s", config.out)
     return tokenizer
-
-
-def automatic_vocab_size(num_patches: int) -> int:
-    """The largest power of two that leaves 64 patches for each word, from 2 to the paper's 8192."""
-    return min(8192, max(2, 1 << max(1, (num_patches // 64).bit_length() - 1))) if num_patches > 1 else 1

@@ -44,17 +44,14 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
     from mapet.evaluation.features import extract_features, train_and_test
     from mapet.files import write_json
-    from mapet.model.backbone import load_backbone, prefer_plain_attention
+    from mapet.model.backbone import load_backbone, on_device
 
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
     results = {}
     for name in ["untrained", "pretrained"] if config.untrained else ["pretrained"]:
         torch.manual_seed(config.seed)
-        vit = load_backbone(config.backbone, pretrained=name == "pretrained")
-        if compute.device.type == "cpu":
-            prefer_plain_attention(vit)
-        vit.to(compute.device)
+        vit = on_device(load_backbone(config.backbone, pretrained=name == "pretrained"), compute)
         fit, check = (extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers) for data in (train, test))
         results[name] = {"linear": linear_accuracy(*fit, *check), "knn": knn_accuracy(*fit, *check)}
         log.info("%-10s linear probe %.3f   k-NN %.3f", name, results[name]["linear"], results[name]["knn"])

@@ -75,3 +75,8 @@ def _update(points: Tensor, ids: Tensor, distances: Tensor, centroids: Tensor) -
     if len(empty):
         updated[empty] = points[distances.topk(len(empty)).indices]
     return updated
+
+
+def automatic_vocab_size(num_patches: int) -> int:
+    """The largest power of two that leaves 64 patches for each word, from 2 to the paper's 8192."""
+    return min(8192, max(2, 1 << max(1, (num_patches // 64).bit_length() - 1))) if num_patches > 1 else 1

@@ -21,10 +21,10 @@ from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
-from mapet.model.backbone import create_vit, load_backbone, num_parameters, prefer_plain_attention, save_backbone
-from mapet.model.objective import get_objective
+from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
+from mapet.training.build import build_model, by
 from mapet.training.checkpoint import load_checkpoint, save_checkpoint
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
@@ -41,9 +41,7 @@ def train(config: Any) -> Path:
     images = scan(config.images)
     tokenizer = load_tokenizer(config.tokenizer, with_teacher=config.tokens is None, allow=config.teacher).to(compute.device)
     store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
-    model = build_model(config, tokenizer).to(compute.device)
-    if compute.device.type == "cpu" and compute.dtype == torch.bfloat16:
-        prefer_plain_attention(model.vit)
+    model = on_device(build_model(config, tokenizer), compute)
 
     # ---- how long, how fast
     usable = np.setdiff1d(np.arange(len(images)), list(store.bad) if store else [])
@@ -65,7 +63,7 @@ def train(config: Any) -> Path:
             log.info("resumed at step %d of %d", state["step"], total_steps)
         log.info(
             "%s, %.1f M parameters, %s on %s images of %s px, %d of %d patches predicted from %d words, batch %d, lr %.2g, %d epochs, %s",
-            config.model, num_parameters(model.vit) / 1e6, config.objective, f"{len(usable):,}", _by(model.vit.patch_embed.img_size),
+            config.model, num_parameters(model.vit) / 1e6, config.objective, f"{len(usable):,}", by(model.vit.patch_embed.img_size),
             model.num_predicted, model.num_patches, tokenizer.vocab_size, batch_size, lr, config.epochs, compute,
         )  # fmt: skip
         dataset = training_views(config, images, tokenizer, store, model)
@@ -118,29 +116,6 @@ def train(config: Any) -> Path:
             save_backbone(model.vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
-
-
-def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
-    """The ViT and its token head, with the weights that `seed` or `init_from` give."""
-    size = config.image_size or tokenizer.student_size
-    patch = config.patch_size or tokenizer.description["teacher"]["patch_size"]
-    torch.manual_seed(config.seed)
-    args = {"init_values": config.layer_scale} if config.layer_scale else {}
-    vit = create_vit(config.model, size, patch, tokenizer.description["teacher"]["channels"], args | config.model_args, config.drop_path)
-    if tuple(vit.patch_embed.grid_size) != tokenizer.grid:
-        raise MapetError(
-            f"the ViT has {_by(vit.patch_embed.grid_size)} patches ({_by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
-            f"{_by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
-        )
-    num_context = round(vit.patch_embed.num_patches / 4) if config.num_context is None else config.num_context
-    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context)
-    if config.init_from:
-        weights = load_backbone(config.init_from).state_dict()
-        try:
-            vit.load_state_dict(weights)
-        except RuntimeError as error:
-            raise MapetError(f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}") from None
-    return model
 
 
 def training_views(config: Any, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer) -> ViewDataset:
@@ -202,7 +177,3 @@ def stop_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _by(size: Any) -> str:
-    return f"{size[0]} x {size[1]}"

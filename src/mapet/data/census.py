@@ -1,0 +1,79 @@
+"""What a list of images holds: sizes, modes, classes, and what can't be read."""
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mapet.data.decode import BadImage, read_image
+from mapet.data.image_list import ImageList
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Census:
+    """Figures of a list of images.
+
+    Attributes:
+        sizes: (n, 2) height and width of the readable ones, upright.
+        modes: how many of each mode, e.g. 'JPEG RGB'.
+        bad: id -> reason.
+    """
+
+    images: ImageList
+    sizes: np.ndarray
+    modes: Counter[str]
+    bad: dict[str, str]
+
+    def lines(self) -> Iterator[str]:
+        """The report."""
+        total = int(self.images.file_sizes.clip(min=0).sum())
+        yield f"{len(self.images):,} images in {self.images.root}, {total / 1e6:,.1f} MB; {self.images.ignored} other files ignored"
+        classes = self.images.classes()
+        if classes:
+            counts = np.bincount(classes[1])
+            yield f"labels: {len(classes[0])} class folders, {counts.min()} to {counts.max()} images each ({', '.join(classes[0][:SHOWN])}{', ...' if len(classes[0]) > SHOWN else ''})"
+        else:
+            yield "labels: none (images are not all in class folders)"
+        if len(self.sizes):
+            low, middle, high = (np.percentile(self.sizes, q, axis=0).astype(int) for q in (0, 50, 100))
+            yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"
+        yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
+        if any("I;16" in mode or mode.endswith(" I") for mode in self.modes):
+            yield "note: of 16-bit images the upper 8 bits are used; stretch images with a narrower range (say 12 bits) first"
+        yield f"unreadable: {len(self.bad):,}"
+        for name, reason in list(self.bad.items())[:SHOWN]:
+            yield f"  {name!r}: {reason}"
+        if len(self.bad) > SHOWN:
+            yield f"  ... and {len(self.bad) - SHOWN} more; --out FILE lists them all"
+
+
+def take_census(images: ImageList, channels: int, threads: int) -> Census:
+    """Decode every image."""
+    sizes, modes, bad = [], Counter[str](), {}
+    with ThreadPoolExecutor(threads) as pool:
+        facts = pool.map(lambda i: _facts(images[i], channels), range(len(images)))
+        for index, fact in enumerate(tqdm(facts, total=len(images), desc="check", unit="img", disable=None)):
+            if isinstance(fact, str):
+                bad[images.id(index)] = fact
+            else:
+                sizes.append(fact[0])
+                modes[fact[1]] += 1
+    return Census(images, np.array(sizes, dtype=np.int64).reshape(-1, 2), modes, bad)
+
+
+def _facts(path: Path, channels: int) -> tuple[tuple[int, int], str] | str:
+    try:
+        image = read_image(path, channels)
+    except BadImage as error:
+        return str(error)
+    if path.suffix.lower() == ".npy":
+        return (image.shape[1], image.shape[2]), "NPY"
+    with Image.open(path) as header:
+        return (image.shape[1], image.shape[2]), f"{header.format} {header.mode}{' animated' if getattr(header, 'is_animated', False) else ''}"

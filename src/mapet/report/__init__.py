@@ -1,0 +1,1 @@
+"""Pictures of what a tokenizer and a backbone have learned."""

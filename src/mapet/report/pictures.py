@@ -1,0 +1,177 @@
+"""One function a picture: tensors in, a matplotlib figure out."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+HIDDEN = 0.88
+"""Grey of a patch that is not shown."""
+
+
+def to_picture(image: UInt8[Tensor, "C H W"]) -> Float[np.ndarray, "H W 3"]:
+    """Something matplotlib can show: the first three channels, or grey."""
+    channels = image if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    return channels[:3].permute(1, 2, 0).float().numpy() / 255
+
+
+def patchify(images: UInt8[Tensor, "B C H W"], grid: tuple[int, int]) -> UInt8[Tensor, "B N C h w"]:
+    """Patches in row-major order."""
+    batch, channels, height, width = images.shape
+    h, w = height // grid[0], width // grid[1]
+    patches = images.view(batch, channels, grid[0], h, grid[1], w)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels, h, w)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N, C, h, w) -> (C, H, W)."""
+    _, channels, h, w = patches.shape
+    return patches.view(*grid, channels, h, w).permute(2, 0, 3, 1, 4).reshape(channels, grid[0] * h, grid[1] * w)
+
+
+def code_colors(vocab_size: int) -> Float[np.ndarray, "V 3"]:
+    """A fixed colour for each code."""
+    return np.random.default_rng(7).uniform(0.05, 1.0, (vocab_size, 3))
+
+
+def token_maps(images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], grid: tuple[int, int], vocab_size: int) -> Figure:
+    """Each image beside its token map: one colour a visual word."""
+    colors = code_colors(vocab_size)
+    figure, axes = _panels(2, len(images))
+    for column, (image, ids) in enumerate(zip(images, tokens, strict=True)):
+        _show(axes[0][column], to_picture(image))
+        _show(axes[1][column], colors[ids.view(grid).numpy()])
+    axes[0][0].set_ylabel("image")
+    axes[1][0].set_ylabel("tokens")
+    figure.suptitle("Images and their visual words (one colour a word)")
+    return figure
+
+
+def code_montage(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int, rows: int = 12, columns: int = 12) -> Figure:
+    """Patches that share a code, for codes spread over the range of frequency."""
+    counts = torch.bincount(tokens, minlength=vocab_size)
+    used = counts.argsort(descending=True)[: int((counts > 0).sum())]
+    chosen = used[torch.linspace(0, len(used) - 1, min(rows, len(used))).round().long()]
+    figure, axes = _panels(len(chosen), columns, size=0.7)
+    for row, code in enumerate(chosen):
+        members = (tokens == code).nonzero().flatten()[:columns]
+        for column in range(columns):
+            if column < len(members):
+                _show(axes[row][column], to_picture(patches[members[column]]))
+            else:
+                axes[row][column].axis("off")
+        axes[row][0].set_ylabel(f"{int(code)}\n{counts[code] / len(tokens):.1%}", rotation=0, ha="right", va="center", fontsize=7)
+    figure.suptitle("Patches that share a visual word (number and share of patches)")
+    return figure
+
+
+def visibility_table(table: Bool[Tensor, "R R"], lengths: dict[str, int], name: str) -> Figure:
+    """Who sees whom: rows attend to the dark columns."""
+    figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
+    axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
+    edges = np.cumsum([0, *lengths.values()])
+    centres = (edges[1:] + edges[:-1]) / 2 - 0.5
+    for edge in edges[1:-1]:
+        axis.axhline(edge - 0.5, color="black", linewidth=0.8)
+        axis.axvline(edge - 0.5, color="black", linewidth=0.8)
+    labels = [f"{segment}\n({length})" for segment, length in lengths.items()]
+    axis.set_xticks(centres, labels)
+    axis.set_yticks(centres, labels)
+    axis.set_xlabel("is seen")
+    axis.set_ylabel("sees")
+    axis.set_title(f"Visibility table of '{name}' (the query columns are never seen)")
+    return figure
+
+
+def predictions(
+    images: UInt8[Tensor, "B C H W"],
+    tokens: Int[Tensor, "B N"],
+    permutation: Int[Tensor, "B N"],
+    logits: Float[Tensor, "B p V"],
+    prototypes: Float[Tensor, "V C h w"],
+    grid: tuple[int, int],
+) -> Figure:
+    """What the model predicts for hidden patches in a given order.
+
+    Words are drawn as their mean patch. Rows: the image; the context patches alone; the order of prediction; the true
+    words; the likeliest words; the probability of the true word.
+    """
+    hidden = permutation.shape[1] - logits.shape[1]
+    chance = logits.float().softmax(-1)
+    names = ["image", "context", "order", "true words", "predicted", "p(true)"]
+    figure, axes = _panels(len(names), len(images))
+    for b in range(len(images)):
+        order = permutation[b, hidden:]
+        words = prototypes[tokens[b]]
+        context = torch.full_like(words, HIDDEN * 255)
+        context[permutation[b, :hidden]] = patchify(images[b : b + 1], grid)[0][permutation[b, :hidden]].float()
+        guessed = context.clone()
+        guessed[order] = prototypes[logits[b].argmax(-1)]
+        rank = torch.full((permutation.shape[1],), float("nan"))
+        rank[order] = torch.arange(len(order)).float()
+        probability = torch.full((permutation.shape[1],), float("nan"))
+        probability[order] = chance[b].gather(1, tokens[b, order][:, None]).flatten()
+        _show(axes[0][b], to_picture(images[b]))
+        for row, patches in ((1, context), (3, words), (4, guessed)):
+            _show(axes[row][b], to_picture(unpatchify(patches.round().to(torch.uint8), grid)))
+        axes[2][b].imshow(rank.view(grid), cmap="viridis")
+        axes[5][b].imshow(probability.view(grid), cmap="magma", vmin=0, vmax=1)
+    for row, name in enumerate(names):
+        axes[row][0].set_ylabel(name)
+    figure.suptitle("Hidden patches, predicted in the order shown (dark first); words drawn as their mean patch")
+    return figure
+
+
+def cls_attention(images: UInt8[Tensor, "B C H W"], attention: Float[Tensor, "B heads N"], grid: tuple[int, int]) -> Figure:
+    """Where the class token looks in the last block: mean over heads, then each head."""
+    heads = min(attention.shape[1], 6)
+    figure, axes = _panels(2 + heads, len(images))
+    for b, image in enumerate(images):
+        _show(axes[0][b], to_picture(image))
+        for row, values in enumerate([attention[b].mean(0), *attention[b, :heads]], 1):
+            axes[row][b].imshow(values.view(grid).numpy(), cmap="inferno")
+    for row, name in enumerate(["image", "mean", *(f"head {h}" for h in range(heads))]):
+        axes[row][0].set_ylabel(name)
+    figure.suptitle("Attention of the class token to the patches, last block")
+    return figure
+
+
+def mean_patches(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int) -> Float[Tensor, "V C h w"]:
+    """The mean patch of each code; grey for a code without patches."""
+    flat = patches.flatten(1).float()
+    one_hot_sums = torch.zeros(vocab_size, flat.shape[1]).index_add_(0, tokens, flat)
+    counts = torch.bincount(tokens, minlength=vocab_size)[:, None]
+    means = torch.where(counts > 0, one_hot_sums / counts.clamp_min(1), torch.tensor(HIDDEN * 255))
+    return means.view(vocab_size, *patches.shape[1:])
+
+
+def attention_of_cls(vit: torch.nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
+    """Attention weights of the class token to the patches in the last block."""
+    found: list[Tensor] = []
+    block = vit.blocks[-1]
+    hook = block.attn.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
+    try:
+        vit.forward_features(images)
+    finally:
+        hook.remove()
+    attention, x = block.attn, found[0]
+    q, k, _ = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    scores = (attention.q_norm(q)[:, :, :1] * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
+    return F.softmax(scores, dim=-1)[:, :, 0, vit.num_prefix_tokens :]
+
+
+def _panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
+
+
+def _show(axis: plt.Axes, picture: np.ndarray) -> None:
+    axis.imshow(picture, interpolation="nearest")

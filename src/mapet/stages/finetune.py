@@ -1,0 +1,85 @@
+"""Stage: train the whole ViT on labels."""
+
+import logging
+from pathlib import Path
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mapet.recipe import stage
+from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.tokenize import Views
+
+log = logging.getLogger("mapet")
+
+
+class FinetuneConfig(Views, BadImages, Device):
+    """Options of `finetune`."""
+
+    backbone: Path
+    """A run, its backbone folder, or an export."""
+    images: Path
+    """Labelled images, CLASS/image.jpg, to train on."""
+    test_images: Path | None = None
+    """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
+    out: Path | None = None
+    """New folder for the fine-tuned model and its accuracy."""
+    scratch: bool = False
+    """Start the same architecture from random weights, for comparison."""
+    labels_per_class: PositiveInt | None = None
+    """Use only so many labelled images of each class, drawn by `seed`."""
+    label_share: float = Field(1.0, gt=0, le=1)
+    """Use only this share of each class's labelled images, drawn by `seed`."""
+    epochs: PositiveInt = 100
+    """Passes over the training images."""
+    batch_size: PositiveInt | None = None
+    """Images a step; automatic: a tenth of the images, from 8 to 512 (128 on a CPU)."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512)."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Learning-rate factor from each block to the one before (the paper: 0.65 for ViT-S and ViT-B)."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target spread over all classes."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    seed: NonNegativeInt = 0
+    """Seed of the head, order, views and of which labels are used."""
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    workers: NonNegativeInt | None = None
+    """Processes that read images; automatic: one a core, less one, at most 8."""
+
+    @property
+    def num_workers(self) -> int:
+        return automatic_workers() if self.workers is None else self.workers
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "FinetuneConfig":
+        if self.labels_per_class is not None and self.label_share < 1:
+            raise ValueError("give labels_per_class or label_share, not both")
+        return self
+
+
+@stage
+def finetune(config: FinetuneConfig) -> float:
+    """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
+
+    Example:
+      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --scratch
+    """
+    from mapet.files import new_folder, write_json
+    from mapet.model.backbone import save_backbone
+    from mapet.training.finetune import finetune_vit
+
+    if config.out:
+        new_folder(config.out)
+    vit, score, train = finetune_vit(config)
+    log.info("accuracy %.3f, trained on %d images of %d classes", score, len(train.labels), len(train.classes))
+    if config.out:
+        save_backbone(vit.cpu(), config.out / "model")
+        write_json(config.out / "result.json", {"accuracy": score, "train_images": len(train.labels), "classes": train.classes})
+    return score

@@ -1,0 +1,100 @@
+"""Stage: all of it, in order, with defaults."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeInt
+
+from mapet.recipe import Config, build, section, stage
+from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
+from mapet.stages.inspect import InspectConfig, inspect
+from mapet.stages.pretrain import PretrainConfig, pretrain
+from mapet.stages.probe import ProbeConfig, probe
+from mapet.stages.tokenize import TokenizeConfig, tokenize
+
+log = logging.getLogger("mapet")
+SET_HERE = {"images", "out", "tokenizer", "tokens", "run", "backbone", "test_images", "resume", "device", "seed"}
+
+
+class RunConfig(Config):
+    """Options of `run`: where from and where to, and a section of options for each stage."""
+
+    images: Path
+    """Folder of images, or text file of paths."""
+    out: Path
+    """New folder for everything: tokenizer, tokens, pre-training run, backbone, figures, pictures."""
+    test_images: Path | None = None
+    """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    seed: NonNegativeInt = 0
+    """Seed of everything."""
+    resume: bool = False
+    """Go on with a run that was interrupted: finished stages are kept."""
+    fit_tokenizer: section(FitTokenizerConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+    tokenize: section(TokenizeConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+    pretrain: section(PretrainConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+    probe: section(ProbeConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+    inspect: section(InspectConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+
+
+@stage
+def run(config: RunConfig) -> Path:
+    """Tokenizer, tokens, pre-training, probe (if there are labels) and pictures of a folder of images; returns the backbone's folder.
+
+    Example:
+      mapet run --images PHOTOS --out runs/photos
+      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
+      mapet run runs/photos/recipe.yaml --resume
+    """
+    from mapet.data.image_list import scan
+    from mapet.data.token_store import MANIFEST
+    from mapet.errors import MapetError
+    from mapet.files import atomic, new_folder
+    from mapet.recipe import differences, read_recipe, to_yaml
+    from mapet.tokenizer.codebook import DESCRIPTION
+
+    recipe = config.out / "recipe.yaml"
+    if config.resume and recipe.exists():
+        changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
+        if changed:
+            raise MapetError(f"{config.out} was started with another recipe ({'; '.join(changed)}): use the same, or a new --out")
+    else:
+        new_folder(config.out, resume_hint=", or go on with --resume")
+        images = scan(config.images)  # fail before anything is written
+        log.info("%d images in %s", len(images), config.images)
+        with atomic(recipe) as temporary:
+            temporary.write_text(f"# mapet run {recipe}\n{to_yaml(config)}", encoding="utf-8")
+
+    def options(stage_config: type[Config], **given: Any) -> Any:
+        name = stage_config.__name__.removesuffix("Config")
+        name = {"FitTokenizer": "fit_tokenizer"}.get(name, name.lower())
+        shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
+        wanted = {key: value for key, value in shared.items() if key in stage_config.model_fields}
+        return build(stage_config, getattr(config, name).model_dump(exclude_unset=True) | wanted)
+
+    out = {name: config.out / name for name in ("tokenizer", "tokens", "pretrain", "pictures", "probe.json")}
+    fitting = options(FitTokenizerConfig, out=out["tokenizer"])
+    own_code = fitting.teacher if ":" in fitting.teacher else None
+    if not (out["tokenizer"] / DESCRIPTION).exists():
+        log.info("--- fit-tokenizer")
+        fit_tokenizer(fitting)
+    begun = (out["tokens"] / MANIFEST).exists()
+    log.info("--- tokenize")
+    tokenize(options(TokenizeConfig, out=out["tokens"], tokenizer=out["tokenizer"], teacher=own_code, resume=begun))
+    backbone = out["pretrain"] / "backbone"
+    if not backbone.exists():
+        log.info("--- pretrain")
+        begun = any((out["pretrain"] / "checkpoints").glob("step-*"))
+        if not begun and out["pretrain"].exists():
+            out["pretrain"].rename(out["pretrain"].with_name(f"pretrain-abandoned-{len(list(config.out.glob('pretrain*')))}"))
+        pretrain(options(PretrainConfig, out=out["pretrain"], tokenizer=out["tokenizer"], tokens=out["tokens"], resume=begun))
+    if not out["probe.json"].exists() and (config.test_images or scan(config.images).classes()):
+        log.info("--- probe")
+        probe(options(ProbeConfig, backbone=backbone, test_images=config.test_images, out=out["probe.json"]))
+    if not out["pictures"].exists():
+        log.info("--- inspect")
+        inspect(options(InspectConfig, run=out["pretrain"], out=out["pictures"], teacher=own_code))
+    log.info("done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)", backbone, str(config.out), backbone)
+    return backbone

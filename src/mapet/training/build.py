@@ -1,0 +1,66 @@
+"""From a config, or a run folder, to the model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mapet.errors import MapetError
+from mapet.model.backbone import create_vit, load_backbone
+from mapet.model.objective import get_objective
+from mapet.model.pretrainer import Pretrainer
+from mapet.recipe import Config, build, read_recipe
+from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
+from mapet.training.checkpoint import load_checkpoint
+
+
+class Run(NamedTuple):
+    """What a pre-training run folder holds; `model` has its newest weights."""
+
+    config: Any
+    tokenizer: Tokenizer
+    model: Pretrainer
+
+
+def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False, allow: str | None = None) -> Run:
+    """Read a run folder of `pretrain`, or of `run`.
+
+    Raises:
+        MapetError: it isn't one, or it has no usable checkpoint.
+    """
+    folder = folder / "pretrain" if (folder / "pretrain" / "config.yaml").is_file() else folder
+    if not (folder / "config.yaml").is_file():
+        raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml")
+    config: Any = build(config_type, read_recipe(folder / "config.yaml"), folder / "config.yaml")
+    tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
+    model = build_model(config, tokenizer)
+    load_checkpoint(folder / "checkpoints", model)
+    return Run(config, tokenizer, model.eval())
+
+
+def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
+    """The ViT and its token head, with the weights that `seed` or `init_from` give."""
+    size = config.image_size or tokenizer.student_size
+    patch = config.patch_size or tokenizer.description["teacher"]["patch_size"]
+    torch.manual_seed(config.seed)
+    args = {"init_values": config.layer_scale} if config.layer_scale else {}
+    vit = create_vit(config.model, size, patch, tokenizer.description["teacher"]["channels"], args | config.model_args, config.drop_path)
+    if tuple(vit.patch_embed.grid_size) != tokenizer.grid:
+        raise MapetError(
+            f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
+            f"{by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
+        )
+    num_context = round(vit.patch_embed.num_patches / 4) if config.num_context is None else config.num_context
+    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context)
+    if config.init_from:
+        weights = load_backbone(config.init_from).state_dict()
+        try:
+            vit.load_state_dict(weights)
+        except RuntimeError as error:
+            raise MapetError(f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}") from None
+    return model
+
+
+def by(size: Any) -> str:
+    """'224 x 224'."""
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,83 @@
+"""What the stages will cost on this machine: one batch through teacher and student."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from mapet.compute import Compute
+from mapet.data.dataset import ViewDataset, collate
+from mapet.data.image_list import ImageList
+from mapet.data.views import ViewSpec
+from mapet.errors import MapetError
+from mapet.evaluation.features import normalize
+from mapet.model.backbone import create_vit, num_parameters, on_device
+from mapet.model.objective import MAPET
+from mapet.model.pretrainer import Pretrainer
+from mapet.tokenizer.kmeans import automatic_vocab_size
+from mapet.tokenizer.teacher import make_teacher
+from mapet.training.sizing import automatic_batch_size, bytes_per_image
+
+TRIED = 16
+
+
+def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]:
+    """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
+    compute = Compute.choose(config.device, config.precision)
+    vit = create_vit(config.model, config.image_size, config.patch_size, config.channels, config.model_args)
+    num_patches = vit.patch_embed.num_patches
+    vocab_size = config.vocab_size or automatic_vocab_size(len(usable) * num_patches)
+    teacher = make_teacher(
+        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_size
+    ).to(compute.device)
+    model = on_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
+
+    dataset = ViewDataset(images, ViewSpec(image_size=config.image_size), config.channels, config.image_size, teacher.image_size, num_patches=num_patches)
+    started = time.monotonic()
+    batch = collate([dataset[0, index] for index in (usable * TRIED)[:TRIED]])
+    read = (time.monotonic() - started) / TRIED
+    if batch.image is None or batch.teacher_image is None or batch.permutation is None:
+        raise MapetError("the images of the dry run could not be read a second time: are they changing?")
+    tokens = torch.zeros(len(batch.index), num_patches, dtype=torch.int64, device=compute.device)
+    inputs = normalize(compute.to(batch.image), config.channels), tokens, compute.to(batch.permutation)
+
+    def step() -> None:
+        with compute.autocast():
+            loss = model(*inputs).loss
+        loss.backward()
+
+    teaching = _seconds(lambda: teacher(compute.to(batch.teacher_image)), compute) / TRIED
+    training = _seconds(step, compute) / TRIED
+    batch_size = automatic_batch_size(model, len(usable), compute)
+    memory = batch_size * bytes_per_image(model, compute) + 16 * num_parameters(model)
+    points = min(512 * vocab_size, len(usable) * num_patches)
+    with torch.inference_mode():
+        features = teacher(compute.to(batch.teacher_image[:1])).shape[1]
+    yield f"dry run on {compute}: {config.model}, {num_parameters(vit) / 1e6:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
+    yield f"  reading    {1 / read:,.0f} images/s a process"
+    yield f"  fit-tokenizer  about {_span(min(len(usable), points / num_patches) * max(teaching, read))} for features, {points * features * 4 / 1e9:.2f} GB of memory"
+    yield f"  tokenize   {1 / teaching:,.0f} images/s, about {_span(len(usable) * max(teaching, read))}, {len(usable) * num_patches * 2 / 1e6:,.1f} MB on disk"
+    yield (
+        f"  pretrain   {1 / training:,.0f} images/s, about {_span(len(usable) * max(training, read))} an epoch, {_span(config.epochs * len(usable) * max(training, read))} for "
+        f"{config.epochs} epochs; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
+    )
+
+
+def _seconds(work: Callable[[], Any], compute: Compute) -> float:
+    """Time of the second call."""
+    for _ in range(2):
+        started = time.monotonic()
+        work()
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+def _span(seconds: float) -> str:
+    """'12 s', '3 min', '5.0 h', '2.1 days'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,78 @@
+"""Supervised fine-tuning in its plain form: mean pooling over the pre-trained norm, a linear head, AdamW, cosine."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from tqdm import tqdm
+
+from mapet.compute import Compute
+from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
+from mapet.data.views import ViewSpec
+from mapet.evaluation.features import LabelledSet, normalize, train_and_test
+from mapet.model.backbone import load_backbone, on_device
+from mapet.training.optim import make_optimizer, make_schedule
+
+log = logging.getLogger("mapet")
+PAPER_LR, PAPER_BATCH = 5e-4, 512
+
+
+def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
+    """Train on the labels that `FinetuneConfig` grants; returns the model, its test accuracy and the training set."""
+    compute = Compute.choose(config.device, config.precision)
+    train, test = train_and_test(config.images, config.test_images)
+    train = train.few(config.labels_per_class, config.label_share, config.seed)
+    torch.manual_seed(config.seed)
+    # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
+    options = {"num_classes": len(train.classes), "global_pool": "avg", "fc_norm": False, "drop_path_rate": config.drop_path}
+    vit = on_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
+
+    batch_size = config.batch_size or max(8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10))
+    sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
+    lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+    optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
+    schedule = make_schedule(optimizer, len(sampler), len(sampler) // 10, min_lr=1e-6)
+    height, width = vit.patch_embed.img_size
+    spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    dataset = ViewDataset(train.images, spec, vit.in_chans, image_size=(height, width), jitter=config.color_jitter, seed=config.seed)
+    quarantine = Quarantine(train.images, config.max_bad)
+    labels = torch.from_numpy(train.labels)
+    log.info("fine-tuning %s on %d images, %d classes, batch %d, lr %.2g", "from scratch" if config.scratch else config.backbone, len(labels), len(train.classes), batch_size, lr)
+
+    vit.train()
+    loader = make_loader(dataset, sampler, config.num_workers)
+    with tqdm(total=len(sampler), desc="fine-tune", unit="step", disable=None, smoothing=0.05) as bar:
+        for step, batch in enumerate(loader):
+            quarantine.add(batch.bad)
+            if batch.image is not None:
+                schedule.step_update(step)
+                with compute.autocast():
+                    logits = vit(normalize(compute.to(batch.image), vit.in_chans))
+                loss = F.cross_entropy(logits.float(), compute.to(labels[batch.index]), label_smoothing=config.label_smoothing)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            bar.update()
+    return vit, accuracy(vit, test, compute, config.num_workers), train
+
+
+@torch.inference_mode()
+def accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> float:
+    """Top-1 on the centred views."""
+    vit.eval()
+    height, width = vit.patch_embed.img_size
+    dataset = ViewDataset(data.images, ViewSpec(image_size=(height, width)), vit.in_chans, image_size=(height, width))
+    quarantine = Quarantine(data.images, max_bad=0.5)
+    labels = torch.from_numpy(data.labels)
+    correct = seen = 0
+    for batch in make_loader(dataset, in_order(len(labels), 256), workers):
+        quarantine.add(batch.bad)
+        if batch.image is not None:
+            with compute.autocast():
+                logits = vit(normalize(compute.to(batch.image), vit.in_chans))
+            correct += int((logits.argmax(1).cpu() == labels[batch.index]).sum())
+            seen += len(batch.index)
+    return correct / seen
