@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mapet.errors import MapetError
 
 
@@ -55,6 +57,23 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming_the_cause(path: Path) -> Iterator[None]:
+    """safetensors wraps the system's error (disk full, ...) in one of its own: give it the file's name."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise MapetError(f"cannot write {path}: {error}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Write a safetensors file in place; call it inside `atomic`."""
+    from safetensors.torch import save_file
+
+    with naming_the_cause(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def write_json(path: Path, value: Any) -> None:

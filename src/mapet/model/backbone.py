@@ -12,8 +12,9 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 
 from mapet.compute import Compute
 from mapet.errors import MapetError, did_you_mean
-from mapet.files import atomic
+from mapet.files import atomic, naming_the_cause
 
+PLAIN = "choose one of timm's vit_* or deit_* models"
 M = TypeVar("M", bound=torch.nn.Module)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -61,9 +62,9 @@ def create_vit(
     try:
         vit = timm.create_model(model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise MapetError(f"timm cannot make '{model}' with {extra or 'these options'}: {error}") from None
+        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}; {PLAIN}") from None
     if not isinstance(vit, VisionTransformer):
-        raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; choose one of timm's vit_* or deit_* models")
+        raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     if not all("attn_mask" in inspect.signature(block.forward).parameters for block in vit.blocks):
         raise MapetError(f"the blocks of '{model}' take no attention mask; choose another ViT")
     return vit
@@ -106,7 +107,7 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
     mean, std = pixel_stats(vit.in_chans)
     size = vit.patch_embed.img_size
     data = {"input_size": (vit.in_chans, *size), "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
-    with atomic(folder) as temporary:
+    with atomic(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_json, write_json
+from mapet.files import atomic, canonical_hash, read_json, write_json, write_tensors
 from mapet.tokenizer.kmeans import assign
 from mapet.tokenizer.teacher import Teacher, is_own_code, make_teacher
 
@@ -134,7 +134,7 @@ def describe(teacher: Teacher, centroids: Tensor, health: Health, fitting: dict[
 def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
     """Write `codebook.safetensors` (centroids, usage) and `tokenizer.json` into an existing folder."""
     with atomic(folder / CENTROIDS) as temporary:
-        save_file({"centroids": tokenizer.centroids.cpu().contiguous(), "usage": usage.cpu().contiguous()}, temporary)
+        write_tensors(temporary, {"centroids": tokenizer.centroids, "usage": usage})
     write_json(folder / DESCRIPTION, tokenizer.description)
 
 

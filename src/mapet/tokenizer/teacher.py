@@ -128,7 +128,8 @@ class _TimmFeatures(nn.Module):
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None
             own = tuple(config.input_size[1:]) if config else None
             resized = {"img_size": size} if size and size != own and _takes_image_size(name) else {}
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, num_classes=0, **resized)
+            # With the classifier it comes with: without one timm loads loosely, and a wrong file would pass unnoticed.
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **resized)
         except MapetError:
             raise
         except Exception as error:  # hub, network, file and shape errors of many kinds

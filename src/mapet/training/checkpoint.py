@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic
+from mapet.files import atomic, write_tensors
 
 log = logging.getLogger("mapet")
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -30,8 +30,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
         return target
     with atomic(target) as temporary:
         temporary.mkdir()
-        save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, temporary / FILES[0])
-        save_file(_flatten(optimizer), temporary / FILES[1])
+        write_tensors(temporary / FILES[0], model.state_dict())
+        write_tensors(temporary / FILES[1], _flatten(optimizer))
         digests = {name: _digest(temporary / name) for name in FILES}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}, indent=2))
     for old in checkpoints(folder)[keep:]:
@@ -72,7 +72,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value).cpu().contiguous() for i, values in state.items() for name, value in values.items()}
+    return {f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
 
 
 def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

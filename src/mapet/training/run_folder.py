@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class RunFolder:
         self._board: Any = None
 
     def __enter__(self) -> "RunFolder":
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -55,6 +57,11 @@ class RunFolder:
         self._metrics.close()
         if self._board:
             self._board.close()
+        threading.excepthook = self._hook
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes from a thread of its own; that it can't is no reason to stop, nor for a traceback.
+        log.warning("TensorBoard's files are not complete: %s", failure.exc_value)
 
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))

@@ -1,0 +1,210 @@
+"""Odd and broken image files: read correctly, or refused with a reason."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mapet
+from mapet.data.decode import BadImage, read_image
+from mapet.data.image_list import scan
+from mapet.errors import MapetError
+
+
+@pytest.fixture
+def photo(photos) -> Image.Image:
+    return Image.fromarray(photos[0][100:160, 200:280])  # 80 x 60
+
+
+def reason(path: Path, channels: int = 3) -> str:
+    with pytest.raises(BadImage) as caught:
+        read_image(path, channels)
+    return str(caught.value)
+
+
+def test_truncated_corrupt_and_empty(photo, tmp_path):
+    photo.save(tmp_path / "good.jpg")
+    data = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "noise.png").write_bytes(os.urandom(500))
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    assert "truncated" in reason(tmp_path / "cut.jpg")
+    assert reason(tmp_path / "noise.png") == "not an image Pillow knows"
+    assert reason(tmp_path / "empty.jpg") == "zero bytes"
+    assert "No such file" in reason(tmp_path / "absent.jpg")
+
+
+def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
+    rng = np.random.default_rng(0)
+    for format in ("jpg", "png", "gif", "webp", "tif", "bmp"):
+        photo.save(tmp_path / f"x.{format}")
+        data = np.frombuffer((tmp_path / f"x.{format}").read_bytes(), np.uint8)
+        for _ in range(40):
+            mutated = data.copy()
+            mutated[rng.integers(len(data), size=8)] = rng.integers(256, size=8)
+            (tmp_path / f"y.{format}").write_bytes(mutated.tobytes())
+            try:
+                assert read_image(tmp_path / f"y.{format}").shape[0] == 3
+            except BadImage:
+                pass
+
+
+def test_animated_gif_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_sixteen_bit_png_keeps_the_upper_bits(tmp_path):
+    values = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 1).flatten().tolist() == [0, 0, 1, 255]
+    assert read_image(tmp_path / "a.png", 3).shape == (3, 1, 4)
+
+
+def test_cmyk_palette_alpha_grey_and_bilevel(photo, tmp_path):
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
+    difference = read_image(tmp_path / "cmyk.jpg").float() - torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)
+    assert difference.abs().mean() < 6
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((1, 1), (0, 0, 255, 255))
+    rgba.convert("P").save(tmp_path / "flat.png")
+    rgba.quantize(4).save(tmp_path / "palette.png")
+    image = read_image(tmp_path / "palette.png")
+    assert image[:, 0, 0].tolist() == [255, 255, 255]  # transparent shows white
+    assert image[:, 1, 1].tolist() == [0, 0, 255]
+    for mode in ("L", "1", "LA", "RGBA", "P"):
+        photo.convert(mode).save(tmp_path / f"{mode}.png")
+        assert read_image(tmp_path / f"{mode}.png").shape == (3, 60, 80)
+        assert read_image(tmp_path / f"{mode}.png", 1).shape == (1, 60, 80)
+
+
+def test_exif_rotation_is_applied(photo, tmp_path):
+    exif = photo.getexif()
+    exif[0x0112] = 6  # the camera lay on its side
+    photo.save(tmp_path / "a.png", exif=exif)
+    expected = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(read_image(tmp_path / "a.png"), torch.from_numpy(expected.copy()).permute(2, 0, 1))
+
+
+def test_enormous_dimensions_are_refused_before_decoding(tmp_path):
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "bomb.png").write_bytes(png + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    assert "10000000000 pixels" in reason(tmp_path / "bomb.png") or "100000 x 100000" in reason(tmp_path / "bomb.png")
+
+
+def test_float_and_32_bit_images_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "i.tif")
+    assert "floating-point" in reason(tmp_path / "f.tif")
+    assert "32-bit" in reason(tmp_path / "i.tif")
+
+
+def test_arrays_of_many_channels(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(4 * 5 * 7, dtype=np.uint8).reshape(4, 5, 7))
+    np.save(tmp_path / "b.npy", np.full((4, 5, 7), 513, dtype=np.uint16))
+    np.save(tmp_path / "c.npy", np.ones((4, 5, 7)))
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    assert read_image(tmp_path / "a.npy", 7).shape == (7, 4, 5)
+    assert read_image(tmp_path / "b.npy", 7).unique().tolist() == [2]
+    assert "wanted (H, W, 3)" in reason(tmp_path / "a.npy", 3)
+    assert "float64" in reason(tmp_path / "c.npy", 7)
+    assert "damaged" in reason(tmp_path / "pickled.npy", 7)
+
+
+def test_no_permission(photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    os.chmod(tmp_path / "a.png", 0)
+    if os.geteuid() == 0:  # root may read anything: be nobody for a moment
+        for folder in (tmp_path, *tmp_path.parents):
+            if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+                folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        assert reason(tmp_path / "a.png") in ("no permission to read it",)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+def test_odd_names_and_link_loops(photo, tmp_path):
+    root = tmp_path / "root"
+    (root / "nested dir").mkdir(parents=True)
+    names = ["plain.png", "with space.png", "new\nline.png", "ünïcødé 图.png", "UPPER.PNG", "nested dir/x.png"]
+    for name in names:
+        photo.save(root / name)
+    with open(os.path.join(os.fsencode(root), b"latin-\xe9.png"), "wb") as file:
+        photo.save(file, "png")
+    (root / ".hidden.png").write_bytes(b"not listed")
+    (root / "notes.txt").write_text("ignored")
+    (root / "loop").symlink_to(root)
+    (root / "nested dir" / "up").symlink_to("..")
+    (root / "dangling.png").symlink_to("nowhere.png")
+    images = scan(root)
+    assert sorted(images.id(i) for i in range(len(images))) == sorted([*names, "dangling.png", os.fsdecode(b"latin-\xe9.png")])
+    assert images.ignored == 1
+    readable = [i for i in range(len(images)) if images.id(i) != "dangling.png"]
+    assert all(read_image(images[i]).shape == (3, 60, 80) for i in readable)
+    store = mapet.tokenize(
+        images=root, out=tmp_path / "tokens", workers=0,
+        tokenizer=_fit(root, tmp_path / "tokenizer"),
+    )  # fmt: skip
+    assert list(store.bad.values()) == ["No such file or directory"]
+
+
+def _fit(images: Path, out: Path) -> Path:
+    mapet.fit_tokenizer(images=images, out=out, image_size=16, patch_size=4, vocab_size=4, workers=0, max_bad=0.5)
+    return out
+
+
+def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog):
+    for name in ("a.png", "b.png", "c.png"):
+        (crops / name).write_bytes(b"broken")
+    tokenizer = _fit(crops, tmp_path / "tokenizer")
+    with pytest.raises(MapetError, match=r"2 of 15 images cannot be read.*'a.png': not an image.*--max-bad"):
+        mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
+    store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_bad=0.3)
+    images = scan(crops)
+    assert {images.id(row) for row in store.bad} == {"a.png", "b.png", "c.png"}
+    assert "bad image 'a.png': not an image Pillow knows" in caplog.text
+    mapet.pretrain(
+        images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, workers=0, probe_every=0,
+        model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_bad=0.3,
+    )  # fmt: skip
+    assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
+
+
+def test_one_image(photo, tmp_path):
+    (tmp_path / "one").mkdir()
+    photo.save(tmp_path / "one" / "a.png")
+    mapet.run(
+        images=tmp_path / "one", out=tmp_path / "run",
+        fit_tokenizer={"image_size": 16, "patch_size": 4, "workers": 0}, tokenize={"workers": 0},
+        pretrain={"epochs": 2, "workers": 0, "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
+    )  # fmt: skip
+    assert mapet.load_backbone(tmp_path / "run").embed_dim == 16
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(MapetError, match=r"no images in .* \(1 other files\)"):
+        mapet.check(images=tmp_path)
+    with pytest.raises(MapetError, match="does not exist"):
+        mapet.check(images=tmp_path / "absent")
+
+
+def test_check_reports_all_of_it(crops, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
+    (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
+    census = mapet.check(images=crops, image_size=32, patch_size=8, model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, out=tmp_path / "bad.txt")
+    assert list(census.bad) == ["bad.jpg"]
+    assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
+    for words in ("13 images", "labels: none", "smallest 48 x 64", "PNG RGB 12", "unreadable: 1", "pretrain", "tokenize"):
+        assert words in caplog.text

@@ -1,0 +1,201 @@
+"""Mistakes in options, recipes and folders end in one clear line, through the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mapet
+from mapet.cli import main
+from mapet.errors import MapetError
+
+TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
+
+
+def fails(capsys, *argv, code: int = 2) -> str:
+    """Run the command; return its one line of error."""
+    assert main([str(word) for word in argv]) == code
+    error = capsys.readouterr().err.strip()
+    lines = [line for line in error.splitlines() if line.startswith("mapet ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_path, tokenizer_dir, few_digits):
+    assert "did you mean 'pretrain'" in fails(capsys, "pretrian")
+    assert "did you mean 'vocab-size'" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
+    assert "'images' is required" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
+    assert "did you mean 'resnet50x64_clip" in fails(capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp")
+    common = ["pretrain", "--images", few_digits, "--tokenizer", tokenizer_dir, "--out", tmp_path / "run"]
+    assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tiny_patch16_22")
+    assert "choose one of timm's vit_*" in fails(capsys, *common, "--model", "resnet18")
+    assert "did you mean 'embed_dim'" in fails(capsys, *common, "--model-args", "embeddim=8")
+    assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
+    assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(capsys, *common, "--num-context", "16")
+    assert "key=value" in fails(capsys, *common, "--model-args", "8")
+
+
+def test_wrong_values(capsys, crops, tmp_path):
+    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x"]
+    assert "'vocab_size'" in fails(capsys, *common, "--vocab-size", "many")
+    assert "not divisible by the patch size 16" in fails(capsys, *common, "--image-size", "30")
+    line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
+    assert "K = 100000" in line and "192" in line and "--vocab-size" in line
+    assert "not available" in fails(capsys, *common, "--device", "tpu7")
+    assert "expected one argument" in fails(capsys, *common, "--vocab-size")
+    assert "unexpected word 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
+
+
+def test_recipes(capsys, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("images: x\nout: y\nvocab_sise: 3\n")
+    assert f"unknown option 'vocab_sise' (in {recipe}); did you mean 'vocab_size'?" in fails(capsys, "fit-tokenizer", recipe)
+    recipe.write_text("images: x\nout: y\niterations: few\n")
+    assert f"got 'few' (in {recipe})" in fails(capsys, "fit-tokenizer", recipe)
+    recipe.write_text("a: [1, 2")
+    assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
+    recipe.write_text("- a\n- b\n")
+    assert "must be a mapping" in fails(capsys, "fit-tokenizer", recipe)
+    recipe.write_bytes(b"\xff\xfe\x00")
+    assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
+    assert "cannot read the recipe" in fails(capsys, "fit-tokenizer", tmp_path / "absent.yaml")
+    recipe.write_text("!!python/object/apply:os.system ['touch hacked']\n")
+    assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
+    assert not Path("hacked").exists()
+
+
+def test_nothing_is_overwritten(capsys, crops, tmp_path):
+    out = tmp_path / "full"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    assert "nothing is overwritten" in fails(capsys, "fit-tokenizer", "--images", crops, "--out", out)
+    assert "nothing is overwritten" in fails(capsys, "run", "--images", crops, "--out", out)
+    assert (out / "precious").read_text() == "x"
+
+
+def test_image_and_patch_size_that_disagree_with_the_tokenizer(capsys, few_digits, tokenizer_dir, tmp_path):
+    common = ["pretrain", "--images", few_digits, "--tokenizer", tokenizer_dir, "--out", tmp_path / "run"]
+    assert "the nearest that is: --image-size 14 14" in fails(capsys, *common, "--image-size", "15", "--patch-size", "7")
+    assert "has 8 x 8 patches" in fails(capsys, *common, "--image-size", "16")
+
+
+def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    line = fails(capsys, "pretrain", "--images", digits / "test", "--tokenizer", tokenizer_dir, "--tokens", tokens_dir, "--out", tmp_path / "a")
+    assert "another list of images" in line and "288 images" in line and "360" in line
+    mapet.fit_tokenizer(images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17, workers=0)
+    line = fails(capsys, "pretrain", "--images", few_digits, "--tokenizer", tmp_path / "tok", "--tokens", tokens_dir, "--out", tmp_path / "b")
+    assert "another codebook" in line
+
+
+def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    common = ["pretrain", "--images", few_digits, "--out", tmp_path / "run"]
+    assert "is not a tokenizer: it has no tokenizer.json" in fails(capsys, *common, "--tokenizer", tmp_path)
+    for name in ("codebook.safetensors", "tokenizer.json"):
+        folder = tmp_path / f"damaged-{name}"
+        folder.mkdir()
+        for file in tokenizer_dir.iterdir():
+            data = file.read_bytes()
+            (folder / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
+        assert "tokenizer" in fails(capsys, *common, "--tokenizer", folder)
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    (folder / "store.json").write_bytes((tokens_dir / "store.json").read_bytes())
+    (folder / "tokens.npy").write_bytes((tokens_dir / "tokens.npy").read_bytes()[:-100])
+    assert "damaged token store" in fails(capsys, *common, "--tokenizer", tokenizer_dir, "--tokens", folder)
+    data = bytearray((tokens_dir / "tokens.npy").read_bytes())
+    data[-2:] = b"\xff\xff"
+    (folder / "tokens.npy").write_bytes(data)
+    assert "damaged" in fails(capsys, *common, "--tokenizer", tokenizer_dir, "--tokens", folder, "--workers", "0", "--epochs", "1", "--model-args", "embed_dim=8", "depth=1", "num_heads=1")
+
+
+def encoder_with_nan(checkpoint):
+    def encode(images):
+        features = images[:, :, ::4, ::4].clone()
+        features[-1, 0, 0, 0] = float("nan")
+        return features
+
+    return encode
+
+
+def wrong_shape(checkpoint):
+    return lambda images: images.flatten(1)
+
+
+def good_encoder(checkpoint):
+    return lambda images: images[:, :, ::4, ::4]
+
+
+def no_arguments():
+    return None
+
+
+def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    common = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", "--teacher"]
+    line = fails(capsys, *common, "test_bad_options:encoder_with_nan")
+    assert "NaN or infinite features for 1 of 12 images" in line and ".png" in line
+    assert "must return a tensor (batch, features, rows, columns), got (12, 768)" in fails(capsys, *common, "test_bad_options:wrong_shape")
+    assert "cannot import absent_package" in fails(capsys, *common, "absent_package:function")
+    assert "did you mean 'good_encoder'" in fails(capsys, *common, "test_bad_options:good_encodr")
+    assert "one argument" in fails(capsys, *common, "test_bad_options:no_arguments")
+    assert main([*map(str, common), "test_bad_options:good_encoder"]) == 0
+    tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "tokens", "--workers", "0"]
+    assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
+    assert main([*map(str, tokenize), "--teacher", "test_bad_options:good_encoder"]) == 0
+
+
+def test_teacher_weights_that_cannot_be_had(capsys, crops, tmp_path):
+    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet10t.c3_in1k"]
+    assert "--teacher-checkpoint" in fails(capsys, *common)
+    assert "does not exist" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "absent.safetensors")
+    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/mapet_was_hacked'\ntR.")
+    assert "is" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "evil.pth")
+    assert not Path("/tmp/mapet_was_hacked").exists()
+    torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
+    line = fails(capsys, *common, "--teacher-checkpoint", tmp_path / "other.pth")
+    assert f"is {tmp_path / 'other.pth'} a checkpoint of it?" in line
+
+
+def test_a_run_of_another_recipe(capsys, run_dir, few_digits, tokenizer_dir, tokens_dir):
+    line = fails(capsys, "pretrain", run_dir / "config.yaml", "--resume", "--lr", "0.5")
+    assert "lr: 0.001 -> 0.5" in line and "--init-from" in line
+
+
+def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
+    assert "no labels" in fails(capsys, "probe", "--backbone", run_dir, "--images", crops)
+    assert "no backbone" in fails(capsys, "probe", "--backbone", crops, "--images", digits / "train")
+    assert "fewer than the 5000" in fails(capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000")
+
+
+FULL_DISK = """
+import resource, sys
+from mapet.cli import main
+import mapet.training.loop, mapet.tokenizer.codebook  # import before files are limited
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["fit-tokenizer", "tokenize", "pretrain"])
+def test_full_disk(stage, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    """A limit on file size gives the error that a full disk would: a line, nothing half-written under a final name."""
+    out = tmp_path / "out"
+    argv = [stage, "--images", few_digits, "--out", out, "--workers", "0"]
+    if stage == "fit-tokenizer":
+        argv += ["--image-size", "8", "--patch-size", "2", "--channels", "1", "--vocab-size", "200"]
+    else:
+        argv += ["--tokenizer", tokenizer_dir]
+    if stage == "pretrain":
+        argv += ["--tokens", tokens_dir, "--epochs", "1", "--probe-every", "0", "--model-args", "embed_dim=8", "depth=1", "num_heads=1"]
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, argv)], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert f"mapet {stage}: " in result.stderr and "File too large" in result.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not (out / "backbone").exists() and not (out / "codebook.safetensors").exists()

@@ -1,0 +1,80 @@
+"""The visibility table against its definition (method: arXiv 2306.07346, figure 1), for random sizes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mapet.errors import MapetError
+from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, get_objective, segment_lengths, visibility
+
+sizes = st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(1, 20))  # prefix, c, p
+
+
+def blocks(objective, prefix, c, p):
+    """(row segment, column segment) -> its block of the table."""
+    lengths = segment_lengths(objective, prefix, c, p)
+    rows = visibility(objective, prefix, c, p).split(list(lengths.values()), dim=0)
+    return {
+        (row, column): block
+        for row, part in zip(lengths, rows, strict=True)
+        for column, block in zip(lengths, part.split(list(lengths.values()), dim=1), strict=True)
+    }
+
+
+@given(sizes)
+def test_every_mapet_row_sees_exactly_the_full_sequence(size):
+    prefix, c, p = size
+    table = visibility(MAPET, prefix, c, p)
+    assert (table.sum(dim=1) == prefix + c + p).all()
+
+
+@given(sizes, st.sampled_from(list(OBJECTIVES)))
+def test_no_row_sees_a_query(size, name):
+    prefix, c, p = size
+    if name == "pim" and prefix + c == 0:
+        return
+    found = blocks(OBJECTIVES[name], prefix, c, p)
+    assert not any(block.any() for (_, column), block in found.items() if column == "query")
+
+
+@given(sizes)
+def test_mapet_ranks(size):
+    """Row i of target sees ranks <= i as content and > i as mask; query sees < i and >= i: each rank exactly once."""
+    prefix, c, p = size
+    found = blocks(MAPET, prefix, c, p)
+    for i in range(p):
+        for j in range(p):
+            assert found["target", "target"][i, j] == (j <= i)
+            assert found["target", "mask"][i, j] == (j > i)
+            assert found["query", "target"][i, j] == (j < i)
+            assert found["query", "mask"][i, j] == (j >= i)
+    for row in ("context", "target", "mask", "query"):
+        assert found[row, "context"].all()
+    assert found["context", "mask"].all() and found["mask", "mask"].all()
+    assert not found["context", "target"].any() and not found["mask", "target"].any()
+
+
+@given(sizes)
+def test_mim_is_a_closed_part_of_mapet(size):
+    prefix, c, p = size
+    whole, part = blocks(MAPET, prefix, c, p), blocks(MIM, prefix, c, p)
+    for pair, block in part.items():
+        assert torch.equal(block, whole[pair])
+
+
+@given(sizes)
+def test_pim_is_mapet_without_mask_columns(size):
+    prefix, c, p = size
+    if prefix + c == 0:
+        with pytest.raises(MapetError, match="sees nothing"):
+            visibility(PIM, prefix, c, p)
+        return
+    whole, part = blocks(MAPET, prefix, c, p), blocks(PIM, prefix, c, p)
+    for pair, block in part.items():
+        assert torch.equal(block, whole[pair])
+
+
+def test_unknown_objective_suggests_the_nearest():
+    with pytest.raises(MapetError, match="did you mean 'mapet'"):
+        get_objective("mappet")
