@@ -80,7 +80,9 @@ def run_stage(name: str, argv: list[str]) -> Any:
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
         if word.startswith("--"):
-            raise MapetError(f"unknown option '--{_flag(key)}'{_flag(did_you_mean(key, known))} See `mapet {name} --help`")
+            raise MapetError(
+                f"unknown option '--{_flag(key)}'{_flag(did_you_mean(key, known))} See `mapet {name} --help`"
+            )
         raise MapetError(f"unexpected word '{word}'; options are written --name value")
     options = vars(namespace)
     recipe = options.pop("recipe")
@@ -111,10 +113,14 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins")
+    parser.add_argument(
+        "recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins"
+    )
     for option, field in fields(function.config_type):
         description = " ".join((field.description or "").split()).replace("%", "%%")
-        default = "required" if field.is_required() else f"default: {_show(field.get_default(call_default_factory=True))}"
+        default = (
+            "required" if field.is_required() else f"default: {_show(field.get_default(call_default_factory=True))}"
+        )
         kind, several = _kind(field.annotation)
         extra: dict[str, Any] = {"metavar": kind}
         if kind == "bool":
@@ -123,7 +129,9 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
             extra |= {"nargs": "+", "action": _KeyValues}
         elif several:
             extra |= {"nargs": "+"}
-        help_text = f"{description} ({default})".strip().replace("default: None)", "default: automatic)" if "utomatic" in description else "default: none)")
+        help_text = f"{description} ({default})".strip().replace(
+            "default: None)", "default: automatic)" if "utomatic" in description else "default: none)"
+        )
         parser.add_argument(f"--{_flag(option)}", dest=option, help=help_text, **extra)
     return parser
 

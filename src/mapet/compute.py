@@ -26,7 +26,9 @@ class Compute:
         try:
             place = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise MapetError(f"device '{device}' is not available: {str(error).splitlines()[0]}. Use --device auto, cpu, cuda or mps") from None
+            raise MapetError(
+                f"device '{device}' is not available: {str(error).splitlines()[0]}. Use --device auto, cpu, cuda or mps"
+            ) from None
         dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
         return cls(place, dtype)
 
@@ -45,6 +47,10 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        features = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+        features = (
+            torch.backends.cpu.get_cpu_capability(),
+            torch.cpu._is_avx512_bf16_supported(),
+            torch.cpu._is_amx_tile_supported(),
+        )
         return torch.bfloat16 if features[1] or features[2] else torch.float32
     return torch.float32

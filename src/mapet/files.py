@@ -85,7 +85,9 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, resume_hint: str = "") -> Path:
     """Create the output folder of a stage; refuse one that already holds something."""
     if path.is_dir() and any(path.iterdir()):
-        raise MapetError(f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}")
+        raise MapetError(
+            f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}"
+        )
     if path.exists() and not path.is_dir():
         raise MapetError(f"{path} exists and is not a folder: choose another --out")
     path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
@@ -23,7 +23,7 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
-R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
 def section(config_type: type[Config], without: set[str]) -> type[Config]:
@@ -41,7 +41,15 @@ Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
 """Height and width; one number means a square."""
 
 
-def stage(function: Callable[[C], R]) -> Callable[..., R]:
+class Stage(Protocol[R_co]):
+    """A stage as users call it: with a config, or with its fields as keywords."""
+
+    config_type: type[Config]
+
+    def __call__(self, config: Any = None, /, **options: Any) -> R_co: ...
+
+
+def stage(function: Callable[[C], R_co]) -> Stage[R_co]:
     """Let a stage be called with its config, or with the config's fields as keywords.
 
     >>> pretrain(PretrainConfig(images="photos", out="run"))      # doctest: +SKIP
@@ -50,7 +58,7 @@ def stage(function: Callable[[C], R]) -> Callable[..., R]:
     config_type = function.__annotations__["config"]
 
     @functools.wraps(function)
-    def call(config: C | None = None, /, **options: Any) -> R:
+    def call(config: C | None = None, /, **options: Any) -> R_co:
         if config is None:
             config = build(config_type, options)
         elif options:
@@ -59,7 +67,7 @@ def stage(function: Callable[[C], R]) -> Callable[..., R]:
         return function(config)
 
     call.config_type = config_type  # type: ignore[attr-defined]
-    return call
+    return cast(Stage[R_co], call)
 
 
 def _show_progress() -> None:
@@ -72,7 +80,9 @@ def _show_progress() -> None:
         log.setLevel(logging.INFO)
 
 
-def build(config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] = {}) -> C:
+def build(
+    config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] = {}
+) -> C:
     """Validate options into a config.
 
     Args:

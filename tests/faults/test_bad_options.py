@@ -10,7 +10,6 @@ import torch
 
 import mapet
 from mapet.cli import main
-from mapet.errors import MapetError
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -29,13 +28,17 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "did you mean 'pretrain'" in fails(capsys, "pretrian")
     assert "did you mean 'vocab-size'" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
     assert "'images' is required" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
-    assert "did you mean 'resnet50x64_clip" in fails(capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp")
+    assert "did you mean 'resnet50x64_clip" in fails(
+        capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp"
+    )
     common = ["pretrain", "--images", few_digits, "--tokenizer", tokenizer_dir, "--out", tmp_path / "run"]
     assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tiny_patch16_22")
     assert "choose one of timm's vit_*" in fails(capsys, *common, "--model", "resnet18")
     assert "did you mean 'embed_dim'" in fails(capsys, *common, "--model-args", "embeddim=8")
     assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
-    assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(capsys, *common, "--num-context", "16")
+    assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(
+        capsys, *common, "--num-context", "16"
+    )
     assert "key=value" in fails(capsys, *common, "--model-args", "8")
 
 
@@ -53,7 +56,9 @@ def test_wrong_values(capsys, crops, tmp_path):
 def test_recipes(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("images: x\nout: y\nvocab_sise: 3\n")
-    assert f"unknown option 'vocab_sise' (in {recipe}); did you mean 'vocab_size'?" in fails(capsys, "fit-tokenizer", recipe)
+    assert f"unknown option 'vocab_sise' (in {recipe}); did you mean 'vocab_size'?" in fails(
+        capsys, "fit-tokenizer", recipe
+    )
     recipe.write_text("images: x\nout: y\niterations: few\n")
     assert f"got 'few' (in {recipe})" in fails(capsys, "fit-tokenizer", recipe)
     recipe.write_text("a: [1, 2")
@@ -79,15 +84,41 @@ def test_nothing_is_overwritten(capsys, crops, tmp_path):
 
 def test_image_and_patch_size_that_disagree_with_the_tokenizer(capsys, few_digits, tokenizer_dir, tmp_path):
     common = ["pretrain", "--images", few_digits, "--tokenizer", tokenizer_dir, "--out", tmp_path / "run"]
-    assert "the nearest that is: --image-size 14 14" in fails(capsys, *common, "--image-size", "15", "--patch-size", "7")
+    assert "the nearest that is: --image-size 14 14" in fails(
+        capsys, *common, "--image-size", "15", "--patch-size", "7"
+    )
     assert "has 8 x 8 patches" in fails(capsys, *common, "--image-size", "16")
 
 
 def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    line = fails(capsys, "pretrain", "--images", digits / "test", "--tokenizer", tokenizer_dir, "--tokens", tokens_dir, "--out", tmp_path / "a")
+    line = fails(
+        capsys,
+        "pretrain",
+        "--images",
+        digits / "test",
+        "--tokenizer",
+        tokenizer_dir,
+        "--tokens",
+        tokens_dir,
+        "--out",
+        tmp_path / "a",
+    )
     assert "another list of images" in line and "288 images" in line and "360" in line
-    mapet.fit_tokenizer(images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17, workers=0)
-    line = fails(capsys, "pretrain", "--images", few_digits, "--tokenizer", tmp_path / "tok", "--tokens", tokens_dir, "--out", tmp_path / "b")
+    mapet.fit_tokenizer(
+        images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17, workers=0
+    )
+    line = fails(
+        capsys,
+        "pretrain",
+        "--images",
+        few_digits,
+        "--tokenizer",
+        tmp_path / "tok",
+        "--tokens",
+        tokens_dir,
+        "--out",
+        tmp_path / "b",
+    )
     assert "another codebook" in line
 
 
@@ -109,7 +140,22 @@ def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path
     data = bytearray((tokens_dir / "tokens.npy").read_bytes())
     data[-2:] = b"\xff\xff"
     (folder / "tokens.npy").write_bytes(data)
-    assert "damaged" in fails(capsys, *common, "--tokenizer", tokenizer_dir, "--tokens", folder, "--workers", "0", "--epochs", "1", "--model-args", "embed_dim=8", "depth=1", "num_heads=1")
+    assert "damaged" in fails(
+        capsys,
+        *common,
+        "--tokenizer",
+        tokenizer_dir,
+        "--tokens",
+        folder,
+        "--workers",
+        "0",
+        "--epochs",
+        "1",
+        "--model-args",
+        "embed_dim=8",
+        "depth=1",
+        "num_heads=1",
+    )
 
 
 def encoder_with_nan(checkpoint):
@@ -138,12 +184,24 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
     common = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", "--teacher"]
     line = fails(capsys, *common, "test_bad_options:encoder_with_nan")
     assert "NaN or infinite features for 1 of 12 images" in line and ".png" in line
-    assert "must return a tensor (batch, features, rows, columns), got (12, 768)" in fails(capsys, *common, "test_bad_options:wrong_shape")
+    assert "must return a tensor (batch, features, rows, columns), got (12, 768)" in fails(
+        capsys, *common, "test_bad_options:wrong_shape"
+    )
     assert "cannot import absent_package" in fails(capsys, *common, "absent_package:function")
     assert "did you mean 'good_encoder'" in fails(capsys, *common, "test_bad_options:good_encodr")
     assert "one argument" in fails(capsys, *common, "test_bad_options:no_arguments")
     assert main([*map(str, common), "test_bad_options:good_encoder"]) == 0
-    tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "tokens", "--workers", "0"]
+    tokenize = [
+        "tokenize",
+        "--images",
+        crops,
+        "--tokenizer",
+        tmp_path / "x",
+        "--out",
+        tmp_path / "tokens",
+        "--workers",
+        "0",
+    ]
     assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
     assert main([*map(str, tokenize), "--teacher", "test_bad_options:good_encoder"]) == 0
 
@@ -168,7 +226,9 @@ def test_a_run_of_another_recipe(capsys, run_dir, few_digits, tokenizer_dir, tok
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     assert "no labels" in fails(capsys, "probe", "--backbone", run_dir, "--images", crops)
     assert "no backbone" in fails(capsys, "probe", "--backbone", crops, "--images", digits / "train")
-    assert "fewer than the 5000" in fails(capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000")
+    assert "fewer than the 5000" in fails(
+        capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000"
+    )
 
 
 FULL_DISK = """
@@ -190,9 +250,23 @@ def test_full_disk(stage, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     else:
         argv += ["--tokenizer", tokenizer_dir]
     if stage == "pretrain":
-        argv += ["--tokens", tokens_dir, "--epochs", "1", "--probe-every", "0", "--model-args", "embed_dim=8", "depth=1", "num_heads=1"]
+        argv += [
+            "--tokens",
+            tokens_dir,
+            "--epochs",
+            "1",
+            "--probe-every",
+            "0",
+            "--model-args",
+            "embed_dim=8",
+            "depth=1",
+            "num_heads=1",
+        ]
     result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *map(str, argv)], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        [sys.executable, "-c", FULL_DISK, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr

@@ -151,7 +151,9 @@ def test_fused_and_plain_attention_agree(fused):
     assert torch.allclose(*results, atol=1e-10)
 
 
-@pytest.mark.parametrize("args", [{}, {"class_token": False}, {"reg_tokens": 4, "no_embed_class": True}, {"init_values": 0.1}])
+@pytest.mark.parametrize(
+    "args", [{}, {"class_token": False}, {"reg_tokens": 4, "no_embed_class": True}, {"init_values": 0.1}]
+)
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_export_is_free(args, channels, tmp_path):
     """The pre-trained state dict loads into timm with strict=True and gives the same features."""
@@ -167,7 +169,10 @@ def test_export_is_free(args, channels, tmp_path):
     assert torch.allclose(made.eval().forward_features(images), features, rtol=1e-6, atol=1e-6)
 
     save_backbone(model.vit, tmp_path / "backbone")
-    for loaded in (load_backbone(tmp_path / "backbone"), timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True)):
+    for loaded in (
+        load_backbone(tmp_path / "backbone"),
+        timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True),
+    ):
         assert torch.allclose(loaded.eval().forward_features(images), features, rtol=1e-6, atol=1e-6)
 
 
@@ -182,13 +187,23 @@ def test_positions_are_required():
         make(MAPET, 5, pos_embed="none")
 
 
-@pytest.mark.parametrize("model", ["vit_base_patch16_224.augreg_in21k", "deit3_small_patch16_224", "vit_small_patch14_dinov2", "vit_base_patch16_clip_224"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "vit_base_patch16_224.augreg_in21k",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_dinov2",
+        "vit_base_patch16_clip_224",
+    ],
+)
 def test_timm_s_own_variants(model):
     """Real architectures by name: class token without position, registers, pre-norm, LayerScale, other patch sizes."""
     patch = 14 if "patch14" in model else 16
     vit = create_vit(model, (2 * patch, 3 * patch), model_args={"depth": 1})
     pretrainer = Pretrainer(vit, VOCAB, MAPET, 2)
-    loss = pretrainer(torch.randn(2, 3, 2 * patch, 3 * patch), torch.zeros(2, 6, dtype=torch.int64), torch.rand(2, 6).argsort(1)).loss
+    loss = pretrainer(
+        torch.randn(2, 3, 2 * patch, 3 * patch), torch.zeros(2, 6, dtype=torch.int64), torch.rand(2, 6).argsort(1)
+    ).loss
     loss.backward()
     unused = {name for name, parameter in pretrainer.named_parameters() if parameter.grad is None}
     assert unused == set()

@@ -38,7 +38,8 @@ class Census:
         classes = self.images.classes()
         if classes:
             counts = np.bincount(classes[1])
-            yield f"labels: {len(classes[0])} class folders, {counts.min()} to {counts.max()} images each ({', '.join(classes[0][:SHOWN])}{', ...' if len(classes[0]) > SHOWN else ''})"
+            names = ", ".join(classes[0][:SHOWN]) + (", ..." if len(classes[0]) > SHOWN else "")
+            yield f"labels: {len(classes[0])} class folders, {counts.min()} to {counts.max()} images each ({names})"
         else:
             yield "labels: none (images are not all in class folders)"
         if len(self.sizes):
@@ -76,4 +77,7 @@ def _facts(path: Path, channels: int) -> tuple[tuple[int, int], str] | str:
     if path.suffix.lower() == ".npy":
         return (image.shape[1], image.shape[2]), "NPY"
     with Image.open(path) as header:
-        return (image.shape[1], image.shape[2]), f"{header.format} {header.mode}{' animated' if getattr(header, 'is_animated', False) else ''}"
+        return (
+            image.shape[1],
+            image.shape[2],
+        ), f"{header.format} {header.mode}{' animated' if getattr(header, 'is_animated', False) else ''}"

@@ -1,7 +1,7 @@
 """Images -> batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ log = logging.getLogger("mapet")
 class Sample(NamedTuple):
     """One view of one image, or the reason why there is none."""
 
-    index: int
+    image_index: int
     image: UInt8[Tensor, "C H W"] | None = None
     teacher_image: UInt8[Tensor, "C h w"] | None = None
     tokens: Int[np.ndarray, " N"] | None = None
@@ -32,9 +32,9 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples that could be read, stacked; `bad` are the others: (index, reason)."""
+    """Samples that could be read, stacked; `bad` are the others: (image index, reason)."""
 
-    index: Int[Tensor, " B"]
+    image_index: Int[Tensor, " B"]
     image: UInt8[Tensor, "B C H W"] | None
     teacher_image: UInt8[Tensor, "B C h w"] | None
     tokens: Int[Tensor, "B N"] | None
@@ -49,8 +49,8 @@ def collate(samples: list[Sample]) -> Batch:
         values = [getattr(sample, name) for sample in good]
         return None if not values or values[0] is None else torch.stack([torch.as_tensor(value) for value in values])
 
-    index = torch.tensor([sample.index for sample in good], dtype=torch.int64)
-    bad = [(sample.index, sample.bad) for sample in samples if sample.bad is not None]
+    index = torch.tensor([sample.image_index for sample in good], dtype=torch.int64)
+    bad = [(sample.image_index, sample.bad) for sample in samples if sample.bad is not None]
     return Batch(index, stack("image"), stack("teacher_image"), stack("tokens"), stack("permutation"), bad)
 
 
@@ -109,8 +109,16 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     smaller, all about equal, rather than one of them tiny.
     """
 
-    def __init__(self, indices: Int[np.ndarray, " n"], batch_size: int, epochs: int, seed: int, first_step: int = 0) -> None:
-        self.indices, self.batch_size, self.epochs, self.seed, self.first_step = indices, batch_size, epochs, seed, first_step
+    def __init__(
+        self, indices: Int[np.ndarray, " n"], batch_size: int, epochs: int, seed: int, first_step: int = 0
+    ) -> None:
+        self.indices, self.batch_size, self.epochs, self.seed, self.first_step = (
+            indices,
+            batch_size,
+            epochs,
+            seed,
+            first_step,
+        )
         self.steps_per_epoch = -(-len(indices) // batch_size)
 
     def __len__(self) -> int:
@@ -129,11 +137,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
     """Batches of (number, index) for indices start .. count-1 in order."""
     return [
-        [(number, index) for index in range(first, min(first + batch_size, count))] for first in range(start, count, batch_size)
+        [(number, index) for index in range(first, min(first + batch_size, count))]
+        for first in range(start, count, batch_size)
     ]
 
 
-def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bool = False) -> Iterable[Batch]:
     """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
     return DataLoader(
         dataset,

@@ -40,7 +40,7 @@ class ImageList(Sequence[Path]):
         """Path below the root; bytes that are not UTF-8 are kept as surrogates, as `os.fsdecode` does."""
         return os.fsdecode(self.id_bytes(index))
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self.root / self.id(index)
 
     def key(self, index: int) -> int:
@@ -80,7 +80,9 @@ def scan(images: Path) -> ImageList:
         found = _scan_folder(images)
         if not len(found):
             endings = " ".join(sorted(EXTENSIONS))
-            raise MapetError(f"no images in {images} ({found.ignored} other files); looked for names ending in {endings}")
+            raise MapetError(
+                f"no images in {images} ({found.ignored} other files); looked for names ending in {endings}"
+            )
         return found
     if images.is_file():
         return _read_list(images)

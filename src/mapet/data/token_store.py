@@ -99,7 +99,9 @@ class TokenStore:
         return store
 
     @classmethod
-    def open(cls, folder: Path, images: ImageList, codebook_hash: str | None = None, writable: bool = False) -> "TokenStore":
+    def open(
+        cls, folder: Path, images: ImageList, codebook_hash: str | None = None, writable: bool = False
+    ) -> "TokenStore":
         """Open a store and check that it belongs to these images and, if given, to this codebook.
 
         Raises:
@@ -152,7 +154,9 @@ class TokenStore:
         """
         ids = self.rows[row, view].astype(np.int64)
         if ids.max(initial=0) >= self.vocab_size:
-            raise MapetError(f"{self.folder / ROWS}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged")
+            raise MapetError(
+                f"{self.folder / ROWS}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged"
+            )
         return ids
 
 

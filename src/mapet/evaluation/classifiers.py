@@ -49,7 +49,10 @@ def linear_accuracy(
     if strength is None:
         held = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         fit, check = held[len(held) // 5 :], held[: max(1, len(held) // 5)]
-        scores = {c: _fit_and_score(train[fit], train_labels[fit], train[check], train_labels[check], c, 100) for c in (0.01, 0.1, 1.0)}
+        scores = {
+            c: _fit_and_score(train[fit], train_labels[fit], train[check], train_labels[check], c, 100)
+            for c in (0.01, 0.1, 1.0)
+        }
         strength = max(scores, key=lambda c: scores[c])
     return _fit_and_score(train, train_labels, test, test_labels, strength, max_iterations)
 

@@ -43,7 +43,9 @@ class LabelledSet:
         for label in range(len(self.classes)):
             members = rng.permutation(np.flatnonzero(self.labels == label))
             if per_class is not None and per_class > len(members):
-                raise MapetError(f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for")
+                raise MapetError(
+                    f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for"
+                )
             kept.append(members[: per_class if per_class is not None else max(1, round(share * len(members)))])
         return self.subset(np.sort(np.concatenate(kept)))
 
@@ -56,7 +58,9 @@ def labelled(images: ImageList) -> LabelledSet:
     """
     found = images.classes()
     if found is None:
-        raise MapetError(f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg")
+        raise MapetError(
+            f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg"
+        )
     return LabelledSet(images, *found)
 
 
@@ -68,7 +72,9 @@ def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> t
     other = labelled(scan(test))
     if other.classes != everything.classes:
         odd = sorted(set(other.classes) ^ set(everything.classes))
-        raise MapetError(f"{train} and {test} have different classes: {', '.join(odd[:5])} {'...' if len(odd) > 5 else ''}")
+        raise MapetError(
+            f"{train} and {test} have different classes: {', '.join(odd[:5])} {'...' if len(odd) > 5 else ''}"
+        )
     return everything, other
 
 
@@ -125,6 +131,6 @@ def extract_features(
         with compute.autocast():
             tokens = vit.forward_features(normalize(compute.to(batch.image), vit.in_chans))
         features.append(pool_tokens(vit, tokens, pool).float().cpu())
-        index.append(batch.index)
+        index.append(batch.image_index)
     vit.train(training)
     return torch.cat(features), torch.from_numpy(data.labels)[torch.cat(index)]

@@ -41,8 +41,14 @@ class OnlineProbe:
         return epoch % self.every == 0 or epoch == epochs
 
     def __call__(self, vit: VisionTransformer) -> dict[str, float]:
-        fit, check = (extract_features(vit, data, self.compute, workers=self.workers, show=False) for data in (self.train, self.test))
-        return {"probe/linear": linear_accuracy(*fit, *check, strength=0.1, max_iterations=100), "probe/knn": knn_accuracy(*fit, *check)}
+        fit, check = (
+            extract_features(vit, data, self.compute, workers=self.workers, show=False)
+            for data in (self.train, self.test)
+        )
+        return {
+            "probe/linear": linear_accuracy(*fit, *check, strength=0.1, max_iterations=100),
+            "probe/knn": knn_accuracy(*fit, *check),
+        }
 
 
 def _sample(data: LabelledSet, most: int) -> LabelledSet:

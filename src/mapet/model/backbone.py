@@ -60,7 +60,9 @@ def create_vit(
         extra = {"global_pool": "avg", "fc_norm": False} | extra
     _check_size(image_size, _own_patch_size(model) if patch_size is None else patch_size)
     try:
-        vit = timm.create_model(model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra)
+        vit = timm.create_model(
+            model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra
+        )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}; {PLAIN}") from None
     if not isinstance(vit, VisionTransformer):
@@ -125,7 +127,15 @@ def load_backbone(path: str | Path, pretrained: bool = True, **overrides: Any) -
     folder = find_backbone(Path(path))
     try:
         vit = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **overrides)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise MapetError(f"cannot load the backbone {folder}: {str(error).splitlines()[0]}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"{folder} holds a {type(vit).__name__}, not a VisionTransformer")
@@ -137,7 +147,9 @@ def find_backbone(path: Path) -> Path:
     for folder in (path, path / "backbone", path / "pretrain" / "backbone"):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
-    raise MapetError(f"{path} holds no backbone: expected a folder with config.json and model.safetensors, or a finished run")
+    raise MapetError(
+        f"{path} holds no backbone: expected a folder with config.json and model.safetensors, or a finished run"
+    )
 
 
 def num_parameters(module: torch.nn.Module) -> int:

@@ -114,5 +114,7 @@ def visibility(objective: Objective, num_prefix: int, num_context: int, num_pred
     """
     table = _visibility(objective.name, num_prefix, num_context, num_predicted)
     if not table.any(dim=1).all():
-        raise MapetError(f"objective '{objective.name}' needs at least one context patch or a class token: its first query sees nothing")
+        raise MapetError(
+            f"objective '{objective.name}' needs at least one context patch or a class token: its first query sees nothing"
+        )
     return table

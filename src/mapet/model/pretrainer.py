@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.model.objective import Objective, segment_lengths, visibility
+from mapet.model.objective import Objective, Segment, segment_lengths, visibility
 
 
 class Prediction(NamedTuple):
@@ -36,13 +36,19 @@ class Pretrainer(nn.Module):
         MapetError: c out of range, or the ViT lacks something the objective needs.
     """
 
+    visibility: Tensor
+
     def __init__(self, vit: VisionTransformer, vocab_size: int, objective: Objective, num_context: int) -> None:
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
-            raise MapetError(f"{num_context} context patches out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}")
+            raise MapetError(
+                f"{num_context} context patches out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
+            )
         if vit.pos_embed is None:
-            raise MapetError("the ViT has no learned position embedding, which mask tokens need; choose a model that has one")
+            raise MapetError(
+                "the ViT has no learned position embedding, which mask tokens need; choose a model that has one"
+            )
         self.vit = vit
         self.objective = objective
         self.num_patches = num_patches
@@ -83,19 +89,21 @@ class Pretrainer(nn.Module):
     def pack(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B R D"]:
         """Initial embeddings of the objective's segments, in permutation order, one after the other."""
         vit = self.vit
-        embedded = vit._pos_embed(vit.patch_embed(images))  # prefix tokens and patches, with positions, as in fine-tuning
+        embedded = vit._pos_embed(
+            vit.patch_embed(images)
+        )  # prefix tokens and patches, with positions, as in fine-tuning
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
         positions = vit.pos_embed[:, -self.num_patches :].expand_as(patches)
         content = _gather(patches, permutation)
         hidden = permutation[:, self.num_context :]
-        parts = {
-            "context": lambda: torch.cat([prefix, content[:, : self.num_context]], dim=1),
-            "target": lambda: content[:, self.num_context :],
-            "mask": lambda: masked,
-            "query": lambda: masked,
-        }
         masked = vit.pos_drop(self.mask_token + _gather(positions, hidden)).to(content.dtype)
-        return vit.norm_pre(torch.cat([parts[segment]() for segment in self.objective.segments], dim=1))
+        parts: dict[Segment, Tensor] = {
+            "context": torch.cat([prefix, content[:, : self.num_context]], dim=1),
+            "target": content[:, self.num_context :],
+            "mask": masked,
+            "query": masked,
+        }
+        return vit.norm_pre(torch.cat([parts[segment] for segment in self.objective.segments], dim=1))
 
     def encode(self, rows: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
         """The ViT's own blocks as masked self-attention under the visibility table, then its final norm."""
@@ -107,10 +115,10 @@ class Pretrainer(nn.Module):
         """The rows that predict: one for each hidden patch, in permutation order."""
         return self.segment(rows, self.objective.read_at)
 
-    def segment(self, rows: Float[Tensor, "B R D"], name: str) -> Float[Tensor, "B S D"]:
+    def segment(self, rows: Float[Tensor, "B R D"], name: Segment) -> Float[Tensor, "B S D"]:
         """One segment's rows of a packed tensor."""
         lengths = segment_lengths(self.objective, self.vit.num_prefix_tokens, self.num_context, self.num_predicted)
-        return rows.split(list(lengths.values()), dim=1)[list(lengths).index(name)]  # type: ignore[arg-type]
+        return rows.split(list(lengths.values()), dim=1)[list(lengths).index(name)]
 
 
 def _gather(values: Float[Tensor, "B N D"], order: Int[Tensor, "B n"]) -> Float[Tensor, "B n D"]:

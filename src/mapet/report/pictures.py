@@ -1,6 +1,7 @@
 """One function a picture: tensors in, a matplotlib figure out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from mapet.model.objective import Segment
 
 HIDDEN = 0.88
 """Grey of a patch that is not shown."""
@@ -39,7 +42,9 @@ def code_colors(vocab_size: int) -> Float[np.ndarray, "V 3"]:
     return np.random.default_rng(7).uniform(0.05, 1.0, (vocab_size, 3))
 
 
-def token_maps(images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], grid: tuple[int, int], vocab_size: int) -> Figure:
+def token_maps(
+    images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], grid: tuple[int, int], vocab_size: int
+) -> Figure:
     """Each image beside its token map: one colour a visual word."""
     colors = code_colors(vocab_size)
     figure, axes = _panels(2, len(images))
@@ -52,7 +57,9 @@ def token_maps(images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], gri
     return figure
 
 
-def code_montage(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int, rows: int = 12, columns: int = 12) -> Figure:
+def code_montage(
+    patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int, rows: int = 12, columns: int = 12
+) -> Figure:
     """Patches that share a code, for codes spread over the range of frequency."""
     counts = torch.bincount(tokens, minlength=vocab_size)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]
@@ -65,12 +72,14 @@ def code_montage(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], v
                 _show(axes[row][column], to_picture(patches[members[column]]))
             else:
                 axes[row][column].axis("off")
-        axes[row][0].set_ylabel(f"{int(code)}\n{counts[code] / len(tokens):.1%}", rotation=0, ha="right", va="center", fontsize=7)
+        axes[row][0].set_ylabel(
+            f"{int(code)}\n{counts[code] / len(tokens):.1%}", rotation=0, ha="right", va="center", fontsize=7
+        )
     figure.suptitle("Patches that share a visual word (number and share of patches)")
     return figure
 
 
-def visibility_table(table: Bool[Tensor, "R R"], lengths: dict[str, int], name: str) -> Figure:
+def visibility_table(table: Bool[Tensor, "R R"], lengths: Mapping[Segment, int], name: str) -> Figure:
     """Who sees whom: rows attend to the dark columns."""
     figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
     axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
@@ -127,7 +136,9 @@ def predictions(
     return figure
 
 
-def cls_attention(images: UInt8[Tensor, "B C H W"], attention: Float[Tensor, "B heads N"], grid: tuple[int, int]) -> Figure:
+def cls_attention(
+    images: UInt8[Tensor, "B C H W"], attention: Float[Tensor, "B heads N"], grid: tuple[int, int]
+) -> Figure:
     """Where the class token looks in the last block: mean over heads, then each head."""
     heads = min(attention.shape[1], 6)
     figure, axes = _panels(2 + heads, len(images))
@@ -141,7 +152,9 @@ def cls_attention(images: UInt8[Tensor, "B C H W"], attention: Float[Tensor, "B 
     return figure
 
 
-def mean_patches(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int) -> Float[Tensor, "V C h w"]:
+def mean_patches(
+    patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int
+) -> Float[Tensor, "V C h w"]:
     """The mean patch of each code; grey for a code without patches."""
     flat = patches.flatten(1).float()
     one_hot_sums = torch.zeros(vocab_size, flat.shape[1]).index_add_(0, tokens, flat)
@@ -150,7 +163,7 @@ def mean_patches(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], v
     return means.view(vocab_size, *patches.shape[1:])
 
 
-def attention_of_cls(vit: torch.nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
+def attention_of_cls(vit: Any, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
     """Attention weights of the class token to the patches in the last block."""
     found: list[Tensor] = []
     block = vit.blocks[-1]
@@ -166,7 +179,9 @@ def attention_of_cls(vit: torch.nn.Module, images: Float[Tensor, "B C H W"]) -> 
 
 
 def _panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

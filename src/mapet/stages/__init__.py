@@ -3,9 +3,9 @@
 These files import nothing heavy until a stage runs, so that `mapet --help` answers at once.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+from mapet.recipe import Stage
 from mapet.stages.check import check
 from mapet.stages.demo import demo
 from mapet.stages.export import export
@@ -17,7 +17,7 @@ from mapet.stages.probe import probe
 from mapet.stages.run import run
 from mapet.stages.tokenize import tokenize
 
-STAGES: dict[str, Callable[..., Any]] = {
+STAGES: dict[str, Stage[Any]] = {
     "demo": demo,
     "run": run,
     "check": check,

@@ -66,7 +66,11 @@ def check(config: CheckConfig) -> "Census":
         log.info("%s", line)
     if config.out:
         with atomic(config.out) as temporary:
-            temporary.write_text("".join(f"{why}\t{name}\n" for name, why in census.bad.items()), encoding="utf-8", errors="surrogateescape")
+            temporary.write_text(
+                "".join(f"{why}\t{name}\n" for name, why in census.bad.items()),
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
         log.info("list of unreadable images in %s", config.out)
     if config.dry_run and len(census.bad) < len(images):
         from mapet.training.estimate import estimate

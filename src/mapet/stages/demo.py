@@ -71,5 +71,8 @@ def table(results: dict[str, Any]) -> list[str]:
     """The figures side by side."""
     measures = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
     lines = ["", f"{'accuracy on 360 unseen digits':<32}{'untrained':>10}{'pretrained':>12}"]
-    lines += [f"{title:<32}{results['untrained'][key]:>10.3f}{results['pretrained'][key]:>12.3f}" for key, title in measures.items()]
+    lines += [
+        f"{title:<32}{results['untrained'][key]:>10.3f}{results['pretrained'][key]:>12.3f}"
+        for key, title in measures.items()
+    ]
     return [*lines, f"{'(always guessing one digit)':<32}{results['commonest_class']:>10.3f}", ""]

@@ -45,6 +45,8 @@ def export(config: ExportConfig) -> Path:
         before, after = vit.forward_features(images), load_backbone(config.out).eval().forward_features(images)
     error = float((after - before).norm() / before.norm())
     if not error < 1e-6:
-        raise MapetError(f"the export in {config.out} gives other features (relative difference {error:.1e}): don't use it")
+        raise MapetError(
+            f"the export in {config.out} gives other features (relative difference {error:.1e}): don't use it"
+        )
     log.info("exported to %s; reloaded through timm, features agree to %.0e", config.out, error)
     return config.out

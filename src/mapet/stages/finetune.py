@@ -81,5 +81,7 @@ def finetune(config: FinetuneConfig) -> float:
     log.info("accuracy %.3f, trained on %d images of %d classes", score, len(train.labels), len(train.classes))
     if config.out:
         save_backbone(vit.cpu(), config.out / "model")
-        write_json(config.out / "result.json", {"accuracy": score, "train_images": len(train.labels), "classes": train.classes})
+        write_json(
+            config.out / "result.json", {"accuracy": score, "train_images": len(train.labels), "classes": train.classes}
+        )
     return score

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from mapet.recipe import Config, Size, stage
+from mapet.recipe import Size, stage
 from mapet.stages.options import BadImages, Loading
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ class FitTokenizerConfig(Loading, BadImages):
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
         if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(f"image size {self.image_size[0]} x {self.image_size[1]} is not divisible by the patch size {self.patch_size}")
+            raise ValueError(
+                f"image size {self.image_size[0]} x {self.image_size[1]} is not divisible by the patch size {self.patch_size}"
+            )
         return self
 
 
@@ -82,17 +84,37 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     images = scan(config.images)
     size = config.image_size
     teacher = make_teacher(
-        config.teacher, size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_size, config.layer
+        config.teacher,
+        size,
+        config.patch_size,
+        config.channels,
+        config.teacher_checkpoint,
+        config.teacher_size,
+        config.layer,
     ).to(compute.device)
     num_patches = len(images) * teacher.grid[0] * teacher.grid[1]
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
-    log.info("%s images, %s patches, teacher %s at %s px, K = %d", f"{len(images):,}", f"{num_patches:,}", teacher.name, teacher.image_size, vocab_size)
+    log.info(
+        "%s images, %s patches, teacher %s at %s px, K = %d",
+        f"{len(images):,}",
+        f"{num_patches:,}",
+        teacher.name,
+        teacher.image_size,
+        vocab_size,
+    )
 
     order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
     dataset = ViewDataset(images, ViewSpec(image_size=size), config.channels, teacher_size=teacher.image_size)
     quarantine = Quarantine(images, config.max_bad)
     points = sample_features(
-        teacher, dataset, order, config.points_per_word * vocab_size, quarantine, compute, config.batch_size, config.num_workers
+        teacher,
+        dataset,
+        order,
+        config.points_per_word * vocab_size,
+        quarantine,
+        compute,
+        config.batch_size,
+        config.num_workers,
     ).to(compute.device)
 
     with tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar:
@@ -103,8 +125,15 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     counts = torch.bincount(assign(points, centroids)[0], minlength=vocab_size).cpu()
     variance = float((points - points.mean(0)).square().sum(1).mean())
     health = Health.measure(counts, error, variance)
-    fitting = config.model_dump(mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"})
-    fitting |= {"images_hash": images.hash, "num_images": len(images), "patches": len(points), "mean_squared_distance": error}
+    fitting = config.model_dump(
+        mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"}
+    )
+    fitting |= {
+        "images_hash": images.hash,
+        "num_images": len(images),
+        "patches": len(points),
+        "mean_squared_distance": error,
+    }
     tokenizer = Tokenizer(teacher, centroids, describe(teacher, centroids, health, fitting))
     save_tokenizer(tokenizer, counts, config.out)
     log.info("codebook: %s", health)

@@ -86,8 +86,10 @@ def inspect(config: InspectConfig) -> list[Path]:
     figures = {
         "token_maps": pictures.token_maps(*sample, grid, vocab_size),
         "words": pictures.code_montage(patches, tokens.flatten(), vocab_size),
-        "visibility": pictures.visibility_table(model.visibility.cpu(), dict(lengths), model.objective.name),
-        "predictions": pictures.predictions(*sample, batch.permutation[shown], prediction.logits.cpu(), prototypes, grid),
+        "visibility": pictures.visibility_table(model.visibility.cpu(), lengths, model.objective.name),
+        "predictions": pictures.predictions(
+            *sample, batch.permutation[shown], prediction.logits.cpu(), prototypes, grid
+        ),
     }
     if attention is not None:
         figures["cls_attention"] = pictures.cls_attention(batch.image[shown], attention, grid)

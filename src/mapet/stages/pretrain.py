@@ -1,7 +1,7 @@
 """Stage: the ViT learns to predict visual words."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -86,7 +86,9 @@ class PretrainConfig(Views, BadImages, Device):
     @model_validator(mode="after")
     def _views_of_the_store(self) -> "PretrainConfig":
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
-            raise ValueError("--views is for tokens made in the loop; with --tokens the store says which views there are")
+            raise ValueError(
+                "--views is for tokens made in the loop; with --tokens the store says which views there are"
+            )
         return self
 
 

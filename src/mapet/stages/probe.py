@@ -52,11 +52,22 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     for name in ["untrained", "pretrained"] if config.untrained else ["pretrained"]:
         torch.manual_seed(config.seed)
         vit = on_device(load_backbone(config.backbone, pretrained=name == "pretrained"), compute)
-        fit, check = (extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers) for data in (train, test))
+        fit, check = (
+            extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers)
+            for data in (train, test)
+        )
         results[name] = {"linear": linear_accuracy(*fit, *check), "knn": knn_accuracy(*fit, *check)}
         log.info("%-10s linear probe %.3f   k-NN %.3f", name, results[name]["linear"], results[name]["knn"])
     chance = float(torch.bincount(check[1]).max() / len(check[1]))
-    log.info("%d training and %d test images, %d classes; commonest class %.3f", len(fit[1]), len(check[1]), len(train.classes), chance)
+    log.info(
+        "%d training and %d test images, %d classes; commonest class %.3f",
+        len(fit[1]),
+        len(check[1]),
+        len(train.classes),
+        chance,
+    )
     if config.out:
-        write_json(config.out, results | {"commonest_class": chance, "train_images": len(fit[1]), "test_images": len(check[1])})
+        write_json(
+            config.out, results | {"commonest_class": chance, "train_images": len(fit[1]), "test_images": len(check[1])}
+        )
     return results

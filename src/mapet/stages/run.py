@@ -16,6 +16,12 @@ from mapet.stages.tokenize import TokenizeConfig, tokenize
 log = logging.getLogger("mapet")
 SET_HERE = {"images", "out", "tokenizer", "tokens", "run", "backbone", "test_images", "resume", "device", "seed"}
 
+FitTokenizerOptions = section(FitTokenizerConfig, SET_HERE)
+TokenizeOptions = section(TokenizeConfig, SET_HERE)
+PretrainOptions = section(PretrainConfig, SET_HERE)
+ProbeOptions = section(ProbeConfig, SET_HERE)
+InspectOptions = section(InspectConfig, SET_HERE)
+
 
 class RunConfig(Config):
     """Options of `run`: where from and where to, and a section of options for each stage."""
@@ -32,11 +38,11 @@ class RunConfig(Config):
     """Seed of everything."""
     resume: bool = False
     """Go on with a run that was interrupted: finished stages are kept."""
-    fit_tokenizer: section(FitTokenizerConfig, SET_HERE) = Config()  # type: ignore[valid-type]
-    tokenize: section(TokenizeConfig, SET_HERE) = Config()  # type: ignore[valid-type]
-    pretrain: section(PretrainConfig, SET_HERE) = Config()  # type: ignore[valid-type]
-    probe: section(ProbeConfig, SET_HERE) = Config()  # type: ignore[valid-type]
-    inspect: section(InspectConfig, SET_HERE) = Config()  # type: ignore[valid-type]
+    fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()  # type: ignore[valid-type]
+    tokenize: TokenizeOptions = TokenizeOptions()  # type: ignore[valid-type]
+    pretrain: PretrainOptions = PretrainOptions()  # type: ignore[valid-type]
+    probe: ProbeOptions = ProbeOptions()  # type: ignore[valid-type]
+    inspect: InspectOptions = InspectOptions()  # type: ignore[valid-type]
 
 
 @stage
@@ -59,7 +65,9 @@ def run(config: RunConfig) -> Path:
     if config.resume and recipe.exists():
         changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
         if changed:
-            raise MapetError(f"{config.out} was started with another recipe ({'; '.join(changed)}): use the same, or a new --out")
+            raise MapetError(
+                f"{config.out} was started with another recipe ({'; '.join(changed)}): use the same, or a new --out"
+            )
     else:
         new_folder(config.out, resume_hint=", or go on with --resume")
         images = scan(config.images)  # fail before anything is written
@@ -88,13 +96,22 @@ def run(config: RunConfig) -> Path:
         log.info("--- pretrain")
         begun = any((out["pretrain"] / "checkpoints").glob("step-*"))
         if not begun and out["pretrain"].exists():
-            out["pretrain"].rename(out["pretrain"].with_name(f"pretrain-abandoned-{len(list(config.out.glob('pretrain*')))}"))
-        pretrain(options(PretrainConfig, out=out["pretrain"], tokenizer=out["tokenizer"], tokens=out["tokens"], resume=begun))
+            out["pretrain"].rename(
+                out["pretrain"].with_name(f"pretrain-abandoned-{len(list(config.out.glob('pretrain*')))}")
+            )
+        pretrain(
+            options(PretrainConfig, out=out["pretrain"], tokenizer=out["tokenizer"], tokens=out["tokens"], resume=begun)
+        )
     if not out["probe.json"].exists() and (config.test_images or scan(config.images).classes()):
         log.info("--- probe")
         probe(options(ProbeConfig, backbone=backbone, test_images=config.test_images, out=out["probe.json"]))
     if not out["pictures"].exists():
         log.info("--- inspect")
         inspect(options(InspectConfig, run=out["pretrain"], out=out["pictures"], teacher=own_code))
-    log.info("done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)", backbone, str(config.out), backbone)
+    log.info(
+        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
+        backbone,
+        str(config.out),
+        backbone,
+    )
     return backbone

@@ -71,7 +71,9 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
 
     compute = Compute.choose(config.device, "float32")
     images = scan(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, allow=config.teacher, checkpoint=config.teacher_checkpoint).to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer, allow=config.teacher, checkpoint=config.teacher_checkpoint).to(
+        compute.device
+    )
     assert tokenizer.teacher is not None
     spec = ViewSpec(kind=config.views, image_size=tokenizer.student_size, min_scale=config.min_scale, seed=config.seed)
     num_views = config.num_views or {"center": 1, "flip": 2, "crop": 8}[config.views]
@@ -84,13 +86,19 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
             )
     else:
         new_folder(config.out, resume_hint=", or go on with --resume")
-        store = TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
+        store = TokenStore.create(
+            config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views
+        )
 
-    dataset = ViewDataset(images, spec, tokenizer.description["teacher"]["channels"], teacher_size=tokenizer.teacher.image_size)
+    dataset = ViewDataset(
+        images, spec, tokenizer.description["teacher"]["channels"], teacher_size=tokenizer.teacher.image_size
+    )
     quarantine = Quarantine(images, config.max_bad, dict(store.bad))
     per_batch = max(1, config.batch_size // num_views)
     starts = range(store.done, len(images), per_batch)
-    batches = [[(view, i) for i in range(s, min(s + per_batch, len(images))) for view in range(num_views)] for s in starts]
+    batches = [
+        [(view, i) for i in range(s, min(s + per_batch, len(images))) for view in range(num_views)] for s in starts
+    ]
     loader = make_loader(dataset, batches, config.num_workers)
     saved = time.monotonic()
     with tqdm(total=len(images), initial=store.done, desc="tokenize", unit="img", disable=None) as bar:
@@ -99,16 +107,26 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
                 quarantine.add(batch.bad)
                 count = min(per_batch, len(images) - start)
                 rows = torch.zeros(count, num_views, tokenizer.grid[0] * tokenizer.grid[1], dtype=torch.int64)
-                if len(batch.index):
-                    ids = tokenizer.name_features(teacher_features(tokenizer.teacher, batch, images, compute)).flatten(1).cpu()
-                    for index in batch.index.unique():  # a bad image has no rows in the batch
-                        rows[index - start] = ids[batch.index == index]
-                store.write(start, rows.numpy(), {index: reason for index, reason in batch.bad})
+                if len(batch.image_index):
+                    ids = (
+                        tokenizer.name_features(teacher_features(tokenizer.teacher, batch, images, compute))
+                        .flatten(1)
+                        .cpu()
+                    )
+                    for index in batch.image_index.unique():  # a bad image has no rows in the batch
+                        rows[index - start] = ids[batch.image_index == index]
+                store.write(start, rows.numpy(), dict(batch.bad))
                 bar.update(count)
                 if time.monotonic() - saved > 5:
                     store.save_progress()
                     saved = time.monotonic()
         finally:
             store.save_progress()
-    log.info("tokens of %d images x %d views in %s (%d bad images left out)", len(images), num_views, config.out, len(store.bad))
+    log.info(
+        "tokens of %d images x %d views in %s (%d bad images left out)",
+        len(images),
+        num_views,
+        config.out,
+        len(store.bad),
+    )
     return store

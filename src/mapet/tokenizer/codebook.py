@@ -72,6 +72,8 @@ class Tokenizer(nn.Module):
         description: everything `tokenizer.json` holds.
     """
 
+    centroids: Tensor
+
     def __init__(self, teacher: Teacher | None, centroids: Float[Tensor, "K F"], description: dict[str, Any]) -> None:
         super().__init__()
         self.teacher = teacher
@@ -106,7 +108,9 @@ class Tokenizer(nn.Module):
     def name_features(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
         """The nearest centroid of each feature."""
         if features.shape[1] != self.centroids.shape[1]:
-            raise MapetError(f"the teacher gives {features.shape[1]} features, the codebook has {self.centroids.shape[1]}")
+            raise MapetError(
+                f"the teacher gives {features.shape[1]} features, the codebook has {self.centroids.shape[1]}"
+            )
         flat = features.permute(0, 2, 3, 1)
         return assign(flat.flatten(0, 2), self.centroids)[0].view(flat.shape[:3])
 
@@ -138,7 +142,9 @@ def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path)
     write_json(folder / DESCRIPTION, tokenizer.description)
 
 
-def load_tokenizer(folder: Path, with_teacher: bool = True, allow: str | None = None, checkpoint: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, with_teacher: bool = True, allow: str | None = None, checkpoint: str | None = None
+) -> Tokenizer:
     """Read a tokenizer.
 
     Args:

@@ -14,7 +14,9 @@ from mapet.errors import MapetError
 from mapet.tokenizer.teacher import Teacher
 
 
-def teacher_features(teacher: Teacher, batch: Batch, images: ImageList, compute: Compute) -> Float[Tensor, "B F rows columns"]:
+def teacher_features(
+    teacher: Teacher, batch: Batch, images: ImageList, compute: Compute
+) -> Float[Tensor, "B F rows columns"]:
     """Features of a batch's teacher views.
 
     Raises:
@@ -24,7 +26,7 @@ def teacher_features(teacher: Teacher, batch: Batch, images: ImageList, compute:
     features = teacher(compute.to(batch.teacher_image))
     finite = features.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        first = int(batch.index[int((~finite).nonzero()[0])])
+        first = int(batch.image_index[int((~finite).nonzero()[0])])
         raise MapetError(
             f"teacher '{teacher.name}' gave NaN or infinite features for {int((~finite).sum())} of {len(finite)} images, first "
             f"{images.id(first)!r}: check its weights and the range of its input ([0, 1])"
@@ -49,9 +51,7 @@ def sample_features(
     parts: list[Tensor] = []
     for batch in tqdm(make_loader(dataset, batches, workers), desc="teacher features", unit="batch", disable=None):
         quarantine.add(batch.bad)
-        if len(batch.index):
+        if len(batch.image_index):
             features = teacher_features(teacher, batch, dataset.images, compute)
             parts.append(features.permute(0, 2, 3, 1).flatten(0, 2).cpu())
     return torch.cat(parts)[:max_points]
-
-

@@ -12,7 +12,9 @@ CHUNK_ELEMENTS = 1 << 26
 """Size of the distance table held at once: 256 MB of float32."""
 
 
-def assign(points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+def assign(
+    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Nearest centroid of each point, and the squared distance to it."""
     half_norms = centroids.square().sum(1) / 2
     ids = torch.empty(len(points), dtype=torch.int64, device=points.device)
@@ -46,7 +48,9 @@ def kmeans(
         MapetError: more clusters than points.
     """
     if num_clusters > len(points):
-        raise MapetError(f"K = {num_clusters} visual words need at least as many patches, but there are {len(points)}: lower --vocab-size")
+        raise MapetError(
+            f"K = {num_clusters} visual words need at least as many patches, but there are {len(points)}: lower --vocab-size"
+        )
     best: tuple[Tensor, float] | None = None
     mean = points.mean(0)
     points = points - mean  # smaller norms: less cancellation in the distances

@@ -34,7 +34,14 @@ class Teacher(nn.Module):
         weights_hash: sha256 of its parameters, '' if it has none.
     """
 
-    def __init__(self, encoder: nn.Module, name: str, image_size: tuple[int, int], grid: tuple[int, int], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        name: str,
+        image_size: tuple[int, int],
+        grid: tuple[int, int],
+        settings: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
@@ -118,23 +125,34 @@ class _Pixels(nn.Module):
 class _TimmFeatures(nn.Module):
     """One of timm's intermediate feature maps, not normalised (k-CLIP: the last stage before the attention pool)."""
 
-    def __init__(self, name: str, checkpoint: str | None, channels: int, size: tuple[int, int] | None, layer: int) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, name: str, checkpoint: str | None, channels: int, size: tuple[int, int] | None, layer: int
+    ) -> None:
         super().__init__()
         overlay = {"file": _safe_checkpoint(checkpoint), "custom_load": False} if checkpoint else None
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
-            raise MapetError(f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, *known])} Use 'pixels', a timm model or package.module:function")
+            raise MapetError(
+                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, *known])} Use 'pixels', a timm model or package.module:function"
+            )
         try:
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None
             own = tuple(config.input_size[1:]) if config else None
             resized = {"img_size": size} if size and size != own and _takes_image_size(name) else {}
             # With the classifier it comes with: without one timm loads loosely, and a wrong file would pass unnoticed.
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **resized)
+            model = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **resized
+            )
         except MapetError:
             raise
         except Exception as error:  # hub, network, file and shape errors of many kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            way_out = f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
+            way_out = (
+                f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
+            )
             raise MapetError(f"cannot load the weights of teacher '{name}': {reason[:300]}; {way_out}") from None
         if not hasattr(model, "forward_intermediates"):
             raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
@@ -168,14 +186,20 @@ def _person_s_encoder(name: str, checkpoint: str | None) -> nn.Module:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ImportError as error:
-        raise MapetError(f"teacher '{name}': cannot import {module_name} ({error}); is it installed or on PYTHONPATH?") from None
+        raise MapetError(
+            f"teacher '{name}': cannot import {module_name} ({error}); is it installed or on PYTHONPATH?"
+        ) from None
     except AttributeError:
         known = vars(importlib.import_module(module_name))
-        raise MapetError(f"teacher '{name}': {module_name} has no '{function_name}'{did_you_mean(function_name, known)}") from None
+        raise MapetError(
+            f"teacher '{name}': {module_name} has no '{function_name}'{did_you_mean(function_name, known)}"
+        ) from None
     try:
         inspect.signature(function).bind(checkpoint)
     except TypeError:
-        raise MapetError(f"teacher '{name}' must be a function of one argument, the checkpoint path or None, that returns an encoder") from None
+        raise MapetError(
+            f"teacher '{name}' must be a function of one argument, the checkpoint path or None, that returns an encoder"
+        ) from None
     encoder = function(checkpoint)
     if not callable(encoder):
         raise MapetError(f"teacher '{name}' must return a callable encoder, got {type(encoder).__name__}")

@@ -44,7 +44,14 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
     patch = config.patch_size or tokenizer.description["teacher"]["patch_size"]
     torch.manual_seed(config.seed)
     args = {"init_values": config.layer_scale} if config.layer_scale else {}
-    vit = create_vit(config.model, size, patch, tokenizer.description["teacher"]["channels"], args | config.model_args, config.drop_path)
+    vit = create_vit(
+        config.model,
+        size,
+        patch,
+        tokenizer.description["teacher"]["channels"],
+        args | config.model_args,
+        config.drop_path,
+    )
     if tuple(vit.patch_embed.grid_size) != tokenizer.grid:
         raise MapetError(
             f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
@@ -57,7 +64,9 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
         try:
             vit.load_state_dict(weights)
         except RuntimeError as error:
-            raise MapetError(f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}") from None
+            raise MapetError(
+                f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}"
+            ) from None
     return model
 
 

@@ -19,7 +19,9 @@ log = logging.getLogger("mapet")
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-00000000` atomically, then remove all but the newest `keep`.
 
     Args:

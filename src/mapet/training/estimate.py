@@ -29,37 +29,57 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     num_patches = vit.patch_embed.num_patches
     vocab_size = config.vocab_size or automatic_vocab_size(len(usable) * num_patches)
     teacher = make_teacher(
-        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_size
+        config.teacher,
+        config.image_size,
+        config.patch_size,
+        config.channels,
+        config.teacher_checkpoint,
+        config.teacher_size,
     ).to(compute.device)
     model = on_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
-    dataset = ViewDataset(images, ViewSpec(image_size=config.image_size), config.channels, config.image_size, teacher.image_size, num_patches=num_patches)
+    dataset = ViewDataset(
+        images,
+        ViewSpec(image_size=config.image_size),
+        config.channels,
+        config.image_size,
+        teacher.image_size,
+        num_patches=num_patches,
+    )
     started = time.monotonic()
     batch = collate([dataset[0, index] for index in (usable * TRIED)[:TRIED]])
     read = (time.monotonic() - started) / TRIED
     if batch.image is None or batch.teacher_image is None or batch.permutation is None:
         raise MapetError("the images of the dry run could not be read a second time: are they changing?")
-    tokens = torch.zeros(len(batch.index), num_patches, dtype=torch.int64, device=compute.device)
+    tokens = torch.zeros(len(batch.image_index), num_patches, dtype=torch.int64, device=compute.device)
     inputs = normalize(compute.to(batch.image), config.channels), tokens, compute.to(batch.permutation)
+
+    views = compute.to(batch.teacher_image)
 
     def step() -> None:
         with compute.autocast():
             loss = model(*inputs).loss
         loss.backward()
 
-    teaching = _seconds(lambda: teacher(compute.to(batch.teacher_image)), compute) / TRIED
+    teaching = _seconds(lambda: teacher(views), compute) / TRIED
     training = _seconds(step, compute) / TRIED
     batch_size = automatic_batch_size(model, len(usable), compute)
     memory = batch_size * bytes_per_image(model, compute) + 16 * num_parameters(model)
     points = min(512 * vocab_size, len(usable) * num_patches)
     with torch.inference_mode():
-        features = teacher(compute.to(batch.teacher_image[:1])).shape[1]
-    yield f"dry run on {compute}: {config.model}, {num_parameters(vit) / 1e6:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
-    yield f"  reading    {1 / read:,.0f} images/s a process"
-    yield f"  fit-tokenizer  about {_span(min(len(usable), points / num_patches) * max(teaching, read))} for features, {points * features * 4 / 1e9:.2f} GB of memory"
-    yield f"  tokenize   {1 / teaching:,.0f} images/s, about {_span(len(usable) * max(teaching, read))}, {len(usable) * num_patches * 2 / 1e6:,.1f} MB on disk"
+        features = teacher(views[:1]).shape[1]
+    count, epoch = len(usable), len(usable) * max(training, read)
+    fitting = min(count, points / num_patches) * max(teaching, read)
+    size = num_parameters(vit) / 1e6
+    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
+    yield f"  reading        {1 / read:,.0f} images/s a process"
+    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 4 / 1e9:.2f} GB of memory"
     yield (
-        f"  pretrain   {1 / training:,.0f} images/s, about {_span(len(usable) * max(training, read))} an epoch, {_span(config.epochs * len(usable) * max(training, read))} for "
+        f"  tokenize       {1 / teaching:,.0f} images/s, about {_span(count * max(teaching, read))}, "
+        f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"
+    )
+    yield (
+        f"  pretrain       {1 / training:,.0f} images/s, about {_span(epoch)} an epoch, {_span(config.epochs * epoch)} for "
         f"{config.epochs} epochs; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 

@@ -27,20 +27,36 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
     train = train.few(config.labels_per_class, config.label_share, config.seed)
     torch.manual_seed(config.seed)
     # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
-    options = {"num_classes": len(train.classes), "global_pool": "avg", "fc_norm": False, "drop_path_rate": config.drop_path}
+    options = {
+        "num_classes": len(train.classes),
+        "global_pool": "avg",
+        "fc_norm": False,
+        "drop_path_rate": config.drop_path,
+    }
     vit = on_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
 
-    batch_size = config.batch_size or max(8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10))
+    batch_size = config.batch_size or max(
+        8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10)
+    )
     sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
     lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
     schedule = make_schedule(optimizer, len(sampler), len(sampler) // 10, min_lr=1e-6)
     height, width = vit.patch_embed.img_size
     spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
-    dataset = ViewDataset(train.images, spec, vit.in_chans, image_size=(height, width), jitter=config.color_jitter, seed=config.seed)
+    dataset = ViewDataset(
+        train.images, spec, vit.in_chans, image_size=(height, width), jitter=config.color_jitter, seed=config.seed
+    )
     quarantine = Quarantine(train.images, config.max_bad)
     labels = torch.from_numpy(train.labels)
-    log.info("fine-tuning %s on %d images, %d classes, batch %d, lr %.2g", "from scratch" if config.scratch else config.backbone, len(labels), len(train.classes), batch_size, lr)
+    log.info(
+        "fine-tuning %s on %d images, %d classes, batch %d, lr %.2g",
+        "from scratch" if config.scratch else config.backbone,
+        len(labels),
+        len(train.classes),
+        batch_size,
+        lr,
+    )
 
     vit.train()
     loader = make_loader(dataset, sampler, config.num_workers)
@@ -51,7 +67,9 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
                 schedule.step_update(step)
                 with compute.autocast():
                     logits = vit(normalize(compute.to(batch.image), vit.in_chans))
-                loss = F.cross_entropy(logits.float(), compute.to(labels[batch.index]), label_smoothing=config.label_smoothing)
+                loss = F.cross_entropy(
+                    logits.float(), compute.to(labels[batch.image_index]), label_smoothing=config.label_smoothing
+                )
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -73,6 +91,6 @@ def accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, worker
         if batch.image is not None:
             with compute.autocast():
                 logits = vit(normalize(compute.to(batch.image), vit.in_chans))
-            correct += int((logits.argmax(1).cpu() == labels[batch.index]).sum())
-            seen += len(batch.index)
+            correct += int((logits.argmax(1).cpu() == labels[batch.image_index]).sum())
+            seen += len(batch.image_index)
     return correct / seen

@@ -39,7 +39,9 @@ def train(config: Any) -> Path:
     # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, with_teacher=config.tokens is None, allow=config.teacher).to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer, with_teacher=config.tokens is None, allow=config.teacher).to(
+        compute.device
+    )
     store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
     model = on_device(build_model(config, tokenizer), compute)
 
@@ -92,23 +94,39 @@ def train(config: Any) -> Path:
 
                 epoch_ended = step % sampler.steps_per_epoch == 0
                 if step % log_every == 0 or step == total_steps:
-                    metrics = meter.read() | {"epoch": step / sampler.steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
+                    metrics = meter.read() | {
+                        "epoch": step / sampler.steps_per_epoch,
+                        "lr": optimizer.param_groups[0]["lr"],
+                    }
                     run.record(step, metrics)
                     bar.set_postfix_str(Meter.line(metrics), refresh=False)
                     if bar.disable and (epoch_ended or step == total_steps):
                         log.info("epoch %d: %s", step // sampler.steps_per_epoch, Meter.line(metrics))
                     if not math.isfinite(metrics["loss"]):
-                        raise MapetError(f"the loss is {metrics['loss']} at step {step}: lower --lr (now {lr:.2g}) or use --precision float32, and go on from the last checkpoint with --resume")
+                        raise MapetError(
+                            f"the loss is {metrics['loss']} at step {step}: start again with a lower --lr (now {lr:.2g}) or "
+                            "--precision float32; --init-from the last checkpoint's export keeps what was learned"
+                        )
                 if probe and epoch_ended and probe.due(step // sampler.steps_per_epoch, config.epochs):
                     scores = probe(model.vit)
                     run.record(step, scores)
-                    log.info("epoch %d: linear probe %.3f, k-NN %.3f", step // sampler.steps_per_epoch, scores["probe/linear"], scores["probe/knn"])
+                    log.info(
+                        "epoch %d: linear probe %.3f, k-NN %.3f",
+                        step // sampler.steps_per_epoch,
+                        scores["probe/linear"],
+                        scores["probe/knn"],
+                    )
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 if stop.asked or due or step == total_steps:
-                    save_checkpoint(run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints)
+                    save_checkpoint(
+                        run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints
+                    )
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
-                    raise Interrupted(f"stopped by {stop.asked} at step {step} of {total_steps}, saved. Go on with: mapet pretrain {config.out / 'config.yaml'} --resume")
+                    recipe = config.out / "config.yaml"
+                    raise Interrupted(
+                        f"stopped by {stop.asked} at step {step} of {total_steps}, saved. Go on with: mapet pretrain {recipe} --resume"
+                    )
 
         # ---- the product
         backbone = config.out / "backbone"
@@ -118,10 +136,16 @@ def train(config: Any) -> Path:
         return backbone
 
 
-def training_views(config: Any, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer) -> ViewDataset:
+def training_views(
+    config: Any, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer
+) -> ViewDataset:
     """The student's views, with tokens from the store or the teacher's views to make them of."""
     height, width = model.vit.patch_embed.img_size
-    spec = store.view_spec if store else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    spec = (
+        store.view_spec
+        if store
+        else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    )
     return ViewDataset(
         images,
         spec,
@@ -135,7 +159,9 @@ def training_views(config: Any, images: ImageList, tokenizer: Tokenizer, store: 
     )
 
 
-def model_input(batch: Batch, tokenizer: Tokenizer, model: Pretrainer, compute: Compute) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def model_input(
+    batch: Batch, tokenizer: Tokenizer, model: Pretrainer, compute: Compute
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(normalised images, tokens, permutation) on the device."""
     assert batch.image is not None and batch.permutation is not None
     tokens = batch.tokens

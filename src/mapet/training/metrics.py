@@ -38,7 +38,9 @@ class Meter:
 
     def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
         correct = (prediction.logits.detach().argmax(-1) == prediction.targets).double().mean()
-        self._sums += torch.stack([prediction.loss.detach().double(), correct, gradient_norm.detach().double(), correct.new_ones(())])
+        self._sums += torch.stack(
+            [prediction.loss.detach().double(), correct, gradient_norm.detach().double(), correct.new_ones(())]
+        )
         self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
         self._images += len(prediction.targets)
         self._steps += 1

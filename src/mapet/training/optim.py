@@ -19,7 +19,9 @@ def automatic_lr(batch_size: int) -> float:
     return PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None
+) -> torch.optim.Optimizer:
     """AdamW; no decay on biases, norms, positions and tokens."""
     return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
 

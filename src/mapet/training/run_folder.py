@@ -5,6 +5,7 @@ import logging
 import platform
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,22 @@ import timm
 import torch
 import torchvision
 
-import mapet
 from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.files import atomic, new_folder
 from mapet.recipe import Config, build, differences, read_recipe, to_yaml
 
 log = logging.getLogger("mapet")
-MAY_CHANGE = frozenset({"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"})
+MAY_CHANGE = frozenset(
+    {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
+)
 """Options that can't change what is learned, so they may differ on resuming."""
 
 
 class RunFolder:
     """Creates or reopens the folder and writes to its logs; a context manager.
 
-        config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
+    config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
     """
 
     def __init__(self, config: Any, compute: Compute) -> None:
@@ -37,11 +39,15 @@ class RunFolder:
         else:
             new_folder(self.path, resume_hint=", or go on with --resume")
             with atomic(self.path / "config.yaml") as temporary:
-                temporary.write_text(f"# mapet pretrain {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8")
+                temporary.write_text(
+                    f"# mapet pretrain {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
+                )
         self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
-        self._log_file_only(f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}system: {system_information(compute)}")
+        self._log_file_only(
+            f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}system: {system_information(compute)}"
+        )
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
 
@@ -108,5 +114,6 @@ def _same_recipe(path: Path, config: Config) -> None:
 
 
 def system_information(compute: Compute) -> str:
-    versions = f"mapet {mapet.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
-    return f"{compute}; {versions}, Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads; {' '.join(sys.argv)}"
+    versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    place = f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"
+    return f"{compute}; {versions}, {place}; {' '.join(sys.argv)}"

@@ -1,0 +1,312 @@
+"""The stages together: exact resume, stored = online, start from weights, Ctrl-C, the whole run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import mapet
+from mapet.cli import main
+from mapet.data.dataset import ViewDataset, collate
+from mapet.data.image_list import scan
+from mapet.data.token_store import TokenStore
+from mapet.errors import Interrupted
+from mapet.tokenizer.codebook import load_tokenizer
+from tests.conftest import PRETRAIN, TINY
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_run_folder(run_dir, few_digits):
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.yaml",
+        "train.log",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "backbone",
+    }
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [5, 6]
+    assert metrics[-1]["loss"] < 2.9 and 0 <= metrics[-1]["data_wait"] <= 1
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["lr"] == 0.001
+    assert "torch" in (run_dir / "train.log").read_text()
+    assert any((run_dir / "tensorboard").iterdir())
+
+
+def test_backbone_is_the_trained_vit(run_dir):
+    trained = {k.removeprefix("vit."): v for k, v in weights(run_dir).items() if k.startswith("vit.")}
+    made = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=8, patch_size=2, in_chans=1, init_values=0.1, **TINY
+    )
+    made.load_state_dict(load_file(run_dir / "backbone" / "model.safetensors"), strict=True)
+    assert all(torch.equal(value, trained[name]) for name, value in made.state_dict().items())
+
+
+class StopAt:
+    """Ask the loop to stop as a signal would, at a given step."""
+
+    def __init__(self, monkeypatch, step):
+        import mapet.training.loop as loop
+
+        original = loop.step_seed
+
+        def seed(value, number):
+            if number == step - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(value, number)
+
+        monkeypatch.setattr(loop, "step_seed", seed)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    stop_at, run_dir, few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch
+):
+    options = {
+        "images": few_digits,
+        "tokenizer": tokenizer_dir,
+        "tokens": tokens_dir,
+        "out": tmp_path / "run",
+    } | PRETRAIN
+    with monkeypatch.context() as patch:
+        StopAt(patch, stop_at)
+        with pytest.raises(
+            Interrupted,
+            match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet pretrain .*config.yaml --resume",
+        ):
+            mapet.pretrain(**options)
+    assert not (tmp_path / "run" / "backbone").exists()
+    assert main(["pretrain", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
+    assert_identical(run_dir, tmp_path / "run")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 6]
+
+
+def test_a_damaged_newest_checkpoint_falls_back(
+    few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path, monkeypatch, caplog
+):
+    options = {
+        "images": few_digits,
+        "tokenizer": tokenizer_dir,
+        "tokens": tokens_dir,
+        "out": tmp_path / "run",
+    } | PRETRAIN
+    for step in (2, 4):
+        with monkeypatch.context() as patch:
+            StopAt(patch, step)
+            with pytest.raises(Interrupted):
+                mapet.pretrain(**options, resume=step > 2)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    mapet.pretrain(**options, resume=True)
+    assert "step-00000004 cannot be used: model.safetensors is damaged" in caplog.text
+    assert_identical(run_dir, tmp_path / "run")
+
+
+def test_init_from_starts_a_new_run_from_the_weights(run_dir, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    mapet.pretrain(
+        images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", init_from=run_dir,
+        **(PRETRAIN | {"lr": 1e-12, "min_lr": 0.0, "weight_decay": 0.0, "epochs": 1}),
+    )  # fmt: skip
+    old, new = (load_file(run / "backbone" / "model.safetensors") for run in (run_dir, tmp_path / "run"))
+    assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old)
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+@pytest.mark.parametrize("views", ["center", "flip", "crop"])
+def test_stored_and_online_tokens_agree(views, crops, tmp_path):
+    """The ids in the store are those that the teacher in the loop gives for the very view that the student sees."""
+    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
+    mapet.tokenize(images=crops, tokenizer=tmp_path / "t", out=tmp_path / "s", views=views, workers=0, batch_size=7)
+    images, tokenizer = scan(crops), load_tokenizer(tmp_path / "t")
+    store = TokenStore.open(tmp_path / "s", images, tokenizer.hash)
+    stored = ViewDataset(images, store.view_spec, image_size=(32, 32), teacher_size=(32, 32), store=store, seed=9)
+    batch = collate([stored[epoch, index] for epoch in range(6) for index in range(12)])
+    assert torch.equal(batch.image, batch.teacher_image)
+    assert torch.equal(tokenizer(batch.teacher_image).flatten(1), batch.tokens)
+    if views != "center":
+        assert len(batch.image.flatten(1).unique(dim=0)) > 12
+
+
+def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tmp_path):
+    """Centred views: a run with the teacher in the loop ends with the same weights as one with stored tokens."""
+    mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, out=tmp_path / "run", **PRETRAIN)
+    assert_identical(run_dir, tmp_path / "run")
+
+
+def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
+    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
+    options = {"images": crops, "tokenizer": tmp_path / "t", "workers": 0, "batch_size": 3}
+    whole = mapet.tokenize(out=tmp_path / "whole", **options)
+    original = TokenStore.write
+
+    def stop_at_six(self, start, ids, bad):
+        if start == 6:
+            raise KeyboardInterrupt
+        original(self, start, ids, bad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStore, "write", stop_at_six)
+        with pytest.raises(KeyboardInterrupt):
+            mapet.tokenize(out=tmp_path / "parts", **options)
+    assert json.loads((tmp_path / "parts" / "store.json").read_text())["done"] == 6
+    parts = mapet.tokenize(out=tmp_path / "parts", resume=True, **options)
+    assert np.array_equal(whole.rows, parts.rows)
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_real_process(name, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    argv = [
+        "pretrain",
+        "--images",
+        few_digits,
+        "--tokenizer",
+        tokenizer_dir,
+        "--tokens",
+        tokens_dir,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        "10000",
+    ]
+    argv += [
+        "--model-args",
+        "embed_dim=16",
+        "depth=1",
+        "num_heads=1",
+        "--workers",
+        "1",
+        "--probe-every",
+        "0",
+        "--batch-size",
+        "50",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(name)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert f"stopped by {name.name}" in error and "Traceback" not in error
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
+
+
+def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
+    common = ["--images", str(digits / "train"), "--test-images", str(digits / "test"), "--workers", "0"]
+    assert main(["probe", "--backbone", str(run_dir), *common, "--out", str(tmp_path / "probe.json")]) == 0
+    figures = json.loads((tmp_path / "probe.json").read_text())
+    assert set(figures) == {"untrained", "pretrained", "commonest_class", "train_images", "test_images"}
+    assert figures["test_images"] == 360
+    accuracy = mapet.finetune(
+        backbone=run_dir, images=digits / "train", test_images=digits / "test", epochs=8, batch_size=64, views="center",
+        workers=0, lr=3e-3, drop_path=0.0,
+        out=tmp_path / "tuned",
+    )  # fmt: skip
+    assert accuracy > 0.3
+    tuned = mapet.load_backbone(tmp_path / "tuned" / "model")
+    assert tuned.num_classes == 10
+    pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
+    assert {path.stem for path in pictures} == {"token_maps", "words", "visibility", "predictions", "cls_attention"}
+    assert all(path.stat().st_size > 5000 for path in pictures)
+    assert main(["export", "--run", str(run_dir), "--out", str(tmp_path / "export")]) == 0
+    assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32
+
+
+def test_finetuning_keeps_the_pretrained_norm(run_dir):
+    """Mean pooling must not replace the final norm by a fresh one."""
+    vit = mapet.load_backbone(run_dir, num_classes=10, global_pool="avg", fc_norm=False)
+    saved = load_file(run_dir / "backbone" / "model.safetensors")
+    assert torch.equal(vit.norm.weight, saved["norm.weight"])
+    assert isinstance(vit.fc_norm, torch.nn.Identity)
+
+
+def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
+    StopAt(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", **PRETRAIN)
+    mapet.export(run=tmp_path / "run", out=tmp_path / "export")
+    trained = weights(tmp_path / "run")
+    assert torch.equal(mapet.load_backbone(tmp_path / "export").pos_embed, trained["vit.pos_embed"])
+
+
+@pytest.mark.parametrize("objective", ["pim", "mim"])
+def test_other_objectives_train(objective, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    mapet.pretrain(
+        images=few_digits,
+        tokenizer=tokenizer_dir,
+        tokens=tokens_dir,
+        out=tmp_path / "run",
+        objective=objective,
+        **PRETRAIN,
+    )
+    assert (tmp_path / "run" / "backbone").exists()
+
+
+def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
+    argv = ["run", "--images", few_digits, "--test-images", digits / "test", "--out", tmp_path / "run"]
+    argv += [
+        "--fit-tokenizer.image-size",
+        "8",
+        "--fit-tokenizer.patch-size",
+        "2",
+        "--fit-tokenizer.channels",
+        "1",
+        "--fit-tokenizer.vocab-size",
+        "16",
+    ]
+    argv += [
+        "--pretrain.epochs",
+        "2",
+        "--pretrain.model-args",
+        "embed_dim=16",
+        "depth=1",
+        "num_heads=1",
+        "--pretrain.batch-size",
+        "100",
+    ]
+    argv = [str(word) for word in argv]
+    with monkeypatch.context() as patch:
+        StopAt(patch, 4)
+        assert main(argv) == 130
+    assert main([*argv, "--resume"]) == 0
+    assert json.loads((tmp_path / "run" / "probe.json").read_text())["test_images"] == 360
+    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 5
+    assert main([*argv, "--resume", "--seed", "7"]) == 2
+    assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+
+
+def test_learns_what_can_be_learned(digits, tmp_path):
+    """A few epochs on real digits: far better than the commonest token and than the unigram entropy."""
+    mapet.fit_tokenizer(
+        images=digits / "train", out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=64, workers=0
+    )
+    mapet.pretrain(
+        images=digits / "train", tokenizer=tmp_path / "t", out=tmp_path / "run", model_args={"embed_dim": 64, "depth": 2, "num_heads": 2},
+        epochs=8, batch_size=64, lr=2e-3, workers=0, probe_every=0, drop_path=0.0, color_jitter=0.0,
+    )  # fmt: skip
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] < last["token_entropy"] - 0.7
+    assert last["token_accuracy"] > last["commonest_token"] + 0.02

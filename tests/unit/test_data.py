@@ -1,0 +1,191 @@
+"""Lists, views, batches and the token store."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
+from mapet.data.decode import read_image
+from mapet.data.image_list import ImageList, scan
+from mapet.data.token_store import TokenStore
+from mapet.data.views import View, ViewSpec, color_jitter, draw_view, render
+from mapet.errors import MapetError
+
+
+def test_list_of_paths_and_folder_agree(crops):
+    listing = crops / "list.txt"
+    names = [path.name for path in sorted(crops.glob("*.png"))]
+    listing.write_text("\n".join(names) + "\n\n")
+    from_list, from_folder = scan(listing), scan(crops)
+    assert [from_list.id(i) for i in range(12)] == names
+    assert from_list.hash == from_folder.hash
+    assert from_folder.ignored == 1
+    (crops / names[0]).write_bytes(b"replaced")
+    assert scan(crops).hash != from_folder.hash
+
+
+def test_missing_entry_of_a_list_is_named(crops):
+    (crops / "list.txt").write_text("crop000.png\nabsent.png\n")
+    with pytest.raises(MapetError, match=r"entry 2: absent.png: No such file"):
+        scan(crops / "list.txt")
+
+
+def test_class_folders(digits, crops):
+    names, labels = scan(digits / "test").classes()
+    assert names == list("0123456789")
+    assert len(labels) == 360
+    assert scan(crops).classes() is None
+
+
+def test_key_depends_on_the_id_alone(crops):
+    images = scan(crops)
+    assert images.subset([7]).key(0) == images.key(7)
+    assert len({images.key(i) for i in range(12)}) == 12
+
+
+sides = st.integers(1, 300)
+
+
+@given(
+    st.sampled_from(["center", "flip", "crop"]), sides, sides, sides, sides, st.integers(0, 2**60), st.integers(0, 100)
+)
+def test_views_lie_inside_and_repeat(kind, height, width, target_height, target_width, key, number):
+    spec = ViewSpec(kind=kind, image_size=(target_height, target_width), min_scale=0.1)
+    view = draw_view(spec, (height, width), key, number)
+    assert 0 <= view.top <= view.top + view.height <= height
+    assert 0 <= view.left <= view.left + view.width <= width
+    assert view.height >= 1 and view.width >= 1
+    assert view == draw_view(spec, (height, width), key, number)
+
+
+def test_two_flip_views_are_an_image_and_its_mirror():
+    spec = ViewSpec(kind="flip", image_size=(8, 8))
+    for key in range(4):
+        assert {draw_view(spec, (8, 8), key, number).flip for number in (0, 1)} == {False, True}
+
+
+def test_a_view_of_its_own_size_is_untouched_and_mirrored():
+    image = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
+    assert torch.equal(render(image, View(2, 1, 8, 8, False), (8, 8)), image[:, 2:10, 1:9])
+    assert torch.equal(render(image, View(2, 1, 8, 8, True), (8, 8)), image[:, 2:10, 1:9].flip(-1))
+    assert render(image, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_jitter_changes_colours_only_and_repeats(channels):
+    image = torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8)
+    first, second = (color_jitter(image, 0.4, np.random.default_rng(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == image.shape and first.dtype == torch.uint8
+    assert torch.equal(color_jitter(image, 0.0, np.random.default_rng(0)), image)
+    assert not torch.equal(first, image)
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4), st.integers(0, 5))
+def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epochs, seed):
+    sampler = EpochSampler(np.arange(count), batch_size, epochs, seed)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == epochs * sampler.steps_per_epoch
+    for epoch in range(epochs):
+        part = batches[epoch * sampler.steps_per_epoch : (epoch + 1) * sampler.steps_per_epoch]
+        assert sorted(index for batch in part for _, index in batch) == list(range(count))
+        assert {number for batch in part for number, _ in batch} == {epoch}
+        assert max(map(len, part)) <= batch_size and max(map(len, part)) - min(map(len, part)) <= 1
+    middle = len(batches) // 2
+    assert list(EpochSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
+
+
+def test_batches_do_not_depend_on_workers(crops):
+    dataset = ViewDataset(
+        scan(crops),
+        ViewSpec(kind="crop", image_size=(16, 16)),
+        image_size=(16, 16),
+        teacher_size=(32, 32),
+        num_patches=16,
+        jitter=0.4,
+        seed=5,
+    )
+    results = [list(make_loader(dataset, in_order(12, 5, number=3), workers)) for workers in (0, 2)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.teacher_image, b.teacher_image)
+        assert torch.equal(a.permutation, b.permutation) and torch.equal(a.image_index, b.image_index)
+
+
+def test_teacher_and_student_see_the_same_view(crops):
+    """At the same size both renderings are one picture: crop and mirror agree."""
+    dataset = ViewDataset(
+        scan(crops), ViewSpec(kind="crop", image_size=(16, 16)), image_size=(16, 16), teacher_size=(16, 16)
+    )
+    for number in range(10):
+        sample = dataset[number, number]
+        assert torch.equal(sample.image, sample.teacher_image)
+
+
+def store_of(folder, images, views=2, vocab=100):
+    folder.mkdir()
+    store = TokenStore.create(folder, images, "codebook", vocab, (2, 3), ViewSpec(image_size=(8, 12)), views)
+    ids = np.random.default_rng(0).integers(vocab, size=(len(images), views, 6))
+    return store, ids
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
+def test_store_round_trip(crops, tmp_path, vocab, dtype):
+    images = scan(crops)
+    store, ids = store_of(tmp_path / "s", images, vocab=vocab)
+    store.write(0, ids, {3: "broken"})
+    store.save_progress()
+    again = TokenStore.open(tmp_path / "s", images, "codebook")
+    assert again.rows.dtype == dtype
+    assert np.array_equal(again.rows, ids)
+    assert again.bad == {3: "broken"} and again.complete
+    assert np.array_equal(again.read(5, 1), ids[5, 1])
+
+
+def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
+    images = scan(crops)
+    store, ids = store_of(tmp_path / "s", images)
+    store.write(0, ids[:5], {})
+    store.save_progress()
+    with pytest.raises(MapetError, match="unfinished \\(5 of 12"):
+        TokenStore.open(tmp_path / "s", images)
+    store = TokenStore.open(tmp_path / "s", images, writable=True)
+    store.write(store.done, ids[5:], {})
+    store.save_progress()
+    assert np.array_equal(TokenStore.open(tmp_path / "s", images).rows, ids)
+
+
+def test_store_of_other_images_or_codebook_names_both_sides(crops, tmp_path):
+    images = scan(crops)
+    store, ids = store_of(tmp_path / "s", images)
+    store.write(0, ids, {})
+    store.save_progress()
+    reordered = images.subset(range(11, -1, -1))
+    with pytest.raises(MapetError, match=f"{images.hash[:12]}.*{reordered.hash[:12]}"):
+        TokenStore.open(tmp_path / "s", reordered)
+    with pytest.raises(MapetError, match=r"codebook.*other"):
+        TokenStore.open(tmp_path / "s", images, "other")
+
+
+def test_out_of_range_token_is_noticed(crops, tmp_path):
+    images = scan(crops)
+    store, ids = store_of(tmp_path / "s", images)
+    ids[4, 0, 0] = 100
+    store.write(0, ids, {})
+    with pytest.raises(MapetError, match="row 4 has token 100 of a vocabulary of 100"):
+        store.read(4, 0)
+
+
+def test_a_million_paths_stay_compact():
+    """One block of bytes: about 40 bytes a path, not a Python string each."""
+    ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
+    images = ImageList(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids))
+    size = len(images._block) + images._ends.nbytes + images.file_sizes.nbytes
+    assert size / len(ids) < 45
+    assert images[99_999] == scan_root / "folder999/image_0099999.jpg"
+
+
+def test_images_are_read_as_files_have_them(crops, photos):
+    image = read_image(scan(crops)[0])
+    assert image.shape == (3, 48, 64) and image.dtype == torch.uint8
