@@ -1,0 +1,93 @@
+"""What the README, the docs, the recipes and the help texts show is what the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import mapet
+from mapet import cli
+from mapet.recipe import build, read_recipe
+from mapet.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+def commands() -> list[str]:
+    texts = [path.read_text() for path in TEXTS] + [function.__doc__ for function in STAGES.values()]
+    found = [line for text in texts for line in re.findall(r"^[#\s$]*(mapet [a-z-]+(?: .*)?)$", text, flags=re.M)]
+    return [line for line in dict.fromkeys(found) if line.split()[1] in STAGES]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
+    """Each command's options build a config; the stage itself is replaced."""
+    _, name, *words = shlex.split(command, comments=True)
+    seen = []
+
+    def stand_in(config):
+        seen.append(config)
+
+    stand_in.config_type = STAGES[name].config_type
+    stand_in.__doc__ = STAGES[name].__doc__
+    monkeypatch.setitem(STAGES, name, stand_in)
+    if words and words[0].startswith("runs/") and words[0].endswith(".yaml"):  # a run's own recipe
+        (tmp_path / "own.yaml").write_text(
+            "{images: a, out: b, tokenizer: c}" if name == "pretrain" else "{images: a, out: b}"
+        )
+        words[0] = str(tmp_path / "own.yaml")
+    monkeypatch.chdir(ROOT)
+    cli.run_stage(name, words)
+    assert len(seen) == 1
+
+
+def test_commands_are_found():
+    assert len(commands()) > 20
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_builds(recipe):
+    build(STAGES["run"].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"})
+
+
+def test_readme_python(run_dir, monkeypatch, tmp_path):
+    """The README's Python runs as it stands, on a run of ours."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "photos").symlink_to(run_dir)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert len(code) == 1
+    scope = {"images": torch.zeros(2, 1, 8, 8)}
+    exec(code[0], scope)
+    assert scope["features"].shape == (2, 17, 32)
+    assert scope["model"].num_classes == 10
+
+
+def test_every_stage_is_in_the_readme_and_the_api():
+    readme = (ROOT / "README.md").read_text()
+    for name in STAGES:
+        assert f"`{name}`" in readme
+        assert getattr(mapet, name.replace("-", "_")) is STAGES[name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_shows_defaults_and_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"mapet {name}" in text
+    assert "example:" in text
+    assert "(default:" in text or "(required)" in text
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "src" / "mapet").rglob("*.py"):
+        if path.stem not in ("__init__", "__main__") and path.parent.name != "stages":
+            assert f"`{path.stem}`" in text, path
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert path.read_text().startswith("#")
