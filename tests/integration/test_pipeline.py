@@ -298,6 +298,54 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
 
 
+def test_bfloat16_is_used_and_agrees_with_float32(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path):
+    options = {
+        "images": few_digits,
+        "tokenizer": tokenizer_dir,
+        "tokens": tokens_dir,
+        "out": tmp_path / "run",
+    } | PRETRAIN
+    mapet.pretrain(**(options | {"precision": "bfloat16"}))
+    losses = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (run_dir, tmp_path / "run")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
+    """What memory or the number of cores decided at the start stays decided."""
+    automatic = {key: value for key, value in PRETRAIN.items() if key not in ("batch_size", "lr", "log_every")}
+    options = {
+        "images": few_digits,
+        "tokenizer": tokenizer_dir,
+        "tokens": tokens_dir,
+        "out": tmp_path / "run",
+    } | automatic
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**options)
+    first = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (first["batch_size"], first["num_context"], first["image_size"]) == (16, 4, [8, 8])
+    monkeypatch.setattr("mapet.training.loop.automatic_batch_size", lambda *_: 3)
+    mapet.pretrain(**options, resume=True)
+    steps = -(-288 // 16) * 2
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    options = {
+        "images": few_digits,
+        "tokenizer": tokenizer_dir,
+        "tokens": tokens_dir,
+        "out": tmp_path / "run",
+    } | PRETRAIN
+    with pytest.raises(mapet.MapetError, match=r"loss is nan at step .*lower --lr"):
+        mapet.pretrain(**(options | {"lr": 1e30, "clip_grad": None}))
+    assert not (tmp_path / "run" / "backbone").exists()
+
+
 def test_learns_what_can_be_learned(digits, tmp_path):
     """A few epochs on real digits: far better than the commonest token and than the unigram entropy."""
     mapet.fit_tokenizer(

@@ -28,7 +28,7 @@ from mapet.training.build import build_model, by
 from mapet.training.checkpoint import load_checkpoint, save_checkpoint
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
-from mapet.training.run_folder import RunFolder
+from mapet.training.run_folder import RunFolder, recipe_to_resume
 from mapet.training.sizing import automatic_batch_size
 
 log = logging.getLogger("mapet")
@@ -36,6 +36,9 @@ log = logging.getLogger("mapet")
 
 def train(config: Any) -> Path:
     """Run `mapet pretrain` with a resolved `PretrainConfig`; returns the folder of the exported backbone."""
+    if config.resume:
+        config = recipe_to_resume(config)
+
     # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
@@ -56,6 +59,17 @@ def train(config: Any) -> Path:
     schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
     log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
     probe = OnlineProbe.for_run(config, images, compute)
+    config = config.model_copy(
+        update={
+            "image_size": tuple(model.vit.patch_embed.img_size),
+            "patch_size": model.vit.patch_embed.patch_size[0],
+            "num_context": model.num_context,
+            "warmup_epochs": warmup_epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "log_every": log_every,
+        }
+    )
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
         if config.resume:
@@ -73,7 +87,7 @@ def train(config: Any) -> Path:
         quarantine = Quarantine(images, config.max_bad, dict(store.bad) if store else {})
         meter = Meter(tokenizer.vocab_size, compute.device)
         saved = time.monotonic()
-        step = sampler.first_step
+        step, norm = sampler.first_step, torch.zeros(())
 
         # ---- the loop
         model.train()
@@ -83,7 +97,9 @@ def train(config: Any) -> Path:
                 if batch.image is not None:
                     torch.manual_seed(step_seed(config.seed, step))  # stochastic depth depends on the step alone
                     schedule.step_update(step)
-                    prediction = model(*model_input(batch, tokenizer, model, compute))
+                    inputs = model_input(batch, tokenizer, model, compute)
+                    with compute.autocast():
+                        prediction = model(*inputs)
                     prediction.loss.backward()
                     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
                     optimizer.step()
@@ -102,11 +118,7 @@ def train(config: Any) -> Path:
                     bar.set_postfix_str(Meter.line(metrics), refresh=False)
                     if bar.disable and (epoch_ended or step == total_steps):
                         log.info("epoch %d: %s", step // sampler.steps_per_epoch, Meter.line(metrics))
-                    if not math.isfinite(metrics["loss"]):
-                        raise MapetError(
-                            f"the loss is {metrics['loss']} at step {step}: start again with a lower --lr (now {lr:.2g}) or "
-                            "--precision float32; --init-from the last checkpoint's export keeps what was learned"
-                        )
+                    must_be_finite(metrics["loss"], "loss", step, lr)
                 if probe and epoch_ended and probe.due(step // sampler.steps_per_epoch, config.epochs):
                     scores = probe(model.vit)
                     run.record(step, scores)
@@ -118,6 +130,7 @@ def train(config: Any) -> Path:
                     )
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 if stop.asked or due or step == total_steps:
+                    must_be_finite(float(norm), "gradient norm", step, lr)
                     save_checkpoint(
                         run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints
                     )
@@ -134,6 +147,15 @@ def train(config: Any) -> Path:
             save_backbone(model.vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
+
+
+def must_be_finite(value: float, name: str, step: int, lr: float) -> None:
+    """Stop rather than train on, or save, numbers that went wrong."""
+    if not math.isfinite(value):
+        raise MapetError(
+            f"the {name} is {value} at step {step}: the last checkpoint is from before. Start again with a lower --lr (now "
+            f"{lr:.2g}) or --precision float32, --init-from what was learned"
+        )
 
 
 def training_views(

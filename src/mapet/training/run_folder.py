@@ -34,9 +34,7 @@ class RunFolder:
     def __init__(self, config: Any, compute: Compute) -> None:
         self.path: Path = config.out
         self.checkpoints = self.path / "checkpoints"
-        if config.resume:
-            _same_recipe(self.path, config)
-        else:
+        if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(
@@ -100,17 +98,24 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def _same_recipe(path: Path, config: Config) -> None:
-    recipe = path / "config.yaml"
-    if not recipe.is_file():
-        raise MapetError(f"nothing to resume in {path}: it has no config.yaml. Leave out --resume to start")
-    old = build(type(config), read_recipe(recipe), recipe)
-    changed = differences(old, config, MAY_CHANGE)
+def recipe_to_resume(config: Config) -> Config:
+    """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
+
+    Raises:
+        MapetError: there is no run, or an option that is given now differs from the run's.
+    """
+    path = config.out / "config.yaml"  # type: ignore[attr-defined]
+    if not path.is_file():
+        raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
+    old = build(type(config), read_recipe(path), path)
+    automatic = {name for name, value in config if value is None}
+    changed = differences(old, config, MAY_CHANGE | automatic)
     if changed:
         raise MapetError(
-            f"{path} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet pretrain {recipe} --resume; "
-            "to start from its weights with new options: --init-from, and a new --out"
+            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet pretrain {path} "
+            "--resume; to start from its weights with new options: --init-from, and a new --out"
         )
+    return old.model_copy(update={name: value for name, value in config if name in MAY_CHANGE})
 
 
 def system_information(compute: Compute) -> str:
