@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -116,7 +116,11 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins"
     )
-    for option, field in fields(function.config_type):
+    groups: dict[str, Any] = {}
+    for option, field in sorted(fields(function.config_type), key=lambda item: not item[1].is_required()):
+        of_stage = option.rpartition(".")[0]
+        if of_stage not in groups:
+            groups[of_stage] = parser.add_argument_group(f"{_flag(of_stage)} options") if of_stage else parser
         description = " ".join((field.description or "").split()).replace("%", "%%")
         default = (
             "required" if field.is_required() else f"default: {_show(field.get_default(call_default_factory=True))}"
@@ -129,10 +133,12 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
             extra |= {"nargs": "+", "action": _KeyValues}
         elif several:
             extra |= {"nargs": "+"}
-        help_text = f"{description} ({default})".strip().replace(
-            "default: None)", "default: automatic)" if "utomatic" in description else "default: none)"
-        )
-        parser.add_argument(f"--{_flag(option)}", dest=option, help=help_text, **extra)
+        if NoneType in get_args(field.annotation):
+            extra["type"] = lambda word: None if word == "none" else word
+        if field.default is None:
+            default = f"default: {'automatic' if 'automatic' in description else 'none'}"
+        help_text = f"{description} ({default})".strip()
+        groups[of_stage].add_argument(f"--{_flag(option)}", dest=option, help=help_text, **extra)
     return parser
 
 
@@ -147,6 +153,8 @@ class _KeyValues(argparse.Action):
 def _kind(annotation: Any) -> tuple[str, bool]:
     """(metavar, takes several words) of an option's type."""
     origin, arguments = get_origin(annotation), [a for a in get_args(annotation) if a is not NoneType]
+    if origin is Annotated:
+        return _kind(arguments[0])
     if origin is Literal:
         return "{" + ",".join(map(str, arguments)) + "}", False
     if origin is dict or annotation is dict:

@@ -82,13 +82,17 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def new_folder(path: Path, resume_hint: str = "") -> Path:
-    """Create the output folder of a stage; refuse one that already holds something."""
+def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
+    """Create the output folder of a stage; refuse one that already holds something.
+
+    Args:
+        create: False only checks, for a stage that writes its folder `atomic`ally at its end.
+    """
     if path.is_dir() and any(path.iterdir()):
         raise MapetError(
             f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}"
         )
     if path.exists() and not path.is_dir():
         raise MapetError(f"{path} exists and is not a folder: choose another --out")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    if create:
+        path.mkdir(parents=True, exist_ok=True)

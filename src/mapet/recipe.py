@@ -44,6 +44,7 @@ Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
 class Stage(Protocol[R_co]):
     """A stage as users call it: with a config, or with its fields as keywords."""
 
+    __name__: str
     config_type: type[Config]
 
     def __call__(self, config: Any = None, /, **options: Any) -> R_co: ...

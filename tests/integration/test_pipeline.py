@@ -201,13 +201,18 @@ def test_signals_save_a_real_process(name, few_digits, tokenizer_dir, tokens_dir
         "--batch-size",
         "50",
     ]
-    process = subprocess.Popen([sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.stat().st_size:
             break
         time.sleep(0.1)
-    process.send_signal(name)
+    if name == signal.SIGINT:
+        os.killpg(process.pid, name)  # as Ctrl-C does: loader workers get it too
+    else:
+        process.send_signal(name)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert f"stopped by {name.name}" in error and "Traceback" not in error

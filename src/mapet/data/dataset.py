@@ -1,6 +1,7 @@
 """Images -> batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -150,14 +151,15 @@ def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bo
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
         persistent_workers=False,
     )
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides what to do
 
 
 @dataclass

@@ -38,7 +38,7 @@ class CheckConfig(Device):
     """Height and width the teacher sees, pixels; automatic: the model's own."""
     vocab_size: PositiveInt | None = None
     """Visual words; automatic as in fit-tokenizer."""
-    epochs: PositiveInt = 100
+    epochs: PositiveInt = 300
     """Passes to estimate the time of."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""

@@ -38,7 +38,7 @@ def export(config: ExportConfig) -> Path:
     except MapetError:
         vit = load_run(config.run, PretrainConfig).model.vit
     vit.eval()
-    new_folder(config.out)
+    new_folder(config.out, create=False)
     save_backbone(vit, config.out)
     images = torch.randn(2, vit.in_chans, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -79,7 +79,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.tokenizer.kmeans import assign, automatic_vocab_size, kmeans
     from mapet.tokenizer.teacher import make_teacher
 
-    new_folder(config.out)
+    new_folder(config.out, create=False)
     compute = Compute.choose(config.device, "float32")
     images = scan(config.images)
     size = config.image_size

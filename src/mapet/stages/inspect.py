@@ -45,7 +45,7 @@ def inspect(config: InspectConfig) -> list[Path]:
     from mapet.data.views import ViewSpec
     from mapet.errors import MapetError
     from mapet.evaluation.features import normalize
-    from mapet.files import new_folder
+    from mapet.files import atomic, new_folder
     from mapet.model.objective import segment_lengths
     from mapet.report import pictures
     from mapet.stages.pretrain import PretrainConfig
@@ -65,7 +65,7 @@ def inspect(config: InspectConfig) -> list[Path]:
         images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width), tokenizer.teacher.image_size,
         num_patches=model.num_patches, seed=config.seed,
     )  # fmt: skip
-    new_folder(config.out)
+    new_folder(config.out, create=False)
 
     # Enough patches to show what a word means: about 60 of each.
     wanted = min(len(images), max(config.num_images, -(-60 * tokenizer.vocab_size // model.num_patches)), 2000)
@@ -93,10 +93,11 @@ def inspect(config: InspectConfig) -> list[Path]:
     }
     if attention is not None:
         figures["cls_attention"] = pictures.cls_attention(batch.image[shown], attention, grid)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(config.out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-        matplotlib.pyplot.close(figure)
+    with atomic(config.out) as temporary:
+        temporary.mkdir()
+        for name, figure in figures.items():
+            figure.savefig(temporary / f"{name}.png", dpi=120)
+            matplotlib.pyplot.close(figure)
+    paths = [config.out / f"{name}.png" for name in figures]
     log.info("pictures in %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.recipe import Config, build, section, stage
+from mapet.recipe import Config, Stage, build, section, stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.pretrain import PretrainConfig, pretrain
@@ -17,10 +17,10 @@ log = logging.getLogger("mapet")
 SET_HERE = {"images", "out", "tokenizer", "tokens", "run", "backbone", "test_images", "resume", "device", "seed"}
 
 FitTokenizerOptions = section(FitTokenizerConfig, SET_HERE)
-TokenizeOptions = section(TokenizeConfig, SET_HERE)
-PretrainOptions = section(PretrainConfig, SET_HERE)
+TokenizeOptions = section(TokenizeConfig, SET_HERE | {"teacher"})
+PretrainOptions = section(PretrainConfig, SET_HERE | {"teacher"})
 ProbeOptions = section(ProbeConfig, SET_HERE)
-InspectOptions = section(InspectConfig, SET_HERE)
+InspectOptions = section(InspectConfig, SET_HERE | {"teacher"})
 
 
 class RunConfig(Config):
@@ -55,11 +55,10 @@ def run(config: RunConfig) -> Path:
       mapet run runs/photos/recipe.yaml --resume
     """
     from mapet.data.image_list import scan
-    from mapet.data.token_store import MANIFEST
-    from mapet.errors import MapetError
+    from mapet.errors import Interrupted, MapetError
     from mapet.files import atomic, new_folder
     from mapet.recipe import differences, read_recipe, to_yaml
-    from mapet.tokenizer.codebook import DESCRIPTION
+    from mapet.tokenizer.teacher import is_own_code
 
     recipe = config.out / "recipe.yaml"
     if config.resume and recipe.exists():
@@ -75,39 +74,31 @@ def run(config: RunConfig) -> Path:
         with atomic(recipe) as temporary:
             temporary.write_text(f"# mapet run {recipe}\n{to_yaml(config)}", encoding="utf-8")
 
-    def options(stage_config: type[Config], **given: Any) -> Any:
-        name = stage_config.__name__.removesuffix("Config")
-        name = {"FitTokenizer": "fit_tokenizer"}.get(name, name.lower())
+    def do(stage: Stage[Any], **given: Any) -> None:
+        log.info("--- %s", stage.__name__.replace("_", "-"))
         shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
-        wanted = {key: value for key, value in shared.items() if key in stage_config.model_fields}
-        return build(stage_config, getattr(config, name).model_dump(exclude_unset=True) | wanted)
+        own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
+        stage(**own, **{key: value for key, value in shared.items() if key in stage.config_type.model_fields})
 
-    out = {name: config.out / name for name in ("tokenizer", "tokens", "pretrain", "pictures", "probe.json")}
-    fitting = options(FitTokenizerConfig, out=out["tokenizer"])
-    own_code = fitting.teacher if ":" in fitting.teacher else None
-    if not (out["tokenizer"] / DESCRIPTION).exists():
-        log.info("--- fit-tokenizer")
-        fit_tokenizer(fitting)
-    begun = (out["tokens"] / MANIFEST).exists()
-    log.info("--- tokenize")
-    tokenize(options(TokenizeConfig, out=out["tokens"], tokenizer=out["tokenizer"], teacher=own_code, resume=begun))
-    backbone = out["pretrain"] / "backbone"
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
+    fitting: Any = config.fit_tokenizer
+    teacher = fitting.teacher
+    own_code = teacher if is_own_code(teacher) else None
+    if not tokenizer.exists():
+        do(fit_tokenizer, out=tokenizer)
+    do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
     if not backbone.exists():
-        log.info("--- pretrain")
-        begun = any((out["pretrain"] / "checkpoints").glob("step-*"))
-        if not begun and out["pretrain"].exists():
-            out["pretrain"].rename(
-                out["pretrain"].with_name(f"pretrain-abandoned-{len(list(config.out.glob('pretrain*')))}")
-            )
-        pretrain(
-            options(PretrainConfig, out=out["pretrain"], tokenizer=out["tokenizer"], tokens=out["tokens"], resume=begun)
-        )
-    if not out["probe.json"].exists() and (config.test_images or scan(config.images).classes()):
-        log.info("--- probe")
-        probe(options(ProbeConfig, backbone=backbone, test_images=config.test_images, out=out["probe.json"]))
-    if not out["pictures"].exists():
-        log.info("--- inspect")
-        inspect(options(InspectConfig, run=out["pretrain"], out=out["pictures"], teacher=own_code))
+        begun = (pretrained / "config.yaml").exists()
+        try:
+            do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
+        except Interrupted as error:
+            what = str(error).partition(" Go on with")[0]
+            raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
+    if not figures.exists() and (config.test_images or scan(config.images).classes()):
+        do(probe, backbone=backbone, test_images=config.test_images, out=figures)
+    if not pictures.exists():
+        do(inspect, run=pretrained, out=pictures, teacher=own_code)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone,

@@ -63,7 +63,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset, make_loader
     from mapet.data.image_list import scan
-    from mapet.data.token_store import MANIFEST, TokenStore
+    from mapet.data.token_store import MANIFEST, ROWS, TokenStore
     from mapet.data.views import ViewSpec
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import load_tokenizer
@@ -85,6 +85,8 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
                 f"{spec.model_dump()}: use the same options or a new --out"
             )
     else:
+        if config.resume:  # stopped before its first manifest: nothing to keep
+            (config.out / ROWS).unlink(missing_ok=True)
         new_folder(config.out, resume_hint=", or go on with --resume")
         store = TokenStore.create(
             config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views

@@ -136,10 +136,11 @@ def describe(teacher: Teacher, centroids: Tensor, health: Health, fitting: dict[
 
 
 def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
-    """Write `codebook.safetensors` (centroids, usage) and `tokenizer.json` into an existing folder."""
-    with atomic(folder / CENTROIDS) as temporary:
-        write_tensors(temporary, {"centroids": tokenizer.centroids, "usage": usage})
-    write_json(folder / DESCRIPTION, tokenizer.description)
+    """Write `codebook.safetensors` (centroids, usage) and `tokenizer.json`, both or neither, as a new folder."""
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / CENTROIDS, {"centroids": tokenizer.centroids, "usage": usage})
+        write_json(temporary / DESCRIPTION, tokenizer.description)
 
 
 def load_tokenizer(

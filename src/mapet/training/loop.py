@@ -25,7 +25,7 @@ from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
 from mapet.training.build import build_model, by
-from mapet.training.checkpoint import load_checkpoint, save_checkpoint
+from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
@@ -72,7 +72,7 @@ def train(config: Any) -> Path:
     )
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
-        if config.resume:
+        if config.resume and checkpoints(run.checkpoints):
             state = load_checkpoint(run.checkpoints, model, optimizer)
             sampler.first_step = state["step"]
             run.rewind(state["step"])

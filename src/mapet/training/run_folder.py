@@ -40,7 +40,7 @@ class RunFolder:
                 temporary.write_text(
                     f"# mapet pretrain {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
                 )
-        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
         self._log_file_only(
@@ -89,6 +89,11 @@ class RunFolder:
         self._metrics.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that can't be written (disk full) is no reason for a traceback: the console has the line too."""
 
 
 def _step_of(line: str) -> float:
