@@ -257,6 +257,37 @@ def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_
     assert torch.equal(mapet.load_backbone(tmp_path / "export").pos_embed, trained["vit.pos_embed"])
 
 
+@pytest.mark.parametrize(
+    ("size", "patch", "channels", "args", "context"),
+    [
+        ((24, 40), 8, 3, {"reg_tokens": 2}, 0),
+        ((30, 20), 5, 1, {"class_token": False}, 23),
+        ((32, 32), 8, 6, {"no_embed_class": True}, None),
+    ],
+)
+def test_any_size_channels_and_tokens(size, patch, channels, args, context, crops, photos, tmp_path):
+    if channels == 6:  # bands that no picture format holds
+        for path in crops.glob("*.png"):
+            path.unlink()
+        for number in range(8):
+            bands = np.concatenate([photo[number * 20 : number * 20 + 40, 100:150] for photo in photos], axis=2)
+            np.save(crops / f"{number}.npy", bands)
+    common = {"images": crops, "workers": 0}
+    mapet.fit_tokenizer(
+        out=tmp_path / "t", image_size=size, patch_size=patch, channels=channels, vocab_size=8, **common
+    )
+    mapet.tokenize(out=tmp_path / "s", tokenizer=tmp_path / "t", views="crop", **common)
+    mapet.pretrain(
+        tokenizer=tmp_path / "t", tokens=tmp_path / "s", out=tmp_path / "r", epochs=2, batch_size=4, num_context=context,
+        model_args={"embed_dim": 16, "depth": 1, "num_heads": 2} | args, **common,
+    )  # fmt: skip
+    vit = mapet.load_backbone(tmp_path / "r").eval()
+    trained = weights(tmp_path / "r")
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, trained["vit.blocks.0.attn.qkv.weight"])
+    assert vit.forward_features(torch.zeros(1, channels, *size)).isfinite().all()
+    mapet.inspect(run=tmp_path / "r", out=tmp_path / "pictures")
+
+
 @pytest.mark.parametrize("objective", ["pim", "mim"])
 def test_other_objectives_train(objective, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     mapet.pretrain(

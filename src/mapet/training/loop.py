@@ -91,7 +91,15 @@ def train(config: Any) -> Path:
 
         # ---- the loop
         model.train()
-        with tqdm(total=total_steps, initial=step, desc="pretrain", unit="step", disable=None, smoothing=0.05) as bar:
+        with tqdm(
+            total=total_steps,
+            initial=step,
+            desc="pretrain",
+            unit="step",
+            disable=None,
+            smoothing=0.05,
+            dynamic_ncols=True,
+        ) as bar:
             for batch in meter.time_waiting(loader):
                 quarantine.add(batch.bad)
                 if batch.image is not None:

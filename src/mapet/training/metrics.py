@@ -72,6 +72,7 @@ class Meter:
     def line(metrics: dict[str, float]) -> str:
         """The figures a person watches."""
         return (
-            f"loss {metrics['loss']:.3f} (by frequency {metrics['token_entropy']:.3f}), token accuracy {metrics['token_accuracy']:.1%} "
-            f"(commonest {metrics['commonest_token']:.1%}), {metrics['images_per_second']:.0f} img/s, waiting for data {metrics['data_wait']:.0%}"
+            f"loss {metrics['loss']:.3f} (by frequency {metrics['token_entropy']:.3f}), "
+            f"accuracy {metrics['token_accuracy']:.1%} (commonest {metrics['commonest_token']:.1%}), "
+            f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
         )
