@@ -20,7 +20,7 @@ import torch
 
 import mapet
 from mapet.compute import Compute
-from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
+from mapet.evaluation.classifiers import linear_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
 from mapet.files import write_json
 from mapet.model.backbone import load_backbone, on_device
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--epochs", type=int, help="of pre-training; default: the recipe's")
     parser.add_argument(
-        "--scratch-epochs", type=int, nargs=3, default=[100, 20, 3], help="with 1, 10 and 100 %% of the labels"
+        "--scratch-epochs", type=int, nargs=3, default=[60, 12, 2], help="with 1, 10 and 100 %% of the labels"
     )
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -50,9 +50,7 @@ def main() -> None:
     results = json.loads(result_file.read_text()) if result_file.exists() else {}
     for name in ["untrained", *options.teachers]:
         if name not in results:
-            results[name] = probes(
-                next(iter(backbones.values())) if name == "untrained" else backbones[name], name, data
-            )
+            results[name] = probes(name, options.out / (options.teachers[0] if name == "untrained" else name), data)
             write_json(result_file, results)
     scratch = results.setdefault("scratch", {})
     for share, epochs in zip(SHARES, options.scratch_epochs, strict=True):
@@ -87,20 +85,17 @@ def pretrain(name: str, data: Path, options: argparse.Namespace) -> Path:
     )
 
 
-def probes(backbone: Path, name: str, data: Path) -> dict[str, float]:
-    """Linear probe with each share of the labels, and k-NN with all of them."""
+def probes(name: str, run: Path, data: Path) -> dict[str, float]:
+    """What `mapet run` measured with all labels, and linear probes with a share of them."""
+    measured = json.loads((run / "probe.json").read_text())["untrained" if name == "untrained" else "pretrained"]
+    found = {"knn": measured["knn"], "linear 1.0": measured["linear"]}
     compute = Compute.choose()
     torch.manual_seed(0)
-    vit = on_device(load_backbone(backbone, pretrained=name != "untrained"), compute)
+    vit = on_device(load_backbone(run, pretrained=name != "untrained"), compute)
     train, test = train_and_test(data / "train", data / "test")
     check = extract_features(vit, test, compute)
-    features, labels = extract_features(vit, train, compute)
-    found = {"knn": knn_accuracy(features, labels, *check)}
-    everything = {train.images.id(i): i for i in range(len(train.labels))}
-    for share in SHARES:
-        few = train.few(share=share).images
-        rows = torch.tensor([everything[few.id(i)] for i in range(len(few))])
-        found[f"linear {share}"] = linear_accuracy(features[rows], labels[rows], *check)
+    for share in SHARES[:-1]:
+        found[f"linear {share}"] = linear_accuracy(*extract_features(vit, train.few(share=share), compute), *check)
     log.info("%s: %s", name, found)
     return found
 

@@ -76,6 +76,7 @@ def _show_progress() -> None:
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stdout)
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # `| head` closes the pipe: no traceback
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)

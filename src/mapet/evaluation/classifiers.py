@@ -62,5 +62,5 @@ def _fit_and_score(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, strengt
         return float((y_test == y[0]).float().mean())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=strength, max_iter=iterations).fit(x.double().numpy(), y.numpy())
-    return float(model.score(x_test.double().numpy(), y_test.numpy()))
+        model = LogisticRegression(C=strength, max_iter=iterations).fit(x.numpy(), y.numpy())
+    return float(model.score(x_test.numpy(), y_test.numpy()))

@@ -18,10 +18,11 @@ RECIPE: dict[str, Any] = {
     "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 64},
     "pretrain": {
         "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4},
-        "epochs": 60,
-        "batch_size": 128,
+        "epochs": 50,
+        "batch_size": 64,
         "lr": 2e-3,
         "drop_path": 0.0,
+        "layer_scale": None,
         "color_jitter": 0.0,
     },
 }
@@ -58,7 +59,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = finetune(
             backbone=backbone, images=train, test_images=test, scratch=name == "untrained", labels_per_class=10, views="center",
-            epochs=60, batch_size=32, lr=1e-3, drop_path=0.0, seed=config.seed,
+            epochs=100, batch_size=32, lr=2e-3, drop_path=0.0, seed=config.seed,
         )  # fmt: skip
     write_json(config.out / "results.json", results)
     for line in table(results):

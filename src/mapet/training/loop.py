@@ -117,14 +117,14 @@ def train(config: Any) -> Path:
                 bar.update()
 
                 epoch_ended = step % sampler.steps_per_epoch == 0
-                if step % log_every == 0 or step == total_steps:
+                if step % log_every == 0 or epoch_ended:
                     metrics = meter.read() | {
                         "epoch": step / sampler.steps_per_epoch,
                         "lr": optimizer.param_groups[0]["lr"],
                     }
                     run.record(step, metrics)
                     bar.set_postfix_str(Meter.line(metrics), refresh=False)
-                    if bar.disable and (epoch_ended or step == total_steps):
+                    if bar.disable and epoch_ended:
                         log.info("epoch %d: %s", step // sampler.steps_per_epoch, Meter.line(metrics))
                     must_be_finite(metrics["loss"], "loss", step, lr)
                 if probe and epoch_ended and probe.due(step // sampler.steps_per_epoch, config.epochs):
