@@ -40,6 +40,11 @@ class OnlineProbe:
     def due(self, epoch: int, epochs: int) -> bool:
         return epoch % self.every == 0 or epoch == epochs
 
+    @staticmethod
+    def line(scores: dict[str, float]) -> str:
+        """The figures a person watches."""
+        return f"linear probe {scores['probe/linear']:.3f}, k-NN {scores['probe/knn']:.3f}"
+
     def __call__(self, vit: VisionTransformer) -> dict[str, float]:
         fit, check = (
             extract_features(vit, data, self.compute, workers=self.workers, show=False)

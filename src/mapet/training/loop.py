@@ -60,15 +60,7 @@ def train(config: Any) -> Path:
     log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
     probe = OnlineProbe.for_run(config, images, compute)
     config = config.model_copy(
-        update={
-            "image_size": tuple(model.vit.patch_embed.img_size),
-            "patch_size": model.vit.patch_embed.patch_size[0],
-            "num_context": model.num_context,
-            "warmup_epochs": warmup_epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-            "log_every": log_every,
-        }
+        update=resolved(model, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs, log_every=log_every)
     )
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
@@ -77,11 +69,7 @@ def train(config: Any) -> Path:
             sampler.first_step = state["step"]
             run.rewind(state["step"])
             log.info("resumed at step %d of %d", state["step"], total_steps)
-        log.info(
-            "%s, %.1f M parameters, %s on %s images of %s px, %d of %d patches predicted from %d words, batch %d, lr %.2g, %d epochs, %s",
-            config.model, num_parameters(model.vit) / 1e6, config.objective, f"{len(usable):,}", by(model.vit.patch_embed.img_size),
-            model.num_predicted, model.num_patches, tokenizer.vocab_size, batch_size, lr, config.epochs, compute,
-        )  # fmt: skip
+        log.info("%s, %s", describe(config, model, len(usable)), compute)
         dataset = training_views(config, images, tokenizer, store, model)
         loader = make_loader(dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
         quarantine = Quarantine(images, config.max_bad, dict(store.bad) if store else {})
@@ -116,7 +104,7 @@ def train(config: Any) -> Path:
                 step += 1
                 bar.update()
 
-                epoch_ended = step % sampler.steps_per_epoch == 0
+                epoch, epoch_ended = step // sampler.steps_per_epoch, step % sampler.steps_per_epoch == 0
                 if step % log_every == 0 or epoch_ended:
                     metrics = meter.read() | {
                         "epoch": step / sampler.steps_per_epoch,
@@ -125,17 +113,12 @@ def train(config: Any) -> Path:
                     run.record(step, metrics)
                     bar.set_postfix_str(Meter.line(metrics), refresh=False)
                     if bar.disable and epoch_ended:
-                        log.info("epoch %d: %s", step // sampler.steps_per_epoch, Meter.line(metrics))
+                        log.info("epoch %d: %s", epoch, Meter.line(metrics))
                     must_be_finite(metrics["loss"], "loss", step, lr)
-                if probe and epoch_ended and probe.due(step // sampler.steps_per_epoch, config.epochs):
+                if probe and epoch_ended and probe.due(epoch, config.epochs):
                     scores = probe(model.vit)
                     run.record(step, scores)
-                    log.info(
-                        "epoch %d: linear probe %.3f, k-NN %.3f",
-                        step // sampler.steps_per_epoch,
-                        scores["probe/linear"],
-                        scores["probe/knn"],
-                    )
+                    log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 if stop.asked or due or step == total_steps:
                     must_be_finite(float(norm), "gradient norm", step, lr)
@@ -155,6 +138,26 @@ def train(config: Any) -> Path:
             save_backbone(model.vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
+
+
+def resolved(model: Pretrainer, **chosen: Any) -> dict[str, Any]:
+    """Values of the options that were automatic, for the run's recipe."""
+    patches = model.vit.patch_embed
+    return {
+        "image_size": tuple(patches.img_size),
+        "patch_size": patches.patch_size[0],
+        "num_context": model.num_context,
+        **chosen,
+    }
+
+
+def describe(config: Any, model: Pretrainer, num_images: int) -> str:
+    """The run in one line."""
+    return (
+        f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
+        f"{by(config.image_size)} px, {model.num_predicted} of {model.num_patches} patches predicted from "
+        f"{model.head.out_features} words, batch {config.batch_size}, lr {config.lr:.2g}, {config.epochs} epochs"
+    )
 
 
 def must_be_finite(value: float, name: str, step: int, lr: float) -> None:

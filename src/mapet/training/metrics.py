@@ -16,7 +16,7 @@ class Meter:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.token_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)  # since the start: the baseline
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, device=device)  # float32: Apple GPUs know no float64
         self._reset()
 
     def _reset(self) -> None:
@@ -37,9 +37,9 @@ class Meter:
             yield batch
 
     def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
-        correct = (prediction.logits.detach().argmax(-1) == prediction.targets).double().mean()
+        correct = (prediction.logits.detach().argmax(-1) == prediction.targets).float().mean()
         self._sums += torch.stack(
-            [prediction.loss.detach().double(), correct, gradient_norm.detach().double(), correct.new_ones(())]
+            [prediction.loss.detach().float(), correct, gradient_norm.detach().float(), correct.new_ones(())]
         )
         self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
         self._images += len(prediction.targets)
@@ -54,7 +54,8 @@ class Meter:
         """
         loss, correct, norm, steps = self._sums.tolist()
         steps = steps or float("nan")
-        share = self.token_counts.double() / self.token_counts.sum().clamp_min(1)
+        counts = self.token_counts.cpu().double()
+        share = counts / counts.sum().clamp_min(1)
         elapsed = max(1e-9, time.monotonic() - self._started)
         metrics = {
             "loss": loss / steps,
