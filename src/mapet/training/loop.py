@@ -64,11 +64,11 @@ def train(config: Any) -> Path:
     )
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
-        if config.resume and checkpoints(run.checkpoints):
-            state = load_checkpoint(run.checkpoints, model, optimizer)
-            sampler.first_step = state["step"]
-            run.rewind(state["step"])
-            log.info("resumed at step %d of %d", state["step"], total_steps)
+        if config.resume:
+            if checkpoints(run.checkpoints):
+                sampler.first_step = load_checkpoint(run.checkpoints, model, optimizer)["step"]
+            run.rewind(sampler.first_step)
+            log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info("%s, %s", describe(config, model, len(usable)), compute)
         dataset = training_views(config, images, tokenizer, store, model)
         loader = make_loader(dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
