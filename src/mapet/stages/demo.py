@@ -46,15 +46,13 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
       mapet demo --out /tmp/digits --seed 1
     """
     from mapet.data.digits import write_digits
-    from mapet.files import new_folder, write_json
+    from mapet.files import new_folder, read_json, write_json
 
     new_folder(config.out)
     started = time.monotonic()
     train, test = write_digits(config.out / "digits", TRAIN)
     backbone = run(images=train, test_images=test, out=config.out / "run", seed=config.seed, **RECIPE)
-    import json
-
-    results = json.loads((config.out / "run" / "probe.json").read_text(encoding="utf-8"))
+    results = read_json(config.out / "run" / "probe.json", "probe result")
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = finetune(
