@@ -80,8 +80,13 @@ class TokenStore:
         shape = (len(images), num_views, grid[0] * grid[1])
         rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=dtype, shape=shape)
         # A hole in the file would end the process (SIGBUS) when the disk is full; this fails with an error instead.
-        with open(folder / ROWS, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        try:
+            with open(folder / ROWS, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            (folder / ROWS).unlink()
+            raise MapetError(f"cannot reserve {rows.nbytes:,} bytes for {folder / ROWS}: {error.strerror}") from None
         manifest = {
             "format": FORMAT,
             "codebook_hash": codebook_hash,
