@@ -71,12 +71,19 @@ def stage(function: Callable[[C], R_co]) -> Stage[R_co]:
     return cast(Stage[R_co], call)
 
 
+class _Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print above a progress bar, not into it."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
 def _show_progress() -> None:
     """Print what stages report, unless the program has set up logging of its own."""
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.handleError = lambda record: None  # type: ignore[method-assign]  # `| head` closes the pipe: no traceback
+        handler = _Console()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
