@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
 from mapet.errors import MapetError, did_you_mean
@@ -67,8 +67,8 @@ def create_vit(
         raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}; {PLAIN}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
-    if not all("attn_mask" in inspect.signature(block.forward).parameters for block in vit.blocks):
-        raise MapetError(f"the blocks of '{model}' take no attention mask; choose another ViT")
+    if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
+        raise MapetError(f"the blocks of '{model}' are not plain pre-norm attention and MLP; {PLAIN}")
     return vit
 
 

@@ -5,12 +5,13 @@ the whole batch (MaPeT: arXiv 2306.07346, section 3 and figure 1).
 
 Segments, with N patches, c context patches and p = N - c predicted ones:
 
+    mask     p mask tokens                                            mask token + position
     context  prefix tokens (CLS, registers) and the first c patches   embedded content + position
     target   the other p patches                                      embedded content + position
-    mask     p mask tokens                                            mask token + position
     query    p query tokens                                           the same as `mask`
 
-Query rows ask and are never seen: they have no column.
+Query rows ask and are never seen: they have no column. In this order every row sees one unbroken range of columns
+(rank i: the masks after i, the context, the targets up to i), so attention needs few or no masks (`attention.py`).
 """
 
 import functools
@@ -33,7 +34,8 @@ class Objective:
     """One row of the table of objectives.
 
     Attributes:
-        sees: row segment -> {column segment: which ranks of it}. Its keys, in order, are the packed segments.
+        sees: row segment -> {column segment: which ranks of it}. Its keys, in order, are the packed segments; those that
+            nobody sees come last.
         read_at: the segment whose outputs predict the tokens of the p patches.
     """
 
@@ -49,10 +51,10 @@ class Objective:
 MAPET = Objective(
     "mapet",
     sees={
-        "context": {"context": "all", "mask": "all"},
-        "target": {"context": "all", "target": "up to", "mask": "after"},
-        "mask": {"context": "all", "mask": "all"},
-        "query": {"context": "all", "target": "before", "mask": "from"},
+        "mask": {"mask": "all", "context": "all"},
+        "context": {"mask": "all", "context": "all"},
+        "target": {"mask": "after", "context": "all", "target": "up to"},
+        "query": {"mask": "from", "context": "all", "target": "before"},
     },
     read_at="query",
 )
@@ -68,12 +70,18 @@ PIM = Objective(
 MIM = Objective(
     "mim",
     sees={
-        "context": {"context": "all", "mask": "all"},
-        "mask": {"context": "all", "mask": "all"},
+        "mask": {"mask": "all", "context": "all"},
+        "context": {"mask": "all", "context": "all"},
     },
     read_at="mask",
 )
 OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM)}
+
+
+def content_rows(objective: Objective, lengths: dict[Segment, int]) -> int:
+    """C, how many of the packed rows are seen by others: they are also the columns of attention."""
+    seen = {column for columns in objective.sees.values() for column in columns}
+    return sum(length for segment, length in lengths.items() if segment in seen)
 
 
 def get_objective(name: str) -> Objective:

@@ -46,7 +46,6 @@ def inspect(config: InspectConfig) -> list[Path]:
     from mapet.errors import MapetError
     from mapet.evaluation.features import normalize
     from mapet.files import atomic, new_folder
-    from mapet.model.objective import segment_lengths
     from mapet.report import pictures
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
@@ -76,20 +75,17 @@ def inspect(config: InspectConfig) -> list[Path]:
         tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_image.split(64)])
         shown = slice(0, config.num_images)
         normal = normalize(compute.to(batch.image[shown]), vit.in_chans)
-        prediction = model(normal, compute.to(tokens[shown]), compute.to(batch.permutation[shown]))
+        logits = model.predict(normal, compute.to(batch.permutation[shown])).cpu()
         attention = pictures.attention_of_cls(vit, normal).cpu() if vit.has_class_token else None
     grid, vocab_size = tokenizer.grid, tokenizer.vocab_size
     patches = pictures.patchify(batch.image, grid).flatten(0, 1)
     prototypes = pictures.mean_patches(patches, tokens.flatten(), vocab_size)
-    lengths = segment_lengths(model.objective, vit.num_prefix_tokens, model.num_context, model.num_predicted)
     sample = batch.image[shown], tokens[shown]
     figures = {
         "token_maps": pictures.token_maps(*sample, grid, vocab_size),
         "words": pictures.code_montage(patches, tokens.flatten(), vocab_size),
-        "visibility": pictures.visibility_table(model.visibility.cpu(), lengths, model.objective.name),
-        "predictions": pictures.predictions(
-            *sample, batch.permutation[shown], prediction.logits.cpu(), prototypes, grid
-        ),
+        "visibility": pictures.visibility_table(model.visibility.cpu(), model.lengths, model.objective.name),
+        "predictions": pictures.predictions(*sample, batch.permutation[shown], logits, prototypes, grid),
     }
     if attention is not None:
         figures["cls_attention"] = pictures.cls_attention(batch.image[shown], attention, grid)

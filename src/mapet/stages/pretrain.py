@@ -36,6 +36,8 @@ class PretrainConfig(Views, BadImages, Device):
     """mapet; pim (permuted, no mask columns); mim (masked, all at once)."""
     num_context: NonNegativeInt | None = None
     """c, patches that are given; the others are predicted; automatic: a quarter (49 of 196)."""
+    num_targets: PositiveInt | None = None
+    """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
     init_from: Path | None = None
     """Start from the weights of this run or backbone (a new run; to go on with one, --resume)."""
 
@@ -63,7 +65,11 @@ class PretrainConfig(Views, BadImages, Device):
     """Seed of weights, order, views and permutations."""
 
     precision: Precision = "auto"
-    """Of matrix products; auto takes bfloat16 where it is fast."""
+    """Of activations and products (weights and optimiser stay float32); auto takes bfloat16 where it is fast."""
+    micro_batch: PositiveInt | None = None
+    """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
+    compile: bool | None = None
+    """Compile the step with torch.compile, some minutes at the start; automatic: on CUDA."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
     save_minutes: PositiveFloat = 10

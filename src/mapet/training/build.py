@@ -58,7 +58,7 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
             f"{by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
         )
     num_context = round(vit.patch_embed.num_patches / 4) if config.num_context is None else config.num_context
-    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context)
+    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context, config.num_targets)
     if config.init_from:
         weights = load_backbone(config.init_from).state_dict()
         try:

@@ -17,7 +17,8 @@ from mapet.model.objective import MAPET
 from mapet.model.pretrainer import Pretrainer
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import make_teacher
-from mapet.training.sizing import automatic_batch_size, bytes_per_image
+from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
+from mapet.training.step import GradientStep
 
 TRIED = 16
 
@@ -56,13 +57,9 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
 
     views = compute.to(batch.teacher_image)
 
-    def step() -> None:
-        with compute.autocast():
-            loss = model(*inputs).loss
-        loss.backward()
-
+    step = GradientStep(model, compute, automatic_micro_batch(model, TRIED, compute))
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
-    training = _seconds(step, compute) / TRIED
+    training = _seconds(lambda: step(*inputs), compute) / TRIED
     batch_size = automatic_batch_size(model, len(usable), compute)
     memory = batch_size * bytes_per_image(model, compute) + 16 * num_parameters(model)
     points = min(512 * vocab_size, len(usable) * num_patches)

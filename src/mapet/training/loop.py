@@ -29,7 +29,8 @@ from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
-from mapet.training.sizing import automatic_batch_size
+from mapet.training.sizing import automatic_batch_size, automatic_micro_batch
+from mapet.training.step import GradientStep, automatic_compile
 
 log = logging.getLogger("mapet")
 
@@ -53,6 +54,8 @@ def train(config: Any) -> Path:
     batch_size = config.batch_size or automatic_batch_size(model, len(usable), compute)
     sampler = EpochSampler(usable, batch_size, config.epochs, config.seed)
     total_steps = len(sampler)
+    micro_batch = config.micro_batch or automatic_micro_batch(model, batch_size, compute)
+    gradient_step = GradientStep(model, compute, micro_batch, automatic_compile(config.compile, compute))
     lr = config.lr or automatic_lr(batch_size)
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
@@ -60,7 +63,14 @@ def train(config: Any) -> Path:
     log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
     probe = OnlineProbe.for_run(config, images, compute)
     config = config.model_copy(
-        update=resolved(model, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs, log_every=log_every)
+        update=resolved(
+            model,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            log_every=log_every,
+        )
     )
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
@@ -78,7 +88,6 @@ def train(config: Any) -> Path:
         step, norm = sampler.first_step, torch.zeros(())
 
         # ---- the loop
-        model.train()
         with tqdm(
             total=total_steps,
             initial=step,
@@ -94,9 +103,7 @@ def train(config: Any) -> Path:
                     torch.manual_seed(step_seed(config.seed, step))  # stochastic depth depends on the step alone
                     schedule.step_update(step)
                     inputs = model_input(batch, tokenizer, model, compute)
-                    with compute.autocast():
-                        prediction = model(*inputs)
-                    prediction.loss.backward()
+                    prediction = gradient_step(*inputs)
                     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)

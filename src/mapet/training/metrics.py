@@ -37,10 +37,8 @@ class Meter:
             yield batch
 
     def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
-        correct = (prediction.logits.detach().argmax(-1) == prediction.targets).float().mean()
-        self._sums += torch.stack(
-            [prediction.loss.detach().float(), correct, gradient_norm.detach().float(), correct.new_ones(())]
-        )
+        correct = prediction.correct / prediction.targets.numel()
+        self._sums += torch.stack([prediction.loss, correct, gradient_norm.detach(), correct.new_ones(())]).float()
         self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
         self._images += len(prediction.targets)
         self._steps += 1

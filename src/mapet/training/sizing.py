@@ -5,8 +5,10 @@ import os
 import torch
 
 from mapet.compute import Compute
-from mapet.model.objective import segment_lengths
 from mapet.model.pretrainer import Pretrainer
+
+CACHE = 3 << 20
+"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
 
 
 def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
@@ -16,11 +18,20 @@ def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
     score; the logits in float32 twice.
     """
     vit = model.vit
-    rows = sum(segment_lengths(model.objective, vit.num_prefix_tokens, model.num_context, model.num_predicted).values())
+    rows = sum(model.lengths.values())
     heads = vit.blocks[0].attn.num_heads
     size = 2 if compute.dtype == torch.bfloat16 else 4
     per_block = 34 * rows * vit.embed_dim * size + 3 * heads * rows * rows * size
     return len(vit.blocks) * per_block + 3 * 4 * model.num_predicted * model.head.out_features
+
+
+def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) -> int:
+    """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
+    if compute.device.type != "cpu":
+        return batch_size
+    rows = sum(model.lengths.values())
+    widest = rows * model.vit.blocks[0].mlp.fc1.out_features * (2 if compute.dtype == torch.bfloat16 else 4)
+    return max(1, min(batch_size, CACHE // widest))
 
 
 def free_memory(device: torch.device) -> int:

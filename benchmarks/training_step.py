@@ -1,0 +1,206 @@
+"""Training step against the released way of computing it, and against the machine's own limit.
+
+    python benchmarks/training_step.py                                   # CPU: ViT-T and ViT-S, batch 16
+    python benchmarks/training_step.py --device cuda --models base small tiny --batch 256 --largest
+
+One step is mask making (where there are masks), forward and backward at 224 px, patch 16, 8192 words. The reference
+(`reference.py`) runs in float32 on the CPU and under bfloat16 autocast on a GPU. Rounds alternate reference, mapet and
+a 4096^3 bfloat16 matrix product, so that noise meets all three; figures are medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from arithmetic import Shape, forward, reference_training_flops, training_flops
+from reference import reference_loss
+from report import machine, print_table, write_report
+
+from mapet.compute import Compute
+from mapet.model.backbone import create_vit, on_device
+from mapet.model.objective import MAPET
+from mapet.model.pretrainer import Pretrainer
+from mapet.training.sizing import automatic_micro_batch
+from mapet.training.step import GradientStep, automatic_compile
+
+VOCABULARY = 8192
+
+
+def measure(
+    models: list[str],
+    batch: int,
+    device: str = "auto",
+    rounds: int = 7,
+    largest: bool = False,
+    precision: str = "auto",
+    kernels: bool = False,
+) -> list[dict[str, Any]]:
+    """One row a model (and with `largest`, one more at the largest batch that fits the GPU)."""
+    compute = Compute.choose(device, precision)  # type: ignore[arg-type]
+    rows = []
+    for name in models:
+        rows.append(_compare(name, batch, compute, rounds, kernels))
+        if largest and compute.device.type == "cuda":
+            rows.append(_compare(name, _largest(name, compute), compute, rounds, False))
+    return rows
+
+
+def _make(name: str) -> Pretrainer:
+    torch.manual_seed(0)
+    return Pretrainer(create_vit(f"vit_{name}_patch16_224", (224, 224)), VOCABULARY, MAPET, 49)
+
+
+def _inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images and tokens where they are used; the permutation on the CPU, where a loader makes it."""
+    images = torch.randn(batch, 3, 224, 224).to(device)
+    return images, torch.randint(VOCABULARY, (batch, 196)).to(device), torch.rand(batch, 196).argsort(1)
+
+
+def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool) -> dict[str, Any]:
+    model = on_device(_make(name), compute).train()
+    shape = Shape(model.vit.embed_dim, len(model.vit.blocks))
+    images, tokens, permutation = _inputs(batch, compute.device)
+    step = GradientStep(model, compute, automatic_micro_batch(model, batch, compute), automatic_compile(None, compute))
+    under_autocast = compute.device.type == "cuda"
+
+    def reference() -> torch.Tensor:
+        with torch.autocast(compute.device.type, torch.bfloat16, enabled=under_autocast):
+            loss = reference_loss(model, images, tokens, permutation)[0]
+        loss.backward()
+        return loss
+
+    def fast() -> torch.Tensor:
+        return step(images, tokens, compute.to(permutation)).loss
+
+    side = torch.randn(4096, 4096, dtype=compute.dtype, device=compute.device)
+    works: dict[str, Callable[[], Any]] = {"mapet": fast, "reference": reference, "product": lambda: side @ side}
+    times: dict[str, list[float]] = {key: [] for key in works}
+    memory: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    for round in range(rounds + 2):
+        for key, work in list(works.items()):
+            if key == "reference" and compute.device.type == "cpu" and round > 4:
+                continue  # seconds long: three measured rounds are enough
+            try:
+                seconds, peak, result = _timed(work, compute)
+            except torch.OutOfMemoryError:
+                del works[key]  # the reference may need more memory than there is
+                continue
+            if key != "product":
+                losses[key] = float(result.detach())
+                memory[key] = peak
+            model.zero_grad(set_to_none=True)
+            if round >= 2:
+                times[key].append(seconds)
+    seconds = {key: statistics.median(values) for key, values in times.items() if values}
+    peak_rate = 2 * 4096**3 / seconds["product"]
+    rate = training_flops(shape) * batch / seconds["mapet"]
+    row: dict[str, Any] = {
+        "model": f"ViT-{name}",
+        "batch": batch,
+        "micro_batch": step.micro_batch,
+        "GMAC_forward": sum(forward(shape).values()) / 1e9,
+        "GFLOP_step_image": training_flops(shape) / 1e9,
+        "images_per_second": batch / seconds["mapet"],
+        "GFLOP_per_second": rate / 1e9,
+        "product_GFLOP_per_second": peak_rate / 1e9,
+        "utilization": rate / peak_rate,
+        "loss": losses["mapet"],
+        "peak_GB": memory["mapet"],
+    }
+    if "reference" in seconds:
+        limit = peak_rate / training_flops(shape) * seconds["reference"] / batch
+        row |= {
+            "reference_images_per_second": batch / seconds["reference"],
+            "reference_GFLOP_image": reference_training_flops(shape) / 1e9,
+            "speedup": seconds["reference"] / seconds["mapet"],
+            "speedup_at_the_limit": limit,
+            "reference_loss": losses["reference"],
+            "reference_peak_GB": memory["reference"],
+        }
+    if kernels:
+        row["kernels"] = _kernels(fast)
+    return row
+
+
+def _timed(work: Callable[[], Any], compute: Compute) -> tuple[float, float, Any]:
+    """Seconds, peak GPU memory in GB (0 on a CPU), result."""
+    cuda = compute.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    result = work()
+    if cuda:
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return time.perf_counter() - started, peak, result
+
+
+def _largest(name: str, compute: Compute) -> int:
+    """The largest power of two that fits."""
+    batch = 256
+    while True:
+        try:
+            model = on_device(_make(name), compute)
+            images, tokens, permutation = _inputs(batch * 2, compute.device)
+            GradientStep(model, compute, batch * 2)(images, tokens, compute.to(permutation))
+        except torch.OutOfMemoryError:
+            return batch
+        finally:
+            model = images = tokens = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+        batch *= 2
+
+
+def _kernels(work: Callable[[], Any]) -> list[str]:
+    """The ten operations that take most of the time, with their share."""
+    work()
+    with torch.profiler.profile() as profile:
+        work()
+    events = [(e.self_device_time_total or e.self_cpu_time_total, e.key) for e in profile.key_averages()]
+    total = sum(time for time, _ in events)
+    return [f"{key} {time / total:.1%}" for time, key in sorted(events, reverse=True)[:10]]
+
+
+COLUMNS = {
+    "model": "model",
+    "batch": "batch",
+    "images_per_second": "img/s",
+    "reference_images_per_second": "reference img/s",
+    "speedup": "times as fast",
+    "speedup_at_the_limit": "at the limit",
+    "GFLOP_per_second": "GFLOP/s",
+    "product_GFLOP_per_second": "4096^3 product",
+    "utilization": "share of it",
+    "peak_GB": "peak GB",
+    "reference_peak_GB": "reference GB",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--largest", action="store_true", help="also the largest power of two that fits a GPU")
+    parser.add_argument("--kernels", action="store_true", help="name the operations that dominate")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    rows = measure(
+        options.models, options.batch, options.device, options.rounds, options.largest, kernels=options.kernels
+    )
+    print_table(rows, COLUMNS)
+    for row in rows:
+        for kernel in row.get("kernels", []):
+            print("  ", row["model"], kernel)
+    write_report(options.json, {"training_step": rows, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Attention of packed rows. Rows that see the same columns need no mask; the others share one call under the table."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Attention
+from torch import Tensor
+
+
+class RowBlock(NamedTuple):
+    """Consecutive rows, the range of columns that any of them sees, and whether some see only part of it."""
+
+    rows: slice
+    columns: slice
+    masked: bool
+
+
+def row_blocks(table: Bool[Tensor, "R C"]) -> list[RowBlock]:
+    """Cut a visibility table so that as much as possible of it is plain attention over a range of columns.
+
+    For MaPeT's table these are two blocks: mask and context rows over mask and context columns, without a mask; target
+    and query rows over all columns, with one.
+    """
+    starts = [0, *((table[1:] != table[:-1]).any(dim=1).nonzero().flatten() + 1).tolist(), len(table)]
+    blocks: list[RowBlock] = []
+    alone = False  # whether the last block may not grow: its rows all see the same
+    for start, stop in pairwise(starts):
+        same = stop - start > 1
+        if blocks and not same and not alone:
+            start = blocks.pop().rows.start
+        alone = same
+        seen = table[start:stop].any(dim=0).nonzero()
+        columns = slice(int(seen.min()), int(seen.max()) + 1)
+        blocks.append(RowBlock(slice(start, stop), columns, not bool(table[start:stop, columns].all())))
+    return blocks
+
+
+def clip(blocks: list[RowBlock], rows: int) -> list[RowBlock]:
+    """The blocks of the first `rows` rows."""
+    return [RowBlock(slice(b.rows.start, min(b.rows.stop, rows)), *b[1:]) for b in blocks if b.rows.start < rows]
+
+
+def attend(
+    attn: Attention,
+    content: Float[Tensor, "B C D"],
+    query: Float[Tensor, "B Q D"],
+    bias: Float[Tensor, "R C"],
+    blocks: list[RowBlock],
+    content_asks: bool,
+) -> Float[Tensor, "B R D"]:
+    """A timm Attention for rows of which only some are seen.
+
+    Args:
+        content: normalised rows that are seen: keys and values.
+        query: normalised rows that only ask: no keys, no values (XLNet's query stream).
+        bias: 0 where a row sees a column, -inf elsewhere.
+        content_asks: whether the content rows ask as well; then R = C + Q and they come first, else R = Q.
+    """
+
+    def heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    width = attn.attn_dim
+    weight, offset = attn.qkv.weight, attn.qkv.bias
+    (q,) = heads(F.linear(query, weight[:width], None if offset is None else offset[:width]), 1)
+    if content_asks:
+        content_q, k, v = heads(attn.qkv(content), 3)
+        q = torch.cat([content_q, q], dim=2) if query.shape[1] else content_q
+    else:
+        k, v = heads(F.linear(content, weight[width:], None if offset is None else offset[width:]), 2)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    product = F.scaled_dot_product_attention if attn.fused_attn else plain_attention
+    parts = [
+        product(
+            q[:, :, rows],
+            k[:, :, columns],
+            v[:, :, columns],
+            attn_mask=bias[rows, columns] if masked else None,
+            dropout_p=dropout,
+            scale=attn.scale,
+        )
+        for rows, columns, masked in blocks
+    ]
+    x = attn.norm(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        x = x * attn.gate(torch.cat([content, query], dim=1) if content_asks else query).sigmoid()
+    return attn.proj_drop(attn.proj(x))
+
+
+def plain_attention(
+    q: Float[Tensor, "B h r d"],
+    k: Float[Tensor, "B h s d"],
+    v: Float[Tensor, "B h s d"],
+    attn_mask: Float[Tensor, "r s"] | None,
+    dropout_p: float,
+    scale: float,
+) -> Float[Tensor, "B h r d"]:
+    """`scaled_dot_product_attention` as products and a softmax: on CPUs in bfloat16 PyTorch's fused one is slower."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        scores += attn_mask
+    return F.dropout(scores.softmax(dim=-1), dropout_p) @ v

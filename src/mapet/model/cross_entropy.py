@@ -1,0 +1,63 @@
+"""Linear layer and cross-entropy in one, in chunks: the (rows, V) logits never exist as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits at once: on a CPU what its cache holds, on a GPU enough to fill it."""
+
+
+class Scores(NamedTuple):
+    """Mean cross-entropy in nats, and how many rows have their target as the likeliest word."""
+
+    loss: Float[Tensor, ""]
+    correct: Int[Tensor, ""]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a chunk's logits are at hand (as in Liger, arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows, vocab = len(x), len(weight)
+        full = torch.promote_types(x.dtype, torch.float32)  # sums and the softmax are never in half precision
+        chunk = max(1, min(rows, CHUNK_ELEMENTS.get(x.device.type, 1 << 26) // vocab))
+        low, high = (torch.empty(chunk, vocab, dtype=dtype, device=x.device) for dtype in (x.dtype, full))
+        dx = torch.empty_like(x)
+        dweight, dbias = (torch.zeros_like(parameter, dtype=full) for parameter in (weight, bias))
+        loss, correct = x.new_zeros((), dtype=full), targets.new_zeros(())
+        for part, dpart, target in zip(x.split(chunk), dx.split(chunk), targets.split(chunk), strict=True):
+            gradient, logits = low[: len(part)], high[: len(part)]
+            target = target[:, None]
+            logits.copy_(torch.addmm(bias, part, weight.T, out=gradient))
+            highest, likeliest = logits.max(dim=1, keepdim=True)
+            correct += (likeliest == target).sum()
+            loss -= (logits.gather(1, target) - highest).sum()
+            total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+            loss += total.log().sum()
+            torch.mul(logits, total.reciprocal_(), out=gradient)  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=x.dtype))
+            torch.mm(gradient, weight, out=dpart)
+            dweight += gradient.T @ part
+            dbias += gradient.sum(dim=0, dtype=full)
+        ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
+        ctx.rows = rows
+        ctx.mark_non_differentiable(correct)
+        return loss / rows, correct
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _correct: None) -> tuple[Tensor | None, ...]:
+        return *(saved * (gradient / ctx.rows).to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"], targets: Int[Tensor, " n"]
+) -> Scores:
+    """`cross_entropy(linear(x, weight, bias), targets)` and its accuracy, with memory for one chunk of logits.
+
+    Sums and softmax are in float32 at least, products in the dtype of `x`.
+    """
+    return Scores(*_LinearCrossEntropy.apply(x, weight, bias, targets))
