@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 27}
 """Logits at once: on a CPU what its cache holds, on a GPU enough to fill it."""
 
 
@@ -23,25 +23,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows, vocab = len(x), len(weight)
-        full = torch.promote_types(x.dtype, torch.float32)  # sums and the softmax are never in half precision
-        chunk = max(1, min(rows, CHUNK_ELEMENTS.get(x.device.type, 1 << 26) // vocab))
-        low, high = (torch.empty(chunk, vocab, dtype=dtype, device=x.device) for dtype in (x.dtype, full))
+        full = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
+        most = CHUNK_ELEMENTS["cpu" if x.device.type == "cpu" else "gpu"] // vocab
+        chunk = -(-rows // -(-rows // max(1, most)))  # chunks of about the same size
         dx = torch.empty_like(x)
         dweight, dbias = (torch.zeros_like(parameter, dtype=full) for parameter in (weight, bias))
         loss, correct = x.new_zeros((), dtype=full), targets.new_zeros(())
-        for part, dpart, target in zip(x.split(chunk), dx.split(chunk), targets.split(chunk), strict=True):
-            gradient, logits = low[: len(part)], high[: len(part)]
-            target = target[:, None]
-            logits.copy_(torch.addmm(bias, part, weight.T, out=gradient))
+        for part, dpart, target in zip(x.split(chunk), dx.split(chunk), targets[:, None].split(chunk), strict=True):
+            product = part @ weight.T
+            logits = product.to(full).add_(bias.to(full))  # on CPUs sums of two dtypes are slow: convert first
             highest, likeliest = logits.max(dim=1, keepdim=True)
             correct += (likeliest == target).sum()
-            loss -= (logits.gather(1, target) - highest).sum()
-            total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
-            loss += total.log().sum()
-            torch.mul(logits, total.reciprocal_(), out=gradient)  # softmax
-            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=x.dtype))
+            loss += (highest - logits.gather(1, target)).sum()
+            probability = logits.softmax(dim=1)
+            loss -= probability.gather(1, likeliest).log().sum()  # log-sum-exp = highest - log of its probability
+            gradient = product.copy_(probability.scatter_add_(1, target, -torch.ones_like(highest)))
             torch.mm(gradient, weight, out=dpart)
-            dweight += gradient.T @ part
+            dweight += (gradient.T @ part).to(full)
             dbias += gradient.sum(dim=0, dtype=full)
         ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
         ctx.rows = rows

@@ -55,10 +55,8 @@ class GradientStep:
     def _collect(self) -> None:
         for master, copy in self._pairs:
             if copy.grad is not None:
-                if master.grad is None:
-                    master.grad = copy.grad.to(master.dtype)
-                else:
-                    master.grad += copy.grad
+                gradient = copy.grad.to(master.dtype)  # on CPUs sums of two dtypes are slow: convert first
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 copy.grad = None
 
 
