@@ -35,22 +35,21 @@ def test_assign_equals_all_distances():
 
 def test_kmeans_is_as_good_as_scikit_learn():
     points = blobs()
-    _, error = kmeans(points, 8, iterations=20, restarts=10)
+    error = kmeans(points, 8, iterations=20, restarts=10).error
     reference = KMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
     assert error <= reference * 1.001
 
 
 def test_kmeans_repeats_and_keeps_the_best_restart():
     points = blobs()
-    first, error = kmeans(points, 8, seed=3)
-    again, _ = kmeans(points, 8, seed=3)
-    assert torch.equal(first, again)
-    assert kmeans(points, 8, restarts=5, seed=3)[1] <= error
+    first, again = (kmeans(points, 8, seed=3) for _ in range(2))
+    assert torch.equal(first.centroids, again.centroids)
+    assert kmeans(points, 8, restarts=5, seed=3).error <= first.error
 
 
 def test_empty_clusters_are_seeded_again():
     points = torch.cat([torch.zeros(100, 2), torch.randn(30, 2)])  # starts fall on equal points: empty clusters
-    centroids, _ = kmeans(points, 16, iterations=20)
+    centroids = kmeans(points, 16, iterations=20).centroids
     assert (torch.bincount(assign(points, centroids)[0], minlength=16) > 0).all()
 
 
