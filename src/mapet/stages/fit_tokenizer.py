@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Size, stage
-from mapet.stages.options import BadImages, Loading
+from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
     from mapet.tokenizer.codebook import Tokenizer
@@ -47,6 +47,8 @@ class FitTokenizerConfig(Loading, BadImages):
     """Most patches for each visual word used in fitting."""
     seed: NonNegativeInt = 0
     """Seed of the sample of patches and of k-means."""
+    precision: Precision = "auto"
+    """Of the teacher's and k-means' matrix products; auto takes bfloat16 where it is fast. The teacher keeps it for good."""
     memory: PositiveFloat | None = None
     """GB of memory (the device's) for features; more than that go to a scratch file, with the same result; automatic: half
     of what is free."""
@@ -86,7 +88,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.training.sizing import free_memory
 
     new_folder(config.out, create=False)
-    compute = Compute.choose(config.device)
+    compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     size = config.image_size
     teacher = make_teacher(
@@ -97,15 +99,17 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         config.teacher_checkpoint,
         config.teacher_size,
         config.layer,
+        compute.precision,
     ).to(compute.device)
     num_patches = len(images) * teacher.grid[0] * teacher.grid[1]
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     log.info(
-        "%s images, %s patches, teacher %s at %s px, K = %d",
+        "%s images, %s patches, teacher %s at %s px in %s, K = %d",
         f"{len(images):,}",
         f"{num_patches:,}",
         teacher.name,
         teacher.image_size,
+        compute.precision,
         vocab_size,
     )
 
@@ -114,9 +118,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     quarantine = Quarantine(images, config.max_bad)
     capacity = min(config.points_per_word * vocab_size, num_patches)
     memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // 2
-    scratch = config.scratch or config.out.parent
-    scratch.mkdir(parents=True, exist_ok=True)
-    with FeatureStore(capacity, memory, scratch, compute.device) as points:
+    with FeatureStore(capacity, memory, config.scratch or config.out.parent, compute.device) as points:
         sample_features(
             teacher, dataset, order, points, quarantine, compute, config.batch_size, config.num_workers
         )  # fmt: skip

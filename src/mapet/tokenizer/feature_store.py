@@ -99,16 +99,22 @@ class FeatureStore:
         if size <= self.memory:
             self._rows = torch.empty(self.capacity, self.num_features, dtype=torch.float16, device=self.device)
             return
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise MapetError(
+                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with --scratch"
+            ) from None
         free = shutil.disk_usage(self.scratch).free
         if size > free:
             raise MapetError(
-                f"the features of {self.capacity:,} patches take {size / 1e9:.1f} GB, more than --memory {self.memory / 1e9:.1f} "
-                f"and than the {free / 1e9:.1f} GB free in {self.scratch}: give another folder with --scratch, more --memory, or "
+                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than --memory {self.memory / 1e9:.3g} "
+                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with --scratch, more --memory, or "
                 "fewer --points-per-word"
             )
-        log.info("features: %.1f GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
-        self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
         reserve(self._file, size, self.scratch)
+        log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
         """(index of the first row, float32 rows), in order; memory for one block at a time."""

@@ -56,7 +56,7 @@ def nearest(table: Float[Tensor, "n padded_K"]) -> tuple[Int[Tensor, " n"], Floa
     dtype = table.dtype
     if dtype == torch.bfloat16:
         table = table.view(torch.int16)  # distances are positive, and such numbers sort as their bits do: 8x as fast
-    table = table.view(len(table), -1, COLUMNS)
+    table = table.view(len(table), table.shape[1] // COLUMNS, COLUMNS)
     rows = torch.arange(len(table), device=table.device)
     smallest = table.amin(1)
     column = smallest.argmin(1)
@@ -68,36 +68,46 @@ def nearest(table: Float[Tensor, "n padded_K"]) -> tuple[Int[Tensor, " n"], Floa
     return row * COLUMNS + column, best.view(dtype), second.view(dtype)
 
 
-def assign(
-    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Nearest centroid of each point, and the squared distance to it.
+class Assignment:
+    """The nearest centroid of each point: the one definition of a token.
 
     A point's id depends on nothing but the point and the centroids: products of other shapes (a smaller batch) may differ
     in their last bits, so points between two centroids are decided in float64, and ties go to the lower id.
     """
-    mean = centroids.mean(0)
-    centroids = centroids - mean  # smaller norms: less cancellation in the distances
-    distances_to = Distances(centroids, torch.float32)
-    largest = centroids.square().sum(1).max()
-    ids = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    distances = torch.empty(len(points), dtype=torch.float32, device=points.device)
-    for start in range(0, len(points), ROWS):
-        block = points[start : start + ROWS].float() - mean
-        found, half, second = nearest(distances_to(block))
-        unsure = (second - half <= UNSURE * (block.square().sum(1) + largest)).nonzero().squeeze(1)
+
+    def __init__(self, centroids: Float[Tensor, "K F"]) -> None:
+        self.mean = centroids.mean(0)
+        self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
+        self.largest = self.centroids.square().sum(1).max()
+        self.distances_to = Distances(self.centroids, torch.float32)
+
+    def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """Ids, and squared distances to these centroids."""
+        blocks = [self._block(points[start : start + ROWS]) for start in range(0, max(1, len(points)), ROWS)]
+        ids, distances = zip(*blocks, strict=True)
+        return torch.cat(ids), torch.cat(distances)
+
+    def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        points = points.float() - self.mean
+        ids, half, second = nearest(self.distances_to(points))
+        unsure = (second - half <= UNSURE * (points.square().sum(1) + self.largest)).nonzero().squeeze(1)
         if len(unsure):
-            found[unsure] = _exactly_nearest(block[unsure], centroids)
-        ids[start : start + ROWS], distances[start : start + ROWS] = found, 2 * half.clamp_min(0)
-    return ids, distances
+            ids[unsure] = self._exactly(points[unsure])
+        return ids, 2 * half.clamp_min(0)
+
+    def _exactly(self, points: Tensor) -> Int[Tensor, " n"]:
+        place = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
+        x, c = (tensor.to(place, torch.float64) for tensor in (points, self.centroids))
+        table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)
+        limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.largest))
+        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)  # the first of those that are equal
 
 
-def _exactly_nearest(points: Tensor, centroids: Tensor) -> Int[Tensor, " n"]:
-    place = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
-    x, c = (tensor.to(place, torch.float64) for tensor in (points, centroids))
-    table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)
-    limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + c.square().sum(1).max())
-    return (table <= limit).to(torch.uint8).argmax(1).to(points.device)  # the first of those that are equal
+def assign(
+    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Nearest centroid of each point, and the squared distance to it; see `Assignment`."""
+    return Assignment(centroids)(points)
 
 
 class Clusters(NamedTuple):
@@ -159,9 +169,10 @@ def kmeans(
             best = centroids, error
     assert best is not None
     centroids = best[0] + mean
+    exact = Assignment(centroids)
     counts, total = torch.zeros(num_clusters, dtype=torch.int64), 0.0
-    for _, block in points.blocks(32 * ROWS):
-        ids, distances = assign(block, centroids)
+    for _, block in points.blocks(ROWS):
+        ids, distances = exact(block)
         counts += torch.bincount(ids, minlength=num_clusters).cpu()
         total += float(distances.sum())
     return Clusters(centroids, counts, total / len(points), variance)
