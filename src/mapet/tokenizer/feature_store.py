@@ -117,15 +117,19 @@ class FeatureStore:
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
-        """(index of the first row, float32 rows), in order; memory for one block at a time."""
+        """(index of the first row, float32 rows), in order; each block overwrites the one before."""
+        buffer = torch.empty(min(rows, self.count), self.num_features, device=self.device)
         for start in range(0, self.count, rows):
-            yield start, self._restored(self._read(start, min(rows, self.count - start)))
+            count = min(rows, self.count - start)
+            yield start, buffer[:count].copy_(self._read(start, count)).mul_(1 / self.scale)
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
         """The float32 rows at `indices`."""
         if self._rows is not None:
-            return self._restored(self._rows[indices.to(self.device)])
-        return self._restored(torch.cat([self._read(index, 1) for index in indices.tolist()]))
+            rows = self._rows[indices.to(self.device)]
+        else:
+            rows = torch.cat([self._read(index, 1) for index in indices.tolist()])
+        return rows.float() / self.scale
 
     def _read(self, start: int, count: int) -> Tensor:
         if self._rows is not None:
@@ -135,6 +139,3 @@ class FeatureStore:
         # Read, not mapped: a map of the whole file would count as this process's memory.
         values = np.fromfile(self._file, np.float16, count * self.num_features)
         return torch.from_numpy(values).view(count, self.num_features).to(self.device)
-
-    def _restored(self, rows: Tensor) -> Tensor:
-        return rows.float().mul_(1 / self.scale)
