@@ -5,11 +5,10 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -39,7 +38,7 @@ class FeatureStore:
         self.count = self.num_features = 0
         self.scale = 1.0
         self._rows: Tensor | None = None
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     @classmethod
     def of(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
@@ -118,24 +117,27 @@ class FeatureStore:
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
         """(index of the first row, float32 rows), in order; each block overwrites the one before."""
-        buffer = torch.empty(min(rows, self.count), self.num_features, device=self.device)
+        shape = min(rows, self.count), self.num_features
+        buffer = torch.empty(shape, device=self.device)
+        read = torch.empty(shape, dtype=torch.float16)
         for start in range(0, self.count, rows):
             count = min(rows, self.count - start)
-            yield start, buffer[:count].copy_(self._read(start, count)).mul_(1 / self.scale)
+            half = self._read(start, read[:count]) if self._rows is None else self._rows[start : start + count]
+            yield start, buffer[:count].copy_(half).mul_(1 / self.scale)
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
         """The float32 rows at `indices`."""
         if self._rows is not None:
-            rows = self._rows[indices.to(self.device)]
-        else:
-            rows = torch.cat([self._read(index, 1) for index in indices.tolist()])
-        return rows.float() / self.scale
+            return self._rows[indices.to(self.device)].float() / self.scale
+        rows = torch.empty(len(indices), self.num_features, dtype=torch.float16)
+        for place, index in enumerate(indices.tolist()):
+            self._read(index, rows[place : place + 1])
+        return rows.to(self.device).float() / self.scale
 
-    def _read(self, start: int, count: int) -> Tensor:
-        if self._rows is not None:
-            return self._rows[start : start + count]
+    def _read(self, start: int, into: Tensor) -> Tensor:
+        """Rows from `start` on. Read, not mapped: a map of the whole file would count as this process's memory."""
         assert self._file is not None
         self._file.seek(start * self.num_features * 2)
-        # Read, not mapped: a map of the whole file would count as this process's memory.
-        values = np.fromfile(self._file, np.float16, count * self.num_features)
-        return torch.from_numpy(values).view(count, self.num_features).to(self.device)
+        if self._file.readinto(into.numpy().data) != into.nbytes:
+            raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order? See --scratch")
+        return into
