@@ -35,12 +35,17 @@ class Compute:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    @property
+    def precision(self) -> str:
+        """'float32' or 'bfloat16'."""
+        return str(self.dtype).removeprefix("torch.")
+
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{name}, {self.precision}"
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -66,6 +66,20 @@ def naming_the_cause(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise MapetError(f"cannot write {path}: {error}") from None
+
+
+def reserve(file: IO[bytes], size: int, path: Path) -> None:
+    """Give `file` its disk space now: a hole in it would fail when the disk is full, and end the process (SIGBUS) if mapped.
+
+    Args:
+        path: what the error names.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise MapetError(f"cannot reserve {size:,} bytes for {path}: {error.strerror}") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Mistakes in options, recipes and folders end in one clear line, through the command line."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_wrong_values(capsys, crops, tmp_path):
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
     assert "expected one argument" in fails(capsys, *common, "--vocab-size")
     assert "unexpected word 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
+
+
+def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
+    """Too little disk is said before anything is written, and nothing is left of a scratch file after an error."""
+    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory", "1e-6"]
+    scratch = tmp_path / "scratch"
+    line = fails(capsys, *common, "--vocab-size", "100000", "--scratch", scratch)
+    assert "K = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    line = fails(capsys, *common, "--scratch", scratch)
+    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "--scratch" in line
+    assert not list(scratch.iterdir()) and not (tmp_path / "x" / "t").exists()
+    assert "no scratch file in" in fails(capsys, *common, "--scratch", crops / "crop000.png")
 
 
 def test_recipes(capsys, tmp_path):

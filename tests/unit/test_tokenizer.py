@@ -1,6 +1,8 @@
 """Teachers, k-means and the codebook."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mapet.data.image_list import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
 from mapet.tokenizer.codebook import Health, load_tokenizer
+from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans import assign, automatic_vocab_size, kmeans
 from mapet.tokenizer.teacher import make_teacher
 
@@ -35,23 +38,105 @@ def test_assign_equals_all_distances():
 
 def test_kmeans_is_as_good_as_scikit_learn():
     points = blobs()
-    _, error = kmeans(points, 8, iterations=20, restarts=10)
+    error = kmeans(points, 8, iterations=20, restarts=10).error
     reference = KMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
     assert error <= reference * 1.001
 
 
 def test_kmeans_repeats_and_keeps_the_best_restart():
     points = blobs()
-    first, error = kmeans(points, 8, seed=3)
-    again, _ = kmeans(points, 8, seed=3)
-    assert torch.equal(first, again)
-    assert kmeans(points, 8, restarts=5, seed=3)[1] <= error
+    first, again = (kmeans(points, 8, seed=3) for _ in range(2))
+    assert torch.equal(first.centroids, again.centroids)
+    assert kmeans(points, 8, restarts=5, seed=3).error <= first.error
 
 
-def test_empty_clusters_are_seeded_again():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
     points = torch.cat([torch.zeros(100, 2), torch.randn(30, 2)])  # starts fall on equal points: empty clusters
-    centroids, _ = kmeans(points, 16, iterations=20)
-    assert (torch.bincount(assign(points, centroids)[0], minlength=16) > 0).all()
+    with FeatureStore(len(points), memory, tmp_path) as store:
+        store.append(points)
+        found = kmeans(store, 16, iterations=20, dtype=dtype)
+    assert (found.counts > 0).all() and found.counts.sum() == 130
+    assert torch.equal(found.counts, torch.bincount(assign(points.half(), found.centroids)[0], minlength=16))
+
+
+def test_bfloat16_k_means_is_as_good_as_float32(photos):
+    """Real patches, their contrast normalised: flat ones would start as empty clusters, whose fate is luck."""
+    pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
+    points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
+    points = torch.nn.functional.layer_norm(points, points.shape[1:])
+    exact, fast = (kmeans(points, 512, iterations=10, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert fast.error <= exact.error * 1.001
+    assert fast.variance == exact.variance == pytest.approx(float(points.var(0, correction=0).sum()), rel=1e-3)
+    assert fast.error == pytest.approx(float(assign(points, fast.centroids)[1].mean()), rel=1e-3)
+    assert fast.counts.sum() == len(points)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 100])
+def test_ids_do_not_depend_on_the_batch(batch):
+    """Also for points halfway between two centroids, and for centroids that are there twice: the lower id."""
+    torch.manual_seed(0)
+    centroids = torch.randn(300, 33) + 5
+    points = torch.cat([(centroids[:100] + centroids[100:200]) / 2, centroids[:50], torch.randn(150, 33) + 5])
+    centroids = torch.cat([centroids, centroids[:10]])
+    whole = assign(points, centroids)[0]
+    assert torch.equal(torch.cat([assign(part, centroids)[0] for part in points.split(batch)]), whole)
+    assert torch.equal(whole[100:150], torch.arange(50))
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
+    torch.manual_seed(0)
+    points = torch.randn(5000, 12) * 3 + 7
+    found = []
+    for memory in (1 << 20, 0):
+        with FeatureStore(6000, memory, tmp_path) as store:
+            for part in points.split(999):
+                store.append(part)
+            assert store.in_memory == (memory > 0)
+            assert not list(tmp_path.iterdir())  # the scratch file has no name
+            found.append(kmeans(store, 100, 5, restarts, dtype=torch.bfloat16))
+    assert torch.equal(found[0].centroids, found[1].centroids) and torch.equal(found[0].counts, found[1].counts)
+    assert found[0][2:] == found[1][2:]
+    assert found[0].error == pytest.approx(float(assign(points, found[0].centroids)[1].mean()), rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_streaming_needs_memory_for_a_block_only(tmp_path):
+    """240 MB of features; a process of its own, for memory that was once touched counts for good."""
+    script = """if True:
+        import sys, torch
+        from pathlib import Path
+        from mapet.tokenizer.feature_store import FeatureStore
+        from mapet.tokenizer.kmeans import kmeans
+        def peak():  # not getrusage's, which is also that of the process that started this one
+            return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+        kmeans(torch.randn(5000, 64), 20, 1)
+        before = peak()
+        with FeatureStore(60_000, 10_000_000, Path(sys.argv[1])) as store:
+            for _ in range(60):
+                store.append(torch.randn(1000, 2000))
+            assert kmeans(store, 20, 1, 2).counts.sum() == 60_000
+        print(peak() - before)
+    """
+    child = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert 1e6 < int(child.stdout) * 1024 < 120e6
+
+
+@pytest.mark.parametrize("size", [1e-6, 1, 1e6])
+def test_features_of_any_size_fit_float16(size):
+    points = blobs() * size
+    found = kmeans(points, 8, iterations=20, restarts=5)
+    assert found.error == pytest.approx(float(assign(points, found.centroids)[1].mean()), rel=1e-2)
+    assert found.centroids.isfinite().all()
+
+
+def test_features_too_uneven_for_float16():
+    store = FeatureStore(20, 1 << 20, None)
+    store.append(torch.ones(5, 3))
+    with pytest.raises(MapetError, match=r"reach 1e\+04, over 64 times more than in its first batch"):
+        store.append(torch.full((5, 3), 1e4))
 
 
 def test_more_words_than_patches():
@@ -153,6 +238,38 @@ def test_other_teacher_weights_are_refused(crops, tmp_path):
     load_tokenizer(tmp_path / "t")
     with pytest.raises(MapetError, match="has other weights"):
         load_tokenizer(tmp_path / "t", checkpoint=str(tmp_path / "1.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
+    """Tokens are computed in the precision of the codebook, whoever computes them, in batches of any size."""
+    name = "resnet10t.c3_in1k"
+    torch.manual_seed(0)
+    save_file(timm.create_model(name).state_dict(), tmp_path / "weights.safetensors")
+    fitted = mapet.fit_tokenizer(
+        images=crops, out=tmp_path / "t", image_size=64, patch_size=16, teacher_size=64, vocab_size=20, workers=0, teacher=name,
+        teacher_checkpoint=str(tmp_path / "weights.safetensors"), precision=precision,
+    )  # fmt: skip
+    description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    assert description["teacher"]["precision"] == precision
+    loaded = load_tokenizer(tmp_path / "t")
+    images = torch.stack([render(read_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
+    ids = fitted(images)
+    assert torch.equal(torch.cat([loaded(image[None]) for image in images]), ids)
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training loop
+        assert torch.equal(loaded(images), ids)
+        exact = loaded.teacher(images)
+    loaded.teacher.settings["precision"] = "float32"
+    assert torch.equal(loaded.teacher(images), exact) == (precision == "float32")
+
+
+def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
+    options = {"images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "iterations": 1}
+    hashes = {
+        precision: mapet.fit_tokenizer(out=tmp_path / precision, precision=precision, **options).hash
+        for precision in ("float32", "bfloat16")
+    }
+    assert hashes["float32"] != hashes["bfloat16"]
 
 
 def test_flipped_pixels_are_other_words(crops, tmp_path):

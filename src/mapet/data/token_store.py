@@ -10,7 +10,7 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.files import read_json, write_json
+from mapet.files import read_json, reserve, write_json
 
 MANIFEST = "store.json"
 ROWS = "tokens.npy"
@@ -79,14 +79,12 @@ class TokenStore:
         dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         shape = (len(images), num_views, grid[0] * grid[1])
         rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=dtype, shape=shape)
-        # A hole in the file would end the process (SIGBUS) when the disk is full; this fails with an error instead.
         try:
             with open(folder / ROWS, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
+                reserve(file, os.fstat(file.fileno()).st_size, folder / ROWS)
+        except MapetError:
             (folder / ROWS).unlink()
-            raise MapetError(f"cannot reserve {rows.nbytes:,} bytes for {folder / ROWS}: {error.strerror}") from None
+            raise
         manifest = {
             "format": FORMAT,
             "codebook_hash": codebook_hash,

@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Size, stage
-from mapet.stages.options import BadImages, Loading
+from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
     from mapet.tokenizer.codebook import Tokenizer
@@ -47,6 +47,13 @@ class FitTokenizerConfig(Loading, BadImages):
     """Most patches for each visual word used in fitting."""
     seed: NonNegativeInt = 0
     """Seed of the sample of patches and of k-means."""
+    precision: Precision = "auto"
+    """Of the teacher's and k-means' matrix products; auto takes bfloat16 where it is fast. The teacher keeps it for good."""
+    memory: PositiveFloat | None = None
+    """GB of memory (the device's) for features; more than that go to a scratch file, with the same result; automatic: half
+    of what is free."""
+    scratch: Path | None = None
+    """Folder for the scratch file, which goes away by itself; automatic: beside `out`."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
@@ -66,7 +73,6 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --restarts 5
     """
     import numpy as np
-    import torch
     from tqdm import tqdm
 
     from mapet.compute import Compute
@@ -76,11 +82,13 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer
     from mapet.tokenizer.extract import sample_features
-    from mapet.tokenizer.kmeans import assign, automatic_vocab_size, kmeans
+    from mapet.tokenizer.feature_store import FeatureStore
+    from mapet.tokenizer.kmeans import automatic_vocab_size, kmeans
     from mapet.tokenizer.teacher import make_teacher
+    from mapet.training.sizing import free_memory
 
     new_folder(config.out, create=False)
-    compute = Compute.choose(config.device, "float32")
+    compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     size = config.image_size
     teacher = make_teacher(
@@ -91,39 +99,34 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         config.teacher_checkpoint,
         config.teacher_size,
         config.layer,
+        compute.precision,
     ).to(compute.device)
     num_patches = len(images) * teacher.grid[0] * teacher.grid[1]
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     log.info(
-        "%s images, %s patches, teacher %s at %s px, K = %d",
+        "%s images, %s patches, teacher %s at %s px in %s, K = %d",
         f"{len(images):,}",
         f"{num_patches:,}",
         teacher.name,
         teacher.image_size,
+        compute.precision,
         vocab_size,
     )
 
     order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
     dataset = ViewDataset(images, ViewSpec(image_size=size), config.channels, teacher_size=teacher.image_size)
     quarantine = Quarantine(images, config.max_bad)
-    points = sample_features(
-        teacher,
-        dataset,
-        order,
-        config.points_per_word * vocab_size,
-        quarantine,
-        compute,
-        config.batch_size,
-        config.num_workers,
-    ).to(compute.device)
-
-    with tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar:
-        centroids, error = kmeans(
-            points, vocab_size, config.iterations, config.restarts, config.seed,
-            lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+    capacity = min(config.points_per_word * vocab_size, num_patches)
+    memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // 2
+    with FeatureStore(capacity, memory, config.scratch or config.out.parent, compute.device) as points:
+        sample_features(
+            teacher, dataset, order, points, quarantine, compute, config.batch_size, config.num_workers
         )  # fmt: skip
-    counts = torch.bincount(assign(points, centroids)[0], minlength=vocab_size).cpu()
-    variance = float((points - points.mean(0)).square().sum(1).mean())
+        with tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar:
+            centroids, counts, error, variance = kmeans(
+                points, vocab_size, config.iterations, config.restarts, config.seed, compute.dtype,
+                lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+            )  # fmt: skip
     health = Health.measure(counts, error, variance)
     fitting = config.model_dump(
         mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -11,6 +10,7 @@ from mapet.compute import Compute
 from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.errors import MapetError
+from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.teacher import Teacher
 
 
@@ -38,20 +38,18 @@ def sample_features(
     teacher: Teacher,
     dataset: ViewDataset,
     order: Sequence[int],
-    max_points: int,
+    store: FeatureStore,
     quarantine: Quarantine,
     compute: Compute,
     batch_size: int,
     workers: int,
-) -> Float[Tensor, "n F"]:
-    """Patch features of the images of `order`, one after the other, until there are `max_points`."""
+) -> None:
+    """Fill the store with patch features of the images of `order`, one after the other."""
     per_image = teacher.grid[0] * teacher.grid[1]
-    wanted = list(order[: -(-max_points // per_image)])
+    wanted = list(order[: -(-store.capacity // per_image)])
     batches = [[(0, index) for index in wanted[i : i + batch_size]] for i in range(0, len(wanted), batch_size)]
-    parts: list[Tensor] = []
     for batch in tqdm(make_loader(dataset, batches, workers), desc="teacher features", unit="batch", disable=None):
         quarantine.add(batch.bad)
         if len(batch.image_index):
             features = teacher_features(teacher, batch, dataset.images, compute)
-            parts.append(features.permute(0, 2, 3, 1).flatten(0, 2).cpu())
-    return torch.cat(parts)[:max_points]
+            store.append(features.permute(0, 2, 3, 1).flatten(0, 2))

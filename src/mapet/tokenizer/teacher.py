@@ -30,7 +30,8 @@ class Teacher(nn.Module):
         name: as the user gave it: 'pixels', a timm model, or 'package.module:function'.
         image_size: (h, w) it wants views rendered at, pixels.
         grid: (rows, columns) of the student's patches; other grids are interpolated to it.
-        settings: what made it, for the codebook's JSON; `make_teacher(**settings)` makes it again.
+        settings: what made it, for the codebook's JSON; `make_teacher(**settings)` makes it again. Its precision is one of
+            them: in another one about 1 % of the patches get other words, so tokens are always computed in the codebook's.
         weights_hash: sha256 of its parameters, '' if it has none.
     """
 
@@ -43,18 +44,21 @@ class Teacher(nn.Module):
         settings: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False)
         self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
         self.weights_hash = _hash_weights(encoder)
+        # Convolutions are faster with channels last; what is no convolution doesn't care.
+        self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
-        """Features in float32.
+        """Features as float32 numbers, whatever the precision of the products, also within somebody else's autocast.
 
         Raises:
             MapetError: the encoder returned something that is not a map of features.
         """
-        features = self.encoder(images.float() / 255)
+        bfloat16 = self.settings["precision"] == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            features = self.encoder((images.float() / 255).contiguous(memory_format=torch.channels_last))
         if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[0] != images.shape[0]:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise MapetError(
@@ -74,6 +78,7 @@ def make_teacher(
     checkpoint: str | None = None,
     teacher_size: tuple[int, int] | None = None,
     layer: int = -1,
+    precision: str = "float32",
 ) -> Teacher:
     """A teacher by name.
 
@@ -85,9 +90,10 @@ def make_teacher(
         checkpoint: a local weights file; without one timm downloads its own.
         teacher_size: (h, w) of the views it sees; None: timm's own for that model, else the student's.
         layer: which of timm's intermediate feature maps; -1 is the last.
+        precision: of its matrix products, 'float32' or 'bfloat16'.
 
     Raises:
-        MapetError: unknown name, missing or unsafe checkpoint, weights that can't be had.
+        MapetError: unknown name or precision, missing or unsafe checkpoint, weights that can't be had.
     """
     settings = {
         "teacher": teacher,
@@ -97,7 +103,10 @@ def make_teacher(
         "checkpoint": checkpoint,
         "teacher_size": list(teacher_size) if teacher_size else None,
         "layer": layer,
+        "precision": precision,
     }
+    if precision not in ("float32", "bfloat16"):
+        raise MapetError(f"unknown precision '{precision}' of teacher '{teacher}': 'float32' or 'bfloat16'")
     grid = student_size[0] // patch_size, student_size[1] // patch_size
     if teacher == PIXELS:
         encoder: nn.Module = _Pixels(patch_size)

@@ -36,6 +36,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
         config.channels,
         config.teacher_checkpoint,
         config.teacher_size,
+        precision=compute.precision,
     ).to(compute.device)
     model = on_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
@@ -70,7 +71,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     size = num_parameters(vit) / 1e6
     yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
-    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 4 / 1e9:.2f} GB of memory"
+    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
     yield (
         f"  tokenize       {1 / teaching:,.0f} images/s, about {_span(count * max(teaching, read))}, "
         f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"

@@ -1,0 +1,202 @@
+"""How fast is the tokenizer? K-means against faiss, features in memory or streamed, and teachers, on this machine.
+
+    python benchmarks/tokenizer.py --images PHOTOS
+    python benchmarks/tokenizer.py --images PHOTOS --quick --json tokenizer.json
+
+K-means clusters the stand-in teacher's features of the images' patches (benchmarks/stand_in.py names its packages). Its
+time is that of the whole call, its exact last assignment included; faiss runs as many rounds over all points from the
+same start, and both errors are those of the exact assignment. They take turns; figures are
+medians, the ratio that of neighbours. faiss is needed here alone: `pip install faiss-cpu`. timm's teachers have random weights.
+"""
+
+import argparse
+import functools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from mapet.compute import Compute
+from mapet.data.dataset import Quarantine, ViewDataset, collate
+from mapet.data.image_list import scan
+from mapet.data.views import ViewSpec
+from mapet.files import write_json
+from mapet.tokenizer.extract import sample_features
+from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizer.kmeans import assign, kmeans, starting_points
+from mapet.tokenizer.teacher import Teacher, make_teacher
+
+STAND_IN = "stand_in:efficientnet_lite0"
+TIMM = ("resnet50_clip.openai", "vit_base_patch16_clip_224.openai")
+SIZE = (224, 224)
+ROW = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="500 photographs give 98,000 patches")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="fewer patches, words and rounds: does it run?")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    sizes = {"vocab_size": options.vocab_size, "iterations": options.iterations}
+    rows = measure(options.quick, options.images, **sizes)
+    print("| what | how | figure | unit |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['what']} | {row['how']} | {row['value']:.4g} | {row['unit']} |")
+    if options.json:
+        write_json(options.json, {"device": str(Compute.choose()), "torch": torch.__version__, "rows": rows})
+
+
+def measure(quick: bool, images: Path, vocab_size: int = 8192, iterations: int = 20) -> list[ROW]:
+    """All rows: {what, how, value, unit}."""
+    if quick:
+        vocab_size, iterations = min(vocab_size, 256), min(iterations, 3)
+    compute = Compute.choose()
+    sys.path.insert(0, str(Path(__file__).parent))
+    features = stand_in_features(images, compute, 5000 if quick else 1 << 20)
+    rows = clustering(features, vocab_size, iterations, compute, 1 if quick else 3)
+    if sys.platform == "linux":
+        rows += [streamed(limit, quick) for limit in ("all", "none")]
+    return rows + teachers(images, compute, quick)
+
+
+def stand_in_features(images: Path, compute: Compute, most: int) -> torch.Tensor:
+    """Up to `most` patch features of the stand-in teacher."""
+    listed = scan(images)
+    teacher = make_teacher(STAND_IN, SIZE, 16, precision=compute.precision).to(compute.device)
+    dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
+    store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
+    sample_features(teacher, dataset, range(len(listed)), store, Quarantine(listed, 0.05), compute, 32, 1)
+    return store.take(torch.arange(len(store)))
+
+
+def clustering(features: torch.Tensor, vocab_size: int, iterations: int, compute: Compute, turns: int = 3) -> list[ROW]:
+    """K-means of mapet and faiss in turns, and the machine's matrix products, in one run."""
+    points, width = features.shape
+    runs: dict[str, Callable[[], torch.Tensor]] = {
+        f"mapet {compute.precision}": lambda: kmeans(features, vocab_size, iterations, dtype=compute.dtype).centroids,
+    }
+    try:
+        import faiss
+    except ImportError:
+        print("faiss is not installed, its rows are left out: pip install faiss-cpu", file=sys.stderr)
+    else:
+
+        def with_faiss() -> torch.Tensor:
+            fit = faiss.Kmeans(
+                width, vocab_size, niter=iterations, seed=0, min_points_per_centroid=1, max_points_per_centroid=points
+            )
+            start = features[starting_points(points, vocab_size, seed=0)]
+            fit.train(features.cpu().numpy(), init_centroids=start.cpu().numpy())
+            return torch.from_numpy(fit.centroids).to(features.device)
+
+        runs[f"faiss {faiss.__version__} float32"] = with_faiss
+    what = f"k-means, {points:,} x {width}, K = {vocab_size}, {iterations} rounds"
+    rows: list[ROW] = []
+    seconds: dict[str, list[float]] = {how: [] for how in runs}
+    found = {}
+    for _ in range(turns):
+        for how, run in runs.items():
+            started = time.perf_counter()
+            found[how] = run()
+            _finish(compute)
+            seconds[how].append(time.perf_counter() - started)
+    operations = 2 * points * width * vocab_size * iterations
+    for how, centroids in found.items():
+        spent = statistics.median(seconds[how])
+        error = float(assign(features, centroids)[1].mean())
+        rows += [
+            {"what": what, "how": how, "value": spent, "unit": "s"},
+            {"what": what, "how": how, "value": error, "unit": "mean squared distance"},
+            {"what": what, "how": how, "value": operations / spent / 1e9, "unit": "GFLOP/s"},
+        ]
+    if len(runs) == 2:
+        ours, theirs = seconds.values()
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        rows.append({"what": what, "how": "faiss's time / mapet's", "value": ratio, "unit": "x"})
+    for dtype in (torch.float32, torch.bfloat16):
+        x, c = features[:2048].to(dtype), centroids.to(dtype)
+        table = torch.empty(len(x), vocab_size, dtype=dtype, device=x.device)
+        spent = _seconds(functools.partial(torch.mm, x, c.T, out=table), compute, 9)
+        rate = 2 * len(x) * width * vocab_size / spent / 1e9
+        rows.append({"what": "matrix product of 2048 points", "how": str(dtype), "value": rate, "unit": "GFLOP/s"})
+    part = features[:16384]
+    rate = len(part) / _seconds(lambda: assign(part, centroids), compute)
+    rows.append({"what": "assignment, exact", "how": "float32", "value": rate, "unit": "patches/s"})
+    return rows
+
+
+def streamed(limit: str, quick: bool) -> ROW:
+    """Peak memory of two rounds over random features, all or none of them held in memory, in a process of its own."""
+    count = 2_000 if quick else 200_000
+    script = f"""if True:
+        import sys, torch
+        from pathlib import Path
+        from mapet.tokenizer.feature_store import FeatureStore
+        from mapet.tokenizer.kmeans import kmeans
+        with FeatureStore({count}, {0 if limit == "none" else 1 << 40}, Path(sys.argv[1])) as store:
+            for _ in range({count} // 1000):
+                store.append(torch.randn(1000, 2048))
+            kmeans(store, 128, 2, dtype=torch.bfloat16)
+        status = Path("/proc/self/status").read_text()  # getrusage's peak is also that of the process that started this one
+        print(status.partition("VmHWM:")[2].split()[0])
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        child = subprocess.run([sys.executable, "-c", script, scratch], capture_output=True, text=True, check=True)
+    what = f"peak memory, {count * 2048 * 2 / 1e9:.2g} GB of features"
+    return {"what": what, "how": f"{limit} in memory", "value": int(child.stdout) * 1024 / 1e9, "unit": "GB"}
+
+
+def teachers(images: Path, compute: Compute, quick: bool) -> list[ROW]:
+    """Images a second of teachers, in float32 and in this machine's precision."""
+    listed = scan(images)
+    dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
+    batch = collate([dataset[0, index % len(listed)] for index in range(2 if quick else 16)]).teacher_image
+    assert batch is not None
+    rows = []
+    for name in (STAND_IN, *TIMM[: 0 if quick else None]):
+        for precision in dict.fromkeys(("float32", compute.precision)):
+            teacher = random_teacher(name, precision).to(compute.device)
+            views = compute.to(batch)
+            rate = len(batch) / _seconds(functools.partial(teacher, views), compute)
+            rows.append({"what": f"teacher {name}", "how": precision, "value": rate, "unit": "images/s"})
+    return rows
+
+
+def random_teacher(name: str, precision: str) -> Teacher:
+    """A teacher whose weights, if they are timm's, are random."""
+    if name == STAND_IN:
+        return make_teacher(name, SIZE, 16, precision=precision)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pth"
+        torch.save(timm.create_model(name).state_dict(), weights)
+        return make_teacher(name, SIZE, 16, checkpoint=str(weights), precision=precision)
+
+
+def _seconds(work: Callable[[], Any], compute: Compute, times: int = 3) -> float:
+    """Median time, after a first call that doesn't count."""
+    spent = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        work()
+        _finish(compute)
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[1:])
+
+
+def _finish(compute: Compute) -> None:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Patch features to cluster: float16 rows in memory or, beyond a limit, in a scratch file that is streamed."""
+
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mapet.errors import MapetError
+from mapet.files import reserve
+
+log = logging.getLogger("mapet")
+HEADROOM = 64
+"""How much larger than the first rows' largest value a later value may be."""
+
+
+class FeatureStore:
+    """(n, F) features, kept as float16 wherever they are, so that nothing depends on where that is.
+
+    Rows are scaled by a power of two, which loses nothing, so that float16's range fits them: its largest value is 65504,
+    and some encoders give more. The scratch file has no name: the system removes it with the process, however that ends.
+
+    Attributes:
+        capacity: most rows.
+        memory: bytes of the device's memory that rows may take; more go to the scratch file.
+        scratch: folder for the scratch file.
+    """
+
+    def __init__(self, capacity: int, memory: int, scratch: Path, device: torch.device | str = "cpu") -> None:
+        self.capacity, self.memory, self.scratch, self.device = capacity, memory, scratch, torch.device(device)
+        self.count = self.num_features = 0
+        self.scale = 1.0
+        self._rows: Tensor | None = None
+        self._file: FileIO | None = None
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
+        """Features in memory, for k-means on a tensor."""
+        store = cls(len(features), features.numel() * 2, Path(), features.device)
+        store.append(features)
+        return store
+
+    def __enter__(self) -> "FeatureStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rows = None
+        if self._file is not None:
+            self._file.close()
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def in_memory(self) -> bool:
+        return self._file is None
+
+    def append(self, features: Float[Tensor, "m F"]) -> None:
+        """Add rows, up to the capacity; the rest is left out.
+
+        Raises:
+            MapetError: too little disk for the scratch file, or values that float16 cannot hold.
+        """
+        if not self.count:
+            self._open(features)
+        features = features[: self.capacity - self.count]
+        scaled = features.float() * self.scale
+        if scaled.numel() and float(scaled.abs().max()) > torch.finfo(torch.float16).max:
+            raise MapetError(
+                f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
+                "batch: too uneven for k-means. Choose another --layer or normalise the encoder's output"
+            )
+        half = scaled.half()
+        if self._rows is not None:
+            self._rows[self.count : self.count + len(half)] = half
+        else:
+            assert self._file is not None
+            self._file.seek(self.count * half.shape[1] * 2)
+            half.cpu().numpy().tofile(self._file)
+        self.count += len(half)
+
+    def _open(self, first: Tensor) -> None:
+        """Decide scale and place by the first rows."""
+        self.num_features = first.shape[1]
+        largest = float(first.abs().max())
+        limit = torch.finfo(torch.float16).max / HEADROOM
+        self.scale = 2.0 ** math.floor(math.log2(limit / largest)) if largest > 0 else 1.0
+        size = self.capacity * self.num_features * 2
+        if size <= self.memory:
+            self._rows = torch.empty(self.capacity, self.num_features, dtype=torch.float16, device=self.device)
+            return
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise MapetError(
+                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with --scratch"
+            ) from None
+        free = shutil.disk_usage(self.scratch).free
+        if size > free:
+            raise MapetError(
+                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than --memory {self.memory / 1e9:.3g} "
+                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with --scratch, more --memory, or "
+                "fewer --points-per-word"
+            )
+        reserve(self._file, size, self.scratch)
+        log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
+        """(index of the first row, float32 rows), in order; each block overwrites the one before."""
+        shape = min(rows, self.count), self.num_features
+        buffer = torch.empty(shape, device=self.device)
+        read = torch.empty(shape, dtype=torch.float16)
+        for start in range(0, self.count, rows):
+            count = min(rows, self.count - start)
+            half = self._read(start, read[:count]) if self._rows is None else self._rows[start : start + count]
+            yield start, buffer[:count].copy_(half).mul_(1 / self.scale)
+
+    def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
+        """The float32 rows at `indices`."""
+        if self._rows is not None:
+            return self._rows[indices.to(self.device)].float() / self.scale
+        rows = torch.empty(len(indices), self.num_features, dtype=torch.float16)
+        for place, index in enumerate(indices.tolist()):
+            self._read(index, rows[place : place + 1])
+        return rows.to(self.device).float() / self.scale
+
+    def _read(self, start: int, into: Tensor) -> Tensor:
+        """Rows from `start` on. Read, not mapped: a map of the whole file would count as this process's memory."""
+        assert self._file is not None
+        self._file.seek(start * self.num_features * 2)
+        if self._file.readinto(into.numpy().data) != into.nbytes:
+            raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order? See --scratch")
+        return into
