@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mapet.data.decode import EXTENSIONS
+from mapet.data.decode import EXTENSIONS, Picture, open_image
 from mapet.errors import MapetError
 
 
@@ -42,6 +42,10 @@ class ImageList(Sequence[Path]):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self.root / self.id(index)
+
+    def open(self, index: int, channels: int) -> Picture:
+        """The image, opened; see `open_image`."""
+        return open_image(self[index], channels)
 
     def key(self, index: int) -> int:
         """A 64-bit number made of the id alone: seeds an image's random draws wherever it stands in a list."""

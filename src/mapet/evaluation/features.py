@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList, scan
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, color_jitter
 from mapet.errors import MapetError
 from mapet.model.backbone import pixel_stats
 
@@ -90,10 +90,15 @@ def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet
     return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
 
 
-def normalize(images: Tensor, channels: int) -> Float[Tensor, "B C H W"]:
-    """uint8 pixels -> the model's input: [0, 1], then each channel's mean and standard deviation."""
+def normalize(
+    images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None
+) -> Float[Tensor, "B C H W"]:
+    """uint8 pixels -> the model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in pixel_stats(channels))
-    return (images.float() / 255 - mean) / std
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if jitter is not None:
+        pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Pool) -> Float[Tensor, "B D"]:
