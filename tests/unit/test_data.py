@@ -90,7 +90,7 @@ def test_edges_of_large_views_suit_the_reduction(kind, height, width, key):
 
 def orient(array, orientation):
     """What EXIF's definition makes of stored pixels; written with Pillow's transpositions."""
-    names = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+    names = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
     image = Image.fromarray(array)
     return np.asarray(image if orientation == 1 else image.transpose(getattr(Image.Transpose, names[orientation - 2])))
 
@@ -152,8 +152,8 @@ def test_a_rendering_does_not_depend_on_what_else_was_rendered(photos, tmp_path)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_jitter_changes_colours_only(channels):
     images = torch.randint(0, 256, (2, channels, 8, 8)).float()
-    assert torch.allclose(color_jitter(images, torch.ones(2, 3)), images, atol=1e-4)
-    jittered = color_jitter(images, torch.tensor([[1.3, 0.7, 0.6], [1.0, 1.0, 1.0]]))
+    assert torch.allclose(color_jitter(images.clone(), torch.ones(2, 3)), images, atol=1e-4)
+    jittered = color_jitter(images.clone(), torch.tensor([[1.3, 0.7, 0.6], [1.0, 1.0, 1.0]]))
     assert jittered.min() >= 0 and jittered.max() <= 255
     assert not torch.allclose(jittered[0], images[0]) and torch.allclose(jittered[1], images[1], atol=1e-4)
     assert np.array_equal(*(draw_jitter(0.4, np.random.default_rng(3)) for _ in range(2)))

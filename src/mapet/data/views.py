@@ -86,7 +86,7 @@ def draw_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, 
 
 
 def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]) -> Float[Tensor, "B C h w"]:
-    """Brightness, contrast and (for RGB) saturation of pixels in 0..255, each image by its own three factors.
+    """Brightness, contrast and (for RGB) saturation of pixels in 0..255, in place, each image by its own three factors.
 
     Saturation mixes a pixel with its grey, contrast with the image's mean grey, brightness with black. As affine maps of
     RGB the three commute, so they are one, clamped once at its end. Changes colours only, so the tokens of the
@@ -100,4 +100,4 @@ def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     gain = brightness * contrast
     offset = (gain * (1 - saturation)) * grey + brightness * (1 - contrast) * mean
-    return (images * (gain * saturation)).add_(offset).clamp_(0, 255)
+    return images.mul_(gain * saturation).add_(offset).clamp_(0, 255)

@@ -36,12 +36,15 @@ class LabelledSet:
     def subset(self, indices: Int[np.ndarray, " m"]) -> "LabelledSet":
         return LabelledSet(self.images.subset(indices), self.classes, self.labels[indices])
 
+    def by_class(self, order: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
+        """Indices, ordered by class, in one piece for each class."""
+        return np.split(order, np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))[:-1])
+
     def few(self, per_class: int | None = None, share: float = 1.0, seed: int = 0) -> "LabelledSet":
         """A random sample: `per_class` images of each class, or a share of each class (at least one)."""
         rng = np.random.default_rng(seed)
         kept = []
-        for label in range(len(self.classes)):
-            members = rng.permutation(np.flatnonzero(self.labels == label))
+        for label, members in enumerate(map(rng.permutation, self.by_class(np.argsort(self.labels, kind="stable")))):
             if per_class is not None and per_class > len(members):
                 raise MapetError(
                     f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for"
@@ -80,11 +83,10 @@ def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> t
 
 def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
     """A fixed share of each class, chosen by a hash of the image id, becomes the test set."""
-    keys = np.array([everything.images.key(i) for i in range(len(everything.labels))], dtype=np.uint64)
-    test = np.zeros(len(keys), dtype=bool)
-    for label in range(len(everything.classes)):
-        members = np.flatnonzero(everything.labels == label)
-        test[members[np.argsort(keys[members])][: max(1, round(test_share * len(members)))]] = True
+    test = np.zeros(len(everything.labels), dtype=bool)
+    order = np.lexsort((everything.images.keys(), everything.labels))  # by class, then by key
+    for members in everything.by_class(order):
+        test[members[: max(1, round(test_share * len(members)))]] = True
     if test.all():
         raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
     return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
