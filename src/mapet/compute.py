@@ -1,5 +1,7 @@
 """Where and in which precision to compute."""
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +10,8 @@ import torch
 
 from mapet.errors import MapetError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's mallopt(3)."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -29,6 +33,8 @@ class Compute:
             raise MapetError(
                 f"device '{device}' is not available: {str(error).splitlines()[0]}. Use --device auto, cpu, cuda or mps"
             ) from None
+        if place.type == "cpu":
+            _keep_freed_memory()
         dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
         return cls(place, dtype)
 
@@ -46,6 +52,15 @@ class Compute:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return f"{name}, {self.precision}"
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one: pages taken anew from the system cost as much as the work on them."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

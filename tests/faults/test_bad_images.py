@@ -53,6 +53,28 @@ def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
                 assert read_image(tmp_path / f"y.{format}").shape[0] == 3
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_jpegs_are_judged_as_pillow_does(photo, tmp_path, progressive):
+    """Wherever the file is cut, or a bit of it flipped: the fast decoder takes nothing that Pillow refuses."""
+    rng = np.random.default_rng(1)
+    path = tmp_path / "x.jpg"
+    photo.save(path, progressive=progressive, exif=photo.getexif())
+    data = path.read_bytes()
+    flips = [
+        data[:i] + bytes([data[i] ^ 1 << int(rng.integers(8))]) + data[i + 1 :]
+        for i in rng.integers(len(data), size=150)
+    ]
+    for broken in [data[:end] for end in range(1, len(data), 23)] + [data[:-1], data[:-2]] + flips:
+        path.write_bytes(broken)
+        try:
+            with Image.open(path) as image:
+                expected = np.asarray(image.convert("RGB"))
+        except Exception:
+            assert reason(path)
+        else:
+            assert np.array_equal(read_image(path).permute(1, 2, 0), expected)
+
+
 def test_animated_gif_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 
 import mapet
-from mapet.data.decode import read_image
+from mapet.data.decode import open_image
 from mapet.data.image_list import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
@@ -212,7 +212,7 @@ def test_saved_tokenizer_gives_the_same_ids(crops, tmp_path):
         images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=10, workers=0
     )
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(read_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
     assert torch.equal(fitted(images), loaded(images))
     description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     assert description["grid"] == [4, 4] and description["vocab_size"] == 10
@@ -253,7 +253,7 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     assert description["teacher"]["precision"] == precision
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(read_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
     ids = fitted(images)
     assert torch.equal(torch.cat([loaded(image[None]) for image in images]), ids)
     with torch.autocast("cpu", torch.bfloat16):  # as in a training loop
@@ -277,6 +277,6 @@ def test_flipped_pixels_are_other_words(crops, tmp_path):
     tokenizer = mapet.fit_tokenizer(
         images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0
     )
-    images = torch.stack([render(read_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
     different = tokenizer(images.flip(-1)) != tokenizer(images).flip(-1)
     assert different.float().mean() > 0.05

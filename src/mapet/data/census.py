@@ -4,13 +4,11 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from mapet.data.decode import BadImage, read_image
+from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 
 SHOWN = 10
@@ -59,7 +57,7 @@ def take_census(images: ImageList, channels: int, threads: int) -> Census:
     """Decode every image."""
     sizes, modes, bad = [], Counter[str](), {}
     with ThreadPoolExecutor(threads) as pool:
-        facts = pool.map(lambda i: _facts(images[i], channels), range(len(images)))
+        facts = pool.map(lambda i: _facts(images, i, channels), range(len(images)))
         for index, fact in enumerate(tqdm(facts, total=len(images), desc="check", unit="img", disable=None)):
             if isinstance(fact, str):
                 bad[images.id(index)] = fact
@@ -69,15 +67,10 @@ def take_census(images: ImageList, channels: int, threads: int) -> Census:
     return Census(images, np.array(sizes, dtype=np.int64).reshape(-1, 2), modes, bad)
 
 
-def _facts(path: Path, channels: int) -> tuple[tuple[int, int], str] | str:
+def _facts(images: ImageList, index: int, channels: int) -> tuple[tuple[int, int], str] | str:
     try:
-        image = read_image(path, channels)
+        picture = images.open(index, channels)
+        picture.read()
     except BadImage as error:
         return str(error)
-    if path.suffix.lower() == ".npy":
-        return (image.shape[1], image.shape[2]), "NPY"
-    with Image.open(path) as header:
-        return (
-            image.shape[1],
-            image.shape[2],
-        ), f"{header.format} {header.mode}{' animated' if getattr(header, 'is_animated', False) else ''}"
+    return picture.size, picture.kind

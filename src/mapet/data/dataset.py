@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mapet.data.decode import BadImage, read_image
+from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec, color_jitter, draw_view, render
+from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
 from mapet.errors import MapetError
 
 log = logging.getLogger("mapet")
@@ -29,6 +29,7 @@ class Sample(NamedTuple):
     teacher_image: UInt8[Tensor, "C h w"] | None = None
     tokens: Int[np.ndarray, " N"] | None = None
     permutation: Int[np.ndarray, " N"] | None = None
+    jitter: Float[np.ndarray, "3"] | None = None
     bad: str | None = None
 
 
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     teacher_image: UInt8[Tensor, "B C h w"] | None
     tokens: Int[Tensor, "B N"] | None
     permutation: Int[Tensor, "B N"] | None
+    jitter: Float[Tensor, "B 3"] | None
     bad: list[tuple[int, str]]
 
 
@@ -48,11 +50,17 @@ def collate(samples: list[Sample]) -> Batch:
 
     def stack(name: str) -> Tensor | None:
         values = [getattr(sample, name) for sample in good]
-        return None if not values or values[0] is None else torch.stack([torch.as_tensor(value) for value in values])
+        if not values or values[0] is None:
+            return None
+        if isinstance(values[0], np.ndarray):
+            return torch.from_numpy(np.stack(values))
+        # Pixels lie as rows of RGB, and stay so: one copy of bytes.
+        return torch.stack([image.movedim(0, -1) for image in values]).movedim(-1, 1)
 
     index = torch.tensor([sample.image_index for sample in good], dtype=torch.int64)
     bad = [(sample.image_index, sample.bad) for sample in samples if sample.bad is not None]
-    return Batch(index, stack("image"), stack("teacher_image"), stack("tokens"), stack("permutation"), bad)
+    names = ("image", "teacher_image", "tokens", "permutation", "jitter")
+    return Batch(index, **{name: stack(name) for name in names}, bad=bad)
 
 
 @dataclass
@@ -64,7 +72,8 @@ class ViewDataset(Dataset[Sample]):
         teacher_size: (h, w) of `Sample.teacher_image`, the same view at the teacher's size; None leaves it out.
         store: token ids; then the view drawn is one of the stored ones.
         num_patches: draw a permutation of so many patches; None leaves it out.
-        jitter: strength of colour jitter of `Sample.image` (never of the teacher's).
+        jitter: strength of colour jitter of `Sample.image` (never of the teacher's). A sample holds its three factors;
+            they are applied with normalization, on the device: see `evaluation.features.normalize`.
     """
 
     images: ImageList
@@ -82,25 +91,20 @@ class ViewDataset(Dataset[Sample]):
 
     def __getitem__(self, position: tuple[int, int]) -> Sample:
         number, index = position
-        try:
-            image = read_image(self.images[index], self.channels)
-        except BadImage as error:
-            return Sample(index, bad=str(error))
         key = self.images.key(index)
         rng = np.random.default_rng([self.seed, key, number])
         if self.store is not None:
             number = int(rng.integers(self.store.num_views))
         permutation = None if self.num_patches is None else rng.permutation(self.num_patches)
-        view = draw_view(self.spec, (image.shape[1], image.shape[2]), key, number)
-        student = teacher = None
-        if self.image_size is not None:
-            student = render(image, view, self.image_size)
-            if self.jitter:
-                student = color_jitter(student, self.jitter, rng)
-        if self.teacher_size is not None:
-            teacher = render(image, view, self.teacher_size)
+        jitter = draw_jitter(self.jitter, rng) if self.jitter else None
+        try:
+            picture = self.images.open(index, self.channels)
+            view = draw_view(self.spec, picture.size, key, number)
+            student, teacher = (size and render(picture, view, size) for size in (self.image_size, self.teacher_size))
+        except BadImage as error:
+            return Sample(index, bad=str(error))
         tokens = None if self.store is None else self.store.read(index, number)
-        return Sample(index, student, teacher, tokens, permutation)
+        return Sample(index, student, teacher, tokens, permutation, jitter)
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

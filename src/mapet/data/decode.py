@@ -1,12 +1,19 @@
-"""One image file -> one uint8 tensor, or a `BadImage` that says why not."""
+"""One image file -> uint8 pixels of any box of it, or a `BadImage` that says why not."""
 
+import io
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch import Tensor
 
 EXTENSIONS = frozenset(
@@ -32,14 +39,154 @@ EXTENSIONS = frozenset(
 )
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs (the limit of Pillow, 0.5 GB as RGB)."""
+REDUCTIONS = (8, 4, 2)
+"""Factors that a JPEG can be reduced by while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
+for these only: at 5/8 it takes longer than at full size."""
 
 
 class BadImage(Exception):
     """An image that cannot be used; the message is the reason."""
 
 
-def read_image(path: Path, channels: int = 3) -> UInt8[Tensor, "C H W"]:
-    """Decode an image to `channels` channels of 8 bits, upright.
+class Box(NamedTuple):
+    """A part of the upright image, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Picture(ABC):
+    """An open image: its size and kind are known, its pixels may still be encoded.
+
+    Attributes:
+        size: height and width, upright.
+        kind: format and mode, e.g. 'JPEG RGB'.
+    """
+
+    size: tuple[int, int]
+    kind: str
+
+    @abstractmethod
+    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+        """Pixels of `box` (all, without one).
+
+        Args:
+            at_least: the height and width that will be made of it: with those, the pixels may come reduced by a whole
+                factor, to this size or more; the box they show is exactly the same.
+
+        Raises:
+            BadImage: with the reason.
+        """
+
+
+class ArrayPicture(Picture):
+    """Pixels that are decoded already: (H, W, C), uint8 or uint16, of which the upper 8 bits count."""
+
+    def __init__(self, array: np.ndarray, kind: str) -> None:
+        self.array, self.kind, self.size = array, kind, (array.shape[0], array.shape[1])
+
+    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+        top, left, height, width = box or Box(0, 0, *self.size)
+        pixels = self.array[top : top + height, left : left + width]
+        if pixels.dtype == np.uint16:
+            pixels = pixels >> 8
+        return torch.from_numpy(pixels.astype(np.uint8, order="C")).permute(2, 0, 1)
+
+
+class JpegPicture(Picture):
+    """A JPEG with 8 bits a channel, grey or YCbCr: libjpeg-turbo decodes it when a box is read, as small as will do.
+
+    Pillow reads those that libjpeg-turbo finds fault with, so what is bad and why is one decoder's judgement.
+    """
+
+    def __init__(self, data: bytes, channels: int, height: int, width: int, grey: bool) -> None:
+        self.data, self.channels, self.stored_size = data, channels, (height, width)
+        self.kind = "JPEG L" if grey else "JPEG RGB"
+        self.orientation = _orientation(data)
+        self.size = (width, height) if self.orientation.transpose else (height, width)
+        self._decoded: dict[tuple[int, bool], np.ndarray] = {}  # so that student and teacher share it
+
+    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+        box = box or Box(0, 0, *self.size)
+        if at_least is None:
+            reduction, fast = 1, False
+        else:
+            stored = self.orientation.stored(box, self.size)
+            room = min(box.height // at_least[0], box.width // at_least[1])
+            reduction = next((r for r in REDUCTIONS if r <= room and not any(edge % r for edge in stored)), 1)
+            fast = box.height > at_least[0] and box.width > at_least[1]
+        try:
+            array = self._decode(reduction, fast)
+        except ValueError:
+            return open_with_pillow(io.BytesIO(self.data), self.channels).read(box)
+        top, left, height, width = (edge // reduction for edge in self.orientation.stored(box, self.size))
+        pixels = np.ascontiguousarray(array[top : top + height, left : left + width])
+        return self.orientation.upright(torch.from_numpy(pixels).permute(2, 0, 1))
+
+    def _decode(self, reduction: int, fast: bool) -> np.ndarray:
+        """The whole image, reduced. `fast` interpolates colour roughly, which does not show in smaller pictures."""
+        key = reduction, fast
+        if key not in self._decoded:
+            height, width = (-(-side // reduction) for side in self.stored_size)
+            self._decoded[key] = simplejpeg.decode_jpeg(
+                self.data,
+                "GRAY" if self.channels == 1 else "RGB",
+                fastdct=fast,
+                fastupsample=fast,
+                min_height=height,
+                min_width=width,
+            )
+        return self._decoded[key]
+
+
+class Orientation(NamedTuple):
+    """How stored pixels become upright ones: transposed, then turned upside down, then mirrored."""
+
+    transpose: bool
+    flip_rows: bool
+    flip_columns: bool
+
+    def stored(self, box: Box, size: tuple[int, int]) -> Box:
+        """Where a box of the upright image of that size lies in the stored one."""
+        top, left, height, width = box
+        if self.flip_rows:
+            top = size[0] - top - height
+        if self.flip_columns:
+            left = size[1] - left - width
+        return Box(left, top, width, height) if self.transpose else Box(top, left, height, width)
+
+    def upright(self, image: UInt8[Tensor, "C h w"]) -> UInt8[Tensor, "C H W"]:
+        axes = [axis for axis, flip in ((1, self.flip_rows), (2, self.flip_columns)) if flip]
+        image = image.transpose(1, 2) if self.transpose else image
+        return image.flip(axes) if axes else image
+
+
+UPRIGHT = Orientation(False, False, False)
+ORIENTATIONS = {  # by EXIF's number
+    2: Orientation(False, False, True),
+    3: Orientation(False, True, True),
+    4: Orientation(False, True, False),
+    5: Orientation(True, False, False),
+    6: Orientation(True, False, True),
+    7: Orientation(True, True, True),
+    8: Orientation(True, True, False),
+}
+
+
+def _orientation(data: bytes) -> Orientation:
+    header = data[: data.find(b"\xff\xda")]  # up to the first scan
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # so it is with most files of a data set
+        return UPRIGHT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            return ORIENTATIONS.get(image.getexif().get(Base.Orientation, 1), UPRIGHT)
+
+
+def open_image(source: Path | bytes, channels: int = 3) -> Picture:
+    """Open an image file, or the bytes of one, to read `channels` channels of 8 bits, upright.
 
     EXIF rotation is applied; of an animation the first frame counts; transparency is laid on white; CMYK, palette and
     other modes are converted; 16-bit values keep their upper 8 bits. `.npy` arrays of shape (H, W) or (H, W, C), uint8
@@ -47,11 +194,39 @@ def read_image(path: Path, channels: int = 3) -> UInt8[Tensor, "C H W"]:
 
     Raises:
         BadImage: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
+            A JPEG's pixels are not decoded yet: reading them can still fail.
     """
+    with _saying_why():
+        with source.open("rb", buffering=0) if isinstance(source, Path) else io.BytesIO(source) as file:
+            head = file.read(6)
+            if not head:
+                raise BadImage("zero bytes")
+            if head == b"\x93NUMPY" or (isinstance(source, Path) and source.suffix.lower() == ".npy"):
+                return _open_array(source, channels)
+            if channels not in (1, 3):
+                raise BadImage(f"{channels} channels need .npy arrays; pictures give 1 or 3")
+            if not head.startswith(b"\xff\xd8"):
+                return open_with_pillow(source if isinstance(source, Path) else io.BytesIO(source), channels)
+            data = head + file.read()
+        try:
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return open_with_pillow(io.BytesIO(data), channels)
+        _refuse_bomb(height, width)
+        if colors not in ("YCbCr", "Gray"):
+            return open_with_pillow(io.BytesIO(data), channels)
+        return JpegPicture(data, channels, height, width, colors == "Gray")
+
+
+def read_image(source: Path | bytes, channels: int = 3) -> UInt8[Tensor, "C H W"]:
+    """All of an image's pixels; see `open_image`."""
+    return open_image(source, channels).read()
+
+
+@contextmanager
+def _saying_why() -> Iterator[None]:
     try:
-        if path.stat().st_size == 0:
-            raise BadImage("zero bytes")
-        array = _read_array(path, channels) if path.suffix.lower() == ".npy" else _read_picture(path, channels)
+        yield
     except BadImage:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -64,21 +239,24 @@ def read_image(path: Path, channels: int = 3) -> UInt8[Tensor, "C H W"]:
     except (ValueError, SyntaxError, EOFError, MemoryError, ArithmeticError, LookupError, TypeError) as error:
         # What Pillow's and NumPy's parsers raise on damaged files, besides OSError.
         raise BadImage(f"damaged: {error}") from None
-    return torch.from_numpy(np.array(array, copy=True)).permute(2, 0, 1)
 
 
-def _read_picture(path: Path, channels: int) -> np.ndarray:
-    if channels not in (1, 3):
-        raise BadImage(f"{channels} channels need .npy arrays; pictures give 1 or 3")
-    with warnings.catch_warnings():
+def _refuse_bomb(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+
+
+def open_with_pillow(file: Path | BinaryIO, channels: int) -> ArrayPicture:
+    """Whatever Pillow knows, decoded in full."""
+    with _saying_why(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of half the size it refuses, and of odd EXIF
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        with Image.open(file) as image:
+            _refuse_bomb(image.height, image.width)
+            kind = f"{image.format} {image.mode}{' animated' if getattr(image, 'is_animated', False) else ''}"
             image.load()
             upright = ImageOps.exif_transpose(image)
-    picture = _to_8_bit(upright).convert("L" if channels == 1 else "RGB")
-    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+        picture = _to_8_bit(upright).convert("L" if channels == 1 else "RGB")
+        return ArrayPicture(np.asarray(picture).reshape(picture.height, picture.width, channels), kind)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -95,16 +273,16 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _read_array(path: Path, channels: int) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _open_array(source: Path | bytes, channels: int) -> ArrayPicture:
+    if isinstance(source, Path):  # noqa: SIM108
+        array = np.load(source, mmap_mode="r", allow_pickle=False)  # only the box that is asked for is read
+    else:
+        array = np.load(io.BytesIO(source), allow_pickle=False)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         raise BadImage(f"array of shape {array.shape}, wanted (H, W, {channels})")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise BadImage(f"{array.shape[1]} x {array.shape[0]} pixels are more than {MAX_PIXELS:,}")
-    if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)
-    if array.dtype != np.uint8:
+    _refuse_bomb(*array.shape[:2])
+    if array.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"array of {array.dtype}, wanted uint8 or uint16")
-    return array
+    return ArrayPicture(array, "NPY")

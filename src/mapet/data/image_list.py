@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from mapet.data.decode import EXTENSIONS
+from mapet.data.decode import EXTENSIONS, Picture, open_image
+from mapet.data.prepared import MANIFEST, Prepared
 from mapet.errors import MapetError
 
 
@@ -22,10 +24,18 @@ class ImageList(Sequence[Path]):
         ignored: files of the folder that are not images by their ending.
     """
 
-    def __init__(self, root: Path, ids: Iterable[bytes], file_sizes: Iterable[int], ignored: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        ids: Iterable[bytes],
+        file_sizes: Iterable[int],
+        ignored: int = 0,
+        prepared: Prepared | None = None,
+    ) -> None:
         encoded = list(ids)
         self.root = root
         self.ignored = ignored
+        self._prepared, self._rows = prepared, np.arange(len(encoded)) if prepared else None
         self.file_sizes = np.fromiter(file_sizes, np.int64, len(encoded))
         self._block = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
@@ -43,6 +53,18 @@ class ImageList(Sequence[Path]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self.root / self.id(index)
 
+    def open(self, index: int, channels: int) -> Picture:
+        """The image, opened; see `open_image`."""
+        if self._prepared is not None and self._rows is not None:
+            return self._prepared.picture(int(self._rows[index]), channels)
+        return open_image(self[index], channels)
+
+    def data(self, index: int) -> bytes:
+        """The image's bytes as they are stored."""
+        if self._prepared is not None and self._rows is not None:
+            return self._prepared.data(int(self._rows[index]))
+        return self[index].read_bytes()
+
     def key(self, index: int) -> int:
         """A 64-bit number made of the id alone: seeds an image's random draws wherever it stands in a list."""
         return int.from_bytes(hashlib.blake2b(self.id_bytes(index), digest_size=8).digest(), "little")
@@ -56,26 +78,45 @@ class ImageList(Sequence[Path]):
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "ImageList":
-        kept = list(indices)
-        return ImageList(self.root, [self.id_bytes(i) for i in kept], self.file_sizes[kept])
+        kept = np.fromiter(indices, np.int64)
+        starts, ends = self._ends[kept].tolist(), self._ends[kept + 1].tolist()
+        ids = [self._block[start:end] for start, end in zip(starts, ends, strict=True)]
+        part = ImageList(self.root, ids, self.file_sizes[kept], prepared=self._prepared)
+        part._rows = None if self._rows is None else self._rows[kept]
+        return part
+
+    def keys(self) -> np.ndarray:
+        """(n,) `key` of every image, uint64."""
+        return np.fromiter(map(self.key, range(len(self))), np.uint64, len(self))
 
     def classes(self) -> tuple[list[str], np.ndarray] | None:
         """(class names, (n,) class index of each image) where every image lies in one of 2 or more folders, else None."""
-        folders = [self.id_bytes(i).split(b"/", 1) for i in range(len(self))]
-        if any(len(parts) < 2 for parts in folders):
+        index: dict[bytes, int] = {}
+        labels = np.empty(len(self), np.int64)
+        for i, (start, end) in enumerate(pairwise(self._ends.tolist())):
+            slash = self._block.find(b"/", start, end)
+            if slash < 0:
+                return None
+            labels[i] = index.setdefault(self._block[start:slash], len(index))
+        if len(index) < 2:
             return None
-        names, labels = np.unique(np.array([parts[0] for parts in folders], dtype=object), return_inverse=True)
-        return ([os.fsdecode(name) for name in names], labels) if len(names) > 1 else None
+        names = sorted(index)
+        place = np.argsort([index[name] for name in names])  # number of appearance -> number in order of names
+        return [os.fsdecode(name) for name in names], place[labels]
 
 
 def scan(images: Path) -> ImageList:
     """List the images of a folder (searched to any depth, links followed once, hidden names left out) or of a text file.
 
-    A text file names one image on each line, relative to the file's own folder or absolute.
+    A folder made by `mapet prepare` lists what it was made of. A text file names one image on each line, relative to the
+    file's own folder or absolute.
 
     Raises:
         MapetError: the path is missing or unreadable, or holds no image.
     """
+    if (images / MANIFEST).is_file():
+        prepared = Prepared.open(images)
+        return ImageList(images, prepared.ids(), prepared.file_sizes, prepared=prepared)
     if images.is_dir():
         found = _scan_folder(images)
         if not len(found):

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mapet.data.decode import REDUCTIONS, Box, Picture
 from mapet.recipe import Config
 
 ViewKind = Literal["center", "flip", "crop"]
@@ -22,6 +23,10 @@ class View(NamedTuple):
     height: int
     width: int
     flip: bool
+
+    @property
+    def box(self) -> Box:
+        return Box(*self[:4])
 
 
 class ViewSpec(Config):
@@ -39,41 +44,60 @@ class ViewSpec(Config):
 
 
 def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> View:
-    """View `number` of the image with stable key `key` and (height, width) `size`: a pure function of its arguments."""
+    """View `number` of the image with stable key `key` and (height, width) `size`: a pure function of its arguments.
+
+    Where the box is at least r times `image_size`, r = 2, 4 or 8, its edges lie on multiples of r pixels: so a JPEG that
+    is reduced r times as it is decoded still shows exactly this box. It costs less than a pixel of the student's.
+    """
     target_height, target_width = spec.image_size
     scale = min(size[0] / target_height, size[1] / target_width)
     box = max(1, round(target_height * scale)), max(1, round(target_width * scale))
-    if spec.kind == "center":
-        return View((size[0] - box[0]) // 2, (size[1] - box[1]) // 2, *box, flip=False)
-    if spec.kind == "flip":  # in turn, so that two stored views are both of them
-        return View((size[0] - box[0]) // 2, (size[1] - box[1]) // 2, *box, flip=bool((key + number) % 2))
-    rng = np.random.default_rng([spec.seed, key, number])
-    flip = bool(rng.integers(2))
-    shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
-    height, width = max(1, round(box[0] * shrink)), max(1, round(box[1] * shrink))
-    top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+    if spec.kind == "crop":
+        rng = np.random.default_rng([spec.seed, key, number])
+        flip = bool(rng.integers(2))
+        shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
+        height, width = max(1, round(box[0] * shrink)), max(1, round(box[1] * shrink))
+        top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+    else:
+        height, width = box
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        flip = spec.kind == "flip" and bool((key + number) % 2)  # in turn, so that two stored views are both of them
+    room = min(height // target_height, width // target_width)
+    unit = next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
+    top, left, height, width = (edge // unit * unit for edge in (top, left, height, width))
     return View(top, left, height, width, flip)
 
 
-def render(image: UInt8[Tensor, "C H W"], view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
-    """The view's pixels at (height, width) `size`: antialiased bicubic; untouched where the box has that size."""
-    pixels = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
-    if pixels.shape[1:] != size:
-        pixels = tvf.resize(pixels, list(size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
-    return pixels.flip(-1) if view.flip else pixels
+def render(picture: Picture, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
+    """The view's pixels at (height, width) `size`: antialiased bicubic; untouched where the box has that size.
 
-
-def color_jitter(image: UInt8[Tensor, "C h w"], strength: float, rng: np.random.Generator) -> UInt8[Tensor, "C h w"]:
-    """Brightness, contrast and (for RGB) saturation by factors in 1 +- strength, in random order.
-
-    Changes colours only, so the tokens of the unjittered view stay those of the student's patches.
+    A pure function of its arguments, so that tokens made weeks ago are those of the pixels the teacher would see today.
     """
-    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
-    steps = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation]
-    for step in rng.permutation(3 if image.shape[0] == 3 else 2):
-        if image.shape[0] in (1, 3):
-            image = steps[step](image, float(factors[step]))
-        else:  # many channels: torchvision knows grey and RGB only
-            pivot = 0.0 if step == 0 else image.float().mean()
-            image = ((image.float() - pivot) * float(factors[step]) + pivot).round().clamp(0, 255).to(torch.uint8)
-    return image
+    pixels = picture.read(view.box, at_least=size)
+    if pixels.shape[1:] != size:
+        # Rows of RGB, as decoded: torchvision has vector code for bytes in that layout.
+        pixels = tvf.resize(pixels, list(size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
+    return pixels.movedim(0, -1).flip(1).movedim(-1, 0) if view.flip else pixels
+
+
+def draw_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+    """Factors of brightness, contrast and saturation in 1 +- strength, none below 0."""
+    return rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).astype(np.float32)
+
+
+def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]) -> Float[Tensor, "B C h w"]:
+    """Brightness, contrast and (for RGB) saturation of pixels in 0..255, in place, each image by its own three factors.
+
+    Saturation mixes a pixel with its grey, contrast with the image's mean grey, brightness with black. As affine maps of
+    RGB the three commute, so they are one, clamped once at its end. Changes colours only, so the tokens of the
+    unjittered view stay those of the student's patches.
+    """
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
+    if images.shape[1] == 3:
+        grey = 0.299 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
+    else:
+        grey, saturation = images.mean(dim=1, keepdim=True), torch.ones_like(saturation)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    gain = brightness * contrast
+    offset = (gain * (1 - saturation)) * grey + brightness * (1 - contrast) * mean
+    return images.mul_(gain * saturation).add_(offset).clamp_(0, 255)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList, scan
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, color_jitter
 from mapet.errors import MapetError
 from mapet.model.backbone import pixel_stats
 
@@ -36,12 +36,15 @@ class LabelledSet:
     def subset(self, indices: Int[np.ndarray, " m"]) -> "LabelledSet":
         return LabelledSet(self.images.subset(indices), self.classes, self.labels[indices])
 
+    def by_class(self, order: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
+        """Indices, ordered by class, in one piece for each class."""
+        return np.split(order, np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))[:-1])
+
     def few(self, per_class: int | None = None, share: float = 1.0, seed: int = 0) -> "LabelledSet":
         """A random sample: `per_class` images of each class, or a share of each class (at least one)."""
         rng = np.random.default_rng(seed)
         kept = []
-        for label in range(len(self.classes)):
-            members = rng.permutation(np.flatnonzero(self.labels == label))
+        for label, members in enumerate(map(rng.permutation, self.by_class(np.argsort(self.labels, kind="stable")))):
             if per_class is not None and per_class > len(members):
                 raise MapetError(
                     f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for"
@@ -80,20 +83,24 @@ def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> t
 
 def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
     """A fixed share of each class, chosen by a hash of the image id, becomes the test set."""
-    keys = np.array([everything.images.key(i) for i in range(len(everything.labels))], dtype=np.uint64)
-    test = np.zeros(len(keys), dtype=bool)
-    for label in range(len(everything.classes)):
-        members = np.flatnonzero(everything.labels == label)
-        test[members[np.argsort(keys[members])][: max(1, round(test_share * len(members)))]] = True
+    test = np.zeros(len(everything.labels), dtype=bool)
+    order = np.lexsort((everything.images.keys(), everything.labels))  # by class, then by key
+    for members in everything.by_class(order):
+        test[members[: max(1, round(test_share * len(members)))]] = True
     if test.all():
         raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
     return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
 
 
-def normalize(images: Tensor, channels: int) -> Float[Tensor, "B C H W"]:
-    """uint8 pixels -> the model's input: [0, 1], then each channel's mean and standard deviation."""
+def normalize(
+    images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None
+) -> Float[Tensor, "B C H W"]:
+    """uint8 pixels -> the model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in pixel_stats(channels))
-    return (images.float() / 255 - mean) / std
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if jitter is not None:
+        pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Pool) -> Float[Tensor, "B D"]:

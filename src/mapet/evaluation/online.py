@@ -59,5 +59,4 @@ class OnlineProbe:
 def _sample(data: LabelledSet, most: int) -> LabelledSet:
     if len(data.labels) <= most:
         return data
-    keys = np.array([data.images.key(i) for i in range(len(data.labels))], dtype=np.uint64)
-    return data.subset(np.sort(np.argsort(keys)[:most]))
+    return data.subset(np.sort(np.argsort(data.images.keys())[:most]))

@@ -12,6 +12,7 @@ from mapet.stages.export import export
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
 from mapet.stages.inspect import inspect
+from mapet.stages.prepare import prepare
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
 from mapet.stages.run import run
@@ -21,6 +22,7 @@ STAGES: dict[str, Stage[Any]] = {
     "demo": demo,
     "run": run,
     "check": check,
+    "prepare": prepare,
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,

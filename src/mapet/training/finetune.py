@@ -66,7 +66,7 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
             if batch.image is not None:
                 schedule.step_update(step)
                 with compute.autocast():
-                    logits = vit(normalize(compute.to(batch.image), vit.in_chans))
+                    logits = vit(normalize(compute.to(batch.image), vit.in_chans, batch.jitter))
                 loss = F.cross_entropy(
                     logits.float(), compute.to(labels[batch.image_index]), label_smoothing=config.label_smoothing
                 )

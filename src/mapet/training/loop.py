@@ -208,7 +208,11 @@ def model_input(
     if tokens is None:
         assert batch.teacher_image is not None
         tokens = tokenizer(compute.to(batch.teacher_image)).flatten(1)
-    return normalize(compute.to(batch.image), model.vit.in_chans), compute.to(tokens), compute.to(batch.permutation)
+    return (
+        normalize(compute.to(batch.image), model.vit.in_chans, batch.jitter),
+        compute.to(tokens),
+        compute.to(batch.permutation),
+    )
 
 
 def step_seed(seed: int, step: int) -> int:

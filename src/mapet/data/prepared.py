@@ -1,0 +1,191 @@
+"""A prepared data set: every image resized once, packed into a few large files that are mapped into memory."""
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simplejpeg
+import torchvision.transforms.v2.functional as tvf
+
+from mapet.data.decode import BadImage, Box, Picture, open_image
+from mapet.errors import MapetError
+from mapet.files import atomic, canonical_hash, read_json, write_json
+
+if TYPE_CHECKING:
+    from mapet.data.image_list import ImageList
+
+MANIFEST, IDS, SIZES = "prepared.json", "ids", "sizes-{:05d}.npy"
+SHARD = "images-{:05d}.bin"
+FORMAT = 1
+PER_SHARD = 10_000
+"""Images in one file: about 300 MB at 256 px."""
+
+
+class Prepared:
+    """A folder made by `mapet prepare`.
+
+    `ids` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
+    were where they were small enough already; as arrays where JPEG can't hold them); `sizes-*.npy` their bytes, 0 for a
+    bad one; `prepared.json` is the manifest.
+
+    Attributes:
+        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "Prepared":
+        """Open a finished one.
+
+        Raises:
+            MapetError: damaged or unfinished.
+        """
+        prepared = cls(folder, read_json(folder / MANIFEST, "prepared data set"))
+        try:
+            done, total = int(prepared.manifest["done"]), int(prepared.manifest["num_images"])
+            if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
+                raise ValueError(f"format {prepared.manifest['format']}")
+            if done != total:
+                raise MapetError(
+                    f"{folder} is unfinished ({done} of {total} images): run the same `mapet prepare ... --resume` to finish it"
+                )
+            sizes = prepared.file_sizes
+            packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in range(-(-total // PER_SHARD)))
+            if len(sizes) != total or len(prepared.ids()) != total or packed != sizes.sum():
+                raise ValueError(f"{total} images of {sizes.sum():,} bytes, found {len(sizes)} of {packed:,}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
+        return prepared
+
+    def ids(self) -> list[bytes]:
+        return (self.folder / IDS).read_bytes().split(b"\0")[:-1]
+
+    @cached_property
+    def file_sizes(self) -> np.ndarray:
+        shards = range(-(-self.manifest["num_images"] // PER_SHARD))
+        return np.concatenate([np.load(self.folder / SIZES.format(s), allow_pickle=False) for s in shards])
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        parts = [self.file_sizes[first : first + PER_SHARD] for first in range(0, len(self.file_sizes), PER_SHARD)]
+        return np.concatenate([np.cumsum(part) - part for part in parts])
+
+    @cached_property
+    def _maps(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prepared, (self.folder, self.manifest)  # loader workers map the files again
+
+    def picture(self, row: int, channels: int) -> Picture:
+        """Image `row`, opened.
+
+        Raises:
+            BadImage: it was bad when the set was made, or has other channels.
+        """
+        if str(row) in self.manifest["bad"]:
+            raise BadImage(self.manifest["bad"][str(row)])
+        return open_image(self.data(row), channels)
+
+    def data(self, row: int) -> bytes:
+        """Image `row` as it is stored."""
+        shard, start = row // PER_SHARD, int(self._starts[row])
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.folder / SHARD.format(shard), np.uint8, "r")
+        return self._maps[shard][start : start + int(self.file_sizes[row])].tobytes()
+
+
+def shrink(images: "ImageList", index: int, size: int, channels: int, quality: int) -> bytes:
+    """An image with its short side at `size` pixels, encoded; its own bytes if it is no larger than that.
+
+    Raises:
+        BadImage: with the reason.
+    """
+    picture = images.open(index, channels)
+    height, width = picture.size
+    short = min(height, width)
+    if short <= size:
+        picture.read()  # bad ones are found now
+        return images.data(index)
+    target = max(1, round(height * size / short)), max(1, round(width * size / short))
+    room = next((r for r in (8, 4, 2) if min(height // target[0], width // target[1]) >= r), 1)
+    box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
+    pixels = tvf.resize(picture.read(box, at_least=target), list(target), tvf.InterpolationMode.BICUBIC, antialias=True)
+    rows = pixels.movedim(0, -1).contiguous().numpy()
+    if channels in (1, 3):
+        return simplejpeg.encode_jpeg(rows, quality, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    return buffer.getvalue()
+
+
+def write_prepared(
+    images: "ImageList", folder: Path, size: int, channels: int, quality: int, threads: int,
+    on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
+) -> Prepared:  # fmt: skip
+    """Make a prepared data set, or go on with an unfinished one: shard by shard, each whole or not there.
+
+    Args:
+        on_bad: told (index, reason) of each bad image; may raise to stop.
+        on_image: told how many images are done since the last call.
+
+    Raises:
+        MapetError: `folder` holds one begun with other images or options.
+    """
+    wanted: dict[str, Any] = {
+        "format": FORMAT,
+        "source": images.hash,
+        "num_images": len(images),
+        "size": size,
+        "channels": channels,
+        "quality": quality,
+    }
+    path = folder / MANIFEST
+    manifest = read_json(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
+    if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
+        changed = [
+            f"{key}: {manifest.get(key)!r} -> {wanted[key]!r}" for key in wanted if manifest.get(key) != wanted[key]
+        ]
+        raise MapetError(
+            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
+        )
+    if not path.exists():
+        with atomic(folder / IDS) as temporary:
+            temporary.write_bytes(b"".join(images.id_bytes(i) + b"\0" for i in range(len(images))))
+        write_json(path, manifest)
+    on_image(manifest["done"])
+    for row, reason in manifest["bad"].items():
+        on_bad(int(row), reason)
+
+    def do(index: int) -> bytes | str:
+        try:
+            return shrink(images, index, size, channels, quality)
+        except BadImage as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(manifest["done"], len(images), PER_SHARD):
+            members = range(first, min(first + PER_SHARD, len(images)))
+            sizes, bad = np.zeros(len(members), np.int64), dict[str, str]()
+            with atomic(folder / SHARD.format(first // PER_SHARD)) as temporary, temporary.open("wb") as file:
+                for start in range(first, members.stop, 256):  # a bounded number in memory
+                    batch = range(start, min(start + 256, members.stop))
+                    for index, result in zip(batch, pool.map(do, batch), strict=True):
+                        if isinstance(result, str):
+                            bad[str(index)] = result
+                            on_bad(index, result)
+                        else:
+                            sizes[index - first] = file.write(result)
+                    on_image(len(batch))
+            with atomic(folder / SIZES.format(first // PER_SHARD)) as temporary, temporary.open("wb") as file:
+                np.save(file, sizes)
+            manifest["bad"] |= bad
+            manifest["done"] = members.stop
+            write_json(path, manifest)  # last: what it counts is on disk
+    return Prepared.open(folder)

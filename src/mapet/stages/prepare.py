@@ -1,0 +1,67 @@
+"""Stage: resize every image once, for data that is read many times."""
+
+import logging
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from mapet.recipe import stage
+from mapet.stages.options import BadImages, automatic_workers
+
+log = logging.getLogger("mapet")
+
+
+class PrepareConfig(BadImages):
+    """Options of `prepare`."""
+
+    images: Path
+    """Folder of images, or text file of paths."""
+    out: Path
+    """New folder for the prepared images; give it to other stages as --images."""
+    size: PositiveInt = 256
+    """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
+    channels: PositiveInt = 3
+    """Channels: 1 grey, 3 RGB, others from .npy arrays."""
+    quality: int = Field(90, ge=1, le=100)
+    """JPEG quality of resized images."""
+    threads: NonNegativeInt | None = None
+    """Images worked on at a time; automatic: one a core, at most 9."""
+    resume: bool = False
+    """Go on with an unfinished one."""
+
+
+@stage
+def prepare(config: PrepareConfig) -> Path:
+    """Resize every image once and pack them into a few files that are mapped into memory; returns the folder.
+
+    It pays when images are much larger than the input and are read many times (an epoch is one reading), when they are
+    many small files on a slow or shared disk, or when the resized ones fit into memory and the originals do not. For
+    images near the input's size it gains little.
+
+    Example:
+      mapet prepare --images PHOTOS --out PREPARED --size 256
+      mapet run --images PREPARED --out runs/photos
+    """
+    from tqdm import tqdm
+
+    from mapet.data.dataset import Quarantine
+    from mapet.data.image_list import scan
+    from mapet.data.prepared import MANIFEST, write_prepared
+    from mapet.files import new_folder
+
+    images = scan(config.images)
+    if not (config.resume and (config.out / MANIFEST).exists()):
+        new_folder(config.out, resume_hint=", or go on with --resume")
+    quarantine = Quarantine(images, config.max_bad)
+    with tqdm(total=len(images), desc="prepare", unit="img", disable=None) as bar:
+        made = write_prepared(
+            images, config.out, config.size, config.channels, config.quality,
+            config.threads or automatic_workers() + 1, lambda index, reason: quarantine.add([(index, reason)]), bar.update,
+        )  # fmt: skip
+    total = int(made.file_sizes.sum())
+    log.info(
+        "%d images in %s, %.1f MB (%.1f kB each; they were %.1f MB), %d bad ones left out",
+        len(images), config.out, total / 1e6, total / 1e3 / len(images), images.file_sizes.clip(min=0).sum() / 1e6,
+        len(made.manifest["bad"]),
+    )  # fmt: skip
+    return config.out

@@ -1,0 +1,104 @@
+"""Prepared data sets stand for the folders they were made of."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mapet
+from mapet.data import prepared
+from mapet.data.dataset import ViewDataset, in_order, make_loader
+from mapet.data.decode import BadImage, read_image
+from mapet.data.image_list import scan
+from mapet.data.views import ViewSpec
+from mapet.errors import MapetError
+
+
+@pytest.fixture
+def folder(photos, tmp_path, monkeypatch):
+    """Two classes: 5 photographs larger than 64 px, one small PNG, one broken file. Three images a shard."""
+    monkeypatch.setattr(prepared, "PER_SHARD", 3)
+    for number in range(5):
+        (tmp_path / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(photos[number % 2]).crop((40 * number, 0, 40 * number + 333, 251))
+        image.save(tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg", quality=95)
+    Image.fromarray(photos[0][:48, :64]).save(tmp_path / "photos" / "a" / "small.png")
+    (tmp_path / "photos" / "b" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    return tmp_path / "photos"
+
+
+def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
+    images, made = scan(folder), scan(mapet.prepare(images=folder, out=tmp_path / "made", size=64))
+    assert [made.id(i) for i in range(7)] == [images.id(i) for i in range(7)]
+    assert np.array_equal(made.keys(), images.keys())
+    assert made.classes()[0] == ["a", "b"] and np.array_equal(made.classes()[1], images.classes()[1])
+    assert made.hash != images.hash  # other pixels: the originals' tokens are not theirs
+    for index in range(len(images)):
+        if images.id(index) == "b/broken.jpg":
+            with pytest.raises(BadImage):
+                made.open(index, 3)
+            continue
+        picture = made.open(index, 3).read()
+        if images.id(index) == "a/small.png":  # kept as it was
+            assert torch.equal(picture, read_image(images[index]))
+            continue
+        assert picture.shape == (3, 64, 85)
+        full = torch.nn.functional.interpolate(
+            read_image(images[index])[None].float(), (64, 85), mode="bicubic", antialias=True
+        )[0]
+        assert (picture - full.clamp(0, 255)).abs().mean() < 6  # JPEG, of very detailed 64 x 85 px
+    part = made.subset([4, 2])
+    assert torch.equal(pickle.loads(pickle.dumps(part)).open(1, 3).read(), made.open(2, 3).read())
+
+
+def test_loader_and_stages_take_it(folder, tmp_path):
+    made = mapet.prepare(images=folder, out=tmp_path / "made", size=64)
+    dataset = ViewDataset(scan(made), ViewSpec(kind="crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4)
+    a, b = ([batch.image for batch in make_loader(dataset, in_order(7, 4), workers)] for workers in (0, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    mapet.fit_tokenizer(
+        images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_bad=0.5
+    )
+    assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s", workers=0).bad) == [6]
+
+
+def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch):
+    whole = mapet.prepare(images=folder, out=tmp_path / "whole", size=64)
+    shrink, calls = prepared.shrink, []
+
+    def stops(images, index, *rest):
+        calls.append(index)
+        if index == 4 and len(calls) < 7:
+            raise KeyboardInterrupt
+        return shrink(images, index, *rest)
+
+    monkeypatch.setattr(prepared, "shrink", stops)
+    with pytest.raises(KeyboardInterrupt):
+        mapet.prepare(images=folder, out=tmp_path / "made", size=64, threads=1)
+    with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
+        scan(tmp_path / "made")
+    with pytest.raises(MapetError, match="size: 64 -> 32"):
+        mapet.prepare(images=folder, out=tmp_path / "made", size=32, resume=True)
+    mapet.prepare(images=folder, out=tmp_path / "made", size=64, resume=True)
+    assert min(calls[-4:]) == 3  # the first shard was kept
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()
+    }
+    with (tmp_path / "made" / "images-00001.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(MapetError, match="damaged"):
+        scan(tmp_path / "made")
+
+
+def test_arrays_of_many_channels(tmp_path):
+    (tmp_path / "arrays").mkdir()
+    for name, side in (("a", 40), ("b", 12)):
+        np.save(
+            tmp_path / "arrays" / f"{name}.npy",
+            np.random.default_rng(0).integers(256, size=(side, side, 5), dtype=np.uint8),
+        )
+    made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", size=16, channels=5))
+    assert made.open(0, 5).read().shape == (5, 16, 16)
+    assert torch.equal(made.open(1, 5).read(), read_image(tmp_path / "arrays" / "b.npy", 5))
