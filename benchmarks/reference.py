@@ -68,9 +68,9 @@ def reference_loss(
     content, query = vit.norm_pre(torch.cat([x, masked], dim=1)), vit.norm_pre(masked)
     for block in vit.blocks:
         columns, asking = block.norm1(content), block.norm1(query)
-        content = content + attention(block, columns, columns, content_mask)
-        query = query + attention(block, asking, columns, query_mask)
-        content = content + block.mlp(block.norm2(content))
-        query = query + block.mlp(block.norm2(query))
+        content = content + block.ls1(attention(block, columns, columns, content_mask))
+        query = query + block.ls1(attention(block, asking, columns, query_mask))
+        content = content + block.ls2(block.mlp(block.norm2(content)))
+        query = query + block.ls2(block.mlp(block.norm2(query)))
     logits = model.head(vit.norm(query))
     return F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, hidden).flatten()), logits

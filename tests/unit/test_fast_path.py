@@ -1,0 +1,241 @@
+"""Every shortcut of the training step against the plain way, with gradients, in float64; and within bfloat16's rounding."""
+
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mapet.compute import Compute
+from mapet.errors import MapetError
+from mapet.model import cross_entropy
+from mapet.model.attention import plain_attention, row_blocks
+from mapet.model.backbone import create_vit, on_device
+from mapet.model.cross_entropy import linear_cross_entropy
+from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
+from mapet.model.pretrainer import Pretrainer
+from mapet.training.sizing import automatic_micro_batch
+from mapet.training.step import GradientStep
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FLOAT64 = Compute(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The modules of benchmarks/, which the figures in the README come from."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+
+
+def make(objective=MAPET, c=5, num_targets=None, drop_path=0.0, dtype=torch.float64, **args):
+    torch.manual_seed(0)
+    base = {"embed_dim": 32, "depth": 3, "num_heads": 2} | args
+    vit = create_vit("vit_tiny_patch16_224", (16, 20), 4, 3, base, drop_path)
+    model = Pretrainer(vit, 40, objective, c, num_targets).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def draw(batch=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 16, 20, generator=generator, dtype=torch.float64).to(dtype)
+    permutation = torch.rand(batch, 20, generator=generator).argsort(1)
+    return images, torch.randint(0, 40, (batch, 20), generator=generator), permutation
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("args", [{}, {"init_values": 0.1}, {"reg_tokens": 2}, {"class_token": False}])
+@pytest.mark.parametrize("fused", [True, False])
+def test_equals_the_released_way(benchmarks, args, fused):
+    """Dense mask for each image and head, separate streams, all rows, all logits: the same loss and gradients."""
+    from reference import reference_loss
+
+    model = make(**args)
+    for block in model.vit.blocks:
+        block.attn.fused_attn = fused
+    inputs = draw()
+    expected, logits = reference_loss(model, *inputs)
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    step = GradientStep(model, FLOAT64, micro_batch=4)
+    step.dtype = torch.float64
+    prediction = step(*inputs)
+    assert torch.allclose(prediction.loss, expected, rtol=1e-12)
+    assert prediction.correct == (logits.argmax(-1) == prediction.targets).sum()
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
+def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
+    model = make(objective, dtype=torch.float32)
+    low = deepcopy(model)
+    inputs = draw(32, torch.float32)
+    exact = GradientStep(model, Compute(torch.device("cpu"), torch.float32), 32)(*inputs)
+    compute = Compute(torch.device("cpu"), torch.bfloat16)
+    rough = GradientStep(on_device(low, compute), compute, 8)(*inputs)
+    assert rough.loss.dtype == torch.float32
+    assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
+    wanted = gradients(model)
+    for name, gradient in gradients(low).items():
+        assert gradient.dtype == torch.float32
+        if name != "vit.cls_token" and wanted[name].norm() > 1e-3:
+            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 6, 100])
+def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
+    """Also where they don't divide the batch: the mean is over patches, not over micro-batches."""
+    model, whole = make(), make()
+    for made, size in ((model, micro_batch), (whole, 6)):
+        step = GradientStep(made, FLOAT64, size)
+        step.dtype = torch.float64
+        made.prediction = step(*draw())
+    assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
+    assert torch.equal(model.prediction.targets, whole.prediction.targets)
+    assert model.prediction.correct == whole.prediction.correct
+    wanted = gradients(whole)
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+
+
+@given(
+    st.integers(0, 4), st.integers(0, 12), st.integers(1, 12), st.sampled_from(list(OBJECTIVES)), st.integers(0, 2**31)
+)
+@settings(max_examples=60, deadline=None)
+def test_blocks_cover_the_table(prefix, c, p, name, seed):
+    """Blocks are consecutive, leave out only what nobody sees, and claim to need no mask only where that is so."""
+    if name == "pim" and prefix + c == 0:
+        return
+    table = visibility(OBJECTIVES[name], prefix, c, p)
+    blocks = row_blocks(table)
+    assert [b.rows.start for b in blocks] == [0, *(b.rows.stop for b in blocks[:-1])]
+    assert blocks[-1].rows.stop == len(table)
+    for rows, columns, masked in blocks:
+        outside = table[rows].clone()
+        outside[:, columns] = False
+        assert not outside.any()
+        assert masked or table[rows, columns].all()
+
+
+def test_mapet_needs_two_attention_calls():
+    """At the paper's sizes: mask and context rows without a mask over 197 columns, target and query rows with one."""
+    table = visibility(MAPET, 1, 49, 147)[:, :344]
+    assert row_blocks(table) == [
+        (slice(0, 197), slice(0, 197), False),
+        (slice(197, 491), slice(0, 344), True),
+    ]
+    assert len(row_blocks(visibility(MIM, 1, 49, 147))) == 1
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_plain_attention_equals_pytorch_s(masked):
+    q, k, v = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(7, 7, dtype=torch.float64).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
+    results = []
+    for attention in (plain_attention, F.scaled_dot_product_attention):
+        out = attention(q, k, v, attn_mask=bias if masked else None, dropout_p=0.0, scale=0.3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 40 * 7, 1 << 20])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_chunked_cross_entropy(monkeypatch, chunk_elements, scale):
+    """Loss, accuracy and gradients of PyTorch's, in any chunks, also where a softmax in one go would underflow."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).requires_grad_()
+        for shape in ((23, 8), (40, 8), (40,))
+    )
+    targets = torch.randint(0, 40, (23,), generator=generator)
+    loss, correct = linear_cross_entropy(x, weight, bias, targets)
+    logits = F.linear(x, weight, bias)
+    expected = F.cross_entropy(logits, targets)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    assert correct == (logits.argmax(1) == targets).sum()
+    ours, theirs = (torch.autograd.grad(3 * value, (x, weight, bias)) for value in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
+@pytest.mark.parametrize("m", [1, 4, 15])
+def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
+    """The rows of some ranks, computed alone, equal the same rows computed with all the others."""
+    model = make(objective, num_targets=m)
+    images, tokens, permutation = draw()
+    everything = model.encode(images, permutation)
+    ranks = torch.randperm(15)[:m].sort().values
+    assert torch.allclose(model.encode(images, permutation, ranks), everything[:, ranks], atol=1e-12)
+    assert model.train()(images, tokens, permutation).targets.shape == (6, m)
+    assert model.eval()(images, tokens, permutation).targets.shape == (6, 15)
+
+
+def test_a_subset_of_targets_is_an_unbiased_estimate():
+    model = make(num_targets=5).train()
+    inputs = draw(2)
+    with torch.no_grad():
+        draws = torch.stack([model(*inputs).loss for _ in range(400)])
+        whole = model.eval()(*inputs).loss
+    assert abs(float(draws.mean() - whole)) < 4 * float(draws.std()) / 20
+    assert draws.std() > 0
+
+
+@pytest.mark.parametrize("m", [0, 16])
+def test_targets_out_of_range(m):
+    with pytest.raises(MapetError, match=f"{m} targets out of range: 15 patches are hidden"):
+        make(num_targets=m)
+
+
+def test_micro_batch_of_a_cpu_fits_its_cache_and_of_a_gpu_is_the_batch():
+    vit = create_vit("vit_tiny_patch16_224", (224, 224))
+    model = Pretrainer(vit, 10, MAPET, 49)
+    assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 4
+    assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 2
+    assert automatic_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
+
+
+def test_arithmetic_is_what_pytorch_counts(benchmarks):
+    """The exact count, with attention's unseen columns added, equals that of PyTorch's own counter, forward and backward."""
+    from arithmetic import Shape, forward, reference_training_flops, training_flops
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make(dtype=torch.float32)
+    for block in model.vit.blocks:
+        block.attn.fused_attn = False
+    shape = Shape(32, 3, patches=20, context=5, vocabulary=40, patch_values=48)
+    images, tokens, permutation = draw(1, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(images, tokens, permutation).loss.backward()
+    p, content = 15, 36
+    # Two blocks' target and query rows; the last block's queries, which don't even multiply with the last target.
+    unseen = 2 * shape.width * (2 * 2 * p * (content - 21) + p * (content - 1 - 21))
+    assert counter.get_total_flops() == training_flops(shape) + 2 * 3 * unseen
+    base = Shape(768, 12)
+    everything = (reference_training_flops(base) / 2 + forward(base)["patch embedding"]) / 3
+    assert everything / 1e9 == pytest.approx(43.7, abs=0.1)  # GMAC of ViT-B with every row in every block
+    assert sum(forward(base).values()) < everything
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_eager():
+    """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
+    eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
+    results = [GradientStep(m, FLOAT64, 6, compile=m is compiled)(*draw(6, torch.float32)) for m in (eager, compiled)]
+    assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
+    wanted = gradients(eager)
+    for name, gradient in gradients(compiled).items():
+        assert torch.allclose(gradient, wanted[name], rtol=1e-3, atol=1e-5), name
