@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mapet needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
@@ -22,6 +22,9 @@ test: $(READY) lint  ## every test but the slow ones
 
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
+
+bench: $(READY)  ## every speed benchmark, about half an hour; PHOTOS=folder measures the tokenizer too
+	$(BIN)/python benchmarks/suite.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 lint: $(READY)  ## style, types, direction of imports
 	$(BIN)/ruff check .

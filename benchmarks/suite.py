@@ -29,6 +29,7 @@ def main() -> None:
     photos = ["--photos", str(options.photos)] if options.photos else []
     work = {
         "training_step": ["training_step.py", "--device", "cpu", *(["--rounds", "3"] if quick else [])],
+        "training_step_compiled": ["training_step.py", "--device", "cpu", "--compile"],
         "cost_growth": ["cost_growth.py", *quick],
         "data_path": ["data_path.py", *photos, *quick],
         "start_up": ["start_up.py"],

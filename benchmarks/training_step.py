@@ -38,14 +38,15 @@ def measure(
     largest: bool = False,
     precision: str = "auto",
     kernels: bool = False,
+    compile: bool | None = None,
 ) -> list[dict[str, Any]]:
     """One row a model (and with `largest`, one more at the largest batch that fits the GPU)."""
     compute = Compute.choose(device, precision)  # type: ignore[arg-type]
     rows = []
     for name in models:
-        rows.append(_compare(name, batch, compute, rounds, kernels))
+        rows.append(_compare(name, batch, compute, rounds, kernels, compile))
         if largest and compute.device.type == "cuda":
-            rows.append(_compare(name, _largest(name, compute), compute, rounds, False))
+            rows.append(_compare(name, _largest(name, compute), compute, rounds, False, compile))
     return rows
 
 
@@ -60,11 +61,15 @@ def _inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
     return images, torch.randint(VOCABULARY, (batch, 196)).to(device), torch.rand(batch, 196).argsort(1)
 
 
-def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool) -> dict[str, Any]:
+def _compare(
+    name: str, batch: int, compute: Compute, rounds: int, kernels: bool, compile: bool | None
+) -> dict[str, Any]:
     model = on_device(_make(name), compute).train()
     shape = Shape(model.vit.embed_dim, len(model.vit.blocks))
     images, tokens, permutation = _inputs(batch, compute.device)
-    step = GradientStep(model, compute, automatic_micro_batch(model, batch, compute), automatic_compile(None, compute))
+    step = GradientStep(
+        model, compute, automatic_micro_batch(model, batch, compute), automatic_compile(compile, compute)
+    )
     under_autocast = compute.device.type == "cuda"
 
     def reference() -> torch.Tensor:
@@ -103,6 +108,7 @@ def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool
         "model": f"ViT-{name}",
         "batch": batch,
         "micro_batch": step.micro_batch,
+        "compiled": automatic_compile(compile, compute),
         "GMAC_forward": sum(forward(shape).values()) / 1e9,
         "GFLOP_step_image": training_flops(shape) / 1e9,
         "images_per_second": batch / seconds["mapet"],
@@ -170,6 +176,7 @@ def _kernels(work: Callable[[], Any]) -> list[str]:
 COLUMNS = {
     "model": "model",
     "batch": "batch",
+    "compiled": "compiled",
     "images_per_second": "img/s",
     "reference_images_per_second": "reference img/s",
     "speedup": "times as fast",
@@ -190,10 +197,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--largest", action="store_true", help="also the largest power of two that fits a GPU")
     parser.add_argument("--kernels", action="store_true", help="name the operations that dominate")
+    parser.add_argument("--compile", action="store_true", default=None, help="with torch.compile also on a CPU")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     rows = measure(
-        options.models, options.batch, options.device, options.rounds, options.largest, kernels=options.kernels
+        options.models,
+        options.batch,
+        options.device,
+        options.rounds,
+        options.largest,
+        kernels=options.kernels,
+        compile=options.compile,
     )
     print_table(rows, COLUMNS)
     for row in rows:
