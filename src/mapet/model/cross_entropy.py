@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 27}
-"""Logits at once: on a CPU what its cache holds, on a GPU enough to fill it."""
+CHUNK_ROWS = {"cpu": 512, "gpu": 8192}
+"""Rows of logits at once: few enough for a CPU's cache, enough to fill a GPU; not so few that adding up the weight's
+gradient, once a chunk, costs more than the logits."""
 
 
 class Scores(NamedTuple):
@@ -22,10 +23,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        rows, vocab = len(x), len(weight)
+        rows = len(x)
         full = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
-        most = CHUNK_ELEMENTS["cpu" if x.device.type == "cpu" else "gpu"] // vocab
-        chunk = -(-rows // -(-rows // max(1, most)))  # chunks of about the same size
+        chunks = -(-rows // CHUNK_ROWS["cpu" if x.device.type == "cpu" else "gpu"])
+        chunk = -(-rows // chunks)  # about the same size each
         dx = torch.empty_like(x)
         dweight, dbias = (torch.zeros_like(parameter, dtype=full) for parameter in (weight, bias))
         loss, correct = x.new_zeros((), dtype=full), targets.new_zeros(())

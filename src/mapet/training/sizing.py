@@ -7,7 +7,7 @@ import torch
 from mapet.compute import Compute
 from mapet.model.pretrainer import Pretrainer
 
-CACHE = 3 << 20
+CACHE = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
 
 
