@@ -28,6 +28,7 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 import mapet
+from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate, in_order, make_loader
 from mapet.data.image_list import ImageList, scan
 from mapet.data.token_store import TokenStore
@@ -62,6 +63,7 @@ def measure(photos: Path | None = None, quick: bool = False) -> list[dict[str, A
     count, rounds = (32, 3) if quick else (64, 9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    Compute.choose("cpu")  # as every stage does: memory that is freed is kept
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _measure(Path(folder), photos, count, rounds)
@@ -96,7 +98,8 @@ def _measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list
             timed(f"plain, {kind}", lambda: torch.stack([plain(Image.open(path).convert("RGB")) for path in images]))
             for name in sources:
                 batch = timed(
-                    f"{name}, {kind}", lambda: collate([datasets[name, kind][number, i] for i in range(count)])
+                    f"{name}, {kind}",
+                    lambda: collate(datasets[name, kind].__getitems__([(number, i) for i in range(count)])),
                 )
                 times[f"{name}, {kind}, + normalized here"] = [
                     *times.get(f"{name}, {kind}, + normalized here", []),
@@ -140,7 +143,7 @@ def stages(timed: Callable[..., Any], dataset: ViewDataset, number: int) -> None
     both = list(zip(pictures, views, strict=True))
     timed("stage: decode", lambda: [picture.read(view.box, SIZE) for picture, view in both])
     timed("stage: crop and resize", lambda: [render(picture, view, SIZE) for picture, view in both])  # decoded above
-    samples = [dataset[number, i] for i in everything]
+    samples = dataset.__getitems__([(number, i) for i in everything])
     batch = timed("stage: collate", lambda: collate(samples))
     timed("stage: normalize (on the device)", lambda: normalize(batch.image, 3))
     timed("stage: normalize and jitter (on the device)", lambda: normalize(batch.image, 3, batch.jitter))

@@ -185,7 +185,7 @@ def _orientation(data: bytes) -> Orientation:
             return ORIENTATIONS.get(image.getexif().get(Base.Orientation, 1), UPRIGHT)
 
 
-def open_image(source: Path | bytes, channels: int = 3) -> Picture:
+def open_image(source: str | Path | bytes, channels: int = 3) -> Picture:
     """Open an image file, or the bytes of one, to read `channels` channels of 8 bits, upright.
 
     EXIF rotation is applied; of an animation the first frame counts; transparency is laid on white; CMYK, palette and
@@ -197,16 +197,16 @@ def open_image(source: Path | bytes, channels: int = 3) -> Picture:
             A JPEG's pixels are not decoded yet: reading them can still fail.
     """
     with _saying_why():
-        with source.open("rb", buffering=0) if isinstance(source, Path) else io.BytesIO(source) as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
             head = file.read(6)
             if not head:
                 raise BadImage("zero bytes")
-            if head == b"\x93NUMPY" or (isinstance(source, Path) and source.suffix.lower() == ".npy"):
+            if head == b"\x93NUMPY" or (not isinstance(source, bytes) and str(source).lower().endswith(".npy")):
                 return _open_array(source, channels)
             if channels not in (1, 3):
                 raise BadImage(f"{channels} channels need .npy arrays; pictures give 1 or 3")
             if not head.startswith(b"\xff\xd8"):
-                return open_with_pillow(source if isinstance(source, Path) else io.BytesIO(source), channels)
+                return open_with_pillow(io.BytesIO(source) if isinstance(source, bytes) else source, channels)
             data = head + file.read()
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -218,7 +218,7 @@ def open_image(source: Path | bytes, channels: int = 3) -> Picture:
         return JpegPicture(data, channels, height, width, colors == "Gray")
 
 
-def read_image(source: Path | bytes, channels: int = 3) -> UInt8[Tensor, "C H W"]:
+def read_image(source: str | Path | bytes, channels: int = 3) -> UInt8[Tensor, "C H W"]:
     """All of an image's pixels; see `open_image`."""
     return open_image(source, channels).read()
 
@@ -246,7 +246,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
 
 
-def open_with_pillow(file: Path | BinaryIO, channels: int) -> ArrayPicture:
+def open_with_pillow(file: str | Path | BinaryIO, channels: int) -> ArrayPicture:
     """Whatever Pillow knows, decoded in full."""
     with _saying_why(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of half the size it refuses, and of odd EXIF
@@ -273,11 +273,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _open_array(source: Path | bytes, channels: int) -> ArrayPicture:
-    if isinstance(source, Path):  # noqa: SIM108
-        array = np.load(source, mmap_mode="r", allow_pickle=False)  # only the box that is asked for is read
-    else:
+def _open_array(source: str | Path | bytes, channels: int) -> ArrayPicture:
+    if isinstance(source, bytes):  # noqa: SIM108
         array = np.load(io.BytesIO(source), allow_pickle=False)
+    else:
+        array = np.load(source, mmap_mode="r", allow_pickle=False)  # only the box that is asked for is read
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:

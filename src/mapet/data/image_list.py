@@ -57,7 +57,7 @@ class ImageList(Sequence[Path]):
         """The image, opened; see `open_image`."""
         if self._prepared is not None and self._rows is not None:
             return self._prepared.picture(int(self._rows[index]), channels)
-        return open_image(self[index], channels)
+        return open_image(os.path.join(self.root, self.id(index)), channels)
 
     def data(self, index: int) -> bytes:
         """The image's bytes as they are stored."""
