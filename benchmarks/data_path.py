@@ -91,7 +91,7 @@ def _measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list
         for kind in ("center", "crop"):
             spec = ViewSpec(kind=kind, image_size=SIZE)
             store = token_store(folder / f"tokens {name} {kind}", source, spec)
-            datasets[name, kind] = ViewDataset(source, spec, 3, SIZE, None, store, 196, JITTER)
+            datasets[name, kind] = ViewDataset(source, spec, 3, SIZE, None, store, GRID, jitter=JITTER)
     for number in range(rounds):
         for kind in ("center", "crop"):
             plain = plain_transform(kind)

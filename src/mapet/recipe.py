@@ -39,6 +39,8 @@ def _as_pair(value: Any) -> Any:
 
 Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
 """Height and width; one number means a square."""
+Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
+"""A range of shares; one number means just that."""
 
 
 class Stage(Protocol[R_co]):

@@ -21,7 +21,9 @@ from mapet.data.dataset import ViewDataset, collate
 from mapet.data.image_list import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
+from mapet.model.objective import OBJECTIVES
 from mapet.tokenizer.codebook import load_tokenizer
+from mapet.training.step import GradientStep
 from tests.conftest import PRETRAIN, TINY
 
 
@@ -288,17 +290,68 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, context, crop
     mapet.inspect(run=tmp_path / "r", out=tmp_path / "pictures")
 
 
-@pytest.mark.parametrize("objective", ["pim", "mim"])
-def test_other_objectives_train(objective, few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    mapet.pretrain(
-        images=few_digits,
-        tokenizer=tokenizer_dir,
-        tokens=tokens_dir,
-        out=tmp_path / "run",
-        objective=objective,
-        **PRETRAIN,
-    )
-    assert (tmp_path / "run" / "backbone").exists()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "pim"},
+        {"objective": "mim", "order": "blockwise"},
+        {"objective": "cae"},
+        {"objective": "causal", "order": "raster", "predict_ratio": 1.0},
+        {"objective": "mapet_single_stream", "predict_ratio": 0.5, "num_targets": 3},
+        {"objective": "mapet_blind_content", "separate_query": True},
+        {"target": "pixels", "objective": "mim"},
+        {"target": "features", "predict_ratio": (0.5, 0.9)},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    """The loss falls, and the run can be loaded and looked at."""
+    changed = PRETRAIN | {"epochs": 4, "lr": 3e-3} | options
+    mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", **changed)
+    metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    assert losses[-1] < losses[0]
+    pictures = {path.stem for path in mapet.inspect(run=tmp_path / "run", out=tmp_path / "pictures")}
+    assert ("predictions" in pictures) == ("target" not in options)
+    assert mapet.load_backbone(tmp_path / "run").embed_dim == 32
+
+
+def test_a_drawn_ratio_resumes_exactly(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
+    options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "predict_ratio": (0.2, 0.9)}
+    mapet.pretrain(out=tmp_path / "whole", **options, **PRETRAIN)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 3)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(out=tmp_path / "parts", **options, **PRETRAIN)
+    assert main(["pretrain", str(tmp_path / "parts" / "config.yaml"), "--resume"]) == 0
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
+    """Initial weights, images, jitter, views, their order, permutations and tokens of every step: a fair comparison."""
+    seen = {}
+    original = GradientStep.__call__
+
+    def record(self, images, targets, permutation, num_context=None):
+        steps = seen.setdefault(self.model.objective.name, [])
+        if not steps:
+            steps.append({key: value.clone() for key, value in self.model.state_dict().items()})
+        steps.append((images, targets, permutation, num_context))
+        return original(self, images, targets, permutation, num_context)
+
+    monkeypatch.setattr(GradientStep, "__call__", record)
+    for objective in OBJECTIVES:
+        options = PRETRAIN | {"objective": objective, "color_jitter": 0.4, "order": "blockwise"}
+        mapet.pretrain(
+            images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / objective, **options
+        )
+    weights, *steps = seen.pop("mapet")
+    for name, (others, *other_steps) in seen.items():
+        assert len(steps) == len(other_steps) > 2
+        for key, value in weights.items():
+            assert torch.equal(value, others[key]), (name, key)
+        for ours, theirs in zip(steps, other_steps, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(ours[:3], theirs[:3], strict=True)) and ours[3] == theirs[3]
 
 
 def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):

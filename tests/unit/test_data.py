@@ -11,6 +11,7 @@ from PIL import Image
 from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
 from mapet.data.decode import ArrayPicture, Box, JpegPicture, open_image, read_image
 from mapet.data.image_list import ImageList, scan
+from mapet.data.order import draw_order
 from mapet.data.token_store import TokenStore
 from mapet.data.views import View, ViewSpec, color_jitter, draw_jitter, draw_view, render
 from mapet.errors import MapetError
@@ -193,7 +194,7 @@ def test_batches_do_not_depend_on_workers(crops):
         ViewSpec(kind="crop", image_size=(16, 16)),
         image_size=(16, 16),
         teacher_size=(32, 32),
-        num_patches=16,
+        grid=(4, 4),
         jitter=0.4,
         seed=5,
     )
@@ -280,3 +281,32 @@ def test_a_million_paths_stay_compact():
 def test_images_are_read_as_files_have_them(crops, photos):
     image = read_image(scan(crops)[0])
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8
+
+
+@given(st.sampled_from(["random", "raster", "blockwise"]), st.integers(1, 15), st.integers(1, 15), st.integers(0, 9))
+def test_every_patch_comes_once_in_an_order(kind, rows, columns, seed):
+    order = draw_order(kind, (rows, columns), np.random.default_rng(seed))
+    assert sorted(order) == list(range(rows * columns))
+    assert np.array_equal(order, draw_order(kind, (rows, columns), np.random.default_rng(seed)))
+
+
+def test_blockwise_order_hides_rectangles():
+    """Hidden patches border on visible ones far less often than random ones do, and the first rectangle hides whole."""
+
+    def border(kind, p=98):
+        found = []
+        for seed in range(100):
+            hidden = np.zeros(196, dtype=int)
+            hidden[draw_order(kind, (14, 14), np.random.default_rng(seed))[-p:]] = 1
+            hidden = hidden.reshape(14, 14)
+            found.append(np.abs(np.diff(hidden, axis=0)).sum() + np.abs(np.diff(hidden, axis=1)).sum())
+        return np.mean(found)
+
+    assert border("random") > 170  # 364 pairs of neighbours, half of them unlike
+    assert border("blockwise") < 0.4 * border("random")
+    for seed in range(50):
+        order = draw_order("blockwise", (14, 14), np.random.default_rng(seed))
+        first = min(  # the smallest number of last patches, 16 at least or nearly so, that is a rectangle
+            (p for p in range(12, 90) if np.prod(np.ptp(np.divmod(order[-p:], 14), axis=1) + 1) == p), default=None
+        )
+        assert first is not None

@@ -177,9 +177,9 @@ def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
     """The rows of some ranks, computed alone, equal the same rows computed with all the others."""
     model = make(objective, num_targets=m)
     images, tokens, permutation = draw()
-    everything = model.encode(images, permutation)
+    everything = model.encode(images, permutation, model.layout())
     ranks = torch.randperm(15)[:m].sort().values
-    assert torch.allclose(model.encode(images, permutation, ranks), everything[:, ranks], atol=1e-12)
+    assert torch.allclose(model.encode(images, permutation, model.layout(), ranks), everything[:, ranks], atol=1e-12)
     assert model.train()(images, tokens, permutation).targets.shape == (6, m)
     assert model.eval()(images, tokens, permutation).targets.shape == (6, 15)
 

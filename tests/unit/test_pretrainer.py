@@ -85,7 +85,9 @@ def test_context_and_mask_rows_equal_a_mim_pass(c, args):
         whole, part = (make(replace(objective, read_at=segment), c, **args) for objective in (MAPET, MIM))
         part.load_state_dict(whole.state_dict())
         images, _, permutation = draw(whole, 2)
-        assert torch.allclose(*(model.encode(images, permutation) for model in (whole, part)), atol=1e-10)
+        assert torch.allclose(
+            *(model.encode(images, permutation, model.layout()) for model in (whole, part)), atol=1e-10
+        )
 
 
 def test_mim_equals_timm_with_the_hidden_patches_replaced():
@@ -138,8 +140,8 @@ def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
     seen = []
     last = model.vit.blocks[1]
     last.norm2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    last.norm1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, model.read_at]))
-    model.encode(images, permutation)
+    last.norm1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, model.layout().read_at]))
+    model.encode(images, permutation, model.layout())
     unchanged = (seen[1] == seen[0]).all(dim=2)
     assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
     assert 0 < unchanged.all(dim=1).sum() < 64

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
+from mapet.data.order import OrderKind, draw_order
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
 from mapet.errors import MapetError
@@ -71,7 +72,7 @@ class ViewDataset(Dataset[Sample]):
         image_size: (H, W) of `Sample.image`; None leaves it out.
         teacher_size: (h, w) of `Sample.teacher_image`, the same view at the teacher's size; None leaves it out.
         store: token ids; then the view drawn is one of the stored ones.
-        num_patches: draw a permutation of so many patches; None leaves it out.
+        grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
         jitter: strength of colour jitter of `Sample.image` (never of the teacher's). A sample holds its three factors;
             they are applied with normalization, on the device: see `evaluation.features.normalize`.
     """
@@ -82,7 +83,8 @@ class ViewDataset(Dataset[Sample]):
     image_size: tuple[int, int] | None = None
     teacher_size: tuple[int, int] | None = None
     store: TokenStore | None = None
-    num_patches: int | None = None
+    grid: tuple[int, int] | None = None
+    order: OrderKind = "random"
     jitter: float = 0.0
     seed: int = 0
 
@@ -105,7 +107,7 @@ class ViewDataset(Dataset[Sample]):
         rng = np.random.default_rng([self.seed, self.images.key(index), number])
         if self.store is not None:
             number = int(rng.integers(self.store.num_views))
-        permutation = None if self.num_patches is None else rng.permutation(self.num_patches)
+        permutation = None if self.grid is None else draw_order(self.order, self.grid, rng)
         jitter = draw_jitter(self.jitter, rng) if self.jitter else None
         tokens = None if self.store is None else self.store.read(index, number)
         return Sample(index, tokens=tokens, permutation=permutation, jitter=jitter), number

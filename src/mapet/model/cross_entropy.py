@@ -1,6 +1,6 @@
 """Linear layer and cross-entropy in one, in chunks: the (rows, V) logits never exist as a whole."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,13 +9,6 @@ from torch import Tensor
 CHUNK_ROWS = {"cpu": 512, "gpu": 8192}
 """Rows of logits at once: few enough for a CPU's cache, enough to fill a GPU; not so few that adding up the weight's
 gradient, once a chunk, costs more than the logits."""
-
-
-class Scores(NamedTuple):
-    """Mean cross-entropy in nats, and how many rows have their target as the likeliest word."""
-
-    loss: Float[Tensor, ""]
-    correct: Int[Tensor, ""]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,9 +47,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     x: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"], targets: Int[Tensor, " n"]
-) -> Scores:
-    """`cross_entropy(linear(x, weight, bias), targets)` and its accuracy, with memory for one chunk of logits.
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Mean `cross_entropy(linear(x, weight, bias), targets)` in nats, and how many rows have their target as the
+    likeliest word, with memory for one chunk of logits.
 
     Sums and softmax are in float32 at least, products in the dtype of `x`.
     """
-    return Scores(*_LinearCrossEntropy.apply(x, weight, bias, targets))
+    return _LinearCrossEntropy.apply(x, weight, bias, targets)

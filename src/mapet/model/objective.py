@@ -9,9 +9,14 @@ Segments, with N patches, c context patches and p = N - c predicted ones:
     context  prefix tokens (CLS, registers) and the first c patches   embedded content + position
     target   the other p patches                                      embedded content + position
     query    p query tokens                                           the same as `mask`
+    next     p patches, each the one before in the order              embedded content + its position + the next one's
 
 Query rows ask and are never seen: they have no column. In this order every row sees one unbroken range of columns
 (rank i: the masks after i, the context, the targets up to i), so attention needs few or no masks (`attention.py`).
+
+`next` makes one stream of `target` and `query`: its row i holds the content of the patch before rank i, knows the position
+of rank i and predicts it (positions of the target in a causal row: RAR, arXiv 2411.00776; in raster order this is AIM's and
+iGPT's causal model). Rank 0 comes after the last context patch, or after a mask token if there is none.
 """
 
 import functools
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from mapet.errors import MapetError, did_you_mean
 
-Segment = Literal["context", "target", "mask", "query"]
+Segment = Literal["context", "target", "mask", "query", "next"]
 Sees = Literal["all", "before", "up to", "from", "after"]
 """Which ranks j a row of rank i sees: all; j < i; j <= i; j >= i; j > i."""
 
@@ -75,7 +80,42 @@ MIM = Objective(
     },
     read_at="mask",
 )
-OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM)}
+BLIND_CONTENT = Objective(
+    "mapet_blind_content",  # ablation: only what predicts sees the positions to come
+    sees={
+        "mask": {"mask": "all", "context": "all"},
+        "context": {"context": "all"},
+        "target": {"context": "all", "target": "up to"},
+        "query": {"mask": "from", "context": "all", "target": "before"},
+    },
+    read_at="query",
+)
+SINGLE_STREAM = Objective(
+    "mapet_single_stream",
+    sees={
+        "mask": {"mask": "all", "context": "all"},
+        "context": {"mask": "all", "context": "all"},
+        "next": {"mask": "after", "context": "all", "next": "up to"},
+    },
+    read_at="next",
+)
+CAUSAL = Objective(
+    "causal",  # PIM in a single stream
+    sees={
+        "context": {"context": "all"},
+        "next": {"context": "all", "next": "up to"},
+    },
+    read_at="next",
+)
+CAE = Objective(
+    "cae",  # the latent regressor's table: `context_autoencoder.py` has the rest
+    sees={
+        "context": {"context": "all"},
+        "mask": {"mask": "all", "context": "all"},
+    },
+    read_at="mask",
+)
+OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM, BLIND_CONTENT, SINGLE_STREAM, CAUSAL, CAE)}
 
 
 def content_rows(objective: Objective, lengths: dict[Segment, int]) -> int:
@@ -88,6 +128,11 @@ def get_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise MapetError(f"unknown objective '{name}'{did_you_mean(name, OBJECTIVES)} Known: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def num_context_of(predict_ratio: float, num_patches: int) -> int:
+    """c for a share of patches to predict; at least one is predicted."""
+    return min(num_patches - 1, num_patches - round(predict_ratio * num_patches))
 
 
 def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_predicted: int) -> dict[Segment, int]:

@@ -3,24 +3,64 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.model.attention import attend, clip, row_blocks
-from mapet.model.cross_entropy import linear_cross_entropy
+from mapet.model.attention import RowBlock, attend, clip, row_blocks
 from mapet.model.objective import Objective, Segment, content_rows, segment_lengths, visibility
+from mapet.model.target import LOSSES, TargetKind
 
 Ranks = Int[Tensor, " m"]
+Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
+"""What there is to know about each patch, row-major: its visual word, or numbers."""
 
 
 class Prediction(NamedTuple):
-    """Mean cross-entropy (nats) over the m predicted patches of each image, how many were right, what they were."""
+    """What a pass gives.
+
+    Attributes:
+        loss: mean over the m predicted patches of each image; nats, if they are words.
+        correct: how many words were right; None where targets are numbers.
+        targets: of the predicted patches.
+    """
 
     loss: Float[Tensor, ""]
-    correct: Int[Tensor, ""]
-    targets: Int[Tensor, "B m"]
+    correct: Int[Tensor, ""] | None
+    targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]
+
+
+class Layout(NamedTuple):
+    """The packed rows for one c.
+
+    Attributes:
+        lengths: rows of each segment, in packing order.
+        table: who sees whom.
+        num_content: C, rows that are seen: the columns of attention.
+        read_at: the rows that predict.
+        bias: 0 where a row sees a column, -inf elsewhere.
+        all_blocks: of all rows; `read_blocks` of those that predict.
+    """
+
+    lengths: dict[Segment, int]
+    table: Bool[Tensor, "R R"]
+    num_content: int
+    read_at: slice
+    bias: Float[Tensor, "R C"]
+    all_blocks: list[RowBlock]
+    read_blocks: list[RowBlock]
+
+    @classmethod
+    def of(cls, objective: Objective, num_prefix: int, num_context: int, num_predicted: int) -> "Layout":
+        lengths = segment_lengths(objective, num_prefix, num_context, num_predicted)
+        table = visibility(objective, num_prefix, num_context, num_predicted)
+        num_content = content_rows(objective, lengths)
+        seen = table[:, :num_content]
+        start = sum(lengths[s] for s in objective.segments[: objective.segments.index(objective.read_at)])
+        read_at = slice(start, start + lengths[objective.read_at])
+        bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        return cls(lengths, table, num_content, read_at, bias, row_blocks(seen), row_blocks(seen[read_at]))
 
 
 class Pretrainer(nn.Module):
@@ -33,16 +73,15 @@ class Pretrainer(nn.Module):
         vit: with learned absolute positions; any prefix tokens, norms, LayerScale, stochastic depth.
         vocab_size: V, the number of visual words.
         objective: a row of `mapet.model.objective`.
-        num_context: c, from 0 to N - 1.
+        num_context: c, from 0 to N - 1, where a pass doesn't say otherwise.
         num_targets: m; in training predict so many of the p = N - c patches, other ranks each pass: an unbiased estimate
             of the same loss from fewer query rows. None: all of them.
+        target: what is predicted of a patch; `vocab_size` is the number of values of the head.
+        separate_query: give query tokens a parameter of their own (it starts as the mask token).
 
     Raises:
         MapetError: c or m out of range, or the ViT lacks something the objective needs.
     """
-
-    visibility: Tensor
-    bias: Tensor
 
     def __init__(
         self,
@@ -51,6 +90,8 @@ class Pretrainer(nn.Module):
         objective: Objective,
         num_context: int,
         num_targets: int | None = None,
+        target: TargetKind = "tokens",
+        separate_query: bool = False,
     ) -> None:
         super().__init__()
         num_patches = vit.patch_embed.num_patches
@@ -66,122 +107,143 @@ class Pretrainer(nn.Module):
             raise MapetError(
                 "the ViT has no learned position embedding, which mask tokens need; choose a model that has one"
             )
+        if separate_query and "query" not in objective.segments:
+            raise MapetError(f"objective '{objective.name}' has no query tokens to separate from mask tokens")
         self.vit = vit
         self.objective = objective
         self.num_patches = num_patches
         self.num_context = num_context
         self.num_targets = num_targets
+        self.target: TargetKind = target
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-        self.lengths = segment_lengths(objective, vit.num_prefix_tokens, num_context, self.num_predicted)
-        self.num_content = content_rows(objective, self.lengths)
-        table = visibility(objective, vit.num_prefix_tokens, num_context, self.num_predicted)
-        seen = table[:, : self.num_content]
-        self.register_buffer("visibility", table, persistent=False)
-        self.register_buffer("bias", torch.zeros(seen.shape).masked_fill(~seen, float("-inf")), persistent=False)
-        self.all_blocks, self.read_blocks = row_blocks(seen), row_blocks(seen[self.read_at])
+        self.query_token = nn.Parameter(self.mask_token.detach().clone()) if separate_query else None
+        self._layouts: dict[int, Layout] = {}
+        self.layout()  # an impossible one is refused now
 
     @property
     def num_predicted(self) -> int:
         """p = N - c."""
         return self.num_patches - self.num_context
 
-    @property
-    def read_at(self) -> slice:
-        """The packed rows that predict."""
-        return self.rows_of(self.objective.read_at)
-
-    def rows_of(self, segment: Segment) -> slice:
-        start = 0
-        for name, length in self.lengths.items():
-            if name == segment:
-                return slice(start, start + length)
-            start += length
-        raise KeyError(segment)
+    def layout(self, num_context: int | None = None) -> Layout:
+        """The packed rows for c (None: the model's own), on its device and in its dtype."""
+        c = self.num_context if num_context is None else num_context
+        if c not in self._layouts:
+            self._layouts[c] = Layout.of(self.objective, self.vit.num_prefix_tokens, c, self.num_patches - c)
+        found, like = self._layouts[c], self.mask_token
+        if found.bias.dtype != like.dtype or found.bias.device != like.device:
+            found = self._layouts[c] = found._replace(bias=found.bias.to(like))
+        return found
 
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
-        tokens: Int[Tensor, "B N"],
+        targets: Targets,
         permutation: Int[Tensor, "B N"],
+        num_context: int | None = None,
     ) -> Prediction:
-        """Mean cross-entropy over the B x m predicted patches.
+        """Mean loss over the B x m predicted patches: the cross-entropy of their words.
 
         Args:
             images: normalised.
-            tokens: visual word of each patch, row-major.
+            targets: visual word of each patch, row-major (or what `target` says).
             permutation: patch indices; the first c are context, the others are predicted in this order.
+            num_context: c of this pass; None: the model's own.
         """
+        c = self.num_context if num_context is None else num_context
         ranks = None
         if self.training and self.num_targets is not None:
-            ranks = torch.randperm(self.num_predicted, device=images.device)[: self.num_targets].sort().values
-        rows = self.encode(images, permutation, ranks)
-        targets = tokens.gather(1, permutation[:, self.num_context :])
+            ranks = torch.randperm(self.num_patches - c, device=images.device)[: self.num_targets].sort().values
+        rows = self.encode(images, permutation, self.layout(c), ranks)
+        targets = gather(targets, permutation[:, c:])
         if ranks is not None:
             targets = targets[:, ranks]
-        loss, correct = linear_cross_entropy(rows.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten())
+        loss, correct = LOSSES[self.target](rows.flatten(0, 1), self.head, targets.flatten(0, 1))
         return Prediction(loss, correct, targets)
 
     def predict(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B p V"]:
         """Logits of the p hidden patches, in permutation order."""
-        return self.head(self.encode(images, permutation))
+        return self.head(self.encode(images, permutation, self.layout()))
 
     def encode(
-        self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], ranks: Ranks | None = None
+        self,
+        images: Float[Tensor, "B C H W"],
+        permutation: Int[Tensor, "B N"],
+        layout: Layout,
+        ranks: Ranks | None = None,
     ) -> Float[Tensor, "B m D"]:
         """What the head reads: the final outputs of the rows that predict `ranks` (None: all p).
 
         Content rows go through all blocks but the last, where they are only seen and no longer ask.
         """
-        content = self.num_content
-        asks_only = self.read_at.start >= content  # the reading rows are query rows, packed for `ranks` alone
-        rows, bias = self.pack(images, permutation, ranks), self.bias
-        read_bias = bias[self.read_at]
+        content, read_at = layout.num_content, layout.read_at
+        asks_only = read_at.start >= content  # the reading rows are query rows, packed for `ranks` alone
+        rows, bias = self.pack(images, permutation, layout, ranks), layout.bias
+        read_bias = bias[read_at]
         if ranks is not None:
             read_bias = read_bias[ranks]
             bias = torch.cat([bias[:content], read_bias]) if asks_only else bias
         *blocks, last = self.vit.blocks
         for block in blocks:
             seen, asking = block.norm1(rows).split([content, rows.shape[1] - content], dim=1)
-            attended = attend(block.attn, seen, asking, bias, clip(self.all_blocks, len(bias)), content_asks=True)
+            attended = attend(block.attn, seen, asking, bias, clip(layout.all_blocks, len(bias)), content_asks=True)
             rows = residual(block, rows, attended)
         normal = last.norm1(rows)
         asking, rows = (
-            x[:, self.read_at] if ranks is None or asks_only else x[:, self.read_at][:, ranks] for x in (normal, rows)
+            x[:, read_at] if ranks is None or asks_only else x[:, read_at][:, ranks] for x in (normal, rows)
         )
         attended = attend(
             last.attn,
             normal[:, :content],
             asking,
             read_bias,
-            clip(self.read_blocks, len(read_bias)),
+            clip(layout.read_blocks, len(read_bias)),
             content_asks=False,
         )
         return self.vit.norm(residual(last, rows, attended))
 
     def pack(
-        self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], ranks: Ranks | None = None
+        self,
+        images: Float[Tensor, "B C H W"],
+        permutation: Int[Tensor, "B N"],
+        layout: Layout,
+        ranks: Ranks | None = None,
     ) -> Float[Tensor, "B R D"]:
         """Initial embeddings of the objective's segments, in permutation order; `query` only for `ranks` (None: all)."""
         vit = self.vit
+        c = layout.lengths["context"] - vit.num_prefix_tokens
         # Prefix tokens and patches, with positions, as in fine-tuning.
         embedded = vit._pos_embed(vit.patch_embed(images))
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
-        positions = vit.pos_embed[:, -self.num_patches :].expand_as(patches)
-        content = _gather(patches, permutation)
-        hidden = permutation[:, self.num_context :]
-        masked = vit.pos_drop(self.mask_token + _gather(positions, hidden)).to(content.dtype)
-        parts: dict[Segment, Tensor] = {
-            "mask": masked,
-            "context": torch.cat([prefix, content[:, : self.num_context]], dim=1),
-            "target": content[:, self.num_context :],
-            "query": masked if ranks is None else masked[:, ranks],
-        }
-        return vit.norm_pre(torch.cat([parts[segment] for segment in self.objective.segments], dim=1))
+        positions = gather(vit.pos_embed[:, -self.num_patches :].expand_as(patches), permutation[:, c:])
+        content = gather(patches, permutation)
+
+        def tokens(token: Tensor) -> Tensor:
+            return vit.pos_drop(token + positions).to(content.dtype)
+
+        parts: dict[Segment, Tensor] = {}
+        for segment in layout.lengths:
+            if segment == "context":
+                part = torch.cat([prefix, content[:, :c]], dim=1)
+            elif segment == "target":
+                part = content[:, c:]
+            elif segment == "next":
+                before = (
+                    content[:, c - 1 : -1]
+                    if c
+                    else torch.cat([self.mask_token.expand(len(content), -1, -1), content[:, :-1]], 1)
+                )
+                part = tokens(before)
+            elif segment == "query" and self.query_token is not None:
+                part = tokens(self.query_token)
+            else:
+                part = parts["mask"] if "mask" in parts else tokens(self.mask_token)
+            parts[segment] = part if ranks is None or segment != "query" else part[:, ranks]
+        return vit.norm_pre(torch.cat(list(parts.values()), dim=1))
 
 
 def residual(block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
@@ -190,5 +252,6 @@ def residual(block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor,
     return rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows))))
 
 
-def _gather(values: Float[Tensor, "B N D"], order: Int[Tensor, "B n"]) -> Float[Tensor, "B n D"]:
-    return values.gather(1, order[:, :, None].expand(-1, -1, values.shape[-1]))
+def gather(values: Tensor, order: Int[Tensor, "B n"]) -> Tensor:
+    """(B, N, ...) -> (B, n, ...)."""
+    return values.gather(1, order if values.ndim == 2 else order[:, :, None].expand(-1, -1, values.shape[2]))

@@ -62,7 +62,7 @@ def inspect(config: InspectConfig) -> list[Path]:
     height, width = vit.patch_embed.img_size
     dataset = ViewDataset(
         images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width), tokenizer.teacher.image_size,
-        num_patches=model.num_patches, seed=config.seed,
+        grid=tokenizer.grid, order=run.config.order, seed=config.seed,
     )  # fmt: skip
     new_folder(config.out, create=False)
 
@@ -84,9 +84,10 @@ def inspect(config: InspectConfig) -> list[Path]:
     figures = {
         "token_maps": pictures.token_maps(*sample, grid, vocab_size),
         "words": pictures.code_montage(patches, tokens.flatten(), vocab_size),
-        "visibility": pictures.visibility_table(model.visibility.cpu(), model.lengths, model.objective.name),
-        "predictions": pictures.predictions(*sample, batch.permutation[shown], logits, prototypes, grid),
+        "visibility": pictures.visibility_table(model.layout().table, model.layout().lengths, model.objective.name),
     }
+    if model.target == "tokens":
+        figures["predictions"] = pictures.predictions(*sample, batch.permutation[shown], logits, prototypes, grid)
     if attention is not None:
         figures["cls_attention"] = pictures.cls_attention(batch.image[shown], attention, grid)
     with atomic(config.out) as temporary:

@@ -1,11 +1,11 @@
 """Stage: the ViT learns to predict visual words."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Size, stage
+from mapet.recipe import Ratio, Size, stage
 from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -33,9 +33,19 @@ class PretrainConfig(Views, BadImages, Device):
     patch_size: PositiveInt | None = None
     """Side of a patch, pixels; automatic: what the tokenizer was fitted for."""
     objective: str = "mapet"
-    """mapet; pim (permuted, no mask columns); mim (masked, all at once)."""
+    """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
+    mapet_blind_content (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
+    target: Literal["tokens", "pixels", "features"] = "tokens"
+    """What is predicted of a patch: tokens; as controls its pixels (normalised), or features (the teacher's, by cosine)."""
     num_context: NonNegativeInt | None = None
-    """c, patches that are given; the others are predicted; automatic: a quarter (49 of 196)."""
+    """c, patches that are given; the others are predicted; automatic: see --predict-ratio."""
+    predict_ratio: Ratio | None = None
+    """Share of the patches to predict, above 0 to 1; two numbers: drawn between them each step; automatic: --num-context's,
+    or 0.75 (147 of 196)."""
+    order: Literal["random", "blockwise", "raster"] = "random"
+    """In which patches are given and predicted: random; blockwise (what is hidden are rectangles, as in BEiT); raster."""
+    separate_query: bool = False
+    """Give query tokens a parameter of their own instead of the mask token's."""
     num_targets: PositiveInt | None = None
     """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
     init_from: Path | None = None
@@ -94,6 +104,16 @@ class PretrainConfig(Views, BadImages, Device):
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
             raise ValueError(
                 "--views is for tokens made in the loop; with --tokens the store says which views there are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "PretrainConfig":
+        if self.num_context is not None and self.predict_ratio is not None:
+            raise ValueError("--num-context and --predict-ratio say the same in two ways: give one of them")
+        if self.predict_ratio is not None and not 0 < self.predict_ratio[0] <= self.predict_ratio[1] <= 1:
+            raise ValueError(
+                f"--predict-ratio {' '.join(map(str, self.predict_ratio))}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
             )
         return self
 

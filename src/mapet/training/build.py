@@ -7,11 +7,14 @@ import torch
 
 from mapet.errors import MapetError
 from mapet.model.backbone import create_vit, load_backbone
-from mapet.model.objective import get_objective
+from mapet.model.context_autoencoder import ContextAutoencoder
+from mapet.model.objective import CAE, get_objective, num_context_of
 from mapet.model.pretrainer import Pretrainer
 from mapet.recipe import Config, build, read_recipe
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint
+
+DEFAULT_RATIO = 0.75
 
 
 class Run(NamedTuple):
@@ -57,8 +60,22 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
             f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
             f"{by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
         )
-    num_context = round(vit.patch_embed.num_patches / 4) if config.num_context is None else config.num_context
-    model = Pretrainer(vit, tokenizer.vocab_size, get_objective(config.objective), num_context, config.num_targets)
+    num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
+    least = num_context_of((config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches)  # of a drawn ratio, the fewest
+    common = {
+        "num_context": least if config.num_context is None else config.num_context,
+        "num_targets": config.num_targets,
+        "target": config.target,
+        "separate_query": config.separate_query,
+    }
+    values = {
+        "tokens": tokenizer.vocab_size,
+        "pixels": vit.in_chans * patch**2,
+        "features": tokenizer.description["feature_size"],
+    }[config.target]
+    model = (
+        ContextAutoencoder(vit, values, **common) if objective is CAE else Pretrainer(vit, values, objective, **common)
+    )
     if config.init_from:
         weights = load_backbone(config.init_from).state_dict()
         try:

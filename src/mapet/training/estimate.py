@@ -46,7 +46,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
         config.channels,
         config.image_size,
         teacher.image_size,
-        num_patches=num_patches,
+        grid=tuple(vit.patch_embed.grid_size),
     )
     started = time.monotonic()
     batch = collate([dataset[0, index] for index in (usable * TRIED)[:TRIED]])

@@ -22,7 +22,9 @@ from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
+from mapet.model.objective import num_context_of
 from mapet.model.pretrainer import Pretrainer
+from mapet.model.target import normalized_patches
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
 from mapet.training.build import build_model, by
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -43,9 +45,9 @@ def train(config: Any) -> Path:
     # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, with_teacher=config.tokens is None, allow=config.teacher).to(
-        compute.device
-    )
+    tokenizer = load_tokenizer(
+        config.tokenizer, with_teacher=config.tokens is None or config.target == "features", allow=config.teacher
+    ).to(compute.device)
     store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
     model = on_device(build_model(config, tokenizer), compute)
 
@@ -64,6 +66,7 @@ def train(config: Any) -> Path:
     probe = OnlineProbe.for_run(config, images, compute)
     config = config.model_copy(
         update=resolved(
+            config,
             model,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -103,7 +106,7 @@ def train(config: Any) -> Path:
                     torch.manual_seed(step_seed(config.seed, step))  # stochastic depth depends on the step alone
                     schedule.step_update(step)
                     inputs = model_input(batch, tokenizer, model, compute)
-                    prediction = gradient_step(*inputs)
+                    prediction = gradient_step(*inputs, draw_context(config, model, step))
                     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -147,23 +150,25 @@ def train(config: Any) -> Path:
         return backbone
 
 
-def resolved(model: Pretrainer, **chosen: Any) -> dict[str, Any]:
+def resolved(config: Any, model: Pretrainer, **chosen: Any) -> dict[str, Any]:
     """Values of the options that were automatic, for the run's recipe."""
     patches = model.vit.patch_embed
     return {
         "image_size": tuple(patches.img_size),
         "patch_size": patches.patch_size[0],
-        "num_context": model.num_context,
+        **({} if config.predict_ratio else {"num_context": model.num_context}),
         **chosen,
     }
 
 
 def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     """The run in one line."""
+    most = "up to " if config.predict_ratio and config.predict_ratio[0] < config.predict_ratio[1] else ""
+    what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
     return (
         f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
-        f"{by(config.image_size)} px, {model.num_predicted} of {model.num_patches} patches predicted from "
-        f"{model.head.out_features} words, batch {config.batch_size}, lr {config.lr:.2g}, {config.epochs} epochs"
+        f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
+        f"batch {config.batch_size}, lr {config.lr:.2g}, {config.epochs} epochs"
     )
 
 
@@ -193,7 +198,8 @@ def training_views(
         image_size=(height, width),
         teacher_size=None if tokenizer.teacher is None else tokenizer.teacher.image_size,
         store=store,
-        num_patches=model.num_patches,
+        grid=tuple(model.vit.patch_embed.grid_size),
+        order=config.order,
         jitter=config.color_jitter,
         seed=config.seed,
     )
@@ -202,17 +208,28 @@ def training_views(
 def model_input(
     batch: Batch, tokenizer: Tokenizer, model: Pretrainer, compute: Compute
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(normalised images, tokens, permutation) on the device."""
+    """(normalised images, targets, permutation) on the device."""
     assert batch.image is not None and batch.permutation is not None
-    tokens = batch.tokens
-    if tokens is None:
-        assert batch.teacher_image is not None
-        tokens = tokenizer(compute.to(batch.teacher_image)).flatten(1)
-    return (
-        normalize(compute.to(batch.image), model.vit.in_chans, batch.jitter),
-        compute.to(tokens),
-        compute.to(batch.permutation),
-    )
+    images = normalize(compute.to(batch.image), model.vit.in_chans, batch.jitter)
+    views = None if batch.teacher_image is None else compute.to(batch.teacher_image)
+    if model.target == "pixels":
+        targets = normalized_patches(images, model.vit.patch_embed.grid_size)
+    elif model.target == "features":
+        assert tokenizer.teacher is not None and views is not None
+        targets = tokenizer.teacher(views).flatten(2).transpose(1, 2)
+    elif batch.tokens is not None:
+        targets = compute.to(batch.tokens)
+    else:
+        targets = tokenizer(views).flatten(1)
+    return images, targets, compute.to(batch.permutation)
+
+
+def draw_context(config: Any, model: Pretrainer, step: int) -> int:
+    """c of a step: fixed, or drawn from (seed, step) alone."""
+    low, high = config.predict_ratio or (0.0, 0.0)
+    if low == high:
+        return model.num_context
+    return num_context_of(np.random.default_rng([config.seed, step, 1]).uniform(low, high), model.num_patches)
 
 
 def step_seed(seed: int, step: int) -> int:

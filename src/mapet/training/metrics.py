@@ -37,29 +37,35 @@ class Meter:
             yield batch
 
     def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
-        correct = prediction.correct / prediction.targets.numel()
-        self._sums += torch.stack([prediction.loss, correct, gradient_norm.detach(), correct.new_ones(())]).float()
-        self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
+        correct = torch.zeros_like(prediction.loss)
+        if prediction.correct is not None:
+            correct = prediction.correct / prediction.targets.numel()
+            self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
+        self._sums += torch.stack([prediction.loss, correct, gradient_norm.detach(), torch.ones_like(correct)]).float()
         self._images += len(prediction.targets)
         self._steps += 1
 
     def read(self) -> dict[str, float]:
         """Figures since the last call.
 
-        loss: mean cross-entropy, nats. token_accuracy: share of patches whose word is the likeliest one; compare with
-        commonest_token, the share that always guessing the commonest word would get, and the loss with token_entropy,
-        that of guessing by frequency alone (both over all targets so far). data_wait: share of time waiting for images.
+        loss: mean of the objective's; nats where words are predicted. Only there: token_accuracy, the share of patches
+        whose word is the likeliest one; compare with commonest_token, the share that always guessing the commonest word
+        would get, and the loss with token_entropy, that of guessing by frequency alone (both over all targets so far).
+        data_wait: share of time waiting for images.
         """
         loss, correct, norm, steps = self._sums.tolist()
         steps = steps or float("nan")
         counts = self.token_counts.cpu().double()
-        share = counts / counts.sum().clamp_min(1)
         elapsed = max(1e-9, time.monotonic() - self._started)
-        metrics = {
-            "loss": loss / steps,
-            "token_accuracy": correct / steps,
-            "commonest_token": float(share.max()),
-            "token_entropy": float(-(share * share.clamp_min(1e-12).log()).sum()),
+        metrics = {"loss": loss / steps}
+        if counts.any():
+            share = counts / counts.sum()
+            metrics |= {
+                "token_accuracy": correct / steps,
+                "commonest_token": float(share.max()),
+                "token_entropy": float(-(share * share.clamp_min(1e-12).log()).sum()),
+            }
+        metrics |= {
             "gradient_norm": norm / steps,
             "images_per_second": self._images / elapsed,
             "data_wait": self._waited / elapsed,
@@ -70,8 +76,11 @@ class Meter:
     @staticmethod
     def line(metrics: dict[str, float]) -> str:
         """The figures a person watches."""
-        return (
-            f"loss {metrics['loss']:.3f} (by frequency {metrics['token_entropy']:.3f}), "
-            f"accuracy {metrics['token_accuracy']:.1%} (commonest {metrics['commonest_token']:.1%}), "
-            f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
-        )
+        words = ""
+        if "token_entropy" in metrics:
+            words = (
+                f" (by frequency {metrics['token_entropy']:.3f}), accuracy {metrics['token_accuracy']:.1%} "
+                f"(commonest {metrics['commonest_token']:.1%})"
+            )
+        speed = f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
+        return f"loss {metrics['loss']:.3f}{words}, {speed}"

@@ -18,7 +18,7 @@ def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
     score; the logits in float32 twice.
     """
     vit = model.vit
-    rows = sum(model.lengths.values())
+    rows = sum(model.layout().lengths.values())
     heads = vit.blocks[0].attn.num_heads
     size = 2 if compute.dtype == torch.bfloat16 else 4
     per_block = 34 * rows * vit.embed_dim * size + 3 * heads * rows * rows * size
@@ -29,7 +29,7 @@ def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) 
     """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
     if compute.device.type != "cpu":
         return batch_size
-    rows = sum(model.lengths.values())
+    rows = sum(model.layout().lengths.values())
     widest = rows * model.vit.blocks[0].mlp.fc1.out_features * (2 if compute.dtype == torch.bfloat16 else 4)
     return max(1, min(batch_size, CACHE // widest))
 

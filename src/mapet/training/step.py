@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from mapet.compute import Compute
-from mapet.model.pretrainer import Prediction, Pretrainer
+from mapet.model.pretrainer import Prediction, Pretrainer, Targets
 
 
 class GradientStep:
@@ -33,24 +33,29 @@ class GradientStep:
         self._pairs = list(zip(model.parameters(), self.worker.parameters(), strict=True)) if low else []
 
     def __call__(
-        self, images: Float[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], permutation: Int[Tensor, "B N"]
+        self,
+        images: Float[Tensor, "B C H W"],
+        targets: Targets,
+        permutation: Int[Tensor, "B N"],
+        num_context: int | None = None,
     ) -> Prediction:
-        """The batch's mean loss, number of right predictions, and targets; gradients are added to `model`'s."""
+        """What `Pretrainer.forward` gives for the whole batch; gradients are added to `model`'s."""
         self.worker.train()
         with torch.no_grad():
             for master, copy in self._pairs:
                 copy.copy_(master)
         parts = []
         for part in zip(
-            *(x.split(self.micro_batch) for x in (images.to(self.dtype), tokens, permutation)), strict=True
+            *(x.split(self.micro_batch) for x in (images.to(self.dtype), targets, permutation)), strict=True
         ):
-            prediction = self.worker(*part)
+            prediction = self.worker(*part, num_context)
             share = len(part[0]) / len(images)
             (prediction.loss * share).backward()
             self._collect()
             parts.append(Prediction(prediction.loss.detach() * share, prediction.correct, prediction.targets))
-        losses, corrects, targets = zip(*parts, strict=True)
-        return Prediction(torch.stack(losses).sum(), torch.stack(corrects).sum(), torch.cat(targets))
+        losses, corrects, predicted = zip(*parts, strict=True)
+        correct = None if corrects[0] is None else torch.stack(corrects).sum()
+        return Prediction(torch.stack(losses).sum(), correct, torch.cat(predicted))
 
     def _collect(self) -> None:
         for master, copy in self._pairs:

@@ -1,0 +1,263 @@
+"""Every objective against a slow program of its own: one image, one row at a time, who sees whom written out again."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mapet.errors import MapetError
+from mapet.model.backbone import create_vit
+from mapet.model.context_autoencoder import ALIGNMENT, DEPTH, ContextAutoencoder
+from mapet.model.objective import OBJECTIVES, num_context_of
+from mapet.model.pretrainer import Pretrainer
+from mapet.model.target import normalized_patches
+
+GRID, PATCH, WORDS, HEADS = (3, 4), 4, 7, 2
+N = GRID[0] * GRID[1]
+
+
+def make(name, c, kind=Pretrainer, **options):
+    torch.manual_seed(0)
+    vit = create_vit(
+        "vit_tiny_patch16_224",
+        (12, 16),
+        PATCH,
+        3,
+        {"embed_dim": 16, "depth": 2, "num_heads": HEADS, "init_values": 0.3},
+    )
+    values = {"pixels": 3 * PATCH**2, "features": 5}.get(options.get("target"), WORDS)
+    first = () if kind is ContextAutoencoder else (OBJECTIVES[name],)
+    model = kind(vit, values, *first, c, **options).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def draw(batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, 12, 16, generator=generator, dtype=torch.float64)
+    permutation = torch.rand(batch, N, generator=generator).argsort(1)
+    return images, torch.randint(WORDS, (batch, N), generator=generator), permutation
+
+
+def seen_by(name, segment, i, c, p):
+    """What row i of a segment attends to, as the papers describe it: ('context', j), ('mask', j), ..."""
+    context = [("context", j) for j in range(1 + c)]
+    masks = [("mask", j) for j in range(p)]
+
+    def revealed(stop):
+        return [("target", j) for j in range(stop)]
+
+    if name in ("mim", "mapet", "mapet_blind_content", "mapet_single_stream") and segment == "mask":
+        return context + masks
+    if name in ("mim", "mapet", "mapet_single_stream") and segment == "context":
+        return context + masks
+    if segment == "context":
+        return context
+    if segment == "next":
+        earlier = [("next", j) for j in range(i + 1)]
+        return context + earlier + (masks[i + 1 :] if name == "mapet_single_stream" else [])
+    if segment == "target":
+        return context + revealed(i + 1) + (masks[i + 1 :] if name == "mapet" else [])
+    return context + revealed(i) + (masks[i:] if name in ("mapet", "mapet_blind_content") else [])
+
+
+def plain_logits(model, name, image, order, c):
+    """(p, V): rows as a dictionary, attention as sums over a list."""
+    vit, p = model.vit, N - c
+    positions = vit.pos_embed[0]
+    patches = vit.patch_embed(image[None])[0]
+
+    def content(patch):
+        return patches[patch] + positions[1 + patch]
+
+    def token(parameter, i):
+        return parameter[0, 0] + positions[1 + order[c + i]]
+
+    rows = {("context", 0): vit.cls_token[0, 0] + positions[0]}
+    rows |= {("context", 1 + j): content(order[j]) for j in range(c)}
+    if name not in ("pim", "causal"):
+        rows |= {("mask", i): token(model.mask_token, i) for i in range(p)}
+    if name in ("mapet", "pim", "mapet_blind_content"):
+        rows |= {("target", i): content(order[c + i]) for i in range(p)}
+        query = model.mask_token if model.query_token is None else model.query_token
+        rows |= {("query", i): token(query, i) for i in range(p)}
+    if name in ("mapet_single_stream", "causal"):
+        before = [content(order[c + i - 1]) if c + i else model.mask_token[0, 0] for i in range(p)]
+        rows |= {("next", i): before[i] + positions[1 + order[c + i]] for i in range(p)}
+    for block in vit.blocks:
+        normal = {key: block.norm1(x) for key, x in rows.items()}
+        qkv = {key: block.attn.qkv(x).view(3, HEADS, -1) for key, x in normal.items()}
+        after = {}
+        for key, x in rows.items():
+            others = seen_by(name, *key, c, p)
+            heads = []
+            for h in range(HEADS):
+                q = qkv[key][0, h]
+                weights = torch.stack([q @ qkv[other][1, h] / math.sqrt(len(q)) for other in others]).softmax(0)
+                heads.append(sum(w * qkv[other][2, h] for w, other in zip(weights, others, strict=True)))
+            x = x + block.ls1(block.attn.proj(torch.cat(heads)))
+            after[key] = x + block.ls2(block.mlp(block.norm2(x)))
+        rows = after
+    read = {"mim": "mask", "mapet_single_stream": "next", "causal": "next"}.get(name, "query")
+    return model.head(vit.norm(torch.stack([rows[read, i] for i in range(p)])))
+
+
+TABLED = [name for name in OBJECTIVES if name != "cae"]
+
+
+@pytest.mark.parametrize("c", [0, 1, 5, N - 1])
+@pytest.mark.parametrize("name", TABLED)
+def test_logits_equal_the_row_by_row_program(name, c):
+    model = make(name, c)
+    images, _, permutation = draw()
+    logits = model.predict(images, permutation)
+    for b in range(len(images)):
+        expected = plain_logits(model, name, images[b], permutation[b].tolist(), c)
+        assert torch.allclose(logits[b], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mapet", "pim"])
+def test_separate_query_tokens(name):
+    model = make(name, 4, separate_query=True)
+    images, _, permutation = draw(1)
+    expected = plain_logits(model, name, images[0], permutation[0].tolist(), 4)
+    assert torch.allclose(model.predict(images, permutation)[0], expected, atol=1e-10)
+
+
+def test_separate_query_tokens_start_as_the_mask_token_and_need_queries():
+    vit = create_vit("vit_tiny_patch16_224", (12, 16), PATCH, 3, {"embed_dim": 16, "depth": 1, "num_heads": 2})
+    model = Pretrainer(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query=True)
+    assert torch.equal(model.query_token, model.mask_token)
+    with pytest.raises(MapetError, match="'mim' has no query tokens"):
+        make("mim", 4, separate_query=True)
+
+
+def test_raster_order_from_nothing_is_a_causal_transformer():
+    """timm's own blocks under a triangular mask, the next position added: AIM's and iGPT's control."""
+    model = make("causal", 0)
+    vit = model.vit
+    images, tokens, _ = draw()
+    order = torch.arange(N).expand(2, -1)
+    embedded = vit._pos_embed(vit.patch_embed(images))
+    start = model.mask_token.expand(2, -1, -1)
+    rows = torch.cat([start, embedded[:, 1:-1]], dim=1) + vit.pos_embed[:, 1:]
+    rows = torch.cat([embedded[:, :1], rows], dim=1)
+    for block in vit.blocks:
+        rows = block(rows, attn_mask=torch.ones(1 + N, 1 + N, dtype=torch.bool).tril())
+    logits = model.head(vit.norm(rows[:, 1:]))
+    assert torch.allclose(model.predict(images, order), logits, atol=1e-10)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert torch.allclose(model(images, tokens, order).loss, loss, atol=1e-10)
+
+
+@given(st.sampled_from(TABLED), st.integers(0, N - 1), st.integers(0, N - 1), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
+    """With gradients: what a drawn ratio relies on."""
+    model, made = make(name, other), make(name, c)
+    images, tokens, permutation = draw()
+    for one, given_c in ((model.train(train), c), (made.train(train), None)):
+        one(images, tokens, permutation, given_c).loss.backward()
+    for (key, parameter), same in zip(model.named_parameters(), made.parameters(), strict=True):
+        if key == "mask_token" and name == "causal" and c:
+            assert parameter.grad is None  # only what starts from nothing starts from it
+        else:
+            assert torch.allclose(parameter.grad, same.grad, atol=1e-10), key
+
+
+@pytest.mark.parametrize(("ratio", "c"), [(0.1, 176), (0.5, 98), (0.75, 49), (0.9, 20), (1.0, 0), (0.001, 195)])
+def test_ratios_of_224_px(ratio, c):
+    assert num_context_of(ratio, 196) == c
+
+
+@pytest.mark.parametrize("c", [0, 5, N - 1])
+def test_context_autoencoder(c):
+    """Encoder on visible patches alone, regressor, alignment and decoder, written out with torch's own attention."""
+    model = make("cae", c, ContextAutoencoder)
+    vit = model.vit
+    images, tokens, permutation = draw()
+    loss = model(images, tokens, permutation).loss
+
+    def attention(module, asking, seen):
+        wq, wk, wv = module.qkv.weight.chunk(3)
+        bq, bk, bv = module.qkv.bias.chunk(3)
+
+        def split(x):
+            return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+
+        weights = split(asking @ wq.T + bq) @ split(seen @ wk.T + bk).transpose(2, 3) / math.sqrt(16 / HEADS)
+        return module.proj((weights.softmax(3) @ split(seen @ wv.T + bv)).transpose(1, 2).flatten(2))
+
+    def encode(chosen):
+        x = vit._pos_embed(vit.patch_embed(images))
+        x = torch.cat([x[:, :1], torch.stack([x[b, 1 + chosen[b]] for b in range(2)])], dim=1)
+        for block in vit.blocks:
+            x = x + block.ls1(attention(block.attn, block.norm1(x), block.norm1(x)))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return vit.norm(x)
+
+    hidden = permutation[:, c:]
+    latents, wanted = encode(permutation[:, :c]), encode(hidden)[:, 1:].detach()
+    x = model.mask_token + vit.pos_embed[0, 1 + hidden]
+    assert len(model.regressor) == len(model.decoder) == DEPTH
+    for block in model.regressor:
+        normal = block.norm1(x)
+        x = x + block.ls1(attention(block.attn, normal, torch.cat([block.norm1(latents), normal], dim=1)))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    alignment = (x - wanted).square().mean()
+    for block in model.decoder:
+        x = x + block.ls1(attention(block.attn, block.norm1(x), block.norm1(x)))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    logits = model.head(model.decoder_norm(x))
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, hidden).flatten()) + ALIGNMENT * alignment
+    assert torch.allclose(loss, expected, atol=1e-10)
+    assert torch.allclose(model.predict(images, permutation), logits, atol=1e-10)
+    parameters = list(model.parameters())
+    for got, right in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert torch.allclose(got, right, atol=1e-10)
+
+
+def test_context_autoencoder_does_not_see_hidden_patches():
+    model = make("cae", 5, ContextAutoencoder)
+    images, _, permutation = draw(1)
+    changed = images.clone()
+    row, column = divmod(int(permutation[0, 7]), GRID[1])
+    changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3
+    assert torch.equal(model.predict(images, permutation), model.predict(changed, permutation))
+
+
+@pytest.mark.parametrize("name", ["mapet", "mim", "cae"])
+@pytest.mark.parametrize("target", ["pixels", "features"])
+def test_targets_that_are_numbers(name, target):
+    kind = ContextAutoencoder if name == "cae" else Pretrainer
+    model = make(name, 5, kind, target=target)
+    images, _, permutation = draw()
+    if target == "pixels":
+        wanted = normalized_patches(images, GRID)
+    else:
+        wanted = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    prediction = model(images, wanted, permutation)
+    guesses = model.predict(images, permutation)
+    losses = []
+    for b in range(2):
+        for i, patch in enumerate(permutation[b, 5:].tolist()):
+            row, column = divmod(patch, GRID[1])
+            guess = guesses[b, i]
+            if target == "pixels":
+                values = images[b, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+                losses.append((guess - (values - values.mean()) / (values.var() + 1e-6).sqrt()).square().mean())
+            else:
+                feature = wanted[b, patch]
+                losses.append(1 - guess @ feature / (guess.norm() * feature.norm()))
+    expected = torch.stack(losses).mean()
+    if name == "cae":
+        expected = expected + ALIGNMENT * model.autoencode(images, permutation, 5)[1]
+    assert torch.allclose(prediction.loss, expected, atol=1e-10)
+    assert prediction.correct is None
