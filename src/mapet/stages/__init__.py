@@ -16,6 +16,7 @@ from mapet.stages.prepare import prepare
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
 from mapet.stages.run import run
+from mapet.stages.study import study
 from mapet.stages.tokenize import tokenize
 
 STAGES: dict[str, Stage[Any]] = {
@@ -30,4 +31,5 @@ STAGES: dict[str, Stage[Any]] = {
     "finetune": finetune,
     "inspect": inspect,
     "export": export,
+    "study": study,
 }

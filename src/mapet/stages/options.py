@@ -42,5 +42,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 def automatic_workers() -> int:
     """One process a usable core, less the one that computes, from 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(8, cores - 1))
+    return max(1, min(8, usable_cores() - 1))
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

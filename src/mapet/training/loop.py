@@ -243,8 +243,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once."""
+def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once. `then` says what comes first."""
     request = StopRequest()
     old = {}
 
@@ -252,7 +252,7 @@ def stop_signals() -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = signal.Signals(number).name
-        log.warning("%s: saving after this step (again to stop at once)", request.asked)
+        log.warning("%s: %s (again to stop at once)", request.asked, then)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
