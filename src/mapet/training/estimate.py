@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate
@@ -13,10 +14,12 @@ from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.evaluation.features import normalize
 from mapet.model.backbone import create_vit, num_parameters, on_device
-from mapet.model.objective import MAPET
+from mapet.model.objective import MAPET, num_context_of
 from mapet.model.pretrainer import Pretrainer
+from mapet.tokenizer.codebook import load_tokenizer
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import make_teacher
+from mapet.training.build import build_model
 from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
 from mapet.training.step import GradientStep
 
@@ -80,6 +83,26 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
         f"  pretrain       {1 / training:,.0f} images/s, about {_span(epoch)} an epoch, {_span(config.epochs * epoch)} for "
         f"{config.epochs} epochs; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
+
+
+def flops_per_image(config: Any) -> float:
+    """Operations of the student's forward and backward pass for one image, counted by PyTorch as they are computed.
+
+    Args:
+        config: a `PretrainConfig`; of a drawn ratio the mean over its range counts.
+    """
+    model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
+    low, high = config.predict_ratio or (0.0, 0.0)
+    contexts = [model.num_context]
+    if low < high:
+        contexts = [num_context_of(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
+    images = torch.empty(1, model.vit.in_chans, *model.vit.patch_embed.img_size, device="meta")
+    permutation = torch.zeros(1, model.num_patches, dtype=torch.int64, device="meta")
+    numbers = torch.empty(1, model.num_patches, model.head.out_features, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        for c in contexts:
+            model(images, permutation if model.target == "tokens" else numbers, permutation, c).loss.backward()
+    return counter.get_total_flops() / len(contexts)
 
 
 def _seconds(work: Callable[[], Any], compute: Compute) -> float:

@@ -1,0 +1,90 @@
+"""Stage: a grid of pre-training runs, each evaluated alike, and the report that compares them.
+
+`grid` says which cells there are, `cells` runs and evaluates them, `report/study.py` writes what came out.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from mapet.errors import Interrupted
+from mapet.recipe import Config, section, stage, to_yaml
+from mapet.stages.finetune import FinetuneConfig
+from mapet.stages.run import SET_HERE, FitTokenizerOptions, PretrainOptions, TokenizeOptions
+
+log = logging.getLogger("mapet")
+FinetuneOptions = section(FinetuneConfig, SET_HERE | {"scratch", "labels_per_class", "label_share"})
+
+
+class StudyConfig(Config):
+    """Options of `study`, usually a YAML file."""
+
+    images: Path
+    """Folder of images in class folders, or text file of paths: to pre-train on (without labels) and to train probes on."""
+    test_images: Path
+    """Labelled images to test on."""
+    out: Path
+    """Folder of the study; what is done in it already is not done again."""
+    other_test_images: dict[str, Path] = Field(default_factory=dict)
+    """Further test sets of the same classes (out of distribution): name=folder."""
+    tokenizers: dict[str, FitTokenizerOptions] = Field(default_factory=dict)  # type: ignore[valid-type]
+    """name -> options of `fit-tokenizer`."""
+    tokenize: TokenizeOptions = TokenizeOptions()  # type: ignore[valid-type]
+    pretrain: PretrainOptions = PretrainOptions()  # type: ignore[valid-type]
+    finetune: FinetuneOptions = FinetuneOptions()  # type: ignore[valid-type]
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
+    """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
+    seeds: list[NonNegativeInt] = Field([0, 1, 2])
+    """Each cell is run with each: weights, order, views and permutations are those of the seed."""
+    compare: str = "objective"
+    """The varied name whose values are compared in pairs, all else being equal."""
+    equal_compute: bool = True
+    """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
+    labels_per_class: list[PositiveInt] = Field([10])
+    """Fine-tune on so many labels of each class."""
+    full_finetune: bool = False
+    """Fine-tune on all labels as well."""
+    devices: list[str] = Field(["auto"])
+    """One process for each: auto, cuda:0, cuda:1, ...; cpu cpu: two that share the cores (faster, for small models)."""
+    report_only: bool = False
+    """Run nothing: write the report of what is done."""
+
+
+@stage
+def study(config: StudyConfig) -> Path:
+    """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each cell, report; returns the report's folder.
+
+    Example:
+      mapet study study.yaml
+      mapet study study.yaml --devices cuda:0 cuda:1
+      mapet study study.yaml --report-only
+    """
+    from mapet.data.image_list import scan
+    from mapet.evaluation.features import train_and_test
+    from mapet.files import atomic
+    from mapet.stages.study.cells import make_tokenizers, run_cells
+    from mapet.stages.study.grid import cell_folder, grid_cells, with_budgets
+    from mapet.stages.study.summary import write
+
+    cells = grid_cells(config)
+    for name, folder in {"test_images": config.test_images, **config.other_test_images}.items():
+        log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
+    num_images = len(scan(config.images))
+    with atomic(config.out / "study.yaml") as temporary:
+        temporary.write_text(f"# mapet study {config.out / 'study.yaml'}\n{to_yaml(config)}", encoding="utf-8")
+    stopped = None
+    if config.report_only:
+        cells = with_budgets(config, cells)
+    else:
+        broken = make_tokenizers(config, {cell.tokenizer for cell in cells})
+        cells = with_budgets(config, cells)
+        stopped = run_cells(config, cells, broken, num_images)
+    report = write(config, cells, measure=not config.report_only and not stopped)
+    if stopped:
+        done = sum((cell_folder(config, cell) / "result.json").exists() for cell in cells)
+        raise Interrupted(
+            f"stopped by {stopped}: {done} of {len(cells)} cells are done, the others saved. Go on with the same command"
+        )
+    return report

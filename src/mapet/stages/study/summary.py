@@ -1,0 +1,70 @@
+"""What came out of a study: baselines beside the cells, all of it handed to the report."""
+
+import logging
+import statistics
+from pathlib import Path
+
+from mapet.files import read_json, write_json
+from mapet.report.comparison import Cell, Study
+from mapet.report.study import write_report
+from mapet.stages.study import StudyConfig
+from mapet.stages.study.cells import cell_job, evaluate
+from mapet.stages.study.grid import GridCell, cell_folder, file_name
+
+log = logging.getLogger("mapet")
+
+
+def baselines(config: StudyConfig, cells: list[GridCell], measure: bool) -> dict[str, dict[str, float]]:
+    """The same ViT untrained, frozen and fine-tuned from scratch: means over the seeds, for each model of the grid.
+
+    Args:
+        measure: those that are not there yet.
+    """
+    found = {}
+    for cell in cells:
+        model = ", ".join(value for name, value in cell.factors.items() if name in ("model", "model_args"))
+        name, run = f"untrained ViT {model}".strip(), cell_folder(config, cell) / "pretrain"
+        if name in found or not (run / "backbone").exists():
+            continue
+        file = config.out / "baselines" / f"{file_name(name)}.json"
+        if not file.exists() and not measure:
+            continue
+        if not file.exists():
+            log.info("--- %s, frozen and fine-tuned from scratch", name)
+            job = cell_job(config, cell, 0)
+            each = [evaluate(run, job, config.images, s, config.devices[0], pretrained=False) for s in config.seeds]
+            write_json(file, {key: statistics.mean(scores[key] for scores in each) for key in each[0]})
+        found[name] = read_json(file, "study baseline")
+    return found
+
+
+def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
+    """report.html, report.md and report.csv of all cells, done or not."""
+    leaning = [name for name, options in config.tokenizers.items() if getattr(options, "teacher") != "pixels"]  # noqa: B009
+    notes = [
+        f"The tokenizer '{name}' uses a pre-trained teacher ({config.tokenizers[name].teacher}): "  # type: ignore[attr-defined]
+        "what that has seen, labels perhaps, goes into its results."
+        for name in leaning
+    ]
+    notes.append("Operations are the student's, forward and backward; minutes are of training alone, on this machine.")
+    for name, options in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
+        shared = options.model_dump(mode="json", exclude_unset=True)  # type: ignore[attr-defined]
+        notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
+    finished = [_read(config, cell) for cell in cells]
+    title = f"Study of {config.images.name}: {', '.join(config.grid)}"
+    command = f"mapet study {config.out / 'study.yaml'}"
+    study = Study(title, config.compare, finished, baselines(config, cells, measure), notes, command)
+    write_report(study, config.out / "report")
+    done = sum(cell.status == "done" for cell in finished)
+    log.info("%d of %d cells done; report in %s", done, len(cells), config.out / "report" / "report.html")
+    return config.out / "report"
+
+
+def _read(config: StudyConfig, cell: GridCell) -> Cell:
+    folder = cell_folder(config, cell)
+    status, reason, result = "not run", "", {}
+    if (folder / "result.json").exists():
+        status, result = "done", read_json(folder / "result.json", "study cell")
+    elif (folder / "failure.json").exists():
+        status, reason = "failed", read_json(folder / "failure.json", "study cell")["reason"]
+    return Cell(cell.name, cell.factors, cell.seed, cell.budgets, status, reason, **result)

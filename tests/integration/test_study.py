@@ -1,0 +1,151 @@
+"""`mapet study`: which cells there are, real runs of them, failure and Ctrl-C, and what it refuses."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import mapet
+from mapet.cli import main
+from mapet.errors import MapetError
+from mapet.recipe import build
+from mapet.stages.pretrain import PretrainConfig
+from mapet.stages.study import StudyConfig
+from mapet.stages.study.grid import COMPUTE, EPOCHS, grid_cells, with_budgets
+from mapet.training.estimate import flops_per_image
+from tests.conftest import PRETRAIN
+
+PIXELS = {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16}
+SHARED = PRETRAIN | {"epochs": 2, "lr": 3e-3}
+FINETUNE = {"epochs": 1, "batch_size": 32, "views": "center", "workers": 0}
+
+
+def recipe(images, out, **options):
+    given = {"images": str(images), "test_images": str(images), "out": str(out), "tokenizers": {"pixels": PIXELS}}
+    return given | {"pretrain": SHARED, "finetune": FINETUNE, "grid": {"objective": ["mim", "mapet"]}} | options
+
+
+def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_path):
+    """Equal epochs and equal compute, a cell that fails, one seed; the second call has nothing left to run."""
+    out = tmp_path / "study"
+    methods = {"mim": {"objective": "mim"}, "mapet": {"objective": "mapet"}, "bad": {"objective": "mim", "lr": 1e30}}
+    options = recipe(few_digits, out, grid={"method": methods}, compare="method", seeds=[3], devices=["cpu", "cpu"])
+    options["other_test_images"] = {"other writers": str(digits / "test")}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
+    assert main(["study", str(tmp_path / "study.yaml")]) == 0
+    cells = {path.name: path for path in (out / "cells").iterdir()}
+    assert set(cells) == {
+        "mim_seed_3", "mapet_seed_3", "bad_seed_3", "mim_seed_3_3_epochs", "bad_seed_3_3_epochs",
+    }  # fmt: skip
+    result = json.loads((cells["mapet_seed_3"] / "result.json").read_text())
+    assert set(result["scores"]) == {
+        "linear probe", "k-NN", "linear probe on other writers", "k-NN on other writers", "fine-tuned, 10 labels a class",
+    }  # fmt: skip
+    assert all(0 <= score <= 1 for score in result["scores"].values())
+    assert result["epochs"] == 2 and result["seconds"] > 0 and result["curve"][-1]["epoch"] == 2
+    assert result["curve"][-1]["flops"] == result["flops"] > 1e8
+    longer = json.loads((cells["mim_seed_3_3_epochs"] / "result.json").read_text())
+    assert 0.75 < longer["flops"] / result["flops"] < 1.34
+    assert "loss is" in json.loads((cells["bad_seed_3"] / "failure.json").read_text())["reason"]
+    with (out / "report" / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["status"] for row in rows) == ["done", "done", "done", "failed", "failed"]
+    text = (out / "report" / "report.md").read_text()
+    assert "lower --lr" in text and "untrained ViT" in text and "±" not in text  # one seed: no interval
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert main(["study", str(out / "study.yaml")]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    with pytest.raises(MapetError, match=r"was run with other options \(lr: 0.003 -> 0.1\)"):
+        mapet.study(**options | {"pretrain": SHARED | {"lr": 0.1}})
+    assert mapet.study(**options, report_only=True) == out / "report"
+
+
+def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
+    options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False)
+    options["pretrain"] = SHARED | {"epochs": 5000}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mapet", "study", str(tmp_path / "study.yaml")], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "study" / "cells" / "mim_seed_0" / "pretrain" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "stopped by SIGINT: 0 of 2 cells are done" in error and "Traceback" not in error
+    assert list((metrics.parent / "checkpoints").glob("step-*/state.json"))
+    assert not (metrics.parents[1] / "failure.json").exists()
+    assert "not run" in (tmp_path / "study" / "report" / "report.csv").read_text()
+
+
+def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tokenizer_dir):
+    options = recipe(few_digits, tmp_path, seeds=[0, 1])
+    options["grid"] = {"objective": ["mim", "mapet"], "predict_ratio": [0.5, [0.5, 0.9]]}
+    config = build(StudyConfig, options)
+    cells = grid_cells(config)
+    assert len({cell.name for cell in cells}) == 8 and [cell.seed for cell in cells] == [0] * 4 + [1] * 4
+    assert cells[1].factors == {"objective": "mim", "predict_ratio": "0.5 to 0.9"}
+    (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
+    (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
+    budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in with_budgets(config, cells)}
+    assert budgets["mapet, 0.5, seed 0", 2] == (EPOCHS, COMPUTE)  # the dearest of its comparison
+    assert budgets["mim, 0.5, seed 0", 2] == (EPOCHS,)
+    assert budgets["mim, 0.5, seed 0, 3 epochs", 3] == (COMPUTE,)
+
+
+def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_path):
+    """MIM of 16 patches and a class token, counted by hand: linear layers, attention, head; the pixels need no gradient."""
+    given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "num_context": 4, "objective": "mim"}
+    config = build(PretrainConfig, PRETRAIN | given)
+    width, depth = config.model_args["embed_dim"], config.model_args["depth"]
+    words = json.loads((tokenizer_dir / "tokenizer.json").read_text())["vocab_size"]
+    block = 17 * 12 * width**2 + 2 * 17 * 17 * width
+    last = 17 * 2 * width**2 + 12 * 10 * width**2 + 2 * 12 * 17 * width  # only the 12 hidden rows ask
+    embedding = 16 * 4 * width
+    by_hand = 2 * (3 * ((depth - 1) * block + last + 12 * width * words + embedding) - embedding)
+    assert flops_per_image(config) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": {}}, "the grid is empty"),
+        ({"grid": {"objective": []}}, "'objective' has no values"),
+        ({"grid": {"objective": ["mim", "mim"]}}, "'objective' has a value twice"),
+        ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
+        ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare": "m"}, "are the same cell"),
+        ({"grid": {"m": {"a": {"lt": 1}}}, "compare": "m"}, "unknown option 'lt'; did you mean 'lr'"),
+        ({"grid": {"m": {"a": {"lr": -1}}}, "compare": "m"}, "option 'lr'.*greater than 0"),
+        ({"grid": {"tokenizer": ["pixel"]}, "compare": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
+        ({"compare": "ratio"}, "compare: 'ratio' is not varied"),
+        ({"seeds": []}, "seeds: .* none"),
+        ({"seeds": [1, 1]}, "one twice"),
+        ({"tokenizers": {}}, "no tokenizers"),
+        ({"grids": {}}, "unknown option 'grids'; did you mean 'grid'"),
+        ({"tokenizers": {"a": {"vocab": 3}}}, "unknown option 'tokenizers.a.vocab'"),
+        ({"test_images": "nowhere"}, "nowhere does not exist"),
+        ({"images": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_what_a_study_refuses_before_it_writes_anything(options, message, few_digits, tmp_path):
+    with pytest.raises(MapetError, match=message):
+        mapet.study(**recipe(few_digits, tmp_path / "study") | options)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):
+    options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, compare="tokenizer")
+    options["tokenizers"] |= {"too large": PIXELS | {"vocab_size": 10**6}}
+    options["grid"] = {"tokenizer": ["pixels", "too large"]}
+    mapet.study(**options)
+    report = (tmp_path / "study" / "report" / "report.md").read_text()
+    assert "need at least as many patches" in report
+    assert (tmp_path / "study" / "cells" / "pixels_seed_0" / "result.json").exists()
