@@ -1,10 +1,10 @@
 """Statistics of a study: intervals over seeds, paired differences of runs, and what may be said of them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from math import isfinite
+from math import isfinite, nan
 from statistics import fmean, stdev
 
 from mapet.errors import MapetError
@@ -20,52 +20,52 @@ Setting = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One pre-training run of a study.
+    """One pre-training run of a study. Only runs that are done count in the statistics.
 
-    Only runs that are done count in the statistics; the CSV holds what the others left.
+    Attributes:
+        factors: value of each factor but the seed; the same keys in all cells of a study.
+        budgets: the comparisons it belongs to: "equal epochs", "equal compute" or both.
+        status: "done", "failed" (`reason` says why, on one line) or "not run".
+        scores: accuracy (0..1) of each measure.
+        flops, seconds: of the whole pre-training; wall-clock.
+        curve: points of "epoch", "flops", "seconds", and any of "loss", "linear", "knn".
     """
 
     name: str
     factors: dict[str, str]
-    """Without the seed; the same keys in all cells of a study."""
     seed: int
     budgets: tuple[str, ...]
-    """The comparisons it belongs to: "equal epochs", "equal compute" or both."""
     status: str
-    """"done", "failed" or "not run"."""
     reason: str = ""
-    """One line, when failed."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Accuracy (0..1) of each measure."""
     epochs: int | None = None
     flops: float | None = None
-    """Of the whole pre-training."""
     seconds: float | None = None
-    """Wall-clock of pre-training."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Points: "epoch", "flops", "seconds", and any of "loss", "linear", "knn"."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs, and what to print with it."""
+    """A grid of runs, and what to print with it.
+
+    Attributes:
+        compare: the factor whose values are compared in pairs.
+        baselines: accuracies of what was not pre-trained here, by name and measure.
+        notes: sentences to print at the top.
+        command: what repeats the study.
+    """
 
     title: str
     compare: str
-    """The factor whose values are compared in pairs."""
     cells: list[Cell]
     baselines: dict[str, dict[str, float]]
-    """Accuracies of what was not pre-trained here, by name and measure."""
     notes: list[str]
     command: str
 
     def __post_init__(self) -> None:
-        keys = Counter((b, tuple(sorted(c.factors.items())), c.seed) for c in self.cells for b in c.budgets)
-        for (budget, factors, seed), count in keys.items():
-            if self.compare not in dict(factors):
-                raise MapetError(f"study '{self.title}' compares '{self.compare}', but a run has only {dict(factors)}")
-            if count > 1:  # a pair would be ambiguous
-                raise MapetError(f"study '{self.title}' has {count} runs of {dict(factors)}, seed {seed}, at {budget}")
+        keys = Counter((budget, *sorted(c.factors.items()), c.seed) for c in self.cells for budget in c.budgets)
+        if twice := [key for key, count in keys.items() if count > 1]:  # pairs would be ambiguous
+            raise MapetError(f"study '{self.title}' has more than one run of {twice[0]}")
 
     @property
     def budgets(self) -> list[str]:
@@ -82,29 +82,27 @@ class Study:
         return list(dict.fromkeys(cell.factors[self.compare] for cell in self.cells))
 
     @property
-    def other_factors(self) -> list[str]:
-        return [factor for factor in (self.cells[0].factors if self.cells else ()) if factor != self.compare]
-
-    @property
     def settings(self) -> list[Setting]:
         return list(dict.fromkeys(self.setting(cell) for cell in self.cells))
 
+    @property
+    def other_factors(self) -> list[str]:
+        return [factor for factor, _ in self.settings[0]] if self.cells else []
+
     def setting(self, cell: Cell) -> Setting:
-        return tuple((factor, cell.factors[factor]) for factor in self.other_factors)
+        return tuple((factor, cell.factors[factor]) for factor in self.cells[0].factors if factor != self.compare)
 
     def select(self, budget: str, setting: Setting, value: str) -> list[Cell]:
-        """The runs, one a seed, that one row of the report is about."""
-        return [
-            cell
-            for cell in self.cells
-            if budget in cell.budgets and cell.factors[self.compare] == value and self.setting(cell) == setting
-        ]
+        """The runs, one a seed, of one value in one setting."""
+        chosen = [cell for cell in self.cells if budget in cell.budgets and cell.factors[self.compare] == value]
+        return [cell for cell in chosen if self.setting(cell) == setting]
 
     def scores(self, budget: str, setting: Setting, value: str, measure: str) -> dict[int, float]:
-        """Accuracy of each seed that is done."""
-        done = [cell for cell in self.select(budget, setting, value) if cell.status == "done"]
-        found = {cell.seed: cell.scores[measure] for cell in done if measure in cell.scores}
-        return {seed: found[seed] for seed in sorted(found) if isfinite(found[seed])}
+        """Accuracy of each seed that is done, in the order of seeds."""
+        found = sorted(
+            (c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.status == "done"
+        )
+        return {seed: score for seed, score in found if isfinite(score)}
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
         return fmean(values), None
     from scipy import stats  # a second to import
 
-    error = stdev(values) / len(values) ** 0.5
-    return fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
+    return fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
@@ -163,11 +160,10 @@ def paired_t_test(differences: Sequence[float]) -> float | None:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for testing all of them (Holm, 1979: a simple sequentially rejective test procedure)."""
+    """p values corrected for testing all of them (Holm, 1979: a simple sequentially rejective multiple test procedure)."""
     corrected, highest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = highest
+        corrected[i] = highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
     return corrected
 
 
@@ -186,31 +182,37 @@ def paired_differences(study: Study) -> list[Difference]:
                 a, b = (study.scores(budget, setting, value, measure) for value in (first, second))
                 if shared := [seed for seed in a if seed in b]:
                     gaps[setting] = {seed: a[seed] - b[seed] for seed in shared}
-            rows = [((setting,), list(gap.values())) for setting, gap in gaps.items()]
-            if len(gaps) > 1:
-                rows.insert(0, (tuple(gaps), _mean_by_seed(gaps.values())))
-            for i, (settings, values) in enumerate(rows):
-                mean, half_width = mean_and_interval(values)
-                p = paired_t_test(values)
-                width = None if p is None else half_width
+            pooled = [tuple(gaps)] if len(gaps) > 1 else []
+            for settings in [*pooled, *((setting,) for setting in gaps)]:
+                values = _mean_by_seed([gaps[setting] for setting in settings])
+                (mean, width), p = mean_and_interval(values), paired_t_test(values)
+                headline = len(settings) == len(gaps)
+                width = None if p is None else width
                 family.append(
-                    Difference(budget, measure, first, second, settings, len(values), mean, width, p, headline=i == 0)
+                    Difference(budget, measure, first, second, settings, len(values), mean, width, p, headline)
                 )
         corrected = iter(holm([row.p for row in family if row.p is not None]))
         found += [row if row.p is None else replace(row, p_holm=next(corrected)) for row in family]
     return found
 
 
-def _mean_by_seed(scores: Iterable[dict[int, float]]) -> list[float]:
+def _mean_by_seed(scores: Collection[dict[int, float]]) -> list[float]:
     """Mean over settings for each seed that any of them has."""
-    scores = list(scores)
     seeds = sorted({seed for of_setting in scores for seed in of_setting})
     return [fmean(of_setting[seed] for of_setting in scores if seed in of_setting) for seed in seeds]
 
 
-def in_words(setting: Setting) -> str:
-    """'tokenizer pixels, ratio 0.75'."""
-    return ", ".join(f"{factor} {value}" for factor, value in setting)
+def findings(study: Study, differences: list[Difference]) -> list[str]:
+    """What the study says, in sentences: pooled differences, those told apart in a setting, the best settings."""
+    if all(cell.status != "done" for cell in study.cells):
+        return ["No run has finished: there is nothing to compare yet."]
+    if not differences:
+        pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]
+        return pairs + best_values(study)
+    single = [row for row in differences if not row.headline]
+    told = [sentence(row) for row in single if row.verdict in ("higher", "lower")]
+    count = f"Of {len(single)} differences in single settings {len(told)} can be told from nought; the table has all."
+    return [sentence(r) for r in differences if r.headline] + told + [count] * bool(single) + best_values(study)
 
 
 def sentence(row: Difference) -> str:
@@ -218,8 +220,8 @@ def sentence(row: Difference) -> str:
     sign = -1 if row.mean < 0 else 1
     points = f"{100 * abs(row.mean):.1f}"
     gap = "level with" if points == "0.0" else f"{points} points {'above' if sign > 0 else 'below'}"
-    where = f" over {len(row.settings)} settings" if len(row.settings) > 1 else ""
-    where = where or (f" with {in_words(row.settings[0])}" if row.settings[0] else "")
+    where = f"over {len(row.settings)} settings" if len(row.settings) > 1 else f"with {in_words(row.settings[0])}"
+    where = f" {where}" if row.settings[0] else ""
     start = f"At {row.budget}, {row.measure}: {row.first}"
     if row.p_holm is None or row.half_width is None:
         why = "One seed: no interval and" if row.seeds == 1 else f"The same in all {row.seeds} seeds: no spread and"
@@ -231,15 +233,20 @@ def sentence(row: Difference) -> str:
     return f"{start} is {gap} {row.second}{where} ({facts})."
 
 
+def in_words(setting: Setting) -> str:
+    """'tokenizer pixels, ratio 0.75'."""
+    return ", ".join(f"{factor} {value}" for factor, value in setting)
+
+
 def p_value(p: float | None, equals: str = "") -> str:
-    """Three digits, '< 0.001', or a dash where there was no test."""
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+    """Three digits, '< 0.001', or '-' where there was no test."""
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 def best_values(study: Study) -> list[str]:
     """Sentences on where each compared value does best, for each other factor that varies: a description, no test.
 
-    Values of a factor are compared on the seeds and remaining settings that they share, averaged as in pooling.
+    Levels of a factor are compared on the seeds and remaining settings that they share, averaged as in pooling.
     """
     sentences = []
     for budget, measure, factor in product(study.budgets, study.measures, study.other_factors):
@@ -260,18 +267,12 @@ def best_values(study: Study) -> list[str]:
 
 def _highest(levels: dict[str, dict[tuple[Setting, int], float]], shared: set[tuple[Setting, int]]) -> str:
     """'0.75 (0.512; intervals overlap)'."""
-    found = {}
+    found = []
     for level, scores in levels.items():
-        by_setting: dict[Setting, dict[int, float]] = {}
-        for rest, seed in shared:
-            by_setting.setdefault(rest, {})[seed] = scores[rest, seed]
-        found[level] = mean_and_interval(_mean_by_seed(by_setting.values()))
-    highest, width = max(found.values(), key=lambda pair: pair[0])
-    top = [level for level, (mean, _) in found.items() if mean > highest - NO_SPREAD]
-    others = [mean + (half or 0) for level, (mean, half) in found.items() if level not in top]
-    if width is None:
-        remark = "one seed, no interval"
-    else:
-        overlap = len(top) > 1 or max(others) >= highest - width
-        remark = "intervals overlap" if overlap else "intervals do not overlap"
-    return f"{' and '.join(top)} ({highest:.3f}; {remark})"
+        means = _mean_by_seed([{seed: scores[rest, seed]} for rest, seed in sorted(shared)])
+        found.append((*mean_and_interval(means), level))
+    highest, width, _ = max(found, key=lambda entry: entry[0])
+    top = [level for mean, _, level in found if mean > highest - NO_SPREAD]
+    reach = max(mean + (half or 0) for mean, half, level in found if level != top[0])
+    remark = "intervals overlap" if reach >= highest - (width or 0) else "intervals do not overlap"
+    return f"{' and '.join(top)} ({highest:.3f}; {'one seed, no interval' if width is None else remark})"

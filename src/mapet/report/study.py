@@ -3,49 +3,48 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import product
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from mapet.files import atomic
 from mapet.report.comparison import (
     Cell,
     Difference,
-    Setting,
     Study,
-    best_values,
+    findings,
     in_words,
     mean_and_interval,
     p_value,
     paired_differences,
-    sentence,
 )
 
 METHOD = [
-    "Accuracies are means over the seeds that are done; ± is half of a 95 % interval of that mean by Student's t. The number in brackets is the number of seeds. One seed gives no interval.",
-    "A difference is taken seed by seed between runs alike in all else (paired), in percentage points. Its interval and p value are Student's t for paired values, two-sided.",
-    "A difference over several settings is their mean for each seed first, then tested over seeds: the settings of a seed are not independent. Where a run is missing, the mean is over the settings left to that seed.",
-    "p values are corrected by Holm's method over all tests of one budget and one measure. At a corrected p below 0.05 a difference is called higher or lower. Intervals are not corrected, so one may leave out nought while the verdict is 'not told apart'.",
-    "'Not told apart' is not 'equal': few seeds and many tests leave small differences unseen. Where all seeds give the same difference there is no spread to test against, and no test.",
-    "Seeds stand for the chance in pre-training only: images and test set are the same throughout.",
+    "Accuracies are means over finished seeds (their number in brackets) ± half of a 95 % interval of that mean by Student's t.",
+    "A difference is taken seed by seed between runs alike in all else (paired), in percentage points; its interval and "
+    "its two-sided p are those of the paired t-test.",
+    "A difference over several settings is averaged over them for each seed first, then tested over seeds, for the "
+    "settings of a seed are not independent. Where a run is missing, that seed's mean is over the settings left to it.",
+    "p values are corrected by Holm's method over all tests of one budget and one measure. A difference is called higher "
+    "or lower where the corrected p is below 0.05. Intervals are not corrected, so that one may leave out nought and the "
+    "difference still be not told apart.",
+    "'Not told apart' is not 'equal': few seeds and many tests leave small differences unseen.",
+    "Where all seeds give the same difference there is no spread to test against, and no test.",
+    "Seeds stand for the chance in pre-training alone: images and test set stay the same.",
 ]
-COSTS: dict[str, Callable[[Cell], float | None]] = {
-    "epochs": lambda cell: cell.epochs,
-    "PFLOP": lambda cell: cell.flops and cell.flops / 1e15,
-    "minutes": lambda cell: cell.seconds and cell.seconds / 60,
-}
+COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
+"""Column -> attribute of a cell and unit."""
 CURVES = {"loss": "training loss", "linear": "linear probe while training", "knn": "k-NN while training"}
 AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 """Key of a curve's point -> label and unit."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, told apart by the colour-blind; dashes help further."""
+"""Okabe and Ito's (2008), told apart by the colour-blind; the dashes help further."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 INK = "#010203"
-"""What matplotlib draws in the page's own text colour, dark or light."""
+"""What matplotlib draws that the page shall show in its own text colour, dark or light."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c22; --paper: #ffffff; --line: #d5d5dd; --soft: #f3f3f7 }
@@ -63,137 +62,84 @@ figure { margin: 0 }
 svg { max-width: 100%; height: auto }
 """
 
+Block = tuple[str, Any]
+"""("h1" | "h2" | "p" | "pre", text), ("ul", lines), ("table", rows, the first of names), or
+("curves", (title, names of the lines, {caption: SVG}))."""
+Line = list[tuple[float, float]]
+"""Points of one seed."""
+
 
 class Bold(str):
-    """A table entry to stand out."""
-
-
-@dataclass(frozen=True)
-class Text:
-    tag: str
-    """h1, h2, p or pre."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    lines: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """A row of panels, (caption, SVG), one a setting."""
-
-    title: str
-    keys: list[str]
-    panels: list[tuple[str, str]]
-
-
-Line = list[tuple[float, float]]
-"""A curve of one seed."""
-Block = Text | Items | Table | Curves
+    """A table entry that stands out."""
 
 
 def write_report(study: Study, folder: Path) -> None:
     """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
     blocks = _blocks(study)
-    texts = {"report.csv": _csv(study), "report.md": _markdown(blocks), "report.html": _html(study.title, blocks)}
-    for name, text in texts.items():
-        with atomic(folder / name) as temporary:
+    texts = {"csv": _csv(study), "md": _markdown(blocks), "html": _html(study.title, blocks)}
+    for kind, text in texts.items():
+        with atomic(folder / f"report.{kind}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def _blocks(study: Study) -> list[Block]:
     differences = paired_differences(study)
-    blocks: list[Block] = [Text("h1", study.title), Text("pre", study.command)]
-    blocks += [Items(study.notes)] if study.notes else []
-    blocks += [Text("h2", "Findings"), Items(_findings(study, differences))]
+    blocks: list[Block] = [("h1", study.title), ("pre", study.command)]
+    blocks += [("ul", study.notes)] if study.notes else []
+    blocks += [("h2", "Findings"), ("ul", findings(study, differences))]
     for budget in study.budgets:
-        blocks += [
-            Text("h2", f"Accuracy and cost at {budget}"),
-            Text("p", f"Bold: the highest mean of the {study.compare} values in a setting; by itself no finding."),
-            _scores(study, budget),
-        ]
-    if curves := [c for where in product(study.budgets, CURVES, AXES) if (c := _curves(study, *where)).panels]:
-        blocks += [Text("h2", "Learning curves"), Text("p", "Thick: mean over seeds. Thin: single seeds."), *curves]
+        blocks += [("h2", f"Accuracy and cost at {budget}"), ("table", _scores(study, budget))]
+        blocks += [("p", f"Bold: the highest mean of the {study.compare} values in a setting; by itself no finding.")]
+    if curves := [c for of in product(study.budgets, CURVES, AXES) if (c := _curves(study, *of))[2]]:
+        blocks += [("h2", "Learning curves"), ("p", "Thick: mean over seeds. Thin: single seeds.")]
+        blocks += [("curves", row) for row in curves]
     if differences:
-        blocks += [Text("h2", "Paired differences"), _differences(differences)]
-    if missing := [cell for cell in study.cells if cell.status != "done"]:
-        rows = [[cell.name, cell.status, cell.reason or "–"] for cell in missing]
-        blocks += [Text("h2", "Runs without a result"), Table(["run", "status", "reason"], rows)]
-    return [*blocks, Text("h2", "What the intervals and tests are"), Items(METHOD)]
+        blocks += [("h2", "Paired differences"), ("table", _differences(differences))]
+    if missing := [[cell.name, cell.status, cell.reason] for cell in study.cells if cell.status != "done"]:
+        blocks += [("h2", "Runs without a result"), ("table", [["run", "status", "reason"], *missing])]
+    return [*blocks, ("h2", "What the intervals and tests are"), ("ul", METHOD)]
 
 
-def _findings(study: Study, differences: list[Difference]) -> list[str]:
-    if all(cell.status != "done" for cell in study.cells):
-        return ["No run has finished: there is nothing to compare yet."]
-    found = [sentence(row) for row in differences if row.headline]
-    single = [row for row in differences if not row.headline]
-    told = [row for row in single if row.verdict in ("higher", "lower")]
-    found += [sentence(row) for row in told]
-    if single:
-        found.append(
-            f"Of {len(single)} differences in single settings {len(told)} can be told from nought; the table has all."
-        )
-    if not differences:
-        found.append(f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test.")
-    return found + best_values(study)
-
-
-def _scores(study: Study, budget: str) -> Table:
-    others = study.other_factors
-    rows = []
+def _scores(study: Study, budget: str) -> list[list[str]]:
+    rows = [[*study.other_factors, study.compare, *study.measures, *COSTS]]
     for setting in study.settings:
-        chosen = {value: study.select(budget, setting, value) for value in study.values}
         scores = {
-            (value, measure): mean_and_interval(list(found.values()))
+            (value, measure): list(study.scores(budget, setting, value, measure).values())
             for value, measure in product(study.values, study.measures)
-            if (found := study.scores(budget, setting, value, measure))
         }
-        for value, cells in chosen.items():
-            if not cells:
-                continue
-            row = [level for _, level in setting] + [value]
-            for measure in study.measures:
-                rivals = [scores[other, measure][0] for other in study.values if (other, measure) in scores]
-                if (value, measure) not in scores:
-                    row.append("–")
-                    continue
-                mean, width = scores[value, measure]
-                count = len(study.scores(budget, setting, value, measure))
-                text = f"{mean:.3f} ({count})" if width is None else f"{mean:.3f} ± {width:.3f} ({count})"
-                row.append(Bold(text) if len(rivals) > 1 and mean == max(rivals) else text)
-            done = [cell for cell in cells if cell.status == "done"]
-            row += [_mean_cost([cost(cell) for cell in done]) for cost in COSTS.values()]
-            rows.append(row)
+        for value in study.values:
+            if cells := study.select(budget, setting, value):
+                row = [*(level for _, level in setting), value]
+                for measure in study.measures:
+                    rivals = [fmean(own) for other in study.values if (own := scores[other, measure])]
+                    row.append(_accuracy(scores[value, measure], rivals))
+                rows.append(row + [_cost(cells, *cost) for cost in COSTS.values()])
     for name, known in study.baselines.items():
-        blank = [""] * len(others)
-        accuracies = [f"{known[m]:.3f}" if _known(known, m) else "–" for m in study.measures]
-        rows.append([*blank, name, *accuracies, *["–"] * len(COSTS)])
-    return Table([*others, study.compare, *study.measures, *COSTS], rows)
+        accuracies = [
+            _accuracy([known[m]] if _known(known, m) else [], []).removesuffix(" (1)") for m in study.measures
+        ]
+        rows.append([*[""] * len(study.other_factors), name, *accuracies, *["-"] * len(COSTS)])
+    return rows
 
 
-def _mean_cost(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None and isfinite(value)]
-    return "–" if not known else f"{fmean(known):.3g}" if fmean(known) < 1000 else f"{fmean(known):,.0f}"
+def _accuracy(scores: list[float], rivals: list[float]) -> str:
+    """'0.512 ± 0.010 (3)', bold if the highest of several rivals, its own mean among them."""
+    if not scores:
+        return "-"
+    mean, width = mean_and_interval(scores)
+    text = f"{mean:.3f}{'' if width is None else f' ± {width:.3f}'} ({len(scores)})"
+    return Bold(text) if len(rivals) > 1 and mean == max(rivals) else text
 
 
-def _differences(differences: list[Difference]) -> Table:
-    rows = []
-    for row in differences:
-        width = row.half_width
-        interval = "–" if width is None else f"{100 * (row.mean - width):z.1f} to {100 * (row.mean + width):z.1f}"
-        where = f"mean of {len(row.settings)} settings" if len(row.settings) > 1 else in_words(row.settings[0]) or "–"
-        pair, points = f"{row.first} - {row.second}", f"{100 * row.mean:z.1f}"
-        tests = [interval, str(row.seeds), p_value(row.p), p_value(row.p_holm), row.verdict]
-        rows.append([row.budget, row.measure, pair, where, points, *tests])
-    header = [
+def _cost(cells: list[Cell], attribute: str, unit: float) -> str:
+    """Mean over the runs that are done."""
+    values = [value for cell in cells if cell.status == "done" and (value := getattr(cell, attribute)) is not None]
+    mean = fmean(values) / unit if values else nan
+    return "-" if not isfinite(mean) else f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
+
+
+def _differences(differences: list[Difference]) -> list[list[str]]:
+    names = [
         "budget",
         "measure",
         "difference",
@@ -205,45 +151,38 @@ def _differences(differences: list[Difference]) -> Table:
         "p (Holm)",
         "verdict",
     ]
-    return Table(header, rows)
+    rows = [names]
+    for row in differences:
+        where = in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
+        low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
+        interval = "-" if row.half_width is None else f"{low:z.1f} to {high:z.1f}"
+        pair = [row.budget, row.measure, f"{row.first} - {row.second}", where, f"{100 * row.mean:z.1f}"]
+        rows.append([*pair, interval, str(row.seeds), p_value(row.p), p_value(row.p_holm), row.verdict])
+    return rows
 
 
-def _curves(study: Study, budget: str, measure: str, axis: str) -> Curves:
-    title = f"{CURVES[measure]} against {AXES[axis][0]}, {budget}"
-    panels: dict[Setting, dict[str, list[Line]]] = {}
-    for setting, value in product(study.settings, study.values):
-        done = [cell for cell in study.select(budget, setting, value) if cell.status == "done"]
-        lines = [
-            sorted((p[axis] / AXES[axis][1], p[measure]) for p in c.curve if _known(p, axis, measure)) for c in done
-        ]
-        if lines := [line for line in lines if line]:
-            panels.setdefault(setting, {})[value] = lines
-    heights = [y for lines in panels.values() for seeds in lines.values() for line in seeds for _, y in line]
-    drawn = []
-    for setting, lines in panels.items():
-        looks = [(_look(study.values.index(value)), seeds) for value, seeds in lines.items()]
-        drawn.append((in_words(setting), _draw(looks, AXES[axis][0], CURVES[measure], (min(heights), max(heights)))))
-    return Curves(title, study.values, drawn)
+def _curves(study: Study, budget: str, measure: str, axis: str) -> tuple[str, list[str], dict[str, str]]:
+    """Title, names of the lines, and a panel of SVG for each setting that has a curve; all with the same heights."""
+    label, unit = AXES[axis]
+    found: dict[str, list[tuple[int, Line]]] = {}
+    for setting, (i, value) in product(study.settings, enumerate(study.values)):
+        for cell in study.select(budget, setting, value):
+            line = sorted((point[axis] / unit, point[measure]) for point in cell.curve if _known(point, axis, measure))
+            if line and cell.status == "done":
+                found.setdefault(in_words(setting), []).append((i, line))
+    heights = [y for lines in found.values() for _, line in lines for _, y in line]
+    panels = {where: _draw(lines, label, CURVES[measure], min(heights), max(heights)) for where, lines in found.items()}
+    return f"{CURVES[measure].capitalize()} against {label}, {budget}", study.values, panels
 
 
 def _known(numbers: dict[str, float], *keys: str) -> bool:
-    return all(key in numbers and isfinite(numbers[key]) for key in keys)
+    return all(isfinite(numbers.get(key, nan)) for key in keys)
 
 
-def _look(i: int) -> tuple[str, tuple[int, ...]]:
-    """Colour and dashes of the i-th compared value."""
-    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+def _draw(lines: list[tuple[int, Line]], xlabel: str, ylabel: str, low: float, high: float) -> str:
+    """SVG of the lines of seeds, each with the number of its value, and of their mean over the part that all have.
 
-
-def _draw(
-    lines: list[tuple[tuple[str, tuple[int, ...]], list[Line]]], xlabel: str, ylabel: str, heights: tuple[float, float]
-) -> str:
-    """One panel as SVG: a mean over the part that all seeds have, and each seed, for each look.
-
-    No text of the user's is drawn: matplotlib would read `$` as mathematics and warn of letters its font lacks.
-
-    Args:
-        heights: lowest and highest point of all panels of the row, which share an axis.
+    No text of the user's is drawn: matplotlib would read `$` as mathematics and warn of letters that its font lacks.
     """
     import matplotlib
     import numpy as np
@@ -253,61 +192,59 @@ def _draw(
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mapet", **colors}):
         figure = Figure(figsize=(4, 2.8), layout="constrained")
         axis = figure.subplots()
-        for (color, dashes), seeds in lines:
-            xs, ys = zip(*(np.array(line).T for line in seeds), strict=True)
-            grid = np.unique(np.concatenate(xs))
-            grid = grid[(grid >= max(x[0] for x in xs)) & (grid <= min(x[-1] for x in xs))]
-            mean = np.mean([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)], axis=0)
-            for x, y in zip(xs, ys, strict=True):
+        for i in sorted({i for i, _ in lines}):
+            color, dashes = _look(i)
+            seeds = [np.array(line).T for number, line in lines if number == i]
+            for x, y in seeds:
                 axis.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
-            axis.plot(
-                grid, mean, color=color, linewidth=2, linestyle=(0, dashes), marker="." if len(grid) == 1 else None
-            )
-        pad = 0.05 * (heights[1] - heights[0]) or 0.05
-        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(heights[0] - pad, heights[1] + pad))
+            grid = np.unique(np.concatenate([x for x, _ in seeds]))
+            grid = grid[(grid >= max(x[0] for x, _ in seeds)) & (grid <= min(x[-1] for x, _ in seeds))]
+            mean = np.mean([np.interp(grid, x, y) for x, y in seeds], axis=0)
+            axis.plot(grid, mean, color=color, linewidth=2, linestyle=(0, dashes), marker="." if len(grid) == 1 else "")
+        pad = 0.05 * (high - low) or 0.05
+        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(low - pad, high + pad))
         axis.spines[["top", "right"]].set_visible(False)
         file = io.StringIO()
-        metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])  # nothing that changes from call to call
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    svg = file.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
+
+
+def _look(i: int) -> tuple[str, tuple[int, ...]]:
+    """Colour and dashes of the i-th compared value."""
+    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
 
 
 def _csv(study: Study) -> str:
     """One row a run; numbers unrounded, what is not known left empty."""
     file = io.StringIO()
-    file.write("\ufeff")  # without it spreadsheets do not take the file for UTF-8
-    factors = [study.compare, *study.other_factors] if study.cells else []
     writer = csv.writer(file)
-    writer.writerow(
-        ["name", *factors, "seed", "budgets", "status", "reason", "epochs", "flops", "seconds", *study.measures]
-    )
+    factors, costs = [study.compare, *study.other_factors], [attribute for attribute, _ in COSTS.values()]
+    writer.writerow(["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.measures])
     for cell in study.cells:
-        numbers = [cell.epochs, cell.flops, cell.seconds, *(cell.scores.get(measure) for measure in study.measures)]
-        settings = [cell.factors[factor] for factor in factors]
-        writer.writerow(
-            [cell.name, *settings, cell.seed, "; ".join(cell.budgets), cell.status, cell.reason]
-            + ["" if number is None or not isfinite(number) else number for number in numbers]
-        )
-    return file.getvalue()
+        numbers = [*(getattr(cell, cost) for cost in costs), *(cell.scores.get(m) for m in study.measures)]
+        known = ["" if number is None or not isfinite(number) else number for number in numbers]
+        words = [cell.name, *(cell.factors[factor] for factor in factors), cell.seed, "; ".join(cell.budgets)]
+        writer.writerow([*words, cell.status, cell.reason, *known])
+    return "\ufeff" + file.getvalue()  # without this mark spreadsheets do not take it for UTF-8
 
 
 def _markdown(blocks: list[Block]) -> str:
     parts = []
     for block in blocks:
         match block:
-            case Text("pre", text):
+            case "pre", text:
                 parts.append(f"````\n{text}\n````")
-            case Text(tag, text):
-                parts.append({"h1": "# ", "h2": "## "}.get(tag, "") + _plain(text))
-            case Items(lines):
+            case "ul", lines:
                 parts.append("\n".join(f"- {_plain(line)}" for line in lines))
-            case Table(header, rows):
+            case "table", rows:
                 entries = [[f"**{_plain(e)}**" if isinstance(e, Bold) else _plain(e) for e in row] for row in rows]
-                table = [[_plain(name) for name in header], ["---"] * len(header), *entries]
-                parts.append("\n".join(f"| {' | '.join(row)} |" for row in table))
-            case Curves(title):
-                parts.append(f"{_plain(title)}: drawn in report.html.")
+                entries.insert(1, ["---"] * len(rows[0]))
+                parts.append("\n".join(f"| {' | '.join(row)} |" for row in entries))
+            case "curves", (title, _, _):
+                parts.append(f"- {_plain(title)}: drawn in report.html")
+            case tag, text:
+                parts.append({"h1": "# ", "h2": "## ", "p": ""}[tag] + _plain(text))
     return "\n\n".join(parts) + "\n"
 
 
@@ -320,36 +257,36 @@ def _html(title: str, blocks: list[Block]) -> str:
     parts = []
     for number, block in enumerate(blocks):
         match block:
-            case Text(tag, text):
-                parts.append(f"<{tag}>{escape(text)}</{tag}>")
-            case Items(lines):
+            case "ul", lines:
                 parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
-            case Table(header, rows):
-                lines = [_row("th", header), *(_row("td", row) for row in rows)]
-                parts.append(f'<div class="wide"><table>{"".join(lines)}</table></div>')
-            case Curves(caption, keys, panels):
-                parts += [
-                    f"<h3>{escape(caption)}</h3>",
-                    f"<p>{''.join(_key(i, key) for i, key in enumerate(keys))}</p>",
-                ]
-                figures = [
-                    # ids are unique in a drawing, not on the page
-                    f"<figure><figcaption>{escape(where)}</figcaption>"
-                    + re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{number}-{i}-", svg)
-                    + "</figure>"
-                    for i, (where, svg) in enumerate(panels)
-                ]
+            case "table", (names, *rows):
+                body = "\n".join([_row("th", names), *(_row("td", row) for row in rows)])
+                parts.append(f'<div class="wide"><table>{body}</table></div>')
+            case "curves", (caption, names, panels):
+                parts.append(
+                    f"<h3>{escape(caption)}</h3><p>{''.join(_key(i, name) for i, name in enumerate(names))}</p>"
+                )
+                figures = []
+                for i, (where, svg) in enumerate(panels.items()):
+                    svg = re.sub(
+                        r'(\bid="|url\(#|href="#)', rf"\g<1>d{number}-{i}-", svg
+                    )  # ids are a page's, not a drawing's
+                    figures.append(f"<figure><figcaption>{escape(where)}</figcaption>{svg}</figure>")
                 parts.append(f'<div class="panels">{"".join(figures)}</div>')
+            case tag, text:
+                parts.append(f"<{tag}>{escape(text)}</{tag}>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
+    page = [
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>',
+        *parts,
+        "</body></html>\n",
+    ]
+    return "\n".join(page)
 
 
 def _row(tag: str, entries: list[str]) -> str:
     texts = [f"<b>{escape(entry)}</b>" if isinstance(entry, Bold) else escape(entry) for entry in entries]
-    return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>\n"
+    return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
 
 
 def _key(i: int, name: str) -> str:
