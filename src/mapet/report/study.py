@@ -115,9 +115,7 @@ def _scores(study: Study, budget: str) -> list[list[str]]:
                     row.append(_accuracy(scores[value, measure], rivals))
                 rows.append(row + [_cost(cells, *cost) for cost in COSTS.values()])
     for name, known in study.baselines.items():
-        accuracies = [
-            _accuracy([known[m]] if _known(known, m) else [], []).removesuffix(" (1)") for m in study.measures
-        ]
+        accuracies = [f"{known[measure]:.3f}" if _known(known, measure) else "-" for measure in study.measures]
         rows.append([*[""] * len(study.other_factors), name, *accuracies, *["-"] * len(COSTS)])
     return rows
 
@@ -139,19 +137,8 @@ def _cost(cells: list[Cell], attribute: str, unit: float) -> str:
 
 
 def _differences(differences: list[Difference]) -> list[list[str]]:
-    names = [
-        "budget",
-        "measure",
-        "difference",
-        "setting",
-        "points",
-        "95 % interval",
-        "seeds",
-        "p",
-        "p (Holm)",
-        "verdict",
-    ]
-    rows = [names]
+    names = ["budget", "measure", "difference", "setting", "points"]
+    rows = [[*names, "95 % interval", "seeds", "p", "p (Holm)", "verdict"]]
     for row in differences:
         where = in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
         low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
