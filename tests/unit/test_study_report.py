@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -36,13 +36,13 @@ def study(cells, **changed):
     return Study(compare="objective", cells=cells, **(known | changed))
 
 
-def simulated(settings, seeds=3, effect=0.0, *, rng):
+def simulated(count, seeds=3, effect=0.0, *, rng):
     """Seeds that shift all their runs alike, settings that differ, runs with noise of their own."""
     luck = rng.normal(0, 0.02, seeds)
     return study(
         [
             cell(name, seed, 0.5 + 0.05 * i + luck[seed] + gain + rng.normal(0, 0.01), ratio=f"0.{i}", curve=CURVE)
-            for i, (name, gain), seed in product(range(settings), (("mapet", effect), ("pim", 0)), range(seeds))
+            for i, (name, gain), seed in product(range(count), (("mapet", effect), ("pim", 0)), range(seeds))
         ]
     )
 
@@ -80,6 +80,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
 def test_interval_is_students(values):
     mean, half_width = mean_and_interval(values)
@@ -102,6 +103,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_corrects_upwards_and_keeps_the_order(p):
     corrected = holm(p)
@@ -144,15 +146,15 @@ def test_best_value_of_a_factor_is_over_what_all_its_values_share():
     )
 
 
-@pytest.mark.parametrize("settings", [1, 4])
-def test_false_verdicts_are_as_rare_as_promised(settings):
+@pytest.mark.parametrize("count", [1, 4])
+def test_false_verdicts_are_as_rare_as_promised(count):
     rng = np.random.default_rng(5)
     wrong = sum(
-        any(row.verdict in ("higher", "lower") for row in paired_differences(simulated(settings, rng=rng)))
+        any(row.verdict in ("higher", "lower") for row in paired_differences(simulated(count, rng=rng)))
         for _ in range(400)
     )
     assert wrong / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
-    assert paired_differences(simulated(settings, 8, effect=0.05, rng=rng))[0].verdict == "higher"
+    assert paired_differences(simulated(count, 8, effect=0.05, rng=rng))[0].verdict == "higher"
 
 
 def test_report_says_the_same_in_all_three(tmp_path):
