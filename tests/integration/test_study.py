@@ -21,7 +21,7 @@ from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 
 PIXELS = {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16}
-SHARED = PRETRAIN | {"epochs": 2, "lr": 3e-3}
+SHARED = {name: value for name, value in PRETRAIN.items() if name != "device"} | {"lr": 3e-3}
 FINETUNE = {"epochs": 1, "batch_size": 32, "views": "center", "workers": 0}
 
 
@@ -40,7 +40,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert main(["study", str(tmp_path / "study.yaml")]) == 0
     cells = {path.name: path for path in (out / "cells").iterdir()}
     assert set(cells) == {
-        "mim_seed_3", "mapet_seed_3", "bad_seed_3", "mim_seed_3_3_epochs", "bad_seed_3_3_epochs",
+        "mim_seed_3", "mapet_seed_3", "bad_seed_3", "mim_seed_3_4_epochs", "bad_seed_3_4_epochs",
     }  # fmt: skip
     result = json.loads((cells["mapet_seed_3"] / "result.json").read_text())
     assert set(result["scores"]) == {
@@ -49,7 +49,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert all(0 <= score <= 1 for score in result["scores"].values())
     assert result["epochs"] == 2 and result["seconds"] > 0 and result["curve"][-1]["epoch"] == 2
     assert result["curve"][-1]["flops"] == result["flops"] > 1e8
-    longer = json.loads((cells["mim_seed_3_3_epochs"] / "result.json").read_text())
+    longer = json.loads((cells["mim_seed_3_4_epochs"] / "result.json").read_text())
     assert 0.75 < longer["flops"] / result["flops"] < 1.34
     assert "loss is" in json.loads((cells["bad_seed_3"] / "failure.json").read_text())["reason"]
     with (out / "report" / "report.csv").open(newline="") as file:

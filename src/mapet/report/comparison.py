@@ -168,7 +168,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def paired_differences(study: Study) -> list[Difference]:
-    """Every pair of compared values, pooled and in each setting; corrected over all tests of a budget and measure.
+    """Every pair of compared values, pooled and in each setting.
+
+    Corrected over the tests of a budget and measure: the pooled rows (the questions a study is made for) among
+    themselves, those of single settings among themselves.
 
     Pooled: the mean difference over the settings first, seed by seed, so that the settings of a seed do not count as
     independent. A pair with one setting has no pooled row: it would be the same test twice.
@@ -191,8 +194,11 @@ def paired_differences(study: Study) -> list[Difference]:
                 family.append(
                     Difference(budget, measure, first, second, settings, len(values), mean, width, p, headline)
                 )
-        corrected = iter(holm([row.p for row in family if row.p is not None]))
-        found += [row if row.p is None else replace(row, p_holm=next(corrected)) for row in family]
+        corrected = {
+            headline: iter(holm([row.p for row in family if row.p is not None and row.headline == headline]))
+            for headline in (True, False)
+        }
+        found += [row if row.p is None else replace(row, p_holm=next(corrected[row.headline])) for row in family]
     return found
 
 

@@ -28,7 +28,8 @@ METHOD = [
     "its two-sided p are those of the paired t-test.",
     "A difference over several settings is averaged over them for each seed first, then tested over seeds, for the "
     "settings of a seed are not independent. Where a run is missing, that seed's mean is over the settings left to it.",
-    "p values are corrected by Holm's method over all tests of one budget and one measure. A difference is called higher "
+    "p values are corrected by Holm's method over the tests of one budget and one measure: differences over several "
+    "settings among themselves, those of single settings among themselves. A difference is called higher "
     "or lower where the corrected p is below 0.05. Intervals are not corrected, so that one may leave out nought and the "
     "difference still be not told apart.",
     "'Not told apart' is not 'equal': few seeds and many tests leave small differences unseen.",

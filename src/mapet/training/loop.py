@@ -126,7 +126,8 @@ def train(config: Any) -> Path:
                         log.info("epoch %d: %s", epoch, Meter.line(metrics))
                     must_be_finite(metrics["loss"], "loss", step, lr)
                 if probe and epoch_ended and probe.due(epoch, config.epochs):
-                    scores = probe(model.vit)
+                    with meter.not_counted():
+                        scores = probe(model.vit)
                     run.record(step, scores)
                     log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
                 due = time.monotonic() - saved > 60 * config.save_minutes

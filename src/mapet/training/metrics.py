@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,13 @@ class Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Time spent within is no time of training."""
+        before = time.monotonic()
+        yield
+        self._started += time.monotonic() - before
 
     def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
         correct = torch.zeros_like(prediction.loss)

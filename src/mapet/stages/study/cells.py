@@ -1,6 +1,7 @@
 """Running a study's cells, each in a process of its own, and evaluating them all alike."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -124,8 +125,9 @@ def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:
     code = "import sys; from mapet.stages.study.cells import run_cell; sys.exit(run_cell(*sys.argv[1:]))"
     with (folder / "log.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), device, str(threads)],
+            [sys.executable, "-c", code, str(folder), device],
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},  # scikit-learn's threads too, or they fight
         )  # fmt: skip
 
 
@@ -141,14 +143,11 @@ def _note_end(config: StudyConfig, cell: GridCell, status: int) -> None:
         log.warning("%s failed: %s", cell.name, read_json(folder / "failure.json", "study cell")["reason"])
 
 
-def run_cell(folder_name: str, device: str, threads: str) -> int:
+def run_cell(folder_name: str, device: str) -> int:
     """Pre-train, evaluate, write result.json, or failure.json with the reason; the exit status of its process."""
     import fcntl
     import traceback
 
-    import torch
-
-    torch.set_num_threads(int(threads))
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
         try:
@@ -176,8 +175,6 @@ def evaluate(
     run: Path, job: dict[str, Any], images: Path, seed: int, device: str, pretrained: bool = True
 ) -> dict[str, float]:
     """Frozen features judged by linear probe and k-NN on every test set, and fine-tuning."""
-    import torch
-
     from mapet.compute import Compute
     from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
     from mapet.evaluation.features import extract_features, train_and_test

@@ -3,6 +3,7 @@
 import logging
 import statistics
 from pathlib import Path
+from typing import Any
 
 from mapet.files import read_json, write_json
 from mapet.report.comparison import Cell, Study
@@ -40,15 +41,16 @@ def baselines(config: StudyConfig, cells: list[GridCell], measure: bool) -> dict
 
 def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
     """report.html, report.md and report.csv of all cells, done or not."""
-    leaning = [name for name, options in config.tokenizers.items() if getattr(options, "teacher") != "pixels"]  # noqa: B009
+    tokenizers: dict[str, Any] = config.tokenizers
+    teachers = {name: options.teacher for name, options in tokenizers.items()}
     notes = [
-        f"The tokenizer '{name}' uses a pre-trained teacher ({config.tokenizers[name].teacher}): "  # type: ignore[attr-defined]
-        "what that has seen, labels perhaps, goes into its results."
-        for name in leaning
+        f"The tokenizer '{name}' uses a pre-trained teacher ({teacher}): what that has seen, labels perhaps, goes into its results."
+        for name, teacher in teachers.items()
+        if teacher != "pixels"
     ]
     notes.append("Operations are the student's, forward and backward; minutes are of training alone, on this machine.")
     for name, options in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
-        shared = options.model_dump(mode="json", exclude_unset=True)  # type: ignore[attr-defined]
+        shared = options.model_dump(mode="json", exclude_unset=True)
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
     finished = [_read(config, cell) for cell in cells]
     title = f"Study of {config.images.name}: {', '.join(config.grid)}"
