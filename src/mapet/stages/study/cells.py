@@ -175,6 +175,8 @@ def evaluate(
     run: Path, job: dict[str, Any], images: Path, seed: int, device: str, pretrained: bool = True
 ) -> dict[str, float]:
     """Frozen features judged by linear probe and k-NN on every test set, and fine-tuning."""
+    import torch
+
     from mapet.compute import Compute
     from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
     from mapet.evaluation.features import extract_features, train_and_test
