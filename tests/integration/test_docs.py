@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import mapet
 from mapet import cli
+from mapet.model.backbone import create_vit
+from mapet.model.context_autoencoder import ContextAutoencoder
+from mapet.model.objective import CAE, OBJECTIVES
+from mapet.model.pretrainer import Pretrainer
 from mapet.recipe import build, read_recipe
 from mapet.stages import STAGES
+from mapet.stages.study import StudyConfig
+from mapet.stages.study.grid import grid_cells
+from mapet.training.estimate import training_flops
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+
+OTHERS_NEED = {"pretrain": ", tokenizer: c", "study": ", test_images: c, grid: {objective: [mim, mapet]}"}
 
 
 def commands() -> list[str]:
@@ -34,10 +44,8 @@ def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
     stand_in.config_type = STAGES[name].config_type
     stand_in.__doc__ = STAGES[name].__doc__
     monkeypatch.setitem(STAGES, name, stand_in)
-    if words and words[0].startswith("runs/") and words[0].endswith(".yaml"):  # a run's own recipe
-        (tmp_path / "own.yaml").write_text(
-            "{images: a, out: b, tokenizer: c}" if name == "pretrain" else "{images: a, out: b}"
-        )
+    if words and words[0].endswith(".yaml") and not (ROOT / words[0]).exists():  # a recipe of the reader's
+        (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
         words[0] = str(tmp_path / "own.yaml")
     monkeypatch.chdir(ROOT)
     cli.run_stage(name, words)
@@ -50,7 +58,10 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_builds(recipe):
-    build(STAGES["run"].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"})
+    name = recipe.stem.partition("_")[0]
+    stage = name if name in STAGES else "run"
+    more = {"finetune": {"backbone": "c"}, "study": {"test_images": "c"}}.get(stage, {})
+    build(STAGES[stage].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"} | more)
 
 
 def test_readme_python(run_dir, monkeypatch, tmp_path):
@@ -64,6 +75,25 @@ def test_readme_python(run_dir, monkeypatch, tmp_path):
     exec(code[0], scope)
     assert scope["features"].shape == (2, 17, 32)
     assert scope["model"].num_classes == 10
+
+
+def test_readme_study():
+    """The README's study file is one."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    cells = grid_cells(build(StudyConfig, yaml.safe_load(text)))
+    assert len(cells) == 3 * 3 * 3
+
+
+def test_objectives_page_names_every_objective_and_its_cost():
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    costs = {}
+    for name, objective in OBJECTIVES.items():
+        vit = create_vit("vit_base_patch16_224", (224, 224))
+        model = ContextAutoencoder(vit, 8192, 49) if objective is CAE else Pretrainer(vit, 8192, objective, 49)
+        costs[name] = training_flops(model.to("meta").train(), [49])
+    for name, cost in costs.items():
+        (row,) = re.findall(rf"^\| `{name}` .*\|$", text, flags=re.M)
+        assert float(row.split("|")[-2]) == pytest.approx(cost / costs["mim"], abs=0.006), name
 
 
 def test_every_stage_is_in_the_readme_and_the_api():

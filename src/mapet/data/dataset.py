@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mapet.data.augment import seeded
 from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 from mapet.data.order import OrderKind, draw_order
@@ -75,6 +76,7 @@ class ViewDataset(Dataset[Sample]):
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
         jitter: strength of colour jitter of `Sample.image` (never of the teacher's). A sample holds its three factors;
             they are applied with normalization, on the device: see `evaluation.features.normalize`.
+        augment: changes `Sample.image` further; draws from the global generators, which are seeded for it.
     """
 
     images: ImageList
@@ -86,6 +88,7 @@ class ViewDataset(Dataset[Sample]):
     grid: tuple[int, int] | None = None
     order: OrderKind = "random"
     jitter: float = 0.0
+    augment: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
 
     def __len__(self) -> int:
@@ -100,7 +103,14 @@ class ViewDataset(Dataset[Sample]):
         In turn with decoders, the same draws take three times as long: each finds its code gone from the caches.
         """
         draws = [self._draw(number, index) for number, index in positions]
-        return [sample._replace(**self._pixels(sample.image_index, number)) for sample, number in draws]
+        samples = [sample._replace(**self._pixels(sample.image_index, number)) for sample, number in draws]
+        return samples if self.augment is None else list(map(self._augmented, samples, positions))
+
+    def _augmented(self, sample: Sample, position: tuple[int, int]) -> Sample:
+        if self.augment is None or sample.image is None:
+            return sample
+        with seeded(self.seed, self.images.key(position[1]), position[0]):
+            return sample._replace(image=self.augment(sample.image))
 
     def _draw(self, number: int, index: int) -> tuple[Sample, int]:
         """A sample without pixels, and the number of its view."""

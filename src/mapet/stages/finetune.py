@@ -35,6 +35,10 @@ class FinetuneConfig(Views, BadImages, Device):
     """Images a step; automatic: a tenth of the images, from 8 to 512 (128 on a CPU)."""
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512)."""
+    min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Passes with a rising learning rate; automatic: a tenth."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's."""
     layer_decay: float | None = Field(None, gt=0, le=1)
@@ -45,6 +49,14 @@ class FinetuneConfig(Views, BadImages, Device):
     """Share of the target spread over all classes."""
     color_jitter: NonNegativeFloat = 0.0
     """Strength of brightness, contrast and saturation jitter."""
+    rand_augment: str | None = None
+    """RandAugment in timm's words, e.g. rand-m9-mstd0.5-inc1 (the released recipe's); pictures of 1 or 3 channels."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of Mixup: pairs of images and labels are blended."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of CutMix: a box of one image is laid into another; with both, each batch has one or the other."""
+    random_erasing: float = Field(0.0, ge=0, le=1)
+    """Share of images in which a random box becomes noise."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
     precision: Precision = "auto"

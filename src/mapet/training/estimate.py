@@ -96,6 +96,11 @@ def flops_per_image(config: Any) -> float:
     contexts = [model.num_context]
     if low < high:
         contexts = [num_context_of(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
+    return training_flops(model, contexts)
+
+
+def training_flops(model: Pretrainer, contexts: list[int]) -> float:
+    """The same of a model on the meta device: the mean over passes with these c."""
     images = torch.empty(1, model.vit.in_chans, *model.vit.patch_embed.img_size, device="meta")
     permutation = torch.zeros(1, model.num_patches, dtype=torch.int64, device="meta")
     numbers = torch.empty(1, model.num_patches, model.head.out_features, device="meta")

@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 from mapet.compute import Compute
+from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
+from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, normalize, train_and_test
-from mapet.model.backbone import load_backbone, on_device
+from mapet.model.backbone import load_backbone, on_device, pixel_stats
 from mapet.training.optim import make_optimizer, make_schedule
 
 log = logging.getLogger("mapet")
@@ -41,12 +45,21 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
     sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
     lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
-    schedule = make_schedule(optimizer, len(sampler), len(sampler) // 10, min_lr=1e-6)
+    warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
+    schedule = make_schedule(optimizer, len(sampler), round(warmup * sampler.steps_per_epoch), config.min_lr)
     height, width = vit.patch_embed.img_size
     spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
-        train.images, spec, vit.in_chans, image_size=(height, width), jitter=config.color_jitter, seed=config.seed
+        train.images,
+        spec,
+        vit.in_chans,
+        image_size=(height, width),
+        jitter=config.color_jitter,
+        augment=augmentation(config, vit),
+        seed=config.seed,
     )
+    blend = mixup(config, len(train.classes))
+    erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device) if config.random_erasing else None
     quarantine = Quarantine(train.images, config.max_bad)
     labels = torch.from_numpy(train.labels)
     log.info(
@@ -65,16 +78,39 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
             quarantine.add(batch.bad)
             if batch.image is not None:
                 schedule.step_update(step)
+                pixels = normalize(compute.to(batch.image), vit.in_chans, batch.jitter)
+                targets = compute.to(labels[batch.image_index])
+                smoothing = config.label_smoothing
+                with seeded(config.seed, step):
+                    if erase:
+                        pixels = erase(pixels)
+                    if blend and len(pixels) > 1:  # in pairs; shares of classes, already smoothed
+                        even = len(pixels) // 2 * 2
+                        (pixels, targets), smoothing = blend(pixels[:even], targets[:even]), 0.0
                 with compute.autocast():
-                    logits = vit(normalize(compute.to(batch.image), vit.in_chans, batch.jitter))
-                loss = F.cross_entropy(
-                    logits.float(), compute.to(labels[batch.image_index]), label_smoothing=config.label_smoothing
-                )
+                    logits = vit(pixels)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             bar.update()
     return vit, accuracy(vit, test, compute, config.num_workers), train
+
+
+def augmentation(config: Any, vit: VisionTransformer) -> Any:
+    """RandAugment of the training images, or None."""
+    if config.rand_augment is None:
+        return None
+    if vit.in_chans != 3:
+        raise MapetError(f"--rand-augment is for RGB images, this ViT takes {vit.in_chans} channels: leave it out")
+    return rand_augment(config.rand_augment, vit.patch_embed.img_size, pixel_stats(3)[0])
+
+
+def mixup(config: Any, num_classes: int) -> Mixup | None:
+    """timm's Mixup and CutMix, as in the released recipe; None if neither is wanted."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
 
 
 @torch.inference_mode()
