@@ -11,16 +11,19 @@ from typing import Any
 
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_json, write_json
-from mapet.recipe import build
+from mapet.recipe import build, differences
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
 from mapet.stages.options import usable_cores
 from mapet.stages.pretrain import PretrainConfig, pretrain
-from mapet.stages.study import StudyConfig
+from mapet.stages.study import FinetuneOptions, StudyConfig
 from mapet.stages.study.grid import GridCell, cell_folder, pretrain_config
 from mapet.stages.tokenize import tokenize
 
 log = logging.getLogger("mapet")
+COMPARED = ("num_images", "test_images", "other_test_images", "labels_per_class")
+PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher"})
+"""Options that may differ when a cell goes on: the study may have moved."""
 
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
@@ -102,20 +105,13 @@ def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, 
 
 
 def _refuse_other(folder: Path, job: dict[str, Any]) -> None:
+    """A cell that was begun goes on as it was, or not at all."""
     if not (folder / "pretrain").exists():
         return
     old = read_json(folder / "cell.json", "study cell")
-    changed = [
-        f"{part}: {old.get(part)} -> {job[part]}"
-        if not isinstance(job[part], dict)
-        else ", ".join(
-            f"{key}: {old[part].get(key)} -> {job[part].get(key)}"
-            for key in sorted({*old[part], *job[part]})
-            if old[part].get(key) != job[part].get(key)
-        )
-        for part in job
-        if old.get(part) != job[part]
-    ]
+    changed = [f"{part}: {old.get(part)} -> {job[part]}" for part in COMPARED if old.get(part) != job[part]]
+    changed += differences(build(PretrainConfig, old["pretrain"]), build(PretrainConfig, job["pretrain"]), PLACES)
+    changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)
     if changed:
         raise MapetError(f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new --out")
 
