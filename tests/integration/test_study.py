@@ -149,3 +149,14 @@ def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_p
     report = (tmp_path / "study" / "report" / "report.md").read_text()
     assert "need at least as many patches" in report
     assert (tmp_path / "study" / "cells" / "pixels_seed_0" / "result.json").exists()
+
+
+def test_operations_of_drawn_ratios_and_fewer_targets(few_digits, tokenizer_dir, tmp_path):
+    given = PRETRAIN | {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir}
+
+    def cost(**options):
+        return flops_per_image(build(PretrainConfig, given | options))
+
+    assert cost(predict_ratio=0.5) < cost(predict_ratio=[0.5, 0.9]) < cost(predict_ratio=0.9)
+    assert cost(num_targets=3) < cost(num_targets=6) < cost()
+    assert cost(objective="mim", target="pixels") < cost(objective="mim")  # 4 pixels instead of 16 words
