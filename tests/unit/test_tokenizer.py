@@ -152,12 +152,12 @@ def test_automatic_vocabulary(patches, words):
 
 
 def test_health_of_even_and_collapsed_codebooks():
-    even = Health.measure(torch.full((8,), 10), error=0.5, variance=2.0)
+    even = Health.measure(torch.full((8,), 10), error=0.25)
     assert (even.used_codes, even.dead_codes) == (8, 0)
     assert even.perplexity == pytest.approx(8)
     assert even.commonest_share == pytest.approx(1 / 8)
     assert even.quantization_error == pytest.approx(0.25)
-    collapsed = Health.measure(torch.tensor([100, 0, 0, 0]), error=1.0, variance=1.0)
+    collapsed = Health.measure(torch.tensor([100, 0, 0, 0]))
     assert (collapsed.dead_codes, collapsed.perplexity, collapsed.commonest_share) == (3, pytest.approx(1), 1.0)
 
 

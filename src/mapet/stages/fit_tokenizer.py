@@ -1,8 +1,8 @@
-"""Stage: frozen teacher features -> k-means codebook."""
+"""Stage: frozen teacher features -> a codebook of visual words."""
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -29,6 +29,8 @@ class FitTokenizerConfig(Loading, BadImages):
     """Local weights file of the teacher; otherwise timm downloads them."""
     teacher_size: Size | None = None
     """Height and width the teacher sees, pixels; automatic: the model's own."""
+    final_norm: bool = False
+    """Apply the timm model's last normalization to the features as well."""
     layer: int = -1
     """Which of the timm model's intermediate feature maps; -1 is the last."""
     image_size: Size = (224, 224)
@@ -39,6 +41,13 @@ class FitTokenizerConfig(Loading, BadImages):
     """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
     vocab_size: PositiveInt | None = None
     """K, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
+    """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to
+    their signs (lfq). A teacher that brings its own words (vqkd, dalle) keeps them."""
+    pca: PositiveInt | None = None
+    """Principal components that k-means sees instead of the features; automatic: none (fsq and lfq take one a level)."""
+    levels: list[PositiveInt] | None = None
+    """Levels of each component, for fsq; automatic: those the paper recommends for --vocab-size."""
     iterations: PositiveInt = 20
     """Rounds of k-means."""
     restarts: PositiveInt = 1
@@ -63,6 +72,14 @@ class FitTokenizerConfig(Loading, BadImages):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_of_the_quantizer(self) -> "FitTokenizerConfig":
+        if self.levels is not None and self.quantizer != "fsq":
+            raise ValueError("--levels is for --quantizer fsq")
+        if self.pca is not None and self.quantizer != "kmeans":
+            raise ValueError("--pca is for k-means: fsq and lfq take as many components as levels")
+        return self
+
 
 @stage
 def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
@@ -72,6 +89,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --restarts 5
     """
+    import math
+
     import numpy as np
     from tqdm import tqdm
 
@@ -79,11 +98,14 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.data.dataset import Quarantine, ViewDataset
     from mapet.data.image_list import scan
     from mapet.data.views import ViewSpec
+    from mapet.errors import MapetError
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer
     from mapet.tokenizer.extract import sample_features
     from mapet.tokenizer.feature_store import FeatureStore
-    from mapet.tokenizer.kmeans import automatic_vocab_size, kmeans
+    from mapet.tokenizer.fit import fit_kmeans, fit_scalar, use_own
+    from mapet.tokenizer.kmeans import automatic_vocab_size
+    from mapet.tokenizer.quantizer import levels_for
     from mapet.tokenizer.teacher import make_teacher
     from mapet.training.sizing import free_memory
 
@@ -100,9 +122,20 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         config.teacher_size,
         config.layer,
         compute.precision,
+        config.final_norm,
     ).to(compute.device)
-    num_patches = len(images) * teacher.grid[0] * teacher.grid[1]
+    per_image = teacher.grid[0] * teacher.grid[1]
+    num_patches, own, levels = len(images) * per_image, teacher.own_quantizer, config.levels
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
+    if own is not None:
+        if config.model_fields_set & {"vocab_size", "quantizer", "pca", "levels"}:
+            raise MapetError(
+                f"teacher '{config.teacher}' brings its own {own.vocab_size} words: leave out --vocab-size, --quantizer, --pca and --levels"
+            )
+        vocab_size = own.vocab_size
+    elif config.quantizer != "kmeans":
+        levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
+        vocab_size = math.prod(levels)
     log.info(
         "%s images, %s patches, teacher %s at %s px in %s, K = %d",
         f"{len(images):,}",
@@ -117,28 +150,33 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     dataset = ViewDataset(images, ViewSpec(image_size=size), config.channels, teacher_size=teacher.image_size)
     quarantine = Quarantine(images, config.max_bad)
     capacity = min(config.points_per_word * vocab_size, num_patches)
-    memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // 2
-    with FeatureStore(capacity, memory, config.scratch or config.out.parent, compute.device) as points:
-        sample_features(
-            teacher, dataset, order, points, quarantine, compute, config.batch_size, config.num_workers
-        )  # fmt: skip
-        with tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar:
-            centroids, counts, error, variance = kmeans(
-                points, vocab_size, config.iterations, config.restarts, config.seed, compute.dtype,
-                lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
-            )  # fmt: skip
-    health = Health.measure(counts, error, variance)
-    fitting = config.model_dump(
-        mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"}
-    )
+    reading = quarantine, compute, config.batch_size, config.num_workers
+    if own is not None:
+        fitted = use_own(teacher, own, dataset, order[: -(-capacity // per_image)], *reading)
+    else:
+        memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // 2
+        with FeatureStore(capacity, memory, config.scratch or config.out.parent, compute.device) as points:
+            sample_features(teacher, dataset, order, points, *reading)
+            if levels:
+                fitted = fit_scalar(points, levels)
+            else:
+                rounds = config.restarts * config.iterations
+                with tqdm(total=rounds, desc="k-means", unit="round", disable=None) as bar:
+                    fitted = fit_kmeans(
+                        points, vocab_size, config.pca, config.iterations, config.restarts, config.seed, compute.dtype,
+                        lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+                    )  # fmt: skip
+    health = Health.measure(fitted.usage, fitted.relative_error)
+    options = {"vocab_size", "quantizer", "pca", "levels", "iterations", "restarts", "points_per_word", "seed"}
+    fitting = {} if own is not None else config.model_dump(mode="json", include=options)
     fitting |= {
         "images_hash": images.hash,
         "num_images": len(images),
-        "patches": len(points),
-        "mean_squared_distance": error,
+        "patches": health.patches,
+        "mean_squared_distance": fitted.error,
     }
-    tokenizer = Tokenizer(teacher, centroids, describe(teacher, centroids, health, fitting))
-    save_tokenizer(tokenizer, counts, config.out)
+    tokenizer = Tokenizer(teacher, fitted.quantizer, describe(teacher, fitted.quantizer, health, fitting))
+    save_tokenizer(tokenizer, fitted.usage, config.out)
     log.info("codebook: %s", health)
     log.info("saved %s", config.out)
     return tokenizer

@@ -1,6 +1,7 @@
-"""The tokenizer: a teacher and the centroids that its features are named by. On disk: safetensors and JSON."""
+"""The tokenizer: a teacher and the quantizer that names its features. On disk: safetensors and JSON."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, read_json, write_json, write_tensors
-from mapet.tokenizer.kmeans import assign
+from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.teacher import Teacher, is_own_code, make_teacher
 
-CENTROIDS = "codebook.safetensors"
+CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "tokenizer.json"
 FORMAT = 1
 
@@ -30,7 +31,8 @@ class Health:
         dead_codes: codes that none has.
         perplexity: exp of the entropy of code usage; K when all are equally common, 1 when one takes all.
         commonest_share: share of patches that have the commonest code; what always guessing it would score.
-        quantization_error: mean squared distance to the centroid, divided by that to one global mean (0: exact, 1: useless).
+        quantization_error: mean squared distance to the centroid, divided by that to one global mean (0: exact, 1:
+            useless); None where there are no centroids.
         patches: how many patches it was measured on.
     """
 
@@ -38,11 +40,11 @@ class Health:
     dead_codes: int
     perplexity: float
     commonest_share: float
-    quantization_error: float
+    quantization_error: float | None
     patches: int
 
     @classmethod
-    def measure(cls, counts: Int[Tensor, " K"], error: float, variance: float) -> "Health":
+    def measure(cls, counts: Int[Tensor, " K"], error: float | None = None) -> "Health":
         share = counts.double() / counts.sum()
         used = share[share > 0]
         return cls(
@@ -50,39 +52,45 @@ class Health:
             dead_codes=len(counts) - len(used),
             perplexity=float((-(used * used.log()).sum()).exp()),
             commonest_share=float(share.max()),
-            quantization_error=error / variance if variance > 0 else 0.0,
+            quantization_error=error,
             patches=int(counts.sum()),
         )
 
     def __str__(self) -> str:
         total = self.used_codes + self.dead_codes
+        error = (
+            ""
+            if self.quantization_error is None
+            else f"quantization error {self.quantization_error:.3f} of the global mean's, "
+        )
         return (
             f"{self.used_codes} of {total} codes used ({self.dead_codes} dead), perplexity {self.perplexity:.1f}, "
-            f"commonest code {self.commonest_share:.1%} of patches, quantization error {self.quantization_error:.3f} of the "
-            f"global mean's, over {self.patches:,} patches"
+            f"commonest code {self.commonest_share:.1%} of patches, {error}over {self.patches:,} patches"
         )
 
 
 class Tokenizer(nn.Module):
-    """uint8 views -> visual words: the nearest centroid of each patch's teacher feature (k-CLIP in the paper).
+    """uint8 views -> visual words: the teacher's feature of each patch, named by the quantizer (k-CLIP in the paper).
 
     Attributes:
         teacher: None when loaded for its description alone.
-        centroids: (K, F).
         description: everything `tokenizer.json` holds.
     """
 
-    centroids: Tensor
-
-    def __init__(self, teacher: Teacher | None, centroids: Float[Tensor, "K F"], description: dict[str, Any]) -> None:
+    def __init__(self, teacher: Teacher | None, quantizer: Quantizer, description: dict[str, Any]) -> None:
         super().__init__()
         self.teacher = teacher
-        self.register_buffer("centroids", centroids)
+        self.quantizer = quantizer
         self.description = description
 
     @property
+    def centroids(self) -> Float[Tensor, "K d"] | None:
+        """What words stand for, in the quantizer's space; None where they have no centroids."""
+        return self.quantizer.centroids
+
+    @property
     def vocab_size(self) -> int:
-        return len(self.centroids)
+        return self.quantizer.vocab_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -96,7 +104,7 @@ class Tokenizer(nn.Module):
 
     @property
     def hash(self) -> str:
-        """Identity of the codebook: centroids, teacher and its weights."""
+        """Identity of the codebook: quantizer, teacher and its weights."""
         return str(self.description["hash"])
 
     @torch.inference_mode()
@@ -106,40 +114,47 @@ class Tokenizer(nn.Module):
         return self.name_features(self.teacher(images))
 
     def name_features(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
-        """The nearest centroid of each feature."""
-        if features.shape[1] != self.centroids.shape[1]:
-            raise MapetError(
-                f"the teacher gives {features.shape[1]} features, the codebook has {self.centroids.shape[1]}"
-            )
+        """The word of each feature."""
         flat = features.permute(0, 2, 3, 1)
-        return assign(flat.flatten(0, 2), self.centroids)[0].view(flat.shape[:3])
+        return self.quantizer(flat.flatten(0, 2)).view(flat.shape[:3])
 
 
-def describe(teacher: Teacher, centroids: Tensor, health: Health, fitting: dict[str, Any]) -> dict[str, Any]:
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe(teacher: Teacher, quantizer: Quantizer, health: Health, fitting: dict[str, Any]) -> dict[str, Any]:
     """The content of `tokenizer.json`."""
-    content = hashlib.sha256(centroids.cpu().contiguous().numpy().tobytes()).hexdigest()
-    identity = {"teacher": teacher.settings, "weights_hash": teacher.weights_hash, "centroids_hash": content}
+    content = _hash(quantizer.state_dict())
+    identity = {"teacher": teacher.settings, "weights_hash": teacher.weights_hash, "quantizer_hash": content}
     identity["teacher"] = {key: value for key, value in teacher.settings.items() if key != "checkpoint"}
+    identity["quantizer"] = quantizer.settings
     return {
         "format": FORMAT,
         "hash": canonical_hash(identity),
         "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size),
         "weights_hash": teacher.weights_hash,
-        "centroids_hash": content,
+        "quantizer": quantizer.settings,
+        "quantizer_hash": content,
         "grid": list(teacher.grid),
-        "vocab_size": len(centroids),
-        "feature_size": centroids.shape[1],
+        "vocab_size": quantizer.vocab_size,
+        "feature_size": quantizer.num_features,
         "fitting": fitting,
         "health": asdict(health),
     }
 
 
 def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
-    """Write `codebook.safetensors` (centroids, usage) and `tokenizer.json`, both or neither, as a new folder."""
+    """Write `codebook.safetensors` (the quantizer's tensors, usage) and `tokenizer.json`, both or neither, as a new folder."""
     with atomic(folder) as temporary:
         temporary.mkdir()
-        write_tensors(temporary / CENTROIDS, {"centroids": tokenizer.centroids, "usage": usage})
+        write_tensors(temporary / CODEBOOK, tokenizer.quantizer.state_dict() | {"usage": usage})
         write_json(temporary / DESCRIPTION, tokenizer.description)
 
 
@@ -159,17 +174,18 @@ def load_tokenizer(
     """
     description = read_json(folder / DESCRIPTION, "tokenizer")
     try:
-        centroids = load_file(folder / CENTROIDS)["centroids"]
-        content = hashlib.sha256(centroids.contiguous().numpy().tobytes()).hexdigest()
-        if description["format"] != FORMAT or content != description["centroids_hash"]:
-            raise ValueError("the centroids are not those that tokenizer.json describes")
+        tensors = load_file(folder / CODEBOOK)
+        del tensors["usage"]
+        if description["format"] != FORMAT or _hash(tensors) != description["quantizer_hash"]:
+            raise ValueError("the codebook is not the one that tokenizer.json describes")
+        quantizer = Quantizer(description["quantizer"], tensors)
         settings = dict(description["teacher"])
         name = settings["teacher"]
         _ = description["hash"], description["grid"], description["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
     if not with_teacher:
-        return Tokenizer(None, centroids, description)
+        return Tokenizer(None, quantizer, description)
     if is_own_code(name) and name != allow:
         raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
     if checkpoint:
@@ -183,4 +199,4 @@ def load_tokenizer(
             f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted "
             f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Give the right --teacher-checkpoint or fit again"
         )
-    return Tokenizer(teacher, centroids, description)
+    return Tokenizer(teacher, quantizer, description)

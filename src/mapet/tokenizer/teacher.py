@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
+from mapet.tokenizer.quantizer import Quantizer
 
 PIXELS = "pixels"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -33,6 +34,7 @@ class Teacher(nn.Module):
         settings: what made it, for the codebook's JSON; `make_teacher(**settings)` makes it again. Its precision is one of
             them: in another one about 1 % of the patches get other words, so tokens are always computed in the codebook's.
         weights_hash: sha256 of its parameters, '' if it has none.
+        own_quantizer: how its features are named, if it brings its own words.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Teacher(nn.Module):
         self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
         self.weights_hash = _hash_weights(encoder)
         # Convolutions are faster with channels last; what is no convolution doesn't care.
+        self.own_quantizer = _own_quantizer(encoder)
         self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -70,6 +73,15 @@ class Teacher(nn.Module):
         return features
 
 
+def _own_quantizer(encoder: nn.Module) -> Quantizer | None:
+    """An encoder with a `codebook` (K, F) names its features by cosine (VQ-KD); with `gives_logits`, by the largest."""
+    if words := getattr(encoder, "gives_logits", 0):
+        return Quantizer({"kind": "argmax", "vocab_size": int(words)}, {})
+    if isinstance(codebook := getattr(encoder, "codebook", None), Tensor):
+        return Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": codebook.detach().float()})
+    return None
+
+
 def make_teacher(
     teacher: str,
     student_size: tuple[int, int],
@@ -79,6 +91,7 @@ def make_teacher(
     teacher_size: tuple[int, int] | None = None,
     layer: int = -1,
     precision: str = "float32",
+    final_norm: bool = False,
 ) -> Teacher:
     """A teacher by name.
 
@@ -91,6 +104,7 @@ def make_teacher(
         teacher_size: (h, w) of the views it sees; None: timm's own for that model, else the student's.
         layer: which of timm's intermediate feature maps; -1 is the last.
         precision: of its matrix products, 'float32' or 'bfloat16'.
+        final_norm: apply timm's last normalization to the features (k-CLIP: not). Prefix tokens are always dropped.
 
     Raises:
         MapetError: unknown name or precision, missing or unsafe checkpoint, weights that can't be had.
@@ -104,6 +118,7 @@ def make_teacher(
         "teacher_size": list(teacher_size) if teacher_size else None,
         "layer": layer,
         "precision": precision,
+        "final_norm": final_norm,
     }
     if precision not in ("float32", "bfloat16"):
         raise MapetError(f"unknown precision '{precision}' of teacher '{teacher}': 'float32' or 'bfloat16'")
@@ -115,7 +130,7 @@ def make_teacher(
         encoder = _person_s_encoder(teacher, checkpoint)
         size = teacher_size or getattr(encoder, "image_size", None) or student_size
     else:
-        encoder = _TimmFeatures(teacher, checkpoint, channels, teacher_size, layer)
+        encoder = _TimmFeatures(teacher, checkpoint, channels, teacher_size, layer, final_norm)
         size = encoder.image_size
     return Teacher(encoder, teacher, (int(size[0]), int(size[1])), grid, settings)
 
@@ -138,7 +153,13 @@ class _TimmFeatures(nn.Module):
     std: Tensor
 
     def __init__(
-        self, name: str, checkpoint: str | None, channels: int, size: tuple[int, int] | None, layer: int
+        self,
+        name: str,
+        checkpoint: str | None,
+        channels: int,
+        size: tuple[int, int] | None,
+        layer: int,
+        final_norm: bool,
     ) -> None:
         super().__init__()
         overlay = {"file": _safe_checkpoint(checkpoint), "custom_load": False} if checkpoint else None
@@ -166,7 +187,7 @@ class _TimmFeatures(nn.Module):
         if not hasattr(model, "forward_intermediates"):
             raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
         data = timm.data.resolve_model_data_config(model)
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.final_norm = model, layer, final_norm
         self.image_size: tuple[int, int] = size or tuple(data["input_size"][1:])
         self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
@@ -175,7 +196,9 @@ class _TimmFeatures(nn.Module):
         normal = (images - self.mean) / self.std
         count = len(self.model.feature_info)
         indices = [self.layer if self.layer >= 0 else count + self.layer]
-        return self.model.forward_intermediates(normal, indices=indices, intermediates_only=True, output_fmt="NCHW")[0]
+        return self.model.forward_intermediates(
+            normal, indices=indices, norm=self.final_norm, intermediates_only=True, output_fmt="NCHW"
+        )[0]
 
 
 def _takes_image_size(name: str) -> bool:

@@ -1,0 +1,145 @@
+"""How features are named: centroids behind a projection, rounded components, logits; the same in any batch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+import mapet
+from mapet.errors import MapetError
+from mapet.tokenizer.codebook import load_tokenizer
+from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizer.fit import fit_scalar
+from mapet.tokenizer.quantizer import LEVELS, Quantizer, levels_for, principal_components, project
+
+
+def cloud(count=600, width=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator)
+    return torch.randn(count, width, generator=generator) @ mixing + 5
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_principal_components_are_those_of_numpy(whiten):
+    points = cloud()
+    found = principal_components(FeatureStore.of(points), 4, whiten)
+    stored = points.half().double().numpy()
+    centred = stored - stored.mean(0)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    expected = centred @ directions[:4].T / (spread[:4] / len(points) ** 0.5 if whiten else 1)
+    got = project(points.half().float(), **found).double().numpy()
+    assert np.allclose(np.abs(got), np.abs(expected), atol=0.02 if whiten else 0.1)  # features are kept as float16
+    signs = found["components"].gather(0, found["components"].abs().argmax(0, keepdim=True))
+    assert (signs > 0).all()
+
+
+def test_too_many_components_are_refused():
+    with pytest.raises(MapetError, match="13 principal components of features that are 12 wide"):
+        principal_components(FeatureStore.of(cloud()), 13, whiten=False)
+
+
+@pytest.mark.parametrize("levels", [(8, 8), (2,) * 6, (3, 5, 2)])
+def test_scalar_words_are_levels_of_a_normal_distribution(levels):
+    points = cloud()
+    fitted = fit_scalar(FeatureStore.of(points), levels)
+    quantizer = fitted.quantizer
+    ids = quantizer(points)
+    coordinates = project(points, quantizer.mean, quantizer.components).double().numpy()
+    for row, word in zip(coordinates, ids.tolist(), strict=True):
+        digits = [min(int(norm.cdf(value) * count), count - 1) for value, count in zip(row, levels, strict=True)]
+        expected = 0
+        for digit, count in zip(digits, levels, strict=True):
+            expected = expected * count + digit
+        assert word == expected
+    assert fitted.usage.sum() == len(points) and len(fitted.usage) == np.prod(levels) == quantizer.vocab_size
+    if set(levels) == {2}:
+        assert torch.equal(ids, torch.from_numpy((coordinates >= 0) @ (2 ** np.arange(len(levels))[::-1])))
+    share = fitted.usage.double() / len(points)
+    assert (-(share[share > 0] * share[share > 0].log()).sum()).exp() > 0.6 * len(
+        share
+    )  # normal features fill the levels
+
+
+@pytest.mark.parametrize("kind", ["nearest l2", "nearest cosine", "projected", "projected cosine", "scalar", "argmax"])
+@settings(deadline=None, max_examples=10)
+@given(batch=st.integers(1, 60))
+def test_a_word_does_not_depend_on_the_batch(kind, batch):
+    points = cloud(200)
+    projection = principal_components(FeatureStore.of(points), 3, whiten=False)
+    if kind == "argmax":
+        quantizer = Quantizer({"kind": "argmax", "vocab_size": 12}, {})
+    elif kind == "scalar":
+        quantizer = Quantizer({"kind": "scalar", "levels": [4, 4, 2]}, projection)
+    else:
+        used = projection if "projected" in kind else {}
+        centroids = (project(points, **used) if used else points)[::10]
+        metric = "cosine" if "cosine" in kind else "l2"
+        centroids = torch.nn.functional.normalize(centroids, dim=1) if metric == "cosine" else centroids
+        quantizer = Quantizer({"kind": "nearest", "metric": metric}, {"centroids": centroids, **used})
+    whole = quantizer(points)
+    assert torch.equal(torch.cat([quantizer(part) for part in points.split(batch)]), whole)
+
+
+def test_nearest_by_cosine():
+    points, centroids = cloud(100), torch.nn.functional.normalize(cloud(9, seed=1), dim=1)
+    ids = Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": centroids})(points)
+    expected = (torch.nn.functional.normalize(points.double(), dim=1) @ centroids.double().T).argmax(1)
+    assert torch.equal(ids, expected)
+
+
+def test_levels_make_the_words_they_promise():
+    assert all(np.prod(levels) == number for number, levels in LEVELS.items())
+    assert levels_for(8192, signs=True) == (2,) * 13 and levels_for(512, signs=False) == (8, 8, 8)
+    assert np.prod(levels_for(700, signs=False)) == 512
+    with pytest.raises(MapetError, match="power of two"):
+        levels_for(100, signs=True)
+    with pytest.raises(MapetError, match="at least 64"):
+        levels_for(10, signs=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantizer": "fsq", "vocab_size": 64}, 64),
+        ({"quantizer": "fsq", "levels": [3, 4]}, 12),
+        ({"quantizer": "lfq", "vocab_size": 16}, 16),
+        ({"pca": 2, "vocab_size": 16}, 16),
+    ],
+    ids=str,
+)
+def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_path):
+    """Fitted, saved, loaded, stored; and again from the images."""
+    common = {"images": few_digits, "workers": 0}
+    mapet.fit_tokenizer(out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **common, **options)
+    store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.vocab_size == words == store.vocab_size
+    settings = tokenizer.description["quantizer"]
+    assert settings["kind"] == ("nearest" if "pca" in options else "scalar")
+    from mapet.data.dataset import ViewDataset, collate
+    from mapet.data.image_list import scan
+
+    dataset = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))
+    batch = collate([dataset[0, i] for i in range(7)])
+    assert np.array_equal(tokenizer(batch.teacher_image).flatten(1).numpy(), store.rows[:7, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": [4, 4]}, "--levels is for --quantizer fsq"),
+        ({"quantizer": "lfq", "pca": 3}, "--pca is for k-means"),
+        ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
+        ({"quantizer": "fsq", "levels": [2] * 5}, "5 principal components of features that are 4 wide"),
+        ({"pca": 5}, "5 principal components of features that are 4 wide"),
+    ],
+    ids=str,
+)
+def test_impossible_options(options, message, few_digits, tmp_path):
+    with pytest.raises(MapetError, match=message):
+        mapet.fit_tokenizer(
+            images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, workers=0, **options
+        )
+    assert not (tmp_path / "t").exists()
