@@ -13,10 +13,10 @@ import json
 import logging
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
+from cifar10_data import unpack
 
 import mapet
 from mapet.compute import Compute
@@ -65,13 +65,6 @@ def main() -> None:
     report = table(results, options.teachers)
     (options.out / "results.md").write_text(report)
     print(report)
-
-
-def unpack(data: Path, out: Path) -> Path:
-    if data.suffix == ".zip" and not (out / "cifar10").exists():
-        with zipfile.ZipFile(data) as archive:
-            archive.extractall(out)
-    return out / "cifar10" if data.suffix == ".zip" else data
 
 
 def pretrain(name: str, data: Path, options: argparse.Namespace) -> Path:

@@ -9,11 +9,9 @@ the packages that benchmarks/stand_in.py names.
 
 import argparse
 import os
-import zipfile
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from cifar10_data import changed_test_sets, first_of_each_class, unpack
 
 import mapet
 from mapet.recipe import read_recipe
@@ -28,52 +26,21 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--recipe", type=Path, default=HERE.parent / "recipes" / "study_cifar10.yaml")
     options = parser.parse_args()
+    run_study(options.data, options.out, options.recipe, options.per_class)
+
+
+def run_study(data: Path, out: Path, recipe: Path, per_class: int = 1000) -> Path:
+    """Prepare the images and run a study of that recipe; returns the folder of CIFAR-10."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # for cells: stand_in
-    data = options.data
-    if data.suffix == ".zip":
-        if not (options.out / "cifar10").exists():
-            with zipfile.ZipFile(data) as archive:
-                archive.extractall(options.out)
-        data = options.out / "cifar10"
-    chosen = data / "train" / f"first{options.per_class}.txt"
-    if not chosen.exists():
-        names = [
-            f"{folder.name}/{file.name}"
-            for folder in sorted((data / "train").iterdir())
-            if folder.is_dir()
-            for file in sorted(folder.iterdir())[: options.per_class]
-        ]
-        chosen.write_text("\n".join(names) + "\n")
-    others = {name: changed(data / "test", options.out / name, change) for name, change in CHANGES.items()}
+    data = unpack(data, out)
     mapet.study(
-        **read_recipe(options.recipe),
-        images=chosen,
+        **read_recipe(recipe),
+        images=first_of_each_class(data, per_class),
         test_images=data / "test",
-        other_test_images=others,
-        out=options.out,
+        other_test_images=changed_test_sets(data, out),
+        out=out,
     )
-
-
-def grey(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-
-
-def noise(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return pixels + rng.normal(0, 20, pixels.shape)
-
-
-CHANGES = {"grey": grey, "noise": noise}
-
-
-def changed(test: Path, out: Path, change, per_class: int = 200) -> Path:  # type: ignore[no-untyped-def]
-    """The first test images of each class, changed, as PNG."""
-    rng = np.random.default_rng(0)
-    for folder in sorted(path for path in test.iterdir() if path.is_dir()):
-        (out / folder.name).mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.iterdir())[:per_class]:
-            pixels = change(np.asarray(Image.open(file).convert("RGB"), dtype=float), rng)
-            Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(out / folder.name / f"{file.stem}.png")
-    return out
+    return data
 
 
 if __name__ == "__main__":

@@ -33,6 +33,24 @@ class StandIn(nn.Module):
         return x
 
 
+def untrained(checkpoint: str | None) -> nn.Module:
+    """The same network with random weights, always the same ones: features of chance, as a control."""
+    network = efficientnet_lite0(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (2 / weight[0].numel()) ** 0.5)
+            else:
+                weight.fill_(1.0 if name.endswith("weight") else 0.0)
+        for name, value in network.named_buffers():
+            if name.endswith("running_mean"):
+                value.zero_()
+            elif name.endswith("running_var"):
+                value.fill_(1.0)
+    return network
+
+
 def efficientnet_lite0(checkpoint: str | None) -> nn.Module:
     """The encoder; without a checkpoint, with the weights of the installed package."""
     if checkpoint is None:
