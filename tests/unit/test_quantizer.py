@@ -1,7 +1,11 @@
 """How features are named: centroids behind a projection, rounded components, logits; the same in any batch."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from mapet.tokenizer.codebook import load_tokenizer
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.fit import fit_scalar
 from mapet.tokenizer.quantizer import LEVELS, Quantizer, levels_for, principal_components, project
+from mapet.tokenizer.teacher import takes_image_size
 
 
 def cloud(count=600, width=12, seed=0):
@@ -143,3 +148,19 @@ def test_impossible_options(options, message, few_digits, tmp_path):
             images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, workers=0, **options
         )
     assert not (tmp_path / "t").exists()
+
+
+def test_teachers_of_the_docs_have_the_grid_and_features_they_promise():
+    """On the meta device: shapes alone."""
+    text = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)`.* \| (\d+) \| (\d+) \|$", text, flags=re.M)
+    assert len(rows) >= 8
+    for name, size, features in rows:
+        size = int(size)
+        other = takes_image_size(name) and timm.models.get_pretrained_cfg(name).input_size[-1] != size
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **({"img_size": (size, size)} if other else {})).eval()
+            image = torch.empty(1, 3, size, size)
+        last = [len(model.feature_info) - 1]
+        (found,) = model.forward_intermediates(image, indices=last, intermediates_only=True, output_fmt="NCHW")
+        assert found.shape == (1, int(features), 14, 14), name

@@ -171,7 +171,7 @@ class _TimmFeatures(nn.Module):
         try:
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None
             own = tuple(config.input_size[1:]) if config else None
-            resized = {"img_size": size} if size and size != own and _takes_image_size(name) else {}
+            resized = {"img_size": size} if size and size != own and takes_image_size(name) else {}
             # With the classifier it comes with: without one timm loads loosely, and a wrong file would pass unnoticed.
             model = timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **resized
@@ -201,7 +201,7 @@ class _TimmFeatures(nn.Module):
         )[0]
 
 
-def _takes_image_size(name: str) -> bool:
+def takes_image_size(name: str) -> bool:
     return name.startswith(("vit_", "deit", "eva", "beit", "swin", "naflexvit", "flexivit", "samvit", "xcit"))
 
 

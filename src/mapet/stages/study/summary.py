@@ -48,6 +48,9 @@ def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
         for name, teacher in teachers.items()
         if teacher != "pixels"
     ]
+    notes.append(
+        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch."
+    )
     notes.append("Operations are the student's, forward and backward; minutes are of training alone, on this machine.")
     for name, options in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
         shared = options.model_dump(mode="json", exclude_unset=True)
