@@ -2,10 +2,11 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mapet.errors import MapetError
 from mapet.recipe import Size, stage
 from mapet.stages.options import BadImages, Loading, Precision
 
@@ -43,6 +44,12 @@ class FitTokenizerConfig(Loading, BadImages):
     """Rounds of k-means."""
     restarts: PositiveInt = 1
     """Runs of k-means, of which the best is kept (the paper: 5)."""
+    start: Literal["random", "k-means++"] = "random"
+    """First centroids: random patches, or patches that k-means++ spreads, which costs about 1/32 of a round."""
+    batch_points: PositiveInt | None = None
+    """Patches that a round of k-means visits (mini-batches; the last round visits all); automatic: all."""
+    metric: Literal["l2", "cosine"] = "l2"
+    """What nearest means: by distance, or by angle (spherical k-means)."""
     points_per_word: PositiveInt = 512
     """Most patches for each visual word used in fitting."""
     seed: NonNegativeInt = 0
@@ -54,6 +61,8 @@ class FitTokenizerConfig(Loading, BadImages):
     of what is free."""
     scratch: Path | None = None
     """Folder for the scratch file, which goes away by itself; automatic: beside `out`."""
+    resume: bool = False
+    """Go on with k-means where it was interrupted; features are computed again, and checked to be the same."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
@@ -88,6 +97,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.training.sizing import free_memory
 
     new_folder(config.out, create=False)
+    checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
+    if checkpoint.exists() and not config.resume:
+        raise MapetError(f"{checkpoint} holds an interrupted fit: go on with --resume, or delete it to begin again")
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     size = config.image_size
@@ -126,10 +138,14 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
             centroids, counts, error, variance = kmeans(
                 points, vocab_size, config.iterations, config.restarts, config.seed, compute.dtype,
                 lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+                start=config.start, batch_points=config.batch_points, metric=config.metric, checkpoint=checkpoint,
             )  # fmt: skip
     health = Health.measure(counts, error, variance)
     fitting = config.model_dump(
-        mode="json", include={"vocab_size", "iterations", "restarts", "points_per_word", "seed"}
+        mode="json",
+        include={
+            "vocab_size", "iterations", "restarts", "points_per_word", "seed", "start", "batch_points", "metric"
+        },  # fmt: skip
     )
     fitting |= {
         "images_hash": images.hash,
@@ -139,6 +155,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     }
     tokenizer = Tokenizer(teacher, centroids, describe(teacher, centroids, health, fitting))
     save_tokenizer(tokenizer, counts, config.out)
+    checkpoint.unlink(missing_ok=True)
     log.info("codebook: %s", health)
     log.info("saved %s", config.out)
     return tokenizer
