@@ -141,12 +141,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
                 start=config.start, batch_points=config.batch_points, metric=config.metric, checkpoint=checkpoint,
             )  # fmt: skip
     health = Health.measure(counts, error, variance)
-    fitting = config.model_dump(
-        mode="json",
-        include={
-            "vocab_size", "iterations", "restarts", "points_per_word", "seed", "start", "batch_points", "metric"
-        },  # fmt: skip
-    )
+    kept = {"vocab_size", "iterations", "restarts", "points_per_word", "seed", "start", "batch_points", "metric"}
+    fitting = config.model_dump(mode="json", include=kept)
     fitting |= {
         "images_hash": images.hash,
         "num_images": len(images),

@@ -1,6 +1,7 @@
 """K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans_state import State, load_state, save_state
 from mapet.tokenizer.points import ROWS, Metric, Points, even_sample
 
+log = logging.getLogger("mapet")
 Start = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
@@ -227,8 +229,9 @@ def kmeans(
             if progress:
                 progress(error)
     except KeyboardInterrupt:
-        if checkpoint:
+        if checkpoint and state.rounds:
             save_state(checkpoint, call, state)
+            log.warning("k-means: %d of %d rounds saved in %s", state.rounds, restarts * iterations, checkpoint)
         raise
     centroids = shards.allowed(state.best + mean)
     exact = Assignment(centroids)
