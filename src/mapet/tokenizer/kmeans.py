@@ -187,10 +187,10 @@ def kmeans(
     Raises:
         MapetError: more clusters than points, a process without points, or a checkpoint that is damaged or of another call.
     """
-    if isinstance(points, Tensor):
-        points = FeatureStore.of(points)
     if not int(processes.stacked(torch.tensor(len(points))).min()):
         raise MapetError("k-means needs at least one point in each process")
+    if isinstance(points, Tensor):
+        points = FeatureStore.of(points)
     shards = Points(points, metric)
     if num_clusters > len(shards):
         raise MapetError(
@@ -231,7 +231,8 @@ def kmeans(
     except KeyboardInterrupt:
         if checkpoint and state.rounds:
             save_state(checkpoint, call, state)
-            log.warning("k-means: %d of %d rounds saved in %s", state.rounds, restarts * iterations, checkpoint)
+            if processes.rank() == 0:
+                log.warning("k-means: %d of %d rounds saved in %s", state.rounds, restarts * iterations, checkpoint)
         raise
     centroids = shards.allowed(state.best + mean)
     exact = Assignment(centroids)
@@ -422,13 +423,13 @@ def _accepted(
 ) -> Bool[Tensor, " m"]:
     """Which of the points drawn in proportion to `squared` to take, one after the other."""
     rows = drawn.cpu().double()
-    between = torch.cdist(rows, rows).square()
-    left, accepted = squared.clone(), torch.zeros(len(rows), dtype=torch.bool)
-    for index, share in enumerate(random.random(len(rows))):
-        if share * squared[index] < left[index]:
+    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()  # equal points: 0
+    left, accepted = squared.numpy().copy(), np.zeros(len(rows), dtype=bool)
+    for index, limit in enumerate(random.random(len(rows)) * left):
+        if limit < left[index]:
             accepted[index] = True
-            left = torch.minimum(left, between[index]).masked_fill_((rows == rows[index]).all(1), 0)
-    return processes.of_the_first(accepted)
+            np.minimum(left, between[index], out=left)
+    return processes.of_the_first(torch.from_numpy(accepted))
 
 
 def automatic_vocab_size(num_patches: int) -> int:
