@@ -82,12 +82,12 @@ def reserve(file: IO[bytes], size: int, path: Path) -> None:
         raise MapetError(f"cannot reserve {size:,} bytes for {path}: {error.strerror}") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in place; call it inside `atomic`."""
     from safetensors.torch import save_file
 
     with naming_the_cause(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def write_json(path: Path, value: Any) -> None:

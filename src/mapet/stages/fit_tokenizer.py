@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mapet.errors import MapetError
 from mapet.recipe import Size, stage
 from mapet.stages.options import BadImages, Loading, Precision
 
@@ -52,6 +53,12 @@ class FitTokenizerConfig(Loading, BadImages):
     """Rounds of k-means."""
     restarts: PositiveInt = 1
     """Runs of k-means, of which the best is kept (the paper: 5)."""
+    start: Literal["random", "k-means++"] = "random"
+    """First centroids: random patches, or patches that k-means++ spreads, which costs about 1/32 of a round."""
+    batch_points: PositiveInt | None = None
+    """Patches that a round of k-means visits (mini-batches; the last round visits all); automatic: all."""
+    metric: Literal["l2", "cosine"] = "l2"
+    """What nearest means: by distance, or by angle (spherical k-means)."""
     points_per_word: PositiveInt = 512
     """Most patches for each visual word used in fitting."""
     seed: NonNegativeInt = 0
@@ -63,6 +70,8 @@ class FitTokenizerConfig(Loading, BadImages):
     of what is free."""
     scratch: Path | None = None
     """Folder for the scratch file, which goes away by itself; automatic: beside `out`."""
+    resume: bool = False
+    """Go on with k-means where it was interrupted; features are computed again, and checked to be the same."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
@@ -98,7 +107,6 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.data.dataset import Quarantine, ViewDataset
     from mapet.data.image_list import scan
     from mapet.data.views import ViewSpec
-    from mapet.errors import MapetError
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer
     from mapet.tokenizer.extract import sample_features
@@ -110,6 +118,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet.training.sizing import free_memory
 
     new_folder(config.out, create=False)
+    checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
+    if checkpoint.exists() and not config.resume:
+        raise MapetError(f"{checkpoint} holds an interrupted fit: go on with --resume, or delete it to begin again")
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     size = config.image_size
@@ -163,11 +174,14 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
                 rounds = config.restarts * config.iterations
                 with tqdm(total=rounds, desc="k-means", unit="round", disable=None) as bar:
                     fitted = fit_kmeans(
-                        points, vocab_size, config.pca, config.iterations, config.restarts, config.seed, compute.dtype,
-                        lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+                        points, vocab_size, config.pca, config.metric,
+                        iterations=config.iterations, restarts=config.restarts, seed=config.seed, dtype=compute.dtype,
+                        progress=lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+                        start=config.start, batch_points=config.batch_points, checkpoint=checkpoint,
                     )  # fmt: skip
     health = Health.measure(fitted.usage, fitted.relative_error)
     options = {"vocab_size", "quantizer", "pca", "levels", "iterations", "restarts", "points_per_word", "seed"}
+    options |= {"start", "batch_points", "metric"}
     fitting = {} if own is not None else config.model_dump(mode="json", include=options)
     fitting |= {
         "images_hash": images.hash,
@@ -177,6 +191,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     }
     tokenizer = Tokenizer(teacher, fitted.quantizer, describe(teacher, fitted.quantizer, health, fitting))
     save_tokenizer(tokenizer, fitted.usage, config.out)
+    checkpoint.unlink(missing_ok=True)
     log.info("codebook: %s", health)
     log.info("saved %s", config.out)
     return tokenizer

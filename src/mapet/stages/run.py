@@ -86,7 +86,7 @@ def run(config: RunConfig) -> Path:
     teacher = fitting.teacher
     own_code = teacher if is_own_code(teacher) else None
     if not tokenizer.exists():
-        do(fit_tokenizer, out=tokenizer)
+        do(fit_tokenizer, out=tokenizer, resume=True)
     do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
     if not backbone.exists():
         begun = (pretrained / "config.yaml").exists()

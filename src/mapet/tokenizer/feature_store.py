@@ -127,12 +127,22 @@ class FeatureStore:
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
         """The float32 rows at `indices`."""
+        return self._take(indices).float() / self.scale
+
+    def select(self, indices: Int[Tensor, " m"]) -> "FeatureStore":
+        """A store of the rows at `indices` alone, in memory whatever their size."""
+        part = FeatureStore(len(indices), self.memory, self.scratch, self.device)
+        part.count, part.num_features, part.scale = len(indices), self.num_features, self.scale
+        part._rows = self._take(indices)
+        return part
+
+    def _take(self, indices: Tensor) -> Tensor:
         if self._rows is not None:
-            return self._rows[indices.to(self.device)].float() / self.scale
+            return self._rows[indices.to(self.device)]
         rows = torch.empty(len(indices), self.num_features, dtype=torch.float16)
         for place, index in enumerate(indices.tolist()):
             self._read(index, rows[place : place + 1])
-        return rows.to(self.device).float() / self.scale
+        return rows.to(self.device)
 
     def _read(self, start: int, into: Tensor) -> Tensor:
         """Rows from `start` on. Read, not mapped: a map of the whole file would count as this process's memory."""

@@ -1,7 +1,7 @@
 """Making a quantizer from a sample of features, or taking the one that a teacher brings along."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,8 @@ from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, make_loader
 from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.kmeans import ROWS, kmeans
+from mapet.tokenizer.kmeans import kmeans
+from mapet.tokenizer.points import ROWS, Metric
 from mapet.tokenizer.quantizer import Quantizer, principal_components, project
 from mapet.tokenizer.teacher import Teacher
 
@@ -32,26 +33,16 @@ class Fitted(NamedTuple):
     relative_error: float | None = None
 
 
-def fit_kmeans(
-    points: FeatureStore,
-    vocab_size: int,
-    pca: int | None,
-    iterations: int,
-    restarts: int,
-    seed: int,
-    dtype: torch.dtype,
-    progress: Callable[[float], None],
-) -> Fitted:
-    """K-means centroids, of the features or of their first `pca` principal components; see `kmeans`."""
+def fit_kmeans(points: FeatureStore, vocab_size: int, pca: int | None, metric: Metric, **options: Any) -> Fitted:
+    """K-means centroids of the features or of their first `pca` principal components; `options` are those of `kmeans`."""
     projection = principal_components(points, pca, whiten=False) if pca else {}
     with FeatureStore(len(points), points.memory, points.scratch, points.device) as projected:
         if projection:
             for _, block in points.blocks(ROWS):
                 projected.append(project(block, **projection))
-        centroids, usage, error, variance = kmeans(
-            projected if projection else points, vocab_size, iterations, restarts, seed, dtype, progress
-        )
-    quantizer = Quantizer({"kind": "nearest", "metric": "l2"}, {"centroids": centroids, **projection})
+        clustered = projected if projection else points
+        centroids, usage, error, variance = kmeans(clustered, vocab_size, metric=metric, **options)
+    quantizer = Quantizer({"kind": "nearest", "metric": metric}, {"centroids": centroids, **projection})
     return Fitted(quantizer, usage, error, error / variance if variance > 0 else 0.0)
 
 

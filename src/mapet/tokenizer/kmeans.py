@@ -1,22 +1,34 @@
-"""L2 k-means in torch: seeded, restarted, streamed, empty clusters re-seeded."""
+"""K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
 
+import hashlib
+import logging
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mapet import processes
 from mapet.errors import MapetError
 from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizer.kmeans_state import State, load_state, save_state
+from mapet.tokenizer.points import ROWS, Metric, Points, even_sample
 
-ROWS = 2048
-"""Points at a time: their table of distances to 8192 centroids takes 32 MB in bfloat16."""
+log = logging.getLogger("mapet")
+Start = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
 UNSURE = 2.0**-18
 """Float32 products of other shapes may differ by this share of the norms; distances closer than that are told apart in float64."""
+SAMPLE = 16
+"""Points for each centroid that k-means++ chooses among."""
+PATIENCE = 10
+"""A mini-batch centroid is dead when so many times K points went by and it won none: one of average share wins so many."""
 
 
 class Distances:
@@ -142,90 +154,282 @@ def kmeans(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[float], None] | None = None,
+    *,
+    start: Start = "random",
+    batch_points: int | None = None,
+    metric: Metric = "l2",
+    checkpoint: Path | None = None,
+    save_every: float = 60,
 ) -> Clusters:
-    """Lloyd's algorithm from randomly sampled points; the best of `restarts` runs.
+    """Lloyd's algorithm or its mini-batch form; the best of `restarts` runs.
 
     Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
     points may be larger than memory.
 
+    If the caller has initialised torch.distributed, each process gives a shard of the points and makes the same call; all
+    return the same clusters, those of the points together.
+
     Args:
+        iterations: rounds of a run, at least one.
         dtype: of the products while centroids move; bfloat16 is faster and costs about 0.03 % of error. Sums and means are
             float32 (on CUDA added in no fixed order: repeats may differ in the last bits), counts and error those of the
             exact float32 assignment at the end.
         progress: called after each iteration with the mean squared distance.
+        start: 'random' points, or 'k-means++': see `plus_plus_start`.
+        batch_points: how many points a round visits, of all processes (Sculley 2010). The last round of a run visits all,
+            which puts each centroid in the middle of its points and says what the run's error is. None: all rounds do.
+        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); error and
+            variance are squared distances there, 2 - 2 cos.
+        checkpoint: file that the state is saved to, by rank 0, for the same call to go on from, to the bit; all processes
+            must see it. It stays when the work is done.
+        save_every: seconds between saves; the state is also saved on Ctrl-C.
 
     Raises:
-        MapetError: more clusters than points.
+        MapetError: more clusters than points, a process without points, or a checkpoint that is damaged or of another call.
     """
-    if num_clusters > len(points):
-        raise MapetError(
-            f"K = {num_clusters} visual words need at least as many patches, but there are {len(points)}: lower --vocab-size"
-        )
+    if not int(processes.stacked(torch.tensor(len(points))).min()):
+        raise MapetError("k-means needs at least one point in each process")
     if isinstance(points, Tensor):
         points = FeatureStore.of(points)
-    mean, variance = _moments(points)
-    best: tuple[Tensor, float] | None = None
-    for restart in range(restarts):
-        centroids = points.take(starting_points(len(points), num_clusters, seed, restart)) - mean
-        error = variance
-        for _ in range(iterations):
-            centroids, error = _lloyd(points, mean, variance, centroids, dtype)
+    shards = Points(points, metric)
+    if num_clusters > len(shards):
+        raise MapetError(
+            f"K = {num_clusters} visual words need at least as many patches, but there are {len(shards)}: lower --vocab-size"
+        )
+    mean, variance = _moments(shards)
+    state = State.fresh(num_clusters, len(mean), shards.device)
+    call = {
+        "vocab_size": num_clusters, "iterations": iterations, "restarts": restarts, "seed": seed, "precision": str(dtype),
+        "start": start, "batch_points": batch_points, "metric": metric, "processes": processes.number(),
+    }  # fmt: skip
+    if checkpoint:
+        call["points"] = _digest(shards, mean, variance)
+        state = load_state(checkpoint, call, state)
+    saved = time.monotonic()
+    try:
+        while state.rounds < restarts * iterations:
+            restart, number = divmod(state.rounds, iterations)  # random choices depend on these and the seed alone
+            _, _, best_error, centroids, best, visits, idle = state
+            if number == 0:
+                choose = random_start if start == "random" else plus_plus_start
+                centroids = shards.take(choose(shards, num_clusters, seed, restart)) - mean
+                visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
+            last = number == iterations - 1
+            if last or batch_points is None or batch_points >= len(shards):
+                centroids, error = _lloyd(shards, mean, variance, centroids, dtype)
+            else:
+                batch = even_sample(len(shards), batch_points, np.random.default_rng([seed, restart, number]))
+                centroids, error, visits, idle = _mini_batch(shards, batch, mean, centroids, visits, idle, dtype)
+            if last and error < best_error:
+                best_error, best = error, centroids
+            state = State(state.rounds + 1, error, best_error, centroids, best, visits, idle)
+            if checkpoint and time.monotonic() - saved >= save_every:
+                save_state(checkpoint, call, state)
+                saved = time.monotonic()
             if progress:
                 progress(error)
-        if best is None or error < best[1]:
-            best = centroids, error
-    assert best is not None
-    centroids = best[0] + mean
+    except KeyboardInterrupt:
+        if checkpoint and state.rounds:
+            save_state(checkpoint, call, state)
+            if processes.rank() == 0:
+                log.warning("k-means: %d of %d rounds saved in %s", state.rounds, restarts * iterations, checkpoint)
+        raise
+    centroids = shards.allowed(state.best + mean)
     exact = Assignment(centroids)
-    counts, total = torch.zeros(num_clusters, dtype=torch.int64), 0.0
-    for _, block in points.blocks(ROWS):
+    counts, total = torch.zeros(num_clusters, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for _, block in shards.blocks():
         ids, distances = exact(block)
         counts += torch.bincount(ids, minlength=num_clusters).cpu()
         total += float(distances.sum())
-    return Clusters(centroids, counts, total / len(points), variance)
+    return Clusters(centroids, processes.total(counts), float(processes.total(total)) / len(shards), variance)
 
 
-def starting_points(num_points: int, num_clusters: int, seed: int, restart: int = 0) -> Int[Tensor, " K"]:
-    """The points that are the first centroids."""
-    generator = torch.Generator().manual_seed(seed * 1009 + restart)
-    return torch.randperm(num_points, generator=generator)[:num_clusters]
-
-
-def _moments(points: FeatureStore) -> tuple[Float[Tensor, " F"], float]:
+def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
     """The mean of the points and their mean squared distance to it."""
     shift = points.take(torch.tensor([0]))[0]  # near the mean, against cancellation
-    first, second = torch.zeros(len(shift), dtype=torch.float64), 0.0
-    for _, block in points.blocks(ROWS):
+    first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for _, block in points.blocks():
         block -= shift
         first += block.sum(0).cpu()
         second += 2 * float(_half_norms(block).sum())
-    mean = first / len(points)
-    return shift + mean.to(shift), max(0.0, second / len(points) - float(mean.square().sum()))
+    mean = processes.total(first) / len(points)
+    variance = float(processes.total(second)) / len(points) - float(mean.square().sum())
+    return processes.of_the_first(shift + mean.to(shift)), max(0.0, variance)
 
 
-def _lloyd(
-    points: FeatureStore, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "K F"], float]:
-    """One round: the means of the clusters, and the mean squared distance of their points to them.
+def _digest(points: Points, mean: Tensor, variance: float) -> str:
+    """Tells other points from these: by their number, moments and 1,024 rows."""
+    rows = points.take(even_sample(len(points), 1024, np.random.default_rng(0)))
+    content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
+    return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
 
-    An empty cluster moves to the worst-served points, one each.
+
+class Visit(NamedTuple):
+    """Points among their nearest centroids; all processes' but for the last, which each has of its own points.
+
+    Attributes:
+        sums: (K, F) of the points nearest to each centroid, less the mean.
+        counts: (K,) of them.
+        served: (n,) half the squared distance of each point, in the products' precision.
     """
+
+    sums: Tensor
+    counts: Tensor
+    served: Tensor
+
+
+def _visit(points: Points, mean: Tensor, centroids: Tensor, dtype: torch.dtype, batch: Tensor | None = None) -> Visit:
     distances_to = Distances(centroids, dtype)
     sums = torch.zeros_like(centroids)
     counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
-    served = torch.empty(len(points), dtype=dtype, device=centroids.device)
-    for start, block in points.blocks(ROWS):
+    size = len(points.store) if batch is None else len(points.own(batch))
+    served = torch.empty(size, dtype=dtype, device=centroids.device)
+    for start, block in points.blocks(batch):
         block -= mean
         ids, served[start : start + len(block)], _ = nearest(distances_to(block))
         sums.index_add_(0, ids, block)
         counts += torch.bincount(ids, minlength=len(centroids))
-    updated = sums / counts.clamp_min(1)[:, None]
-    # Steiner: what the means explain of the variance is no longer error.
-    explained = float((counts * updated.square().sum(1)).sum()) / len(points)
-    empty = (counts == 0).nonzero().flatten()
-    if len(empty):
-        updated[empty] = points.take(served.topk(len(empty)).indices) - mean
-    return updated, max(0.0, variance - explained)
+    return Visit(processes.total(sums), processes.total(counts), served)
+
+
+def _lloyd(
+    points: Points, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "K F"], float]:
+    """One round over all points: their clusters' means, and their mean squared distance to those.
+
+    An empty cluster moves to the worst-served points, one each.
+    """
+    sums, counts, served = _visit(points, mean, centroids, dtype)
+    updated = points.allowed(sums / counts.clamp_min(1)[:, None] + mean) - mean
+    # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
+    explained = (2 * (sums * updated).sum(1) - counts * updated.square().sum(1)).sum() / len(points)
+    error = max(0.0, variance - float(processes.of_the_first(explained)))
+    updated = _seeded_again(updated, counts == 0, points, mean, served)[0]
+    return processes.of_the_first(updated), error
+
+
+def _mini_batch(
+    points: Points,
+    batch: Int[Tensor, " b"],
+    mean: Tensor,
+    centroids: Float[Tensor, "K F"],
+    visits: Int[Tensor, " K"],
+    idle: Int[Tensor, " K"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "K F"], float, Int[Tensor, " K"], Int[Tensor, " K"]]:
+    """One round over a batch; its error is the batch's before the round.
+
+    A centroid is the mean of the points that it has won so far: the v-th moves it by 1 / v of the way (Sculley's rate).
+
+    Args:
+        visits: points that each centroid has won.
+        idle: points that went by since it won its last.
+    """
+    sums, counts, served = _visit(points, mean, centroids, dtype, batch)
+    visits = visits + counts
+    moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
+    moved = points.allowed(moved + mean) - mean
+    idle = torch.where(counts > 0, 0, idle + len(batch))
+    moved, again = _seeded_again(moved, idle >= PATIENCE * len(centroids), points, mean, served, batch)
+    error = 2 * float(processes.total(served.double().sum())) / len(batch)
+    return processes.of_the_first(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
+
+
+def _seeded_again(
+    centroids: Float[Tensor, "K F"],
+    dead: Bool[Tensor, " K"],
+    points: Points,
+    mean: Tensor,
+    served: Float[Tensor, " n"],
+    batch: Int[Tensor, " b"] | None = None,
+) -> tuple[Float[Tensor, "K F"], Bool[Tensor, " K"]]:
+    """Dead centroids moved to the worst-served of the visited points, one each, and which of them: there may be too few points."""
+    count = int(dead.sum())
+    if not count:
+        return centroids, dead
+    # Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
+    few = min(count, len(served))
+    limit = served.topk(few).values[-1:]
+    above = (served > limit).nonzero().flatten()
+    worst = torch.cat([above, (served == limit).nonzero().flatten()[: few - len(above)]]).sort().values
+    numbers = worst + points.first if batch is None else batch.to(worst.device)[worst + _before(points, batch)]
+    values = processes.stacked(pad(served[worst].float(), (0, count - few), value=-torch.inf)).flatten()
+    order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
+    chosen = processes.stacked(pad(numbers, (0, count - few))).flatten()[order]
+    places = dead.nonzero().flatten()[: len(chosen)]
+    return (
+        centroids.index_copy(0, places, points.take(chosen.cpu()) - mean),
+        torch.zeros_like(dead).index_fill(0, places, True),
+    )
+
+
+def _before(points: Points, batch: Int[Tensor, " b"]) -> int:
+    """How many of a batch are other processes' that come before this one."""
+    return int((batch < points.first).sum())
+
+
+def random_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+    """Numbers of random points, to be the first centroids."""
+    generator = torch.Generator().manual_seed(seed * 1009 + restart)
+    return torch.randperm(len(points), generator=generator)[:num_clusters]
+
+
+def plus_plus_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+    """Numbers of points chosen by k-means++ (Arthur & Vassilvitskii, SODA 2007): each in proportion to D^2, its squared
+    distance to the nearest chosen before.
+
+    Chosen among all points, or `SAMPLE` times K random ones if there are more; exactly, but several in one pass by
+    rejection (the idea is Cohen-Addad et al.'s, arXiv 2012.11891): up to `COLUMNS` are drawn by the D^2 of the pass before, and
+    each is taken with the share of it that those just taken leave. A pass costs a product of the sample and the drawn, of
+    which nearly all are taken where K is large: the whole costs about a float32 round over the sample, 1/32 of a round over
+    fit-tokenizer's 512 points for each centroid. The sample is held in memory as float16: 16 K F numbers, 1 GB for 8192 x 4096.
+
+    If fewer points differ than there are centroids, the rest is chosen at random.
+    """
+    random = np.random.default_rng([seed, restart])
+    numbers = even_sample(len(points), SAMPLE * num_clusters, random)
+    sample = points.select(numbers)
+    taken = torch.from_numpy(random.integers(len(numbers), size=1))
+    shift = points.take(numbers[taken])[0]  # smaller norms: less cancellation
+    squared = _squared_distances(sample, shift, taken)
+    while len(taken) < num_clusters:
+        sums = squared.cumsum(0)
+        if sums[-1] == 0:
+            rest = torch.ones(len(numbers)).index_fill(0, taken, 0).nonzero().flatten()
+            more = torch.from_numpy(random.permutation(len(rest)))[: num_clusters - len(taken)]
+            taken = torch.cat([taken, rest[more]])
+            break
+        drawn = torch.searchsorted(sums, torch.from_numpy(random.random(COLUMNS)) * sums[-1], right=True)
+        drawn = drawn.clamp_max(len(numbers) - 1)
+        drawn = drawn[_accepted(sample.take(drawn), squared[drawn], random)][: num_clusters - len(taken)]
+        squared = torch.minimum(squared, _squared_distances(sample, shift, drawn))
+        taken = torch.cat([taken, drawn])
+    return numbers[taken]
+
+
+def _squared_distances(points: Points, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
+    """Of each point, on the CPU, to the nearest of the points `to`; zero if float32 cannot tell it from that."""
+    distances_to = Distances(points.take(to) - shift, torch.float32)
+    own = torch.empty(len(points.store), device=points.device)
+    for start, block in points.blocks():
+        block -= shift
+        half = distances_to(block).amin(1)
+        own[start : start + len(block)] = half.masked_fill_(half <= UNSURE * _half_norms(block), 0)
+    return 2 * points.gathered(own).double().cpu().index_fill_(0, to, 0)
+
+
+def _accepted(
+    drawn: Float[Tensor, "m F"], squared: Float[Tensor, " m"], random: np.random.Generator
+) -> Bool[Tensor, " m"]:
+    """Which of the points drawn in proportion to `squared` to take, one after the other."""
+    rows = drawn.cpu().double()
+    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()  # equal points: 0
+    left, accepted = squared.numpy().copy(), np.zeros(len(rows), dtype=bool)
+    for index, limit in enumerate(random.random(len(rows)) * left):
+        if limit < left[index]:
+            accepted[index] = True
+            np.minimum(left, between[index], out=left)
+    return processes.of_the_first(torch.from_numpy(accepted))
 
 
 def automatic_vocab_size(num_patches: int) -> int:

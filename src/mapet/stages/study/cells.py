@@ -38,7 +38,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
         try:
             if not (folder / "tokenizer").exists():
                 log.info("--- tokenizer %s", name)
-                fit_tokenizer(**shared, **options, out=folder / "tokenizer")
+                fit_tokenizer(**shared, **options, out=folder / "tokenizer", resume=True)
             tokens = config.tokenize.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
             own = {"teacher": teacher} if is_own_code(teacher) else {}
             tokenize(**shared, **tokens, **own, tokenizer=folder / "tokenizer", out=folder / "tokens", resume=True)

@@ -1,0 +1,335 @@
+"""K-means in all its forms against plain float64 loops; several processes; going on after a stop."""
+
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import distributed, multiprocessing
+
+import mapet
+from mapet.errors import MapetError
+from mapet.files import write_tensors
+from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizer.kmeans import PATIENCE, assign, kmeans, plus_plus_start, random_start
+from mapet.tokenizer.points import Points, even_sample
+
+MODES = [
+    {"start": start, "batch_points": batch, "metric": metric}
+    for start in ("random", "k-means++")
+    for batch in (None, 90)
+    for metric in ("l2", "cosine")
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    """These points are few: a second thread costs more than it does."""
+    torch.set_num_threads(1)
+
+
+def blobs(centres=30, each=60, width=6, spread=12.0, seed=0):
+    """Points that float16 holds exactly, so that a plain loop clusters the very same."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(centres, width)).repeat(each, 0) * spread + rng.normal(size=(centres * each, width))
+    return torch.tensor(rng.permutation(points), dtype=torch.float16).float()
+
+
+def points_of(points, metric="l2"):
+    return Points(FeatureStore.of(points), metric)
+
+
+def plainly(points, vocab_size, iterations, seed=0, start="random", batch_points=None, metric="l2"):
+    """K-means as the papers have it, a point at a time where that is what they say, in float64."""
+    choose = {"random": random_start, "k-means++": plus_plus_start}[start]
+    chosen = choose(points_of(points, metric), vocab_size, seed).numpy()
+
+    def allowed(x):
+        return x if metric == "l2" else x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    x = allowed(points.double().numpy())
+    c, visits, idle = x[chosen], np.zeros(vocab_size), np.zeros(vocab_size)
+    for number in range(iterations):
+        full = batch_points is None or batch_points >= len(x) or number == iterations - 1
+        random = np.random.default_rng([seed, 0, number])
+        seen = x if full else x[even_sample(len(x), batch_points, random).numpy()]
+        table = np.square(seen[:, None] - c).sum(2)
+        ids, served = table.argmin(1), table.min(1)
+        if full:
+            new = np.stack([seen[ids == k].mean(0) if (ids == k).any() else c[k] for k in range(vocab_size)])
+            dead = [k for k in range(vocab_size) if not (ids == k).any()]
+        else:
+            new = c.copy()
+            for point, k in zip(seen, ids, strict=True):
+                visits[k] += 1
+                new[k] += (point - new[k]) / visits[k]
+            idle = np.where(np.isin(np.arange(vocab_size), ids), 0, idle + len(seen))
+            dead = list(np.flatnonzero(idle >= PATIENCE * vocab_size))
+        c = allowed(new)
+        for k, worst in zip(dead, np.argsort(-served, kind="stable"), strict=False):
+            c[k], visits[k], idle[k] = seen[worst], 0, 0
+    table = np.square(x[:, None] - c).sum(2)
+    return c, np.bincount(table.argmin(1), minlength=vocab_size), table.min(1).mean(), x.var(0).sum()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("vocab_size", [7, 50])
+def test_as_a_plain_loop(mode, vocab_size):
+    points = blobs()
+    expected = plainly(points, vocab_size, 10, **mode)
+    found = kmeans(points, vocab_size, 10, **mode)
+    assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
+    assert found.counts.tolist() == expected[1].tolist()
+    assert found.error == pytest.approx(expected[2], rel=1e-4)
+    assert found.variance == pytest.approx(expected[3], rel=1e-4)
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    size=st.integers(20, 300), width=st.integers(1, 9), vocab_size=st.integers(1, 20), iterations=st.integers(1, 9),
+    seed=st.integers(0, 1000), batch_points=st.none() | st.integers(1, 400), metric=st.sampled_from(["l2", "cosine"]),
+    start=st.sampled_from(["random", "k-means++"]),
+)  # fmt: skip
+def test_any_setting_as_a_plain_loop(size, width, seed, vocab_size, iterations, **mode):
+    points = torch.tensor(np.random.default_rng(seed).normal(size=(size, width)) + 1, dtype=torch.float16).float()
+    if width == 1 and mode["metric"] == "cosine":
+        return  # two points
+    expected = plainly(points, vocab_size, iterations, seed, **mode)
+    found = kmeans(points, vocab_size, iterations, seed=seed, **mode)
+    assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
+    assert found.error == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
+
+
+def test_dead_centroids_of_mini_batches_start_again():
+    """Nine of ten points are one: nearly all centroids start there, and only one can win anything."""
+    points = torch.cat([torch.zeros(1800, 6), blobs(20, 10)])
+    points = points[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    mode = {"batch_points": 200}
+    expected = plainly(points, 16, 25, **mode)
+    found = kmeans(points, 16, 25, **mode)
+    assert (found.counts > 0).all()
+    assert found.error == pytest.approx(expected[2], rel=1e-3)
+    assert found.error <= 1.3 * kmeans(points, 16, 25, restarts=3).error
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_mini_batches_are_nearly_as_good_as_all_points(metric):
+    points = blobs(40, 200)
+    options = {"restarts": 2, "metric": metric, "start": "k-means++"}
+    whole = kmeans(points, 40, 20, **options).error
+    assert kmeans(points, 40, 20, batch_points=800, **options).error <= 1.03 * whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_points", [None, 500])
+def test_spherical(dtype, batch_points):
+    """Centroids of length 1; how long points are changes nothing; nearest by L2 of the points as they are is nearest by angle."""
+    points = blobs(seed=3)
+    lengths = 2.0 ** torch.randint(-2, 3, (len(points), 1), generator=torch.Generator().manual_seed(0))
+    first, again = (
+        kmeans(x, 20, 10, dtype=dtype, metric="cosine", batch_points=batch_points) for x in (points, points * lengths)
+    )
+    assert torch.allclose(first.centroids.norm(dim=1), torch.ones(20))
+    assert torch.allclose(first.centroids, again.centroids, atol=1e-5)
+    cosine = torch.nn.functional.normalize(points.double()) @ first.centroids.double().T
+    assert torch.equal(assign(points, first.centroids)[0], cosine.argmax(1))
+    assert first.error == pytest.approx(float(2 - 2 * cosine.max(1).values.mean()), rel=1e-4)
+
+
+def test_points_that_are_zero_have_no_angle():
+    found = kmeans(torch.cat([blobs(), torch.zeros(50, 6)]), 20, metric="cosine")
+    assert found.centroids.isfinite().all() and found.counts.sum() == 1850
+
+
+def test_plus_plus_chooses_as_the_paper_says():
+    """How often each set of 3 of 6 points is chosen, against the product of D^2 shares over all orders."""
+    places = np.array([0.0, 1.0, 1.5, 4.0, 4.0, 9.0])
+    expected = Counter()
+    for order in itertools.permutations(range(6), 3):
+        share = 1 / 6
+        for taken in (1, 2):
+            squared = np.square(places[:, None] - places[list(order[:taken])]).min(1)
+            share *= squared[order[taken]] / squared.sum()
+        expected[frozenset(order)] += share
+    points = points_of(torch.tensor(places[:, None], dtype=torch.float32))
+    draws = 1500
+    found = Counter(frozenset(plus_plus_start(points, 3, seed).tolist()) for seed in range(draws))
+    assert set(found) <= {chosen for chosen, share in expected.items() if share > 0}
+    for chosen, share in expected.items():
+        assert abs(found[chosen] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
+
+
+def test_plus_plus_spreads():
+    """The theorem: on average at most 8 (ln K + 2) times the best; random points miss blobs, which costs far more."""
+    centres, width = 64, 6
+    points = blobs(centres, 50, width, spread=1000.0)
+    ideal = width  # each blob's own variance
+
+    def potential(choose, seed):
+        return float(assign(points, points[choose(points_of(points), centres, seed)])[1].mean())
+
+    spread = np.mean([potential(plus_plus_start, seed) for seed in range(10)])
+    luck = np.mean([potential(random_start, seed) for seed in range(10)])
+    assert spread <= 8 * (np.log(centres) + 2) * ideal
+    assert luck > 100 * spread
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_plus_plus_of_a_sample(memory, tmp_path):
+    """More than 16 points a centroid: a sample of them, wherever they are; different points; the same each time."""
+    points = blobs(30, 400)
+    with FeatureStore(len(points), memory, tmp_path) as store:
+        store.append(points)
+        chosen = plus_plus_start(Points(store), 30, seed=1)
+        assert torch.equal(chosen, plus_plus_start(Points(store), 30, seed=1))
+    assert torch.equal(chosen, plus_plus_start(points_of(points), 30, seed=1))
+    assert len(chosen.unique()) == 30
+    assert len(plus_plus_start(points_of(points), 30, seed=2).unique()) == 30
+
+
+def test_plus_plus_of_fewer_different_points_than_centroids():
+    points = torch.tensor([[1.0], [2.0], [5.0]]).repeat(40, 1)
+    chosen = plus_plus_start(points_of(points), 10)
+    assert len(chosen.unique()) == 10 and len(points[chosen[:3]].unique()) == 3
+
+
+@given(st.integers(1, 10**7), st.integers(1, 3000), st.integers(0, 100))
+def test_even_sample(num_points, size, seed):
+    numbers = even_sample(num_points, size, np.random.default_rng(seed))
+    assert len(numbers) == min(size, num_points)
+    assert numbers[0] >= 0 and numbers[-1] < num_points and (numbers.diff() > 0).all()
+
+
+def points_for(mode):
+    """Of rounds over all points many are one, so that clusters are empty; a mini-batch's centroids go idle anyhow.
+
+    There, two centroids that start as one would be told apart by rounding.
+    """
+    return blobs() if mode["batch_points"] else torch.cat([blobs(), blobs()[:1].repeat(700, 1)])
+
+
+def in_several_processes(rank, folder, world):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for index, mode in enumerate(MODES):
+        shard = points_for(mode).tensor_split([500])[rank]  # uneven
+        found[index] = tuple(kmeans(shard, 50, 8, 2, **mode))
+    shard = points_for(MODES[0]).tensor_split([500])[rank]
+    checkpoint = folder / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        kmeans(shard, 50, 8, 2, checkpoint=checkpoint, progress=Stop(11))
+    found["resumed"] = tuple(kmeans(shard, 50, 8, 2, checkpoint=checkpoint))
+    for case, mine in (("empty", shard[: 5 * rank]), ("few", shard[:5])):
+        with pytest.raises(MapetError) as error:
+            kmeans(mine, 11)
+        found[case] = str(error.value)
+    with pytest.raises(MapetError) as error:
+        kmeans(shard, 50, 8, 2, checkpoint=folder / f"{rank}" / ("absent" if rank else "../state.safetensors"))
+    found["elsewhere"] = str(error.value)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_processes_agree_and_equal_one(tmp_path):
+    (tmp_path / "0").mkdir()
+    multiprocessing.spawn(in_several_processes, (tmp_path, 2), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for index, mode in enumerate(MODES):
+        single = kmeans(points_for(mode), 50, 8, 2, **mode)
+        for mine, theirs, alone in zip(one[index], other[index], single, strict=True):
+            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+            assert torch.allclose(torch.as_tensor(mine), torch.as_tensor(alone), rtol=1e-4, atol=1e-4), mode
+    for mine, theirs, whole in zip(one["resumed"], other["resumed"], one[0], strict=True):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(whole))
+    assert one["empty"] == other["empty"] == "k-means needs at least one point in each process"
+    assert "K = 11" in one["few"] and "there are 10" in other["few"]
+    assert "not the same file for all processes" in one["elsewhere"] and "not the same file" in other["elsewhere"]
+
+
+class Stop:
+    """Ctrl-C in a round."""
+
+    def __init__(self, rounds, error=KeyboardInterrupt):
+        self.left, self.error = rounds, error
+
+    def __call__(self, _):
+        self.left -= 1
+        if not self.left:
+            raise self.error
+
+
+def same(one, other):
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_goes_on_to_the_bit(mode, dtype, tmp_path):
+    """Stopped in each round, between restarts and after the last; saved on Ctrl-C or, after a crash, by the round before."""
+    points = torch.cat([blobs(), torch.zeros(300, 6)])
+    whole = kmeans(points, 40, 4, 3, 5, dtype, **mode)
+    for rounds in range(1, 13):
+        checkpoint = tmp_path / f"{rounds}.safetensors"
+        error, every = (KeyboardInterrupt, 60) if rounds % 2 else (ZeroDivisionError, 0)
+        with pytest.raises(error):
+            kmeans(points, 40, 4, 3, 5, dtype, Stop(rounds, error), checkpoint=checkpoint, save_every=every, **mode)
+        done = []
+        again = kmeans(points, 40, 4, 3, 5, dtype, done.append, checkpoint=checkpoint, **mode)
+        assert same(again, whole) and len(done) == 12 - rounds
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_checkpoints_of_other_calls_are_refused(tmp_path):
+    points, checkpoint = blobs(), tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        kmeans(points, 40, 4, progress=Stop(2), checkpoint=checkpoint)
+    content = checkpoint.read_bytes()
+    for setting in (
+        {"seed": 1}, {"iterations": 5}, {"restarts": 2}, {"metric": "cosine"}, {"start": "k-means++"}, {"batch_points": 100},
+    ):  # fmt: skip
+        name, value = next(iter(setting.items()))
+        with pytest.raises(MapetError, match=rf"begun with .*{name} = .* \(now {re.escape(str(value))}\)"):
+            kmeans(points, 40, **{"iterations": 4} | setting, checkpoint=checkpoint)
+    with pytest.raises(MapetError, match=r"vocab_size = 40 \(now 41\)"):
+        kmeans(points, 41, 4, checkpoint=checkpoint)
+    for other in (points.flip(0), points * 1.001, points[:-1]):
+        with pytest.raises(MapetError, match="begun with other features"):
+            kmeans(other, 40, 4, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
+    for damaged in (content[:-100], b"", b"{}" * 50):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(MapetError, match="damaged k-means checkpoint"):
+            kmeans(points, 40, 4, checkpoint=checkpoint)
+    write_tensors(checkpoint, {"centroids": points})
+    with pytest.raises(MapetError, match="damaged k-means checkpoint"):
+        kmeans(points, 40, 4, checkpoint=checkpoint)
+
+
+def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
+    from mapet.tokenizer import kmeans as module
+
+    options = {
+        "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "metric": "cosine",
+        "start": "k-means++", "batch_points": 50, "iterations": 6,
+    }  # fmt: skip
+    whole = mapet.fit_tokenizer(out=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        plain, stop = module._mini_batch, Stop(4)
+        patch.setattr(module, "_mini_batch", lambda *given: (plain(*given), stop(None))[0])
+        with pytest.raises(KeyboardInterrupt):
+            mapet.fit_tokenizer(out=tmp_path / "t", **options)
+    checkpoint = tmp_path / "t.kmeans.safetensors"
+    assert checkpoint.exists() and not (tmp_path / "t").exists()
+    with pytest.raises(MapetError, match="holds an interrupted fit: go on with --resume"):
+        mapet.fit_tokenizer(out=tmp_path / "t", **options)
+    with pytest.raises(MapetError, match=r"seed = 0 \(now 1\)"):
+        mapet.fit_tokenizer(out=tmp_path / "t", **options, seed=1, resume=True)
+    again = mapet.fit_tokenizer(out=tmp_path / "t", **options, resume=True)
+    assert again.hash == whole.hash and not checkpoint.exists()
+    assert whole.description["fitting"]["metric"] == "cosine"
