@@ -12,6 +12,9 @@ from mapet.errors import MapetError
 from mapet.tokenizer.kmeans import kmeans
 from mapet.tokenizer.vqkd import HEAD_WIDTH, VQKD, heads_of, look_up, prefixed, published, task_layer
 
+WINDOW, PATIENCE = 10, 32
+"""Usage is averaged over as many steps as bring `PATIENCE` patches for each code, at least over `WINDOW`."""
+
 
 class Distillation(NamedTuple):
     """What a batch gives.
@@ -43,7 +46,7 @@ class VQKDTraining(nn.Module):
         code_dim: d, numbers of a code (the paper: 32).
         feature_size: F, of the teacher.
         decoder_depth: blocks of the decoder, as wide as the encoder's (the paper: 1 or 3).
-        decay: of the moving averages, a step (the paper: 0.99).
+        decay: of the codes' moving average, a step (the paper: 0.99).
         dead_below: a code whose moving share of the patches falls under this part of an even share is dead; 0: none is.
         commitment_weight: of its loss (the paper: 1).
 
@@ -113,10 +116,10 @@ class VQKDTraining(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self, features: Float[Tensor, "n d"], codes: Int[Tensor, " n"]) -> Int[Tensor, ""]:
-        """One step of the moving averages: call it once for each batch that is trained on.
+        """One step of the moving averages, for each batch that is trained on.
 
-            usage_k  <- decay * usage_k + (1 - decay) * share of the patches that have code k
-            code_k   <- unit(decay * code_k + (1 - decay) * unit(mean of k's features)), if there are any
+            code_k  <- unit(decay * code_k + (1 - decay) * unit(mean of k's features)), if there are any
+            usage_k <- usage_k + (share of the patches that have code k - usage_k) / steps it is averaged over
 
         A dead code then becomes the feature of a random patch and has an even share to begin with.
 
@@ -125,7 +128,7 @@ class VQKDTraining(nn.Module):
         """
         codebook, size = self.tokenizer.codebook, len(self.usage)
         counts = torch.bincount(codes, minlength=size)
-        self.usage.lerp_(counts.to(self.usage) / len(codes), 1 - self.decay)
+        self.usage.lerp_(counts.to(self.usage) / len(codes), 1 / max(WINDOW, PATIENCE * size / len(codes)))
         sums = torch.zeros_like(codebook).index_add_(0, codes, features)
         moved = F.normalize(codebook.lerp(F.normalize(sums, dim=1), 1 - self.decay), dim=1)
         codebook.copy_(torch.where(counts[:, None] > 0, moved, codebook))
