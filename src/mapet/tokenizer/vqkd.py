@@ -197,9 +197,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise MapetError(f"checkpoint {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold the training's options
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold the training's options
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("Unsupported")[2].partition(".")[0] or str(error)
         raise MapetError(
