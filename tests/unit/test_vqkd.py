@@ -21,6 +21,17 @@ from mapet.tokenizer.vqkd import VQKD, look_up, vqkd_encoder
 from mapet.tokenizer.vqkd_training import PATIENCE, VQKDTraining
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of models so small, several would wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Not here."""
+
+
 def transformer(width, depth, patch, channels, side, device="cpu"):
     """Random weights under the released code's names."""
 
@@ -237,6 +248,8 @@ def test_look_up_is_by_cosine():
     features, codebook = (F.normalize(torch.randn(n, 8), dim=1) for n in (5000, 30))
     cosines = F.cosine_similarity(features.double()[:, None], codebook.double()[None], dim=2)
     assert torch.equal(look_up(features, codebook), cosines.argmax(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(look_up(features, codebook), cosines.argmax(1))
 
 
 def training(codes=20, **options):
@@ -340,7 +353,6 @@ def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
     """The stage on 200 crops of the photographs, with pixels as the teacher."""
-    torch.set_num_threads(1)  # of so small a model, they would wait for each other
     folder = tmp_path_factory.mktemp("vqkd")
     rng = np.random.default_rng(0)
     (folder / "crops").mkdir()

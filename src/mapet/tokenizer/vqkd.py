@@ -122,8 +122,9 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
 
 
 def look_up(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
-    """The code with the largest cosine of each unit vector."""
-    return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(ROWS)])
+    """The code with the largest cosine of each unit vector, in the vectors' own precision, also within autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(ROWS)])
 
 
 def task_layer(width: int, out: int) -> nn.Sequential:

@@ -86,7 +86,8 @@ class VQKDTraining(nn.Module):
         """
         Args:
             images: in [0, 1].
-            targets: the teacher's features of the same views.
+            targets: the teacher's features of the same views. One of length 0 (a black patch's pixels) counts 1 whatever
+                is predicted.
         """
         features = self.tokenizer(images)
         flat = features.detach().movedim(1, -1).flatten(0, 2)

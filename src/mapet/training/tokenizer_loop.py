@@ -18,7 +18,7 @@ from mapet.compute import Compute
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.image_list import scan
 from mapet.data.views import ViewSpec
-from mapet.errors import Interrupted
+from mapet.errors import Interrupted, MapetError
 from mapet.files import atomic, write_json, write_tensors
 from mapet.model.backbone import create_vit, num_parameters, on_device
 from mapet.tokenizer.codebook import Health
@@ -27,7 +27,7 @@ from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import Teacher, make_teacher
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mapet.training.loop import must_be_finite, step_seed, stop_signals
+from mapet.training.loop import step_seed, stop_signals
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
 
@@ -59,6 +59,8 @@ def train_vqkd(config: Any) -> Path:
     quarantine = Quarantine(images, config.max_bad)
     num_patches = math.prod(teacher.grid)
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches * len(images))
+    if vocab_size > num_patches * len(images):
+        raise MapetError(f"K = {vocab_size} codes for {num_patches * len(images):,} patches: lower --vocab-size")
     model = on_device(build_vqkd(config, vocab_size, num_features(teacher, config.channels, compute)), compute)
 
     # ---- how long, how fast
@@ -97,7 +99,7 @@ def train_vqkd(config: Any) -> Path:
         loader = make_loader(dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
         meter = CodeMeter(vocab_size, compute.device)
         saved = time.monotonic()
-        step = sampler.first_step
+        step, loss = sampler.first_step, torch.zeros(())
 
         # ---- the loop
         model.train()
@@ -105,12 +107,11 @@ def train_vqkd(config: Any) -> Path:
             for batch in loader:
                 quarantine.add(batch.bad)
                 if batch.image is not None:
-                    torch.manual_seed(
-                        step_seed(config.seed, step)
-                    )  # stochastic depth and new codes depend on the step alone
+                    torch.manual_seed(step_seed(config.seed, step))  # for stochastic depth and reborn codes
                     schedule.step_update(step)
                     result = distill(model, teacher, batch, dataset, compute)
                     result.loss.backward()
+                    loss = result.loss.detach()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     meter.add(result, model.update_codebook(result.features, result.codes), len(batch.image))
@@ -123,8 +124,9 @@ def train_vqkd(config: Any) -> Path:
                     bar.set_postfix_str(CodeMeter.line(metrics), refresh=False)
                     if bar.disable:
                         log.info("step %d of %d: %s", step, total_steps, CodeMeter.line(metrics))
-                    must_be_finite(metrics["loss"], "loss", step, lr)
+                    must_be_finite(metrics["loss"], step, lr)
                 if stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
+                    must_be_finite(float(loss), step, lr)
                     save_checkpoint(
                         run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints
                     )
@@ -145,6 +147,14 @@ def train_vqkd(config: Any) -> Path:
         file = product / "vqkd.safetensors"
         log.info("saved %s: mapet fit-tokenizer --teacher vqkd --teacher-checkpoint %s", product, file)
         return file
+
+
+def must_be_finite(loss: float, step: int, lr: float) -> None:
+    """Stop rather than train on, or save, numbers that went wrong."""
+    if not math.isfinite(loss):
+        raise MapetError(
+            f"the loss is {loss} at step {step}: start again with a lower --lr (now {lr:.2g}) or --precision float32"
+        )
 
 
 def build_vqkd(config: Any, vocab_size: int, feature_size: int) -> VQKDTraining:

@@ -1,0 +1,107 @@
+"""The stage `train-tokenizer`: exact resume, precision, its folder."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import mapet
+import mapet.training.tokenizer_loop as loop
+from mapet.cli import main
+from mapet.errors import Interrupted, MapetError
+from mapet.tokenizer.vqkd import vqkd_encoder
+
+OPTIONS = {
+    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "code_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
+    "lr": 1e-3, "decoder_depth": 1, "model_args": {"embed_dim": 64, "depth": 1, "num_heads": 1}, "drop_path": 0.2,
+    "device": "cpu", "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of models so small, several would wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Not here."""
+
+
+@pytest.fixture(scope="module")
+def whole(few_digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vqkd") / "run"
+    return mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits, tmp_path, monkeypatch):
+    def seed(value, step, original=loop.step_seed):
+        if step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(value, step)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step_seed", seed)
+        with pytest.raises(
+            Interrupted, match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet train-tokenizer .*config.yaml"
+        ):
+            mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+    assert not (out / "vqkd").exists()
+    with pytest.raises(
+        MapetError, match=r"decay: 0.99 -> 0.9\). To go on as it was: mapet train-tokenizer .* new options: a new"
+    ):
+        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS, decay=0.9, resume=True)
+    assert main(["train-tokenizer", str(out / "config.yaml"), "--resume"]) == 0
+    ours, theirs = (load_file(file) for file in (out / "vqkd" / "vqkd.safetensors", whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_folder(whole, few_digits):
+    out = whole.parents[1]
+    recipe = yaml.safe_load((out / "config.yaml").read_text())
+    assert (out / "config.yaml").read_text().startswith("# mapet train-tokenizer ")
+    assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "crop")
+    description = json.loads((whole.parent / "vqkd.json").read_text())
+    assert description["training"]["num_images"] == 288 and description["teacher"]["teacher"] == "pixels"
+    assert description["health"]["patches"] == 288 * 16
+    with pytest.raises(MapetError, match="already exists and is not empty"):
+        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+
+
+def test_bfloat16(few_digits, tmp_path):
+    file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"precision": "bfloat16"}))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
+    assert vqkd_encoder(file).image_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": (8, 16)}, "8 x 16: a VQ-KD tokenizer takes squares"),
+        ({"image_size": 9}, "squares that the patch size 2 divides"),
+        ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
+        ({"model": "resnet18"}, "timm cannot make a VisionTransformer of 'resnet18'"),
+        ({"vocab_size": 4609}, "K = 4609 codes .* 4,608 patches: lower --vocab-size"),
+    ],
+)
+def test_bad_options(options, message, few_digits, tmp_path):
+    with pytest.raises(MapetError, match=message):
+        mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
+    with pytest.raises(MapetError, match=r"loss is nan at step .*lower --lr"):
+        mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
+    assert not (tmp_path / "run" / "vqkd").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
