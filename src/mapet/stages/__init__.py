@@ -18,12 +18,14 @@ from mapet.stages.probe import probe
 from mapet.stages.run import run
 from mapet.stages.study import study
 from mapet.stages.tokenize import tokenize
+from mapet.stages.train_tokenizer import train_tokenizer
 
 STAGES: dict[str, Stage[Any]] = {
     "demo": demo,
     "run": run,
     "check": check,
     "prepare": prepare,
+    "train-tokenizer": train_tokenizer,
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,

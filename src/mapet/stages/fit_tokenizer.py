@@ -24,8 +24,8 @@ class FitTokenizerConfig(Loading, BadImages):
     out: Path
     """New folder for the tokenizer."""
     teacher: str = "pixels"
-    """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), or
-    package.module:function."""
+    """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd
+    (words of `train-tokenizer` or of BEiT v2), or package.module:function."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; otherwise timm downloads them."""
     teacher_size: Size | None = None

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
 from mapet.tokenizer.quantizer import Quantizer
+from mapet.tokenizer.vqkd import vqkd_encoder
 
-PIXELS = "pixels"
+PIXELS, VQKD = "pixels", "vqkd"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -96,7 +97,7 @@ def make_teacher(
     """A teacher by name.
 
     Args:
-        teacher: 'pixels' (raw patches, no encoder); any timm model, e.g. 'resnet50x64_clip.openai'; or
+        teacher: 'pixels' (raw patches, no encoder); 'vqkd', whose file brings its own words; any timm model, e.g. 'resnet50x64_clip.openai'; or
             'package.module:function', a function of (checkpoint) that returns an encoder: a callable that maps
             (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
         student_size: (H, W) of the student's input; with `patch_size` it fixes the grid.
@@ -129,6 +130,9 @@ def make_teacher(
     elif is_own_code(teacher):
         encoder = _person_s_encoder(teacher, checkpoint)
         size = teacher_size or getattr(encoder, "image_size", None) or student_size
+    elif teacher == VQKD:
+        encoder = vqkd_encoder(checkpoint)
+        size = encoder.image_size
     else:
         encoder = _TimmFeatures(teacher, checkpoint, channels, teacher_size, layer, final_norm)
         size = encoder.image_size
@@ -166,7 +170,7 @@ class _TimmFeatures(nn.Module):
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
-                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, *known])} Use 'pixels', a timm model or package.module:function"
+                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, *known])} Use 'pixels', 'vqkd', a timm model or package.module:function"
             )
         try:
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None

@@ -31,14 +31,14 @@ class RunFolder:
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
     """
 
-    def __init__(self, config: Any, compute: Compute) -> None:
+    def __init__(self, config: Any, compute: Compute, stage: str = "pretrain") -> None:
         self.path: Path = config.out
         self.checkpoints = self.path / "checkpoints"
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(
-                    f"# mapet pretrain {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
+                    f"# mapet {stage} {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
                 )
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -103,7 +103,7 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def recipe_to_resume(config: Config) -> Config:
+def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
     Raises:
@@ -116,9 +116,10 @@ def recipe_to_resume(config: Config) -> Config:
     automatic = {name for name, value in config if value is None}
     changed = differences(old, config, MAY_CHANGE | automatic)
     if changed:
+        anew = "from its weights with new options: --init-from, and" if stage == "pretrain" else "with new options:"
         raise MapetError(
-            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet pretrain {path} "
-            "--resume; to start from its weights with new options: --init-from, and a new --out"
+            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet {stage} {path} "
+            f"--resume; to start {anew} a new --out"
         )
     return old.model_copy(update={name: value for name, value in config if name in MAY_CHANGE})
 

@@ -1,0 +1,233 @@
+"""The tokenizer of BEiT v2 (VQ-KD, arXiv 2208.06366): a ViT whose patch features are unit vectors with a codebook of their own.
+
+Published files (`vqkd_encoder_base_decoder_3x768x12_clip` and its kin) and those that `train-tokenizer` makes are of one
+layout, which is the released code's:
+
+    encoder.*                    a ViT: class token, learned positions; its last norm is called fc_norm, and its attention has
+                                 q_bias and v_bias but none for keys, which would change no softmax
+    encode_task_layer.{0,2}.*    linear, tanh, linear: to the codebook's few dimensions
+    quantize.embedding.weight    the codes, unit vectors
+    quantize.*, decoder.*, decode_task_layer.*    of training alone
+"""
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mapet.errors import MapetError
+
+HEAD_WIDTH = 64
+"""Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""
+CODES = "quantize.embedding.weight"
+OF_TRAINING = ("quantize.", "decoder.", "decode_task_layer.", "teacher", "scaling", "loss")
+"""Beginnings of names that looking up codes has no use for."""
+ROWS = 2048
+"""Vectors at a time: their table of cosines with 8192 codes takes 64 MB."""
+
+
+class VQKD(nn.Module):
+    """Images -> one unit vector a patch, to be named by the code with the largest cosine.
+
+    Attributes:
+        encoder: timm's ViT.
+        codebook: (K, d) unit vectors.
+        image_size: (h, w) of the images, pixels.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, encoder: VisionTransformer, codebook: Float[Tensor, "K d"]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encode_task_layer = task_layer(encoder.embed_dim, codebook.shape[1])
+        self.register_buffer("codebook", F.normalize(codebook, dim=1))
+        height, width = encoder.patch_embed.img_size
+        self.image_size: tuple[int, int] = (height, width)
+
+    def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B d rows columns"]:
+        """Unit vectors of images in [0, 1]. The task layer computes in its own precision, also within autocast.
+
+        Raises:
+            MapetError: images of another size.
+        """
+        if tuple(images.shape[2:]) != self.image_size:
+            raise MapetError(
+                f"this VQ-KD tokenizer is for images of {_by(self.image_size)} px, got {_by(images.shape[2:])}"
+            )
+        tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
+        with torch.autocast(images.device.type, enabled=False):
+            features = self.encode_task_layer(tokens.to(self.encode_task_layer[0].weight.dtype))
+        return F.normalize(features, dim=2).transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
+
+    def weights(self) -> dict[str, Tensor]:
+        """In the published layout; `from_weights` takes them back."""
+        return {
+            **prefixed("encoder", published(self.encoder)),
+            **prefixed("encode_task_layer", self.encode_task_layer.state_dict()),
+            CODES: self.codebook,
+        }
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], source: object = "these weights") -> "VQKD":
+        """Sizes are those of the weights; images are square.
+
+        Args:
+            source: what errors name.
+
+        Raises:
+            MapetError: something is missing, too much, or of another shape.
+        """
+        with torch.device("meta"):  # every number comes from the file
+            model = cls(_empty_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
+        expected = {name: tensor.shape for name, tensor in model.weights().items()}
+        given = {name: tensor for name, tensor in weights.items() if name in expected or not _of_training(name)}
+        faults = {
+            "missing": sorted(expected.keys() - given.keys()),
+            "unexpected": sorted(given.keys() - expected.keys()),
+            "of another shape": sorted(k for k in expected.keys() & given.keys() if expected[k] != given[k].shape),
+        }
+        if any(faults.values()):
+            raise MapetError(f"{source}: {NO_VQKD}: {_shortly(faults)}")
+        encoder = for_timm({name[8:]: tensor for name, tensor in given.items() if name.startswith("encoder.")})
+        task = {name: tensor for name, tensor in given.items() if name.startswith("encode_task_layer.")}
+        codebook = F.normalize(given[CODES].float(), dim=1)
+        state = prefixed("encoder", encoder) | task | {"codebook": codebook}
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return model
+
+
+NO_VQKD = "not a VQ-KD tokenizer as BEiT v2 publishes them"
+
+
+def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
+    """The tokenizer of a file: a published one, or one that `train-tokenizer` made.
+
+    Raises:
+        MapetError: no such file, damaged, with code in it, or not a VQ-KD tokenizer.
+    """
+    if checkpoint is None:
+        raise MapetError("a VQ-KD tokenizer comes from a file: give --teacher-checkpoint FILE")
+    return VQKD.from_weights(_read(Path(checkpoint)), checkpoint).eval()
+
+
+def look_up(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
+    """The code with the largest cosine of each unit vector, in the vectors' own precision, also within autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(ROWS)])
+
+
+def task_layer(width: int, out: int) -> nn.Sequential:
+    """Linear, tanh, linear: between a transformer and what it is to give."""
+    first, last = nn.Linear(width, width), nn.Linear(width, out)
+    for linear in (first, last):
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(first, nn.Tanh(), last)
+
+
+def heads_of(width: int) -> int:
+    """Attention heads of a ViT of this width."""
+    return max(1, width // HEAD_WIDTH)
+
+
+def published(vit: VisionTransformer) -> dict[str, Tensor]:
+    """A timm ViT's weights under the released code's names. A bias of the keys is left out: it changes no output."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in vit.state_dict().items():
+        name = re.sub(r"^norm\.", "fc_norm.", name)
+        if name.endswith("attn.qkv.bias"):
+            q, _, v = tensor.chunk(3)
+            weights |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+        else:
+            weights[name] = tensor
+    return weights
+
+
+def for_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`published`, the other way round."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.endswith("attn.q_bias"):
+            v = weights[name.replace("q_bias", "v_bias")]
+            renamed[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(v), v])
+        elif not name.endswith("attn.v_bias"):
+            renamed[re.sub(r"^fc_norm\.", "norm.", name)] = tensor
+    return renamed
+
+
+def prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+
+
+def _of_training(name: str) -> bool:
+    return name.startswith(OF_TRAINING) and name != CODES
+
+
+def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransformer:
+    """The ViT that the weights are of, on the device of the context."""
+    try:
+        width, channels, patch, _ = weights["encoder.patch_embed.proj.weight"].shape
+        side = math.isqrt(weights["encoder.pos_embed"].shape[1] - 1)
+        depth = 1 + max(int(found[1]) for name in weights if (found := re.match(r"encoder\.blocks\.(\d+)\.", name)))
+        hidden, _ = weights["encoder.blocks.0.mlp.fc1.weight"].shape
+        codes, _ = weights[CODES].shape
+        ratio = (hidden + 0.5) / width  # timm rounds down
+        return VisionTransformer(
+            side * patch, patch, channels, 0, embed_dim=width, depth=depth, num_heads=heads_of(width), mlp_ratio=ratio
+        )
+    except KeyError as error:
+        raise MapetError(f"{source}: {NO_VQKD}: it has no {error.args[0]!r}, but {_some(sorted(weights))}") from None
+    except (ValueError, IndexError, ZeroDivisionError, AssertionError):
+        raise MapetError(f"{source}: {NO_VQKD}: its sizes don't fit together") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file without code in it, by their names in the model."""
+    if not path.is_file():
+        raise MapetError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            content: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold the training's options
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("Unsupported")[2].partition(".")[0] or str(error)
+        raise MapetError(
+            f"{path} is damaged, or holds Python objects, which are not loaded because they can run code ({_line(reason)})"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+        raise MapetError(f"{path} is no intact checkpoint ({_line(str(error))}): fetch it again") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise MapetError(f"{path}: {NO_VQKD}: it holds a {type(content).__name__}")
+    return {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
+
+
+def _line(reason: str) -> str:
+    return " ".join(reason.split())[:200]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+
+
+def _shortly(faults: dict[str, list[str]]) -> str:
+    return "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))

@@ -1,0 +1,137 @@
+"""The stage `train-tokenizer`: exact resume, precision, its folder."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import mapet
+import mapet.training.tokenizer_loop as loop
+from mapet.cli import main
+from mapet.data.dataset import ViewDataset, collate
+from mapet.data.image_list import scan
+from mapet.errors import Interrupted, MapetError
+from mapet.tokenizer.codebook import load_tokenizer
+from mapet.tokenizer.vqkd import vqkd_encoder
+from tests.conftest import PRETRAIN
+
+OPTIONS = {
+    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "code_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
+    "lr": 1e-3, "decoder_depth": 1, "model_args": {"embed_dim": 64, "depth": 1, "num_heads": 1}, "drop_path": 0.2,
+    "device": "cpu", "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of models so small, several would wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Not here."""
+
+
+@pytest.fixture(scope="module")
+def whole(few_digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vqkd") / "run"
+    return mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits, tmp_path, monkeypatch):
+    def seed(value, step, original=loop.step_seed):
+        if step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(value, step)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step_seed", seed)
+        with pytest.raises(
+            Interrupted, match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet train-tokenizer .*config.yaml"
+        ):
+            mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+    assert not (out / "vqkd").exists()
+    with pytest.raises(
+        MapetError, match=r"decay: 0.99 -> 0.9\). To go on as it was: mapet train-tokenizer .* new options: a new"
+    ):
+        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS, decay=0.9, resume=True)
+    assert main(["train-tokenizer", str(out / "config.yaml"), "--resume"]) == 0
+    ours, theirs = (load_file(file) for file in (out / "vqkd" / "vqkd.safetensors", whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_folder(whole, few_digits):
+    out = whole.parents[1]
+    recipe = yaml.safe_load((out / "config.yaml").read_text())
+    assert (out / "config.yaml").read_text().startswith("# mapet train-tokenizer ")
+    assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "crop")
+    description = json.loads((whole.parent / "vqkd.json").read_text())
+    assert description["training"]["num_images"] == 288 and description["teacher"]["teacher"] == "pixels"
+    assert description["health"]["patches"] == 288 * 16
+    with pytest.raises(MapetError, match="already exists and is not empty"):
+        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
+
+
+def test_bfloat16(few_digits, tmp_path):
+    file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"precision": "bfloat16"}))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
+    assert vqkd_encoder(file).image_size == (8, 8)
+
+
+def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
+    """The teacher brings its own words: nothing is clustered, and they are what the encoder and its codes say."""
+    file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
+    common = {"images": few_digits, "workers": 0}
+    given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
+    with pytest.raises(MapetError, match="brings its own 16 words"):
+        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, **given, **common)
+    fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
+    assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
+    store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
+    tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
+    batch = collate([ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))[0, i] for i in range(9)])
+    ids = tokenizer(batch.teacher_image).flatten(1)
+    assert np.array_equal(ids.numpy(), store.rows[:9, 0])
+    with torch.inference_mode():
+        cosines = torch.einsum("bdhw,kd->bhwk", encoder(batch.teacher_image / 255), encoder.codebook)
+    assert torch.equal(ids, cosines.argmax(3).flatten(1))
+    runs = []
+    for tokens in (tmp_path / "s", None):
+        runs.append(tmp_path / f"pretrained-{len(runs)}")
+        mapet.pretrain(images=few_digits, tokenizer=tmp_path / "t", tokens=tokens, out=runs[-1], **PRETRAIN)
+    first, second = (load_file(run / "backbone" / "model.safetensors") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": (8, 16)}, "8 x 16: a VQ-KD tokenizer takes squares"),
+        ({"image_size": 9}, "squares that the patch size 2 divides"),
+        ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
+        ({"model": "resnet18"}, "timm cannot make a VisionTransformer of 'resnet18'"),
+        ({"vocab_size": 4609}, "K = 4609 codes .* 4,608 patches: lower --vocab-size"),
+    ],
+)
+def test_bad_options(options, message, few_digits, tmp_path):
+    with pytest.raises(MapetError, match=message):
+        mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
+    with pytest.raises(MapetError, match=r"loss is nan at step .*lower --lr"):
+        mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
+    assert not (tmp_path / "run" / "vqkd").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
