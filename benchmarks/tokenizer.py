@@ -2,6 +2,7 @@
 
     python benchmarks/tokenizer.py --images PHOTOS
     python benchmarks/tokenizer.py --images PHOTOS --features pixels --most 30000   # 768 numbers a patch
+    python benchmarks/tokenizer.py --images PHOTOS --features pixels --modes        # start, metric, mini-batches alone
     python benchmarks/tokenizer.py --images PHOTOS --quick --json tokenizer.json
 
 K-means clusters a teacher's features of the images' patches (the stand-in's, benchmarks/stand_in.py names its packages). Its
@@ -32,7 +33,8 @@ from mapet.data.views import ViewSpec
 from mapet.files import write_json
 from mapet.tokenizer.extract import sample_features
 from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.kmeans import assign, kmeans, starting_points
+from mapet.tokenizer.kmeans import Start, assign, kmeans, plus_plus_start, random_start
+from mapet.tokenizer.points import Metric, Points
 from mapet.tokenizer.teacher import Teacher, make_teacher
 
 STAND_IN = "stand_in:efficientnet_lite0"
@@ -50,11 +52,18 @@ def main() -> None:
         "--features", default=STAND_IN, help="teacher whose features are clustered (default: %(default)s)"
     )
     parser.add_argument("--most", type=int, default=1 << 20, help="cluster at most so many patches")
+    parser.add_argument("--modes", action="store_true", help="only the error of each start, metric and batch")
     parser.add_argument("--quick", action="store_true", help="fewer patches, words and rounds: does it run?")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = measure(
-        options.quick, options.images, options.vocab_size, options.iterations, options.features, options.most
+        options.quick,
+        options.images,
+        options.vocab_size,
+        options.iterations,
+        options.features,
+        options.most,
+        options.modes,
     )
     print("| what | how | figure | unit |\n|---|---|---|---|")
     for row in rows:
@@ -70,6 +79,7 @@ def measure(
     iterations: int = 20,
     features_of: str = STAND_IN,
     most: int = 1 << 20,
+    only_modes: bool = False,
 ) -> list[ROW]:
     """All rows: {what, how, value, unit}; streaming and teachers only with the stand-in's features."""
     if quick:
@@ -77,6 +87,8 @@ def measure(
     compute = Compute.choose()
     sys.path.insert(0, str(Path(__file__).parent))
     features = patch_features(features_of, images, compute, most)
+    if only_modes:
+        return modes(features, vocab_size, iterations, compute)
     rows = clustering(features, vocab_size, iterations, compute, 1 if quick else 3)
     if features_of != STAND_IN:
         return rows
@@ -107,19 +119,12 @@ def clustering(features: torch.Tensor, vocab_size: int, iterations: int, compute
 
     mapet = f"mapet {compute.precision}"
     runs: dict[str, Callable[[], torch.Tensor]] = {mapet: functools.partial(with_mapet, iterations)}
-    try:
-        import faiss
-    except ImportError:
-        print("faiss is not installed, its rows are left out: pip install faiss-cpu", file=sys.stderr)
-    else:
+    faiss = faiss_if_there()
+    if faiss:
 
         def with_faiss() -> torch.Tensor:
-            fit = faiss.Kmeans(
-                width, vocab_size, niter=iterations, seed=0, min_points_per_centroid=1, max_points_per_centroid=points
-            )
-            start = features[starting_points(points, vocab_size, seed=0)]
-            fit.train(features.cpu().numpy(), init_centroids=start.cpu().numpy())
-            return torch.from_numpy(fit.centroids).to(features.device)
+            start = features[random_start(Points(FeatureStore.of(features)), vocab_size)]
+            return faiss_kmeans(faiss, features, start, iterations)
 
         runs[f"faiss {faiss.__version__} float32"] = with_faiss
         wanted, fewer = 1.001 * error(with_faiss()), iterations
@@ -160,6 +165,65 @@ def clustering(features: torch.Tensor, vocab_size: int, iterations: int, compute
     rate = len(part) / _seconds(lambda: assign(part, centroids), compute)
     rows.append({"what": "assignment, exact", "how": "float32", "value": rate, "unit": "patches/s"})
     return rows
+
+
+def modes(features: torch.Tensor, vocab_size: int, iterations: int, compute: Compute) -> list[ROW]:
+    """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
+    rows: list[ROW] = []
+    faiss = faiss_if_there()
+    what = f"k-means, {features.shape[0]:,} x {features.shape[1]}, K = {vocab_size}, {iterations} rounds"
+    metrics: tuple[Metric, ...] = ("l2", "cosine")
+    for metric in metrics:
+        points = Points(FeatureStore.of(features), metric)
+        clustered = points.take(torch.arange(len(points)))
+
+        def add(how: str, fit: Callable[[], torch.Tensor], clustered: torch.Tensor = clustered) -> None:
+            started = time.perf_counter()
+            centroids = fit()
+            _finish(compute)
+            spent, error = time.perf_counter() - started, float(assign(clustered, centroids)[1].mean())
+            rows.append({"what": what, "how": how, "value": spent, "unit": "s"})
+            rows.append({"what": what, "how": how, "value": error, "unit": "mean squared distance"})
+
+        starts: tuple[tuple[Start, Callable[..., torch.Tensor]], ...] = (
+            ("random", random_start),
+            ("k-means++", plus_plus_start),
+        )
+        for start, choose in starts:
+            for batch in (None, len(points) // 4):
+                fit = functools.partial(
+                    kmeans, features, vocab_size, iterations, dtype=compute.dtype, start=start, metric=metric, batch_points=batch
+                )  # fmt: skip
+                add(f"mapet, {metric}, {start}, {batch or 'all'} points a round", lambda fit=fit: fit().centroids)
+            if faiss:
+                given = clustered[choose(points, vocab_size)]
+                add(
+                    f"faiss, {metric}, from mapet's {start} start",
+                    functools.partial(faiss_kmeans, faiss, clustered, given, iterations, metric == "cosine"),
+                )
+    return rows
+
+
+def faiss_if_there() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        print("faiss is not installed, its rows are left out: pip install faiss-cpu", file=sys.stderr)
+        return None
+    return faiss
+
+
+def faiss_kmeans(
+    faiss: Any, features: torch.Tensor, start: torch.Tensor, iterations: int, spherical: bool = False
+) -> torch.Tensor:
+    """Centroids of faiss over all points."""
+    points, width = features.shape
+    fit = faiss.Kmeans(
+        width, len(start), niter=iterations, seed=0, min_points_per_centroid=1, max_points_per_centroid=points,
+        spherical=spherical,
+    )  # fmt: skip
+    fit.train(features.cpu().numpy(), init_centroids=start.cpu().numpy())
+    return torch.from_numpy(fit.centroids).to(features.device)
 
 
 def streamed(limit: str, quick: bool) -> ROW:
