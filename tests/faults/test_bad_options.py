@@ -226,7 +226,7 @@ def test_teacher_weights_that_cannot_be_had(capsys, crops, tmp_path):
     assert "--teacher-checkpoint" in fails(capsys, *common)
     assert "does not exist" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "absent.safetensors")
     (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/mapet_was_hacked'\ntR.")
-    assert "is" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "evil.pth")
+    assert "code, not weights: it was not run" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "evil.pth")
     assert not Path("/tmp/mapet_was_hacked").exists()
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
     line = fails(capsys, *common, "--teacher-checkpoint", tmp_path / "other.pth")

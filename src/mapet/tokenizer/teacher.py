@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import inspect
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
+from mapet.tokenizer.checkpoint import read_weights
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.vqkd import vqkd_encoder
 
@@ -166,7 +166,7 @@ class _TimmFeatures(nn.Module):
         final_norm: bool,
     ) -> None:
         super().__init__()
-        overlay = {"file": _safe_checkpoint(checkpoint), "custom_load": False} if checkpoint else None
+        overlay = {"state_dict": read_weights(checkpoint), "custom_load": False} if checkpoint else None
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
@@ -207,14 +207,6 @@ class _TimmFeatures(nn.Module):
 
 def takes_image_size(name: str) -> bool:
     return name.startswith(("vit_", "deit", "eva", "beit", "swin", "naflexvit", "flexivit", "samvit", "xcit"))
-
-
-def _safe_checkpoint(checkpoint: str) -> str:
-    """timm reads safetensors, or torch files with `weights_only`; anything else must fail before it is opened."""
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise MapetError(f"teacher checkpoint {checkpoint} does not exist")
-    return str(path)
 
 
 def _person_s_encoder(name: str, checkpoint: str | None) -> nn.Module:

@@ -10,9 +10,7 @@ layout, which is the released code's:
     quantize.*, decoder.*, decode_task_layer.*    of training alone
 """
 
-import argparse
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.tokenizer.checkpoint import read_weights
 
 HEAD_WIDTH = 64
 """Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""
@@ -118,7 +115,7 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
     """
     if checkpoint is None:
         raise MapetError("a VQ-KD tokenizer comes from a file: give --teacher-checkpoint FILE")
-    return VQKD.from_weights(_read(Path(checkpoint)), checkpoint).eval()
+    return VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
 
 
 def look_up(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
@@ -190,35 +187,6 @@ def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTrans
         raise MapetError(f"{source}: {NO_VQKD}: it has no {error.args[0]!r}, but {_some(sorted(weights))}") from None
     except (ValueError, IndexError, ZeroDivisionError, AssertionError):
         raise MapetError(f"{source}: {NO_VQKD}: its sizes don't fit together") from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file without code in it, by their names in the model."""
-    if not path.is_file():
-        raise MapetError(f"checkpoint {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            content: object = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold the training's options
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("Unsupported")[2].partition(".")[0] or str(error)
-        raise MapetError(
-            f"{path} is damaged, or holds Python objects, which are not loaded because they can run code ({_line(reason)})"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
-        raise MapetError(f"{path} is no intact checkpoint ({_line(str(error))}): fetch it again") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise MapetError(f"{path}: {NO_VQKD}: it holds a {type(content).__name__}")
-    return {str(name).removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
-
-
-def _line(reason: str) -> str:
-    return " ".join(reason.split())[:200]
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,97 @@
+"""CLIP checkpoints in the formats they are published in, against open_clip, with random weights."""
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mapet.errors import MapetError
+from mapet.tokenizer.teacher import make_teacher
+
+MODELS = {
+    "vit_base_patch16_clip_224.openai": "ViT-B-16",
+    "vit_base_patch16_clip_quickgelu_224.openai": "ViT-B-16-quickgelu",
+    "resnet50_clip.openai": "RN50",
+}
+
+
+class Archive(nn.Module):
+    """A module whose parameters have given dotted names: what OpenAI's TorchScript files look like from outside."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, tensor in state.items():
+            *path, last = name.split(".")
+            place = self
+            for part in path:
+                if part not in place._modules:
+                    place.add_module(part, Holder())
+                place = place._modules[part]
+            place.register_buffer(last, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Holder(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def save(state, kind, folder):
+    if kind == "openai":
+        path = folder / "clip.pt"
+        sizes = {
+            "input_resolution": torch.tensor(224),
+            "context_length": torch.tensor(77),
+            "vocab_size": torch.tensor(49408),
+        }
+        torch.jit.save(torch.jit.script(Archive(state | sizes)), path)
+    elif kind == "open_clip":
+        path = folder / "epoch_32.pt"
+        wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 32, "name": "run", "state_dict": wrapped, "optimizer": {"param_groups": []}}, path)
+    else:
+        path = folder / "open_clip_model.safetensors"
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vit_base_patch16_clip_quickgelu_224.openai", "openai"),
+        ("vit_base_patch16_clip_quickgelu_224.openai", "open_clip"),
+        ("vit_base_patch16_clip_224.openai", "safetensors"),
+        ("resnet50_clip.openai", "openai"),
+        ("resnet50_clip.openai", "safetensors"),
+    ],
+)
+def test_features_are_those_of_open_clip(name, kind, tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model(MODELS[name], pretrained=None).eval()
+    path = save(model.state_dict(), kind, tmp_path)
+    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    grid = (14, 14) if name.startswith("vit") else (7, 7)
+    ours = make_teacher(name, (224, 224), 224 // grid[0], checkpoint=str(path))(images)
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    with torch.inference_mode():
+        normal = (images / 255 - mean) / std
+        last = 11 if name.startswith("vit") else 4
+        theirs = model.visual.forward_intermediates(
+            normal, indices=[last], intermediates_only=True, normalize_intermediates=False
+        )
+    theirs = theirs["image_intermediates"][0]
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    state = open_clip.create_model("RN50", pretrained=None).state_dict()
+    path = save(state, "safetensors", tmp_path)
+    with pytest.raises(MapetError, match=r"is .*open_clip_model.safetensors a checkpoint of it\?"):
+        make_teacher("vit_base_patch16_clip_224.openai", (224, 224), 16, checkpoint=str(path))
