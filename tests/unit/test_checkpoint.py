@@ -208,6 +208,20 @@ def test_nothing_is_run(name, nest, zipped, tmp_path, capfd):
     assert not mark.exists() and not capfd.readouterr().out
 
 
+def test_nothing_is_run_in_torchscript_or_newer_pickles(tmp_path):
+    payload = Payload(os.system, f"touch {tmp_path / 'ran'}")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", pickle.dumps(payload, 2))
+        archive.writestr("script/data.pkl", pickle.dumps(payload, 2))
+    torch.save({"w": torch.ones(1), "x": payload}, tmp_path / "newer.pt", pickle_protocol=4)
+    for name in ("script.pt", "newer.pt"):
+        with pytest.raises(MapetError, match=rf"{os.system.__module__}\.system.*convert it to safetensors"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    torch.save(Encoder(), tmp_path / "harmless.pt", pickle_protocol=4)
+    assert "model.weight" in read_weights(tmp_path / "harmless.pt")
+
+
 def test_a_pickle_can_t_alter_the_reader(tmp_path):
     """BUILD on a global: with a state for the class itself."""
     for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n"):
