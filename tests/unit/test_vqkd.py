@@ -198,7 +198,7 @@ def change(**changes):
         (change(encoder__pos_embed=torch.ones(1, 12, 128)), "of another shape: encoder.pos_embed$"),
         (change(encoder__pos_embed=torch.ones(3)), "sizes don't fit together"),
         (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"but blocks.* more$"),
-        (lambda weights: {}, "holds no weights$"),
+        (lambda weights: {}, "no tensors under their names"),
     ],
 )  # fmt: skip
 def test_other_checkpoints_are_refused_in_one_line(make, message, tmp_path):
@@ -215,7 +215,7 @@ class Harmful:
 
 
 def test_damaged_and_harmful_files(tmp_path, capsys):
-    with pytest.raises(MapetError, match="does not exist"):
+    with pytest.raises(MapetError, match="No such file"):
         vqkd_encoder(tmp_path / "none.pth")
     with pytest.raises(MapetError, match="--teacher-checkpoint"):
         vqkd_encoder(None)
@@ -226,13 +226,13 @@ def test_damaged_and_harmful_files(tmp_path, capsys):
         for length in (0, 7, len(content) // 2, len(content) - 9):
             short = tmp_path / f"short.{name}"
             short.write_bytes(content[:length])
-            with pytest.raises(MapetError, match=r"damaged|no intact checkpoint") as error:
+            with pytest.raises(MapetError, match="cannot read weights from") as error:
                 vqkd_encoder(short)
             assert "\n" not in str(error.value)
     torch.save({"model": checkpoint(), "hook": Harmful()}, tmp_path / "harmful.pth")
     (tmp_path / "harmful.pkl").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("harmful.pth", "harmful.pkl"):
-        with pytest.raises(MapetError, match="which is code, not weights") as error:
+        with pytest.raises(MapetError, match=r"would run|neither a safetensors nor a torch") as error:
             vqkd_encoder(tmp_path / name)
         assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""

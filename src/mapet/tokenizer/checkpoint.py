@@ -1,200 +1,261 @@
-"""Published weights files -> names and tensors; nothing that a file says is ever run."""
+"""Published weights files -> named tensors. No code that a file names or carries is imported or run."""
 
-import argparse
 import pickle
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mapet.errors import MapetError
 
-WRAPPERS = ("state_dict", "model", "module", "ema", "params", "net")
-"""Keys under which training code keeps a model's weights."""
+NESTED = ("state_dict", "model", "module", "ema", "params")
+WAY_OUT = "convert it to safetensors where you trust it"
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a weights file: safetensors, torch's state dicts (also nested, as training code saves them, and with the
-    prefix 'module.'), TorchScript archives (OpenAI's CLIP) and whole pickled modules (OpenAI's dVAE).
+    """Tensors of a file by their names, on the CPU, in the file's own precision.
 
-    Pickles are read with torch's `weights_only`; where that is too narrow, by a reader that knows tensors, plain containers
-    and nothing else: classes of torch modules become inert stand-ins that keep what they are given.
+    Reads safetensors, what torch.save writes (zip and legacy; state dicts and whole modules) and TorchScript archives. The
+    tensors of a module have the names that its `state_dict()` gives them; of a TorchScript archive, whose pickle doesn't tell
+    them from buffers, plain tensor attributes come too. Of a training checkpoint it is the first of `NESTED` that holds
+    tensors. A prefix 'module.' that all names share (DistributedDataParallel) is taken off.
 
     Raises:
-        MapetError: missing, damaged, without tensors, or with code in it.
+        MapetError: no such file, damaged, of another kind, without named tensors, or one that would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MapetError(f"checkpoint {path} does not exist")
     try:
-        found = _unwrap(_read(path))
-    except MapetError:
-        raise
-    except pickle.UnpicklingError as error:  # torch's advice to load it unsafely is not passed on
-        reason = (
-            " ".join(str(error).partition("Unsupported")[1:]).split(",")[0].split(". ")[0] or "not a pickle of weights"
-        )
-        raise MapetError(
-            f"{path}: damaged, or names something which is code, not weights: it was not run ({reason[:150]})"
-        ) from None
-    except (SafetensorError, zipfile.BadZipFile) as error:
-        raise MapetError(f"{path}: not a readable weights file: {_first_line(error)}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise MapetError(f"{path}: damaged weights file: {_first_line(error)}") from None
-    if not found:
-        raise MapetError(f"{path}: holds no weights")
-    prefix = "module."  # of torch's data-parallel wrappers
-    return {name.removeprefix(prefix): t for name, t in found.items()} if _all_start(found, prefix) else found
+        with path.open("rb") as file:
+            head = file.read(9)
+        if not head:
+            raise EOFError("it is empty")
+        content = load_file(path) if head[8:] == b"{" else _read_torch(path)  # after the length of safetensors' header
+        weights = _weights(content)
+        if not weights:
+            entries = f" but {', '.join(map(str, content))[:200]}" if isinstance(content, dict) and content else ""
+            raise ValueError(f"it holds no tensors under their names{entries}; write those you want as safetensors")
+    except OSError as error:
+        raise MapetError(f"cannot read weights from {path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = str(error).strip().partition("\n")[0][:300] or "it is damaged or cut off"
+        raise MapetError(f"cannot read weights from {path}: {reason}") from None
+    return weights
 
 
-def _read(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if not head:
-        raise ValueError("zero bytes")
-    if head[8:9] == b"{":
-        return load_file(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return _Reader(archive).load()
-    with (
-        warnings.catch_warnings(),
-        torch.serialization.safe_globals([argparse.Namespace]),
-    ):  # the format before torch 1.6
-        warnings.simplefilter("ignore")  # of what is refused anyway
+def _weights(content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        return {}
+    if not isinstance(content, _StandIn):  # a module may well have a part named 'model'
+        for key in NESTED:
+            if found := _weights(content.get(key)):
+                return found
+    weights = dict(_named_tensors(content))
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if "_parameters" in content and "_modules" in content:  # an nn.Module
+        passing = content.get("_non_persistent_buffers_set", ())
+        buffers = {name: buffer for name, buffer in content["_buffers"].items() if name not in passing}
+        content = {**content["_parameters"], **buffers, **content["_modules"]}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value.detach()
+        elif isinstance(value, _StandIn):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+def _read_torch(path: Path) -> Any:
+    # torch's own restricted unpickler where it is enough; it refuses modules and TorchScript without running anything.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols that it may not understand
         return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:
+        return _read_zip(file) if file.peek(2)[:2] == b"PK" else _read_legacy(file)
 
 
-class _Inert:
-    """Stands in for an object of a class that a file names: keeps what it is given, does nothing."""
+def _read_zip(file: IO[bytes]) -> Any:
+    """torch.save's and TorchScript's archives: NAME/data.pkl, and the bytes of storage KEY in NAME/data/KEY."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile:
+        raise EOFError("its archive is damaged or cut off") from None
+    with archive:
+        names = archive.namelist()
+        root = next((name.removesuffix("data.pkl") for name in names if name.partition("/")[2] == "data.pkl"), None)
+        if root is None:
+            raise ValueError("it is an archive, but not one of torch")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder").decode() != sys.byteorder:
+            raise ValueError("it was written on a machine of the other byte order")
+        storages: dict[str, Tensor] = {}
 
-    attributes: dict[Any, Any]
+        def storage(key: str, size: int) -> Tensor:
+            if key not in storages:
+                entry = archive.getinfo(f"{root}data/{key}")
+                if entry.file_size < size:
+                    raise EOFError(f"storage {key} has {entry.file_size:,} of {size:,} bytes")
+                storages[key] = torch.empty(size, dtype=torch.uint8)
+                with archive.open(entry) as data:
+                    _fill(storages[key], data)
+            return storages[key]
 
-    def __new__(cls, *arguments: Any) -> "_Inert":
-        made = super().__new__(cls)
-        made.attributes = {}
-        return made
+        with archive.open(f"{root}data.pkl") as data:
+            return _Unpickler(data, storage).load()
+
+
+def _read_legacy(file: IO[bytes]) -> Any:
+    """torch.save before 1.6: magic number, version, system, object and storage keys, a pickle each; then the storages."""
+    storages: dict[str, Tensor] = {}
+    most = Path(file.name).stat().st_size
+
+    def storage(key: str, size: int) -> Tensor:
+        if size > most:
+            raise EOFError(f"storage {key} has more bytes than the file")
+        return storages.setdefault(key, torch.empty(size, dtype=torch.uint8))  # filled below
+
+    def load() -> Any:
+        return _Unpickler(file, storage).load()
+
+    magic = None
+    with suppress(Exception):
+        magic = load()
+    if magic != 0x1950A86A20F9469CFC6C:
+        raise ValueError("it is neither a safetensors nor a torch file")
+    load(), load()
+    content, keys = load(), load()
+    if set(keys) != set(storages):
+        raise EOFError("its list of storages is damaged")
+    for key in keys:
+        file.read(8)  # the number of elements, known from the pickle
+        _fill(storages[key], file)
+    return content
+
+
+def _fill(storage: Tensor, file: IO[bytes]) -> None:
+    rest = storage.numpy().data
+    while len(rest):
+        read = file.readinto(rest)  # type: ignore[attr-defined]
+        if not read:
+            raise EOFError("it is cut off")
+        rest = rest[read:]
+
+
+class _Global(type):
+    """What each global of a pickle becomes: a class that keeps state. Called, it is something harmless or refuses."""
+
+    def __call__(cls, *args: Any) -> Any:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name not in CALLS:
+            raise pickle.UnpicklingError(f"it would run {name}, which may do anything and was not done; {WAY_OUT}")
+        return CALLS[name](*args)
+
+
+class _StandIn(dict[Any, Any], metaclass=_Global):
+    """An object of a class that is neither imported nor run: its attributes, as a dictionary."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_StandIn":
+        return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        parts = state if isinstance(state, tuple) else (state,)
-        for part in parts:
-            if isinstance(part, Mapping):
-                self.attributes.update(part)
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.update(part)
 
 
-def _keep(value: Any, *others: Any) -> Any:
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return storage.as_strided(size, stride, offset)  # raises where that leaves the storage
+
+
+def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *others: Any) -> Tensor:
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset)
+def _ignored(*_: Any) -> _StandIn:
+    return _StandIn.__new__(_StandIn)
 
 
-KNOWN = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _keep,
-    ("torch", "Size"): tuple,
-    ("torch.jit._pickle", "build_intlist"): _keep,
-    ("torch.jit._pickle", "build_boollist"): _keep,
-    ("torch.jit._pickle", "build_doublelist"): _keep,
-    ("torch.jit._pickle", "build_tensorlist"): _keep,
-    ("torch.jit._pickle", "restore_type_tag"): _keep,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "collections.OrderedDict": OrderedDict,
+    "collections.Counter": OrderedDict,
+    "collections.defaultdict": lambda *_: OrderedDict(),
+    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, tuple, dict)},
+    # Values beside the tensors, in a module or the arguments of a training run.
+    **dict.fromkeys(
+        [
+            *(f"builtins.{kind}" for kind in ("bytes", "bytearray", "complex", "slice", "range")),
+            "_codecs.encode",
+            "torch.Size",
+            "torch.device",
+            "torch.serialization._get_layout",
+            *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
+            "torch.jit._pickle.restore_type_tag",
+            "numpy.dtype",
+            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+            *(f"pathlib.{kind}Path" for kind in ("", "Posix", "Windows", "PurePosix", "PureWindows")),
+        ],
+        _ignored,
+    ),
 }
 STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
+    "UntypedStorage": torch.uint8,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
-STAND_INS = (
-    "torch.nn.modules.",
-    "__torch__.",
-    "dall_e.",
-    "argparse.",
-    "numpy.",
-    "torch.torch_version.",
-    "torch.optim.",
-)
-"""Beginnings of names of classes whose objects may lie in a weights file, and are replaced by inert ones."""
 
 
-class _Reader(pickle.Unpickler):
-    """Reads data.pkl of torch's zip archives, TorchScript's too."""
+class _Unpickler(pickle.Unpickler):
+    """Makes stand-ins of every global, so that a pickle has nothing to run.
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise ValueError("a zip file, but not one of torch's")
-        self.archive, self.folder = archive, names[0].removesuffix("data.pkl")
-        self.storages: dict[str, Tensor] = {}
-        super().__init__(archive.open(names[0]))
+    Args:
+        storage: the bytes of storage (key, size in bytes), as uint8.
+    """
+
+    def __init__(self, file: IO[bytes], storage: Callable[[str, int], Tensor]) -> None:
+        super().__init__(file, encoding="latin1")
+        self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in KNOWN:
-            return KNOWN[module, name]
-        if module == "torch" and name in STORAGES:
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if f"{module}.".startswith(STAND_INS):
-            return _Inert
-        raise MapetError(
-            f"{self.archive.filename}: names {module}.{name}, which is code, not weights: it was not run. Only load files "
-            "that you trust, converted to safetensors"
-        )
+        module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's, which protocol 2 writes
+        return _Global(name, (_StandIn,), {"__module__": module, "__qualname__": name})
 
-    def persistent_load(self, reference: Any) -> Tensor:
-        _, kind, key, *_ = reference
-        if key not in self.storages:
-            dtype = kind if isinstance(kind, torch.dtype) else torch.uint8
-            data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    """Names and tensors of whatever was read."""
-    if isinstance(content, Mapping):
-        for wrapper in WRAPPERS:
-            inner = content.get(wrapper)
-            if isinstance(inner, Mapping | _Inert) and not any(isinstance(v, Tensor) for v in content.values()):
-                return _unwrap(inner)
-        return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    return dict(_tensors(content)) if isinstance(content, _Inert) else {}
-
-
-def _tensors(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a pickled module, or attributes of a TorchScript one, by their dotted names."""
-    attributes = dict(module.attributes)
-    for group in ("_parameters", "_buffers", "_modules"):
-        inner = attributes.pop(group, None)
-        attributes |= inner if isinstance(inner, Mapping) else {}
-    for name, value in attributes.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, _Inert):
-            yield from _tensors(value, f"{prefix}{name}.")
-
-
-def _all_start(names: Mapping[str, Any], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    def persistent_load(self, saved: Any) -> Any:
+        match saved:
+            case ("module", kind, *_):  # legacy files put the source code of module classes here
+                return kind
+            case ("storage", torch.dtype() as dtype, str(key), _, int(count), *view):
+                storage = self.storage(key, count * dtype.itemsize).view(dtype)
+                if view and view[0] is not None:
+                    _, start, length = view[0]
+                    return storage[start : start + length]
+                return storage
+        raise pickle.UnpicklingError("it has something else than storages beside its pickle")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
 from mapet.tokenizer.checkpoint import read_weights
+from mapet.tokenizer.dalle import REDUCTION, dalle_encoder
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.vqkd import vqkd_encoder
 
-PIXELS, VQKD = "pixels", "vqkd"
+PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -97,8 +98,8 @@ def make_teacher(
     """A teacher by name.
 
     Args:
-        teacher: 'pixels' (raw patches, no encoder); 'vqkd', whose file brings its own words; any timm model, e.g. 'resnet50x64_clip.openai'; or
-            'package.module:function', a function of (checkpoint) that returns an encoder: a callable that maps
+        teacher: 'pixels' (raw patches, no encoder); 'vqkd' and 'dalle', whose files bring their own words; any timm model, e.g.
+            'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an encoder: a callable that maps
             (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
         student_size: (H, W) of the student's input; with `patch_size` it fixes the grid.
         checkpoint: a local weights file; without one timm downloads its own.
@@ -133,6 +134,9 @@ def make_teacher(
     elif teacher == VQKD:
         encoder = vqkd_encoder(checkpoint)
         size = encoder.image_size
+    elif teacher == DALLE:
+        encoder = dalle_encoder(checkpoint)
+        size = teacher_size or (REDUCTION * grid[0], REDUCTION * grid[1])
     else:
         encoder = _TimmFeatures(teacher, checkpoint, channels, teacher_size, layer, final_norm)
         size = encoder.image_size
@@ -170,7 +174,8 @@ class _TimmFeatures(nn.Module):
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
-                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, *known])} Use 'pixels', 'vqkd', a timm model or package.module:function"
+                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known])} "
+                "Use 'pixels', 'vqkd', 'dalle', a timm model or package.module:function"
             )
         try:
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None

@@ -1,0 +1,113 @@
+"""The encoder of OpenAI's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092), whose 8192 logits a patch are the visual
+words of BEiT (Bao et al. 2022). The architecture and the names of its parameters are those of the published weights."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mapet.errors import MapetError
+from mapet.tokenizer.checkpoint import read_weights
+
+GROUPS = 4
+BLOCKS = 2  # of a group
+REDUCTION = 8
+"""Pixels of the image to one of the grid, each way: the 14 x 14 patches of a 224-px student are 112 px here."""
+
+
+class DalleEncoder(nn.Module):
+    """(B, 3, h, w) in [0, 1] -> (B, words, h / 8, w / 8) logits, in the precision of the images. h, w: multiples of 8.
+
+    Its parameters are zeros until weights are loaded.
+
+    Attributes:
+        gives_logits: how many words its output tells apart.
+    """
+
+    def __init__(self, width: int = 256, words: int = 8192) -> None:
+        super().__init__()
+        self.gives_logits = words
+        parts: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv(3, width, 7))
+        channels = width
+        for group in range(GROUPS):
+            blocks: OrderedDict[str, nn.Module] = OrderedDict()
+            for block in range(BLOCKS):
+                blocks[f"block_{block + 1}"] = _Block(channels, width << group)
+                channels = width << group
+            if group < GROUPS - 1:
+                blocks["pool"] = nn.MaxPool2d(2)
+            parts[f"group_{group + 1}"] = nn.Sequential(blocks)
+        parts["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv(channels, words, 1)))
+        self.blocks = nn.Sequential(parts)
+
+    def forward(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B words h/8 w/8"]:
+        return self.blocks(0.8 * images + 0.1)  # the logit-Laplace loss keeps pixels away from 0 and 1
+
+
+class _Block(nn.Module):
+    """A residual bottleneck that acts before its convolutions, scaled down by the square of the depth."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.id_path = _Conv(channels, out, 1) if channels != out else nn.Identity()
+        inner = out // 4
+        sizes = [(channels, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, out, 1)]
+        path: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, size in enumerate(sizes, 1):
+            path[f"relu_{number}"] = nn.ReLU()
+            path[f"conv_{number}"] = _Conv(*size)
+        self.res_path = nn.Sequential(path)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B out h w"]:
+        return self.id_path(x) + self.res_path(x) / (GROUPS * BLOCKS) ** 2
+
+
+class _Conv(nn.Module):
+    """A convolution that keeps the size, with the published names of its weight and bias."""
+
+    def __init__(self, channels: int, out: int, kernel: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(out, channels, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B out h w"]:
+        return F.conv2d(x, self.w.to(x.dtype), self.b.to(x.dtype), padding="same")
+
+
+def dalle_encoder(checkpoint: str | None) -> DalleEncoder:
+    """The encoder with OpenAI's weights.
+
+    Args:
+        checkpoint: the published encoder.pkl, or a state dict of the same names (torch or safetensors).
+
+    Raises:
+        MapetError: no checkpoint, one that can't be read (see `read_weights`), or of something else.
+    """
+    if checkpoint is None:
+        raise MapetError(
+            "the dVAE teacher needs the encoder that OpenAI published with DALL-E: --teacher-checkpoint encoder.pkl"
+        )
+    weights = read_weights(checkpoint)
+    encoder = DalleEncoder()
+    own = encoder.state_dict()
+    shapes = {name: "x".join(map(str, own[name].shape)) for name in own}
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} ({'x'.join(map(str, weights[name].shape))}, not {shapes[name]})"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{problem}: {_shortened(names)}" for problem, names in problems.items() if names)
+        raise MapetError(f"{checkpoint} is not the encoder of OpenAI's dVAE (encoder.pkl): {told}")
+    encoder.load_state_dict(weights)
+    return encoder
+
+
+def _shortened(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
