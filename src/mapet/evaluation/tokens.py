@@ -195,7 +195,8 @@ def mutual_information(
 
     The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955), as
     those of one image are not. What it gives for shuffled pairings measures the bias without that assumption, as the
-    adjusted mutual information does (Vinh et al. 2010, JMLR 11). It takes off a little too much where x says a lot.
+    adjusted mutual information does (Vinh et al. 2010, JMLR 11). It takes off too much where x says a lot and
+    pairs are few for the number of words, so that `bits` is then a lower estimate.
 
     Args:
         shuffled: copies of y that keep its own structure, but not its pairing with x; two or more.

@@ -96,4 +96,4 @@ def _agreement(pair: Agreement) -> str:
 
 
 def _information(value: Information) -> str:
-    return f"{value.bits:.3f} bits ± {value.error:.3f}, {value.share:.1%} of all"
+    return f"{value.bits:.3f} bits, {value.share:.1%} of all (chance {value.chance:.3f} ± {value.error:.3f} taken off)"

@@ -199,10 +199,11 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     }
     centroids = getattr(tokenizer, "centroids", None)  # words that are no nearest centroids have none
     if centroids is not None and vocab_size > 1:
-        codes = pictures.spread_of_codes(torch.bincount(pictured, minlength=vocab_size), 12)
+        in_pictures = torch.bincount(pictured, minlength=vocab_size)
+        codes = pictures.spread_of_codes(in_pictures, 12)
         distances, nearest = nearest_codes(centroids.cpu(), codes, 8)
         prototypes = pictures.mean_patches(patches, pictured, vocab_size)
-        figures["nearest_words"] = pictures.nearest_codes(prototypes, counts, codes, nearest, distances)
+        figures["nearest_words"] = pictures.nearest_codes(prototypes, in_pictures, codes, nearest, distances)
     record = {
         "tokenizer": str(config.tokenizer),
         "hash": tokenizer.hash,
