@@ -57,13 +57,61 @@ def token_maps(
     return figure
 
 
+def usage_histogram(counts: Int[Tensor, " V"]) -> Figure:
+    """Share of patches of each used code, commonest first, on log axes, beside even use."""
+    shares = counts.sort(descending=True).values.double() / counts.sum()
+    used = int((counts > 0).sum())
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    ranks = np.arange(1, used + 1)
+    axis.loglog(ranks, shares[:used].numpy(), marker=".", label=f"{used:,} used codes")
+    axis.axhline(1 / len(counts), color="grey", linestyle="--", label=f"even use of {len(counts):,}")
+    covered = shares.cumsum(0)
+    for share, style in ((0.5, ":"), (0.9, "-.")):
+        rank = int((covered < share - 1e-12).sum()) + 1
+        axis.axvline(rank, color="black", linewidth=0.8, linestyle=style, label=f"{share:.0%} of patches: {rank:,}")
+    axis.set_xlabel("code, commonest first")
+    axis.set_ylabel("share of patches")
+    axis.set_title(
+        f"Use of visual words ({len(counts) - used:,} of {len(counts):,} dead in {int(counts.sum()):,} patches)"
+    )
+    axis.legend()
+    return figure
+
+
+def nearest_codes(
+    prototypes: Float[Tensor, "V C h w"],
+    counts: Int[Tensor, " V"],
+    codes: Int[Tensor, " n"],
+    neighbours: Int[Tensor, "n k"],
+    distances: Float[Tensor, "n k"],
+) -> Figure:
+    """A row a code: its mean patch, then those of the codes with the nearest centroids; a code nobody has stays grey."""
+    figure, axes = _panels(len(codes), 1 + neighbours.shape[1], size=0.8)
+    for row, code in enumerate(codes.tolist()):
+        for column, (other, distance) in enumerate(
+            zip([code, *neighbours[row].tolist()], [0.0, *distances[row].tolist()], strict=True)
+        ):
+            _show(axes[row][column], to_picture(prototypes[other].round().to(torch.uint8)))
+            axes[row][column].set_title(f"{other}: {distance:.2g}" if column else "", fontsize=6, pad=2)
+        axes[row][0].set_ylabel(
+            f"{code}\n{counts[code] / counts.sum():.1%}", rotation=0, ha="right", va="center", fontsize=7
+        )
+    figure.suptitle("Mean patches of words and of their nearest words (code: distance)", fontsize=9)
+    return figure
+
+
+def spread_of_codes(counts: Int[Tensor, " V"], most: int) -> Int[Tensor, " n"]:
+    """Used codes, spread over the range of frequency, commonest first."""
+    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    return used[torch.linspace(0, len(used) - 1, min(most, len(used))).round().long()]
+
+
 def code_montage(
     patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int, rows: int = 12, columns: int = 12
 ) -> Figure:
     """Patches that share a code, for codes spread over the range of frequency."""
     counts = torch.bincount(tokens, minlength=vocab_size)
-    used = counts.argsort(descending=True)[: int((counts > 0).sum())]
-    chosen = used[torch.linspace(0, len(used) - 1, min(rows, len(used))).round().long()]
+    chosen = spread_of_codes(counts, rows)
     figure, axes = _panels(len(chosen), columns, size=0.7)
     for row, code in enumerate(chosen):
         members = (tokens == code).nonzero().flatten()[:columns]

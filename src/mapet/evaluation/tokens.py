@@ -1,0 +1,382 @@
+"""Are these visual words any good? Measures of token ids alone: tensors in, numbers out, and what they mean in words.
+
+Entropies and information are in bits. Chance is always given beside a share, for a share alone says little: if one word
+takes 90 % of the patches, two patches drawn blindly agree 81 % of the time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mapet.evaluation.classifiers import linear_accuracy
+
+SHUFFLES = 20
+"""Shuffled copies that tell what information chance alone would show; their spread is known to a sixth (1 / sqrt 38)."""
+ERRORS = 3
+"""Standard errors above chance that count as more than chance; by chance alone one in 700 goes so far."""
+
+DEAD_SHARE = 0.2
+"""Dead codes: a fifth of the output head is never trained, and the vocabulary is a fifth larger than it says."""
+PERPLEXITY_SHARE = 0.25
+"""Perplexity over K: below a quarter, two bits of each patch's log2 K are lost; K / 4 even words would say as much."""
+COMMONEST_SHARE = 0.5
+"""Commonest word, from 1 / K (even) to 1 (no other): past the middle, a model that always guesses it scores well."""
+TINY_CHANGE = 0.5
+"""Kappa under changes that a person hardly sees: below a half more words change than stay, so targets are mostly noise."""
+SHIFT = 0.25
+"""Kappa when the window moves: below a quarter a word names where the patch stands in the image, hardly what it shows."""
+POSITION_SHARE = 0.5
+"""Information on position over the word's entropy: past a half, most of a word could be had without looking."""
+COPYING = 0.9
+"""Share of neighbours that agree: past nine in ten, copying the patch beside solves the task, and little is learned."""
+PATCHES_PER_WORD = 5
+"""Below that, rare words are missing by chance: of words used evenly exp(-5), 0.7 %, aren't seen; of rarer ones more."""
+
+CHANGES = {
+    "flip": "mirroring",
+    "shift": "moving the window by whole patches",
+    "jitter": "a slight change of colours",
+    "noise": "slight noise",
+    "jpeg": "JPEG compression",
+    "stored": "reading the token store",
+}
+"""Name of a pair of views -> what was done to the second."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How evenly the codes are used, in a sample.
+
+    Attributes:
+        used_codes: codes that at least one patch has.
+        dead_codes: codes that none has.
+        reachable_codes: codes that so many patches would show if all were equally common, K (1 - (1 - 1/K)^n).
+        entropy: -sum p log2 p, bits a patch; at most log2 K.
+        perplexity: 2 to the entropy: as many equally common codes would be as hard to guess (VQ-VAE, arXiv 1711.00937).
+        commonest_share: share of patches that have the commonest code.
+        codes_for_half, codes_for_most: share of the codes, commonest first, that cover 50 % and 90 % of the patches.
+        patches: how many patches it was measured on.
+    """
+
+    used_codes: int
+    dead_codes: int
+    reachable_codes: float
+    entropy: float
+    perplexity: float
+    commonest_share: float
+    codes_for_half: float
+    codes_for_most: float
+    patches: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often two patches have the same word.
+
+    Attributes:
+        share: of the pairs.
+        chance: share expected if both were drawn independently, sum p_k q_k (sum p_k^2 where both use words alike).
+        kappa: (share - chance) / (1 - chance): 0 chance, 1 all (Cohen 1960, doi 10.1177/001316446002000104).
+    """
+
+    share: float
+    chance: float
+    kappa: float
+
+
+@dataclass(frozen=True)
+class Information:
+    """What one thing says about another, bits a patch.
+
+    Attributes:
+        bits: mutual information less `chance`, so that it is about 0 (or a little below) where they are independent.
+        chance: what the plain estimate gives when the pairing is shuffled: its bias, which grows with K.
+        error: standard error of `bits` if there is nothing to be said.
+        share: `bits` over the entropy of the other; 1 if it says all of it.
+    """
+
+    bits: float
+    chance: float
+    error: float
+    share: float
+
+
+@dataclass(frozen=True)
+class BagOfTokens:
+    """Linear probe on how often each word comes in an image.
+
+    Attributes:
+        accuracy: on the test images.
+        chance: of always guessing the commonest class of the test images.
+        test_images: how many.
+    """
+
+    accuracy: float
+    chance: float
+    test_images: int
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Everything measured of one tokenizer's words.
+
+    Attributes:
+        vocab_size: K.
+        images: in the sample.
+        stability: change of view -> how often the word of the same content stays the same.
+        coherence: 'horizontal', 'vertical' -> how often neighbouring patches have the same word.
+        neighbour: what a patch's word says about its neighbour's.
+        position: what a patch's place in the image says about its word.
+        label: what a patch's word says about the image's class; None without labels.
+        bag_of_tokens: what all words of an image say about its class; None without labels.
+    """
+
+    vocab_size: int
+    images: int
+    usage: Usage
+    stability: Mapping[str, Agreement]
+    coherence: Mapping[str, Agreement]
+    neighbour: Information | None
+    position: Information
+    label: Information | None = None
+    bag_of_tokens: BagOfTokens | None = None
+
+
+def usage(ids: Int[Tensor, "..."], vocab_size: int) -> Usage:
+    """How evenly the codes are used."""
+    counts = torch.bincount(ids.flatten(), minlength=vocab_size)
+    total, used = int(counts.sum()), int((counts > 0).sum())
+    covered = counts.sort(descending=True).values.double().cumsum(0) / total
+    bits = _entropy(counts)
+    half, most = (int((covered < share - 1e-12).sum()) + 1 for share in (0.5, 0.9))
+    return Usage(
+        used_codes=used,
+        dead_codes=vocab_size - used,
+        reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** total),
+        entropy=bits,
+        perplexity=2**bits,
+        commonest_share=float(covered[0]),
+        codes_for_half=half / vocab_size,
+        codes_for_most=most / vocab_size,
+        patches=total,
+    )
+
+
+def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreement:
+    """How often the words of corresponding patches are the same."""
+    size = int(max(first.max(), second.max())) + 1
+    p, q = (torch.bincount(ids.flatten(), minlength=size).double() / ids.numel() for ids in (first, second))
+    share, chance = float((first == second).double().mean()), float(p @ q)
+    return Agreement(share, chance, 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0)
+
+
+def overlap(
+    first: Int[Tensor, "B rows columns"], second: Int[Tensor, "B rows columns"], down: int, right: int
+) -> tuple[Int[Tensor, "B r c"], Int[Tensor, "B r c"]]:
+    """The words of the same content in two windows, the second `down` and `right` patches further."""
+    rows, columns = first.shape[1:]
+    return first[:, down:, right:], second[:, : rows - down, : columns - right]
+
+
+def neighbours(ids: Int[Tensor, "B rows columns"]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of patches side by side and one above the other; a grid of one column or row has no such pairs."""
+    pairs = {"horizontal": (ids[:, :, :-1], ids[:, :, 1:]), "vertical": (ids[:, :-1], ids[:, 1:])}
+    return {name: pair for name, pair in pairs.items() if pair[0].numel()}
+
+
+def mutual_information(
+    x: Int[Tensor, " n"], y: Int[Tensor, " n"], shuffled: Iterable[Int[Tensor, " n"]]
+) -> Information:
+    """I(x; y) = H(x) + H(y) - H(x, y) in bits, its bias taken off.
+
+    The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955), as
+    those of one image are not. What it gives for shuffled pairings measures the bias without that assumption, as the
+    adjusted mutual information does (Vinh et al. 2010, JMLR 11). It takes off too much where x says a lot and
+    pairs are few for the number of words, so that `bits` is then a lower estimate.
+
+    Args:
+        shuffled: copies of y that keep its own structure, but not its pairing with x; two or more.
+    """
+    alone = _entropy(_counts(x)), _entropy(_counts(y))
+    size = int(y.max()) + 1
+
+    def plain(other: Tensor) -> float:
+        # Sorted, not tabled: 8192^2 pairs of neighbouring words need not be held.
+        return sum(alone) - _entropy(_counts(x * size + other))
+
+    nothing = torch.tensor([plain(other) for other in shuffled], dtype=torch.float64)
+    chance, error = float(nothing.mean()), float(nothing.std()) * sqrt(1 + 1 / len(nothing))
+    bits = plain(y) - chance
+    return Information(bits, chance, error, bits / alone[1] if alone[1] > 0 else 0.0)
+
+
+def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], seed: int = 0) -> Information:
+    """What a word says about the class of its image. Labels are shuffled over whole images."""
+    words = ids.flatten(1)
+
+    def of_patches(labels: Tensor) -> Tensor:
+        return labels[:, None].expand_as(words).flatten()
+
+    shuffled = (of_patches(labels[order]) for order in _orders(len(labels), seed))
+    return mutual_information(words.flatten(), of_patches(labels), shuffled)
+
+
+def position_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information:
+    """What a patch's place in the image says about its word."""
+    words = ids.flatten()
+    places = torch.arange(ids[0].numel()).expand(len(ids), -1).flatten()
+    return mutual_information(places, words, (words[order] for order in _orders(len(words), seed)))
+
+
+def neighbour_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information | None:
+    """What a word says about the word beside or below it; None for a single patch."""
+    pairs = neighbours(ids).values()
+    if not pairs:
+        return None
+    x, y = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
+    return mutual_information(x, y, (y[order] for order in _orders(len(y), seed)))
+
+
+def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float[Tensor, "B K"]:
+    """Square roots of the share of an image's patches that each word takes.
+
+    The root keeps words that fill half an image (sky, black) from drowning the others: distances are then Hellinger's
+    (Arandjelovic and Zisserman 2012, doi 10.1109/CVPR.2012.6248018).
+    """
+    words = ids.flatten(1)
+    counts = torch.zeros(len(words), vocab_size).scatter_add_(1, words, torch.ones(words.shape))
+    return (counts / words.shape[1]).sqrt()
+
+
+def bag_of_tokens(
+    ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], test: Tensor, vocab_size: int
+) -> BagOfTokens:
+    """Linear probe on bags of tokens.
+
+    Args:
+        test: (B,) bool, the images to test on; the others are trained on.
+    """
+    bags = bags_of_tokens(ids, vocab_size)
+    # A word of one training image tells that image, not its class; one of none would be divided by a spread of nought.
+    bags = bags[:, (bags[~test] > 0).sum(0) > 1]
+    chance = float(torch.bincount(labels[test]).max() / test.sum())
+    if not bags.shape[1]:
+        return BagOfTokens(chance, chance, int(test.sum()))
+    accuracy = linear_accuracy(bags[~test], labels[~test], bags[test], labels[test])
+    return BagOfTokens(accuracy, chance, int(test.sum()))
+
+
+def nearest_codes(
+    centroids: Float[Tensor, "K F"], codes: Int[Tensor, " n"], count: int
+) -> tuple[Float[Tensor, "n count"], Int[Tensor, "n count"]]:
+    """Distances and numbers of the `count` other codes (fewer if there are fewer) whose centroids are nearest."""
+    distances = torch.cdist(centroids[codes].double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distances.scatter_(1, codes[:, None], torch.inf)
+    found = distances.topk(min(count, len(centroids) - 1), dim=1, largest=False)
+    return found.values.float(), found.indices
+
+
+def measure(
+    ids: Int[Tensor, "B rows columns"],
+    vocab_size: int,
+    views: Mapping[str, tuple[Tensor, Tensor]] = {},
+    labels: Int[Tensor, " B"] | None = None,
+    test: Tensor | None = None,
+    seed: int = 0,
+) -> Measures:
+    """Everything.
+
+    Args:
+        views: change of view -> words of the same content, without it and with it.
+        labels: class of each image, with `test`: (B,) bool, the images that the bag-of-tokens probe is tested on.
+    """
+    known = labels is not None and test is not None
+    return Measures(
+        vocab_size=vocab_size,
+        images=len(ids),
+        usage=usage(ids, vocab_size),
+        stability={name: agreement(*pair) for name, pair in views.items()},
+        coherence={name: agreement(*pair) for name, pair in neighbours(ids).items()},
+        neighbour=neighbour_information(ids, seed),
+        position=position_information(ids, seed),
+        label=label_information(ids, labels, seed) if known else None,  # type: ignore[arg-type]
+        bag_of_tokens=bag_of_tokens(ids, labels, test, vocab_size) if known else None,  # type: ignore[arg-type]
+    )
+
+
+def warnings(measures: Measures) -> list[str]:
+    """What is poor, in plain sentences; empty for words that look fit to learn from."""
+    return list(_warnings(measures))
+
+
+def _warnings(m: Measures) -> Iterator[str]:
+    use, K = m.usage, m.vocab_size
+    if use.patches < PATCHES_PER_WORD * K:
+        yield (
+            f"only {use.patches:,} patches for {K:,} words: dead codes and perplexity are rough; a larger --sample "
+            f"(about {-(-PATCHES_PER_WORD * K * m.images // use.patches):,} images) tells more"
+        )
+    if use.used_codes < (1 - DEAD_SHARE) * use.reachable_codes:
+        yield (
+            f"{use.dead_codes:,} of {K:,} codes are dead, where even use would leave {K - use.reachable_codes:,.0f}: "
+            "the vocabulary is smaller than it says; fit fewer words, or to more varied images"
+        )
+    if use.perplexity < PERPLEXITY_SHARE * use.reachable_codes:
+        yield (
+            f"perplexity {use.perplexity:.1f} of {K:,}: a few words take most patches, and as many even words would say as much"
+        )
+    if use.commonest_share > 1 / K + COMMONEST_SHARE * (1 - 1 / K) or K == 1:
+        yield (
+            f"one word takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
+        )
+    for name, view in m.stability.items():
+        if name == "stored" and view.share < 1:
+            yield (
+                f"{1 - view.share:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
+                "the store belongs to other images or another tokenizer; tokenize again"
+            )
+        elif name in ("jitter", "noise", "jpeg") and view.kappa < TINY_CHANGE:
+            yield (
+                f"{1 - view.share:.0%} of the words change under {CHANGES[name]}, which a person hardly sees: "
+                "targets are mostly noise; fewer words or another teacher may be steadier"
+            )
+        elif name == "shift" and view.kappa < SHIFT:
+            yield (
+                f"{1 - view.share:.0%} of the words change when the window moves by whole patches: they name the place "
+                "in the image more than what is there"
+            )
+    if m.position.share > POSITION_SHARE:
+        yield (f"position alone tells {m.position.share:.0%} of a word: much of the task can be done without looking")
+    agreeing = [pair.share for pair in m.coherence.values()]
+    if agreeing and min(agreeing) > COPYING:
+        yield f"{min(agreeing):.0%} of neighbouring patches share their word: copying the patch beside nearly solves the task"
+    if m.neighbour is not None and use.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
+        yield "a word says nothing of the words beside it: nothing can be predicted from context (are tokens mixed up?)"
+    if m.label is not None and m.label.bits <= ERRORS * m.label.error:
+        yield "a word says nothing of the class of its image (are tokens paired with the wrong images?)"
+    if m.bag_of_tokens is not None:
+        bag = m.bag_of_tokens
+        if bag.accuracy < bag.chance + ERRORS * sqrt(bag.chance * (1 - bag.chance) / bag.test_images):
+            yield (
+                f"from all words of an image its class is told no better than by chance ({bag.accuracy:.1%}, always guessing "
+                f"one class {bag.chance:.1%}, {bag.test_images} test images)"
+            )
+
+
+def _counts(values: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
+    return values.unique(return_counts=True)[1]
+
+
+def _entropy(counts: Int[Tensor, " m"]) -> float:
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log2()).sum())
+
+
+def _orders(count: int, seed: int) -> Iterator[Int[Tensor, " count"]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(SHUFFLES):
+        yield torch.randperm(count, generator=generator)

@@ -1,0 +1,249 @@
+"""Measures of visual words against cases whose answer is known, and the warnings they give rise to."""
+
+from math import log2
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mapet.compute import Compute
+from mapet.data.image_list import scan
+from mapet.evaluation.token_views import Sampler
+from mapet.evaluation.tokens import (
+    agreement,
+    bag_of_tokens,
+    bags_of_tokens,
+    label_information,
+    measure,
+    nearest_codes,
+    neighbour_information,
+    neighbours,
+    overlap,
+    position_information,
+    usage,
+    warnings,
+)
+from mapet.report.health import markdown
+from mapet.tokenizer.codebook import load_tokenizer
+
+
+def draw(*shape, below, seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def checkerboard(images=50, size=6):
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return ((rows + columns) % 2).expand(images, -1, -1)
+
+
+def textures(images=400, size=4, classes=4, seed=0):
+    """Words fit to learn from: 16 a class, mostly of the image's class, and those of neighbouring rows alike."""
+    labels = draw(images, below=classes, seed=seed)
+    words = draw(images, 1, size, below=16, seed=seed + 1).expand(-1, size, -1)
+    noise = draw(images, size, size, below=16 * classes, seed=seed + 2)
+    odd = draw(images, size, size, below=10, seed=seed + 3) < 3
+    return torch.where(odd, noise, words + 16 * labels[:, None, None]), labels, torch.arange(images) % 5 == 0
+
+
+def test_usage_of_even_words_and_of_one_word():
+    even = usage(torch.arange(64).repeat(25).view(100, 4, 4), 64)
+    assert (even.used_codes, even.dead_codes, even.patches) == (64, 0, 1600)
+    assert even.perplexity == pytest.approx(64) and even.entropy == pytest.approx(6)
+    assert even.commonest_share == 1 / 64 and even.codes_for_half == 0.5
+    assert even.codes_for_most == 58 / 64  # the first number of words with 9/10 of the patches
+    one = usage(torch.full((10, 4, 4), 3), 64)
+    assert (one.used_codes, one.dead_codes, one.commonest_share) == (1, 63, 1.0)
+    assert one.perplexity == 1 and one.codes_for_half == one.codes_for_most == 1 / 64
+    assert usage(torch.tensor([0, 0, 1, 2]), 4).entropy == pytest.approx(1.5)
+
+
+def test_codes_that_a_small_sample_can_reach():
+    """The expectation of used codes is what evenly drawn words show."""
+    seen = [usage(draw(500, below=300, seed=seed), 300) for seed in range(50)]
+    mean = sum(one.used_codes for one in seen) / 50
+    assert mean == pytest.approx(seen[0].reachable_codes, abs=3 * 7 / 50**0.5)  # one draw spreads by about 7
+
+
+def test_agreement_and_chance():
+    same = agreement(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 1, 2]))
+    assert (same.share, same.chance, same.kappa) == (1.0, 0.375, 1.0)
+    assert agreement(torch.tensor([0, 1]), torch.tensor([1, 0])).kappa == -1
+    assert agreement(torch.tensor([4, 4]), torch.tensor([4, 4])).kappa == 1
+    random = agreement(draw(20_000, below=8), draw(20_000, below=8, seed=1))
+    assert abs(random.share - random.chance) < 3 * (1 / 8 * 7 / 8 / 20_000) ** 0.5
+
+
+def test_overlap_shows_the_same_content():
+    content = torch.arange(7 * 9).view(1, 7, 9)
+    first, second = content[:, :6, :7], content[:, 1:, 2:]
+    assert torch.equal(*overlap(first, second, 1, 2))
+    assert overlap(first, second, 1, 2)[0].shape == (1, 5, 5)
+
+
+def test_coherence_of_checkerboards_and_stripes():
+    board = {name: agreement(*pair) for name, pair in neighbours(checkerboard()).items()}
+    assert all(pair.share == 0 and pair.chance == pytest.approx(0.5) for pair in board.values())
+    assert neighbour_information(checkerboard()).bits == pytest.approx(1, abs=0.01)
+    stripes = torch.arange(6).view(6, 1).expand(50, 6, 6)
+    assert agreement(*neighbours(stripes)["horizontal"]).share == 1
+    assert agreement(*neighbours(stripes)["vertical"]).share == 0
+    assert set(neighbours(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
+    assert neighbour_information(torch.zeros(2, 1, 1, dtype=torch.int64)) is None
+
+
+def test_position():
+    assert position_information(torch.arange(16).view(1, 4, 4).expand(200, -1, -1)).share == pytest.approx(1, abs=0.03)
+    nothing = position_information(draw(200, 4, 4, below=32))
+    assert abs(nothing.bits) < 3 * nothing.error
+
+
+def test_words_that_are_the_class_say_all_of_it():
+    labels = draw(500, below=5)
+    found = label_information(labels[:, None, None].expand(-1, 4, 4), labels)
+    p = torch.bincount(labels) / 500
+    assert found.bits + found.chance == pytest.approx(float(-(p * p.log2()).sum()))
+    assert found.share == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("vocab_size", [4, 64, 4096])
+@pytest.mark.parametrize("alike", [False, True], ids=["patches differ", "an image has one word"])
+def test_words_independent_of_the_class_say_nothing(vocab_size, alike):
+    """Also where the patches of an image are alike, which the usual correction (Miller and Madow's) does not allow for."""
+    labels, words = draw(400, below=10), draw(400, 4, 4, below=vocab_size, seed=1)
+    found = label_information(words[:, :1, :1].expand(-1, 4, 4) if alike else words, labels)
+    assert abs(found.bits) < 3 * found.error
+    if not alike and vocab_size == 64:
+        assert found.chance == pytest.approx(63 * 9 / (2 * 6400) / 0.6931, rel=0.1)  # Miller 1955
+
+
+def test_half_a_bit():
+    """A word that names one of two classes in half of the patches and else says nothing."""
+    labels = torch.arange(1000) % 2
+    blank = draw(1000, 4, 4, below=2).bool()
+    found = label_information(torch.where(blank, 2, labels[:, None, None]), labels)
+    assert found.bits == pytest.approx(float(1 - blank.double().mean()), abs=0.01)
+
+
+def test_bags():
+    bags = bags_of_tokens(torch.tensor([[[0, 0], [0, 2]]]), 4)
+    assert torch.allclose(bags, torch.tensor([[0.75, 0, 0.25, 0]]).sqrt())
+    words, labels, test = textures()
+    good = bag_of_tokens(words, labels, test, 64)
+    assert good.accuracy > 0.9 and good.test_images == 80
+    poor = bag_of_tokens(words[torch.randperm(400)], labels, test, 64)
+    assert abs(poor.accuracy - 0.25) < 0.2
+    # Words of their own in each image leave nothing to train on; words new in the test set are left out.
+    own = bag_of_tokens(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
+    assert own.accuracy == own.chance
+    new = torch.where(test[:, None, None] & (words == 5), 64, words)
+    assert bag_of_tokens(new, labels, test, 65).accuracy > 0.85
+
+
+def test_nearest_codes():
+    distances, found = nearest_codes(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([2, 0]), 2)
+    assert found.tolist() == [[1, 0], [1, 2]] and distances.tolist() == [[2, 3], [1, 3]]
+    assert nearest_codes(torch.zeros(3, 2), torch.tensor([0]), 9)[1].shape == (1, 2)
+
+
+@given(seed=st.integers(0, 2**20), vocab_size=st.integers(1, 40), size=st.integers(2, 5))
+@settings(max_examples=25, deadline=None)
+def test_numbers_of_the_codes_do_not_matter(seed, vocab_size, size):
+    words, labels = draw(30, size, size, below=vocab_size, seed=seed), draw(30, below=3, seed=seed)
+    renamed = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[words]
+    for function in (
+        lambda ids: usage(ids, vocab_size),
+        lambda ids: agreement(ids, ids.flip(-1)),
+        lambda ids: label_information(ids, labels),
+        lambda ids: position_information(ids),
+        lambda ids: neighbour_information(ids),
+    ):
+        assert vars(function(words)) == pytest.approx(vars(function(renamed)), abs=1e-9)
+
+
+def steady(words):
+    return dict.fromkeys(("flip", "shift", "jitter", "noise", "jpeg"), (words, words))
+
+
+def test_no_warning_for_good_words():
+    words, labels, test = textures()
+    found = measure(words, 64, steady(words), labels, test)
+    assert warnings(found) == []
+    assert "No warnings" in markdown(found, [], "t") and found.label.share > 0.2
+
+
+def poor():
+    """name -> (words, vocabulary size, views, labels, test), and what must be said of it."""
+    words, labels, test = textures()
+    other = words[draw(400, below=400, seed=9)]
+    mixed = words.flatten()[torch.randperm(words.numel(), generator=torch.Generator().manual_seed(3))].view_as(words)
+    board = torch.arange(16).view(1, 4, 4).expand(400, -1, -1)
+    rare = torch.where(draw(400, 4, 4, below=100) < 85, 0, words)
+    return {
+        "dead": ((words, 1024), "960 of 1,024 codes are dead"),
+        "small sample": ((words, 2048), "only 6,400 patches for 2,048 words"),
+        "one word": ((torch.zeros_like(words), 64), "one word takes 100%"),
+        "one word of one": ((torch.zeros_like(words), 1), "one word takes 100%"),
+        "uneven": ((rare, 64), "a few words take most patches"),
+        "commonest": ((rare, 64), "one word takes 8"),
+        "jitter": ((words, 64, {"jitter": (words, other)}), "of the words change under a slight change of colours"),
+        "shift": ((words, 64, {"shift": (words, other)}), "they name the place"),
+        "wrong store": ((words, 64, {"stored": (words, other)}), "the store belongs to other images"),
+        "wrong images": ((words, 64, {}, labels.roll(1), test), "are tokens paired with the wrong images?"),
+        "no class from the bag": ((words, 64, {}, labels.roll(1), test), "no better than by chance"),
+        "mixed up": ((mixed, 64), "are tokens mixed up?"),
+        "place": ((board, 16), "position alone tells"),
+        "copying": ((labels[:, None, None].expand(-1, 4, 4), 4), "copying the patch beside"),
+    }
+
+
+@pytest.mark.parametrize("name", poor())
+def test_poor_words_are_called_so(name):
+    (words, vocab_size, *more), sentence = poor()[name]
+    lines = warnings(measure(words, vocab_size, *more))
+    assert any(sentence in line for line in lines), lines
+
+
+class MeanColour(nn.Module):
+    """Names a patch by its mean grey, in 8 steps: commutes with flips, and sees nothing but the patch."""
+
+    def __init__(self, size, grid):
+        super().__init__()
+        self.grid, self.student_size, self.vocab_size = grid, size, 8
+        self.teacher = SimpleNamespace(image_size=size)
+        self.description = {"teacher": {"channels": 3}}
+
+    def forward(self, images):
+        means = nn.functional.adaptive_avg_pool2d(images.double().mean(1), self.grid)
+        return (means.round(decimals=6) / 32).long()
+
+
+@pytest.mark.parametrize(("size", "grid"), [((32, 48), (4, 6)), ((36, 36), (8, 8))], ids=str)
+def test_views_show_the_same_content(size, grid, crops):
+    """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
+    sampler = Sampler(MeanColour(size, grid), Compute.choose("cpu", "float32"), batch_size=5)
+    images = scan(crops)
+    found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
+    assert set(found) == {"flip", "shift", "jitter", "noise", "jpeg"}
+    assert found["shift"].share == 1 and found["flip"].share == 1
+    assert all(found[name].share > 0.6 for name in found)
+    assert found["jitter"].share < 1
+    words = sampler.words(images, shown=7)
+    assert words.images.shape == (7, 3, *size) and words.ids.shape == (12, *grid)
+    other = Sampler(MeanColour(size, grid), Compute.choose("cpu", "float32"), batch_size=12).views(images)
+    assert all(torch.equal(other[name][1], pair[1]) for name, pair in sampler.views(images).items())
+
+
+def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
+    sampler = Sampler(MeanColour((33, 33), (5, 5)), Compute.choose("cpu", "float32"))
+    assert set(sampler.views(scan(crops))) == {"flip", "jitter", "noise", "jpeg"}
+
+
+def test_pixel_words_of_digits_survive_a_shift(tokenizer_dir, digits):
+    sampler = Sampler(load_tokenizer(tokenizer_dir), Compute.choose("cpu", "float32"))
+    found = sampler.views(scan(digits / "test").subset(range(0, 360, 4)))
+    assert torch.equal(*found["shift"])
+    assert 0.5 < agreement(*found["jitter"]).share < 1
+    assert log2(16) > usage(found["flip"][0], 16).entropy > 2
