@@ -86,16 +86,12 @@ def nearest_codes(
     distances: Float[Tensor, "n k"],
 ) -> Figure:
     """A row a code: its mean patch, then those of the codes with the nearest centroids; a code nobody has stays grey."""
-    figure, axes = _panels(len(codes), 1 + neighbours.shape[1], size=0.8)
-    for row, code in enumerate(codes.tolist()):
-        for column, (other, distance) in enumerate(
-            zip([code, *neighbours[row].tolist()], [0.0, *distances[row].tolist()], strict=True)
-        ):
-            _show(axes[row][column], to_picture(prototypes[other].round().to(torch.uint8)))
-            axes[row][column].set_title(f"{other}: {distance:.2g}" if column else "", fontsize=6, pad=2)
-        axes[row][0].set_ylabel(
-            f"{code}\n{counts[code] / counts.sum():.1%}", rotation=0, ha="right", va="center", fontsize=7
-        )
+    order = torch.cat([codes[:, None], neighbours], 1).tolist()
+    tiles = [[to_picture(prototypes[code].round().to(torch.uint8)) for code in row] for row in order]
+    figure, centres = _montage(tiles, _names(codes, counts), size=0.8)
+    for y, row, told in zip(centres, neighbours.tolist(), distances.tolist(), strict=True):
+        for column, (code, distance) in enumerate(zip(row, told, strict=True), 1):
+            figure.axes[0].text(column + 0.5, y - 0.47, f"{code}: {distance:.2g}", fontsize=6, ha="center", va="bottom")
     figure.suptitle("Mean patches of words and of their nearest words (code: distance)", fontsize=9)
     return figure
 
@@ -112,17 +108,8 @@ def code_montage(
     """Patches that share a code, for codes spread over the range of frequency."""
     counts = torch.bincount(tokens, minlength=vocab_size)
     chosen = spread_of_codes(counts, rows)
-    figure, axes = _panels(len(chosen), columns, size=0.7)
-    for row, code in enumerate(chosen):
-        members = (tokens == code).nonzero().flatten()[:columns]
-        for column in range(columns):
-            if column < len(members):
-                _show(axes[row][column], to_picture(patches[members[column]]))
-            else:
-                axes[row][column].axis("off")
-        axes[row][0].set_ylabel(
-            f"{int(code)}\n{counts[code] / len(tokens):.1%}", rotation=0, ha="right", va="center", fontsize=7
-        )
+    members = [patches[(tokens == code).nonzero().flatten()[:columns]] for code in chosen]
+    figure, _ = _montage([[to_picture(patch) for patch in row] for row in members], _names(chosen, counts), size=0.7)
     figure.suptitle("Patches that share a visual word (number and share of patches)")
     return figure
 
@@ -224,6 +211,28 @@ def attention_of_cls(vit: Any, images: Float[Tensor, "B C H W"]) -> Float[Tensor
     q, k, _ = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     scores = (attention.q_norm(q)[:, :, :1] * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
     return F.softmax(scores, dim=-1)[:, :, 0, vit.num_prefix_tokens :]
+
+
+def _names(codes: Int[Tensor, " n"], counts: Int[Tensor, " V"]) -> list[str]:
+    return [f"{code}\n{counts[code] / counts.sum():.1%}" for code in codes.tolist()]
+
+
+def _montage(tiles: Sequence[Sequence[np.ndarray]], names: Sequence[str], size: float) -> tuple[Figure, list[float]]:
+    """Rows of named tiles, each 1 x 1 on the one axis (an axis for every tile takes matplotlib seconds), with room above.
+
+    Returns:
+        the figure, and where the middle of each row is.
+    """
+    columns, step = max(map(len, tiles)), 1.2
+    figure, axis = plt.subplots(figsize=(size * columns + 1, size * step * len(tiles) + 0.6), layout="constrained")
+    centres = [step * row + 0.7 for row in range(len(tiles))]
+    for y, row in zip(centres, tiles, strict=True):
+        for x, tile in enumerate(row):
+            axis.imshow(tile, interpolation="nearest", extent=(x + 0.04, x + 0.96, y + 0.46, y - 0.46))
+    axis.set(xlim=(0, columns), ylim=(step * len(tiles) + 0.2, 0), aspect="equal", xticks=[], frame_on=False)
+    axis.set_yticks(centres, names, fontsize=7)
+    axis.tick_params(length=0)
+    return figure, centres
 
 
 def _panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:

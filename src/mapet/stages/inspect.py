@@ -197,7 +197,7 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
         "token_maps": pictures.token_maps(words.images[shown], tokens[shown], grid, vocab_size),
         "words": pictures.code_montage(patches, pictured, vocab_size),
     }
-    centroids = getattr(tokenizer, "centroids", None)  # words that are no nearest centroids have none
+    centroids = tokenizer.centroids  # words that are no nearest centroids have none
     if centroids is not None and vocab_size > 1:
         in_pictures = torch.bincount(pictured, minlength=vocab_size)
         codes = pictures.spread_of_codes(in_pictures, 12)
