@@ -23,6 +23,19 @@ from mapet.files import write_json
 from mapet.recipe import read_recipe
 
 OUTCOME = "linear probe"
+MEASURES = {
+    "entropy, bits": ("usage", "entropy"),
+    "commonest word": ("usage", "commonest_share"),
+    "kept under jitter": ("stability", "jitter", "kappa"),
+    "kept under noise": ("stability", "noise", "kappa"),
+    "kept when moved": ("stability", "shift", "kappa"),
+    "kept when mirrored": ("stability", "flip", "kappa"),
+    "neighbour, bits": ("neighbour", "bits"),
+    "position, share": ("position", "share"),
+    "class, bits": ("label", "bits"),
+    "bag of tokens": ("bag_of_tokens", "accuracy"),
+}
+"""Column -> where health.json keeps it."""
 
 
 def main() -> None:
@@ -41,11 +54,9 @@ def main() -> None:
     for row in rows:
         scores = [float(run[OUTCOME]) for run in runs if run["tokenizer"] == row["tokenizer"]]
         row[OUTCOME] = statistics.mean(scores)
-    measures = [name for name, value in rows[0].items() if isinstance(value, float) and name != OUTCOME]
-    forecasts = {}
-    for name in measures:
-        pairs = [(row[name], row[OUTCOME]) for row in rows if row.get(name) is not None]
-        forecasts[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    measures = list(MEASURES)
+    outcomes = [row[OUTCOME] for row in rows]
+    forecasts = {name: float(spearmanr([row[name] for row in rows], outcomes).statistic) for name in measures}
     write_json(options.out / "forecast.json", {"tokenizers": rows, "rank_correlation": forecasts})
     columns = ["tokenizer", *measures, OUTCOME]
     table = [columns, ["---"] * len(columns)]
@@ -64,8 +75,14 @@ def looked_at(name: str, spec: dict[str, Any], out: Path, data: Path) -> dict[st
         mapet.inspect(
             tokenizer=out / "tokenizers" / name / "tokenizer", images=first_of_each_class(data, 1000), out=folder, **own
         )
-    measures = json.loads((folder / "health.json").read_text())
-    return {"tokenizer": name, **{key: float(value) for key, value in measures.items() if isinstance(value, float)}}
+    measures = json.loads((folder / "health.json").read_text())["measures"]
+    row: dict[str, Any] = {"tokenizer": name}
+    for column, path in MEASURES.items():
+        value = measures
+        for key in path:
+            value = value[key]
+        row[column] = float(value)
+    return row
 
 
 if __name__ == "__main__":

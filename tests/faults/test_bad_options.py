@@ -1,5 +1,6 @@
 """Mistakes in options, recipes and folders end in one clear line, through the command line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
@@ -190,6 +193,18 @@ def good_encoder(checkpoint):
     return lambda images: images[:, :, ::4, ::4]
 
 
+def pooled(checkpoint):
+    return lambda images: images.mean((2, 3), keepdim=True)
+
+
+def coarse(checkpoint):
+    return lambda images: images[:, :, ::8, ::8]
+
+
+def turned(checkpoint):
+    return lambda images: images[:, :, ::4, ::4].transpose(2, 3)
+
+
 def no_arguments():
     return None
 
@@ -219,6 +234,37 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
     ]
     assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
     assert main([*map(str, tokenize), "--teacher", "test_bad_options:good_encoder"]) == 0
+
+
+def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    common = ["fit-tokenizer", "--images", crops, "--patch-size", "4", "--workers", "0", "--vocab-size", "4", "--out"]
+    common += [tmp_path / "x", "--image-size", "16", "--teacher"]
+    assert "gave a grid of 1 x 1 for views of 16 x 16 px, to be named on 4 x 4 patches" in fails(
+        capsys, *common, "test_bad_options:pooled"
+    )
+    wide = [*common[:-1], "32", "--teacher", "test_bad_options:turned"]
+    line = fails(capsys, *wide)
+    assert "gave a grid of 8 x 4 for views of 16 x 32 px" in line
+    assert main([*map(str, common), "test_bad_options:coarse"]) == 0
+    assert "grid of 2 x 2 is interpolated to the student's 4 x 4: --teacher-size 32 32 would do" in caplog.text
+    assert json.loads((tmp_path / "x" / "tokenizer.json").read_text())["teacher_grid"] == [2, 2]
+
+
+def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):
+    """Its weights file was moved: named, with the way out; other weights are not taken for it."""
+    weights = {name: tmp_path / f"{name}.safetensors" for name in ("first", "second")}
+    for path in weights.values():
+        save_file(timm.create_model("resnet10t").state_dict(), path)
+    teacher = ["--teacher", "resnet10t.c3_in1k", "--teacher-size", "64", "--teacher-checkpoint", weights["first"]]
+    fit = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", *teacher]
+    assert main([*map(str, fit)]) == 0
+    moved = weights["first"].rename(tmp_path / "moved.safetensors")
+    tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "t", "--workers", "0"]
+    line = fails(capsys, *tokenize)
+    assert f"{weights['first']}, is not there" in line and "--teacher-checkpoint" in line
+    assert "has other weights" in fails(capsys, *tokenize, "--teacher-checkpoint", weights["second"])
+    assert main([*map(str, tokenize), "--teacher-checkpoint", str(moved)]) == 0
 
 
 def test_teacher_weights_that_cannot_be_had(capsys, crops, tmp_path):

@@ -12,6 +12,7 @@ from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
     from mapet.tokenizer.codebook import Tokenizer
+    from mapet.tokenizer.teacher import Teacher
 
 log = logging.getLogger("mapet")
 
@@ -192,6 +193,21 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     tokenizer = Tokenizer(teacher, fitted.quantizer, describe(teacher, fitted.quantizer, health, fitting))
     save_tokenizer(tokenizer, fitted.usage, config.out)
     checkpoint.unlink(missing_ok=True)
+    if teacher.own_grid not in (None, teacher.grid):
+        log.warning(
+            "the teacher's grid of %d x %d is interpolated to the student's %d x %d%s",
+            *teacher.own_grid, *teacher.grid, _size_that_fits(teacher),
+        )  # fmt: skip
     log.info("codebook: %s", health)
     log.info("saved %s", config.out)
     return tokenizer
+
+
+def _size_that_fits(teacher: "Teacher") -> str:
+    """Advice on the teacher's views that would give the student's grid, if there are such."""
+    assert teacher.own_grid is not None
+    sides = list(zip(teacher.image_size, teacher.grid, teacher.own_grid, strict=True))
+    if any(side * wanted % given for side, wanted, given in sides):
+        return ""
+    height, width = (side * wanted // given for side, wanted, given in sides)
+    return f": --teacher-size {height} {width} would do without, if the teacher takes it"

@@ -139,6 +139,7 @@ def describe(teacher: Teacher, quantizer: Quantizer, health: Health, fitting: di
         "hash": canonical_hash(identity),
         "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size),
+        "teacher_grid": list(teacher.own_grid or teacher.grid),
         "weights_hash": teacher.weights_hash,
         "quantizer": quantizer.settings,
         "quantizer_hash": content,
@@ -190,6 +191,11 @@ def load_tokenizer(
         raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
     if checkpoint:
         settings["checkpoint"] = checkpoint
+    elif settings.get("checkpoint") and not Path(settings["checkpoint"]).exists():
+        raise MapetError(
+            f"the weights file of teacher '{name}' in {folder}, {settings['checkpoint']}, is not there; say where it is: "
+            "--teacher-checkpoint FILE"
+        )
     try:
         teacher = make_teacher(**settings)
     except TypeError as error:

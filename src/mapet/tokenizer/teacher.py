@@ -33,6 +33,7 @@ class Teacher(nn.Module):
         name: as the user gave it: 'pixels', a timm model, or 'package.module:function'.
         image_size: (h, w) it wants views rendered at, pixels.
         grid: (rows, columns) of the student's patches; other grids are interpolated to it.
+        own_grid: (rows, columns) that the encoder gave, once it has run.
         settings: what made it, for the codebook's JSON; `make_teacher(**settings)` makes it again. Its precision is one of
             them: in another one about 1 % of the patches get other words, so tokens are always computed in the codebook's.
         weights_hash: sha256 of its parameters, '' if it has none.
@@ -49,6 +50,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
+        self.own_grid: tuple[int, int] | None = None
         self.weights_hash = _hash_weights(encoder)
         # Convolutions are faster with channels last; what is no convolution doesn't care.
         self.own_quantizer = _own_quantizer(encoder)
@@ -59,7 +61,7 @@ class Teacher(nn.Module):
         """Features as float32 numbers, whatever the precision of the products, also within somebody else's autocast.
 
         Raises:
-            MapetError: the encoder returned something that is not a map of features.
+            MapetError: the encoder returned something that is not a map of features, or a map that can't be of these patches.
         """
         bfloat16 = self.settings["precision"] == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
@@ -70,9 +72,22 @@ class Teacher(nn.Module):
                 f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {shape} for {len(images)} images"
             )
         features = features.float()
+        if self.own_grid is None:
+            self.own_grid = self._checked(*features.shape[2:])
         if tuple(features.shape[2:]) != self.grid:
             features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
         return features
+
+    def _checked(self, rows: int, columns: int) -> tuple[int, int]:
+        """One feature for a whole image, and rows and columns that are mixed up, would be interpolated without a word."""
+        height, width = self.image_size
+        tells_no_patches = min(rows, columns) < 2 <= min(self.grid)
+        if tells_no_patches or not 0.5 < (rows / columns) / (height / width) < 2:
+            raise MapetError(
+                f"teacher '{self.name}' gave a grid of {rows} x {columns} for views of {height} x {width} px, to be named on "
+                f"{self.grid[0]} x {self.grid[1]} patches: it must be a map (batch, features, rows, columns) of the view"
+            )
+        return rows, columns
 
 
 def _own_quantizer(encoder: nn.Module) -> Quantizer | None:
