@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from mapet import processes
 from mapet.errors import MapetError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -24,7 +25,10 @@ class Compute:
 
     @classmethod
     def choose(cls, device: str = "auto", precision: Precision = "auto") -> "Compute":
-        """'auto' takes the first of CUDA, MPS, CPU, and bfloat16 where the device has fast products in it."""
+        """'auto' takes the first of CUDA, MPS, CPU, and bfloat16 where the device has fast products in it.
+
+        Of several processes on a machine each takes a CUDA device of its own.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
@@ -33,6 +37,9 @@ class Compute:
             raise MapetError(
                 f"device '{device}' is not available: {str(error).splitlines()[0]}. Use --device auto, cpu, cuda or mps"
             ) from None
+        if place.type == "cuda" and processes.number() > 1:
+            place = torch.device("cuda", processes.device_number())
+            torch.cuda.set_device(place)
         if place.type == "cpu":
             _keep_freed_memory()
         dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)

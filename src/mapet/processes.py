@@ -1,10 +1,44 @@
-"""What the processes of torch.distributed tell each other; one process that is alone tells nobody anything.
+"""Several processes at one job, by torch.distributed; one process that is alone tells nobody anything.
 
-Each function is a collective call: every process of the default group makes it, in the same order. It is the caller who
-initialises that group; without one they return what they are given.
+`torchrun` starts them; `joined` lets them meet. The other functions are collective calls: every process makes them, in the
+same order. Without a group they return what they are given.
 """
 
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
 from torch import Tensor, distributed
+
+from mapet.errors import MapetError
+
+log = logging.getLogger("mapet")
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others: the first may be evaluating, or writing to a slow disk."""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the processes that `torchrun` started, and part at the end; nothing to do where they have met.
+
+    Messages of other processes than the first are shown from warnings upwards, with the number of theirs.
+    """
+    if _together():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    if rank():
+        log.setLevel(logging.WARNING)
+        for handler in log.handlers:
+            handler.setFormatter(logging.Formatter(f"[process {rank()}] %(message)s"))
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def number() -> int:
@@ -17,12 +51,27 @@ def rank() -> int:
     return distributed.get_rank() if _together() else 0
 
 
+def device_number() -> int:
+    """Which of this machine's devices is this process's."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def wait() -> None:
+    """Until all have come here."""
+    total(torch.zeros(1))
+
+
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, the same to the bit in each."""
+    """The sum over all processes, the same to the bit in each.
+
+    Raises:
+        MapetError: another process is gone.
+    """
     if not _together():
         return tensor
     shared = _where_it_travels(tensor).clone()
-    distributed.all_reduce(shared)
+    with _telling_of_lost_ones():
+        distributed.all_reduce(shared)
     return shared.to(tensor.device)
 
 
@@ -31,7 +80,8 @@ def of_the_first(tensor: Tensor) -> Tensor:
     if not _together():
         return tensor
     shared = _where_it_travels(tensor).clone()
-    distributed.broadcast(shared, 0)
+    with _telling_of_lost_ones():
+        distributed.broadcast(shared, 0)
     return shared.to(tensor.device)
 
 
@@ -42,9 +92,27 @@ def stacked(tensor: Tensor) -> Tensor:
     return total(rows)
 
 
+@contextmanager
+def _telling_of_lost_ones() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise LostProcess(
+            f"process {rank()} of {number()} stops, for another one is gone ({reason}); its own message says why. What was saved "
+            "is whole: start all of them again with --resume"
+        ) from None
+
+
+class LostProcess(MapetError):
+    """Another process of the job ended."""
+
+
 def _together() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
 def _where_it_travels(tensor: Tensor) -> Tensor:
-    return tensor.to("cuda" if distributed.get_backend() == "nccl" else tensor.device).contiguous()
+    """NCCL knows tensors of GPUs alone, unless gloo is there for the others."""
+    alone = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
+    return tensor.to("cuda" if alone else tensor.device).contiguous()

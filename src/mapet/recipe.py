@@ -5,6 +5,7 @@ All three become one mapping that pydantic validates, so a value means the same 
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,9 +56,21 @@ class Stage(Protocol[R_co]):
 def stage(function: Callable[[C], R_co]) -> Stage[R_co]:
     """Let a stage be called with its config, or with the config's fields as keywords.
 
+    Where `torchrun` started several processes, the first does the work and the others wait, unless the stage is
+    `shared_stage`.
+
     >>> pretrain(PretrainConfig(images="photos", out="run"))      # doctest: +SKIP
     >>> pretrain(images="photos", out="run")                      # doctest: +SKIP
     """
+    return _stage(function, shared=False)
+
+
+def shared_stage(function: Callable[[C], R_co]) -> Stage[R_co]:
+    """A stage whose work the processes that `torchrun` started share."""
+    return _stage(function, shared=True)
+
+
+def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
     config_type = function.__annotations__["config"]
 
     @functools.wraps(function)
@@ -67,7 +80,14 @@ def stage(function: Callable[[C], R_co]) -> Stage[R_co]:
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
         _show_progress()
-        return function(config)
+        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return function(config)
+        from mapet import processes  # imports torch, which --help can do without
+
+        with processes.joined():
+            result = function(config) if shared or processes.rank() == 0 else cast(R_co, None)
+            processes.wait()
+            return result
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return cast(Stage[R_co], call)
@@ -83,6 +103,8 @@ class _Console(logging.Handler):
 
 def _show_progress() -> None:
     """Print what stages report, unless the program has set up logging of its own."""
+    if int(os.environ.get("RANK", 0)):
+        os.environ["TQDM_DISABLE"] = "1"  # the first process shows how far all are
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
         handler = _Console()

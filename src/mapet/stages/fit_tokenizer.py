@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError
-from mapet.recipe import Size, stage
+from mapet.recipe import Size, shared_stage
 from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class FitTokenizerConfig(Loading, BadImages):
         return self
 
 
-@stage
+@shared_stage
 def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     """Cluster a frozen teacher's patch features into a codebook of visual words.
 

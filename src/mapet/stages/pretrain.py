@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Ratio, Size, stage
+from mapet.recipe import Ratio, Size, shared_stage
 from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -118,7 +118,7 @@ class PretrainConfig(Views, BadImages, Device):
         return self
 
 
-@stage
+@shared_stage
 def pretrain(config: PretrainConfig) -> Path:
     """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.recipe import Config, Stage, build, section, stage
+from mapet.errors import Interrupted, MapetError
+from mapet.recipe import Config, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.pretrain import PretrainConfig, pretrain
@@ -45,7 +46,7 @@ class RunConfig(Config):
     inspect: InspectOptions = InspectOptions()  # type: ignore[valid-type]
 
 
-@stage
+@shared_stage
 def run(config: RunConfig) -> Path:
     """Tokenizer, tokens, pre-training, probe (if there are labels) and pictures of a folder of images; returns the backbone's folder.
 
@@ -54,13 +55,57 @@ def run(config: RunConfig) -> Path:
       mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
       mapet run runs/photos/recipe.yaml --resume
     """
+    from mapet import processes
     from mapet.data.image_list import scan
-    from mapet.errors import Interrupted, MapetError
-    from mapet.files import atomic, new_folder
-    from mapet.recipe import differences, read_recipe, to_yaml
     from mapet.tokenizer.teacher import is_own_code
 
     recipe = config.out / "recipe.yaml"
+    if processes.rank() == 0:
+        _begin(config, recipe)
+    processes.wait()
+
+    def do(stage: Stage[Any], **given: Any) -> None:
+        log.info("--- %s", stage.__name__.replace("_", "-"))
+        shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
+        own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
+        stage(**own, **{key: value for key, value in shared.items() if key in stage.config_type.model_fields})
+
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
+    missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
+    begun = (pretrained / "config.yaml").exists()
+    processes.wait()  # all have looked before one writes
+    fitting: Any = config.fit_tokenizer
+    teacher = fitting.teacher
+    own_code = teacher if is_own_code(teacher) else None
+    if tokenizer in missing:
+        do(fit_tokenizer, out=tokenizer, resume=True)
+    do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
+    if backbone in missing:
+        try:
+            do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
+        except Interrupted as error:
+            what = str(error).partition(" Go on with")[0]
+            raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
+    if figures in missing and (config.test_images or scan(config.images).classes()):
+        do(probe, backbone=backbone, test_images=config.test_images, out=figures)
+    if pictures in missing:
+        do(inspect, run=pretrained, out=pictures, teacher=own_code)
+    log.info(
+        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
+        backbone,
+        str(config.out),
+        backbone,
+    )
+    return backbone
+
+
+def _begin(config: RunConfig, recipe: Path) -> None:
+    """A new folder with the recipe, or the old one if it is the same."""
+    from mapet.data.image_list import scan
+    from mapet.files import atomic, new_folder
+    from mapet.recipe import differences, read_recipe, to_yaml
+
     if config.resume and recipe.exists():
         changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
         if changed:
@@ -73,36 +118,3 @@ def run(config: RunConfig) -> Path:
         log.info("%d images in %s", len(images), config.images)
         with atomic(recipe) as temporary:
             temporary.write_text(f"# mapet run {recipe}\n{to_yaml(config)}", encoding="utf-8")
-
-    def do(stage: Stage[Any], **given: Any) -> None:
-        log.info("--- %s", stage.__name__.replace("_", "-"))
-        shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
-        own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
-        stage(**own, **{key: value for key, value in shared.items() if key in stage.config_type.model_fields})
-
-    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
-    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
-    fitting: Any = config.fit_tokenizer
-    teacher = fitting.teacher
-    own_code = teacher if is_own_code(teacher) else None
-    if not tokenizer.exists():
-        do(fit_tokenizer, out=tokenizer, resume=True)
-    do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
-    if not backbone.exists():
-        begun = (pretrained / "config.yaml").exists()
-        try:
-            do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
-        except Interrupted as error:
-            what = str(error).partition(" Go on with")[0]
-            raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
-    if not figures.exists() and (config.test_images or scan(config.images).classes()):
-        do(probe, backbone=backbone, test_images=config.test_images, out=figures)
-    if not pictures.exists():
-        do(inspect, run=pretrained, out=pictures, teacher=own_code)
-    log.info(
-        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
-        backbone,
-        str(config.out),
-        backbone,
-    )
-    return backbone

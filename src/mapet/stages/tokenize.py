@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mapet.errors import MapetError
-from mapet.recipe import Config, stage
+from mapet.recipe import Config, shared_stage
 from mapet.stages.options import BadImages, Loading
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TokenizeConfig(Views, Loading, BadImages):
     """Go on with an unfinished store."""
 
 
-@stage
+@shared_stage
 def tokenize(config: TokenizeConfig) -> "TokenStore":
     """Store the visual words of every image, bound to the codebook and the list of images.
 
