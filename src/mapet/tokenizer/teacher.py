@@ -12,10 +12,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
-from mapet.tokenizer.checkpoint import read_weights
 from mapet.tokenizer.dalle import REDUCTION, dalle_encoder
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.weights import read_weights
 
 PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")

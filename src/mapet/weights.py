@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 
-NESTED = ("state_dict", "model", "module", "ema", "params")
+NESTED = ("state_dict", "model", "module", "ema", "params", "teacher")
 WAY_OUT = "convert it to safetensors where you trust it"
 
 
