@@ -15,7 +15,7 @@ from mapet.compute import Compute
 from mapet.errors import MapetError, did_you_mean
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
-from mapet.model.published import HEADS, Published, from_weights, shortly
+from mapet.model.published import HEADS, Published, by, from_weights, shortly
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")
@@ -279,21 +279,23 @@ def _from_hugging_face(folder: Path, config: dict[str, Any]) -> Published:
 
 
 def _from_file(path: Path, known: dict[str, Any]) -> Published:
-    taken = {key: known[key] for key in ("num_heads", "img_size") if key in known}
-    published = from_weights(read_weights(path), path)
-    if published.args["num_heads"] is None or "num_heads" in taken:
-        if "num_heads" not in taken:
-            raise MapetError(
-                f"{path}: weights of width {published.args['embed_dim']} don't tell how many attention heads there are (known "
-                f"widths: {', '.join(map(str, HEADS))}): give num_heads"
-            )
-        published.args["num_heads"] = taken["num_heads"]
+    size = known.get("img_size")
+    published = from_weights(read_weights(path), path, img_size=(size, size) if isinstance(size, int) else size)
+    args = published.args
+    args["num_heads"] = known.get("num_heads", args["num_heads"])
+    if args["num_heads"] is None:
+        raise MapetError(
+            f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
+            f"{', '.join(map(str, HEADS))}): give num_heads"
+        )
     log.info(
-        "%s: a ViT of width %d, depth %d, %d heads; its input is taken to be normalised as ours",
+        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalised as ours",
         path,
-        published.args["embed_dim"],
-        published.args["depth"],
-        published.args["num_heads"],
+        args["embed_dim"],
+        args["depth"],
+        args["num_heads"],
+        by(args["img_size"]),
+        args["patch_size"],
     )
     return published
 

@@ -86,21 +86,26 @@ class Published(NamedTuple):
 
 
 def from_weights(
-    weights: dict[str, Tensor], source: object, known: dict[str, Any] | None = None, **more: Any
+    weights: dict[str, Tensor],
+    source: object,
+    known: dict[str, Any] | None = None,
+    img_size: tuple[int, int] | None = None,
+    **more: Any,
 ) -> Published:
     """Recognise the layout of a file's tensors, rename them and read the ViT's sizes from them.
 
     Args:
         source: what errors name.
         known: keywords of the ViT that something else than the weights tells, e.g. {'num_heads': 6, 'img_size': (16, 24)}.
+        img_size: the size that its positions are of, where they fit no square.
         more: further attributes, e.g. stats.
 
     Raises:
         MapetError: not a ViT's weights, or sizes that don't fit together.
     """
-    plain, left_out, lost = plain_names(weights, source)
     try:
-        args, grid = _architecture(plain, known or {})
+        plain, left_out, lost = plain_names(weights, source)
+        args, grid = _architecture(plain, known or {}, img_size)
     except KeyError as error:
         raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}") from None
     except ValueError as error:
@@ -159,13 +164,15 @@ def _join(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             rest = ["kv"] if f"{start}.kv.{kind}" in weights else ["k", "v"]
             if missing := [part for part in rest if f"{start}.{part}.{kind}" not in weights]:
-                raise MapetError(f"{name} is there, but no {start}.{missing[0]}.{kind}: the weights are not whole")
+                raise KeyError(f"{start}.{missing[0]}.{kind}")
             parts = [joined.pop(f"{start}.{part}.{kind}") for part in ("q", *rest)]
         joined[f"{start}.qkv.{kind}"] = torch.cat(parts)
     return joined
 
 
-def _architecture(weights: dict[str, Tensor], known: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int]]:
+def _architecture(
+    weights: dict[str, Tensor], known: dict[str, Any], img_size: tuple[int, int] | None
+) -> tuple[dict[str, Any], tuple[int, int]]:
     """(keywords of timm's VisionTransformer, grid of its positions) that the weights are of."""
     patches = weights["patch_embed.proj.weight"]
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
@@ -201,15 +208,15 @@ def _architecture(weights: dict[str, Tensor], known: dict[str, Any]) -> tuple[di
     else:
         count = weights["pos_embed"].shape[1]
         sizes = [(count - in_prefix, in_prefix) for in_prefix in dict.fromkeys((prefix, int(args["class_token"]), 0))]
-        if "img_size" in args:
-            grid = tuple(side // patch for side in args["img_size"])
+        squares = [((side := math.isqrt(n), side), p) for n, p in sizes if n > 0 and math.isqrt(n) ** 2 == n]
+        fits = [] if "img_size" in args else squares
+        if not fits and (size := args.get("img_size", img_size)):
+            grid = size[0] // patch, size[1] // patch
             fits = [(grid, in_prefix) for number, in_prefix in sizes if number == grid[0] * grid[1]]
-        else:
-            fits = [((side := math.isqrt(n), side), p) for n, p in sizes if n > 0 and math.isqrt(n) ** 2 == n]
         if not fits:
             raise ValueError(
-                f"it has {count} positions, which fit no {'grid of ' + by(grid) if 'img_size' in args else 'square of patches'}; "
-                "say the size its positions are for: img_size=[H,W]"
+                f"it has {count} positions, which fit no {'grid of ' + by(grid) if size else 'square of patches'}; "
+                "give the size in pixels that they are for: img_size"
             )
         (rows, columns), in_prefix = fits[0]
         args |= {"img_size": (rows * patch, columns * patch), "no_embed_class": prefix > 0 and in_prefix == 0}
