@@ -148,6 +148,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
         raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
+    _check_size(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     if published.eps is not None:
         _set_eps(vit, published.eps)
     if pretrained:

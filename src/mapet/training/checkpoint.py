@@ -1,6 +1,5 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, write_tensors
+from mapet.files import atomic, file_hash, write_tensors
 
 log = logging.getLogger("mapet")
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -34,7 +33,7 @@ def save_checkpoint(
         temporary.mkdir()
         write_tensors(temporary / FILES[0], model.state_dict())
         write_tensors(temporary / FILES[1], _flatten(optimizer))
-        digests = {name: _digest(temporary / name) for name in FILES}
+        digests = {name: file_hash(temporary / name) for name in FILES}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}, indent=2))
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
@@ -60,7 +59,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         try:
             state = json.loads((path / "state.json").read_text())
             for name in FILES:
-                if _digest(path / name) != state["sha256"][name]:
+                if file_hash(path / name) != state["sha256"][name]:
                     raise ValueError(f"{name} is damaged (its sha256 differs)")
             weights, moments = load_file(path / FILES[0]), load_file(path / FILES[1])
             model.load_state_dict(weights)
@@ -83,8 +82,3 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor])
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
