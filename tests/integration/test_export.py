@@ -122,14 +122,25 @@ def mapet_view(picture, size, tmp_path):
     return ViewDataset(scan(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[0, 0].image
 
 
-def test_a_classifier_for_transformers(crops, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"no_embed_class": True}, "ViTForImageClassification"),
+        ({"global_pool": "avg", "fc_norm": False}, "Dinov2ForImageClassification"),
+        ({"global_pool": "avg", "fc_norm": False, "init_values": None}, "Dinov2ForImageClassification"),
+    ],
+)
+def test_classifiers_for_transformers(options, name, crops, tmp_path):
+    """Of the class token, or of the mean of the patches, as `finetune` trains it; and back."""
     transformers = pytest.importorskip("transformers")
-    vit = save_vit(tmp_path / "vit", classes=3, no_embed_class=True)
+    vit = save_vit(tmp_path / "vit", classes=3, **options)
     out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
     model = transformers.AutoModelForImageClassification.from_pretrained(out / "transformers").eval()
+    assert type(model).__name__ == name
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert same(model(pixels).logits, vit(pixels))
+        assert same(load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,11 @@ def test_a_classifier_for_transformers(crops, tmp_path):
         ({"class_token": False}, "no class token"),
         ({"qk_norm": True}, "another attention"),
         ({"pre_norm": True}, "a norm before its blocks"),
-        ({"classes": 2, "global_pool": "avg", "fc_norm": False}, "a classifier of the mean of the patches"),
+        (
+            {"classes": 2, "size": (24, 32), "global_pool": "avg", "fc_norm": False},
+            "a classifier of the mean of the patches",
+        ),
+        ({"classes": 2, "global_pool": "avg"}, "its last norm after the pooling"),
     ],
 )
 def test_what_transformers_can_t_be(options, reason, crops, tmp_path):

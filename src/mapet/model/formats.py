@@ -104,68 +104,94 @@ def read_timm(folder: Path) -> dict[str, Reader]:
 
 # ---- Hugging Face Transformers
 
-HUGGING_FACE = (
+BOTH = (
     (r"^cls_token$", "embeddings.cls_token"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
     (r"^norm\.", "layernorm."),
+    (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
 )
-"""timm's names -> those of ViTModel's files."""
+HUGGING_FACE = {
+    "vit": (
+        *BOTH,
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
+    "dinov2": (*BOTH, (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1")),
+}
+"""timm's names -> those of the files of ViTModel and of Dinov2Model."""
 
 
 def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
     """config.json, model.safetensors, preprocessor_config.json.
 
-    LayerScale, which ViTModel lacks, is multiplied into the layers before it. `pooler_output` is the class token's feature: a
-    pooler of identities.
+    A ViTModel, whose `pooler_output` is the class token's feature (a pooler of identities) and into whose linear layers
+    LayerScale is multiplied; with a classifier of the class token, ViTForImageClassification. A classifier of the mean of the
+    patches, as `finetune` trains it, is one of Dinov2ForImageClassification, which is the same network but for its classifier.
 
     Raises:
-        MapetError: transformers' ViT can't be this ViT.
+        MapetError: neither can be this ViT.
     """
     import transformers
 
-    if reasons := list(_beyond_transformers(vit)):
+    kind = "dinov2" if vit.num_classes and vit.global_pool == "avg" else "vit"
+    if reasons := list(_beyond_transformers(vit, kind)):
         raise MapetError(
             f"transformers' ViT can't be this one, for it has {'; '.join(reasons)}. Choose other formats: timm, onnx, torch-export"
         )
-    first, (height, width), patch = vit.blocks[0], vit.patch_embed.img_size, vit.patch_embed.patch_size[0]
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    config = transformers.ViTConfig(
-        hidden_size=vit.embed_dim,
-        num_hidden_layers=len(vit.blocks),
-        num_attention_heads=first.attn.num_heads,
-        intermediate_size=first.mlp.fc1.out_features,
-        layer_norm_eps=vit.norm.eps,
-        image_size=height if height == width else [height, width],
-        patch_size=patch,
-        num_channels=vit.in_chans,
-        qkv_bias=first.attn.qkv.bias is not None,
-        pooler_act="linear",
-        architectures=["ViTForImageClassification" if vit.num_classes else "ViTModel"],
-        **(labels if classes else {"num_labels": vit.num_classes} if vit.num_classes else {}),
-    )
+    first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
+    options: dict[str, Any] = {
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "layer_norm_eps": vit.norm.eps,
+        "image_size": height if height == width else [height, width],
+        "patch_size": vit.patch_embed.patch_size[0],
+        "num_channels": vit.in_chans,
+        "qkv_bias": first.attn.qkv.bias is not None,
+    }
+    if vit.num_classes:
+        names = classes or [f"LABEL_{number}" for number in range(vit.num_classes)]
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if kind == "vit":
+        architecture = "ViTForImageClassification" if vit.num_classes else "ViTModel"
+        hidden = first.mlp.fc1.out_features
+        config = transformers.ViTConfig(
+            **options, intermediate_size=hidden, pooler_act="linear", architectures=[architecture]
+        )
+    else:
+        ratio = first.mlp.fc1.out_features // vit.embed_dim
+        config = transformers.Dinov2Config(
+            **options, mlp_ratio=ratio, use_mask_token=False, architectures=["Dinov2ForImageClassification"]
+        )
     config.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", _for_transformers(vit), {"format": "pt"})
-    if vit.in_chans in (1, 3):  # pictures
-        mean, std = map(list, pixel_stats(vit.in_chans))
-        common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
-        if height == width:
-            crop = {"height": height, "width": width}
-            processor = transformers.BitImageProcessor(
-                size={"shortest_edge": height}, do_center_crop=True, crop_size=crop, **common
-            )
-        else:
-            processor = transformers.ViTImageProcessor(size={"height": height, "width": width}, **common)
-        processor.save_pretrained(folder)
+    write_tensors(folder / "model.safetensors", _for_transformers(vit, kind), {"format": "pt"})
+    _write_processor(vit, folder)
 
 
-def _beyond_transformers(vit: VisionTransformer) -> Iterator[str]:
+def _write_processor(vit: VisionTransformer, folder: Path) -> None:
+    import transformers
+
+    if vit.in_chans not in (1, 3):  # no pictures
+        return
+    mean, std = map(list, pixel_stats(vit.in_chans))
+    common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
+    height, width = vit.patch_embed.img_size
+    if height == width:
+        crop = {"height": height, "width": width}
+        processor = transformers.BitImageProcessor(
+            size={"shortest_edge": height}, do_center_crop=True, crop_size=crop, **common
+        )
+    else:
+        processor = transformers.ViTImageProcessor(size={"height": height, "width": width}, **common)
+    processor.save_pretrained(folder)
+
+
+def _beyond_transformers(vit: VisionTransformer, kind: str) -> Iterator[str]:
     first = vit.blocks[0]
     if not vit.has_class_token:
         yield "no class token"
@@ -183,28 +209,38 @@ def _beyond_transformers(vit: VisionTransformer) -> Iterator[str]:
         yield "another attention (norms of queries and keys, or more)"
     if not isinstance(first.mlp.act, nn.GELU) or first.mlp.act.approximate != "none":
         yield f"the activation {type(first.mlp.act).__name__}"
-    if vit.num_classes and vit.global_pool != "token":
-        yield "a classifier of the mean of the patches (theirs reads the class token)"
+    if vit.num_classes and vit.global_pool not in ("token", "avg"):
+        yield f"a classifier of the pooling '{vit.global_pool}'"
+    height, width = vit.patch_embed.img_size
+    if kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim):
+        yield "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width"
 
 
-def _for_transformers(vit: VisionTransformer) -> dict[str, Tensor]:
-    prefix = "vit." if vit.num_classes else ""
-    out: dict[str, Tensor] = {}
-    weights = fold_layer_scale(vit.state_dict())
+def _for_transformers(vit: VisionTransformer, kind: str) -> dict[str, Tensor]:
+    weights = dict(vit.state_dict())
     if vit.no_embed_class:
         weights["pos_embed"] = torch.cat([torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1)
+    if kind == "vit":
+        weights = fold_layer_scale(weights)
+    else:
+        ones = {
+            f"blocks.{i}.ls{part}.gamma": torch.ones(vit.embed_dim) for i in range(len(vit.blocks)) for part in (1, 2)
+        }
+        weights = ones | weights
+    out: dict[str, Tensor] = {}
+    if vit.num_classes:
+        head = weights.pop("head.weight")
+        # theirs reads class token and mean of the patches, side by side
+        out["classifier.weight"] = torch.cat([torch.zeros_like(head), head], dim=1) if kind == "dinov2" else head
+        out["classifier.bias"] = weights.pop("head.bias")
     for name, tensor in weights.items():
-        if name.startswith("head."):
-            out[name.replace("head", "classifier")] = tensor
-            continue
-        new = name
-        for pattern, replacement in HUGGING_FACE:
-            new = re.sub(pattern, replacement, new)
-        if ".attn.qkv." in new:
-            for kind, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                out[prefix + new.replace("attn.qkv", f"attention.attention.{kind}")] = part
-        else:
-            out[prefix + new] = tensor
+        parts = {name: tensor}
+        if ".qkv." in name:
+            parts = {name.replace("qkv", p): t for p, t in zip(("query", "key", "value"), tensor.chunk(3), strict=True)}
+        for part, value in parts.items():
+            for pattern, replacement in HUGGING_FACE[kind]:
+                part = re.sub(pattern, replacement, part)
+            out[f"{kind}.{part}" if vit.num_classes else part] = value
     if not vit.num_classes:
         out |= {"pooler.dense.weight": torch.eye(vit.embed_dim), "pooler.dense.bias": torch.zeros(vit.embed_dim)}
     return out
@@ -222,11 +258,8 @@ def read_transformers(folder: Path) -> dict[str, Reader]:
 
     def read(pixels: Tensor) -> Outputs:
         with torch.inference_mode():
-            given = model.eval()(pixels, output_hidden_states=name != "ViTModel")
-        if name == "ViTModel":
-            return {"features": given.last_hidden_state}
-        with torch.inference_mode():
-            return {"features": model.vit(pixels).last_hidden_state, "logits": given.logits}
+            outputs = {"features": model.eval().base_model(pixels).last_hidden_state}
+            return outputs if name == "ViTModel" else outputs | {"logits": model(pixels).logits}
 
     return {f"transformers, {name}": read}
 
