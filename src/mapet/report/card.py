@@ -183,7 +183,7 @@ def _teacher(source: str, origin: Origin) -> str:
         )
     tokenizer = origin.tokenizer
     teacher = tokenizer["teacher"]["teacher"]
-    kind = tokenizer["quantizer"].get("kind", "")
+    kind = tokenizer.get("quantizer", {}).get("kind", "k-means")
     text = (
         f"{tokenizer['vocab_size']:,} visual words ({kind}) of the features of the teacher `{teacher}`, {tokenizer['grid'][0]} x "
         f"{tokenizer['grid'][1]} a view; hash of the tokenizer `{tokenizer['hash']}`"
