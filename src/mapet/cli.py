@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 import mapet
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import Interrupted, MapetError, did_you_mean
 from mapet.recipe import build, fields, read_recipe
 from mapet.stages import STAGES
 
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
         run_stage(argv[0], argv[1:])
     except MapetError as error:
-        print(f"mapet {argv[0]}: {error}", file=sys.stderr)
+        if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", 0))):  # of several processes one says it
+            print(f"mapet {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"mapet {argv[0]}: interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ def read_json(path: Path, what: str) -> Any:
         raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}") from None
     except (ValueError, OSError) as error:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
+
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names that `atomic` gives."""
 
 
 @contextmanager
@@ -96,13 +101,18 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def is_free(path: Path) -> bool:
+    """Whether nothing is there, or nothing but what a killed process left half-written."""
+    return not path.exists() or (path.is_dir() and all(TEMPORARY.fullmatch(name.name) for name in path.iterdir()))
+
+
 def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
     """Create the output folder of a stage; refuse one that already holds something.
 
     Args:
         create: False only checks, for a stage that writes its folder `atomic`ally at its end.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not is_free(path):
         raise MapetError(
             f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}"
         )

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, cast
 
@@ -80,17 +81,32 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
         _show_progress()
-        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return function(config)
-        from mapet import processes  # imports torch, which --help can do without
+        with _naming_dead_workers():
+            if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                return function(config)
+            from mapet import processes  # imports torch, which --help can do without
 
-        with processes.joined():
-            result = function(config) if shared or processes.rank() == 0 else cast(R_co, None)
-            processes.wait()
-            return result
+            with processes.joined():
+                result = function(config) if shared or processes.rank() == 0 else cast(R_co, None)
+                processes.wait()
+                return result
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return cast(Stage[R_co], call)
+
+
+@contextmanager
+def _naming_dead_workers() -> Iterator[None]:
+    """PyTorch tells of a loader's dead process by a signal, which may interrupt any line of a stage."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise MapetError(
+            f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try "
+            "fewer --workers. What was saved is whole: go on with --resume"
+        ) from None
 
 
 class _Console(logging.Handler):

@@ -15,6 +15,7 @@ from mapet.stages.inspect import inspect
 from mapet.stages.prepare import prepare
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
+from mapet.stages.replay import replay
 from mapet.stages.run import run
 from mapet.stages.study import study
 from mapet.stages.tokenize import tokenize
@@ -29,6 +30,7 @@ STAGES: dict[str, Stage[Any]] = {
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,
+    "replay": replay,
     "probe": probe,
     "finetune": finetune,
     "inspect": inspect,

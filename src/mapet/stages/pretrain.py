@@ -86,6 +86,10 @@ class PretrainConfig(Views, BadImages, Device):
     """Time between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    max_skipped: PositiveInt = 5
+    """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
+    roll_back: NonNegativeInt = 0
+    """Instead of stopping then, so many times go back to the weights before and on with the images after."""
     log_every: PositiveInt | None = None
     """Steps between lines of metrics; automatic: 5 an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None

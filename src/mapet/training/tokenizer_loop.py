@@ -26,7 +26,7 @@ from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import Teacher, make_teacher
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
-from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed, stop_signals
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
@@ -127,9 +127,8 @@ def train_vqkd(config: Any) -> Path:
                     must_be_finite(metrics["loss"], step, lr)
                 if stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
                     must_be_finite(float(loss), step, lr)
-                    save_checkpoint(
-                        run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints
-                    )
+                    parts = tensors_of(model, optimizer)
+                    save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
                     recipe = config.out / "config.yaml"
