@@ -432,7 +432,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
         "tokens": tokens_dir,
         "out": tmp_path / "run",
     } | PRETRAIN
-    with pytest.raises(mapet.MapetError, match=r"not finite in 5 or more steps in a row.*mapet replay --bundle .*step-00000002.*lower --lr"):
+    with pytest.raises(
+        mapet.MapetError,
+        match=r"not finite in 5 or more steps in a row.*mapet replay --bundle .*step-00000002.*lower --lr",
+    ):
         mapet.pretrain(**(options | {"lr": 1e30, "clip_grad": None}))
     assert not (tmp_path / "run" / "backbone").exists()
 

@@ -186,6 +186,10 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
         assert max(map(len, part)) <= batch_size and max(map(len, part)) - min(map(len, part)) <= 1
     middle = len(batches) // 2
     assert list(EpochSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
+    shares = [list(EpochSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
+    for whole, *parts in zip(batches, *shares, strict=True):  # dealt out in turn
+        dealt = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+        assert dealt == whole
 
 
 def test_batches_do_not_depend_on_workers(crops):

@@ -17,7 +17,7 @@ from mapet.model.attention import plain_attention, row_blocks
 from mapet.model.backbone import create_vit, on_device
 from mapet.model.cross_entropy import linear_cross_entropy
 from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
-from mapet.model.pretrainer import Pretrainer
+from mapet.model.pretrainer import Pretrainer, residual
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep
 
@@ -95,18 +95,37 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 6, 100])
 def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
-    """Also where they don't divide the batch: the mean is over patches, not over micro-batches."""
-    model, whole = make(), make()
+    """Also where they don't divide the batch, and with stochastic depth: the mean is over patches, not micro-batches."""
+    model, whole = make(drop_path=0.5), make(drop_path=0.5)
+    survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
         step = GradientStep(made, FLOAT64, size)
         step.dtype = torch.float64
-        made.prediction = step(*draw())
+        made.prediction = step(*draw(), survival=survival)
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.correct == whole.prediction.correct
     wanted = gradients(whole)
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_stochastic_depth_by_given_numbers_is_timm_s():
+    """Kept branches are scaled, dropped ones leave their rows alone; another's number changes nothing."""
+    model = make(drop_path=0.4)
+    block, rows = model.vit.blocks[2].train(), torch.randn(3, 5, 32, dtype=torch.float64)
+    assert block.drop_path1.drop_prob == 0.4
+    attended = torch.randn_like(rows)
+    nothing = torch.full((3,), 0.61, dtype=torch.float64)
+    always = torch.full((3,), 0.59, dtype=torch.float64)
+    assert torch.equal(residual(block, rows, attended, (nothing, nothing)), rows)
+    kept = residual(block, rows, attended, (always, nothing))
+    assert torch.allclose(kept, rows + block.ls1(attended) / 0.6)
+    both = residual(block, rows, attended, (always, always))
+    assert torch.allclose(both, kept + block.ls2(block.mlp(block.norm2(kept))) / 0.6)
+    mixed = residual(block, rows, attended, (torch.tensor([0.59, 0.61, 0.59]), always))
+    assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
+    assert torch.equal(residual(block.eval(), rows, attended, (nothing, nothing)), residual(block, rows, attended))
 
 
 @given(

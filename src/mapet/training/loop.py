@@ -203,8 +203,10 @@ class StopRequest:
     asked = ""
 
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-"""Ctrl-C, the polite kill, and what schedulers send before they take a machine away."""
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""Ctrl-C, the polite kill, a terminal that goes away, and what schedulers send before they take a machine."""
+AGAIN = 2.0
+"""Seconds after which a second signal is meant: torchrun repeats to its processes what a terminal has sent to all."""
 
 
 @contextmanager
@@ -212,21 +214,25 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
     """Turn the first of `STOP_SIGNALS` into a request; a second one interrupts at once. `then` says what comes first."""
     request = StopRequest()
     old = {}
+    since = 0.0
 
     def handle(number: int, frame: Any) -> None:
-        if request.asked:
+        nonlocal since
+        if not request.asked:
+            request.asked, since = signal.Signals(number).name, time.monotonic()
+            log.warning("%s: %s (again to stop at once)", request.asked, then)
+        elif time.monotonic() - since > AGAIN:
             raise KeyboardInterrupt
-        request.asked = signal.Signals(number).name
-        log.warning("%s: %s (again to stop at once)", request.asked, then)
 
     try:
         for name in STOP_SIGNALS:
-            if hasattr(signal, name):  # Windows knows two of them
-                old[name] = signal.signal(getattr(signal, name), handle)
+            number = getattr(signal, name, None)  # Windows knows two of them
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+                old[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: the caller handles signals
         pass
     try:
         yield request
     finally:
-        for name, handler in old.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
