@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import mapet
 from mapet.cli import main
@@ -24,20 +25,24 @@ def attempt(argv: list[str], patience: float | None) -> int | None:
     """Exit code, or None if it was killed after `patience` seconds."""
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)
         os._exit(main(argv))
-    with contextlib.suppress(OSError):  # it was faster
-        os.setpgid(child, child)
     deadline = None if patience is None else time.monotonic() + patience
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
         if deadline is not None and time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
+            for process in [*descendants(child), child]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             os.waitpid(child, 0)
             return None
         time.sleep(0.001)
+
+
+def descendants(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [below for child in map(int, children) for below in [*descendants(child), child]]
 
 
 if __name__ == "__main__":

@@ -147,16 +147,15 @@ def run_cell(folder_name: str, device: str) -> int:
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this cell may be running still
+            if (folder / "result.json").exists():
+                return 0
             job = read_json(folder / "cell.json", "study cell")
             config = build(PretrainConfig, job["pretrain"] | {"device": device})
             if not (config.out / "backbone").exists():
                 pretrain(config.model_copy(update={"resume": (config.out / "config.yaml").exists()}))
             scores = evaluate(config.out, job, config.images, config.seed, device)
             write_json(folder / "result.json", {"scores": scores, "epochs": config.epochs, **curve(config.out, job)})
-        except BlockingIOError:
-            print(f"{folder}: another process is running this cell", file=sys.stderr)
-            return 1
         except (Interrupted, KeyboardInterrupt):
             return Interrupted.exit_code
         except Exception as error:  # the others go on: the report says which failed and why
