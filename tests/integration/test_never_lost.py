@@ -114,11 +114,12 @@ def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
 # ---- several processes
 
 
-def test_two_processes_learn_what_one_does(options, tmp_path):
-    """At the same global batch the losses are equal but for rounding, stochastic depth included."""
+@pytest.mark.parametrize("shard", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(shard, options, tmp_path):
+    """At the same global batch the losses are equal but for rounding, stochastic depth included, sharded or not."""
     options |= {"drop_path": 0.3, "log_every": 1}
     mapet.pretrain(**options)
-    run(words(options | {"out": tmp_path / "two"}), processes=2)
+    run(words(options | {"out": tmp_path / "two", "shard": shard, "micro_batch": 20}), processes=2)
     one, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(one, two, strict=True):
@@ -128,12 +129,14 @@ def test_two_processes_learn_what_one_does(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_two_one(options, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_one_two_one(shard, options, tmp_path):
     """Stopped on one process, gone on with on two, stopped, finished on one."""
     options |= {"drop_path": 0.3, "epochs": 60, "log_every": 1}
     mapet.pretrain(**(options | {"out": tmp_path / "whole"}))
     for processes in (1, 2):
-        stop_after(3, [*words(options), "--resume"], processes, options["out"])
+        sharded = ["--shard", "true"] if shard and processes > 1 else []
+        stop_after(3, [*words(options), "--resume", *sharded], processes, options["out"])
     stopped = len(metrics(options["out"]))
     assert 6 <= stopped < 180
     run([*words(options), "--resume"])

@@ -80,6 +80,8 @@ class PretrainConfig(Views, BadImages, Device):
     """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
     compile: bool | None = None
     """Compile the step with torch.compile, some minutes at the start; automatic: on CUDA."""
+    shard: bool = False
+    """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
     save_minutes: PositiveFloat = 10

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, write_tensors
+from mapet.training.sharding import load_whole, shared_like, whole, whole_state
 
 log = logging.getLogger("mapet")
 STATE = "state.json"
@@ -69,8 +70,8 @@ def save_checkpoint(
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, **others: Stateful) -> dict[str, dict[str, Tensor]]:
-    """The parts of a checkpoint. `others` are written as one, 'progress'."""
-    parts = {"model": model.state_dict(), "optimizer": _flatten(optimizer)}
+    """The parts of a checkpoint, to be saved by the first process; a collective call. `others` are one part, 'progress'."""
+    parts = {"model": whole_state(model), "optimizer": _flatten(optimizer)}
     progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
     return parts | ({"progress": progress} if progress else {})
 
@@ -103,7 +104,7 @@ def load_checkpoint(
     for path in found:
         try:
             state, parts = _read(path)
-            model.load_state_dict(parts["model"])
+            load_whole(model, parts["model"])
             if optimizer is not None:
                 _restore(optimizer, parts["optimizer"])
             if "progress" in parts:  # absent in what version 0.1 wrote
@@ -146,14 +147,15 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
+    return {f"{i}.{name}": whole(torch.as_tensor(v)) for i, values in state.items() for name, v in values.items()}
 
 
 def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = shared_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -11,21 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 from mapet import processes
 from mapet.data.dataset import Batch, Quarantine, make_loader
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.online import OnlineProbe
-from mapet.model.backbone import num_parameters, save_backbone
+from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
-from mapet.training.build import by
+from mapet.training.build import build_model, by
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of, tensors_of
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.replay import WentWrong, save_bundle
 from mapet.training.run_folder import RunFolder, recipe_to_resume
 from mapet.training.setting import Setting
+from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep, automatic_compile, sum_gradients
 from mapet.training.watch import Watch
@@ -48,13 +50,15 @@ def train(config: Any) -> Path:
     total_steps = len(sampler)
     share_of_batch = -(-config.batch_size // processes.number())
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
+    if config.shard:
+        shard(model, compute)
     gradient_step = GradientStep(model, compute, micro_batch, automatic_compile(config.compile, compute))
     lr = config.lr or automatic_lr(config.batch_size)
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
     log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
-    probe = OnlineProbe.for_run(config, setting.images, compute) if processes.rank() == 0 else None
+    probe = OnlineProbe.for_run(config, setting.images, compute)
     chosen = {"micro_batch": micro_batch, "lr": lr, "warmup_epochs": warmup_epochs, "log_every": log_every}
     config = config.model_copy(update=chosen)
 
@@ -94,14 +98,14 @@ def train(config: Any) -> Path:
             dynamic_ncols=True,
         ) as bar:
             for batch in meter.time_waiting(loader):
-                images = images_of_all(batch, quarantine)
-                if images:
+                images, fewest = images_of_all(batch, quarantine)
+                if images and (fewest or not config.shard):  # a sharded model needs all processes
                     torch.manual_seed(step_seed(config.seed, step))  # dropout depends on the step alone
                     schedule.step_update(step)
                     share = len(batch.image_index) / images
                     prediction = gradient_step(*setting.inputs(batch, step), share) if share else None
                     sum_gradients(model)
-                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+                    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf))
                     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # then it does nothing
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -135,9 +139,11 @@ def train(config: Any) -> Path:
                         save()
                 if probe and epoch_ended and probe.due(epoch, config.epochs):
                     with meter.not_counted():
-                        scores = probe(model.vit)
-                    run.record(step, scores)
-                    log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
+                        vit = whole_vit(setting)
+                        if processes.rank() == 0:
+                            scores = probe(vit)
+                            run.record(step, scores)
+                            log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 stopping, due = any_of_all(bool(stop.asked), due)
                 if stopping or due or step == total_steps:
@@ -151,9 +157,9 @@ def train(config: Any) -> Path:
                     )
 
         # ---- the product
-        backbone = config.out / "backbone"
+        backbone, vit = config.out / "backbone", whole_vit(setting)
         if processes.rank() == 0 and not backbone.exists():
-            save_backbone(model.vit.eval().cpu(), backbone)
+            save_backbone(vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
 
@@ -170,13 +176,23 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     )
 
 
-def images_of_all(batch: Batch, quarantine: Quarantine) -> int:
-    """How many images all processes have for this step; those that one couldn't read are known to all."""
-    images, bad = processes.total(torch.tensor([len(batch.image_index), len(batch.bad)])).tolist()
-    if bad:
+def whole_vit(setting: Setting) -> VisionTransformer:
+    """The ViT as it is, or, in the first process, put together from its shards; a collective call."""
+    if not setting.config.shard:
+        return setting.model.vit
+    weights = whole_state(setting.model.vit)
+    vit = build_model(setting.config, setting.tokenizer).vit
+    vit.load_state_dict(weights, strict=processes.rank() == 0)
+    return on_device(vit, setting.compute)
+
+
+def images_of_all(batch: Batch, quarantine: Quarantine) -> tuple[int, int]:
+    """How many images all processes have for this step, and the one with fewest; what one couldn't read, all know."""
+    images, bad = processes.stacked(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
+    if bad.any():
         for found in processes.gathered(batch.bad):
             quarantine.add(found)
-    return images
+    return int(images.sum()), int(images.min())
 
 
 def any_of_all(*flags: bool) -> list[bool]:

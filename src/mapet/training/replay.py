@@ -16,6 +16,7 @@ from mapet.data.dataset import collate
 from mapet.errors import MapetError
 from mapet.files import atomic, read_json, write_json, write_tensors
 from mapet.training.setting import Setting
+from mapet.training.sharding import whole_state
 from mapet.training.step import GradientStep
 
 BUNDLE = "replay.json"
@@ -40,10 +41,11 @@ def save_bundle(setting: Setting, last_step: int, count: int, run: Path) -> Path
     """
     first = last_step - count + 1
     folder = run / "replay" / f"step-{first:08d}"
+    weights = whole_state(setting.model)
     if processes.rank() == 0 and not folder.exists():
         with atomic(folder) as temporary:
             temporary.mkdir()
-            write_tensors(temporary / "model.safetensors", setting.model.state_dict())
+            write_tensors(temporary / "model.safetensors", weights)
             images = {str(step): _images(setting, step) for step in range(first, last_step + 1)}
             write_json(temporary / BUNDLE, {"seed": setting.config.seed, "images": images})
     return folder

@@ -24,7 +24,7 @@ from mapet.recipe import Config, build, differences, read_recipe, to_yaml
 log = logging.getLogger("mapet")
 MAY_CHANGE = frozenset(
     {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
-    | {"micro_batch", "max_skipped", "roll_back"}
+    | {"micro_batch", "max_skipped", "roll_back", "shard"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 

@@ -12,6 +12,7 @@ from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.model.pretrainer import Prediction, Pretrainer, Ranks, Survival, Targets
+from mapet.training.sharding import is_sharded, last_of_step
 
 log = logging.getLogger("mapet")
 
@@ -28,13 +29,15 @@ class GradientStep:
         micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
         compile: compile the forward and backward pass (some minutes at the start).
 
+    A model that is `shard`ed makes its own copy.
+
     Attributes:
         micro_batch: halved when memory does not suffice.
     """
 
     def __init__(self, model: Pretrainer, compute: Compute, micro_batch: int, compile: bool = False) -> None:
         self.model, self.dtype, self.micro_batch = model, compute.dtype, micro_batch
-        low = compute.dtype != torch.float32
+        low = compute.dtype != torch.float32 and not is_sharded(model)
         self.worker = deepcopy(model).to(compute.dtype) if low else model
         if compile:
             self.worker.encode = torch.compile(self.worker.encode, dynamic=False)  # type: ignore[method-assign]
@@ -68,7 +71,7 @@ class GradientStep:
             try:
                 return self._accumulate(whole, num_context, ranks, share)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not _out_of_memory(error) or is_sharded(self.model):  # the others wait for it
                     raise
             self._halve(len(images))  # here, where the failed pass no longer holds its memory
 
@@ -77,8 +80,9 @@ class GradientStep:
     ) -> Prediction:
         parts = {name: values.split(self.micro_batch) for name, values in whole.items() if values is not None}
         count = sum(map(len, parts["images"]))
-        pieces = []
+        pieces: list[Prediction] = []
         for part in zip(*parts.values(), strict=True):
+            last_of_step(self.worker, last=len(pieces) == len(parts["images"]) - 1)
             piece = self.worker(**dict(zip(parts, part, strict=True)), num_context=num_context, ranks=ranks)
             weight = share * len(piece.losses) / count
             (piece.loss * weight).backward()
@@ -118,8 +122,11 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Add up the gradients of all processes in one message; a process without images has none to add."""
-    if processes.number() == 1:
+    """Add up the gradients of all processes in one message; a process without images has none to add.
+
+    Those of a sharded model are summed already.
+    """
+    if processes.number() == 1 or is_sharded(model):
         return
     parameters = list(model.parameters())
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
