@@ -1,5 +1,6 @@
 """`inspect --tokenizer`: figures, pictures and warnings of a tokenizer and of its token store."""
 
+import hashlib
 import json
 import shutil
 
@@ -48,8 +49,11 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     record = json.loads((tmp_path / "a" / "health.json").read_text())
     assert record["measures"]["stability"]["stored"]["share"] == 1
     shutil.copytree(tokens_dir, tmp_path / "tokens")
-    rows = np.load(tmp_path / "tokens" / "tokens.npy")
-    np.save(tmp_path / "tokens" / "tokens.npy", np.roll(rows, 1, axis=0))
+    file = tmp_path / "tokens" / "parts" / "00000.npy"
+    np.save(file, np.roll(np.load(file), 1, axis=0))
+    progress = json.loads(file.with_suffix(".json").read_text())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_suffix(".json").write_text(json.dumps(progress | {"sha256": sha256}))
     mapet.inspect(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
     assert "the store belongs to other images" in caplog.text
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 import mapet
 from mapet.cli import main
 from mapet.data.image_list import scan
+from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.training.metrics import Window
 from mapet.training.setting import Setting
 from mapet.training.watch import LEAST, Watch
-from tests.conftest import PRETRAIN
+from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,62 @@ def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
     (options["out"] / "config.yaml").unlink()
     assert main([*words(options), "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
+
+
+# ---- the stages before
+
+
+def tokenizing(images, out, **more):
+    options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64, "workers": 0}
+    return ["fit-tokenizer", *words(options | {"iterations": 40, "precision": "float32"} | more)[1:]]
+
+
+def naming(images, tokenizer, out, **more):
+    options = {"images": images, "tokenizer": tokenizer, "out": out, "batch_size": 2, "workers": 0} | more
+    return ["tokenize", *words(options)[1:]]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
+    argv = tokenizing(crops, tmp_path / "whole", iterations=1500)
+    run(argv)
+    argv[argv.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
+    assert killed([*argv, "--resume"], 1, kills, 0.6) == kills
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    assert not list(tmp_path.glob("*.kmeans.safetensors"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    argv = naming(few_digits, tokenizer_dir, tmp_path / "pieces", batch_size=1)
+    assert killed([*argv, "--resume"], 2, kills, 0.25) == kills
+    assert files(tokens_dir) == files(tmp_path / "pieces")
+
+
+PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("quantizer", [[], pytest.param(["--pca", "8"], marks=pytest.mark.slow),
+                                       pytest.param(["--quantizer", "lfq"], marks=pytest.mark.slow)])  # fmt: skip
+def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        run([*tokenizing(crops, tmp_path / name), *quantizer], processes)
+    one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["usage"].sum() == two["usage"].sum() == 12 * 64
+    assert (one["usage"] - two["usage"]).abs().sum() <= 12  # sums of other order: a patch may go over
+    health = [json.loads((tmp_path / name / "tokenizer.json").read_text())["health"] for name in ("one", "two")]
+    assert health[1] == pytest.approx(health[0], rel=0.01)
+    whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole", workers=0)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
+    subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300)  # fmt: skip
+    store = TokenStore.open(tmp_path / "shared", scan(crops))
+    assert len(store.parts) == 3 and store.complete
+    assert (all_rows(store) == all_rows(whole)).all()
 
 
 # ---- several processes

@@ -24,7 +24,7 @@ from mapet.errors import Interrupted
 from mapet.model.objective import OBJECTIVES
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.training.step import GradientStep
-from tests.conftest import PRETRAIN, TINY
+from tests.conftest import PRETRAIN, TINY, all_rows
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -162,18 +162,18 @@ def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
     whole = mapet.tokenize(out=tmp_path / "whole", **options)
     original = TokenStore.write
 
-    def stop_at_six(self, start, ids, bad):
-        if start == 6:
+    def stop_at_six(self, part, ids, bad):
+        if part.done == 6:
             raise KeyboardInterrupt
-        original(self, start, ids, bad)
+        original(self, part, ids, bad)
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenStore, "write", stop_at_six)
         with pytest.raises(KeyboardInterrupt):
             mapet.tokenize(out=tmp_path / "parts", **options)
-    assert json.loads((tmp_path / "parts" / "store.json").read_text())["done"] == 6
+    assert json.loads((tmp_path / "parts" / "parts" / "00000.json").read_text())["done"] == 6
     parts = mapet.tokenize(out=tmp_path / "parts", resume=True, **options)
-    assert np.array_equal(whole.rows, parts.rows)
+    assert np.array_equal(all_rows(whole), all_rows(parts))
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])

@@ -222,13 +222,14 @@ class Quarantine:
     reasons: dict[int, str] = field(default_factory=dict)
     on_new: Callable[[int, str], None] | None = None
 
-    def add(self, bad: list[tuple[int, str]]) -> None:
-        """Raises MapetError when there are too many."""
+    def add(self, bad: list[tuple[int, str]], quiet: bool = False) -> None:
+        """Raises MapetError when there are too many. `quiet`: they have been named before."""
         for index, reason in bad:
             if index in self.reasons:
                 continue
             self.reasons[index] = reason
-            log.warning("bad image %r: %s", self.images.id(index), reason)
+            if not quiet:
+                log.warning("bad image %r: %s", self.images.id(index), reason)
             if self.on_new:
                 self.on_new(index, reason)
             if len(self.reasons) > max(1, self.max_bad * len(self.images)) or len(self.reasons) == len(self.images):

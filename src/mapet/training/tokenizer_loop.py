@@ -21,13 +21,14 @@ from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
 from mapet.files import atomic, write_json, write_tensors
 from mapet.model.backbone import create_vit, num_parameters, on_device
+from mapet.signals import stop_signals
 from mapet.tokenizer.codebook import Health
 from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import Teacher, make_teacher
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
-from mapet.training.loop import step_seed, stop_signals
+from mapet.training.loop import step_seed
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
 

@@ -52,7 +52,7 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
     """Each in a process of its own, one at a time on each device; returns the signal that stopped it, if one did."""
     from tqdm import tqdm
 
-    from mapet.training.loop import stop_signals
+    from mapet.signals import stop_signals
 
     waiting = []
     for cell in cells:
