@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
-from mapet.data.decode import BadImage, Box, Picture, open_image
+from mapet.data.decode import BadImage, Box, Picture
+from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, read_json, write_json
 
@@ -23,9 +24,11 @@ SHARD = "images-{:05d}.bin"
 FORMAT = 1
 PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
+OPEN_AT_ONCE = 256
+"""Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
 
 
-class Prepared:
+class Prepared(Reader):
     """A folder made by `mapet prepare`.
 
     `ids` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
@@ -63,8 +66,8 @@ class Prepared:
             raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
         return prepared
 
-    def ids(self) -> list[bytes]:
-        return (self.folder / IDS).read_bytes().split(b"\0")[:-1]
+    def ids(self) -> Names:
+        return Names.split((self.folder / IDS).read_bytes())
 
     @cached_property
     def file_sizes(self) -> np.ndarray:
@@ -77,28 +80,20 @@ class Prepared:
         return np.concatenate([np.cumsum(part) - part for part in parts])
 
     @cached_property
-    def _maps(self) -> dict[int, np.ndarray]:
-        return {}
+    def _map(self) -> Callable[[int], np.ndarray]:
+        return lru_cache(OPEN_AT_ONCE)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, (self.folder, self.manifest)  # loader workers map the files again
 
-    def picture(self, row: int, channels: int) -> Picture:
-        """Image `row`, opened.
-
-        Raises:
-            BadImage: it was bad when the set was made, or has other channels.
-        """
+    def picture(self, row: int, name: str, channels: int) -> Picture:
         if str(row) in self.manifest["bad"]:
-            raise BadImage(self.manifest["bad"][str(row)])
-        return open_image(self.data(row), channels)
+            raise BadImage(self.manifest["bad"][str(row)])  # it was bad when the set was made
+        return super().picture(row, name, channels)
 
-    def data(self, row: int) -> bytes:
-        """Image `row` as it is stored."""
-        shard, start = row // PER_SHARD, int(self._starts[row])
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.folder / SHARD.format(shard), np.uint8, "r")
-        return self._maps[shard][start : start + int(self.file_sizes[row])].tobytes()
+    def data(self, row: int, name: str) -> bytes:
+        start = int(self._starts[row])
+        return self._map(row // PER_SHARD)[start : start + int(self.file_sizes[row])].tobytes()
 
 
 def shrink(images: "ImageList", index: int, size: int, channels: int, quality: int) -> bytes:
