@@ -91,17 +91,15 @@ class ImageList(Sequence[Path]):
     @property
     def hash(self) -> str:
         """sha256 over ids and file sizes, in order."""
-        digest = hashlib.sha256(np.ascontiguousarray(self._names.ends))
+        digest = hashlib.sha256(self._names.ends.data)
         digest.update(self._names.block)
-        digest.update(np.ascontiguousarray(self.file_sizes))
+        digest.update(self.file_sizes.data)
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "ImageList":
         kept = np.fromiter(indices, np.int64)
         labels = self._labels and (self._labels[0], self._labels[1][kept])
-        part = ImageList(
-            self.root, self._names.take(kept), self.file_sizes[kept], reader=self._reader, labels=labels
-        )
+        part = ImageList(self.root, self._names.take(kept), self.file_sizes[kept], reader=self._reader, labels=labels)
         part._rows = kept if self._rows is None else self._rows[kept]
         return part
 

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class Names(Sequence[bytes]):
 
     def __iter__(self) -> Iterator[bytes]:
         ends = self.ends.tolist()
-        return (self.block[start:end] for start, end in zip(ends, ends[1:], strict=False))
+        return (self.block[start:end] for start, end in pairwise(ends))
 
     def take(self, indices: Int[np.ndarray, " m"]) -> "Names":
         starts, ends = self.ends[indices].tolist(), self.ends[indices + 1].tolist()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -86,7 +86,9 @@ class TarShards(Reader):
                     raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
                 time.sleep(wait)
         if len(data) != size:
-            raise MapetError(f"{path} has {len(data):,} of the {size:,} bytes of {name}: it has changed, so start again")
+            raise MapetError(
+                f"{path} has {len(data):,} of the {size:,} bytes of {name}: it has changed, so start again"
+            )
         return data
 
 
@@ -119,7 +121,11 @@ def list_shards(source: str) -> ImageList:
         )
     names = Names.joined([shard.names for shard in shards])
     if _any_twice(names):
-        in_shard = (b"@" + os.fsencode(os.path.basename(path)) for path, count in zip(paths, counts, strict=True) for _ in range(count))
+        in_shard = (
+            b"@" + os.fsencode(os.path.basename(path))
+            for path, count in zip(paths, counts, strict=True)
+            for _ in range(count)
+        )
         names = Names.of(name + where for name, where in zip(names, in_shard, strict=True))
         if _any_twice(names):
             raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
@@ -171,7 +177,7 @@ def _index(source: str, path: str) -> Shard:
     try:
         fs = _file_system(source, os.getpid())
         path = path if is_url(source) else os.path.realpath(path)
-        about = json.dumps([FORMAT, source if is_url(source) else "", path, fs.info(path)], default=str)
+        about = json.dumps([FORMAT, fs.protocol, path, fs.info(path)], default=str)
         kept = _cache() / f"{hashlib.sha256(about.encode()).hexdigest()}.safetensors"
         if (shard := _read_index(kept)) is not None:
             return shard
@@ -221,7 +227,7 @@ def read_headers(file: Any, path: str) -> Shard:
     labels: dict[bytes, bytes] = {}
     ignored = 0
     try:
-        tar = tarfile.open(fileobj=_SmallReads(file), mode="r:")  # noqa: SIM115
+        tar = tarfile.open(fileobj=cast(BinaryIO, _SmallReads(file)), mode="r:")  # noqa: SIM115
         for member in _members(tar):
             name = os.fsencode(member.name.removeprefix("./"))
             folder, _, base = name.rpartition(b"/")
@@ -230,7 +236,9 @@ def read_headers(file: Any, path: str) -> Shard:
             plain = member.isreg() and not member.issparse() and not hidden
             if plain and ending.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
-                    raise tarfile.ReadError(f"the name {member.name!r} {'comes twice' if name in images else 'is none'}")
+                    raise tarfile.ReadError(
+                        f"the name {member.name!r} {'comes twice' if name in images else 'is none'}"
+                    )
                 images[name] = member.offset_data, member.size
             elif plain and ending == b".cls" and member.size <= LONGEST_LABEL:
                 file.seek(member.offset_data)
@@ -242,16 +250,20 @@ def read_headers(file: Any, path: str) -> Shard:
         if len(end) < HEADER:
             raise tarfile.ReadError("it ends without an end mark: it is cut off")
         if end.strip(b"\0"):
-            raise tarfile.ReadError(f"no header where one should be, at byte {tar.offset:,}, or something after the end")
+            raise tarfile.ReadError(
+                f"no header where one should be, at byte {tar.offset:,}, or something after the end"
+            )
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
-        raise MapetError(f"the shard {path} is damaged or no uncompressed tar file: {error}. Make or copy it again") from None
+        raise MapetError(
+            f"the shard {path} is damaged or no uncompressed tar file: {error}. Make or copy it again"
+        ) from None
     keys = (os.path.join(os.path.dirname(name), os.path.basename(name).split(b".")[0]) for name in images)
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
     texts = Names.of(labels.get(key, b"") for key in keys)
     return Shard(Names.of(images), places[:, 0].copy(), places[:, 1].copy(), texts, ignored)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
     """Those of a tar file in order, none kept; tarfile itself would keep 1 kB of each."""
     last = -1
     while (member := tar.next()) is not None:
