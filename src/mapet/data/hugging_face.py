@@ -169,9 +169,10 @@ def _ids(paths: list[str | None]) -> Names:
 
 
 def _labels(table: Any, column: str) -> tuple[list[str], np.ndarray] | None:
-    """None where a row has none, or all have the same."""
-    values = [-1 if value is None else value for value in table[column]]
-    labels = np.array(values, np.int64)
-    if len(labels) == 0 or labels.min() < 0 or len(table.features[column].names) < 2:
-        return None
-    return list(table.features[column].names), labels
+    """None where a row has none, or there is one class only."""
+    import pyarrow.compute as pc
+
+    values = table.select_columns([column]).with_format("arrow")[:].column(0)
+    labels = np.asarray(pc.fill_null(values, -1), np.int64)
+    names = list(table.features[column].names)
+    return None if len(names) < 2 or labels.min(initial=0) < 0 else (names, labels)

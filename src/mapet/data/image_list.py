@@ -26,6 +26,7 @@ class ImageList(Sequence[Path]):
         root: where the images are: the folder ids are relative to, shards, or the name of a data set.
         file_sizes: (n,) bytes of each file; part of `hash`, so that a replaced image is noticed.
         ignored: files of the folder that are not images by their ending.
+        labels: (class names, (n,) class index of each image) that the data set gives; without, folders in the ids are classes.
     """
 
     def __init__(
@@ -41,7 +42,6 @@ class ImageList(Sequence[Path]):
 
         Args:
             reader: gives image i of this list by its number; without one, ids are paths of files below `root`.
-            labels: (class names, (n,) class index of each image); without them, folders in the ids are classes.
         """
         self.root = root
         self.ignored = ignored
@@ -50,7 +50,7 @@ class ImageList(Sequence[Path]):
         self.file_sizes = file_sizes if isinstance(file_sizes, np.ndarray) else np.fromiter(file_sizes, np.int64, count)
         self._reader = reader or Files(Path(root))
         self._rows: np.ndarray | None = None
-        self._labels = labels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self._names)
@@ -98,7 +98,7 @@ class ImageList(Sequence[Path]):
 
     def subset(self, indices: Iterable[int]) -> "ImageList":
         kept = np.fromiter(indices, np.int64)
-        labels = self._labels and (self._labels[0], self._labels[1][kept])
+        labels = self.labels and (self.labels[0], self.labels[1][kept])
         part = ImageList(self.root, self._names.take(kept), self.file_sizes[kept], reader=self._reader, labels=labels)
         part._rows = kept if self._rows is None else self._rows[kept]
         return part
@@ -110,8 +110,8 @@ class ImageList(Sequence[Path]):
     def classes(self) -> tuple[list[str], np.ndarray] | None:
         """(class names, (n,) class index of each image): the data set's own, else of folders if every image lies in one of
         2 or more; None without."""
-        if self._labels is not None:
-            return self._labels
+        if self.labels is not None:
+            return self.labels
         index: dict[bytes, int] = {}
         labels = np.empty(len(self), np.int64)
         for i, name in enumerate(self._names):
@@ -151,7 +151,7 @@ def scan(source: str | Path) -> ImageList:
         return list_shards(text)
     if (path / MANIFEST).is_file():
         prepared = Prepared.open(path)
-        return ImageList(path, prepared.ids(), prepared.file_sizes, reader=prepared)
+        return ImageList(path, prepared.ids(), prepared.file_sizes, reader=prepared, labels=prepared.labels())
     if path.is_dir():
         found = _scan_folder(path)
         if not len(found) and any(path.glob("*.tar")):

@@ -19,7 +19,7 @@ from mapet.files import atomic, canonical_hash, read_json, write_json
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
 
-MANIFEST, IDS, SIZES = "prepared.json", "ids", "sizes-{:05d}.npy"
+MANIFEST, IDS, LABELS, SIZES = "prepared.json", "ids", "labels.npy", "sizes-{:05d}.npy"
 SHARD = "images-{:05d}.bin"
 FORMAT = 1
 PER_SHARD = 10_000
@@ -33,10 +33,10 @@ class Prepared(Reader):
 
     `ids` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
     were where they were small enough already; as arrays where JPEG can't hold them); `sizes-*.npy` their bytes, 0 for a
-    bad one; `prepared.json` is the manifest.
+    bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `prepared.json` is the manifest.
 
     Attributes:
-        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad.
+        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -60,6 +60,9 @@ class Prepared(Reader):
                 )
             sizes = prepared.file_sizes
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in range(-(-total // PER_SHARD)))
+            labels = prepared.labels()
+            if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
+                raise ValueError(f"labels of shape {labels[1].shape}")
             if len(sizes) != total or len(prepared.ids()) != total or packed != sizes.sum():
                 raise ValueError(f"{total} images of {sizes.sum():,} bytes, found {len(sizes)} of {packed:,}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,6 +71,12 @@ class Prepared(Reader):
 
     def ids(self) -> Names:
         return Names.split((self.folder / IDS).read_bytes())
+
+    def labels(self) -> tuple[list[str], np.ndarray] | None:
+        """Those of the source, if it gave them otherwise than by folders."""
+        if "classes" not in self.manifest:
+            return None
+        return self.manifest["classes"], np.load(self.folder / LABELS, allow_pickle=False)
 
     @cached_property
     def file_sizes(self) -> np.ndarray:
@@ -141,6 +150,8 @@ def write_prepared(
         "channels": channels,
         "quality": quality,
     }
+    if images.labels is not None:
+        wanted["classes"] = images.labels[0]
     path = folder / MANIFEST
     manifest = read_json(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
     if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
@@ -153,6 +164,9 @@ def write_prepared(
     if not path.exists():
         with atomic(folder / IDS) as temporary:
             temporary.write_bytes(b"".join(images.id_bytes(i) + b"\0" for i in range(len(images))))
+        if images.labels is not None:
+            with atomic(folder / LABELS) as temporary, temporary.open("wb") as file:
+                np.save(file, images.labels[1])
         write_json(path, manifest)
     on_image(manifest["done"])
     for row, reason in manifest["bad"].items():
