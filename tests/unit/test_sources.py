@@ -207,8 +207,7 @@ def test_headers_are_read_once_and_again_when_a_shard_changes(shards, cache, mon
         path.write_bytes(path.read_bytes()[:-40])  # damaged
     assert len(scan(shards)) == len(first) - 4 and len(count) == 7
     with pytest.raises(MapetError, match="it has changed"):
-        for i in range(len(first)):
-            first.data(i)
+        first.data(9)
 
 
 def header(name: str, **fields) -> bytes:
@@ -278,7 +277,7 @@ def test_members_are_only_names(tmp_path):
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
 def test_compressed_shards_are_refused_with_a_way_out(name, tmp_path):
     write_tar(tmp_path / name, {"0.png": png()})
-    with pytest.raises(MapetError, match="uncompressed.*gunzip"):
+    with pytest.raises(MapetError, match=r"uncompressed.*gunzip"):
         scan(tmp_path / name)
 
 
@@ -412,7 +411,7 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
     outside = {"bytes": None, "path": str(tmp_path / "secret.png")}
     sneaky = {"bytes": None, "path": f"{tmp_path}/hf/../secret.png"}
     for name, image in {"out.parquet": outside, "up.parquet": sneaky}.items():
-        with pytest.raises(MapetError, match="row 1 names the file .*secret.png, which is not of the data set"):
+        with pytest.raises(MapetError, match=r"row 1 names the file .*secret\.png, which is not of the data set"):
             scan(save(name, image=image))
     for name, image, why in (
         ("none.parquet", None, "no image in this row"),
