@@ -34,7 +34,7 @@ from mapet.recipe import is_url
 log = logging.getLogger("mapet")
 FORMAT = 1
 AT_ONCE = 16
-"""Shards whose headers are read at a time, for the sake of distant ones."""
+"""Distant shards whose headers are read at a time; near ones keep one thread busy, and more would scatter memory."""
 HEADER, LONGEST_HEADER = 512, 1 << 20
 LONGEST_LABEL = 256
 TRIES = 3
@@ -109,7 +109,7 @@ def list_shards(source: str) -> ImageList:
         MapetError: a shard is missing, compressed, damaged or cut off (naming it), or there are no images.
     """
     paths = _expand(source)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE if is_url(source) else 1) as pool:
         found = pool.map(partial(_index, source), paths)
         shards = list(tqdm(found, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
     counts = [len(shard.names) for shard in shards]
