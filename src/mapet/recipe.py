@@ -45,6 +45,24 @@ Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 """A range of shares; one number means just that."""
 
 
+HUGGING_FACE = "hf:"
+"""How names of Hugging Face's data sets begin."""
+
+
+def is_url(source: str) -> bool:
+    """Whether a source of images is a URL, perhaps of several parts, rather than a path."""
+    return "://" in source
+
+
+def _as_source(value: Any) -> Any:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    return text if not isinstance(text, str) or text.startswith(HUGGING_FACE) or is_url(text) else str(Path(text))
+
+
+Source = Annotated[str, BeforeValidator(_as_source)]
+"""Where images are: a path, a URL (of whose slashes a `Path` would lose one), or hf:NAME."""
+
+
 class Stage(Protocol[R_co]):
     """A stage as users call it: with a config, or with its fields as keywords."""
 

@@ -39,6 +39,8 @@ EXTENSIONS = frozenset(
 )
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs (the limit of Pillow, 0.5 GB as RGB)."""
+MAX_BYTES = 4 << 30
+"""Larger files are refused too: they would be read into memory to find out what they are."""
 REDUCTIONS = (8, 4, 2)
 """Factors that a JPEG can be reduced by while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
 for these only: at 5/8 it takes longer than at full size."""

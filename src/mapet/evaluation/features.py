@@ -54,10 +54,10 @@ class LabelledSet:
 
 
 def labelled(images: ImageList) -> LabelledSet:
-    """Labels from class folders.
+    """Labels the data set gives, or from class folders.
 
     Raises:
-        MapetError: the images do not lie in two or more class folders.
+        MapetError: there are none, and the images do not lie in two or more class folders.
     """
     found = images.classes()
     if found is None:
@@ -67,8 +67,10 @@ def labelled(images: ImageList) -> LabelledSet:
     return LabelledSet(images, *found)
 
 
-def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
-    """Two labelled folders, or one split by image id, the same way every time."""
+def train_and_test(
+    train: str | Path, test: str | Path | None, test_share: float = 0.2
+) -> tuple[LabelledSet, LabelledSet]:
+    """Two labelled sets, or one split by image id, the same way every time."""
     everything = labelled(scan(train))
     if test is None:
         return split(everything, test_share)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import stage
+from mapet.recipe import Source, stage
 from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -17,9 +17,9 @@ class FinetuneConfig(Views, BadImages, Device):
 
     backbone: Path
     """A run, its backbone folder, or an export."""
-    images: Path
+    images: Source
     """Labelled images, CLASS/image.jpg, to train on."""
-    test_images: Path | None = None
+    test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model and its accuracy."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError
-from mapet.recipe import Size, shared_stage
+from mapet.recipe import Size, Source, shared_stage
 from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ log = logging.getLogger("mapet")
 class FitTokenizerConfig(Loading, BadImages):
     """Options of `fit-tokenizer`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the tokenizer."""
     teacher: str = "pixels"

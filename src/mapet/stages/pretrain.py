@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Ratio, Size, shared_stage
+from mapet.recipe import Ratio, Size, Source, shared_stage
 from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -13,8 +13,8 @@ from mapet.stages.tokenize import Views
 class PretrainConfig(Views, BadImages, Device):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New run folder."""
     tokenizer: Path
@@ -96,7 +96,7 @@ class PretrainConfig(Views, BadImages, Device):
     """Steps between lines of metrics; automatic: 5 an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
-    probe_images: Path | None = None
+    probe_images: Source | None = None
     """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
     resume: bool = False
     """Go on with an interrupted run in `out`, exactly where it stopped."""

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from mapet.recipe import stage
+from mapet.recipe import Source, stage
 from mapet.stages.options import Loading, Precision
 
 log = logging.getLogger("mapet")
@@ -15,9 +15,9 @@ class ProbeConfig(Loading):
 
     backbone: Path
     """A run, its backbone folder, or an export."""
-    images: Path
+    images: Source
     """Labelled images, CLASS/image.jpg, to train the probes on."""
-    test_images: Path | None = None
+    test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     pool: Literal["avg", "token"] = "avg"
     """Feature of an image: mean of its patch tokens, or the class token."""

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mapet.recipe import stage
+from mapet.recipe import Source, stage
 from mapet.stages.options import Device, Precision
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class ReplayConfig(Device):
 
     bundle: Path
     """Folder that a run left when it stopped: RUN/replay/step-*."""
-    images: Path | None = None
+    images: Source | None = None
     """Where the images are now; automatic: where they were."""
     precision: Precision | None = None
     """Precision to try it in; automatic: the run's."""

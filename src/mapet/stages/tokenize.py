@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mapet.errors import Interrupted, MapetError
-from mapet.recipe import Config, shared_stage
+from mapet.recipe import Config, Source, shared_stage
 from mapet.stages.options import BadImages, Loading
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class Views(Config):
 class TokenizeConfig(Views, Loading, BadImages):
     """Options of `tokenize`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     tokenizer: Path
     """Folder made by `fit-tokenizer`."""
     out: Path

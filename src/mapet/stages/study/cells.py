@@ -96,8 +96,8 @@ def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, 
     return {
         "pretrain": pretrain_config(config, cell).model_dump(mode="json", exclude_unset=True),
         "finetune": config.finetune.model_dump(mode="json", exclude_unset=True),  # type: ignore[attr-defined]
-        "test_images": str(config.test_images),
-        "other_test_images": {name: str(path) for name, path in config.other_test_images.items()},
+        "test_images": config.test_images,
+        "other_test_images": config.other_test_images,
         "labels_per_class": [*config.labels_per_class, *([None] if config.full_finetune else [])],
         "flops_per_epoch": cell.flops_per_image * num_images,
         "num_images": num_images,
@@ -167,7 +167,7 @@ def run_cell(folder_name: str, device: str) -> int:
 
 
 def evaluate(
-    run: Path, job: dict[str, Any], images: Path, seed: int, device: str, pretrained: bool = True
+    run: Path, job: dict[str, Any], images: str, seed: int, device: str, pretrained: bool = True
 ) -> dict[str, float]:
     """Frozen features judged by linear probe and k-NN on every test set, and fine-tuning."""
     import torch
@@ -182,7 +182,7 @@ def evaluate(
     vit = on_device(load_backbone(run, pretrained=pretrained), compute)
     scores, fit = {}, None
     for name, folder in {"": job["test_images"], **job["other_test_images"]}.items():
-        train, test = train_and_test(images, Path(folder))
+        train, test = train_and_test(images, folder)
         fit = fit or extract_features(vit, train, compute, show=False)
         check = extract_features(vit, test, compute, show=False)
         on = f" on {name}" if name else ""
@@ -190,7 +190,7 @@ def evaluate(
     for labels in job["labels_per_class"]:
         name = f"fine-tuned, {f'{labels} labels a class' if labels else 'all labels'}"
         scores[name] = finetune(
-            backbone=run, images=images, test_images=Path(job["test_images"]), labels_per_class=labels, seed=seed,
+            backbone=run, images=images, test_images=job["test_images"], labels_per_class=labels, seed=seed,
             device=device, scratch=not pretrained, **job["finetune"],
         )  # fmt: skip
     return scores
