@@ -1,8 +1,9 @@
 """Frozen features of a labelled set of images, and the labels to judge them by."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -112,6 +113,32 @@ def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Po
     return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
 
 
+def centred_batches(
+    images: ImageList,
+    image_size: tuple[int, int],
+    channels: int,
+    batches: list[list[tuple[int, int]]],
+    workers: int = 0,
+    show: str | None = None,
+    **dataset: Any,
+) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
+    """(indices, pixels) of the centred views; unreadable images are left out, up to half of all.
+
+    Args:
+        batches: of (number, index), see `in_order`.
+        show: name of the progress bar; None shows none.
+        dataset: further arguments of `ViewDataset`, such as `augment`.
+    """
+    options = {"spec": ViewSpec(image_size=image_size)} | dataset
+    views = ViewDataset(images, channels=channels, image_size=image_size, **options)
+    quarantine = Quarantine(images, max_bad=0.5)
+    loader = make_loader(views, batches, workers)
+    for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
+        quarantine.add(batch.bad)
+        if batch.image is not None:
+            yield batch.image_index, batch.image
+
+
 @torch.inference_mode()
 def extract_features(
     vit: VisionTransformer,
@@ -126,18 +153,14 @@ def extract_features(
     training = vit.training
     vit.eval()
     height, width = vit.patch_embed.img_size
-    spec = ViewSpec(image_size=(height, width))
-    dataset = ViewDataset(data.images, spec, vit.in_chans, image_size=(height, width))
-    quarantine = Quarantine(data.images, max_bad=0.5)
     features, index = [], []
-    loader = make_loader(dataset, in_order(len(data.images), batch_size), workers)
-    for batch in tqdm(loader, desc="features", unit="batch", disable=None if show else True, leave=False):
-        quarantine.add(batch.bad)
-        if batch.image is None:
-            continue
+    order = in_order(len(data.images), batch_size)
+    for indices, images in centred_batches(
+        data.images, (height, width), vit.in_chans, order, workers, "features" if show else None
+    ):
         with compute.autocast():
-            tokens = vit.forward_features(normalize(compute.to(batch.image), vit.in_chans))
+            tokens = vit.forward_features(normalize(compute.to(images), vit.in_chans))
         features.append(pool_tokens(vit, tokens, pool).float().cpu())
-        index.append(batch.image_index)
+        index.append(indices)
     vit.train(training)
     return torch.cat(features), torch.from_numpy(data.labels)[torch.cat(index)]

@@ -96,6 +96,22 @@ def nearest_codes(
     return figure
 
 
+def neighbour_panel(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]], labelled: bool) -> Figure:
+    """Rows of (image, name): a test image, then the training images nearest to it, best first.
+
+    Args:
+        labelled: names are classes; those of another class than the row's first are red.
+    """
+    figure, centres = _montage([[to_picture(image) for image, _ in row] for row in rows], [""] * len(rows), size=0.9)
+    for y, row in zip(centres, rows, strict=True):
+        for column, (_, name) in enumerate(row):
+            wrong = labelled and name != row[0][1]
+            color = "black" if column == 0 else "tab:red" if wrong else "tab:green" if labelled else "grey"
+            figure.axes[0].text(column + 0.5, y - 0.47, name[:16], fontsize=6, ha="center", va="bottom", color=color)
+    figure.suptitle("Test images (left) and their nearest training images by cosine similarity", fontsize=9)
+    return figure
+
+
 def spread_of_codes(counts: Int[Tensor, " V"], most: int) -> Int[Tensor, " n"]:
     """Used codes, spread over the range of frequency, commonest first."""
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]

@@ -8,6 +8,7 @@ from typing import Any
 from mapet.recipe import Stage
 from mapet.stages.check import check
 from mapet.stages.demo import demo
+from mapet.stages.evaluate import evaluate
 from mapet.stages.export import export
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage[Any]] = {
     "tokenize": tokenize,
     "pretrain": pretrain,
     "probe": probe,
+    "evaluate": evaluate,
     "finetune": finetune,
     "inspect": inspect,
     "export": export,

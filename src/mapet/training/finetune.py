@@ -16,7 +16,7 @@ from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.evaluation.features import LabelledSet, normalize, train_and_test
+from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.model.backbone import load_backbone, on_device, pixel_stats
 from mapet.training.optim import make_optimizer, make_schedule
 
@@ -118,15 +118,12 @@ def accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, worker
     """Top-1 on the centred views."""
     vit.eval()
     height, width = vit.patch_embed.img_size
-    dataset = ViewDataset(data.images, ViewSpec(image_size=(height, width)), vit.in_chans, image_size=(height, width))
-    quarantine = Quarantine(data.images, max_bad=0.5)
     labels = torch.from_numpy(data.labels)
     correct = seen = 0
-    for batch in make_loader(dataset, in_order(len(labels), 256), workers):
-        quarantine.add(batch.bad)
-        if batch.image is not None:
-            with compute.autocast():
-                logits = vit(normalize(compute.to(batch.image), vit.in_chans))
-            correct += int((logits.argmax(1).cpu() == labels[batch.image_index]).sum())
-            seen += len(batch.image_index)
+    order = in_order(len(labels), 256)
+    for index, images in centred_batches(data.images, (height, width), vit.in_chans, order, workers):
+        with compute.autocast():
+            logits = vit(normalize(compute.to(images), vit.in_chans))
+        correct += int((logits.argmax(1).cpu() == labels[index]).sum())
+        seen += len(index)
     return correct / seen

@@ -1,0 +1,179 @@
+"""Stage: backbones judged side by side as the field does it."""
+
+import logging
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mapet.errors import MapetError, did_you_mean
+from mapet.recipe import stage
+from mapet.stages.options import Loading, Precision
+
+log = logging.getLogger("mapet")
+
+
+class EvaluateConfig(Loading):
+    """Options of `evaluate`."""
+
+    backbone: list[str] = Field(min_length=1)
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for timm's
+    model with random weights. The first is what the others' corruption errors are relative to."""
+    images: Path
+    """Images to train on; CLASS/image.jpg for protocols that need labels."""
+    test_images: Path | None = None
+    """Images to test on; automatic: a fifth of `images`, chosen by image name."""
+    out: Path
+    """New folder for evaluation.md, evaluation.json, per_class.csv and pictures."""
+    protocols: list[str] | None = None
+    """Which to run; automatic: knn linear attentive few-label cluster rank neighbours, as far as there are labels."""
+    pool: Literal["avg", "token", "both"] = "avg"
+    """Feature of an image: mean of its patch tokens, the class token, or the two beside each other."""
+    layers: list[PositiveInt] | None = None
+    """Layers that the linear probe chooses from, counted from 1; automatic: four, spread over the depth. The others take the deepest."""
+    epochs: PositiveInt = 100
+    """Passes of the linear probe over the features."""
+    attentive_epochs: PositiveInt = 30
+    """Passes of the attentive probe."""
+    k: PositiveInt = 20
+    """Neighbours of k-NN."""
+    few_labels: tuple[PositiveFloat, ...] = (0.01, 0.1, 5)
+    """Few-label splits: below 1 a share of each class, else so many images a class."""
+    seeds: PositiveInt = 5
+    """Seeds of few-label splits and of clustering."""
+    seed: NonNegativeInt = 0
+    """Seed of probes and of random weights."""
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    memory: PositiveFloat | None = None
+    """GB that cached features of a set may take; more go to a scratch file, or patch tokens are computed anew; automatic: a quarter
+    of what is free."""
+    scratch: Path | None = None
+    """Folder of the scratch file; automatic: `out`."""
+
+    @model_validator(mode="after")
+    def _shares_and_numbers(self) -> "EvaluateConfig":
+        odd = [amount for amount in self.few_labels if amount >= 1 and amount != int(amount)]
+        if odd:
+            raise ValueError(f"few_labels: {odd[0]} is neither a share below 1 nor a number of images")
+        if len(set(self.backbone)) < len(self.backbone):
+            raise ValueError("backbone: the same one is given twice")
+        return self
+
+
+@stage
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """Backbones side by side in one table: probes, few labels, clusters, rank, shifts, dense tasks; returns backbone -> figure -> value.
+
+    Example:
+      mapet evaluate --backbone runs/photos random:vit_tiny_patch16_224 --images labelled/train --out evaluation
+      mapet evaluate --backbone runs/a runs/b --images labelled/train --test-images labelled/test --protocols knn linear --out ab
+    """
+    from mapet.compute import Compute
+    from mapet.evaluation.bank import Place
+    from mapet.evaluation.encoder import Encoder
+    from mapet.evaluation.protocols import PROTOCOLS, Bench, Outcome
+    from mapet.files import new_folder
+    from mapet.report.evaluation import cell, write_evaluation
+    from mapet.training.sizing import free_memory
+
+    asked = config.protocols or []
+    for name in asked:
+        if name not in PROTOCOLS:
+            raise MapetError(
+                f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}"
+            )
+    new_folder(config.out, create=False)
+    compute = Compute.choose(config.device, config.precision)
+    sets = gather(config)
+    chosen = asked or [name for name, protocol in PROTOCOLS.items() if _there(protocol.needs, sets, config)]
+    for name in chosen:
+        if not _there(PROTOCOLS[name].needs, sets, config):
+            raise MapetError(f"protocol '{name}' needs {MISSING[PROTOCOLS[name].needs]}")
+    new_folder(config.out)
+    import torch
+
+    memory = int(config.memory * 1e9) if config.memory else free_memory(torch.device("cpu")) // 4
+    place = Place(memory, config.scratch or config.out, config.batch_size, config.num_workers)
+    found: dict[str, dict[str, Outcome]] = {}
+    for source in config.backbone:
+        encoder = Encoder.load(source, compute, config.seed)
+        log.info("--- %s: %s, %d x %d px", source, type(encoder.model).__name__, *encoder.image_size)
+        bench = Bench(encoder, sets, place, config)
+        found[source] = {}
+        try:
+            for name in chosen:
+                outcome = PROTOCOLS[name].run(bench)
+                found[source][name] = outcome
+                for row, figure in outcome.figures.items():
+                    log.info("%-28s %s  %s", row, cell(figure), figure.choice)
+                _draw(name, outcome, bench, config.out, len(found))
+        finally:
+            bench.close()
+    about = {
+        "images": f"{config.images} ({len(sets.train.images):,} images)",
+        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(sets.test.images):,} images)",
+        "classes": f"{len(sets.train.classes):,}",
+        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
+        "pooling": config.pool,
+    }
+    write_evaluation(config.out, found, sets.test.classes, about, config.model_dump(mode="json"))
+    log.info("table, figures and pictures in %s", config.out)
+    return {
+        source: {row: figure.value for outcome in outcomes.values() for row, figure in outcome.figures.items()}
+        for source, outcomes in found.items()
+    }
+
+
+MISSING = {
+    "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
+}
+
+
+def _there(needs: str, sets: Any, config: EvaluateConfig) -> bool:
+    return {"images": True, "labels": bool(sets.train.classes)}[needs]
+
+
+def gather(config: EvaluateConfig) -> Any:
+    """The images, with labels where folders give them."""
+    import numpy as np
+
+    from mapet.data.image_list import scan
+    from mapet.evaluation.features import LabelledSet, split, train_and_test
+    from mapet.evaluation.protocols import Sets
+
+    images = scan(config.images)
+    if images.classes() is not None:
+        return Sets(*train_and_test(config.images, config.test_images))
+    everything = LabelledSet(images, [], np.zeros(len(images), np.int64))
+    if config.test_images is None:
+        return Sets(*split(everything))
+    test = scan(config.test_images)
+    return Sets(everything, LabelledSet(test, [], np.zeros(len(test), np.int64)))
+
+
+def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
+    """The pictures of a protocol that has some."""
+    if name != "neighbours":
+        return
+    from mapet.data.views import ViewSpec, draw_view, render
+    from mapet.report.evaluation import save_figure
+    from mapet.report.pictures import neighbour_panel
+
+    def pixels(data: Any, index: int) -> Any:
+        picture = data.images.open(index, bench.encoder.channels)
+        view = draw_view(ViewSpec(image_size=bench.encoder.image_size), picture.size, data.images.key(index), 0)
+        return render(picture, view, bench.encoder.image_size)
+
+    def title(data: Any, index: int) -> str:
+        return data.classes[data.labels[index]] if data.classes else data.images[index].stem
+
+    details, sets = outcome.details, bench.sets
+    rows = [
+        [(pixels(sets.test, query), title(sets.test, query))]
+        + [(pixels(sets.train, other), title(sets.train, other)) for other in nearest]
+        for query, nearest in zip(details["queries"], details["nearest"], strict=True)
+    ]
+    figure = neighbour_panel(rows, labelled=bool(sets.train.classes))
+    save_figure(figure, out / "pictures" / f"neighbours-{number}.png")
