@@ -106,3 +106,47 @@ def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):
     argv = ["evaluate", "--backbone", str(untrained), "--images", str(crops), "--out", str(tmp_path / "out")]
     assert main([*argv, "--protocols", "linear"]) == 2
     assert "protocol 'linear' needs labels" in capsys.readouterr().err
+
+
+def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path):
+    """The second folder has three of the ten classes and one that training doesn't know."""
+    for name in "137":
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).symlink_to(small / "test" / name)
+    (tmp_path / "other" / "x").symlink_to(small / "test" / "5")
+    out = tmp_path / "out"
+    found = mapet.evaluate(
+        backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK,
+        protocols=["ood", "corruptions", "resolution"], other_images={"elsewhere": tmp_path / "other"},
+        corruption_kinds=["contrast", "jpeg"], corruption_severities=(1, 5), sizes=[8, 12],
+    )  # fmt: skip
+    record = json.loads((out / "evaluation.json").read_text())["backbones"]
+    assert record[str(run_dir)]["ood"]["details"]["elsewhere"] == {"classes": 3, "images": 30}
+    table = record[str(run_dir)]["ood"]["per_class"]["elsewhere: k-NN, k 20"]
+    assert [table[name][1] for name in "0137"] == [0, 10, 10, 10]
+    for source, figures in found.items():
+        details = record[source]["corruptions"]["details"]
+        mean = 1 - sum(sum(row) for row in details["errors"].values()) / 4
+        assert figures["corrupted, mean"] == pytest.approx(mean)
+        assert figures["at 8 px"] == figures["clean, same images"]
+        assert 0 <= figures["at 12 px"] <= 1
+    assert found[str(run_dir)]["mCE, relative to the first"] == pytest.approx(1)
+    assert "| contrast |" in (out / "evaluation.md").read_text()
+
+
+def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path):
+    accuracy = mapet.finetune(
+        backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
+        workers=0, device="cpu", precision="float32", ema=0.5,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert rows[-1] == {"epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
+    assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
+    result = json.loads((tmp_path / "tuned" / "result.json").read_text())
+    assert result["low"] < accuracy < result["high"] and result["test_images"] == 100
+    found = mapet.evaluate(
+        backbone=[str(tmp_path / "tuned")], images=small / "train", test_images=small / "test", out=tmp_path / "out",
+        protocols=["resolution"], sizes=[8], **QUICK,
+    )  # fmt: skip
+    assert found[str(tmp_path / "tuned")]["at 8 px"] == pytest.approx(accuracy)

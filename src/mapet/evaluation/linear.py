@@ -70,6 +70,7 @@ class LinearProbe:
     choice: Choice
     held_out: dict[int, float]
 
+    @torch.inference_mode()
     def __call__(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Logits of the layer's own features."""
         return self.head.classify(features)[0]

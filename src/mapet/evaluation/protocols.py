@@ -1,128 +1,25 @@
 """The protocols of `mapet evaluate`: one table of functions, each from a backbone and data to figures."""
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from mapet.compute import Compute
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
 from mapet.evaluation.attentive import TokenBank, attentive_logits, attentive_probe
-from mapet.evaluation.bank import Bank, Place
-from mapet.evaluation.classifiers import knn_votes, linear_accuracy, nearest_neighbours
-from mapet.evaluation.encoder import Encoder
-from mapet.evaluation.features import LabelledSet, centred_batches
-from mapet.evaluation.intervals import Figure, over_seeds, share
-from mapet.evaluation.linear import LinearProbe, linear_probes
+from mapet.evaluation.bench import SHOWN, Bench, Outcome
+from mapet.evaluation.classifiers import knn_votes, linear_accuracy
+from mapet.evaluation.features import centred_batches
+from mapet.evaluation.intervals import Figure, over_seeds
+from mapet.evaluation.shifts import corruptions, other_sets, resolution
 from mapet.evaluation.splits import few_labels, name_of
 from mapet.evaluation.unlabelled import agreement, clusters, diagnostics
 
-log = logging.getLogger("mapet")
 MOST_RANK, MOST_CLUSTER, MOST_VIEWS = 25_600, 50_000, 1000
 """Images for the rank (the RankMe paper's number), for k-means, for other views of the same images."""
-QUERIES, SHOWN = 10, 8
-"""Rows and columns of the panel of neighbours."""
-
-
-@dataclass
-class Outcome:
-    """What a protocol found.
-
-    Attributes:
-        figures: rows of the table of all backbones.
-        per_class: of some figures, (correct, images) of each class of the test images.
-        details: further results, as JSON.
-    """
-
-    figures: dict[str, Figure] = field(default_factory=dict)
-    per_class: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def classify(
-        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int, choice: str
-    ) -> None:
-        """Add top-1 accuracy with its interval, and the table of classes."""
-        right = predicted == labels
-        self.figures[name] = share(int(right.sum()), len(labels), choice)
-        counts, hits = (torch.bincount(part, minlength=classes).tolist() for part in (labels, labels[right]))
-        self.per_class[name] = list(zip(hits, counts, strict=True))
-
-
-@dataclass
-class Sets:
-    """The images. Without class folders `classes` is empty and all labels are 0.
-
-    Attributes:
-        others: further labelled test sets, by name.
-    """
-
-    train: LabelledSet
-    test: LabelledSet
-    others: dict[str, LabelledSet] = field(default_factory=dict)
-
-
-@dataclass
-class Bench:
-    """One backbone and the data it is judged on; features are computed when first wanted, and shared by the protocols.
-
-    Attributes:
-        options: an `EvaluateConfig`.
-    """
-
-    encoder: Encoder
-    sets: Sets
-    place: Place
-    options: Any
-
-    @property
-    def compute(self) -> Compute:
-        return self.encoder.compute
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.sets.train.classes)
-
-    @cached_property
-    def layers(self) -> list[int]:
-        asked = self.options.layers
-        if asked is None:
-            return self.encoder.spread_layers()
-        deepest = self.encoder.num_layers
-        if max(asked) > deepest:
-            raise MapetError(f"{self.encoder.name} has layers 1 to {deepest}, not {max(asked)}: see --layers")
-        return sorted(set(asked))
-
-    @cached_property
-    def train(self) -> Bank:
-        return Bank.of(self.encoder, self.sets.train, self.layers, self.options.pool, self.place)
-
-    @cached_property
-    def test(self) -> Bank:
-        return Bank.of(self.encoder, self.sets.test, self.layers, self.options.pool, self.place)
-
-    @cached_property
-    def probes(self) -> dict[str, LinearProbe]:
-        return linear_probes(
-            self.train, self.train.labels, self.num_classes, self.compute, self.options.epochs, seed=self.options.seed
-        )
-
-    @cached_property
-    def test_neighbours(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-        """Similarities and rows of the training images nearest to each test image."""
-        k = max(self.options.k, SHOWN)
-        return nearest_neighbours(self.train.layer_blocks(), self.test.of_layer(), k)
-
-    def close(self) -> None:
-        for name in ("train", "test"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
+QUERIES = 10
+"""Rows of the panel of neighbours."""
 
 
 def knn(bench: Bench) -> Outcome:
@@ -240,10 +137,12 @@ class Protocol:
 
     Attributes:
         needs: 'labels', 'images', 'others', 'masks', 'annotations': what data it can't do without.
+        costly: only run when asked for.
     """
 
     run: Callable[[Bench], Outcome]
     needs: str
+    costly: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -254,4 +153,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "cluster": Protocol(cluster, "labels"),
     "rank": Protocol(rank, "images"),
     "neighbours": Protocol(neighbours, "images"),
+    "ood": Protocol(other_sets, "others"),
+    "corruptions": Protocol(corruptions, "labels", costly=True),
+    "resolution": Protocol(resolution, "labels", costly=True),
 }

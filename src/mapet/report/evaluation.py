@@ -5,12 +5,11 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from matplotlib.figure import Figure as Picture
-
+from mapet.evaluation.bench import Outcome
 from mapet.evaluation.intervals import Figure
-from mapet.evaluation.protocols import Outcome
 from mapet.files import atomic
 
 Found = Mapping[str, Mapping[str, Outcome]]
@@ -66,6 +65,7 @@ def markdown(found: Found, classes: list[str], about: Mapping[str, str]) -> str:
         lines += ["## What was chosen, on training images alone", ""]
         lines += table("figure", found, lambda figure: figure.choice or "-", lambda figure: bool(figure.choice))
     lines += _layers(found)
+    lines += _corruptions(found)
     lines += _worst_classes(found, classes)
     return "\n".join(lines)
 
@@ -113,6 +113,18 @@ def _layers(found: Found) -> list[str]:
     return ["## Layers (accuracy on a held-out fifth of the training images)", "", *lines, ""] if lines else []
 
 
+def _corruptions(found: Found) -> list[str]:
+    """Error of each kind, mean over severities."""
+    errors = {s: own["corruptions"].details["errors"] for s, own in found.items() if "corruptions" in own}
+    if not errors:
+        return []
+    lines = ["## Error under each corruption (mean over severities)", "", f"| kind | {' | '.join(errors)} |"]
+    lines.append("|---|" + "---|" * len(errors))
+    for kind in next(iter(errors.values())):
+        lines.append(f"| {kind} | {' | '.join(f'{fmean(own[kind]):.3f}' for own in errors.values())} |")
+    return [*lines, ""]
+
+
 def _worst_classes(found: Found, classes: list[str]) -> list[str]:
     """Classes of lowest accuracy over all backbones and figures."""
     columns = _columns(found)
@@ -151,12 +163,3 @@ def _columns(found: Found) -> dict[tuple[str, str], list[tuple[int, int]]]:
         for outcome in outcomes.values()
         for row, tabled in outcome.per_class.items()
     }
-
-
-def save_figure(picture: Picture, path: Path) -> None:
-    """As PNG, atomically."""
-    import matplotlib.pyplot as plt
-
-    with atomic(path) as temporary:
-        picture.savefig(temporary, dpi=150, format="png")
-    plt.close(picture)

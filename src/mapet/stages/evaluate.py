@@ -40,6 +40,16 @@ class EvaluateConfig(Loading):
     """Neighbours of k-NN."""
     few_labels: tuple[PositiveFloat, ...] = (0.01, 0.1, 5)
     """Few-label splits: below 1 a share of each class, else so many images a class."""
+    other_images: dict[str, Path] = Field(default_factory=dict)
+    """Further labelled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
+    corruption_images: PositiveInt = 1000
+    """Test images, at most, that are corrupted in each of 75 ways (protocol corruptions)."""
+    corruption_kinds: list[str] | None = None
+    """Some of the 15 kinds, e.g. "gaussian noise" fog jpeg; automatic: all."""
+    corruption_severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Some of the severities 1 to 5."""
+    sizes: list[PositiveInt] | None = None
+    """Input sizes, pixels (protocol resolution); automatic: from half to twice the trained one."""
     seeds: PositiveInt = 5
     """Seeds of few-label splits and of clustering."""
     seed: NonNegativeInt = 0
@@ -57,6 +67,8 @@ class EvaluateConfig(Loading):
         odd = [amount for amount in self.few_labels if amount >= 1 and amount != int(amount)]
         if odd:
             raise ValueError(f"few_labels: {odd[0]} is neither a share below 1 nor a number of images")
+        if not self.corruption_severities or not set(self.corruption_severities) <= {1, 2, 3, 4, 5}:
+            raise ValueError("corruption_severities: give some of 1 2 3 4 5")
         if len(set(self.backbone)) < len(self.backbone):
             raise ValueError("backbone: the same one is given twice")
         return self
@@ -72,8 +84,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """
     from mapet.compute import Compute
     from mapet.evaluation.bank import Place
+    from mapet.evaluation.bench import Bench, Outcome
+    from mapet.evaluation.corruptions import KINDS
     from mapet.evaluation.encoder import Encoder
-    from mapet.evaluation.protocols import PROTOCOLS, Bench, Outcome
+    from mapet.evaluation.protocols import PROTOCOLS
+    from mapet.evaluation.shifts import relative_to_first
     from mapet.files import new_folder
     from mapet.report.evaluation import cell, write_evaluation
     from mapet.training.sizing import free_memory
@@ -84,10 +99,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
             raise MapetError(
                 f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}"
             )
+    for kind in config.corruption_kinds or []:
+        if kind not in KINDS:
+            raise MapetError(f"unknown corruption '{kind}'{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}")
     new_folder(config.out, create=False)
     compute = Compute.choose(config.device, config.precision)
     sets = gather(config)
-    chosen = asked or [name for name, protocol in PROTOCOLS.items() if _there(protocol.needs, sets, config)]
+    chosen = asked or [name for name, p in PROTOCOLS.items() if not p.costly and _there(p.needs, sets, config)]
     for name in chosen:
         if not _there(PROTOCOLS[name].needs, sets, config):
             raise MapetError(f"protocol '{name}' needs {MISSING[PROTOCOLS[name].needs]}")
@@ -111,6 +129,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 _draw(name, outcome, bench, config.out, len(found))
         finally:
             bench.close()
+    relative_to_first(found)
     about = {
         "images": f"{config.images} ({len(sets.train.images):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(sets.test.images):,} images)",
@@ -128,11 +147,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
 MISSING = {
     "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
+    "others": "another labelled folder, --other-images NAME=FOLDER, beside labels of --images",
 }
 
 
 def _there(needs: str, sets: Any, config: EvaluateConfig) -> bool:
-    return {"images": True, "labels": bool(sets.train.classes)}[needs]
+    labels = bool(sets.train.classes)
+    return {"images": True, "labels": labels, "others": labels and bool(sets.others)}[needs]
 
 
 def gather(config: EvaluateConfig) -> Any:
@@ -140,12 +161,13 @@ def gather(config: EvaluateConfig) -> Any:
     import numpy as np
 
     from mapet.data.image_list import scan
-    from mapet.evaluation.features import LabelledSet, split, train_and_test
-    from mapet.evaluation.protocols import Sets
+    from mapet.evaluation.bench import Sets
+    from mapet.evaluation.features import LabelledSet, labelled, split, train_and_test
 
     images = scan(config.images)
     if images.classes() is not None:
-        return Sets(*train_and_test(config.images, config.test_images))
+        others = {name: labelled(scan(folder)) for name, folder in config.other_images.items()}
+        return Sets(*train_and_test(config.images, config.test_images), others)
     everything = LabelledSet(images, [], np.zeros(len(images), np.int64))
     if config.test_images is None:
         return Sets(*split(everything))
@@ -158,8 +180,7 @@ def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
     if name != "neighbours":
         return
     from mapet.data.views import ViewSpec, draw_view, render
-    from mapet.report.evaluation import save_figure
-    from mapet.report.pictures import neighbour_panel
+    from mapet.report.pictures import neighbour_panel, save_figure
 
     def pixels(data: Any, index: int) -> Any:
         picture = data.images.open(index, bench.encoder.channels)
