@@ -67,7 +67,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
     assert row.count(" to ") == 2 and "100 images" in row
     with (out / "per_class.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["backbone"] == str(run_dir) and row["figure"] == "linear"]
-    assert [row["class"] for row in rows] == list("0123456789") and all(row["images"] == "10" for row in rows)
+    assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)
     assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear"])
     assert (out / "pictures" / "neighbours-1.png").stat().st_size > 5000
     with pytest.raises(MapetError, match="nothing is overwritten"):

@@ -16,6 +16,7 @@ from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet
 from mapet.evaluation.intervals import Figure, share
 from mapet.evaluation.linear import LinearProbe, linear_probes
+from mapet.evaluation.masks import MaskedSet
 
 SHOWN = 8
 """Neighbours in the panel, at most."""
@@ -27,22 +28,22 @@ class Outcome:
 
     Attributes:
         figures: rows of the table of all backbones.
-        per_class: of some figures, (correct, images) of each class of the test images.
+        per_class: of some figures, (correct, images) of each class; of segmentation, pixels of (intersection, union).
         details: further results, as JSON.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
-    per_class: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def classify(
-        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int, choice: str
+        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], choice: str
     ) -> None:
         """Add top-1 accuracy with its interval, and the table of classes."""
         right = predicted == labels
         self.figures[name] = share(int(right.sum()), len(labels), choice)
-        counts, hits = (torch.bincount(part, minlength=classes).tolist() for part in (labels, labels[right]))
-        self.per_class[name] = list(zip(hits, counts, strict=True))
+        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[right]))
+        self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
 
 
 @dataclass
@@ -51,11 +52,13 @@ class Sets:
 
     Attributes:
         others: further labelled test sets, by name.
+        masks: training and test images with a class for every pixel.
     """
 
     train: LabelledSet
     test: LabelledSet
     others: dict[str, LabelledSet] = field(default_factory=dict)
+    masks: tuple[MaskedSet, MaskedSet] | None = None
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Bench:
     @property
     def compute(self) -> Compute:
         return self.encoder.compute
+
+    @property
+    def classes(self) -> list[str]:
+        return self.sets.train.classes
 
     @property
     def num_classes(self) -> int:

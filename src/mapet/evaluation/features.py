@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -83,14 +83,25 @@ def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> t
 
 
 def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
-    """A fixed share of each class, chosen by a hash of the image id, becomes the test set."""
+    """Training and test set: see `held_out`."""
+    test = held_out(everything, test_share)
+    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+
+
+def unlabelled(images: ImageList) -> LabelledSet:
+    """Images without classes; all labels are 0."""
+    return LabelledSet(images, [], np.zeros(len(images), np.int64))
+
+
+def held_out(everything: LabelledSet, test_share: float = 0.2) -> Bool[np.ndarray, " n"]:
+    """A fixed share of each class, chosen by a hash of the image id, is for testing."""
     test = np.zeros(len(everything.labels), dtype=bool)
     order = np.lexsort((everything.images.keys(), everything.labels))  # by class, then by key
     for members in everything.by_class(order):
         test[members[: max(1, round(test_share * len(members)))]] = True
     if test.all():
         raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
-    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+    return test
 
 
 def normalize(

@@ -10,6 +10,7 @@ from mapet.data.views import ViewSpec
 from mapet.evaluation.attentive import TokenBank, attentive_logits, attentive_probe
 from mapet.evaluation.bench import SHOWN, Bench, Outcome
 from mapet.evaluation.classifiers import knn_votes, linear_accuracy
+from mapet.evaluation.dense import segmentation
 from mapet.evaluation.features import centred_batches
 from mapet.evaluation.intervals import Figure, over_seeds
 from mapet.evaluation.shifts import corruptions, other_sets, resolution
@@ -27,7 +28,7 @@ def knn(bench: Bench) -> Outcome:
     outcome, k = Outcome(), min(bench.options.k, len(bench.train))
     similarity, rows = (part[:, :k] for part in bench.test_neighbours)
     votes = knn_votes(similarity, bench.train.labels[rows], bench.num_classes)
-    outcome.classify(f"k-NN, k {k}", votes.argmax(1), bench.test.labels, bench.num_classes, "")
+    outcome.classify(f"k-NN, k {k}", votes.argmax(1), bench.test.labels, bench.classes, "")
     return outcome
 
 
@@ -36,7 +37,7 @@ def linear(bench: Bench) -> Outcome:
     outcome = Outcome()
     for name, probe in bench.probes.items():
         predicted = probe.predict(bench.test).argmax(1)
-        outcome.classify(name, predicted, bench.test.labels, bench.num_classes, str(probe.choice))
+        outcome.classify(name, predicted, bench.test.labels, bench.classes, str(probe.choice))
         outcome.details[name] = {
             "layer": probe.choice.layer, "lr": probe.choice.lr,
             "held_out_by_layer": {str(layer): score for layer, score in probe.held_out.items()},
@@ -54,7 +55,7 @@ def attentive(bench: Bench) -> Outcome:
     )
     index, logits = attentive_logits(probe, test, bench.compute)
     truth = torch.from_numpy(bench.sets.test.labels)[index]
-    outcome.classify("attentive", logits.argmax(1), truth, bench.num_classes, f"lr {lr:g}")
+    outcome.classify("attentive", logits.argmax(1), truth, bench.classes, f"lr {lr:g}")
     return outcome
 
 
@@ -156,4 +157,5 @@ PROTOCOLS: dict[str, Protocol] = {
     "ood": Protocol(other_sets, "others"),
     "corruptions": Protocol(corruptions, "labels", costly=True),
     "resolution": Protocol(resolution, "labels", costly=True),
+    "segmentation": Protocol(segmentation, "masks"),
 }

@@ -43,7 +43,7 @@ def other_sets(bench: Bench) -> Outcome:
             (f"k-NN, k {bench.options.k}", votes, ""),
         ):
             scores[:, ~torch.from_numpy(shared)] = -torch.inf
-            outcome.classify(f"{name}: {measure}", scores.argmax(1), labels, len(names), choice)
+            outcome.classify(f"{name}: {measure}", scores.argmax(1), labels, names, choice)
         outcome.details[name] = {"classes": int(shared.sum()), "images": len(labels)}
     return outcome
 

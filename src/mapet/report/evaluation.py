@@ -20,9 +20,7 @@ the bootstrap over test images. They say how sure the figure is for this backbon
 test image; the chance in pre-training is not in them."""
 
 
-def write_evaluation(
-    out: Path, found: Found, classes: list[str], about: Mapping[str, str], options: Mapping[str, Any]
-) -> None:
+def write_evaluation(out: Path, found: Found, about: Mapping[str, str], options: Mapping[str, Any]) -> None:
     """evaluation.md, evaluation.json and, where there are classes, per_class.csv."""
     record = {
         "about": dict(about),
@@ -32,8 +30,8 @@ def write_evaluation(
                 name: {
                     "figures": {row: figure._asdict() for row, figure in outcome.figures.items()},
                     "per_class": {
-                        row: {label: list(pair) for label, pair in zip(classes, table, strict=True)}
-                        for row, table in outcome.per_class.items()
+                        row: {label: list(pair) for label, pair in tabled.items()}
+                        for row, tabled in outcome.per_class.items()
                     },
                     "details": outcome.details,
                 }
@@ -42,15 +40,15 @@ def write_evaluation(
             for source, outcomes in found.items()
         },
     }
-    texts = {"evaluation.json": json.dumps(record, indent=2) + "\n", "evaluation.md": markdown(found, classes, about)}
+    texts = {"evaluation.json": json.dumps(record, indent=2) + "\n", "evaluation.md": markdown(found, about)}
     if any(outcome.per_class for outcomes in found.values() for outcome in outcomes.values()):
-        texts["per_class.csv"] = per_class_csv(found, classes)
+        texts["per_class.csv"] = per_class_csv(found)
     for name, text in texts.items():
         with atomic(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def markdown(found: Found, classes: list[str], about: Mapping[str, str]) -> str:
+def markdown(found: Found, about: Mapping[str, str]) -> str:
     """The page: one table of all figures, what was chosen for them, the classes told apart worst."""
     lines = [
         "# Evaluation",
@@ -66,7 +64,7 @@ def markdown(found: Found, classes: list[str], about: Mapping[str, str]) -> str:
         lines += table("figure", found, lambda figure: figure.choice or "-", lambda figure: bool(figure.choice))
     lines += _layers(found)
     lines += _corruptions(found)
-    lines += _worst_classes(found, classes)
+    lines += _worst_classes(found)
     return "\n".join(lines)
 
 
@@ -125,38 +123,45 @@ def _corruptions(found: Found) -> list[str]:
     return [*lines, ""]
 
 
-def _worst_classes(found: Found, classes: list[str]) -> list[str]:
+def _worst_classes(found: Found) -> list[str]:
     """Classes of lowest accuracy over all backbones and figures."""
     columns = _columns(found)
-    if not columns:
+    totals: dict[str, list[int]] = {}
+    for tabled in columns.values():
+        for label, pair in tabled.items():
+            totals[label] = [sum(both) for both in zip(totals.get(label, (0, 0)), pair, strict=True)]
+    seen = sorted(
+        (label for label, (_, count) in totals.items() if count), key=lambda label: totals[label][0] / totals[label][1]
+    )
+    if not seen:
         return []
-    hits = [sum(tabled[i][0] for tabled in columns.values()) for i in range(len(classes))]
-    counts = [sum(tabled[i][1] for tabled in columns.values()) for i in range(len(classes))]
-    seen = sorted((i for i in range(len(classes)) if counts[i]), key=lambda i: hits[i] / counts[i])[:LISTED_CLASSES]
-    lines = ["## Classes told apart worst (accuracy; all of them are in per_class.csv)", ""]
+    lines = ["## Classes told apart worst (accuracy, or IoU; all of them are in per_class.csv)", ""]
     lines += [
-        f"| class | images | {' | '.join(f'{s}, {row}' for s, row in columns)} |",
-        "|---|---|" + "---|" * len(columns),
+        f"| class | {' | '.join(f'{source}, {row}' for source, row in columns)} |",
+        "|---|" + "---|" * len(columns),
     ]
-    for i in seen:
-        own = [tabled[i] for tabled in columns.values()]
-        cells = [f"{hit / count:.3f}" if count else "-" for hit, count in own]
-        lines.append(f"| {classes[i]} | {own[0][1]:,} | {' | '.join(cells)} |")
+    for label in seen[:LISTED_CLASSES]:
+        cells = [_ratio(*tabled.get(label, (0, 0))) for tabled in columns.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def per_class_csv(found: Found, classes: list[str]) -> str:
+def _ratio(hit: int, count: int) -> str:
+    return f"{hit / count:.3f}" if count else "-"
+
+
+def per_class_csv(found: Found) -> str:
     """One line for each class, backbone and figure."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["backbone", "figure", "class", "correct", "images", "accuracy"])
+    writer.writerow(["backbone", "figure", "class", "correct", "of", "share"])
     for (source, row), tabled in _columns(found).items():
-        for name, (hit, count) in zip(classes, tabled, strict=True):
-            writer.writerow([source, row, name, hit, count, f"{hit / count:.6f}" if count else ""])
+        for label, (hit, count) in tabled.items():
+            writer.writerow([source, row, label, hit, count, f"{hit / count:.6f}" if count else ""])
     return text.getvalue()
 
 
-def _columns(found: Found) -> dict[tuple[str, str], list[tuple[int, int]]]:
+def _columns(found: Found) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
     return {
         (source, row): tabled
         for source, outcomes in found.items()

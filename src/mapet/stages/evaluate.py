@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError, did_you_mean
-from mapet.recipe import stage
+from mapet.recipe import Size, stage
 from mapet.stages.options import Loading, Precision
 
 log = logging.getLogger("mapet")
@@ -50,6 +50,17 @@ class EvaluateConfig(Loading):
     """Some of the severities 1 to 5."""
     sizes: list[PositiveInt] | None = None
     """Input sizes, pixels (protocol resolution); automatic: from half to twice the trained one."""
+    masks: Path | None = None
+    """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; automatic:
+    found where `images` holds images/ and masks/, or is ADE20K's folder."""
+    test_masks: Path | None = None
+    """Masks of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    void_labels: tuple[NonNegativeInt, ...] = ()
+    """Class ids in masks that don't count, beside 255 (and 0 in ADE20K's folder)."""
+    dense_size: Size | None = None
+    """Input height and width for segmentation, pixels; automatic: the trained one."""
+    dense_epochs: PositiveInt = 10
+    """Passes over the training images for segmentation."""
     seeds: PositiveInt = 5
     """Seeds of few-label splits and of clustering."""
     seed: NonNegativeInt = 0
@@ -137,7 +148,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
         "pooling": config.pool,
     }
-    write_evaluation(config.out, found, sets.test.classes, about, config.model_dump(mode="json"))
+    write_evaluation(config.out, found, about, config.model_dump(mode="json"))
     log.info("table, figures and pictures in %s", config.out)
     return {
         source: {row: figure.value for outcome in outcomes.values() for row, figure in outcome.figures.items()}
@@ -147,32 +158,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
 MISSING = {
     "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
+    "masks": "masks: --masks, or a folder --images that holds images/ and masks/",
     "others": "another labelled folder, --other-images NAME=FOLDER, beside labels of --images",
 }
 
 
 def _there(needs: str, sets: Any, config: EvaluateConfig) -> bool:
     labels = bool(sets.train.classes)
-    return {"images": True, "labels": labels, "others": labels and bool(sets.others)}[needs]
+    there = {"images": True, "labels": labels, "others": labels and bool(sets.others), "masks": sets.masks is not None}
+    return there[needs]
 
 
 def gather(config: EvaluateConfig) -> Any:
     """The images, with labels where folders give them."""
-    import numpy as np
-
     from mapet.data.image_list import scan
     from mapet.evaluation.bench import Sets
-    from mapet.evaluation.features import LabelledSet, labelled, split, train_and_test
+    from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
+    from mapet.evaluation.masks import masked_sets
 
+    masks = masked_sets(config.images, config.masks, config.test_images, config.test_masks, config.void_labels)
+    if masks is not None:
+        train, test = (unlabelled(part.images) for part in masks)
+        return Sets(train, test, masks=masks)
     images = scan(config.images)
-    if images.classes() is not None:
+    if images.classes():
         others = {name: labelled(scan(folder)) for name, folder in config.other_images.items()}
         return Sets(*train_and_test(config.images, config.test_images), others)
-    everything = LabelledSet(images, [], np.zeros(len(images), np.int64))
     if config.test_images is None:
-        return Sets(*split(everything))
-    test = scan(config.test_images)
-    return Sets(everything, LabelledSet(test, [], np.zeros(len(test), np.int64)))
+        return Sets(*split(unlabelled(images)))
+    return Sets(unlabelled(images), unlabelled(scan(config.test_images)))
 
 
 def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
