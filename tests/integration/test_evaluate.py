@@ -49,9 +49,13 @@ def untrained(tmp_path_factory):
 def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
     out = tmp_path / "out"
     found = mapet.evaluate(
-        backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK
+        backbone=[str(run_dir), str(untrained), f"random:{run_dir}"],
+        images=small / "train",
+        test_images=small / "test",
+        out=out,
+        **QUICK,
     )
-    assert set(found) == {str(run_dir), str(untrained)}
+    assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
     data = train_and_test(small / "train", small / "test")
     features = [extract_features(mapet.load_backbone(run_dir), part, Compute.choose("cpu", "float32")) for part in data]
@@ -64,7 +68,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
     assert set(record["linear"]["details"]["linear"]["held_out_by_layer"]) == {"1", "2"}
     page = (out / "evaluation.md").read_text()
     (row,) = [line for line in page.splitlines() if line.startswith("| k-NN, k 20 |")]
-    assert row.count(" to ") == 2 and "100 images" in row
+    assert row.count(" to ") == 3 and "100 images" in row
     with (out / "per_class.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["backbone"] == str(run_dir) and row["figure"] == "linear"]
     assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)

@@ -11,13 +11,13 @@ import torch
 from mapet.compute import Compute
 from mapet.data.image_list import ImageList, scan
 from mapet.evaluation.attentive import AttentivePool
+from mapet.evaluation.average_precision import average_precisions
 from mapet.evaluation.bank import Bank, Place
 from mapet.evaluation.classifiers import nearest_neighbours
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet, extract_features, labelled
 from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
 from mapet.evaluation.linear import linear_probes
-from mapet.evaluation.multilabel import average_precisions
 from mapet.evaluation.splits import few_labels
 from mapet.evaluation.unlabelled import agreement, clusters, diagnostics, entropy_rank
 from mapet.model.backbone import create_vit, save_backbone

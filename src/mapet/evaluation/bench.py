@@ -12,6 +12,7 @@ from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.bank import Bank, Place
 from mapet.evaluation.classifiers import nearest_neighbours
+from mapet.evaluation.coco import CocoSet
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet
 from mapet.evaluation.intervals import Figure, share
@@ -53,12 +54,14 @@ class Sets:
     Attributes:
         others: further labelled test sets, by name.
         masks: training and test images with a class for every pixel.
+        boxes: training and test images with COCO annotations.
     """
 
     train: LabelledSet
     test: LabelledSet
     others: dict[str, LabelledSet] = field(default_factory=dict)
     masks: tuple[MaskedSet, MaskedSet] | None = None
+    boxes: tuple[CocoSet, CocoSet] | None = None
 
 
 @dataclass

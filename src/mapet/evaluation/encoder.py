@@ -43,8 +43,8 @@ class Encoder:
     def load(cls, source: str, compute: Compute, seed: int = 0) -> "Encoder":
         """A run, a backbone folder, an export, a folder of `finetune`, what else `load_backbone` takes, or `random:NAME`.
 
-        `random:NAME` is timm's model of that name with random weights, drawn by `seed`: what an architecture knows by
-        itself.
+        `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
+        architecture knows by itself.
 
         Raises:
             MapetError: nothing of the kind.
@@ -52,7 +52,8 @@ class Encoder:
         classes: tuple[str, ...] = ()
         torch.manual_seed(seed)
         if source.startswith(RANDOM):
-            model: nn.Module = _create(source.removeprefix(RANDOM), pretrained=False)
+            name = source.removeprefix(RANDOM)
+            model: nn.Module = load_backbone(name, pretrained=False) if Path(name).exists() else _untrained(name)
         else:
             folder = Path(source)
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
@@ -112,6 +113,11 @@ class Encoder:
         with self.compute.autocast():
             return self.model(self.normalize(images)).float()
 
+    def copy_at(self, size: tuple[int, int]) -> "Encoder":
+        """`at_size`, with weights of its own, that may be trained."""
+        resized = self.at_size(size)
+        return resized if resized is not self else replace(self, model=copy.deepcopy(self.model))
+
     def at_size(self, size: tuple[int, int]) -> "Encoder":
         """The same weights for another input size: positions are interpolated; networks without positions stay as they are.
 
@@ -148,8 +154,8 @@ def _pool(grid: Tensor, prefix: Tensor | None, pool: Pool, encoder: Encoder) -> 
     return first if pool == "token" else torch.cat([first, mean], 1)
 
 
-def _create(name: str, pretrained: bool) -> nn.Module:
+def _untrained(name: str) -> nn.Module:
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models()` lists them")
-    return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    return timm.create_model(name, pretrained=False, num_classes=0)

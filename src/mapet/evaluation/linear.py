@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.compute import Compute
+from mapet.evaluation.average_precision import mean_average_precision
 from mapet.evaluation.bank import Bank
-from mapet.evaluation.multilabel import mean_average_precision
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """For batches of 256, in proportion for others."""

@@ -11,8 +11,10 @@ from mapet.evaluation.attentive import TokenBank, attentive_logits, attentive_pr
 from mapet.evaluation.bench import SHOWN, Bench, Outcome
 from mapet.evaluation.classifiers import knn_votes, linear_accuracy
 from mapet.evaluation.dense import segmentation
+from mapet.evaluation.detection import detection
 from mapet.evaluation.features import centred_batches
 from mapet.evaluation.intervals import Figure, over_seeds
+from mapet.evaluation.multilabel import multi_label
 from mapet.evaluation.shifts import corruptions, other_sets, resolution
 from mapet.evaluation.splits import few_labels, name_of
 from mapet.evaluation.unlabelled import agreement, clusters, diagnostics
@@ -157,5 +159,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "ood": Protocol(other_sets, "others"),
     "corruptions": Protocol(corruptions, "labels", costly=True),
     "resolution": Protocol(resolution, "labels", costly=True),
+    "multi-label": Protocol(multi_label, "annotations"),
     "segmentation": Protocol(segmentation, "masks"),
+    "detection": Protocol(detection, "annotations", costly=True),
 }

@@ -18,8 +18,8 @@ class EvaluateConfig(Loading):
     """Options of `evaluate`."""
 
     backbone: list[str] = Field(min_length=1)
-    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for timm's
-    model with random weights. The first is what the others' corruption errors are relative to."""
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for a timm
+    model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
     images: Path
     """Images to train on; CLASS/image.jpg for protocols that need labels."""
     test_images: Path | None = None
@@ -55,10 +55,18 @@ class EvaluateConfig(Loading):
     found where `images` holds images/ and masks/, or is ADE20K's folder."""
     test_masks: Path | None = None
     """Masks of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    annotations: Path | None = None
+    """COCO annotations of `images`, instances JSON (protocols multi-label and detection)."""
+    test_annotations: Path | None = None
+    """Of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    detection_epochs: PositiveInt = 10
+    """Passes over the training images for detection."""
+    detection_train_backbone: bool = False
+    """Train the backbone with the detector, rather than keep it frozen."""
     void_labels: tuple[NonNegativeInt, ...] = ()
     """Class ids in masks that don't count, beside 255 (and 0 in ADE20K's folder)."""
     dense_size: Size | None = None
-    """Input height and width for segmentation, pixels; automatic: the trained one."""
+    """Input height and width for segmentation and detection, pixels; automatic: the trained one."""
     dense_epochs: PositiveInt = 10
     """Passes over the training images for segmentation."""
     seeds: PositiveInt = 5
@@ -159,13 +167,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 MISSING = {
     "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
     "masks": "masks: --masks, or a folder --images that holds images/ and masks/",
+    "annotations": "COCO annotations: --annotations instances.json",
     "others": "another labelled folder, --other-images NAME=FOLDER, beside labels of --images",
 }
 
 
 def _there(needs: str, sets: Any, config: EvaluateConfig) -> bool:
     labels = bool(sets.train.classes)
-    there = {"images": True, "labels": labels, "others": labels and bool(sets.others), "masks": sets.masks is not None}
+    there = {
+        "images": True,
+        "labels": labels,
+        "others": labels and bool(sets.others),
+        "masks": sets.masks is not None,
+        "annotations": sets.boxes is not None,
+    }
     return there[needs]
 
 
@@ -173,9 +188,16 @@ def gather(config: EvaluateConfig) -> Any:
     """The images, with labels where folders give them."""
     from mapet.data.image_list import scan
     from mapet.evaluation.bench import Sets
+    from mapet.evaluation.coco import coco_sets
     from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
     from mapet.evaluation.masks import masked_sets
 
+    boxes = coco_sets(config.images, config.annotations, config.test_images, config.test_annotations)
+    if boxes is not None and config.masks is not None:
+        raise MapetError("--annotations and --masks list images each in its own way: evaluate one after the other")
+    if boxes is not None:
+        train, test = (unlabelled(part.images) for part in boxes)
+        return Sets(train, test, boxes=boxes)
     masks = masked_sets(config.images, config.masks, config.test_images, config.test_masks, config.void_labels)
     if masks is not None:
         train, test = (unlabelled(part.images) for part in masks)
