@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mapet.compute import Compute
+from mapet.errors import MapetError
 from mapet.evaluation.bank import Place, shuffled
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet, centred_batches
-from mapet.evaluation.linear import HELD_OUT
+from mapet.evaluation.linear import FEWEST, HELD_OUT
 from mapet.tokenizer.feature_store import FeatureStore
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -95,7 +96,12 @@ def attentive_probe(
     """The best of three learning rates, chosen on a fifth of the training images and trained anew on all; and that rate.
 
     AdamW, weight decay 0.05, cosine decay.
+
+    Raises:
+        MapetError: fewer than 10 images.
     """
+    if len(labels) < FEWEST:
+        raise MapetError(f"{len(labels)} training images are too few for an attentive probe: {FEWEST} at least")
     held = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT
     candidates = _train(train, labels, ~held, outputs, list(LEARNING_RATES), compute, epochs, seed)
     correct = torch.zeros(len(candidates))

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.compute import Compute
+from mapet.errors import MapetError
 from mapet.evaluation.average_precision import mean_average_precision
 from mapet.evaluation.bank import Bank
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """For batches of 256, in proportion for others."""
-HELD_OUT = 0.2
+HELD_OUT, FEWEST = 0.2, 10
 Task = Literal["classes", "several"]
 """One class an image, or any number of them."""
 
@@ -93,7 +94,14 @@ def linear_probes(
     Args:
         targets: (n,) classes, or for `task` 'several' (n, K) of 0 and 1.
         epochs: passes; SGD with momentum 0.9, cosine decay, no weight decay.
+
+    Raises:
+        MapetError: fewer than 10 rows.
     """
+    if len(bank) < FEWEST:
+        raise MapetError(
+            f"{len(bank)} training images are too few for a linear probe and its choices: {FEWEST} at least"
+        )
     edge = len(bank) - max(1, round(HELD_OUT * len(bank)))
     rates = list(LEARNING_RATES)
     kinds = list(product(bank.columns, (False, True)))

@@ -101,10 +101,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
       mapet evaluate --backbone runs/photos random:vit_tiny_patch16_224 --images labelled/train --out evaluation
       mapet evaluate --backbone runs/a runs/b --images labelled/train --test-images labelled/test --protocols knn linear --out ab
     """
+    import torch
+
     from mapet.compute import Compute
     from mapet.evaluation.bank import Place
     from mapet.evaluation.bench import Bench, Outcome
-    from mapet.evaluation.corruptions import KINDS
     from mapet.evaluation.encoder import Encoder
     from mapet.evaluation.protocols import PROTOCOLS
     from mapet.evaluation.shifts import relative_to_first
@@ -112,27 +113,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     from mapet.report.evaluation import cell, write_evaluation
     from mapet.training.sizing import free_memory
 
-    asked = config.protocols or []
-    for name in asked:
-        if name not in PROTOCOLS:
-            raise MapetError(
-                f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS)} Protocols: {', '.join(PROTOCOLS)}"
-            )
-    for kind in config.corruption_kinds or []:
-        if kind not in KINDS:
-            raise MapetError(f"unknown corruption '{kind}'{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}")
+    refuse_unknown(config)
     new_folder(config.out, create=False)
     compute = Compute.choose(config.device, config.precision)
     sets = gather(config)
-    chosen = asked or [name for name, p in PROTOCOLS.items() if not p.costly and _there(p.needs, sets, config)]
-    for name in chosen:
-        if not _there(PROTOCOLS[name].needs, sets, config):
-            raise MapetError(f"protocol '{name}' needs {MISSING[PROTOCOLS[name].needs]}")
-    new_folder(config.out)
-    import torch
-
+    chosen = choose_protocols(config, sets)
     memory = int(config.memory * 1e9) if config.memory else free_memory(torch.device("cpu")) // 4
     place = Place(memory, config.scratch or config.out, config.batch_size, config.num_workers)
+    for source in config.backbone:  # what can't be loaded is told before hours of work
+        _ = Bench(Encoder.load(source, compute, config.seed), sets, place, config).layers
+    new_folder(config.out)
+    about = {
+        "images": f"{config.images} ({len(sets.train.images):,} images)",
+        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(sets.test.images):,} images)",
+        "classes": f"{len(sets.train.classes):,}",
+        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
+        "pooling": config.pool,
+    }
     found: dict[str, dict[str, Outcome]] = {}
     for source in config.backbone:
         encoder = Encoder.load(source, compute, config.seed)
@@ -141,27 +138,49 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         found[source] = {}
         try:
             for name in chosen:
-                outcome = PROTOCOLS[name].run(bench)
-                found[source][name] = outcome
+                outcome = found[source][name] = PROTOCOLS[name].run(bench)
                 for row, figure in outcome.figures.items():
                     log.info("%-28s %s  %s", row, cell(figure), figure.choice)
                 _draw(name, outcome, bench, config.out, len(found))
         finally:
             bench.close()
-    relative_to_first(found)
-    about = {
-        "images": f"{config.images} ({len(sets.train.images):,} images)",
-        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(sets.test.images):,} images)",
-        "classes": f"{len(sets.train.classes):,}",
-        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
-        "pooling": config.pool,
-    }
-    write_evaluation(config.out, found, about, config.model_dump(mode="json"))
+        relative_to_first(found)
+        write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
     log.info("table, figures and pictures in %s", config.out)
     return {
         source: {row: figure.value for outcome in outcomes.values() for row, figure in outcome.figures.items()}
         for source, outcomes in found.items()
     }
+
+
+def refuse_unknown(config: EvaluateConfig) -> None:
+    """Raises MapetError for protocols and corruptions that there aren't."""
+    from mapet.evaluation.corruptions import KINDS
+    from mapet.evaluation.protocols import PROTOCOLS
+
+    for what, names, known in (
+        ("protocol", config.protocols, tuple(PROTOCOLS)),
+        ("corruption", config.corruption_kinds, KINDS),
+    ):
+        for name in names or []:
+            if name not in known:
+                raise MapetError(f"unknown {what} '{name}'{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+def choose_protocols(config: EvaluateConfig, sets: Any) -> list[str]:
+    """Those asked for, or all that have their data and don't take long.
+
+    Raises:
+        MapetError: one that is asked for lacks its data.
+    """
+    from mapet.evaluation.protocols import PROTOCOLS
+
+    if not config.protocols:
+        return [name for name, p in PROTOCOLS.items() if not p.costly and _there(p.needs, sets)]
+    for name in config.protocols:
+        if not _there(PROTOCOLS[name].needs, sets):
+            raise MapetError(f"protocol '{name}' needs {MISSING[PROTOCOLS[name].needs]}")
+    return list(dict.fromkeys(config.protocols))
 
 
 MISSING = {
@@ -172,7 +191,7 @@ MISSING = {
 }
 
 
-def _there(needs: str, sets: Any, config: EvaluateConfig) -> bool:
+def _there(needs: str, sets: Any) -> bool:
     labels = bool(sets.train.classes)
     there = {
         "images": True,
