@@ -8,6 +8,7 @@ from typing import Any
 from mapet.recipe import Stage
 from mapet.stages.check import check
 from mapet.stages.demo import demo
+from mapet.stages.evaluate import evaluate
 from mapet.stages.export import export
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
@@ -32,6 +33,7 @@ STAGES: dict[str, Stage[Any]] = {
     "pretrain": pretrain,
     "replay": replay,
     "probe": probe,
+    "evaluate": evaluate,
     "finetune": finetune,
     "inspect": inspect,
     "export": export,
