@@ -35,7 +35,7 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view, render
 from mapet.evaluation.features import labelled, normalize, split
 from mapet.files import write_json
-from mapet.model.backbone import pixel_stats
+from mapet.model.adapt import pixel_stats
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 

@@ -238,7 +238,7 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
     assert {path.stem for path in pictures} == {"token_maps", "words", "visibility", "predictions", "cls_attention"}
     assert all(path.stat().st_size > 5000 for path in pictures)
-    assert main(["export", "--run", str(run_dir), "--out", str(tmp_path / "export")]) == 0
+    assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32
 
 
@@ -254,7 +254,7 @@ def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_
     StopAt(monkeypatch, 2)
     with pytest.raises(Interrupted):
         mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", **PRETRAIN)
-    mapet.export(run=tmp_path / "run", out=tmp_path / "export")
+    mapet.export(backbone=tmp_path / "run", out=tmp_path / "export")
     trained = weights(tmp_path / "run")
     assert torch.equal(mapet.load_backbone(tmp_path / "export").pos_embed, trained["vit.pos_embed"])
 

@@ -1,6 +1,5 @@
 """Token ids on disk: one row an image, memory-mapped, bound to the codebook and the list of images they were made of."""
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.files import read_json, reserve, write_json
+from mapet.files import file_hash, read_json, reserve, write_json
 
 MANIFEST = "store.json"
 FORMAT = 2
@@ -148,7 +147,7 @@ class TokenStore:
                 if part.path.with_suffix(".json").exists():
                     part.read_progress()
                     store._map(part)
-                    if part.sha256 not in (None, _digest(part.path)):
+                    if part.sha256 not in (None, file_hash(part.path)):
                         raise ValueError(f"{part.path.name} has changed since it was made (its sha256 differs)")
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise MapetError(f"{folder}: damaged token store ({error}); make it again with `mapet tokenize`") from None
@@ -191,7 +190,7 @@ class TokenStore:
     def save_progress(self, part: Part) -> None:
         """Sync the rows, then the count of them: after a crash the count is never ahead of the rows."""
         self._map(part, "r+").flush()
-        part.sha256 = _digest(part.path) if part.done == part.count else None
+        part.sha256 = file_hash(part.path) if part.done == part.count else None
         write_json(part.path.with_suffix(".json"), {"done": part.done, "bad": part.bad, "sha256": part.sha256})
 
     def read(self, row: int, view: int) -> Int[np.ndarray, " N"]:
@@ -227,8 +226,3 @@ def _parts(folder: Path, manifest: dict[str, Any]) -> list[Part]:
         Part(folder / "parts" / f"{number:05d}.npy", start, min(size, total - start))
         for number, start in enumerate(starts)
     ]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

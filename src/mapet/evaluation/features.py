@@ -17,7 +17,7 @@ from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList, scan
 from mapet.data.views import ViewSpec, color_jitter
 from mapet.errors import MapetError
-from mapet.model.backbone import pixel_stats
+from mapet.model.adapt import pixel_stats
 
 Pool = Literal["avg", "token"]
 

@@ -1,10 +1,11 @@
-"""Plain timm ViTs: made by name, saved and loaded as timm's own model folders."""
+"""Plain timm ViTs: made by name, saved as timm's own model folders, loaded from whatever a person names."""
 
 import inspect
+import json
+import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
@@ -12,16 +13,19 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
 from mapet.errors import MapetError, did_you_mean
-from mapet.files import atomic, naming_the_cause
+from mapet.files import atomic, naming_the_cause, read_json
+from mapet.model.adapt import adapted, pixel_stats
+from mapet.model.published import HEADS, Published, by, from_weights, shortly
+from mapet.weights import read_weights
+
+log = logging.getLogger("mapet")
 
 PLAIN = "choose one of timm's vit_* or deit_* models"
 M = TypeVar("M", bound=torch.nn.Module)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def pixel_stats(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
-    return IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+OF_ITS_TEMPLATE = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+"""What timm's config says of the published weights of the same architecture, and not of ours."""
+SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME"
 
 
 def create_vit(
@@ -111,44 +115,203 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
     data = {"input_size": (vit.in_chans, *size), "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
     with atomic(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
+        config = json.loads((temporary / "config.json").read_text())
+        for key in OF_ITS_TEMPLATE:
+            config["pretrained_cfg"].pop(key, None)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_backbone(path: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
-    """The pre-trained ViT of a run or export folder, as a plain timm model without a classifier.
+def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
+    """A pre-trained ViT as a plain timm model. It takes images as `evaluation.features.normalize` gives them.
 
     Args:
-        path: a run folder, its `backbone` folder, or an export.
+        source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder ('local-dir:' before it
+            changes nothing); a weights file in a layout that `published` knows (released MaPeT, timm, MAE, DINO, DINOv2);
+            'timm:NAME' for timm's own weights. Classifiers come with runs and timm folders alone.
         pretrained: False gives the same architecture with random weights.
-        overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256` (positions are resampled).
+        overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256, in_chans=1`: positions, patches and
+            channels are adapted. For a file also what it doesn't tell, e.g. `num_heads=6`.
 
     Raises:
-        MapetError: not such a folder, or its weights don't fit.
+        MapetError: nothing of the kind, weights that don't fit, or that a plain ViT can't compute with.
     """
-    folder = find_backbone(Path(path))
+    published = open_source(source, pretrained, overrides)
+    if pretrained and published.lost:
+        raise MapetError(
+            f"{source} has {' and '.join(published.lost)}, which a plain ViT has not: without it the features would be others. "
+            "`mapet pretrain --init-from` can start from the rest of it"
+        )
+    args = published.args | {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}
     try:
-        vit = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **overrides)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AssertionError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise MapetError(f"cannot load the backbone {folder}: {str(error).splitlines()[0]}") from None
+        vit = timm.create_model(published.model, pretrained=False, **args)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}") from None
     if not isinstance(vit, VisionTransformer):
-        raise MapetError(f"{folder} holds a {type(vit).__name__}, not a VisionTransformer")
+        raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
+    _check_size(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
+    if published.eps is not None:
+        _set_eps(vit, published.eps)
+    if pretrained:
+        weights, said = adapted(published, vit, source)
+        vit.load_state_dict(weights)
+        _tell(source, published, said)
     return vit
 
 
+def start_from(vit: VisionTransformer, source: str | Path) -> None:
+    """Give a ViT the weights of `source` (see `load_backbone`) as far as they fit; a log line says what was changed.
+
+    Raises:
+        MapetError: another network: width, depth, heads or activation differ.
+    """
+    own = {"num_heads": vit.blocks[0].attn.num_heads}
+    published = open_source(source, True, own)
+    with torch.device("meta"):
+        of_source = timm.create_model(published.model, pretrained=False, **published.args)
+    for what, value, wanted in (
+        ("attention heads", of_source.blocks[0].attn.num_heads, own["num_heads"]),
+        ("the activation", type(of_source.blocks[0].mlp.act).__name__, type(vit.blocks[0].mlp.act).__name__),
+    ):
+        if value != wanted:
+            raise MapetError(f"the weights of {source} don't fit this ViT: {what}: {value} there, {wanted} here")
+    weights, said = adapted(published, vit, source)
+    if published.lost:
+        log.warning(
+            "%s has %s, which a plain ViT has not: it starts without, so with another function",
+            source,
+            " and ".join(published.lost),
+        )
+    if published.eps not in (None, vit.norm.eps):
+        said.append(f"the norms' eps is {vit.norm.eps:g} here, {published.eps:g} there")
+    vit.load_state_dict(weights)
+    _tell(source, published, said)
+
+
+def _tell(source: str | Path, published: Published, said: list[str]) -> None:
+    lines = list(said)
+    if published.left_out:
+        kinds = dict.fromkeys(name.split(".")[0] for name in published.left_out)
+        lines.append(f"left out, being no part of the encoder: {shortly(kinds)}")
+    if lines:
+        log.info("weights of %s: %s", source, "; ".join(lines))
+
+
+def _set_eps(vit: VisionTransformer, eps: float) -> None:
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = eps
+
+
+def open_source(source: str | Path, pretrained: bool = True, known: dict[str, Any] | None = None) -> Published:
+    """Weights and sizes of whatever a person names.
+
+    Args:
+        known: timm keywords that are given beside it; a file is asked only for what it and they don't tell.
+
+    Raises:
+        MapetError: there is nothing of the kind.
+    """
+    name = str(source)
+    if name.startswith(("timm:", "hf-hub:", "hf_hub:")):
+        return _from_timm(name.removeprefix("timm:"), pretrained)
+    path = Path(name.removeprefix("local-dir:"))
+    if path.is_file():
+        return _from_file(path, known or {})
+    folder = find_backbone(path)
+    config = read_json(folder / "config.json", "model folder")
+    if "model_type" in config:
+        return _from_hugging_face(folder, config)
+    return _from_timm_folder(folder, config)
+
+
+def _from_timm(name: str, pretrained: bool) -> Published:
+    known = timm.list_models()
+    if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in known:
+        raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models('vit_*')` lists them")
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # hub, network and file errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise MapetError(
+            f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
+        ) from None
+    if not isinstance(vit, VisionTransformer):
+        raise MapetError(f"'{name}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
+    stats = (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
+    return Published(vit.state_dict(), name, {"num_classes": 0}, tuple(vit.patch_embed.grid_size), stats)
+
+
+def _from_timm_folder(folder: Path, config: dict[str, Any]) -> Published:
+    weights = read_weights(_weights_file(folder))
+    try:
+        pretrained_cfg = config.get("pretrained_cfg", config)  # older folders have everything on one level
+        channels, *size = pretrained_cfg["input_size"]
+        args = config.get("model_args", {})
+        size, channels = args.get("img_size", size), args.get("in_chans", channels)
+        height, width = (size, size) if isinstance(size, int) else size
+        patch = weights["patch_embed.proj.weight"].shape[-1]
+        mean, std = (tuple(pretrained_cfg[key]) for key in ("mean", "std"))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise MapetError(
+            f"cannot load the backbone {folder}: its config.json is not timm's of a ViT ({error})"
+        ) from None
+    stats = (mean, std) if len(mean) == channels else None
+    return Published(weights, f"local-dir:{folder}", {}, (height // patch, width // patch), stats)
+
+
+def _from_hugging_face(folder: Path, config: dict[str, Any]) -> Published:
+    if config["model_type"] not in ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa"):
+        raise MapetError(f"{folder} is a '{config['model_type']}' of transformers; ViT, ViTMAE and DINOv2 are known")
+    size = config.get("image_size", 224)
+    known = {
+        "num_heads": config["num_attention_heads"],
+        "img_size": (size, size) if isinstance(size, int) else tuple(size),
+    }
+    lost = [f"activation '{config['hidden_act']}'"] if config.get("hidden_act", "gelu") != "gelu" else []
+    stats = None
+    if (folder / "preprocessor_config.json").is_file():
+        pixels = read_json(folder / "preprocessor_config.json", "model folder")
+        if pixels.get("do_normalize", True) and "image_mean" in pixels:
+            stats = tuple(pixels["image_mean"]), tuple(pixels["image_std"])
+    if stats is None:
+        log.info("%s doesn't say how its input is normalised: taken to be as ours", folder)
+    eps = float(config.get("layer_norm_eps", 1e-12))
+    return from_weights(read_weights(_weights_file(folder)), folder, known, stats=stats, eps=eps, lost=tuple(lost))
+
+
+def _from_file(path: Path, known: dict[str, Any]) -> Published:
+    size = known.get("img_size")
+    published = from_weights(read_weights(path), path, img_size=(size, size) if isinstance(size, int) else size)
+    args = published.args
+    args["num_heads"] = known.get("num_heads", args["num_heads"])
+    if args["num_heads"] is None:
+        raise MapetError(
+            f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
+            f"{', '.join(map(str, HEADS))}): give num_heads"
+        )
+    log.info(
+        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalised as ours",
+        path,
+        args["embed_dim"],
+        args["depth"],
+        args["num_heads"],
+        by(args["img_size"]),
+        args["patch_size"],
+    )
+    return published
+
+
+def _weights_file(folder: Path) -> Path:
+    return next(folder / name for name in WEIGHTS if (folder / name).is_file())
+
+
 def find_backbone(path: Path) -> Path:
-    """The timm model folder at `path`: itself, or the backbone of a (pre-training or whole) run."""
-    for folder in (path, path / "backbone", path / "pretrain" / "backbone"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+    """The model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run."""
+    for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
+        if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
     raise MapetError(
-        f"{path} holds no backbone: expected a folder with config.json and model.safetensors, or a finished run"
+        f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     )
 
 

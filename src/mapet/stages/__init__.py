@@ -8,6 +8,7 @@ from typing import Any
 from mapet.recipe import Stage
 from mapet.stages.check import check
 from mapet.stages.demo import demo
+from mapet.stages.embed import embed
 from mapet.stages.evaluate import evaluate
 from mapet.stages.export import export
 from mapet.stages.finetune import finetune
@@ -36,6 +37,7 @@ STAGES: dict[str, Stage[Any]] = {
     "evaluate": evaluate,
     "finetune": finetune,
     "inspect": inspect,
+    "embed": embed,
     "export": export,
     "study": study,
 }

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from mapet.errors import MapetError, did_you_mean
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import Loading, Precision
+from mapet.stages.options import BackboneSource, Loading, Precision
 
 log = logging.getLogger("mapet")
 
@@ -17,7 +17,7 @@ log = logging.getLogger("mapet")
 class EvaluateConfig(Loading):
     """Options of `evaluate`."""
 
-    backbone: list[str] = Field(min_length=1)
+    backbone: list[BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for a timm
     model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
     images: Source

@@ -1,52 +1,194 @@
-"""Stage: the backbone as a folder that timm loads."""
+"""Stage: the backbone in the formats of other libraries, checked on real images, with a model card."""
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mapet.recipe import Config, stage
+from pydantic import Field, PositiveInt
+
+from mapet.errors import MapetError
+from mapet.recipe import Config, Size, Source, stage
+from mapet.stages.options import BackboneSource
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor
 
 log = logging.getLogger("mapet")
+TOLERANCE = 1e-4
+"""Largest difference of an output, as a share of its root mean square."""
+COUNT = 8
+"""Images of the check."""
+FormatName = Literal["timm", "transformers", "onnx", "torch-export"]
 
 
 class ExportConfig(Config):
     """Options of `export`."""
 
-    run: Path
-    """Run folder of `pretrain` or `run`, finished or not (then its newest checkpoint is taken)."""
+    backbone: BackboneSource
+    """A run, finished or not (then its newest checkpoint is taken), a fine-tuned model, a model folder of timm or Hugging Face, a
+    weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     out: Path
-    """New folder for config.json and model.safetensors."""
+    """New folder: a timm model folder with its model card; other formats lie in folders of it."""
+    format: tuple[FormatName, ...] = ()
+    """Formats beside timm's, several if wanted: transformers, onnx, torch-export."""
+    image_size: Size | None = None
+    """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
+    patch_size: PositiveInt | None = None
+    """Side of a patch, pixels; the patch embedding is resampled; automatic: the backbone's own."""
+    channels: PositiveInt | None = None
+    """Channels of the input; the patch embedding is adapted; automatic: the backbone's own."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
+    images: Source | None = None
+    """Images to check the formats on; automatic: the run's own."""
+    license: str = "other"
+    """Licence of the weights, for the model card, e.g. apache-2.0."""
 
 
 @stage
 def export(config: ExportConfig) -> Path:
-    """Export the backbone as a timm model folder (safetensors + config), reload it and compare features.
+    """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
 
     Example:
-      mapet export --run runs/photos --out backbone
-      python -c "import timm; timm.create_model('local-dir:backbone', pretrained=True)"
+      mapet export --backbone runs/photos --out backbone
+      mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
+      mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
     """
-    import torch
+    from mapet.files import atomic, new_folder
+    from mapet.model.formats import FORMATS, outputs_of, require
+    from mapet.report.card import model_card, origin_of
 
-    from mapet.errors import MapetError
-    from mapet.files import new_folder
-    from mapet.model.backbone import find_backbone, load_backbone, save_backbone
+    new_folder(config.out, create=False)
+    formats = list(dict.fromkeys(["timm", *config.format]))
+    for name in formats:
+        require(name)
+    vit = _backbone(config)
+    origin = origin_of(config.backbone)
+    classes = (
+        [str(name) for name in origin.metrics.get("fine-tuning", {}).get("classes", [])] if vit.num_classes else []
+    )
+    sample = _sample(config, vit)
+    expected = outputs_of(vit, sample.pixels)
+    checks: dict[str, float] = {}
+    with atomic(config.out) as folder:
+        for name in formats:
+            place = folder if name == "timm" else folder / name
+            FORMATS[name].write(vit, place, classes)
+            for way, read in FORMATS[name].read(place).items():
+                checks[way] = largest_difference(read(sample.pixels), expected)
+                _must_agree(way, checks[way])
+        if (folder / "transformers" / "preprocessor_config.json").is_file():
+            way = "transformers, image processor"
+            checks[way] = _processor_difference(folder / "transformers", sample)
+            _must_agree(way, checks[way])
+        for library, place in {"timm": folder, "transformers": folder / "transformers"}.items():
+            if place.is_dir():
+                card = model_card(
+                    config.out.name, folder, config.backbone, vit, origin, formats, checks, sample.words, TOLERANCE,
+                    config.license, classes, library,
+                )  # fmt: skip
+                (place / "README.md").write_text(card, encoding="utf-8")
+    for way, difference in checks.items():
+        log.info("%-40s largest relative difference %.1e", way, difference)
+    log.info("exported to %s, checked on %s", config.out, sample.words)
+    return config.out
+
+
+class _Sample(NamedTuple):
+    """Images to check with: uint8 views, the same normalised, and where they are from, in words."""
+
+    views: "Tensor"
+    pixels: "Tensor"
+    words: str
+
+
+def _backbone(config: ExportConfig) -> "VisionTransformer":
+    import tempfile
+
+    from mapet.model.backbone import load_backbone, save_backbone
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 
-    try:
-        vit = load_backbone(find_backbone(config.run))
-    except MapetError:
-        vit = load_run(config.run, PretrainConfig).model.vit
-    vit.eval()
-    new_folder(config.out, create=False)
-    save_backbone(vit, config.out)
-    images = torch.randn(2, vit.in_chans, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        before, after = vit.forward_features(images), load_backbone(config.out).eval().forward_features(images)
-    error = float((after - before).norm() / before.norm())
-    if not error < 1e-6:
+    wanted = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
+    options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
+    run = Path(config.backbone)
+    run = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
+    if (run / "config.yaml").is_file() and not (run / "backbone").is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
+            return load_backbone(Path(folder) / "vit", **options).eval()
+    return load_backbone(config.backbone, **options).eval()
+
+
+def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
+    """A few images as the ViT is to see them; random ones, the same each time, where none can be read."""
+    import numpy as np
+    import torch
+
+    from mapet.data.dataset import ViewDataset, collate
+    from mapet.data.image_list import scan
+    from mapet.data.views import ViewSpec
+    from mapet.evaluation.features import normalize
+
+    size = tuple(vit.patch_embed.img_size)
+    folder = config.images or _images_of_run(config.backbone)
+    views = None
+    words = f"{COUNT} generated images, for none of the run's could be read; give some with --images"
+    if folder is not None:
+        try:
+            images = scan(folder)
+            wanted = np.unique(np.linspace(0, len(images) - 1, COUNT).round().astype(int))
+            dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
+            batch = collate([dataset[0, int(index)] for index in wanted])
+            views, words = batch.image, f"{len(batch.image_index)} images of {folder.name}"
+        except (MapetError, OSError):
+            if config.images is not None:
+                raise
+    if views is None:
+        if config.images is not None:
+            raise MapetError(
+                f"none of the images of {config.images} that were tried can be read: give others with --images"
+            )
+        log.warning("checking on %s", words)
+        shape = (COUNT, vit.in_chans, *size)
+        views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return _Sample(views, normalize(views, vit.in_chans), words)
+
+
+def _images_of_run(source: str) -> Path | None:
+    from mapet.recipe import read_recipe
+
+    path = Path(source)
+    recipes = (folder / "config.yaml" for folder in (path, path / "pretrain", path.parent))
+    recipe = next((recipe for recipe in recipes if recipe.is_file()), None)
+    images = read_recipe(recipe).get("images") if recipe else None
+    return Path(images) if images else None
+
+
+def largest_difference(given: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
+    """Of all outputs, each as a share of its own root mean square; infinite if one is missing or of another shape."""
+    if any(name not in given or given[name].shape != value.shape for name, value in expected.items()):
+        return float("inf")
+    shares = [float((given[name] - value).abs().max() / value.pow(2).mean().sqrt()) for name, value in expected.items()]
+    return max(shares)
+
+
+def _must_agree(way: str, difference: float) -> None:
+    if not difference <= TOLERANCE:  # also where it is not a number
         raise MapetError(
-            f"the export in {config.out} gives other features (relative difference {error:.1e}): don't use it"
+            f"the export is not the backbone: loaded by {way} it differs by {difference:.1e} of the outputs' size, more than "
+            f"{TOLERANCE:.0e}; nothing was written. Leave out that --format"
         )
-    log.info("exported to %s; reloaded through timm, features agree to %.0e", config.out, error)
-    return config.out
+
+
+def _processor_difference(folder: Path, sample: _Sample) -> float:
+    """Views of the right size, as pictures, must come out of the image processor as we normalise them."""
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pictures = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in sample.views]
+    pixels = torch.as_tensor(processor(pictures, return_tensors="pt")["pixel_values"])
+    return largest_difference({"pixels": pixels}, {"pixels": sample.pixels})

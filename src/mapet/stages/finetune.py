@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Source, stage
-from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 log = logging.getLogger("mapet")
@@ -15,8 +15,8 @@ log = logging.getLogger("mapet")
 class FinetuneConfig(Views, BadImages, Device):
     """Options of `finetune`."""
 
-    backbone: Path
-    """A run, its backbone folder, or an export."""
+    backbone: BackboneSource
+    """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
     images: Source
     """Labelled images, CLASS/image.jpg, to train on."""
     test_images: Source | None = None

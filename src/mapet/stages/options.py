@@ -1,13 +1,16 @@
 """Options that several stages share."""
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from mapet.recipe import Config
 
 Share = Annotated[float, Field(ge=0, le=1)]
+BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
 
 
 class Device(Config):

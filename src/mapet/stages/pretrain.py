@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Ratio, Size, Source, shared_stage
-from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 
@@ -48,8 +48,9 @@ class PretrainConfig(Views, BadImages, Device):
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_targets: PositiveInt | None = None
     """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
-    init_from: Path | None = None
-    """Start from the weights of this run or backbone (a new run; to go on with one, --resume)."""
+    init_from: BackboneSource | None = None
+    """Start from the weights of a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO,
+    timm, ...) or timm:NAME, adapted to this grid, patch and channels (a new run; to go on with one, --resume)."""
 
     epochs: PositiveInt = 300
     """Passes over the images."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mapet.recipe import Source, stage
-from mapet.stages.options import Loading, Precision
+from mapet.stages.options import BackboneSource, Loading, Precision
 
 log = logging.getLogger("mapet")
 
@@ -13,8 +13,8 @@ log = logging.getLogger("mapet")
 class ProbeConfig(Loading):
     """Options of `probe`."""
 
-    backbone: Path
-    """A run, its backbone folder, or an export."""
+    backbone: BackboneSource
+    """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
     images: Source
     """Labelled images, CLASS/image.jpg, to train the probes on."""
     test_images: Source | None = None

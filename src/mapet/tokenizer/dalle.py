@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.tokenizer.checkpoint import read_weights
+from mapet.weights import read_weights
 
 GROUPS = 4
 BLOCKS = 2  # of a group

@@ -1,6 +1,5 @@
 """Frozen encoders: uint8 images in, one feature vector for each of the student's patches out."""
 
-import hashlib
 import importlib
 import inspect
 from typing import Any
@@ -12,10 +11,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, did_you_mean
-from mapet.tokenizer.checkpoint import read_weights
 from mapet.tokenizer.dalle import REDUCTION, dalle_encoder
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.weights import hash_weights, read_weights
 
 PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -51,7 +50,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.image_size, self.grid, self.settings = name, image_size, grid, settings
         self.own_grid: tuple[int, int] | None = None
-        self.weights_hash = _hash_weights(encoder)
+        self.weights_hash = hash_weights(encoder.state_dict())
         # Convolutions are faster with channels last; what is no convolution doesn't care.
         self.own_quantizer = _own_quantizer(encoder)
         self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -263,14 +262,3 @@ class _Callable(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.function(images)
-
-
-def _hash_weights(module: nn.Module) -> str:
-    tensors = module.state_dict()
-    if not tensors:
-        return ""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.tokenizer.checkpoint import read_weights
+from mapet.weights import read_weights
 
 HEAD_WIDTH = 64
 """Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""

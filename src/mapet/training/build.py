@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mapet.errors import MapetError
-from mapet.model.backbone import create_vit, load_backbone
+from mapet.model.backbone import create_vit, start_from
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, get_objective, num_context_of
 from mapet.model.pretrainer import Pretrainer
@@ -77,13 +77,7 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
         ContextAutoencoder(vit, values, **common) if objective is CAE else Pretrainer(vit, values, objective, **common)
     )
     if config.init_from:
-        weights = load_backbone(config.init_from).state_dict()
-        try:
-            vit.load_state_dict(weights)
-        except RuntimeError as error:
-            raise MapetError(
-                f"the weights of {config.init_from} don't fit this ViT: {' '.join(str(error).split()[:40])}"
-            ) from None
+        start_from(vit, config.init_from)
     return model
 
 

@@ -1,7 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent."""
 
 import errno
-import hashlib
 import json
 import logging
 import shutil
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, write_tensors
+from mapet.files import atomic, canonical_hash, file_hash, write_tensors
 from mapet.training.sharding import load_whole, shared_like, whole, whole_state
 
 log = logging.getLogger("mapet")
@@ -51,7 +50,7 @@ def save_checkpoint(
             for name, tensors in parts.items():
                 write_tensors(temporary / f"{name}.safetensors", tensors)
                 _verify(temporary / f"{name}.safetensors", tensors)
-            digests = {f"{name}.safetensors": _digest(temporary / f"{name}.safetensors") for name in parts}
+            digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
             content = {"step": step, "sha256": digests, **state}
             sealed = {**content, "seal": canonical_hash(content)}
             (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
@@ -127,7 +126,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     if state["step"] != step_of(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():
-        if _digest(path / name) != digest:
+        if file_hash(path / name) != digest:
             raise ValueError(f"{name} is damaged (its sha256 differs)")
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
@@ -157,8 +156,3 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> No
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = shared_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

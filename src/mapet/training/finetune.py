@@ -20,7 +20,8 @@ from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, 
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
-from mapet.model.backbone import load_backbone, on_device, pixel_stats
+from mapet.model.adapt import pixel_stats
+from mapet.model.backbone import load_backbone, on_device
 from mapet.training.optim import make_optimizer, make_schedule
 
 log = logging.getLogger("mapet")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.tokenizer.checkpoint import read_weights
+from mapet.weights import read_weights
 
 
 @pytest.fixture(params=["zip", "legacy"])
@@ -83,7 +83,7 @@ def beside():
     }
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "module", "ema", "params"])
+@pytest.mark.parametrize("key", ["state_dict", "model", "module", "ema", "params", "teacher"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_nested(key, prefix, zipped, tmp_path):
     nested = {f"{prefix}{name}": tensor for name, tensor in tensors().items()}

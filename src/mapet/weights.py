@@ -1,11 +1,12 @@
 """Published weights files -> named tensors. No code that a file names or carries is imported or run."""
 
+import hashlib
 import pickle
 import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 
-NESTED = ("state_dict", "model", "module", "ema", "params")
+NESTED = ("state_dict", "model", "module", "ema", "params", "teacher")
 WAY_OUT = "convert it to safetensors where you trust it"
 
 
@@ -48,6 +49,15 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         reason = str(error).strip().partition("\n")[0][:300] or "it is damaged or cut off"
         raise MapetError(f"cannot read weights from {path}: {reason}") from None
     return weights
+
+
+def hash_weights(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and bytes, in the order of names; '' of none."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if tensors else ""
 
 
 def _weights(content: Any) -> dict[str, Tensor]:

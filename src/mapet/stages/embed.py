@@ -1,0 +1,132 @@
+"""Stage: features of a folder of images, by any backbone."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from mapet.errors import MapetError
+from mapet.recipe import Size, Source, stage
+from mapet.stages.options import BackboneSource, BadImages, Loading, Precision
+
+if TYPE_CHECKING:
+    from mapet.data.image_list import ImageList
+    from mapet.evaluation.embeddings import Embeddings
+
+log = logging.getLogger("mapet")
+
+
+class EmbedConfig(BadImages, Loading):
+    """Options of `embed`."""
+
+    backbone: BackboneSource
+    """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
+    images: Source
+    """Folder of images, or text file of paths."""
+    out: Path
+    """New folder for the features."""
+    pool: Literal["avg", "token", "none"] = "avg"
+    """Features of an image: mean of its patch tokens; the class token; none: all patch tokens, row by row."""
+    format: Literal["npy", "parquet"] = "npy"
+    """npy: features.npy and ids.json; parquet: features.parquet, a folder of files with the columns id and features."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the numbers on disk."""
+    image_size: Size | None = None
+    """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    resume: bool = False
+    """Go on with an interrupted job in `out`."""
+
+
+@stage
+def embed(config: EmbedConfig) -> Path:
+    """Features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job goes on.
+
+    Example:
+      mapet embed --backbone runs/photos --images PHOTOS --out features
+      mapet embed --backbone timm:vit_small_patch16_224.augreg_in21k --images PHOTOS --out features --format parquet --pool token
+      mapet embed --backbone runs/photos --images PHOTOS --out features --resume
+    """
+    import importlib.util
+
+    import torch
+    from tqdm import tqdm
+
+    from mapet.compute import Compute
+    from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
+    from mapet.data.image_list import scan
+    from mapet.data.views import ViewSpec
+    from mapet.evaluation.features import normalize, pool_tokens
+    from mapet.model.backbone import load_backbone, on_device
+    from mapet.weights import hash_weights
+
+    if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise MapetError("--format parquet needs pyarrow: pip install 'mapet[export]', or --format npy")
+    compute = Compute.choose(config.device, config.precision)
+    images = scan(config.images)
+    options = config.model_args | ({"img_size": config.image_size} if config.image_size else {})
+    vit = on_device(load_backbone(config.backbone, **options), compute).eval()
+    if config.pool == "token" and not vit.has_class_token:
+        raise MapetError("this ViT has no class token: use --pool avg")
+    height, width = vit.patch_embed.img_size
+    settings = {
+        "backbone": hash_weights(vit.state_dict()),
+        "pool": config.pool,
+        "dtype": config.dtype,
+        "image_size": [height, width],
+        "precision": compute.precision,
+    }
+    shape = (vit.patch_embed.num_patches, vit.embed_dim) if config.pool == "none" else (vit.embed_dim,)
+    store = _store(config, images, settings, shape)
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        with compute.autocast():
+            tokens = vit.forward_features(normalize(compute.to(pixels), vit.in_chans))
+        if config.pool == "none":
+            return tokens[:, vit.num_prefix_tokens :].float().cpu()
+        return pool_tokens(vit, tokens.float(), config.pool).cpu()
+
+    dataset = ViewDataset(images, ViewSpec(image_size=(height, width)), vit.in_chans, image_size=(height, width))
+    quarantine = Quarantine(images, config.max_bad, dict(store.bad))
+    batches = in_order(len(images), config.batch_size, store.done)
+    rows, index = torch.empty(0, *shape), torch.empty(0, dtype=torch.int64)  # computed and not yet on disk
+    read = store.done
+    with tqdm(total=len(images), initial=read, desc="embed", unit="img", disable=None) as bar, torch.inference_mode():
+        for batch, numbers in zip(make_loader(dataset, batches, config.num_workers), batches, strict=True):
+            quarantine.add(batch.bad)
+            if batch.image is not None:
+                rows, index = torch.cat([rows, features(batch.image)]), torch.cat([index, batch.image_index])
+            read += len(numbers)
+            bar.update(len(numbers))
+            while store.done < store.part_end(store.done) <= read:
+                start, end = store.done, store.part_end(store.done)
+                here = index < end
+                bad = {i: reason for i, reason in quarantine.reasons.items() if start <= i < end}
+                store.write(images, rows[here].numpy().astype(config.dtype), index[here].numpy(), bad)
+                rows, index = rows[~here], index[~here]
+    log.info(
+        "features of %d images in %s (%d unreadable left out), %s numbers each",
+        len(images) - len(store.bad),
+        config.out,
+        len(store.bad),
+        " x ".join(map(str, shape)),
+    )
+    return config.out
+
+
+def _store(config: EmbedConfig, images: "ImageList", settings: dict[str, Any], shape: tuple[int, ...]) -> "Embeddings":
+    """A new one, or the interrupted one."""
+    from mapet.evaluation.embeddings import IDS, MANIFEST, ROWS, Embeddings
+    from mapet.files import new_folder
+
+    if config.resume and (config.out / MANIFEST).exists():
+        return Embeddings.open(config.out, images, config.format, settings)
+    if config.resume:  # stopped before its first manifest: nothing to keep
+        for name in (ROWS, IDS):
+            (config.out / name).unlink(missing_ok=True)
+    new_folder(config.out, resume_hint=", or go on with --resume")
+    return Embeddings.create(config.out, images, config.format, shape, config.dtype, settings)

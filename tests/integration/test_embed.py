@@ -1,0 +1,136 @@
+"""`embed`: features of a folder, the same in both formats, whole or interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mapet
+from mapet.cli import main
+from mapet.data.image_list import scan
+from mapet.errors import MapetError
+from mapet.evaluation.embeddings import Embeddings, read_embeddings
+from mapet.evaluation.features import extract_features, labelled, normalize
+from mapet.model.backbone import load_backbone
+from tests.integration.test_export import mapet_view, save_vit
+
+COMMON = {"workers": 0, "batch_size": 5, "device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    save_vit(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def small_parts(monkeypatch, images_per_part=4, size=32 * 4):
+    monkeypatch.setattr("mapet.evaluation.embeddings.PART_BYTES", images_per_part * size)
+
+
+def read_back(folder):
+    """As a person would, without mapet."""
+    if (folder / "features.npy").exists():
+        return json.loads((folder / "ids.json").read_text()), np.load(folder / "features.npy", allow_pickle=False)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(folder / "features.parquet", columns=["id", "features"])
+    return table["id"].to_pylist(), np.array(table["features"].to_pylist(), np.float32)
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+@pytest.mark.parametrize("pool", ["avg", "token", "none"])
+def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, monkeypatch):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    small_parts(monkeypatch)
+    out = mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, pool=pool, **COMMON)
+    ids, features = read_back(out)
+    assert ids == [path.name for path in sorted(crops.iterdir())]
+    vit = load_backbone(vit_folder).eval()
+    images = scan(crops)
+    from PIL import Image
+
+    view = mapet_view(Image.open(images[7]), (32, 32), tmp_path)
+    with torch.no_grad():
+        tokens = vit.forward_features(normalize(view[None], 3))[0]
+    expected = {"avg": tokens[1:].mean(0), "token": tokens[0], "none": tokens[1:]}[pool]
+    assert features.shape == (12, *expected.shape)
+    assert np.allclose(features[7], expected.numpy(), atol=1e-5)
+    assert len(list(out.glob("features.parquet/part-*"))) == (0 if format == "npy" else 12 if pool == "none" else 3)
+    again, same = read_embeddings(out)
+    assert again == ids and np.array_equal(same, features)
+
+
+def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
+    mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **(COMMON | {"batch_size": 64}))
+    from mapet.compute import Compute
+
+    expected, _ = extract_features(
+        load_backbone(run_dir), labelled(scan(digits / "test")), Compute.choose("cpu", "float32")
+    )
+    assert np.allclose(np.load(tmp_path / "out" / "features.npy"), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path, monkeypatch):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    small_parts(monkeypatch)
+    options = {"backbone": vit_folder, "images": crops, "format": format, **COMMON}
+    whole = mapet.embed(out=tmp_path / "whole", **options)
+    original = Embeddings.write
+
+    def stop_at_four(self, *arguments):
+        if self.done == 4:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embeddings, "write", stop_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            mapet.embed(out=tmp_path / "parts", **options)
+    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 4
+    with pytest.raises(MapetError, match="unfinished"):
+        read_embeddings(tmp_path / "parts")
+    mapet.embed(out=tmp_path / "parts", resume=True, **options)
+    (ids, features), (same_ids, same) = map(read_embeddings, (whole, tmp_path / "parts"))
+    assert ids == same_ids and np.allclose(features, same, atol=1e-6)  # other batches, so other sums
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp_path, monkeypatch):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    small_parts(monkeypatch)
+    for number in (4, 5, 6, 7):  # a whole part
+        (crops / f"crop{number:03d}.png").write_bytes(b"no picture")
+    out = mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, max_bad=0.5, **COMMON)
+    ids, features = read_embeddings(out)
+    assert ids == [f"crop{number:03d}.png" for number in (0, 1, 2, 3, 8, 9, 10, 11)] and np.isfinite(features).all()
+    assert set(json.loads((out / "embed.json").read_text())["bad"]) == {"4", "5", "6", "7"}
+    if format == "npy":
+        assert np.isnan(np.load(out / "features.npy")[4:8]).all()
+    with pytest.raises(MapetError, match=r"more than --max-bad 0.05 allows"):
+        mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "strict", format=format, **COMMON)
+
+
+def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
+    mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", **COMMON)
+    options = {"backbone": vit_folder, "images": crops, "out": tmp_path / "out"} | COMMON
+    with pytest.raises(MapetError, match=r"not empty: nothing is overwritten.*--resume"):
+        mapet.embed(**options)
+    with pytest.raises(MapetError, match=r"begun with other options .*pool: avg -> token"):
+        mapet.embed(**(options | {"pool": "token", "resume": True}))
+    save_vit(tmp_path / "other", depth=1)
+    with pytest.raises(MapetError, match=r"begun with other options .*backbone: "):
+        mapet.embed(**(options | {"backbone": tmp_path / "other", "resume": True}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MapetError, match=r"needs pyarrow: pip install 'mapet\[export\]'"):
+        mapet.embed(**(options | {"format": "parquet", "out": tmp_path / "new"}))
+
+
+def test_command_line_and_half_precision(vit_folder, crops, tmp_path):
+    argv = ["--backbone", str(vit_folder), "--images", str(crops), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main(["embed", *argv, "--dtype", "float16", "--image-size", "24", "40", "--pool", "none"]) == 0
+    features = np.load(tmp_path / "out" / "features.npy")
+    assert features.dtype == np.float16 and features.shape == (12, 15, 32)

@@ -1,0 +1,298 @@
+"""`export` and `embed`: the files that other libraries load give what the backbone gives."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import mapet
+import mapet.model.formats
+from mapet.cli import main
+from mapet.errors import MapetError
+from mapet.evaluation.features import normalize
+from mapet.model.backbone import create_vit, load_backbone, save_backbone
+from mapet.model.formats import FORMATS, outputs_of
+from tests.conftest import TINY
+from tests.unit.test_published_backbones import released, same, vit_of
+
+
+def save_vit(folder, size=(32, 32), channels=3, classes=0, **more):
+    torch.manual_seed(3)
+    vit = create_vit("vit_tiny_patch16_224", size, 8, channels, TINY | {"init_values": 0.1} | more)
+    if classes:
+        vit.reset_classifier(classes)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_backbone(vit, folder)
+    return vit.eval()
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
+    assert (
+        main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "digits"), "--license", "apache-2.0"]) == 0
+    )
+    vit = load_backbone(run_dir).eval()
+    config = json.loads((tmp_path / "digits" / "config.json").read_text())
+    weights = tmp_path / "digits" / "model.safetensors"
+    made = timm.create_model(config["architecture"], checkpoint_path=str(weights), **config["model_args"]).eval()
+    pixels = torch.randn(2, 1, 8, 8)
+    assert torch.equal(made.forward_features(pixels), vit.forward_features(pixels))
+    assert (
+        "license" not in config["pretrained_cfg"] and "tag" not in config["pretrained_cfg"]
+    )  # of timm's weights, not these
+    card = (tmp_path / "digits" / "README.md").read_text()
+    assert front_matter(card) == {
+        "license": "apache-2.0", "library_name": "timm", "pipeline_tag": "image-feature-extraction",
+        "tags": ["mapet", "vision", "vit", "timm"],
+    }  # fmt: skip
+    assert "# digits\n" in card and "288 images without labels" in card and "8 images of few.txt" in card
+    assert "no labels and no pre-trained network" in card and "| pre-training, last | loss |" in card
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
+    assert str(few_digits.parent) not in card and str(run_dir.parent) not in card
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.S)[1])
+    assert recipe["objective"] == "mapet" and recipe["images"] == "few.txt"
+
+
+def test_released_weights_for_timm(crops, tmp_path):
+    """The command that converts the authors' files."""
+    vit = vit_of(init_values=0.1)
+    torch.save(released(vit), tmp_path / "vit_standard_tiny_patch16_224.tar")
+    argv = ["--backbone", str(tmp_path / "vit_standard_tiny_patch16_224.tar"), "--out", str(tmp_path / "timm")]
+    assert main(["export", *argv, "--model-args", "num_heads=2", "--images", str(crops)]) == 0
+    made = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(made.forward_features(pixels), vit.forward_features(pixels))
+    card = (tmp_path / "timm" / "README.md").read_text()
+    assert "converted from `vit_standard_tiny_patch16_224.tar`" in card and "label-free" not in card
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "out_size"),
+    [((32, 32), 3, None), ((24, 40), 3, None), ((32, 32), 3, (40, 24)), ((32, 32), 1, None)],
+)
+def test_transformers(size, channels, out_size, crops, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_vit(tmp_path / "vit", size, channels)
+    out = mapet.export(
+        backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops, image_size=out_size
+    )
+    size = out_size or size
+    vit = load_backbone(tmp_path / "vit", img_size=size).eval()
+    model = transformers.AutoModel.from_pretrained(out / "transformers").eval()
+    assert type(model) is transformers.ViTModel
+    processor = transformers.AutoImageProcessor.from_pretrained(out / "transformers")
+    mode = "RGB" if channels == 3 else "L"
+    pictures = [Image.open(path).convert(mode).resize(size[::-1]) for path in sorted(crops.iterdir())[:3]]
+    arrays = np.stack([np.asarray(picture).reshape(*size, channels) for picture in pictures])
+    with torch.no_grad():
+        given = model(processor(pictures, return_tensors="pt")["pixel_values"])
+        expected = vit.forward_features(normalize(torch.from_numpy(arrays).movedim(-1, 1), channels))
+    assert same(given.last_hidden_state, expected) and same(given.pooler_output, expected[:, 0])
+    if size[0] == size[1]:  # a whole photograph: cut and resized alike, but for rounding
+        whole = Image.open(next(crops.iterdir())).convert(mode)
+        mapets = mapet_view(whole, size, tmp_path)
+        theirs = processor(whole, return_tensors="pt")["pixel_values"][0]
+        grey_levels = 255 * (0.25 if channels == 1 else 0.226)
+        assert (theirs - normalize(mapets[None], channels)[0]).abs().mean() * grey_levels < 3
+    card = (out / "transformers" / "README.md").read_text()
+    assert front_matter(card)["library_name"] == "transformers" and "transformers, image processor" in card
+    assert ("squeezes the whole image" in card) == (size[0] != size[1])
+
+
+def mapet_view(picture, size, tmp_path):
+    from mapet.data.dataset import ViewDataset
+    from mapet.data.image_list import scan
+    from mapet.data.views import ViewSpec
+
+    (tmp_path / "one").mkdir()
+    picture.save(tmp_path / "one" / "one.png")
+    channels = 1 if picture.mode == "L" else 3
+    return ViewDataset(scan(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[0, 0].image
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"no_embed_class": True}, "ViTForImageClassification"),
+        ({"global_pool": "avg", "fc_norm": False}, "Dinov2ForImageClassification"),
+        ({"global_pool": "avg", "fc_norm": False, "init_values": None}, "Dinov2ForImageClassification"),
+    ],
+)
+def test_classifiers_for_transformers(options, name, crops, tmp_path):
+    """Of the class token, or of the mean of the patches, as `finetune` trains it; and back."""
+    transformers = pytest.importorskip("transformers")
+    vit = save_vit(tmp_path / "vit", classes=3, **options)
+    out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
+    model = transformers.AutoModelForImageClassification.from_pretrained(out / "transformers").eval()
+    assert type(model).__name__ == name
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert same(model(pixels).logits, vit(pixels))
+        assert same(load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"reg_tokens": 2}, "register tokens"),
+        ({"class_token": False}, "no class token"),
+        ({"qk_norm": True}, "another attention"),
+        ({"pre_norm": True}, "a norm before its blocks"),
+        (
+            {"classes": 2, "size": (24, 32), "global_pool": "avg", "fc_norm": False},
+            "a classifier of the mean of the patches",
+        ),
+        ({"classes": 2, "global_pool": "avg"}, "its last norm after the pooling"),
+    ],
+)
+def test_what_transformers_can_t_be(options, reason, crops, tmp_path):
+    pytest.importorskip("transformers")
+    save_vit(tmp_path / "vit", **options)
+    with pytest.raises(MapetError, match=rf"transformers' ViT can't be this one, for it has {reason}.*other formats"):
+        mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_onnx(crops, tmp_path):
+    """Any number of images, a size of one's own."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    save_vit(tmp_path / "vit", classes=3, reg_tokens=1)
+    out = mapet.export(
+        backbone=tmp_path / "vit", out=tmp_path / "out", format=["onnx"], images=crops, image_size=(24, 40)
+    )
+    vit = load_backbone(tmp_path / "vit", img_size=(24, 40)).eval()
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["features", "logits"]
+    for count in (1, 7):
+        pixels = torch.randn(count, 3, 24, 40)
+        features, logits = session.run(None, {"pixel_values": pixels.numpy()})
+        with torch.no_grad():
+            assert same(torch.from_numpy(features), vit.forward_features(pixels), 1e-4)
+            assert same(torch.from_numpy(logits), vit(pixels), 1e-4)
+
+
+def test_torch_export(crops, tmp_path):
+    save_vit(tmp_path / "vit", channels=5, pre_norm=True)
+    for number in range(2):
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).integers(0, 255, (40, 50, 5), dtype=np.uint8))
+    (tmp_path / "bands.txt").write_text("0.npy\n1.npy\n")
+    out = mapet.export(
+        backbone=tmp_path / "vit", out=tmp_path / "out", format=["torch-export"], images=tmp_path / "bands.txt"
+    )
+    program = torch.export.load(out / "torch-export" / "model.pt2").module()
+    vit = load_backbone(tmp_path / "vit").eval()
+    for count in (1, 5):
+        pixels = torch.randn(count, 5, 32, 32)
+        with torch.no_grad():
+            assert same(program(pixels)[0], vit.forward_features(pixels))
+
+
+def test_other_patches_and_channels(crops, tmp_path):
+    save_vit(tmp_path / "vit")
+    out = mapet.export(
+        backbone=tmp_path / "vit", out=tmp_path / "out", image_size=(20, 30), patch_size=5, channels=1, images=crops
+    )
+    made = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert made.patch_embed.grid_size == (4, 6) and made.in_chans == 1
+    expected = load_backbone(tmp_path / "vit", img_size=(20, 30), patch_size=5, in_chans=1)
+    assert torch.equal(made.pos_embed, expected.pos_embed)
+
+
+def test_a_finetuned_model(digits, run_dir, tmp_path):
+    common = {
+        "images": digits / "test",
+        "epochs": 1,
+        "batch_size": 64,
+        "workers": 0,
+        "device": "cpu",
+        "precision": "float32",
+    }
+    mapet.finetune(backbone=run_dir, out=tmp_path / "tuned", labels_per_class=5, **common)
+    out = mapet.export(
+        backbone=tmp_path / "tuned", out=tmp_path / "out", format=["torch-export"], images=digits / "test"
+    )
+    assert json.loads((out / "config.json").read_text())["label_names"] == list("0123456789")
+    card = (out / "README.md").read_text()
+    assert front_matter(card)["pipeline_tag"] == "image-classification" and "| fine-tuning | accuracy |" in card
+    pixels = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        logits = torch.export.load(out / "torch-export" / "model.pt2").module()(pixels)[1]
+        assert same(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
+
+
+@pytest.mark.parametrize("change", [1e-3, float("nan")])
+def test_a_wrong_export_is_not_left(change, run_dir, tmp_path, monkeypatch):
+    def damaged(vit, folder, classes):
+        original(vit, folder, classes)
+        weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+        weights["norm.weight"] *= 1 + change
+        mapet.model.formats.write_tensors(folder / "model.safetensors", weights)
+
+    original = FORMATS["timm"].write
+    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(write=damaged))
+    with pytest.raises(
+        MapetError, match=r"loaded by timm, local-dir it differs by .*more than 1e-04; nothing was written"
+    ):
+        mapet.export(backbone=run_dir, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(MapetError, match="not empty: nothing is overwritten"):
+        mapet.export(backbone=run_dir, out=tmp_path / "full")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MapetError, match=r"--format onnx needs onnx.*pip install 'mapet\[export\]'"):
+        mapet.export(backbone=run_dir, out=tmp_path / "out", format=["onnx"])
+    with pytest.raises(MapetError, match="image size 9 x 9 is not divisible by the patch size 2"):
+        mapet.export(backbone=run_dir, out=tmp_path / "out", image_size=9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_images_it_says_so(tmp_path, caplog):
+    save_vit(tmp_path / "vit")
+    out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out")
+    assert "checking on 8 generated images" in caplog.text
+    assert "8 generated images" in (out / "README.md").read_text()
+    with pytest.raises(MapetError, match="missing does not exist"):
+        mapet.export(backbone=tmp_path / "vit", out=tmp_path / "other", images=tmp_path / "missing")
+
+
+def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
+    """With another name in tokenizer.json: what leans on a pre-trained network says so."""
+    from mapet.report.card import origin_of
+
+    tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,
+                 "grid": [14, 14], "hash": "abc", "weights_hash": "def"}  # fmt: skip
+    origin = origin_of(run_dir)._replace(tokenizer=tokenizer)
+    from mapet.report.card import model_card
+
+    card = model_card(
+        "name", tmp_path, str(run_dir), load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []
+    )
+    assert "`resnet50x64_clip.openai`" in card and "**The teacher is a network with a past**" in card
+    assert "no pre-trained network" not in card
+
+
+def test_outputs_are_those_of_timm(tmp_path):
+    vit = save_vit(tmp_path / "vit", classes=4)
+    pixels = torch.randn(2, 3, 32, 32)
+    given = outputs_of(vit, pixels)
+    with torch.no_grad():
+        assert torch.equal(given["logits"], vit(pixels)) and torch.equal(
+            given["features"], vit.forward_features(pixels)
+        )
