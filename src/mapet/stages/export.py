@@ -141,7 +141,7 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
             wanted = np.unique(np.linspace(0, len(images) - 1, COUNT).round().astype(int))
             dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
             batch = collate([dataset[0, int(index)] for index in wanted])
-            views, words = batch.image, f"{len(batch.image_index)} images of {folder.name}"
+            views, words = batch.image, f"{len(batch.image_index)} images of {Path(folder).name}"
         except (MapetError, OSError):
             if config.images is not None:
                 raise
