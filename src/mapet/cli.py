@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 import mapet
+from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean
 from mapet.recipe import build, fields, read_recipe
 from mapet.stages import STAGES
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mapet {mapet.__version__}")
         return 0
     try:
+        if argv[0] == "--completion":
+            print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
+            return 0
         if argv[0] not in STAGES:
             raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
         run_stage(argv[0], argv[1:])
@@ -67,6 +71,7 @@ def overview() -> str:
             "example:",
             "  mapet run --images PHOTOS --out RUN     all of it with defaults",
             "  mapet STAGE --help                      options, defaults and an example",
+            "  source <(mapet --completion bash)       let the shell complete stages and options (bash, zsh, fish)",
         ]
     )
 

@@ -203,8 +203,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
+        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+    except RecursionError:
+        raise MapetError(f"{path} is not a recipe: it is nested too deeply") from None
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):

@@ -1,6 +1,5 @@
 """`inspect --tokenizer`: figures, pictures and warnings of a tokenizer and of its token store."""
 
-import hashlib
 import json
 import shutil
 
@@ -8,6 +7,7 @@ import numpy as np
 
 import mapet
 from mapet.cli import main
+from mapet.files import file_hash, read_sealed, write_sealed
 
 PICTURES = {"usage.png", "token_maps.png", "words.png", "nearest_words.png"}
 
@@ -51,9 +51,8 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     shutil.copytree(tokens_dir, tmp_path / "tokens")
     file = tmp_path / "tokens" / "parts" / "00000.npy"
     np.save(file, np.roll(np.load(file), 1, axis=0))
-    progress = json.loads(file.with_suffix(".json").read_text())
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    file.with_suffix(".json").write_text(json.dumps(progress | {"sha256": sha256}))
+    progress = read_sealed(file.with_suffix(".json"), "token store")
+    write_sealed(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
     mapet.inspect(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
     assert "the store belongs to other images" in caplog.text
 

@@ -17,6 +17,7 @@ from mapet.cli import main
 from mapet.data.image_list import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
+from mapet.files import read_sealed, write_sealed
 from mapet.training.metrics import Window
 from mapet.training.setting import Setting
 from mapet.training.watch import LEAST, Watch
@@ -306,8 +307,8 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
     bundle = next((options["out"] / "replay").iterdir())
     with pytest.raises(MapetError, match="not the replay bundle of a run"):
         mapet.replay(bundle=tmp_path)
-    content = json.loads((bundle / "replay.json").read_text())
-    (bundle / "replay.json").write_text(json.dumps(content | {"images": {"1": ["other.png"]}}))
+    content = read_sealed(bundle / "replay.json", "replay bundle")
+    write_sealed(bundle / "replay.json", content | {"images": {"1": ["other.png"]}})
     with pytest.raises(MapetError, match="the images of step 1 are others now"):
         mapet.replay(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)

@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as tvf
 from mapet.data.decode import BadImage, Box, Picture
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_json, write_json
+from mapet.files import atomic, canonical_hash, read_array, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
@@ -49,7 +49,7 @@ class Prepared(Reader):
         Raises:
             MapetError: damaged or unfinished.
         """
-        prepared = cls(folder, read_json(folder / MANIFEST, "prepared data set"))
+        prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
         try:
             done, total = int(prepared.manifest["done"]), int(prepared.manifest["num_images"])
             if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
@@ -76,12 +76,12 @@ class Prepared(Reader):
         """Those of the source, if it gave them otherwise than by folders."""
         if "classes" not in self.manifest:
             return None
-        return self.manifest["classes"], np.load(self.folder / LABELS, allow_pickle=False)
+        return self.manifest["classes"], read_array(self.folder / LABELS)
 
     @cached_property
     def file_sizes(self) -> np.ndarray:
         shards = range(-(-self.manifest["num_images"] // PER_SHARD))
-        return np.concatenate([np.load(self.folder / SIZES.format(s), allow_pickle=False) for s in shards])
+        return np.concatenate([read_array(self.folder / SIZES.format(s)) for s in shards])
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -153,7 +153,7 @@ def write_prepared(
     if images.labels is not None:
         wanted["classes"] = images.labels[0]
     path = folder / MANIFEST
-    manifest = read_json(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
+    manifest = read_sealed(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
     if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
         changed = [
             f"{key}: {manifest.get(key)!r} -> {wanted[key]!r}" for key in wanted if manifest.get(key) != wanted[key]
@@ -167,7 +167,7 @@ def write_prepared(
         if images.labels is not None:
             with atomic(folder / LABELS) as temporary, temporary.open("wb") as file:
                 np.save(file, images.labels[1])
-        write_json(path, manifest)
+        write_sealed(path, manifest)
     on_image(manifest["done"])
     for row, reason in manifest["bad"].items():
         on_bad(int(row), reason)
@@ -196,5 +196,5 @@ def write_prepared(
                 np.save(file, sizes)
             manifest["bad"] |= bad
             manifest["done"] = members.stop
-            write_json(path, manifest)  # last: what it counts is on disk
+            write_sealed(path, manifest)  # last: what it counts is on disk
     return Prepared.open(folder)

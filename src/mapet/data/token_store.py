@@ -11,7 +11,7 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.files import file_hash, read_json, reserve, write_json
+from mapet.files import file_hash, read_array, read_sealed, reserve, write_sealed
 
 MANIFEST = "store.json"
 FORMAT = 2
@@ -37,7 +37,7 @@ class Part:
     sha256: str | None = None
 
     def read_progress(self) -> None:
-        progress = read_json(self.path.with_suffix(".json"), "token store")
+        progress = read_sealed(self.path.with_suffix(".json"), "token store")
         self.done, self.sha256 = progress["done"], progress["sha256"]
         self.bad = {int(row): reason for row, reason in progress["bad"].items()}
         last = self.first + self.count
@@ -124,7 +124,7 @@ class TokenStore:
             "vocab_size": vocab_size,
             "part_images": PART_IMAGES,
         }
-        write_json(folder / MANIFEST, manifest)
+        write_sealed(folder / MANIFEST, manifest)
         (folder / "parts").mkdir(exist_ok=True)
         return cls(folder, manifest, _parts(folder, manifest))
 
@@ -137,7 +137,7 @@ class TokenStore:
         Raises:
             MapetError: not a store, damaged, unfinished (unless `writable`), or made of something else; both sides are named.
         """
-        manifest = read_json(folder / MANIFEST, "token store")
+        manifest = read_sealed(folder / MANIFEST, "token store")
         try:
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
@@ -191,7 +191,7 @@ class TokenStore:
         """Sync the rows, then the count of them: after a crash the count is never ahead of the rows."""
         self._map(part, "r+").flush()
         part.sha256 = file_hash(part.path) if part.done == part.count else None
-        write_json(part.path.with_suffix(".json"), {"done": part.done, "bad": part.bad, "sha256": part.sha256})
+        write_sealed(part.path.with_suffix(".json"), {"done": part.done, "bad": part.bad, "sha256": part.sha256})
 
     def read(self, row: int, view: int) -> Int[np.ndarray, " N"]:
         """Ids of one view of one image, in row-major order of the grid.
@@ -211,7 +211,7 @@ class TokenStore:
         """The rows of a part."""
         rows = self._rows.get(part.path)
         if rows is None or (mode == "r+" and not rows.flags.writeable):
-            rows = self._rows[part.path] = np.load(part.path, mmap_mode=mode, allow_pickle=False)
+            rows = self._rows[part.path] = read_array(part.path, mode)
             shape = (part.count, self.num_views, self.grid[0] * self.grid[1])
             if rows.shape != shape or rows.dtype != self.dtype:
                 raise ValueError(f"{part.path.name} has rows of {rows.shape} {rows.dtype}, not {shape}")

@@ -1,7 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent."""
 
 import errno
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, file_hash, write_tensors
+from mapet.files import atomic, file_hash, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import load_whole, shared_like, whole, whole_state
 
 log = logging.getLogger("mapet")
@@ -51,9 +50,7 @@ def save_checkpoint(
                 write_tensors(temporary / f"{name}.safetensors", tensors)
                 _verify(temporary / f"{name}.safetensors", tensors)
             digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
-            content = {"step": step, "sha256": digests, **state}
-            sealed = {**content, "seal": canonical_hash(content)}
-            (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
+            write_sealed(temporary / STATE, {"step": step, "sha256": digests, **state})
     except (OSError, MapetError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -112,17 +109,14 @@ def load_checkpoint(
                     own = {k.removeprefix(prefix): v for k, v in parts["progress"].items() if k.startswith(prefix)}
                     other.load_state_dict(own)
             return state
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
     raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new --out")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Raises ValueError and its like: a file is damaged."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    seal = state.pop("seal", None)
-    if seal is not None and seal != canonical_hash(state):
-        raise ValueError(f"{STATE} is damaged (its content is not what its seal says)")
+    state = read_sealed(path / STATE, "checkpoint")
     if state["step"] != step_of(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapet import processes
 from mapet.data.dataset import collate
 from mapet.errors import MapetError
-from mapet.files import atomic, read_json, write_json, write_tensors
+from mapet.files import atomic, read_sealed, write_sealed, write_tensors
 from mapet.training.setting import Setting
 from mapet.training.sharding import whole_state
 from mapet.training.step import GradientStep
@@ -47,7 +47,7 @@ def save_bundle(setting: Setting, last_step: int, count: int, run: Path) -> Path
             temporary.mkdir()
             write_tensors(temporary / "model.safetensors", weights)
             images = {str(step): _images(setting, step) for step in range(first, last_step + 1)}
-            write_json(temporary / BUNDLE, {"seed": setting.config.seed, "images": images})
+            write_sealed(temporary / BUNDLE, {"seed": setting.config.seed, "images": images})
     return folder
 
 
@@ -80,7 +80,7 @@ def load_bundle(bundle: Path, setting: Setting) -> list[int]:
     Raises:
         MapetError: not a bundle, damaged, or of other images or another model.
     """
-    content = read_json(bundle / BUNDLE, "replay bundle")
+    content = read_sealed(bundle / BUNDLE, "replay bundle")
     try:
         images = {int(step): names for step, names in content["images"].items()}
         setting.model.load_state_dict(load_file(bundle / "model.safetensors"))
