@@ -14,7 +14,7 @@ from mapet.evaluation.classifiers import knn_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
 from tests.conftest import save_crops
 
-QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "epochs": 30, "attentive_epochs": 2, "seeds": 2}
+QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "epochs": 15, "attentive_epochs": 1, "seeds": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +97,9 @@ def test_unlabelled_images_get_what_needs_no_labels(photos, tmp_path):
         (["--layers", "3"], "has layers 1 to 2, not 3"),
         (["--few-labels", "2.5"], "neither a share below 1 nor a number"),
         (["--few-labels", "30", "--protocols", "few-label"], "fewer than the 30 asked for"),
+        (["--corruption-kinds", "fogg"], "unknown corruption 'fogg'; did you mean 'fog'?"),
+        (["--corruption-severities", "6"], "give some of 1 2 3 4 5"),
+        (["--protocols", "ood"], "needs another labelled folder, --other-images"),
         (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
     ],
 )
@@ -104,6 +107,24 @@ def test_mistakes_are_told(words, message, untrained, small, tmp_path, capsys):
     argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
     assert main([*argv, "--workers", "0", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
+    """As does Ctrl-C in a long evaluation."""
+    from mapet.evaluation.protocols import PROTOCOLS, Protocol
+
+    def fails_later(bench):
+        if bench.encoder.name.startswith("random:"):
+            raise KeyboardInterrupt
+        return PROTOCOLS["rank"].run(bench)
+
+    monkeypatch.setitem(PROTOCOLS, "knn", Protocol(fails_later, "images"))
+    with pytest.raises(KeyboardInterrupt):
+        mapet.evaluate(
+            backbone=[str(untrained), f"random:{untrained}"], images=small / "train", out=tmp_path / "out", protocols=["knn"],
+            **QUICK,
+        )  # fmt: skip
+    assert "RankMe" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
 def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):

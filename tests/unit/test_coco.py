@@ -131,8 +131,9 @@ def of_detection(coco, vit, out, **options):
     )[str(vit)]  # fmt: skip
 
 
-def test_detection_from_annotations_to_figures(coco, vit, tmp_path):
-    """Six pictures, one pass: figures come out; the backbone itself is not trained."""
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_detection_from_annotations_to_figures(train_backbone, coco, vit, tmp_path):
+    """Six pictures, one pass, whether the backbone is trained or not."""
     record = json.loads((coco / "instances.json").read_text())
     kept = {image["id"] for image in record["images"][1:7]}
     part = {
@@ -143,12 +144,13 @@ def test_detection_from_annotations_to_figures(coco, vit, tmp_path):
     (tmp_path / "coco" / "instances.json").write_text(json.dumps(record | part))
     for image in part["images"]:
         (tmp_path / "coco" / "images" / image["file_name"]).symlink_to(coco / "images" / image["file_name"])
-    found = of_detection(tmp_path / "coco", vit, tmp_path / "out", detection_epochs=1)
+    found = of_detection(
+        tmp_path / "coco", vit, tmp_path / "out", detection_epochs=1, detection_train_backbone=train_backbone
+    )
     assert {"detection, mAP", "detection, mAP 50"} <= set(found) and all(0 <= value <= 1 for value in found.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train_backbone", [False, True])
-def test_detector_learns_blocks(train_backbone, coco, vit, tmp_path):
-    found = of_detection(coco, vit, tmp_path / "out", detection_epochs=20, detection_train_backbone=train_backbone)
+def test_detector_learns_blocks(coco, vit, tmp_path):
+    found = of_detection(coco, vit, tmp_path / "out", detection_epochs=12)
     assert found["detection, mAP 50"] > 0.3, found

@@ -15,7 +15,7 @@ from mapet.errors import MapetError
 from mapet.evaluation.average_precision import mean_average_precision
 from mapet.evaluation.bank import Bank
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """For batches of 256, in proportion for others."""
 HELD_OUT, FEWEST = 0.2, 10
 Task = Literal["classes", "several"]
