@@ -153,7 +153,15 @@ class _KeyValues(argparse.Action):
         pairs = [word.partition("=") for word in values]
         if not all(equals for _, equals, _ in pairs):
             parser.error(f"{option_string} takes key=value pairs, got {' '.join(values)}")
-        setattr(namespace, self.dest, {key: yaml.safe_load(value) for key, _, value in pairs})
+        setattr(namespace, self.dest, {key: _value(value) for key, _, value in pairs})
+
+
+def _value(text: str) -> Any:
+    """What YAML makes of it; as it stands if nothing."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        return text
 
 
 def _kind(annotation: Any) -> tuple[str, bool]:

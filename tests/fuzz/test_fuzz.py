@@ -256,7 +256,7 @@ def test_decoders(count, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert all(sum(tally.values()) == count for tally in found["outcomes"].values())
-    assert found["slowest"] < SECONDS and found["peak"] < 3 << 30
+    assert found["slowest"] < SECONDS and found["peak"] < 5 << 30  # 179 million pixels, a few times over
     print(f"\n{found}")
 
 

@@ -37,5 +37,5 @@ def test_other_shells_take_their_script(shell, capsys):
 
 
 def test_an_unknown_shell(capsys):
-    assert main(["--completion", "bish"]) == 2
+    assert main(["--completion", "bassh"]) == 2
     assert "did you mean 'bash'?" in capsys.readouterr().err

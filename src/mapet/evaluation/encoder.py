@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.compute import Compute
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.model.backbone import load_backbone, on_device
+from mapet.model.backbone import load_backbone, on_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"
@@ -41,7 +41,7 @@ class Encoder:
 
     @classmethod
     def load(cls, source: str, compute: Compute, seed: int = 0) -> "Encoder":
-        """A run, a backbone folder, an export, a folder of `finetune`, what else `load_backbone` takes, or `random:NAME`.
+        """A run, a backbone folder, an export, a folder of `finetune`, a weights file, any model of timm's by name, or `random:NAME`.
 
         `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
         architecture knows by itself.
@@ -53,13 +53,15 @@ class Encoder:
         torch.manual_seed(seed)
         if source.startswith(RANDOM):
             name = source.removeprefix(RANDOM)
-            model: nn.Module = load_backbone(name, pretrained=False) if Path(name).exists() else _untrained(name)
+            exists = Path(name).exists()
+            model: nn.Module = load_backbone(name, pretrained=False) if exists else timm_model(name, pretrained=False)
         else:
             folder = Path(source)
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
                 classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
                 folder = folder / "model"
-            model = load_backbone(folder) if folder.exists() else load_backbone(source)
+            is_path = folder.exists() or ("/" in source and ":" not in source)
+            model = load_backbone(folder) if is_path else timm_model(source, pretrained=True)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)
@@ -152,10 +154,3 @@ def _pool(grid: Tensor, prefix: Tensor | None, pool: Pool, encoder: Encoder) -> 
         raise MapetError(f"{encoder.name} has no class token: use --pool avg")
     first = prefix[:, 0].float()
     return first if pool == "token" else torch.cat([first, mean], 1)
-
-
-def _untrained(name: str) -> nn.Module:
-    known = timm.list_models()
-    if name.split(".")[0] not in known:
-        raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models()` lists them")
-    return timm.create_model(name, pretrained=False, num_classes=0)
