@@ -4,6 +4,7 @@ The default run tries some hundred mutations, `pytest -m slow -s tests/fuzz` som
 """
 
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,14 @@ def test_decoders(count, tmp_path):
     assert all(sum(tally.values()) == count for tally in found["outcomes"].values())
     assert found["slowest"] < SECONDS and found["peak"] < 5 << 30  # 179 million pixels, a few times over
     print(f"\n{found}")
+
+
+def test_a_pickle_may_not_number_its_memo_beyond_its_length(tmp_path):
+    """C's unpickler takes the memory for all numbers up to the one it is told: 32 GB for these five bytes."""
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    (tmp_path / "weights.pth").write_bytes(magic + b"\x80\x02K\x01r\x00\x00\x00\x80.")
+    with at_most(SECONDS), pytest.raises(MapetError, match="its pickle is damaged"):
+        read_weights(tmp_path / "weights.pth")
 
 
 json_values = st.recursive(
