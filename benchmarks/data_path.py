@@ -184,7 +184,9 @@ def write_photos(photos: Path | None, folder: Path, count: int, size: tuple[int,
 def token_store(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:
     folder.mkdir()
     store = TokenStore.create(folder, images, "none", 1024, GRID, spec, 8)
-    store.write(0, np.zeros((len(images), 8, GRID[0] * GRID[1]), np.int64), {})
+    for part in store.parts:
+        store.begin(part)
+        store.write(part, np.zeros((part.count, 8, GRID[0] * GRID[1]), np.int64), {})
     return store
 
 

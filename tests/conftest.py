@@ -11,6 +11,7 @@ from sklearn.datasets import load_sample_images
 
 import mapet
 from mapet.data.digits import write_digits
+from mapet.data.token_store import TokenStore
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 PRETRAIN: dict[str, Any] = {
@@ -39,6 +40,11 @@ def save_crops(photos: list[np.ndarray], folder: Path, count: int, size: tuple[i
         top, left = (int(rng.integers(photo.shape[axis] - size[axis])) for axis in (0, 1))
         Image.fromarray(photo[top : top + size[0], left : left + size[1]]).save(folder / f"crop{number:03d}.png")
     return folder
+
+
+def all_rows(store: TokenStore) -> np.ndarray:
+    """(images, views, patches) of a store."""
+    return np.stack([[store.read(row, view) for view in range(store.num_views)] for row in range(len(store))])
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 import mapet
-from mapet.errors import MapetError, did_you_mean
+from mapet.completion import completion
+from mapet.errors import Interrupted, MapetError, did_you_mean
 from mapet.recipe import build, fields, read_recipe
 from mapet.stages import STAGES
 
@@ -26,11 +27,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mapet {mapet.__version__}")
         return 0
     try:
+        if argv[0] == "--completion":
+            print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
+            return 0
         if argv[0] not in STAGES:
             raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
         run_stage(argv[0], argv[1:])
     except MapetError as error:
-        print(f"mapet {argv[0]}: {error}", file=sys.stderr)
+        if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", 0))):  # of several processes one says it
+            print(f"mapet {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"mapet {argv[0]}: interrupted", file=sys.stderr)
@@ -66,6 +71,7 @@ def overview() -> str:
             "example:",
             "  mapet run --images PHOTOS --out RUN     all of it with defaults",
             "  mapet STAGE --help                      options, defaults and an example",
+            "  source <(mapet --completion bash)       let the shell complete stages and options (bash, zsh, fish)",
         ]
     )
 
@@ -147,7 +153,15 @@ class _KeyValues(argparse.Action):
         pairs = [word.partition("=") for word in values]
         if not all(equals for _, equals, _ in pairs):
             parser.error(f"{option_string} takes key=value pairs, got {' '.join(values)}")
-        setattr(namespace, self.dest, {key: yaml.safe_load(value) for key, _, value in pairs})
+        setattr(namespace, self.dest, {key: _value(value) for key, _, value in pairs})
+
+
+def _value(text: str) -> Any:
+    """What YAML makes of it; as it stands if nothing."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        return text
 
 
 def _kind(annotation: Any) -> tuple[str, bool]:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -33,6 +34,23 @@ def read_json(path: Path, what: str) -> Any:
         raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}") from None
     except (ValueError, OSError) as error:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
+
+
+def read_sealed(path: Path, what: str) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        MapetError: it is missing, or not as it was written.
+    """
+    content = read_json(path, what)
+    if not isinstance(content, dict) or content.pop(SEAL, None) != canonical_hash(content):
+        raise MapetError(f"{path}: not a readable {what} (it was changed after it was written: its seal does not fit)")
+    return content
+
+
+SEAL = "seal"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names that `atomic` gives."""
 
 
 @contextmanager
@@ -88,6 +106,24 @@ def reserve(file: IO[bytes], size: int, path: Path) -> None:
         raise MapetError(f"cannot reserve {size:,} bytes for {path}: {error.strerror}") from None
 
 
+def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) -> Any:
+    """`np.load` of a file of ours.
+
+    Raises:
+        ValueError: whatever is wrong with it; numpy lets out what its parser of headers raises.
+    """
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{Path(path).name} is no array: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+
+
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in place; call it inside `atomic`."""
     from safetensors.torch import save_file
@@ -102,13 +138,24 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def is_free(path: Path) -> bool:
+    """Whether nothing is there, or nothing but what a killed process left half-written."""
+    return not path.exists() or (path.is_dir() and all(TEMPORARY.fullmatch(name.name) for name in path.iterdir()))
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` with a hash of all of it, for files whose damage would go unnoticed."""
+    content = json.loads(json.dumps(content))  # keys become text
+    write_json(path, {**content, SEAL: canonical_hash(content)})
+
+
 def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
     """Create the output folder of a stage; refuse one that already holds something.
 
     Args:
         create: False only checks, for a stage that writes its folder `atomic`ally at its end.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not is_free(path):
         raise MapetError(
             f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}"
         )

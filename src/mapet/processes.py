@@ -4,17 +4,21 @@
 same order. Without a group they return what they are given.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
 from mapet.errors import MapetError
 
+T = TypeVar("T")
+P = ParamSpec("P")
 log = logging.getLogger("mapet")
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others: the first may be evaluating, or writing to a slow disk."""
@@ -49,6 +53,17 @@ def number() -> int:
 def rank() -> int:
     """Which of them this is, from 0."""
     return distributed.get_rank() if _together() else 0
+
+
+def first_only(action: Callable[P, None]) -> Callable[P, None]:
+    """A function that does nothing but in the first process: for what is written once."""
+
+    @functools.wraps(action)
+    def call(*arguments: P.args, **options: P.kwargs) -> None:
+        if rank() == 0:
+            action(*arguments, **options)
+
+    return call
 
 
 def device_number() -> int:
@@ -90,6 +105,16 @@ def stacked(tensor: Tensor) -> Tensor:
     rows = tensor.new_zeros(number(), *tensor.shape)
     rows[rank()] = tensor
     return total(rows)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank: small ones, for this pickles them."""
+    if not _together():
+        return [value]
+    values: list[T | None] = [None] * number()
+    with _telling_of_lost_ones():
+        distributed.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 @contextmanager

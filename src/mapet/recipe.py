@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, cast
 
@@ -42,6 +43,24 @@ Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
 """Height and width; one number means a square."""
 Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 """A range of shares; one number means just that."""
+
+
+HUGGING_FACE = "hf:"
+"""How names of Hugging Face's data sets begin."""
+
+
+def is_url(source: str) -> bool:
+    """Whether a source of images is a URL, perhaps of several parts, rather than a path."""
+    return "://" in source
+
+
+def _as_source(value: Any) -> Any:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    return text if not isinstance(text, str) or text.startswith(HUGGING_FACE) or is_url(text) else str(Path(text))
+
+
+Source = Annotated[str, BeforeValidator(_as_source)]
+"""Where images are: a path, a URL (of whose slashes a `Path` would lose one), or hf:NAME."""
 
 
 class Stage(Protocol[R_co]):
@@ -80,17 +99,32 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
         _show_progress()
-        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return function(config)
-        from mapet import processes  # imports torch, which --help can do without
+        with _naming_dead_workers():
+            if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                return function(config)
+            from mapet import processes  # imports torch, which --help can do without
 
-        with processes.joined():
-            result = function(config) if shared or processes.rank() == 0 else cast(R_co, None)
-            processes.wait()
-            return result
+            with processes.joined():
+                result = function(config) if shared or processes.rank() == 0 else cast(R_co, None)
+                processes.wait()
+                return result
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return cast(Stage[R_co], call)
+
+
+@contextmanager
+def _naming_dead_workers() -> Iterator[None]:
+    """PyTorch tells of a loader's dead process by a signal, which may interrupt any line of a stage."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise MapetError(
+            f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try "
+            "fewer --workers. What was saved is whole: go on with --resume"
+        ) from None
 
 
 class _Console(logging.Handler):
@@ -169,8 +203,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
+        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+    except RecursionError:
+        raise MapetError(f"{path} is not a recipe: it is nested too deeply") from None
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):

@@ -1,7 +1,9 @@
 """Published weights files -> named tensors. No code that a file names or carries is imported or run."""
 
 import hashlib
+import io
 import pickle
+import pickletools
 import sys
 import warnings
 import zipfile
@@ -119,8 +121,17 @@ def _read_zip(file: IO[bytes]) -> Any:
                     _fill(storages[key], data)
             return storages[key]
 
-        with archive.open(f"{root}data.pkl") as data:
-            return _Unpickler(data, storage).load()
+        return _unpickled(io.BytesIO(archive.read(f"{root}data.pkl")), storage)
+
+
+def _unpickled(file: IO[bytes], storage: Callable[[str, int], Tensor]) -> Any:
+    """The next pickle of the file. Its memo may not be numbered further than it is long: the memory for it is taken at once."""
+    start = file.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
+            raise pickle.UnpicklingError("its pickle is damaged")
+    file.seek(start)
+    return _Unpickler(file, storage).load()
 
 
 def _read_legacy(file: IO[bytes]) -> Any:
@@ -134,7 +145,7 @@ def _read_legacy(file: IO[bytes]) -> Any:
         return storages.setdefault(key, torch.empty(size, dtype=torch.uint8))  # filled below
 
     def load() -> Any:
-        return _Unpickler(file, storage).load()
+        return _unpickled(file, storage)
 
     magic = None
     with suppress(Exception):

@@ -151,13 +151,12 @@ def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path
             (folder / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
         assert "tokenizer" in fails(capsys, *common, "--tokenizer", folder)
     folder = tmp_path / "tokens"
-    folder.mkdir()
-    (folder / "store.json").write_bytes((tokens_dir / "store.json").read_bytes())
-    (folder / "tokens.npy").write_bytes((tokens_dir / "tokens.npy").read_bytes()[:-100])
+    shutil.copytree(tokens_dir, folder)
+    data = bytearray((tokens_dir / "parts" / "00000.npy").read_bytes())
+    (folder / "parts" / "00000.npy").write_bytes(data[:-100])
     assert "damaged token store" in fails(capsys, *common, "--tokenizer", tokenizer_dir, "--tokens", folder)
-    data = bytearray((tokens_dir / "tokens.npy").read_bytes())
     data[-2:] = b"\xff\xff"
-    (folder / "tokens.npy").write_bytes(data)
+    (folder / "parts" / "00000.npy").write_bytes(data)
     assert "damaged" in fails(
         capsys,
         *common,

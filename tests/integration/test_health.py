@@ -7,6 +7,7 @@ import numpy as np
 
 import mapet
 from mapet.cli import main
+from mapet.files import file_hash, read_sealed, write_sealed
 
 PICTURES = {"usage.png", "token_maps.png", "words.png", "nearest_words.png"}
 
@@ -48,8 +49,10 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     record = json.loads((tmp_path / "a" / "health.json").read_text())
     assert record["measures"]["stability"]["stored"]["share"] == 1
     shutil.copytree(tokens_dir, tmp_path / "tokens")
-    rows = np.load(tmp_path / "tokens" / "tokens.npy")
-    np.save(tmp_path / "tokens" / "tokens.npy", np.roll(rows, 1, axis=0))
+    file = tmp_path / "tokens" / "parts" / "00000.npy"
+    np.save(file, np.roll(np.load(file), 1, axis=0))
+    progress = read_sealed(file.with_suffix(".json"), "token store")
+    write_sealed(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
     mapet.inspect(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
     assert "the store belongs to other images" in caplog.text
 

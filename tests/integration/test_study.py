@@ -51,7 +51,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert result["curve"][-1]["flops"] == result["flops"] > 1e8
     longer = json.loads((cells["mim_seed_3_4_epochs"] / "result.json").read_text())
     assert 0.75 < longer["flops"] / result["flops"] < 1.34
-    assert "loss is" in json.loads((cells["bad_seed_3"] / "failure.json").read_text())["reason"]
+    assert "not finite" in json.loads((cells["bad_seed_3"] / "failure.json").read_text())["reason"]
     with (out / "report" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["status"] for row in rows) == ["done", "done", "done", "failed", "failed"]
@@ -63,6 +63,21 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     with pytest.raises(MapetError, match=r"was run with other options \(lr: 0.003 -> 0.1\)"):
         mapet.study(**options | {"pretrain": SHARED | {"lr": 0.1}})
     assert mapet.study(**options, report_only=True) == out / "report"
+
+
+@pytest.mark.slow
+def test_a_study_killed_with_all_its_cells_at_random_moments(few_digits, tmp_path):
+    from tests.integration.test_never_lost import killed
+
+    shown = {}
+    for name, kills in (("whole", 0), ("parts", 12)):
+        options = recipe(few_digits, tmp_path / name, seeds=[0], equal_compute=False)
+        options["pretrain"] = SHARED | {"epochs": 40, "save_minutes": 1e-9}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(options))
+        assert killed(["study", str(tmp_path / f"{name}.yaml")], kills, kills, 12) == kills
+        results = (tmp_path / name / "cells").glob("*/result.json")
+        shown[name] = {path.parent.name: json.loads(path.read_text())["scores"] for path in results}
+    assert len(shown["whole"]) == 2 and shown["whole"] == shown["parts"]
 
 
 def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):

@@ -18,7 +18,7 @@ from mapet.data.image_list import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.tokenizer.vqkd import vqkd_encoder
-from tests.conftest import PRETRAIN
+from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {
     "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "code_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
@@ -103,7 +103,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
     batch = collate([ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))[0, i] for i in range(9)])
     ids = tokenizer(batch.teacher_image).flatten(1)
-    assert np.array_equal(ids.numpy(), store.rows[:9, 0])
+    assert np.array_equal(ids.numpy(), all_rows(store)[:9, 0])
     with torch.inference_mode():
         cosines = torch.einsum("bdhw,kd->bhwk", encoder(batch.teacher_image / 255), encoder.codebook)
     assert torch.equal(ids, cosines.argmax(3).flatten(1))

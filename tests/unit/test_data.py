@@ -15,6 +15,7 @@ from mapet.data.order import draw_order
 from mapet.data.token_store import TokenStore
 from mapet.data.views import View, ViewSpec, color_jitter, draw_jitter, draw_view, render
 from mapet.errors import MapetError
+from tests.conftest import all_rows
 
 
 def test_list_of_paths_and_folder_agree(crops):
@@ -186,6 +187,10 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
         assert max(map(len, part)) <= batch_size and max(map(len, part)) - min(map(len, part)) <= 1
     middle = len(batches) // 2
     assert list(EpochSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
+    shares = [list(EpochSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
+    for whole, *parts in zip(batches, *shares, strict=True):  # dealt out in turn
+        dealt = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+        assert dealt == whole
 
 
 def test_batches_do_not_depend_on_workers(crops):
@@ -222,15 +227,47 @@ def store_of(folder, images, views=2, vocab=100):
     return store, ids
 
 
+def finish(store, ids, bad=None):
+    """Write these rows, and the bad ones among them, into the first part."""
+    store.begin(store.parts[0])
+    store.write(store.parts[0], ids, bad or {})
+    store.save_progress(store.parts[0])
+
+
+def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
+    """By whichever process, interrupted in the middle of any."""
+    monkeypatch.setattr("mapet.data.token_store.PART_IMAGES", 5)
+    images = scan(crops)
+    store, ids = store_of(tmp_path / "s", images)
+    assert [(part.first, part.count) for part in store.parts] == [(0, 5), (5, 5), (10, 2)]
+    for number, count in ((2, 2), (0, 3)):
+        part = store.parts[number]
+        store.begin(part)
+        store.write(part, ids[part.first : part.first + count], {part.first: "broken"})
+        store.save_progress(part)
+    store = TokenStore.open(tmp_path / "s", images, writable=True)
+    assert [part.done for part in store.parts] == [3, 0, 2] and store.bad == {0: "broken", 10: "broken"}
+    store.write(store.parts[0], ids[3:5], {})
+    store.begin(store.parts[1])
+    store.write(store.parts[1], ids[5:10], {})
+    for part in store.parts[:2]:
+        store.save_progress(part)
+    assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
+    data = bytearray((tmp_path / "s" / "parts" / "00001.npy").read_bytes())
+    data[-3] ^= 1  # a valid token still
+    (tmp_path / "s" / "parts" / "00001.npy").write_bytes(data)
+    with pytest.raises(MapetError, match=r"00001.npy has changed since it was made"):
+        TokenStore.open(tmp_path / "s", images)
+
+
 @pytest.mark.parametrize(("vocab", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_store_round_trip(crops, tmp_path, vocab, dtype):
     images = scan(crops)
     store, ids = store_of(tmp_path / "s", images, vocab=vocab)
-    store.write(0, ids, {3: "broken"})
-    store.save_progress()
+    finish(store, ids, {3: "broken"})
     again = TokenStore.open(tmp_path / "s", images, "codebook")
-    assert again.rows.dtype == dtype
-    assert np.array_equal(again.rows, ids)
+    assert again.dtype == dtype
+    assert np.array_equal(all_rows(again), ids)
     assert again.bad == {3: "broken"} and again.complete
     assert np.array_equal(again.read(5, 1), ids[5, 1])
 
@@ -238,21 +275,19 @@ def test_store_round_trip(crops, tmp_path, vocab, dtype):
 def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
     images = scan(crops)
     store, ids = store_of(tmp_path / "s", images)
-    store.write(0, ids[:5], {})
-    store.save_progress()
+    finish(store, ids[:5])
     with pytest.raises(MapetError, match="unfinished \\(5 of 12"):
         TokenStore.open(tmp_path / "s", images)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
-    store.write(store.done, ids[5:], {})
-    store.save_progress()
-    assert np.array_equal(TokenStore.open(tmp_path / "s", images).rows, ids)
+    store.write(store.parts[0], ids[5:], {})
+    store.save_progress(store.parts[0])
+    assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
 
 
 def test_store_of_other_images_or_codebook_names_both_sides(crops, tmp_path):
     images = scan(crops)
     store, ids = store_of(tmp_path / "s", images)
-    store.write(0, ids, {})
-    store.save_progress()
+    finish(store, ids)
     reordered = images.subset(range(11, -1, -1))
     with pytest.raises(MapetError, match=f"{images.hash[:12]}.*{reordered.hash[:12]}"):
         TokenStore.open(tmp_path / "s", reordered)
@@ -264,7 +299,7 @@ def test_out_of_range_token_is_noticed(crops, tmp_path):
     images = scan(crops)
     store, ids = store_of(tmp_path / "s", images)
     ids[4, 0, 0] = 100
-    store.write(0, ids, {})
+    finish(store, ids)
     with pytest.raises(MapetError, match="row 4 has token 100 of a vocabulary of 100"):
         store.read(4, 0)
 
@@ -273,7 +308,7 @@ def test_a_million_paths_stay_compact():
     """One block of bytes: about 40 bytes a path, not a Python string each."""
     ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
     images = ImageList(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids))
-    size = len(images._block) + images._ends.nbytes + images.file_sizes.nbytes
+    size = len(images._names.block) + images._names.ends.nbytes + images.file_sizes.nbytes
     assert size / len(ids) < 45
     assert images[99_999] == scan_root / "folder999/image_0099999.jpg"
 

@@ -17,7 +17,7 @@ from mapet.model.attention import plain_attention, row_blocks
 from mapet.model.backbone import create_vit, on_device
 from mapet.model.cross_entropy import linear_cross_entropy
 from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
-from mapet.model.pretrainer import Pretrainer
+from mapet.model.pretrainer import Pretrainer, residual
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep
 
@@ -95,18 +95,37 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 6, 100])
 def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
-    """Also where they don't divide the batch: the mean is over patches, not over micro-batches."""
-    model, whole = make(), make()
+    """Also where they don't divide the batch, and with stochastic depth: the mean is over patches, not micro-batches."""
+    model, whole = make(drop_path=0.5), make(drop_path=0.5)
+    survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
         step = GradientStep(made, FLOAT64, size)
         step.dtype = torch.float64
-        made.prediction = step(*draw())
+        made.prediction = step(*draw(), survival=survival)
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.correct == whole.prediction.correct
     wanted = gradients(whole)
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_stochastic_depth_by_given_numbers_is_timm_s():
+    """Kept branches are scaled, dropped ones leave their rows alone; another's number changes nothing."""
+    model = make(drop_path=0.4)
+    block, rows = model.vit.blocks[2].train(), torch.randn(3, 5, 32, dtype=torch.float64)
+    assert block.drop_path1.drop_prob == pytest.approx(0.4)
+    attended = torch.randn_like(rows)
+    nothing = torch.full((3,), 0.61, dtype=torch.float64)
+    always = torch.full((3,), 0.59, dtype=torch.float64)
+    assert torch.equal(residual(block, rows, attended, (nothing, nothing)), rows)
+    kept = residual(block, rows, attended, (always, nothing))
+    assert torch.allclose(kept, rows + block.ls1(attended) / 0.6, atol=1e-6)
+    both = residual(block, rows, attended, (always, always))
+    assert torch.allclose(both, kept + block.ls2(block.mlp(block.norm2(kept))) / 0.6, atol=1e-5)
+    mixed = residual(block, rows, attended, (torch.tensor([0.59, 0.61, 0.59]), always))
+    assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
+    assert torch.equal(residual(block.eval(), rows, attended, (nothing, nothing)), residual(block, rows, attended))
 
 
 @given(
@@ -161,7 +180,8 @@ def test_chunked_cross_entropy(monkeypatch, rows, scale):
         for shape in ((23, 8), (40, 8), (40,))
     )
     targets = torch.randint(0, 40, (23,), generator=generator)
-    loss, correct = linear_cross_entropy(x, weight, bias, targets)
+    loss, correct, losses = linear_cross_entropy(x, weight, bias, targets)
+    assert torch.allclose(losses, F.cross_entropy(F.linear(x, weight, bias), targets, reduction="none"), rtol=1e-12)
     logits = F.linear(x, weight, bias)
     expected = F.cross_entropy(logits, targets)
     assert torch.allclose(loss, expected, rtol=1e-12)
@@ -180,16 +200,18 @@ def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
     everything = model.encode(images, permutation, model.layout())
     ranks = torch.randperm(15)[:m].sort().values
     assert torch.allclose(model.encode(images, permutation, model.layout(), ranks), everything[:, ranks], atol=1e-12)
-    assert model.train()(images, tokens, permutation).targets.shape == (6, m)
-    assert model.eval()(images, tokens, permutation).targets.shape == (6, 15)
+    drawn = model.draw_ranks(5, [0])
+    assert len(drawn.unique()) == m and drawn.min() >= 0 and drawn.max() < 15
+    assert model(images, tokens, permutation, ranks=drawn).targets.shape == (6, m)
+    assert model(images, tokens, permutation).targets.shape == (6, 15)
 
 
 def test_a_subset_of_targets_is_an_unbiased_estimate():
     model = make(num_targets=5).train()
     inputs = draw(2)
     with torch.no_grad():
-        draws = torch.stack([model(*inputs).loss for _ in range(400)])
-        whole = model.eval()(*inputs).loss
+        draws = torch.stack([model(*inputs, ranks=model.draw_ranks(5, [n])).loss for n in range(400)])
+        whole = model(*inputs).loss
     assert abs(float(draws.mean() - whole)) < 4 * float(draws.std()) / 20
     assert draws.std() > 0
 

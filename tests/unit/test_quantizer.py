@@ -18,6 +18,7 @@ from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.fit import fit_scalar
 from mapet.tokenizer.quantizer import LEVELS, Quantizer, levels_for, principal_components, project
 from mapet.tokenizer.teacher import takes_image_size
+from tests.conftest import all_rows
 
 
 def cloud(count=600, width=12, seed=0):
@@ -128,7 +129,7 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
 
     dataset = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))
     batch = collate([dataset[0, i] for i in range(7)])
-    assert np.array_equal(tokenizer(batch.teacher_image).flatten(1).numpy(), store.rows[:7, 0])
+    assert np.array_equal(tokenizer(batch.teacher_image).flatten(1).numpy(), all_rows(store)[:7, 0])
 
 
 @pytest.mark.parametrize(

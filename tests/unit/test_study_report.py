@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mapet.errors import MapetError
+from mapet.evaluation.intervals import mean_and_interval
 from mapet.report.comparison import (
     Cell,
     Study,
     best_values,
     holm,
-    mean_and_interval,
     paired_differences,
     paired_t_test,
     sentence,

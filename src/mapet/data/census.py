@@ -37,9 +37,9 @@ class Census:
         if classes:
             counts = np.bincount(classes[1])
             names = ", ".join(classes[0][:SHOWN]) + (", ..." if len(classes[0]) > SHOWN else "")
-            yield f"labels: {len(classes[0])} class folders, {counts.min()} to {counts.max()} images each ({names})"
+            yield f"labels: {len(classes[0])} classes, {counts.min()} to {counts.max()} images each ({names})"
         else:
-            yield "labels: none (images are not all in class folders)"
+            yield "labels: none (images are not all in class folders, and no others are given)"
         if len(self.sizes):
             low, middle, high = (np.percentile(self.sizes, q, axis=0).astype(int) for q in (0, 50, 100))
             yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"

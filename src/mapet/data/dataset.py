@@ -1,5 +1,6 @@
 """Images -> batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
 
+import functools
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ class Sample(NamedTuple):
     tokens: Int[np.ndarray, " N"] | None = None
     permutation: Int[np.ndarray, " N"] | None = None
     jitter: Float[np.ndarray, "3"] | None = None
+    survival: Float[np.ndarray, " branches"] | None = None
     bad: str | None = None
 
 
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
     tokens: Int[Tensor, "B N"] | None
     permutation: Int[Tensor, "B N"] | None
     jitter: Float[Tensor, "B 3"] | None
+    survival: Float[Tensor, "B branches"] | None
     bad: list[tuple[int, str]]
 
 
@@ -61,7 +64,7 @@ def collate(samples: list[Sample]) -> Batch:
 
     index = torch.tensor([sample.image_index for sample in good], dtype=torch.int64)
     bad = [(sample.image_index, sample.bad) for sample in samples if sample.bad is not None]
-    names = ("image", "teacher_image", "tokens", "permutation", "jitter")
+    names = ("image", "teacher_image", "tokens", "permutation", "jitter", "survival")
     return Batch(index, **{name: stack(name) for name in names}, bad=bad)
 
 
@@ -76,6 +79,7 @@ class ViewDataset(Dataset[Sample]):
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
         jitter: strength of colour jitter of `Sample.image` (never of the teacher's). A sample holds its three factors;
             they are applied with normalization, on the device: see `evaluation.features.normalize`.
+        branches: residual branches of the student whose stochastic depth is to be drawn with the sample.
         augment: changes `Sample.image` further; draws from the global generators, which are seeded for it.
     """
 
@@ -88,6 +92,7 @@ class ViewDataset(Dataset[Sample]):
     grid: tuple[int, int] | None = None
     order: OrderKind = "random"
     jitter: float = 0.0
+    branches: int = 0
     augment: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
 
@@ -119,8 +124,9 @@ class ViewDataset(Dataset[Sample]):
             number = int(rng.integers(self.store.num_views))
         permutation = None if self.grid is None else draw_order(self.order, self.grid, rng)
         jitter = draw_jitter(self.jitter, rng) if self.jitter else None
+        survival = rng.random(self.branches, dtype=np.float32) if self.branches else None
         tokens = None if self.store is None else self.store.read(index, number)
-        return Sample(index, tokens=tokens, permutation=permutation, jitter=jitter), number
+        return Sample(index, None, None, tokens, permutation, jitter, survival), number
 
     def _pixels(self, index: int, number: int) -> dict[str, Any]:
         try:
@@ -137,31 +143,42 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     Every image comes once an epoch; where `batch_size` doesn't divide their number, an epoch's batches are a little
     smaller, all about equal, rather than one of them tiny.
+
+    Args:
+        rank: of several `processes`, which: they deal out each batch among them, image by image.
     """
 
     def __init__(
-        self, indices: Int[np.ndarray, " n"], batch_size: int, epochs: int, seed: int, first_step: int = 0
+        self,
+        indices: Int[np.ndarray, " n"],
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        self.indices, self.batch_size, self.epochs, self.seed, self.first_step = (
-            indices,
-            batch_size,
-            epochs,
-            seed,
-            first_step,
-        )
+        self.indices, self.batch_size, self.epochs, self.seed = indices, batch_size, epochs, seed
+        self.first_step, self.rank, self.processes = first_step, rank, processes
         self.steps_per_epoch = -(-len(indices) // batch_size)
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_epoch = self.indices, -1
         for step in range(self.first_step, self.epochs * self.steps_per_epoch):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.indices), epoch
-            first, last = (len(order) * b // self.steps_per_epoch for b in (batch, batch + 1))
-            yield [(epoch, int(index)) for index in order[first:last]]
+            yield self.batch(step)[self.rank :: self.processes]
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The batch of a step, counted from 0, of all processes."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        first, last = (len(order) * n // self.steps_per_epoch for n in (number, number + 1))
+        return [(epoch, int(index)) for index in order[first:last]]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019, a sampler lives as long as its run
+    def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
 
 
 def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
@@ -205,12 +222,14 @@ class Quarantine:
     reasons: dict[int, str] = field(default_factory=dict)
     on_new: Callable[[int, str], None] | None = None
 
-    def add(self, bad: list[tuple[int, str]]) -> None:
+    def add(self, bad: list[tuple[int, str]], quiet: bool = False) -> None:
+        """Raises MapetError when there are too many. `quiet`: they have been named before."""
         for index, reason in bad:
             if index in self.reasons:
                 continue
             self.reasons[index] = reason
-            log.warning("bad image %r: %s", self.images.id(index), reason)
+            if not quiet:
+                log.warning("bad image %r: %s", self.images.id(index), reason)
             if self.on_new:
                 self.on_new(index, reason)
             if len(self.reasons) > max(1, self.max_bad * len(self.images)) or len(self.reasons) == len(self.images):

@@ -1,6 +1,7 @@
 """One image file -> uint8 pixels of any box of it, or a `BadImage` that says why not."""
 
 import io
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ EXTENSIONS = frozenset(
 )
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs (the limit of Pillow, 0.5 GB as RGB)."""
+MAX_BYTES = 4 << 30
+"""Larger files are refused too: they would be read into memory to find out what they are."""
 REDUCTIONS = (8, 4, 2)
 """Factors that a JPEG can be reduced by while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
 for these only: at 5/8 it takes longer than at full size."""
@@ -236,9 +239,10 @@ def _saying_why() -> Iterator[None]:
         raise BadImage("no permission to read it") from None
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
-    except (ValueError, SyntaxError, EOFError, MemoryError, ArithmeticError, LookupError, TypeError) as error:
-        # What Pillow's and NumPy's parsers raise on damaged files, besides OSError.
-        raise BadImage(f"damaged: {error}") from None
+    except (
+        Exception
+    ) as error:  # of what parsers raise on damaged files there is no list (struct, tokenize, recursion, ...)
+        raise BadImage(f"damaged: {error or type(error).__name__}") from None
 
 
 def _refuse_bomb(height: int, width: int) -> None:
@@ -273,11 +277,20 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def _array_of(data: bytes) -> np.ndarray:
+    """The array that bytes hold, without a copy: `np.load` would first take the memory that their header asks for."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(stream)
+    if dtype.hasobject:
+        raise BadImage("array of Python objects")
+    return np.frombuffer(data, dtype, math.prod(shape), stream.tell()).reshape(shape, order="F" if fortran else "C")
+
+
 def _open_array(source: str | Path | bytes, channels: int) -> ArrayPicture:
-    if isinstance(source, bytes):  # noqa: SIM108
-        array = np.load(io.BytesIO(source), allow_pickle=False)
-    else:
-        array = np.load(source, mmap_mode="r", allow_pickle=False)  # only the box that is asked for is read
+    # Of a file, only the box that is asked for is read.
+    array = _array_of(source) if isinstance(source, bytes) else np.load(source, mmap_mode="r", allow_pickle=False)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:

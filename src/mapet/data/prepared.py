@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +11,32 @@ import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
-from mapet.data.decode import BadImage, Box, Picture, open_image
+from mapet.data.decode import BadImage, Box, Picture
+from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_json, write_json
+from mapet.files import atomic, canonical_hash, read_array, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
 
-MANIFEST, IDS, SIZES = "prepared.json", "ids", "sizes-{:05d}.npy"
+MANIFEST, IDS, LABELS, SIZES = "prepared.json", "ids", "labels.npy", "sizes-{:05d}.npy"
 SHARD = "images-{:05d}.bin"
 FORMAT = 1
 PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
+OPEN_AT_ONCE = 256
+"""Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
 
 
-class Prepared:
+class Prepared(Reader):
     """A folder made by `mapet prepare`.
 
     `ids` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
     were where they were small enough already; as arrays where JPEG can't hold them); `sizes-*.npy` their bytes, 0 for a
-    bad one; `prepared.json` is the manifest.
+    bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `prepared.json` is the manifest.
 
     Attributes:
-        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad.
+        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -46,7 +49,7 @@ class Prepared:
         Raises:
             MapetError: damaged or unfinished.
         """
-        prepared = cls(folder, read_json(folder / MANIFEST, "prepared data set"))
+        prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
         try:
             done, total = int(prepared.manifest["done"]), int(prepared.manifest["num_images"])
             if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
@@ -57,19 +60,28 @@ class Prepared:
                 )
             sizes = prepared.file_sizes
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in range(-(-total // PER_SHARD)))
+            labels = prepared.labels()
+            if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
+                raise ValueError(f"labels of shape {labels[1].shape}")
             if len(sizes) != total or len(prepared.ids()) != total or packed != sizes.sum():
                 raise ValueError(f"{total} images of {sizes.sum():,} bytes, found {len(sizes)} of {packed:,}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
         return prepared
 
-    def ids(self) -> list[bytes]:
-        return (self.folder / IDS).read_bytes().split(b"\0")[:-1]
+    def ids(self) -> Names:
+        return Names.split((self.folder / IDS).read_bytes())
+
+    def labels(self) -> tuple[list[str], np.ndarray] | None:
+        """Those of the source, if it gave them otherwise than by folders."""
+        if "classes" not in self.manifest:
+            return None
+        return self.manifest["classes"], read_array(self.folder / LABELS)
 
     @cached_property
     def file_sizes(self) -> np.ndarray:
         shards = range(-(-self.manifest["num_images"] // PER_SHARD))
-        return np.concatenate([np.load(self.folder / SIZES.format(s), allow_pickle=False) for s in shards])
+        return np.concatenate([read_array(self.folder / SIZES.format(s)) for s in shards])
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -77,28 +89,20 @@ class Prepared:
         return np.concatenate([np.cumsum(part) - part for part in parts])
 
     @cached_property
-    def _maps(self) -> dict[int, np.ndarray]:
-        return {}
+    def _map(self) -> Callable[[int], np.ndarray]:
+        return lru_cache(OPEN_AT_ONCE)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, (self.folder, self.manifest)  # loader workers map the files again
 
-    def picture(self, row: int, channels: int) -> Picture:
-        """Image `row`, opened.
-
-        Raises:
-            BadImage: it was bad when the set was made, or has other channels.
-        """
+    def picture(self, row: int, name: str, channels: int) -> Picture:
         if str(row) in self.manifest["bad"]:
-            raise BadImage(self.manifest["bad"][str(row)])
-        return open_image(self.data(row), channels)
+            raise BadImage(self.manifest["bad"][str(row)])  # it was bad when the set was made
+        return super().picture(row, name, channels)
 
-    def data(self, row: int) -> bytes:
-        """Image `row` as it is stored."""
-        shard, start = row // PER_SHARD, int(self._starts[row])
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.folder / SHARD.format(shard), np.uint8, "r")
-        return self._maps[shard][start : start + int(self.file_sizes[row])].tobytes()
+    def data(self, row: int, name: str) -> bytes:
+        start = int(self._starts[row])
+        return self._map(row // PER_SHARD)[start : start + int(self.file_sizes[row])].tobytes()
 
 
 def shrink(images: "ImageList", index: int, size: int, channels: int, quality: int) -> bytes:
@@ -146,8 +150,10 @@ def write_prepared(
         "channels": channels,
         "quality": quality,
     }
+    if images.labels is not None:
+        wanted["classes"] = images.labels[0]
     path = folder / MANIFEST
-    manifest = read_json(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
+    manifest = read_sealed(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
     if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
         changed = [
             f"{key}: {manifest.get(key)!r} -> {wanted[key]!r}" for key in wanted if manifest.get(key) != wanted[key]
@@ -158,7 +164,10 @@ def write_prepared(
     if not path.exists():
         with atomic(folder / IDS) as temporary:
             temporary.write_bytes(b"".join(images.id_bytes(i) + b"\0" for i in range(len(images))))
-        write_json(path, manifest)
+        if images.labels is not None:
+            with atomic(folder / LABELS) as temporary, temporary.open("wb") as file:
+                np.save(file, images.labels[1])
+        write_sealed(path, manifest)
     on_image(manifest["done"])
     for row, reason in manifest["bad"].items():
         on_bad(int(row), reason)
@@ -187,5 +196,5 @@ def write_prepared(
                 np.save(file, sizes)
             manifest["bad"] |= bad
             manifest["done"] = members.stop
-            write_json(path, manifest)  # last: what it counts is on disk
+            write_sealed(path, manifest)  # last: what it counts is on disk
     return Prepared.open(folder)

@@ -1,6 +1,7 @@
 """Token ids on disk: one row an image, memory-mapped, bound to the codebook and the list of images they were made of."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,60 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.files import read_json, reserve, write_json
+from mapet.files import file_hash, read_array, read_sealed, reserve, write_sealed
 
 MANIFEST = "store.json"
-ROWS = "tokens.npy"
-FORMAT = 1
+FORMAT = 2
+PART_IMAGES = 16_384
+"""Images of a part: enough that even 100 million are few files, so few that many processes have work."""
+
+
+@dataclass
+class Part:
+    """Rows `first` to `first + count` of a store: `parts/00000.npy`, and in `parts/00000.json` how far they are.
+
+    Attributes:
+        done: finished rows; the file holds at least so many.
+        bad: row of the store -> reason, for images that could not be read; their rows hold no tokens.
+        sha256: of the file's rows, once all are done.
+    """
+
+    path: Path
+    first: int
+    count: int
+    done: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    sha256: str | None = None
+
+    def read_progress(self) -> None:
+        progress = read_sealed(self.path.with_suffix(".json"), "token store")
+        self.done, self.sha256 = progress["done"], progress["sha256"]
+        self.bad = {int(row): reason for row, reason in progress["bad"].items()}
+        last = self.first + self.count
+        if not 0 <= self.done <= self.count or any(not self.first <= row < last for row in self.bad):
+            raise ValueError(f"{self.path.stem}.json speaks of rows that the part doesn't have")
 
 
 class TokenStore:
     """(n images, views, N patches) token ids; row i belongs to image i of the list the store was made of.
 
-    `store.json` is the manifest; `tokens.npy` the ids, uint16 or uint32. While it is being written `done` counts the
-    finished rows, so that an interrupted job goes on where it stopped.
+    `store.json` says of what it was made and is written once. The rows lie in parts, each with its own progress, so
+    that several processes write a store together and an interrupted job goes on where it stopped, on however many.
 
     Attributes:
-        manifest: format, codebook_hash, images_hash, num_images, views, view_spec, grid, vocab_size, done, bad.
+        manifest: format, codebook_hash, images_hash, num_images, views, view_spec, grid, vocab_size, part_images.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], rows: np.memmap) -> None:
-        self.folder, self.manifest, self.rows = folder, manifest, rows
+    def __init__(self, folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
+        self.folder, self.manifest, self.parts = folder, manifest, parts
+        self._rows: dict[Path, np.memmap] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Loader workers map the file again instead of receiving a copy of it.
-        return _reopen, (self.folder, self.manifest)
+        # Loader workers map the files again instead of receiving a copy of them.
+        return TokenStore, (self.folder, self.manifest, self.parts)
+
+    def __len__(self) -> int:
+        return int(self.manifest["num_images"])
 
     @property
     def view_spec(self) -> ViewSpec:
@@ -52,17 +84,22 @@ class TokenStore:
         return int(self.manifest["vocab_size"])
 
     @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @property
     def done(self) -> int:
-        return int(self.manifest["done"])
+        """Finished rows of all parts."""
+        return sum(part.done for part in self.parts)
 
     @property
     def complete(self) -> bool:
-        return self.done == len(self.rows)
+        return self.done == len(self)
 
     @property
     def bad(self) -> dict[int, str]:
-        """Row -> reason for the images that could not be read; their rows hold no tokens."""
-        return {int(row): reason for row, reason in self.manifest["bad"].items()}
+        """Row -> reason for the images that could not be read."""
+        return {row: reason for part in self.parts for row, reason in part.bad.items()}
 
     @classmethod
     def create(
@@ -75,16 +112,7 @@ class TokenStore:
         view_spec: ViewSpec,
         num_views: int,
     ) -> "TokenStore":
-        """Reserve the disk space and write an empty manifest. The folder must exist."""
-        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        shape = (len(images), num_views, grid[0] * grid[1])
-        rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=dtype, shape=shape)
-        try:
-            with open(folder / ROWS, "r+b") as file:
-                reserve(file, os.fstat(file.fileno()).st_size, folder / ROWS)
-        except MapetError:
-            (folder / ROWS).unlink()
-            raise
+        """Write the manifest of a store without rows. The folder must exist."""
         manifest = {
             "format": FORMAT,
             "codebook_hash": codebook_hash,
@@ -94,31 +122,34 @@ class TokenStore:
             "view_spec": view_spec.model_dump(mode="json"),
             "grid": list(grid),
             "vocab_size": vocab_size,
-            "done": 0,
-            "bad": {},
+            "part_images": PART_IMAGES,
         }
-        store = cls(folder, manifest, rows)
-        write_json(folder / MANIFEST, manifest)
-        return store
+        write_sealed(folder / MANIFEST, manifest)
+        (folder / "parts").mkdir(exist_ok=True)
+        return cls(folder, manifest, _parts(folder, manifest))
 
     @classmethod
     def open(
         cls, folder: Path, images: ImageList, codebook_hash: str | None = None, writable: bool = False
     ) -> "TokenStore":
-        """Open a store and check that it belongs to these images and, if given, to this codebook.
+        """Open a store and check that it is whole, and belongs to these images and, if given, to this codebook.
 
         Raises:
             MapetError: not a store, damaged, unfinished (unless `writable`), or made of something else; both sides are named.
         """
-        manifest = read_json(folder / MANIFEST, "token store")
+        manifest = read_sealed(folder / MANIFEST, "token store")
         try:
-            rows = np.load(folder / ROWS, mmap_mode="r+" if writable else "r", allow_pickle=False)
-            shape = (manifest["num_images"], manifest["views"], manifest["grid"][0] * manifest["grid"][1])
-            if manifest["format"] != FORMAT or rows.shape != shape:
-                raise ValueError(f"rows of shape {rows.shape}, manifest of {shape}, format {manifest['format']}")
-            store = cls(folder, manifest, rows)
-            _ = store.view_spec, store.bad, store.done, store.vocab_size
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+            store = cls(folder, manifest, _parts(folder, manifest))
+            _ = store.view_spec, store.vocab_size
+            for part in store.parts:
+                if part.path.with_suffix(".json").exists():
+                    part.read_progress()
+                    store._map(part)
+                    if part.sha256 not in (None, file_hash(part.path)):
+                        raise ValueError(f"{part.path.name} has changed since it was made (its sha256 differs)")
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise MapetError(f"{folder}: damaged token store ({error}); make it again with `mapet tokenize`") from None
         if manifest["images_hash"] != images.hash:
             raise MapetError(
@@ -133,21 +164,34 @@ class TokenStore:
             )
         if not (store.complete or writable):
             raise MapetError(
-                f"the token store {folder} is unfinished ({store.done} of {len(rows)} images): run the same `mapet tokenize "
+                f"the token store {folder} is unfinished ({store.done} of {len(store)} images): run the same `mapet tokenize "
                 "... --resume` to finish it"
             )
         return store
 
-    def write(self, start: int, ids: Int[np.ndarray, "n V N"], bad: dict[int, str]) -> None:
-        """Write rows from `start`. `bad` names rows among them without tokens."""
-        self.rows[start : start + len(ids)] = ids
-        self.manifest["bad"] |= {str(row): reason for row, reason in bad.items()}
-        self.manifest["done"] = start + len(ids)
+    def begin(self, part: Part) -> None:
+        """Reserve the disk space of a part that nobody has begun."""
+        shape = (part.count, self.num_views, self.grid[0] * self.grid[1])
+        np.lib.format.open_memmap(part.path, mode="w+", dtype=self.dtype, shape=shape)
+        try:
+            with open(part.path, "r+b") as file:
+                reserve(file, os.fstat(file.fileno()).st_size, part.path)
+        except MapetError:
+            part.path.unlink()
+            raise
+        self.save_progress(part)
 
-    def save_progress(self) -> None:
+    def write(self, part: Part, ids: Int[np.ndarray, "n V N"], bad: dict[int, str]) -> None:
+        """Write the next rows of a part. `bad` names rows of the store among them without tokens."""
+        self._map(part, "r+")[part.done : part.done + len(ids)] = ids
+        part.bad |= bad
+        part.done += len(ids)
+
+    def save_progress(self, part: Part) -> None:
         """Sync the rows, then the count of them: after a crash the count is never ahead of the rows."""
-        self.rows.flush()
-        write_json(self.folder / MANIFEST, self.manifest)
+        self._map(part, "r+").flush()
+        part.sha256 = file_hash(part.path) if part.done == part.count else None
+        write_sealed(part.path.with_suffix(".json"), {"done": part.done, "bad": part.bad, "sha256": part.sha256})
 
     def read(self, row: int, view: int) -> Int[np.ndarray, " N"]:
         """Ids of one view of one image, in row-major order of the grid.
@@ -155,13 +199,30 @@ class TokenStore:
         Raises:
             MapetError: an id is not in the vocabulary: the file is damaged.
         """
-        ids = self.rows[row, view].astype(np.int64)
+        part = self.parts[row // self.manifest["part_images"]]
+        ids = self._map(part)[row - part.first, view].astype(np.int64)
         if ids.max(initial=0) >= self.vocab_size:
             raise MapetError(
-                f"{self.folder / ROWS}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged"
+                f"{part.path}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged"
             )
         return ids
 
+    def _map(self, part: Part, mode: Any = "r") -> np.memmap:
+        """The rows of a part."""
+        rows = self._rows.get(part.path)
+        if rows is None or (mode == "r+" and not rows.flags.writeable):
+            rows = self._rows[part.path] = read_array(part.path, mode)
+            shape = (part.count, self.num_views, self.grid[0] * self.grid[1])
+            if rows.shape != shape or rows.dtype != self.dtype:
+                raise ValueError(f"{part.path.name} has rows of {rows.shape} {rows.dtype}, not {shape}")
+        return rows
 
-def _reopen(folder: Path, manifest: dict[str, Any]) -> TokenStore:
-    return TokenStore(folder, manifest, np.load(folder / ROWS, mmap_mode="r", allow_pickle=False))
+
+def _parts(folder: Path, manifest: dict[str, Any]) -> list[Part]:
+    """All parts of a store, as if none had been begun."""
+    total, size = manifest["num_images"], manifest["part_images"]
+    starts = range(0, total, size)
+    return [
+        Part(folder / "parts" / f"{number:05d}.npy", start, min(size, total - start))
+        for number, start in enumerate(starts)
+    ]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from mapet.data.image_list import ImageList
 from mapet.errors import MapetError
-from mapet.files import atomic, read_json, reserve, write_json
+from mapet.files import atomic, read_array, read_json, reserve, write_json
 
 MANIFEST, ROWS, IDS, PARTS = "embed.json", "features.npy", "ids.json", "features.parquet"
 FileFormat = Literal["npy", "parquet"]
@@ -102,7 +102,7 @@ class Embeddings:
         """The next part: features of images `index`; `bad` are the others of it."""
         start, end = self.done, self.part_end(self.done)
         if self.manifest["format"] == "npy":
-            stored = np.load(self.folder / ROWS, mmap_mode="r+", allow_pickle=False)
+            stored = read_array(self.folder / ROWS, "r+")
             stored[start:end] = np.nan
             stored[index] = rows
             stored.flush()
@@ -141,7 +141,7 @@ def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]
     if manifest["format"] == "npy":
         good = [i for i in range(manifest["num_images"]) if str(i) not in manifest["bad"]]
         ids = json.loads((folder / IDS).read_text())
-        return [ids[i] for i in good], np.load(folder / ROWS, allow_pickle=False)[good]
+        return [ids[i] for i in good], read_array(folder / ROWS)[good]
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(folder / PARTS, columns=["id", "features"])

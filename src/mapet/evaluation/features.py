@@ -1,12 +1,13 @@
 """Frozen features of a labelled set of images, and the labels to judge them by."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
@@ -54,10 +55,10 @@ class LabelledSet:
 
 
 def labelled(images: ImageList) -> LabelledSet:
-    """Labels from class folders.
+    """Labels the data set gives, or from class folders.
 
     Raises:
-        MapetError: the images do not lie in two or more class folders.
+        MapetError: there are none, and the images do not lie in two or more class folders.
     """
     found = images.classes()
     if found is None:
@@ -67,8 +68,10 @@ def labelled(images: ImageList) -> LabelledSet:
     return LabelledSet(images, *found)
 
 
-def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
-    """Two labelled folders, or one split by image id, the same way every time."""
+def train_and_test(
+    train: str | Path, test: str | Path | None, test_share: float = 0.2
+) -> tuple[LabelledSet, LabelledSet]:
+    """Two labelled sets, or one split by image id, the same way every time."""
     everything = labelled(scan(train))
     if test is None:
         return split(everything, test_share)
@@ -82,14 +85,25 @@ def train_and_test(train: Path, test: Path | None, test_share: float = 0.2) -> t
 
 
 def split(everything: LabelledSet, test_share: float = 0.2) -> tuple[LabelledSet, LabelledSet]:
-    """A fixed share of each class, chosen by a hash of the image id, becomes the test set."""
+    """Training and test set: see `held_out`."""
+    test = held_out(everything, test_share)
+    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+
+
+def unlabelled(images: ImageList) -> LabelledSet:
+    """Images without classes; all labels are 0."""
+    return LabelledSet(images, [], np.zeros(len(images), np.int64))
+
+
+def held_out(everything: LabelledSet, test_share: float = 0.2) -> Bool[np.ndarray, " n"]:
+    """A fixed share of each class, chosen by a hash of the image id, is for testing."""
     test = np.zeros(len(everything.labels), dtype=bool)
     order = np.lexsort((everything.images.keys(), everything.labels))  # by class, then by key
     for members in everything.by_class(order):
         test[members[: max(1, round(test_share * len(members)))]] = True
     if test.all():
         raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
-    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+    return test
 
 
 def normalize(
@@ -112,6 +126,32 @@ def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Po
     return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
 
 
+def centred_batches(
+    images: ImageList,
+    image_size: tuple[int, int],
+    channels: int,
+    batches: list[list[tuple[int, int]]],
+    workers: int = 0,
+    show: str | None = None,
+    **dataset: Any,
+) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
+    """(indices, pixels) of the centred views; unreadable images are left out, up to half of all.
+
+    Args:
+        batches: of (number, index), see `in_order`.
+        show: name of the progress bar; None shows none.
+        dataset: further arguments of `ViewDataset`, such as `augment`.
+    """
+    options = {"spec": ViewSpec(image_size=image_size)} | dataset
+    views = ViewDataset(images, channels=channels, image_size=image_size, **options)
+    quarantine = Quarantine(images, max_bad=0.5)
+    loader = make_loader(views, batches, workers)
+    for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
+        quarantine.add(batch.bad)
+        if batch.image is not None:
+            yield batch.image_index, batch.image
+
+
 @torch.inference_mode()
 def extract_features(
     vit: VisionTransformer,
@@ -126,18 +166,14 @@ def extract_features(
     training = vit.training
     vit.eval()
     height, width = vit.patch_embed.img_size
-    spec = ViewSpec(image_size=(height, width))
-    dataset = ViewDataset(data.images, spec, vit.in_chans, image_size=(height, width))
-    quarantine = Quarantine(data.images, max_bad=0.5)
     features, index = [], []
-    loader = make_loader(dataset, in_order(len(data.images), batch_size), workers)
-    for batch in tqdm(loader, desc="features", unit="batch", disable=None if show else True, leave=False):
-        quarantine.add(batch.bad)
-        if batch.image is None:
-            continue
+    order = in_order(len(data.images), batch_size)
+    for indices, images in centred_batches(
+        data.images, (height, width), vit.in_chans, order, workers, "features" if show else None
+    ):
         with compute.autocast():
-            tokens = vit.forward_features(normalize(compute.to(batch.image), vit.in_chans))
+            tokens = vit.forward_features(normalize(compute.to(images), vit.in_chans))
         features.append(pool_tokens(vit, tokens, pool).float().cpu())
-        index.append(batch.image_index)
+        index.append(indices)
     vit.train(training)
     return torch.cat(features), torch.from_numpy(data.labels)[torch.cat(index)]

@@ -224,17 +224,26 @@ def open_source(source: str | Path, pretrained: bool = True, known: dict[str, An
     return _from_timm_folder(folder, config)
 
 
-def _from_timm(name: str, pretrained: bool) -> Published:
-    known = timm.list_models()
+def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
+    """Any model of timm's by its name, 'timm:' before it or not, without a classifier.
+
+    Raises:
+        MapetError: there is none, or its weights can't be had.
+    """
+    name, known = name.removeprefix("timm:"), timm.list_models()
     if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in known:
         raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models('vit_*')` lists them")
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise MapetError(
             f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
         ) from None
+
+
+def _from_timm(name: str, pretrained: bool) -> Published:
+    vit = timm_model(name, pretrained)
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{name}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     stats = (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mapet.errors import MapetError
 from mapet.model.attention import RowBlock, attend
 from mapet.model.objective import CAE
-from mapet.model.pretrainer import Prediction, Pretrainer, Targets, gather, residual
-from mapet.model.target import LOSSES, TargetKind, full_precision
+from mapet.model.pretrainer import Prediction, Pretrainer, Ranks, Survival, Targets, fates_of, gather, residual
+from mapet.model.target import TargetKind, full_precision
 
 DEPTH = 4
 """Blocks of the regressor, and of the decoder (the paper's for ViT-B)."""
@@ -75,25 +75,30 @@ class ContextAutoencoder(Pretrainer):
         targets: Targets,
         permutation: Int[Tensor, "B N"],
         num_context: int | None = None,
+        ranks: Ranks | None = None,
+        survival: Survival | None = None,
     ) -> Prediction:
         """Loss of the words plus `ALIGNMENT` times that of the latents; arguments as `Pretrainer.forward`'s."""
         c = self.num_context if num_context is None else num_context
-        rows, alignment = self.autoencode(images, permutation, c)
-        targets = gather(targets, permutation[:, c:])
-        loss, correct = LOSSES[self.target](rows.flatten(0, 1), self.head, targets.flatten(0, 1))
-        return Prediction(loss + ALIGNMENT * alignment, correct, targets)
+        rows, alignment = self.autoencode(images, permutation, c, survival)
+        prediction = self.score(rows, gather(targets, permutation[:, c:]))
+        return prediction._replace(loss=prediction.loss + ALIGNMENT * alignment)
 
     def predict(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B p V"]:
         """Logits of the p hidden patches, in permutation order."""
         return self.head(self.autoencode(images, permutation, self.num_context)[0])
 
     def autoencode(
-        self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], num_context: int
+        self,
+        images: Float[Tensor, "B C H W"],
+        permutation: Int[Tensor, "B N"],
+        num_context: int,
+        survival: Survival | None = None,
     ) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
         """What the head reads, and the alignment loss."""
-        visible = self.latents(images, permutation[:, :num_context])
+        visible = self.latents(images, permutation[:, :num_context], survival)
         with torch.no_grad():
-            wanted = self.latents(images, permutation[:, num_context:])[:, self.vit.num_prefix_tokens :]
+            wanted = self.latents(images, permutation[:, num_context:], survival)[:, self.vit.num_prefix_tokens :]
         positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(images), -1, -1)
         rows = self.mask_token + gather(positions, permutation[:, num_context:])
         bias = rows.new_empty(0)  # all see all
@@ -106,10 +111,14 @@ class ContextAutoencoder(Pretrainer):
         alignment = F.mse_loss(full_precision(rows), full_precision(wanted))
         return self.decoder_norm(self.decoder(rows)), alignment
 
-    def latents(self, images: Float[Tensor, "B C H W"], chosen: Int[Tensor, "B n"]) -> Float[Tensor, "B T D"]:
+    def latents(
+        self, images: Float[Tensor, "B C H W"], chosen: Int[Tensor, "B n"], survival: Survival | None = None
+    ) -> Float[Tensor, "B T D"]:
         """The ViT's own pass over its prefix tokens and the chosen patches alone."""
         vit = self.vit
         embedded = vit._pos_embed(vit.patch_embed(images))
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
         rows = vit.norm_pre(torch.cat([prefix, gather(patches, chosen)], dim=1))
-        return vit.norm(vit.blocks(rows))
+        for block, fate in zip(vit.blocks, fates_of(vit, survival), strict=True):
+            rows = residual(block, rows, block.attn(block.norm1(rows)), fate)
+        return vit.norm(rows)

@@ -15,41 +15,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's logits are at hand (as in Liger, arXiv 2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(x)
         full = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
         chunks = -(-rows // CHUNK_ROWS["cpu" if x.device.type == "cpu" else "gpu"])
         chunk = -(-rows // chunks)  # about the same size each
         dx = torch.empty_like(x)
         dweight, dbias = (torch.zeros_like(parameter, dtype=full) for parameter in (weight, bias))
-        loss, correct = x.new_zeros((), dtype=full), targets.new_zeros(())
-        for part, dpart, target in zip(x.split(chunk), dx.split(chunk), targets[:, None].split(chunk), strict=True):
+        losses, correct = x.new_empty(rows, dtype=full), targets.new_zeros(())
+        parts = (x, dx, targets[:, None], losses[:, None])
+        for part, dpart, target, loss in zip(*(whole.split(chunk) for whole in parts), strict=True):
             product = part @ weight.T
             logits = product.to(full).add_(bias.to(full))  # on CPUs sums of two dtypes are slow: convert first
             highest, likeliest = logits.max(dim=1, keepdim=True)
             correct += (likeliest == target).sum()
-            loss += (highest - logits.gather(1, target)).sum()
             probability = logits.softmax(dim=1)
-            loss -= probability.gather(1, likeliest).log().sum()  # log-sum-exp = highest - log of its probability
+            # log-sum-exp = highest - log of its probability
+            torch.sub(highest - logits.gather(1, target), probability.gather(1, likeliest).log(), out=loss)
             gradient = product.copy_(probability.scatter_add_(1, target, -torch.ones_like(highest)))
             torch.mm(gradient, weight, out=dpart)
             dweight += (gradient.T @ part).to(full)
             dbias += gradient.sum(dim=0, dtype=full)
         ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
         ctx.rows = rows
-        ctx.mark_non_differentiable(correct)
-        return loss / rows, correct
+        ctx.mark_non_differentiable(correct, losses)
+        return losses.sum() / rows, correct, losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _correct: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _correct: None, _losses: None) -> tuple[Tensor | None, ...]:
         return *(saved * (gradient / ctx.rows).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
 def linear_cross_entropy(
     x: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"], targets: Int[Tensor, " n"]
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Mean `cross_entropy(linear(x, weight, bias), targets)` in nats, and how many rows have their target as the
-    likeliest word, with memory for one chunk of logits.
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Float[Tensor, " n"]]:
+    """Mean `cross_entropy(linear(x, weight, bias), targets)` in nats, how many rows have their target as the likeliest
+    word, and the loss of each row (without gradient), with memory for one chunk of logits.
 
     Sums and softmax are in float32 at least, products in the dtype of `x`.
     """

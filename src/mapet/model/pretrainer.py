@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from mapet.model.objective import Objective, Segment, content_rows, segment_leng
 from mapet.model.target import LOSSES, TargetKind
 
 Ranks = Int[Tensor, " m"]
+Survival = Float[Tensor, "B branches"]
+"""A number from 0 to 1 for each residual branch, two a block."""
+Fate = tuple[Float[Tensor, " B"] | None, Float[Tensor, " B"] | None]
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
 """What there is to know about each patch, row-major: its visual word, or numbers."""
 
@@ -24,11 +29,13 @@ class Prediction(NamedTuple):
         loss: mean over the m predicted patches of each image; nats, if they are words.
         correct: how many words were right; None where targets are numbers.
         targets: of the predicted patches.
+        losses: of each image, without gradient.
     """
 
     loss: Float[Tensor, ""]
     correct: Int[Tensor, ""] | None
     targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]
+    losses: Float[Tensor, " B"]
 
 
 class Layout(NamedTuple):
@@ -74,8 +81,8 @@ class Pretrainer(nn.Module):
         vocab_size: V, the number of visual words.
         objective: a row of `mapet.model.objective`.
         num_context: c, from 0 to N - 1, where a pass doesn't say otherwise.
-        num_targets: m; in training predict so many of the p = N - c patches, other ranks each pass: an unbiased estimate
-            of the same loss from fewer query rows. None: all of them.
+        num_targets: m; in training predict so many of the p = N - c patches, at the ranks of `draw_ranks`: an unbiased
+            estimate of the same loss from fewer query rows. None: all of them.
         target: what is predicted of a patch; `vocab_size` is the number of values of the head.
         separate_query: give query tokens a parameter of their own (it starts as the mask token).
 
@@ -145,6 +152,8 @@ class Pretrainer(nn.Module):
         targets: Targets,
         permutation: Int[Tensor, "B N"],
         num_context: int | None = None,
+        ranks: Ranks | None = None,
+        survival: Survival | None = None,
     ) -> Prediction:
         """Mean loss over the B x m predicted patches: the cross-entropy of their words.
 
@@ -153,17 +162,27 @@ class Pretrainer(nn.Module):
             targets: visual word of each patch, row-major (or what `target` says).
             permutation: patch indices; the first c are context, the others are predicted in this order.
             num_context: c of this pass; None: the model's own.
+            ranks: which of the hidden patches to predict, ascending; None: all of them.
+            survival: what stochastic depth decides by, see `residual`; None: it draws for itself.
         """
         c = self.num_context if num_context is None else num_context
-        ranks = None
-        if self.training and self.num_targets is not None:
-            ranks = torch.randperm(self.num_patches - c, device=images.device)[: self.num_targets].sort().values
-        rows = self.encode(images, permutation, self.layout(c), ranks)
+        rows = self.encode(images, permutation, self.layout(c), ranks, survival)
         targets = gather(targets, permutation[:, c:])
         if ranks is not None:
             targets = targets[:, ranks]
-        loss, correct = LOSSES[self.target](rows.flatten(0, 1), self.head, targets.flatten(0, 1))
-        return Prediction(loss, correct, targets)
+        return self.score(rows, targets)
+
+    def score(self, rows: Float[Tensor, "B m D"], targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]) -> Prediction:
+        """The head's reading of the rows against what was there."""
+        loss, correct, losses = LOSSES[self.target](rows.flatten(0, 1), self.head, targets.flatten(0, 1))
+        return Prediction(loss, correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
+
+    def draw_ranks(self, num_context: int, seed: list[int]) -> Ranks | None:
+        """The m ranks of a step, ascending, on the CPU; None where all are predicted."""
+        if self.num_targets is None:
+            return None
+        drawn = np.random.default_rng(seed).permutation(self.num_patches - num_context)[: self.num_targets]
+        return torch.from_numpy(np.sort(drawn))
 
     def predict(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B p V"]:
         """Logits of the p hidden patches, in permutation order."""
@@ -175,6 +194,7 @@ class Pretrainer(nn.Module):
         permutation: Int[Tensor, "B N"],
         layout: Layout,
         ranks: Ranks | None = None,
+        survival: Survival | None = None,
     ) -> Float[Tensor, "B m D"]:
         """What the head reads: the final outputs of the rows that predict `ranks` (None: all p).
 
@@ -187,11 +207,11 @@ class Pretrainer(nn.Module):
         if ranks is not None:
             read_bias = read_bias[ranks]
             bias = torch.cat([bias[:content], read_bias]) if asks_only else bias
-        *blocks, last = self.vit.blocks
-        for block in blocks:
+        (*blocks, last), (*fates, last_fate) = self.vit.blocks, fates_of(self.vit, survival)
+        for block, fate in zip(blocks, fates, strict=True):
             seen, asking = block.norm1(rows).split([content, rows.shape[1] - content], dim=1)
             attended = attend(block.attn, seen, asking, bias, clip(layout.all_blocks, len(bias)), content_asks=True)
-            rows = residual(block, rows, attended)
+            rows = residual(block, rows, attended, fate)
         normal = last.norm1(rows)
         asking, rows = (
             x[:, read_at] if ranks is None or asks_only else x[:, read_at][:, ranks] for x in (normal, rows)
@@ -204,7 +224,7 @@ class Pretrainer(nn.Module):
             clip(layout.read_blocks, len(read_bias)),
             content_asks=False,
         )
-        return self.vit.norm(residual(last, rows, attended))
+        return self.vit.norm(residual(last, rows, attended, last_fate))
 
     def pack(
         self,
@@ -246,10 +266,32 @@ class Pretrainer(nn.Module):
         return vit.norm_pre(torch.cat(list(parts.values()), dim=1))
 
 
-def residual(block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
-    """What timm's Block does after its attention."""
-    rows = rows + block.drop_path1(block.ls1(attended))
-    return rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows))))
+def residual(
+    block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], fate: Fate = (None, None)
+) -> Float[Tensor, "B R D"]:
+    """What timm's Block does after its attention.
+
+    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `fate` is below the branch's
+    probability of survival; given from outside, the draws don't depend on which images are computed together.
+    """
+    rows = rows + surviving(block.drop_path1, block.ls1(attended), fate[0])
+    return rows + surviving(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), fate[1])
+
+
+def surviving(
+    path: nn.Module, branch: Float[Tensor, "B R D"], fate: Float[Tensor, " B"] | None
+) -> Float[Tensor, "B R D"]:
+    if fate is None or not path.training or not isinstance(path, DropPath):
+        return path(branch)
+    probability = 1 - path.drop_prob
+    return branch * ((fate < probability).to(branch.dtype) / probability)[:, None, None]
+
+
+def fates_of(vit: VisionTransformer, survival: Survival | None) -> list[Fate]:
+    """The numbers of each block's two branches."""
+    if survival is None:
+        return [(None, None)] * len(vit.blocks)
+    return [(first, second) for first, second in survival.unflatten(1, (-1, 2)).permute(1, 2, 0)]
 
 
 def gather(values: Tensor, order: Int[Tensor, "B n"]) -> Tensor:

@@ -14,10 +14,11 @@ TargetKind = Literal["tokens", "pixels", "features"]
 
 
 class Scores(NamedTuple):
-    """A mean loss, and how many rows have their word as the likeliest (None where there are no words)."""
+    """A mean loss, how many rows have their word as the likeliest (None where there are no words), each row's loss."""
 
     loss: Float[Tensor, ""]
     correct: Int[Tensor, ""] | None
+    losses: Float[Tensor, " n"]
 
 
 def token_loss(rows: Float[Tensor, "n D"], head: nn.Linear, words: Int[Tensor, " n"]) -> Scores:
@@ -27,12 +28,16 @@ def token_loss(rows: Float[Tensor, "n D"], head: nn.Linear, words: Int[Tensor, "
 
 def pixel_loss(rows: Float[Tensor, "n D"], head: nn.Linear, patches: Float[Tensor, "n F"]) -> Scores:
     """Mean squared error of `normalized_patches` (MAE, arXiv 2111.06377): 1 for always guessing the mean."""
-    return Scores(F.mse_loss(full_precision(head(rows)), patches), None)
+    return mean_of((full_precision(head(rows)) - patches).square().mean(dim=1))
 
 
 def feature_loss(rows: Float[Tensor, "n D"], head: nn.Linear, features: Float[Tensor, "n F"]) -> Scores:
     """1 - cosine similarity with the teacher's feature (MVP, arXiv 2203.05175; EVA, arXiv 2211.07636)."""
-    return Scores(1 - F.cosine_similarity(full_precision(head(rows)), features, dim=1).mean(), None)
+    return mean_of(1 - F.cosine_similarity(full_precision(head(rows)), features, dim=1))
+
+
+def mean_of(losses: Float[Tensor, " n"]) -> Scores:
+    return Scores(losses.mean(), None, losses.detach())
 
 
 LOSSES: dict[TargetKind, Callable[[Tensor, nn.Linear, Tensor], Scores]] = {

@@ -64,7 +64,9 @@ def origin_of(source: str | Path) -> Origin:
 def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     store = _json(recipe.get("tokens"), "store.json")
     if store:
-        return {"number": store["num_images"], "hash": store["images_hash"], "unreadable": len(store["bad"])}
+        parts = [json.loads(path.read_text()) for path in (Path(recipe["tokens"]) / "parts").glob("*.json")]
+        unreadable = sum(len(part["bad"]) for part in parts)
+        return {"number": store["num_images"], "hash": store["images_hash"], "unreadable": unreadable}
     try:
         images = scan(Path(recipe["images"]))
     except (KeyError, MapetError, OSError):

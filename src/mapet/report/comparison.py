@@ -5,12 +5,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from math import isfinite, nan
-from statistics import fmean, stdev
+from statistics import fmean
 
 from mapet.errors import MapetError
+from mapet.evaluation.intervals import LEVEL, mean_and_interval
 
-LEVEL = 0.05
-"""Corrected p below which two values are told apart; intervals cover 1 - LEVEL."""
 NO_SPREAD = 1e-9
 """Accuracies nearer than this are the same: no test set is large enough to tell them from rounding."""
 
@@ -132,18 +131,6 @@ class Difference:
         if self.p_holm is None:
             return "no test"
         return "not told apart" if self.p_holm >= LEVEL else "higher" if self.mean > 0 else "lower"
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95 % interval by Student's t, for values taken as normal and independent.
-
-    None in place of a width below two values: nothing is then known of the spread.
-    """
-    if len(values) < 2:
-        return fmean(values), None
-    from scipy import stats  # a second to import
-
-    return fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:

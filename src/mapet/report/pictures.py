@@ -1,6 +1,7 @@
 """One function a picture: tensors in, a matplotlib figure out."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mapet.files import atomic
 from mapet.model.objective import Segment
 
 HIDDEN = 0.88
@@ -94,6 +96,43 @@ def nearest_codes(
             figure.axes[0].text(column + 0.5, y - 0.47, f"{code}: {distance:.2g}", fontsize=6, ha="center", va="bottom")
     figure.suptitle("Mean patches of words and of their nearest words (code: distance)", fontsize=9)
     return figure
+
+
+def neighbour_panel(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]], labelled: bool) -> Figure:
+    """Rows of (image, name): a test image, then the training images nearest to it, best first.
+
+    Args:
+        labelled: names are classes; those of another class than the row's first are red.
+    """
+    figure, centres = _montage([[to_picture(image) for image, _ in row] for row in rows], [""] * len(rows), size=0.9)
+    for y, row in zip(centres, rows, strict=True):
+        for column, (_, name) in enumerate(row):
+            wrong = labelled and name != row[0][1]
+            color = "black" if column == 0 else "tab:red" if wrong else "tab:green" if labelled else "grey"
+            figure.axes[0].text(column + 0.5, y - 0.47, name[:16], fontsize=6, ha="center", va="bottom", color=color)
+    figure.suptitle("Test images (left) and their nearest training images by cosine similarity", fontsize=9)
+    return figure
+
+
+def learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Mean training loss of each epoch and, where it was measured, the accuracy on the test images."""
+    figure, left = plt.subplots(figsize=(6, 4), layout="constrained")
+    trained, judged = ([row for row in rows if name in row] for name in ("loss", "accuracy"))
+    left.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], color="tab:blue")
+    left.set_xlabel("epoch")
+    left.set_ylabel("training loss", color="tab:blue")
+    right = left.twinx()
+    right.plot([row["epoch"] for row in judged], [row["accuracy"] for row in judged], color="tab:orange", marker="o")
+    right.set_ylabel("test accuracy", color="tab:orange")
+    right.set_ylim(0, 1)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG, atomically."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
 
 
 def spread_of_codes(counts: Int[Tensor, " V"], most: int) -> Int[Tensor, " n"]:

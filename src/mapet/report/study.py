@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
 from mapet.report.comparison import (
     Cell,
@@ -17,7 +18,6 @@ from mapet.report.comparison import (
     Study,
     findings,
     in_words,
-    mean_and_interval,
     p_value,
     paired_differences,
 )

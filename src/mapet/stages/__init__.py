@@ -9,6 +9,7 @@ from mapet.recipe import Stage
 from mapet.stages.check import check
 from mapet.stages.demo import demo
 from mapet.stages.embed import embed
+from mapet.stages.evaluate import evaluate
 from mapet.stages.export import export
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
@@ -16,6 +17,7 @@ from mapet.stages.inspect import inspect
 from mapet.stages.prepare import prepare
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
+from mapet.stages.replay import replay
 from mapet.stages.run import run
 from mapet.stages.study import study
 from mapet.stages.tokenize import tokenize
@@ -30,7 +32,9 @@ STAGES: dict[str, Stage[Any]] = {
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,
+    "replay": replay,
     "probe": probe,
+    "evaluate": evaluate,
     "finetune": finetune,
     "inspect": inspect,
     "embed": embed,

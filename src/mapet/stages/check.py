@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PositiveInt
 
-from mapet.recipe import Size, stage
+from mapet.recipe import Size, Source, stage
 from mapet.stages.options import Device, Precision, automatic_workers
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ log = logging.getLogger("mapet")
 class CheckConfig(Device):
     """Options of `check`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     channels: PositiveInt = 3
     """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
     model: str = "vit_tiny_patch16_224"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mapet.errors import MapetError
-from mapet.recipe import Size, stage
-from mapet.stages.options import BadImages, Loading, Precision, Source
+from mapet.recipe import Size, Source, stage
+from mapet.stages.options import BackboneSource, BadImages, Loading, Precision
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
@@ -20,9 +20,9 @@ log = logging.getLogger("mapet")
 class EmbedConfig(BadImages, Loading):
     """Options of `embed`."""
 
-    backbone: Source
+    backbone: BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
-    images: Path
+    images: Source
     """Folder of images, or text file of paths."""
     out: Path
     """New folder for the features."""

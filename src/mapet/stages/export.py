@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, PositiveInt
 
 from mapet.errors import MapetError
-from mapet.recipe import Config, Size, stage
-from mapet.stages.options import Source
+from mapet.recipe import Config, Size, Source, stage
+from mapet.stages.options import BackboneSource
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +25,7 @@ FormatName = Literal["timm", "transformers", "onnx", "torch-export"]
 class ExportConfig(Config):
     """Options of `export`."""
 
-    backbone: Source
+    backbone: BackboneSource
     """A run, finished or not (then its newest checkpoint is taken), a fine-tuned model, a model folder of timm or Hugging Face, a
     weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     out: Path
@@ -40,7 +40,7 @@ class ExportConfig(Config):
     """Channels of the input; the patch embedding is adapted; automatic: the backbone's own."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
-    images: Path | None = None
+    images: Source | None = None
     """Images to check the formats on; automatic: the run's own."""
     license: str = "other"
     """Licence of the weights, for the model card, e.g. apache-2.0."""
@@ -141,7 +141,7 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
             wanted = np.unique(np.linspace(0, len(images) - 1, COUNT).round().astype(int))
             dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
             batch = collate([dataset[0, int(index)] for index in wanted])
-            views, words = batch.image, f"{len(batch.image_index)} images of {folder.name}"
+            views, words = batch.image, f"{len(batch.image_index)} images of {Path(folder).name}"
         except (MapetError, OSError):
             if config.images is not None:
                 raise

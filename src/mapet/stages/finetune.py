@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import stage
-from mapet.stages.options import BadImages, Device, Precision, Source, automatic_workers
+from mapet.recipe import Source, stage
+from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 log = logging.getLogger("mapet")
@@ -15,14 +15,14 @@ log = logging.getLogger("mapet")
 class FinetuneConfig(Views, BadImages, Device):
     """Options of `finetune`."""
 
-    backbone: Source
+    backbone: BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
-    images: Path
+    images: Source
     """Labelled images, CLASS/image.jpg, to train on."""
-    test_images: Path | None = None
+    test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
-    """New folder for the fine-tuned model and its accuracy."""
+    """New folder for the fine-tuned model, its accuracy (result.json) and its curve (metrics.jsonl, curve.png)."""
     scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
@@ -57,6 +57,8 @@ class FinetuneConfig(Views, BadImages, Device):
     """Alpha of CutMix: a box of one image is laid into another; with both, each batch has one or the other."""
     random_erasing: float = Field(0.0, ge=0, le=1)
     """Share of images in which a random box becomes noise."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
     precision: Precision = "auto"
@@ -83,17 +85,34 @@ def finetune(config: FinetuneConfig) -> float:
       mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop
       mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --scratch
     """
+    import json
+
+    from mapet.evaluation.intervals import wilson
     from mapet.files import new_folder, write_json
     from mapet.model.backbone import save_backbone
     from mapet.training.finetune import finetune_vit
 
     if config.out:
         new_folder(config.out)
-    vit, score, train = finetune_vit(config)
-    log.info("accuracy %.3f, trained on %d images of %d classes", score, len(train.labels), len(train.classes))
+    rows: list[dict[str, float]] = []
+
+    def note(row: dict[str, float]) -> None:
+        rows.append(row)
+        with (config.out / "metrics.jsonl").open("a", encoding="utf-8") as file:  # type: ignore[operator]
+            file.write(json.dumps(row) + "\n")
+
+    vit, (right, seen), train = finetune_vit(config, note if config.out else None)
+    score, (low, high) = right / seen, wilson(right, seen)
+    log.info(
+        "accuracy %.3f (%.3f to %.3f on %d images), trained on %d images of %d classes",
+        score, low, high, seen, len(train.labels), len(train.classes),
+    )  # fmt: skip
     if config.out:
+        from mapet.report.pictures import learning_curve, save_figure
+
         save_backbone(vit.cpu(), config.out / "model")
-        write_json(
-            config.out / "result.json", {"accuracy": score, "train_images": len(train.labels), "classes": train.classes}
-        )
+        note({"epoch": config.epochs, "accuracy": score})
+        save_figure(learning_curve(rows), config.out / "curve.png")
+        record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
+        write_json(config.out / "result.json", record | {"classes": train.classes})
     return score

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError
-from mapet.recipe import Size, shared_stage
+from mapet.recipe import Size, Source, shared_stage
 from mapet.stages.options import BadImages, Loading, Precision
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ log = logging.getLogger("mapet")
 class FitTokenizerConfig(Loading, BadImages):
     """Options of `fit-tokenizer`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the tokenizer."""
     teacher: str = "pixels"
@@ -104,6 +104,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     import numpy as np
     from tqdm import tqdm
 
+    from mapet import processes
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset
     from mapet.data.image_list import scan
@@ -122,6 +123,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
         raise MapetError(f"{checkpoint} holds an interrupted fit: go on with --resume, or delete it to begin again")
+    processes.wait()  # all have looked before one writes
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     size = config.image_size
@@ -159,16 +161,24 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     )
 
     order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
+    capacity = min(config.points_per_word * vocab_size, num_patches)
+    sample = order[: -(-capacity // per_image)]
+    rank, number = processes.rank(), processes.number()
+    if len(sample) < number:
+        raise MapetError(f"{number} processes for {len(sample)} images: start fewer")
+    # Each process has a stretch of the sample, so that all points together are numbered as those of one would be.
+    first, last = (len(sample) * part // number for part in (rank, rank + 1))
     dataset = ViewDataset(images, ViewSpec(image_size=size), config.channels, teacher_size=teacher.image_size)
     quarantine = Quarantine(images, config.max_bad)
-    capacity = min(config.points_per_word * vocab_size, num_patches)
     reading = quarantine, compute, config.batch_size, config.num_workers
     if own is not None:
-        fitted = use_own(teacher, own, dataset, order[: -(-capacity // per_image)], *reading)
+        fitted = use_own(teacher, own, dataset, sample[first:last], *reading)
     else:
-        memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // 2
-        with FeatureStore(capacity, memory, config.scratch or config.out.parent, compute.device) as points:
-            sample_features(teacher, dataset, order, points, *reading)
+        sharing = 1 if compute.device.type == "cuda" else number
+        memory = int(config.memory * 1e9) if config.memory else free_memory(compute.device) // (2 * sharing)
+        room = min(capacity, last * per_image) - first * per_image
+        with FeatureStore(room, memory, config.scratch or config.out.parent, compute.device) as points:
+            sample_features(teacher, dataset, sample[first:last], points, *reading)
             if levels:
                 fitted = fit_scalar(points, levels)
             else:
@@ -191,8 +201,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         "mean_squared_distance": fitted.error,
     }
     tokenizer = Tokenizer(teacher, fitted.quantizer, describe(teacher, fitted.quantizer, health, fitting))
-    save_tokenizer(tokenizer, fitted.usage, config.out)
-    checkpoint.unlink(missing_ok=True)
+    if rank == 0:
+        save_tokenizer(tokenizer, fitted.usage, config.out)
+        checkpoint.unlink(missing_ok=True)
     if teacher.own_grid not in (None, teacher.grid):
         log.warning(
             "the teacher's grid of %d x %d is interpolated to the student's %d x %d%s",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from mapet.recipe import stage
+from mapet.recipe import Source, stage
 from mapet.stages.options import Loading
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ class InspectConfig(Loading):
     """Folder made by `fit-tokenizer`: measure whether its words are any good."""
     out: Path
     """New folder for the pictures and figures."""
-    images: Path | None = None
-    """Folder of images, or text file of paths; automatic: those the run was trained on. With labels (CLASS/image.jpg) words
-    are held against the classes, too."""
+    images: Source | None = None
+    """Folder of images, text file of paths, .tar shards or hf:NAME; automatic: those the run was trained on. With labels
+    (CLASS/image.jpg) words are held against the classes, too."""
     tokens: Path | None = None
     """With `tokenizer`: a store made by `tokenize` of these images, to be compared with what the tokenizer says now."""
     num_images: PositiveInt = 6

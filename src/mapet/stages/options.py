@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from mapet.recipe import Config
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Source = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
 
 

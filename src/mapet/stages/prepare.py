@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mapet.recipe import stage
+from mapet.recipe import Source, stage
 from mapet.stages.options import BadImages, automatic_workers
 
 log = logging.getLogger("mapet")
@@ -14,8 +14,8 @@ log = logging.getLogger("mapet")
 class PrepareConfig(BadImages):
     """Options of `prepare`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the prepared images; give it to other stages as --images."""
     size: PositiveInt = 256

@@ -5,16 +5,16 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Ratio, Size, shared_stage
-from mapet.stages.options import BadImages, Device, Precision, Source, automatic_workers
+from mapet.recipe import Ratio, Size, Source, shared_stage
+from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 
 class PretrainConfig(Views, BadImages, Device):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New run folder."""
     tokenizer: Path
@@ -48,7 +48,7 @@ class PretrainConfig(Views, BadImages, Device):
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_targets: PositiveInt | None = None
     """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
-    init_from: Source | None = None
+    init_from: BackboneSource | None = None
     """Start from the weights of a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO,
     timm, ...) or timm:NAME, adapted to this grid, patch and channels (a new run; to go on with one, --resume)."""
 
@@ -81,17 +81,23 @@ class PretrainConfig(Views, BadImages, Device):
     """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
     compile: bool | None = None
     """Compile the step with torch.compile, some minutes at the start; automatic: on CUDA."""
+    shard: bool = False
+    """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
     save_minutes: PositiveFloat = 10
     """Time between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    max_skipped: PositiveInt = 5
+    """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
+    roll_back: NonNegativeInt = 0
+    """Instead of stopping then, so many times go back to the weights before and on with the images after."""
     log_every: PositiveInt | None = None
     """Steps between lines of metrics; automatic: 5 an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
-    probe_images: Path | None = None
+    probe_images: Source | None = None
     """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
     resume: bool = False
     """Go on with an interrupted run in `out`, exactly where it stopped."""

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from mapet.recipe import stage
-from mapet.stages.options import Loading, Precision, Source
+from mapet.recipe import Source, stage
+from mapet.stages.options import BackboneSource, Loading, Precision
 
 log = logging.getLogger("mapet")
 
@@ -13,11 +13,11 @@ log = logging.getLogger("mapet")
 class ProbeConfig(Loading):
     """Options of `probe`."""
 
-    backbone: Source
+    backbone: BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
-    images: Path
+    images: Source
     """Labelled images, CLASS/image.jpg, to train the probes on."""
-    test_images: Path | None = None
+    test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     pool: Literal["avg", "token"] = "avg"
     """Feature of an image: mean of its patch tokens, or the class token."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from mapet.errors import Interrupted, MapetError
-from mapet.recipe import Config, Stage, build, section, shared_stage
+from mapet.recipe import Config, Source, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.pretrain import PretrainConfig, pretrain
@@ -27,11 +27,11 @@ InspectOptions = section(InspectConfig, SET_HERE | {"teacher"})
 class RunConfig(Config):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for everything: tokenizer, tokens, pre-training run, backbone, figures, pictures."""
-    test_images: Path | None = None
+    test_images: Source | None = None
     """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""

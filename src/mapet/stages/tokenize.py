@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mapet.errors import MapetError
-from mapet.recipe import Config, shared_stage
+from mapet.errors import Interrupted, MapetError
+from mapet.recipe import Config, Source, shared_stage
 from mapet.stages.options import BadImages, Loading
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class Views(Config):
 class TokenizeConfig(Views, Loading, BadImages):
     """Options of `tokenize`."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     tokenizer: Path
     """Folder made by `fit-tokenizer`."""
     out: Path
@@ -60,12 +60,14 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     import torch
     from tqdm import tqdm
 
+    from mapet import processes
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset, make_loader
     from mapet.data.image_list import scan
-    from mapet.data.token_store import MANIFEST, ROWS, TokenStore
+    from mapet.data.token_store import MANIFEST, TokenStore
     from mapet.data.views import ViewSpec
     from mapet.files import new_folder
+    from mapet.signals import stop_signals
     from mapet.tokenizer.codebook import load_tokenizer
     from mapet.tokenizer.extract import teacher_features
 
@@ -77,53 +79,63 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     assert tokenizer.teacher is not None
     spec = ViewSpec(kind=config.views, image_size=tokenizer.student_size, min_scale=config.min_scale, seed=config.seed)
     num_views = config.num_views or {"center": 1, "flip": 2, "crop": 8}[config.views]
-    if config.resume and (config.out / MANIFEST).exists():
-        store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
-        if (store.view_spec, store.num_views) != (spec, num_views):
-            raise MapetError(
-                f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, now asked for {num_views} "
-                f"{spec.model_dump()}: use the same options or a new --out"
-            )
-    else:
-        if config.resume:  # stopped before its first manifest: nothing to keep
-            (config.out / ROWS).unlink(missing_ok=True)
+    if processes.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
-        store = TokenStore.create(
-            config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views
+        TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
+    processes.wait()
+    store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
+    if (store.view_spec, store.num_views) != (spec, num_views):
+        raise MapetError(
+            f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, now asked for {num_views} "
+            f"{spec.model_dump()}: use the same options or a new --out"
         )
+    processes.wait()  # all have looked before one writes
 
     dataset = ViewDataset(
         images, spec, tokenizer.description["teacher"]["channels"], teacher_size=tokenizer.teacher.image_size
     )
     quarantine = Quarantine(images, config.max_bad, dict(store.bad))
     per_batch = max(1, config.batch_size // num_views)
-    starts = range(store.done, len(images), per_batch)
-    batches = [
-        [(view, i) for i in range(s, min(s + per_batch, len(images))) for view in range(num_views)] for s in starts
+    parts = [part for part in store.parts if part.done < part.count][processes.rank() :: processes.number()]
+    work = [
+        (part, range(start, min(start + per_batch, part.first + part.count)))
+        for part in parts
+        for start in range(part.first + part.done, part.first + part.count, per_batch)
     ]
+    batches = [[(view, row) for row in rows for view in range(num_views)] for _, rows in work]
     loader = make_loader(dataset, batches, config.num_workers)
     saved = time.monotonic()
-    with tqdm(total=len(images), initial=store.done, desc="tokenize", unit="img", disable=None) as bar:
+    current = None
+    several = f" (process 1 of {processes.number()})" if processes.number() > 1 else ""
+    with (
+        stop_signals("saving after this batch") as stop,
+        tqdm(total=sum(len(rows) for _, rows in work), desc=f"tokenize{several}", unit="img", disable=None) as bar,
+    ):
         try:
-            for start, batch in zip(starts, loader, strict=True):
+            for (part, rows), batch in zip(work, loader, strict=True):
                 quarantine.add(batch.bad)
-                count = min(per_batch, len(images) - start)
-                rows = torch.zeros(count, num_views, tokenizer.grid[0] * tokenizer.grid[1], dtype=torch.int64)
+                tokens = torch.zeros(len(rows), num_views, tokenizer.grid[0] * tokenizer.grid[1], dtype=torch.int64)
                 if len(batch.image_index):
-                    ids = (
-                        tokenizer.name_features(teacher_features(tokenizer.teacher, batch, images, compute))
-                        .flatten(1)
-                        .cpu()
-                    )
+                    features = teacher_features(tokenizer.teacher, batch, images, compute)
+                    ids = tokenizer.name_features(features).flatten(1).cpu()
                     for index in batch.image_index.unique():  # a bad image has no rows in the batch
-                        rows[index - start] = ids[batch.image_index == index]
-                store.write(start, rows.numpy(), dict(batch.bad))
-                bar.update(count)
-                if time.monotonic() - saved > 5:
-                    store.save_progress()
+                        tokens[index - rows.start] = ids[batch.image_index == index]
+                if not part.done:
+                    store.begin(part)
+                store.write(part, tokens.numpy(), dict(batch.bad))
+                current = part
+                bar.update(len(rows))
+                if part.done == part.count or time.monotonic() - saved > 5:
+                    store.save_progress(part)
                     saved = time.monotonic()
+                if stop.asked:
+                    raise Interrupted(f"stopped by {stop.asked}, saved. Go on with the same command and --resume")
         finally:
-            store.save_progress()
+            if current:
+                store.save_progress(current)
+    processes.wait()
+    store = TokenStore.open(config.out, images, tokenizer.hash)
+    Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those that all processes met
     log.info(
         "tokens of %d images x %d views in %s (%d bad images left out)",
         len(images),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Size, stage
+from mapet.recipe import Size, Source, stage
 from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -14,8 +14,8 @@ class TrainTokenizerConfig(Views, BadImages, Device):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
 
-    images: Path
-    """Folder of images, or text file of paths."""
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_json, write_json, write_tensors
+from mapet.files import atomic, canonical_hash, read_sealed, write_sealed, write_tensors
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.teacher import Teacher, is_own_code, make_teacher
 
@@ -156,7 +156,7 @@ def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path)
     with atomic(folder) as temporary:
         temporary.mkdir()
         write_tensors(temporary / CODEBOOK, tokenizer.quantizer.state_dict() | {"usage": usage})
-        write_json(temporary / DESCRIPTION, tokenizer.description)
+        write_sealed(temporary / DESCRIPTION, tokenizer.description)
 
 
 def load_tokenizer(
@@ -173,7 +173,7 @@ def load_tokenizer(
     Raises:
         MapetError: not a tokenizer, damaged, its teacher is not to be had or has other weights than it was fitted with.
     """
-    description = read_json(folder / DESCRIPTION, "tokenizer")
+    description = read_sealed(folder / DESCRIPTION, "tokenizer")
     try:
         tensors = load_file(folder / CODEBOOK)
         del tensors["usage"]

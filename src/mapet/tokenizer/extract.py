@@ -37,17 +37,15 @@ def teacher_features(
 def sample_features(
     teacher: Teacher,
     dataset: ViewDataset,
-    order: Sequence[int],
+    indices: Sequence[int],
     store: FeatureStore,
     quarantine: Quarantine,
     compute: Compute,
     batch_size: int,
     workers: int,
 ) -> None:
-    """Fill the store with patch features of the images of `order`, one after the other."""
-    per_image = teacher.grid[0] * teacher.grid[1]
-    wanted = list(order[: -(-store.capacity // per_image)])
-    batches = [[(0, index) for index in wanted[i : i + batch_size]] for i in range(0, len(wanted), batch_size)]
+    """Fill the store with patch features of these images, one after the other."""
+    batches = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
     for batch in tqdm(make_loader(dataset, batches, workers), desc="teacher features", unit="batch", disable=None):
         quarantine.add(batch.bad)
         if len(batch.image_index):

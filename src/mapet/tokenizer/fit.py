@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
+from mapet import processes
 from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, make_loader
 from mapet.tokenizer.extract import teacher_features
@@ -53,7 +54,7 @@ def fit_scalar(points: FeatureStore, levels: Sequence[int]) -> Fitted:
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     for _, block in points.blocks(ROWS):
         usage += torch.bincount(quantizer(block), minlength=len(usage)).cpu()
-    return Fitted(quantizer, usage)
+    return Fitted(quantizer, processes.total(usage))
 
 
 def use_own(
@@ -66,7 +67,7 @@ def use_own(
     batch_size: int,
     workers: int,
 ) -> Fitted:
-    """The words that a teacher brings along, and how often images have each."""
+    """The words that a teacher brings along, and how often images have each; `indices` are this process's."""
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     batches = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
     for batch in tqdm(make_loader(dataset, batches, workers), desc="words", unit="batch", disable=None):
@@ -75,4 +76,4 @@ def use_own(
             features = teacher_features(teacher, batch, dataset.images, compute)
             ids = quantizer(features.permute(0, 2, 3, 1).flatten(0, 2))
             usage += torch.bincount(ids, minlength=len(usage)).cpu()
-    return Fitted(quantizer, usage)
+    return Fitted(quantizer, processes.total(usage))

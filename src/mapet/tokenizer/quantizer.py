@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mapet import processes
 from mapet.errors import MapetError
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans import assign
@@ -110,6 +111,8 @@ def project(
 def principal_components(points: FeatureStore, dimensions: int, whiten: bool) -> dict[str, Tensor]:
     """Mean and components of the points' covariance, largest first: `mean` (F,), `components` (F, d).
 
+    Of several processes each gives its points; all get what those of all have.
+
     Args:
         whiten: give each unit variance.
 
@@ -121,19 +124,23 @@ def principal_components(points: FeatureStore, dimensions: int, whiten: bool) ->
         raise MapetError(f"{dimensions} principal components of features that are {width} wide: ask for fewer")
     total = torch.zeros(width, dtype=torch.float64)
     square = torch.zeros(width, width, dtype=torch.float64)
-    shift = points.take(torch.tensor([0]))[0].cpu().double()  # near the mean, against cancellation
+    shift = processes.of_the_first(
+        points.take(torch.tensor([0]))[0].cpu().double()
+    )  # near the mean, against cancellation
     for _, block in points.blocks(2048):
         rows = block.cpu().double() - shift
         total += rows.sum(0)
         square += rows.T @ rows
-    mean = total / len(points)
-    values, vectors = torch.linalg.eigh(square / len(points) - torch.outer(mean, mean))
+    count = int(processes.total(torch.tensor(len(points))))
+    mean = processes.total(total) / count
+    values, vectors = torch.linalg.eigh(processes.total(square) / count - torch.outer(mean, mean))
     values, vectors = values.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # an eigenvector's sign is arbitrary
     components = vectors * signs
     if whiten:
         components = components / values.clamp_min(values[0] * 1e-12 + 1e-300).sqrt()
-    return {"mean": (mean + shift).float().to(points.device), "components": components.float().to(points.device)}
+    found = {"mean": (mean + shift).float(), "components": components.float()}
+    return {name: processes.of_the_first(tensor).to(points.device) for name, tensor in found.items()}
 
 
 def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:

@@ -1,52 +1,94 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent."""
 
-import json
+import errno
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, file_hash, write_tensors
+from mapet.files import atomic, file_hash, read_sealed, write_sealed, write_tensors
+from mapet.training.sharding import load_whole, shared_like, whole, whole_state
 
 log = logging.getLogger("mapet")
-FILES = ("model.safetensors", "optimizer.safetensors")
+STATE = "state.json"
+
+
+class Stateful(Protocol):
+    """Keeps all it needs to go on in named tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder/step-00000000` atomically, then remove all but the newest `keep`.
+    """Write `folder/step-00000000` atomically, read it back, and only then remove all but the newest `keep`.
 
     Args:
+        parts: named tensors of each file, see `tensors_of`.
         state: JSON of everything else that the run needs to go on.
+
+    Raises:
+        MapetError: the disk is full, or does not hold what was written; the checkpoints before are intact.
     """
     target = folder / f"step-{step:08d}"
     if target.exists():
         return target
-    with atomic(target) as temporary:
-        temporary.mkdir()
-        write_tensors(temporary / FILES[0], model.state_dict())
-        write_tensors(temporary / FILES[1], _flatten(optimizer))
-        digests = {name: file_hash(temporary / name) for name in FILES}
-        (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}, indent=2))
+    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    try:
+        with atomic(target) as temporary:
+            temporary.mkdir()
+            for name, tensors in parts.items():
+                write_tensors(temporary / f"{name}.safetensors", tensors)
+                _verify(temporary / f"{name}.safetensors", tensors)
+            digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
+            write_sealed(temporary / STATE, {"step": step, "sha256": digests, **state})
+    except (OSError, MapetError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        before = checkpoints(folder)
+        raise MapetError(
+            f"cannot write checkpoint {target}: {error}. It takes {size:,} bytes, the disk has {shutil.disk_usage(folder).free:,} "
+            f"free; {f'the last one, {before[0].name}, is intact' if before else 'there is none before it'}. Make room and go "
+            "on with --resume"
+        ) from None
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
     return target
 
 
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, **others: Stateful) -> dict[str, dict[str, Tensor]]:
+    """The parts of a checkpoint, to be saved by the first process; a collective call. `others` are one part, 'progress'."""
+    parts = {"model": whole_state(model), "optimizer": _flatten(optimizer)}
+    progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
+    return parts | ({"progress": progress} if progress else {})
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return [state.parent for state in sorted(folder.glob("step-*/state.json"), reverse=True)]
+    return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **others: Stateful
+) -> dict[str, Any]:
     """Load the newest intact checkpoint of a run; a damaged one is passed over with a warning.
+
+    Args:
+        folder: of checkpoints, or one of them.
 
     Returns:
         The state that was saved with it, `step` included.
@@ -54,31 +96,57 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         MapetError: none is intact.
     """
-    found = checkpoints(folder)
+    found = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in found:
         try:
-            state = json.loads((path / "state.json").read_text())
-            for name in FILES:
-                if file_hash(path / name) != state["sha256"][name]:
-                    raise ValueError(f"{name} is damaged (its sha256 differs)")
-            weights, moments = load_file(path / FILES[0]), load_file(path / FILES[1])
-            model.load_state_dict(weights)
+            state, parts = _read(path)
+            load_whole(model, parts["model"])
             if optimizer is not None:
-                _restore(optimizer, moments)
-            return dict(state)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                _restore(optimizer, parts["optimizer"])
+            if "progress" in parts:  # absent in what version 0.1 wrote
+                for name, other in others.items():
+                    prefix = f"{name}."
+                    own = {k.removeprefix(prefix): v for k, v in parts["progress"].items() if k.startswith(prefix)}
+                    other.load_state_dict(own)
+            return state
+        except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
     raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new --out")
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Raises ValueError and its like: a file is damaged."""
+    state = read_sealed(path / STATE, "checkpoint")
+    if state["step"] != step_of(path):
+        raise ValueError(f"{STATE} says step {state['step']}")
+    for name, digest in state["sha256"].items():
+        if file_hash(path / name) != digest:
+            raise ValueError(f"{name} is damaged (its sha256 differs)")
+    return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
+
+
+def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises MapetError: the file does not hold the tensors, bit for bit."""
+    written = load_file(path)
+    for name, tensor in tensors.items():
+        if not _bits(written[name]).equal(_bits(tensor.cpu())):
+            raise MapetError(f"{path.name} does not hold what was written, '{name}' differs: is the disk failing?")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """NaN equals itself here."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
+    return {f"{i}.{name}": whole(torch.as_tensor(v)) for i, values in state.items() for name, v in values.items()}
 
 
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = shared_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -106,7 +106,9 @@ def training_flops(model: Pretrainer, contexts: list[int]) -> float:
     numbers = torch.empty(1, model.num_patches, model.head.out_features, device="meta")
     with FlopCounterMode(display=False) as counter:
         for c in contexts:
-            model(images, permutation if model.target == "tokens" else numbers, permutation, c).loss.backward()
+            ranks = model.draw_ranks(c, seed=[0])
+            targets = permutation if model.target == "tokens" else numbers
+            model(images, targets, permutation, c, None if ranks is None else ranks.to("meta")).loss.backward()
     return counter.get_total_flops() / len(contexts)
 
 

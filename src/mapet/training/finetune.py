@@ -2,13 +2,16 @@
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor
 from tqdm import tqdm
 
 from mapet.compute import Compute
@@ -16,7 +19,7 @@ from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.evaluation.features import LabelledSet, normalize, train_and_test
+from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import load_backbone, on_device
 from mapet.training.optim import make_optimizer, make_schedule
@@ -25,8 +28,15 @@ log = logging.getLogger("mapet")
 PAPER_LR, PAPER_BATCH = 5e-4, 512
 
 
-def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
-    """Train on the labels that `FinetuneConfig` grants; returns the model, its test accuracy and the training set."""
+def finetune_vit(
+    config: Any, note: Callable[[dict[str, float]], None] | None = None
+) -> tuple[VisionTransformer, tuple[int, int], LabelledSet]:
+    """Train on the labels that `FinetuneConfig` grants; returns the model, (right, all) test images and the training set.
+
+    Args:
+        note: called after each epoch with its mean loss and the learning rate, and about ten times with the accuracy on the
+            test images, which nothing is chosen by.
+    """
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
     train = train.few(config.labels_per_class, config.label_share, config.seed)
@@ -72,6 +82,9 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
         lr,
     )
 
+    average = ModelEmaV3(vit, decay=config.ema) if config.ema else None
+    every = max(1, config.epochs // 10)
+    losses: list[Tensor] = []
     vit.train()
     loader = make_loader(dataset, sampler, config.num_workers)
     with tqdm(total=len(sampler), desc="fine-tune", unit="step", disable=None, smoothing=0.05) as bar:
@@ -94,8 +107,30 @@ def finetune_vit(config: Any) -> tuple[VisionTransformer, float, LabelledSet]:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update(vit, step)
+                losses.append(loss.detach())
             bar.update()
-    return vit, accuracy(vit, test, compute, config.num_workers), train
+            if note and losses and (step + 1) % sampler.steps_per_epoch == 0:
+                epoch = (step + 1) // sampler.steps_per_epoch
+                row = {
+                    "epoch": epoch,
+                    "loss": float(torch.stack(losses).mean()),
+                    "lr": optimizer.param_groups[-1]["lr"],
+                }
+                losses.clear()
+                if epoch % every == 0 and epoch < config.epochs:
+                    right, seen = judge(_judged(vit, average), test, compute, config.num_workers)
+                    row["accuracy"] = right / seen
+                    vit.train()
+                note(row)
+    vit = _judged(vit, average)
+    return vit, judge(vit, test, compute, config.num_workers), train
+
+
+def _judged(vit: VisionTransformer, average: ModelEmaV3 | None) -> VisionTransformer:
+    """The weights themselves, or their moving average."""
+    return vit if average is None else cast(VisionTransformer, average.module)
 
 
 def augmentation(config: Any, vit: VisionTransformer) -> Any:
@@ -115,19 +150,16 @@ def mixup(config: Any, num_classes: int) -> Mixup | None:
 
 
 @torch.inference_mode()
-def accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> float:
-    """Top-1 on the centred views."""
+def judge(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> tuple[int, int]:
+    """(rightly classified, all) of the centred views."""
     vit.eval()
     height, width = vit.patch_embed.img_size
-    dataset = ViewDataset(data.images, ViewSpec(image_size=(height, width)), vit.in_chans, image_size=(height, width))
-    quarantine = Quarantine(data.images, max_bad=0.5)
     labels = torch.from_numpy(data.labels)
     correct = seen = 0
-    for batch in make_loader(dataset, in_order(len(labels), 256), workers):
-        quarantine.add(batch.bad)
-        if batch.image is not None:
-            with compute.autocast():
-                logits = vit(normalize(compute.to(batch.image), vit.in_chans))
-            correct += int((logits.argmax(1).cpu() == labels[batch.image_index]).sum())
-            seen += len(batch.image_index)
-    return correct / seen
+    order = in_order(len(labels), 256)
+    for index, images in centred_batches(data.images, (height, width), vit.in_chans, order, workers):
+        with compute.autocast():
+            logits = vit(normalize(compute.to(images), vit.in_chans))
+        correct += int((logits.argmax(1).cpu() == labels[index]).sum())
+        seen += len(index)
+    return correct, seen

@@ -3,26 +3,45 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from mapet import processes
 from mapet.model.pretrainer import Prediction
 
 T = TypeVar("T")
 
 
+class Window(NamedTuple):
+    """The steps since the last `Meter.read`.
+
+    Attributes:
+        metrics: their figures.
+        losses: of each step; NaN or infinite where its update was left out.
+        images: of each step, index and loss of the images of this process.
+    """
+
+    metrics: dict[str, float]
+    losses: list[float]
+    images: list[tuple[Int[Tensor, " B"], Float[Tensor, " B"]]]
+
+
 class Meter:
-    """Sums since the last `read`."""
+    """Figures since the last `read`, of all processes together."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.token_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)  # since the start: the baseline
-        self._sums = torch.zeros(4, device=device)  # float32: Apple GPUs know no float64
+        self.skipped = 0  # since the start
+        self._steps: list[Float[Tensor, 4]] = []
+        self._device = device
         self._reset()
 
     def _reset(self) -> None:
-        self._sums.zero_()
-        self._images = self._steps = 0
+        self._steps.clear()
+        self._images: list[tuple[Tensor, Tensor]] = []
         self._waited = 0.0
         self._started = time.monotonic()
 
@@ -44,42 +63,71 @@ class Meter:
         yield
         self._started += time.monotonic() - before
 
-    def add(self, prediction: Prediction, gradient_norm: torch.Tensor) -> None:
-        correct = torch.zeros_like(prediction.loss)
-        if prediction.correct is not None:
-            correct = prediction.correct / prediction.targets.numel()
-            self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
-        self._sums += torch.stack([prediction.loss, correct, gradient_norm.detach(), torch.ones_like(correct)]).float()
-        self._images += len(prediction.targets)
-        self._steps += 1
+    def add(self, prediction: Prediction | None, gradient_norm: Tensor, index: Tensor, share: float) -> None:
+        """A step: this process's part of it (None: it had no image), which is `share` of the whole, and the whole's norm."""
+        loss = accuracy = torch.zeros((), device=self._device)
+        images = 0
+        if prediction is not None:
+            loss, images = prediction.loss, len(prediction.losses)
+            if prediction.correct is not None:
+                accuracy = share * prediction.correct / prediction.targets.numel()
+                self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
+            self._images.append((index, prediction.losses))
+        else:
+            self._images.append((index, torch.zeros(0)))
+        norm = gradient_norm.detach() if processes.rank() == 0 else torch.zeros_like(loss)  # all have the same one
+        self._steps.append(torch.stack([loss, accuracy, norm, torch.full_like(loss, images)]).float())
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last call.
+    def read(self) -> Window:
+        """Figures since the last call; means are over steps whose numbers were finite.
 
         loss: mean of the objective's; nats where words are predicted. Only there: token_accuracy, the share of patches
         whose word is the likeliest one; compare with commonest_token, the share that always guessing the commonest word
         would get, and the loss with token_entropy, that of guessing by frequency alone (both over all targets so far).
-        data_wait: share of time waiting for images.
+        skipped_steps: since the start, whose loss or gradient was not finite. data_wait: share of time waiting for images.
         """
-        loss, correct, norm, steps = self._sums.tolist()
-        steps = steps or float("nan")
-        counts = self.token_counts.cpu().double()
+        steps = self._all_steps()
         elapsed = max(1e-9, time.monotonic() - self._started)
-        metrics = {"loss": loss / steps}
+        finite = steps.isfinite().all(dim=1)
+        loss, accuracy, norm, _ = steps[finite].mean(dim=0).tolist()
+        self.skipped += int((~finite).sum())
+        counts = processes.total(self.token_counts).cpu().double()
+        metrics = {"loss": loss}
         if counts.any():
             share = counts / counts.sum()
             metrics |= {
-                "token_accuracy": correct / steps,
+                "token_accuracy": accuracy,
                 "commonest_token": float(share.max()),
                 "token_entropy": float(-(share * share.clamp_min(1e-12).log()).sum()),
             }
         metrics |= {
-            "gradient_norm": norm / steps,
-            "images_per_second": self._images / elapsed,
+            "gradient_norm": norm,
+            "skipped_steps": self.skipped,
+            "images_per_second": float(steps[:, 3].sum()) / elapsed,
             "data_wait": self._waited / elapsed,
         }
+        losses = torch.where(finite, steps[:, 0], torch.nan).tolist()
+        window = Window(metrics, losses, self._images)
         self._reset()
-        return metrics
+        return window
+
+    def _all_steps(self) -> Float[Tensor, "steps 4"]:
+        mine = torch.stack(self._steps) if self._steps else torch.zeros(0, 4, device=self._device)
+        return processes.total(mine).cpu().double()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to write the same figures; a collective call."""
+        steps, counts = self._all_steps(), processes.total(self.token_counts).cpu()
+        return {"steps": steps, "token_counts": counts, "skipped": torch.tensor(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.skipped = int(state["skipped"])
+        steps, counts = state["steps"].float(), state["token_counts"]
+        if processes.rank() > 0:  # the sum over all processes is what was saved
+            steps, counts = torch.zeros_like(steps), torch.zeros_like(counts)
+        self.token_counts.copy_(counts)
+        self._steps = list(steps.to(self._device))
+        self._images = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * len(steps)
 
     @staticmethod
     def line(metrics: dict[str, float]) -> str:

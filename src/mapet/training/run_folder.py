@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import platform
+import shutil
 import sys
 import threading
 from importlib.metadata import version
@@ -13,20 +15,22 @@ import timm
 import torch
 import torchvision
 
+from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import MapetError
-from mapet.files import atomic, new_folder
+from mapet.files import atomic, is_free, new_folder
 from mapet.recipe import Config, build, differences, read_recipe, to_yaml
 
 log = logging.getLogger("mapet")
 MAY_CHANGE = frozenset(
     {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
+    | {"micro_batch", "max_skipped", "roll_back", "shard"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 
 
 class RunFolder:
-    """Creates or reopens the folder and writes to its logs; a context manager.
+    """Creates or reopens the folder and writes to its logs; a context manager. Of several processes the first does.
 
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
     """
@@ -34,12 +38,18 @@ class RunFolder:
     def __init__(self, config: Any, compute: Compute, stage: str = "pretrain") -> None:
         self.path: Path = config.out
         self.checkpoints = self.path / "checkpoints"
+        self._open(config, compute, stage)
+
+    @processes.first_only
+    def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(
                     f"# mapet {stage} {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
                 )
+        for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
+            shutil.rmtree(left, ignore_errors=True)
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
@@ -54,14 +64,18 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        threading.excepthook = self._hook
+        self._close(error)
+
+    @processes.first_only
+    def _close(self, error: BaseException | None) -> None:
         if error is not None:
-            self._log_file_only(f"stopped: {kind.__name__}: {error}")
+            self._log_file_only(f"stopped: {type(error).__name__}: {error}")
         log.removeHandler(self._handler)
         self._handler.close()
         self._metrics.close()
         if self._board:
             self._board.close()
-        threading.excepthook = self._hook
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         # TensorBoard writes from a thread of its own; that it can't is no reason to stop, nor for a traceback.
@@ -70,6 +84,7 @@ class RunFolder:
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
+    @processes.first_only
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
@@ -79,13 +94,15 @@ class RunFolder:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
+    @processes.first_only
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same in TensorBoard."""
+        """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -106,10 +123,14 @@ def _step_of(line: str) -> float:
 def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
+    Where there is nothing yet, the run starts: a job that may be sent anew at any moment has one command.
+
     Raises:
-        MapetError: there is no run, or an option that is given now differs from the run's.
+        MapetError: there is something else, or an option that is given now differs from the run's.
     """
     path = config.out / "config.yaml"  # type: ignore[attr-defined]
+    if is_free(path.parent):
+        return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
     old = build(type(config), read_recipe(path), path)

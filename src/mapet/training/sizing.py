@@ -44,9 +44,13 @@ def free_memory(device: torch.device) -> int:
         return 4 << 30
 
 
-def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute) -> int:
-    """The largest power of two up to the paper's 2048 that takes at most 60 % of free memory and leaves 20 steps an epoch."""
+def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute, processes: int = 1) -> int:
+    """The largest power of two up to the paper's 2048 that takes at most 60 % of free memory and leaves 20 steps an epoch.
+
+    Args:
+        processes: that share the batch, each with such a device.
+    """
     limit = 2048 if compute.device.type != "cpu" else 256  # more doesn't make a CPU faster
-    fits = int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute)
+    fits = processes * (int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute))
     most = max(1, min(limit, fits, max(16, num_images // 20), num_images))
     return 1 << (most.bit_length() - 1)

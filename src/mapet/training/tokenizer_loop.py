@@ -21,13 +21,14 @@ from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
 from mapet.files import atomic, write_json, write_tensors
 from mapet.model.backbone import create_vit, num_parameters, on_device
+from mapet.signals import stop_signals
 from mapet.tokenizer.codebook import Health
 from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import Teacher, make_teacher
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
-from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from mapet.training.loop import step_seed, stop_signals
+from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
+from mapet.training.loop import step_seed
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
 
@@ -127,9 +128,8 @@ def train_vqkd(config: Any) -> Path:
                     must_be_finite(metrics["loss"], step, lr)
                 if stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
                     must_be_finite(float(loss), step, lr)
-                    save_checkpoint(
-                        run.checkpoints, step, model, optimizer, {"epochs": config.epochs}, config.keep_checkpoints
-                    )
+                    parts = tensors_of(model, optimizer)
+                    save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
                     recipe = config.out / "config.yaml"

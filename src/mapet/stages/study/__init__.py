@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mapet.errors import Interrupted
-from mapet.recipe import Config, section, stage, to_yaml
+from mapet.recipe import Config, Source, section, stage, to_yaml
 from mapet.stages.finetune import FinetuneConfig
 from mapet.stages.run import SET_HERE, FitTokenizerOptions, PretrainOptions, TokenizeOptions
 
@@ -21,13 +21,13 @@ FinetuneOptions = section(FinetuneConfig, SET_HERE | {"scratch", "labels_per_cla
 class StudyConfig(Config):
     """Options of `study`, usually a YAML file."""
 
-    images: Path
-    """Folder of images in class folders, or text file of paths: to pre-train on (without labels) and to train probes on."""
-    test_images: Path
+    images: Source
+    """Labelled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
+    test_images: Source
     """Labelled images to test on."""
     out: Path
     """Folder of the study; what is done in it already is not done again."""
-    other_test_images: dict[str, Path] = Field(default_factory=dict)
+    other_test_images: dict[str, Source] = Field(default_factory=dict)
     """Further test sets of the same classes (out of distribution): name=folder."""
     tokenizers: dict[str, FitTokenizerOptions] = Field(default_factory=dict)  # type: ignore[valid-type]
     """name -> options of `fit-tokenizer`."""

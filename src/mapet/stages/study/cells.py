@@ -52,7 +52,7 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
     """Each in a process of its own, one at a time on each device; returns the signal that stopped it, if one did."""
     from tqdm import tqdm
 
-    from mapet.training.loop import stop_signals
+    from mapet.signals import stop_signals
 
     waiting = []
     for cell in cells:
@@ -96,8 +96,8 @@ def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, 
     return {
         "pretrain": pretrain_config(config, cell).model_dump(mode="json", exclude_unset=True),
         "finetune": config.finetune.model_dump(mode="json", exclude_unset=True),  # type: ignore[attr-defined]
-        "test_images": str(config.test_images),
-        "other_test_images": {name: str(path) for name, path in config.other_test_images.items()},
+        "test_images": config.test_images,
+        "other_test_images": config.other_test_images,
         "labels_per_class": [*config.labels_per_class, *([None] if config.full_finetune else [])],
         "flops_per_epoch": cell.flops_per_image * num_images,
         "num_images": num_images,
@@ -147,16 +147,15 @@ def run_cell(folder_name: str, device: str) -> int:
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this cell may be running still
+            if (folder / "result.json").exists():
+                return 0
             job = read_json(folder / "cell.json", "study cell")
             config = build(PretrainConfig, job["pretrain"] | {"device": device})
             if not (config.out / "backbone").exists():
                 pretrain(config.model_copy(update={"resume": (config.out / "config.yaml").exists()}))
             scores = evaluate(config.out, job, config.images, config.seed, device)
             write_json(folder / "result.json", {"scores": scores, "epochs": config.epochs, **curve(config.out, job)})
-        except BlockingIOError:
-            print(f"{folder}: another process is running this cell", file=sys.stderr)
-            return 1
         except (Interrupted, KeyboardInterrupt):
             return Interrupted.exit_code
         except Exception as error:  # the others go on: the report says which failed and why
@@ -168,7 +167,7 @@ def run_cell(folder_name: str, device: str) -> int:
 
 
 def evaluate(
-    run: Path, job: dict[str, Any], images: Path, seed: int, device: str, pretrained: bool = True
+    run: Path, job: dict[str, Any], images: str, seed: int, device: str, pretrained: bool = True
 ) -> dict[str, float]:
     """Frozen features judged by linear probe and k-NN on every test set, and fine-tuning."""
     import torch
@@ -183,7 +182,7 @@ def evaluate(
     vit = on_device(load_backbone(run, pretrained=pretrained), compute)
     scores, fit = {}, None
     for name, folder in {"": job["test_images"], **job["other_test_images"]}.items():
-        train, test = train_and_test(images, Path(folder))
+        train, test = train_and_test(images, folder)
         fit = fit or extract_features(vit, train, compute, show=False)
         check = extract_features(vit, test, compute, show=False)
         on = f" on {name}" if name else ""
@@ -191,7 +190,7 @@ def evaluate(
     for labels in job["labels_per_class"]:
         name = f"fine-tuned, {f'{labels} labels a class' if labels else 'all labels'}"
         scores[name] = finetune(
-            backbone=run, images=images, test_images=Path(job["test_images"]), labels_per_class=labels, seed=seed,
+            backbone=run, images=images, test_images=job["test_images"], labels_per_class=labels, seed=seed,
             device=device, scratch=not pretrained, **job["finetune"],
         )  # fmt: skip
     return scores

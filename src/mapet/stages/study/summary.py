@@ -56,7 +56,7 @@ def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
         shared = options.model_dump(mode="json", exclude_unset=True)
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
     finished = [_read(config, cell) for cell in cells]
-    title = f"Study of {config.images.name}: {', '.join(config.grid)}"
+    title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
     command = f"mapet study {config.out / 'study.yaml'}"
     study = Study(title, config.compare, finished, baselines(config, cells, measure), notes, command)
     write_report(study, config.out / "report")

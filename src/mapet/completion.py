@@ -1,0 +1,48 @@
+"""Words that a shell may offer after `mapet`: `source <(mapet --completion bash)`."""
+
+from mapet.errors import MapetError, did_you_mean
+from mapet.recipe import fields
+from mapet.stages import STAGES
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def completion(shell: str) -> str:
+    """A script for the shell.
+
+    Raises:
+        MapetError: a shell that isn't known.
+    """
+    if shell not in SHELLS:
+        raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS)} Shells: {', '.join(SHELLS)}")
+    options = {name: _options(name) for name in STAGES}
+    if shell == "fish":
+        lines = ["complete -c mapet -f -n __fish_use_subcommand -a " + repr(" ".join(STAGES))]
+        lines += [
+            f"complete -c mapet -n '__fish_seen_subcommand_from {name}' -l {option.removeprefix('--')}"
+            for name, words in options.items()
+            for option in words
+        ]
+        return "\n".join(lines) + "\n"
+    cases = "\n".join(f"        {name}) words='{' '.join(words)}' ;;" for name, words in options.items())
+    start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return f"""{start}_mapet() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words=''
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W '{" ".join(STAGES)}' -- "$word"))
+        return
+    fi
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    esac
+    case "$word" in
+        -*) COMPREPLY=($(compgen -W "$words" -- "$word")) ;;
+        *) COMPREPLY=() ;;
+    esac
+}}
+complete -o default -F _mapet mapet
+"""
+
+
+def _options(stage: str) -> list[str]:
+    return sorted(f"--{option.replace('_', '-')}" for option, _ in fields(STAGES[stage].config_type))

@@ -1,0 +1,178 @@
+"""Data sets of Hugging Face's `datasets` library: parquet, arrow and folders of images, local or of the Hub."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mapet.data.decode import BadImage
+from mapet.data.image_list import ImageList
+from mapet.data.reader import Names, Reader
+from mapet.errors import MapetError
+
+SAVED = ("state.json", "dataset_dict.json")
+"""One of these is in a folder made by `save_to_disk`."""
+FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+class Rows(Reader):
+    """Images in a column of encoded bytes, or of paths, in a table that is mapped into memory."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.table, self.column = table, column
+
+    def data(self, row: int, name: str) -> bytes:
+        image = self.table[row][self.column]
+        if image is None:
+            raise BadImage("no image in this row")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        if not os.path.isabs(image["path"] or ""):
+            raise BadImage(f"no bytes in this row, nor a file: {image['path']!r}")
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+
+
+def list_rows(source: str) -> ImageList:
+    """The rows of a data set: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT.
+
+    NAME is a folder of parquet or arrow files, or of images, one such file, a folder made by `save_to_disk`, or a name on
+    the Hub, of which `datasets` keeps a copy on disk: a full shuffle that resumes exactly needs any row at any time, so
+    nothing is streamed. SPLIT may be a part: train[:1000]. No code of a data set is run.
+
+    The id of an image is the path its row gives, below NAME if it is a file there, if every row gives another one; else the
+    row's number, which stays as long as rows before it do. A ClassLabel column gives labels.
+
+    Raises:
+        MapetError: `datasets` is missing or finds fault, there are several splits and none is chosen, or no column of
+            images, or several; a row names a file that is not of the data set.
+    """
+    name, configuration, split = _parse(source)
+    datasets = _library()
+    try:
+        table = _load(datasets, name, configuration, split)
+    except MapetError as error:
+        raise MapetError(f"{source}: {error}") from None
+    except Exception as error:  # it has many kinds
+        raise MapetError(f"{source}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    column = _column(source, {name: type(feature).__name__ for name, feature in table.features.items()})
+    table = table.cast_column(column, datasets.Image(decode=False)).with_format(None)
+    roots = [Path(name), *_caches(datasets)]
+    paths, sizes = _paths_and_sizes(table.select_columns([column]), source, roots)
+    labels = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return ImageList(
+        source, _ids(paths), sizes, reader=Rows(table, column), labels=_labels(table, labels[0]) if labels else None
+    )
+
+
+def _parse(source: str) -> tuple[str, str | None, str | None]:
+    """(name, configuration, split)."""
+    part = r"[^:\[\]]+"
+    match = re.fullmatch(rf"hf:({part})(?::({part}))??(?::({part}(?:\[.*\])?))?", source)
+    if match is None:
+        raise MapetError(f"{source}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
+    return match.groups()  # type: ignore[return-value]
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MapetError(f"hf:NAME needs the package `datasets`: pip install 'mapet[datasets]' ({error})") from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise MapetError(
+            f"datasets {datasets.__version__} may run a data set's own code: pip install 'mapet[datasets]' brings 4 or newer"
+        )
+    return datasets
+
+
+def _load(datasets: Any, name: str, configuration: str | None, split: str | None) -> Any:
+    path = Path(name)
+    if any((path / file).exists() for file in SAVED):
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, dict) and split in loaded:
+            loaded = loaded[split]
+        elif split is not None:
+            raise MapetError(f"there is no split {split!r}; {_splits(loaded)}")
+    elif path.is_file() and path.suffix in FORMATS:
+        loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split)
+    else:
+        loaded = datasets.load_dataset(name, configuration, split=split)
+    if not isinstance(loaded, dict):
+        return loaded
+    if len(loaded) > 1:
+        raise MapetError(f"choose a split; {_splits(loaded)}")
+    return next(iter(loaded.values()))
+
+
+def _splits(loaded: Any) -> str:
+    return f"it has {', '.join(loaded)}" if isinstance(loaded, dict) else "it has one, without a name"
+
+
+def _column(source: str, features: dict[str, str]) -> str:
+    """The one of images, or among several the one called image."""
+    columns = [name for name, kind in features.items() if kind == "Image"]
+    if len(columns) == 1 or "image" in columns:
+        return "image" if "image" in columns else columns[0]
+    raise MapetError(
+        f"{source}: expected one column of images, or one called 'image'; the columns are "
+        f"{', '.join(f'{name} ({kind})' for name, kind in features.items())}"
+    )
+
+
+def _caches(datasets: Any) -> list[Path]:
+    """Where `datasets` keeps files of the Hub."""
+    import huggingface_hub
+
+    return [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
+
+
+def _paths_and_sizes(images: Any, source: str, roots: Iterable[Path]) -> tuple[list[str | None], np.ndarray]:
+    """What each row gives; the images' own bytes are not touched."""
+    import pyarrow.compute as pc
+
+    inside = [os.path.join(folder, "") for root in roots for folder in (os.path.abspath(root), os.path.realpath(root))]
+    paths: list[str | None] = []
+    sizes: list[int] = []
+    for batch in images.with_format("arrow").iter(batch_size=10_000):
+        for chunk in batch.column(0).chunks:
+            lengths = pc.binary_length(pc.struct_field(chunk, "bytes")).to_pylist()
+            for path, size in zip(pc.struct_field(chunk, "path").to_pylist(), lengths, strict=True):
+                if size is None and path is not None and os.path.isabs(path):
+                    path, size = _file(path, inside, f"{source}, row {len(paths)}")
+                paths.append(path)
+                sizes.append(-1 if size is None else size)
+    return paths, np.array(sizes, np.int64)
+
+
+def _file(path: str, inside: list[str], where: str) -> tuple[str, int]:
+    """(path below its root, bytes) of a file that a row names."""
+    path = os.path.normpath(path)
+    root = next((root for root in inside if path.startswith(root)), None)
+    if root is None:
+        raise MapetError(f"{where} names the file {path}, which is not of the data set: it is not read")
+    try:
+        return path.removeprefix(root), os.stat(path).st_size
+    except OSError:  # reported as a bad image when it is read
+        return path.removeprefix(root), -1
+
+
+def _ids(paths: list[str | None]) -> Names:
+    if len(set(paths)) == len(paths) and all(path and "\0" not in path for path in paths):
+        return Names.of(os.fsencode(path) for path in paths if path)
+    return Names.of(b"%09d" % row for row in range(len(paths)))
+
+
+def _labels(table: Any, column: str) -> tuple[list[str], np.ndarray] | None:
+    """None where a row has none, or there is one class only."""
+    import pyarrow.compute as pc
+
+    values = table.select_columns([column]).with_format("arrow")[:].column(0)
+    labels = np.asarray(pc.fill_null(values, -1), np.int64)
+    names = list(table.features[column].names)
+    return None if len(names) < 2 or labels.min(initial=0) < 0 else (names, labels)

@@ -1,0 +1,256 @@
+"""Stage: backbones judged side by side as the field does it."""
+
+import logging
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mapet.errors import MapetError, did_you_mean
+from mapet.recipe import Size, Source, stage
+from mapet.stages.options import BackboneSource, Loading, Precision
+
+log = logging.getLogger("mapet")
+
+
+class EvaluateConfig(Loading):
+    """Options of `evaluate`."""
+
+    backbone: list[BackboneSource] = Field(min_length=1)
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for a timm
+    model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
+    images: Source
+    """Images to train on; CLASS/image.jpg for protocols that need labels."""
+    test_images: Source | None = None
+    """Images to test on; automatic: a fifth of `images`, chosen by image name."""
+    out: Path
+    """New folder for evaluation.md, evaluation.json, per_class.csv and pictures."""
+    protocols: list[str] | None = None
+    """Which to run; automatic: knn linear attentive few-label cluster rank neighbours, as far as there are labels."""
+    pool: Literal["avg", "token", "both"] = "avg"
+    """Feature of an image: mean of its patch tokens, the class token, or the two beside each other."""
+    layers: list[PositiveInt] | None = None
+    """Layers that the linear probe chooses from, counted from 1; automatic: four, spread over the depth. The others take the deepest."""
+    epochs: PositiveInt = 100
+    """Passes of the linear probe over the features."""
+    attentive_epochs: PositiveInt = 30
+    """Passes of the attentive probe."""
+    k: PositiveInt = 20
+    """Neighbours of k-NN."""
+    few_labels: tuple[PositiveFloat, ...] = (0.01, 0.1, 5)
+    """Few-label splits: below 1 a share of each class, else so many images a class."""
+    other_images: dict[str, Source] = Field(default_factory=dict)
+    """Further labelled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
+    corruption_images: PositiveInt = 1000
+    """Test images, at most, that are corrupted in each of 75 ways (protocol corruptions)."""
+    corruption_kinds: list[str] | None = None
+    """Some of the 15 kinds, e.g. "gaussian noise" fog jpeg; automatic: all."""
+    corruption_severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Some of the severities 1 to 5."""
+    sizes: list[PositiveInt] | None = None
+    """Input sizes, pixels (protocol resolution); automatic: from half to twice the trained one."""
+    masks: Path | None = None
+    """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; automatic:
+    found where `images` holds images/ and masks/, or is ADE20K's folder."""
+    test_masks: Path | None = None
+    """Masks of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    annotations: Path | None = None
+    """COCO annotations of `images`, instances JSON (protocols multi-label and detection)."""
+    test_annotations: Path | None = None
+    """Of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    detection_epochs: PositiveInt = 10
+    """Passes over the training images for detection."""
+    detection_train_backbone: bool = False
+    """Train the backbone with the detector, rather than keep it frozen."""
+    void_labels: tuple[NonNegativeInt, ...] = ()
+    """Class ids in masks that don't count, beside 255 (and 0 in ADE20K's folder)."""
+    dense_size: Size | None = None
+    """Input height and width for segmentation and detection, pixels; automatic: the trained one."""
+    dense_epochs: PositiveInt = 10
+    """Passes over the training images for segmentation."""
+    seeds: PositiveInt = 5
+    """Seeds of few-label splits and of clustering."""
+    seed: NonNegativeInt = 0
+    """Seed of probes and of random weights."""
+    precision: Precision = "auto"
+    """Of matrix products; auto takes bfloat16 where it is fast."""
+    memory: PositiveFloat | None = None
+    """GB that cached features of a set may take; more go to a scratch file, or patch tokens are computed anew; automatic: a quarter
+    of what is free."""
+    scratch: Path | None = None
+    """Folder of the scratch file; automatic: `out`."""
+
+    @model_validator(mode="after")
+    def _shares_and_numbers(self) -> "EvaluateConfig":
+        odd = [amount for amount in self.few_labels if amount >= 1 and amount != int(amount)]
+        if odd:
+            raise ValueError(f"few_labels: {odd[0]} is neither a share below 1 nor a number of images")
+        if not self.corruption_severities or not set(self.corruption_severities) <= {1, 2, 3, 4, 5}:
+            raise ValueError("corruption_severities: give some of 1 2 3 4 5")
+        if len(set(self.backbone)) < len(self.backbone):
+            raise ValueError("backbone: the same one is given twice")
+        return self
+
+
+@stage
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """Backbones side by side in one table: probes, few labels, clusters, rank, shifts, dense tasks; returns backbone -> figure -> value.
+
+    Example:
+      mapet evaluate --backbone runs/photos random:vit_tiny_patch16_224 --images labelled/train --out evaluation
+      mapet evaluate --backbone runs/a runs/b --images labelled/train --test-images labelled/test --protocols knn linear --out ab
+    """
+    import torch
+
+    from mapet.compute import Compute
+    from mapet.evaluation.bank import Place
+    from mapet.evaluation.bench import Bench, Outcome
+    from mapet.evaluation.encoder import Encoder
+    from mapet.evaluation.protocols import PROTOCOLS
+    from mapet.evaluation.shifts import relative_to_first
+    from mapet.files import new_folder
+    from mapet.report.evaluation import cell, write_evaluation
+    from mapet.training.sizing import free_memory
+
+    refuse_unknown(config)
+    new_folder(config.out, create=False)
+    compute = Compute.choose(config.device, config.precision)
+    sets = gather(config)
+    chosen = choose_protocols(config, sets)
+    memory = int(config.memory * 1e9) if config.memory else free_memory(torch.device("cpu")) // 4
+    place = Place(memory, config.scratch or config.out, config.batch_size, config.num_workers)
+    for source in config.backbone:  # what can't be loaded is told before hours of work
+        _ = Bench(Encoder.load(source, compute, config.seed), sets, place, config).layers
+    new_folder(config.out)
+    about = {
+        "images": f"{config.images} ({len(sets.train.images):,} images)",
+        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(sets.test.images):,} images)",
+        "classes": f"{len(sets.train.classes):,}",
+        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
+        "pooling": config.pool,
+    }
+    found: dict[str, dict[str, Outcome]] = {}
+    for source in config.backbone:
+        encoder = Encoder.load(source, compute, config.seed)
+        log.info("--- %s: %s, %d x %d px", source, type(encoder.model).__name__, *encoder.image_size)
+        bench = Bench(encoder, sets, place, config)
+        found[source] = {}
+        try:
+            for name in chosen:
+                outcome = found[source][name] = PROTOCOLS[name].run(bench)
+                for row, figure in outcome.figures.items():
+                    log.info("%-28s %s  %s", row, cell(figure), figure.choice)
+                _draw(name, outcome, bench, config.out, len(found))
+        finally:
+            bench.close()
+        relative_to_first(found)
+        write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
+    log.info("table, figures and pictures in %s", config.out)
+    return {
+        source: {row: figure.value for outcome in outcomes.values() for row, figure in outcome.figures.items()}
+        for source, outcomes in found.items()
+    }
+
+
+def refuse_unknown(config: EvaluateConfig) -> None:
+    """Raises MapetError for protocols and corruptions that there aren't."""
+    from mapet.evaluation.corruptions import KINDS
+    from mapet.evaluation.protocols import PROTOCOLS
+
+    for what, names, known in (
+        ("protocol", config.protocols, tuple(PROTOCOLS)),
+        ("corruption", config.corruption_kinds, KINDS),
+    ):
+        for name in names or []:
+            if name not in known:
+                raise MapetError(f"unknown {what} '{name}'{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+def choose_protocols(config: EvaluateConfig, sets: Any) -> list[str]:
+    """Those asked for, or all that have their data and don't take long.
+
+    Raises:
+        MapetError: one that is asked for lacks its data.
+    """
+    from mapet.evaluation.protocols import PROTOCOLS
+
+    if not config.protocols:
+        return [name for name, p in PROTOCOLS.items() if not p.costly and _there(p.needs, sets)]
+    for name in config.protocols:
+        if not _there(PROTOCOLS[name].needs, sets):
+            raise MapetError(f"protocol '{name}' needs {MISSING[PROTOCOLS[name].needs]}")
+    return list(dict.fromkeys(config.protocols))
+
+
+MISSING = {
+    "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
+    "masks": "masks: --masks, or a folder --images that holds images/ and masks/",
+    "annotations": "COCO annotations: --annotations instances.json",
+    "others": "another labelled folder, --other-images NAME=FOLDER, beside labels of --images",
+}
+
+
+def _there(needs: str, sets: Any) -> bool:
+    labels = bool(sets.train.classes)
+    there = {
+        "images": True,
+        "labels": labels,
+        "others": labels and bool(sets.others),
+        "masks": sets.masks is not None,
+        "annotations": sets.boxes is not None,
+    }
+    return there[needs]
+
+
+def gather(config: EvaluateConfig) -> Any:
+    """The images, with labels where folders give them."""
+    from mapet.data.image_list import scan
+    from mapet.evaluation.bench import Sets
+    from mapet.evaluation.coco import coco_sets
+    from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
+    from mapet.evaluation.masks import masked_sets
+
+    folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
+    boxes = coco_sets(folder, config.annotations, test_folder, config.test_annotations)
+    if boxes is not None and config.masks is not None:
+        raise MapetError("--annotations and --masks list images each in its own way: evaluate one after the other")
+    if boxes is not None:
+        train, test = (unlabelled(part.images) for part in boxes)
+        return Sets(train, test, boxes=boxes)
+    masks = masked_sets(folder, config.masks, test_folder, config.test_masks, config.void_labels)
+    if masks is not None:
+        train, test = (unlabelled(part.images) for part in masks)
+        return Sets(train, test, masks=masks)
+    images = scan(config.images)
+    if images.classes():
+        others = {name: labelled(scan(folder)) for name, folder in config.other_images.items()}
+        return Sets(*train_and_test(config.images, config.test_images), others)
+    if config.test_images is None:
+        return Sets(*split(unlabelled(images)))
+    return Sets(unlabelled(images), unlabelled(scan(config.test_images)))
+
+
+def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
+    """The pictures of a protocol that has some."""
+    if name != "neighbours":
+        return
+    from mapet.data.views import ViewSpec, draw_view, render
+    from mapet.report.pictures import neighbour_panel, save_figure
+
+    def pixels(data: Any, index: int) -> Any:
+        picture = data.images.open(index, bench.encoder.channels)
+        view = draw_view(ViewSpec(image_size=bench.encoder.image_size), picture.size, data.images.key(index), 0)
+        return render(picture, view, bench.encoder.image_size)
+
+    def title(data: Any, index: int) -> str:
+        return data.classes[data.labels[index]] if data.classes else data.images[index].stem
+
+    details, sets = outcome.details, bench.sets
+    rows = [
+        [(pixels(sets.test, query), title(sets.test, query))]
+        + [(pixels(sets.train, other), title(sets.train, other)) for other in nearest]
+        for query, nearest in zip(details["queries"], details["nearest"], strict=True)
+    ]
+    figure = neighbour_panel(rows, labelled=bool(sets.train.classes))
+    save_figure(figure, out / "pictures" / f"neighbours-{number}.png")

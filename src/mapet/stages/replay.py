@@ -1,0 +1,59 @@
+"""Stage: a step whose numbers went wrong, once more."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mapet.recipe import Source, stage
+from mapet.stages.options import Device, Precision
+
+if TYPE_CHECKING:
+    from mapet.training.replay import Look
+
+log = logging.getLogger("mapet")
+
+
+class ReplayConfig(Device):
+    """Options of `replay`."""
+
+    bundle: Path
+    """Folder that a run left when it stopped: RUN/replay/step-*."""
+    images: Source | None = None
+    """Where the images are now; automatic: where they were."""
+    precision: Precision | None = None
+    """Precision to try it in; automatic: the run's."""
+    teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
+
+
+@stage
+def replay(config: ReplayConfig) -> "list[Look]":
+    """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
+
+    Example:
+      mapet replay --bundle runs/vit/replay/step-00001200
+      mapet replay --bundle runs/vit/replay/step-00001200 --precision float32
+    """
+    from mapet.errors import MapetError
+    from mapet.recipe import build, read_recipe
+    from mapet.stages.pretrain import PretrainConfig
+    from mapet.training.replay import load_bundle, replay
+    from mapet.training.setting import Setting
+
+    recipe = config.bundle.absolute().parent.parent / "config.yaml"
+    if not recipe.is_file():
+        raise MapetError(f"{config.bundle} is not the replay bundle of a run: there is no {recipe}")
+    run = build(PretrainConfig, read_recipe(recipe), recipe)
+    given = {name: getattr(config, name) for name in ("images", "precision", "teacher") if getattr(config, name)}
+    setting = Setting.of(run.model_copy(update={"device": config.device} | given))
+    looks = []
+    for step in load_bundle(config.bundle, setting):
+        look = replay(setting, step)
+        looks.append(look)
+        log.info("step %d, %s: loss %.4g, gradient norm %.4g", step, setting.compute, look.loss, look.norm)
+        log.info("  largest losses: %s", ", ".join(f"{name!r} {loss:.4g}" for name, loss in look.losses[:5]))
+        if look.module:
+            log.info("  not finite first in: %s", look.module)
+        if look.parameters:
+            log.info("  gradients not finite: %s", ", ".join(look.parameters[:5]))
+    return looks

@@ -1,0 +1,70 @@
+"""One model shared out over several processes (FSDP2), where it outgrows a device; and put together again."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mapet import processes
+from mapet.compute import Compute
+from mapet.errors import MapetError
+
+
+def shard(model: nn.Module, compute: Compute) -> None:
+    """Let each process hold its part of weights, gradients and optimiser, in place.
+
+    Each device has all weights only in the precision of products, from the forward to the end of the backward pass.
+    Gradients are summed in float32.
+
+    Raises:
+        MapetError: there is one process.
+    """
+    if processes.number() == 1:
+        raise MapetError("--shard is for several processes: start them with torchrun --nproc-per-node N -m mapet ...")
+    mesh = init_device_mesh(compute.device.type, (processes.number(),))
+    low = None if compute.dtype == torch.float32 else compute.dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    sharded.set_gradient_divide_factor(1.0)  # a step's shares add up to 1
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+
+
+def last_of_step(model: nn.Module, last: bool) -> None:
+    """Sum gradients over processes after the last pass of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be shared out, put together; a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """`state_dict`, put together one by one in the first process's memory; a collective call, others get nothing."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module.state_dict()
+    parts = ((name, whole(tensor).cpu()) for name, tensor in module.state_dict().items())
+    return {name: tensor for name, tensor in parts if processes.rank() == 0}
+
+
+def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors into a module that may be shared out."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: shared_like(value, own[name]) if name in own else value for name, value in state.items()}
+    )
+
+
+def shared_like(value: Tensor, other: Tensor) -> Tensor:
+    """A tensor that all processes have, shared out as the other of its shape is."""
+    if not isinstance(other, DTensor) or value.shape != other.shape:
+        return value
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

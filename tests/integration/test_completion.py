@@ -1,0 +1,41 @@
+"""What shells offer after `mapet`."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from mapet.cli import main
+from mapet.stages import STAGES
+
+
+def script(capsys, shell):
+    assert main(["--completion", shell]) == 0
+    return capsys.readouterr().out
+
+
+def offered(text, words):
+    line = f"{text}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _mapet; echo ${{COMPREPLY[@]}}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_bash_offers_stages_and_their_options(capsys):
+    text = script(capsys, "bash")
+    assert offered(text, ["mapet", "''"]) == list(STAGES)
+    assert offered(text, ["mapet", "fit"]) == ["fit-tokenizer"]
+    assert offered(text, ["mapet", "pretrain", "--predict"]) == ["--predict-ratio"]
+    assert offered(text, ["mapet", "run", "--pretrain.ep"]) == ["--pretrain.epochs"]
+    assert offered(text, ["mapet", "run", "pho"]) == []
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_take_their_script(shell, capsys):
+    text = script(capsys, shell)
+    assert "predict-ratio" in text
+    if shutil.which(shell):
+        subprocess.run([shell, "-c", text], check=True, capture_output=True)
+
+
+def test_an_unknown_shell(capsys):
+    assert main(["--completion", "bassh"]) == 2
+    assert "did you mean 'bash'?" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""`mapet evaluate`: backbones side by side on real images and file formats."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import mapet
+from mapet.cli import main
+from mapet.compute import Compute
+from mapet.errors import MapetError
+from mapet.evaluation.classifiers import knn_accuracy
+from mapet.evaluation.features import extract_features, train_and_test
+from tests.conftest import save_crops
+
+QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "epochs": 15, "attentive_epochs": 1, "seeds": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    """As in test_protocols."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def small(digits, tmp_path_factory):
+    """20 training and 10 test digits of each class."""
+    folder = tmp_path_factory.mktemp("small")
+    for part, count in (("train", 20), ("test", 10)):
+        for kind in sorted((digits / part).iterdir()):
+            if kind.is_dir():
+                (folder / part / kind.name).mkdir(parents=True)
+                for path in sorted(kind.iterdir())[:count]:
+                    (folder / part / kind.name / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    from mapet.model.backbone import create_vit, save_backbone
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("untrained") / "vit"
+    save_backbone(create_vit("vit_tiny_patch16_224", (8, 8), 2, 1, TINY), folder)
+    return folder
+
+
+def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
+    out = tmp_path / "out"
+    found = mapet.evaluate(
+        backbone=[str(run_dir), str(untrained), f"random:{run_dir}"],
+        images=small / "train",
+        test_images=small / "test",
+        out=out,
+        **QUICK,
+    )
+    assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
+    figures = found[str(run_dir)]
+    data = train_and_test(small / "train", small / "test")
+    features = [extract_features(mapet.load_backbone(run_dir), part, Compute.choose("cpu", "float32")) for part in data]
+    assert figures["k-NN, k 20"] == pytest.approx(knn_accuracy(*features[0], *features[1]), abs=0.021)  # float16
+    assert max(figures["linear"], figures["linear, batch norm"]) >= 0.17  # after 6 steps; chance is 0.1
+    assert 1 <= figures["RankMe"] <= 32
+    record = json.loads((out / "evaluation.json").read_text())["backbones"][str(run_dir)]
+    accuracy = record["knn"]["figures"]["k-NN, k 20"]
+    assert accuracy["low"] < accuracy["value"] == figures["k-NN, k 20"] < accuracy["high"]
+    assert set(record["linear"]["details"]["linear"]["held_out_by_layer"]) == {"1", "2"}
+    page = (out / "evaluation.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| k-NN, k 20 |")]
+    assert row.count(" to ") == 3 and "100 images" in row
+    with (out / "per_class.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["backbone"] == str(run_dir) and row["figure"] == "linear"]
+    assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)
+    assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear"])
+    assert (out / "pictures" / "neighbours-1.png").stat().st_size > 5000
+    with pytest.raises(MapetError, match="nothing is overwritten"):
+        mapet.evaluate(backbone=[str(run_dir)], images=small / "train", out=out, **QUICK)
+
+
+def test_unlabelled_images_get_what_needs_no_labels(photos, tmp_path):
+    crops = save_crops(photos, tmp_path / "photos", 20, size=(32, 32))
+    from mapet.model.backbone import create_vit, save_backbone
+    from tests.conftest import TINY
+
+    save_backbone(create_vit("vit_tiny_patch16_224", (32, 32), 8, 3, TINY), tmp_path / "vit")
+    found = mapet.evaluate(backbone=[str(tmp_path / "vit")], images=crops, out=tmp_path / "out", **QUICK)
+    figures = found[str(tmp_path / "vit")]
+    assert "RankMe" in figures and "alignment" in figures and not any("k-NN" in name for name in figures)
+    assert (tmp_path / "out" / "pictures" / "neighbours-1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
+        (["--layers", "3"], "has layers 1 to 2, not 3"),
+        (["--few-labels", "2.5"], "neither a share below 1 nor a number"),
+        (["--few-labels", "30", "--protocols", "few-label"], "fewer than the 30 asked for"),
+        (["--corruption-kinds", "fogg"], "unknown corruption 'fogg'; did you mean 'fog'?"),
+        (["--corruption-severities", "6"], "give some of 1 2 3 4 5"),
+        (["--protocols", "ood"], "needs another labelled folder, --other-images"),
+        (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+    ],
+)
+def test_mistakes_are_told(words, message, untrained, small, tmp_path, capsys):
+    argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--workers", "0", "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
+    """As does Ctrl-C in a long evaluation."""
+    from mapet.evaluation.protocols import PROTOCOLS, Protocol
+
+    def fails_later(bench):
+        if bench.encoder.name.startswith("random:"):
+            raise KeyboardInterrupt
+        return PROTOCOLS["rank"].run(bench)
+
+    monkeypatch.setitem(PROTOCOLS, "knn", Protocol(fails_later, "images"))
+    with pytest.raises(KeyboardInterrupt):
+        mapet.evaluate(
+            backbone=[str(untrained), f"random:{untrained}"], images=small / "train", out=tmp_path / "out", protocols=["knn"],
+            **QUICK,
+        )  # fmt: skip
+    assert "RankMe" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):
+    argv = ["evaluate", "--backbone", str(untrained), "--images", str(crops), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--protocols", "linear"]) == 2
+    assert "protocol 'linear' needs labels" in capsys.readouterr().err
+
+
+def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path):
+    """The second folder has three of the ten classes and one that training doesn't know."""
+    for name in "137":
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).symlink_to(small / "test" / name)
+    (tmp_path / "other" / "x").symlink_to(small / "test" / "5")
+    out = tmp_path / "out"
+    found = mapet.evaluate(
+        backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK,
+        protocols=["ood", "corruptions", "resolution"], other_images={"elsewhere": tmp_path / "other"},
+        corruption_kinds=["contrast", "jpeg"], corruption_severities=(1, 5), sizes=[8, 12],
+    )  # fmt: skip
+    record = json.loads((out / "evaluation.json").read_text())["backbones"]
+    assert record[str(run_dir)]["ood"]["details"]["elsewhere"] == {"classes": 3, "images": 30}
+    table = record[str(run_dir)]["ood"]["per_class"]["elsewhere: k-NN, k 20"]
+    assert [table[name][1] for name in "0137"] == [0, 10, 10, 10]
+    for source, figures in found.items():
+        details = record[source]["corruptions"]["details"]
+        mean = 1 - sum(sum(row) for row in details["errors"].values()) / 4
+        assert figures["corrupted, mean"] == pytest.approx(mean)
+        assert figures["at 8 px"] == figures["clean, same images"]
+        assert 0 <= figures["at 12 px"] <= 1
+    assert found[str(run_dir)]["mCE, relative to the first"] == pytest.approx(1)
+    assert "| contrast |" in (out / "evaluation.md").read_text()
+
+
+def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path):
+    accuracy = mapet.finetune(
+        backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
+        workers=0, device="cpu", precision="float32", ema=0.5,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert rows[-1] == {"epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
+    assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
+    result = json.loads((tmp_path / "tuned" / "result.json").read_text())
+    assert result["low"] < accuracy < result["high"] and result["test_images"] == 100
+    found = mapet.evaluate(
+        backbone=[str(tmp_path / "tuned")], images=small / "train", test_images=small / "test", out=tmp_path / "out",
+        protocols=["resolution"], sizes=[8], **QUICK,
+    )  # fmt: skip
+    assert found[str(tmp_path / "tuned")]["at 8 px"] == pytest.approx(accuracy)

@@ -1,0 +1,419 @@
+"""Whatever happens to a run, it goes on as if nothing had: kills, signals, several processes, numbers and memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mapet
+from mapet.cli import main
+from mapet.data.image_list import scan
+from mapet.data.token_store import TokenStore
+from mapet.errors import Interrupted, MapetError
+from mapet.files import read_sealed, write_sealed
+from mapet.training.metrics import Window
+from mapet.training.setting import Setting
+from mapet.training.watch import LEAST, Watch
+from tests.conftest import PRETRAIN, all_rows
+from tests.integration.test_pipeline import StopAt
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("images_per_second", "data_wait")
+
+
+@pytest.fixture
+def options(few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    """Of a run of 6 steps."""
+    return {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"} | PRETRAIN
+
+
+def words(options, **more):
+    """The command line of these options."""
+    argv = ["pretrain"]
+    for name, value in (options | more).items():
+        values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [value]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return argv
+
+
+def run(argv, processes=1, code=0, seed_environment=None):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "mapet", *argv], capture_output=True, text=True, cwd=ROOT, timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def newest(folder):
+    found = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return {file.name: load_file(file) for file in found.glob("*.safetensors")}
+
+
+def assert_identical(a, b):
+    first, second = newest(a), newest(b)
+    assert first.keys() == second.keys() == {"model.safetensors", "optimizer.safetensors", "progress.safetensors"}
+    for file, tensors in first.items():
+        assert tensors.keys() == second[file].keys()
+        assert all(torch.equal(tensors[name], second[file][name]) for name in tensors), file
+    assert metrics(a) == metrics(b)
+
+
+def killed(argv, seed, kills, seconds):
+    """Run a command to its end through so many kills at random moments of up to so many seconds."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.killing", *map(str, (seed, kills, seconds)), *argv], capture_output=True,
+        text=True, cwd=ROOT, timeout=550, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    return json.loads(result.stdout.splitlines()[-1])["killed"]
+
+
+@pytest.mark.parametrize(("seed", "kills"), [(0, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(seed, kills, options, tmp_path):
+    """A checkpoint after every step: many a kill falls into writing one. The end is the same to the bit."""
+    options |= {"epochs": 5 * kills, "save_minutes": 1e-9, "drop_path": 0.3}
+    whole = words(options | {"out": tmp_path / "whole", "save_minutes": 10})
+    assert killed(whole, seed, 0, 0) == 0
+    survived = killed([*words(options), "--resume"], seed, kills, 1.5)
+    assert survived == kills
+    assert_identical(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_resumed_run_writes_the_same_metrics(stop_at, options, run_dir, monkeypatch):
+    with monkeypatch.context() as patch:
+        StopAt(patch, stop_at)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**options)
+    mapet.pretrain(**options, resume=True)
+    assert_identical(run_dir, options["out"])
+
+
+def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
+    assert main([*words(options), "--resume"]) == 0
+    assert_identical(run_dir, options["out"])
+    (options["out"] / "config.yaml").unlink()
+    assert main([*words(options), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+# ---- the stages before
+
+
+def tokenizing(images, out, **more):
+    options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64, "workers": 0}
+    return ["fit-tokenizer", *words(options | {"iterations": 40, "precision": "float32"} | more)[1:]]
+
+
+def naming(images, tokenizer, out, **more):
+    options = {"images": images, "tokenizer": tokenizer, "out": out, "batch_size": 2, "workers": 0} | more
+    return ["tokenize", *words(options)[1:]]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
+    argv = tokenizing(crops, tmp_path / "whole", iterations=1500)
+    run(argv)
+    argv[argv.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
+    assert killed([*argv, "--resume"], 1, kills, 0.6) == kills
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    assert not list(tmp_path.glob("*.kmeans.safetensors"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    argv = naming(few_digits, tokenizer_dir, tmp_path / "pieces", batch_size=1)
+    assert killed([*argv, "--resume"], 2, kills, 0.25) == kills
+    assert files(tokens_dir) == files(tmp_path / "pieces")
+
+
+PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("quantizer", [[], pytest.param(["--pca", "8"], marks=pytest.mark.slow),
+                                       pytest.param(["--quantizer", "lfq"], marks=pytest.mark.slow)])  # fmt: skip
+def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        run([*tokenizing(crops, tmp_path / name), *quantizer], processes)
+    one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["usage"].sum() == two["usage"].sum() == 12 * 64
+    assert (one["usage"] - two["usage"]).abs().sum() <= 12  # sums of other order: a patch may go over
+    health = [json.loads((tmp_path / name / "tokenizer.json").read_text())["health"] for name in ("one", "two")]
+    assert health[1] == pytest.approx(health[0], rel=0.01)
+    whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole", workers=0)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
+    subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300)  # fmt: skip
+    store = TokenStore.open(tmp_path / "shared", scan(crops))
+    assert len(store.parts) == 3 and store.complete
+    assert (all_rows(store) == all_rows(whole)).all()
+
+
+# ---- several processes
+
+
+@pytest.mark.parametrize("shard", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(shard, options, tmp_path):
+    """At the same global batch the losses are equal but for rounding, stochastic depth included, sharded or not."""
+    options |= {"drop_path": 0.3, "log_every": 1}
+    mapet.pretrain(**options)
+    run(words(options | {"out": tmp_path / "two", "shard": shard, "micro_batch": 20}), processes=2)
+    one, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    a, b = newest(tmp_path / "run")["model.safetensors"], newest(tmp_path / "two")["model.safetensors"]
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_one_two_one(shard, options, tmp_path):
+    """Stopped on one process, gone on with on two, stopped, finished on one."""
+    options |= {"drop_path": 0.3, "epochs": 60, "log_every": 1}
+    mapet.pretrain(**(options | {"out": tmp_path / "whole"}))
+    for processes in (1, 2):
+        sharded = ["--shard", "true"] if shard and processes > 1 else []
+        stop_after(3, [*words(options), "--resume", *sharded], processes, options["out"])
+    stopped = len(metrics(options["out"]))
+    assert 6 <= stopped < 180
+    run([*words(options), "--resume"])
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
+    assert len(parts) == 180
+    for ours, theirs in zip(whole, parts, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+
+
+def stop_after(steps, argv, processes, folder):
+    """Start a run, and send SIGTERM when it has made so many steps."""
+    before = len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    process = subprocess.Popen(
+        [sys.executable, *launch, "-m", "mapet", *argv], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= before + steps)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert error.count("Go on with: mapet pretrain") == 1, error
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed(options, tmp_path):
+    """All stop, and the run goes on."""
+    options |= {"epochs": 3000, "log_every": 1, "save_minutes": 1e-9}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*/state.json")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in error or "exitcode  : -9" in error
+    done = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    stop_after(1, [*words(options), "--resume"], 2, tmp_path / "run")
+    assert sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] > done
+
+
+# ---- numbers that go wrong
+
+
+def poisoned(monkeypatch, steps):
+    """Let the images of these steps (counted from 0) be NaN."""
+    original = Setting.inputs
+
+    def inputs(self, batch, step):
+        made = original(self, batch, step)
+        return made._replace(images=made.images * torch.nan) if step in steps else made
+
+    monkeypatch.setattr(Setting, "inputs", inputs)
+
+
+def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
+    """The others are made; figures are those of the others."""
+    with monkeypatch.context() as patch:
+        poisoned(patch, {1, 3})
+        mapet.pretrain(**options)
+    lines = metrics(options["out"])
+    assert lines[-1]["skipped_steps"] == 2 and all(line["loss"] > 0 for line in lines)
+    assert all(value.isfinite().all() for value in newest(options["out"])["model.safetensors"].values())
+    assert [r.message.split(":")[0] for r in caplog.records if "left out" in r.message] == [
+        "step 2 is left out", "step 4 is left out"]  # fmt: skip
+    assert "train/few.txt" not in caplog.text and ".png' (inf)" in caplog.text
+
+
+def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
+    """Nothing of the optimiser moves in a step that is left out: the step after is Adam's first."""
+    poisoned(monkeypatch, {0, 1, 2, 3, 4})
+    mapet.pretrain(**(options | {"max_skipped": 6}))
+    moments = newest(options["out"])["optimizer.safetensors"]
+    assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {1.0}
+
+
+def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        poisoned(patch, {2, 3, 4})
+        with pytest.raises(MapetError, match="mapet replay --bundle") as error:
+            mapet.pretrain(**(options | {"max_skipped": 2, "log_every": 1}))
+        bundle = options["out"] / "replay" / "step-00000003"
+        assert str(bundle) in str(error.value)
+        looks = mapet.replay(bundle=bundle)
+        assert [look.step for look in looks] == [3, 4]
+        assert looks[0].module == "vit.patch_embed.proj" and "head.weight" in looks[0].parameters
+        assert not torch.tensor(looks[0].loss).isfinite()
+    looks = mapet.replay(bundle=bundle)  # without what poisoned them
+    assert all(look.module == "" and look.parameters == [] and look.norm > 0 for look in looks)
+    assert [loss for _, loss in looks[0].losses] == sorted((loss for _, loss in looks[0].losses), reverse=True)
+    named = json.loads((bundle / "replay.json").read_text())["images"]["3"]
+    assert {name for name, _ in looks[0].losses} == set(named) and len(named) == 96
+    assert "largest losses" in caplog.text
+
+
+def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        poisoned(patch, range(6))
+        with pytest.raises(MapetError):
+            mapet.pretrain(**options)
+    bundle = next((options["out"] / "replay").iterdir())
+    with pytest.raises(MapetError, match="not the replay bundle of a run"):
+        mapet.replay(bundle=tmp_path)
+    content = read_sealed(bundle / "replay.json", "replay bundle")
+    write_sealed(bundle / "replay.json", content | {"images": {"1": ["other.png"]}})
+    with pytest.raises(MapetError, match="the images of step 1 are others now"):
+        mapet.replay(bundle=bundle)
+    (bundle / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(MapetError, match="cannot be replayed"):
+        mapet.replay(bundle=bundle)
+
+
+def test_roll_back(options, monkeypatch, caplog):
+    """Back to the last checkpoint before, on with the images after, and to the end."""
+    poisoned(monkeypatch, {3, 4})
+    mapet.pretrain(**(options | {"max_skipped": 2, "log_every": 1, "roll_back": 1, "save_minutes": 1e-9}))
+    assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
+    state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["rolled_back"] == 1 and (options["out"] / "backbone").exists()
+
+
+def test_spikes_are_logged_with_their_images(few_digits, caplog):
+    watch = Watch(scan(few_digits))
+    images = (torch.tensor([7, 8, 9]), torch.tensor([1.0, 30.0, 2.0]))
+    usual = [2.0 + 0.01 * (step % 5) for step in range(LEAST)]
+    watch.judge(Window({}, [*usual, 2.05, 9.0], [images] * (LEAST + 2)), last_step=LEAST + 2)
+    spikes = [record.message for record in caplog.records]
+    assert len(spikes) == 1
+    assert f"loss spike at step {LEAST + 2}: 9.000, usually 2.02" in spikes[0]
+    assert f"largest losses: '{watch.images.id(8)}' (30)" in spikes[0]
+
+
+# ---- memory, workers, disk
+
+
+def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_dir):
+    """The gradient stays that of the batch; a resumed run goes on with what fitted."""
+    from mapet.model.pretrainer import Pretrainer
+
+    original = Pretrainer.encode
+
+    def encode(self, images, *rest):
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, images, *rest)
+
+    monkeypatch.setattr(Pretrainer, "encode", encode)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**(options | {"micro_batch": 50}))
+    mapet.pretrain(**options, resume=True)
+    assert "out of memory with 50 images at a time: going on with --micro-batch 25" in caplog.text
+    assert caplog.text.count("out of memory") == 2  # 50 and 25, not again after resuming
+    for ours, theirs in zip(metrics(run_dir), metrics(options["out"]), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+def test_not_even_one_image_fits(options, monkeypatch):
+    from mapet.model.pretrainer import Pretrainer
+
+    def encode(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(Pretrainer, "encode", encode)
+    with pytest.raises(MapetError, match="out of memory with one image at a time: take a smaller --model"):
+        mapet.pretrain(**options)
+
+
+def test_a_dead_worker_is_reported_as_such(options, monkeypatch):
+    from mapet.data.dataset import ViewDataset
+
+    def die(self, positions):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ViewDataset, "__getitems__", die)
+    with pytest.raises(MapetError, match=r"a process that reads images died.*fewer --workers.*--resume"):
+        mapet.pretrain(**(options | {"workers": 1}))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(options, monkeypatch):
+    import errno
+
+    import mapet.training.checkpoint as checkpoint
+
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**options)
+
+    def full(path, tensors, metadata=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(MapetError, match=r"No space left on device. It takes [\d,]+ bytes, the disk has [\d,]+ free; "
+                           "the last one, step-00000002, is intact. Make room and go on with --resume"):  # fmt: skip
+            mapet.pretrain(**options, resume=True)
+    mapet.pretrain(**options, resume=True)
+
+
+def test_what_the_disk_garbles_is_noticed(options, monkeypatch):
+    import mapet.training.checkpoint as checkpoint
+
+    original = checkpoint.write_tensors
+
+    def garbled(path, tensors, metadata=None):
+        original(path, {name: value + 1 if name == "head.bias" else value for name, value in tensors.items()})
+
+    monkeypatch.setattr(checkpoint, "write_tensors", garbled)
+    with pytest.raises(MapetError, match=r"'head\.bias' differs: is the disk failing"):
+        mapet.pretrain(**options)
+    assert not list((options["out"] / "checkpoints").glob("*"))

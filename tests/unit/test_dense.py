@@ -1,0 +1,166 @@
+"""Masks in their real file formats; IoU by hand; heads that learn what patches show."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mapet
+from mapet.cli import main
+from mapet.errors import MapetError
+from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
+from mapet.evaluation.masks import NOWHERE, masked_sets
+from mapet.model.backbone import create_vit, save_backbone
+from tests.conftest import TINY
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """40 pictures, 48 x 32 px, of a bright block on a dark ground, and where the block is."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        image = rng.integers(0, 60, (32, 48, 3)).astype(np.uint8)
+        where = np.zeros((32, 48), np.uint8)
+        top, left = rng.integers(0, 3) * 8, rng.integers(0, 4) * 8
+        where[top : top + 16, left : left + 24] = 1
+        image[where == 1] += 150
+        found.append((image, where))
+    return found
+
+
+def write_folders(scenes, root, images="images", masks="masks", ids=(3, 7), void=255):
+    """Masks of the ids given; a stripe at the top is void."""
+    for folder in (images, masks):
+        (root / folder).mkdir(parents=True)
+    for number, (image, where) in enumerate(scenes):
+        mask = np.array(ids, np.uint8)[where]
+        mask[0] = void
+        Image.fromarray(image).save(root / images / f"{number:02d}.jpg", quality=95)
+        Image.fromarray(mask).save(root / masks / f"{number:02d}.png")
+    return root
+
+
+def write_panoptic(scenes, root):
+    """COCO's layout: panoptic.json, panoptic/*.png with segment ids in base 256, and the images elsewhere."""
+    (root / "panoptic").mkdir(parents=True)
+    (root / "images").mkdir()
+    record = {
+        "categories": [{"id": 92, "name": "ground", "isthing": 0}, {"id": 18, "name": "block", "isthing": 1}],
+        "images": [], "annotations": [],
+    }  # fmt: skip
+    for number, (image, where) in enumerate(scenes):
+        ground, block = 1_000_000 + number, 300 + number
+        segments = np.where(where == 1, block, ground)
+        segments[0] = 0  # void
+        rgb = np.stack([segments % 256, segments // 256 % 256, segments // 65536], -1).astype(np.uint8)
+        Image.fromarray(rgb).save(root / "panoptic" / f"{number:02d}.png")
+        Image.fromarray(image).save(root / "images" / f"{number:02d}.jpg", quality=95)
+        record["images"].append({"id": 50 - number, "file_name": f"{number:02d}.jpg", "height": 32, "width": 48})
+        info = [{"id": ground, "category_id": 92}, {"id": block, "category_id": 18}]
+        record["annotations"].append({"image_id": 50 - number, "file_name": f"{number:02d}.png", "segments_info": info})
+    (root / "panoptic.json").write_text(json.dumps(record))
+    return root
+
+
+def expected(where, order=(0, 1)):
+    truth = np.array(order)[where].astype(np.int64)
+    truth[0] = NOWHERE
+    return truth
+
+
+def test_folders_are_read_and_split(scenes, tmp_path):
+    write_folders(scenes, tmp_path)
+    train, test = masked_sets(tmp_path, None, None, None)
+    assert (len(train), len(test)) == (32, 8) and train.classes == ["3", "7"]
+    assert not {train.images.id(i) for i in range(32)} & {test.images.id(i) for i in range(8)}
+    number = int(train.images.id(5)[:2])
+    assert np.array_equal(train.classes_of(5), expected(scenes[number][1]))
+    beside, _ = masked_sets(tmp_path / "images", tmp_path / "masks", None, None)
+    assert beside.images.hash == train.images.hash
+    with pytest.raises(MapetError, match="at least two"):
+        masked_sets(tmp_path, None, None, None, void=[3])
+    with pytest.raises(MapetError, match=r"expected 00.png there"):
+        masked_sets(tmp_path / "images", tmp_path, None, None)
+
+
+def test_ade20k_s_layout(scenes, tmp_path):
+    """Zero is void, training and validation are as they are."""
+    write_folders(scenes[:30], tmp_path, "images/training", "annotations/training", ids=(1, 2), void=0)
+    write_folders(scenes[30:], tmp_path, "images/validation", "annotations/validation", ids=(1, 2), void=0)
+    train, test = masked_sets(tmp_path, None, None, None)
+    assert (len(train), len(test), train.classes) == (30, 10, ["1", "2"])
+    assert np.array_equal(test.classes_of(0), expected(scenes[30][1]))
+
+
+def test_panoptic_layout(scenes, tmp_path):
+    """Categories come by id, images by file name, whatever their order in the file."""
+    write_panoptic(scenes, tmp_path)
+    train, test = masked_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+    assert train.classes == ["block", "ground"] and len(train) + len(test) == 40
+    for index in (0, 17):
+        number = int(train.images.id(index)[:2])
+        assert np.array_equal(train.classes_of(index), expected(scenes[number][1], order=(1, 0)))
+    (tmp_path / "images" / "07.jpg").unlink()
+    with pytest.raises(MapetError, match=r"names 07\.jpg"):
+        masked_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+
+
+def test_rgb_masks_are_refused(scenes, tmp_path):
+    write_folders(scenes[:2], tmp_path)
+    Image.fromarray(scenes[0][0]).save(tmp_path / "masks" / "00.png")
+    with pytest.raises(MapetError, match="grey or palette PNG, this one is RGB"):
+        masked_sets(tmp_path, None, None, None)
+
+
+def test_intersection_over_union_by_hand():
+    truth = torch.tensor([[0, 0, 1, NOWHERE], [0, 0, 1, 1]])
+    guess = torch.tensor([[0, 1, 1, 2], [0, 0, 0, 1]])
+    counts = pixel_counts(guess, truth, 4)
+    assert counts.tolist() == [[3, 2, 0, 0], [5, 4, 0, 0], [4, 3, 0, 0]]
+    assert mean_iou(counts[None]) == pytest.approx((3 / 5 + 2 / 4) / 2)  # classes in no image don't count
+    assert pixel_accuracy(counts[None]) == pytest.approx(5 / 7)
+    perfect = pixel_counts(truth.clamp_min(0), truth, 4)
+    both = np.stack([counts, perfect])
+    assert mean_iou(both) == pytest.approx(((3 + 4) / (5 + 4) + (2 + 3) / (4 + 3)) / 2)  # summed over images first
+    assert mean_iou(both, np.array([0.0, 2.0])) == 1
+
+
+@pytest.mark.parametrize("layout", ["folders", "panoptic"])
+def test_heads_find_bright_blocks(layout, scenes, tmp_path):
+    torch.manual_seed(0)
+    save_backbone(create_vit("vit_tiny_patch16_224", (32, 48), 8, 3, TINY), tmp_path / "vit")
+    data = {"images": write_folders(scenes, tmp_path / "data")}
+    if layout == "panoptic":
+        root = write_panoptic(scenes, tmp_path / "coco")
+        data = {"images": root / "images", "masks": root / "panoptic.json"}
+    found = mapet.evaluate(
+        backbone=[str(tmp_path / "vit")], **data, out=tmp_path / "out", protocols=["segmentation"], dense_epochs=12,
+        batch_size=8, workers=0, device="cpu", precision="float32",
+    )[str(tmp_path / "vit")]  # fmt: skip
+    assert found["segmentation, linear: mIoU"] > 0.8, found
+    assert found["segmentation, decoder: pixel accuracy"] > 0.9, found
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())["backbones"][str(tmp_path / "vit")]
+    ious = [hit / union for hit, union in record["segmentation"]["per_class"]["segmentation, linear"].values()]
+    assert sum(ious) / 2 == pytest.approx(found["segmentation, linear: mIoU"])
+
+
+def test_masks_are_asked_for(crops, tmp_path, capsys):
+    argv = [
+        "evaluate",
+        "--backbone",
+        "random:vit_tiny_patch16_224",
+        "--images",
+        str(crops),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main([*argv, "--protocols", "segmentation"]) == 2
+    assert "protocol 'segmentation' needs masks" in capsys.readouterr().err
