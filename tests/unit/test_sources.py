@@ -18,13 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
-from mapet.data import tar_shards
+from mapet.data import prepared, streamed, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import MAX_BYTES, BadImage
+from mapet.data.hugging_face import below
 from mapet.data.image_list import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
 from mapet.errors import Interrupted, MapetError
+from mapet.files import read_sealed
 from mapet.recipe import build
 from mapet.stages.check import CheckConfig
 from mapet.training import loop
@@ -439,6 +441,113 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
     }.items():
         with pytest.raises(MapetError, match=why):
             scan(source)
+
+
+@pytest.fixture
+def streams(datasets, folder, tmp_path, monkeypatch):
+    """The same 12 images as a folder and as three parquet files with images within; 5 a shard."""
+    monkeypatch.setattr(prepared, "PER_SHARD", 5)
+    (folder / "readme.txt").unlink()
+    datasets.load_dataset(str(folder), split="train").save_to_disk(str(tmp_path / "saved"))  # which puts images within
+    table = datasets.load_from_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    for part in range(3):
+        rows = table.select(range(4 * part, 4 * part + 4))
+        rows.to_parquet(str(tmp_path / "parquet" / f"train-{part:05d}-of-00003.parquet"))
+    return f"hf:{folder}:train", f"hf:{tmp_path}/parquet:train"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "prepared.json"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
+    for number, source in enumerate(streams):
+        downloaded = scan(mapet.prepare(images=source, out=tmp_path / f"downloaded{number}", size=48))
+        streamed = scan(mapet.prepare(images=source, out=tmp_path / f"streamed{number}", size=48, stream=True))
+        assert_same(downloaded, streamed)
+        assert files_of(downloaded.root) == files_of(streamed.root)
+        whole, manifest = (read_sealed(made.root / "prepared.json", "") for made in (downloaded, streamed))
+        assert manifest.pop("streamed") == source
+        assert manifest == whole
+        assert streamed.classes()[0] == ["a", "b"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeypatch, caplog):
+    for number, source in enumerate(streams):
+        whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", size=48, stream=True)
+        taken = []
+        take = streamed.Row.take
+
+        def breaks(row, taken=taken, take=take):
+            taken.append(row)
+            if len(taken) == 8:
+                raise KeyboardInterrupt
+            return take(row)
+
+        monkeypatch.setattr(streamed.Row, "take", breaks)
+        out = tmp_path / f"made{number}"
+        with pytest.raises(KeyboardInterrupt):
+            mapet.prepare(images=source, out=out, size=48, stream=True, threads=1)
+        with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
+            scan(out)
+        with pytest.raises(MapetError, match="size: 48 -> 32"):
+            mapet.prepare(images=source, out=out, size=32, stream=True, resume=True)
+        mapet.prepare(images=source, out=out, size=48, stream=True, resume=True)
+        assert len(taken) <= 10 + 7  # the first five were not read again
+        assert files_of(whole) == files_of(out)
+        mapet.prepare(images=source, out=out, size=48, stream=True, resume=True)  # nothing to do
+        monkeypatch.undo()
+        monkeypatch.setattr(prepared, "PER_SHARD", 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplog):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = datasets.Features({"image": datasets.Image(decode=False)}).arrow_schema
+
+    def save(name: str, *images: dict | None) -> str:
+        rows = [{"image": image} for image in [{"bytes": png(), "path": None}, *images]]
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / name)
+        return f"hf:{tmp_path / name}"
+
+    bad = [None, {"bytes": None, "path": "gone.png"}, {"bytes": bomb(14_000), "path": None}]
+    made = scan(mapet.prepare(images=save("bad.parquet", *bad), out=tmp_path / "bad", stream=True, max_bad=1))
+    assert made.id(3) == "000000003" and made.open(0, 3).size == (8, 8)
+    for row, why in enumerate(["no image in this row", "no bytes in this row", "pixels"], 1):
+        assert f"bad image 'row {row}': " in caplog.text
+        with pytest.raises(BadImage, match=why):
+            made.open(row, 3)
+    (tmp_path / "secret.png").write_bytes(png())
+    for path in (str(tmp_path / "secret.png"), "http://127.0.0.1/secret.png", "hf://datasets/other/name@main/x.png"):
+        with pytest.raises(MapetError, match=r"row 1 names the file .*, which is not of the data set"):
+            mapet.prepare(
+                images=save("out.parquet", {"bytes": None, "path": path}),
+                out=tmp_path / "out",
+                stream=True,
+                resume=True,
+            )
+        assert not any((tmp_path / "out").glob("*.bin"))
+    with pytest.raises(MapetError, match=r"--stream is for hf:NAME, not "):
+        mapet.prepare(images=folder, out=tmp_path / "no", stream=True)
+    table = datasets.load_dataset(str(folder), split="train")
+    table.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(MapetError, match="leave --stream out"):
+        mapet.prepare(images=f"hf:{tmp_path}/saved", out=tmp_path / "no", stream=True, resume=True)
+
+
+def test_files_of_the_hub_keep_their_names_from_revision_to_revision():
+    inside = ["/cache/hub/", "hf://datasets/u/n/", "hf://datasets/u/n@"]
+    for file in (
+        "/cache/hub/datasets--u--n/snapshots/0a1b/train/a/1.png",
+        "hf://datasets/u/n@0a1b/train/a/1.png",
+        "hf://datasets/u/n/train/a/1.png",
+    ):
+        assert below(file, inside, "row 0") == "train/a/1.png"
 
 
 def test_hugging_face_without_the_library(monkeypatch):

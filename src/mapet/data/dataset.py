@@ -5,7 +5,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -208,16 +208,22 @@ def _start_worker(_number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides what to do
 
 
+class Named(Protocol):
+    def __len__(self) -> int: ...
+    def id(self, index: int) -> str: ...
+
+
 @dataclass
 class Quarantine:
     """Images that could not be read, with reasons; stops the stage when there are too many.
 
     Attributes:
+        images: the list, or what names and counts its images.
         max_bad: the largest share of the list that may be bad; one bad image is always allowed.
         on_new: called with (index, reason) of each newly found one.
     """
 
-    images: ImageList
+    images: Named
     max_bad: float
     reasons: dict[int, str] = field(default_factory=dict)
     on_new: Callable[[int, str], None] | None = None

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ def list_rows(source: str) -> ImageList:
     """The rows of a data set: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT.
 
     NAME is a folder of parquet or arrow files, or of images, one such file, a folder made by `save_to_disk`, or a name on
-    the Hub, of which `datasets` keeps a copy on disk: a full shuffle that resumes exactly needs any row at any time, so
-    nothing is streamed. SPLIT may be a part: train[:1000]. No code of a data set is run.
+    the Hub, of which `datasets` keeps a copy on disk: a full shuffle that resumes exactly needs any row at any time (for
+    less disk, `streamed`). SPLIT may be a part: train[:1000]. No code of a data set is run.
 
     The id of an image is the path its row gives, below NAME if it is a file there, if every row gives another one; else the
     row's number, which stays as long as rows before it do. A ClassLabel column gives labels.
@@ -52,22 +51,30 @@ def list_rows(source: str) -> ImageList:
         MapetError: `datasets` is missing or finds fault, there are several splits and none is chosen, or no column of
             images, or several; a row names a file that is not of the data set.
     """
+    datasets, table, column, label = open_rows(source)
+    table = table.with_format(None)
+    paths, sizes = _paths_and_sizes(table.select_columns([column]), source, inside(source, datasets))
+    labels = None if label is None else known_labels(table.features[label].names, _values(table, label))
+    return ImageList(source, ids_of(paths), sizes, reader=Rows(table, column), labels=labels)
+
+
+def open_rows(source: str, streaming: bool = False) -> tuple[Any, Any, str, str | None]:
+    """(the library, the data set with images as they are stored, the column of images, that of labels, if any)."""
     name, configuration, split = _parse(source)
     datasets = _library()
     try:
-        table = _load(datasets, name, configuration, split)
+        table = _load(datasets, name, configuration, split, streaming)
     except MapetError as error:
         raise MapetError(f"{source}: {error}") from None
     except Exception as error:  # it has many kinds
-        raise MapetError(f"{source}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise MapetError(f"{source}: {first_line(error)}") from None
     column = _column(source, {name: type(feature).__name__ for name, feature in table.features.items()})
-    table = table.cast_column(column, datasets.Image(decode=False)).with_format(None)
-    roots = [Path(name), *_caches(datasets)]
-    paths, sizes = _paths_and_sizes(table.select_columns([column]), source, roots)
     labels = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    return ImageList(
-        source, _ids(paths), sizes, reader=Rows(table, column), labels=_labels(table, labels[0]) if labels else None
-    )
+    return datasets, table.cast_column(column, datasets.Image(decode=False)), column, labels[0] if labels else None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _parse(source: str) -> tuple[str, str | None, str | None]:
@@ -91,23 +98,25 @@ def _library() -> Any:
     return datasets
 
 
-def _load(datasets: Any, name: str, configuration: str | None, split: str | None) -> Any:
+def _load(datasets: Any, name: str, configuration: str | None, split: str | None, streaming: bool) -> Any:
     path = Path(name)
     if any((path / file).exists() for file in SAVED):
+        if streaming:
+            raise MapetError("a folder made by `save_to_disk` is on this disk already: leave --stream out")
         loaded = datasets.load_from_disk(name)
         if isinstance(loaded, dict) and split in loaded:
             loaded = loaded[split]
         elif split is not None:
             raise MapetError(f"there is no split {split!r}; {_splits(loaded)}")
     elif path.is_file() and path.suffix in FORMATS:
-        loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split)
+        loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split, streaming=streaming)
     else:
-        loaded = datasets.load_dataset(name, configuration, split=split)
-    if not isinstance(loaded, dict):
-        return loaded
-    if len(loaded) > 1:
-        raise MapetError(f"choose a split; {_splits(loaded)}")
-    return next(iter(loaded.values()))
+        loaded = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
+    if isinstance(loaded, dict):
+        if len(loaded) > 1:
+            raise MapetError(f"choose a split; {_splits(loaded)}")
+        loaded = next(iter(loaded.values()))
+    return loaded._resolve_features() if loaded.features is None else loaded  # of a stream that does not declare them
 
 
 def _splits(loaded: Any) -> str:
@@ -125,18 +134,20 @@ def _column(source: str, features: dict[str, str]) -> str:
     )
 
 
-def _caches(datasets: Any) -> list[Path]:
-    """Where `datasets` keeps files of the Hub."""
+def inside(source: str, datasets: Any) -> list[str]:
+    """Where files may lie that the rows of a data set name, each with a slash at its end: below it, in the caches, on the Hub."""
     import huggingface_hub
 
-    return [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
+    name, _, _ = _parse(source)
+    folders = [name, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+    local = [os.path.join(folder, "") for root in folders for folder in (os.path.abspath(root), os.path.realpath(root))]
+    return [*local, f"hf://datasets/{name}/", f"hf://datasets/{name}@"]
 
 
-def _paths_and_sizes(images: Any, source: str, roots: Iterable[Path]) -> tuple[list[str | None], np.ndarray]:
+def _paths_and_sizes(images: Any, source: str, inside: list[str]) -> tuple[list[str | None], np.ndarray]:
     """What each row gives; the images' own bytes are not touched."""
     import pyarrow.compute as pc
 
-    inside = [os.path.join(folder, "") for root in roots for folder in (os.path.abspath(root), os.path.realpath(root))]
     paths: list[str | None] = []
     sizes: list[int] = []
     for batch in images.with_format("arrow").iter(batch_size=10_000):
@@ -144,35 +155,49 @@ def _paths_and_sizes(images: Any, source: str, roots: Iterable[Path]) -> tuple[l
             lengths = pc.binary_length(pc.struct_field(chunk, "bytes")).to_pylist()
             for path, size in zip(pc.struct_field(chunk, "path").to_pylist(), lengths, strict=True):
                 if size is None and path is not None and os.path.isabs(path):
-                    path, size = _file(path, inside, f"{source}, row {len(paths)}")
+                    file = os.path.normpath(path)
+                    path, size = below(file, inside, f"{source}, row {len(paths)}"), _file_size(file)
                 paths.append(path)
                 sizes.append(-1 if size is None else size)
     return paths, np.array(sizes, np.int64)
 
 
-def _file(path: str, inside: list[str], where: str) -> tuple[str, int]:
-    """(path below its root, bytes) of a file that a row names."""
-    path = os.path.normpath(path)
-    root = next((root for root in inside if path.startswith(root)), None)
+def below(file: str, inside: list[str], where: str) -> str:
+    """The path of a file that a row names, below the root it lies in, and below its revision, so that it stays.
+
+    Raises:
+        MapetError: it lies in none.
+    """
+    root = next((root for root in inside if file.startswith(root)), None)
     if root is None:
-        raise MapetError(f"{where} names the file {path}, which is not of the data set: it is not read")
+        raise MapetError(f"{where} names the file {file}, which is not of the data set: it is not read")
+    path = file.removeprefix(root)
+    if root.endswith("@"):  # REVISION/path
+        return path.partition("/")[2]
+    return re.sub(r"^datasets--[^/]+/snapshots/[^/]+/", "", path)
+
+
+def _file_size(file: str) -> int:
     try:
-        return path.removeprefix(root), os.stat(path).st_size
+        return os.stat(file).st_size
     except OSError:  # reported as a bad image when it is read
-        return path.removeprefix(root), -1
+        return -1
 
 
-def _ids(paths: list[str | None]) -> Names:
+def ids_of(paths: list[str | None]) -> Names:
+    """Those that rows give, if every row gives another one; else their numbers."""
     if len(set(paths)) == len(paths) and all(path and "\0" not in path for path in paths):
         return Names.of(os.fsencode(path) for path in paths if path)
     return Names.of(b"%09d" % row for row in range(len(paths)))
 
 
-def _labels(table: Any, column: str) -> tuple[list[str], np.ndarray] | None:
-    """None where a row has none, or there is one class only."""
+def _values(table: Any, column: str) -> np.ndarray:
+    """(n,) class of each row, -1 where it has none."""
     import pyarrow.compute as pc
 
-    values = table.select_columns([column]).with_format("arrow")[:].column(0)
-    labels = np.asarray(pc.fill_null(values, -1), np.int64)
-    names = list(table.features[column].names)
-    return None if len(names) < 2 or labels.min(initial=0) < 0 else (names, labels)
+    return np.asarray(pc.fill_null(table.select_columns([column]).with_format("arrow")[:].column(0), -1), np.int64)
+
+
+def known_labels(names: list[str], values: np.ndarray) -> tuple[list[str], np.ndarray] | None:
+    """None where a row has none, or there is one class only."""
+    return None if len(names) < 2 or values.min(initial=0) < 0 else (list(names), values)

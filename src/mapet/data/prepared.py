@@ -1,11 +1,12 @@
 """A prepared data set: every image resized once, packed into a few large files that are mapped into memory."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -19,6 +20,7 @@ from mapet.files import atomic, canonical_hash, read_array, read_sealed, write_s
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
 
+T = TypeVar("T")
 MANIFEST, IDS, LABELS, SIZES = "prepared.json", "ids", "labels.npy", "sizes-{:05d}.npy"
 SHARD = "images-{:05d}.bin"
 FORMAT = 1
@@ -36,7 +38,8 @@ class Prepared(Reader):
     bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `prepared.json` is the manifest.
 
     Attributes:
-        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes.
+        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes
+            and streamed (the data set's name).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -51,12 +54,13 @@ class Prepared(Reader):
         """
         prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
         try:
-            done, total = int(prepared.manifest["done"]), int(prepared.manifest["num_images"])
+            done, total = int(prepared.manifest["done"]), int(prepared.manifest.get("num_images", -1))
             if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
                 raise ValueError(f"format {prepared.manifest['format']}")
             if done != total:
                 raise MapetError(
-                    f"{folder} is unfinished ({done} of {total} images): run the same `mapet prepare ... --resume` to finish it"
+                    f"{folder} is unfinished ({done} of {total if total >= 0 else 'all'} images): run the same "
+                    "`mapet prepare ... --resume` to finish it"
                 )
             sizes = prepared.file_sizes
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in range(-(-total // PER_SHARD)))
@@ -105,18 +109,17 @@ class Prepared(Reader):
         return self._map(row // PER_SHARD)[start : start + int(self.file_sizes[row])].tobytes()
 
 
-def shrink(images: "ImageList", index: int, size: int, channels: int, quality: int) -> bytes:
-    """An image with its short side at `size` pixels, encoded; its own bytes if it is no larger than that.
+def shrink(picture: Picture, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
+    """An image with its short side at `size` pixels, encoded; what is `stored` if it is no larger than that.
 
     Raises:
         BadImage: with the reason.
     """
-    picture = images.open(index, channels)
     height, width = picture.size
     short = min(height, width)
     if short <= size:
         picture.read()  # bad ones are found now
-        return images.data(index)
+        return stored()
     target = max(1, round(height * size / short)), max(1, round(width * size / short))
     room = next((r for r in (8, 4, 2) if min(height // target[0], width // target[1]) >= r), 1)
     box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
@@ -129,21 +132,99 @@ def shrink(images: "ImageList", index: int, size: int, channels: int, quality: i
     return buffer.getvalue()
 
 
+class Packing:
+    """A prepared data set being made: shard by shard, each whole or not there.
+
+    Attributes:
+        manifest: what is done so far; of one begun earlier, or `wanted`.
+    """
+
+    def __init__(
+        self, folder: Path, wanted: dict[str, Any], threads: int,
+        on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """Begin one, or go on with an unfinished one.
+
+        Args:
+            wanted: the manifest's source, size, channels, quality.
+            on_bad: told (index, reason) of each bad image; may raise to stop.
+            on_image: told how many images are done since the last call.
+
+        Raises:
+            MapetError: `folder` holds one begun with other images or options.
+        """
+        self.folder, self.on_bad, self.on_image = folder, on_bad, on_image
+        self.path = folder / MANIFEST
+        wanted = {"format": FORMAT, **wanted}
+        self.is_new = not self.path.exists()
+        self.manifest = wanted | {"done": 0, "bad": {}} if self.is_new else read_sealed(self.path, "prepared data set")
+        if canonical_hash({key: self.manifest.get(key) for key in wanted}) != canonical_hash(wanted):
+            changed = [
+                f"{k}: {self.manifest.get(k)!r} -> {v!r}" for k, v in wanted.items() if self.manifest.get(k) != v
+            ]
+            raise MapetError(
+                f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
+            )
+        self._pool = ThreadPoolExecutor(threads)
+        on_image(self.done)
+        for row, reason in self.manifest["bad"].items():
+            on_bad(int(row), reason)
+
+    def __enter__(self) -> "Packing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def done(self) -> int:
+        """Images in whole shards."""
+        return self.manifest["done"]
+
+    def describe(self, ids: Names, labels: tuple[list[str], np.ndarray] | None) -> None:
+        """Write what is known of all images, and the manifest that counts them."""
+        with atomic(self.folder / IDS) as temporary:
+            temporary.write_bytes(b"".join(name + b"\0" for name in ids))
+        if labels is not None:
+            with atomic(self.folder / LABELS) as temporary, temporary.open("wb") as file:
+                np.save(file, labels[1])
+        self.save()
+
+    def add_shard(self, images: Iterable[T], encode: Callable[[T], bytes]) -> None:
+        """Encode images, several at a time, and write them as the next shard; `save` makes it count."""
+        shard, sizes, bad = self.done // PER_SHARD, list[int](), dict[str, str]()
+
+        def attempt(image: T) -> bytes | str:
+            try:
+                return encode(image)
+            except BadImage as error:
+                return str(error)
+
+        with atomic(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
+            for several in _batched(images, 256):  # a bounded number in memory
+                for result in self._pool.map(attempt, several):
+                    if isinstance(result, str):
+                        index = self.done + len(sizes)
+                        bad[str(index)] = result
+                        self.on_bad(index, result)
+                    sizes.append(0 if isinstance(result, str) else file.write(result))
+                self.on_image(len(several))
+        with atomic(self.folder / SIZES.format(shard)) as temporary, temporary.open("wb") as file:
+            np.save(file, np.array(sizes, np.int64))
+        self.manifest["bad"] |= bad
+        self.manifest["done"] += len(sizes)
+
+    def save(self) -> None:
+        """Write the manifest: what it counts is on disk."""
+        write_sealed(self.path, self.manifest)
+
+
 def write_prepared(
     images: "ImageList", folder: Path, size: int, channels: int, quality: int, threads: int,
     on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
 ) -> Prepared:  # fmt: skip
-    """Make a prepared data set, or go on with an unfinished one: shard by shard, each whole or not there.
-
-    Args:
-        on_bad: told (index, reason) of each bad image; may raise to stop.
-        on_image: told how many images are done since the last call.
-
-    Raises:
-        MapetError: `folder` holds one begun with other images or options.
-    """
+    """Make a prepared data set of a list, or go on with an unfinished one; see `Packing`."""
     wanted: dict[str, Any] = {
-        "format": FORMAT,
         "source": images.hash,
         "num_images": len(images),
         "size": size,
@@ -152,49 +233,20 @@ def write_prepared(
     }
     if images.labels is not None:
         wanted["classes"] = images.labels[0]
-    path = folder / MANIFEST
-    manifest = read_sealed(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
-    if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
-        changed = [
-            f"{key}: {manifest.get(key)!r} -> {wanted[key]!r}" for key in wanted if manifest.get(key) != wanted[key]
-        ]
-        raise MapetError(
-            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
-        )
-    if not path.exists():
-        with atomic(folder / IDS) as temporary:
-            temporary.write_bytes(b"".join(images.id_bytes(i) + b"\0" for i in range(len(images))))
-        if images.labels is not None:
-            with atomic(folder / LABELS) as temporary, temporary.open("wb") as file:
-                np.save(file, images.labels[1])
-        write_sealed(path, manifest)
-    on_image(manifest["done"])
-    for row, reason in manifest["bad"].items():
-        on_bad(int(row), reason)
 
-    def do(index: int) -> bytes | str:
-        try:
-            return shrink(images, index, size, channels, quality)
-        except BadImage as error:
-            return str(error)
+    def encode(index: int) -> bytes:
+        return shrink(images.open(index, channels), lambda: images.data(index), size, channels, quality)
 
-    with ThreadPoolExecutor(threads) as pool:
-        for first in range(manifest["done"], len(images), PER_SHARD):
-            members = range(first, min(first + PER_SHARD, len(images)))
-            sizes, bad = np.zeros(len(members), np.int64), dict[str, str]()
-            with atomic(folder / SHARD.format(first // PER_SHARD)) as temporary, temporary.open("wb") as file:
-                for start in range(first, members.stop, 256):  # a bounded number in memory
-                    batch = range(start, min(start + 256, members.stop))
-                    for index, result in zip(batch, pool.map(do, batch), strict=True):
-                        if isinstance(result, str):
-                            bad[str(index)] = result
-                            on_bad(index, result)
-                        else:
-                            sizes[index - first] = file.write(result)
-                    on_image(len(batch))
-            with atomic(folder / SIZES.format(first // PER_SHARD)) as temporary, temporary.open("wb") as file:
-                np.save(file, sizes)
-            manifest["bad"] |= bad
-            manifest["done"] = members.stop
-            write_sealed(path, manifest)  # last: what it counts is on disk
+    with Packing(folder, wanted, threads, on_bad, on_image) as packing:
+        if packing.is_new:
+            packing.describe(Names.of(images.id_bytes(i) for i in range(len(images))), images.labels)
+        while packing.done < len(images):
+            packing.add_shard(range(packing.done, min(packing.done + PER_SHARD, len(images))), encode)
+            packing.save()
     return Prepared.open(folder)
+
+
+def _batched(items: Iterable[T], number: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while several := list(islice(iterator, number)):
+        yield several

@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mapet.recipe import Source, stage
+from mapet.recipe import HUGGING_FACE, Source, stage
 from mapet.stages.options import BadImages, automatic_workers
 
 log = logging.getLogger("mapet")
@@ -26,8 +26,18 @@ class PrepareConfig(BadImages):
     """JPEG quality of resized images."""
     threads: NonNegativeInt | None = None
     """Images worked on at a time; automatic: one a core, at most 9."""
+    stream: bool = False
+    """With hf:NAME: read it once as it comes, in order; its originals are never all on this disk."""
     resume: bool = False
     """Go on with an unfinished one."""
+
+    @model_validator(mode="after")
+    def _streams_of_the_hub(self) -> "PrepareConfig":
+        if self.stream and not str(self.images).startswith(HUGGING_FACE):
+            raise ValueError(
+                f"--stream is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
+            )
+        return self
 
 
 @stage
@@ -41,27 +51,31 @@ def prepare(config: PrepareConfig) -> Path:
     Example:
       mapet prepare --images PHOTOS --out PREPARED --size 256
       mapet run --images PREPARED --out runs/photos
+      mapet prepare --images hf:NAME:train --stream --out PREPARED      # larger than this disk
     """
     from tqdm import tqdm
 
     from mapet.data.dataset import Quarantine
     from mapet.data.image_list import scan
     from mapet.data.prepared import MANIFEST, write_prepared
+    from mapet.data.streamed import Stream, write_streamed
     from mapet.files import new_folder
 
-    images = scan(config.images)
     if not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
-    quarantine = Quarantine(images, config.max_bad)
-    with tqdm(total=len(images), desc="prepare", unit="img", disable=None) as bar:
-        made = write_prepared(
-            images, config.out, config.size, config.channels, config.quality,
-            config.threads or automatic_workers() + 1, lambda index, reason: quarantine.add([(index, reason)]), bar.update,
-        )  # fmt: skip
-    total = int(made.file_sizes.sum())
+    how = (config.out, config.size, config.channels, config.quality, config.threads or automatic_workers() + 1)
+    with tqdm(desc="prepare", unit="img", disable=None) as bar:
+        if config.stream:
+            stream = Stream(str(config.images))
+            bar.total, quarantine = stream.expected, Quarantine(stream, config.max_bad)
+            made = write_streamed(stream, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+        else:
+            images = scan(config.images)
+            bar.total, quarantine = len(images), Quarantine(images, config.max_bad)
+            made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+    total, num_images = int(made.file_sizes.sum()), made.manifest["num_images"]
     log.info(
-        "%d images in %s, %.1f MB (%.1f kB each; they were %.1f MB), %d bad ones left out",
-        len(images), config.out, total / 1e6, total / 1e3 / len(images), images.file_sizes.clip(min=0).sum() / 1e6,
-        len(made.manifest["bad"]),
+        "%d images in %s, %.1f MB (%.1f kB each), %d bad ones left out",
+        num_images, config.out, total / 1e6, total / 1e3 / num_images, len(made.manifest["bad"]),
     )  # fmt: skip
     return config.out

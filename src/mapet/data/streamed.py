@@ -1,0 +1,180 @@
+"""A data set of Hugging Face that is too large for this disk: read once, in order, and packed as it comes."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mapet.data import prepared
+from mapet.data.decode import MAX_BYTES, BadImage, open_image
+from mapet.data.hugging_face import below, first_line, ids_of, inside, known_labels, open_rows
+from mapet.data.image_list import ImageList
+from mapet.data.prepared import Packing, Prepared, shrink
+from mapet.errors import MapetError
+from mapet.files import read_sealed, write_sealed
+
+ROWS = ".rows-{:05d}.json"
+"""What is known of a shard's rows, until that of all is: [path, bytes, class] of each."""
+
+
+@dataclass
+class Row:
+    """An image as it came.
+
+    Attributes:
+        path: what the row gives, below its root.
+        label: class, -1 where there is none.
+        size: bytes; -1 until they are known.
+        data: the image's bytes, until it is packed; None: there is no image.
+        file: path or URL where the bytes are, if they did not come with the row.
+    """
+
+    path: str | None
+    label: int
+    size: int = -1
+    data: bytes | None = None
+    file: str | None = None
+
+    def take(self) -> bytes:
+        """The bytes, which are forgotten: a shard's images don't stay in memory.
+
+        Raises:
+            BadImage: there are none.
+        """
+        data, self.data = self.data, None
+        if self.file is not None:
+            import fsspec
+
+            try:
+                with fsspec.open(self.file) as file:
+                    data = file.read()
+            except Exception as error:  # of many kinds, by protocol
+                raise BadImage(first_line(error)) from None
+            self.size = len(data)
+        if data is None:
+            raise BadImage(
+                "no image in this row" if self.path is None else f"no bytes in this row, nor a file: {self.path!r}"
+            )
+        if len(data) > MAX_BYTES:
+            raise BadImage(f"{len(data):,} bytes are more than {MAX_BYTES:,}")
+        return data
+
+
+class Stream:
+    """Rows of a data set, in order. Stands for their list, which is not known yet, where bad images are named and counted.
+
+    Attributes:
+        expected: rows, where the data set says so.
+        classes: names of the classes, where it has some.
+    """
+
+    def __init__(self, source: str) -> None:
+        """Args: source: hf:NAME, as for `list_rows`."""
+        datasets, rows, self._column, self._label = open_rows(source, streaming=True)
+        self.root = source
+        self._inside = inside(source, datasets)
+        info = (rows.info.splits or {}).get(str(rows.split))
+        self.expected: int | None = getattr(info, "num_examples", None) or None
+        self.classes: list[str] = list(rows.features[self._label].names) if self._label else []
+        self._rows = rows.select_columns([self._column, *filter(None, [self._label])])
+
+    def __len__(self) -> int:
+        return self.expected or prepared.PER_SHARD
+
+    def id(self, index: int) -> str:
+        return f"row {index}"
+
+    def position(self) -> dict[str, Any]:
+        """After the last row that was given out; JSON can hold it."""
+        return self._rows.state_dict()
+
+    def rows(self, first: int, position: dict[str, Any] | None) -> Iterator[Row]:
+        """From row `first` on, whose position an earlier reading wrote down.
+
+        Raises:
+            MapetError: the stream broke off.
+        """
+        if position is not None:
+            self._rows.load_state_dict(position)
+        iterator = enumerate(iter(self._rows), first)
+        while True:
+            try:
+                number, values = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:  # the library and its file systems have many kinds
+                raise MapetError(f"{self.root} broke off ({first_line(error)}): go on with --resume") from None
+            label = values[self._label] if self._label else None
+            yield self._row(values[self._column], -1 if label is None else label, f"{self.root}, row {number}")
+
+    def _row(self, image: dict[str, Any] | None, label: int, where: str) -> Row:
+        if image is None:
+            return Row(None, label)
+        data, path = image["bytes"], image["path"]
+        if data is not None:
+            return Row(path, label, len(data), data)
+        if path is None or not (os.path.isabs(path) or "://" in path):
+            return Row(path, label)
+        file = path if "://" in path else os.path.normpath(path)
+        return Row(below(file, self._inside, where), label, file=file)
+
+
+def write_streamed(
+    stream: Stream, folder: Path, size: int, channels: int, quality: int, threads: int,
+    on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
+) -> Prepared:  # fmt: skip
+    """Make a prepared data set of a stream, or go on with an unfinished one; its originals are never on disk.
+
+    It is the one that `write_prepared` makes of the downloaded data set, file by file, but for `streamed` in the manifest.
+
+    Raises:
+        MapetError: see `Packing`; the stream broke off, or is empty.
+    """
+    wanted = {"streamed": stream.root, "size": size, "channels": channels, "quality": quality}
+
+    def encode(row: Row) -> bytes:
+        data = row.take()
+        return shrink(open_image(data, channels), lambda: data, size, channels, quality)
+
+    with Packing(folder, wanted, threads, on_bad, on_image) as packing:
+        if "num_images" not in packing.manifest:
+            incoming = stream.rows(packing.done, packing.manifest.get("position"))
+            while packing.done % prepared.PER_SHARD == 0:
+                shard, rows = packing.done // prepared.PER_SHARD, list[Row]()
+                packing.add_shard(_kept(islice(incoming, prepared.PER_SHARD), rows), encode)
+                if not rows:
+                    break
+                write_sealed(folder / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]})
+                packing.manifest["position"] = stream.position()
+                packing.save()
+            _finish(packing, stream)
+    for left in folder.glob(ROWS.replace("{:05d}", "*")):
+        left.unlink()
+    return Prepared.open(folder)
+
+
+def _kept(incoming: Iterator[Row], rows: list[Row]) -> Iterator[Row]:
+    """Passes on what is also written down."""
+    for row in incoming:
+        rows.append(row)
+        yield row
+
+
+def _finish(packing: Packing, stream: Stream) -> None:
+    """Now that all rows are known: their ids, labels and hash."""
+    shards = range(-(-packing.done // prepared.PER_SHARD))
+    rows = [row for s in shards for row in read_sealed(packing.folder / ROWS.format(s), "rows of a shard")["rows"]]
+    if not rows:
+        raise MapetError(f"{stream.root} has no rows")
+    paths, sizes, values = zip(*rows, strict=True)
+    labels = known_labels(stream.classes, np.array(values, np.int64)) if stream.classes else None
+    images = ImageList(stream.root, ids_of(list(paths)), np.array(sizes, np.int64), labels=labels)
+    del packing.manifest["position"]
+    packing.manifest |= {"source": images.hash, "num_images": len(images)}
+    if labels is not None:
+        packing.manifest["classes"] = labels[0]
+    packing.describe(ids_of(list(paths)), labels)
