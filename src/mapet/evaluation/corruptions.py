@@ -46,6 +46,11 @@ class Range(NamedTuple):
         return nearest * side / published if self.length else nearest
 
 
+def _of_244(*shares: float) -> tuple[float, ...]:
+    """ImageNet-C's elastic lengths are shares of 244 pixels, not of the 224 there are."""
+    return tuple(share * 244 / LARGE for share in shares)
+
+
 PARAMETERS: dict[str, dict[str, Range]] = {
     "gaussian noise": {"deviation": Range((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38))},
     "shot noise": {"photons": Range((500, 250, 100, 75, 50), (60, 25, 12, 5, 3))},
@@ -84,9 +89,9 @@ PARAMETERS: dict[str, dict[str, Range]] = {
     "brightness": {"add": Range((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5))},
     "contrast": {"factor": Range((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05))},
     "elastic transform": {
-        "shift": Range((0, 0.05, 0.08, 0.1, 0.1), (2, 2, 0.05, 0.07, 0.12)),
-        "smooth": Range((0.1, 0.2, 0.06, 0.04, 0.03), (0.7, 0.08, 0.01, 0.01, 0.01)),
-        "affine": Range((0.08, 0.07, 0.06, 0.05, 0.03), (0.1, 0.2, 0.02, 0.02, 0.02)),
+        "shift": Range((0, 0.05, 0.08, 0.1, 0.1), _of_244(2, 2, 0.05, 0.07, 0.12)),
+        "smooth": Range((0.1, 0.2, 0.06, 0.04, 0.03), _of_244(0.7, 0.08, 0.01, 0.01, 0.01)),
+        "affine": Range((0.08, 0.07, 0.06, 0.05, 0.03), _of_244(0.1, 0.2, 0.02, 0.02, 0.02)),
     },
     "pixelate": {"share": Range((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25))},
     "jpeg": {"quality": Range((80, 65, 58, 50, 40), (25, 18, 15, 10, 7))},
