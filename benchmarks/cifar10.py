@@ -22,6 +22,7 @@ import mapet
 from mapet.compute import Compute
 from mapet.evaluation.classifiers import linear_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
+from mapet.evaluation.splits import few_labels
 from mapet.files import write_json
 from mapet.model.backbone import load_backbone, on_device
 from mapet.recipe import read_recipe
@@ -88,7 +89,9 @@ def probes(name: str, run: Path, data: Path) -> dict[str, float]:
     train, test = train_and_test(data / "train", data / "test")
     check = extract_features(vit, test, compute)
     for share in SHARES[:-1]:
-        found[f"linear {share}"] = linear_accuracy(*extract_features(vit, train.few(share=share), compute), *check)
+        found[f"linear {share}"] = linear_accuracy(
+            *extract_features(vit, train.subset(few_labels(train, share, 0)), compute), *check
+        )
     log.info("%s: %s", name, found)
     return found
 

@@ -9,6 +9,7 @@ from mapet.data.image_list import scan
 from mapet.errors import MapetError
 from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
 from mapet.evaluation.features import labelled, split, train_and_test
+from mapet.evaluation.splits import few_labels
 
 
 def two_clouds(distance, seed=0):
@@ -43,9 +44,12 @@ def test_split_is_fixed_and_stratified(digits):
 
 def test_few_labels(digits):
     data = labelled(scan(digits / "train"))
-    assert np.bincount(data.few(per_class=10).labels).tolist() == [10] * 10
-    assert data.few(per_class=10, seed=1).images.hash != data.few(per_class=10).images.hash
-    assert len(data.few(share=0.01).labels) == 10 * 1  # at least one of each class
+    ten, other = (few_labels(data, 10, seed) for seed in (0, 1))
+    assert np.bincount(data.subset(ten).labels).tolist() == [10] * 10
+    assert ten.tolist() != other.tolist()
+    assert len(few_labels(data, 0.01, 0)) == 10 * 1  # at least one of each class
+    with pytest.raises(MapetError, match="fewer than the 1000 asked for"):
+        few_labels(data, 1000, 0)
 
 
 def test_different_classes_are_named(digits, tmp_path, crops):

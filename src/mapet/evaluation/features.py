@@ -41,18 +41,6 @@ class LabelledSet:
         """Indices, ordered by class, in one piece for each class."""
         return np.split(order, np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))[:-1])
 
-    def few(self, per_class: int | None = None, share: float = 1.0, seed: int = 0) -> "LabelledSet":
-        """A random sample: `per_class` images of each class, or a share of each class (at least one)."""
-        rng = np.random.default_rng(seed)
-        kept = []
-        for label, members in enumerate(map(rng.permutation, self.by_class(np.argsort(self.labels, kind="stable")))):
-            if per_class is not None and per_class > len(members):
-                raise MapetError(
-                    f"class '{self.classes[label]}' has {len(members)} images, fewer than the {per_class} asked for"
-                )
-            kept.append(members[: per_class if per_class is not None else max(1, round(share * len(members)))])
-        return self.subset(np.sort(np.concatenate(kept)))
-
 
 def labelled(images: ImageList) -> LabelledSet:
     """Labels the data set gives, or from class folders.

@@ -26,9 +26,9 @@ class FinetuneConfig(Views, BadImages, Device):
     scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
-    """Use only so many labelled images of each class, drawn by `seed`."""
+    """Use only so many labelled images of each class: the fixed split of `seed` that `evaluate` uses."""
     label_share: float = Field(1.0, gt=0, le=1)
-    """Use only this share of each class's labelled images, drawn by `seed`."""
+    """Use only this share of each class's labelled images, likewise."""
     epochs: PositiveInt = 100
     """Passes over the training images."""
     batch_size: PositiveInt | None = None

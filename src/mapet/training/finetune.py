@@ -20,6 +20,7 @@ from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, 
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
+from mapet.evaluation.splits import few_labels
 from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import load_backbone, on_device
 from mapet.training.optim import make_optimizer, make_schedule
@@ -39,7 +40,8 @@ def finetune_vit(
     """
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
-    train = train.few(config.labels_per_class, config.label_share, config.seed)
+    if config.labels_per_class or config.label_share < 1:
+        train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
     torch.manual_seed(config.seed)
     # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
     options = {
