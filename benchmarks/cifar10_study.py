@@ -29,12 +29,12 @@ def main() -> None:
     run_study(options.data, options.out, options.recipe, options.per_class)
 
 
-def run_study(data: Path, out: Path, recipe: Path, per_class: int = 1000) -> Path:
-    """Prepare the images and run a study of that recipe; returns the folder of CIFAR-10."""
+def run_study(data: Path, out: Path, recipe: Path, per_class: int = 1000, seeds: list[int] | None = None) -> Path:
+    """Prepare the images and run a study of that recipe, with other seeds if there are some; returns the folder of CIFAR-10."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # for cells: stand_in
     data = unpack(data, out)
     mapet.study(
-        **read_recipe(recipe),
+        **read_recipe(recipe) | ({"seeds": seeds} if seeds else {}),
         images=first_of_each_class(data, per_class),
         test_images=data / "test",
         other_test_images=changed_test_sets(data, out),

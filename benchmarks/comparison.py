@@ -12,6 +12,7 @@ weights. What is done already is not done again. Writes comparison.md and compar
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,12 @@ import timm
 import torch
 from cifar10_data import first_of_each_class, unpack
 
-import mapet
 from mapet.files import write_json
 from mapet.model.backbone import save_backbone
 
 HERE = Path(__file__).parent
-BATCH, PER_CLASS = 128, 1000
+MAPET = [sys.executable, "-m", "mapet"]
+BATCH, PER_CLASS = 128, 500
 STAND_IN = ["--teacher", "stand_in:efficientnet_lite0", "--teacher-size", "128"]
 METHODS: dict[str, tuple[list[str], list[str]]] = {
     "mapet": ([], []),
@@ -39,7 +40,6 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {
     "lightly-train, simclr": ([], []),
     "lightly-train, dino": ([], []),
     "mapet, stand-in teacher": (STAND_IN, []),
-    "mapet --objective pim, stand-in teacher": (STAND_IN, ["--objective", "pim"]),
 }
 """Name -> options of `fit-tokenizer` and of `pretrain`."""
 GROUPS = {
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="photos.zip, or its folder")
     parser.add_argument("--lightly", type=Path, required=True, help="python of an environment with lightly-train")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=480, help="seconds of one core for CIFAR-10; photos: half")
+    parser.add_argument("--budget", type=float, default=360, help="seconds of one core for CIFAR-10; photos: a third")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
@@ -97,14 +97,14 @@ def main() -> None:
         )
     if options.photos:
         train, test = group(options.photos, options.out)
-        sets.append(Data("photos", train, test, 64, 8, options.budget / 2, 128))
+        sets.append(Data("photos", train, test, 64, 8, options.budget / 3, 128))
     for data in sets:
-        rates = {method: epochs_within_budget(method, data, options) for method in options.methods}
-        jobs = [(method, seed) for seed in range(options.seeds) for method in options.methods]
+        with ThreadPoolExecutor(2) as pool:
+            epochs = pool.map(lambda method, data=data: epochs_within_budget(method, data, options), options.methods)
+            rates = dict(zip(options.methods, epochs, strict=True)) | {"from scratch": 0}
+        jobs = [(method, seed) for seed in range(options.seeds) for method in rates]
         with ThreadPoolExecutor(2) as pool:  # one core each
             list(pool.map(lambda job, data=data, rates=rates: measure(*job, rates[job[0]], data, options), jobs))
-        for seed in range(options.seeds):
-            measure("from scratch", seed, 0, data, options)
         report(data, options)
 
 
@@ -145,6 +145,12 @@ def run(command: list[str], log: Path) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def remove(*folders: Path) -> None:
+    """What a run that was stopped left."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def tokens(method: str, data: Data, out: Path) -> float:
     """What mapet needs before training, once for all seeds; returns the seconds of one core."""
     if method.startswith("lightly-train"):
@@ -152,19 +158,20 @@ def tokens(method: str, data: Data, out: Path) -> float:
     folder, fit = out / data.name / method, METHODS[method][0]
     done = folder / "tokens.json"
     if not done.exists():
-        common = [sys.executable, "-m", "mapet"]
+        remove(folder / "tokenizer", folder / "tokens")
         images = ["--images", str(data.train), "--workers", "0"]
         sizes = ["--image-size", str(data.image), "--patch-size", str(data.patch), "--vocab-size", str(data.words)]
         words = ["--tokenizer", str(folder / "tokenizer"), *fit[:2], "--out", str(folder / "tokens"), "--views", "flip"]
         log = folder / "tokens.txt"
-        seconds = run([*common, "fit-tokenizer", *images, *sizes, *fit, "--out", str(folder / "tokenizer")], log)
-        seconds += run([*common, "tokenize", *images, *words], log)
+        seconds = run([*MAPET, "fit-tokenizer", *images, *sizes, *fit, "--out", str(folder / "tokenizer")], log)
+        seconds += run([*MAPET, "tokenize", *images, *words], log)
         write_json(done, seconds)
     return json.loads(done.read_text())
 
 
 def pretrain(method: str, seed: int, epochs: int, data: Data, folder: Path, options: argparse.Namespace) -> float:
     """Leaves a timm folder at folder/backbone; returns the seconds of one core."""
+    remove(folder)
     if method.startswith("lightly-train"):
         numbers = map(str, [epochs, seed, data.width, data.depth, data.heads, data.image, data.patch])
         command = [str(options.lightly), str(HERE / "lightly_run.py"), str(data.train), str(folder), method.split()[-1]]
@@ -177,7 +184,7 @@ def pretrain(method: str, seed: int, epochs: int, data: Data, folder: Path, opti
         save_backbone(vit, folder / "backbone")
         return seconds
     made = options.out / data.name / method
-    command = [sys.executable, "-m", "mapet", "pretrain", "--images", str(data.train), "--workers", "0"]
+    command = [*MAPET, "pretrain", "--images", str(data.train), "--workers", "0"]
     command += ["--tokenizer", str(made / "tokenizer"), "--tokens", str(made / "tokens"), "--out", str(folder)]
     command += ["--model-args", f"embed_dim={data.width}", f"depth={data.depth}", f"num_heads={data.heads}"]
     command += ["--layer-scale", "none", "--drop-path", "0", "--lr", "1.5e-3", "--batch-size", str(BATCH)]
@@ -190,7 +197,7 @@ def epochs_within_budget(method: str, data: Data, options: argparse.Namespace) -
     folder = options.out / data.name / method / "pilot"
     made = tokens(method, data, options.out)
     if not (folder / "pilot.json").exists():
-        few = max(1, 5000 // data.count)
+        few = max(1, 2000 // data.count)
         python = options.lightly if method.startswith("lightly-train") else sys.executable
         start = run(
             [str(python), "-c", f"import {method.split(',')[0].split()[0].replace('-', '_')}, timm"], folder / "log.txt"
@@ -217,13 +224,28 @@ def measure(method: str, seed: int, epochs: int, data: Data, options: argparse.N
     backbone = (
         options.out / data.name / next(iter(METHODS)) / "seed_0" / "run" if scratch else folder / "run" / "backbone"
     )
-    torch.manual_seed(seed)
-    probed = mapet.probe(backbone=backbone, images=data.train, test_images=data.test, workers=0, seed=seed)
-    result = probed["untrained" if scratch else "pretrained"]
-    result["fine-tuned, 10 labels a class"] = mapet.finetune(
-        backbone=backbone, scratch=scratch, images=data.train, test_images=data.test, labels_per_class=10, epochs=100,
-        views="crop", min_scale=0.5, drop_path=0.0, lr=1e-3, batch_size=32, seed=seed, workers=0,
-    )  # fmt: skip
+    labelled = ["--backbone", str(backbone), "--images", str(data.train), "--test-images", str(data.test)]
+    labelled += ["--workers", "0", "--seed", str(seed)]
+    if not (folder / "probe.json").exists():
+        run([*MAPET, "probe", *labelled, "--out", str(folder / "probe.json")], folder / "log.txt")
+    if not (folder / "tuned" / "result.json").exists():
+        few = [
+            "--labels-per-class",
+            "10",
+            "--epochs",
+            "100",
+            "--views",
+            "crop",
+            "--min-scale",
+            "0.5",
+            "--drop-path",
+            "0",
+        ]
+        few += ["--lr", "1e-3", "--batch-size", "32", "--scratch", str(scratch)]
+        remove(folder / "tuned")
+        run([*MAPET, "finetune", *labelled, *few, "--out", str(folder / "tuned")], folder / "log.txt")
+    result = json.loads((folder / "probe.json").read_text())["untrained" if scratch else "pretrained"]
+    result["fine-tuned, 10 labels a class"] = json.loads((folder / "tuned" / "result.json").read_text())["accuracy"]
     write_json(folder / "result.json", result | json.loads((folder / "cost.json").read_text()))
     print(data.name, method, seed, result, flush=True)
 

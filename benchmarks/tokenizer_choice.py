@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="cifar10.zip, or its folder with train/ and test/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=HERE.parent / "recipes" / "study_tokenizers.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the recipe's three")
     options = parser.parse_args()
-    data = run_study(options.data, options.out, options.recipe)
+    data = run_study(options.data, options.out, options.recipe, seeds=options.seeds)
     rows = [
         looked_at(name, spec, options.out, unpack(data, options.out))
         for name, spec in read_recipe(options.recipe)["tokenizers"].items()

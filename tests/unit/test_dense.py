@@ -10,8 +10,8 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
-from mapet.evaluation.masks import NOWHERE, masked_sets
+from mapet.evaluation.annotated.masks import NOWHERE, masked_sets
+from mapet.evaluation.annotated.segmentation import mean_iou, pixel_accuracy, pixel_counts
 from mapet.model.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mapet.compute import Compute
 from mapet.errors import MapetError
+from mapet.evaluation.annotated.coco import CocoSet
+from mapet.evaluation.annotated.masks import MaskedSet
 from mapet.evaluation.bank import Bank, Place
 from mapet.evaluation.classifiers import nearest_neighbours
-from mapet.evaluation.coco import CocoSet
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet
 from mapet.evaluation.intervals import Figure, share
 from mapet.evaluation.linear import LinearProbe, linear_probes
-from mapet.evaluation.masks import MaskedSet
 
 SHOWN = 8
 """Neighbours in the panel, at most."""

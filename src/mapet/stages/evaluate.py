@@ -206,10 +206,10 @@ def _there(needs: str, sets: Any) -> bool:
 def gather(config: EvaluateConfig) -> Any:
     """The images, with labels where folders give them."""
     from mapet.data.image_list import scan
+    from mapet.evaluation.annotated.coco import coco_sets
+    from mapet.evaluation.annotated.masks import masked_sets
     from mapet.evaluation.bench import Sets
-    from mapet.evaluation.coco import coco_sets
     from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
-    from mapet.evaluation.masks import masked_sets
 
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
     boxes = coco_sets(folder, config.annotations, test_folder, config.test_annotations)

@@ -17,8 +17,8 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from mapet.data.decode import BadImage
 from mapet.errors import MapetError
+from mapet.evaluation.annotated.coco import CocoSet
 from mapet.evaluation.bench import Bench, Outcome
-from mapet.evaluation.coco import CocoSet
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.intervals import Figure
 

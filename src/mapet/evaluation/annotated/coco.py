@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 
 from mapet.data.image_list import ImageList
 from mapet.errors import MapetError
+from mapet.evaluation.annotated.masks import listed_images
 from mapet.evaluation.features import held_out, unlabelled
-from mapet.evaluation.masks import listed_images
 from mapet.files import read_json
 
 

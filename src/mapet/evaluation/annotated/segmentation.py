@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from mapet.data.decode import BadImage
 from mapet.data.views import View, render
 from mapet.errors import MapetError
+from mapet.evaluation.annotated.masks import NOWHERE, MaskedSet
 from mapet.evaluation.bench import Bench, Outcome
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.intervals import bootstrap
-from mapet.evaluation.masks import NOWHERE, MaskedSet
 
 LEARNING_RATES = {"linear": 1e-2, "decoder": 1e-3}
 """AdamW's."""
