@@ -2,7 +2,7 @@
 
     python benchmarks/tokenizer_choice.py --data cifar10.zip --out runs/tokenizers
 
-First `mapet study` of recipes/study_tokenizers.yaml: pre-training on each tokenizer's words, three seeds. Then the measures of
+First `mapet study` of recipes/study_tokenizers.yaml: pre-training on each tokenizer's words, three seeds or --seeds. Then the measures of
 `mapet inspect --tokenizer` for each, and the rank correlation (Spearman's) of each measure with the linear probe of what
 was pre-trained. Writes forecast.md and forecast.json. Stopped and started again, it goes on.
 """
