@@ -206,9 +206,10 @@ class Chart {
       const at = this.toPixel(curves.x(line.run, line.steps[i]));
       if (at >= MARGIN.left - 1 && at <= this.width - MARGIN.right + 1)
         this.marks.append(drawn("circle", { cx: at, cy: this.toHeight(line.values[i]), r: 3.5, fill: line.color, stroke: "var(--paper)" }));
-      return `${this.label(line)} ${number(line.values[i])}${curves.several || line.thin ? "" : ` (step ${number(line.steps[i])})`}`;
+      return [curves.x(line.run, line.steps[i]), `${this.label(line)} ${number(line.values[i])}`];
     });
-    this.readout.textContent = `${curves.axis === "step" ? "Step" : "Epoch"} ${number(x)}: ${said.join("; ")}`;
+    const where = `${curves.axis === "step" ? "Step" : "Epoch"} ${number(said.length ? said[0][0] : x)}`;
+    this.readout.textContent = `${where}: ${said.map(([, text]) => text).join("; ")}`;
   }
 
   at(event) {

@@ -191,7 +191,8 @@ class RunFiles:
         if log.description:
             yield "what", log.description
         if recipe:
-            count = f"{log.images:,} images in " if log.images else ""
+            images = log.images or _read(Path(str(recipe.get("tokens") or "")) / "store.json").get("num_images")
+            count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
         if epochs:
             yield (

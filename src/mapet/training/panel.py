@@ -24,10 +24,12 @@ class Panel:
     def __init__(self, total: int, done: int = 0, file: Any = None) -> None:
         common: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "file": file}
         self._bar = tqdm(total=total, initial=done, desc="pretrain", unit="step", smoothing=0.05, **common)
-        self.lines = [] if self._bar.disable else [tqdm(bar_format="{desc}", position=i, **common) for i in (1, 2)]
+        self.lines = (
+            [] if self._bar.disable else [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in (1, 2)]
+        )
         self._total, self._first, self._done = total, done, done
         self._started = time.monotonic()
-        self._probe = ""
+        self._last = self._probe = ""
 
     def __enter__(self) -> "Panel":
         return self
@@ -35,6 +37,8 @@ class Panel:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for bar in [*reversed(self.lines), self._bar]:
             bar.close()
+        if self.lines and self._last:
+            log.info("%s%s", self._last, self._probe)  # the lines below the bar are gone
 
     def advance(self) -> None:
         """A step is done."""
@@ -43,6 +47,7 @@ class Panel:
 
     def show(self, metrics: dict[str, float], epoch_ended: bool) -> None:
         """Figures of the last steps."""
+        self._last = Meter.line(metrics)
         if self.lines:
             self._set(0, Meter.learning(metrics))
             self._set(1, f"{Meter.speed(metrics)}{self._probe}")
