@@ -170,8 +170,9 @@ def labels(browser):
 
 def pixels(browser, caption):
     """Of a canvas of the step-through, as one string."""
-    script = "return [...document.querySelectorAll('#steps figure')].find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas').toDataURL()"
-    return browser.execute_script(script, caption)
+    figures = "[...document.querySelectorAll('#steps figure')]"
+    found = f"{figures}.find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas')"
+    return browser.execute_script(f"return {found}.toDataURL()", caption)
 
 
 @pytest.mark.slow
@@ -188,9 +189,8 @@ def test_curves_in_a_browser(screen, report):
     width = chart.size["width"]
     ActionChains(screen).move_to_element(chart).perform()
     assert re.match(r"Step \d+: loss [\d.]+", readout.text)
-    ActionChains(screen).move_to_element_with_offset(chart, int(-width * 0.1), 0).click_and_hold().move_by_offset(
-        int(width * 0.2), 0
-    ).release().perform()
+    drag = ActionChains(screen).move_to_element_with_offset(chart, int(-width * 0.1), 0).click_and_hold()
+    drag.move_by_offset(int(width * 0.2), 0).release().perform()
     zoomed = labels(screen)
     assert zoomed != whole
     chart.send_keys("+")
@@ -240,7 +240,9 @@ def test_step_through_and_colours_in_a_browser(screen, report):
     screen.find_element(By.ID, "theme").click()
     assert screen.execute_script(paper) == light
     assert screen.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    unnamed = "return [...document.querySelectorAll('button, select, input, img, canvas')].filter(e => !(e.ariaLabel || e.alt || e.textContent.trim()) && !e.closest('label')).length"
+    controls = "[...document.querySelectorAll('button, select, input, img, canvas')]"
+    named = "e.ariaLabel || e.alt || e.textContent.trim() || e.closest('label')"
+    unnamed = f"return {controls}.filter(e => !({named})).length"
     assert screen.execute_script(unnamed) == 0
 
 

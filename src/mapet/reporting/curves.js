@@ -166,7 +166,8 @@ class Chart {
 
   path(line, points) {
     const places = points.map(([x, y]) => `${x.toFixed(1)},${this.toHeight(y).toFixed(1)}`);
-    const dots = points.length > MOST_DOTS ? [] : points.map(([x, y]) => drawn("circle", { cx: x, cy: this.toHeight(y), r: 2, fill: line.color }));
+    const crowded = points.length > MOST_DOTS || (points.length > 1 && points.at(-1)[0] - points[0][0] < 6 * points.length);
+    const dots = crowded ? [] : points.map(([x, y]) => drawn("circle", { cx: x, cy: this.toHeight(y), r: 2, fill: line.color }));
     return drawn("g", { class: "line", "data-key": line.key },
       drawn("path", { d: `M${places.join("L")}`, fill: "none", stroke: line.color, "stroke-width": line.thin ? 1.2 : 2, "stroke-dasharray": line.dashes.join(" ") || null, "stroke-linejoin": "round" }), dots);
   }

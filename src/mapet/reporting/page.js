@@ -8,10 +8,14 @@ function section(id, title, ...content) {
   return shown.length ? element("section", { id, "aria-labelledby": `${id}-title` }, element("h2", { id: `${id}-title` }, title), shown) : null;
 }
 
+function warned(text) {
+  return element("li", {}, `⚠ ${text}${/[.?!]$/.test(text) ? "" : "."}`);
+}
+
 function warningList(run) {
   const waiting = DATA.live && !Object.keys(run.curves).length;
   if (!run.warnings.length) return element("p", { class: "fine" }, waiting ? "Nothing is recorded yet." : "Nothing in the figures speaks against this run.");
-  return element("ul", { class: "warnings" }, run.warnings.map((text) => element("li", {}, `⚠ ${text}.`)));
+  return element("ul", { class: "warnings" }, run.warnings.map(warned));
 }
 
 function logged(run) {
@@ -28,7 +32,7 @@ function recipe(run) {
 function tokenizer(run) {
   if (!run.tokenizer.length) return null;
   const { warnings, figures } = run.health;
-  return [facts(run.tokenizer), warnings.length ? element("ul", { class: "warnings" }, warnings.map((text) => element("li", {}, `⚠ ${text}.`))) : null,
+  return [facts(run.tokenizer), warnings.length ? element("ul", { class: "warnings" }, warnings.map(warned)) : null,
     figures.length ? element("details", {}, element("summary", {}, "Measures of `inspect --tokenizer`"), table("Health of the words", null, figures)) : null];
 }
 
