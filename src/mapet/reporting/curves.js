@@ -245,21 +245,22 @@ class Chart {
   }
   key(event) {
     const { curves } = this, [low, high] = curves.shown, line = this.visible[0];
-    const by = (count) => {
-      if (!line) return;
-      const at = curves.cursor === null ? (count > 0 ? line.index(curves.step(line.run, low)) : line.steps.length - 1)
-        : line.nearest(curves.step(line.run, curves.cursor)) + count;
-      const x = curves.x(line.run, line.steps[Math.min(line.steps.length - 1, Math.max(0, at))]);
+    const to = (i) => {
+      const x = curves.x(line.run, line.steps[Math.min(line.steps.length - 1, Math.max(0, i))]);
       if (x < low || x > high) curves.show([x - (high - low) / 2, x + (high - low) / 2]);
       curves.pointAt(x);
       this.readout.setAttribute("aria-live", "polite");
     };
+    const by = (count) => { // from the cursor, or else from the edge that is left behind
+      if (curves.cursor !== null) to(line.nearest(curves.step(line.run, curves.cursor)) + count);
+      else to(count > 0 ? line.index(curves.step(line.run, low)) : line.nearest(curves.step(line.run, high)));
+    };
     const actions = {
-      ArrowRight: () => by(event.shiftKey ? 10 : 1), ArrowLeft: () => by(event.shiftKey ? -10 : -1), Home: () => by(-1e9), End: () => by(1e9),
+      ArrowRight: () => by(event.shiftKey ? 10 : 1), ArrowLeft: () => by(event.shiftKey ? -10 : -1), Home: () => to(0), End: () => to(Infinity),
       "+": () => curves.zoom(0.5), "=": () => curves.zoom(0.5), "-": () => curves.zoom(2), 0: () => curves.show(null),
       Escape: () => { curves.pointAt(null); curves.show(null); },
     };
-    if (!actions[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!line || !actions[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     actions[event.key]();
   }
