@@ -1,8 +1,8 @@
 """mapet: pre-train Vision Transformers on your own images by masked and permuted visual-token prediction.
 
 One function a stage, the same as the command line's: `check`, `prepare`, `train_tokenizer`, `fit_tokenizer`, `tokenize`,
-`pretrain`, `replay`, `probe`, `evaluate`, `finetune`, `inspect`, `embed`, `export`, `run`, `study`, `demo`. Each takes its
-config's fields as keywords:
+`pretrain`, `watch`, `replay`, `probe`, `evaluate`, `finetune`, `inspect`, `report`, `embed`, `export`, `run`, `study`, `demo`.
+Each takes its config's fields as keywords:
 
     import mapet
     mapet.run(images="photos", out="runs/photos")

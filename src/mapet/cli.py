@@ -91,7 +91,7 @@ def run_stage(name: str, argv: list[str]) -> Any:
             )
         raise MapetError(f"unexpected word '{word}'; options are written --name value")
     options = vars(namespace)
-    recipe = options.pop("recipe")
+    recipe = _take_words(name, options)
     typed: dict[str, Any] = {}
     for dotted, value in options.items():
         *path, last = dotted.split(".")
@@ -101,6 +101,24 @@ def run_stage(name: str, argv: list[str]) -> Any:
         inner[last] = value
     config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
     return function(config)
+
+
+def _take_words(name: str, options: dict[str, Any]) -> Path | None:
+    """Words without an option go to the option that the stage names for them; the first may be a recipe, which is returned."""
+    first, words = options.pop("recipe"), options.pop("words", [])
+    option = STAGES[name].config_type.positional
+    if first is None or option is None or first.suffix in (".yaml", ".yml"):
+        recipe = first
+    else:
+        recipe, words = None, [str(first), *words]
+    if option and words:
+        if option in options:
+            raise MapetError(f"'{' '.join(words)}' and --{_flag(option)} say the same in two ways: give one of them")
+        several = _kind(STAGES[name].config_type.model_fields[option].annotation)[1]
+        if len(words) > 1 and not several:
+            raise MapetError(f"unexpected word '{words[1]}'; mapet {name} takes one --{_flag(option)}")
+        options[option] = words if several else words[0]
+    return recipe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,6 +140,11 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins"
     )
+    if function.config_type.positional:
+        parser.usage = (
+            f"mapet {name} [recipe.yaml] [{function.config_type.positional.upper()} ...] [--option value ...]"
+        )
+        parser.add_argument("words", nargs="*", metavar=function.config_type.positional.upper(), help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for option, field in sorted(fields(function.config_type), key=lambda item: not item[1].is_required()):
         of_stage = option.rpartition(".")[0]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
@@ -22,6 +22,8 @@ class Config(BaseModel):
     """Base of every stage's config. A field's docstring is its `--help` text and gives units."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    positional: ClassVar[str | None] = None
+    """The option that words without one are given to on the command line."""
 
 
 C = TypeVar("C", bound=Config)

@@ -274,12 +274,12 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
     """With another name in tokenizer.json: what leans on a pre-trained network says so."""
-    from mapet.report.card import origin_of
+    from mapet.reporting.card import origin_of
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,
                  "grid": [14, 14], "hash": "abc", "weights_hash": "def"}  # fmt: skip
     origin = origin_of(run_dir)._replace(tokenizer=tokenizer)
-    from mapet.report.card import model_card
+    from mapet.reporting.card import model_card
 
     card = model_card(
         "name", tmp_path, str(run_dir), load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []

@@ -46,6 +46,7 @@ def test_run_folder(run_dir, few_digits):
         "tensorboard",
         "checkpoints",
         "backbone",
+        "report.html",
     }
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [3, 5, 6]
@@ -236,7 +237,9 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     tuned = mapet.load_backbone(tmp_path / "tuned" / "model")
     assert tuned.num_classes == 10
     pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
-    assert {path.stem for path in pictures} == {"token_maps", "words", "visibility", "predictions", "cls_attention"}
+    assert {path.stem for path in pictures} == {
+        "token_maps", "words", "visibility", "predictions", "cls_attention", "features",
+    }  # fmt: skip
     assert all(path.stat().st_size > 5000 for path in pictures)
     assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mapet.errors import MapetError
 from mapet.evaluation.intervals import mean_and_interval
-from mapet.report.comparison import (
+from mapet.reporting.comparison import (
     Cell,
     Study,
     best_values,
@@ -21,7 +21,7 @@ from mapet.report.comparison import (
     paired_t_test,
     sentence,
 )
-from mapet.report.study import write_report
+from mapet.reporting.study import write_report
 
 
 def cell(objective, seed, score, *, status="done", budgets=("equal epochs",), curve=(), **others):

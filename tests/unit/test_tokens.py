@@ -26,7 +26,7 @@ from mapet.evaluation.tokens import (
     usage,
     warnings,
 )
-from mapet.report.health import markdown
+from mapet.reporting.health import markdown
 from mapet.tokenizer.codebook import load_tokenizer
 
 

@@ -35,7 +35,7 @@ class OnlineProbe:
             return None
         train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
         every = config.probe_every or max(1, config.epochs // 5)
-        return cls(_sample(train, MOST_TRAIN), _sample(test, MOST_TEST), every, compute, config.num_workers)
+        return cls(fixed_sample(train, MOST_TRAIN), fixed_sample(test, MOST_TEST), every, compute, config.num_workers)
 
     def due(self, epoch: int, epochs: int) -> bool:
         return epoch % self.every == 0 or epoch == epochs
@@ -56,7 +56,8 @@ class OnlineProbe:
         }
 
 
-def _sample(data: LabelledSet, most: int) -> LabelledSet:
+def fixed_sample(data: LabelledSet, most: int) -> LabelledSet:
+    """The same `most` images every time, chosen by a hash of their ids."""
     if len(data.labels) <= most:
         return data
     return data.subset(np.sort(np.argsort(data.images.keys())[:most]))

@@ -18,10 +18,12 @@ from mapet.stages.prepare import prepare
 from mapet.stages.pretrain import pretrain
 from mapet.stages.probe import probe
 from mapet.stages.replay import replay
+from mapet.stages.report import report
 from mapet.stages.run import run
 from mapet.stages.study import study
 from mapet.stages.tokenize import tokenize
 from mapet.stages.train_tokenizer import train_tokenizer
+from mapet.stages.watch import watch
 
 STAGES: dict[str, Stage[Any]] = {
     "demo": demo,
@@ -32,11 +34,13 @@ STAGES: dict[str, Stage[Any]] = {
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,
+    "watch": watch,
     "replay": replay,
     "probe": probe,
     "evaluate": evaluate,
     "finetune": finetune,
     "inspect": inspect,
+    "report": report,
     "embed": embed,
     "export": export,
     "study": study,

@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     from mapet.evaluation.protocols import PROTOCOLS
     from mapet.evaluation.shifts import relative_to_first
     from mapet.files import new_folder
-    from mapet.report.evaluation import cell, write_evaluation
+    from mapet.reporting.evaluation import cell, write_evaluation
     from mapet.training.sizing import free_memory
 
     refuse_unknown(config)
@@ -236,7 +236,7 @@ def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
     if name != "neighbours":
         return
     from mapet.data.views import ViewSpec, draw_view, render
-    from mapet.report.pictures import neighbour_panel, save_figure
+    from mapet.reporting.pictures import neighbour_panel, save_figure
 
     def pixels(data: Any, index: int) -> Any:
         picture = data.images.open(index, bench.encoder.channels)

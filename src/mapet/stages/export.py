@@ -57,7 +57,7 @@ def export(config: ExportConfig) -> Path:
     """
     from mapet.files import atomic, new_folder
     from mapet.model.formats import FORMATS, outputs_of, require
-    from mapet.report.card import model_card, origin_of
+    from mapet.reporting.card import model_card, origin_of
 
     new_folder(config.out, create=False)
     formats = list(dict.fromkeys(["timm", *config.format]))

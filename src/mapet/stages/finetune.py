@@ -108,7 +108,7 @@ def finetune(config: FinetuneConfig) -> float:
         score, low, high, seen, len(train.labels), len(train.classes),
     )  # fmt: skip
     if config.out:
-        from mapet.report.pictures import learning_curve, save_figure
+        from mapet.reporting.pictures import learning_curve, save_figure
 
         save_backbone(vit.cpu(), config.out / "model")
         note({"epoch": config.epochs, "accuracy": score})

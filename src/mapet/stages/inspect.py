@@ -88,55 +88,17 @@ def inspect(config: InspectConfig) -> list[Path]:
 
 def _look_at_run(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:
     """No texts, and the pictures of a run."""
-    import numpy as np
-    import torch
-
-    from mapet.data.dataset import ViewDataset, collate
     from mapet.data.image_list import scan
-    from mapet.data.views import ViewSpec
-    from mapet.errors import MapetError
-    from mapet.evaluation.features import normalize
-    from mapet.report import pictures
+    from mapet.evaluation.look import look_at
+    from mapet.reporting.run_pictures import figures_of
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 
     assert config.run is not None
-    _, tokenizer, model = run = load_run(config.run, PretrainConfig, with_teacher=True, allow=config.teacher)
-    assert tokenizer.teacher is not None
-    tokenizer.to(compute.device)
-    model.to(compute.device)
-    vit = model.vit
+    run = load_run(config.run, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
     images = scan(config.images or run.config.images)
-    rng = np.random.default_rng(config.seed)
-    height, width = vit.patch_embed.img_size
-    dataset = ViewDataset(
-        images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width), tokenizer.teacher.image_size,
-        grid=tokenizer.grid, order=run.config.order, seed=config.seed,
-    )  # fmt: skip
-    wanted = _enough(config, tokenizer.vocab_size, model.num_patches, len(images))
-    batch = collate([dataset[0, int(i)] for i in rng.permutation(len(images))[:wanted]])
-    if batch.image is None or batch.teacher_image is None or batch.permutation is None:
-        raise MapetError(f"none of the images tried in {images.root} could be read; `mapet check` says why")
-    with torch.inference_mode():
-        tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_image.split(64)])
-        shown = slice(0, config.num_images)
-        normal = normalize(compute.to(batch.image[shown]), vit.in_chans)
-        logits = model.predict(normal, compute.to(batch.permutation[shown])).cpu()
-        attention = pictures.attention_of_cls(vit, normal).cpu() if vit.has_class_token else None
-    grid, vocab_size = tokenizer.grid, tokenizer.vocab_size
-    patches = pictures.patchify(batch.image, grid).flatten(0, 1)
-    prototypes = pictures.mean_patches(patches, tokens.flatten(), vocab_size)
-    sample = batch.image[shown], tokens[shown]
-    figures = {
-        "token_maps": pictures.token_maps(*sample, grid, vocab_size),
-        "words": pictures.code_montage(patches, tokens.flatten(), vocab_size),
-        "visibility": pictures.visibility_table(model.layout().table, model.layout().lengths, model.objective.name),
-    }
-    if model.target == "tokens":
-        figures["predictions"] = pictures.predictions(*sample, batch.permutation[shown], logits, prototypes, grid)
-    if attention is not None:
-        figures["cls_attention"] = pictures.cls_attention(batch.image[shown], attention, grid)
-    return {}, figures
+    look = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
+    return {}, figures_of(look, run.model)
 
 
 def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:
@@ -150,9 +112,10 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     from mapet.data.image_list import scan
     from mapet.data.token_store import TokenStore
     from mapet.evaluation.features import LabelledSet, split
+    from mapet.evaluation.look import enough_images
     from mapet.evaluation.token_views import Sampler
     from mapet.evaluation.tokens import measure, nearest_codes, warnings
-    from mapet.report import health, pictures
+    from mapet.reporting import health, pictures
     from mapet.tokenizer.codebook import load_tokenizer
 
     assert config.tokenizer is not None and config.images is not None
@@ -163,7 +126,7 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     chosen = np.random.default_rng(config.seed).permutation(len(images))[: config.sample]
     sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
     sampler = Sampler(tokenizer, compute, config.batch_size, config.num_workers)
-    words = sampler.words(sample, _enough(config, vocab_size, grid[0] * grid[1], len(sample)))
+    words = sampler.words(sample, enough_images(config.num_images, vocab_size, grid[0] * grid[1], len(sample)))
     views = sampler.views(images.subset(few), config.seed)
     if config.tokens is not None:
         views["stored"] = sampler.stored(images, TokenStore.open(config.tokens, images, tokenizer.hash), few)
@@ -215,8 +178,3 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
         "health.md": health.markdown(measures, found_poor, f"Visual words of {config.tokenizer}"),
     }
     return texts, figures
-
-
-def _enough(config: InspectConfig, vocab_size: int, num_patches: int, available: int) -> int:
-    """Images whose patches show what a word means: about 60 of each word."""
-    return min(available, max(config.num_images, -(-60 * vocab_size // num_patches)), 2000)

@@ -133,6 +133,15 @@ def pretrain(config: PretrainConfig) -> Path:
       mapet pretrain --images PHOTOS --tokenizer runs/tokenizer --tokens runs/tokens --out runs/vit
       mapet pretrain runs/vit/config.yaml --resume
     """
+    from mapet.errors import Interrupted
+    from mapet.stages.report import write_run_report
     from mapet.training.loop import train
+    from mapet.training.replay import WentWrong
 
-    return train(config)
+    try:
+        backbone = train(config)
+    except (Interrupted, WentWrong):
+        write_run_report(config.out)
+        raise
+    write_run_report(config.out)
+    return backbone

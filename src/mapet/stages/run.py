@@ -12,6 +12,7 @@ from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.pretrain import PretrainConfig, pretrain
 from mapet.stages.probe import ProbeConfig, probe
+from mapet.stages.report import write_run_report
 from mapet.stages.tokenize import TokenizeConfig, tokenize
 
 log = logging.getLogger("mapet")
@@ -30,7 +31,7 @@ class RunConfig(Config):
     images: Source
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
-    """New folder for everything: tokenizer, tokens, pre-training run, backbone, figures, pictures."""
+    """New folder for everything: tokenizer, tokens, pre-training run, backbone, figures, pictures, report.html."""
     test_images: Source | None = None
     """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
     device: str = "auto"
@@ -91,6 +92,7 @@ def run(config: RunConfig) -> Path:
         do(probe, backbone=backbone, test_images=config.test_images, out=figures)
     if pictures in missing:
         do(inspect, run=pretrained, out=pictures, teacher=own_code)
+    write_run_report(config.out)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone,

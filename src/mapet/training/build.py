@@ -24,6 +24,10 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     model: Pretrainer
 
+    def to(self, device: torch.device) -> "Run":
+        """Tokenizer and model on the device."""
+        return Run(self.config, self.tokenizer.to(device), self.model.to(device))
+
 
 def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False, allow: str | None = None) -> Run:
     """Read a run folder of `pretrain`, or of `run`.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tqdm import tqdm
 
 from mapet import processes
 from mapet.data.dataset import Batch, Quarantine, make_loader
@@ -22,6 +21,7 @@ from mapet.training.build import build_model, by
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of, tensors_of
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
+from mapet.training.panel import Panel
 from mapet.training.replay import WentWrong, save_bundle
 from mapet.training.run_folder import RunFolder, recipe_to_resume
 from mapet.training.setting import Setting
@@ -86,15 +86,7 @@ def train(config: Any) -> Path:
             processes.wait()
 
         # ---- the loop
-        with tqdm(
-            total=total_steps,
-            initial=step,
-            desc="pretrain",
-            unit="step",
-            disable=None,
-            smoothing=0.05,
-            dynamic_ncols=True,
-        ) as bar:
+        with Panel(total_steps, step) as panel:
             for batch in meter.time_waiting(loader):
                 images, fewest = images_of_all(batch, quarantine)
                 if images and (fewest or not config.shard):  # a sharded model needs all processes
@@ -109,7 +101,7 @@ def train(config: Any) -> Path:
                     optimizer.zero_grad(set_to_none=True)
                     meter.add(prediction, norm, batch.image_index, share)
                 step += 1
-                bar.update()
+                panel.advance()
 
                 epoch, epoch_ended = step // sampler.steps_per_epoch, step % sampler.steps_per_epoch == 0
                 if step % log_every == 0 or epoch_ended:
@@ -119,9 +111,7 @@ def train(config: Any) -> Path:
                         "lr": optimizer.param_groups[0]["lr"],
                     }
                     run.record(step, metrics)
-                    bar.set_postfix_str(Meter.line(metrics), refresh=False)
-                    if bar.disable and epoch_ended:
-                        log.info("epoch %d: %s", epoch, Meter.line(metrics))
+                    panel.show(metrics, epoch_ended)
                     watch.judge(window, step)
                     if watch.streak >= config.max_skipped:
                         before = [path for path in checkpoints(run.checkpoints) if step_of(path) <= step - watch.streak]
@@ -141,7 +131,7 @@ def train(config: Any) -> Path:
                         if processes.rank() == 0:
                             scores = probe(vit)
                             run.record(step, scores)
-                            log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
+                            panel.probed(epoch, scores)
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 stopping, due = any_of_all(bool(stop.asked), due)
                 if stopping or due or step == total_steps:

@@ -130,13 +130,22 @@ class Meter:
         self._images = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * len(steps)
 
     @staticmethod
-    def line(metrics: dict[str, float]) -> str:
-        """The figures a person watches."""
+    def learning(metrics: dict[str, float]) -> str:
+        """Loss and accuracy, each beside what guessing would get."""
         words = ""
         if "token_entropy" in metrics:
             words = (
                 f" (by frequency {metrics['token_entropy']:.3f}), accuracy {metrics['token_accuracy']:.1%} "
                 f"(commonest {metrics['commonest_token']:.1%})"
             )
-        speed = f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
-        return f"loss {metrics['loss']:.3f}{words}, {speed}"
+        return f"loss {metrics['loss']:.3f}{words}"
+
+    @staticmethod
+    def speed(metrics: dict[str, float]) -> str:
+        """Images a second, and whether the loader keeps up."""
+        return f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
+
+    @staticmethod
+    def line(metrics: dict[str, float]) -> str:
+        """The figures a person watches."""
+        return f"{Meter.learning(metrics)}, {Meter.speed(metrics)}"

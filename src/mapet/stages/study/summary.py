@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mapet.files import read_json, write_json
-from mapet.report.comparison import Cell, Study
-from mapet.report.study import write_report
+from mapet.reporting.comparison import Cell, Study
+from mapet.reporting.study import write_report
 from mapet.stages.study import StudyConfig
 from mapet.stages.study.cells import cell_job, evaluate
 from mapet.stages.study.grid import GridCell, cell_folder, file_name

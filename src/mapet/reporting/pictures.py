@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -49,7 +47,7 @@ def token_maps(
 ) -> Figure:
     """Each image beside its token map: one colour a visual word."""
     colors = code_colors(vocab_size)
-    figure, axes = _panels(2, len(images))
+    figure, axes = panels(2, len(images))
     for column, (image, ids) in enumerate(zip(images, tokens, strict=True)):
         _show(axes[0][column], to_picture(image))
         _show(axes[1][column], colors[ids.view(grid).numpy()])
@@ -109,7 +107,9 @@ def neighbour_panel(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]]
         for column, (_, name) in enumerate(row):
             wrong = labelled and name != row[0][1]
             color = "black" if column == 0 else "tab:red" if wrong else "tab:green" if labelled else "grey"
-            figure.axes[0].text(column + 0.5, y - 0.47, name[:16], fontsize=6, ha="center", va="bottom", color=color)
+            figure.axes[0].text(
+                column + 0.5, y - 0.47, name[:16], fontsize=6, ha="center", va="bottom", color=color, parse_math=False
+            )
     figure.suptitle("Test images (left) and their nearest training images by cosine similarity", fontsize=9)
     return figure
 
@@ -187,7 +187,7 @@ def predictions(
     hidden = permutation.shape[1] - logits.shape[1]
     chance = logits.float().softmax(-1)
     names = ["image", "context", "order", "true words", "predicted", "p(true)"]
-    figure, axes = _panels(len(names), len(images))
+    figure, axes = panels(len(names), len(images))
     for b in range(len(images)):
         order = permutation[b, hidden:]
         words = prototypes[tokens[b]]
@@ -215,7 +215,7 @@ def cls_attention(
 ) -> Figure:
     """Where the class token looks in the last block: mean over heads, then each head."""
     heads = min(attention.shape[1], 6)
-    figure, axes = _panels(2 + heads, len(images))
+    figure, axes = panels(2 + heads, len(images))
     for b, image in enumerate(images):
         _show(axes[0][b], to_picture(image))
         for row, values in enumerate([attention[b].mean(0), *attention[b, :heads]], 1):
@@ -237,19 +237,15 @@ def mean_patches(
     return means.view(vocab_size, *patches.shape[1:])
 
 
-def attention_of_cls(vit: Any, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
-    """Attention weights of the class token to the patches in the last block."""
-    found: list[Tensor] = []
-    block = vit.blocks[-1]
-    hook = block.attn.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
-    try:
-        vit.forward_features(images)
-    finally:
-        hook.remove()
-    attention, x = block.attn, found[0]
-    q, k, _ = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    scores = (attention.q_norm(q)[:, :, :1] * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
-    return F.softmax(scores, dim=-1)[:, :, 0, vit.num_prefix_tokens :]
+def panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:
+    """Rows of square axes without ticks."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
 
 
 def _names(codes: Int[Tensor, " n"], counts: Int[Tensor, " V"]) -> list[str]:
@@ -272,16 +268,6 @@ def _montage(tiles: Sequence[Sequence[np.ndarray]], names: Sequence[str], size: 
     axis.set_yticks(centres, names, fontsize=7)
     axis.tick_params(length=0)
     return figure, centres
-
-
-def _panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    return figure, axes
 
 
 def _show(axis: plt.Axes, picture: np.ndarray) -> None:

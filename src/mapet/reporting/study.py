@@ -12,7 +12,7 @@ from typing import Any
 
 from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
-from mapet.report.comparison import (
+from mapet.reporting.comparison import (
     Cell,
     Difference,
     Study,
@@ -21,6 +21,7 @@ from mapet.report.comparison import (
     p_value,
     paired_differences,
 )
+from mapet.reporting.style import look, stylesheet
 
 METHOD = [
     "Accuracies are means over finished seeds (their number in brackets) ± half of a 95 % interval of that mean by Student's t.",
@@ -41,27 +42,8 @@ COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("secon
 CURVES = {"loss": "training loss", "linear": "linear probe while training", "knn": "k-NN while training"}
 AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 """Key of a curve's point -> label and unit."""
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's (2008), told apart by the colour-blind; the dashes help further."""
-DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 INK = "#010203"
 """What matplotlib draws that the page shall show in its own text colour, dark or light."""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c22; --paper: #ffffff; --line: #d5d5dd; --soft: #f3f3f7 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8ee; --paper: #17171c; --line: #3c3c46; --soft: #24242b } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--paper) }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-th, pre { background: var(--soft) }
-pre { padding: .7rem; white-space: pre-wrap }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem }
-.key { margin-right: 1.5rem }
-figure { margin: 0 }
-svg { max-width: 100%; height: auto }
-"""
 
 Block = tuple[str, Any]
 """("h1" | "h2" | "p" | "pre", text), ("ul", lines), ("table", rows, the first of names), or
@@ -181,7 +163,7 @@ def _draw(lines: list[tuple[int, Line]], xlabel: str, ylabel: str, low: float, h
         figure = Figure(figsize=(4, 2.8), layout="constrained")
         axis = figure.subplots()
         for i in sorted({i for i, _ in lines}):
-            color, dashes = _look(i)
+            color, dashes = look(i)
             seeds = [np.array(line).T for number, line in lines if number == i]
             for x, y in seeds:
                 axis.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
@@ -196,11 +178,6 @@ def _draw(lines: list[tuple[int, Line]], xlabel: str, ylabel: str, low: float, h
         metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])  # nothing that changes from call to call
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     return file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
-
-
-def _look(i: int) -> tuple[str, tuple[int, ...]]:
-    """Colour and dashes of the i-th compared value."""
-    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
 
 
 def _csv(study: Study) -> str:
@@ -265,7 +242,7 @@ def _html(title: str, blocks: list[Block]) -> str:
                 parts.append(f"<{tag}>{escape(text)}</{tag}>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     page = [
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>',
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{stylesheet("style.css")}</style></head><body>',
         *parts,
         "</body></html>\n",
     ]
@@ -279,6 +256,6 @@ def _row(tag: str, entries: list[str]) -> str:
 
 def _key(i: int, name: str) -> str:
     """An entry of the legend: a piece of the line, and its name."""
-    color, dashes = _look(i)
+    color, dashes = look(i)
     line = f'<line x2="32" y1="5" y2="5" stroke="{color}" stroke-width="3" stroke-dasharray="{" ".join(map(str, dashes))}"/>'
     return f'<span class="key"><svg width="32" height="10">{line}</svg> {escape(name)}</span>'

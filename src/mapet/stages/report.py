@@ -1,0 +1,130 @@
+"""Stage: what a run did, or several side by side, as one HTML file."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from mapet.recipe import Source, stage
+from mapet.stages.options import Loading
+
+if TYPE_CHECKING:
+    from mapet.reporting.images import Picture
+    from mapet.reporting.run import RunFiles
+
+log = logging.getLogger("mapet")
+NAME = "report.html"
+Runs = Annotated[
+    list[Path],
+    BeforeValidator(lambda value: [value] if isinstance(value, (str, Path)) else value),
+    Field(min_length=1, max_length=40),
+]
+
+
+class ReportConfig(Loading):
+    """Options of `report`."""
+
+    positional: ClassVar[str | None] = "run"
+    run: Runs
+    """Run folders of `pretrain` or `run`; several are compared, with shared axes."""
+    out: Path
+    """New HTML file, under 5 MB; it opens from disk and asks for nothing."""
+    pictures: bool = True
+    """Compute pictures and the step-through from the newest weights; without, those that lie in the folder are shown."""
+    images: Source | None = None
+    """Images for the pictures; automatic: those the run was trained on."""
+    num_images: PositiveInt = 6
+    """Images shown."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of images and of the order of prediction."""
+    teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
+
+
+@stage
+def report(config: ReportConfig) -> Path:
+    """One HTML page of a run (curves, warnings in words, tokenizer, predictions step by step, pictures), or of several.
+
+    Example:
+      mapet report runs/photos --out report.html
+      mapet report runs/a runs/b runs/c --out comparison.html --pictures false
+    """
+    from mapet.errors import MapetError
+    from mapet.files import atomic
+    from mapet.reporting.images import open_pictures
+    from mapet.reporting.page import Shown, page
+    from mapet.reporting.run import RunFiles
+
+    if config.out.exists():
+        raise MapetError(f"{config.out} already exists: nothing is overwritten. Choose another --out")
+    runs = [Shown(RunFiles.open(folder)) for folder in config.run]
+    for run in runs:
+        if config.pictures:
+            try:
+                run.pictures, run.step_through = _look(config, run.files)
+            except MapetError as error:
+                log.warning("%s: no new pictures: %s", run.files.given, error)
+                run.notes.append(f"No new pictures: {error}")
+        run.pictures = run.pictures or open_pictures(run.files.pictures())
+    text = page(runs)
+    with atomic(config.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    log.info("%s: %.1f MB", config.out, config.out.stat().st_size / 1e6)
+    return config.out
+
+
+def write_run_report(folder: Path) -> None:
+    """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
+    from mapet import processes
+
+    if processes.rank() > 0:
+        return
+    try:
+        from mapet.files import atomic
+        from mapet.reporting.images import open_pictures
+        from mapet.reporting.page import Shown, page
+        from mapet.reporting.run import RunFiles
+
+        files = RunFiles.open(folder)
+        text = page([Shown(files, open_pictures(files.pictures()))])
+        with atomic(folder / NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except Exception as error:  # whatever it is: the run itself is whole
+        log.warning("%s could not be written: %s", folder / NAME, error or type(error).__name__)
+
+
+def _look(config: ReportConfig, files: "RunFiles") -> "tuple[list[Picture], dict[str, Any]]":
+    """Pictures and the step-through of a run, from its newest weights."""
+    import matplotlib
+
+    from mapet.compute import Compute
+    from mapet.data.image_list import scan
+    from mapet.errors import MapetError
+    from mapet.evaluation.look import look_at
+    from mapet.evaluation.retrieval import retrieve
+    from mapet.reporting.images import CAPTIONS, Picture
+    from mapet.reporting.pictures import neighbour_panel
+    from mapet.reporting.run_pictures import confusion_matrix, figures_of
+    from mapet.reporting.step_through import step_through
+    from mapet.stages.pretrain import PretrainConfig
+    from mapet.training.build import load_run
+
+    matplotlib.use("Agg")
+    compute = Compute.choose(config.device, "float32")
+    run = load_run(files.folder, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
+    images = scan(config.images or run.config.images)
+    look = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
+    figures = figures_of(look, run.model)
+    try:
+        found = retrieve(run.model.vit, images, compute, config.num_workers)
+    except MapetError as error:
+        log.warning("no neighbours: %s", error)
+    else:
+        figures["neighbours"] = neighbour_panel(found.rows, labelled=bool(found.classes))
+        if found.confusion is not None:
+            figures["confusion"] = confusion_matrix(found.confusion, found.classes)
+    pictures = [Picture.of(name, CAPTIONS[name], figures[name]) for name in CAPTIONS if name in figures]
+    matplotlib.pyplot.close("all")
+    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
+    return pictures, step_through(look, names, run.model.objective)

@@ -1,0 +1,74 @@
+"""What a person sees while a run goes on: on a terminal a bar and two lines below it, elsewhere a line an epoch."""
+
+import logging
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from mapet.evaluation.online import OnlineProbe
+from mapet.training.metrics import Meter
+
+log = logging.getLogger("mapet")
+
+
+class Panel:
+    """Progress with the time that is left, losses and accuracies beside their baselines, speed, the last probe.
+
+    Args:
+        total, done: steps of the run, and those done before.
+        file: where the bar goes; the standard error if None. What is no terminal gets log lines instead.
+    """
+
+    def __init__(self, total: int, done: int = 0, file: Any = None) -> None:
+        common: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "file": file}
+        self._bar = tqdm(total=total, initial=done, desc="pretrain", unit="step", smoothing=0.05, **common)
+        self.lines = (
+            [] if self._bar.disable else [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in (1, 2)]
+        )
+        self._total, self._first, self._done = total, done, done
+        self._started = time.monotonic()
+        self._last = self._probe = ""
+
+    def __enter__(self) -> "Panel":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for bar in [*reversed(self.lines), self._bar]:
+            bar.close()
+        if self.lines and self._last:
+            log.info("%s%s", self._last, self._probe)  # the lines below the bar are gone
+
+    def advance(self) -> None:
+        """A step is done."""
+        self._done += 1
+        self._bar.update()
+
+    def show(self, metrics: dict[str, float], epoch_ended: bool) -> None:
+        """Figures of the last steps."""
+        self._last = Meter.line(metrics)
+        if self.lines:
+            self._set(0, Meter.learning(metrics))
+            self._set(1, f"{Meter.speed(metrics)}{self._probe}")
+        elif epoch_ended:
+            log.info("epoch %d: %s%s", round(metrics["epoch"]), Meter.line(metrics), self._left())
+
+    def probed(self, epoch: int, scores: dict[str, float]) -> None:
+        """Scores of a probe; on a terminal they stay until the next."""
+        self._probe = f"; epoch {epoch}: {OnlineProbe.line(scores)}"
+        log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
+
+    def _set(self, number: int, text: str) -> None:
+        self.lines[number].set_description_str(f"  {text}")
+
+    def _left(self) -> str:
+        """', 3 min left', judged by the steps of this session."""
+        seconds = (time.monotonic() - self._started) / max(1, self._done - self._first) * (self._total - self._done)
+        if self._done == self._total:
+            return ""
+        size, unit = next(((size, unit) for size, unit in UNITS if seconds >= 2 * size), UNITS[-1])
+        return f", {seconds / size:.0f} {unit} left"
+
+
+UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))

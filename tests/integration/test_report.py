@@ -1,0 +1,300 @@
+"""`mapet report` and `mapet watch` on a real run, through the command line and in a real browser."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+import mapet
+from mapet.cli import main
+from mapet.reporting.live import LiveServer
+
+PICTURES = ["token_maps", "words", "visibility", "predictions", "cls_attention", "features", "neighbours", "confusion"]
+
+
+def data_of(html):
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
+    return json.loads(found)
+
+
+def longer(run, folder):
+    """A copy of a run with the metrics of a longer one."""
+    shutil.copytree(run, folder)
+    lines = [
+        {
+            "step": 10 * i, "epoch": i, "loss": 3.5 - i / 60, "token_entropy": 3.4, "token_accuracy": i / 200, "commonest_token": 0.1,
+            "gradient_norm": 1.0, "skipped_steps": 0, "images_per_second": 400.0, "data_wait": 0.05, "lr": 1e-3 * (1 - i / 100),
+        }
+        for i in range(1, 101)
+    ]  # fmt: skip
+    lines += [{"step": 10 * i, "probe/linear": i / 200, "probe/knn": i / 300} for i in (20, 40, 60, 80, 100)]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(run_dir, tmp_path_factory):
+    return longer(run_dir, tmp_path_factory.mktemp("long") / "a")
+
+
+@pytest.fixture(scope="module")
+def report(run, digits, tmp_path_factory):
+    """The report of a run, its pictures of labelled images."""
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    words = [
+        "report",
+        run,
+        "--out",
+        out,
+        "--images",
+        digits / "test",
+        "--workers",
+        0,
+        "--num-images",
+        2,
+        "--device",
+        "cpu",
+    ]
+    assert main([str(word) for word in words]) == 0
+    return out
+
+
+def test_report_of_a_run(report):
+    content = data_of(report.read_text())
+    (run,) = content["runs"]
+    assert dict(run["facts"])["images"].startswith("288 images in ")
+    assert dict(run["tokenizer"])["teacher"] == "pixels (label-free)"
+    assert [picture["name"] for picture in run["pictures"]] == PICTURES
+    assert len(run["curves"]["loss"][0]) == 100 and len(run["curves"]["probe/linear"][0]) == 5
+    assert report.stat().st_size < 1_000_000
+
+
+def test_step_through_is_what_the_model_predicts(report):
+    """The same words as the tokenizer gives the image, and predictions for each hidden patch in its order."""
+    (run,) = data_of(report.read_text())["runs"]
+    steps = run["steps"]
+    assert (steps["grid"], steps["hidden"], steps["sees_targets"], steps["sees_positions"]) == ([4, 4], 12, True, True)
+    assert len(steps["images"]) == 2
+    for image in steps["images"]:
+        assert sorted(image["order"]) == list(range(16))
+        hidden = [image["tokens"][patch] for patch in image["order"][4:]]
+        assert len(image["predicted"]) == 12
+        for word, true, sure, chance in zip(image["predicted"], hidden, image["sure"], image["chance"], strict=True):
+            assert chance <= sure and (word != true or chance == sure)
+        assert set(image["tokens"]) | set(image["predicted"]) <= set(steps["atlas"]["codes"])
+
+
+def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
+    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--pictures", "false"]
+    assert main([str(word) for word in words]) == 0
+    content = data_of((tmp_path / "r.html").read_text())
+    assert len(content["runs"]) == 2 and content["comparison"]["options"] == []
+    assert main(["report", str(run), "--run", str(run), "--out", str(tmp_path / "s.html")]) == 2
+    assert "say the same in two ways" in capsys.readouterr().err
+    assert main(["watch", "a", "b"]) == 2
+    assert "unexpected word 'b'" in capsys.readouterr().err
+    (tmp_path / "report.yaml").write_text(
+        json.dumps({"run": [str(run)], "out": str(tmp_path / "t.html"), "pictures": False})
+    )
+    assert main(["report", str(tmp_path / "report.yaml")]) == 0
+    assert len(data_of((tmp_path / "t.html").read_text())["runs"]) == 1
+
+
+def test_without_its_images_a_report_has_curves_and_says_so(run, tmp_path):
+    out = mapet.report(run=run, out=tmp_path / "r.html", images=tmp_path / "gone")
+    (told,) = data_of(out.read_text())["runs"]
+    assert told["pictures"] == [] and "gone" in told["notes"][0]
+
+
+def test_watch_ends_cleanly(tmp_path):
+    """Ctrl-C ends it with one line and exit code 0."""
+    command = [sys.executable, "-m", "mapet", "watch", str(tmp_path / "not-yet")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        with urllib.request.urlopen(line.split()[0], timeout=20) as answer:
+            assert data_of(answer.read().decode())["live"] is True
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, rest, errors) == (0, "ended\n", "")
+
+
+# ---- in a browser: pip install selenium; apt-get install chromium chromium-driver
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver = shutil.which("chromedriver")
+    if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("neither Chromium nor its driver is installed")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(driver))
+    found.set_script_timeout(60)
+    yield found
+    found.quit()
+
+
+@pytest.fixture(params=[(1280, 900), (375, 800)], ids=["desktop", "phone"])
+def screen(browser, request):
+    """The browser at a width; what it is shown may log nothing, ask nobody else, and not scroll sideways."""
+    width, height = request.param
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    yield browser
+    assert [line for line in browser.get_log("browser") if "favicon" not in line["message"]] == []
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith(("file:", "data:", "http://127.0.0.1:"))] == []
+
+
+def labels(browser):
+    """Numbers on the horizontal axis of the first chart."""
+    texts = "return [...document.querySelectorAll('.chart svg text[text-anchor=middle]')].map(t => t.textContent)"
+    return browser.execute_script(texts)
+
+
+def text(browser, selector):
+    """Of an element now: a live page may load itself anew at any moment."""
+    return browser.execute_script("return document.querySelector(arguments[0])?.innerText || ''", selector)
+
+
+def pixels(browser, caption):
+    """Of a canvas of the step-through, as one string."""
+    figures = "[...document.querySelectorAll('#steps figure')]"
+    found = f"{figures}.find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas')"
+    return browser.execute_script(f"return {found}.toDataURL()", caption)
+
+
+@pytest.mark.slow
+def test_curves_in_a_browser(screen, report):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    screen.get(report.as_uri())
+    chart = screen.find_element(By.CSS_SELECTOR, ".chart svg")
+    readout = screen.find_element(By.CSS_SELECTOR, ".readout")
+    screen.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    whole = labels(screen)
+    width = chart.size["width"]
+    ActionChains(screen).move_to_element(chart).perform()
+    assert re.match(r"Step \d+: loss [\d.]+", readout.text)
+    drag = ActionChains(screen).move_to_element_with_offset(chart, int(-width * 0.1), 0).click_and_hold()
+    drag.move_by_offset(int(width * 0.2), 0).release().perform()
+    zoomed = labels(screen)
+    assert zoomed != whole
+    chart.send_keys("+")
+    assert labels(screen) != zoomed
+    chart.send_keys(Keys.ESCAPE)
+    assert labels(screen) == whole
+    screen.execute_script(
+        "arguments[0].dispatchEvent(new WheelEvent('wheel', {deltaY: -100, clientX: 200, cancelable: true}))", chart
+    )
+    assert labels(screen) != whole
+    screen.find_element(By.XPATH, "//button[text()='Reset zoom']").click()
+    assert labels(screen) == whole
+    chart.send_keys(Keys.END)
+    assert readout.text.startswith("Step 1,000: loss 1.833")
+    chart.send_keys(Keys.HOME)
+    assert readout.text.startswith("Step 10: loss 3.483")
+    chart.send_keys(Keys.ARROW_RIGHT)
+    assert readout.text.startswith("Step 20: loss 3.467")
+    lines = "return document.querySelectorAll('.chart')[0].querySelectorAll('g.line').length"
+    before = screen.execute_script(lines)
+    screen.find_element(By.XPATH, "//button[contains(., 'guessing by frequency')]").click()
+    assert (before, screen.execute_script(lines)) == (2, 1)
+
+
+@pytest.mark.slow
+def test_step_through_and_colours_in_a_browser(screen, report):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    screen.get(report.as_uri())
+    said, slider = (screen.find_element(By.CSS_SELECTOR, f"#steps {one}") for one in (".said", "input[type=range]"))
+    assert said.text.startswith("4 patches are given; 12 are to be predicted")
+    empty = pixels(screen, "Predicted")
+    screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch on']").click()
+    assert said.text.startswith("Patch 1 of 12")
+    one = pixels(screen, "Predicted")
+    assert one != empty
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert said.text.startswith("Patch 2 of 12") and pixels(screen, "Predicted") != one
+    slider.send_keys(Keys.END)
+    assert said.text.startswith("Patch 12 of 12")
+    assert not screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch on']").is_enabled()
+    screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch back']").send_keys(Keys.ARROW_LEFT)
+    assert said.text.startswith("Patch 11 of 12")
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    light = screen.execute_script(paper)
+    screen.find_element(By.ID, "theme").click()
+    assert screen.execute_script(paper) != light
+    screen.find_element(By.ID, "theme").click()
+    assert screen.execute_script(paper) == light
+    assert screen.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    controls = "[...document.querySelectorAll('button, select, input, img, canvas')]"
+    named = "e.ariaLabel || e.alt || e.textContent.trim() || e.closest('label')"
+    unnamed = f"return {controls}.filter(e => !({named})).length"
+    assert screen.execute_script(unnamed) == 0
+
+
+@pytest.mark.slow
+def test_comparison_in_a_browser(screen, run, run_dir, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    out = mapet.report(run=[run, run_dir], out=tmp_path / "r.html", pictures=False)
+    screen.get(out.as_uri())
+    lines = "return document.querySelectorAll('.chart')[0].querySelectorAll('g.line').length"
+    assert screen.execute_script(lines) == 4
+    screen.find_element(By.CSS_SELECTOR, "[aria-label=Runs] button").click()
+    assert screen.execute_script(lines) == 2
+    screen.find_element(By.CSS_SELECTOR, "#runs summary").click()
+    assert screen.find_element(By.CSS_SELECTOR, "#facts-0 dl").is_displayed()
+
+
+@pytest.mark.slow
+def test_live_page_grows_and_keeps_its_zoom(screen, run, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    folder = tmp_path / "live"
+    with LiveServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            screen.get(server.url)
+            until(lambda: "no run in" in text(screen, "#status"))
+            shutil.copytree(run, folder, ignore=shutil.ignore_patterns("backbone"))
+            until(lambda: "Running" in text(screen, "#status") and labels(screen))
+            screen.find_element(By.XPATH, "//button[@aria-label='Zoom in']").click()
+            zoomed = labels(screen)
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 1010, "epoch": 101, "loss": 1.234}\n{"step": 1020, "epo')
+            until(lambda: "1.234" in text(screen, ".readout"))
+            assert labels(screen) == zoomed
+            until(lambda: "1.234" in text(screen, "#figures"))
+        finally:
+            screen.get("about:blank")
+            server.shutdown()
+            thread.join()
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.2)

@@ -1,0 +1,96 @@
+"""Warnings of a run in words: each fires on what it is for, and not on a run that goes well."""
+
+from pathlib import Path
+
+import pytest
+
+from mapet.reporting.advice import WARNINGS, Subject, warnings
+from mapet.reporting.history import History
+
+STEPS = 40
+
+
+def history(**figures):
+    """A run of 40 records over 20 epochs that learns, with some figures replaced: numbers or functions of the record's place, 0 to 1."""
+    well = {
+        "loss": lambda t: 3.0 - 1.5 * t,
+        "token_entropy": 3.4,
+        "token_accuracy": lambda t: 0.1 + 0.4 * t,
+        "commonest_token": 0.1,
+        "gradient_norm": 1.0,
+        "skipped_steps": 0,
+        "images_per_second": 400,
+        "data_wait": 0.03,
+    }
+    records = []
+    for i in range(STEPS):
+        t = i / (STEPS - 1)
+        record = {name: value(t) if callable(value) else value for name, value in (well | figures).items()}
+        records.append({"step": 10 * (i + 1), "epoch": (i + 1) / 2, **record})
+    return History(Path("metrics.jsonl"), records)
+
+
+def probed(*scores):
+    whole = history()
+    probes = [{"step": 80.0 * (i + 1), "probe/linear": score} for i, score in enumerate(scores)]
+    return History(whole.path, sorted([*whole.records, *probes], key=lambda record: record["step"]))
+
+
+HEALTH = {"used_codes": 60, "dead_codes": 4, "commonest_share": 0.2}
+FIRES = {
+    "accuracy_at_baseline": (history(token_accuracy=0.101), {}, "10.1%, and always guessing the commonest word scores 10.0%"),
+    "loss_at_baseline": (history(loss=3.39), {}, "3.390 against 3.400 nats"),
+    "loss_rises": (history(loss=lambda t: 2.0 if t < 0.7 else 2.6), {}, "The loss rose again: 2.600, after 2.000 before"),
+    "skipped_steps": (history(skipped_steps=lambda t: round(3 * t)), {}, "3 of 400 steps were left out"),
+    "waits_for_images": (history(data_wait=0.4), {}, "waits for images 40% of the time; try more --workers"),
+    "slower_than_it_was": (history(images_per_second=lambda t: 400 if t < 0.7 else 100), {}, "from 400 to 100 images/s"),
+    "mostly_clipped": (history(gradient_norm=9.0), {}, "larger than --clip-grad 3 in 100% of the later records (median norm 9)"),
+    "probe_falls": (probed(0.4, 0.6, 0.5), {}, "fell from 0.600 at step 160 to 0.500"),
+    "probe_stands_still": (probed(0.4, 0.395, 0.4), {}, "is where it was at first: 0.400 and 0.400"),
+    "too_easy": (history(token_accuracy=0.97), {}, "97.0% of the words are predicted"),
+    "dead_words": (history(), HEALTH | {"used_codes": 30, "dead_codes": 34}, "34 of 64 visual words are never used"),
+    "one_word_for_most": (history(), HEALTH | {"commonest_share": 0.7}, "70% of the patches have the same visual word"),
+}  # fmt: skip
+
+
+def subject(records, health=HEALTH):
+    return Subject(records, {"clip_grad": 3.0, "epochs": 20}, health)
+
+
+def test_each_rule_has_a_case():
+    assert {rule.__name__ for rule in WARNINGS} == set(FIRES)
+
+
+@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
+def test_fires(rule):
+    records, health, sentence = FIRES[rule.__name__]
+    found = rule(subject(records, HEALTH | health))
+    assert found is not None and sentence in found
+    assert found in warnings(subject(records, HEALTH | health))
+
+
+@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
+def test_is_silent_on_a_run_that_goes_well(rule):
+    assert rule(subject(probed(0.4, 0.5, 0.6))) is None
+
+
+@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
+def test_is_silent_where_nothing_is_known(rule):
+    empty = History(Path("metrics.jsonl"))
+    assert rule(Subject(empty, {}, {})) is None
+    pixels = history()  # where pixels are predicted there are no words
+    words = ("token_entropy", "token_accuracy", "commonest_token")
+    records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
+    assert rule(Subject(History(pixels.path, records), {"epochs": 20}, {})) is None
+
+
+def test_the_first_tenth_of_a_run_may_be_at_the_baseline():
+    """A warm-up is no failure."""
+    early = history(token_accuracy=0.1, loss=3.5)
+    assert warnings(Subject(early, {"epochs": 300}, {})) == []
+    assert len(warnings(Subject(early, {"epochs": 20}, {}))) == 2
+
+
+def test_many_words_leave_a_small_baseline_early():
+    """Of 8,192 words the commonest has half a per cent: 0.9 % is no longer guessing."""
+    assert warnings(subject(history(token_accuracy=0.009, commonest_token=0.005))) == []

@@ -1,0 +1,321 @@
+"""The report of a run: its data, its page, and the server that keeps it up to date."""
+
+import http.client
+import json
+import re
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mapet
+from mapet.errors import MapetError
+from mapet.reporting import live
+from mapet.reporting.history import History, Series, thinned
+from mapet.reporting.images import Picture, embedded, open_pictures
+from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page
+from mapet.reporting.run import Log, RunFiles
+from mapet.stages.report import write_run_report
+
+HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
+LOG = """2026-01-02 03:04:05,678 INFO started with
+images: photos
+system: cpu, float32; mapet 0.1.0, torch 2.15.0; mapet pretrain recipe.yaml
+2026-01-02 03:04:06,000 INFO vit_tiny_patch16_224, 5.5 M parameters, mapet on 1,437 images of 8 x 8 px, 12 of 16 patches
+2026-01-02 03:05:05,000 WARNING bad image 'a.png': truncated
+2026-01-02 03:06:05,000 INFO stopped: Interrupted: stopped by SIGINT
+2026-01-02 04:00:00,000 INFO resumed with
+images: photos
+system: cuda, bfloat16; mapet 0.1.0, torch 2.15.0; mapet pretrain --resume
+2026-01-02 04:00:30,000 INFO epoch 2: loss 2
+"""
+
+
+def record(step, **figures):
+    return json.dumps({"step": step, "epoch": step / 10, "loss": 3 - step / 100, "token_entropy": 3.4} | figures) + "\n"
+
+
+def write_run(folder: Path, records: int = 20, **recipe) -> Path:
+    """A run folder as `pretrain` leaves it, without weights."""
+    folder.mkdir(parents=True)
+    options = {"images": "photos", "epochs": 2, "objective": "mapet", "clip_grad": 3.0} | recipe
+    (folder / "config.yaml").write_text(json.dumps(options))
+    (folder / "train.log").write_text(LOG)
+    (folder / "metrics.jsonl").write_text("".join(record(10 * (i + 1)) for i in range(records)))
+    return folder
+
+
+def data_of(html: str):
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
+    return json.loads(found)
+
+
+# ---- what is read
+
+
+def test_history_is_read_piece_by_piece(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    history = History.read(path)
+    assert history.records == []
+    path.write_text(record(10) + record(20)[:15])
+    history.update()
+    assert history["loss"] == Series([10], [2.9])
+    with path.open("a") as file:
+        file.write(record(20)[15:] + '{"step": 25, "loss": null, "epoch": 2.5}\n' + "torn{\n[1]\n" + record(30))
+    history.update()
+    assert history["loss"] == Series([10, 20, 30], [2.9, 2.8, 2.7])
+    assert history["epoch"].steps == [10, 20, 25, 30]
+    assert history.generation == 0 and history.steps_per_epoch == 10
+
+
+def test_a_history_that_was_rewound_is_read_anew(tmp_path):
+    """A resumed run replaces the file by one that ends at its checkpoint, and may have grown past the old end since."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(record(10) + record(20, loss=9))
+    history = History.read(path)
+    (tmp_path / "new").write_text(record(10) + record(20, loss=1) + record(30))
+    (tmp_path / "new").replace(path)
+    history.update()
+    assert history.generation == 1
+    assert history["loss"].values == [2.9, 1, 2.7]
+    path.write_text(record(10))  # shorter, in place
+    history.update()
+    assert history.generation == 2 and len(history.records) == 1
+
+
+def test_thinned_keeps_both_ends_and_the_mean():
+    series = Series(list(range(1000)), [float(i % 2) for i in range(1000)])
+    few = thinned(series, 52)
+    assert len(few.steps) == 52
+    assert (few.steps[0], few.steps[-1]) == (0, 999)
+    assert few.values[1:-1] == pytest.approx([0.5] * 50, abs=0.05)
+    assert thinned(series, 1000) is series
+
+
+def test_log(tmp_path):
+    log = Log.read(write_run(tmp_path / "a") / "train.log")
+    assert log.images == 1437
+    assert [end - start for start, end in log.sessions] == [
+        log.duration - (end - start) for start, end in log.sessions[::-1]
+    ]
+    assert log.duration.total_seconds() == 120 + 30
+    assert log.system.startswith("cuda, bfloat16")
+    assert log.stopped == "" and log.warnings == ("bad image 'a.png': truncated",)
+    assert Log.read(tmp_path / "none") == Log([])
+
+
+def test_what_a_run_says_of_itself(tmp_path):
+    told = RunFiles.open(write_run(tmp_path / "a")).data()
+    facts = dict(told["facts"])
+    assert facts["status"] == "not finished"
+    assert facts["images"] == "1,437 images in photos"
+    assert facts["epochs"] == "20 of 2, 200 steps"
+    assert facts["duration"] == "2 min 30 s, resumed 1 times"
+    assert facts["command"] == "mapet pretrain --resume"
+    assert told["figures"]["loss, nats"] == "1"
+    assert told["log"] == ["bad image 'a.png': truncated"]
+
+
+def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
+    write_run(tmp_path / "photos" / "pretrain")
+    (tmp_path / "photos" / "recipe.yaml").write_text("{}")
+    (tmp_path / "photos" / "probe.json").write_text(
+        '{"untrained": {"knn": 0.25}, "pretrained": {"knn": 0.5, "x": "y"}}'
+    )
+    (tmp_path / "photos" / "pictures").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "pictures" / "words.png")
+    (tmp_path / "photos" / "pictures" / "torn.png").write_bytes(b"\x89PNG no")
+    for given in (tmp_path / "photos", tmp_path / "photos" / "pretrain"):
+        files = RunFiles.open(given)
+        assert files.name == "photos"
+        assert files.figures()["k-NN, pretrained"] == "0.5"
+        assert [picture.name for picture in open_pictures(files.pictures())] == ["words"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[[[[", b'{"step": {}}\n', b"9" * 5000])
+def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
+    (write_run(tmp_path / "a") / name).write_bytes(content)
+    data_of(live_page(RunFiles(tmp_path / "a")))
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):
+        mapet.report(run=tmp_path, out=tmp_path / "report.html")
+
+
+# ---- the page
+
+
+def test_page_of_one_run(tmp_path):
+    content = data_of(page([Shown(RunFiles.open(write_run(tmp_path / "a")))]))
+    (run,) = content["runs"]
+    assert run["curves"]["loss"][0][:2] == [10, 20]
+    assert run["curves"]["loss"][1][:2] == [2.9, 2.8]
+    assert content["comparison"] is None and content["live"] is False
+
+
+def test_page_of_several_runs(tmp_path):
+    runs = [write_run(tmp_path / name, objective=objective) for name, objective in (("a", "mapet"), ("b", "mim"))]
+    runs.append(write_run(tmp_path / "c" / "a"))
+    content = data_of(page([Shown(RunFiles.open(run)) for run in runs]))
+    assert [run["name"] for run in content["runs"]] == ["a", "b", "a (2)"]
+    assert content["comparison"]["options"] == [["objective", "mapet", "mim", "mapet"]]
+    assert ["loss, nats", "1", "1", "1"] in content["comparison"]["figures"]
+
+
+def test_names_are_told_apart():
+    assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+
+
+def test_a_run_lacking_a_figure_has_a_dash():
+    runs = [{"figures": {"x": "1"}, "recipe": {"lr": "1"}}, {"figures": {"y": "2"}, "recipe": {}}]
+    assert comparison(runs) == {"figures": [["x", "1", "-"], ["y", "-", "2"]], "options": [["lr", "1", "-"]]}
+
+
+def test_hostile_strings_stay_data(tmp_path):
+    """Whatever stands in a recipe, a log or a name: the page has its own two script elements and no other markup of theirs."""
+    folder = write_run(tmp_path / "x<img src=y onerror=alert(1)>", images=HOSTILE, objective=HOSTILE)
+    (folder / "train.log").write_text(LOG.replace("truncated", HOSTILE.replace("\u2028", " ")))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, HOSTILE: 2, "loss": 1}) + "\n")
+    html = page([Shown(RunFiles.open(folder), notes=[HOSTILE])])
+    assert len(re.findall("<script", html)) == len(re.findall("</script", html)) == 2
+    assert "onerror" not in re.sub(
+        r"\\u003c.*?\\u003e", "", html.split("</head>")[1].replace("&lt;img src=y onerror", "")
+    )
+    (run,) = data_of(html)["runs"]
+    assert run["recipe"]["objective"] == HOSTILE and run["notes"] == [HOSTILE]
+    assert run["curves"][HOSTILE] == [[1], [2]]
+
+
+def test_page_asks_for_nothing(tmp_path):
+    html = page([Shown(RunFiles.open(write_run(tmp_path / "a")))])
+    assert "default-src 'none'" in html and "connect-src 'none'" in html
+    outside = re.findall(r"https?://[^\s\"'<]+", html)
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, which nobody looks up
+    assert "connect-src 'self'" in live_page(RunFiles(tmp_path / "a"))
+
+
+def test_page_stays_below_its_size(tmp_path, monkeypatch):
+    """Several runs with more than fits of everything; pictures of noise, which nothing compresses."""
+    assert MOST_BYTES < 5_000_000
+    monkeypatch.setattr("mapet.reporting.page.MOST_BYTES", 400_000)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 150, 200, 3), dtype=np.uint8)
+    pictures = [Picture(f"p{i}", "noise", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
+    folder = write_run(tmp_path / "a", records=3000)
+    html = page([Shown(RunFiles.open(folder), pictures, {"images": [], "filler": "x" * 300_000}) for _ in range(3)])
+    assert 200_000 < len(html.encode()) <= 400_000
+    runs = data_of(html)["runs"]
+    assert runs[0]["steps"] is None and "step-through of this run is left out" in runs[0]["notes"][0]
+    assert runs[0]["curves"]["loss"][0][-1] == 30000
+
+
+def test_pictures_shrink_before_they_are_left_out():
+    noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)
+    pictures = [Picture(name, "noise", Image.fromarray(noise)) for name in "ab"]
+    whole, none = embedded(pictures, 10_000_000)
+    assert [one["width"] for one in whole] == [200, 200] and none == []
+    size = sum(len(one["src"]) for one in whole)
+    smaller, none = embedded(pictures, size // 2)
+    assert len(smaller) == 2 and smaller[0]["width"] < 200 and none == []
+    kept, left_out = embedded(pictures, 0)
+    assert kept == [] and left_out == ["a", "b"]
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(tmp_path, caplog, monkeypatch):
+    folder = write_run(tmp_path / "a")
+    write_run_report(folder)
+    assert data_of((folder / "report.html").read_text())["runs"][0]["name"] == "a"
+    monkeypatch.setattr("mapet.reporting.page.page", lambda runs: 1 / 0)
+    write_run_report(folder)
+    assert "report.html could not be written: division by zero" in caplog.text
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(MapetError, match="already exists"):
+        mapet.report(run=write_run(tmp_path / "a"), out=tmp_path / "report.html")
+
+
+# ---- the live view
+
+
+@contextmanager
+def served(folder):
+    with live.LiveServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ask(server, path, host="localhost"):
+    connection = http.client.HTTPConnection(*server.server_address, timeout=10)
+    connection.request("GET", path, headers={"Host": host})
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    connection.close()
+    return answer, body
+
+
+def test_server_sends_what_is_new(tmp_path):
+    folder = tmp_path / "a"
+    with served(folder) as server:
+        answer, body = ask(server, "/")
+        assert answer.status == 200 and data_of(body)["live"] is True
+        news = json.loads(ask(server, "/history?generation=null&have=0")[1])
+        assert news["records"] == [] and news["state"].startswith("Waiting: no run in")
+        write_run(folder, records=3)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 40, "lo')
+        news = json.loads(ask(server, "/history?generation=0&have=0")[1])
+        assert [line["step"] for line in news["records"]] == [10, 20, 30]
+        assert news["run"]["figures"]["loss, nats"] == "2.7" and news["state"].startswith("Running; last figures")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('ss": 2.5}\n')
+        news = json.loads(ask(server, f"/history?generation={news['generation']}&have=3")[1])
+        assert (news["first"], news["records"], news["more"]) == (3, [{"step": 40, "loss": 2.5}], False)
+        (folder / "new").write_text(record(10))
+        (folder / "new").replace(folder / "metrics.jsonl")
+        news = json.loads(ask(server, f"/history?generation={news['generation']}&have=4")[1])
+        assert news["first"] == 0 and len(news["records"]) == 1
+        (folder / "backbone").mkdir()
+        assert json.loads(ask(server, "/history")[1])["state"].startswith("Finished")
+
+
+def test_long_histories_come_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "MOST_RECORDS", 8)
+    follower = live.Follower(write_run(tmp_path / "a", records=20))
+    got, news = [], {"generation": None, "more": True}
+    while news["more"]:
+        news = follower.news(news["generation"], len(got))
+        got += news["records"]
+    assert [line["step"] for line in got] == list(range(10, 210, 10))
+
+
+@pytest.mark.parametrize(
+    "host", ["example.org", "localhost.example.org", "127.0.0.1.example.org:80", "", "x@example.org"]
+)
+def test_other_hosts_are_refused(host, tmp_path):
+    with served(write_run(tmp_path / "a")) as server:
+        assert ask(server, "/", host)[0].status == 403
+        assert ask(server, "/history", host)[0].status == 403
+
+
+def test_answers_to_this_machine_alone(tmp_path):
+    with served(write_run(tmp_path / "a")) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        assert server.url == f"http://127.0.0.1:{server.server_address[1]}/"
+        for host in ("localhost", f"localhost:{server.server_address[1]}", "127.0.0.1:8000"):
+            answer, _ = ask(server, "/", host)
+            assert answer.status == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert ask(server, "/../config.yaml")[0].status == 404
+        assert ask(server, "/history?generation=x&have=-1")[0].status == 200
+        with pytest.raises(MapetError, match="Leave out --port"):
+            live.LiveServer(tmp_path, server.server_address[1])
