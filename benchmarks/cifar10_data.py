@@ -18,14 +18,14 @@ def unpack(data: Path, out: Path) -> Path:
     return out / "cifar10"
 
 
-def first_of_each_class(data: Path, per_class: int) -> Path:
-    """A text file of the first training images of each class."""
-    chosen = data / "train" / f"first{per_class}.txt"
+def first_of_each_class(folder: Path, per_class: int) -> Path:
+    """A text file of the first images of each class in train/ or test/."""
+    chosen = folder / f"first{per_class}.txt"
     if not chosen.exists():
         names = [
-            f"{folder.name}/{file.name}"
-            for folder in sorted(path for path in (data / "train").iterdir() if path.is_dir())
-            for file in sorted(folder.iterdir())[:per_class]
+            f"{of_class.name}/{file.name}"
+            for of_class in sorted(path for path in folder.iterdir() if path.is_dir())
+            for file in sorted(of_class.iterdir())[:per_class]
         ]
         chosen.write_text("\n".join(names) + "\n")
     return chosen

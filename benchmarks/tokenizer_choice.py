@@ -74,7 +74,10 @@ def looked_at(name: str, spec: dict[str, Any], out: Path, data: Path) -> dict[st
     if not (folder / "health.json").exists():
         own = {"teacher": spec["teacher"]} if ":" in spec.get("teacher", "") else {}
         mapet.inspect(
-            tokenizer=out / "tokenizers" / name / "tokenizer", images=first_of_each_class(data, 1000), out=folder, **own
+            tokenizer=out / "tokenizers" / name / "tokenizer",
+            images=first_of_each_class(data / "train", 1000),
+            out=folder,
+            **own,
         )
     measures = json.loads((folder / "health.json").read_text())["measures"]
     row: dict[str, Any] = {"tokenizer": name}
