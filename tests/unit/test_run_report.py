@@ -116,7 +116,21 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert facts["duration"] == "2 min 30 s, resumed 1 times"
     assert facts["command"] == "mapet pretrain --resume"
     assert told["figures"]["loss, nats"] == "1"
-    assert told["log"] == ["bad image 'a.png': truncated"]
+    assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("stopped: Interrupted: stopped by SIGINT at step 7: saved", "stopped by SIGINT at step 7: saved"),
+        ("stopped: MapetError: no images", "stopped: no images"),
+    ],
+)
+def test_how_a_run_stopped(line, status, tmp_path):
+    folder = write_run(tmp_path / "a", records=3)
+    (folder / "train.log").write_text(f"{LOG}2026-01-02 04:00:31,000 INFO {line}\n")
+    told = RunFiles.open(folder).data()
+    assert told["status"] == status and told["early"] is True
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):

@@ -58,7 +58,7 @@ class Follower:
         if files.finished:
             return "Finished. `mapet report` adds pictures."
         if files.log.stopped:
-            return f"Stopped: {files.log.stopped}"
+            return files.status
         try:
             age = time.time() - (files.folder / "metrics.jsonl").stat().st_mtime
         except OSError:

@@ -13,8 +13,8 @@ function warned(text) {
 }
 
 function warningList(run) {
-  const waiting = DATA.live && !Object.keys(run.curves).length;
-  if (!run.warnings.length) return element("p", { class: "fine" }, waiting ? "Nothing is recorded yet." : "Nothing in the figures speaks against this run.");
+  const well = run.early ? "Too few figures yet to say how this run goes." : "Nothing in the figures speaks against this run.";
+  if (!run.warnings.length) return element("p", { class: "fine" }, well);
   return element("ul", { class: "warnings" }, run.warnings.map(warned));
 }
 
@@ -112,7 +112,7 @@ function theme() {
 
 /** Ask the server for what was recorded since, every two seconds; the zoom stays as it is. */
 async function follow(run, curves) {
-  let generation = null, have = 0, told = JSON.stringify([run.facts, run.warnings, run.figures, run.log]);
+  let generation = null, have = 0, told = JSON.stringify([run.facts, run.warnings, run.early, run.figures, run.log]);
   for (;;) {
     let more = false;
     try {
@@ -126,7 +126,7 @@ async function follow(run, curves) {
       Object.assign(run, news.run);
       say(news.state);
       if (news.records.length) curves.draw();
-      if (told !== (told = JSON.stringify([run.facts, run.warnings, run.figures, run.log]))) renew(run);
+      if (told !== (told = JSON.stringify([run.facts, run.warnings, run.early, run.figures, run.log]))) renew(run);
     } catch (error) {
       say("The server does not answer; trying again.");
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from mapet.errors import MapetError
 from mapet.recipe import read_recipe
-from mapet.reporting.advice import Subject, warnings
+from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
 
 FIGURES = {
@@ -58,7 +58,7 @@ class Log:
         description = stopped = ""
         found = []
         for time, level, message in _log_lines(text):
-            stopped = message.removeprefix("stopped: ") if message.startswith("stopped: ") else ""
+            stopped = message.split(": ", 2)[-1] if message.startswith("stopped: ") else ""  # without the error's class
             if message in ("started with", "resumed with"):
                 sessions.append((time, time))
             elif sessions:
@@ -144,7 +144,7 @@ class RunFiles:
         if self.finished:
             return "finished"
         if self.log.stopped:
-            return f"stopped: {self.log.stopped}"
+            return self.log.stopped if self.log.stopped.startswith("stopped") else f"stopped: {self.log.stopped}"
         return "not finished" if self.recipe else "not started"
 
     @property
@@ -164,6 +164,7 @@ class RunFiles:
             "recipe": {str(key): _text(value) for key, value in self.recipe.items()},
             "figures": self.figures(),
             "warnings": warnings(self.subject),
+            "early": len(self.history["loss"].values) < RECORDS,
             "log": list(self.log.warnings[-LOGGED:]),
             "logged": len(self.log.warnings),
             "tokenizer": list(self._of_tokenizer()),
