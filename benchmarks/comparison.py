@@ -196,10 +196,9 @@ def epochs_within_budget(method: str, data: Data, options: argparse.Namespace) -
     made = 0.0 if method.startswith("lightly-train") else tokens(data, options.out)
     if not (folder / "pilot.json").exists():
         few = max(1, 2000 // data.count)
-        python = options.lightly if method.startswith("lightly-train") else sys.executable
-        start = run(
-            [str(python), "-c", f"import {method.split(',')[0].split()[0].replace('-', '_')}, timm"], folder / "log.txt"
-        )
+        other = method.startswith("lightly-train")
+        python, module = (options.lightly, "lightly_train") if other else (sys.executable, "mapet")
+        start = run([str(python), "-c", f"import {module}, timm"], folder / "log.txt")
         seconds = pretrain(method, 0, few, data, folder / "run", options) - start
         write_json(folder / "pilot.json", {"start": start, "epoch": seconds / few})
     pilot = json.loads((folder / "pilot.json").read_text())
