@@ -166,3 +166,25 @@ def test_messages_of_troubleshooting_are_in_the_source():
         assert max(map(len, pieces)) > 8, message
         pattern = re.compile(".*".join(map(re.escape, pieces)), flags=re.S)
         assert any(pattern.search(text) for text in texts), message
+
+
+def test_pictures_of_concepts_show_what_each_objective_sees():
+    """The panels of docs/pictures.py against the words of the method, and each picture of the page is drawn by it."""
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    p = pictures.PREDICTED
+    for rank in pictures.SHOWN:
+        before, after = [j < rank for j in range(p)], [j >= rank for j in range(p)]
+        wanted = {
+            "mim": {"mask": [True] * p},
+            "pim": {"target": before},
+            "mapet": {"target": before, "mask": after},
+        }
+        for objective in (pictures.MIM, pictures.PIM, pictures.MAPET):
+            seen = {segment: rows.tolist() for segment, rows in pictures.seen_by(objective, rank).items()}
+            assert seen.pop("context") == [True] * (1 + pictures.CONTEXT)
+            assert seen == wanted[objective.name], (objective.name, rank)
+    source = (DOCS / "pictures.py").read_text()
+    for name in re.findall(r"\(images/([\w-]+)\.png\)", (DOCS / "concepts.md").read_text()):
+        assert name in source or name.removeprefix("visibility-") in wanted
