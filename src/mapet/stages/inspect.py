@@ -1,10 +1,8 @@
 """Stage: is the tokenizer any good, and what did the model learn? In pictures and, for a tokenizer, in figures."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
@@ -67,37 +65,24 @@ def inspect(config: InspectConfig) -> list[Path]:
       mapet inspect --run runs/photos --out pictures
       mapet inspect --tokenizer runs/photos/tokenizer --images PHOTOS --out health
     """
+    from matplotlib import pyplot
+
     from mapet.compute import Compute
     from mapet.files import atomic, new_folder
 
     compute = Compute.choose(config.device, "float32")
     new_folder(config.out, create=False)
-    with _off_screen() as pyplot:
-        texts, figures = (_look_at_run if config.tokenizer is None else _measure_tokenizer)(config, compute)
-        with atomic(config.out) as temporary:
-            temporary.mkdir()
-            for name, text in texts.items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            for name, figure in figures.items():
-                figure.savefig(temporary / f"{name}.png", dpi=120)
-                pyplot.close(figure)
+    texts, figures = (_look_at_run if config.tokenizer is None else _measure_tokenizer)(config, compute)
+    with atomic(config.out) as temporary:
+        temporary.mkdir()
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, figure in figures.items():
+            figure.savefig(temporary / f"{name}.png", dpi=120)
+            pyplot.close(figure)
     paths = [config.out / name for name in [*texts, *(f"{name}.png" for name in figures)]]
     log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths
-
-
-@contextmanager
-def _off_screen() -> Iterator[Any]:
-    """pyplot that draws into files alone; afterwards it draws where it did, so that a notebook's own pictures still show."""
-    import matplotlib
-    from matplotlib import pyplot
-
-    before = matplotlib.get_backend()
-    pyplot.switch_backend("Agg")
-    try:
-        yield pyplot
-    finally:
-        pyplot.switch_backend(before)
 
 
 def _look_at_run(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:
