@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mapet
 from mapet.model.objective import MAPET, MIM, PIM, Objective, segment_lengths, visibility
-from mapet.report.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
+from mapet.reporting.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
 from mapet.tokenizer.codebook import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4

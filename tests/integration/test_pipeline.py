@@ -244,7 +244,6 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
         "token_maps", "words", "visibility", "predictions", "cls_attention", "features",
     }  # fmt: skip
     assert matplotlib.get_backend() == "svg"
-    assert {path.stem for path in pictures} == {"token_maps", "words", "visibility", "predictions", "cls_attention"}
     assert all(path.stat().st_size > 5000 for path in pictures)
     assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32
