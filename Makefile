@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench docs lint clean
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mapet needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
@@ -26,6 +26,10 @@ test-slow: $(READY)  ## the slow ones
 bench: $(READY)  ## every speed benchmark, about half an hour; PHOTOS=folder measures the tokenizer too
 	$(BIN)/python benchmarks/suite.py $(if $(PHOTOS),--photos $(PHOTOS))
 
+docs: $(READY)  ## the documentation site, in site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(READY)  ## style, types, direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +37,4 @@ lint: $(READY)  ## style, types, direction of imports
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

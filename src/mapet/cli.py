@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"mapet {mapet.__version__}")
         return 0
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go into files; in Python, and in a notebook, its user decides
     try:
         if argv[0] == "--completion":
             print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")

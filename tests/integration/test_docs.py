@@ -36,6 +36,15 @@ def commands() -> list[str]:
 def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
     """Each command's options build a config; the stage itself is replaced."""
     _, name, *words = shlex.split(command, comments=True)
+    if words and words[0].endswith(".yaml") and not (ROOT / words[0]).exists():  # a recipe of the reader's
+        (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
+        words[0] = str(tmp_path / "own.yaml")
+    monkeypatch.chdir(ROOT)
+    assert understood(name, words, monkeypatch) is not None
+
+
+def understood(name, words, monkeypatch):
+    """The config that the words after `mapet NAME` build, without running the stage."""
     seen = []
 
     def stand_in(config):
@@ -44,12 +53,9 @@ def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
     stand_in.config_type = STAGES[name].config_type
     stand_in.__doc__ = STAGES[name].__doc__
     monkeypatch.setitem(STAGES, name, stand_in)
-    if words and words[0].endswith(".yaml") and not (ROOT / words[0]).exists():  # a recipe of the reader's
-        (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
-        words[0] = str(tmp_path / "own.yaml")
-    monkeypatch.chdir(ROOT)
     cli.run_stage(name, words)
-    assert len(seen) == 1
+    [config] = seen
+    return config
 
 
 def test_commands_are_found():

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from matplotlib import pyplot
 from safetensors.torch import load_file
 
 import mapet
@@ -236,10 +238,12 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     assert accuracy > 0.3
     tuned = mapet.load_backbone(tmp_path / "tuned" / "model")
     assert tuned.num_classes == 10
+    pyplot.switch_backend("svg")  # a notebook draws into itself
     pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
     assert {path.stem for path in pictures} == {
         "token_maps", "words", "visibility", "predictions", "cls_attention", "features",
     }  # fmt: skip
+    assert matplotlib.get_backend() == "svg"
     assert all(path.stat().st_size > 5000 for path in pictures)
     assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32

@@ -65,12 +65,11 @@ def inspect(config: InspectConfig) -> list[Path]:
       mapet inspect --run runs/photos --out pictures
       mapet inspect --tokenizer runs/photos/tokenizer --images PHOTOS --out health
     """
-    import matplotlib
+    from matplotlib import pyplot
 
     from mapet.compute import Compute
     from mapet.files import atomic, new_folder
 
-    matplotlib.use("Agg")
     compute = Compute.choose(config.device, "float32")
     new_folder(config.out, create=False)
     texts, figures = (_look_at_run if config.tokenizer is None else _measure_tokenizer)(config, compute)
@@ -80,7 +79,7 @@ def inspect(config: InspectConfig) -> list[Path]:
             (temporary / name).write_text(text, encoding="utf-8")
         for name, figure in figures.items():
             figure.savefig(temporary / f"{name}.png", dpi=120)
-            matplotlib.pyplot.close(figure)
+            pyplot.close(figure)
     paths = [config.out / name for name in [*texts, *(f"{name}.png" for name in figures)]]
     log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths

@@ -1,0 +1,118 @@
+"""The pictures of docs/concepts.md, drawn from the objectives' own tables and a tokenizer of two photographs.
+
+python docs/pictures.py --out docs/images
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+import mapet
+from mapet.model.objective import MAPET, MIM, PIM, Objective, segment_lengths, visibility
+from mapet.reporting.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
+from mapet.tokenizer.codebook import load_tokenizer
+
+GRID, CONTEXT = (4, 4), 4
+"""Patches of the photograph and how many of them are given."""
+PREDICTED = GRID[0] * GRID[1] - CONTEXT
+SHOWN = (0, 3, 7, 11)
+"""Ranks whose prediction is drawn."""
+
+
+def seen_by(objective: Objective, rank: int) -> dict[str, Bool[Tensor, " p"]]:
+    """Segment -> which of its p patches the row sees that predicts rank `rank`; all of them for the context."""
+    lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
+    table = visibility(objective, 1, CONTEXT, PREDICTED)
+    starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
+    row = table[starts[objective.read_at] + rank]
+    return {segment: row[start : start + lengths[segment]] for segment, start in starts.items() if segment != "query"}
+
+
+def what_predicts_sees(photo: Float[Tensor, "3 H W"], permutation: list[int]) -> Figure:
+    """A row an objective, a column a predicted patch: the content that is seen, the positions that are seen, the rest."""
+    patches = patchify(photo[None].to(torch.uint8), GRID)[0].float()
+    figure, axes = plt.subplots(3, len(SHOWN), figsize=(2 * len(SHOWN) + 0.4, 6.6), layout="constrained")
+    side = patches.shape[-1]
+    for row, objective in zip(axes, (MIM, PIM, MAPET), strict=True):
+        for axis, rank in zip(row, SHOWN, strict=True):
+            seen = seen_by(objective, rank)
+            content = [*permutation[:CONTEXT], *_chosen(permutation, seen.get("target"))]
+            positions = _chosen(permutation, seen.get("mask"))
+            shown = torch.full_like(patches, 255)
+            shown[positions] = HIDDEN * 255
+            shown[content] = patches[content]
+            axis.imshow(unpatchify(shown, GRID).permute(1, 2, 0).numpy() / 255)
+            for patch in positions:
+                _write(axis, patch, side, "?", "dimgrey")
+            current = permutation[CONTEXT + rank]
+            if current not in positions:
+                _write(axis, current, side, "?", "tab:red")
+            y, x = divmod(current, GRID[1])
+            box = plt.Rectangle((x * side, y * side), side - 1, side - 1, fill=False, edgecolor="tab:red", linewidth=3)
+            axis.add_patch(box)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel({"mim": "MIM", "pim": "PIM", "mapet": "MaPeT"}[objective.name], fontsize=13)
+    for axis, rank in zip(axes[0], SHOWN, strict=True):
+        axis.set_title(f"hidden patch {rank + 1} of {PREDICTED}")
+    return figure
+
+
+def _chosen(permutation: list[int], seen: Bool[Tensor, " p"] | None) -> list[int]:
+    return [] if seen is None else [permutation[CONTEXT + rank] for rank in seen.nonzero().flatten().tolist()]
+
+
+def _write(axis: plt.Axes, patch: int, side: int, text: str, color: str) -> None:
+    y, x = divmod(patch, GRID[1])
+    axis.text((x + 0.5) * side, (y + 0.5) * side, text, ha="center", va="center", fontsize=14, color=color)
+
+
+def words_of_photographs(photos: list[np.ndarray], folder: Path) -> Figure:
+    """Two photographs and their visual words, of a `pixels` tokenizer fitted to both."""
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).resize((320, 224)).crop((48, 0, 272, 224)).save(folder / f"{number}.png")
+    mapet.fit_tokenizer(
+        images=folder, out=folder / "tokenizer", image_size=224, patch_size=8, vocab_size=24, workers=0, device="cpu"
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    squares = [np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    images = torch.from_numpy(np.stack(squares)).movedim(-1, 1)
+    with torch.inference_mode():
+        words = tokenizer(images).flatten(1)
+    figure = token_maps(images, words, tokenizer.grid, tokenizer.vocab_size)
+    figure.suptitle("")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    out = parser.parse_args().out
+    matplotlib.use("Agg")
+    out.mkdir(parents=True, exist_ok=True)
+    photos = list(load_sample_images().images)
+    flower = np.asarray(Image.fromarray(photos[1]).crop((100, 0, 527, 427)).resize((160, 160)))
+    permutation = np.random.default_rng(4).permutation(GRID[0] * GRID[1]).tolist()
+    figures = {"concepts-sees": what_predicts_sees(torch.from_numpy(flower.copy()).movedim(-1, 0).float(), permutation)}
+    for objective in (MIM, PIM, MAPET):
+        table = visibility(objective, 1, CONTEXT, PREDICTED)
+        lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
+        figures[f"visibility-{objective.name}"] = visibility_table(table, lengths, objective.name)
+    with tempfile.TemporaryDirectory() as folder:
+        figures["concepts-words"] = words_of_photographs(photos, Path(folder))
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=80)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
