@@ -31,6 +31,7 @@ from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from mapet.training.loop import step_seed
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
+from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
 STAGE = "train-tokenizer"
@@ -43,6 +44,7 @@ JUDGED = 10_000
 
 def train_vqkd(config: Any) -> Path:
     """Run `mapet train-tokenizer` with a resolved `TrainTokenizerConfig`; returns the safetensors file."""
+    require(config.track)
     if config.resume:
         config = recipe_to_resume(config, STAGE)
 

@@ -22,8 +22,8 @@ from mapet.stages.tokenize import tokenize
 
 log = logging.getLogger("mapet")
 COMPARED = ("num_images", "test_images", "other_test_images", "labels_per_class")
-PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher"})
-"""Options that may differ when a cell goes on: the study may have moved."""
+PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher", "track"})
+"""Options that may differ when a cell goes on: the study may have moved, and trackers are only told."""
 
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
