@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as tvf
 from mapet.data.decode import BadImage, Box, Picture
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_array, read_sealed, write_sealed
+from mapet.files import atomic, canonical_hash, check_format, read_array, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
@@ -52,8 +52,9 @@ class Prepared(Reader):
         prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
         try:
             done, total = int(prepared.manifest["done"]), int(prepared.manifest["num_images"])
-            if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
-                raise ValueError(f"format {prepared.manifest['format']}")
+            check_format(prepared.manifest["format"], FORMAT, "prepared data set", folder)
+            if not isinstance(prepared.manifest["bad"], dict):
+                raise ValueError("its list of bad images is none")
             if done != total:
                 raise MapetError(
                     f"{folder} is unfinished ({done} of {total} images): run the same `mapet prepare ... --resume` to finish it"
@@ -154,6 +155,7 @@ def write_prepared(
         wanted["classes"] = images.labels[0]
     path = folder / MANIFEST
     manifest = read_sealed(path, "prepared data set") if path.exists() else wanted | {"done": 0, "bad": {}}
+    check_format(manifest.get("format"), FORMAT, "prepared data set", folder)
     if canonical_hash({key: manifest.get(key) for key in wanted}) != canonical_hash(wanted):
         changed = [
             f"{key}: {manifest.get(key)!r} -> {wanted[key]!r}" for key in wanted if manifest.get(key) != wanted[key]
