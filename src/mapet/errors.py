@@ -19,6 +19,10 @@ class Interrupted(MapetError):
     exit_code = 130
 
 
+class MadeByNewer(MapetError):
+    """Files of a format that only a newer mapet reads."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the nearest known word, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

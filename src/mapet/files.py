@@ -12,7 +12,8 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from mapet.errors import MapetError
+import mapet
+from mapet.errors import MadeByNewer, MapetError
 
 
 def canonical_hash(value: Any) -> str:
@@ -46,6 +47,26 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict) or content.pop(SEAL, None) != canonical_hash(content):
         raise MapetError(f"{path}: not a readable {what} (it was changed after it was written: its seal does not fit)")
     return content
+
+
+def check_format(found: Any, known: int, what: str, place: Path) -> None:
+    """That this version reads a format: all up to its own (docs/formats.md).
+
+    Args:
+        found: the number in the file.
+        known: the newest that this version writes.
+
+    Raises:
+        MadeByNewer: it is newer.
+        ValueError: it is no such number.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(f"its format is {found!r}, not a number")
+    if found > known:
+        raise MadeByNewer(
+            f"{place} was made by a newer mapet: a {what} of format {found}, while mapet {mapet.__version__} reads formats up to "
+            f"{known}. Update mapet, or make it again with this one"
+        )
 
 
 SEAL = "seal"

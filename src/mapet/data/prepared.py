@@ -15,7 +15,7 @@ import torchvision.transforms.v2.functional as tvf
 from mapet.data.decode import BadImage, Box, Picture
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_array, read_sealed, write_sealed
+from mapet.files import atomic, canonical_hash, check_format, read_array, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
@@ -55,8 +55,9 @@ class Prepared(Reader):
         prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
         try:
             done, total = int(prepared.manifest["done"]), int(prepared.manifest.get("num_images", -1))
-            if prepared.manifest["format"] != FORMAT or not isinstance(prepared.manifest["bad"], dict):
-                raise ValueError(f"format {prepared.manifest['format']}")
+            check_format(prepared.manifest["format"], FORMAT, "prepared data set", folder)
+            if not isinstance(prepared.manifest["bad"], dict):
+                raise ValueError("its list of bad images is none")
             if done != total:
                 raise MapetError(
                     f"{folder} is unfinished ({done} of {total if total >= 0 else 'all'} images): run the same "
@@ -158,6 +159,7 @@ class Packing:
         wanted = {"format": FORMAT, **wanted}
         self.is_new = not self.path.exists()
         self.manifest = wanted | {"done": 0, "bad": {}} if self.is_new else read_sealed(self.path, "prepared data set")
+        check_format(self.manifest.get("format"), FORMAT, "prepared data set", folder)
         if canonical_hash({key: self.manifest.get(key) for key in wanted}) != canonical_hash(wanted):
             changed = [
                 f"{k}: {self.manifest.get(k)!r} -> {v!r}" for k, v in wanted.items() if self.manifest.get(k) != v

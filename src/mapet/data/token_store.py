@@ -11,7 +11,7 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.files import file_hash, read_array, read_sealed, reserve, write_sealed
+from mapet.files import check_format, file_hash, read_array, read_sealed, reserve, write_sealed
 
 MANIFEST = "store.json"
 FORMAT = 2
@@ -139,8 +139,9 @@ class TokenStore:
         """
         manifest = read_sealed(folder / MANIFEST, "token store")
         try:
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+            check_format(manifest["format"], FORMAT, "token store", folder)
+            if manifest["format"] < FORMAT:
+                raise ValueError(f"format {manifest['format']} was never released")
             store = cls(folder, manifest, _parts(folder, manifest))
             _ = store.view_spec, store.vocab_size
             for part in store.parts:

@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from mapet.data.image_list import ImageList
 from mapet.errors import MapetError
-from mapet.files import atomic, read_array, read_json, reserve, write_json
+from mapet.files import atomic, check_format, read_array, read_json, reserve, write_json
 
 MANIFEST, ROWS, IDS, PARTS = "embed.json", "features.npy", "ids.json", "features.parquet"
+VERSION = 1
 FileFormat = Literal["npy", "parquet"]
 PART_BYTES = 32 << 20
 
@@ -25,7 +26,7 @@ class Embeddings:
     read.
 
     Attributes:
-        manifest: format, settings, num_images, images_hash, shape and dtype of a row, part (images in one), done, bad.
+        manifest: version, format, settings, num_images, images_hash, shape and dtype of a row, part (images in one), done, bad.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ class Embeddings:
                 raise
             write_json(folder / IDS, [images.id(index) for index in range(len(images))])
         manifest = {
-            "format": format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": list(shape),
+            "version": VERSION, "format": format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": list(shape),
             "dtype": dtype, "part": max(1, PART_BYTES // row_bytes), "done": 0, "bad": {},
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
@@ -70,7 +71,7 @@ class Embeddings:
         Raises:
             MapetError: they are of other images, another backbone or other options.
         """
-        manifest = read_json(folder / MANIFEST, "folder of features")
+        manifest = _manifest(folder)
         now = {"images_hash": images.hash, "format": format, **settings}
         before = {"images_hash": manifest["images_hash"], "format": manifest["format"], **manifest["settings"]}
         changed = [
@@ -127,13 +128,19 @@ class Embeddings:
             pyarrow.parquet.write_table(table, temporary)
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, "folder of features")
+    check_format(manifest.get("version", 1), VERSION, "folder of features", folder)
+    return manifest
+
+
 def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]]:
     """(ids, features) of a finished folder of either format, without the unreadable images.
 
     Raises:
         MapetError: not such a folder, or an unfinished one.
     """
-    manifest = read_json(folder / MANIFEST, "folder of features")
+    manifest = _manifest(folder)
     if manifest["done"] < manifest["num_images"]:
         raise MapetError(
             f"{folder} is unfinished ({manifest['done']} of {manifest['num_images']} images): `mapet embed --resume`"

@@ -33,6 +33,16 @@ class Loading(Device):
         return automatic_workers() if self.workers is None else self.workers
 
 
+class Tracked(Config):
+    """Where figures go besides metrics.jsonl and TensorBoard."""
+
+    track: Annotated[
+        list[Literal["wandb", "mlflow", "trackio"]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
+    ] = Field(default_factory=list)
+    """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
+    (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
+
+
 class BadImages(Config):
     """What to do about images that can't be read."""
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Ratio, Size, Source, shared_stage
-from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BackboneSource, BadImages, Device, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
 
-class PretrainConfig(Views, BadImages, Device):
+class PretrainConfig(Views, BadImages, Tracked, Device):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
     images: Source

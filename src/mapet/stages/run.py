@@ -59,7 +59,9 @@ def run(config: RunConfig) -> Path:
     from mapet import processes
     from mapet.data.image_list import scan
     from mapet.tokenizer.teacher import is_own_code
+    from mapet.training.tracking import require
 
+    require(config.pretrain.track)  # type: ignore[attr-defined]  # before hours of tokenizing
     recipe = config.out / "recipe.yaml"
     if processes.rank() == 0:
         _begin(config, recipe)

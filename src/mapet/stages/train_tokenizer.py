@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BadImages, Device, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
 
-class TrainTokenizerConfig(Views, BadImages, Device):
+class TrainTokenizerConfig(Views, BadImages, Tracked, Device):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, read_sealed, write_sealed, write_tensors
+from mapet.files import atomic, canonical_hash, check_format, read_sealed, write_sealed, write_tensors
 from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.teacher import Teacher, is_own_code, make_teacher
 
@@ -175,9 +175,10 @@ def load_tokenizer(
     """
     description = read_sealed(folder / DESCRIPTION, "tokenizer")
     try:
+        check_format(description["format"], FORMAT, "tokenizer", folder)
         tensors = load_file(folder / CODEBOOK)
         del tensors["usage"]
-        if description["format"] != FORMAT or _hash(tensors) != description["quantizer_hash"]:
+        if _hash(tensors) != description["quantizer_hash"]:
             raise ValueError("the codebook is not the one that tokenizer.json describes")
         quantizer = Quantizer(description["quantizer"], tensors)
         settings = dict(description["teacher"])

@@ -22,8 +22,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.files import check_format, read_json
 from mapet.weights import read_weights
 
+FORMAT = 1
+DESCRIPTION = "vqkd.json"
+"""Beside the file, where `train-tokenizer` made it."""
 HEAD_WIDTH = 64
 """Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""
 CODES = "quantize.embedding.weight"
@@ -115,6 +119,12 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
     """
     if checkpoint is None:
         raise MapetError("a VQ-KD tokenizer comes from a file: give --teacher-checkpoint FILE")
+    description = Path(checkpoint).with_name(DESCRIPTION)
+    if description.exists():
+        try:
+            check_format(read_json(description, "VQ-KD tokenizer")["format"], FORMAT, "VQ-KD tokenizer", description)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error})") from None
     return VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
 
 

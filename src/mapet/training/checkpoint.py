@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
-from mapet.files import atomic, file_hash, read_sealed, write_sealed, write_tensors
+from mapet.errors import MadeByNewer, MapetError
+from mapet.files import atomic, check_format, file_hash, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import load_whole, shared_like, whole, whole_state
 
 log = logging.getLogger("mapet")
 STATE = "state.json"
+FORMAT = 1
 
 
 class Stateful(Protocol):
@@ -50,7 +51,7 @@ def save_checkpoint(
                 write_tensors(temporary / f"{name}.safetensors", tensors)
                 _verify(temporary / f"{name}.safetensors", tensors)
             digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
-            write_sealed(temporary / STATE, {"step": step, "sha256": digests, **state})
+            write_sealed(temporary / STATE, {"format": FORMAT, "step": step, "sha256": digests, **state})
     except (OSError, MapetError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -94,7 +95,7 @@ def load_checkpoint(
         The state that was saved with it, `step` included.
 
     Raises:
-        MapetError: none is intact.
+        MapetError: none is intact, or one was made by a newer version.
     """
     found = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in found:
@@ -109,6 +110,8 @@ def load_checkpoint(
                     own = {k.removeprefix(prefix): v for k, v in parts["progress"].items() if k.startswith(prefix)}
                     other.load_state_dict(own)
             return state
+        except MadeByNewer:  # the one before would silently lose what the newer version learned
+            raise
         except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
     raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new --out")
@@ -117,6 +120,7 @@ def load_checkpoint(
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Raises ValueError and its like: a file is damaged."""
     state = read_sealed(path / STATE, "checkpoint")
+    check_format(state.get("format", 1), FORMAT, "checkpoint", path)
     if state["step"] != step_of(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():

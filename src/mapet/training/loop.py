@@ -28,6 +28,7 @@ from mapet.training.setting import Setting
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep, automatic_compile, sum_gradients
+from mapet.training.tracking import require
 from mapet.training.watch import Watch
 
 log = logging.getLogger("mapet")
@@ -36,6 +37,7 @@ log = logging.getLogger("mapet")
 def train(config: Any) -> Path:
     """Run `mapet pretrain` with a resolved `PretrainConfig`; returns the folder of the exported backbone."""
     given = config
+    require(config.track)
     if config.resume:
         config = recipe_to_resume(config)
         processes.wait()  # all have looked before one writes

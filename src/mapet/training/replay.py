@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from mapet import processes
 from mapet.data.dataset import collate
 from mapet.errors import MapetError
-from mapet.files import atomic, read_sealed, write_sealed, write_tensors
+from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.setting import Setting
 from mapet.training.sharding import whole_state
 from mapet.training.step import GradientStep
 
 BUNDLE = "replay.json"
+FORMAT = 1
 log = logging.getLogger("mapet")
 
 
@@ -47,7 +48,7 @@ def save_bundle(setting: Setting, last_step: int, count: int, run: Path) -> Path
             temporary.mkdir()
             write_tensors(temporary / "model.safetensors", weights)
             images = {str(step): _images(setting, step) for step in range(first, last_step + 1)}
-            write_sealed(temporary / BUNDLE, {"seed": setting.config.seed, "images": images})
+            write_sealed(temporary / BUNDLE, {"format": FORMAT, "seed": setting.config.seed, "images": images})
     return folder
 
 
@@ -82,6 +83,7 @@ def load_bundle(bundle: Path, setting: Setting) -> list[int]:
     """
     content = read_sealed(bundle / BUNDLE, "replay bundle")
     try:
+        check_format(content.get("format", 1), FORMAT, "replay bundle", bundle)
         images = {int(step): names for step, names in content["images"].items()}
         setting.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, names in images.items():

@@ -20,11 +20,12 @@ from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.files import atomic, is_free, new_folder
 from mapet.recipe import Config, build, differences, read_recipe, to_yaml
+from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
 MAY_CHANGE = frozenset(
     {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
-    | {"micro_batch", "max_skipped", "roll_back", "shard"}
+    | {"micro_batch", "max_skipped", "roll_back", "shard", "track"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 
@@ -32,7 +33,7 @@ MAY_CHANGE = frozenset(
 class RunFolder:
     """Creates or reopens the folder and writes to its logs; a context manager. Of several processes the first does.
 
-    config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/
+    config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/  tracking/
     """
 
     def __init__(self, config: Any, compute: Compute, stage: str = "pretrain") -> None:
@@ -58,6 +59,7 @@ class RunFolder:
         )
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
+        self._tracking = Tracking(self.path, config.track, config.model_dump(mode="json"))
 
     def __enter__(self) -> "RunFolder":
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -71,6 +73,7 @@ class RunFolder:
     def _close(self, error: BaseException | None) -> None:
         if error is not None:
             self._log_file_only(f"stopped: {type(error).__name__}: {error}")
+        self._tracking.close(failed=error is not None)
         log.removeHandler(self._handler)
         self._handler.close()
         self._metrics.close()
@@ -78,8 +81,8 @@ class RunFolder:
             self._board.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes from a thread of its own; that it can't is no reason to stop, nor for a traceback.
-        log.warning("TensorBoard's files are not complete: %s", failure.exc_value)
+        # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
+        log.warning("TensorBoard's files, or a tracker's, are not complete: %s", failure.exc_value)
 
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
@@ -96,7 +99,7 @@ class RunFolder:
 
     @processes.first_only
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard."""
+        """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -106,6 +109,7 @@ class RunFolder:
         self._metrics.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        self._tracking.tell()
 
 
 class _LogFile(logging.FileHandler):

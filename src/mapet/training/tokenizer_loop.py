@@ -26,11 +26,13 @@ from mapet.tokenizer.codebook import Health
 from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.kmeans import automatic_vocab_size
 from mapet.tokenizer.teacher import Teacher, make_teacher
+from mapet.tokenizer.vqkd import DESCRIPTION, FORMAT
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, recipe_to_resume
+from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
 STAGE = "train-tokenizer"
@@ -43,6 +45,7 @@ JUDGED = 10_000
 
 def train_vqkd(config: Any) -> Path:
     """Run `mapet train-tokenizer` with a resolved `TrainTokenizerConfig`; returns the safetensors file."""
+    require(config.track)
     if config.resume:
         config = recipe_to_resume(config, STAGE)
 
@@ -237,7 +240,7 @@ def describe(
     """The content of `vqkd.json`."""
     training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device", "workers"})
     return {
-        "format": 1,
+        "format": FORMAT,
         "image_size": list(config.image_size),
         "patch_size": config.patch_size,
         "vocab_size": config.vocab_size,
@@ -255,7 +258,7 @@ def save_vqkd(model: VQKDTraining, folder: Path, description: dict[str, Any]) ->
     with atomic(folder) as temporary:
         temporary.mkdir()
         write_tensors(temporary / "vqkd.safetensors", model.weights())
-        write_json(temporary / "vqkd.json", description)
+        write_json(temporary / DESCRIPTION, description)
 
 
 class CodeMeter:

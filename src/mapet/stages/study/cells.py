@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mapet.errors import Interrupted, MapetError
-from mapet.files import read_json, write_json
+from mapet.files import check_format, read_json, write_json
 from mapet.recipe import build, differences
 from mapet.stages.finetune import finetune
 from mapet.stages.fit_tokenizer import fit_tokenizer
@@ -21,9 +21,10 @@ from mapet.stages.study.grid import GridCell, cell_folder, pretrain_config
 from mapet.stages.tokenize import tokenize
 
 log = logging.getLogger("mapet")
+FORMAT = 1
 COMPARED = ("num_images", "test_images", "other_test_images", "labels_per_class")
-PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher"})
-"""Options that may differ when a cell goes on: the study may have moved."""
+PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher", "track"})
+"""Options that may differ when a cell goes on: the study may have moved, and trackers are only told."""
 
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
@@ -94,6 +95,7 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
 def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, Any]:
     """Everything `run_cell` needs to know, as JSON."""
     return {
+        "format": FORMAT,
         "pretrain": pretrain_config(config, cell).model_dump(mode="json", exclude_unset=True),
         "finetune": config.finetune.model_dump(mode="json", exclude_unset=True),  # type: ignore[attr-defined]
         "test_images": config.test_images,
@@ -109,6 +111,7 @@ def _refuse_other(folder: Path, job: dict[str, Any]) -> None:
     if not (folder / "pretrain").exists():
         return
     old = read_json(folder / "cell.json", "study cell")
+    check_format(old.get("format", 1), FORMAT, "study cell", folder)
     changed = [f"{part}: {old.get(part)} -> {job[part]}" for part in COMPARED if old.get(part) != job[part]]
     changed += differences(build(PretrainConfig, old["pretrain"]), build(PretrainConfig, job["pretrain"]), PLACES)
     changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)

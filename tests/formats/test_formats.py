@@ -1,0 +1,134 @@
+"""Files of every released version are read for ever, and those of a newer one are refused in a sentence (docs/formats.md)."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import mapet
+from mapet.data.image_list import scan
+from mapet.data.prepared import Prepared
+from mapet.data.token_store import TokenStore
+from mapet.errors import MadeByNewer, MapetError
+from mapet.evaluation.embeddings import read_embeddings
+from mapet.files import check_format, read_sealed, write_json, write_sealed
+from mapet.tokenizer.codebook import load_tokenizer
+from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.training.checkpoint import load_checkpoint
+from tests.formats import write
+
+HERE = Path(__file__).parent
+VERSIONS = sorted(path.name for path in HERE.glob("*.*.*"))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, request):
+    """A copy of a version's files, which are the working folder."""
+    shutil.copytree(HERE / getattr(request, "param", VERSIONS[-1]), tmp_path / "files")
+    monkeypatch.chdir(tmp_path / "files")
+    return tmp_path / "files"
+
+
+@pytest.mark.parametrize("files", VERSIONS, indirect=True)
+def test_all_is_read_as_it_was(files):
+    expected, found = json.loads((files / "expected.json").read_text()), write.measure()
+    for name in ("tokenizer_hash", "images_hash", "tokens", "prepared"):
+        assert found[name] == expected[name], name
+    for name in ("features", "logits", "vqkd"):
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
+    images, tokenizer = scan("images"), load_tokenizer(Path("tokenizer"))
+    store = TokenStore.open(Path("tokens"), images, tokenizer.hash)
+    pixels = torch.stack([images.open(row, 1).read() for row in range(len(images))])
+    assert tokenizer(pixels).flatten(1).tolist() == [store.read(row, 0).tolist() for row in range(len(store))]
+
+
+@pytest.mark.parametrize("files", VERSIONS, indirect=True)
+def test_a_run_goes_on(files):
+    expected = json.loads((files / "expected.json").read_text())["losses"]
+    mapet.pretrain(**write.PRETRAIN, resume=True)
+    losses = [json.loads(line)["loss"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 4
+    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", workers=0, resume=True)
+    mapet.embed(backbone="backbone", images="images", out="features", **write.SMALL, resume=True)
+
+
+def test_this_version_has_files_or_is_not_released():
+    """`tests/formats/write.py` is part of a release."""
+    assert mapet.__version__ in VERSIONS
+
+
+# ---- of a newer version
+
+
+def newer(path, key="format"):
+    sealed = "seal" in json.loads(path.read_text())
+    content = read_sealed(path, "file") if sealed else json.loads(path.read_text())
+    (write_sealed if sealed else write_json)(path, content | {key: 99})
+
+
+OPEN = {
+    "tokenizer/tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
+    "tokens/store.json": lambda: TokenStore.open(Path("tokens"), scan("images")),
+    "prepared/prepared.json": lambda: Prepared.open(Path("prepared")),
+    "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
+    "features/embed.json": lambda: read_embeddings(Path("features")),
+    "run/checkpoints/step-00000002/state.json": lambda: load_checkpoint(Path("run/checkpoints"), torch.nn.Linear(1, 1)),
+}
+
+
+@pytest.mark.parametrize("file", OPEN)
+def test_newer_ones_are_refused(file, files):
+    newer(files / file, "version" if file.startswith("features") else "format")
+    with pytest.raises(MadeByNewer) as error:
+        OPEN[file]()
+    message = str(error.value)
+    assert "made by a newer mapet" in message and "of format 99" in message and "\n" not in message
+    assert f"mapet {mapet.__version__} reads formats up to" in message
+
+
+def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
+    """As a damaged one is: the newer version's work would be lost."""
+    last = files / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(last.with_name("step-00000002"), last)
+    write_sealed(last / "state.json", read_sealed(last / "state.json", "checkpoint") | {"step": 3, "format": 2})
+    with pytest.raises(MapetError, match="made by a newer mapet"):
+        mapet.pretrain(**write.PRETRAIN, resume=True)
+
+
+def test_newer_study_cells_and_replay_bundles(tmp_path):
+    from mapet.stages.study.cells import _refuse_other
+    from mapet.training.replay import load_bundle
+
+    (tmp_path / "pretrain").mkdir()
+    write_json(tmp_path / "cell.json", {"format": 2})
+    with pytest.raises(MadeByNewer, match="study cell of format 2"):
+        _refuse_other(tmp_path, {})
+    write_sealed(tmp_path / "replay.json", {"format": 2})
+    with pytest.raises(MadeByNewer, match="replay bundle of format 2"):
+        load_bundle(tmp_path, None)
+
+
+@pytest.mark.parametrize("number", [None, "1", True, 0, 1.5])
+def test_what_is_no_number_of_a_format(number):
+    with pytest.raises(ValueError, match="not a number"):
+        check_format(number, 1, "thing", Path("place"))
+
+
+def test_the_page_names_every_format():
+    """docs/formats.md gives the numbers that the code writes."""
+    from mapet.data import prepared, tar_shards, token_store
+    from mapet.evaluation import embeddings
+    from mapet.stages.study import cells
+    from mapet.tokenizer import codebook, vqkd
+    from mapet.training import checkpoint, replay
+
+    page = (HERE.parents[1] / "docs" / "formats.md").read_text()
+    table = dict(re.findall(r"^\| [^|]*?`(?:[^`]*/)?([\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
+    assert {name: int(number) for name, number in table.items()} == {
+        "tokenizer.json": codebook.FORMAT, "store.json": token_store.FORMAT, "state.json": checkpoint.FORMAT,
+        "prepared.json": prepared.FORMAT, "vqkd.json": vqkd.FORMAT, "*.safetensors": tar_shards.FORMAT,
+        "cell.json": cells.FORMAT, "embed.json": embeddings.VERSION, "replay.json": replay.FORMAT,
+    }  # fmt: skip

@@ -1,0 +1,103 @@
+"""Write a file of every format, tiny, with what reading it must give: `python tests/formats/write.py` at each release.
+
+They go to tests/formats/VERSION and are never written again: `test_formats.py` reads those of all versions for ever.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+import mapet
+from mapet.data.image_list import scan
+from mapet.data.token_store import TokenStore
+from mapet.tokenizer.vqkd import vqkd_encoder
+
+HERE = Path(__file__).parent
+SMALL: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
+TINY = {"embed_dim": 16, "depth": 1, "num_heads": 1}
+PRETRAIN: dict[str, Any] = {
+    "images": "images", "tokenizer": "tokenizer", "tokens": "tokens", "out": "run", "model_args": TINY, "epochs": 4, "batch_size": 12,
+    "lr": 1e-3, "log_every": 1, "probe_every": 0, "compile": False, **SMALL,
+}  # fmt: skip
+STEP = 2
+"""Of the checkpoint, of 4."""
+
+
+def main() -> None:
+    folder = HERE / mapet.__version__
+    folder.mkdir()  # never written again
+    os.chdir(folder)
+    write_images()
+    mapet.fit_tokenizer(
+        images="images", out="tokenizer", image_size=8, patch_size=2, channels=1, vocab_size=8, iterations=5, **SMALL
+    )
+    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", workers=0)
+    mapet.prepare(images="images", out="prepared", size=4, channels=1)
+    mapet.pretrain(**PRETRAIN | {"save_minutes": 1e-9, "keep_checkpoints": 4})
+    mapet.embed(backbone="run", images="images", out="features", **SMALL)
+    mapet.train_tokenizer(
+        images="images", out="training", image_size=8, patch_size=2, channels=1, model_args=TINY, decoder_depth=1, vocab_size=8,
+        code_dim=4, epochs=1, batch_size=12, lr=1e-3, **SMALL,
+    )  # fmt: skip
+    Path("training/vqkd").rename("vqkd")
+    shutil.rmtree("training")
+    Path("expected.json").write_text(json.dumps(measure(), indent=1) + "\n")
+    Path("run/backbone").rename("backbone")
+    shutil.rmtree("run/tensorboard")
+    Path("run/train.log").unlink()  # it tells of one machine
+    for checkpoint in Path("run/checkpoints").iterdir():
+        if checkpoint.name != f"step-{STEP:08d}":
+            shutil.rmtree(checkpoint)
+
+
+def write_images() -> None:
+    Path("images").mkdir()
+    for number, digit in enumerate(load_digits().images[:12]):
+        Image.fromarray((digit * 15).astype(np.uint8)).save(f"images/{number:02d}.png")
+
+
+def measure() -> dict[str, Any]:
+    """What the files in the working folder give."""
+    images = scan("images")
+    store = TokenStore.open(Path("tokens"), images)
+    losses = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    backbone = next(path for path in (Path("backbone"), Path("run/backbone")) if path.exists())
+    return {
+        "tokenizer_hash": json.loads(Path("tokenizer/tokenizer.json").read_text())["hash"],
+        "images_hash": images.hash,
+        "tokens": [store.read(row, 0).tolist() for row in range(len(store))],
+        "prepared": [images_of("prepared", row) for row in range(3)],
+        "features": np.load("features/features.npy")[0].tolist(),
+        "logits": logits(backbone, Path(f"run/checkpoints/step-{STEP:08d}/model.safetensors")),
+        "vqkd": vqkd_encoder("vqkd/vqkd.safetensors")(fixed_image().clamp(0, 1)).detach().flatten().tolist(),
+        "losses": losses,
+    }
+
+
+def fixed_image() -> torch.Tensor:
+    """(1, 1, 8, 8)."""
+    return torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+
+
+def images_of(source: str, row: int) -> list[int]:
+    return scan(source).open(row, 1).read().flatten().tolist()
+
+
+@torch.no_grad()
+def logits(backbone: Path, checkpoint: Path) -> list[float]:
+    """The words' logits of the first patch, by the backbone and the checkpoint's head."""
+    weights = load_file(checkpoint)
+    patches = mapet.load_backbone(backbone).eval().forward_features(fixed_image())[0, 1:]
+    return (patches[0] @ weights["head.weight"].T + weights["head.bias"]).tolist()
+
+
+if __name__ == "__main__":
+    main()
