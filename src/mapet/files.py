@@ -7,12 +7,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-import mapet
 from mapet.errors import MadeByNewer, MapetError
 
 
@@ -64,7 +64,7 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
         raise ValueError(f"its format is {found!r}, not a number")
     if found > known:
         raise MadeByNewer(
-            f"{place} was made by a newer mapet: a {what} of format {found}, while mapet {mapet.__version__} reads formats up to "
+            f"{place} was made by a newer mapet: a {what} of format {found}, while mapet {version('mapet')} reads formats up to "
             f"{known}. Update mapet, or make it again with this one"
         )
 
