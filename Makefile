@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench docs lint clean
+.PHONY: demo test test-slow test-minimum test-package bench docs lint clean
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mapet needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
@@ -22,6 +22,12 @@ test: $(READY) lint  ## every test but the slow ones
 
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
+
+test-minimum:  ## unit and parity tests with the lowest versions that pyproject.toml allows; 6 GB in a temporary folder
+	tests/minimum.sh $(PYTHON)
+
+test-package: $(READY)  ## wheel and sdist: their content, and a run where they are installed
+	$(BIN)/python -m pytest -q -m 'slow or not slow' tests/integration/test_package.py
 
 bench: $(READY)  ## every speed benchmark, about half an hour; PHOTOS=folder measures the tokenizer too
 	$(BIN)/python benchmarks/suite.py $(if $(PHOTOS),--photos $(PHOTOS))

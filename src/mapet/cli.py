@@ -153,7 +153,9 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
             groups[of_stage] = parser.add_argument_group(f"{_flag(of_stage)} options") if of_stage else parser
         description = " ".join((field.description or "").split()).replace("%", "%%")
         default = (
-            "required" if field.is_required() else f"default: {_show(field.get_default(call_default_factory=True))}"
+            "required"
+            if field.is_required()
+            else f"default: {_show(field.get_default(call_default_factory=True, validated_data={}))}"
         )
         kind, several = _kind(field.annotation)
         extra: dict[str, Any] = {"metavar": kind}

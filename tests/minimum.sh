@@ -1,0 +1,15 @@
+#!/bin/sh
+# Unit and parity tests with the lowest versions that pyproject.toml allows, in an environment that is removed afterwards.
+#   tests/minimum.sh [PYTHON] [TESTS ...]
+set -eu
+python=${1:-python3.11}
+[ $# -gt 0 ] && shift
+cd "$(dirname "$0")/.."
+env=$(mktemp -d)
+trap 'rm -rf "$env"' EXIT INT TERM
+"$python" -m venv "$env"
+"$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints-minimum.txt \
+    '.[clip,datasets,detection,export,track]' 'pytest>=8' hypothesis
+"$env/bin/python" -m pip uninstall --quiet --yes mapet # the tests are of this tree
+[ $# -gt 0 ] || set -- tests/unit tests/parity tests/formats
+PYTHONPATH=src "$env/bin/python" -m pytest -q "$@"
