@@ -10,6 +10,6 @@ trap 'rm -rf "$env"' EXIT INT TERM
 "$python" -m venv "$env"
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints-minimum.txt \
     '.[clip,datasets,detection,export,track]' 'pytest>=8' hypothesis
-"$env/bin/python" -m pip uninstall --quiet --yes mapet # the tests are of this tree
 [ $# -gt 0 ] || set -- tests/unit tests/parity tests/formats
+# The tests are of this tree; what was installed gives the version.
 PYTHONPATH=src "$env/bin/python" -m pytest -q "$@"

@@ -99,7 +99,9 @@ def test_the_wheel_holds_the_package_and_no_more(built):
         metadata = Parser().parsestr(wheel.read(about).decode())
     package = {name for name in names if ".dist-info/" not in name}
     assert package == {
-        str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*") if p.suffix in (".py", ".typed", ".html", ".css", ".js")
+        str(p.relative_to(ROOT / "src"))
+        for p in (ROOT / "src").rglob("*")
+        if p.suffix in (".py", ".typed", ".html", ".css", ".js")
     }
     assert "mapet/py.typed" in package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import timm
 import torch
 import torchvision
 
-import mapet
 from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import MapetError
@@ -150,6 +150,6 @@ def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
 
 
 def system_information(compute: Compute) -> str:
-    versions = f"mapet {mapet.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
     place = f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"
     return f"{compute}; {versions}, {place}; {' '.join(sys.argv)}"
