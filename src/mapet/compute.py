@@ -1,6 +1,7 @@
 """Where and in which precision to compute."""
 
 import ctypes
+import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Compute:
             torch.cuda.set_device(place)
         if place.type == "cpu":
             _keep_freed_memory()
+            # MKL's float32 products otherwise depend on where in memory their inputs lie: the same run would not end with the same bits.
+            os.environ.setdefault("MKL_CBWR", "AUTO")  # read by MKL before its first product
         dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
         return cls(place, dtype)
 

@@ -1,0 +1,31 @@
+"""Where and how to compute."""
+
+import subprocess
+import sys
+
+PRODUCTS = """
+import itertools
+import torch
+from mapet.compute import Compute
+
+Compute.choose("cpu")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+def moved(values, by):  # the same numbers, `by` of them past a multiple of 64 bytes
+    buffer = torch.empty(values.numel() + 32)
+    start = -buffer.data_ptr() // 4 % 16 + by
+    return buffer[start : start + values.numel()].view(values.shape).copy_(values)
+
+for m, k, n in [(33, 13, 7), (100, 16, 48), (344, 192, 576)]:
+    a, b = torch.randn(m, k), torch.randn(n, k)
+    products = {(moved(a, i) @ moved(b, j).T).numpy().tobytes() for i, j in itertools.product((0, 1, 4, 8), repeat=2)}
+    assert len(products) == 1, f"{len(products)} different products of the same {m} x {k} and {k} x {n} numbers"
+"""
+
+
+def test_a_product_does_not_depend_on_where_its_numbers_lie(monkeypatch):
+    # Or a run that goes on would not end with the bits of one that was never interrupted.
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
