@@ -30,7 +30,8 @@ from torchvision import transforms
 import mapet
 from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate, in_order, make_loader
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view, render
 from mapet.evaluation.features import labelled, normalize, split

@@ -28,7 +28,7 @@ import torch
 
 from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, collate
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.files import write_json
 from mapet.tokenizer.extract import sample_features

@@ -13,7 +13,7 @@ from PIL import Image
 
 import mapet
 from mapet.data.decode import BadImage, read_image
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.errors import MapetError
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mapet
-from mapet.data.image_list import scan
 from mapet.data.prepared import Prepared
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MadeByNewer, MapetError
 from mapet.evaluation.embeddings import read_embeddings

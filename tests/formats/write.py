@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import mapet
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.tokenizer.vqkd import vqkd_encoder
 

@@ -25,7 +25,7 @@ from torch import nn
 import mapet
 from mapet.cli import main
 from mapet.data.decode import BadImage
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
 from mapet.recipe import build, read_recipe

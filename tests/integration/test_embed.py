@@ -8,7 +8,7 @@ import torch
 
 import mapet
 from mapet.cli import main
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.evaluation.embeddings import Embeddings, read_embeddings
 from mapet.evaluation.features import extract_features, labelled, normalize

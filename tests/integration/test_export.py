@@ -113,7 +113,7 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
 
 def mapet_view(picture, size, tmp_path):
     from mapet.data.dataset import ViewDataset
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
 
     (tmp_path / "one").mkdir()

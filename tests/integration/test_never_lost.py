@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed

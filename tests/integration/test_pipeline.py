@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import mapet
 from mapet.cli import main
 from mapet.data.dataset import ViewDataset, collate
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
 from mapet.model.objective import OBJECTIVES

@@ -14,7 +14,7 @@ import mapet
 import mapet.training.tokenizer_loop as loop
 from mapet.cli import main
 from mapet.data.dataset import ViewDataset, collate
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.tokenizer.vqkd import vqkd_encoder

@@ -12,7 +12,7 @@ import mapet
 from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import read_image
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.model.backbone import create_vit, save_backbone

@@ -11,7 +11,7 @@ from PIL import Image
 import mapet
 from mapet.errors import MapetError
 from mapet.evaluation.annotated.coco import coco_sets, read_coco
-from mapet.evaluation.annotated.detection import coco_figures
+from mapet.evaluation.tasks.detection import coco_figures
 from mapet.model.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mapet.data.dataset import ViewDataset
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.evaluation.corruptions import KINDS, PARAMETERS, Corruption, corrupt, mean_corruption_error
 

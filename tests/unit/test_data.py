@@ -10,8 +10,9 @@ from PIL import Image
 
 from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
 from mapet.data.decode import ArrayPicture, Box, JpegPicture, open_image, read_image
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
 from mapet.data.order import draw_order
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import View, ViewSpec, color_jitter, draw_jitter, draw_view, render
 from mapet.errors import MapetError

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
 from mapet.evaluation.features import labelled, split, train_and_test

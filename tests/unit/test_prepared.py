@@ -11,7 +11,7 @@ import mapet
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import BadImage, read_image
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mapet.compute import Compute
-from mapet.data.image_list import ImageList, scan
-from mapet.evaluation.annotated.average_precision import average_precisions
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.evaluation.attentive import AttentivePool
+from mapet.evaluation.average_precision import average_precisions
 from mapet.evaluation.bank import Bank, Place
 from mapet.evaluation.classifiers import nearest_neighbours
 from mapet.evaluation.encoder import Encoder

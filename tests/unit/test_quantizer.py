@@ -125,7 +125,7 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
     settings = tokenizer.description["quantizer"]
     assert settings["kind"] == ("nearest" if "pca" in options else "scalar")
     from mapet.data.dataset import ViewDataset, collate
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
 
     dataset = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))
     batch = collate([dataset[0, i] for i in range(7)])

@@ -16,9 +16,8 @@ from mapet.errors import MapetError
 from mapet.reporting import live
 from mapet.reporting.history import History, Series, thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
-from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page
+from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page, write_run_report
 from mapet.reporting.run import Log, RunFiles
-from mapet.stages.report import write_run_report
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
 LOG = """2026-01-02 03:04:05,678 INFO started with

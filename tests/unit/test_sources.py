@@ -22,7 +22,7 @@ from mapet.data import prepared, streamed, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import MAX_BYTES, BadImage
 from mapet.data.hugging_face import below
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
 from mapet.errors import Interrupted, MapetError

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 import mapet
 from mapet.data.decode import open_image
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
 from mapet.tokenizer.codebook import Health, load_tokenizer

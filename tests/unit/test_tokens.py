@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mapet.compute import Compute
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.evaluation.token_views import Sampler
 from mapet.evaluation.tokens import (
     agreement,

@@ -6,19 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
 from mapet.data.decode import BadImage, Box, Picture
+from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, check_format, read_array, read_sealed, write_sealed
-
-if TYPE_CHECKING:
-    from mapet.data.image_list import ImageList
 
 T = TypeVar("T")
 MANIFEST, IDS, LABELS, SIZES = "prepared.json", "ids", "labels.npy", "sizes-{:05d}.npy"
@@ -222,7 +220,7 @@ class Packing:
 
 
 def write_prepared(
-    images: "ImageList", folder: Path, size: int, channels: int, quality: int, threads: int,
+    images: ImageList, folder: Path, size: int, channels: int, quality: int, threads: int,
     on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
 ) -> Prepared:  # fmt: skip
     """Make a prepared data set of a list, or go on with an unfinished one; see `Packing`."""

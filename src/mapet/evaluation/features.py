@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
 from mapet.errors import MapetError
 from mapet.model.adapt import pixel_stats

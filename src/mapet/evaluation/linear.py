@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mapet.compute import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.annotated.average_precision import mean_average_precision
+from mapet.evaluation.average_precision import mean_average_precision
 from mapet.evaluation.bank import Bank
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -8,7 +8,8 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.compute import Compute
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
 from mapet.evaluation.features import LabelledSet, extract_features, labelled, split
 

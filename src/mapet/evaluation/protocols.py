@@ -7,9 +7,6 @@ import numpy as np
 import torch
 
 from mapet.data.views import ViewSpec
-from mapet.evaluation.annotated.detection import detection
-from mapet.evaluation.annotated.multilabel import multi_label
-from mapet.evaluation.annotated.segmentation import segmentation
 from mapet.evaluation.attentive import TokenBank, attentive_logits, attentive_probe
 from mapet.evaluation.bench import SHOWN, Bench, Outcome
 from mapet.evaluation.classifiers import knn_votes, linear_accuracy
@@ -17,6 +14,9 @@ from mapet.evaluation.features import centred_batches
 from mapet.evaluation.intervals import Figure, over_seeds
 from mapet.evaluation.shifts import corruptions, other_sets, resolution
 from mapet.evaluation.splits import few_labels, name_of
+from mapet.evaluation.tasks.detection import detection
+from mapet.evaluation.tasks.multilabel import multi_label
+from mapet.evaluation.tasks.segmentation import segmentation
 from mapet.evaluation.unlabelled import agreement, clusters, diagnostics
 
 MOST_RANK, MOST_CLUSTER, MOST_VIEWS = 25_600, 50_000, 1000

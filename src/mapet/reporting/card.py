@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.files import file_hash
 from mapet.model.adapt import pixel_stats

@@ -3,23 +3,30 @@
 import base64
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from mapet import processes
+from mapet.files import atomic
 from mapet.reporting.history import thinned
-from mapet.reporting.images import Picture, embedded
+from mapet.reporting.images import Picture, embedded, open_pictures
 from mapet.reporting.run import PLACES, RunFiles
 from mapet.reporting.style import look, resource, stylesheet
 
+log = logging.getLogger("mapet")
 MOST_BYTES = 4_800_000
 """A report is under 5 MB, however many runs and pictures."""
 MOST_POINTS = 8_000
 """Points of one figure's curves, of all runs together."""
+NAME = "report.html"
+"""What a run folder's own report is called."""
 PANELS = (
     {
         "title": "Loss",
@@ -165,3 +172,16 @@ def _json(value: Any) -> str:
 def _short(value: float) -> float:
     """Six digits are more than a screen shows."""
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
+
+
+def write_run_report(folder: Path) -> None:
+    """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
+    if processes.rank() > 0:
+        return
+    try:
+        files = RunFiles.open(folder)
+        text = page([Shown(files, open_pictures(files.pictures()))])
+        with atomic(folder / NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except Exception as error:  # whatever it is: the run itself is whole
+        log.warning("%s could not be written: %s", folder / NAME, error or type(error).__name__)

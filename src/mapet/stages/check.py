@@ -57,7 +57,7 @@ def check(config: CheckConfig) -> "Census":
       mapet check --images PHOTOS --model vit_base_patch16_224 --teacher resnet50x64_clip.openai
     """
     from mapet.data.census import take_census
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.files import atomic
 
     images = scan(config.images)

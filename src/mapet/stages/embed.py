@@ -58,7 +58,7 @@ def embed(config: EmbedConfig) -> Path:
 
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
     from mapet.evaluation.features import normalize, pool_tokens
     from mapet.model.backbone import load_backbone, on_device

@@ -205,7 +205,7 @@ def _there(needs: str, sets: Any) -> bool:
 
 def gather(config: EvaluateConfig) -> Any:
     """The images, with labels where folders give them."""
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.evaluation.annotated.coco import coco_sets
     from mapet.evaluation.annotated.masks import masked_sets
     from mapet.evaluation.bench import Sets

@@ -127,7 +127,7 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
     import torch
 
     from mapet.data.dataset import ViewDataset, collate
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
     from mapet.evaluation.features import normalize
 

@@ -107,7 +107,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     from mapet import processes
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
     from mapet.files import new_folder
     from mapet.tokenizer.codebook import Health, Tokenizer, describe, save_tokenizer

@@ -87,7 +87,7 @@ def inspect(config: InspectConfig) -> list[Path]:
 
 def _look_at_run(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:
     """No texts, and the pictures of a run."""
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.evaluation.look import look_at
     from mapet.reporting.run_pictures import figures_of
     from mapet.stages.pretrain import PretrainConfig
@@ -108,7 +108,7 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     import numpy as np
     import torch
 
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.token_store import TokenStore
     from mapet.evaluation.features import LabelledSet, split
     from mapet.evaluation.look import enough_images

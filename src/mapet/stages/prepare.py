@@ -56,8 +56,8 @@ def prepare(config: PrepareConfig) -> Path:
     from tqdm import tqdm
 
     from mapet.data.dataset import Quarantine
-    from mapet.data.image_list import scan
     from mapet.data.prepared import MANIFEST, write_prepared
+    from mapet.data.sources import scan
     from mapet.data.streamed import Stream, write_streamed
     from mapet.files import new_folder
 

@@ -134,7 +134,7 @@ def pretrain(config: PretrainConfig) -> Path:
       mapet pretrain runs/vit/config.yaml --resume
     """
     from mapet.errors import Interrupted
-    from mapet.stages.report import write_run_report
+    from mapet.reporting.page import write_run_report
     from mapet.training.loop import train
     from mapet.training.replay import WentWrong
 

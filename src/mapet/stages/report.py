@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mapet.reporting.run import RunFiles
 
 log = logging.getLogger("mapet")
-NAME = "report.html"
 Runs = Annotated[
     list[Path],
     BeforeValidator(lambda value: [value] if isinstance(value, (str, Path)) else value),
@@ -74,32 +73,12 @@ def report(config: ReportConfig) -> Path:
     return config.out
 
 
-def write_run_report(folder: Path) -> None:
-    """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
-    from mapet import processes
-
-    if processes.rank() > 0:
-        return
-    try:
-        from mapet.files import atomic
-        from mapet.reporting.images import open_pictures
-        from mapet.reporting.page import Shown, page
-        from mapet.reporting.run import RunFiles
-
-        files = RunFiles.open(folder)
-        text = page([Shown(files, open_pictures(files.pictures()))])
-        with atomic(folder / NAME) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except Exception as error:  # whatever it is: the run itself is whole
-        log.warning("%s could not be written: %s", folder / NAME, error or type(error).__name__)
-
-
 def _look(config: ReportConfig, files: "RunFiles") -> "tuple[list[Picture], dict[str, Any]]":
     """Pictures and the step-through of a run, from its newest weights."""
     import matplotlib
 
     from mapet.compute import Compute
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.errors import MapetError
     from mapet.evaluation.look import look_at
     from mapet.evaluation.retrieval import retrieve

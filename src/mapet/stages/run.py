@@ -12,7 +12,6 @@ from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.pretrain import PretrainConfig, pretrain
 from mapet.stages.probe import ProbeConfig, probe
-from mapet.stages.report import write_run_report
 from mapet.stages.tokenize import TokenizeConfig, tokenize
 
 log = logging.getLogger("mapet")
@@ -57,7 +56,8 @@ def run(config: RunConfig) -> Path:
       mapet run runs/photos/recipe.yaml --resume
     """
     from mapet import processes
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
+    from mapet.reporting.page import write_run_report
     from mapet.tokenizer.teacher import is_own_code
     from mapet.training.tracking import require
 
@@ -106,7 +106,7 @@ def run(config: RunConfig) -> Path:
 
 def _begin(config: RunConfig, recipe: Path) -> None:
     """A new folder with the recipe, or the old one if it is the same."""
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.files import atomic, new_folder
     from mapet.recipe import differences, read_recipe, to_yaml
 

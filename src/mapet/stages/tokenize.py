@@ -63,7 +63,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     from mapet import processes
     from mapet.compute import Compute
     from mapet.data.dataset import Quarantine, ViewDataset, make_loader
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.data.token_store import MANIFEST, TokenStore
     from mapet.data.views import ViewSpec
     from mapet.files import new_folder

@@ -10,7 +10,8 @@ from torch import Tensor
 from mapet import processes
 from mapet.compute import Compute
 from mapet.data.dataset import Batch, EpochSampler, ViewDataset
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec
 from mapet.evaluation.features import normalize

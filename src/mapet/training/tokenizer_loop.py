@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mapet.compute import Compute
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
-from mapet.data.image_list import scan
+from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
 from mapet.files import atomic, write_json, write_tensors

@@ -1,1 +1,1 @@
-"""Tasks with richer annotations than one class an image: several classes, masks, boxes."""
+"""Images with more than one class each: masks beside them, or annotations in COCO's format."""

@@ -10,7 +10,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from mapet.data.image_list import ImageList, scan
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.evaluation.features import held_out, unlabelled
 from mapet.files import read_json

@@ -61,7 +61,7 @@ def study(config: StudyConfig) -> Path:
       mapet study study.yaml --devices cuda:0 cuda:1
       mapet study study.yaml --report-only
     """
-    from mapet.data.image_list import scan
+    from mapet.data.sources import scan
     from mapet.evaluation.features import train_and_test
     from mapet.files import atomic
     from mapet.stages.study.cells import make_tokenizers, run_cells

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mapet.evaluation.annotated.average_precision import average_precisions, mean_average_precision
+from mapet.evaluation.average_precision import average_precisions, mean_average_precision
 from mapet.evaluation.bench import Bench, Outcome
 from mapet.evaluation.intervals import bootstrap
 from mapet.evaluation.linear import linear_probes

@@ -1,0 +1,1 @@
+"""Protocols for images with more than one class: several labels, segmentation, detection."""
