@@ -5,6 +5,9 @@ from mapet.recipe import fields
 from mapet.stages import STAGES
 
 SHELLS = ("bash", "zsh", "fish")
+ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def completion(shell: str) -> str:
@@ -24,10 +27,10 @@ def completion(shell: str) -> str:
             for option in words
         ]
         return "\n".join(lines) + "\n"
-    cases = "\n".join(f"        {name}) words='{' '.join(words)}' ;;" for name, words in options.items())
-    start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    cases = "\n".join(f"        {name}) offered='{' '.join(words)}' ;;" for name, words in options.items())
+    start = ZSH if shell == "zsh" else ""
     return f"""{start}_mapet() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" words=''
+    local word="${{COMP_WORDS[COMP_CWORD]}}" offered=''
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W '{" ".join(STAGES)}' -- "$word"))
         return
@@ -36,7 +39,7 @@ def completion(shell: str) -> str:
 {cases}
     esac
     case "$word" in
-        -*) COMPREPLY=($(compgen -W "$words" -- "$word")) ;;
+        -*) COMPREPLY=($(compgen -W "$offered" -- "$word")) ;;
         *) COMPREPLY=() ;;
     esac
 }}

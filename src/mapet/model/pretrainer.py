@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mapet.errors import MapetError
 from mapet.model.attention import RowBlock, attend, clip, row_blocks
 from mapet.model.objective import Objective, Segment, content_rows, segment_lengths, visibility
-from mapet.model.target import LOSSES, TargetKind
+from mapet.model.target import LOSSES, TargetKind, compiled_token_loss
 
 Ranks = Int[Tensor, " m"]
 Survival = Float[Tensor, "B branches"]
@@ -122,6 +122,7 @@ class Pretrainer(nn.Module):
         self.num_context = num_context
         self.num_targets = num_targets
         self.target: TargetKind = target
+        self._loss = LOSSES[target]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -174,8 +175,14 @@ class Pretrainer(nn.Module):
 
     def score(self, rows: Float[Tensor, "B m D"], targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]) -> Prediction:
         """The head's reading of the rows against what was there."""
-        loss, correct, losses = LOSSES[self.target](rows.flatten(0, 1), self.head, targets.flatten(0, 1))
+        loss, correct, losses = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
         return Prediction(loss, correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
+
+    def compile(self) -> None:
+        """Compile, at the first step, the two parts of a step that take its time: the pass of the rows, and the softmax of the words."""
+        self.encode = torch.compile(self.encode, dynamic=False)  # type: ignore[method-assign]
+        if self.target == "tokens":
+            self._loss = compiled_token_loss()
 
     def draw_ranks(self, num_context: int, seed: list[int]) -> Ranks | None:
         """The m ranks of a step, ascending, on the CPU; None where all are predicted."""

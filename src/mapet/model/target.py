@@ -1,6 +1,7 @@
 """What is predicted of a patch: its visual word, or, as controls, its pixels or its teacher's feature."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mapet.model.cross_entropy import linear_cross_entropy
+from mapet.model.cross_entropy import Softmax, linear_cross_entropy, softmax_gradient
 
 TargetKind = Literal["tokens", "pixels", "features"]
 
@@ -21,9 +22,16 @@ class Scores(NamedTuple):
     losses: Float[Tensor, " n"]
 
 
-def token_loss(rows: Float[Tensor, "n D"], head: nn.Linear, words: Int[Tensor, " n"]) -> Scores:
+def token_loss(
+    rows: Float[Tensor, "n D"], head: nn.Linear, words: Int[Tensor, " n"], softmax: Softmax = softmax_gradient
+) -> Scores:
     """Cross-entropy, nats (BEiT, MaPeT)."""
-    return Scores(*linear_cross_entropy(rows, head.weight, head.bias, words))
+    return Scores(*linear_cross_entropy(rows, head.weight, head.bias, words, softmax))
+
+
+def compiled_token_loss() -> Callable[[Tensor, nn.Linear, Tensor], Scores]:
+    """`token_loss` that makes one pass over the logits."""
+    return partial(token_loss, softmax=torch.compile(softmax_gradient, dynamic=False))
 
 
 def pixel_loss(rows: Float[Tensor, "n D"], head: nn.Linear, patches: Float[Tensor, "n F"]) -> Scores:

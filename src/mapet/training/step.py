@@ -40,7 +40,7 @@ class GradientStep:
         low = compute.dtype != torch.float32 and not is_sharded(model)
         self.worker = deepcopy(model).to(compute.dtype) if low else model
         if compile:
-            self.worker.encode = torch.compile(self.worker.encode, dynamic=False)  # type: ignore[method-assign]
+            self.worker.compile()
         self._pairs = list(zip(model.parameters(), self.worker.parameters(), strict=True)) if low else []
 
     def __call__(
