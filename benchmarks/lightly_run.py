@@ -29,11 +29,13 @@ def main() -> None:
     if method == "dino":  # 96 px of 224, in whole patches
         side = max(patch, round(image * 96 / 224 / patch) * patch)
         transforms["local_view"] = {"num_views": 6, "view_size": (side, side)}
+    # As mapet does; it is what lightly-train is faster with: DINO by a third.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     folder = Path(images).parent
     lightly_train.pretrain(
         out=out, data=[str(folder / name) for name in Path(images).read_text().split()], model=vit, method=method,
-        epochs=epochs, batch_size=128, num_workers=0, devices=1, accelerator="cpu", precision="32-true", seed=seed,
-        transform_args=transforms,
+        epochs=epochs, batch_size=128, num_workers=0, devices=1, accelerator="cpu", seed=seed, transform_args=transforms,
+        precision="bf16-mixed" if fast else "32-true",
     )  # fmt: skip
 
 
