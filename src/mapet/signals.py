@@ -38,9 +38,8 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
             raise KeyboardInterrupt
 
     try:
-        for name in STOP_SIGNALS:
-            number = getattr(signal, name, None)  # Windows knows two of them
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+        for number in _numbers():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
                 old[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: the caller handles signals
         pass
@@ -49,3 +48,21 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def leave_to_main_process() -> None:
+    """In a helper process: what a terminal or a service sends to all processes of a job is for the main one to act on.
+
+    A second SIGTERM ends the helper all the same: that is how the main process gets rid of one that hangs.
+    """
+
+    def first(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in _numbers():
+        signal.signal(number, first if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def _numbers() -> list[signal.Signals]:
+    """Of `STOP_SIGNALS`, those of this system: Windows knows two."""
+    return [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]

@@ -181,8 +181,8 @@ def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
     assert np.array_equal(all_rows(whole), all_rows(parts))
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_a_real_process(name, few_digits, tokenizer_dir, tokens_dir, tmp_path):
+@pytest.mark.parametrize(("name", "to"), [("SIGINT", "group"), ("SIGTERM", "group"), ("SIGUSR1", "process")])
+def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     argv = [
         "pretrain",
         "--images",
@@ -193,21 +193,9 @@ def test_signals_save_a_real_process(name, few_digits, tokenizer_dir, tokens_dir
         tokens_dir,
         "--out",
         tmp_path / "run",
-        "--epochs",
-        "10000",
     ]
-    argv += [
-        "--model-args",
-        "embed_dim=16",
-        "depth=1",
-        "num_heads=1",
-        "--workers",
-        "1",
-        "--probe-every",
-        "0",
-        "--batch-size",
-        "50",
-    ]
+    argv += ["--epochs", "10000", "--batch-size", "50", "--log-every", "1", "--workers", "1", "--probe-every", "0"]
+    argv += ["--model-args", "embed_dim=256", "depth=8", "num_heads=4"]  # a step takes longer than a process to die
     process = subprocess.Popen(
         [sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -216,13 +204,11 @@ def test_signals_save_a_real_process(name, few_digits, tokenizer_dir, tokens_dir
         if metrics.exists() and metrics.stat().st_size:
             break
         time.sleep(0.1)
-    if name == signal.SIGINT:
-        os.killpg(process.pid, name)  # as Ctrl-C does: loader workers get it too
-    else:
-        process.send_signal(name)
+    # As Ctrl-C and services do, to all processes: loader workers get it too.
+    (os.killpg if to == "group" else os.kill)(process.pid, getattr(signal, name))
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert f"stopped by {name.name}" in error and "Traceback" not in error
+    assert f"stopped by {name}" in error and "Traceback" not in error
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
 
 

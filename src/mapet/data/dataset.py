@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +19,7 @@ from mapet.data.order import OrderKind, draw_order
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
 from mapet.errors import MapetError
+from mapet.signals import leave_to_main_process
 
 log = logging.getLogger("mapet")
 
@@ -205,7 +205,7 @@ def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bo
 
 def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides what to do
+    leave_to_main_process()
 
 
 class Named(Protocol):
