@@ -18,6 +18,7 @@ from mapet.model.backbone import create_vit, on_device
 from mapet.model.cross_entropy import linear_cross_entropy
 from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
 from mapet.model.pretrainer import Pretrainer, residual
+from mapet.training import sizing
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep
 
@@ -228,6 +229,17 @@ def test_micro_batch_of_a_cpu_fits_its_cache_and_of_a_gpu_is_the_batch():
     assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 8
     assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 4
     assert automatic_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
+
+
+def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(monkeypatch, tmp_path):
+    cpu = Compute(torch.device("cpu"), torch.float32)
+    before = sizing.automatic_batch_size(make(), 10_000, cpu)
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  500 kB\n")
+    monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "meminfo")
+    assert sizing.free_memory(cpu.device) == 512_000
+    assert sizing.automatic_batch_size(make(), 10_000, cpu) == before == 256
+    monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "none")  # another system
+    assert sizing.free_memory(cpu.device) > 1_000_000
 
 
 def test_arithmetic_is_what_pytorch_counts(benchmarks):

@@ -1,6 +1,7 @@
 """How many images fit: a coarse count of a training step's memory."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,9 @@ from mapet.model.pretrainer import Pretrainer
 
 CACHE = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
+
+MEMINFO = Path("/proc/meminfo")
+"""Linux tells there of its memory."""
 
 
 def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
@@ -39,18 +43,29 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith(
+                "MemAvailable:"
+            ):  # with what the cache of files would give back, which reading images fills
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError):
         return 4 << 30
 
 
 def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute, processes: int = 1) -> int:
-    """The largest power of two up to the paper's 2048 that takes at most 60 % of free memory and leaves 20 steps an epoch.
+    """The largest power of two up to the paper's 2048 that takes at most 60 % of a GPU's free memory and leaves 20 steps an epoch.
 
     Args:
         processes: that share the batch, each with such a device.
     """
-    limit = 2048 if compute.device.type != "cpu" else 256  # more doesn't make a CPU faster
-    fits = processes * (int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute))
-    most = max(1, min(limit, fits, max(16, num_images // 20), num_images))
+    most = max(1, min(2048, max(16, num_images // 20), num_images))
+    if compute.device.type == "cpu":
+        most = min(most, 256)  # more doesn't make it faster; what memory holds is up to the micro-batch
+    else:
+        fits = processes * (int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute))
+        most = max(1, min(most, fits))
     return 1 << (most.bit_length() - 1)
