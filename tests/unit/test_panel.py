@@ -17,11 +17,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal(caplog):
+def test_on_a_terminal(caplog, monkeypatch):
     screen = Terminal()
     with caplog.at_level("INFO", "mapet"):
         with Panel(10, 4, screen) as panel:
             panel.advance()
+            monkeypatch.setattr("mapet.training.panel.time.monotonic", lambda: panel._started + 10)
             panel.probed(3, {"probe/linear": 0.5, "probe/knn": 0.25})
             panel.show(METRICS, epoch_ended=True)
             shown = [line.desc for line in panel.lines]
@@ -29,8 +30,8 @@ def test_on_a_terminal(caplog):
         assert all(len(line) < 80 for line in shown)
         assert "5/10" in screen.getvalue() and all(line in screen.getvalue() for line in shown)
     assert caplog.messages == [
-        "epoch 3: linear probe 0.500, k-NN 0.250",
-        f"{LEARNING}, {SPEED}; epoch 3: linear probe 0.500, k-NN 0.250",
+        "epoch 3: linear probe 0.500, k-NN 0.250, on images held out of the training images",
+        f"epoch 3: {LEARNING}, {SPEED}, 50 s left",
     ]
 
 

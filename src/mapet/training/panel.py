@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: on a terminal a bar and two lines below it, elsewhere a line an epoch."""
+"""What a person sees while a run goes on: a line an epoch, and on a terminal a bar and two lines below it."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ class Panel:
 
     Args:
         total, done: steps of the run, and those done before.
-        file: where the bar goes; the standard error if None. What is no terminal gets log lines instead.
+        file: where the bar goes; the standard error if None. What is no terminal gets the log lines alone.
     """
 
     def __init__(self, total: int, done: int = 0, file: Any = None) -> None:
@@ -29,7 +29,7 @@ class Panel:
         )
         self._total, self._first, self._done = total, done, done
         self._started = time.monotonic()
-        self._last = self._probe = ""
+        self._probe = ""
 
     def __enter__(self) -> "Panel":
         return self
@@ -37,8 +37,6 @@ class Panel:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for bar in [*reversed(self.lines), self._bar]:
             bar.close()
-        if self.lines and self._last:
-            log.info("%s%s", self._last, self._probe)  # the lines below the bar are gone
 
     def advance(self) -> None:
         """A step is done."""
@@ -47,17 +45,16 @@ class Panel:
 
     def show(self, metrics: dict[str, float], epoch_ended: bool) -> None:
         """Figures of the last steps."""
-        self._last = Meter.line(metrics)
         if self.lines:
             self._set(0, Meter.learning(metrics))
             self._set(1, f"{Meter.speed(metrics)}{self._probe}")
-        elif epoch_ended:
+        if epoch_ended:
             log.info("epoch %d: %s%s", round(metrics["epoch"]), Meter.line(metrics), self._left())
 
     def probed(self, epoch: int, scores: dict[str, float]) -> None:
         """Scores of a probe; on a terminal they stay until the next."""
         self._probe = f"; epoch {epoch}: {OnlineProbe.line(scores)}"
-        log.info("epoch %d: %s", epoch, OnlineProbe.line(scores))
+        log.info("epoch %d: %s, on images held out of the training images", epoch, OnlineProbe.line(scores))
 
     def _set(self, number: int, text: str) -> None:
         self.lines[number].set_description_str(f"  {text}")
