@@ -131,14 +131,14 @@ def mean_corruption_error(
 ) -> tuple[float, dict[str, float]]:
     """mCE of the paper's section 4.1, as a share (1 is as bad as the reference), and the CE of each kind.
 
-    CE of a kind: errors summed over severities, over the same sum of the reference; nothing is divided where it makes no
-    error.
+    CE of a kind: errors summed over severities, over the same sum of the reference; a kind in which the reference makes no
+    error has none.
 
     Args:
         errors, reference: of each kind, at each severity, 0 to 1.
     """
-    found = {kind: sum(values) / max(sum(reference[kind]), 1e-12) for kind, values in errors.items()}
-    return float(np.mean(list(found.values()))), found
+    found = {kind: sum(values) / sum(reference[kind]) for kind, values in errors.items() if sum(reference[kind]) > 0}
+    return float(np.mean(list(found.values()))) if found else float("nan"), found
 
 
 def _gaussian_noise(x: Pixels, rng: np.random.Generator, deviation: float) -> Pixels:
@@ -230,8 +230,9 @@ def _contrast(x: Pixels, rng: np.random.Generator, factor: float) -> Pixels:
 def _elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth: float, affine: float) -> Pixels:
     height, width = x.shape[:2]
     side = min(height, width)
-    corners = np.array([[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]]) * side
-    moved = corners + rng.uniform(-affine, affine, (3, 2)) * side / 2
+    middle, reach = np.array([height, width]) // 2, side // 3  # the authors' three points
+    corners = middle + np.array([[1, 1], [1, -1], [-1, -1]]) * reach
+    moved = corners + rng.uniform(-affine, affine, (3, 2)) * side
     matrix = np.linalg.lstsq(np.c_[corners, np.ones(3)], moved, rcond=None)[0]
     rows, columns = np.mgrid[:height, :width].astype(float)
     flow = [

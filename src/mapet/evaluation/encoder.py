@@ -3,16 +3,18 @@
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
 from jaxtyping import Float, UInt8
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
+from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import load_backbone, on_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
@@ -53,27 +55,28 @@ class Encoder:
         torch.manual_seed(seed)
         if source.startswith(RANDOM):
             name = source.removeprefix(RANDOM)
-            exists = Path(name).exists()
-            model: nn.Module = load_backbone(name, pretrained=False) if exists else timm_model(name, pretrained=False)
+            ours = Path(name).exists()
+            model: nn.Module = load_backbone(name, pretrained=False) if ours else timm_model(name, pretrained=False)
         else:
             folder = Path(source)
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
                 classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
                 folder = folder / "model"
-            is_path = folder.exists() or ("/" in source and ":" not in source)
-            model = load_backbone(folder) if is_path else timm_model(source, pretrained=True)
+            ours = folder.exists() or source.startswith("local-dir:") or ("/" in source and ":" not in source)
+            model = load_backbone(folder) if ours else timm_model(source, pretrained=True)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)
         own = tuple(data["mean"]), tuple(data["std"])
+        if isinstance(model, VisionTransformer) and ours:  # `load_backbone` took every normalisation into the weights
+            channels, size, own = model.in_chans, list(model.patch_embed.img_size), pixel_stats(model.in_chans)
         mean, std = (values if len(values) == channels else values[:1] * channels for values in own)
         return cls(source, on_device(model, compute), compute, tuple(size), channels, mean, std, classes)
 
     @property
     def num_layers(self) -> int:
         """How many layers there are to choose from: a ViT's blocks, the stages of other networks."""
-        layers: Any = getattr(self.model, "blocks", None)
-        return len(layers if layers is not None else self.model.feature_info)  # type: ignore[arg-type]
+        return len(self.model.feature_info)  # type: ignore[arg-type]
 
     def spread_layers(self, most: int = 4) -> list[int]:
         """Numbers of `most` layers spread over the depth, from 1; the last is always among them."""

@@ -280,7 +280,10 @@ def _from_hugging_face(folder: Path, config: dict[str, Any]) -> Published:
     stats = None
     if (folder / "preprocessor_config.json").is_file():
         pixels = read_json(folder / "preprocessor_config.json", "model folder")
-        if pixels.get("do_normalize", True) and "image_mean" in pixels:
+        channels = config.get("num_channels", 3)
+        if not pixels.get("do_normalize", True):
+            stats = (0.0,) * channels, (1.0,) * channels
+        elif "image_mean" in pixels:
             stats = tuple(pixels["image_mean"]), tuple(pixels["image_std"])
     if stats is None:
         log.info("%s doesn't say how its input is normalised: taken to be as ours", folder)

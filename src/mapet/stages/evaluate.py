@@ -88,6 +88,12 @@ class EvaluateConfig(Loading):
             raise ValueError(f"few_labels: {odd[0]} is neither a share below 1 nor a number of images")
         if not self.corruption_severities or not set(self.corruption_severities) <= {1, 2, 3, 4, 5}:
             raise ValueError("corruption_severities: give some of 1 2 3 4 5")
+        for what in ("annotations", "masks"):
+            here, there = getattr(self, what), getattr(self, f"test_{what}")
+            if here is not None and self.test_images is not None and there is None:
+                raise ValueError(f"test_images with {what} need test_{what}")
+        if self.test_annotations is not None and self.annotations is None:
+            raise ValueError("test_annotations without annotations")
         if len(set(self.backbone)) < len(self.backbone):
             raise ValueError("backbone: the same one is given twice")
         return self
@@ -101,6 +107,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
       mapet evaluate --backbone runs/photos random:vit_tiny_patch16_224 --images labelled/train --out evaluation
       mapet evaluate --backbone runs/a runs/b --images labelled/train --test-images labelled/test --protocols knn linear --out ab
     """
+    import numpy as np
     import torch
 
     from mapet.compute import Compute
@@ -118,6 +125,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     compute = Compute.choose(config.device, config.precision)
     sets = gather(config)
     chosen = choose_protocols(config, sets)
+    if "few-label" in chosen:  # before hours of work
+        fewest = int(np.bincount(sets.train.labels).min())
+        possible = tuple(n for n in config.few_labels if n <= max(1, fewest))
+        if possible != config.few_labels:
+            if "few_labels" in config.model_fields_set or config.protocols:
+                raise MapetError(
+                    f"the smallest class has {fewest} images, fewer than the {max(config.few_labels):g} asked for"
+                )
+            log.warning(
+                "few-label splits of %s left out: the smallest class has %d images",
+                set(config.few_labels) - set(possible),
+                fewest,
+            )
+            config = config.model_copy(update={"few_labels": possible})
     memory = int(config.memory * 1e9) if config.memory else free_memory(torch.device("cpu")) // 4
     place = Place(memory, config.scratch or config.out, config.batch_size, config.num_workers)
     for source in config.backbone:  # what can't be loaded is told before hours of work
@@ -212,6 +233,10 @@ def gather(config: EvaluateConfig) -> Any:
     from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
 
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
+    if config.other_images and (config.annotations or not scan(config.images).classes()):
+        raise MapetError(
+            "--other-images are matched by class folders, which --images has not or which --annotations take the place of"
+        )
     boxes = coco_sets(folder, config.annotations, test_folder, config.test_annotations)
     if boxes is not None and config.masks is not None:
         raise MapetError("--annotations and --masks list images each in its own way: evaluate one after the other")
@@ -222,6 +247,10 @@ def gather(config: EvaluateConfig) -> Any:
     if masks is not None:
         train, test = (unlabelled(part.images) for part in masks)
         return Sets(train, test, masks=masks)
+    if config.test_masks is not None or config.void_labels:
+        raise MapetError(
+            f"--test-masks and --void-labels need masks: {config.images} has none, and --masks isn't given"
+        )
     images = scan(config.images)
     if images.classes():
         others = {name: labelled(scan(folder)) for name, folder in config.other_images.items()}

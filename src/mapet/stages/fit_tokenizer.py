@@ -142,7 +142,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     num_patches, own, levels = len(images) * per_image, teacher.own_quantizer, config.levels
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     if own is not None:
-        if config.model_fields_set & {"vocab_size", "quantizer", "pca", "levels"}:
+        fields = type(config).model_fields
+        if any(getattr(config, n) != fields[n].default for n in ("vocab_size", "quantizer", "pca", "levels")):
             raise MapetError(
                 f"teacher '{config.teacher}' brings its own {own.vocab_size} words: leave out --vocab-size, --quantizer, --pca and --levels"
             )

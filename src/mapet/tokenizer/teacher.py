@@ -212,8 +212,9 @@ class _TimmFeatures(nn.Module):
         data = timm.data.resolve_model_data_config(model)
         self.model, self.layer, self.final_norm = model, layer, final_norm
         self.image_size: tuple[int, int] = size or tuple(data["input_size"][1:])
-        self.register_buffer("mean", torch.tensor(data["mean"]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(data["std"]).view(-1, 1, 1), persistent=False)
+        for what in ("mean", "std"):
+            values = data[what] if len(data[what]) == channels else [sum(data[what]) / len(data[what])] * channels
+            self.register_buffer(what, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
         normal = (images - self.mean) / self.std

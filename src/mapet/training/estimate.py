@@ -65,7 +65,9 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
     training = _seconds(lambda: step(*inputs), compute) / TRIED
     batch_size = automatic_batch_size(model, len(usable), compute)
-    memory = automatic_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(model)
+    memory = automatic_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(
+        model
+    )
     points = min(512 * vocab_size, len(usable) * num_patches)
     with torch.inference_mode():
         features = teacher(views[:1]).shape[1]

@@ -84,7 +84,7 @@ def finetune_vit(
         lr,
     )
 
-    average = ModelEmaV3(vit, decay=config.ema) if config.ema else None
+    average = ModelEmaV3(vit, decay=config.ema, use_warmup=True) if config.ema else None
     every = max(1, config.epochs // 10)
     losses: list[Tensor] = []
     vit.train()
