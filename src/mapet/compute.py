@@ -1,6 +1,8 @@
 """Where and in which precision to compute."""
 
 import ctypes
+import functools
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -12,6 +14,7 @@ import torch
 from mapet import processes
 from mapet.errors import MapetError
 
+log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's mallopt(3)."""
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -43,6 +46,7 @@ class Compute:
             torch.cuda.set_device(place)
         if place.type == "cpu":
             _keep_freed_memory()
+            _say_if_busy()
             # MKL's float32 products otherwise depend on where in memory their inputs lie: the same run would not end with the same bits.
             os.environ.setdefault("MKL_CBWR", "AUTO")  # read by MKL before its first product
         dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
@@ -71,6 +75,20 @@ def _keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@functools.cache
+def _say_if_busy() -> None:
+    """Threads that wait for each other get nothing done while others have the cores."""
+    if (
+        hasattr(os, "getloadavg")
+        and torch.get_num_threads() > 1
+        and os.getloadavg()[0] > (cores := os.cpu_count() or 1)
+    ):
+        log.warning(
+            "this machine is busy: %.0f programs want its %d cores. With OMP_NUM_THREADS=1 before the command small models may be "
+            "several times faster", os.getloadavg()[0], cores,
+        )  # fmt: skip
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Errors a person can act on."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MapetError(Exception):
@@ -21,6 +21,11 @@ class Interrupted(MapetError):
 
 class MadeByNewer(MapetError):
     """Files of a format that only a newer mapet reads."""
+
+
+def by(size: Sequence[int]) -> str:
+    """'224 x 224'."""
+    return f"{size[0]} x {size[1]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -245,3 +245,14 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
         "tokenize",
     ):
         assert words in caplog.text
+    assert "12 images are very few" in caplog.text
+    assert "other stages refuse" not in caplog.text  # one is always allowed
+    assert "enlarged" not in caplog.text
+
+
+def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):
+    (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
+    (crops / "worse.jpg").write_bytes(b"no image")
+    mapet.check(images=crops, image_size=224, dry_run=False)
+    assert "14% are unreadable: other stages refuse more than 5%; remove them or raise --max-bad there" in caplog.text
+    assert "100% are smaller than the input, 224 x 224 px, and would be enlarged" in caplog.text

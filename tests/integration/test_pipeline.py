@@ -1,5 +1,6 @@
 """The stages together: exact resume, stored = online, start from weights, Ctrl-C, the whole run."""
 
+import importlib
 import json
 import os
 import signal
@@ -380,6 +381,22 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == PICTURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+
+
+def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, capsys):
+    demo = importlib.import_module("mapet.stages.demo")
+    quick = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "batch_size": 256}
+    monkeypatch.setitem(demo.RECIPE, "pretrain", quick)
+    monkeypatch.setattr(demo, "finetune", lambda **_: 0.5)
+    argv = ["demo", "--out", str(tmp_path / "demo")]
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        assert main(argv) == 130
+    assert f"Go on with: mapet {' '.join(argv)} --resume" in capsys.readouterr().err
+    assert main(argv) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["pretrained"]["finetune"] == 0.5 and results["pretrained"]["linear"] > 0.2
 
 
 def test_bfloat16_is_used_and_agrees_with_float32(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path):

@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
+from mapet.errors import by
 
 SHOWN = 10
+FEW_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,30 @@ class Census:
             yield f"  {name!r}: {reason}"
         if len(self.bad) > SHOWN:
             yield f"  ... and {len(self.bad) - SHOWN} more; --out FILE lists them all"
+
+    def doubts(self, image_size: tuple[int, int], max_bad: float) -> Iterator[str]:
+        """What will make other stages refuse these images, or make little of them.
+
+        Args:
+            image_size: height and width of the student's input.
+            max_bad: the share of unreadable images that other stages allow by default.
+        """
+        count, bad = len(self.images), len(self.bad)
+        if bad > max(1, max_bad * count):
+            yield f"{bad / count:.0%} are unreadable: other stages refuse more than {max_bad:.0%}; remove them or raise --max-bad there"
+        if count - bad < FEW_IMAGES:
+            yield few_images(count - bad)
+        smaller = (self.sizes < image_size).any(axis=1)
+        if smaller.sum() > count / 2:
+            yield (
+                f"{smaller.mean():.0%} are smaller than the input, {by(image_size)} px, and would be enlarged, which takes "
+                "time and shows nothing new: choose a smaller --image-size, with a --patch-size that divides it"
+            )
+
+
+def few_images(count: int) -> str:
+    """A warning."""
+    return f"{count} images are very few to learn from: expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
 
 
 def take_census(images: ImageList, channels: int, threads: int) -> Census:

@@ -11,8 +11,8 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.errors import MapetError
-from mapet.model.published import Published, Stats, by, shortly
+from mapet.errors import MapetError, by
+from mapet.model.published import Published, Stats, shortly
 
 IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

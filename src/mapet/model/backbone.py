@@ -12,10 +12,10 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError, by, did_you_mean
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
-from mapet.model.published import HEADS, Published, by, from_weights, shortly
+from mapet.model.published import HEADS, Published, from_weights, shortly
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")

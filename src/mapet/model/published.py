@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, by
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel in [0, 1]."""
@@ -238,8 +238,3 @@ def shortly(names: Iterable[object], most: int = 3) -> str:
     """'a, b, c and 9 more'."""
     known = list(map(str, names))
     return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "") or "nothing"
-
-
-def by(size: Any) -> str:
-    """'224 x 224'."""
-    return f"{size[0]} x {size[1]}"

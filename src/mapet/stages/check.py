@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, PositiveInt
 
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import Device, Precision, automatic_workers
+from mapet.stages.options import BadImages, Device, Precision, automatic_workers
 
 if TYPE_CHECKING:
     from mapet.data.census import Census
@@ -64,6 +64,8 @@ def check(config: CheckConfig) -> "Census":
     census = take_census(images, config.channels, automatic_workers() + 1)
     for line in census.lines():
         log.info("%s", line)
+    for line in census.doubts(config.image_size, BadImages().max_bad):
+        log.warning("%s", line)
     if config.out:
         with atomic(config.out) as temporary:
             temporary.write_text(

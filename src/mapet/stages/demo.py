@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
+from mapet.errors import Interrupted
 from mapet.recipe import Config, stage
 from mapet.stages.finetune import finetune
 from mapet.stages.run import run
@@ -35,6 +36,8 @@ class DemoConfig(Config):
     """New folder for the digits, the run and the pictures."""
     seed: NonNegativeInt = 0
     """Seed of everything."""
+    resume: bool = False
+    """Go on with a demo that was stopped."""
 
 
 @stage
@@ -48,10 +51,17 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     from mapet.data.digits import write_digits
     from mapet.files import new_folder, read_json, write_json
 
-    new_folder(config.out)
+    if not (config.resume and config.out.exists()):
+        new_folder(config.out, resume_hint=", or go on with --resume")
     started = time.monotonic()
     train, test = write_digits(config.out / "digits", TRAIN)
-    backbone = run(images=train, test_images=test, out=config.out / "run", seed=config.seed, **RECIPE)
+    try:
+        backbone = run(
+            images=train, test_images=test, out=config.out / "run", seed=config.seed, resume=config.resume, **RECIPE
+        )
+    except Interrupted as error:
+        what = str(error).partition(" Go on with")[0]
+        raise Interrupted(f"{what} Go on with: mapet demo --out {config.out} --resume") from None
     results = read_json(config.out / "run" / "probe.json", "probe result")
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):

@@ -57,7 +57,7 @@ def run(config: RunConfig) -> Path:
     """
     from mapet import processes
     from mapet.data.sources import scan
-    from mapet.reporting.page import write_run_report
+    from mapet.reporting.page import NAME, write_run_report
     from mapet.tokenizer.teacher import is_own_code
     from mapet.training.tracking import require
 
@@ -92,9 +92,12 @@ def run(config: RunConfig) -> Path:
             raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
     if figures in missing and (config.test_images or scan(config.images).classes()):
         do(probe, backbone=backbone, test_images=config.test_images, out=figures)
+    elif figures in missing:
+        log.info("--- no probe: %s has no class folders, and there are no --test-images", config.images)
     if pictures in missing:
         do(inspect, run=pretrained, out=pictures, teacher=own_code)
     write_run_report(config.out)
+    log.info("what came out of it, in one page: %s", config.out / NAME)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone,

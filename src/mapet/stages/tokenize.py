@@ -109,7 +109,12 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     several = f" (process 1 of {processes.number()})" if processes.number() > 1 else ""
     with (
         stop_signals("saving after this batch") as stop,
-        tqdm(total=sum(len(rows) for _, rows in work), desc=f"tokenize{several}", unit="img", disable=None) as bar,
+        tqdm(
+            total=sum(len(rows) for _, rows in work),
+            desc=f"tokenize{several}",
+            unit="img",
+            disable=None if work else True,
+        ) as bar,
     ):
         try:
             for (part, rows), batch in zip(work, loader, strict=True):

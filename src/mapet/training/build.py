@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, by
 from mapet.model.backbone import create_vit, start_from
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, get_objective, num_context_of
@@ -83,8 +83,3 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
     if config.init_from:
         start_from(vit, config.init_from)
     return model
-
-
-def by(size: Any) -> str:
-    """'224 x 224'."""
-    return f"{size[0]} x {size[1]}"

@@ -11,13 +11,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet import processes
+from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, Quarantine, make_loader
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, by
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
 from mapet.signals import stop_signals
-from mapet.training.build import build_model, by
+from mapet.training.build import build_model
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of, tensors_of
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
@@ -75,6 +76,8 @@ def train(config: Any) -> Path:
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info("%s, %s", describe(config, model, len(sampler.indices)), compute)
+        if len(sampler.indices) < FEW_IMAGES:
+            log.warning("%s", few_images(len(sampler.indices)))
         loader = make_loader(setting.dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
         quarantine = Quarantine(setting.images, config.max_bad, dict(setting.bad))
         saved = time.monotonic()
