@@ -182,3 +182,20 @@ def test_corrupted_pictures_are_those_that_are_judged(tmp_path):
     outcome = PROTOCOLS["corruptions"].run(bench)
     assert outcome.details["errors"] == {"brightness": pytest.approx([0, 2 / 3])}
     assert values(outcome) == pytest.approx({"clean, same images": 1.0, "corrupted, mean": 2 / 3})
+
+
+def test_attentive_probe_s_learning_rates_fall_as_a_cosine(sets, tmp_path, monkeypatch):
+    """Three side by side, then the best anew: 2 passes of 5 batches each."""
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *rest):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    PROTOCOLS["attentive"].run(bench_of(sets, tmp_path, attentive_epochs=2))
+    shares = [0.5 * (1 + np.cos(np.pi * t / 10)) for t in range(10)]
+    assert rates[:10] == [pytest.approx([3e-4 * share, 1e-3 * share, 3e-3 * share]) for share in shares]
+    assert [len(each) for each in rates[10:]] == [1] * 10
+    assert [each[0] / rates[10][0] for each in rates[10:]] == pytest.approx(shares)
