@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,17 @@ import torch
 from PIL import Image
 
 import mapet
+from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.annotated.coco import coco_sets, read_coco
-from mapet.evaluation.tasks.detection import coco_figures
+from mapet.evaluation.bank import Place
+from mapet.evaluation.bench import Bench, Sets
+from mapet.evaluation.encoder import Encoder
+from mapet.evaluation.features import unlabelled
+from mapet.evaluation.protocols import PROTOCOLS
+from mapet.evaluation.tasks.detection import _detect, _fit, coco_figures, make_detector
 from mapet.model.backbone import create_vit, save_backbone
+from mapet.stages.evaluate import EvaluateConfig
 from tests.conftest import TINY
 
 QUICK = {"workers": 0, "device": "cpu", "precision": "float32"}
@@ -148,6 +156,99 @@ def test_detection_from_annotations_to_figures(train_backbone, coco, vit, tmp_pa
         tmp_path / "coco", vit, tmp_path / "out", detection_epochs=1, detection_train_backbone=train_backbone
     )
     assert {"detection, mAP", "detection, mAP 50"} <= set(found) and all(0 <= value <= 1 for value in found.values())
+
+
+class Found(torch.nn.Module):
+    """In the detector's place: in training it notes its targets, else it finds the second class and, below it, the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.targets = torch.nn.Parameter(torch.ones(1)), []
+
+    def forward(self, images, targets=None):
+        if targets is not None:
+            self.targets += list(zip(images, targets, strict=True))
+            return {"loss": self.weight.sum()}
+        boxes = torch.tensor([[1.0, 2, 11, 22], [0, 16, 32, 32]])
+        return [{"boxes": boxes, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.4])} for _ in images]
+
+
+@pytest.fixture
+def bench(coco, vit, tmp_path):
+    data = read_coco(coco / "instances.json", coco / "images").subset(np.arange(8))
+    config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, detection_epochs=2, workers=0, batch_size=3)
+    encoder = Encoder.load(str(vit), Compute.choose("cpu", "float32"))
+    sets = Sets(unlabelled(data.images), unlabelled(data.images), boxes=(data, data))
+    return Bench(encoder, sets, Place(1 << 20, tmp_path, 3), config)
+
+
+def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(bench):
+    """Left, top, width, height; class 1 of the network is the first category, 7, and class 2 is 44."""
+    data = bench.sets.boxes[1]
+    found = _detect(bench, Found(), bench.encoder, data)
+    assert [one["image_id"] for one in found] == [i for i in range(900, 892, -1) for _ in range(2)]
+    assert [one["category_id"] for one in found] == [44, 7] * 8
+    assert found[0]["bbox"] == [1, 2, 10, 20] and found[1]["bbox"] == [0, 16, 32, 16]
+    assert [one["score"] for one in found[:2]] == pytest.approx([0.9, 0.4])
+
+
+def test_a_detector_is_trained_on_the_boxes_of_its_images(bench):
+    """Red blocks are class 2, green ones class 1 of the network, 0 being the ground; two passes in other orders."""
+    detector, data = Found(), bench.sets.boxes[0]
+    _fit(bench, detector, bench.encoder, data)
+    assert len(detector.targets) == 16 and detector.weight.item() < 1
+    for image, target in detector.targets:
+        for box, label in zip(target["boxes"].int().tolist(), target["labels"].tolist(), strict=True):
+            inside = image[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
+            assert box[2] - box[0] == box[3] - box[1] == 16
+            assert inside[{1: 1, 2: 0}[label]] > 0.8
+    counts = [len(target["labels"]) for _, target in detector.targets]
+    assert counts[:8] != counts[8:] and sorted(counts[:8]) == sorted(counts[8:]) == [0, 0, 1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_backbone_is_trained_only_where_asked(trained, bench):
+    """And then in a copy of its own: other protocols go on with the frozen one."""
+    before = {name: tensor.clone() for name, tensor in bench.encoder.model.state_dict().items()}
+    encoder = bench.encoder.copy_at((32, 32))
+    detector = make_detector(encoder, 2, trained)
+    own = {id(parameter) for parameter in encoder.model.parameters()}
+    assert all(parameter.requires_grad == trained for parameter in encoder.model.parameters())
+    assert all(parameter.requires_grad for parameter in detector.parameters() if id(parameter) not in own)
+    data = bench.sets.boxes[0].subset(np.arange(4))
+    weights = {name: parameter.detach().clone() for name, parameter in detector.named_parameters()}
+    _fit(bench, detector, encoder, data)
+    moved = {name for name, parameter in detector.named_parameters() if not torch.equal(parameter, weights[name])}
+    assert {name for name in moved if "backbone.model" not in name} >= {
+        "backbone.scales.2.weight",
+        "roi_heads.box_predictor.cls_score.weight",
+    }
+    assert any("blocks.0.attn" in name for name in moved) == trained
+    assert encoder.model.training == trained
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.encoder.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in bench.encoder.model.parameters())
+
+
+def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
+    """A network that sees how red and how green each cell is: average precisions are 1, and chance if labels move a row."""
+    data = read_coco(coco / "instances.json", coco / "images")
+    train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
+    encoder = Encoder("cells", Cells(), Compute.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path, epochs=200, workers=0)
+    sets = Sets(unlabelled(train.images), unlabelled(test.images), boxes=(train, test))
+    figures = PROTOCOLS["multi-label"].run(Bench(encoder, sets, Place(1 << 20, tmp_path), config)).figures
+    assert {figure.value for figure in figures.values()} == {1.0}
+    moved = replace(test, shown=np.roll(test.shown, 1, axis=0))
+    sets = Sets(unlabelled(train.images), unlabelled(test.images), boxes=(train, moved))
+    figures = PROTOCOLS["multi-label"].run(Bench(encoder, sets, Place(1 << 20, tmp_path), config)).figures
+    assert all(figure.value < 0.8 for figure in figures.values())
+
+
+class Cells(torch.nn.Module):
+    feature_info = [{}]  # noqa: RUF012
+
+    def forward_intermediates(self, images, indices, norm, intermediates_only):
+        return [torch.nn.functional.avg_pool2d(images, 8)]
 
 
 @pytest.mark.slow

@@ -197,6 +197,78 @@ def test_timm_teachers_from_a_local_file(name, size, features, tmp_path):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def small_teacher(folder, name="test_vit.r160_in1k"):
+    """A small model of timm's with random weights, far from its special first values, and the file that holds them."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    return model, str(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize(("layer", "block"), [(0, 0), (3, 3), (-1, 5), (-2, 4)])
+def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
+    """Blocks are run one after the other here; class and register tokens are dropped."""
+    model, path = small_teacher(tmp_path)
+    teacher = make_teacher(
+        "test_vit.r160_in1k", (160, 160), 16, checkpoint=path, layer=layer, final_norm=final_norm, channels=3
+    )
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        x = model.norm_pre(model._pos_embed(model.patch_embed((images / 255 - mean) / std)))
+        for one in model.blocks[: block + 1]:
+            x = one(x)
+        expected = (model.norm(x) if final_norm else x)[:, model.num_prefix_tokens :]
+    found = teacher(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_layer_of_a_network_of_stages(layer, tmp_path):
+    model, path = small_teacher(tmp_path, "test_resnet.r160_in1k")
+    teacher = make_teacher("test_resnet.r160_in1k", (160, 160), 16, checkpoint=path, layer=layer)
+    images = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        expected = model.forward_intermediates((images / 255 - mean) / std, intermediates_only=True)[layer]
+    expected = torch.nn.functional.interpolate(expected, size=(10, 10), mode="bilinear", antialias=True)
+    torch.testing.assert_close(teacher(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
+def test_a_teacher_of_other_channels(name, channels, tmp_path):
+    """timm sums the filters of RGB for grey pictures, and goes round them for more channels, at three quarters for four."""
+    model, path = small_teacher(tmp_path, name)
+    teacher = make_teacher(name, (160, 160), 16, checkpoint=path, channels=channels)
+    images = torch.randint(0, 256, (2, channels, 160, 160), dtype=torch.uint8)
+    mean, std = (sum(model.pretrained_cfg[key]) / 3 for key in ("mean", "std"))
+    normal = (images / 255 - mean) / std
+    of_rgb = {1: [[1], [1], [1]], 4: [[0.75, 0, 0, 0.75], [0, 0.75, 0, 0], [0, 0, 0.75, 0]]}
+    rgb = torch.einsum("rc,bchw->brhw", torch.tensor(of_rgb[channels]).float(), normal)
+    with torch.inference_mode():
+        expected = model.forward_intermediates(rgb, indices=1, intermediates_only=True)[0]
+    if expected.shape[2:] != (10, 10):
+        expected = torch.nn.functional.interpolate(expected, size=(10, 10), mode="bilinear", antialias=True)
+    torch.testing.assert_close(teacher(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_options_of_the_teacher_reach_it(crops, tmp_path):
+    """Through the stage, on grey pictures."""
+    _, path = small_teacher(tmp_path)
+    tokenizer = mapet.fit_tokenizer(
+        images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, workers=0, iterations=1,
+        teacher="test_vit.r160_in1k", teacher_checkpoint=path, layer=2, final_norm=True, channels=1, precision="float32",
+    )  # fmt: skip
+    expected = make_teacher("test_vit.r160_in1k", (160, 160), 16, channels=1, checkpoint=path, layer=2, final_norm=True)
+    images = torch.randint(0, 256, (1, 1, 160, 160), dtype=torch.uint8)
+    assert torch.equal(tokenizer.teacher(images), expected(images))
+
+
 @pytest.mark.slow
 def test_the_paper_s_teacher(tmp_path):
     """k-CLIP's encoder: RN50x64 at 448 px gives 14 x 14 x 4096 before its attention pool."""

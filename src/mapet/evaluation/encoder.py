@@ -1,6 +1,7 @@
 """What is evaluated: a backbone of any kind as frozen features, or a fine-tuned model with a classifier of its own."""
 
 import copy
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,8 @@ from typing import Literal
 import timm
 import torch
 from jaxtyping import Float, UInt8
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -91,15 +94,19 @@ class Encoder:
     def maps(
         self, images: Float[Tensor, "B C H W"], layers: list[int]
     ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
-        """Normalised pixels -> the map of each layer, after the model's last norm, and its class and register tokens."""
+        """Normalised pixels -> the map of each layer, after the model's last norm, and its class and register tokens.
+
+        Both where timm gives them: Hiera's norm stands after the pooling, XCiT and CaiT get their class token after the layers.
+        """
         extract = getattr(self.model, "forward_intermediates", None)
         if extract is None:
             raise MapetError(f"{self.name}: timm gives no features of layers for a {type(self.model).__name__}")
-        prefix = {"return_prefix_tokens": True} if getattr(self.model, "num_prefix_tokens", 0) else {}
+        indices, norm = [layer - 1 for layer in layers], not isinstance(self.model, (Hiera, HieraDet))
+        has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
+        takes_prefix = "return_prefix_tokens" in inspect.signature(extract).parameters
+        prefix = {"return_prefix_tokens": True} if has_prefix and takes_prefix else {}
         with self.compute.autocast():
-            found = extract(
-                images, indices=[layer - 1 for layer in layers], norm=True, intermediates_only=True, **prefix
-            )
+            found = extract(images, indices=indices, norm=norm, intermediates_only=True, **prefix)
         return [part if isinstance(part, tuple) else (part, None) for part in found]
 
     @torch.inference_mode()
@@ -138,15 +145,15 @@ class Encoder:
                 resize(img_size=size)
             with torch.inference_mode(), self.compute.autocast():
                 model(torch.zeros(1, self.channels, *size, device=self.compute.device))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise MapetError(f"{self.name} can't take {size[0]} x {size[1]} px: {str(error).splitlines()[0]}") from None
         return replace(self, model=model, image_size=size)
 
     @property
     def patch(self) -> int:
         """Pixels that sizes must be multiples of."""
-        embed = getattr(self.model, "patch_embed", None)
-        return int(max(embed.patch_size)) if embed is not None else 32
+        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 32)
+        return size if isinstance(size, int) else int(max(size))
 
 
 def _pool(grid: Tensor, prefix: Tensor | None, pool: Pool, encoder: Encoder) -> Float[Tensor, "B D"]:
@@ -154,6 +161,6 @@ def _pool(grid: Tensor, prefix: Tensor | None, pool: Pool, encoder: Encoder) -> 
     if pool == "avg":
         return mean
     if prefix is None or not getattr(encoder.model, "has_class_token", True):
-        raise MapetError(f"{encoder.name} has no class token: use --pool avg")
+        raise MapetError(f"{encoder.name} has no class token in its layers: use --pool avg")
     first = prefix[:, 0].float()
     return first if pool == "token" else torch.cat([first, mean], 1)

@@ -1,0 +1,188 @@
+"""What fine-tuning's options do, on pictures of one grey each: no view and no flip changes them, and a step can be worked out."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mapet
+from mapet.model.backbone import create_vit, load_backbone, save_backbone
+from mapet.stages.finetune import FinetuneConfig
+from mapet.training import finetune
+from tests.conftest import TINY
+
+ONE_STEP = {"epochs": 1, "batch_size": 12, "warmup_epochs": 0, "drop_path": 0.0, "weight_decay": 0.0, "workers": 0}
+CPU = {"device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory):
+    """Six pictures of each of two classes: a is black and b white."""
+    root = tmp_path_factory.mktemp("greys")
+    for name, grey in (("a", 0), ("b", 255)):
+        (root / name).mkdir()
+        for number in range(6):
+            Image.fromarray(np.full((8, 8), grey, np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A backbone with a classifier of two classes, which fine-tuning takes over: nothing of the first step is drawn."""
+    folder = tmp_path_factory.mktemp("vit") / "vit"
+    torch.manual_seed(0)
+    model = create_vit("vit_tiny_patch16_224", (8, 8), 4, 1, TINY | {"depth": 3})
+    model.reset_classifier(2)
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.bias)
+    save_backbone(model, folder)
+    return folder
+
+
+def tune(vit, greys, out, **options):
+    """Returns the weights that are saved and the rows of metrics.jsonl."""
+    mapet.finetune(backbone=vit, images=greys, test_images=greys, out=out, **(ONE_STEP | CPU | options))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return load_file(out / "model" / "model.safetensors"), rows
+
+
+@torch.no_grad()
+def log_chances(vit, whiteness):
+    """Of the classes, by the backbone as it starts, of pictures of a grey each."""
+    model = load_backbone(vit, num_classes=2, global_pool="avg", fc_norm=False).eval()
+    pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    return model(pixels).log_softmax(1)
+
+
+@pytest.mark.parametrize("decay", [0.5, None])
+def test_layer_decay_scales_the_first_step(decay, vit, greys, tmp_path):
+    """AdamW's first step moves every weight by the learning rate, whatever its gradient: BEiT's factor of each block shows."""
+    after, _ = tune(vit, greys, tmp_path / "out", lr=1e-3, min_lr=0.0, layer_decay=decay)
+    before = load_file(vit / "model.safetensors")
+    steps = {name: float((after[name] - before[name]).abs().max()) / 1e-3 for name in before}
+    depth, decay = 3, decay or 1.0
+    places = {
+        "patch_embed.proj.weight": 0,
+        "pos_embed": 0,
+        "cls_token": 0,
+        "head.weight": depth + 1,
+        "head.bias": depth + 1,
+    }
+    for block in range(depth):
+        places |= {
+            f"blocks.{block}.{layer}": block + 1 for layer in ("norm1.weight", "attn.qkv.weight", "mlp.fc2.bias")
+        }
+    for name, place in places.items():
+        assert steps[name] == pytest.approx(decay ** (depth + 1 - place), rel=0.01), name
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, greys, tmp_path):
+    """(1 - s) of the target is the class, s is spread over all."""
+    _, rows = tune(vit, greys, tmp_path / "out", label_smoothing=smoothing)
+    chances = log_chances(vit, torch.tensor([0.0, 1.0]))
+    right, all_classes = -chances.diag(), -chances.mean(1)
+    expected = ((1 - smoothing) * right + smoothing * all_classes).mean()
+    assert rows[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What goes into the model, and whether in training: (training, pixels in [0, 1]) of each batch; and the model."""
+    seen, models = [], []
+
+    def load(*source, **options):
+        model = load_backbone(*source, **options)
+        model.register_forward_pre_hook(lambda model, images: seen.append((model.training, images[0] * 0.25 + 0.5)))
+        models.append(model)
+        return model
+
+    monkeypatch.setattr(finetune, "load_backbone", load)
+    return seen, models
+
+
+def of(seen, training):
+    return torch.cat([pixels for while_training, pixels in seen if while_training == training])
+
+
+def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, greys, tmp_path):
+    """Of black and white the grey tells how much of each class the target is; it is smoothed as well."""
+    _, rows = tune(vit, greys, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
+    trained, judged = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
+    assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
+    assert sorted(judged.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
+    white = trained * 0.8 + 0.1
+    targets = torch.stack([1 - white, white], dim=1)
+    assert rows[0]["loss"] == pytest.approx(float(-(targets * log_chances(vit, trained)).sum(1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [({"random_erasing": 1.0}, 0.6), ({"cutmix": 1.0, "seed": 1}, 0.1), ({}, 0.0)]
+)
+def test_boxes_are_erased_and_swapped_in_training_alone(options, share, watched, vit, greys, tmp_path):
+    tune(vit, greys, tmp_path / "out", **(options | {"epochs": 3}))
+    uneven = [(of(watched[0], training).std((1, 2, 3)) > 0.01).float().mean() for training in (True, False)]
+    assert len(of(watched[0], True)) == 36 and uneven[1] == 0
+    assert uneven[0] >= share if share else uneven[0] == 0
+
+
+def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, greys, tmp_path):
+    tune(vit, greys, tmp_path / "out", drop_path=0.4)
+    (model,) = watched[1]
+    rates = [
+        getattr(layer, "drop_prob", 0.0) for block in model.blocks for layer in (block.drop_path1, block.drop_path2)
+    ]
+    assert rates == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+    saved = load_backbone(tmp_path / "out" / "model")
+    assert not any(hasattr(block.drop_path1, "drop_prob") for block in saved.blocks)
+
+
+def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
+    """The same training twice: judged are the weights of each step, and with `ema` their average, worked out here."""
+    weights = []
+
+    def judge(model, *rest):
+        weights.append(model.head.weight.detach().clone())
+        return original(model, *rest)
+
+    original = finetune.judge
+    monkeypatch.setattr(finetune, "judge", judge)
+    tune(vit, greys, tmp_path / "raw", epochs=6, lr=0.03)
+    raw = weights.copy()
+    weights.clear()
+    saved, _ = tune(vit, greys, tmp_path / "out", epochs=6, lr=0.03, ema=0.5)
+    average = raw[0]
+    for step, own in enumerate(raw):
+        decay = 0.0 if step < 2 else min(0.5, 1 - step ** (-2 / 3))  # a warm-up, so that the first weights don't linger
+        average = decay * average + (1 - decay) * own
+        torch.testing.assert_close(weights[step], average, atol=1e-6, rtol=1e-5)
+    assert len(weights) == len(raw) == 6 and float((average - raw[-1]).abs().max()) > 1e-3
+    assert torch.equal(saved["head.weight"], weights[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({"label_share": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"label_share": 0.01}, 1)]
+)
+def test_labels_are_those_of_the_published_split(options, count, watched, vit, greys):
+    """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""
+    config = FinetuneConfig(
+        backbone=str(vit), images=greys, test_images=greys, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
+    )
+    _, tested, train = finetune.finetune_vit(config)
+
+    def number(name):
+        return int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=8).digest(), "little")
+
+    ids = {kind: sorted((f"{kind}/{i}.png" for i in range(6)), key=number)[:count] for kind in "ab"}
+    assert sorted(train.images.id(i) for i in range(len(train.images))) == sorted(ids["a"] + ids["b"])
+    assert train.labels.tolist() == [0] * count + [1] * count
+    assert len(of(watched[0], True)) == 2 * count and tested[1] == 12  # all test images

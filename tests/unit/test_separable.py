@@ -1,0 +1,201 @@
+"""Protocols on a network that sees nothing but colours, of pictures of one colour each: what they must find is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from mapet.compute import Compute
+from mapet.data.sources import scan
+from mapet.evaluation.bank import Place
+from mapet.evaluation.bench import Bench, Sets
+from mapet.evaluation.encoder import Encoder
+from mapet.evaluation.features import LabelledSet, labelled
+from mapet.evaluation.protocols import PROTOCOLS
+from mapet.evaluation.splits import few_labels
+from mapet.stages.evaluate import EvaluateConfig
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+LABELS = ("knn", "linear", "attentive", "few-label")
+QUICK = {"workers": 0, "batch_size": 8, "epochs": 100, "attentive_epochs": 30, "seeds": 2, "few_labels": (1, 0.25)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)
+
+
+class Colours(nn.Module):
+    """Two layers: the brightness, which tells no classes, and the colour of each cell of 4 px. At other sizes than 8 px colours go round."""
+
+    def __init__(self):
+        super().__init__()
+        self.feature_info = [{}, {}]
+        self.patch_embed = SimpleNamespace(patch_size=(4, 4))
+        self.turned = 0
+
+    def set_input_size(self, img_size):
+        self.turned = int(img_size != (8, 8))
+
+    def forward_intermediates(self, images, indices, norm, intermediates_only):
+        cells = F.avg_pool2d(images, 4).roll(self.turned, 1)
+        layers = [cells.mean(1, keepdim=True).expand_as(cells), cells]
+        return [layers[i] for i in indices]
+
+    def forward(self, images):
+        return images
+
+
+def save(folder, colours, count, seed=0, spread=15):
+    """`count` pictures of each class, 8 x 8 px, each of one colour near the class's."""
+    rng = np.random.default_rng(seed)
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixel = np.clip(np.array(colour) + rng.integers(-spread, spread + 1, 3), 0, 255).astype(np.uint8)
+            Image.fromarray(np.tile(pixel, (8, 8, 1))).save(folder / name / f"{seed}-{number:03d}.png")
+    return folder
+
+
+def colours_of(data):
+    """(n, 3) in [0, 1], read by other means."""
+    return np.stack([np.asarray(Image.open(path))[0, 0] / 255 for path in data.images])
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """12 training and 6 test pictures of each colour."""
+    root = tmp_path_factory.mktemp("colours")
+    return Sets(*(labelled(scan(save(root / part, COLOURS, n, seed))) for seed, (part, n) in enumerate(PARTS.items())))
+
+
+PARTS = {"train": 12, "test": 6}
+
+
+def bench_of(sets, folder, **options):
+    encoder = Encoder("colours", Colours(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
+    config = EvaluateConfig(backbone=["colours"], images=folder, out=folder, **(QUICK | options))
+    return Bench(encoder, sets, Place(1 << 24, folder, config.batch_size), config)
+
+
+def values(outcome):
+    return {name: figure.value for name, figure in outcome.figures.items()}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_what_is_separable_is_told_apart(name, sets, tmp_path):
+    """And test labels that are one class further are all missed: so it is those that figures are of."""
+    found = values(PROTOCOLS[name].run(bench_of(sets, tmp_path)))
+    assert found and set(found.values()) == {1.0}, found
+    wrong = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
+    found = values(PROTOCOLS[name].run(bench_of(Sets(sets.train, wrong), tmp_path)))
+    assert found and set(found.values()) == {0.0}, found
+
+
+def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
+    expected = {"clusters, accuracy": 1.0, "clusters, NMI": 1.0, "clusters, ARI": 1.0}
+    turned = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
+    for test in (sets.test, turned):
+        assert values(PROTOCOLS["cluster"].run(bench_of(Sets(sets.train, test), tmp_path))) == pytest.approx(expected)
+    mixed = LabelledSet(sets.test.images, sets.test.classes, np.arange(18) % 3)
+    found = values(PROTOCOLS["cluster"].run(bench_of(Sets(sets.train, mixed), tmp_path)))
+    assert found["clusters, accuracy"] == pytest.approx(1 / 3) and found["clusters, NMI"] == pytest.approx(0, abs=1e-6)
+
+
+def test_views_of_one_picture_are_alike(sets, tmp_path):
+    """Random boxes of one colour have that colour: the alignment is 0, to the float16 of features."""
+    found = values(PROTOCOLS["rank"].run(bench_of(sets, tmp_path)))
+    assert found["alignment"] < 1e-5 and found["dimensions"] == 3 and 1 < found["RankMe"] < 3
+    cosines = F.normalize(torch.from_numpy(colours_of(sets.train)), dim=1)
+    others = ~torch.eye(36, dtype=torch.bool)
+    assert found["mean cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
+
+
+def test_neighbours_are_the_nearest_colours(sets, tmp_path):
+    details = PROTOCOLS["neighbours"].run(bench_of(sets, tmp_path)).details
+    train, test = (F.normalize(torch.from_numpy(colours_of(part)), dim=1) for part in (sets.train, sets.test))
+    assert len(set(details["queries"])) == 10
+    for query, nearest, similarity in zip(*(details[k] for k in ("queries", "nearest", "similarity")), strict=True):
+        expected = (train @ test[query]).topk(8).values.tolist()
+        assert similarity == pytest.approx(expected, abs=1e-3)
+        assert (train[nearest] @ test[query]).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
+    """C = 0.1 below 10 images a class; standardised by all training images, of which only the split's labels are read."""
+    close = {"a": (150, 110, 110), "b": (110, 150, 110), "c": (110, 110, 150)}
+    parts = [labelled(scan(save(tmp_path / part, close, 40, seed, spread=60))) for seed, part in enumerate(PARTS)]
+    found = PROTOCOLS["few-label"].run(bench_of(Sets(*parts), tmp_path, few_labels=(2,), seeds=5))
+    train, test = map(colours_of, parts)
+    mean, deviation = train.mean(0), train.std(0)
+    scores = []
+    for seed in range(5):
+        rows = few_labels(parts[0], 2, seed)
+        model = LogisticRegression(C=0.1, max_iter=300).fit((train[rows] - mean) / deviation, parts[0].labels[rows])
+        scores.append((model.predict((test - mean) / deviation) == parts[1].labels).mean())
+    assert found.details["2 a class"] == pytest.approx(scores, abs=0.009)  # one picture, for float16
+    assert 0.4 < np.mean(scores) < 0.95 and found.figures["few labels, 2 a class"].value == pytest.approx(
+        np.mean(found.details["2 a class"])
+    )
+
+
+def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
+    """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
+    reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
+    other = labelled(scan(save(tmp_path / "other", reddish, 5, spread=5)))
+    outcome = PROTOCOLS["ood"].run(bench_of(Sets(sets.train, sets.test, {"dusk": other}), tmp_path))
+    assert values(outcome) == {"dusk: linear": 1.0, "dusk: k-NN, k 20": 1.0}
+    assert outcome.details["dusk"] == {"classes": 2, "images": 10}
+    assert set(map(tuple, outcome.per_class["dusk: linear"].items())) == {
+        ("blue", (5, 5)),
+        ("green", (5, 5)),
+        ("red", (0, 0)),
+    }
+    reds = labelled(scan(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5)))
+    assert (
+        values(PROTOCOLS["ood"].run(bench_of(Sets(sets.train, sets.test, {"one": reds}), tmp_path)))["one: linear"] == 1
+    )
+
+
+def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
+    """At 12 px all colours are one further, so all are missed; the network itself stays as it was."""
+    bench = bench_of(sets, tmp_path, sizes=[12, 8])
+    assert values(PROTOCOLS["resolution"].run(bench)) == {"at 12 px": 0.0, "at 8 px": 1.0}
+    assert bench.encoder.image_size == (8, 8) and bench.encoder.model.turned == 0
+    assert list(values(PROTOCOLS["resolution"].run(bench_of(sets, tmp_path)))) == [f"at {n} px" for n in (4, 8, 12, 16)]
+
+
+def test_corrupted_pictures_are_those_that_are_judged(tmp_path):
+    """Three greys, 70 apart: brightness adds 0.05 of white at severity 1, which changes no class, and 0.3 at 5, which makes
+    each the next one."""
+    greys = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
+    parts = [
+        labelled(scan(save(tmp_path / part, greys, n, seed, spread=5))) for seed, (part, n) in enumerate(PARTS.items())
+    ]
+    bench = bench_of(Sets(*parts), tmp_path, corruption_kinds=["brightness"], corruption_severities=(1, 5))
+    outcome = PROTOCOLS["corruptions"].run(bench)
+    assert outcome.details["errors"] == {"brightness": pytest.approx([0, 2 / 3])}
+    assert values(outcome) == pytest.approx({"clean, same images": 1.0, "corrupted, mean": 2 / 3})
+
+
+def test_attentive_probe_s_learning_rates_fall_as_a_cosine(sets, tmp_path, monkeypatch):
+    """Three side by side, then the best anew: 2 passes of 5 batches each."""
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *rest):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    PROTOCOLS["attentive"].run(bench_of(sets, tmp_path, attentive_epochs=2))
+    shares = [0.5 * (1 + np.cos(np.pi * t / 10)) for t in range(10)]
+    assert rates[:10] == [pytest.approx([3e-4 * share, 1e-3 * share, 3e-3 * share]) for share in shares]
+    assert [len(each) for each in rates[10:]] == [1] * 10
+    assert [each[0] / rates[10][0] for each in rates[10:]] == pytest.approx(shares)
