@@ -135,3 +135,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
     with pytest.raises(MapetError, match=r"loss is nan at step .*lower --lr"):
         mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
     assert not (tmp_path / "run" / "vqkd").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_interval_without_a_readable_image_is_no_divergence(few_digits, tmp_path):
+    """Its loss would be 0 / 0."""
+    for path in (few_digits.parent / line for line in few_digits.read_text().splitlines()[:5]):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images" / path.name).write_bytes(b"no picture")
+    small = {"vocab_size": 4, "batch_size": 1, "log_every": 1, "epochs": 1}
+    assert mapet.train_tokenizer(images=tmp_path / "images", out=tmp_path / "run", **(OPTIONS | small)).is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
