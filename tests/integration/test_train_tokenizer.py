@@ -95,8 +95,8 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
     common = {"images": few_digits, "workers": 0}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
-    with pytest.raises(MapetError, match="brings its own 16 words"):
-        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, **given, **common)
+    with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --restarts"):
+        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, restarts=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
     assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
@@ -122,6 +122,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
         ({"model": "resnet18"}, "timm cannot make a VisionTransformer of 'resnet18'"),
+        ({"final_norm": True}, "--final-norm is for a timm model; pixels has no use for it"),
         ({"vocab_size": 4609}, "K = 4609 codes .* 4,608 patches: lower --vocab-size"),
     ],
 )

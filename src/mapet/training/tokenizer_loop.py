@@ -54,7 +54,7 @@ def train_vqkd(config: Any) -> Path:
     images = scan(config.images)
     teacher = make_teacher(
         config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
-        config.teacher_size, config.layer, compute.precision,
+        config.teacher_size, config.layer, compute.precision, config.final_norm,
     ).to(compute.device)  # fmt: skip
     views = ViewSpec(kind=config.views, image_size=config.image_size, min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
