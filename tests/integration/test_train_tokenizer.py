@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -113,6 +114,25 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
         mapet.pretrain(images=few_digits, tokenizer=tmp_path / "t", tokens=tokens, out=runs[-1], **PRETRAIN)
     first, second = (load_file(run / "backbone" / "model.safetensors") for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
+    """tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2
+    )
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "final_norm": True, "epochs": 1}
+    file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **options)
+    mapet.fit_tokenizer(
+        images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
+        teacher_checkpoint=str(file), workers=0,
+    )  # fmt: skip
+    told = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    assert told["interpolation"] is None
+    first = told["about_teacher"]["learned_from"]
+    assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["final_norm"] is True
+    assert first["about_teacher"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,9 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     )  # fmt: skip
     description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     assert description["teacher"]["precision"] == precision
+    assert description["interpolation"] == "bilinear, antialiased"
+    about = description["about_teacher"]
+    assert about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and about["prefix_tokens_dropped"] == 0
     loaded = load_tokenizer(tmp_path / "t")
     images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
     ids = fitted(images)

@@ -37,6 +37,8 @@ class Teacher(nn.Module):
             them: in another one about 1 % of the patches get other words, so tokens are always computed in the codebook's.
         weights_hash: sha256 of its parameters, '' if it has none.
         own_quantizer: how its features are named, if it brings its own words.
+        about: what else the codebook's JSON should say: mean and std of its input in [0, 1], prefix tokens that are dropped and,
+            of a VQ-KD tokenizer, the teacher and images it was learned from. Nothing is known of a person's own code.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Teacher(nn.Module):
         self.weights_hash = hash_weights(encoder.state_dict())
         # Convolutions are faster with channels last; what is no convolution doesn't care.
         self.own_quantizer = _own_quantizer(encoder)
+        self.about: dict[str, Any] = {} if is_own_code(name) else getattr(encoder, "about", {})
         self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -219,6 +222,8 @@ class _TimmFeatures(nn.Module):
         for what in ("mean", "std"):
             values = data[what] if len(data[what]) == channels else [sum(data[what]) / len(data[what])] * channels
             self.register_buffer(what, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.about = {what: getattr(self, what).flatten().tolist() for what in ("mean", "std")}
+        self.about["prefix_tokens_dropped"] = getattr(model, "num_prefix_tokens", 0)
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
         normal = (images - self.mean) / self.std

@@ -247,6 +247,7 @@ def describe(
         "code_dim": config.code_dim,
         "teacher": teacher.settings,
         "teacher_weights_hash": teacher.weights_hash,
+        "about_teacher": teacher.about,
         "reconstruction": judgement["reconstruction"],
         "health": judgement["health"],
         "training": training | {"images_hash": images_hash, "num_images": num_images},
