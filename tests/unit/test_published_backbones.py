@@ -14,6 +14,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
 import mapet
+from mapet.cli import main
 from mapet.errors import MapetError
 from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import create_vit, load_backbone, save_backbone, start_from
@@ -401,3 +402,18 @@ def test_a_classifier_that_is_asked_for_is_fresh(tmp_path):
     fresh = load_backbone(tmp_path / "vit", num_classes=3)
     assert not torch.equal(fresh.head.weight, vit.head.weight) and torch.equal(fresh.norm.weight, vit.norm.weight)
     assert load_backbone(tmp_path / "vit", num_classes=0).num_classes == 0
+
+
+def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
+    """A width that no published ViT has: the number of heads is to be given."""
+    file = tmp_path / "weights.pth"
+    torch.save(vit_of((8, 8), channels=1).state_dict(), file)
+    common = ["--images", str(digits / "test"), "--workers", "0", "--device", "cpu", "--precision", "float32"]
+    for stage, *more in (
+        ["probe"],
+        ["finetune", "--labels-per-class", "2", "--epochs", "1"],
+        ["evaluate", "--protocols", "knn", "--out", str(tmp_path / "out")],
+    ):
+        argv = [stage, "--backbone", str(file), *common, *more]
+        assert main(argv) == 2 and "give num_heads" in capsys.readouterr().err
+        assert main([*argv, "--model-args", "num_heads=2"]) == 0

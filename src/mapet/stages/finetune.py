@@ -6,13 +6,13 @@ from pathlib import Path
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Source, stage
-from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 log = logging.getLogger("mapet")
 
 
-class FinetuneConfig(Views, BadImages, Device):
+class FinetuneConfig(ModelArgs, Views, BadImages, Device):
     """Options of `finetune`."""
 
     backbone: BackboneSource

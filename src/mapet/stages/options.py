@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -19,6 +19,13 @@ class Device(Config):
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+
+
+class ModelArgs(Config):
+    """Of a backbone that is a weights file."""
+
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
 
 
 class Loading(Device):

@@ -44,7 +44,7 @@ def finetune_vit(
         train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
     torch.manual_seed(config.seed)
     # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
-    options = {
+    options = config.model_args | {
         "num_classes": len(train.classes),
         "global_pool": "avg",
         "fc_norm": False,
