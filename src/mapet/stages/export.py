@@ -112,7 +112,8 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
     run = Path(config.backbone)
     run = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
-    if (run / "config.yaml").is_file() and not (run / "backbone").is_dir():
+    of_pretrain = (run / "config.yaml").is_file() and not (run / "model").is_dir()  # which `finetune` makes
+    if of_pretrain and not (run / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
             return load_backbone(Path(folder) / "vit", **options).eval()
