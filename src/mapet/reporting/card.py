@@ -17,8 +17,6 @@ from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
 
 LABEL_FREE = "pixels"
-ORIGIN = "origin.json"
-"""In a folder of `finetune`: its `Origin`, for the run that it started from may be elsewhere when it is exported."""
 LIBRARIES = ("mapet", "torch", "timm")
 USE = {
     "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or mapet.load_backbone("FOLDER")',
@@ -26,6 +24,8 @@ USE = {
     "onnx": 'session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")  # pixel_values -> features',
     "torch-export": 'module = torch.export.load("FOLDER/torch-export/model.pt2").module()',
 }
+ORIGIN = "origin.json"
+"""In a folder of `finetune`: its `Origin`, for the run that it started from may be elsewhere when it is exported."""
 
 
 class Origin(NamedTuple):
