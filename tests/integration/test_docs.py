@@ -23,7 +23,9 @@ from mapet.training.estimate import training_flops
 ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 
-OTHERS_NEED = {"pretrain": ", tokenizer: c", "study": ", test_images: c, grid: {objective: [mim, mapet]}"}
+OTHERS_NEED = {
+    "finetune": ", backbone: c", "pretrain": ", tokenizer: c", "study": ", test_images: c, grid: {objective: [mim, mapet]}",
+}  # fmt: skip
 
 
 def commands() -> list[str]:

@@ -22,6 +22,10 @@ from mapet.model.formats import FORMATS, outputs_of
 from tests.conftest import TINY
 from tests.unit.test_published_backbones import released, same, vit_of
 
+FINETUNE = {
+    "labels_per_class": 2, "epochs": 1, "batch_size": 10, "workers": 0, "device": "cpu", "precision": "float32",
+}  # fmt: skip
+
 
 def save_vit(folder, size=(32, 32), channels=3, classes=0, **more):
     torch.manual_seed(3)
@@ -231,6 +235,75 @@ def test_a_finetuned_model(digits, run_dir, tmp_path):
     with torch.no_grad():
         logits = torch.export.load(out / "torch-export" / "model.pt2").module()(pixels)[1]
         assert same(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
+    # Where it comes from: the run that it was fine-tuned from, whose tokenizer counts here too.
+    assert "converted from" not in card and "8 images of test" in card and str(run_dir.parent) not in card
+    assert "288 images without labels" in card and "hash of the tokenizer" in card
+    assert "no labels and no pre-trained network" in card and "| pre-training" in card
+    assert "From the backbone `run`, on 50 labelled images of 10 classes" in card and "trained on labels" in card
+    recipes = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", card, flags=re.S)]
+    assert recipes[0]["labels_per_class"] == 5 and recipes[0]["lr"] > 0 and recipes[1]["objective"] == "mapet"
+
+
+def test_a_finetuning_is_repeated_by_its_recipe(digits, run_dir, tmp_path):
+    options = FINETUNE | {"batch_size": None, "color_jitter": 0.4}
+    mapet.finetune(backbone=run_dir, out=tmp_path / "tuned", images=digits / "test", **options)
+    assert main(["finetune", str(tmp_path / "tuned" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("tuned", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    recipe = yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())
+    assert recipe["batch_size"] and recipe["lr"] and recipe["warmup_epochs"] == 0.1
+    with pytest.raises(MapetError, match="is not a pre-training run"):
+        mapet.report(run=tmp_path / "tuned", out=tmp_path / "report.html")
+    with pytest.raises(MapetError, match="is not a pre-training run"):
+        mapet.inspect(run=tmp_path / "tuned", out=tmp_path / "pictures")
+
+
+def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
+    """A pre-trained teacher's, through two fine-tunings, with the run gone; that of weights from elsewhere; none."""
+
+    def card_of(name):
+        mapet.export(backbone=tmp_path / name / "model", out=tmp_path / f"{name}-out")
+        return (tmp_path / f"{name}-out" / "README.md").read_text()
+
+    save_vit(tmp_path / "vit", (8, 8), 1)
+    for name, backbone, scratch in (("a", run_dir, False), ("b", tmp_path / "vit", False), ("c", run_dir, True)):
+        mapet.finetune(backbone=backbone, out=tmp_path / name, scratch=scratch, images=digits / "test", **FINETUNE)
+    told = json.loads((tmp_path / "a" / "origin.json").read_text())
+    told["tokenizer"]["teacher"]["teacher"] = "resnet50x64_clip.openai"
+    (tmp_path / "a" / "origin.json").write_text(json.dumps(told))
+    mapet.finetune(backbone=tmp_path / "a", out=tmp_path / "d", images=digits / "test", **FINETUNE)
+    for name in "ad":
+        card = card_of(name)
+        assert "`resnet50x64_clip.openai`" in card and "**The teacher is a network with a past**" in card
+        assert card.count("## Fine-tuning") == 1 + (name == "d") and "no pre-trained network" not in card
+    card = card_of("b")
+    assert "weights of the backbone `vit` were not trained by a run that mapet knows" in card
+    card = card_of("c")
+    assert "From random weights of the architecture of `run`" in card and "it began with random weights" in card
+    assert "without labels" not in card and "visual words" not in card
+
+
+def test_the_teacher_of_a_vqkd_teacher_is_in_the_card():
+    from mapet.reporting.card import Origin, _teacher
+
+    def card(*teachers):
+        about = {}
+        for teacher in reversed(teachers[1:]):
+            about = {"learned_from": {"teacher": {"teacher": teacher}, "about_teacher": about}}
+        tokenizer = {
+            "teacher": {"teacher": teachers[0]},
+            "about_teacher": about,
+            "vocab_size": 8,
+            "grid": [2, 2],
+            "hash": "a",
+        }
+        return _teacher("run", Origin({}, {}, tokenizer, {}))
+
+    assert "no labels and no pre-trained network" in card("vqkd", "pixels")
+    assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "with a past" in card(
+        "vqkd", "vit_clip"
+    )
+    assert "with a past" in card("vqkd")  # a published file: nothing is known
 
 
 @pytest.mark.parametrize("change", [1e-3, float("nan")])

@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -95,8 +96,8 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
     common = {"images": few_digits, "workers": 0}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
-    with pytest.raises(MapetError, match="brings its own 16 words"):
-        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, **given, **common)
+    with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --restarts"):
+        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, restarts=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
     assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
@@ -115,6 +116,25 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
+    """tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2
+    )
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "final_norm": True, "epochs": 1}
+    file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **options)
+    mapet.fit_tokenizer(
+        images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
+        teacher_checkpoint=str(file), workers=0,
+    )  # fmt: skip
+    told = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    assert told["interpolation"] is None
+    first = told["about_teacher"]["learned_from"]
+    assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["final_norm"] is True
+    assert first["about_teacher"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,6 +142,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
         ({"model": "resnet18"}, "timm cannot make a VisionTransformer of 'resnet18'"),
+        ({"final_norm": True}, "--final-norm is for a timm model; pixels has no use for it"),
         ({"vocab_size": 4609}, "K = 4609 codes .* 4,608 patches: lower --vocab-size"),
     ],
 )
@@ -135,3 +156,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
     with pytest.raises(MapetError, match=r"loss is nan at step .*lower --lr"):
         mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
     assert not (tmp_path / "run" / "vqkd").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_interval_without_a_readable_image_is_no_divergence(few_digits, tmp_path):
+    """Its loss would be 0 / 0."""
+    for path in (few_digits.parent / line for line in few_digits.read_text().splitlines()[:5]):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images" / path.name).write_bytes(b"no picture")
+    small = {"vocab_size": 4, "batch_size": 1, "log_every": 1, "epochs": 1}
+    assert mapet.train_tokenizer(images=tmp_path / "images", out=tmp_path / "run", **(OPTIONS | small)).is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

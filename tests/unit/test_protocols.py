@@ -48,6 +48,12 @@ def test_interval_over_seeds_is_students():
     assert over_seeds([0.1]).low is None
 
 
+def test_intervals_of_shares_are_shares():
+    assert over_seeds([0.0, 0.5, 0.2])[1:3] == (0.0, pytest.approx(0.2333 + 0.6252, abs=1e-3))
+    assert over_seeds([1.0, 0.9])[1:3] == (pytest.approx(0.95 - 0.6353, abs=1e-3), 1.0)
+    assert over_seeds([-0.1, 0.1], least=-0.5).low == -0.5  # the adjusted Rand index can be below 0
+
+
 def test_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = np.random.default_rng(1).normal(size=400)
     figure = bootstrap(lambda w: float((w * values).sum() / w.sum()), 400, draws=1000)

@@ -14,6 +14,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
 import mapet
+from mapet.cli import main
 from mapet.errors import MapetError
 from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import create_vit, load_backbone, save_backbone, start_from
@@ -390,3 +391,29 @@ def test_eps_of_a_folder_is_kept_in_the_function(tmp_path):
     config = {"model_type": "vit", "num_attention_heads": 2, "image_size": 16, "layer_norm_eps": 1e-2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert torch.equal(load_backbone(tmp_path).eval().forward_features(images()), vit.forward_features(images()))
+
+
+def test_a_classifier_that_is_asked_for_is_fresh(tmp_path):
+    """Also where the source has one of as many classes."""
+    vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, 3, {"embed_dim": 32, "depth": 1, "num_heads": 2})
+    vit.reset_classifier(3)
+    save_backbone(vit, tmp_path / "vit")
+    assert torch.equal(load_backbone(tmp_path / "vit").head.weight, vit.head.weight)
+    fresh = load_backbone(tmp_path / "vit", num_classes=3)
+    assert not torch.equal(fresh.head.weight, vit.head.weight) and torch.equal(fresh.norm.weight, vit.norm.weight)
+    assert load_backbone(tmp_path / "vit", num_classes=0).num_classes == 0
+
+
+def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
+    """A width that no published ViT has: the number of heads is to be given."""
+    file = tmp_path / "weights.pth"
+    torch.save(vit_of((8, 8), channels=1).state_dict(), file)
+    common = ["--images", str(digits / "test"), "--workers", "0", "--device", "cpu", "--precision", "float32"]
+    for stage, *more in (
+        ["probe"],
+        ["finetune", "--labels-per-class", "2", "--epochs", "1"],
+        ["evaluate", "--protocols", "knn", "--out", str(tmp_path / "out")],
+    ):
+        argv = [stage, "--backbone", str(file), *common, *more]
+        assert main(argv) == 2 and "give num_heads" in capsys.readouterr().err
+        assert main([*argv, "--model-args", "num_heads=2"]) == 0

@@ -135,8 +135,23 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": [4, 4]}, "--levels is for --quantizer fsq"),
-        ({"quantizer": "lfq", "pca": 3}, "--pca is for k-means"),
+        ({"levels": [4, 4]}, "--levels is for fsq; kmeans has no use for it"),
+        ({"quantizer": "lfq", "pca": 3}, "--pca is for kmeans; lfq has no use"),
+        ({"quantizer": "fsq", "metric": "cosine"}, "--metric is for kmeans; fsq has no use"),
+        ({"quantizer": "lfq", "restarts": 5}, "--restarts is for kmeans"),
+        ({"quantizer": "lfq", "batch_points": 100}, "--batch-points is for kmeans"),
+        ({"teacher_size": 16}, "--teacher-size is for a timm model, dalle, own code; pixels has no use for it"),
+        ({"layer": 3}, "--layer is for a timm model; pixels has no use"),
+        (
+            {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_size": 64},
+            "--teacher-size is for .*; vqkd has no use",
+        ),
+        (
+            {"teacher": "dalle", "teacher_checkpoint": "x", "final_norm": True},
+            "--final-norm is for a timm model; dalle",
+        ),
+        ({"teacher": "my:code", "layer": 2}, "--layer is for a timm model; own code"),
+        ({"teacher_checkpoint": "x"}, "--teacher-checkpoint is for .*; pixels"),
         ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
         ({"quantizer": "fsq", "levels": [2] * 5}, "5 principal components of features that are 4 wide"),
         ({"pca": 5}, "5 principal components of features that are 4 wide"),

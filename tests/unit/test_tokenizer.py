@@ -324,6 +324,9 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     )  # fmt: skip
     description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     assert description["teacher"]["precision"] == precision
+    assert description["interpolation"] == "bilinear, antialiased"
+    about = description["about_teacher"]
+    assert about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and about["prefix_tokens_dropped"] == 0
     loaded = load_tokenizer(tmp_path / "t")
     images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
     ids = fitted(images)
@@ -352,3 +355,53 @@ def test_flipped_pixels_are_other_words(crops, tmp_path):
     images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
     different = tokenizer(images.flip(-1)) != tokenizer(images).flip(-1)
     assert different.float().mean() > 0.05
+
+
+@pytest.fixture
+def saved_vit(tmp_path):
+    """A timm folder of a ViT for 32 x 32 px in 12 blocks."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, num_heads=2, num_classes=0
+    )
+    timm.models.save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
+    return f"local-dir:{tmp_path / 'vit'}", model.eval()
+
+
+def test_layers_are_counted_from_either_end(saved_vit):
+    name, model = saved_vit
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    first, also_first = (make_teacher(name, (32, 32), 8, layer=layer, teacher_size=(32, 32)) for layer in (0, -12))
+    assert torch.equal(first(images), also_first(images))
+    for layer in (12, 99, -13, -14):
+        with pytest.raises(MapetError, match=rf"layer {layer} of teacher .*: it has 12, so -12 to 11"):
+            make_teacher(name, (32, 32), 8, layer=layer)
+
+
+def test_a_folder_s_vit_at_another_size(saved_vit):
+    name, model = saved_vit
+    teacher = make_teacher(name, (48, 32), 8, teacher_size=(48, 32))
+    images = torch.randint(0, 256, (2, 3, 48, 32), dtype=torch.uint8)
+    found = teacher(images)
+    model.set_input_size(img_size=(48, 32))
+    with torch.inference_mode():
+        assert torch.allclose(
+            found,
+            model.forward_intermediates(images / 127.5 - 1, indices=1, intermediates_only=True, norm=False)[0],
+            atol=1e-5,
+        )
+
+
+def test_views_that_timm_refuses(monkeypatch, saved_vit):
+    teacher = make_teacher(saved_vit[0], (32, 32), 8)
+    with pytest.raises(MapetError, match=r"takes no views of 40 x 40 px: .*--teacher-size"):
+        teacher.encoder(torch.zeros(1, 3, 40, 40))
+
+
+def test_every_batch_s_grid_is_looked_at(monkeypatch):
+    """Not the first one's alone."""
+    teacher = make_teacher("pixels", (16, 16), 4)
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    teacher(images)
+    monkeypatch.setattr(teacher.encoder, "forward", lambda images: images.mean((2, 3), keepdim=True))
+    with pytest.raises(MapetError, match="gave a grid of 1 x 1 for views of 16 x 16 px"):
+        teacher(images)

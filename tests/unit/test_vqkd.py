@@ -395,3 +395,7 @@ def test_what_was_trained_is_a_teacher(trained, tmp_path):
         image_size=16, patch_size=4, workers=0,
     )  # fmt: skip
     assert torch.equal(tokenizer.centroids, model.codebook)
+    about = json.loads((tmp_path / "t" / "tokenizer.json").read_text())["about_teacher"]
+    assert about["prefix_tokens_dropped"] == 1 and about["mean"] == [0.5, 0.5, 0.5]
+    assert about["learned_from"]["teacher"]["teacher"] == "pixels" and about["learned_from"]["num_images"] == 200
+    assert vqkd_encoder(tmp_path / "vqkd.pth").about["learned_from"] is None  # of a published file nothing is known

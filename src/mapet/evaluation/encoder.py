@@ -4,7 +4,7 @@ import copy
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -45,28 +45,31 @@ class Encoder:
     classes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, source: str, compute: Compute, seed: int = 0) -> "Encoder":
+    def load(cls, source: str, compute: Compute, seed: int = 0, model_args: dict[str, Any] | None = None) -> "Encoder":
         """A run, a backbone folder, an export, a folder of `finetune`, a weights file, any model of timm's by name, or `random:NAME`.
 
         `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
-        architecture knows by itself.
+        architecture knows by itself. `model_args` is what weights files don't tell of their ViT; other sources tell it all.
 
         Raises:
             MapetError: nothing of the kind.
         """
         classes: tuple[str, ...] = ()
+        args = model_args if model_args and Path(source.removeprefix(RANDOM)).is_file() else {}
         torch.manual_seed(seed)
         if source.startswith(RANDOM):
             name = source.removeprefix(RANDOM)
             ours = Path(name).exists()
-            model: nn.Module = load_backbone(name, pretrained=False) if ours else timm_model(name, pretrained=False)
+            model: nn.Module = (
+                load_backbone(name, pretrained=False, **args) if ours else timm_model(name, pretrained=False)
+            )
         else:
             folder = Path(source)
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
                 classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
                 folder = folder / "model"
             ours = folder.exists() or source.startswith("local-dir:") or ("/" in source and ":" not in source)
-            model = load_backbone(folder) if ours else timm_model(source, pretrained=True)
+            model = load_backbone(folder, **args) if ours else timm_model(source, pretrained=True)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)

@@ -57,12 +57,12 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
-def over_seeds(values: Sequence[float], choice: str = "") -> Figure:
-    """The mean over seeds, with Student's interval."""
+def over_seeds(values: Sequence[float], choice: str = "", least: float = 0.0) -> Figure:
+    """The mean over seeds, with Student's interval, as far as the figure can go: from `least` to 1."""
     mean, width = mean_and_interval(values)
     if width is None:
         return Figure(mean, of="1 seed", choice=choice)
-    return Figure(mean, mean - width, mean + width, f"{len(values)} seeds", choice)
+    return Figure(mean, max(least, mean - width), min(1.0, mean + width), f"{len(values)} seeds", choice)
 
 
 def bootstrap(

@@ -130,7 +130,8 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
             'timm:NAME' for timm's own weights. Classifiers come with runs and timm folders alone.
         pretrained: False gives the same architecture with random weights.
         overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256, in_chans=1`: positions, patches and
-            channels are adapted. For a file also what it doesn't tell, e.g. `num_heads=6`.
+            channels are adapted, and a classifier that is asked for is a fresh one. For a file also what it doesn't tell, e.g.
+            `num_heads=6`.
 
     Raises:
         MapetError: nothing of the kind, weights that don't fit, or that a plain ViT can't compute with.
@@ -152,6 +153,9 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     if published.eps is not None:
         _set_eps(vit, published.eps)
     if pretrained:
+        if "num_classes" in overrides:  # also where the source's has as many classes: they are others
+            kept = {name: tensor for name, tensor in published.weights.items() if not name.startswith("head.")}
+            published = published._replace(weights=kept)
         weights, said = adapted(published, vit, source)
         vit.load_state_dict(weights)
         _tell(source, published, said)

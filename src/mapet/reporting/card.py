@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet.data.sources import scan
 from mapet.errors import MapetError
-from mapet.files import file_hash
+from mapet.files import file_hash, read_json
 from mapet.model.adapt import pixel_stats
 from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
@@ -24,6 +24,8 @@ USE = {
     "onnx": 'session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")  # pixel_values -> features',
     "torch-export": 'module = torch.export.load("FOLDER/torch-export/model.pt2").module()',
 }
+ORIGIN = "origin.json"
+"""In a folder of `finetune`: its `Origin`, for the run that it started from may be elsewhere when it is exported."""
 
 
 class Origin(NamedTuple):
@@ -34,17 +36,25 @@ class Origin(NamedTuple):
         images: how many there were and the hash of their list; {} if it can't be had any more.
         tokenizer: content of its tokenizer.json.
         metrics: the last of pre-training, probe and fine-tuning, each under its name.
+        tuned: of each fine-tuning since: the backbone's name, whether it gave its architecture alone (scratch), the recipe, the
+            images (number, hash, classes).
     """
 
     recipe: dict[str, Any]
     images: dict[str, Any]
     tokenizer: dict[str, Any]
     metrics: dict[str, dict[str, Any]]
+    tuned: Sequence[dict[str, Any]] = ()
 
 
 def origin_of(source: str | Path) -> Origin:
     """Read what lies around a backbone. Nothing that is missing is an error: a card says what is known."""
     path = Path(source)
+    tuned = path.parent if path.name == "model" else path
+    if (tuned / ORIGIN).is_file():
+        told = read_json(tuned / ORIGIN, "fine-tuned model")
+        origin = Origin(**{name: told[name] for name in Origin._fields if name in told})
+        return origin._replace(metrics=origin.metrics | {"fine-tuning": _json(str(tuned), "result.json")})
     around = [folder for folder in (path, path / "pretrain", path.parent) if folder.is_dir()]
     run = next((folder for folder in around if (folder / "config.yaml").is_file()), None)
     recipe = read_recipe(run / "config.yaml") if run else {}
@@ -59,6 +69,18 @@ def origin_of(source: str | Path) -> Origin:
             if (folder / name).is_file():
                 metrics.setdefault(what, json.loads((folder / name).read_text()))
     return Origin(_without_paths(recipe), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
+
+
+def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
+    """Of what `finetune` makes by this recipe from these images, and of the backbone that it starts from."""
+    source, scratch = recipe["backbone"], recipe["scratch"]
+    before = Origin({}, {}, {}, {}) if scratch else origin_of(source)
+    step = {"backbone": _name(source), "scratch": scratch, "recipe": _without_paths(recipe), "images": images}
+    return before._replace(tuned=[*before.tuned, step])
+
+
+def _name(source: str) -> str:
+    return source if source.startswith(("timm:", "hf-hub:", "hf_hub:")) else Path(source).name
 
 
 def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +147,7 @@ def model_card(
         _what(vit, origin, classes),
         _use(vit, formats),
         _data(origin),
+        *map(_tuning, origin.tuned),
         _teacher(source, origin),
         _metrics(origin),
         _checks(checks, checked_on, tolerance),
@@ -143,6 +166,8 @@ def _what(vit: VisionTransformer, origin: Origin, classes: list[str]) -> str:
     learned = (
         f", pre-trained by masked and permuted visual-token prediction (objective `{objective}`)" if objective else ""
     )
+    if origin.tuned:
+        learned += ", trained on labels"
     text = (
         f"A Vision Transformer of width {vit.embed_dim}, depth {blocks}, {heads} heads, for {vit.in_chans}-channel images of "
         f"{height} x {width} px (height x width) in patches of {vit.patch_embed.patch_size[0]} px{learned}. Made with mapet."
@@ -165,8 +190,11 @@ def _use(vit: VisionTransformer, formats: Sequence[str]) -> str:
 
 
 def _data(origin: Origin) -> str:
+    if origin.tuned and origin.tuned[0]["scratch"]:
+        return "## Training data\n\nThat of the fine-tuning alone."
     if not origin.images:
-        return "## Training data\n\nNot known: the list of images is not where the run had it."
+        reason = ": the list of images is not where the run had it" if origin.recipe else ""
+        return f"## Training data\n\nNot known{reason}."
     unreadable = (
         f", {origin.images['unreadable']} of them unreadable and left out" if origin.images.get("unreadable") else ""
     )
@@ -176,15 +204,34 @@ def _data(origin: Origin) -> str:
     )
 
 
+def _tuning(tuning: dict[str, Any]) -> str:
+    start = "random weights of the architecture of" if tuning["scratch"] else "the backbone"
+    images = tuning["images"]
+    return (
+        f"## Fine-tuning\n\nFrom {start} `{tuning['backbone']}`, on {images['number']:,} labelled images of {images['classes']} "
+        f"classes; the sha256 of the list of their names and sizes is `{images['hash']}`.\n\n"
+        + _block("yaml", yaml.safe_dump(tuning["recipe"], sort_keys=False))
+    )
+
+
 def _teacher(source: str, origin: Origin) -> str:
     heading = "## Tokenizer and supervision\n\n"
+    first = origin.tuned[0] if origin.tuned else None
+    if first and first["scratch"]:
+        return f"{heading}None but the labels of the fine-tuning: it began with random weights."
     if not origin.tokenizer:
+        what = (
+            f"The weights of the backbone `{first['backbone']}` were"
+            if first
+            else f"These weights were converted from `{_name(source)}`,"
+        )
         return (
-            f"{heading}These weights were converted from `{Path(source).name}`, not trained by a run that mapet knows. What they were "
-            "trained with, labels included, is to be had from their authors."
+            f"{heading}{what} not trained by a run that mapet knows. What they were trained with, labels included, is to be had from "
+            "their authors."
         )
     tokenizer = origin.tokenizer
-    teacher = tokenizer["teacher"]["teacher"]
+    lineage = _lineage(tokenizer)
+    teacher = lineage[0]
     kind = tokenizer.get("quantizer", {}).get("kind", "k-means")
     text = (
         f"{tokenizer['vocab_size']:,} visual words ({kind}) of the features of the teacher `{teacher}`, {tokenizer['grid'][0]} x "
@@ -192,11 +239,12 @@ def _teacher(source: str, origin: Origin) -> str:
     )
     if tokenizer.get("weights_hash"):
         text += f", of the teacher's weights `{tokenizer['weights_hash']}`"
+    for known in lineage[1:]:
+        text += f", itself trained by mapet to keep the features of `{known}`"
     text += ". "
-    if teacher == LABEL_FREE:
-        text += (
-            "The teacher is the pixels themselves: **no labels and no pre-trained network** were used for the words."
-        )
+    if lineage[-1] == LABEL_FREE:
+        subject = "The teacher is the pixels themselves" if len(lineage) == 1 else "That began with pixels"
+        text += f"{subject}: **no labels and no pre-trained network** were used for the words."
     else:
         text += (
             "**The teacher is a network with a past**: what it has seen, labels and captions included, is inherited, and these "
@@ -205,6 +253,16 @@ def _teacher(source: str, origin: Origin) -> str:
     if start := origin.recipe.get("init_from"):
         text += f" Pre-training started from the weights `{start}`, and inherits from them too."
     return heading + text
+
+
+def _lineage(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The teacher; if that is a VQ-KD tokenizer of ours, its teacher, and so on."""
+    found = [tokenizer["teacher"]["teacher"]]
+    about = tokenizer.get("about_teacher") or {}
+    while learned := about.get("learned_from"):
+        found.append(learned["teacher"]["teacher"])
+        about = learned.get("about_teacher") or {}
+    return found
 
 
 def _metrics(origin: Origin) -> str:

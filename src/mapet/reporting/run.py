@@ -125,8 +125,8 @@ class RunFiles:
     def open(cls, folder: Path) -> "RunFiles":
         """Raises MapetError: it is no run."""
         files = cls(folder)
-        if not files.recipe:
-            raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml")
+        if not files.recipe or "backbone" in files.recipe:  # of `finetune`
+            raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
         return files
 
     @property

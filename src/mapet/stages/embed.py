@@ -4,11 +4,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
 from mapet.errors import MapetError
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BackboneSource, BadImages, Loading, Precision
+from mapet.stages.options import BackboneSource, BadImages, Loading, ModelArgs, Precision
 
 if TYPE_CHECKING:
     from mapet.data.image_list import ImageList
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-class EmbedConfig(BadImages, Loading):
+class EmbedConfig(ModelArgs, BadImages, Loading):
     """Options of `embed`."""
 
     backbone: BackboneSource
@@ -34,8 +32,6 @@ class EmbedConfig(BadImages, Loading):
     """Of the numbers on disk."""
     image_size: Size | None = None
     """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
     resume: bool = False

@@ -9,12 +9,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from mapet.errors import MapetError, did_you_mean
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BackboneSource, Loading, Precision
+from mapet.stages.options import BackboneSource, Loading, ModelArgs, Precision
 
 log = logging.getLogger("mapet")
 
 
-class EvaluateConfig(Loading):
+class EvaluateConfig(ModelArgs, Loading):
     """Options of `evaluate`."""
 
     backbone: list[BackboneSource] = Field(min_length=1)
@@ -142,7 +142,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     memory = int(config.memory * 1e9) if config.memory else free_memory(torch.device("cpu")) // 4
     place = Place(memory, config.scratch or config.out, config.batch_size, config.num_workers)
     for source in config.backbone:  # what can't be loaded is told before hours of work
-        _ = Bench(Encoder.load(source, compute, config.seed), sets, place, config).layers
+        _ = Bench(Encoder.load(source, compute, config.seed, config.model_args), sets, place, config).layers
     new_folder(config.out)
     about = {
         "images": f"{config.images} ({len(sets.train.images):,} images)",
@@ -153,7 +153,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     }
     found: dict[str, dict[str, Outcome]] = {}
     for source in config.backbone:
-        encoder = Encoder.load(source, compute, config.seed)
+        encoder = Encoder.load(source, compute, config.seed, config.model_args)
         log.info("--- %s: %s, %d x %d px", source, type(encoder.model).__name__, *encoder.image_size)
         bench = Bench(encoder, sets, place, config)
         found[source] = {}

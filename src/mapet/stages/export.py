@@ -2,13 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from mapet.errors import MapetError
-from mapet.recipe import Config, Size, Source, stage
-from mapet.stages.options import BackboneSource
+from mapet.recipe import Size, Source, stage
+from mapet.stages.options import BackboneSource, ModelArgs
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -22,7 +22,7 @@ COUNT = 8
 FormatName = Literal["timm", "transformers", "onnx", "torch-export"]
 
 
-class ExportConfig(Config):
+class ExportConfig(ModelArgs):
     """Options of `export`."""
 
     backbone: BackboneSource
@@ -38,8 +38,6 @@ class ExportConfig(Config):
     """Side of a patch, pixels; the patch embedding is resampled; automatic: the backbone's own."""
     channels: PositiveInt | None = None
     """Channels of the input; the patch embedding is adapted; automatic: the backbone's own."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
     images: Source | None = None
     """Images to check the formats on; automatic: the run's own."""
     license: str = "other"
@@ -114,7 +112,8 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
     run = Path(config.backbone)
     run = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
-    if (run / "config.yaml").is_file() and not (run / "backbone").is_dir():
+    of_pretrain = (run / "config.yaml").is_file() and not (run / "model").is_dir()  # which `finetune` makes
+    if of_pretrain and not (run / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
             return load_backbone(Path(folder) / "vit", **options).eval()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Source, stage
-from mapet.stages.options import BackboneSource, BadImages, Device, Precision, automatic_workers
+from mapet.recipe import Source, read_recipe, stage, to_yaml
+from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, automatic_workers
 from mapet.stages.tokenize import Views
 
 log = logging.getLogger("mapet")
 
 
-class FinetuneConfig(Views, BadImages, Device):
+class FinetuneConfig(ModelArgs, Views, BadImages, Device):
     """Options of `finetune`."""
 
     backbone: BackboneSource
@@ -22,7 +22,8 @@ class FinetuneConfig(Views, BadImages, Device):
     test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
-    """New folder for the fine-tuned model, its accuracy (result.json) and its curve (metrics.jsonl, curve.png)."""
+    """New folder for the fine-tuned model, its options (config.yaml), what is known of its backbone (origin.json), its accuracy
+    (result.json) and its curve (metrics.jsonl, curve.png)."""
     scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
@@ -84,11 +85,12 @@ def finetune(config: FinetuneConfig) -> float:
     Example:
       mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop
       mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --scratch
+      mapet finetune tuned/config.yaml --out again
     """
     import json
 
     from mapet.evaluation.intervals import wilson
-    from mapet.files import new_folder, write_json
+    from mapet.files import atomic, new_folder, write_json
     from mapet.model.backbone import save_backbone
     from mapet.training.finetune import finetune_vit
 
@@ -101,13 +103,20 @@ def finetune(config: FinetuneConfig) -> float:
         with (config.out / "metrics.jsonl").open("a", encoding="utf-8") as file:  # type: ignore[operator]
             file.write(json.dumps(row) + "\n")
 
-    vit, (right, seen), train = finetune_vit(config, note if config.out else None)
+    def begin(resolved: FinetuneConfig) -> None:
+        with atomic(resolved.out / "config.yaml") as temporary:  # type: ignore[operator]
+            temporary.write_text(
+                f"# mapet finetune {resolved.out}/config.yaml --out NEW\n{to_yaml(resolved)}", encoding="utf-8"
+            )
+
+    vit, (right, seen), train = finetune_vit(config, *((note, begin) if config.out else ()))
     score, (low, high) = right / seen, wilson(right, seen)
     log.info(
         "accuracy %.3f (%.3f to %.3f on %d images), trained on %d images of %d classes",
         score, low, high, seen, len(train.labels), len(train.classes),
     )  # fmt: skip
     if config.out:
+        from mapet.reporting.card import ORIGIN, origin_of_tuned
         from mapet.reporting.pictures import learning_curve, save_figure
 
         save_backbone(vit.cpu(), config.out / "model")
@@ -115,4 +124,6 @@ def finetune(config: FinetuneConfig) -> float:
         save_figure(learning_curve(rows), config.out / "curve.png")
         record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
         write_json(config.out / "result.json", record | {"classes": train.classes})
+        images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
+        write_json(config.out / ORIGIN, origin_of_tuned(read_recipe(config.out / "config.yaml"), images)._asdict())
     return score

@@ -8,16 +8,26 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError
 from mapet.recipe import Size, Source, shared_stage
-from mapet.stages.options import BadImages, Loading, Precision
+from mapet.stages.options import BadImages, FrozenTeacher, Loading, Precision, changed, refuse_unused
 
 if TYPE_CHECKING:
     from mapet.tokenizer.codebook import Tokenizer
     from mapet.tokenizer.teacher import Teacher
 
 log = logging.getLogger("mapet")
+QUANTIZER_OPTIONS = {
+    "levels": ("fsq",),
+    "pca": ("kmeans",),
+    "iterations": ("kmeans",),
+    "restarts": ("kmeans",),
+    "start": ("kmeans",),
+    "batch_points": ("kmeans",),
+    "metric": ("kmeans",),
+}
+"""Option -> which quantizers use it."""
 
 
-class FitTokenizerConfig(Loading, BadImages):
+class FitTokenizerConfig(FrozenTeacher, Loading, BadImages):
     """Options of `fit-tokenizer`."""
 
     images: Source
@@ -27,14 +37,6 @@ class FitTokenizerConfig(Loading, BadImages):
     teacher: str = "pixels"
     """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd
     (words of `train-tokenizer` or of BEiT v2), or package.module:function."""
-    teacher_checkpoint: str | None = None
-    """Local weights file of the teacher; otherwise timm downloads them."""
-    teacher_size: Size | None = None
-    """Height and width the teacher sees, pixels; automatic: the model's own."""
-    final_norm: bool = False
-    """Apply the timm model's last normalization to the features as well."""
-    layer: int = -1
-    """Which of the timm model's intermediate feature maps; -1 is the last."""
     image_size: Size = (224, 224)
     """Height and width of the student's input, pixels."""
     patch_size: PositiveInt = 16
@@ -84,10 +86,7 @@ class FitTokenizerConfig(Loading, BadImages):
 
     @model_validator(mode="after")
     def _options_of_the_quantizer(self) -> "FitTokenizerConfig":
-        if self.levels is not None and self.quantizer != "fsq":
-            raise ValueError("--levels is for --quantizer fsq")
-        if self.pca is not None and self.quantizer != "kmeans":
-            raise ValueError("--pca is for k-means: fsq and lfq take as many components as levels")
+        refuse_unused(self, QUANTIZER_OPTIONS, self.quantizer)
         return self
 
 
@@ -142,11 +141,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     num_patches, own, levels = len(images) * per_image, teacher.own_quantizer, config.levels
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     if own is not None:
-        fields = type(config).model_fields
-        if any(getattr(config, n) != fields[n].default for n in ("vocab_size", "quantizer", "pca", "levels")):
-            raise MapetError(
-                f"teacher '{config.teacher}' brings its own {own.vocab_size} words: leave out --vocab-size, --quantizer, --pca and --levels"
-            )
+        if unused := changed(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise MapetError(f"teacher '{config.teacher}' brings its own {own.vocab_size} words: leave out {flags}")
         vocab_size = own.vocab_size
     elif config.quantizer != "kmeans":
         levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))

@@ -1,12 +1,13 @@
 """Options that several stages share."""
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from mapet.recipe import Config
+from mapet.recipe import Config, Size
 
 Share = Annotated[float, Field(ge=0, le=1)]
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
@@ -18,6 +19,13 @@ class Device(Config):
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+
+
+class ModelArgs(Config):
+    """Of a backbone that is a weights file."""
+
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
 
 
 class Loading(Device):
@@ -48,6 +56,60 @@ class BadImages(Config):
 
     max_bad: Share = 0.05
     """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
+
+
+class FrozenTeacher(Config):
+    """The encoder whose features become words."""
+
+    teacher: str = "pixels"
+    """Frozen encoder: 'pixels', a timm model, or package.module:function."""
+    teacher_checkpoint: str | None = None
+    """Local weights file of the teacher; otherwise timm downloads them."""
+    teacher_size: Size | None = None
+    """Height and width the teacher sees, pixels; automatic: the model's own."""
+    final_norm: bool = False
+    """Apply the timm model's last normalization to the features as well."""
+    layer: int = -1
+    """Which of the timm model's intermediate feature maps; -1 is the last."""
+
+    @model_validator(mode="after")
+    def _options_of_the_teacher(self) -> "FrozenTeacher":
+        if changed(self, TEACHER_OPTIONS):
+            from mapet.tokenizer.teacher import (
+                DALLE,
+                PIXELS,
+                VQKD,
+                is_own_code,
+            )  # imports torch, which --help can do without
+
+            named = self.teacher in (PIXELS, VQKD, DALLE)
+            refuse_unused(
+                self,
+                TEACHER_OPTIONS,
+                self.teacher if named else "own code" if is_own_code(self.teacher) else "a timm model",
+            )
+        return self
+
+
+TEACHER_OPTIONS = {
+    "teacher_checkpoint": ("a timm model", "vqkd", "dalle", "own code"),
+    "teacher_size": ("a timm model", "dalle", "own code"),
+    "final_norm": ("a timm model",),
+    "layer": ("a timm model",),
+}
+"""Option -> which kinds of teacher use it."""
+
+
+def changed(config: Config, options: Iterable[str]) -> list[str]:
+    """Those that have another value than the default."""
+    return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]
+
+
+def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: str) -> None:
+    """Raises ValueError for an option that was given and changes nothing: it would be written down as if it had."""
+    for name in changed(config, users):
+        if kind not in users[name]:
+            raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(users[name])}; {kind} has no use for it")
 
 
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from mapet.recipe import Source, stage
-from mapet.stages.options import BackboneSource, Loading, Precision
+from mapet.stages.options import BackboneSource, Loading, ModelArgs, Precision
 
 log = logging.getLogger("mapet")
 
 
-class ProbeConfig(Loading):
+class ProbeConfig(ModelArgs, Loading):
     """Options of `probe`."""
 
     backbone: BackboneSource
@@ -51,7 +51,8 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     results = {}
     for name in ["untrained", "pretrained"] if config.untrained else ["pretrained"]:
         torch.manual_seed(config.seed)
-        vit = on_device(load_backbone(config.backbone, pretrained=name == "pretrained"), compute)
+        vit = load_backbone(config.backbone, pretrained=name == "pretrained", **config.model_args)
+        vit = on_device(vit, compute)
         fit, check = (
             extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers)
             for data in (train, test)

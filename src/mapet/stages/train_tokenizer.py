@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BadImages, Device, Precision, Tracked, automatic_workers
+from mapet.stages.options import BadImages, Device, FrozenTeacher, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
 
-class TrainTokenizerConfig(Views, BadImages, Tracked, Device):
+class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
 
@@ -21,12 +21,6 @@ class TrainTokenizerConfig(Views, BadImages, Tracked, Device):
     teacher: str = "pixels"
     """Frozen encoder whose features the codes are to keep: 'pixels' (label-free), a timm model (the paper's:
     vit_base_patch16_clip_224.openai), or package.module:function."""
-    teacher_checkpoint: str | None = None
-    """Local weights file of the teacher; otherwise timm downloads them."""
-    teacher_size: Size | None = None
-    """Height and width the teacher sees, pixels; automatic: the model's own."""
-    layer: int = -1
-    """Which of the timm model's intermediate feature maps; -1 is the last."""
     image_size: Size = (224, 224)
     """Side of the square input, pixels: the student's, and the tokenizer's from then on."""
     patch_size: PositiveInt = 16

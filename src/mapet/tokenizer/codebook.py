@@ -129,7 +129,7 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def describe(teacher: Teacher, quantizer: Quantizer, health: Health, fitting: dict[str, Any]) -> dict[str, Any]:
-    """The content of `tokenizer.json`."""
+    """The content of `tokenizer.json`. Its hash is that of what decides words; the rest tells."""
     content = _hash(quantizer.state_dict())
     identity = {"teacher": teacher.settings, "weights_hash": teacher.weights_hash, "quantizer_hash": content}
     identity["teacher"] = {key: value for key, value in teacher.settings.items() if key != "checkpoint"}
@@ -140,6 +140,8 @@ def describe(teacher: Teacher, quantizer: Quantizer, health: Health, fitting: di
         "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size),
         "teacher_grid": list(teacher.own_grid or teacher.grid),
+        "interpolation": None if teacher.own_grid in (None, teacher.grid) else "bilinear, antialiased",
+        "about_teacher": teacher.about,
         "weights_hash": teacher.weights_hash,
         "quantizer": quantizer.settings,
         "quantizer_hash": content,

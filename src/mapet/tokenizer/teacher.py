@@ -37,6 +37,8 @@ class Teacher(nn.Module):
             them: in another one about 1 % of the patches get other words, so tokens are always computed in the codebook's.
         weights_hash: sha256 of its parameters, '' if it has none.
         own_quantizer: how its features are named, if it brings its own words.
+        about: what else the codebook's JSON should say: mean and std of its input in [0, 1], prefix tokens that are dropped and,
+            of a VQ-KD tokenizer, the teacher and images it was learned from. Nothing is known of a person's own code.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Teacher(nn.Module):
         self.weights_hash = hash_weights(encoder.state_dict())
         # Convolutions are faster with channels last; what is no convolution doesn't care.
         self.own_quantizer = _own_quantizer(encoder)
+        self.about: dict[str, Any] = {} if is_own_code(name) else getattr(encoder, "about", {})
         self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -71,8 +74,7 @@ class Teacher(nn.Module):
                 f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {shape} for {len(images)} images"
             )
         features = features.float()
-        if self.own_grid is None:
-            self.own_grid = self._checked(*features.shape[2:])
+        self.own_grid = self._checked(*features.shape[2:])
         if tuple(features.shape[2:]) != self.grid:
             features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
         return features
@@ -209,20 +211,31 @@ class _TimmFeatures(nn.Module):
             raise MapetError(f"cannot load the weights of teacher '{name}': {reason[:300]}; {way_out}") from None
         if not hasattr(model, "forward_intermediates"):
             raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
+        if size and name.startswith(HUBS) and hasattr(model, "set_input_size"):  # its own size is known only now
+            model.set_input_size(img_size=size)
+        count = len(model.feature_info)
+        if not -count <= layer < count:
+            raise MapetError(f"layer {layer} of teacher '{name}': it has {count}, so {-count} to {count - 1}")
         data = timm.data.resolve_model_data_config(model)
-        self.model, self.layer, self.final_norm = model, layer, final_norm
+        self.name, self.model, self.layer, self.final_norm = name, model, layer % count, final_norm
         self.image_size: tuple[int, int] = size or tuple(data["input_size"][1:])
         for what in ("mean", "std"):
             values = data[what] if len(data[what]) == channels else [sum(data[what]) / len(data[what])] * channels
             self.register_buffer(what, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.about = {what: getattr(self, what).flatten().tolist() for what in ("mean", "std")}
+        self.about["prefix_tokens_dropped"] = getattr(model, "num_prefix_tokens", 0)
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
         normal = (images - self.mean) / self.std
-        count = len(self.model.feature_info)
-        indices = [self.layer if self.layer >= 0 else count + self.layer]
-        return self.model.forward_intermediates(
-            normal, indices=indices, norm=self.final_norm, intermediates_only=True, output_fmt="NCHW"
-        )[0]
+        try:
+            return self.model.forward_intermediates(
+                normal, indices=[self.layer], norm=self.final_norm, intermediates_only=True, output_fmt="NCHW"
+            )[0]
+        except AssertionError as error:  # timm's check of sizes
+            raise MapetError(
+                f"teacher '{self.name}' takes no views of {images.shape[2]} x {images.shape[3]} px: {error}; choose another "
+                "--teacher-size, or leave it out"
+            ) from None
 
 
 def takes_image_size(name: str) -> bool:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ class VQKD(nn.Module):
         encoder: timm's ViT.
         codebook: (K, d) unit vectors.
         image_size: (h, w) of the images, pixels.
+        about: how it takes images, and what it was learned from if that is known (see `Teacher.about`).
     """
 
     codebook: Tensor
@@ -55,6 +57,8 @@ class VQKD(nn.Module):
         self.register_buffer("codebook", F.normalize(codebook, dim=1))
         height, width = encoder.patch_embed.img_size
         self.image_size: tuple[int, int] = (height, width)
+        half = [0.5] * encoder.in_chans
+        self.about: dict[str, Any] = {"mean": half, "std": half, "prefix_tokens_dropped": encoder.num_prefix_tokens}
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B d rows columns"]:
         """Unit vectors of images in [0, 1]. The task layer computes in its own precision, also within autocast.
@@ -119,13 +123,18 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
     """
     if checkpoint is None:
         raise MapetError("a VQ-KD tokenizer comes from a file: give --teacher-checkpoint FILE")
-    description = Path(checkpoint).with_name(DESCRIPTION)
+    description, learned_from = Path(checkpoint).with_name(DESCRIPTION), None
     if description.exists():
         try:
-            check_format(read_json(description, "VQ-KD tokenizer")["format"], FORMAT, "VQ-KD tokenizer", description)
+            told = read_json(description, "VQ-KD tokenizer")
+            check_format(told["format"], FORMAT, "VQ-KD tokenizer", description)
+            learned_from = {name: told.get(name) for name in ("teacher", "teacher_weights_hash", "about_teacher")}
+            learned_from |= {name: told["training"][name] for name in ("images_hash", "num_images")}
         except (ValueError, KeyError, TypeError) as error:
             raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error})") from None
-    return VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
+    model = VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
+    model.about["learned_from"] = learned_from
+    return model
 
 
 def look_up(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:

@@ -36,8 +36,8 @@ def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False
         MapetError: it isn't one, or it has no usable checkpoint.
     """
     folder = folder / "pretrain" if (folder / "pretrain" / "config.yaml").is_file() else folder
-    if not (folder / "config.yaml").is_file():
-        raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml")
+    if not (folder / "config.yaml").is_file() or (folder / "model").is_dir():  # which `finetune` makes
+        raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
     config: Any = build(config_type, read_recipe(folder / "config.yaml"), folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
     model = build_model(config, tokenizer)

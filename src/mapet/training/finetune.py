@@ -30,13 +30,16 @@ PAPER_LR, PAPER_BATCH = 5e-4, 512
 
 
 def finetune_vit(
-    config: Any, note: Callable[[dict[str, float]], None] | None = None
+    config: Any,
+    note: Callable[[dict[str, float]], None] | None = None,
+    begin: Callable[[Any], None] | None = None,
 ) -> tuple[VisionTransformer, tuple[int, int], LabelledSet]:
     """Train on the labels that `FinetuneConfig` grants; returns the model, (right, all) test images and the training set.
 
     Args:
         note: called after each epoch with its mean loss and the learning rate, and about ten times with the accuracy on the
             test images, which nothing is chosen by.
+        begin: called before the first step with the config, its automatic values resolved.
     """
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
@@ -44,7 +47,7 @@ def finetune_vit(
         train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
     torch.manual_seed(config.seed)
     # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
-    options = {
+    options = config.model_args | {
         "num_classes": len(train.classes),
         "global_pool": "avg",
         "fc_norm": False,
@@ -60,6 +63,7 @@ def finetune_vit(
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
     warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, len(sampler), round(warmup * sampler.steps_per_epoch), config.min_lr)
+    config = config.model_copy(update={"batch_size": batch_size, "lr": lr, "warmup_epochs": warmup})
     height, width = vit.patch_embed.img_size
     spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
@@ -84,6 +88,8 @@ def finetune_vit(
         lr,
     )
 
+    if begin:
+        begin(config)
     average = ModelEmaV3(vit, decay=config.ema, use_warmup=True) if config.ema else None
     every = max(1, config.epochs // 10)
     losses: list[Tensor] = []

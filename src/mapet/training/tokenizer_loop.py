@@ -54,7 +54,7 @@ def train_vqkd(config: Any) -> Path:
     images = scan(config.images)
     teacher = make_teacher(
         config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
-        config.teacher_size, config.layer, compute.precision,
+        config.teacher_size, config.layer, compute.precision, config.final_norm,
     ).to(compute.device)  # fmt: skip
     views = ViewSpec(kind=config.views, image_size=config.image_size, min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
@@ -122,7 +122,7 @@ def train_vqkd(config: Any) -> Path:
                 step += 1
                 bar.update()
 
-                if step % log_every == 0 or step == total_steps:
+                if meter.steps and (step % log_every == 0 or step == total_steps):  # else no image could be read
                     metrics = meter.read() | {"lr": optimizer.param_groups[0]["lr"]}
                     run.record(step, metrics)
                     bar.set_postfix_str(CodeMeter.line(metrics), refresh=False)
@@ -247,6 +247,7 @@ def describe(
         "code_dim": config.code_dim,
         "teacher": teacher.settings,
         "teacher_weights_hash": teacher.weights_hash,
+        "about_teacher": teacher.about,
         "reconstruction": judgement["reconstruction"],
         "health": judgement["health"],
         "training": training | {"images_hash": images_hash, "num_images": num_images},
@@ -272,30 +273,29 @@ class CodeMeter:
     def _reset(self) -> None:
         self._counts.zero_()
         self._sums.zero_()
-        self._steps = self._images = 0
+        self.steps = self._images = 0
         self._started = time.monotonic()
 
     def add(self, result: Distillation, reborn: Tensor, images: int) -> None:
         losses = [result.loss.detach(), result.reconstruction.detach(), result.commitment.detach(), reborn]
         self._sums += torch.stack([value.float() for value in losses])
         self._counts += torch.bincount(result.codes, minlength=len(self._counts))
-        self._steps += 1
+        self.steps += 1
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """Figures since the last call.
+        """Figures since the last call, in which there was a step.
 
         loss: of the step. reconstruction: 1 - cosine. commitment: mean square. code_usage: share of the codes that a patch
         had. perplexity: exp of the entropy of the codes' frequencies, K at most. reborn: dead codes that were given a new
         place.
         """
         loss, reconstruction, commitment, reborn = self._sums.tolist()
-        steps = self._steps or float("nan")
         share = self._counts.cpu().double() / max(1, int(self._counts.sum()))
         metrics = {
-            "loss": loss / steps,
-            "reconstruction": reconstruction / steps,
-            "commitment": commitment / steps,
+            "loss": loss / self.steps,
+            "reconstruction": reconstruction / self.steps,
+            "commitment": commitment / self.steps,
             "code_usage": float((share > 0).double().mean()),
             "perplexity": float(torch.special.entr(share).sum().exp()),
             "reborn": reborn,
