@@ -149,7 +149,7 @@ class RunFiles:
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")))
+        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self._json("probe.json"))
 
     def pictures(self) -> list[Path]:
         """PNG files that `run` or `inspect` left in pictures/."""
