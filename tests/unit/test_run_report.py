@@ -14,11 +14,13 @@ from PIL import Image
 import mapet
 from mapet.errors import MapetError
 from mapet.reporting import live
+from mapet.reporting.card import origin_of
 from mapet.reporting.history import History, Series, thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
 from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page, write_run_report
 from mapet.reporting.run import Log, RunFiles
 
+LOSS = "loss, nats for words (mean of the last epoch)"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
 LOG = """2026-01-02 03:04:05,678 INFO started with
 images: photos
@@ -85,6 +87,22 @@ def test_a_history_that_was_rewound_is_read_anew(tmp_path):
     assert history.generation == 2 and len(history.records) == 1
 
 
+def test_final_figures_are_of_the_last_epoch(tmp_path):
+    """Records at steps 3, 6 and 7 of epochs of 7 steps: the last is of one step, and counts as one of seven."""
+    folder = write_run(tmp_path / "a")
+    lines = [
+        {"step": step, "epoch": step / 7, "loss": loss, "token_accuracy": loss / 10, "data_wait": 0.034}
+        for step, loss in ((3, 9.0), (6, 9.0), (7, 9.0), (10, 2.0), (13, 3.0), (14, 9.0))
+    ]
+    lines.append({"step": 14, "probe/linear": 0.26})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = RunFiles.open(folder).figures()
+    assert told[LOSS] == f"{(3 * 2 + 3 * 3 + 1 * 9) / 7:.4g}"
+    assert told["token accuracy (mean of the last epoch)"] == "34.3%"
+    assert told["share of time waiting for images (median)"] == "3.4%"
+    assert origin_of(folder).metrics["pre-training"] == told
+
+
 def test_thinned_keeps_both_ends_and_the_mean():
     series = Series(list(range(1000)), [float(i % 2) for i in range(1000)])
     few = thinned(series, 52)
@@ -114,7 +132,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert facts["epochs"] == "20 of 2, 200 steps"
     assert facts["duration"] == "2 min 30 s, resumed 1 times"
     assert facts["command"] == "mapet pretrain --resume"
-    assert told["figures"]["loss, nats"] == "1"
+    assert told["figures"][LOSS] == "1"
     assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
 
 
@@ -177,7 +195,7 @@ def test_page_of_several_runs(tmp_path):
     content = data_of(page([Shown(RunFiles.open(run)) for run in runs]))
     assert [run["name"] for run in content["runs"]] == ["a", "b", "a (2)"]
     assert content["comparison"]["options"] == [["objective", "mapet", "mim", "mapet"]]
-    assert ["loss, nats", "1", "1", "1"] in content["comparison"]["figures"]
+    assert [LOSS, "1", "1", "1"] in content["comparison"]["figures"]
 
 
 def test_names_are_told_apart():
@@ -289,7 +307,7 @@ def test_server_sends_what_is_new(tmp_path):
             file.write('{"step": 40, "lo')
         news = json.loads(ask(server, "/history?generation=0&have=0")[1])
         assert [line["step"] for line in news["records"]] == [10, 20, 30]
-        assert news["run"]["figures"]["loss, nats"] == "2.7" and news["state"].startswith("Running; last figures")
+        assert news["run"]["figures"][LOSS] == "2.7" and news["state"].startswith("Running; last figures")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('ss": 2.5}\n')
         news = json.loads(ask(server, f"/history?generation={news['generation']}&have=3")[1])

@@ -15,6 +15,8 @@ from mapet.files import file_hash
 from mapet.model.adapt import pixel_stats
 from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
+from mapet.reporting.history import History
+from mapet.reporting.run import figures, number
 
 LABEL_FREE = "pixels"
 LIBRARIES = ("mapet", "torch", "timm")
@@ -33,7 +35,7 @@ class Origin(NamedTuple):
         recipe: of pre-training, without paths of the machine.
         images: how many there were and the hash of their list; {} if it can't be had any more.
         tokenizer: content of its tokenizer.json.
-        metrics: the last of pre-training, probe and fine-tuning, each under its name.
+        metrics: of pre-training (as its report has them), probe and fine-tuning, each under its name.
     """
 
     recipe: dict[str, Any]
@@ -49,11 +51,8 @@ def origin_of(source: str | Path) -> Origin:
     run = next((folder for folder in around if (folder / "config.yaml").is_file()), None)
     recipe = read_recipe(run / "config.yaml") if run else {}
     metrics: dict[str, dict[str, Any]] = {}
-    if run and (lines := _lines(run / "metrics.jsonl")):
-        metrics["pre-training, last"] = lines[-1]
-        probes = [line for line in lines if any("knn" in key or "linear" in key for key in line)]
-        if probes:
-            metrics["probe while pre-training, last"] = probes[-1]
+    if run and (found := figures(History.read(run / "metrics.jsonl"))):
+        metrics["pre-training"] = found
     for folder in around:
         for what, name in (("probe", "probe.json"), ("fine-tuning", "result.json")):
             if (folder / name).is_file():
@@ -77,10 +76,6 @@ def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _json(folder: str | None, name: str) -> dict[str, Any]:
     path = Path(folder or "") / name
     return json.loads(path.read_text()) if folder and path.is_file() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +126,7 @@ def model_card(
         "## Recipe\n\n"
         + (_block("yaml", yaml.safe_dump(origin.recipe, sort_keys=False)) if origin.recipe else "Not known."),
         _files(folder),
-        "## Versions\n\n" + ", ".join(f"{name} {number}" for name in used if (number := _version(name))),
+        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in used if (found := _version(name))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -214,7 +209,7 @@ def _metrics(origin: Origin) -> str:
         f"| {what} | {key} | {_number(value)} |"
         for what, values in origin.metrics.items()
         for key, value in _flat(values)
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float, str))
     ]
     return "## Metrics\n\n| of | what | value |\n|---|---|---|\n" + "\n".join(lines)
 
@@ -243,8 +238,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else number(value)
 
 
 def _row(values: tuple[float, ...]) -> str:

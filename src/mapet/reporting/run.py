@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError
@@ -13,18 +14,37 @@ from mapet.recipe import read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
 
-FIGURES = {
-    "loss": "loss, nats",
-    "token_entropy": "loss of guessing by frequency, nats",
-    "token_accuracy": "token accuracy",
-    "commonest_token": "always guessing the commonest word",
-    "probe/linear": "linear probe while pre-training",
-    "probe/knn": "k-NN while pre-training",
-    "images_per_second": "images a second (median)",
-    "data_wait": "share of time waiting for images (median)",
-    "skipped_steps": "skipped steps",
+
+def number(value: float) -> str:
+    """'1,437', '0.8070', '34.2': as many digits as tell."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """'5.3%', as the terminal has it."""
+    return f"{value:.1%}"
+
+
+def last(history: History, name: str) -> float:
+    return history[name].last
+
+
+def median(history: History, name: str) -> float:
+    return median_high(history[name].values)
+
+
+FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
+    "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
+    "token_entropy": ("loss of guessing by frequency, nats", last, number),
+    "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
+    "commonest_token": ("always guessing the commonest word", last, percent),
+    "probe/linear": ("linear probe while pre-training", last, number),
+    "probe/knn": ("k-NN while pre-training", last, number),
+    "images_per_second": ("images a second (median)", median, number),
+    "data_wait": ("share of time waiting for images (median)", median, percent),
+    "skipped_steps": ("skipped steps", last, number),
 }
-"""Of metrics.jsonl -> name in the table of final figures; without a remark, the last one recorded."""
+"""Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 PLACES = ("images", "out", "tokenizer", "tokens", "probe_images", "resume", "device", "workers")
 """Options that say where, not what."""
 LOGGED = 12
@@ -174,11 +194,7 @@ class RunFiles:
 
     def figures(self) -> dict[str, str]:
         """The final figures, in words and numbers."""
-        found = {}
-        for key, name in FIGURES.items():
-            if values := self.history[key].values:
-                value = sorted(values)[len(values) // 2] if "(median)" in name else values[-1]
-                found[name] = number(value)
+        found = figures(self.history)
         probe = self._json("probe.json")
         for state in ("untrained", "pretrained"):
             for key, value in _mapping(probe.get(state)).items():
@@ -245,9 +261,10 @@ class RunFiles:
         return next((found for folder in self.around if (found := _read(folder / name))), {})
 
 
-def number(value: float) -> str:
-    """'1,437', '0.8070', '34.2': as many digits as tell."""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+def figures(history: History) -> dict[str, str]:
+    """What a run came to, or has come to so far: name -> number in words."""
+    known = set(history.names)
+    return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
 
 
 def span(seconds: float) -> str:
