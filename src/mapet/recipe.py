@@ -199,6 +199,11 @@ def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, field
 
 
+def meaning_of_none(field: Any) -> str:
+    """What an option that may be None does then: its help says so where it is chosen automatically."""
+    return "automatic" if "automatic" in (field.description or "") else "none"
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: a mapping of option names to values."""
     try:

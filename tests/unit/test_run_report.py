@@ -19,6 +19,7 @@ from mapet.reporting.history import History, Series, thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
 from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page, write_run_report
 from mapet.reporting.run import Log, RunFiles
+from mapet.stages.pretrain import PretrainConfig
 
 LOSS = "loss, nats for words (mean of the last epoch)"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
@@ -166,6 +167,32 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
         assert [picture.name for picture in open_pictures(files.pictures())] == ["words"]
 
 
+def test_what_an_option_of_none_means(tmp_path):
+    folder = write_run(tmp_path / "a", layer_scale=None, clip_grad=None, compile=None, other=None)
+    told = RunFiles.open(folder, PretrainConfig).data()["recipe"]
+    assert {name: told[name] for name in ("layer_scale", "clip_grad", "compile", "other")} == {
+        "layer_scale": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_views_are_those_of_the_token_store(moved, tmp_path):
+    """The option itself has nothing to say with --tokens, and stays at its default."""
+    store = tmp_path / "tokens"
+    store.mkdir()
+    spec = {"kind": "crop", "image_size": [8, 8], "min_scale": 0.4, "seed": 0}
+    (store / "store.json").write_text(json.dumps({"num_images": 7, "images_hash": "x", "views": 8, "view_spec": spec}))
+    (tmp_path / "recipe.yaml").write_text("{}")
+    options = {"views": "center", "min_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
+    folder = write_run(tmp_path / "pretrain", **options)
+    told = RunFiles.open(folder).data()["recipe"]
+    assert (told["views"], told["min_scale"]) == ("crop, 8 of each (token store)", "0.4")
+    if not moved:
+        assert origin_of(folder).recipe["views"] == "crop, 8 of each (token store)"
+    alone = write_run(tmp_path / "alone", views="flip")
+    assert RunFiles.open(alone).data()["recipe"]["views"] == origin_of(alone).recipe["views"] == "flip"
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log"])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[[[[", b'{"step": {}}\n', b"9" * 5000])
 def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
@@ -258,10 +285,10 @@ def test_pictures_shrink_before_they_are_left_out():
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path, caplog, monkeypatch):
     folder = write_run(tmp_path / "a")
-    write_run_report(folder)
+    write_run_report(folder, PretrainConfig)
     assert data_of((folder / "report.html").read_text())["runs"][0]["name"] == "a"
     monkeypatch.setattr("mapet.reporting.page.page", lambda runs: 1 / 0)
-    write_run_report(folder)
+    write_run_report(folder, PretrainConfig)
     assert "report.html could not be written: division by zero" in caplog.text
 
 

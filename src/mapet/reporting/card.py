@@ -16,7 +16,7 @@ from mapet.model.adapt import pixel_stats
 from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
 from mapet.reporting.history import History
-from mapet.reporting.run import figures, number
+from mapet.reporting.run import figures, number, with_views
 
 LABEL_FREE = "pixels"
 LIBRARIES = ("mapet", "torch", "timm")
@@ -57,7 +57,8 @@ def origin_of(source: str | Path) -> Origin:
         for what, name in (("probe", "probe.json"), ("fine-tuning", "result.json")):
             if (folder / name).is_file():
                 metrics.setdefault(what, json.loads((folder / name).read_text()))
-    return Origin(_without_paths(recipe), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
+    shown = with_views(recipe, _json(recipe.get("tokens"), "store.json"))
+    return Origin(_without_paths(shown), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
 
 
 def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

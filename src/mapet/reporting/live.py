@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from mapet.errors import MapetError
+from mapet.recipe import Config
 from mapet.reporting.page import live_page
 from mapet.reporting.run import RunFiles, span
 
@@ -24,10 +25,10 @@ MOST_RECORDS = 20_000
 class Follower:
     """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config_type: type[Config] = Config) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._files = RunFiles(folder)
+        self._files = RunFiles(folder, config_type)
         self._known: tuple[Any, dict[str, Any]] | None = None
 
     def page(self) -> str:
@@ -79,6 +80,7 @@ class LiveServer(ThreadingHTTPServer):
 
     Args:
         port: 0 takes a free one.
+        config_type: see `RunFiles`.
 
     Raises:
         MapetError: the port is taken, or not to be had.
@@ -86,8 +88,8 @@ class LiveServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        self.follower = Follower(folder)
+    def __init__(self, folder: Path, port: int = 0, config_type: type[Config] = Config) -> None:
+        self.follower = Follower(folder, config_type)
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mapet import processes
 from mapet.files import atomic
+from mapet.recipe import Config
 from mapet.reporting.history import thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
 from mapet.reporting.run import PLACES, RunFiles
@@ -174,12 +175,12 @@ def _short(value: float) -> float:
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
-def write_run_report(folder: Path) -> None:
+def write_run_report(folder: Path, config_type: type[Config]) -> None:
     """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
     if processes.rank() > 0:
         return
     try:
-        files = RunFiles.open(folder)
+        files = RunFiles.open(folder, config_type)
         text = page([Shown(files, open_pictures(files.pictures()))])
         with atomic(folder / NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError
-from mapet.recipe import read_recipe
+from mapet.recipe import Config, meaning_of_none, read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
 
@@ -117,10 +117,14 @@ def pretrain_folder(folder: Path) -> Path:
 
 
 class RunFiles:
-    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet."""
+    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet.
 
-    def __init__(self, given: Path) -> None:
-        self.given = given
+    Args:
+        config_type: of `pretrain`, whose options say what None means.
+    """
+
+    def __init__(self, given: Path, config_type: type[Config] = Config) -> None:
+        self.given, self.config_type = given, config_type
         self.history = History(Path())
         self.refresh()
 
@@ -136,15 +140,16 @@ class RunFiles:
         except MapetError:
             self.recipe = {}
         self.log = Log.read(self.folder / "train.log")
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = self._made("tokenizer", "tokenizer.json")
+        self.store = self._made("tokens", "store.json") if self.recipe.get("tokens") else {}
         if self.history.path != (path := self.folder / "metrics.jsonl"):
             self.history = History(path)
         self.history.update()
 
     @classmethod
-    def open(cls, folder: Path) -> "RunFiles":
+    def open(cls, folder: Path, config_type: type[Config] = Config) -> "RunFiles":
         """Raises MapetError: it is no run."""
-        files = cls(folder)
+        files = cls(folder, config_type)
         if not files.recipe:
             raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml")
         return files
@@ -181,7 +186,7 @@ class RunFiles:
             "name": self.name,
             "status": self.status,
             "facts": list(self._facts()),
-            "recipe": {str(key): _text(value) for key, value in self.recipe.items()},
+            "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
             "figures": self.figures(),
             "warnings": warnings(self.subject),
             "early": len(self.history["loss"].values) < RECORDS,
@@ -202,13 +207,18 @@ class RunFiles:
                     found[f"{'k-NN' if key == 'knn' else f'{key} probe'}, {state}"] = number(value)
         return found
 
+    def _option(self, name: str, value: Any) -> str:
+        if value is None and (field := self.config_type.model_fields.get(name)):
+            return meaning_of_none(field)
+        return _text(value)
+
     def _facts(self) -> Iterator[tuple[str, str]]:
         recipe, log, epochs = self.recipe, self.log, self.history["epoch"].values
         yield "status", self.status
         if log.description:
             yield "what", log.description
         if recipe:
-            images = log.images or _read(Path(str(recipe.get("tokens") or "")) / "store.json").get("num_images")
+            images = log.images or self.store.get("num_images")
             count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
         if epochs:
@@ -225,10 +235,11 @@ class RunFiles:
             yield "system", system
             yield "command", command
 
-    def _tokenizer(self) -> dict[str, Any]:
-        named = Path(str(self.recipe.get("tokenizer") or ""))
-        for folder in (named, *(around / "tokenizer" for around in self.around)):
-            if folder != Path() and (content := _read(folder / "tokenizer.json")):
+    def _made(self, stage: str, name: str) -> dict[str, Any]:
+        """What tells of the folder that the option `stage` names, there or, if the run has moved, beside it."""
+        named = Path(str(self.recipe.get(stage) or ""))
+        for folder in (named, *(around / stage for around in self.around)):
+            if folder != Path() and (content := _read(folder / name)):
                 return content
         return {}
 
@@ -267,6 +278,21 @@ def figures(history: History) -> dict[str, str]:
     return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
 
 
+def with_views(recipe: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the views that were shown: those of the token store, where the run used one.
+
+    Args:
+        store: content of its store.json; {} if that can't be had.
+    """
+    if not recipe.get("tokens"):
+        return dict(recipe)
+    spec = _mapping(store.get("view_spec"))
+    found = (
+        f"{spec['kind']}, {store.get('views')} of each (token store)" if "kind" in spec else "as the token store has"
+    )
+    return {**recipe, "views": found, "min_scale": spec.get("min_scale", recipe.get("min_scale"))}
+
+
 def span(seconds: float) -> str:
     """'45 s', '3 min 20 s', '5 h 12 min'."""
     seconds = round(seconds)
@@ -303,4 +329,4 @@ def _text(value: Any) -> str:
         return " x ".join(_text(part) for part in value)
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else "automatic" if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -94,7 +94,7 @@ def run(config: RunConfig) -> Path:
         do(probe, backbone=backbone, test_images=config.test_images, out=figures)
     if pictures in missing:
         do(inspect, run=pretrained, out=pictures, teacher=own_code)
-    write_run_report(config.out)
+    write_run_report(config.out, PretrainConfig)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone,
