@@ -221,6 +221,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}
 
 
+def outer_recipe(folder: Path) -> Path | None:
+    """The recipe of the `mapet run` that a folder of `pretrain` belongs to, if any: the one to go on with."""
+    path = folder.parent / "recipe.yaml"
+    return path if folder.name == "pretrain" and path.is_file() else None
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as a recipe that repeats it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -176,13 +176,18 @@ def _short(value: float) -> float:
 
 
 def write_run_report(folder: Path, config_type: type[Config]) -> None:
-    """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
+    """`report.html` of a run from what lies in its folder, in place of an earlier one. That it can't be written stops nothing.
+
+    A pre-training that is part of a `mapet run` has the one report of that.
+    """
     if processes.rank() > 0:
         return
+    path = folder / NAME
     try:
         files = RunFiles.open(folder, config_type)
         text = page([Shown(files, open_pictures(files.pictures()))])
-        with atomic(folder / NAME) as temporary:
+        path = files.around[-1] / NAME
+        with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except Exception as error:  # whatever it is: the run itself is whole
-        log.warning("%s could not be written: %s", folder / NAME, error or type(error).__name__)
+        log.warning("%s could not be written: %s", path, error or type(error).__name__)

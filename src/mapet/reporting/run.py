@@ -10,7 +10,7 @@ from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError
-from mapet.recipe import Config, meaning_of_none, read_recipe
+from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
 
@@ -131,10 +131,7 @@ class RunFiles:
     def refresh(self) -> None:
         """Read again; of the metrics only what is new."""
         self.folder = pretrain_folder(self.given)
-        outer = self.folder.parent if self.folder.name == "pretrain" else self.folder
-        self.around = (
-            [self.folder, outer] if outer != self.folder and (outer / "recipe.yaml").is_file() else [self.folder]
-        )
+        self.around = [self.folder, *([self.folder.parent] if outer_recipe(self.folder) else [])]
         try:
             self.recipe = read_recipe(self.folder / "config.yaml")
         except MapetError:

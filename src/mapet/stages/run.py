@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import MapetError
 from mapet.recipe import Config, Source, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
@@ -85,11 +85,7 @@ def run(config: RunConfig) -> Path:
         do(fit_tokenizer, out=tokenizer, resume=True)
     do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
     if backbone in missing:
-        try:
-            do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
-        except Interrupted as error:
-            what = str(error).partition(" Go on with")[0]
-            raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
+        do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
     if figures in missing and (config.test_images or scan(config.images).classes()):
         do(probe, backbone=backbone, test_images=config.test_images, out=figures)
     if pictures in missing:

@@ -23,7 +23,7 @@ from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.panel import Panel
 from mapet.training.replay import WentWrong, save_bundle
-from mapet.training.run_folder import RunFolder, recipe_to_resume
+from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
 from mapet.training.setting import Setting
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
@@ -140,10 +140,9 @@ def train(config: Any) -> Path:
                     save()
                     saved = time.monotonic()
                 if stopping and step < total_steps:
-                    recipe = config.out / "config.yaml"
                     raise Interrupted(
                         f"stopped by {stop.asked or 'another process'} at step {step} of {total_steps}, saved. "
-                        f"Go on with: mapet pretrain {recipe} --resume"
+                        f"Go on with: {command_to_resume(config.out)}"
                     )
 
         # ---- the product
