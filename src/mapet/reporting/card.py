@@ -19,6 +19,8 @@ from mapet.reporting.history import History
 from mapet.reporting.run import figures, number, with_views
 
 LABEL_FREE = "pixels"
+COLOURS = {1: " Images in colour are turned grey.", 3: " Grey images have their one channel three times."}
+"""Channels -> what is done with pictures of another number."""
 LIBRARIES = ("mapet", "torch", "timm")
 USE = {
     "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or mapet.load_backbone("FOLDER")',
@@ -153,8 +155,10 @@ def _use(vit: VisionTransformer, formats: Sequence[str]) -> str:
     lines = [USE[name] for name in formats]
     text = (
         f"**Preprocessing**: {shape} of the image, resized to {height} x {width} px (bicubic, antialiased), divided by 255, less "
-        f"the mean {_row(mean)}, divided by the standard deviation {_row(std)}. Grey images have one channel."
+        f"the mean {_row(mean)}, divided by the standard deviation {_row(std)}."
     )
+    if vit.in_chans in COLOURS:
+        text += COLOURS[vit.in_chans]
     if "transformers" in formats and height != width:
         text += " The image processor of `transformers/` squeezes the whole image instead: crop it to the shape first."
     return f"## Use\n\n{_block('python', chr(10).join(lines))}\n\n{text}"
