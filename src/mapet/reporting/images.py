@@ -26,7 +26,7 @@ CAPTIONS = {
     "usage": "How often each word comes, commonest first, beside even use.",
     "visibility": "The visibility table of the objective: each row says what a segment sees.",
     "predictions": "Hidden patches predicted in random order: given patches, order, true words, predicted words, and the "
-    "probability of the true one.",
+    "probability of the true one, from nought (dark) to the largest of the picture.",
     "cls_attention": "Where the class token looks in the last block: the mean over heads, then single heads.",
     "features": "Features of the patches: their first three principal components, over all images shown, as red, green and "
     "blue. Patches of one colour mean the same to the model.",
