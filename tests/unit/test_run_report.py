@@ -225,13 +225,38 @@ def test_page_of_several_runs(tmp_path):
     assert [LOSS, "1", "1", "1"] in content["comparison"]["figures"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "comparable"),
+    [
+        ({"hash": "a", "vocab_size": 64}, {"hash": "a", "vocab_size": 64}, True),
+        ({"hash": "a", "vocab_size": 64}, {"hash": "b", "vocab_size": 64}, False),
+        ({"hash": "a", "vocab_size": 64}, {"vocab_size": 128}, False),
+    ],
+)
+def test_losses_of_other_words_are_not_compared(first, second, comparable, tmp_path):
+    runs = []
+    for name, content in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        runs.append(Shown(RunFiles.open(write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name)))))
+    note = data_of(page(runs))["comparison"]["note"]
+    assert ("cannot be compared" in note) is not comparable
+
+
 def test_names_are_told_apart():
     assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
 
 
 def test_a_run_lacking_a_figure_has_a_dash():
-    runs = [{"figures": {"x": "1"}, "recipe": {"lr": "1"}}, {"figures": {"y": "2"}, "recipe": {}}]
-    assert comparison(runs) == {"figures": [["x", "1", "-"], ["y", "-", "2"]], "options": [["lr", "1", "-"]]}
+    runs = [
+        {"figures": {"x": "1"}, "recipe": {"lr": "1"}, "predicts": []},
+        {"figures": {"y": "2"}, "recipe": {}, "predicts": []},
+    ]
+    assert comparison(runs) == {
+        "note": "",
+        "figures": [["x", "1", "-"], ["y", "-", "2"]],
+        "options": [["lr", "1", "-"]],
+    }
 
 
 def test_hostile_strings_stay_data(tmp_path):

@@ -83,9 +83,9 @@ function sections(run, curves, suffix = "") {
 }
 
 function comparison(curves) {
-  const head = (what) => [what, ...DATA.runs.map((run) => run.name)], { figures, options } = DATA.comparison;
+  const head = (what) => [what, ...DATA.runs.map((run) => run.name)], { note, figures, options } = DATA.comparison;
   return [
-    section("figures", LOOKS.figures, table("Final figures", head("figure"), figures)),
+    section("figures", LOOKS.figures, note ? element("p", { class: "note" }, `Note: ${note}`) : null, table(LOOKS.figures, head("figure"), figures)),
     section("options", "Options that differ", options.length ? table("Options that differ", head("option"), options) : element("p", {}, "None but names of folders.")),
     section("curves", "Curves", curves.root),
     section("warnings", LOOKS.warnings, DATA.runs.flatMap((run) => [element("h3", {}, run.name), warningList(run)])),

@@ -56,6 +56,12 @@ PANELS = (
 """The panels of curves; those of figures that no run has are left out."""
 
 
+OTHER_WORDS = (
+    "These runs do not predict the same words (their tokenizers, or targets, differ): their losses and token accuracies cannot "
+    "be compared. Probes can, and what `mapet evaluate` measures."
+)
+
+
 @dataclass
 class Shown:
     """A run and what there is to see of it.
@@ -117,11 +123,13 @@ def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tables of final figures and of the options in which runs differ: rows of [name, a text for each run]."""
+    """Tables of final figures and of the options in which runs differ, rows of [name, a text for each run], and a note on them."""
     figures = dict.fromkeys(name for run in runs for name in run["figures"])
     options = dict.fromkeys(name for run in runs for name in run["recipe"] if name not in PLACES)
     differing = [[name, *(run["recipe"].get(name, "-") for run in runs)] for name in options]
+    same = all(run["predicts"] == runs[0]["predicts"] for run in runs)
     return {
+        "note": "" if same else OTHER_WORDS,
         "figures": [[name, *(run["figures"].get(name, "-") for run in runs)] for name in figures],
         "options": [row for row in differing if len(set(row[1:])) > 1],
     }

@@ -173,6 +173,14 @@ class RunFiles:
     def subject(self) -> Subject:
         return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self._json("probe.json"))
 
+    @property
+    def predicts(self) -> list[str]:
+        """What a loss is of: runs in which this differs have losses that can't be compared."""
+        return [
+            _text(part)
+            for part in (self.recipe.get("target"), self.tokenizer.get("hash"), self.tokenizer.get("vocab_size"))
+        ]
+
     def pictures(self) -> list[Path]:
         """PNG files that `run` or `inspect` left in pictures/."""
         return [path for folder in self.around for path in sorted((folder / "pictures").glob("*.png"))]
@@ -189,6 +197,7 @@ class RunFiles:
             "early": len(self.history["loss"].values) < RECORDS,
             "log": list(self.log.warnings[-LOGGED:]),
             "logged": len(self.log.warnings),
+            "predicts": self.predicts,
             "tokenizer": list(self._of_tokenizer()),
             "health": self._health(),
             "steps_per_epoch": self.history.steps_per_epoch,
