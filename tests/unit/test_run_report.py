@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import os
 import re
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,10 +130,10 @@ def test_log(tmp_path):
 def test_what_a_run_says_of_itself(tmp_path):
     told = RunFiles.open(write_run(tmp_path / "a")).data()
     facts = dict(told["facts"])
-    assert facts["status"] == "not finished"
+    assert facts["status"] == "running" and told["finished"] is False
     assert facts["images"] == "1,437 images in photos"
     assert facts["epochs"] == "20 of 2, 200 steps"
-    assert facts["duration"] == "2 min 30 s, resumed 1 times"
+    assert facts["duration"] == "2 min 30 s, resumed 1 time"
     assert facts["command"] == "mapet pretrain --resume"
     assert told["figures"][LOSS] == "1"
     assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
@@ -149,6 +151,38 @@ def test_how_a_run_stopped(line, status, tmp_path):
     (folder / "train.log").write_text(f"{LOG}2026-01-02 04:00:31,000 INFO {line}\n")
     told = RunFiles.open(folder).data()
     assert told["status"] == status and told["early"] is True
+
+
+def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
+    folder = write_run(tmp_path / "a")
+    long_ago = time.time() - 5 * 3600
+    os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
+    assert RunFiles.open(folder).status == "not finished"
+    assert live.Follower(folder).news(None, 0)["state"] == "Not finished; last figures 5 h 0 min ago."
+
+
+def test_a_stopped_run_counts_the_steps_it_says(tmp_path):
+    """It stopped between two records; to ask a run to stop is no warning."""
+    folder = write_run(tmp_path / "a", records=3, epochs=20)
+    lines = (
+        "WARNING SIGINT: saving after this step (again to stop at once)",
+        "INFO stopped: Interrupted: stopped by SIGINT at step 34 of 200, saved",
+    )
+    (folder / "train.log").write_text(LOG + "".join(f"2026-01-02 04:00:31,000 {line}\n" for line in lines))
+    told = RunFiles.open(folder).data()
+    assert dict(told["facts"])["epochs"] == "3.4 of 20, 34 steps"
+    assert told["log"] == ["bad image 'a.png': truncated"]
+
+
+def test_time_left(tmp_path):
+    """10 steps an epoch of 50 images: of 20 epochs 17 are left, 8,500 images at 100 a second."""
+    folder = write_run(tmp_path / "a", records=0, epochs=20, batch_size=50)
+    assert RunFiles.open(folder).seconds_left is None
+    (folder / "metrics.jsonl").write_text(
+        "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
+    )
+    assert RunFiles.open(folder).seconds_left == 85
+    assert live.Follower(folder).news(None, 0)["state"].endswith("ago, about 1 min 25 s left.")
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -60,16 +59,16 @@ class Follower:
             return "Finished. `mapet report` adds pictures."
         if files.log.stopped:
             return files.status
-        try:
-            age = time.time() - (files.folder / "metrics.jsonl").stat().st_mtime
-        except OSError:
+        if not files.history.records:
             return "Started; nothing recorded yet."
-        return f"Running; last figures {span(age)} ago." if files.history.records else "Started; nothing recorded yet."
+        left = files.seconds_left
+        ends = f", about {span(left)} left" if files.status == "running" and left is not None else ""
+        return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
 
     def _about(self) -> dict[str, Any]:
         """`RunFiles.data`, made anew only when something has changed."""
         files = self._files
-        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.finished)
+        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.status, files.probe)
         if self._known is None or self._known[0] != key:
             self._known = key, files.data()
         return self._known[1]

@@ -33,13 +33,15 @@ PANELS = (
         "title": "Loss",
         "unit": "nats, where words are predicted",
         "lines": {"loss": "loss", "token_entropy": "guessing by frequency"},
-        "hint": "Below the line of guessing by frequency, something is learned of the images.",
+        "hint": "Nats are natural-log units: guessing evenly among K words costs ln K. Below the line of guessing by frequency, "
+        "something is learned of the images.",
     },
     {
         "title": "Token accuracy",
-        "unit": "share of hidden patches",
+        "unit": "of the hidden patches",
+        "percent": True,
         "lines": {"token_accuracy": "word predicted", "commonest_token": "always the commonest word"},
-        "hint": "The share of hidden patches whose word is the likeliest one.",
+        "hint": "The share of hidden patches whose likeliest predicted word is the true one.",
     },
     {
         "title": "Probes",
@@ -47,10 +49,10 @@ PANELS = (
         "lines": {"probe/linear": "linear probe", "probe/knn": "k-NN"},
         "hint": "On a small fixed sample of labelled images, held out from the probe.",
     },
-    {"title": "Learning rate", "unit": "peak of the groups", "lines": {"lr": "learning rate"}},
+    {"title": "Learning rate", "unit": "at each step", "lines": {"lr": "learning rate"}},
     {"title": "Gradient norm", "unit": "before clipping", "lines": {"gradient_norm": "norm"}},
     {"title": "Speed", "unit": "images a second", "lines": {"images_per_second": "images/s"}},
-    {"title": "Data wait", "unit": "share of time", "lines": {"data_wait": "waiting for images"}},
+    {"title": "Data wait", "unit": "of the time", "percent": True, "lines": {"data_wait": "waiting for images"}},
     {"title": "Skipped steps", "unit": "since the start", "lines": {"skipped_steps": "skipped"}},
 )
 """The panels of curves; those of figures that no run has are left out."""

@@ -2,17 +2,20 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import inf
 from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, counted
 from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
+from mapet.signals import STOP_SIGNALS
 
 
 def number(value: float) -> str:
@@ -47,6 +50,10 @@ FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float],
 """Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 PLACES = ("images", "out", "tokenizer", "tokens", "probe_images", "resume", "device", "workers")
 """Options that say where, not what."""
+ASKED = tuple(f"{name}: " for name in STOP_SIGNALS)
+"""How lines begin that are no warnings: somebody asked the run to stop."""
+QUIET = 3600
+"""After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 LOGGED = 12
 """Warnings of train.log that are shown."""
 
@@ -77,13 +84,13 @@ class Log:
         sessions: list[tuple[datetime, datetime]] = []
         description = stopped = ""
         found = []
-        for time, level, message in _log_lines(text):
+        for moment, level, message in _log_lines(text):
             stopped = message.split(": ", 2)[-1] if message.startswith("stopped: ") else ""  # without the error's class
             if message in ("started with", "resumed with"):
-                sessions.append((time, time))
+                sessions.append((moment, moment))
             elif sessions:
-                sessions[-1] = sessions[-1][0], time
-            if level in ("WARNING", "ERROR"):
+                sessions[-1] = sessions[-1][0], moment
+            if level in ("WARNING", "ERROR") and not message.startswith(ASKED):
                 found.append(message)
             if " parameters, " in message and " images of " in message:
                 description = message
@@ -137,6 +144,7 @@ class RunFiles:
         except MapetError:
             self.recipe = {}
         self.log = Log.read(self.folder / "train.log")
+        self.probe = self._json("probe.json")
         self.tokenizer = self._made("tokenizer", "tokenizer.json")
         self.store = self._made("tokens", "store.json") if self.recipe.get("tokens") else {}
         if self.history.path != (path := self.folder / "metrics.jsonl"):
@@ -167,11 +175,39 @@ class RunFiles:
             return "finished"
         if self.log.stopped:
             return self.log.stopped if self.log.stopped.startswith("stopped") else f"stopped: {self.log.stopped}"
-        return "not finished" if self.recipe else "not started"
+        if not self.recipe:
+            return "not started"
+        return "running" if self.age < QUIET else "not finished"
+
+    @property
+    def age(self) -> float:
+        """Seconds since the run last wrote figures, or its log while it has none."""
+        for name in ("metrics.jsonl", "train.log"):
+            try:
+                return max(0.0, time.time() - (self.folder / name).stat().st_mtime)
+            except OSError:
+                pass
+        return inf
+
+    @property
+    def steps(self) -> float | None:
+        """Steps made: a run that was stopped between two records says so itself."""
+        found = re.search(r"at step (\d+) of ", self.log.stopped)
+        records = self.history.records
+        return float(found[1]) if found else records[-1]["step"] if records else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed of the last records; None while that can't be said."""
+        epochs, batch = (self.recipe.get(name) for name in ("epochs", "batch_size"))
+        per_epoch, speed = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
+        if not (isinstance(epochs, int) and isinstance(batch, int) and per_epoch and speed and self.steps):
+            return None
+        return max(0.0, epochs * per_epoch - self.steps) * batch / max(1e-9, median_high(speed))
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self._json("probe.json"))
+        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self.probe)
 
     @property
     def predicts(self) -> list[str]:
@@ -190,6 +226,7 @@ class RunFiles:
         return {
             "name": self.name,
             "status": self.status,
+            "finished": self.finished,
             "facts": list(self._facts()),
             "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
             "figures": self.figures(),
@@ -206,9 +243,8 @@ class RunFiles:
     def figures(self) -> dict[str, str]:
         """The final figures, in words and numbers."""
         found = figures(self.history)
-        probe = self._json("probe.json")
         for state in ("untrained", "pretrained"):
-            for key, value in _mapping(probe.get(state)).items():
+            for key, value in _mapping(self.probe.get(state)).items():
                 if isinstance(value, (int, float)):
                     found[f"{'k-NN' if key == 'knn' else f'{key} probe'}, {state}"] = number(value)
         return found
@@ -219,7 +255,7 @@ class RunFiles:
         return _text(value)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        recipe, log, epochs = self.recipe, self.log, self.history["epoch"].values
+        recipe, log, per_epoch = self.recipe, self.log, self.history.steps_per_epoch
         yield "status", self.status
         if log.description:
             yield "what", log.description
@@ -227,13 +263,10 @@ class RunFiles:
             images = log.images or self.store.get("num_images")
             count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
-        if epochs:
-            yield (
-                "epochs",
-                f"{epochs[-1]:.4g} of {_text(recipe.get('epochs'))}, {self.history.records[-1]['step']:,.0f} steps",
-            )
+        if per_epoch and self.steps is not None:
+            yield "epochs", f"{self.steps / per_epoch:.4g} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps"
         if log.sessions:
-            resumed = f", resumed {len(log.sessions) - 1} times" if len(log.sessions) > 1 else ""
+            resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
             yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"
             yield "duration", f"{span(log.duration.total_seconds())}{resumed}"
         system, _, command = log.system.rpartition("; ")

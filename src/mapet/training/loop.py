@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet import processes
 from mapet.data.dataset import Batch, Quarantine, make_loader
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, counted
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
@@ -161,7 +161,7 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     return (
         f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
         f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
-        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {config.epochs} epochs"
+        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
 
 
