@@ -19,8 +19,9 @@ from mapet.reporting import live
 from mapet.reporting.card import origin_of
 from mapet.reporting.history import History, Series, thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
+from mapet.reporting.log import Log
 from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page, write_run_report
-from mapet.reporting.run import Log, RunFiles
+from mapet.reporting.run import RunFiles
 from mapet.stages.pretrain import PretrainConfig
 
 LOSS = "loss, nats for words (mean of the last epoch)"

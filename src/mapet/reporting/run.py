@@ -4,8 +4,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
 from math import inf
 from pathlib import Path
 from statistics import median_high
@@ -15,7 +13,7 @@ from mapet.errors import MapetError, counted
 from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
-from mapet.signals import STOP_SIGNALS
+from mapet.reporting.log import Log
 
 
 def number(value: float) -> str:
@@ -50,71 +48,10 @@ FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float],
 """Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 PLACES = ("images", "out", "tokenizer", "tokens", "probe_images", "resume", "device", "workers")
 """Options that say where, not what."""
-ASKED = tuple(f"{name}: " for name in STOP_SIGNALS)
-"""How lines begin that are no warnings: somebody asked the run to stop."""
 QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 LOGGED = 12
 """Warnings of train.log that are shown."""
-
-
-@dataclass(frozen=True)
-class Log:
-    """What train.log tells.
-
-    Attributes:
-        sessions: (start, last line) of each time the run was started or resumed.
-        system: device, versions and command of the last session.
-        description: the run in one line, as `pretrain` wrote it.
-        stopped: why it stopped, if it said so last.
-    """
-
-    sessions: list[tuple[datetime, datetime]]
-    system: str = ""
-    description: str = ""
-    stopped: str = ""
-    warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, path: Path) -> "Log":
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return cls([])
-        sessions: list[tuple[datetime, datetime]] = []
-        description = stopped = ""
-        found = []
-        for moment, level, message in _log_lines(text):
-            stopped = message.split(": ", 2)[-1] if message.startswith("stopped: ") else ""  # without the error's class
-            if message in ("started with", "resumed with"):
-                sessions.append((moment, moment))
-            elif sessions:
-                sessions[-1] = sessions[-1][0], moment
-            if level in ("WARNING", "ERROR") and not message.startswith(ASKED):
-                found.append(message)
-            if " parameters, " in message and " images of " in message:
-                description = message
-        systems = re.findall(r"^system: (.*)$", text, flags=re.M)
-        return cls(sessions, systems[-1] if systems else "", description, stopped, tuple(found))
-
-    @property
-    def duration(self) -> timedelta:
-        """Time that the run was at work, over all sessions."""
-        return sum((end - start for start, end in self.sessions), timedelta())
-
-    @property
-    def images(self) -> int | None:
-        """How many the run was trained on."""
-        found = re.search(r" on ([\d,]+) images of ", self.description)
-        return int(found[1].replace(",", "")) if found else None
-
-
-def _log_lines(text: str) -> Iterator[tuple[datetime, str, str]]:
-    for stamp, level, message in re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)$", text, flags=re.M):
-        try:
-            yield datetime.fromisoformat(stamp), level, message
-        except ValueError:
-            continue
 
 
 def pretrain_folder(folder: Path) -> Path:
