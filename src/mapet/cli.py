@@ -13,7 +13,7 @@ import yaml
 import mapet
 from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean
-from mapet.recipe import build, fields, read_recipe
+from mapet.recipe import build, fields, meaning_of_none, read_recipe
 from mapet.stages import STAGES
 
 
@@ -168,7 +168,7 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
         if NoneType in get_args(field.annotation):
             extra["type"] = lambda word: None if word == "none" else word
         if field.default is None:
-            default = f"default: {'automatic' if 'automatic' in description else 'none'}"
+            default = f"default: {meaning_of_none(field)}"
         help_text = f"{description} ({default})".strip()
         groups[of_stage].add_argument(f"--{_flag(option)}", dest=option, help=help_text, **extra)
     return parser

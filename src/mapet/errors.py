@@ -28,6 +28,11 @@ def by(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 epoch', '1,437 images'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the nearest known word, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -199,6 +199,11 @@ def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, field
 
 
+def meaning_of_none(field: Any) -> str:
+    """What an option that may be None does then: its help says so where it is chosen automatically."""
+    return "automatic" if "automatic" in (field.description or "") else "none"
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: a mapping of option names to values."""
     try:
@@ -214,6 +219,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise MapetError(f"{path} must be a mapping of options to values, not a {type(recipe).__name__}")
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+def outer_recipe(folder: Path) -> Path | None:
+    """The recipe of the `mapet run` that a folder of `pretrain` belongs to, if any: the one to go on with."""
+    path = folder.parent / "recipe.yaml"
+    return path if folder.name == "pretrain" and path.is_file() else None
 
 
 def to_yaml(config: Config) -> str:

@@ -62,7 +62,11 @@ def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
         "tags": ["mapet", "vision", "vit", "timm"],
     }  # fmt: skip
     assert "# digits\n" in card and "288 images without labels" in card and "8 images of few.txt" in card
-    assert "no labels and no pre-trained network" in card and "| pre-training, last | loss |" in card
+    assert (
+        "no labels and no pre-trained network" in card
+        and "| pre-training | loss, nats for words (mean of the last epoch) |" in card
+    )
+    assert "turned grey" in card and "three times" not in card
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
     assert str(few_digits.parent) not in card and str(run_dir.parent) not in card
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.S)[1])
@@ -80,6 +84,7 @@ def test_released_weights_for_timm(crops, tmp_path):
     assert torch.equal(made.forward_features(pixels), vit.forward_features(pixels))
     card = (tmp_path / "timm" / "README.md").read_text()
     assert "converted from `vit_standard_tiny_patch16_224.tar`" in card and "label-free" not in card
+    assert "Grey images have their one channel three times." in card
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
 from mapet.model.objective import OBJECTIVES
+from mapet.reporting.run import RunFiles
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.training.step import GradientStep
 from tests.conftest import PRETRAIN, TINY, all_rows
@@ -108,6 +109,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_identical(run_dir, tmp_path / "run")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 5, 6]
+
+
+def test_part_of_a_run_names_that_and_has_its_report(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
+    """`mapet run` is what goes on, with all that comes after; and there is one report, not an older one inside."""
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "recipe.yaml").write_text("{}")
+    folder = tmp_path / "digits" / "pretrain"
+    with monkeypatch.context() as patch:
+        StopAt(patch, 3)
+        with pytest.raises(Interrupted) as stopped:
+            mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=folder, **PRETRAIN)
+    command = f"Go on with: mapet run {tmp_path / 'digits' / 'recipe.yaml'} --resume"
+    assert str(stopped.value).endswith(command) and command in (folder / "train.log").read_text()
+    assert RunFiles.open(tmp_path / "digits").status.endswith(command)
+    assert (tmp_path / "digits" / "report.html").is_file() and not (folder / "report.html").exists()
 
 
 def test_a_damaged_newest_checkpoint_falls_back(

@@ -280,6 +280,7 @@ def test_live_page_grows_and_keeps_its_zoom(screen, run, tmp_path):
             until(lambda: "no run in" in text(screen, "#status"))
             shutil.copytree(run, folder, ignore=shutil.ignore_patterns("backbone"))
             until(lambda: "Running" in text(screen, "#status") and labels(screen))
+            assert text(screen, "#figures-title") == "Figures so far" and " left." in text(screen, "#status")
             screen.find_element(By.XPATH, "//button[@aria-label='Zoom in']").click()
             zoomed = labels(screen)
             with (folder / "metrics.jsonl").open("a") as file:
@@ -287,6 +288,8 @@ def test_live_page_grows_and_keeps_its_zoom(screen, run, tmp_path):
             until(lambda: "1.234" in text(screen, ".readout"))
             assert labels(screen) == zoomed
             until(lambda: "1.234" in text(screen, "#figures"))
+            (folder / "backbone").mkdir()
+            until(lambda: text(screen, "#figures-title") == "Final figures" and "Finished" in text(screen, "#status"))
         finally:
             screen.get("about:blank")
             server.shutdown()

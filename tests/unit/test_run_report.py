@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import os
 import re
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +16,15 @@ from PIL import Image
 import mapet
 from mapet.errors import MapetError
 from mapet.reporting import live
+from mapet.reporting.card import origin_of
 from mapet.reporting.history import History, Series, thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
+from mapet.reporting.log import Log
 from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, live_page, page, write_run_report
-from mapet.reporting.run import Log, RunFiles
+from mapet.reporting.run import RunFiles
+from mapet.stages.pretrain import PretrainConfig
 
+LOSS = "loss, nats for words (mean of the last epoch)"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
 LOG = """2026-01-02 03:04:05,678 INFO started with
 images: photos
@@ -85,6 +91,22 @@ def test_a_history_that_was_rewound_is_read_anew(tmp_path):
     assert history.generation == 2 and len(history.records) == 1
 
 
+def test_final_figures_are_of_the_last_epoch(tmp_path):
+    """Records at steps 3, 6 and 7 of epochs of 7 steps: the last is of one step, and counts as one of seven."""
+    folder = write_run(tmp_path / "a")
+    lines = [
+        {"step": step, "epoch": step / 7, "loss": loss, "token_accuracy": loss / 10, "data_wait": 0.034}
+        for step, loss in ((3, 9.0), (6, 9.0), (7, 9.0), (10, 2.0), (13, 3.0), (14, 9.0))
+    ]
+    lines.append({"step": 14, "probe/linear": 0.26})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = RunFiles.open(folder).figures()
+    assert told[LOSS] == f"{(3 * 2 + 3 * 3 + 1 * 9) / 7:.4g}"
+    assert told["token accuracy (mean of the last epoch)"] == "34.3%"
+    assert told["share of time waiting for images (median)"] == "3.4%"
+    assert origin_of(folder).metrics["pre-training"] == told
+
+
 def test_thinned_keeps_both_ends_and_the_mean():
     series = Series(list(range(1000)), [float(i % 2) for i in range(1000)])
     few = thinned(series, 52)
@@ -109,12 +131,12 @@ def test_log(tmp_path):
 def test_what_a_run_says_of_itself(tmp_path):
     told = RunFiles.open(write_run(tmp_path / "a")).data()
     facts = dict(told["facts"])
-    assert facts["status"] == "not finished"
+    assert facts["status"] == "running" and told["finished"] is False
     assert facts["images"] == "1,437 images in photos"
     assert facts["epochs"] == "20 of 2, 200 steps"
-    assert facts["duration"] == "2 min 30 s, resumed 1 times"
+    assert facts["duration"] == "2 min 30 s, resumed 1 time"
     assert facts["command"] == "mapet pretrain --resume"
-    assert told["figures"]["loss, nats"] == "1"
+    assert told["figures"][LOSS] == "1"
     assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
 
 
@@ -132,6 +154,38 @@ def test_how_a_run_stopped(line, status, tmp_path):
     assert told["status"] == status and told["early"] is True
 
 
+def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
+    folder = write_run(tmp_path / "a")
+    long_ago = time.time() - 5 * 3600
+    os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
+    assert RunFiles.open(folder).status == "not finished"
+    assert live.Follower(folder).news(None, 0)["state"] == "Not finished; last figures 5 h 0 min ago."
+
+
+def test_a_stopped_run_counts_the_steps_it_says(tmp_path):
+    """It stopped between two records; to ask a run to stop is no warning."""
+    folder = write_run(tmp_path / "a", records=3, epochs=20)
+    lines = (
+        "WARNING SIGINT: saving after this step (again to stop at once)",
+        "INFO stopped: Interrupted: stopped by SIGINT at step 34 of 200, saved",
+    )
+    (folder / "train.log").write_text(LOG + "".join(f"2026-01-02 04:00:31,000 {line}\n" for line in lines))
+    told = RunFiles.open(folder).data()
+    assert dict(told["facts"])["epochs"] == "3.4 of 20, 34 steps"
+    assert told["log"] == ["bad image 'a.png': truncated"]
+
+
+def test_time_left(tmp_path):
+    """10 steps an epoch of 50 images: of 20 epochs 17 are left, 8,500 images at 100 a second."""
+    folder = write_run(tmp_path / "a", records=0, epochs=20, batch_size=50)
+    assert RunFiles.open(folder).seconds_left is None
+    (folder / "metrics.jsonl").write_text(
+        "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
+    )
+    assert RunFiles.open(folder).seconds_left == 85
+    assert live.Follower(folder).news(None, 0)["state"].endswith("ago, about 1 min 25 s left.")
+
+
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     write_run(tmp_path / "photos" / "pretrain")
     (tmp_path / "photos" / "recipe.yaml").write_text("{}")
@@ -146,6 +200,32 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
         assert files.name == "photos"
         assert files.figures()["k-NN, pretrained"] == "0.5"
         assert [picture.name for picture in open_pictures(files.pictures())] == ["words"]
+
+
+def test_what_an_option_of_none_means(tmp_path):
+    folder = write_run(tmp_path / "a", layer_scale=None, clip_grad=None, compile=None, other=None)
+    told = RunFiles.open(folder, PretrainConfig).data()["recipe"]
+    assert {name: told[name] for name in ("layer_scale", "clip_grad", "compile", "other")} == {
+        "layer_scale": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_views_are_those_of_the_token_store(moved, tmp_path):
+    """The option itself has nothing to say with --tokens, and stays at its default."""
+    store = tmp_path / "tokens"
+    store.mkdir()
+    spec = {"kind": "crop", "image_size": [8, 8], "min_scale": 0.4, "seed": 0}
+    (store / "store.json").write_text(json.dumps({"num_images": 7, "images_hash": "x", "views": 8, "view_spec": spec}))
+    (tmp_path / "recipe.yaml").write_text("{}")
+    options = {"views": "center", "min_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
+    folder = write_run(tmp_path / "pretrain", **options)
+    told = RunFiles.open(folder).data()["recipe"]
+    assert (told["views"], told["min_scale"]) == ("crop, 8 of each (token store)", "0.4")
+    if not moved:
+        assert origin_of(folder).recipe["views"] == "crop, 8 of each (token store)"
+    alone = write_run(tmp_path / "alone", views="flip")
+    assert RunFiles.open(alone).data()["recipe"]["views"] == origin_of(alone).recipe["views"] == "flip"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log"])
@@ -177,7 +257,25 @@ def test_page_of_several_runs(tmp_path):
     content = data_of(page([Shown(RunFiles.open(run)) for run in runs]))
     assert [run["name"] for run in content["runs"]] == ["a", "b", "a (2)"]
     assert content["comparison"]["options"] == [["objective", "mapet", "mim", "mapet"]]
-    assert ["loss, nats", "1", "1", "1"] in content["comparison"]["figures"]
+    assert [LOSS, "1", "1", "1"] in content["comparison"]["figures"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "comparable"),
+    [
+        ({"hash": "a", "vocab_size": 64}, {"hash": "a", "vocab_size": 64}, True),
+        ({"hash": "a", "vocab_size": 64}, {"hash": "b", "vocab_size": 64}, False),
+        ({"hash": "a", "vocab_size": 64}, {"vocab_size": 128}, False),
+    ],
+)
+def test_losses_of_other_words_are_not_compared(first, second, comparable, tmp_path):
+    runs = []
+    for name, content in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        runs.append(Shown(RunFiles.open(write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name)))))
+    note = data_of(page(runs))["comparison"]["note"]
+    assert ("cannot be compared" in note) is not comparable
 
 
 def test_names_are_told_apart():
@@ -185,8 +283,15 @@ def test_names_are_told_apart():
 
 
 def test_a_run_lacking_a_figure_has_a_dash():
-    runs = [{"figures": {"x": "1"}, "recipe": {"lr": "1"}}, {"figures": {"y": "2"}, "recipe": {}}]
-    assert comparison(runs) == {"figures": [["x", "1", "-"], ["y", "-", "2"]], "options": [["lr", "1", "-"]]}
+    runs = [
+        {"figures": {"x": "1"}, "recipe": {"lr": "1"}, "predicts": []},
+        {"figures": {"y": "2"}, "recipe": {}, "predicts": []},
+    ]
+    assert comparison(runs) == {
+        "note": "",
+        "figures": [["x", "1", "-"], ["y", "-", "2"]],
+        "options": [["lr", "1", "-"]],
+    }
 
 
 def test_hostile_strings_stay_data(tmp_path):
@@ -240,10 +345,10 @@ def test_pictures_shrink_before_they_are_left_out():
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path, caplog, monkeypatch):
     folder = write_run(tmp_path / "a")
-    write_run_report(folder)
+    write_run_report(folder, PretrainConfig)
     assert data_of((folder / "report.html").read_text())["runs"][0]["name"] == "a"
     monkeypatch.setattr("mapet.reporting.page.page", lambda runs: 1 / 0)
-    write_run_report(folder)
+    write_run_report(folder, PretrainConfig)
     assert "report.html could not be written: division by zero" in caplog.text
 
 
@@ -289,7 +394,7 @@ def test_server_sends_what_is_new(tmp_path):
             file.write('{"step": 40, "lo')
         news = json.loads(ask(server, "/history?generation=0&have=0")[1])
         assert [line["step"] for line in news["records"]] == [10, 20, 30]
-        assert news["run"]["figures"]["loss, nats"] == "2.7" and news["state"].startswith("Running; last figures")
+        assert news["run"]["figures"][LOSS] == "2.7" and news["state"].startswith("Running; last figures")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('ss": 2.5}\n')
         news = json.loads(ask(server, f"/history?generation={news['generation']}&have=3")[1])

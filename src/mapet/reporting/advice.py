@@ -1,6 +1,7 @@
 """What a run's figures say that a person should know: a table of pure functions, history -> a sentence or None."""
 
 from collections.abc import Callable, Mapping
+from math import sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ class Subject(NamedTuple):
     Attributes:
         recipe: options of `pretrain` as resolved.
         health: of tokenizer.json, measured on the patches that the words were fitted to.
+        probe: content of probe.json.
     """
 
     history: History
     recipe: Mapping[str, Any]
     health: Mapping[str, Any] = {}
+    probe: Mapping[str, Any] = {}
 
 
 def accuracy_at_baseline(run: Subject) -> str | None:
@@ -143,6 +146,22 @@ def probe_stands_still(run: Subject) -> str | None:
     )
 
 
+def probe_like_untrained(run: Subject) -> str | None:
+    """The features may be no better than those of random weights: less than two standard errors of the difference."""
+    try:
+        before, after = (float(run.probe[state]["linear"]) for state in ("untrained", "pretrained"))
+        images = int(run.probe["test_images"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    share = (before + after) / 2
+    if images < 1 or not 0 <= share <= 1 or after - before >= 2 * sqrt(2 * share * (1 - share) / images):
+        return None
+    return (
+        f"The linear probe is not clearly better than untrained: {after:.3f} against {before:.3f} on {images:,} images. More "
+        "--epochs or more images to learn from may help, and more test images would tell smaller differences"
+    )
+
+
 def too_easy(run: Subject) -> str | None:
     """Nearly every word is predicted."""
     accuracy = run.history["token_accuracy"].values
@@ -183,6 +202,7 @@ WARNINGS: tuple[Callable[[Subject], str | None], ...] = (
     mostly_clipped,
     probe_falls,
     probe_stands_still,
+    probe_like_untrained,
     too_easy,
     dead_words,
     one_word_for_most,

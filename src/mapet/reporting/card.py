@@ -15,8 +15,12 @@ from mapet.files import file_hash, read_json
 from mapet.model.adapt import pixel_stats
 from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
+from mapet.reporting.history import History
+from mapet.reporting.run import figures, number, with_views
 
 LABEL_FREE = "pixels"
+COLOURS = {1: " Images in colour are turned grey.", 3: " Grey images have their one channel three times."}
+"""Channels -> what is done with pictures of another number."""
 LIBRARIES = ("mapet", "torch", "timm")
 USE = {
     "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or mapet.load_backbone("FOLDER")',
@@ -35,7 +39,7 @@ class Origin(NamedTuple):
         recipe: of pre-training, without paths of the machine.
         images: how many there were and the hash of their list; {} if it can't be had any more.
         tokenizer: content of its tokenizer.json.
-        metrics: the last of pre-training, probe and fine-tuning, each under its name.
+        metrics: of pre-training (as its report has them), probe and fine-tuning, each under its name.
         tuned: of each fine-tuning since: the backbone's name, whether it gave its architecture alone (scratch), the recipe, the
             images (number, hash, classes).
     """
@@ -59,16 +63,14 @@ def origin_of(source: str | Path) -> Origin:
     run = next((folder for folder in around if (folder / "config.yaml").is_file()), None)
     recipe = read_recipe(run / "config.yaml") if run else {}
     metrics: dict[str, dict[str, Any]] = {}
-    if run and (lines := _lines(run / "metrics.jsonl")):
-        metrics["pre-training, last"] = lines[-1]
-        probes = [line for line in lines if any("knn" in key or "linear" in key for key in line)]
-        if probes:
-            metrics["probe while pre-training, last"] = probes[-1]
+    if run and (found := figures(History.read(run / "metrics.jsonl"))):
+        metrics["pre-training"] = found
     for folder in around:
         for what, name in (("probe", "probe.json"), ("fine-tuning", "result.json")):
             if (folder / name).is_file():
                 metrics.setdefault(what, json.loads((folder / name).read_text()))
-    return Origin(_without_paths(recipe), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
+    shown = with_views(recipe, _json(recipe.get("tokens"), "store.json"))
+    return Origin(_without_paths(shown), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
 
 
 def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
@@ -99,10 +101,6 @@ def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _json(folder: str | None, name: str) -> dict[str, Any]:
     path = Path(folder or "") / name
     return json.loads(path.read_text()) if folder and path.is_file() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def model_card(
         "## Recipe\n\n"
         + (_block("yaml", yaml.safe_dump(origin.recipe, sort_keys=False)) if origin.recipe else "Not known."),
         _files(folder),
-        "## Versions\n\n" + ", ".join(f"{name} {number}" for name in used if (number := _version(name))),
+        "## Versions\n\n" + ", ".join(f"{name} {found}" for name in used if (found := _version(name))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -182,8 +180,10 @@ def _use(vit: VisionTransformer, formats: Sequence[str]) -> str:
     lines = [USE[name] for name in formats]
     text = (
         f"**Preprocessing**: {shape} of the image, resized to {height} x {width} px (bicubic, antialiased), divided by 255, less "
-        f"the mean {_row(mean)}, divided by the standard deviation {_row(std)}. Grey images have one channel."
+        f"the mean {_row(mean)}, divided by the standard deviation {_row(std)}."
     )
+    if vit.in_chans in COLOURS:
+        text += COLOURS[vit.in_chans]
     if "transformers" in formats and height != width:
         text += " The image processor of `transformers/` squeezes the whole image instead: crop it to the shape first."
     return f"## Use\n\n{_block('python', chr(10).join(lines))}\n\n{text}"
@@ -272,7 +272,7 @@ def _metrics(origin: Origin) -> str:
         f"| {what} | {key} | {_number(value)} |"
         for what, values in origin.metrics.items()
         for key, value in _flat(values)
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float, str))
     ]
     return "## Metrics\n\n| of | what | value |\n|---|---|---|\n" + "\n".join(lines)
 
@@ -301,8 +301,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else number(value)
 
 
 def _row(values: tuple[float, ...]) -> str:

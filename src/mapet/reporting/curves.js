@@ -104,6 +104,7 @@ class Chart {
     this.curves = curves;
     this.panel = panel;
     this.off = new Set(); // keys that are switched off
+    this.text = panel.percent ? (value) => `${number(100 * value)}%` : number;
     const keys = Object.entries(panel.lines);
     this.lines = curves.runs.flatMap((run, i) => keys.map(([key, name], j) =>
       new Line(run, key, name, looks[(curves.several ? i : j) % looks.length], j > 0)));
@@ -177,7 +178,7 @@ class Chart {
     for (const y of ticks(bottom, top, 4)) {
       const height = this.toHeight(y);
       group.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: height, y2: height }),
-        drawn("text", { x: MARGIN.left - 6, y: height + 4, "text-anchor": "end" }, number(y)));
+        drawn("text", { x: MARGIN.left - 6, y: height + 4, "text-anchor": "end" }, this.text(y)));
     }
     for (const x of ticks(low, high, Math.max(2, this.width / 90))) {
       group.append(drawn("text", { x: this.toPixel(x), y: HEIGHT - 7, "text-anchor": "middle" }, number(x)));
@@ -189,7 +190,7 @@ class Chart {
   label(line) { return this.curves.several ? `${line.run.name}, ${line.name}` : line.name; }
 
   summary() {
-    return `${this.panel.title}: ${this.visible.map((line) => `${this.label(line)} ${number(line.values.at(-1))}`).join("; ")} at the end`;
+    return `${this.panel.title}: ${this.visible.map((line) => `${this.label(line)} ${this.text(line.values.at(-1))}`).join("; ")} at the end`;
   }
 
   drawCursor() {
@@ -197,7 +198,7 @@ class Chart {
     this.marks.replaceChildren();
     const { curves } = this, x = curves.cursor;
     if (x === null) {
-      this.readout.textContent = this.visible.length ? `Last: ${this.visible.map((line) => `${this.label(line)} ${number(line.values.at(-1))}`).join("; ")}` : "";
+      this.readout.textContent = this.visible.length ? `Last: ${this.visible.map((line) => `${this.label(line)} ${this.text(line.values.at(-1))}`).join("; ")}` : "";
       return;
     }
     const pixel = this.toPixel(x);
@@ -207,7 +208,7 @@ class Chart {
       const at = this.toPixel(curves.x(line.run, line.steps[i]));
       if (at >= MARGIN.left - 1 && at <= this.width - MARGIN.right + 1)
         this.marks.append(drawn("circle", { cx: at, cy: this.toHeight(line.values[i]), r: 3.5, fill: line.color, stroke: "var(--paper)" }));
-      return [curves.x(line.run, line.steps[i]), `${this.label(line)} ${number(line.values[i])}`];
+      return [curves.x(line.run, line.steps[i]), `${this.label(line)} ${this.text(line.values[i])}`];
     });
     const where = `${curves.axis === "step" ? "Step" : "Epoch"} ${number(said.length ? said[0][0] : x)}`;
     this.readout.textContent = `${where}: ${said.map(([, text]) => text).join("; ")}`;

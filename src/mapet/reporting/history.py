@@ -4,7 +4,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +78,17 @@ class History:
         """None before the first record that tells."""
         known = [record["step"] / record["epoch"] for record in self.records if record.get("epoch")]
         return known[-1] if known else None
+
+    def over_last_epoch(self, name: str) -> float:
+        """Mean of a recorded figure over as many steps as an epoch has: a record alone may be of a single step.
+
+        Each record stands for the steps since the one before it.
+        """
+        steps, values = self[name]
+        start = steps[-1] - (self.steps_per_epoch or 0)
+        weights = [max(0.0, end - max(begin, start)) for begin, end in pairwise([0.0, *steps])]
+        total = sum(weights)
+        return sum(map(mul, weights, values)) / total if total else values[-1]
 
 
 def _record(line: bytes) -> Record | None:

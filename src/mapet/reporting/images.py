@@ -24,9 +24,10 @@ CAPTIONS = {
     "words": "Patches that share a visual word, for words spread over the range of frequency. A row should look alike.",
     "nearest_words": "Mean patches of words and of the words nearest to them in the teacher's space.",
     "usage": "How often each word comes, commonest first, beside even use.",
-    "visibility": "The visibility table of the objective: each row says what a segment sees.",
+    "visibility": "Who sees whom as the model learns: a row may attend to its dark columns. Context: the given patches; target: the true "
+    "patches to be predicted, each for those after it; mask: stand-ins for patches; query: what predicts.",
     "predictions": "Hidden patches predicted in random order: given patches, order, true words, predicted words, and the "
-    "probability of the true one.",
+    "probability of the true one, from nought (dark) to the largest of the picture.",
     "cls_attention": "Where the class token looks in the last block: the mean over heads, then single heads.",
     "features": "Features of the patches: their first three principal components, over all images shown, as red, green and "
     "blue. Patches of one colour mean the same to the model.",

@@ -3,13 +3,13 @@
 import json
 import logging
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from mapet.errors import MapetError
+from mapet.recipe import Config
 from mapet.reporting.page import live_page
 from mapet.reporting.run import RunFiles, span
 
@@ -24,10 +24,10 @@ MOST_RECORDS = 20_000
 class Follower:
     """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config_type: type[Config] = Config) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._files = RunFiles(folder)
+        self._files = RunFiles(folder, config_type)
         self._known: tuple[Any, dict[str, Any]] | None = None
 
     def page(self) -> str:
@@ -59,16 +59,16 @@ class Follower:
             return "Finished. `mapet report` adds pictures."
         if files.log.stopped:
             return files.status
-        try:
-            age = time.time() - (files.folder / "metrics.jsonl").stat().st_mtime
-        except OSError:
+        if not files.history.records:
             return "Started; nothing recorded yet."
-        return f"Running; last figures {span(age)} ago." if files.history.records else "Started; nothing recorded yet."
+        left = files.seconds_left
+        ends = f", about {span(left)} left" if files.status == "running" and left is not None else ""
+        return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
 
     def _about(self) -> dict[str, Any]:
         """`RunFiles.data`, made anew only when something has changed."""
         files = self._files
-        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.finished)
+        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.status, files.probe)
         if self._known is None or self._known[0] != key:
             self._known = key, files.data()
         return self._known[1]
@@ -79,6 +79,7 @@ class LiveServer(ThreadingHTTPServer):
 
     Args:
         port: 0 takes a free one.
+        config_type: see `RunFiles`.
 
     Raises:
         MapetError: the port is taken, or not to be had.
@@ -86,8 +87,8 @@ class LiveServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        self.follower = Follower(folder)
+    def __init__(self, folder: Path, port: int = 0, config_type: type[Config] = Config) -> None:
+        self.follower = Follower(folder, config_type)
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:

@@ -60,9 +60,13 @@ function notes(run) {
 const RENEWED = {
   warnings: (run) => [warningList(run), logged(run)],
   facts: (run) => [facts(run.facts), recipe(run)],
-  figures: (run) => (Object.keys(run.figures).length ? [table("Final figures", null, Object.entries(run.figures))] : []),
+  figures: (run) => (Object.keys(run.figures).length ? [table(figuresTitle(run), null, Object.entries(run.figures))] : []),
 };
-const LOOKS = { facts: "What was run", warnings: "Worth knowing", figures: "Final figures" };
+const LOOKS = { facts: "What was run", warnings: "Worth knowing" };
+
+function figuresTitle(...runs) {
+  return runs.every((run) => run.finished) ? "Final figures" : "Figures so far";
+}
 
 function renewed(name, run, suffix) {
   return element("div", { id: `${name}-now${suffix}` }, RENEWED[name](run).filter((part) => part !== null));
@@ -75,7 +79,7 @@ function sections(run, curves, suffix = "") {
     section(id("facts"), LOOKS.facts, notes(run), renewed("facts", run, suffix)),
     section(id("warnings"), LOOKS.warnings, renewed("warnings", run, suffix)),
     curves ? section(id("curves"), "Curves", curves.root) : null,
-    curves ? section(id("figures"), LOOKS.figures, renewed("figures", run, suffix)) : null,
+    curves ? section(id("figures"), figuresTitle(run), renewed("figures", run, suffix)) : null,
     section(id("tokenizer"), "Tokenizer", tokenizer(run)),
     section(id("steps"), "Step by step", stepThrough(run)),
     section(id("pictures"), "Pictures", pictures(run)),
@@ -83,9 +87,9 @@ function sections(run, curves, suffix = "") {
 }
 
 function comparison(curves) {
-  const head = (what) => [what, ...DATA.runs.map((run) => run.name)], { figures, options } = DATA.comparison;
+  const head = (what) => [what, ...DATA.runs.map((run) => run.name)], { note, figures, options } = DATA.comparison, title = figuresTitle(...DATA.runs);
   return [
-    section("figures", LOOKS.figures, table("Final figures", head("figure"), figures)),
+    section("figures", title, note ? element("p", { class: "note" }, `Note: ${note}`) : null, table(title, head("figure"), figures)),
     section("options", "Options that differ", options.length ? table("Options that differ", head("option"), options) : element("p", {}, "None but names of folders.")),
     section("curves", "Curves", curves.root),
     section("warnings", LOOKS.warnings, DATA.runs.flatMap((run) => [element("h3", {}, run.name), warningList(run)])),
@@ -145,6 +149,7 @@ function renew(run) {
     place.replaceChildren(...draw(run).filter((part) => part !== null));
     place.querySelectorAll("details").forEach((part, i) => { part.open = Boolean(open[i]); });
   }
+  for (const place of [byId("figures-title"), document.querySelector("nav a[href='#figures']")]) place.textContent = figuresTitle(run);
 }
 
 function append(run, { step, ...figures }) {

@@ -15,6 +15,7 @@ from typing import Any
 
 from mapet import processes
 from mapet.files import atomic
+from mapet.recipe import Config
 from mapet.reporting.history import thinned
 from mapet.reporting.images import Picture, embedded, open_pictures
 from mapet.reporting.run import PLACES, RunFiles
@@ -32,13 +33,15 @@ PANELS = (
         "title": "Loss",
         "unit": "nats, where words are predicted",
         "lines": {"loss": "loss", "token_entropy": "guessing by frequency"},
-        "hint": "Below the line of guessing by frequency, something is learned of the images.",
+        "hint": "Nats are natural-log units: guessing evenly among K words costs ln K. Below the line of guessing by frequency, "
+        "something is learned of the images.",
     },
     {
         "title": "Token accuracy",
-        "unit": "share of hidden patches",
+        "unit": "of the hidden patches",
+        "percent": True,
         "lines": {"token_accuracy": "word predicted", "commonest_token": "always the commonest word"},
-        "hint": "The share of hidden patches whose word is the likeliest one.",
+        "hint": "The share of hidden patches whose likeliest predicted word is the true one.",
     },
     {
         "title": "Probes",
@@ -46,13 +49,19 @@ PANELS = (
         "lines": {"probe/linear": "linear probe", "probe/knn": "k-NN"},
         "hint": "On a small fixed sample of labelled images, held out from the probe.",
     },
-    {"title": "Learning rate", "unit": "peak of the groups", "lines": {"lr": "learning rate"}},
+    {"title": "Learning rate", "unit": "at each step", "lines": {"lr": "learning rate"}},
     {"title": "Gradient norm", "unit": "before clipping", "lines": {"gradient_norm": "norm"}},
     {"title": "Speed", "unit": "images a second", "lines": {"images_per_second": "images/s"}},
-    {"title": "Data wait", "unit": "share of time", "lines": {"data_wait": "waiting for images"}},
+    {"title": "Data wait", "unit": "of the time", "percent": True, "lines": {"data_wait": "waiting for images"}},
     {"title": "Skipped steps", "unit": "since the start", "lines": {"skipped_steps": "skipped"}},
 )
 """The panels of curves; those of figures that no run has are left out."""
+
+
+OTHER_WORDS = (
+    "These runs do not predict the same words (their tokenizers, or targets, differ): their losses and token accuracies cannot "
+    "be compared. Probes can, and what `mapet evaluate` measures."
+)
 
 
 @dataclass
@@ -116,11 +125,13 @@ def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tables of final figures and of the options in which runs differ: rows of [name, a text for each run]."""
+    """Tables of final figures and of the options in which runs differ, rows of [name, a text for each run], and a note on them."""
     figures = dict.fromkeys(name for run in runs for name in run["figures"])
     options = dict.fromkeys(name for run in runs for name in run["recipe"] if name not in PLACES)
     differing = [[name, *(run["recipe"].get(name, "-") for run in runs)] for name in options]
+    same = all(run["predicts"] == runs[0]["predicts"] for run in runs)
     return {
+        "note": "" if same else OTHER_WORDS,
         "figures": [[name, *(run["figures"].get(name, "-") for run in runs)] for name in figures],
         "options": [row for row in differing if len(set(row[1:])) > 1],
     }
@@ -174,14 +185,19 @@ def _short(value: float) -> float:
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
-def write_run_report(folder: Path) -> None:
-    """`report.html` of a run folder from what lies in it, in place of an earlier one. That it can't be written stops nothing."""
+def write_run_report(folder: Path, config_type: type[Config]) -> None:
+    """`report.html` of a run from what lies in its folder, in place of an earlier one. That it can't be written stops nothing.
+
+    A pre-training that is part of a `mapet run` has the one report of that.
+    """
     if processes.rank() > 0:
         return
+    path = folder / NAME
     try:
-        files = RunFiles.open(folder)
+        files = RunFiles.open(folder, config_type)
         text = page([Shown(files, open_pictures(files.pictures()))])
-        with atomic(folder / NAME) as temporary:
+        path = files.around[-1] / NAME
+        with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except Exception as error:  # whatever it is: the run itself is whole
-        log.warning("%s could not be written: %s", folder / NAME, error or type(error).__name__)
+        log.warning("%s could not be written: %s", path, error or type(error).__name__)

@@ -182,11 +182,13 @@ def predictions(
     """What the model predicts for hidden patches in a given order.
 
     Words are drawn as their mean patch. Rows: the image; the context patches alone; the order of prediction; the true
-    words; the likeliest words; the probability of the true word.
+    words; the likeliest words; the probability of the true word, from nought (black) to the largest shown.
     """
     hidden = permutation.shape[1] - logits.shape[1]
-    chance = logits.float().softmax(-1)
-    names = ["image", "context", "order", "true words", "predicted", "p(true)"]
+    true = tokens.gather(1, permutation[:, hidden:])
+    chance = logits.float().softmax(-1).gather(2, true[..., None])[..., 0]
+    most = float(chance.max())  # of thousands of words even a likely one has a small probability
+    names = ["image", "context", "order", "true words", "predicted", f"p(true)\n0 to {most:.2g}"]
     figure, axes = panels(len(names), len(images))
     for b in range(len(images)):
         order = permutation[b, hidden:]
@@ -198,15 +200,15 @@ def predictions(
         rank = torch.full((permutation.shape[1],), float("nan"))
         rank[order] = torch.arange(len(order)).float()
         probability = torch.full((permutation.shape[1],), float("nan"))
-        probability[order] = chance[b].gather(1, tokens[b, order][:, None]).flatten()
+        probability[order] = chance[b]
         _show(axes[0][b], to_picture(images[b]))
         for row, patches in ((1, context), (3, words), (4, guessed)):
             _show(axes[row][b], to_picture(unpatchify(patches.round().to(torch.uint8), grid)))
         axes[2][b].imshow(rank.view(grid), cmap="viridis")
-        axes[5][b].imshow(probability.view(grid), cmap="magma", vmin=0, vmax=1)
+        axes[5][b].imshow(probability.view(grid), cmap="magma", vmin=0, vmax=most)
     for row, name in enumerate(names):
         axes[row][0].set_ylabel(name)
-    figure.suptitle("Hidden patches, predicted in the order shown (dark first); words drawn as their mean patch")
+    figure.suptitle("Hidden patches, predicted in the order shown (dark first);\nwords drawn as their mean patch")
     return figure
 
 

@@ -2,92 +2,56 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
-from mapet.errors import MapetError
-from mapet.recipe import read_recipe
+from mapet.errors import MapetError, counted
+from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
 from mapet.reporting.advice import RECORDS, Subject, warnings
 from mapet.reporting.history import History
+from mapet.reporting.log import Log
 
-FIGURES = {
-    "loss": "loss, nats",
-    "token_entropy": "loss of guessing by frequency, nats",
-    "token_accuracy": "token accuracy",
-    "commonest_token": "always guessing the commonest word",
-    "probe/linear": "linear probe while pre-training",
-    "probe/knn": "k-NN while pre-training",
-    "images_per_second": "images a second (median)",
-    "data_wait": "share of time waiting for images (median)",
-    "skipped_steps": "skipped steps",
+
+def number(value: float) -> str:
+    """'1,437', '0.8070', '34.2': as many digits as tell."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """'5.3%', as the terminal has it."""
+    return f"{value:.1%}"
+
+
+def last(history: History, name: str) -> float:
+    return history[name].last
+
+
+def median(history: History, name: str) -> float:
+    return median_high(history[name].values)
+
+
+FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
+    "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
+    "token_entropy": ("loss of guessing by frequency, nats", last, number),
+    "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
+    "commonest_token": ("always guessing the commonest word", last, percent),
+    "probe/linear": ("linear probe while pre-training", last, number),
+    "probe/knn": ("k-NN while pre-training", last, number),
+    "images_per_second": ("images a second (median)", median, number),
+    "data_wait": ("share of time waiting for images (median)", median, percent),
+    "skipped_steps": ("skipped steps", last, number),
 }
-"""Of metrics.jsonl -> name in the table of final figures; without a remark, the last one recorded."""
+"""Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 PLACES = ("images", "out", "tokenizer", "tokens", "probe_images", "resume", "device", "workers")
 """Options that say where, not what."""
+QUIET = 3600
+"""After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 LOGGED = 12
 """Warnings of train.log that are shown."""
-
-
-@dataclass(frozen=True)
-class Log:
-    """What train.log tells.
-
-    Attributes:
-        sessions: (start, last line) of each time the run was started or resumed.
-        system: device, versions and command of the last session.
-        description: the run in one line, as `pretrain` wrote it.
-        stopped: why it stopped, if it said so last.
-    """
-
-    sessions: list[tuple[datetime, datetime]]
-    system: str = ""
-    description: str = ""
-    stopped: str = ""
-    warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, path: Path) -> "Log":
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return cls([])
-        sessions: list[tuple[datetime, datetime]] = []
-        description = stopped = ""
-        found = []
-        for time, level, message in _log_lines(text):
-            stopped = message.split(": ", 2)[-1] if message.startswith("stopped: ") else ""  # without the error's class
-            if message in ("started with", "resumed with"):
-                sessions.append((time, time))
-            elif sessions:
-                sessions[-1] = sessions[-1][0], time
-            if level in ("WARNING", "ERROR"):
-                found.append(message)
-            if " parameters, " in message and " images of " in message:
-                description = message
-        systems = re.findall(r"^system: (.*)$", text, flags=re.M)
-        return cls(sessions, systems[-1] if systems else "", description, stopped, tuple(found))
-
-    @property
-    def duration(self) -> timedelta:
-        """Time that the run was at work, over all sessions."""
-        return sum((end - start for start, end in self.sessions), timedelta())
-
-    @property
-    def images(self) -> int | None:
-        """How many the run was trained on."""
-        found = re.search(r" on ([\d,]+) images of ", self.description)
-        return int(found[1].replace(",", "")) if found else None
-
-
-def _log_lines(text: str) -> Iterator[tuple[datetime, str, str]]:
-    for stamp, level, message in re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)$", text, flags=re.M):
-        try:
-            yield datetime.fromisoformat(stamp), level, message
-        except ValueError:
-            continue
 
 
 def pretrain_folder(folder: Path) -> Path:
@@ -97,34 +61,37 @@ def pretrain_folder(folder: Path) -> Path:
 
 
 class RunFiles:
-    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet."""
+    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet.
 
-    def __init__(self, given: Path) -> None:
-        self.given = given
+    Args:
+        config_type: of `pretrain`, whose options say what None means.
+    """
+
+    def __init__(self, given: Path, config_type: type[Config] = Config) -> None:
+        self.given, self.config_type = given, config_type
         self.history = History(Path())
         self.refresh()
 
     def refresh(self) -> None:
         """Read again; of the metrics only what is new."""
         self.folder = pretrain_folder(self.given)
-        outer = self.folder.parent if self.folder.name == "pretrain" else self.folder
-        self.around = (
-            [self.folder, outer] if outer != self.folder and (outer / "recipe.yaml").is_file() else [self.folder]
-        )
+        self.around = [self.folder, *([self.folder.parent] if outer_recipe(self.folder) else [])]
         try:
             self.recipe = read_recipe(self.folder / "config.yaml")
         except MapetError:
             self.recipe = {}
         self.log = Log.read(self.folder / "train.log")
-        self.tokenizer = self._tokenizer()
+        self.probe = self._json("probe.json")
+        self.tokenizer = self._made("tokenizer", "tokenizer.json")
+        self.store = self._made("tokens", "store.json") if self.recipe.get("tokens") else {}
         if self.history.path != (path := self.folder / "metrics.jsonl"):
             self.history = History(path)
         self.history.update()
 
     @classmethod
-    def open(cls, folder: Path) -> "RunFiles":
+    def open(cls, folder: Path, config_type: type[Config] = Config) -> "RunFiles":
         """Raises MapetError: it is no run."""
-        files = cls(folder)
+        files = cls(folder, config_type)
         if not files.recipe or "backbone" in files.recipe:  # of `finetune`
             raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
         return files
@@ -145,11 +112,47 @@ class RunFiles:
             return "finished"
         if self.log.stopped:
             return self.log.stopped if self.log.stopped.startswith("stopped") else f"stopped: {self.log.stopped}"
-        return "not finished" if self.recipe else "not started"
+        if not self.recipe:
+            return "not started"
+        return "running" if self.age < QUIET else "not finished"
+
+    @property
+    def age(self) -> float:
+        """Seconds since the run last wrote figures, or its log while it has none."""
+        for name in ("metrics.jsonl", "train.log"):
+            try:
+                return max(0.0, time.time() - (self.folder / name).stat().st_mtime)
+            except OSError:
+                pass
+        return inf
+
+    @property
+    def steps(self) -> float | None:
+        """Steps made: a run that was stopped between two records says so itself."""
+        found = re.search(r"at step (\d+) of ", self.log.stopped)
+        records = self.history.records
+        return float(found[1]) if found else records[-1]["step"] if records else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed of the last records; None while that can't be said."""
+        epochs, batch = (self.recipe.get(name) for name in ("epochs", "batch_size"))
+        per_epoch, speed = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
+        if not (isinstance(epochs, int) and isinstance(batch, int) and per_epoch and speed and self.steps):
+            return None
+        return max(0.0, epochs * per_epoch - self.steps) * batch / max(1e-9, median_high(speed))
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")))
+        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self.probe)
+
+    @property
+    def predicts(self) -> list[str]:
+        """What a loss is of: runs in which this differs have losses that can't be compared."""
+        return [
+            _text(part)
+            for part in (self.recipe.get("target"), self.tokenizer.get("hash"), self.tokenizer.get("vocab_size"))
+        ]
 
     def pictures(self) -> list[Path]:
         """PNG files that `run` or `inspect` left in pictures/."""
@@ -160,13 +163,15 @@ class RunFiles:
         return {
             "name": self.name,
             "status": self.status,
+            "finished": self.finished,
             "facts": list(self._facts()),
-            "recipe": {str(key): _text(value) for key, value in self.recipe.items()},
+            "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
             "figures": self.figures(),
             "warnings": warnings(self.subject),
             "early": len(self.history["loss"].values) < RECORDS,
             "log": list(self.log.warnings[-LOGGED:]),
             "logged": len(self.log.warnings),
+            "predicts": self.predicts,
             "tokenizer": list(self._of_tokenizer()),
             "health": self._health(),
             "steps_per_epoch": self.history.steps_per_epoch,
@@ -174,34 +179,31 @@ class RunFiles:
 
     def figures(self) -> dict[str, str]:
         """The final figures, in words and numbers."""
-        found = {}
-        for key, name in FIGURES.items():
-            if values := self.history[key].values:
-                value = sorted(values)[len(values) // 2] if "(median)" in name else values[-1]
-                found[name] = number(value)
-        probe = self._json("probe.json")
+        found = figures(self.history)
         for state in ("untrained", "pretrained"):
-            for key, value in _mapping(probe.get(state)).items():
+            for key, value in _mapping(self.probe.get(state)).items():
                 if isinstance(value, (int, float)):
                     found[f"{'k-NN' if key == 'knn' else f'{key} probe'}, {state}"] = number(value)
         return found
 
+    def _option(self, name: str, value: Any) -> str:
+        if value is None and (field := self.config_type.model_fields.get(name)):
+            return meaning_of_none(field)
+        return _text(value)
+
     def _facts(self) -> Iterator[tuple[str, str]]:
-        recipe, log, epochs = self.recipe, self.log, self.history["epoch"].values
+        recipe, log, per_epoch = self.recipe, self.log, self.history.steps_per_epoch
         yield "status", self.status
         if log.description:
             yield "what", log.description
         if recipe:
-            images = log.images or _read(Path(str(recipe.get("tokens") or "")) / "store.json").get("num_images")
+            images = log.images or self.store.get("num_images")
             count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
-        if epochs:
-            yield (
-                "epochs",
-                f"{epochs[-1]:.4g} of {_text(recipe.get('epochs'))}, {self.history.records[-1]['step']:,.0f} steps",
-            )
+        if per_epoch and self.steps is not None:
+            yield "epochs", f"{self.steps / per_epoch:.4g} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps"
         if log.sessions:
-            resumed = f", resumed {len(log.sessions) - 1} times" if len(log.sessions) > 1 else ""
+            resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
             yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"
             yield "duration", f"{span(log.duration.total_seconds())}{resumed}"
         system, _, command = log.system.rpartition("; ")
@@ -209,10 +211,11 @@ class RunFiles:
             yield "system", system
             yield "command", command
 
-    def _tokenizer(self) -> dict[str, Any]:
-        named = Path(str(self.recipe.get("tokenizer") or ""))
-        for folder in (named, *(around / "tokenizer" for around in self.around)):
-            if folder != Path() and (content := _read(folder / "tokenizer.json")):
+    def _made(self, stage: str, name: str) -> dict[str, Any]:
+        """What tells of the folder that the option `stage` names, there or, if the run has moved, beside it."""
+        named = Path(str(self.recipe.get(stage) or ""))
+        for folder in (named, *(around / stage for around in self.around)):
+            if folder != Path() and (content := _read(folder / name)):
                 return content
         return {}
 
@@ -245,9 +248,25 @@ class RunFiles:
         return next((found for folder in self.around if (found := _read(folder / name))), {})
 
 
-def number(value: float) -> str:
-    """'1,437', '0.8070', '34.2': as many digits as tell."""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+def figures(history: History) -> dict[str, str]:
+    """What a run came to, or has come to so far: name -> number in words."""
+    known = set(history.names)
+    return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
+
+
+def with_views(recipe: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the views that were shown: those of the token store, where the run used one.
+
+    Args:
+        store: content of its store.json; {} if that can't be had.
+    """
+    if not recipe.get("tokens"):
+        return dict(recipe)
+    spec = _mapping(store.get("view_spec"))
+    found = (
+        f"{spec['kind']}, {store.get('views')} of each (token store)" if "kind" in spec else "as the token store has"
+    )
+    return {**recipe, "views": found, "min_scale": spec.get("min_scale", recipe.get("min_scale"))}
 
 
 def span(seconds: float) -> str:
@@ -286,4 +305,4 @@ def _text(value: Any) -> str:
         return " x ".join(_text(part) for part in value)
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else "automatic" if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)

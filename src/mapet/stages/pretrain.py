@@ -141,7 +141,7 @@ def pretrain(config: PretrainConfig) -> Path:
     try:
         backbone = train(config)
     except (Interrupted, WentWrong):
-        write_run_report(config.out)
+        write_run_report(config.out, PretrainConfig)
         raise
-    write_run_report(config.out)
+    write_run_report(config.out, PretrainConfig)
     return backbone

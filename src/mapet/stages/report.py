@@ -54,10 +54,11 @@ def report(config: ReportConfig) -> Path:
     from mapet.reporting.images import open_pictures
     from mapet.reporting.page import Shown, page
     from mapet.reporting.run import RunFiles
+    from mapet.stages.pretrain import PretrainConfig
 
     if config.out.exists():
         raise MapetError(f"{config.out} already exists: nothing is overwritten. Choose another --out")
-    runs = [Shown(RunFiles.open(folder)) for folder in config.run]
+    runs = [Shown(RunFiles.open(folder, PretrainConfig)) for folder in config.run]
     for run in runs:
         if config.pictures:
             try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import MapetError
 from mapet.recipe import Config, Source, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
@@ -85,18 +85,14 @@ def run(config: RunConfig) -> Path:
         do(fit_tokenizer, out=tokenizer, resume=True)
     do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
     if backbone in missing:
-        try:
-            do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
-        except Interrupted as error:
-            what = str(error).partition(" Go on with")[0]
-            raise Interrupted(f"{what} Go on with: mapet run {recipe} --resume") from None
+        do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
     if figures in missing and (config.test_images or scan(config.images).classes()):
         do(probe, backbone=backbone, test_images=config.test_images, out=figures)
     elif figures in missing:
         log.info("--- no probe: %s has no class folders, and there are no --test-images", config.images)
     if pictures in missing:
         do(inspect, run=pretrained, out=pictures, teacher=own_code)
-    write_run_report(config.out)
+    write_run_report(config.out, PretrainConfig)
     log.info("what came out of it, in one page: %s", config.out / NAME)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",

@@ -31,10 +31,11 @@ def watch(config: WatchConfig) -> None:
     """
     from mapet.errors import MapetError
     from mapet.reporting.live import LiveServer
+    from mapet.stages.pretrain import PretrainConfig
 
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
-    with LiveServer(config.run, config.port) as server:
+    with LiveServer(config.run, config.port, PretrainConfig) as server:
         log.info("%s shows %s; Ctrl-C ends this, not the run", server.url, config.run)
         try:
             server.serve_forever(poll_interval=0.2)

@@ -11,7 +11,7 @@ from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
 from mapet.model.backbone import create_vit, num_parameters, on_device
 from mapet.model.objective import MAPET, num_context_of
@@ -83,7 +83,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     )
     yield (
         f"  pretrain       {1 / training:,.0f} images/s, about {_span(epoch)} an epoch, {_span(config.epochs * epoch)} for "
-        f"{config.epochs} epochs; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
+        f"{counted(config.epochs, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet import processes
 from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, Quarantine, make_loader
-from mapet.errors import Interrupted, MapetError, by
+from mapet.errors import Interrupted, MapetError, by, counted
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
@@ -24,7 +24,7 @@ from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.panel import Panel
 from mapet.training.replay import WentWrong, save_bundle
-from mapet.training.run_folder import RunFolder, recipe_to_resume
+from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
 from mapet.training.setting import Setting
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
@@ -143,10 +143,9 @@ def train(config: Any) -> Path:
                     save()
                     saved = time.monotonic()
                 if stopping and step < total_steps:
-                    recipe = config.out / "config.yaml"
                     raise Interrupted(
                         f"stopped by {stop.asked or 'another process'} at step {step} of {total_steps}, saved. "
-                        f"Go on with: mapet pretrain {recipe} --resume"
+                        f"Go on with: {command_to_resume(config.out)}"
                     )
 
         # ---- the product
@@ -165,7 +164,7 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     return (
         f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
         f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
-        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {config.epochs} epochs"
+        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
 
 

@@ -17,9 +17,9 @@ import torchvision
 
 from mapet import processes
 from mapet.compute import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import Config, build, differences, read_recipe, to_yaml
+from mapet.recipe import Config, build, differences, outer_recipe, read_recipe, to_yaml
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
@@ -143,13 +143,19 @@ def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
     if changed:
         anew = "from its weights with new options: --init-from, and" if stage == "pretrain" else "with new options:"
         raise MapetError(
-            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet {stage} {path} "
-            f"--resume; to start {anew} a new --out"
+            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{command_to_resume(path.parent, stage)}; to start {anew} a new --out"
         )
     return old.model_copy(update={name: value for name, value in config if name in MAY_CHANGE})
 
 
+def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
+    """What a person types to go on with an interrupted run."""
+    outer = outer_recipe(folder)
+    return f"mapet run {outer} --resume" if outer else f"mapet {stage} {folder / 'config.yaml'} --resume"
+
+
 def system_information(compute: Compute) -> str:
     versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
-    place = f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"
+    place = f"Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
     return f"{compute}; {versions}, {place}; {' '.join(sys.argv)}"

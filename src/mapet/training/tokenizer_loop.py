@@ -31,7 +31,7 @@ from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
 from mapet.training.optim import make_optimizer, make_schedule
-from mapet.training.run_folder import RunFolder, recipe_to_resume
+from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
 from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
@@ -135,10 +135,9 @@ def train_vqkd(config: Any) -> Path:
                     save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
-                    recipe = config.out / "config.yaml"
                     raise Interrupted(
                         f"stopped by {stop.asked} at step {step} of {total_steps}, saved. "
-                        f"Go on with: mapet {STAGE} {recipe} --resume"
+                        f"Go on with: {command_to_resume(config.out, STAGE)}"
                     )
 
         # ---- the product
