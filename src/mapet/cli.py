@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
             print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
             return 0
         if argv[0] not in STAGES:
-            raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
+            raise MapetError(
+                f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES) or '.'} Stages: {', '.join(STAGES)}"
+            )
         run_stage(argv[0], argv[1:])
     except MapetError as error:
         if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", 0))):  # of several processes one says it
@@ -83,13 +85,13 @@ def run_stage(name: str, argv: list[str]) -> Any:
     config_type = function.config_type
     parser = _parser(name, function)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {option for option, _ in fields(config_type)}
     for word in unknown:
-        key = word.lstrip("-").split("=")[0].replace("-", "_")
         if word.startswith("--"):
-            raise MapetError(
-                f"unknown option '--{_flag(key)}'{_flag(did_you_mean(key, known))} See `mapet {name} --help`"
+            given, known = (
+                word.split("=")[0].replace("_", "-"),
+                [f"--{_flag(option)}" for option, _ in fields(config_type)],
             )
+            raise MapetError(f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`")
         raise MapetError(f"unexpected word '{word}'; options are written --name value")
     options = vars(namespace)
     recipe = _take_words(name, options)

@@ -17,7 +17,7 @@ def completion(shell: str) -> str:
         MapetError: a shell that isn't known.
     """
     if shell not in SHELLS:
-        raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS)} Shells: {', '.join(SHELLS)}")
+        raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS) or '.'} Shells: {', '.join(SHELLS)}")
     options = {name: _options(name) for name in STAGES}
     if shell == "fish":
         lines = ["complete -c mapet -f -n __fish_use_subcommand -a " + repr(" ".join(STAGES))]

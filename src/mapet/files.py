@@ -159,9 +159,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def is_free(path: Path) -> bool:
-    """Whether nothing is there, or nothing but what a killed process left half-written."""
-    return not path.exists() or (path.is_dir() and all(TEMPORARY.fullmatch(name.name) for name in path.iterdir()))
+def is_free(path: Path, but: str | None = None) -> bool:
+    """Whether nothing is there, or nothing but what a killed process left half-written, and a file named `but`."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(TEMPORARY.fullmatch(file.name) or file.name == but for file in path.iterdir())
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

@@ -30,8 +30,8 @@ def fails(capsys, *argv, code: int = 2) -> str:
 
 def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_path, tokenizer_dir, few_digits):
     assert "did you mean 'pretrain'" in fails(capsys, "pretrian")
-    assert "did you mean 'vocab-size'" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
-    assert "'images' is required" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
+    assert "did you mean '--vocab-size'?" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
+    assert "--images is required: Folder" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
     assert "did you mean 'resnet50x64_clip" in fails(
         capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp"
     )
@@ -46,10 +46,42 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "key=value" in fails(capsys, *common, "--model-args", "8")
 
 
+def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
+    """As `check` and `fit-tokenizer` spell them."""
+    assert "unknown option '--epochs'; did you mean '--pretrain.epochs'? See" in fails(capsys, "run", "--epochs", "3")
+    line = fails(capsys, "run", "--max-bad", "0.5")
+    assert "'--fit-tokenizer.max-bad' or '--tokenize.max-bad' or '--pretrain.max-bad'?" in line
+    assert "unknown option '--xyzzy'. See" in fails(capsys, "run", "--xyzzy")
+    assert "unknown stage 'xyzzy'. Stages:" in fails(capsys, "xyzzy")
+    assert "no completion for 'nonsense'. Shells:" in fails(capsys, "--completion", "nonsense")
+
+
+def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
+    """Contradicting options are told before it is made; one that stopped it before its first file leaves it free."""
+    out = tmp_path / "run"
+    run = ["run", "--images", crops, "--out", out]
+    line = fails(capsys, *run, "--fit-tokenizer.image-size", "100")
+    assert "fit-tokenizer: image size 100 x 100 is not divisible" in line and not out.exists()
+    line = fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
+    assert [file.name for file in out.iterdir()] == ["recipe.yaml"]
+    assert "did you mean" in fails(capsys, *run, "--fit-tokenizer.teacher", "resnet10x64_clp")
+    assert "resnet10x64_clp" in (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text("a person's own")
+    assert "nothing is overwritten" in fails(capsys, *run)
+    (out / "recipe.yaml").unlink()
+    fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
+    (out / "tokenizer").mkdir()
+    line = fails(capsys, *run, "--pretrain.epochs", "40", "--resume")
+    assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels'; pretrain.epochs: 300 -> 40)" in line
+    assert f"mapet run {out / 'recipe.yaml'} --resume; to start" in line and f"--pretrain.init-from {out}" in line
+
+
 def test_wrong_values(capsys, crops, tmp_path):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x"]
-    assert "'vocab_size'" in fails(capsys, *common, "--vocab-size", "many")
-    assert "not divisible by the patch size 16" in fails(capsys, *common, "--image-size", "30")
+    assert "--vocab-size: Input should be a valid integer" in fails(capsys, *common, "--vocab-size", "many")
+    assert "not divisible by the patch size 16; the nearest that is: --image-size 32 32" in fails(
+        capsys, *common, "--image-size", "30"
+    )
     line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
     assert "K = 100000" in line and "192" in line and "--vocab-size" in line
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
@@ -86,6 +118,7 @@ def test_recipes(capsys, tmp_path):
     recipe.write_bytes(b"\xff\xfe\x00")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert "cannot read the recipe" in fails(capsys, "fit-tokenizer", tmp_path / "absent.yaml")
+    assert f"is a folder, not a recipe: give images as --images {tmp_path}" in fails(capsys, "check", tmp_path)
     recipe.write_text("!!python/object/apply:os.system ['touch hacked']\n")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert not Path("hacked").exists()

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError, did_you_mean, must_be_divisible
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
 from mapet.model.published import HEADS, Published, by, from_weights, shortly
@@ -51,7 +51,9 @@ def create_vit(
     """
     known = timm.list_models()
     if model.split(".")[0] not in known:
-        raise MapetError(f"unknown model '{model}'{did_you_mean(model, known)} `timm.list_models('vit_*')` lists them")
+        raise MapetError(
+            f"unknown model '{model}'{did_you_mean(model, known) or '.'} `timm.list_models('vit_*')` lists them"
+        )
     extra = dict(model_args or {})
     allowed = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
     for key in extra:
@@ -84,12 +86,8 @@ def _own_patch_size(model: str) -> int | None:
 def _check_size(image_size: tuple[int, int], patch: int | None) -> None:
     if patch is not None and patch < 1:
         raise MapetError(f"patch size {patch}: must be at least 1 pixel")
-    if patch is not None and any(side < patch or side % patch for side in image_size):
-        fits = " ".join(str(max(1, round(side / patch)) * patch) for side in image_size)
-        raise MapetError(
-            f"image size {image_size[0]} x {image_size[1]} is not divisible by the patch size {patch}; "
-            f"the nearest that is: --image-size {fits}"
-        )
+    if patch is not None:
+        must_be_divisible(image_size, patch)
 
 
 def on_device(model: M, compute: Compute) -> M:
@@ -232,7 +230,9 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     """
     name, known = name.removeprefix("timm:"), timm.list_models()
     if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in known:
-        raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models('vit_*')` lists them")
+        raise MapetError(
+            f"unknown model '{name}'{did_you_mean(name, known) or '.'} `timm.list_models('vit_*')` lists them"
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds

@@ -164,7 +164,9 @@ def refuse_unknown(config: EvaluateConfig) -> None:
     ):
         for name in names or []:
             if name not in known:
-                raise MapetError(f"unknown {what} '{name}'{did_you_mean(name, known)} There are: {', '.join(known)}")
+                raise MapetError(
+                    f"unknown {what} '{name}'{did_you_mean(name, known) or '.'} There are: {', '.join(known)}"
+                )
 
 
 def choose_protocols(config: EvaluateConfig, sets: Any) -> list[str]:

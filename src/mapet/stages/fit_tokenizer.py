@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, must_be_divisible
 from mapet.recipe import Size, Source, shared_stage
 from mapet.stages.options import BadImages, Loading, Precision
 
@@ -76,10 +76,7 @@ class FitTokenizerConfig(Loading, BadImages):
 
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
-        if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(
-                f"image size {self.image_size[0]} x {self.image_size[1]} is not divisible by the patch size {self.patch_size}"
-            )
+        must_be_divisible(self.image_size, self.patch_size)
         return self
 
     @model_validator(mode="after")

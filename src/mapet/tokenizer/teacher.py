@@ -188,7 +188,7 @@ class _TimmFeatures(nn.Module):
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
-                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known])} "
+                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known]) or '.'} "
                 "Use 'pixels', 'vqkd', 'dalle', a timm model or package.module:function"
             )
         try:
