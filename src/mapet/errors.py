@@ -23,6 +23,11 @@ class MadeByNewer(MapetError):
     """Files of a format that only a newer mapet reads."""
 
 
+def how_to_install(extra: str) -> str:
+    """mapet is on no index, where its name could be anybody's."""
+    return f"pip install '.[{extra}]' in mapet's folder"
+
+
 def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
     if any(side < patch_size or side % patch_size for side in image_size):
