@@ -32,7 +32,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}") from None
+        inside = sorted(path.parent.glob(f"*/{path.name}"))
+        hint = f"; did you mean {' or '.join(str(file.parent) for file in inside[:3])}?" if inside else ""
+        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
     except (ValueError, OSError) as error:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
 

@@ -176,6 +176,8 @@ def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer
 def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     common = ["pretrain", "--images", few_digits, "--out", tmp_path / "run"]
     assert "is not a tokenizer: it has no tokenizer.json" in fails(capsys, *common, "--tokenizer", tmp_path)
+    line = fails(capsys, *common, "--tokenizer", tokenizer_dir.parent)
+    assert f"it has no tokenizer.json; did you mean {tokenizer_dir}?" in line
     for name in ("codebook.safetensors", "tokenizer.json"):
         folder = tmp_path / f"damaged-{name}"
         folder.mkdir()
@@ -318,9 +320,28 @@ def test_a_run_of_another_recipe(capsys, run_dir, few_digits, tokenizer_dir, tok
     assert "lr: 0.001 -> 0.5" in line and "--init-from" in line
 
 
+def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
+    """It has no backbone: both ways to one are named, and are ways to one."""
+    run = tmp_path / "photos" / "pretrain"
+    shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("backbone"))
+    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    assert f"Go on with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
+    assert f"mapet export --backbone {run.parent} --out NEW" in line
+    assert main(["export", "--backbone", str(run.parent), "--out", str(tmp_path / "new")]) == 0
+    (run.parent / "recipe.yaml").write_text("# mapet run recipe.yaml\n")
+    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    assert f"mapet run {run.parent / 'recipe.yaml'} --resume" in line
+
+
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     assert "no labels" in fails(capsys, "probe", "--backbone", run_dir, "--images", crops)
     assert "no backbone" in fails(capsys, "probe", "--backbone", crops, "--images", digits / "train")
+    assert "nope does not exist: expected a run" in fails(
+        capsys, "probe", "--backbone", crops / "nope", "--images", digits / "train"
+    )
+    assert "nope does not exist: give the folder of a run" in fails(
+        capsys, "report", crops / "nope", "--out", crops / "r"
+    )
     assert "fewer than the 5000" in fails(
         capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000"
     )

@@ -108,9 +108,7 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`.
     """
-    mean, std = pixel_stats(vit.in_chans)
-    size = vit.patch_embed.img_size
-    data = {"input_size": (vit.in_chans, *size), "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    data = _data_config(vit)
     with atomic(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
         config = json.loads((temporary / "config.json").read_text())
@@ -119,8 +117,18 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _data_config(vit: VisionTransformer) -> dict[str, Any]:
+    """What timm's transforms are to do for images to come as mapet's own."""
+    mean, std = pixel_stats(vit.in_chans)
+    size = (vit.in_chans, *vit.patch_embed.img_size)
+    return {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+
+
 def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
-    """A pre-trained ViT as a plain timm model. It takes images as `evaluation.features.normalize` gives them.
+    """A pre-trained ViT as a plain timm model, in training mode as timm makes it: `.eval()` for features.
+
+    It takes images (B, C, H, W) of its own size, normalised by ImageNet's statistics (RGB) or 0.5 and 0.25, as
+    `timm.data.create_transform(**timm.data.resolve_model_data_config(vit))` makes them of PIL images.
 
     Args:
         source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder ('local-dir:' before it
@@ -149,6 +157,9 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     _check_size(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     if published.eps is not None:
         _set_eps(vit, published.eps)
+    vit.pretrained_cfg = vit.default_cfg = vit.pretrained_cfg | _data_config(
+        vit
+    )  # not those of the source: see `adapted`
     if pretrained:
         weights, said = adapted(published, vit, source)
         vit.load_state_dict(weights)
@@ -319,6 +330,16 @@ def find_backbone(path: Path) -> Path:
     for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
+    if not path.exists():
+        raise MapetError(f"{path} does not exist: expected {SOURCES}")
+    begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
+    for recipe in (path / "recipe.yaml", path / "pretrain" / "config.yaml", path / "config.yaml"):
+        heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []
+        if begun and heading in (["#", "mapet", "run"], ["#", "mapet", "pretrain"]):
+            raise MapetError(
+                f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume; or take "
+                f"its newest checkpoint: mapet export --backbone {path} --out NEW"
+            )
     raise MapetError(
         f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     )

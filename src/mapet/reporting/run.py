@@ -125,6 +125,8 @@ class RunFiles:
     def open(cls, folder: Path) -> "RunFiles":
         """Raises MapetError: it is no run."""
         files = cls(folder)
+        if not folder.exists():
+            raise MapetError(f"{folder} does not exist: give the folder of a run")
         if not files.recipe:
             raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml")
         return files

@@ -114,5 +114,5 @@ def finetune(config: FinetuneConfig) -> float:
         note({"epoch": config.epochs, "accuracy": score})
         save_figure(learning_curve(rows), config.out / "curve.png")
         record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
-        write_json(config.out / "result.json", record | {"classes": train.classes})
+        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
     return score
