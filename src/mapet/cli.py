@@ -12,7 +12,7 @@ import yaml
 
 import mapet
 from mapet.completion import completion
-from mapet.errors import Interrupted, MapetError, did_you_mean
+from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
 from mapet.recipe import build, fields, read_recipe
 from mapet.stages import STAGES
 
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:
         # Disk full, permission denied, ...: the system's own message names the file.
-        print(f"mapet {argv[0]}: {error.strerror or error} ({error.filename or 'while writing'})", file=sys.stderr)
+        text = f"{error.strerror or error} ({error.filename or 'while writing'}){way_out(error.errno)}"
+        print(f"mapet {argv[0]}: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -143,11 +144,9 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins"
     )
-    if function.config_type.positional:
-        parser.usage = (
-            f"mapet {name} [recipe.yaml] [{function.config_type.positional.upper()} ...] [--option value ...]"
-        )
-        parser.add_argument("words", nargs="*", metavar=function.config_type.positional.upper(), help=argparse.SUPPRESS)
+    if option := function.config_type.positional:
+        parser.usage = f"mapet {name} [recipe.yaml] [{option.upper()} ...] [--option value ...]"
+        parser.add_argument("words", nargs="*", metavar=option.upper(), help=f"the same as --{_flag(option)}")
     groups: dict[str, Any] = {}
     for option, field in sorted(fields(function.config_type), key=lambda item: not item[1].is_required()):
         of_stage = option.rpartition(".")[0]
@@ -211,9 +210,10 @@ def _kind(annotation: Any) -> tuple[str, bool]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value if value != {} else "none")
+    """As one would type it."""
+    if isinstance(value, (tuple, list, dict)):
+        return " ".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flag(option: str) -> str:

@@ -1,6 +1,7 @@
-"""Errors a person can act on."""
+"""Errors a person can act on, and words for them."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -21,6 +22,20 @@ class Interrupted(MapetError):
 
 class MadeByNewer(MapetError):
     """Files of a format that only a newer mapet reads."""
+
+
+def way_out(number: int | None) -> str:
+    """What to do about an error of the system, by its number; empty where it says it itself."""
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ": you may not read or write there; give another folder, or change its permissions"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return ": make room, or give a folder on another disk; what was saved is whole"
+    return ""
+
+
+def count_of(number: int, what: str) -> str:
+    """'1 epoch', '30 epochs'."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def how_to_install(extra: str) -> str:

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from mapet.errors import MadeByNewer, MapetError
+from mapet.errors import MadeByNewer, MapetError, way_out
 
 
 def canonical_hash(value: Any) -> str:
@@ -112,7 +112,8 @@ def naming_the_cause(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise MapetError(f"cannot write {path}: {error}") from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise MapetError(f"cannot write {path}: {error}{way_out(int(number[1]) if number else None)}") from None
 
 
 def reserve(file: IO[bytes], size: int, path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
@@ -199,6 +199,14 @@ def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, A
             yield from fields(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def choices(annotation: Any) -> list[str]:
+    """The values of an option that takes some fixed ones only; else none."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(argument) for argument in arguments]
+    return [value for argument in arguments for value in choices(argument)]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

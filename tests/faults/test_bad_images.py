@@ -237,7 +237,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
     for words in (
         "13 images",
-        "labels: none",
+        "labels: none (they are taken from class folders",
         "smallest 48 x 64",
         "PNG RGB 12",
         "unreadable: 1",
@@ -245,3 +245,8 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
         "tokenize",
     ):
         assert words in caplog.text
+    (crops / "only").mkdir()
+    (crops / "bad.jpg").rename(crops / "only" / "bad.jpg")
+    caplog.clear()
+    mapet.check(images=crops / "only")
+    assert "unreadable: 1" in caplog.text and "modes" not in caplog.text

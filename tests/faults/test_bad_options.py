@@ -1,5 +1,6 @@
 """Mistakes in options, recipes and folders end in one clear line, through the command line."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
+from mapet.files import naming_the_cause
+from mapet.stages import STAGES
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -39,6 +43,8 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tiny_patch16_22")
     assert "choose one of timm's vit_*" in fails(capsys, *common, "--model", "resnet18")
     assert "did you mean 'embed_dim'" in fails(capsys, *common, "--model-args", "embeddim=8")
+    line = fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4")
+    assert "'num_heads': 4" in line and "choose one" not in line
     assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
     assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(
         capsys, *common, "--num-context", "16"
@@ -76,6 +82,24 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     assert f"mapet run {out / 'recipe.yaml'} --resume; to start" in line and f"--pretrain.init-from {out}" in line
 
 
+@pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
+def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
+    """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""
+
+    def fail(config):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    fail.config_type = STAGES["demo"].config_type
+    monkeypatch.setitem(STAGES, "demo", fail)
+    line = fails(capsys, "demo")
+    assert f"{os.strerror(number)} (some/file): " in line and way_out in line
+    with (
+        pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{way_out}"),
+        naming_the_cause(Path("some/file")),
+    ):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+
 def test_wrong_values(capsys, crops, tmp_path):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x"]
     assert "--vocab-size: Input should be a valid integer" in fails(capsys, *common, "--vocab-size", "many")
@@ -83,7 +107,7 @@ def test_wrong_values(capsys, crops, tmp_path):
         capsys, *common, "--image-size", "30"
     )
     line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
-    assert "K = 100000" in line and "192" in line and "--vocab-size" in line
+    assert "V = 100000" in line and "192" in line and "--vocab-size" in line
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
     assert "expected one argument" in fails(capsys, *common, "--vocab-size")
     assert "unexpected word 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
@@ -94,7 +118,7 @@ def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory", "1e-6"]
     scratch = tmp_path / "scratch"
     line = fails(capsys, *common, "--vocab-size", "100000", "--scratch", scratch)
-    assert "K = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
+    assert "V = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     line = fails(capsys, *common, "--scratch", scratch)

@@ -122,7 +122,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
         ({"model": "resnet18"}, "timm cannot make a VisionTransformer of 'resnet18'"),
-        ({"vocab_size": 4609}, "K = 4609 codes .* 4,608 patches: lower --vocab-size"),
+        ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower --vocab-size"),
     ],
 )
 def test_bad_options(options, message, few_digits, tmp_path):

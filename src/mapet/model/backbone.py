@@ -70,7 +70,8 @@ def create_vit(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}; {PLAIN}") from None
+        way_out = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN}"
+        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}{way_out}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
@@ -247,7 +248,7 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise MapetError(
             f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
         ) from None

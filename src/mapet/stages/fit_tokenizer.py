@@ -42,7 +42,7 @@ class FitTokenizerConfig(Loading, BadImages):
     channels: PositiveInt = 3
     """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
     vocab_size: PositiveInt | None = None
-    """K, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    """V, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
     """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to
     their signs (lfq). A teacher that brings its own words (vqkd, dalle) keeps them."""
@@ -148,7 +148,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
         vocab_size = math.prod(levels)
     log.info(
-        "%s images, %s patches, teacher %s at %s px in %s, K = %d",
+        "%s images, %s patches, teacher %s at %s px in %s, V = %d",
         f"{len(images):,}",
         f"{num_patches:,}",
         teacher.name,

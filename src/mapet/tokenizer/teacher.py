@@ -206,7 +206,8 @@ class _TimmFeatures(nn.Module):
             way_out = (
                 f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
             )
-            raise MapetError(f"cannot load the weights of teacher '{name}': {reason[:300]}; {way_out}") from None
+            reason = reason[:300].rstrip(".")
+            raise MapetError(f"cannot load the weights of teacher '{name}': {reason}; {way_out}") from None
         if not hasattr(model, "forward_intermediates"):
             raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
         data = timm.data.resolve_model_data_config(model)

@@ -11,7 +11,7 @@ from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import MapetError, count_of
 from mapet.evaluation.features import normalize
 from mapet.model.backbone import create_vit, num_parameters, on_device
 from mapet.model.objective import MAPET, num_context_of
@@ -72,7 +72,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     count, epoch = len(usable), len(usable) * max(training, read)
     fitting = min(count, points / num_patches) * max(teaching, read)
     size = num_parameters(vit) / 1e6
-    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
+    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
     yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
     yield (
@@ -81,7 +81,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     )
     yield (
         f"  pretrain       {1 / training:,.0f} images/s, about {_span(epoch)} an epoch, {_span(config.epochs * epoch)} for "
-        f"{config.epochs} epochs; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
+        f"{count_of(config.epochs, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet import processes
 from mapet.data.dataset import Batch, Quarantine, make_loader
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, count_of
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
@@ -75,6 +75,8 @@ def train(config: Any) -> Path:
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info("%s, %s", describe(config, model, len(sampler.indices)), compute)
+        if config.tokens is None and config.target == "tokens":
+            log.info("without --tokens the teacher runs in every step, on fresh views; `mapet tokenize` runs it once")
         loader = make_loader(setting.dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
         quarantine = Quarantine(setting.images, config.max_bad, dict(setting.bad))
         saved = time.monotonic()
@@ -162,7 +164,7 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     return (
         f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
         f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
-        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {config.epochs} epochs"
+        f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {count_of(config.epochs, 'epoch')}"
     )
 
 

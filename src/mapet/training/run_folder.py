@@ -17,7 +17,7 @@ import torchvision
 
 from mapet import processes
 from mapet.compute import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, count_of
 from mapet.files import atomic, is_free, new_folder
 from mapet.recipe import Config, build, differences, read_recipe, to_yaml
 from mapet.training.tracking import Tracking
@@ -151,5 +151,5 @@ def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
 
 def system_information(compute: Compute) -> str:
     versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
-    place = f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"
+    place = f"Python {platform.python_version()}, {platform.platform()}, {count_of(torch.get_num_threads(), 'thread')}"
     return f"{compute}; {versions}, {place}; {' '.join(sys.argv)}"
