@@ -13,6 +13,7 @@ from PIL import Image
 import mapet
 from mapet import cli
 from mapet.evaluation.features import normalize
+from mapet.evaluation.protocols import PROTOCOLS
 from mapet.model.backbone import create_vit
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, OBJECTIVES
@@ -125,6 +126,9 @@ def test_help_shows_defaults_and_an_example(name, capsys):
     assert f"mapet {name}" in text
     assert "example:" in text
     assert "(default:" in text or "(required)" in text
+    assert not re.search(r"\(default: ?[\[{(')]", text), "as one would type it"
+    assert name not in ("watch", "report") or re.search(r"^  RUN +the same as --run$", text, flags=re.M)
+    assert name != "evaluate" or all(protocol in text for protocol in PROTOCOLS)
 
 
 def test_architecture_names_every_module():

@@ -111,6 +111,7 @@ def finetune(config: FinetuneConfig) -> float:
         from mapet.reporting.pictures import learning_curve, save_figure
 
         save_backbone(vit.cpu(), config.out / "model")
+        log.info("model in %s", config.out / "model")
         note({"epoch": config.epochs, "accuracy": score})
         save_figure(learning_curve(rows), config.out / "curve.png")
         record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
