@@ -12,7 +12,7 @@ import yaml
 
 import mapet
 from mapet.completion import completion
-from mapet.errors import Interrupted, MapetError, did_you_mean
+from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
 from mapet.recipe import build, fields, meaning_of_none, read_recipe
 from mapet.stages import STAGES
 
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
             print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
             return 0
         if argv[0] not in STAGES:
-            raise MapetError(f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES)} Stages: {', '.join(STAGES)}")
+            raise MapetError(
+                f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES) or '.'} Stages: {', '.join(STAGES)}"
+            )
         run_stage(argv[0], argv[1:])
     except MapetError as error:
         if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", 0))):  # of several processes one says it
@@ -46,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:
         # Disk full, permission denied, ...: the system's own message names the file.
-        print(f"mapet {argv[0]}: {error.strerror or error} ({error.filename or 'while writing'})", file=sys.stderr)
+        text = f"{error.strerror or error} ({error.filename or 'while writing'}){way_out(error.errno)}"
+        print(f"mapet {argv[0]}: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -83,13 +86,13 @@ def run_stage(name: str, argv: list[str]) -> Any:
     config_type = function.config_type
     parser = _parser(name, function)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {option for option, _ in fields(config_type)}
     for word in unknown:
-        key = word.lstrip("-").split("=")[0].replace("-", "_")
         if word.startswith("--"):
-            raise MapetError(
-                f"unknown option '--{_flag(key)}'{_flag(did_you_mean(key, known))} See `mapet {name} --help`"
+            given, known = (
+                word.split("=")[0].replace("_", "-"),
+                [f"--{_flag(option)}" for option, _ in fields(config_type)],
             )
+            raise MapetError(f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`")
         raise MapetError(f"unexpected word '{word}'; options are written --name value")
     options = vars(namespace)
     recipe = _take_words(name, options)
@@ -141,11 +144,9 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe", nargs="?", type=Path, default=None, help="YAML file of the same options; the command line wins"
     )
-    if function.config_type.positional:
-        parser.usage = (
-            f"mapet {name} [recipe.yaml] [{function.config_type.positional.upper()} ...] [--option value ...]"
-        )
-        parser.add_argument("words", nargs="*", metavar=function.config_type.positional.upper(), help=argparse.SUPPRESS)
+    if option := function.config_type.positional:
+        parser.usage = f"mapet {name} [recipe.yaml] [{option.upper()} ...] [--option value ...]"
+        parser.add_argument("words", nargs="*", metavar=option.upper(), help=f"the same as --{_flag(option)}")
     groups: dict[str, Any] = {}
     for option, field in sorted(fields(function.config_type), key=lambda item: not item[1].is_required()):
         of_stage = option.rpartition(".")[0]
@@ -209,9 +210,10 @@ def _kind(annotation: Any) -> tuple[str, bool]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value if value != {} else "none")
+    """As one would type it."""
+    if isinstance(value, (tuple, list, dict)):
+        return " ".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flag(option: str) -> str:

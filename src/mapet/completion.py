@@ -1,7 +1,7 @@
 """Words that a shell may offer after `mapet`: `source <(mapet --completion bash)`."""
 
 from mapet.errors import MapetError, did_you_mean
-from mapet.recipe import fields
+from mapet.recipe import choices, fields
 from mapet.stages import STAGES
 
 SHELLS = ("bash", "zsh", "fish")
@@ -17,17 +17,24 @@ def completion(shell: str) -> str:
         MapetError: a shell that isn't known.
     """
     if shell not in SHELLS:
-        raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS)} Shells: {', '.join(SHELLS)}")
+        raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS) or '.'} Shells: {', '.join(SHELLS)}")
     options = {name: _options(name) for name in STAGES}
     if shell == "fish":
         lines = ["complete -c mapet -f -n __fish_use_subcommand -a " + repr(" ".join(STAGES))]
         lines += [
             f"complete -c mapet -n '__fish_seen_subcommand_from {name}' -l {option.removeprefix('--')}"
+            + (f" -x -a '{' '.join(values)}'" if values else "")
             for name, words in options.items()
-            for option in words
+            for option, values in words.items()
         ]
         return "\n".join(lines) + "\n"
     cases = "\n".join(f"        {name}) offered='{' '.join(words)}' ;;" for name, words in options.items())
+    fixed = "\n".join(
+        f"        '{name} {option}') offered='{' '.join(values)}' ;;"
+        for name, words in options.items()
+        for option, values in words.items()
+        if values
+    )
     start = ZSH if shell == "zsh" else ""
     return f"""{start}_mapet() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" offered=''
@@ -38,14 +45,17 @@ def completion(shell: str) -> str:
     case "${{COMP_WORDS[1]}}" in
 {cases}
     esac
-    case "$word" in
-        -*) COMPREPLY=($(compgen -W "$offered" -- "$word")) ;;
-        *) COMPREPLY=() ;;
+    [[ "$word" == -* ]] || case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{fixed}
+        *) COMPREPLY=(); return ;;
     esac
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
 }}
 complete -o default -F _mapet mapet
 """
 
 
-def _options(stage: str) -> list[str]:
-    return sorted(f"--{option.replace('_', '-')}" for option, _ in fields(STAGES[stage].config_type))
+def _options(stage: str) -> dict[str, list[str]]:
+    """Option -> the values it takes, if they are fixed."""
+    found = {option.replace("_", "-"): choices(field.annotation) for option, field in fields(STAGES[stage].config_type)}
+    return {f"--{option}": found[option] for option in sorted(found)}

@@ -1,6 +1,7 @@
-"""Errors a person can act on."""
+"""Errors a person can act on, and words for them."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 
@@ -33,7 +34,33 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def way_out(number: int | None) -> str:
+    """What to do about an error of the system, by its number; empty where it says it itself."""
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ": you may not read or write there; give another folder, or change its permissions"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return ": make room, or give a folder on another disk; what was saved is whole"
+    return ""
+
+
+def how_to_install(extra: str) -> str:
+    """mapet is on no index, where its name could be anybody's."""
+    return f"pip install '.[{extra}]' in mapet's folder"
+
+
+def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
+    """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
+    if any(side < patch_size or side % patch_size for side in image_size):
+        fits = " ".join(str(max(1, round(side / patch_size)) * patch_size) for side in image_size)
+        raise MapetError(
+            f"image size {image_size[0]} x {image_size[1]} is not divisible by the patch size {patch_size}; "
+            f"the nearest that is: --image-size {fits}"
+        )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the nearest known word, or an empty string."""
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{nearest[0]}'?" if nearest else ""
+    """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word; or an empty string."""
+    known = list(known)
+    near = [name for name in known if name.rpartition(".")[2] == word.lstrip("-")]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from mapet.errors import MadeByNewer, MapetError
+from mapet.errors import MadeByNewer, MapetError, way_out
 
 
 def canonical_hash(value: Any) -> str:
@@ -32,7 +32,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}") from None
+        inside = sorted(path.parent.glob(f"*/{path.name}"))
+        hint = f"; did you mean {' or '.join(str(file.parent) for file in inside[:3])}?" if inside else ""
+        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
     except (ValueError, OSError) as error:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
 
@@ -110,7 +112,8 @@ def naming_the_cause(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise MapetError(f"cannot write {path}: {error}") from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise MapetError(f"cannot write {path}: {error}{way_out(int(number[1]) if number else None)}") from None
 
 
 def reserve(file: IO[bytes], size: int, path: Path) -> None:
@@ -159,9 +162,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def is_free(path: Path) -> bool:
-    """Whether nothing is there, or nothing but what a killed process left half-written."""
-    return not path.exists() or (path.is_dir() and all(TEMPORARY.fullmatch(name.name) for name in path.iterdir()))
+def is_free(path: Path, but: str | None = None) -> bool:
+    """Whether nothing is there, or nothing but what a killed process left half-written, and a file named `but`."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(TEMPORARY.fullmatch(file.name) or file.name == but for file in path.iterdir())
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
@@ -150,20 +150,20 @@ def _show_progress() -> None:
 
 
 def build(
-    config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] = {}
+    config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] | None = None
 ) -> C:
     """Validate options into a config.
 
     Args:
         options: field name -> value; nested configs are nested mappings.
         recipe: the file that `options` came from, for error messages.
-        typed: options from the command line; they win over `options`.
+        typed: options from the command line, where errors name options as it spells them; they win over `options`.
 
     Raises:
         MapetError: one line for each unknown, missing or wrong option, saying where it was written.
     """
     try:
-        return config_type.model_validate(_merge(options, typed))
+        return config_type.model_validate(_merge(options, typed or {}))
     except ValidationError as error:
         lines = [_explain(config_type, item, recipe, typed) for item in error.errors()]
         raise MapetError("; ".join(dict.fromkeys(lines))) from None
@@ -177,17 +177,19 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: Mapping[str, Any]) -> str:
+def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: Mapping[str, Any] | None) -> str:
     known = dict(fields(config_type))
     key = ".".join(str(part) for part in item["loc"])
     name = next((field for field in known if key == field or key.startswith(field + ".")), key)
-    where = f" (in {recipe})" if recipe and item["loc"] and item["loc"][0] not in typed else ""
+    where = f" (in {recipe})" if recipe and item["loc"] and item["loc"][0] not in (typed or {}) else ""
+    on_command_line = typed is not None and (item["type"] == "missing" or not where)
+    shown = f"--{name.replace('_', '-')}" if on_command_line else f"option '{name}'"
     if item["type"] == "extra_forbidden":
         return f"unknown option '{key}'{where}{did_you_mean(key, known)}"
     if item["type"] == "missing":
-        return f"option '{name}' is required: {known[name].description if name in known else ''}"
+        return f"{shown} is required: {known[name].description if name in known else ''}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"option '{name}': {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
+    return f"{shown}: {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
 
 
 def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,10 +206,20 @@ def meaning_of_none(field: Any) -> str:
     return "automatic" if "automatic" in (field.description or "") else "none"
 
 
+def choices(annotation: Any) -> list[str]:
+    """The values of an option that takes some fixed ones only; else none."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(argument) for argument in arguments]
+    return [value for argument in arguments for value in choices(argument)]
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: a mapping of option names to values."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise MapetError(f"{path} is a folder, not a recipe: give images as --images {path}") from None
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
@@ -233,6 +245,14 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:
-    """'key: old -> new' for every option that differs."""
-    a, b = old.model_dump(mode="json"), new.model_dump(mode="json")
-    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
+    """'key: old -> new' for every option that differs, those of a section as 'section.key'; None is what isn't given."""
+    a, b = (dict(_flat(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new))
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in a | b if a.get(key) != b.get(key)]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -237,7 +237,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
     for words in (
         "13 images",
-        "labels: none",
+        "labels: none (they are taken from class folders",
         "smallest 48 x 64",
         "PNG RGB 12",
         "unreadable: 1",
@@ -248,6 +248,11 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     assert "12 images are very few" in caplog.text
     assert "other stages refuse" not in caplog.text  # one is always allowed
     assert "enlarged" not in caplog.text
+    (crops / "only").mkdir()
+    (crops / "bad.jpg").rename(crops / "only" / "bad.jpg")
+    caplog.clear()
+    mapet.check(images=crops / "only")
+    assert "unreadable: 1" in caplog.text and "modes" not in caplog.text
 
 
 def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):

@@ -1,5 +1,6 @@
 """Mistakes in options, recipes and folders end in one clear line, through the command line."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
+from mapet.files import naming_the_cause
+from mapet.stages import STAGES
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -30,8 +34,8 @@ def fails(capsys, *argv, code: int = 2) -> str:
 
 def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_path, tokenizer_dir, few_digits):
     assert "did you mean 'pretrain'" in fails(capsys, "pretrian")
-    assert "did you mean 'vocab-size'" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
-    assert "'images' is required" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
+    assert "did you mean '--vocab-size'?" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
+    assert "--images is required: Folder" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
     assert "did you mean 'resnet50x64_clip" in fails(
         capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp"
     )
@@ -39,6 +43,8 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tiny_patch16_22")
     assert "choose one of timm's vit_*" in fails(capsys, *common, "--model", "resnet18")
     assert "did you mean 'embed_dim'" in fails(capsys, *common, "--model-args", "embeddim=8")
+    line = fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4")
+    assert "'num_heads': 4" in line and "choose one" not in line
     assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
     assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(
         capsys, *common, "--num-context", "16"
@@ -46,12 +52,62 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "key=value" in fails(capsys, *common, "--model-args", "8")
 
 
+def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
+    """As `check` and `fit-tokenizer` spell them."""
+    assert "unknown option '--epochs'; did you mean '--pretrain.epochs'? See" in fails(capsys, "run", "--epochs", "3")
+    line = fails(capsys, "run", "--max-bad", "0.5")
+    assert "'--fit-tokenizer.max-bad' or '--tokenize.max-bad' or '--pretrain.max-bad'?" in line
+    assert "unknown option '--xyzzy'. See" in fails(capsys, "run", "--xyzzy")
+    assert "unknown stage 'xyzzy'. Stages:" in fails(capsys, "xyzzy")
+    assert "no completion for 'nonsense'. Shells:" in fails(capsys, "--completion", "nonsense")
+
+
+def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
+    """Contradicting options are told before it is made; one that stopped it before its first file leaves it free."""
+    out = tmp_path / "run"
+    run = ["run", "--images", crops, "--out", out]
+    line = fails(capsys, *run, "--fit-tokenizer.image-size", "100")
+    assert "fit-tokenizer: image size 100 x 100 is not divisible" in line and not out.exists()
+    line = fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
+    assert [file.name for file in out.iterdir()] == ["recipe.yaml"]
+    assert "did you mean" in fails(capsys, *run, "--fit-tokenizer.teacher", "resnet10x64_clp")
+    assert "resnet10x64_clp" in (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text("a person's own")
+    assert "nothing is overwritten" in fails(capsys, *run)
+    (out / "recipe.yaml").unlink()
+    fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
+    (out / "tokenizer").mkdir()
+    line = fails(capsys, *run, "--pretrain.epochs", "40", "--resume")
+    assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels'; pretrain.epochs: 300 -> 40)" in line
+    assert f"mapet run {out / 'recipe.yaml'} --resume; to start" in line and f"--pretrain.init-from {out}" in line
+
+
+@pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
+def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
+    """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""
+
+    def fail(config):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    fail.config_type = STAGES["demo"].config_type
+    monkeypatch.setitem(STAGES, "demo", fail)
+    line = fails(capsys, "demo")
+    assert f"{os.strerror(number)} (some/file): " in line and way_out in line
+    with (
+        pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{way_out}"),
+        naming_the_cause(Path("some/file")),
+    ):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+
 def test_wrong_values(capsys, crops, tmp_path):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x"]
-    assert "'vocab_size'" in fails(capsys, *common, "--vocab-size", "many")
-    assert "not divisible by the patch size 16" in fails(capsys, *common, "--image-size", "30")
+    assert "--vocab-size: Input should be a valid integer" in fails(capsys, *common, "--vocab-size", "many")
+    assert "not divisible by the patch size 16; the nearest that is: --image-size 32 32" in fails(
+        capsys, *common, "--image-size", "30"
+    )
     line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
-    assert "K = 100000" in line and "192" in line and "--vocab-size" in line
+    assert "V = 100000" in line and "192" in line and "--vocab-size" in line
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
     assert "expected one argument" in fails(capsys, *common, "--vocab-size")
     assert "unexpected word 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
@@ -62,7 +118,7 @@ def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory", "1e-6"]
     scratch = tmp_path / "scratch"
     line = fails(capsys, *common, "--vocab-size", "100000", "--scratch", scratch)
-    assert "K = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
+    assert "V = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     line = fails(capsys, *common, "--scratch", scratch)
@@ -86,6 +142,7 @@ def test_recipes(capsys, tmp_path):
     recipe.write_bytes(b"\xff\xfe\x00")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert "cannot read the recipe" in fails(capsys, "fit-tokenizer", tmp_path / "absent.yaml")
+    assert f"is a folder, not a recipe: give images as --images {tmp_path}" in fails(capsys, "check", tmp_path)
     recipe.write_text("!!python/object/apply:os.system ['touch hacked']\n")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert not Path("hacked").exists()
@@ -143,6 +200,8 @@ def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer
 def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     common = ["pretrain", "--images", few_digits, "--out", tmp_path / "run"]
     assert "is not a tokenizer: it has no tokenizer.json" in fails(capsys, *common, "--tokenizer", tmp_path)
+    line = fails(capsys, *common, "--tokenizer", tokenizer_dir.parent)
+    assert f"it has no tokenizer.json; did you mean {tokenizer_dir}?" in line
     for name in ("codebook.safetensors", "tokenizer.json"):
         folder = tmp_path / f"damaged-{name}"
         folder.mkdir()
@@ -285,9 +344,28 @@ def test_a_run_of_another_recipe(capsys, run_dir, few_digits, tokenizer_dir, tok
     assert "lr: 0.001 -> 0.5" in line and "--init-from" in line
 
 
+def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
+    """It has no backbone: both ways to one are named, and are ways to one."""
+    run = tmp_path / "photos" / "pretrain"
+    shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("backbone"))
+    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    assert f"Go on with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
+    assert f"mapet export --backbone {run.parent} --out NEW" in line
+    assert main(["export", "--backbone", str(run.parent), "--out", str(tmp_path / "new")]) == 0
+    (run.parent / "recipe.yaml").write_text("# mapet run recipe.yaml\n")
+    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    assert f"mapet run {run.parent / 'recipe.yaml'} --resume" in line
+
+
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     assert "no labels" in fails(capsys, "probe", "--backbone", run_dir, "--images", crops)
     assert "no backbone" in fails(capsys, "probe", "--backbone", crops, "--images", digits / "train")
+    assert "nope does not exist: expected a run" in fails(
+        capsys, "probe", "--backbone", crops / "nope", "--images", digits / "train"
+    )
+    assert "nope does not exist: give the folder of a run" in fails(
+        capsys, "report", crops / "nope", "--out", crops / "r"
+    )
     assert "fewer than the 5000" in fails(
         capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000"
     )

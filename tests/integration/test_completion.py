@@ -26,12 +26,14 @@ def test_bash_offers_stages_and_their_options(capsys):
     assert offered(text, ["mapet", "pretrain", "--predict"]) == ["--predict-ratio"]
     assert offered(text, ["mapet", "run", "--pretrain.ep"]) == ["--pretrain.epochs"]
     assert offered(text, ["mapet", "run", "pho"]) == []
+    assert offered(text, ["mapet", "pretrain", "--order", "''"]) == ["random", "blockwise", "raster"]
+    assert offered(text, ["mapet", "run", "--pretrain.track", "ml"]) == ["mlflow"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_take_their_script(shell, capsys):
     text = script(capsys, shell)
-    assert "predict-ratio" in text
+    assert "predict-ratio" in text and "random blockwise raster" in text
     if shutil.which(shell):
         subprocess.run([shell, "-c", text], check=True, capture_output=True)
 

@@ -4,12 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import mapet
 from mapet import cli
+from mapet.evaluation.features import normalize
+from mapet.evaluation.protocols import PROTOCOLS
 from mapet.model.backbone import create_vit
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, OBJECTIVES
@@ -72,15 +76,19 @@ def test_every_recipe_builds(recipe):
     build(STAGES[stage].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"} | more)
 
 
-def test_readme_python(run_dir, monkeypatch, tmp_path):
-    """The README's Python runs as it stands, on a run of ours."""
+def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
+    """The README's Python runs as it stands, on a run of ours, and timm prepares images as mapet does."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "photos").symlink_to(run_dir)
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert len(code) == 1
-    scope = {"images": torch.zeros(2, 1, 8, 8)}
+    pictures = [Image.open(path) for path in sorted((digits / "test" / "7").iterdir())[:2]]
+    scope = {"pictures": pictures}
     exec(code[0], scope)
+    pixels = torch.stack([torch.from_numpy(np.asarray(picture).copy())[None] for picture in pictures])
+    torch.testing.assert_close(scope["images"], normalize(pixels, 1))
+    assert not scope["vit"].training
     assert scope["features"].shape == (2, 17, 32)
     assert scope["model"].num_classes == 10
 
@@ -120,6 +128,9 @@ def test_help_shows_defaults_and_an_example(name, capsys):
     assert f"mapet {name}" in text
     assert "example:" in text
     assert "(default:" in text or "(required)" in text
+    assert not re.search(r"\(default: ?[\[{(')]", text), "as one would type it"
+    assert name not in ("watch", "report") or re.search(r"^  RUN +the same as --run$", text, flags=re.M)
+    assert name != "evaluate" or all(protocol in text for protocol in PROTOCOLS)
 
 
 def test_architecture_names_every_module():

@@ -46,7 +46,8 @@ def untrained(tmp_path_factory):
     return folder
 
 
-def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
+def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
     out = tmp_path / "out"
     found = mapet.evaluate(
         backbone=[str(run_dir), str(untrained), f"random:{run_dir}"],
@@ -62,6 +63,8 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path):
     assert figures["k-NN, k 20"] == pytest.approx(knn_accuracy(*features[0], *features[1]), abs=0.021)  # float16
     assert max(figures["linear"], figures["linear, batch norm"]) >= 0.17  # after 6 steps; chance is 0.1
     assert 1 <= figures["RankMe"] <= 32
+    columns = f"{run_dir} | {untrained} | random:{run_dir}"
+    assert f"| figure | over | {columns} |" in caplog.text and "images, higher is better | " in caplog.text
     record = json.loads((out / "evaluation.json").read_text())["backbones"][str(run_dir)]
     accuracy = record["knn"]["figures"]["k-NN, k 20"]
     assert accuracy["low"] < accuracy["value"] == figures["k-NN, k 20"] < accuracy["high"]
@@ -159,7 +162,8 @@ def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path)
     assert "| contrast |" in (out / "evaluation.md").read_text()
 
 
-def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path):
+def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
     accuracy = mapet.finetune(
         backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
         workers=0, device="cpu", precision="float32", ema=0.5,
@@ -168,6 +172,7 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     assert [row["epoch"] for row in rows if "loss" in row] == list(range(1, 13))
     assert rows[-1] == {"epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
     assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
+    assert "epoch 6 of 12, loss " in caplog.text and f"model in {tmp_path / 'tuned' / 'model'}" in caplog.text
     result = json.loads((tmp_path / "tuned" / "result.json").read_text())
     assert result["low"] < accuracy < result["high"] and result["test_images"] == 100
     found = mapet.evaluate(

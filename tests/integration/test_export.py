@@ -220,7 +220,8 @@ def test_other_patches_and_channels(crops, tmp_path):
     assert torch.equal(made.pos_embed, expected.pos_embed)
 
 
-def test_a_finetuned_model(digits, run_dir, tmp_path):
+def test_a_finetuned_model(digits, run_dir, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
     common = {
         "images": digits / "test",
         "epochs": 1,
@@ -230,9 +231,8 @@ def test_a_finetuned_model(digits, run_dir, tmp_path):
         "precision": "float32",
     }
     mapet.finetune(backbone=run_dir, out=tmp_path / "tuned", labels_per_class=5, **common)
-    out = mapet.export(
-        backbone=tmp_path / "tuned", out=tmp_path / "out", format=["torch-export"], images=digits / "test"
-    )
+    out = mapet.export(backbone=tmp_path / "tuned", out=tmp_path / "out", format=["torch-export"])
+    assert "checked on 8 images of test" in caplog.text
     assert json.loads((out / "config.json").read_text())["label_names"] == list("0123456789")
     card = (out / "README.md").read_text()
     assert front_matter(card)["pipeline_tag"] == "image-classification" and "| fine-tuning | accuracy |" in card
@@ -334,7 +334,7 @@ def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
     with pytest.raises(MapetError, match="not empty: nothing is overwritten"):
         mapet.export(backbone=run_dir, out=tmp_path / "full")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(MapetError, match=r"--format onnx needs onnx.*pip install 'mapet\[export\]'"):
+    with pytest.raises(MapetError, match=r"--format onnx needs onnx.*pip install '.\[export\]'"):
         mapet.export(backbone=run_dir, out=tmp_path / "out", format=["onnx"])
     with pytest.raises(MapetError, match="image size 9 x 9 is not divisible by the patch size 2"):
         mapet.export(backbone=run_dir, out=tmp_path / "out", image_size=9)

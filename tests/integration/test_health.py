@@ -12,15 +12,16 @@ from mapet.files import file_hash, read_sealed, write_sealed
 PICTURES = {"usage.png", "token_maps.png", "words.png", "nearest_words.png"}
 
 
-def test_health_of_digits(digits, tokenizer_dir, tmp_path, capsys):
+def test_health_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
     """On labelled images, through the command line, the same each time and whatever the batch size."""
+    caplog.set_level("INFO", "mapet")
     argv = ["inspect", "--tokenizer", tokenizer_dir, "--images", digits / "train", "--sample", 300, "--workers", 0]
     assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES | {"health.json", "health.md"}
     assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in PICTURES)
     record = json.loads((tmp_path / "a" / "health.json").read_text())
     measures = record["measures"]
-    assert record["warnings"] == []
+    assert record["warnings"] == [] and "no warnings" in caplog.messages
     assert measures["images"] == 300 and measures["usage"]["patches"] == 4800
     assert measures["stability"]["shift"]["share"] == 1
     assert 0.03 < measures["label"]["bits"] < 0.3

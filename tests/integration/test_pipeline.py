@@ -172,9 +172,11 @@ def test_stored_and_online_tokens_agree(views, crops, tmp_path):
         assert len(batch.image.flatten(1).unique(dim=0)) > 12
 
 
-def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tmp_path):
+def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
     """Centred views: a run with the teacher in the loop ends with the same weights as one with stored tokens."""
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, out=tmp_path / "run", **PRETRAIN)
+    assert "without --tokens the teacher runs in every step" in caplog.text
     assert_identical(run_dir, tmp_path / "run")
 
 

@@ -109,7 +109,7 @@ def test_multi_label(coco, vit, tmp_path):
 
 def test_detection_without_its_library(coco, vit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(MapetError, match=r"pip install 'mapet\[detection\]'"):
+    with pytest.raises(MapetError, match=r"pip install '.\[detection\]'"):
         mapet.evaluate(
             backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=tmp_path / "out",
             protocols=["detection"], **QUICK,

@@ -552,5 +552,5 @@ def test_files_of_the_hub_keep_their_names_from_revision_to_revision():
 
 def test_hugging_face_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MapetError, match=r"pip install 'mapet\[datasets\]'"):
+    with pytest.raises(MapetError, match=r"pip install '.\[datasets\]'"):
         scan("hf:any")

@@ -140,7 +140,7 @@ def test_features_too_uneven_for_float16():
 
 
 def test_more_words_than_patches():
-    with pytest.raises(MapetError, match=r"K = 500 .* but there are 400.*--vocab-size"):
+    with pytest.raises(MapetError, match=r"V = 500 .* but there are 400.*--vocab-size"):
         kmeans(blobs(), 500)
 
 

@@ -148,7 +148,7 @@ def test_what_is_not_installed_is_said_before_anything(stage, tmp_path, monkeypa
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
     option = ["--pretrain.track"] if stage == "run" else ["--tokenizer", "none", "--track"]
     assert main([stage, "--images", "none", "--out", str(tmp_path / "out"), *option, "wandb"]) == 2
-    assert "--track wandb needs the library wandb: pip install 'mapet[track]'" in capsys.readouterr().err
+    assert "--track wandb needs the library wandb: pip install '.[track]' in mapet's folder" in capsys.readouterr().err
 
 
 def test_a_folder_of_that_name_is_no_library(tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def read_trackio(folder):
 @pytest.mark.filterwarnings("ignore")  # of their own libraries
 @pytest.mark.parametrize(("name", "read"), [("wandb", read_wandb), ("mlflow", read_mlflow), ("trackio", read_trackio)])
 def test_the_real_ones(name, read, offline, tmp_path, warnings):
-    pytest.importorskip(name, reason=f"{name} is not installed: pip install 'mapet[track]'")
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[track]'")
     run = tmp_path / "photos" / "pretrain"
     run.mkdir(parents=True)
     track(run, ROWS, [name], failed=True)
@@ -252,7 +252,7 @@ def test_the_real_ones(name, read, offline, tmp_path, warnings):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_that_is_not_there(offline, tmp_path, monkeypatch, warnings):
-    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install 'mapet[track]'")
+    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install '.[track]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     track(tmp_path, ROWS, ["mlflow"])

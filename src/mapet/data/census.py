@@ -41,11 +41,11 @@ class Census:
             names = ", ".join(classes[0][:SHOWN]) + (", ..." if len(classes[0]) > SHOWN else "")
             yield f"labels: {len(classes[0])} classes, {counts.min()} to {counts.max()} images each ({names})"
         else:
-            yield "labels: none (images are not all in class folders, and no others are given)"
+            yield "labels: none (they are taken from class folders, CLASS/image.jpg, if every image is in one)"
         if len(self.sizes):
             low, middle, high = (np.percentile(self.sizes, q, axis=0).astype(int) for q in (0, 50, 100))
             yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"
-        yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
+            yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
         if any("I;16" in mode or mode.endswith(" I") for mode in self.modes):
             yield "note: of 16-bit images the upper 8 bits are used; stretch images with a narrower range (say 12 bits) first"
         yield f"unreadable: {len(self.bad):,}"

@@ -10,7 +10,7 @@ import numpy as np
 from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
-from mapet.errors import MapetError
+from mapet.errors import MapetError, how_to_install
 
 SAVED = ("state.json", "dataset_dict.json")
 """One of these is in a folder made by `save_to_disk`."""
@@ -90,10 +90,10 @@ def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MapetError(f"hf:NAME needs the package `datasets`: pip install 'mapet[datasets]' ({error})") from None
+        raise MapetError(f"hf:NAME needs the package `datasets`: {how_to_install('datasets')} ({error})") from None
     if int(datasets.__version__.split(".")[0]) < 4:
         raise MapetError(
-            f"datasets {datasets.__version__} may run a data set's own code: pip install 'mapet[datasets]' brings 4 or newer"
+            f"datasets {datasets.__version__} may run a data set's own code: {how_to_install('datasets')} brings 4 or newer"
         )
     return datasets
 

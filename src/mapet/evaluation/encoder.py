@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, UInt8
 from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.model.adapt import pixel_stats
 from mapet.model.backbone import load_backbone, on_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
@@ -74,8 +72,6 @@ class Encoder:
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)
         own = tuple(data["mean"]), tuple(data["std"])
-        if isinstance(model, VisionTransformer) and ours:  # `load_backbone` took every normalisation into the weights
-            channels, size, own = model.in_chans, list(model.patch_embed.img_size), pixel_stats(model.in_chans)
         mean, std = (values if len(values) == channels else values[:1] * channels for values in own)
         return cls(source, on_device(model, compute), compute, tuple(size), channels, mean, std, classes)
 

@@ -103,6 +103,12 @@ def cluster(bench: Bench) -> Outcome:
     return outcome
 
 
+BETTER = {"RankMe": ", higher is better", "effective rank": ", higher is better"} | dict.fromkeys(
+    ("dead dimensions", "mean cosine", "uniformity", "alignment"), ", lower is better"
+)
+"""Of measures without labels; the spread is best near 1. They tell whether features collapsed, not what they are good for."""
+
+
 def rank(bench: Bench) -> Outcome:
     """Rank, spread and collapse of the last layer's features; no labels."""
     features = bench.train.of_layer(torch.arange(min(MOST_RANK, len(bench.train))))
@@ -120,7 +126,8 @@ def rank(bench: Bench) -> Outcome:
         index.append(rows)
     found = diagnostics(features)
     found["alignment"] = diagnostics(features[torch.cat(index)], torch.cat(views))["alignment"]
-    return Outcome({name: Figure(value, of=f"{len(features):,} images") for name, value in found.items()})
+    of = f"{len(features):,} images"
+    return Outcome({name: Figure(value, of=f"{of}{BETTER.get(name, '')}") for name, value in found.items()})
 
 
 def neighbours(bench: Bench) -> Outcome:

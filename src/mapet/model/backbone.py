@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
-from mapet.errors import MapetError, by, did_you_mean
+from mapet.errors import MapetError, by, did_you_mean, must_be_divisible
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
 from mapet.model.published import HEADS, Published, from_weights, shortly
@@ -51,7 +51,9 @@ def create_vit(
     """
     known = timm.list_models()
     if model.split(".")[0] not in known:
-        raise MapetError(f"unknown model '{model}'{did_you_mean(model, known)} `timm.list_models('vit_*')` lists them")
+        raise MapetError(
+            f"unknown model '{model}'{did_you_mean(model, known) or '.'} `timm.list_models('vit_*')` lists them"
+        )
     extra = dict(model_args or {})
     allowed = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
     for key in extra:
@@ -68,7 +70,8 @@ def create_vit(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}; {PLAIN}") from None
+        way_out = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN}"
+        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}{way_out}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
@@ -84,12 +87,8 @@ def _own_patch_size(model: str) -> int | None:
 def _check_size(image_size: tuple[int, int], patch: int | None) -> None:
     if patch is not None and patch < 1:
         raise MapetError(f"patch size {patch}: must be at least 1 pixel")
-    if patch is not None and any(side < patch or side % patch for side in image_size):
-        fits = " ".join(str(max(1, round(side / patch)) * patch) for side in image_size)
-        raise MapetError(
-            f"image size {image_size[0]} x {image_size[1]} is not divisible by the patch size {patch}; "
-            f"the nearest that is: --image-size {fits}"
-        )
+    if patch is not None:
+        must_be_divisible(image_size, patch)
 
 
 def on_device(model: M, compute: Compute) -> M:
@@ -110,9 +109,7 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`.
     """
-    mean, std = pixel_stats(vit.in_chans)
-    size = vit.patch_embed.img_size
-    data = {"input_size": (vit.in_chans, *size), "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    data = _data_config(vit)
     with atomic(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
         config = json.loads((temporary / "config.json").read_text())
@@ -121,8 +118,18 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _data_config(vit: VisionTransformer) -> dict[str, Any]:
+    """What timm's transforms are to do for images to come as mapet's own."""
+    mean, std = pixel_stats(vit.in_chans)
+    size = (vit.in_chans, *vit.patch_embed.img_size)
+    return {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+
+
 def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
-    """A pre-trained ViT as a plain timm model. It takes images as `evaluation.features.normalize` gives them.
+    """A pre-trained ViT as a plain timm model, in training mode as timm makes it: `.eval()` for features.
+
+    It takes images (B, C, H, W) of its own size, normalised by ImageNet's statistics (RGB) or 0.5 and 0.25, as
+    `timm.data.create_transform(**timm.data.resolve_model_data_config(vit))` makes them of PIL images.
 
     Args:
         source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder ('local-dir:' before it
@@ -152,6 +159,8 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     _check_size(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     if published.eps is not None:
         _set_eps(vit, published.eps)
+    # Of what the weights take now, not of the source: see `adapted`.
+    vit.pretrained_cfg = vit.default_cfg = vit.pretrained_cfg | _data_config(vit)
     if pretrained:
         if "num_classes" in overrides:  # also where the source's has as many classes: they are others
             kept = {name: tensor for name, tensor in published.weights.items() if not name.startswith("head.")}
@@ -236,11 +245,13 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     """
     name, known = name.removeprefix("timm:"), timm.list_models()
     if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in known:
-        raise MapetError(f"unknown model '{name}'{did_you_mean(name, known)} `timm.list_models('vit_*')` lists them")
+        raise MapetError(
+            f"unknown model '{name}'{did_you_mean(name, known) or '.'} `timm.list_models('vit_*')` lists them"
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise MapetError(
             f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
         ) from None
@@ -326,6 +337,16 @@ def find_backbone(path: Path) -> Path:
     for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
+    if not path.exists():
+        raise MapetError(f"{path} does not exist: expected {SOURCES}")
+    begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
+    for recipe in (path / "recipe.yaml", path / "pretrain" / "config.yaml", path / "config.yaml"):
+        heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []
+        if begun and heading in (["#", "mapet", "run"], ["#", "mapet", "pretrain"]):
+            raise MapetError(
+                f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume; or take "
+                f"its newest checkpoint: mapet export --backbone {path} --out NEW"
+            )
     raise MapetError(
         f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     )

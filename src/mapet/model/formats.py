@@ -16,7 +16,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, how_to_install
 from mapet.files import write_json, write_tensors
 from mapet.model.adapt import fold_layer_scale, pixel_stats
 from mapet.model.backbone import save_backbone
@@ -70,7 +70,7 @@ def require(name: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MapetError(f"--format {name} needs {module} ({error}): pip install 'mapet[export]'") from None
+            raise MapetError(f"--format {name} needs {module} ({error}): {how_to_install('export')}") from None
 
 
 @contextmanager

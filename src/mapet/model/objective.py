@@ -126,7 +126,9 @@ def content_rows(objective: Objective, lengths: dict[Segment, int]) -> int:
 
 def get_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
-        raise MapetError(f"unknown objective '{name}'{did_you_mean(name, OBJECTIVES)} Known: {', '.join(OBJECTIVES)}")
+        raise MapetError(
+            f"unknown objective '{name}'{did_you_mean(name, OBJECTIVES) or '.'} Known: {', '.join(OBJECTIVES)}"
+        )
     return OBJECTIVES[name]
 
 

@@ -92,6 +92,8 @@ class RunFiles:
     def open(cls, folder: Path, config_type: type[Config] = Config) -> "RunFiles":
         """Raises MapetError: it is no run."""
         files = cls(folder, config_type)
+        if not folder.exists():
+            raise MapetError(f"{folder} does not exist: give the folder of a run")
         if not files.recipe or "backbone" in files.recipe:  # of `finetune`
             raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
         return files

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, how_to_install
 from mapet.recipe import Size, Source, stage
 from mapet.stages.options import BackboneSource, BadImages, Loading, ModelArgs, Precision
 
@@ -61,7 +61,7 @@ def embed(config: EmbedConfig) -> Path:
     from mapet.weights import hash_weights
 
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise MapetError("--format parquet needs pyarrow: pip install 'mapet[export]', or --format npy")
+        raise MapetError(f"--format parquet needs pyarrow: {how_to_install('export')}, or --format npy")
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     options = config.model_args | ({"img_size": config.image_size} if config.image_size else {})

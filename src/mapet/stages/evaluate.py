@@ -27,7 +27,8 @@ class EvaluateConfig(ModelArgs, Loading):
     out: Path
     """New folder for evaluation.md, evaluation.json, per_class.csv and pictures."""
     protocols: list[str] | None = None
-    """Which to run; automatic: knn linear attentive few-label cluster rank neighbours, as far as there are labels."""
+    """Which to run, of knn linear attentive few-label cluster rank neighbours ood corruptions resolution multi-label segmentation
+    detection; automatic: those that have the data they need, but for corruptions, resolution and detection, which take long."""
     pool: Literal["avg", "token", "both"] = "avg"
     """Feature of an image: mean of its patch tokens, the class token, or the two beside each other."""
     layers: list[PositiveInt] | None = None
@@ -117,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     from mapet.evaluation.protocols import PROTOCOLS
     from mapet.evaluation.shifts import relative_to_first
     from mapet.files import new_folder
-    from mapet.reporting.evaluation import cell, write_evaluation
+    from mapet.reporting.evaluation import cell, table, write_evaluation
     from mapet.training.sizing import free_memory
 
     refuse_unknown(config)
@@ -167,6 +168,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
             bench.close()
         relative_to_first(found)
         write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
+    if len(found) > 1:
+        for line in table("figure", found, cell):
+            log.info("%s", line)
     log.info("table, figures and pictures in %s", config.out)
     return {
         source: {row: figure.value for outcome in outcomes.values() for row, figure in outcome.figures.items()}
@@ -185,7 +189,9 @@ def refuse_unknown(config: EvaluateConfig) -> None:
     ):
         for name in names or []:
             if name not in known:
-                raise MapetError(f"unknown {what} '{name}'{did_you_mean(name, known)} There are: {', '.join(known)}")
+                raise MapetError(
+                    f"unknown {what} '{name}'{did_you_mean(name, known) or '.'} There are: {', '.join(known)}"
+                )
 
 
 def choose_protocols(config: EvaluateConfig, sets: Any) -> list[str]:

@@ -133,7 +133,8 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
     size = tuple(vit.patch_embed.img_size)
     folder = config.images or _images_of_run(config.backbone)
     views = None
-    words = f"{COUNT} generated images, for none of the run's could be read; give some with --images"
+    why = f"none of {folder} could be read" if folder else "nothing beside the backbone says what images it has seen"
+    words = f"{COUNT} generated images, for {why}; give some with --images"
     if folder is not None:
         try:
             images = scan(folder)
@@ -155,14 +156,15 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
     return _Sample(views, normalize(views, vit.in_chans), words)
 
 
-def _images_of_run(source: str) -> Path | None:
+def _images_of_run(source: str) -> str | None:
+    """As the recipe of pre-training, or the result of fine-tuning, has them; both are YAML."""
     from mapet.recipe import read_recipe
 
     path = Path(source)
-    recipes = (folder / "config.yaml" for folder in (path, path / "pretrain", path.parent))
-    recipe = next((recipe for recipe in recipes if recipe.is_file()), None)
-    images = read_recipe(recipe).get("images") if recipe else None
-    return Path(images) if images else None
+    names = ("config.yaml", "result.json")
+    records = (folder / name for folder in (path, path / "pretrain", path.parent) for name in names)
+    record = next((record for record in records if record.is_file()), None)
+    return read_recipe(record).get("images") if record else None
 
 
 def largest_difference(given: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:

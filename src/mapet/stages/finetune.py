@@ -120,10 +120,11 @@ def finetune(config: FinetuneConfig) -> float:
         from mapet.reporting.pictures import learning_curve, save_figure
 
         save_backbone(vit.cpu(), config.out / "model")
+        log.info("model in %s", config.out / "model")
         note({"epoch": config.epochs, "accuracy": score})
         save_figure(learning_curve(rows), config.out / "curve.png")
         record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
-        write_json(config.out / "result.json", record | {"classes": train.classes})
+        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         write_json(config.out / ORIGIN, origin_of_tuned(read_recipe(config.out / "config.yaml"), images)._asdict())
     return score

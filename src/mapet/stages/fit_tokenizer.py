@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, must_be_divisible
 from mapet.recipe import Size, Source, shared_stage
 from mapet.stages.options import BadImages, FrozenTeacher, Loading, Precision, changed, refuse_unused
 
@@ -44,7 +44,7 @@ class FitTokenizerConfig(FrozenTeacher, Loading, BadImages):
     channels: PositiveInt = 3
     """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
     vocab_size: PositiveInt | None = None
-    """K, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    """V, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
     """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to
     their signs (lfq). A teacher that brings its own words (vqkd, dalle) keeps them."""
@@ -78,10 +78,7 @@ class FitTokenizerConfig(FrozenTeacher, Loading, BadImages):
 
     @model_validator(mode="after")
     def _divisible(self) -> "FitTokenizerConfig":
-        if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(
-                f"image size {self.image_size[0]} x {self.image_size[1]} is not divisible by the patch size {self.patch_size}"
-            )
+        must_be_divisible(self.image_size, self.patch_size)
         return self
 
     @model_validator(mode="after")
@@ -149,7 +146,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
         vocab_size = math.prod(levels)
     log.info(
-        "%s images, %s patches, teacher %s at %s px in %s, K = %d",
+        "%s images, %s patches, teacher %s at %s px in %s, V = %d",
         f"{len(images):,}",
         f"{num_patches:,}",
         teacher.name,

@@ -31,8 +31,8 @@ class InspectConfig(Loading):
     out: Path
     """New folder for the pictures and figures."""
     images: Source | None = None
-    """Folder of images, text file of paths, .tar shards or hf:NAME; automatic: those the run was trained on. With labels
-    (CLASS/image.jpg) words are held against the classes, too."""
+    """Folder of images, text file of paths, .tar shards or hf:NAME; automatic: those the run was trained on; required with
+    `tokenizer`. With labels (CLASS/image.jpg) words are held against the classes, too."""
     tokens: Path | None = None
     """With `tokenizer`: a store made by `tokenize` of these images, to be compared with what the tokenizer says now."""
     num_images: PositiveInt = 6
@@ -149,6 +149,8 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
         log.info("%-28s %s", name, value)
     for line in found_poor:
         log.warning("%s", line)
+    if not found_poor:
+        log.info("no warnings")
 
     tokens = words.ids.flatten(1)
     pictured, shown = tokens[: len(words.images)].flatten(), slice(0, config.num_images)

@@ -63,35 +63,42 @@ def run(config: RunConfig) -> Path:
 
     require(config.pretrain.track)  # type: ignore[attr-defined]  # before hours of tokenizing
     recipe = config.out / "recipe.yaml"
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
+    fitting: Any = config.fit_tokenizer
+    own_code = fitting.teacher if is_own_code(fitting.teacher) else None
+    begun = (pretrained / "config.yaml").exists()
+    configs = {  # all before anything is written: each stage refuses options that contradict each other
+        stage: _config_of(stage, config, given)
+        for stage, given in (
+            (fit_tokenizer, {"out": tokenizer, "resume": True}),
+            (tokenize, {"out": tokens, "tokenizer": tokenizer, "teacher": own_code, "resume": True}),
+            (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
+            (probe, {"backbone": backbone, "test_images": config.test_images, "out": figures}),
+            (inspect, {"run": pretrained, "out": pictures, "teacher": own_code}),
+        )
+    }
     if processes.rank() == 0:
         _begin(config, recipe)
     processes.wait()
 
-    def do(stage: Stage[Any], **given: Any) -> None:
+    def do(stage: Stage[Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))
-        shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
-        own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
-        stage(**own, **{key: value for key, value in shared.items() if key in stage.config_type.model_fields})
+        stage(configs[stage])
 
-    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
-    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
     missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
-    begun = (pretrained / "config.yaml").exists()
     processes.wait()  # all have looked before one writes
-    fitting: Any = config.fit_tokenizer
-    teacher = fitting.teacher
-    own_code = teacher if is_own_code(teacher) else None
     if tokenizer in missing:
-        do(fit_tokenizer, out=tokenizer, resume=True)
-    do(tokenize, out=tokens, tokenizer=tokenizer, teacher=own_code, resume=True)
+        do(fit_tokenizer)
+    do(tokenize)
     if backbone in missing:
-        do(pretrain, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun)
+        do(pretrain)
     if figures in missing and (config.test_images or scan(config.images).classes()):
-        do(probe, backbone=backbone, test_images=config.test_images, out=figures)
+        do(probe)
     elif figures in missing:
         log.info("--- no probe: %s has no class folders, and there are no --test-images", config.images)
     if pictures in missing:
-        do(inspect, run=pretrained, out=pictures, teacher=own_code)
+        do(inspect)
     write_run_report(config.out, PretrainConfig)
     log.info("what came out of it, in one page: %s", config.out / NAME)
     log.info(
@@ -103,21 +110,39 @@ def run(config: RunConfig) -> Path:
     return backbone
 
 
+def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> Config:
+    """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
+    shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
+    own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
+    try:
+        return build(
+            stage.config_type,
+            own | {key: value for key, value in shared.items() if key in stage.config_type.model_fields},
+        )
+    except MapetError as error:
+        raise MapetError(f"{stage.__name__.replace('_', '-')}: {error}") from None
+
+
 def _begin(config: RunConfig, recipe: Path) -> None:
     """A new folder with the recipe, or the old one if it is the same."""
     from mapet.data.sources import scan
-    from mapet.files import atomic, new_folder
+    from mapet.files import atomic, is_free, new_folder
     from mapet.recipe import differences, read_recipe, to_yaml
 
-    if config.resume and recipe.exists():
-        changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
-        if changed:
-            raise MapetError(
-                f"{config.out} was started with another recipe ({'; '.join(changed)}): use the same, or a new --out"
-            )
-    else:
-        new_folder(config.out, resume_hint=", or go on with --resume")
+    heading = f"# mapet run {recipe}\n"
+    if is_free(config.out, but=recipe.name) and (
+        not recipe.exists() or recipe.read_bytes().startswith(heading.encode())
+    ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
         log.info("%d images in %s", len(images), config.images)
         with atomic(recipe) as temporary:
-            temporary.write_text(f"# mapet run {recipe}\n{to_yaml(config)}", encoding="utf-8")
+            temporary.write_text(heading + to_yaml(config), encoding="utf-8")
+        return
+    if not (config.resume and recipe.exists()):
+        new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
+    changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
+    if changed:
+        raise MapetError(
+            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet run {recipe} "
+            f"--resume; to start from its weights with new options: --pretrain.init-from {config.out}, and a new --out"
+        )

@@ -35,7 +35,7 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     decoder_depth: PositiveInt = 3
     """Blocks of the decoder, which is as wide as the encoder and not needed afterwards."""
     vocab_size: PositiveInt | None = None
-    """K, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     code_dim: PositiveInt = 32
     """Numbers of a code."""
     decay: float = Field(0.99, ge=0, lt=1)

@@ -190,7 +190,7 @@ class _TimmFeatures(nn.Module):
         known = timm.list_models()
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
-                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known])} "
+                f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known]) or '.'} "
                 "Use 'pixels', 'vqkd', 'dalle', a timm model or package.module:function"
             )
         try:
@@ -208,7 +208,8 @@ class _TimmFeatures(nn.Module):
             way_out = (
                 f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
             )
-            raise MapetError(f"cannot load the weights of teacher '{name}': {reason[:300]}; {way_out}") from None
+            reason = reason[:300].rstrip(".")
+            raise MapetError(f"cannot load the weights of teacher '{name}': {reason}; {way_out}") from None
         if not hasattr(model, "forward_intermediates"):
             raise MapetError(f"teacher '{name}' gives no intermediate features in timm; choose another model")
         if size and name.startswith(HUBS) and hasattr(model, "set_input_size"):  # its own size is known only now

@@ -74,7 +74,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     count, epoch = len(usable), len(usable) * max(training, read)
     fitting = min(count, points / num_patches) * max(teaching, read)
     size = num_parameters(vit) / 1e6
-    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, K = {vocab_size}"
+    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
     yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
     yield (

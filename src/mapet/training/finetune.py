@@ -119,7 +119,7 @@ def finetune_vit(
                     average.update(vit, step)
                 losses.append(loss.detach())
             bar.update()
-            if note and losses and (step + 1) % sampler.steps_per_epoch == 0:
+            if losses and (step + 1) % sampler.steps_per_epoch == 0:
                 epoch = (step + 1) // sampler.steps_per_epoch
                 row = {
                     "epoch": epoch,
@@ -127,6 +127,10 @@ def finetune_vit(
                     "lr": optimizer.param_groups[-1]["lr"],
                 }
                 losses.clear()
+                if epoch % every == 0:
+                    log.info("epoch %d of %d, loss %.3f", epoch, config.epochs, row["loss"])
+                if note is None:
+                    continue
                 if epoch % every == 0 and epoch < config.epochs:
                     right, seen = judge(_judged(vit, average), test, compute, config.num_workers)
                     row["accuracy"] = right / seen

@@ -78,6 +78,8 @@ def train(config: Any) -> Path:
         log.info("%s, %s", describe(config, model, len(sampler.indices)), compute)
         if len(sampler.indices) < FEW_IMAGES:
             log.warning("%s", few_images(len(sampler.indices)))
+        if config.tokens is None and config.target == "tokens":
+            log.info("without --tokens the teacher runs in every step, on fresh views; `mapet tokenize` runs it once")
         loader = make_loader(setting.dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
         quarantine = Quarantine(setting.images, config.max_bad, dict(setting.bad))
         saved = time.monotonic()

@@ -64,7 +64,7 @@ def train_vqkd(config: Any) -> Path:
     num_patches = math.prod(teacher.grid)
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches * len(images))
     if vocab_size > num_patches * len(images):
-        raise MapetError(f"K = {vocab_size} codes for {num_patches * len(images):,} patches: lower --vocab-size")
+        raise MapetError(f"V = {vocab_size} codes for {num_patches * len(images):,} patches: lower --vocab-size")
     model = on_device(build_vqkd(config, vocab_size, num_features(teacher, config.channels, compute)), compute)
 
     # ---- how long, how fast

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, how_to_install
 from mapet.files import read_json, write_json
 
 log = logging.getLogger("mapet")
@@ -132,7 +132,7 @@ def require(trackers: Iterable[str]) -> None:
     """Raises MapetError: a tracker's library is not installed."""
     for tracker in trackers:
         if not _is_installed(tracker):
-            raise MapetError(f"--track {tracker} needs the library {tracker}: pip install 'mapet[track]'")
+            raise MapetError(f"--track {tracker} needs the library {tracker}: {how_to_install('track')}")
 
 
 def _is_installed(module: str) -> bool:

@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from mapet.data.decode import BadImage
-from mapet.errors import MapetError
+from mapet.errors import MapetError, how_to_install
 from mapet.evaluation.annotated.coco import CocoSet
 from mapet.evaluation.bench import Bench, Outcome
 from mapet.evaluation.encoder import Encoder
@@ -221,6 +221,6 @@ def _cocotools() -> Any:
         import pycocotools.cocoeval
     except ImportError:
         raise MapetError(
-            "protocol 'detection' reports COCO's own figures by pycocotools: pip install 'mapet[detection]'"
+            f"protocol 'detection' reports COCO's own figures by pycocotools: {how_to_install('detection')}"
         ) from None
     return pycocotools
