@@ -75,7 +75,8 @@ def overview() -> str:
             "example:",
             "  mapet run --images PHOTOS --out RUN     all of it with defaults",
             "  mapet STAGE --help                      options, defaults and an example",
-            "  source <(mapet --completion bash)       let the shell complete stages and options (bash, zsh, fish)",
+            "  source <(mapet --completion bash)       let the shell complete stages and options (or zsh)",
+            "  mapet --completion fish | source        the same in fish",
         ]
     )
 

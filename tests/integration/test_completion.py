@@ -1,5 +1,6 @@
 """What shells offer after `mapet`."""
 
+import os
 import shutil
 import subprocess
 
@@ -31,11 +32,12 @@ def test_bash_offers_stages_and_their_options(capsys):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_take_their_script(shell, capsys):
+def test_other_shells_take_their_script(shell, capsys, tmp_path):
     text = script(capsys, shell)
     assert "predict-ratio" in text and "random blockwise raster" in text
     if shutil.which(shell):
-        subprocess.run([shell, "-c", text], check=True, capture_output=True)
+        home = os.environ | {"HOME": str(tmp_path), "ZDOTDIR": str(tmp_path)}  # where zsh keeps what it has looked up
+        subprocess.run([shell, "-c", text], check=True, capture_output=True, env=home)
 
 
 def test_an_unknown_shell(capsys):
