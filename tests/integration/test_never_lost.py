@@ -86,7 +86,7 @@ def killed(argv, seed, kills, seconds):
 @pytest.mark.parametrize(("seed", "kills"), [(0, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(seed, kills, options, tmp_path):
     """A checkpoint after every step: many a kill falls into writing one. The end is the same to the bit."""
-    options |= {"epochs": 5 * kills, "save_minutes": 1e-9, "drop_path": 0.3}
+    options |= {"epochs": 10 * kills, "save_minutes": 1e-9, "drop_path": 0.3}
     whole = words(options | {"out": tmp_path / "whole", "save_minutes": 10})
     assert killed(whole, seed, 0, 0) == 0
     survived = killed([*words(options), "--resume"], seed, kills, 1.5)

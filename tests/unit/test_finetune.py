@@ -37,7 +37,7 @@ def greys(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """A backbone with a classifier of two classes, which fine-tuning takes over: nothing of the first step is drawn."""
+    """A backbone with a classifier of two classes."""
     folder = tmp_path_factory.mktemp("vit") / "vit"
     torch.manual_seed(0)
     model = create_vit("vit_tiny_patch16_224", (8, 8), 4, 1, TINY | {"depth": 3})
@@ -46,6 +46,20 @@ def vit(tmp_path_factory):
     torch.nn.init.normal_(model.head.bias)
     save_backbone(model, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def its_classifier(vit, monkeypatch):
+    """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be worked out."""
+    load = finetune.load_backbone
+
+    def with_classifier(*args, **options):
+        model = load(*args, **options)
+        weights = load_file(vit / "model.safetensors")
+        model.head.load_state_dict({name: weights[f"head.{name}"] for name in ("weight", "bias")})
+        return model
+
+    monkeypatch.setattr(finetune, "load_backbone", with_classifier)
 
 
 def tune(vit, greys, out, **options):
@@ -58,7 +72,7 @@ def tune(vit, greys, out, **options):
 @torch.no_grad()
 def log_chances(vit, whiteness):
     """Of the classes, by the backbone as it starts, of pictures of a grey each."""
-    model = load_backbone(vit, num_classes=2, global_pool="avg", fc_norm=False).eval()
+    model = load_backbone(vit, global_pool="avg", fc_norm=False).eval()
     pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return model(pixels).log_softmax(1)
 
