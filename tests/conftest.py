@@ -20,6 +20,9 @@ PRETRAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
+torch.set_num_threads(2)  # for what is made once for all tests
+
+
 @pytest.fixture(autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)

@@ -110,12 +110,12 @@ def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, greys, tmp_path):
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched(its_classifier, monkeypatch):
     """What goes into the model, and whether in training: (training, pixels in [0, 1]) of each batch; and the model."""
-    seen, models = [], []
+    seen, models, inner = [], [], finetune.load_backbone
 
     def load(*source, **options):
-        model = load_backbone(*source, **options)
+        model = inner(*source, **options)
         model.register_forward_pre_hook(lambda model, images: seen.append((model.training, images[0] * 0.25 + 0.5)))
         models.append(model)
         return model
