@@ -2,9 +2,12 @@
 
 import csv
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mapet
 from mapet.cli import main
@@ -110,6 +113,126 @@ def test_mistakes_are_told(words, message, untrained, small, tmp_path, capsys):
     argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
     assert main([*argv, "--workers", "0", "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+INSTANCES, MASKS = "instances.json", "masks"
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+    """Two pictures beside annotations in COCO's format and masks; the same as ADE20K lays it out, and in class folders."""
+    root = tmp_path_factory.mktemp("annotated")
+    (root / "images").mkdir(), (root / MASKS).mkdir()
+    listed = []
+    for number in range(2):
+        Image.fromarray(np.full((8, 8), 99 * number, np.uint8)).save(root / "images" / f"{number}.png")
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 2).save(root / MASKS / f"{number}.png")
+        listed.append({"id": number, "file_name": f"{number}.png", "height": 8, "width": 8})
+    for part in ("training", "validation"):
+        for kind, source in (("images", "images"), ("annotations", MASKS)):
+            shutil.copytree(root / source, root / "ade" / kind / part)
+    for name in "01":
+        (root / "classes" / name).mkdir(parents=True)
+        shutil.copy(root / "images" / f"{name}.png", root / "classes" / name)
+    record = {"images": listed, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    (root / INSTANCES).write_text(json.dumps(record))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need test_annotations"),
+        ("--images {0}/images --test-images {0}/images --masks {0}/masks", "need test_masks"),
+        ("--images {0} --test-images {0}", "need --test-masks"),  # masks that are found there
+        ("--images {0}/images --test-annotations {0}/instances.json", "test_annotations without annotations"),
+        ("--images {0}/images --test-masks {0}/masks", "--test-masks and --void-labels need masks"),
+        ("--images {0}/images --void-labels 0", "--test-masks and --void-labels need masks"),
+        ("--images {0}/images --annotations {0}/instances.json --void-labels 0", "--test-masks and --void-labels need masks"),
+        ("--images {0}/images --annotations {0}/instances.json --masks {0}/masks", "evaluate one after the other"),
+        ("--images {0}/images --annotations {0}/instances.json --test-masks {0}/masks", "--test-masks and --void-labels need masks"),
+        ("--images {0}/ade --test-images {0}/images", "tested on its own validation images"),
+        ("--images {0}/ade --test-masks {0}/masks", "tested on its own validation images"),
+        ("--images {0}/classes --masks {0}/masks --other-images a={0}", "--other-images are matched by class folders"),
+        ("--images {0}/images --other-images a={0}", "--other-images are matched by class folders"),
+        ("--images {0}/images --annotations {0}/instances.json --other-images a={0}", "--other-images are matched by class"),
+        ("--images {0}/images --masks {0}/masks --other-images a={0}", "--other-images are matched by class folders"),
+    ],
+)  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(words, message, untrained, annotated, tmp_path, capsys):
+    argv = [
+        "evaluate",
+        "--backbone",
+        str(untrained),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert main([*argv, *words.format(annotated).split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--test-images {0}/images --annotations {0}/instances.json --test-annotations {0}/instances.json",
+        "--annotations {0}/instances.json --test-annotations {0}/instances.json",
+        "--test-images {0}/images --masks {0}/masks --test-masks {0}/masks --void-labels 9",
+    ],
+)
+def test_options_that_belong_together_are_taken(words, untrained, annotated, tmp_path):
+    argv = [
+        "evaluate",
+        "--backbone",
+        str(untrained),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main([*argv, "--images", f"{annotated}/images", *words.format(annotated).split(), "--protocols", "rank"]) == 0
+    )
+
+
+@pytest.fixture(scope="module")
+def uneven(small, tmp_path_factory):
+    """Two classes of 15 images, and one of 3."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for name, count in (("0", 15), ("1", 15), ("2", 3)):
+        (folder / name).mkdir()
+        for path in sorted((small / "train" / name).iterdir())[:count]:
+            (folder / name / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven, small, untrained, tmp_path, caplog):
+    """Nobody asked for 5 of each; who does is told before anything is computed."""
+    test = tmp_path / "test"
+    test.mkdir()
+    for name in "012":
+        (test / name).symlink_to(small / "test" / name)
+    options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
+    found = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
+    assert {name for name in found if name.startswith("few labels")} == {"few labels, 1 %", "few labels, 10 %"}
+    assert "few-label splits of {5} left out: the smallest class has 3 images" in caplog.text
+    assert "k-NN, k 20" in found and "clusters, NMI" in found  # the rest is there
+    for asked in (
+        {"few_labels": (5,)},
+        {"protocols": ["few-label"]},
+        {"few_labels": (0.1, 4), "protocols": ["few-label"]},
+    ):
+        with pytest.raises(MapetError, match=r"the smallest class has 3 images, fewer than the [45] asked for"):
+            mapet.evaluate(out=tmp_path / "no", **options, **asked)
+    assert not (tmp_path / "no").exists()
+    found = mapet.evaluate(out=tmp_path / "three", **options, few_labels=(3,), protocols=["few-label"])[str(untrained)]
+    assert list(found) == ["few labels, 3 a class"]
 
 
 def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):

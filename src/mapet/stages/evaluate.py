@@ -239,18 +239,22 @@ def gather(config: EvaluateConfig) -> Any:
     from mapet.evaluation.features import labelled, split, train_and_test, unlabelled
 
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
-    if config.other_images and (config.annotations or not scan(config.images).classes()):
+    if config.other_images and (config.annotations or config.masks or not scan(config.images).classes()):
         raise MapetError(
-            "--other-images are matched by class folders, which --images has not or which --annotations take the place of"
+            "--other-images are matched by class folders, which --images has not or which --annotations or --masks take the place of"
         )
     boxes = coco_sets(folder, config.annotations, test_folder, config.test_annotations)
     if boxes is not None and config.masks is not None:
         raise MapetError("--annotations and --masks list images each in its own way: evaluate one after the other")
     if boxes is not None:
+        if config.test_masks is not None or config.void_labels:
+            raise MapetError("--test-masks and --void-labels need masks, not --annotations")
         train, test = (unlabelled(part.images) for part in boxes)
         return Sets(train, test, boxes=boxes)
     masks = masked_sets(folder, config.masks, test_folder, config.test_masks, config.void_labels)
     if masks is not None:
+        if test_folder is not None and config.test_masks is None:
+            raise MapetError(f"{config.images} holds masks, so --test-images need --test-masks")
         train, test = (unlabelled(part.images) for part in masks)
         return Sets(train, test, masks=masks)
     if config.test_masks is not None or config.void_labels:

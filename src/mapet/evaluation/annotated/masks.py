@@ -96,6 +96,10 @@ def masked_sets(
     """
     ade = [images / kind / part for part in ("training", "validation") for kind in ("images", "annotations")]
     if masks is None and all(folder.is_dir() for folder in ade):
+        if test_images is not None or test_masks is not None:
+            raise MapetError(
+                f"{images} is ADE20K's folder, which is tested on its own validation images: leave out other ones"
+            )
         train, test = _with_classes([_paired(ade[i], ade[i + 1]) for i in (0, 2)], {0, VOID, *void})
         return train, test
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
