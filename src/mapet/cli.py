@@ -89,10 +89,8 @@ def run_stage(name: str, argv: list[str]) -> Any:
     namespace, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
-            given, known = (
-                word.split("=")[0].replace("_", "-"),
-                [f"--{_flag(option)}" for option, _ in fields(config_type)],
-            )
+            given = word.split("=")[0].replace("_", "-")
+            known = [f"--{_flag(option)}" for option, _ in fields(config_type)]
             raise MapetError(f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`")
         raise MapetError(f"unexpected word '{word}'; options are written --name value")
     options = vars(namespace)

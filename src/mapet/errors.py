@@ -53,7 +53,7 @@ def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     if any(side < patch_size or side % patch_size for side in image_size):
         fits = " ".join(str(max(1, round(side / patch_size)) * patch_size) for side in image_size)
         raise MapetError(
-            f"image size {image_size[0]} x {image_size[1]} is not divisible by the patch size {patch_size}; "
+            f"image size {by(image_size)} is not divisible by the patch size {patch_size}; "
             f"the nearest that is: --image-size {fits}"
         )
 

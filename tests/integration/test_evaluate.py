@@ -139,6 +139,21 @@ def annotated(tmp_path_factory):
     return root
 
 
+def command(backbone, out, words):
+    return [
+        "evaluate",
+        "--backbone",
+        str(backbone),
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        *words.split(),
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -160,18 +175,7 @@ def annotated(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_options_that_would_do_nothing_are_refused(words, message, untrained, annotated, tmp_path, capsys):
-    argv = [
-        "evaluate",
-        "--backbone",
-        str(untrained),
-        "--out",
-        str(tmp_path / "out"),
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    assert main([*argv, *words.format(annotated).split()]) == 2
+    assert main(command(untrained, tmp_path / "out", words.format(annotated))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -185,20 +189,8 @@ def test_options_that_would_do_nothing_are_refused(words, message, untrained, an
     ],
 )
 def test_options_that_belong_together_are_taken(words, untrained, annotated, tmp_path):
-    argv = [
-        "evaluate",
-        "--backbone",
-        str(untrained),
-        "--out",
-        str(tmp_path / "out"),
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    assert (
-        main([*argv, "--images", f"{annotated}/images", *words.format(annotated).split(), "--protocols", "rank"]) == 0
-    )
+    words = f"--images {annotated}/images {words.format(annotated)} --protocols rank"
+    assert main(command(untrained, tmp_path / "out", words)) == 0
 
 
 @pytest.fixture(scope="module")
