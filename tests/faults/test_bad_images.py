@@ -191,7 +191,7 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
     for name in ("a.png", "b.png", "c.png"):
         (crops / name).write_bytes(b"broken")
     tokenizer = _fit(crops, tmp_path / "tokenizer")
-    with pytest.raises(MapetError, match=r"2 of 15 images cannot be read.*'a.png': not an image.*--max-bad"):
+    with pytest.raises(MapetError, match=r"2 of 15 images cannot be read so far.*'a.png': not an image.*--max-bad"):
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_bad=0.3)
     images = scan(crops)

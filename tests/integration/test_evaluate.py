@@ -285,7 +285,7 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "loss" in row] == list(range(1, 13))
-    assert rows[-1] == {"epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
+    assert rows[-1] == {"step": 120, "epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
     assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
     assert "epoch 6 of 12, loss " in caplog.text and f"model in {tmp_path / 'tuned' / 'model'}" in caplog.text
     result = json.loads((tmp_path / "tuned" / "result.json").read_text())

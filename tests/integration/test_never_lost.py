@@ -147,6 +147,25 @@ def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, token
     assert files(tokens_dir) == files(tmp_path / "pieces")
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path):
+    options = {"backbone": run_dir, "images": digits / "test", "test_images": digits / "test", "labels_per_class": 3}
+    options |= {
+        "epochs": 10 * kills,
+        "batch_size": 10,
+        "save_minutes": 1e-9,
+        "ema": 0.9,
+        "drop_path": 0.3,
+        "workers": 0,
+    }
+    argv = {name: ["finetune", *words(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")}
+    assert killed(argv["whole"], 3, 0, 0) == 0
+    assert killed([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    for file in ("model/model.safetensors", "result.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
 PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
 
 

@@ -264,7 +264,7 @@ def test_comparison_in_a_browser(screen, run, run_dir, tmp_path):
     screen.find_element(By.CSS_SELECTOR, "[aria-label=Runs] button").click()
     assert screen.execute_script(lines) == 2
     screen.find_element(By.CSS_SELECTOR, "#runs summary").click()
-    assert screen.find_element(By.CSS_SELECTOR, "#facts-0 dl").is_displayed()
+    until(lambda: text(screen, "#facts-0 dl"))  # it is filled when it has opened, a moment later
 
 
 @pytest.mark.slow

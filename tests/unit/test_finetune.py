@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
+from mapet.cli import main
+from mapet.errors import Interrupted
+from mapet.evaluation.intervals import over_seeds
 from mapet.model.backbone import create_vit, load_backbone, save_backbone
 from mapet.stages.finetune import FinetuneConfig
 from mapet.training import finetune
@@ -191,12 +195,99 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     config = FinetuneConfig(
         backbone=str(vit), images=greys, test_images=greys, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
     )
-    _, tested, train = finetune.finetune_vit(config)
+    tuned = finetune.finetune_vit(config)
 
     def number(name):
         return int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=8).digest(), "little")
 
     ids = {kind: sorted((f"{kind}/{i}.png" for i in range(6)), key=number)[:count] for kind in "ab"}
+    train = tuned.train
     assert sorted(train.images.id(i) for i in range(len(train.images))) == sorted(ids["a"] + ids["b"])
     assert train.labels.tolist() == [0] * count + [1] * count
-    assert len(of(watched[0], True)) == 2 * count and tested[1] == 12  # all test images
+    assert len(of(watched[0], True)) == 2 * count and tuned.seen == 12  # all test images
+
+
+ALL_THAT_IS_DRAWN = {
+    "epochs": 4, "batch_size": 5, "lr": 1e-2, "drop_path": 0.5, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5,
+    "views": "crop", "ema": 0.9,
+}  # fmt: skip
+
+
+def interrupt(monkeypatch, at):
+    """SIGTERM in step `at`, counted from 0 and over all fine-tunings."""
+    steps, seed_of = iter(range(10**6)), finetune.step_seed
+
+    def step_seed(seed, step):
+        if next(steps) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return seed_of(seed, step)
+
+    monkeypatch.setattr(finetune, "step_seed", step_seed)
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 11])
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, greys, tmp_path, monkeypatch):
+    """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, to the bit."""
+    options = ALL_THAT_IS_DRAWN
+    whole = tune(vit, greys, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at)
+        if at < 11:
+            with pytest.raises(
+                Interrupted, match=rf"SIGTERM at step {at + 1} of 12, saved.*parts/config.yaml --resume"
+            ):
+                tune(vit, greys, tmp_path / "parts", **options)
+            assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == [f"step-{at + 1:08d}"]
+            parts = tune(vit, greys, tmp_path / "parts", **options, resume=True)
+        else:  # nothing is left to do
+            parts = tune(vit, greys, tmp_path / "parts", **options)
+    assert parts[1] == whole[1]
+    assert all(torch.equal(parts[0][name], value) for name, value in whole[0].items())
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+    assert tune(vit, greys, tmp_path / "parts", **options, resume=True)[1] == whole[1]  # it is finished
+
+
+def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, greys, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(Interrupted):
+            tune(vit, greys, tmp_path / "out", **ALL_THAT_IS_DRAWN)
+    for argv in (["export"], ["evaluate", "--images", str(greys)]):
+        assert main([*argv, "--backbone", str(tmp_path / "out"), "--out", str(tmp_path / "x")]) == 2
+        told = capsys.readouterr().err
+        assert (
+            f"Go on with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
+        )
+    assert main(["finetune", "--backbone", str(vit), "--images", str(greys), "--resume"]) == 2
+    assert "give it" in capsys.readouterr().err
+    with pytest.raises(mapet.MapetError, match=r"started with another recipe.*lr"):
+        tune(vit, greys, tmp_path / "out", **ALL_THAT_IS_DRAWN | {"lr": 0.5}, resume=True)
+    assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
+    assert (tmp_path / "out" / "model").is_dir()
+
+
+def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeypatch):
+    options = ONE_STEP | CPU | {"backbone": vit, "images": greys, "test_images": greys}
+    options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
+    judged = iter([3, 6, 12])
+    monkeypatch.setattr(finetune, "judge", lambda *_: (next(judged), 12))
+    go_on = f"saved. Go on with: mapet finetune {tmp_path}/out/config.yaml --resume"
+    for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            with pytest.raises(Interrupted, match=f"{told}, {go_on}"):
+                mapet.finetune(**options, seed=4, seeds=3, out=tmp_path / "out", resume=resume)
+    assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
+    told = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
+    figure = over_seeds(list(scores.values()))
+    assert told == {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores
+    splits = {
+        json.loads((tmp_path / "out" / name / "origin.json").read_text())["tuned"][0]["images"]["hash"]
+        for name in scores
+    }
+    assert len(splits) > 1  # which labels are used is each seed's own
+    with pytest.raises(mapet.MapetError, match="already exists"):
+        mapet.finetune(**options, seeds=2, out=tmp_path / "out")
+    judged = iter([3, 9])
+    assert mapet.finetune(**options, seeds=2) == 0.5

@@ -23,7 +23,7 @@ from mapet.stages.evaluate import EvaluateConfig
 CPU = Compute(torch.device("cpu"), torch.float32)
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 LABELS = ("knn", "linear", "attentive", "few-label")
-QUICK = {"workers": 0, "batch_size": 8, "epochs": 100, "attentive_epochs": 30, "seeds": 2, "few_labels": (1, 0.25)}
+QUICK = {"workers": 0, "batch_size": 8, "epochs": 30, "attentive_epochs": 30, "seeds": 2, "few_labels": (1, 0.25)}
 
 
 @pytest.fixture(autouse=True)

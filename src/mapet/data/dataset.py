@@ -241,6 +241,6 @@ class Quarantine:
             if len(self.reasons) > max(1, self.max_bad * len(self.images)) or len(self.reasons) == len(self.images):
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
                 raise MapetError(
-                    f"{len(self.reasons)} of {len(self.images)} images cannot be read, more than --max-bad {self.max_bad:g} allows "
+                    f"{len(self.reasons)} of {len(self.images)} images cannot be read so far, more than --max-bad {self.max_bad:g} allows "
                     f"({examples}). `mapet check` lists them all; remove them or raise --max-bad"
                 )

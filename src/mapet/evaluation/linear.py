@@ -89,7 +89,7 @@ def linear_probes(
     """The best probe without and with batch norm: 'linear' and 'linear, batch norm'.
 
     All layers and learning rates are trained on four fifths of the rows and judged on the last fifth; the best of each
-    kind is trained anew on all rows. Test images have no say.
+    kind (of equals, the one with the smaller loss there) is trained anew on all rows. Test images have no say.
 
     Args:
         targets: (n,) classes, or for `task` 'several' (n, K) of 0 and 1.
@@ -114,10 +114,10 @@ def linear_probes(
     found = {}
     for name, norm in (("linear", False), ("linear, batch norm", True)):
         own = {choice: score for choice, score in scores.items() if choice.batch_norm == norm}
-        best = max(own, key=lambda choice: own[choice])
+        best = max(own, key=own.__getitem__)
         head = Head(bank.columns[best.layer], outputs, 1, norm)
         train_heads([head], [[best.lr]], bank, targets, len(bank), epochs, compute, task, seed)
-        by_layer = {layer: max(s for c, s in own.items() if c.layer == layer) for layer in bank.columns}
+        by_layer = {layer: max(s for c, (s, _) in own.items() if c.layer == layer) for layer in bank.columns}
         found[name] = LinearProbe(head.eval(), best, by_layer)
     return found
 
@@ -167,13 +167,13 @@ def _losses(logits: Float[Tensor, "R B K"], targets: Tensor, task: Task) -> Floa
 @torch.inference_mode()
 def _judge(
     heads: list[Head], bank: Bank, targets: Tensor, edge: int, compute: Compute, task: Task
-) -> list[list[float]]:
-    """Score of each classifier of each head on the rows from `edge` on; -1 where the learning rate was too high.
+) -> list[list[tuple[float, float]]]:
+    """Score and negative loss of each classifier of each head on the rows from `edge` on; score -1 where the learning rate was too high.
 
     Accuracies are counted as the rows go by: the logits of a million images would not fit.
     """
     modules = nn.ModuleList(heads).eval()
-    sums = [torch.zeros(len(head.weight)) for head in heads]
+    sums, losses = ([torch.zeros(len(head.weight)) for head in heads] for _ in range(2))
     finite = [torch.ones(len(head.weight), dtype=torch.bool) for head in heads]
     kept: list[list[Tensor]] = [[] for _ in heads]
     for start, block in bank.blocks():
@@ -184,6 +184,7 @@ def _judge(
             for i, head in enumerate(modules):
                 logits = head(x).cpu()
                 finite[i] &= logits.isfinite().all(dim=2).all(dim=1)
+                losses[i] += _losses(logits, y, task) * len(y)
                 if task == "several":
                     kept[i].append(logits)
                 else:
@@ -194,4 +195,7 @@ def _judge(
         sums = [torch.tensor([mean_average_precision(one, wanted) for one in torch.cat(k, 1)]) for k in kept]
     else:
         sums = [correct / (len(bank) - edge) for correct in sums]
-    return [torch.where(ok, score, -1.0).tolist() for ok, score in zip(finite, sums, strict=True)]
+    return [
+        list(zip(torch.where(ok, score, -1.0).tolist(), torch.where(ok, -loss, -torch.inf).tolist(), strict=True))
+        for ok, score, loss in zip(finite, sums, losses, strict=True)
+    ]

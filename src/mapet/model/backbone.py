@@ -342,10 +342,11 @@ def find_backbone(path: Path) -> Path:
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     for recipe in (path / "recipe.yaml", path / "pretrain" / "config.yaml", path / "config.yaml"):
         heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []
-        if begun and heading in (["#", "mapet", "run"], ["#", "mapet", "pretrain"]):
+        if begun and heading in (["#", "mapet", stage] for stage in ("run", "pretrain", "finetune")):
+            export = f"; or take its newest checkpoint: mapet export --backbone {path} --out NEW"
             raise MapetError(
-                f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume; or take "
-                f"its newest checkpoint: mapet export --backbone {path} --out NEW"
+                f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume"
+                f"{export if heading[2] != 'finetune' else ''}"
             )
     raise MapetError(
         f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"

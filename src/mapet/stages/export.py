@@ -106,14 +106,13 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
 
     from mapet.model.backbone import load_backbone, save_backbone
     from mapet.stages.pretrain import PretrainConfig
-    from mapet.training.build import load_run
+    from mapet.training.build import is_pretraining, load_run
 
     wanted = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
     run = Path(config.backbone)
     run = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
-    of_pretrain = (run / "config.yaml").is_file() and not (run / "model").is_dir()  # which `finetune` makes
-    if of_pretrain and not (run / "backbone").is_dir():
+    if is_pretraining(run) and not (run / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
             return load_backbone(Path(folder) / "vit", **options).eval()

@@ -6,13 +6,13 @@ from pathlib import Path
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Source, read_recipe, stage, to_yaml
-from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, automatic_workers
+from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
 log = logging.getLogger("mapet")
 
 
-class FinetuneConfig(ModelArgs, Views, BadImages, Device):
+class FinetuneConfig(ModelArgs, Views, BadImages, Tracked, Device):
     """Options of `finetune`."""
 
     backbone: BackboneSource
@@ -23,7 +23,8 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Device):
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model, its options (config.yaml), what is known of its backbone (origin.json), its accuracy
-    (result.json) and its curve (metrics.jsonl, curve.png)."""
+    (result.json), its curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: nothing
+    is kept but the accuracy."""
     scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
@@ -62,10 +63,16 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Device):
     """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
+    seeds: PositiveInt = 1
+    """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (seeds.json)."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
+    save_minutes: PositiveFloat = 10
+    """Time between checkpoints."""
+    resume: bool = False
+    """Go on with an interrupted fine-tuning in `out`, exactly where it stopped."""
 
     @property
     def num_workers(self) -> int:
@@ -77,39 +84,40 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Device):
             raise ValueError("give labels_per_class or label_share, not both")
         return self
 
+    @model_validator(mode="after")
+    def _resumes_a_folder(self) -> "FinetuneConfig":
+        if self.resume and self.out is None:
+            raise ValueError("--resume goes on in the folder of --out: give it")
+        return self
+
 
 @stage
 def finetune(config: FinetuneConfig) -> float:
     """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
 
     Example:
-      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop
-      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --scratch
-      mapet finetune tuned/config.yaml --out again
+      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop --out tuned
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5 --scratch
+      mapet finetune tuned/config.yaml --resume
     """
+    return tune(config)[0] if config.seeds == 1 else tune_each(config)
+
+
+def tune(config: FinetuneConfig) -> tuple[float, str]:
+    """With one seed; also returns the signal that asked to stop as it ended, or ''."""
     import json
+    import shutil
 
     from mapet.evaluation.intervals import wilson
-    from mapet.files import atomic, new_folder, write_json
-    from mapet.model.backbone import save_backbone
+    from mapet.files import read_json, write_json
     from mapet.training.finetune import finetune_vit
 
-    if config.out:
-        new_folder(config.out)
-    rows: list[dict[str, float]] = []
-
-    def note(row: dict[str, float]) -> None:
-        rows.append(row)
-        with (config.out / "metrics.jsonl").open("a", encoding="utf-8") as file:  # type: ignore[operator]
-            file.write(json.dumps(row) + "\n")
-
-    def begin(resolved: FinetuneConfig) -> None:
-        with atomic(resolved.out / "config.yaml") as temporary:  # type: ignore[operator]
-            temporary.write_text(
-                f"# mapet finetune {resolved.out}/config.yaml --out NEW\n{to_yaml(resolved)}", encoding="utf-8"
-            )
-
-    vit, (right, seen), train = finetune_vit(config, *((note, begin) if config.out else ()))
+    if config.resume and config.out and (config.out / "result.json").is_file():
+        accuracy = read_json(config.out / "result.json", "fine-tuned model")["accuracy"]
+        log.info("%s is finished: accuracy %.3f", config.out, accuracy)
+        return accuracy, ""
+    _, right, seen, train, stopped = finetune_vit(config)
     score, (low, high) = right / seen, wilson(right, seen)
     log.info(
         "accuracy %.3f (%.3f to %.3f on %d images), trained on %d images of %d classes",
@@ -119,12 +127,42 @@ def finetune(config: FinetuneConfig) -> float:
         from mapet.reporting.card import ORIGIN, origin_of_tuned
         from mapet.reporting.pictures import learning_curve, save_figure
 
-        save_backbone(vit.cpu(), config.out / "model")
-        log.info("model in %s", config.out / "model")
-        note({"epoch": config.epochs, "accuracy": score})
+        rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(learning_curve(rows), config.out / "curve.png")
-        record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
-        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         write_json(config.out / ORIGIN, origin_of_tuned(read_recipe(config.out / "config.yaml"), images)._asdict())
-    return score
+        record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
+        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
+        shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
+    return score, stopped
+
+
+def tune_each(config: FinetuneConfig) -> float:
+    """Once with each seed, in a folder of its own; the mean accuracy."""
+    from mapet.errors import Interrupted
+    from mapet.evaluation.intervals import over_seeds
+    from mapet.files import atomic, new_folder, write_json
+
+    out = config.out
+    again = f"mapet finetune {out}/config.yaml --resume"
+    if out and not (config.resume and (out / "config.yaml").is_file()):
+        new_folder(out, resume_hint=", or go on with --resume")
+        with atomic(out / "config.yaml") as temporary:
+            temporary.write_text(f"# {again.removesuffix(' --resume')}\n{to_yaml(config)}", encoding="utf-8")
+    scores: dict[str, float] = {}
+    last = config.seed + config.seeds - 1
+    for seed in range(config.seed, last + 1):
+        log.info("--- seed %d", seed)
+        place = out and out / f"seed-{seed}"
+        try:
+            score, stopped = tune(config.model_copy(update={"seed": seed, "seeds": 1, "out": place}))
+        except Interrupted as error:
+            raise Interrupted(f"{str(error).partition(' Go on with')[0]} Go on with: {again}") from None
+        if stopped and seed < last:
+            raise Interrupted(f"stopped by {stopped} after seed {seed}, saved. Go on with: {again}")
+        scores[f"seed-{seed}"] = score
+    figure = over_seeds(list(scores.values()))
+    log.info("accuracy %.3f (%.3f to %.3f over %s)", figure.value, figure.low, figure.high, figure.of)
+    if out:
+        write_json(out / "seeds.json", {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores)
+    return figure.value

@@ -29,6 +29,11 @@ class Run(NamedTuple):
         return Run(self.config, self.tokenizer.to(device), self.model.to(device))
 
 
+def is_pretraining(folder: Path) -> bool:
+    """Whether it is a run folder of `pretrain`, finished or not: `finetune`'s starts from a backbone."""
+    return (folder / "config.yaml").is_file() and "backbone" not in read_recipe(folder / "config.yaml")
+
+
 def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False, allow: str | None = None) -> Run:
     """Read a run folder of `pretrain`, or of `run`.
 
@@ -36,7 +41,7 @@ def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False
         MapetError: it isn't one, or it has no usable checkpoint.
     """
     folder = folder / "pretrain" if (folder / "pretrain" / "config.yaml").is_file() else folder
-    if not (folder / "config.yaml").is_file() or (folder / "model").is_dir():  # which `finetune` makes
+    if not is_pretraining(folder):
         raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
     config: Any = build(config_type, read_recipe(folder / "config.yaml"), folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, cast
+import time
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +19,67 @@ from mapet.compute import Compute
 from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.evaluation.splits import few_labels
 from mapet.model.adapt import pixel_stats
-from mapet.model.backbone import load_backbone, on_device
+from mapet.model.backbone import load_backbone, on_device, save_backbone
+from mapet.signals import StopRequest, stop_signals
+from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
+from mapet.training.loop import step_seed
+from mapet.training.metrics import must_be_finite
 from mapet.training.optim import make_optimizer, make_schedule
+from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
+from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
+STAGE = "finetune"
 PAPER_LR, PAPER_BATCH = 5e-4, 512
+KEEP_CHECKPOINTS = 2
 
 
-def finetune_vit(
-    config: Any,
-    note: Callable[[dict[str, float]], None] | None = None,
-    begin: Callable[[Any], None] | None = None,
-) -> tuple[VisionTransformer, tuple[int, int], LabelledSet]:
-    """Train on the labels that `FinetuneConfig` grants; returns the model, (right, all) test images and the training set.
+class Tuned(NamedTuple):
+    """What comes of it.
 
-    Args:
-        note: called after each epoch with its mean loss and the learning rate, and about ten times with the accuracy on the
-            test images, which nothing is chosen by.
-        begin: called before the first step with the config, its automatic values resolved.
+    Attributes:
+        right, seen: test images that are classified rightly, and all.
+        stopped: the signal that asked to stop when there was nothing left to stop, or ''.
     """
+
+    vit: VisionTransformer
+    right: int
+    seen: int
+    train: LabelledSet
+    stopped: str
+
+
+class Losses:
+    """Of the steps since the epoch began, on the device so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def mean(self) -> float:
+        return float(torch.stack(self.values).mean())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"values": torch.stack(self.values)} if self.values else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.values = list(state["values"]) if state else []
+
+
+def finetune_vit(config: Any) -> Tuned:
+    """Train on the labels that `FinetuneConfig` grants.
+
+    With `out`, metrics.jsonl gets each epoch's mean loss and learning rate, and about ten times the accuracy on the test
+    images, which nothing is chosen by; the model is saved in out/model.
+    """
+    require(config.track)
+    if config.resume:
+        config = recipe_to_resume(config, STAGE)
+
+    # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
     if config.labels_per_class or config.label_share < 1:
@@ -54,16 +93,6 @@ def finetune_vit(
         "drop_path_rate": config.drop_path,
     }
     vit = on_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
-
-    batch_size = config.batch_size or max(
-        8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10)
-    )
-    sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
-    lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
-    optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
-    warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
-    schedule = make_schedule(optimizer, len(sampler), round(warmup * sampler.steps_per_epoch), config.min_lr)
-    config = config.model_copy(update={"batch_size": batch_size, "lr": lr, "warmup_epochs": warmup})
     height, width = vit.patch_embed.img_size
     spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
@@ -79,65 +108,103 @@ def finetune_vit(
     erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device) if config.random_erasing else None
     quarantine = Quarantine(train.images, config.max_bad)
     labels = torch.from_numpy(train.labels)
-    log.info(
-        "fine-tuning %s on %d images, %d classes, batch %d, lr %.2g",
-        "from scratch" if config.scratch else config.backbone,
-        len(labels),
-        len(train.classes),
-        batch_size,
-        lr,
-    )
 
-    if begin:
-        begin(config)
+    # ---- how long, how fast
+    batch_size = config.batch_size or max(
+        8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10)
+    )
+    sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
+    total_steps = len(sampler)
+    lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+    optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
+    warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
+    schedule = make_schedule(optimizer, total_steps, round(warmup * sampler.steps_per_epoch), config.min_lr)
     average = ModelEmaV3(vit, decay=config.ema, use_warmup=True) if config.ema else None
     every = max(1, config.epochs // 10)
-    losses: list[Tensor] = []
-    vit.train()
-    loader = make_loader(dataset, sampler, config.num_workers)
-    with tqdm(total=len(sampler), desc="fine-tune", unit="step", disable=None, smoothing=0.05) as bar:
-        for step, batch in enumerate(loader):
-            quarantine.add(batch.bad)
-            if batch.image is not None:
-                schedule.step_update(step)
-                pixels = normalize(compute.to(batch.image), vit.in_chans, batch.jitter)
-                targets = compute.to(labels[batch.image_index])
-                smoothing = config.label_smoothing
-                with seeded(config.seed, step):
-                    if erase:
-                        pixels = erase(pixels)
-                    if blend and len(pixels) > 1:  # in pairs; shares of classes, already smoothed
-                        even = len(pixels) // 2 * 2
-                        (pixels, targets), smoothing = blend(pixels[:even], targets[:even]), 0.0
-                with compute.autocast():
-                    logits = vit(pixels)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if average is not None:
-                    average.update(vit, step)
-                losses.append(loss.detach())
-            bar.update()
-            if losses and (step + 1) % sampler.steps_per_epoch == 0:
-                epoch = (step + 1) // sampler.steps_per_epoch
-                row = {
-                    "epoch": epoch,
-                    "loss": float(torch.stack(losses).mean()),
-                    "lr": optimizer.param_groups[-1]["lr"],
-                }
-                losses.clear()
-                if epoch % every == 0:
-                    log.info("epoch %d of %d, loss %.3f", epoch, config.epochs, row["loss"])
-                if note is None:
-                    continue
-                if epoch % every == 0 and epoch < config.epochs:
-                    right, seen = judge(_judged(vit, average), test, compute, config.num_workers)
-                    row["accuracy"] = right / seen
-                    vit.train()
-                note(row)
-    vit = _judged(vit, average)
-    return vit, judge(vit, test, compute, config.num_workers), train
+    config = config.model_copy(update={"batch_size": batch_size, "lr": lr, "warmup_epochs": warmup})
+
+    folder = RunFolder(config, compute, STAGE) if config.out else nullcontext()
+    with folder as run, stop_signals() if config.out else nullcontext(StopRequest()) as stop:
+        losses = Losses()
+        others = {"losses": losses} | ({"average": average} if average is not None else {})
+        if run is not None and config.resume:
+            if checkpoints(run.checkpoints):
+                sampler.first_step = load_checkpoint(run.checkpoints, vit, optimizer, **others)["step"]
+            run.rewind(sampler.first_step)
+            log.info("resumed at step %d of %d", sampler.first_step, total_steps)
+        log.info(
+            "fine-tuning %s on %d images, %d classes, batch %d, lr %.2g",
+            "from scratch" if config.scratch else config.backbone,
+            len(labels),
+            len(train.classes),
+            batch_size,
+            lr,
+        )
+        loader = make_loader(dataset, sampler, config.num_workers)
+        saved = time.monotonic()
+        step = sampler.first_step
+
+        # ---- the loop
+        vit.train()
+        with tqdm(total=total_steps, initial=step, desc="fine-tune", unit="step", disable=None, smoothing=0.05) as bar:
+            for batch in loader:
+                quarantine.add(batch.bad)
+                if batch.image is not None:
+                    torch.manual_seed(step_seed(config.seed, step))  # what is drawn depends on the step alone
+                    schedule.step_update(step)
+                    pixels = normalize(compute.to(batch.image), vit.in_chans, batch.jitter)
+                    targets = compute.to(labels[batch.image_index])
+                    smoothing = config.label_smoothing
+                    with seeded(config.seed, step):
+                        if erase:
+                            pixels = erase(pixels)
+                        if blend and len(pixels) > 1:  # in pairs; shares of classes, already smoothed
+                            even = len(pixels) // 2 * 2
+                            (pixels, targets), smoothing = blend(pixels[:even], targets[:even]), 0.0
+                    with compute.autocast():
+                        logits = vit(pixels)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    if average is not None:
+                        average.update(vit, step)
+                    losses.values.append(loss.detach())
+                step += 1
+                bar.update()
+
+                if losses.values and step % sampler.steps_per_epoch == 0:
+                    epoch = step // sampler.steps_per_epoch
+                    row = {"epoch": epoch, "loss": losses.mean(), "lr": optimizer.param_groups[-1]["lr"]}
+                    losses.values.clear()
+                    must_be_finite(row["loss"], step, lr)
+                    if epoch % every == 0:
+                        log.info("epoch %d of %d, loss %.3f", epoch, config.epochs, row["loss"])
+                    if run is not None:
+                        if epoch % every == 0 and epoch < config.epochs:
+                            right, seen = judge(_judged(vit, average), test, compute, config.num_workers)
+                            row["accuracy"] = right / seen
+                            vit.train()
+                        run.record(step, row)
+                due = stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps
+                if run is not None and due:
+                    save_checkpoint(run.checkpoints, step, tensors_of(vit, optimizer, **others), {}, KEEP_CHECKPOINTS)
+                    saved = time.monotonic()
+                if stop.asked and step < total_steps:
+                    raise Interrupted(
+                        f"stopped by {stop.asked} at step {step} of {total_steps}, saved. "
+                        f"Go on with: {command_to_resume(config.out, STAGE)}"
+                    )
+
+        # ---- the product
+        vit = _judged(vit, average)
+        right, seen = judge(vit, test, compute, config.num_workers)
+        if run is not None:
+            run.record(total_steps, {"epoch": config.epochs, "accuracy": right / seen})
+            if not (config.out / "model").exists():
+                save_backbone(vit.cpu(), config.out / "model")
+            log.info("model in %s", config.out / "model")
+    return Tuned(vit, right, seen, train, stop.asked)
 
 
 def _judged(vit: VisionTransformer, average: ModelEmaV3 | None) -> VisionTransformer:

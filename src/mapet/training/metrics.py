@@ -1,5 +1,6 @@
 """Running figures of a training run, kept on the device so that steps don't wait for them."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mapet import processes
+from mapet.errors import MapetError
 from mapet.model.pretrainer import Prediction
 
 T = TypeVar("T")
@@ -149,3 +151,11 @@ class Meter:
     def line(metrics: dict[str, float]) -> str:
         """The figures a person watches."""
         return f"{Meter.learning(metrics)}, {Meter.speed(metrics)}"
+
+
+def must_be_finite(loss: float, step: int, lr: float) -> None:
+    """Stop rather than train on, or save, numbers that went wrong."""
+    if not math.isfinite(loss):
+        raise MapetError(
+            f"the loss is {loss} at step {step}: start again with a lower --lr (now {lr:.2g}) or --precision float32"
+        )

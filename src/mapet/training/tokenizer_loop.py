@@ -30,6 +30,7 @@ from mapet.tokenizer.vqkd import DESCRIPTION, FORMAT
 from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
+from mapet.training.metrics import must_be_finite
 from mapet.training.optim import make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
 from mapet.training.tracking import require
@@ -149,14 +150,6 @@ def train_vqkd(config: Any) -> Path:
         file = product / "vqkd.safetensors"
         log.info("saved %s: mapet fit-tokenizer --teacher vqkd --teacher-checkpoint %s", product, file)
         return file
-
-
-def must_be_finite(loss: float, step: int, lr: float) -> None:
-    """Stop rather than train on, or save, numbers that went wrong."""
-    if not math.isfinite(loss):
-        raise MapetError(
-            f"the loss is {loss} at step {step}: start again with a lower --lr (now {lr:.2g}) or --precision float32"
-        )
 
 
 def build_vqkd(config: Any, vocab_size: int, feature_size: int) -> VQKDTraining:
