@@ -172,6 +172,52 @@ def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_pat
     assert "left out, being no part of the encoder: lm_head, mask_token" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["timm folder", "timm name", "transformers"])
+def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch, caplog):
+    """Written by timm and transformers themselves: heads and normalisation are known, relative positions have no place."""
+    caplog.set_level(logging.INFO, "mapet")
+    source, stats = str(tmp_path / "beit"), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    if kind == "transformers":
+        transformers = pytest.importorskip("transformers")
+        beit = transformers.BeitModel(
+            transformers.BeitConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16, patch_size=4,
+                use_relative_position_bias=True, layer_norm_eps=1e-6,
+            )
+        )  # fmt: skip
+        beit.save_pretrained(source)
+        told = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
+        (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(told))
+        weights = beit.state_dict()
+        names = ("lambda_2", "mlp.fc1.weight", "attention.k_proj.weight")
+        scale, linear, projection = (weights[f"layers.1.{name}"] for name in names)
+        patches = beit.embeddings.patch_embeddings.projection
+    else:
+        beit = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
+        beit.pretrained_cfg = beit.default_cfg = beit.pretrained_cfg | stats | {"input_size": (3, 16, 16)}
+        with torch.no_grad():
+            beit.blocks[1].gamma_2.normal_()
+        if kind == "timm folder":
+            timm.models.save_for_hf(beit, source, safe_serialization=True)
+        else:
+            source = "timm:beit_base_patch16_224"
+            monkeypatch.setattr("mapet.model.backbone.timm_model", lambda *_: beit)
+        block = beit.blocks[1]
+        scale, linear, projection = block.gamma_2, block.mlp.fc1.weight, block.attn.qkv.weight[32:64]
+        patches = beit.patch_embed.proj
+    vit = vit_of(init_values=0.1)
+    start_from(vit, source)
+    assert torch.equal(vit.blocks[1].ls2.gamma, scale) and torch.equal(vit.blocks[1].mlp.fc1.weight, linear)
+    assert torch.equal(vit.blocks[1].attn.qkv.weight[32:64], projection)
+    assert not vit.blocks[1].attn.qkv.bias[32:64].any()  # keys have none
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in pixel_stats(3))
+    pixels = images().sigmoid()
+    assert same(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
+    assert "has relative position bias" in caplog.text
+    with pytest.raises(MapetError, match="--init-from` can start from the rest of it"):
+        load_backbone(source)
+
+
 def save_timm_folder(vit, folder, mean, std):
     save_backbone(vit, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import timm
 import torch
 from timm.models import save_for_hf
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.compute import Compute
@@ -133,7 +134,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
 
     Args:
         source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder ('local-dir:' before it
-            changes nothing); a weights file in a layout that `published` knows (released MaPeT, timm, MAE, DINO, DINOv2);
+            changes nothing); a weights file in a layout that `published` knows (released MaPeT, timm, MAE, DINO, DINOv2, BEiT);
             'timm:NAME' for timm's own weights. Classifiers come with runs and timm folders alone.
         pretrained: False gives the same architecture with random weights.
         overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256, in_chans=1`: positions, patches and
@@ -259,16 +260,26 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
 
 def _from_timm(name: str, pretrained: bool) -> Published:
     vit = timm_model(name, pretrained)
+    if isinstance(vit, Beit):
+        return _from_beit(vit.state_dict(), name, vit.pretrained_cfg)
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{name}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     stats = (tuple(vit.pretrained_cfg["mean"]), tuple(vit.pretrained_cfg["std"]))
     return Published(vit.state_dict(), name, {"num_classes": 0}, tuple(vit.patch_embed.grid_size), stats)
 
 
+def _from_beit(weights: dict[str, torch.Tensor], source: object, config: dict[str, Any]) -> Published:
+    """timm's Beit, which is a plain ViT but for relative positions."""
+    stats = (tuple(config["mean"]), tuple(config["std"]))
+    return from_weights(weights, source, {"img_size": tuple(config["input_size"][1:])}, stats=stats)
+
+
 def _from_timm_folder(folder: Path, config: dict[str, Any]) -> Published:
     weights = read_weights(_weights_file(folder))
     try:
         pretrained_cfg = config.get("pretrained_cfg", config)  # older folders have everything on one level
+        if any(name.endswith("relative_position_bias_table") for name in weights):
+            return _from_beit(weights, folder, pretrained_cfg)
         channels, *size = pretrained_cfg["input_size"]
         args = config.get("model_args", {})
         size, channels = args.get("img_size", size), args.get("in_chans", channels)
@@ -284,8 +295,10 @@ def _from_timm_folder(folder: Path, config: dict[str, Any]) -> Published:
 
 
 def _from_hugging_face(folder: Path, config: dict[str, Any]) -> Published:
-    if config["model_type"] not in ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa"):
-        raise MapetError(f"{folder} is a '{config['model_type']}' of transformers; ViT, ViTMAE and DINOv2 are known")
+    if config["model_type"] not in ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa", "beit"):
+        raise MapetError(
+            f"{folder} is a '{config['model_type']}' of transformers; ViT, ViTMAE, DINOv2 and BEiT are known"
+        )
     size = config.get("image_size", 224)
     known = {
         "num_heads": config["num_attention_heads"],

@@ -8,7 +8,7 @@ The layouts that are known, by what tells them (`docs/export.md` has the table):
     DINO, iBOT       student and teacher, backbone.*, head.*
     DINOv2           ls1.gamma, register_tokens, blocks in chunks
     BEiT             gamma_1, q_bias and v_bias, relative_position_bias_table
-    Hugging Face     embeddings.*, encoder.layer.*, layernorm (ViT, ViTMAE, DINOv2)
+    Hugging Face     embeddings.*, encoder.layer.* or layers.*, layernorm (ViT, ViTMAE, DINOv2, BEiT)
 """
 
 import math
@@ -44,7 +44,8 @@ RENAMED = [
         (r"\.layernorm_before\.", ".norm1."),
         (r"\.layernorm_after\.", ".norm2."),
         (r"^layernorm\.", "norm."),
-        (r"\.(?:gamma_|layer_scale)([12])(?:\.lambda1)?$", r".ls\1.gamma"),
+        (r"^pooler\.layernorm\.", "fc_norm."),
+        (r"\.(?:gamma_|lambda_|layer_scale)([12])(?:\.lambda1)?$", r".ls\1.gamma"),
     )
 ]
 PLAIN = re.compile(
@@ -103,9 +104,13 @@ def from_weights(
     Raises:
         MapetError: not a ViT's weights, or sizes that don't fit together.
     """
+    known = dict(known or {})
+    biases = [tensor for name, tensor in weights.items() if name.endswith("relative_position_bias_table")]
+    if biases:  # BEiT's: (distances, heads)
+        known.setdefault("num_heads", biases[0].shape[1])
     try:
         plain, left_out, lost = plain_names(weights, source)
-        args, grid = _architecture(plain, known or {}, img_size)
+        args, grid = _architecture(plain, known, img_size)
     except KeyError as error:
         raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}") from None
     except ValueError as error:
@@ -162,8 +167,10 @@ def _join(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             v = joined.pop(f"{start}.v_bias")
             parts = [joined.pop(name), torch.zeros_like(v), v]
         else:
+            if kind == "bias" and f"{start}.k.weight" in weights:  # BEiT in transformers has no bias of keys either
+                joined.setdefault(f"{start}.k.bias", torch.zeros_like(weights[name]))
             rest = ["kv"] if f"{start}.kv.{kind}" in weights else ["k", "v"]
-            if missing := [part for part in rest if f"{start}.{part}.{kind}" not in weights]:
+            if missing := [part for part in rest if f"{start}.{part}.{kind}" not in joined]:
                 raise KeyError(f"{start}.{missing[0]}.{kind}")
             parts = [joined.pop(f"{start}.{part}.{kind}") for part in ("q", *rest)]
         joined[f"{start}.qkv.{kind}"] = torch.cat(parts)
