@@ -60,7 +60,7 @@ def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word; or an empty string."""
-    known = list(known)
-    near = [name for name in known if name.rpartition(".")[2] == word.lstrip("-")]
+    known, name = list(known), word.lstrip("-").rpartition(".")[2]
+    near = [option for option in known if option.lstrip("-").rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -259,5 +259,7 @@ def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
     (crops / "worse.jpg").write_bytes(b"no image")
     mapet.check(images=crops, image_size=224, dry_run=False)
-    assert "14% are unreadable: other stages refuse more than 5%; remove them or raise --max-bad there" in caplog.text
+    assert (
+        "2 of 14 are unreadable: other stages refuse more than 5%; remove them or raise --max-bad there" in caplog.text
+    )
     assert "100% are smaller than the input, 224 x 224 px, and would be enlarged" in caplog.text

@@ -55,8 +55,11 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
 def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
     """As `check` and `fit-tokenizer` spell them."""
     assert "unknown option '--epochs'; did you mean '--pretrain.epochs'? See" in fails(capsys, "run", "--epochs", "3")
-    line = fails(capsys, "run", "--max-bad", "0.5")
-    assert "'--fit-tokenizer.max-bad' or '--tokenize.max-bad' or '--pretrain.max-bad'?" in line
+    line = fails(capsys, "run", "--workers", "2")
+    assert "'--fit-tokenizer.workers' or '--tokenize.workers' or '--pretrain.workers'" in line
+    assert "did you mean '--tokenize.views'?" in fails(
+        capsys, "run", "--pretrain.views", "crop"
+    )  # the store's are used
     assert "unknown option '--xyzzy'. See" in fails(capsys, "run", "--xyzzy")
     assert "unknown stage 'xyzzy'. Stages:" in fails(capsys, "xyzzy")
     assert "no completion for 'nonsense'. Shells:" in fails(capsys, "--completion", "nonsense")
@@ -78,8 +81,41 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
     (out / "tokenizer").mkdir()
     line = fails(capsys, *run, "--pretrain.epochs", "40", "--resume")
-    assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels'; pretrain.epochs: 300 -> 40)" in line
-    assert f"mapet run {out / 'recipe.yaml'} --resume; to start" in line and f"--pretrain.init-from {out}" in line
+    assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels')" in line  # pre-training has made nothing yet
+    assert f"mapet run {out / 'recipe.yaml'} --resume; to start with others: a new --out" in line
+    same = [*run, "--fit-tokenizer.teacher", "resnet50x64_clp"]
+    assert "is not a tokenizer" in fails(capsys, *same, "--pretrain.epochs", "40", "--max-bad", "0.2", "--resume")
+    kept = (out / "recipe.yaml").read_text()
+    assert "epochs: 40" in kept and "max_bad: 0.2" in kept  # what has made nothing yet may still change
+    (out / "pretrain" / "checkpoints").mkdir(parents=True)
+    (out / "pretrain" / "config.yaml").touch()
+    line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-bad", "0.2", "--resume")
+    assert (
+        "(pretrain.epochs: 40 -> 30)" in line
+        and f"to start from its weights with new options: --pretrain.init-from {out}" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--pretrain.objective", "mapt"], "did you mean 'mapet'"),
+        (["--pretrain.model", "vit_tinyy_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--pretrain.model", "resnet50"], "choose one of timm's vit_* or deit_* models"),
+        (["--pretrain.patch-size", "32"], "choose an --image-size and --patch-size that agree"),
+        (["--pretrain.num-context", "196"], "196 context patches out of range"),
+        (["--pretrain.init-from", "weights.txt"], "weights.txt"),
+        (["--pretrain.probe-images", "CROPS"], "has no labels"),
+        (["--test-images", "photoz"], "photoz"),
+        (["--test-images", "CROPS"], "has no labels"),
+    ],
+)
+def test_run_refuses_at_once_what_a_later_stage_would(options, told, capsys, crops, tmp_path):
+    out = tmp_path / "run"
+    options = [str(crops) if word == "CROPS" else word for word in options]
+    line = fails(capsys, "run", "--images", crops, "--out", out, *options)
+    assert told in line
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.reporting.advice import WARNINGS, Subject, warnings
+from mapet.reporting.advice import WARNINGS, Subject, not_judged, warnings
 from mapet.reporting.history import History
 
 STEPS = 40
@@ -89,6 +89,16 @@ def test_is_silent_where_nothing_is_known(rule):
     words = ("token_entropy", "token_accuracy", "commonest_token")
     records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
     assert rule(Subject(History(pixels.path, records), {"epochs": 20}, {})) is None
+
+
+def test_without_labels_a_finished_run_is_said_to_be_unjudged():
+    assert "There were no labels" in not_judged(subject(history()))
+    for told in (
+        subject(probed(0.4)),
+        subject(history(), probe=judged(0.2, 0.4)),
+        Subject(history(), {"epochs": 21}, {}),
+    ):
+        assert not_judged(told) == ""
 
 
 def test_the_first_tenth_of_a_run_may_be_at_the_baseline():

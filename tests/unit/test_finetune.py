@@ -266,7 +266,7 @@ def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, greys, tmp_path, monke
     assert (tmp_path / "out" / "model").is_dir()
 
 
-def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeypatch):
+def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeypatch, capsys):
     options = ONE_STEP | CPU | {"backbone": vit, "images": greys, "test_images": greys}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
     judged = iter([3, 6, 12])
@@ -289,5 +289,22 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
     assert len(splits) > 1  # which labels are used is each seed's own
     with pytest.raises(mapet.MapetError, match="already exists"):
         mapet.finetune(**options, seeds=2, out=tmp_path / "out")
+    again = ["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]
+    for options_now in (
+        ["--scratch", "true"],
+        ["--seeds", "1"],
+        ["--lr", "0.5"],
+    ):  # not the figures of before under another name
+        assert main([*again, *options_now]) == 2
+        told = capsys.readouterr().err
+        assert (
+            "was started with another recipe" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
+        )
+    judged = iter([3])
+    assert main([*again, "--seeds", "4"]) == 0
+    assert main(again) == 0 and "seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
+    assert set(json.loads((tmp_path / "out" / "seeds.json").read_text())) >= {"seed-4", "seed-5", "seed-6", "seed-7"}
+    with pytest.raises(mapet.MapetError, match=r"a model of each seed: give one of them, e\.g\. .*seed-4"):
+        load_backbone(tmp_path / "out")
     judged = iter([3, 9])
     assert mapet.finetune(**options, seeds=2) == 0.5

@@ -261,19 +261,21 @@ def test_page_of_several_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "comparable"),
+    ("first", "second", "objective", "comparable"),
     [
-        ({"hash": "a", "vocab_size": 64}, {"hash": "a", "vocab_size": 64}, True),
-        ({"hash": "a", "vocab_size": 64}, {"hash": "b", "vocab_size": 64}, False),
-        ({"hash": "a", "vocab_size": 64}, {"vocab_size": 128}, False),
+        ({"hash": "a", "vocab_size": 64}, {"hash": "a", "vocab_size": 64}, "mapet", True),
+        ({"hash": "a", "vocab_size": 64}, {"hash": "b", "vocab_size": 64}, "mapet", False),
+        ({"hash": "a", "vocab_size": 64}, {"vocab_size": 128}, "mapet", False),
+        ({"hash": "a", "vocab_size": 64}, {"hash": "a", "vocab_size": 64}, "pim", False),
     ],
 )
-def test_losses_of_other_words_are_not_compared(first, second, comparable, tmp_path):
+def test_losses_of_other_words_are_not_compared(first, second, objective, comparable, tmp_path):
     runs = []
-    for name, content in (("a", first), ("b", second)):
+    for name, content, task in (("a", first, "mapet"), ("b", second, objective)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
-        runs.append(Shown(RunFiles.open(write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name)))))
+        folder = write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name), objective=task)
+        runs.append(Shown(RunFiles.open(folder)))
     note = data_of(page(runs))["comparison"]["note"]
     assert ("cannot be compared" in note) is not comparable
 

@@ -63,7 +63,7 @@ class Census:
         """
         count, bad = len(self.images), len(self.bad)
         if bad > max(1, max_bad * count):
-            yield f"{bad / count:.0%} are unreadable: other stages refuse more than {max_bad:.0%}; remove them or raise --max-bad there"
+            yield f"{bad:,} of {count:,} are unreadable: other stages refuse more than {max_bad:.0%}; remove them or raise --max-bad there"
         if count - bad < FEW_IMAGES:
             yield few_images(count - bad)
         smaller = (self.sizes < image_size).any(axis=1)

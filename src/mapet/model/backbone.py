@@ -53,7 +53,7 @@ def create_vit(
     known = timm.list_models()
     if model.split(".")[0] not in known:
         raise MapetError(
-            f"unknown model '{model}'{did_you_mean(model, known) or '.'} `timm.list_models('vit_*')` lists them"
+            f"unknown model '{model}'{did_you_mean(model, timm.list_models(['vit_*', 'deit*'])) or '.'} `timm.list_models('vit_*')` lists them"
         )
     extra = dict(model_args or {})
     allowed = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
@@ -361,6 +361,8 @@ def find_backbone(path: Path) -> Path:
                 f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume"
                 f"{export if heading[2] != 'finetune' else ''}"
             )
+    if seeds := sorted(path.glob("seed-*/model")):
+        raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
     raise MapetError(
         f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     )

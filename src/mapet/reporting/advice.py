@@ -214,8 +214,24 @@ def warnings(run: Subject) -> list[str]:
     return [sentence for rule in WARNINGS if (sentence := rule(run))]
 
 
+def not_judged(run: Subject) -> str:
+    """What to do where it is over and there was no label to judge it by; else an empty text."""
+    epochs = run.history["epoch"].values
+    over = bool(epochs) and epochs[-1] >= float(run.recipe.get("epochs") or 0)
+    if run.probe or run.history["probe/linear"].values or not over or too_early(run):
+        return ""
+    return (
+        "There were no labels, so nothing here says whether the features are of use. `mapet evaluate --backbone random:RUN RUN "
+        "--protocols rank neighbours` holds them against random weights without labels; a few labelled images say more"
+    )
+
+
+def too_early(run: Subject) -> bool:
+    """Whether so little of the run is over that its course says nothing yet."""
+    return not _begun(run, run.history["loss"])
+
+
 def _begun(run: Subject, series: Series) -> bool:
-    """Whether enough of the run is over for its course to say something."""
     if len(series.values) < RECORDS:
         return False
     epochs = run.history["epoch"]

@@ -31,7 +31,8 @@ CAPTIONS = {
     "cls_attention": "Where the class token looks in the last block: the mean over heads, then single heads.",
     "features": "Features of the patches: their first three principal components, over all images shown, as red, green and "
     "blue. Patches of one colour mean the same to the model.",
-    "neighbours": "Images (left) and those whose features are nearest by cosine similarity. Green: the same class; red: another.",
+    "neighbours": "Images (left) and those whose features are nearest by cosine similarity. Where images have "
+    "labels, green is the same class and red another; without labels, judge by eye.",
     "confusion": "Linear probe on frozen features: each row says what images of a class were taken for.",
 }
 """Name -> what is to be seen, in the order of the report."""

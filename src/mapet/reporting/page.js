@@ -14,8 +14,9 @@ function warned(text) {
 
 function warningList(run) {
   const well = run.early ? "Too few figures yet to say how this run goes." : "Nothing in the figures speaks against this run.";
-  if (!run.warnings.length) return element("p", { class: "fine" }, well);
-  return element("ul", { class: "warnings" }, run.warnings.map(warned));
+  return element("div", {},
+    run.warnings.length ? element("ul", { class: "warnings" }, run.warnings.map(warned)) : element("p", { class: run.early ? "note" : "fine" }, well),
+    run.unjudged ? element("p", { class: "note" }, run.unjudged) : null);
 }
 
 function logged(run) {

@@ -59,8 +59,8 @@ PANELS = (
 
 
 OTHER_WORDS = (
-    "These runs do not predict the same words (their tokenizers, or targets, differ): their losses and token accuracies cannot "
-    "be compared. Probes can, and what `mapet evaluate` measures."
+    "These runs do not predict the same words from the same (their tokenizers, targets, objectives, orders or ratios differ): their "
+    "losses and token accuracies cannot be compared. Probes can, and what `mapet evaluate` measures."
 )
 
 

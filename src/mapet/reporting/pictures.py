@@ -162,12 +162,14 @@ def visibility_table(table: Bool[Tensor, "R R"], lengths: Mapping[Segment, int],
     for edge in edges[1:-1]:
         axis.axhline(edge - 0.5, color="black", linewidth=0.8)
         axis.axvline(edge - 0.5, color="black", linewidth=0.8)
-    labels = [f"{segment}\n({length})" for segment, length in lengths.items()]
+    labels = [f"{segment}\n({length})" for segment, length in lengths.items()]  # the class token is in the context
     axis.set_xticks(centres, labels)
     axis.set_yticks(centres, labels)
     axis.set_xlabel("is seen")
     axis.set_ylabel("sees")
-    axis.set_title(f"Visibility table of '{name}' (the query columns are never seen)")
+    axis.set_title(
+        f"Visibility table of '{name}'; context with the class token; query columns are never seen", fontsize=9
+    )
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mapet.errors import MapetError, counted
 from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
-from mapet.reporting.advice import RECORDS, Subject, warnings
+from mapet.reporting.advice import Subject, not_judged, too_early, warnings
 from mapet.reporting.history import History
 from mapet.reporting.log import Log
 
@@ -39,15 +39,36 @@ FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float],
     "token_entropy": ("loss of guessing by frequency, nats", last, number),
     "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
     "commonest_token": ("always guessing the commonest word", last, percent),
-    "probe/linear": ("linear probe while pre-training", last, number),
-    "probe/knn": ("k-NN while pre-training", last, number),
+    "probe/linear": ("linear probe while pre-training (held-out part of the training images)", last, number),
+    "probe/knn": ("k-NN while pre-training (the same)", last, number),
     "images_per_second": ("images a second (median)", median, number),
     "data_wait": ("share of time waiting for images (median)", median, percent),
     "skipped_steps": ("skipped steps", last, number),
 }
 """Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
-PLACES = ("images", "out", "tokenizer", "tokens", "probe_images", "resume", "device", "workers")
-"""Options that say where, not what."""
+PLACES = (
+    "images",
+    "out",
+    "tokenizer",
+    "tokens",
+    "probe_images",
+    "resume",
+    "device",
+    "workers",
+    "micro_batch",
+    "log_every",
+)
+"""Options that say where and how fast, not what."""
+IN_WORDS = {
+    "perplexity": ("perplexity", "{} of {} at most: so many words, used evenly, would be as varied"),
+    "commonest_share": ("commonest word", "{} of the patches"),
+    "quantization_error": (
+        "quantization error",
+        "{}: squared distance of features to their word, as a share of that to the mean",
+    ),
+    "patches": ("measured on patches", "{}"),
+}
+"""Of tokenizer.json's health -> (what a report calls it, how it is written)."""
 QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 LOGGED = 12
@@ -94,7 +115,11 @@ class RunFiles:
         files = cls(folder, config_type)
         if not folder.exists():
             raise MapetError(f"{folder} does not exist: give the folder of a run")
-        if not files.recipe or "backbone" in files.recipe:  # of `finetune`
+        if "backbone" in files.recipe:
+            raise MapetError(
+                f"{folder} is a fine-tuned model, which has no report: its curve is {folder / 'curve.png'}, its accuracy in result.json"
+            )
+        if not files.recipe:
             raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
         return files
 
@@ -153,7 +178,11 @@ class RunFiles:
         """What a loss is of: runs in which this differs have losses that can't be compared."""
         return [
             _text(part)
-            for part in (self.recipe.get("target"), self.tokenizer.get("hash"), self.tokenizer.get("vocab_size"))
+            for part in (
+                *(self.recipe.get(name) for name in ("target", "objective", "order", "num_context", "predict_ratio")),
+                self.tokenizer.get("hash"),
+                self.tokenizer.get("vocab_size"),
+            )
         ]
 
     def pictures(self) -> list[Path]:
@@ -170,7 +199,8 @@ class RunFiles:
             "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
             "figures": self.figures(),
             "warnings": warnings(self.subject),
-            "early": len(self.history["loss"].values) < RECORDS,
+            "early": too_early(self.subject),
+            "unjudged": not_judged(self.subject),
             "log": list(self.log.warnings[-LOGGED:]),
             "logged": len(self.log.warnings),
             "predicts": self.predicts,
@@ -231,11 +261,13 @@ class RunFiles:
             "teacher",
             f"{_text(teacher.get('teacher'))} ({'label-free' if own else 'what it has seen, the words inherit'})",
         )
-        yield "words", _text(told.get("vocab_size"))
+        vocab_size = told.get("vocab_size")
+        yield "words", _text(vocab_size)
         yield "patches", f"{_text(told.get('grid'))} of {_text(teacher.get('student_size'))} px"
         for key in ("used_codes", "dead_codes", "perplexity", "commonest_share", "quantization_error", "patches"):
             if isinstance(value := health.get(key), (int, float)):
-                yield {"patches": "measured on patches"}.get(key, key.replace("_", " ")), number(value)
+                name, text = IN_WORDS.get(key, (key.replace("_", " "), "{}"))
+                yield name, text.format(percent(value) if key == "commonest_share" else number(value), vocab_size)
 
     def _health(self) -> dict[str, Any]:
         """What `inspect --tokenizer` found, if its folder is beside the run's."""

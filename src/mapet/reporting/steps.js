@@ -38,7 +38,7 @@ class Steps {
         hidden ? panel("guessed", "Predicted: the likeliest words, as mean patches") : null,
         hidden ? panel("true", "The true words, as mean patches") : null,
         panel("words", "Visual words over the image, a colour each")),
-      element("div", { class: "toolbar" }, element("label", {}, "Colours ", this.opacity)));
+      element("div", { class: "toolbar" }, element("label", {}, "Strength of the words' colours ", this.opacity)));
   }
 
   select(number) {

@@ -18,7 +18,7 @@ class EvaluateConfig(ModelArgs, Loading):
     """Options of `evaluate`."""
 
     backbone: list[BackboneSource] = Field(min_length=1)
-    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a timm name, or random:NAME for a timm
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, a timm name, or random:NAME for a timm
     model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
     images: Source
     """Images to train on; CLASS/image.jpg for protocols that need labels."""
@@ -203,6 +203,9 @@ def choose_protocols(config: EvaluateConfig, sets: Any) -> list[str]:
     from mapet.evaluation.protocols import PROTOCOLS
 
     if not config.protocols:
+        lacking = [name for name, p in PROTOCOLS.items() if not p.costly and p.needs == "labels"]
+        if not _there("labels", sets) and sets.masks is None and sets.boxes is None:
+            log.warning("%s has no class folders: %s are left out", config.images, ", ".join(lacking))
         return [name for name, p in PROTOCOLS.items() if not p.costly and _there(p.needs, sets)]
     for name in config.protocols:
         if not _there(PROTOCOLS[name].needs, sets):

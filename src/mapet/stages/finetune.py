@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Source, read_recipe, stage, to_yaml
+from mapet.recipe import Source, read_recipe, stage
 from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -36,7 +36,7 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Tracked, Device):
     batch_size: PositiveInt | None = None
     """Images a step; automatic: a tenth of the images, from 8 to 512 (128 on a CPU)."""
     lr: PositiveFloat | None = None
-    """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512)."""
+    """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512), at least 3e-4."""
     min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end."""
     warmup_epochs: NonNegativeFloat | None = None
@@ -111,18 +111,23 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
 
     from mapet.evaluation.intervals import wilson
     from mapet.files import read_json, write_json
-    from mapet.training.finetune import finetune_vit
+    from mapet.training.finetune import STAGE, finetune_vit
+    from mapet.training.run_folder import recipe_to_resume
 
+    if config.resume:
+        config = recipe_to_resume(config, STAGE)
     if config.resume and config.out and (config.out / "result.json").is_file():
         accuracy = read_json(config.out / "result.json", "fine-tuned model")["accuracy"]
         log.info("%s is finished: accuracy %.3f", config.out, accuracy)
         return accuracy, ""
-    _, right, seen, train, stopped = finetune_vit(config)
+    _, right, seen, train, guess, stopped = finetune_vit(config)
     score, (low, high) = right / seen, wilson(right, seen)
     log.info(
-        "accuracy %.3f (%.3f to %.3f on %d images), trained on %d images of %d classes",
-        score, low, high, seen, len(train.labels), len(train.classes),
+        "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",
+        score, low, high, f"{seen:,}", guess, f"{len(train.labels):,}", len(train.classes),
     )  # fmt: skip
+    if low <= guess:
+        log.warning("that is not clearly better than guessing: try a higher --lr or more --epochs")
     if config.out:
         from mapet.reporting.card import ORIGIN, origin_of_tuned
         from mapet.reporting.pictures import learning_curve, save_figure
@@ -141,18 +146,24 @@ def tune_each(config: FinetuneConfig) -> float:
     """Once with each seed, in a folder of its own; the mean accuracy."""
     from mapet.errors import Interrupted
     from mapet.evaluation.intervals import over_seeds
-    from mapet.files import atomic, new_folder, write_json
+    from mapet.files import new_folder, write_json
+    from mapet.training.finetune import STAGE
+    from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume, write_recipe
 
+    asked = config.resume
+    if asked:
+        config = recipe_to_resume(config, STAGE, MAY_CHANGE | {"seeds"})
     out = config.out
-    again = f"mapet finetune {out}/config.yaml --resume"
-    if out and not (config.resume and (out / "config.yaml").is_file()):
-        new_folder(out, resume_hint=", or go on with --resume")
-        with atomic(out / "config.yaml") as temporary:
-            temporary.write_text(f"# {again.removesuffix(' --resume')}\n{to_yaml(config)}", encoding="utf-8")
+    again = command_to_resume(out, STAGE) if out else ""
+    if out:
+        if not config.resume:
+            new_folder(out, resume_hint=", or go on with --resume")
+        write_recipe(config, STAGE)
+        config = config.model_copy(update={"resume": asked})
     scores: dict[str, float] = {}
     last = config.seed + config.seeds - 1
     for seed in range(config.seed, last + 1):
-        log.info("--- seed %d", seed)
+        log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.seeds)
         place = out and out / f"seed-{seed}"
         try:
             score, stopped = tune(config.model_copy(update={"seed": seed, "seeds": 1, "out": place}))
@@ -162,7 +173,8 @@ def tune_each(config: FinetuneConfig) -> float:
             raise Interrupted(f"stopped by {stopped} after seed {seed}, saved. Go on with: {again}")
         scores[f"seed-{seed}"] = score
     figure = over_seeds(list(scores.values()))
-    log.info("accuracy %.3f (%.3f to %.3f over %s)", figure.value, figure.low, figure.high, figure.of)
+    few = "; two seeds tell little" if config.seeds == 2 else ""
+    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.low, figure.high, figure.of, few)
     if out:
         write_json(out / "seeds.json", {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores)
     return figure.value

@@ -94,7 +94,7 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     roll_back: NonNegativeInt = 0
     """Instead of stopping then, so many times go back to the weights before and on with the images after."""
     log_every: PositiveInt | None = None
-    """Steps between lines of metrics; automatic: 5 an epoch, at most 50 steps."""
+    """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: 5 lines an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
     probe_images: Source | None = None

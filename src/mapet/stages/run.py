@@ -10,21 +10,24 @@ from mapet.errors import MapetError
 from mapet.recipe import Config, Source, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
+from mapet.stages.options import BadImages
 from mapet.stages.pretrain import PretrainConfig, pretrain
 from mapet.stages.probe import ProbeConfig, probe
 from mapet.stages.tokenize import TokenizeConfig, tokenize
 
 log = logging.getLogger("mapet")
 SET_HERE = {"images", "out", "tokenizer", "tokens", "run", "backbone", "test_images", "resume", "device", "seed"}
+SET_HERE |= {"max_bad"}
+OF_THE_STORE = {"views", "min_scale"}
 
 FitTokenizerOptions = section(FitTokenizerConfig, SET_HERE)
 TokenizeOptions = section(TokenizeConfig, SET_HERE | {"teacher"})
-PretrainOptions = section(PretrainConfig, SET_HERE | {"teacher"})
+PretrainOptions = section(PretrainConfig, SET_HERE | OF_THE_STORE | {"teacher"})
 ProbeOptions = section(ProbeConfig, SET_HERE)
 InspectOptions = section(InspectConfig, SET_HERE | {"teacher"})
 
 
-class RunConfig(Config):
+class RunConfig(BadImages):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
     images: Source
@@ -79,7 +82,12 @@ def run(config: RunConfig) -> Path:
         )
     }
     if processes.rank() == 0:
-        _begin(config, recipe)
+        made = {
+            "fit_tokenizer": tokenizer.exists(), "tokenize": tokens.exists(), "pretrain": begun, "probe": figures.exists(),
+            "test_images": figures.exists(), "inspect": pictures.exists(),
+        }  # fmt: skip
+        _refuse_now(config, configs, made)
+        _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
     processes.wait()
 
     def do(stage: Stage[Any]) -> None:
@@ -112,7 +120,8 @@ def run(config: RunConfig) -> Path:
 
 def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> Config:
     """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
-    shared = {"images": config.images, "seed": config.seed, "device": config.device} | given
+    names = ("images", "seed", "device", "max_bad")
+    shared = {name: getattr(config, name) for name in names} | given
     own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
     try:
         return build(
@@ -123,26 +132,64 @@ def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> C
         raise MapetError(f"{stage.__name__.replace('_', '-')}: {error}") from None
 
 
-def _begin(config: RunConfig, recipe: Path) -> None:
-    """A new folder with the recipe, or the old one if it is the same."""
+def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[str, bool]) -> None:
+    """What a later stage would refuse, after hours perhaps, is refused before the first.
+
+    Raises:
+        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels.
+    """
     from mapet.data.sources import scan
-    from mapet.files import atomic, is_free, new_folder
-    from mapet.recipe import differences, read_recipe, to_yaml
+    from mapet.evaluation.features import labelled, train_and_test
+    from mapet.training.build import Words, model_for
+
+    fitting, pretraining = configs[fit_tokenizer], configs[pretrain]
+    if not made["pretrain"]:
+        sizes = fitting.image_size, fitting.patch_size, fitting.channels
+        model_for(pretraining, Words(pretraining.tokenizer, *sizes, fitting.vocab_size or 2, 1))
+        if pretraining.probe_images is not None:
+            labelled(scan(pretraining.probe_images))
+    if config.test_images is not None and not made["probe"]:
+        scan(config.test_images)
+        train_and_test(config.images, config.test_images)
+
+
+def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
+    """A new folder with the recipe, or the old one if it is the same but for the options of `free` stages, which have
+    made nothing yet."""
+    from mapet.data.sources import scan
+    from mapet.files import is_free, new_folder
+    from mapet.recipe import differences, read_recipe
 
     heading = f"# mapet run {recipe}\n"
     if is_free(config.out, but=recipe.name) and (
         not recipe.exists() or recipe.read_bytes().startswith(heading.encode())
     ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
-        log.info("%d images in %s", len(images), config.images)
-        with atomic(recipe) as temporary:
-            temporary.write_text(heading + to_yaml(config), encoding="utf-8")
+        log.info("%s images in %s", f"{len(images):,}", config.images)
+        _write(recipe, heading, config)
         return
     if not (config.resume and recipe.exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
-    changed = differences(build(RunConfig, read_recipe(recipe), recipe), config, frozenset({"resume", "device"}))
-    if changed:
+    old = build(RunConfig, read_recipe(recipe), recipe)
+    may_change = frozenset({"resume", "device", "max_bad"})
+    if changed := differences(old, config, may_change | free):
+        weights = (config.out / "pretrain" / "checkpoints").exists()
+        more = (
+            f"to start from its weights with new options: --pretrain.init-from {config.out}, and"
+            if weights
+            else "to start with others:"
+        )
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet run {recipe} "
-            f"--resume; to start from its weights with new options: --pretrain.init-from {config.out}, and a new --out"
+            f"--resume; {more} a new --out"
         )
+    if differences(old, config, may_change):
+        _write(recipe, heading, config)
+
+
+def _write(recipe: Path, heading: str, config: RunConfig) -> None:
+    from mapet.files import atomic
+    from mapet.recipe import to_yaml
+
+    with atomic(recipe) as temporary:
+        temporary.write_text(heading + to_yaml(config), encoding="utf-8")

@@ -50,24 +50,57 @@ def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False
     return Run(config, tokenizer, model.eval())
 
 
+class Words(NamedTuple):
+    """What a model must fit, of a tokenizer that there is or will be.
+
+    Attributes:
+        image_size: height and width that it was fitted for, pixels.
+        vocab_size, feature_size: V and F.
+    """
+
+    tokenizer: Path
+    image_size: tuple[int, int]
+    patch_size: int
+    channels: int
+    vocab_size: int
+    feature_size: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
 def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
     """The ViT and its token head, with the weights that `seed` or `init_from` give."""
-    size = config.image_size or tokenizer.student_size
-    patch = config.patch_size or tokenizer.description["teacher"]["patch_size"]
+    teacher = tokenizer.description["teacher"]
+    sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
+    feature_size = tokenizer.description["feature_size"]
+    return model_for(config, Words(config.tokenizer, *sizes, tokenizer.vocab_size, feature_size))
+
+
+def model_for(config: Any, words: Words) -> Pretrainer:
+    """`build_model`, for words that there may not be yet.
+
+    Raises:
+        MapetError: unknown model or objective, sizes that don't fit, weights that can't be started from.
+    """
+    size = config.image_size or words.image_size
+    patch = config.patch_size or words.patch_size
     torch.manual_seed(config.seed)
     args = {"init_values": config.layer_scale} if config.layer_scale else {}
     vit = create_vit(
         config.model,
         size,
         patch,
-        tokenizer.description["teacher"]["channels"],
+        words.channels,
         args | config.model_args,
         config.drop_path,
     )
-    if tuple(vit.patch_embed.grid_size) != tokenizer.grid:
+    if tuple(vit.patch_embed.grid_size) != words.grid:
         raise MapetError(
-            f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {config.tokenizer} "
-            f"{by(tokenizer.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
+            f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {words.tokenizer} "
+            f"{by(words.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these"
         )
     num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
     least = num_context_of((config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches)  # of a drawn ratio, the fewest
@@ -78,9 +111,9 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
         "separate_query": config.separate_query,
     }
     values = {
-        "tokens": tokenizer.vocab_size,
+        "tokens": words.vocab_size,
         "pixels": vit.in_chans * patch**2,
-        "features": tokenizer.description["feature_size"],
+        "features": words.feature_size,
     }[config.target]
     model = (
         ContextAutoencoder(vit, values, **common) if objective is CAE else Pretrainer(vit, values, objective, **common)

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -29,12 +30,14 @@ from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from mapet.training.loop import step_seed
 from mapet.training.metrics import must_be_finite
 from mapet.training.optim import make_optimizer, make_schedule
-from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
+from mapet.training.run_folder import RunFolder, command_to_resume
 from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
 STAGE = "finetune"
 PAPER_LR, PAPER_BATCH = 5e-4, 512
+LEAST_LR = 3e-4
+"""Of the automatic ones: in few small batches a lower rate gets nowhere, a higher one forgets what pre-training learned."""
 KEEP_CHECKPOINTS = 2
 
 
@@ -43,6 +46,7 @@ class Tuned(NamedTuple):
 
     Attributes:
         right, seen: test images that are classified rightly, and all.
+        guess: share of the test images that are of the commonest class.
         stopped: the signal that asked to stop when there was nothing left to stop, or ''.
     """
 
@@ -50,6 +54,7 @@ class Tuned(NamedTuple):
     right: int
     seen: int
     train: LabelledSet
+    guess: float
     stopped: str
 
 
@@ -76,8 +81,6 @@ def finetune_vit(config: Any) -> Tuned:
     images, which nothing is chosen by; the model is saved in out/model.
     """
     require(config.track)
-    if config.resume:
-        config = recipe_to_resume(config, STAGE)
 
     # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
@@ -115,7 +118,7 @@ def finetune_vit(config: Any) -> Tuned:
     )
     sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
     total_steps = len(sampler)
-    lr = config.lr or PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+    lr = config.lr or max(LEAST_LR, PAPER_LR * math.sqrt(batch_size / PAPER_BATCH))
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
     warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup * sampler.steps_per_epoch), config.min_lr)
@@ -204,7 +207,8 @@ def finetune_vit(config: Any) -> Tuned:
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
-    return Tuned(vit, right, seen, train, stop.asked)
+    guess = float(np.bincount(test.labels).max()) / len(test.labels)
+    return Tuned(vit, right, seen, train, guess, stop.asked)
 
 
 def _judged(vit: VisionTransformer, average: ModelEmaV3 | None) -> VisionTransformer:

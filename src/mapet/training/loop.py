@@ -111,7 +111,7 @@ def train(config: Any) -> Path:
                 panel.advance()
 
                 epoch, epoch_ended = step // sampler.steps_per_epoch, step % sampler.steps_per_epoch == 0
-                if step % log_every == 0 or epoch_ended:
+                if window_ends(step, sampler.steps_per_epoch, log_every):
                     window = meter.read()
                     metrics = window.metrics | {
                         "epoch": step / sampler.steps_per_epoch,
@@ -168,6 +168,12 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
         f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
         f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
+
+
+def window_ends(step: int, steps_per_epoch: int, log_every: int) -> bool:
+    """Whether figures are due: so many equal parts of an epoch that none has more than `log_every` steps, and none only a few."""
+    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_every)
+    return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
 
 
 def whole_vit(setting: Setting) -> VisionTransformer:

@@ -28,6 +28,8 @@ class Panel:
             [] if self._bar.disable else [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in (1, 2)]
         )
         self._total, self._first, self._done = total, done, done
+        self._shown = done
+        self._epoch: list[dict[str, float]] = []
         self._started = time.monotonic()
         self._probe = ""
 
@@ -44,11 +46,18 @@ class Panel:
         self._bar.update()
 
     def show(self, metrics: dict[str, float], epoch_ended: bool) -> None:
-        """Figures of the last steps."""
+        """Figures of the steps since the last ones; the line of an epoch has the means of all its steps."""
+        self._epoch.append(metrics | {"steps": self._done - self._shown})
+        self._shown = self._done
         if self.lines:
             self._set(0, Meter.learning(metrics))
             self._set(1, f"{Meter.speed(metrics)}{self._probe}")
         if epoch_ended:
+            steps = sum(window["steps"] for window in self._epoch)
+            for name in LEARNED & metrics.keys():
+                mean = sum(window[name] * window["steps"] for window in self._epoch) / max(1, steps)
+                metrics = metrics | {name: mean}
+            self._epoch.clear()
             log.info("epoch %d: %s%s", round(metrics["epoch"]), Meter.line(metrics), self._left())
 
     def probed(self, epoch: int, scores: dict[str, float]) -> None:
@@ -68,4 +77,5 @@ class Panel:
         return f", {seconds / size:.0f} {unit} left"
 
 
+LEARNED = {"loss", "token_accuracy"}
 UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))

@@ -9,7 +9,7 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -23,9 +23,10 @@ from mapet.recipe import Config, build, differences, outer_recipe, read_recipe, 
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
+C = TypeVar("C", bound=Config)
 MAY_CHANGE = frozenset(
     {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
-    | {"micro_batch", "max_skipped", "roll_back", "shard", "track"}
+    | {"micro_batch", "max_skipped", "roll_back", "shard", "track", "max_bad"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 
@@ -45,10 +46,7 @@ class RunFolder:
     def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
-            with atomic(self.path / "config.yaml") as temporary:
-                temporary.write_text(
-                    f"# mapet {stage} {self.path / 'config.yaml'}\n{to_yaml(config)}", encoding="utf-8"
-                )
+            write_recipe(config, stage)
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -124,7 +122,14 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
+def write_recipe(config: Any, stage: str) -> None:
+    """config.yaml, under the command that takes it."""
+    path = config.out / "config.yaml"
+    with atomic(path) as temporary:
+        temporary.write_text(f"# mapet {stage} {path}\n{to_yaml(config)}", encoding="utf-8")
+
+
+def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[str] = MAY_CHANGE) -> C:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
     Where there is nothing yet, the run starts: a job that may be sent anew at any moment has one command.
@@ -139,14 +144,14 @@ def recipe_to_resume(config: Config, stage: str = "pretrain") -> Config:
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
     old = build(type(config), read_recipe(path), path)
     automatic = {name for name, value in config if value is None}
-    changed = differences(old, config, MAY_CHANGE | automatic)
+    changed = differences(old, config, may_change | automatic)
     if changed:
         anew = "from its weights with new options: --init-from, and" if stage == "pretrain" else "with new options:"
         raise MapetError(
             f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
             f"{command_to_resume(path.parent, stage)}; to start {anew} a new --out"
         )
-    return old.model_copy(update={name: value for name, value in config if name in MAY_CHANGE})
+    return old.model_copy(update={name: value for name, value in config if name in may_change})
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
