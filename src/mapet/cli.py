@@ -4,7 +4,6 @@ import argparse
 import inspect
 import os
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"mapet {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"mapet {argv[0]}: interrupted{_to_go_on(argv)}", file=sys.stderr)
+        print(f"mapet {argv[0]}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,14 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mapet {argv[0]}: {text}", file=sys.stderr)
         return 2
     return 0
-
-
-def _to_go_on(argv: list[str]) -> str:
-    """Of `run`, which keeps what its finished stages have made."""
-    folders = [Path(value) for option, value in pairwise(argv) if option == "--out"]
-    recipes = [*(folder / "recipe.yaml" for folder in folders), *(Path(word) for word in argv[1:2])]
-    found = next((recipe for recipe in recipes if recipe.is_file()), None)
-    return f". Go on with: mapet run {found} --resume" if argv[0] == "run" and found else ""
 
 
 def console() -> None:

@@ -5,6 +5,7 @@ same order. Without a group they return what they are given.
 """
 
 import functools
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ def joined() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        gc.collect()  # what of the group lies in cycles has threads, with which Python's end is an abort now and then
 
 
 def number() -> int:

@@ -233,6 +233,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}
 
 
+def write_recipe(config: "Config", path: Path, stage: str) -> None:
+    """All options as YAML, atomically, under the command that takes the file."""
+    from mapet.files import atomic
+
+    with atomic(path) as temporary:
+        temporary.write_text(f"# mapet {stage} {path}\n{to_yaml(config)}", encoding="utf-8")
+
+
 def outer_recipe(folder: Path) -> Path | None:
     """The recipe of the `mapet run` that a folder of `pretrain` belongs to, if any: the one to go on with."""
     path = folder.parent / "recipe.yaml"

@@ -118,6 +118,17 @@ def test_run_refuses_at_once_what_a_later_stage_would(options, told, capsys, cro
     assert not out.exists()
 
 
+def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crops, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mapet.tokenizer.teacher.make_teacher", interrupted)
+    assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
+    assert (
+        f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/recipe.yaml --resume" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
 def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
     """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""

@@ -1,7 +1,11 @@
 """What a run shows while it goes on: a few lines that stay in place on a terminal, log lines elsewhere."""
 
 import io
+from itertools import pairwise
 
+import pytest
+
+from mapet.training.loop import window_ends
 from mapet.training.panel import Panel
 
 METRICS = {
@@ -52,3 +56,24 @@ def test_nothing_is_left_at_the_end(caplog):
         panel.advance()
         panel.show(METRICS, epoch_ended=True)
     assert caplog.messages == [f"epoch 3: {LEARNING}, {SPEED}"]
+
+
+def test_an_epoch_s_line_has_the_means_of_its_steps(caplog):
+    """2 steps, 1 step, and 1 whose numbers were not finite; the next epoch starts anew."""
+    epoch = (((2, 4.0, 0.1), (1, 1.0, 0.4), (1, float("nan"), float("nan"))), ((4, 0.5, 0.5),))
+    with caplog.at_level("INFO", "mapet"), Panel(8, 0, io.StringIO()) as panel:
+        for windows in epoch:
+            for steps, loss, accuracy in windows:
+                for _ in range(steps):
+                    panel.advance()
+                window = METRICS | {"loss": loss, "token_accuracy": accuracy}
+                panel.show(window, epoch_ended=loss is windows[-1][1])
+    assert ["loss 3.000" in line and "accuracy 20.0%" in line for line in caplog.messages] == [True, False]
+    assert "loss 0.500" in caplog.messages[1] and "accuracy 50.0%" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(("steps", "most", "lengths"), [(13, 3, {2, 3}), (12, 3, {3}), (3, 5, {3}), (7, 1, {1})])
+def test_figures_are_of_even_parts_of_an_epoch(steps, most, lengths):
+    ends = [step for step in range(1, 2 * steps + 1) if window_ends(step, steps, most)]
+    assert steps in ends and 2 * steps in ends
+    assert {b - a for a, b in pairwise([0, *ends])} == lengths

@@ -61,10 +61,13 @@ def train_and_test(
     train: str | Path, test: str | Path | None, test_share: float = 0.2
 ) -> tuple[LabelledSet, LabelledSet]:
     """Two labelled sets, or one split by image id, the same way every time."""
-    everything = labelled(scan(train))
+    images = [
+        scan(source) for source in (train, test) if source is not None
+    ]  # both are there, before labels are asked for
+    everything, *others = map(labelled, images)
     if test is None:
         return split(everything, test_share)
-    other = labelled(scan(test))
+    (other,) = others
     if other.classes != everything.classes:
         odd = sorted(set(other.classes) ^ set(everything.classes))
         raise MapetError(

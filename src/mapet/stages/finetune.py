@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.recipe import Source, read_recipe, stage
+from mapet.recipe import Source, read_recipe, stage, write_recipe
 from mapet.stages.options import BackboneSource, BadImages, Device, ModelArgs, Precision, Tracked, automatic_workers
 from mapet.stages.tokenize import Views
 
@@ -148,7 +148,7 @@ def tune_each(config: FinetuneConfig) -> float:
     from mapet.evaluation.intervals import over_seeds
     from mapet.files import new_folder, write_json
     from mapet.training.finetune import STAGE
-    from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume, write_recipe
+    from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume
 
     asked = config.resume
     if asked:
@@ -158,7 +158,7 @@ def tune_each(config: FinetuneConfig) -> float:
     if out:
         if not config.resume:
             new_folder(out, resume_hint=", or go on with --resume")
-        write_recipe(config, STAGE)
+        write_recipe(config, out / "config.yaml", STAGE)
         config = config.model_copy(update={"resume": asked})
     scores: dict[str, float] = {}
     last = config.seed + config.seeds - 1

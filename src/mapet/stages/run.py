@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.recipe import Config, Source, Stage, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
@@ -16,8 +16,19 @@ from mapet.stages.probe import ProbeConfig, probe
 from mapet.stages.tokenize import TokenizeConfig, tokenize
 
 log = logging.getLogger("mapet")
-SET_HERE = {"images", "out", "tokenizer", "tokens", "run", "backbone", "test_images", "resume", "device", "seed"}
-SET_HERE |= {"max_bad"}
+SET_HERE = {
+    "images",
+    "out",
+    "tokenizer",
+    "tokens",
+    "run",
+    "backbone",
+    "test_images",
+    "resume",
+    "device",
+    "seed",
+    "max_bad",
+}
 OF_THE_STORE = {"views", "min_scale"}
 
 FitTokenizerOptions = section(FitTokenizerConfig, SET_HERE)
@@ -92,7 +103,10 @@ def run(config: RunConfig) -> Path:
 
     def do(stage: Stage[Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))
-        stage(configs[stage])
+        try:
+            stage(configs[stage])
+        except KeyboardInterrupt:  # where a stage has nothing to save
+            raise Interrupted(f"interrupted. Go on with: mapet run {recipe} --resume") from None
 
     missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
     processes.wait()  # all have looked before one writes
@@ -149,7 +163,6 @@ def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[st
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
     if config.test_images is not None and not made["probe"]:
-        scan(config.test_images)
         train_and_test(config.images, config.test_images)
 
 
@@ -158,15 +171,14 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     made nothing yet."""
     from mapet.data.sources import scan
     from mapet.files import is_free, new_folder
-    from mapet.recipe import differences, read_recipe
+    from mapet.recipe import differences, read_recipe, write_recipe
 
-    heading = f"# mapet run {recipe}\n"
     if is_free(config.out, but=recipe.name) and (
-        not recipe.exists() or recipe.read_bytes().startswith(heading.encode())
+        not recipe.exists() or recipe.read_bytes().startswith(f"# mapet run {recipe}\n".encode())
     ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
         log.info("%s images in %s", f"{len(images):,}", config.images)
-        _write(recipe, heading, config)
+        write_recipe(config, recipe, "run")
         return
     if not (config.resume and recipe.exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
@@ -184,12 +196,4 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
             f"--resume; {more} a new --out"
         )
     if differences(old, config, may_change):
-        _write(recipe, heading, config)
-
-
-def _write(recipe: Path, heading: str, config: RunConfig) -> None:
-    from mapet.files import atomic
-    from mapet.recipe import to_yaml
-
-    with atomic(recipe) as temporary:
-        temporary.write_text(heading + to_yaml(config), encoding="utf-8")
+        write_recipe(config, recipe, "run")

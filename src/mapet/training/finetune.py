@@ -20,7 +20,7 @@ from mapet.compute import Compute
 from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.evaluation.splits import few_labels
 from mapet.model.adapt import pixel_stats
@@ -30,7 +30,7 @@ from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from mapet.training.loop import step_seed
 from mapet.training.metrics import must_be_finite
 from mapet.training.optim import make_optimizer, make_schedule
-from mapet.training.run_folder import RunFolder, command_to_resume
+from mapet.training.run_folder import RunFolder, stopped
 from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
@@ -194,10 +194,7 @@ def finetune_vit(config: Any) -> Tuned:
                     save_checkpoint(run.checkpoints, step, tensors_of(vit, optimizer, **others), {}, KEEP_CHECKPOINTS)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
-                    raise Interrupted(
-                        f"stopped by {stop.asked} at step {step} of {total_steps}, saved. "
-                        f"Go on with: {command_to_resume(config.out, STAGE)}"
-                    )
+                    raise stopped(stop.asked, step, total_steps, config.out, STAGE)
 
         # ---- the product
         vit = _judged(vit, average)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet import processes
 from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, Quarantine, make_loader
-from mapet.errors import Interrupted, MapetError, by, counted
+from mapet.errors import MapetError, by, counted
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
@@ -24,7 +24,7 @@ from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
 from mapet.training.panel import Panel
 from mapet.training.replay import WentWrong, save_bundle
-from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
+from mapet.training.run_folder import RunFolder, recipe_to_resume, stopped
 from mapet.training.setting import Setting
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
@@ -145,10 +145,7 @@ def train(config: Any) -> Path:
                     save()
                     saved = time.monotonic()
                 if stopping and step < total_steps:
-                    raise Interrupted(
-                        f"stopped by {stop.asked or 'another process'} at step {step} of {total_steps}, saved. "
-                        f"Go on with: {command_to_resume(config.out)}"
-                    )
+                    raise stopped(stop.asked or "another process", step, total_steps, config.out)
 
         # ---- the product
         backbone, vit = config.out / "backbone", whole_vit(setting)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from math import isfinite
 from types import TracebackType
 from typing import Any
 
@@ -53,10 +54,11 @@ class Panel:
             self._set(0, Meter.learning(metrics))
             self._set(1, f"{Meter.speed(metrics)}{self._probe}")
         if epoch_ended:
-            steps = sum(window["steps"] for window in self._epoch)
             for name in LEARNED & metrics.keys():
-                mean = sum(window[name] * window["steps"] for window in self._epoch) / max(1, steps)
-                metrics = metrics | {name: mean}
+                known = [window for window in self._epoch if isfinite(window[name])]
+                steps = sum(window["steps"] for window in known)
+                if steps:
+                    metrics = metrics | {name: sum(window[name] * window["steps"] for window in known) / steps}
             self._epoch.clear()
             log.info("epoch %d: %s%s", round(metrics["epoch"]), Meter.line(metrics), self._left())
 

@@ -17,9 +17,9 @@ import torchvision
 
 from mapet import processes
 from mapet.compute import Compute
-from mapet.errors import MapetError, counted
+from mapet.errors import Interrupted, MapetError, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import Config, build, differences, outer_recipe, read_recipe, to_yaml
+from mapet.recipe import Config, build, differences, outer_recipe, read_recipe, to_yaml, write_recipe
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
@@ -46,7 +46,7 @@ class RunFolder:
     def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
-            write_recipe(config, stage)
+            write_recipe(config, self.path / "config.yaml", stage)
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -122,13 +122,6 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def write_recipe(config: Any, stage: str) -> None:
-    """config.yaml, under the command that takes it."""
-    path = config.out / "config.yaml"
-    with atomic(path) as temporary:
-        temporary.write_text(f"# mapet {stage} {path}\n{to_yaml(config)}", encoding="utf-8")
-
-
 def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[str] = MAY_CHANGE) -> C:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
@@ -158,6 +151,13 @@ def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
     """What a person types to go on with an interrupted run."""
     outer = outer_recipe(folder)
     return f"mapet run {outer} --resume" if outer else f"mapet {stage} {folder / 'config.yaml'} --resume"
+
+
+def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
+    """What is raised when a run has saved, for the signal `by`."""
+    return Interrupted(
+        f"stopped by {by} at step {step} of {total_steps}, saved. Go on with: {command_to_resume(folder, stage)}"
+    )
 
 
 def system_information(compute: Compute) -> str:

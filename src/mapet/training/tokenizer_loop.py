@@ -18,7 +18,7 @@ from mapet.compute import Compute
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import MapetError
 from mapet.files import atomic, write_json, write_tensors
 from mapet.model.backbone import create_vit, num_parameters, on_device
 from mapet.signals import stop_signals
@@ -32,7 +32,7 @@ from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 from mapet.training.loop import step_seed
 from mapet.training.metrics import must_be_finite
 from mapet.training.optim import make_optimizer, make_schedule
-from mapet.training.run_folder import RunFolder, command_to_resume, recipe_to_resume
+from mapet.training.run_folder import RunFolder, recipe_to_resume, stopped
 from mapet.training.tracking import require
 
 log = logging.getLogger("mapet")
@@ -136,10 +136,7 @@ def train_vqkd(config: Any) -> Path:
                     save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
-                    raise Interrupted(
-                        f"stopped by {stop.asked} at step {step} of {total_steps}, saved. "
-                        f"Go on with: {command_to_resume(config.out, STAGE)}"
-                    )
+                    raise stopped(stop.asked, step, total_steps, config.out, STAGE)
 
         # ---- the product
         judgement = judge(model, teacher, dataset, quarantine, compute, config)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mapet.errors import Interrupted
-from mapet.recipe import Config, Source, section, stage, to_yaml
+from mapet.recipe import Config, Source, section, stage, write_recipe
 from mapet.stages.finetune import FinetuneConfig
 from mapet.stages.run import SET_HERE, FitTokenizerOptions, PretrainOptions, TokenizeOptions
 
@@ -63,7 +63,6 @@ def study(config: StudyConfig) -> Path:
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import train_and_test
-    from mapet.files import atomic
     from mapet.stages.study.cells import make_tokenizers, run_cells
     from mapet.stages.study.grid import cell_folder, grid_cells, with_budgets
     from mapet.stages.study.summary import write
@@ -72,8 +71,7 @@ def study(config: StudyConfig) -> Path:
     for name, folder in {"test_images": config.test_images, **config.other_test_images}.items():
         log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
     num_images = len(scan(config.images))
-    with atomic(config.out / "study.yaml") as temporary:
-        temporary.write_text(f"# mapet study {config.out / 'study.yaml'}\n{to_yaml(config)}", encoding="utf-8")
+    write_recipe(config, config.out / "study.yaml", "study")
     stopped = None
     if config.report_only:
         cells = with_budgets(config, cells)
