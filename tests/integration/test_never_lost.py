@@ -181,8 +181,9 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and one["usage"].sum() == two["usage"].sum() == 12 * 64
     assert (one["usage"] - two["usage"]).abs().sum() <= 12  # sums of other order: a patch may go over
-    health = [json.loads((tmp_path / name / "tokenizer.json").read_text())["health"] for name in ("one", "two")]
-    assert health[1] == pytest.approx(health[0], rel=0.01)
+    told = [json.loads((tmp_path / name / "tokenizer.json").read_text())["health"] for name in ("one", "two")]
+    health = [{name: value for name, value in one.items() if value is not None} for one in told]  # lfq has no error
+    assert told[0].keys() == told[1].keys() and health[1] == pytest.approx(health[0], rel=0.01)
     whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole", workers=0)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
     subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
