@@ -180,7 +180,7 @@ class Chart {
       group.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: height, y2: height }),
         drawn("text", { x: MARGIN.left - 6, y: height + 4, "text-anchor": "end" }, this.text(y)));
     }
-    for (const x of ticks(low, high, Math.max(2, this.width / 90))) {
+    for (const x of ticks(low, high, Math.max(2, this.width / 100))) {
       group.append(drawn("text", { x: this.toPixel(x), y: HEIGHT - 7, "text-anchor": "middle" }, number(x)));
     }
     group.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: HEIGHT - MARGIN.bottom, y2: HEIGHT - MARGIN.bottom }));

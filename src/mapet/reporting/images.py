@@ -32,7 +32,7 @@ CAPTIONS = {
     "features": "Features of the patches: their first three principal components, over all images shown, as red, green and "
     "blue. Patches of one colour mean the same to the model.",
     "neighbours": "Images (left) and those whose features are nearest by cosine similarity. Where images have "
-    "labels, green is the same class and red another; without labels, judge by eye.",
+    "labels, a green frame is the same class and a dashed red one another; without labels, judge by eye.",
     "confusion": "Linear probe on frozen features: each row says what images of a class were taken for.",
 }
 """Name -> what is to be seen, in the order of the report."""

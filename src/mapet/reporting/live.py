@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from mapet.errors import MapetError
 from mapet.recipe import Config
-from mapet.reporting.page import live_page
+from mapet.reporting.page import Shown, page
 from mapet.reporting.run import RunFiles, span
 
 log = logging.getLogger("mapet")
@@ -33,7 +33,7 @@ class Follower:
     def page(self) -> str:
         with self._lock:
             self._files.refresh()
-            return live_page(self._files)
+            return page([Shown.kept(self._files)], live=True)
 
     def news(self, generation: int | None, have: int) -> dict[str, Any]:
         """Records from number `have` on, if the reader's are of this generation, else from the first; and what is said of the run."""
@@ -48,6 +48,7 @@ class Follower:
                 "records": records,
                 "more": first + len(records) < len(history.records),
                 "state": self._state(),
+                "pictures": bool(files.pictures()),
                 "run": self._about(),
             }
 
@@ -56,7 +57,7 @@ class Follower:
         if not files.recipe:
             return f"Waiting: no run in {self.folder} yet."
         if files.finished:
-            return "Finished. `mapet report` adds pictures."
+            return f"Finished.{'' if files.pictures() else ' `mapet report` adds pictures.'}"
         if files.log.stopped:
             return files.status
         if not files.history.records:

@@ -18,13 +18,13 @@ class Log:
 
     Attributes:
         sessions: (start, last line) of each time the run was started or resumed.
-        system: device, versions and command of the last session.
+        systems: (device and versions, command) of each of them.
         description: the run in one line, as `pretrain` wrote it.
         stopped: why it stopped, if it said so last.
     """
 
     sessions: list[tuple[datetime, datetime]]
-    system: str = ""
+    systems: tuple[tuple[str, str], ...] = ()
     description: str = ""
     stopped: str = ""
     warnings: tuple[str, ...] = ()
@@ -48,8 +48,8 @@ class Log:
                 found.append(message)
             if " parameters, " in message and " images of " in message:
                 description = message
-        systems = re.findall(r"^system: (.*)$", text, flags=re.M)
-        return cls(sessions, systems[-1] if systems else "", description, stopped, tuple(found))
+        systems = tuple(re.findall(r"^system: (.*); (.*)$", text, flags=re.M))
+        return cls(sessions, systems, description, stopped, tuple(found))
 
     @property
     def duration(self) -> timedelta:

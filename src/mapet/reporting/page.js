@@ -129,7 +129,7 @@ async function follow(run, curves) {
       [generation, have, more] = [news.generation, news.first + news.records.length, news.more];
       if (!Object.keys(run.recipe).length && Object.keys(news.run.recipe).length) return location.reload(); // it has begun
       Object.assign(run, news.run);
-      say(news.state);
+      say(`${news.state}${news.pictures && !run.pictures.length ? " Reload this page for its pictures." : ""}`);
       if (news.records.length) curves.draw();
       if (told !== (told = JSON.stringify([run.facts, run.warnings, run.early, run.figures, run.log]))) renew(run);
     } catch (error) {

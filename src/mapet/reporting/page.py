@@ -69,7 +69,7 @@ class Shown:
     """A run and what there is to see of it.
 
     Attributes:
-        step_through: see `report.step_through`; None leaves it out.
+        step_through: see the function of that name; None leaves it out.
         notes: what a reader should know about the report itself.
     """
 
@@ -78,23 +78,28 @@ class Shown:
     step_through: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def kept(cls, files: RunFiles) -> "Shown":
+        """With what `inspect`, as part of `run`, left in its folder."""
+        return cls(files, open_pictures(files.pictures()), files.step_through())
 
-def page(runs: Sequence[Shown]) -> str:
-    """HTML of at most `MOST_BYTES`."""
+
+def page(runs: Sequence[Shown], live: bool = False) -> str:
+    """HTML of at most `MOST_BYTES`; a live page asks its server for the curves."""
     names = distinct([run.files.name for run in runs])
     points = max(50, MOST_POINTS // len(runs))
     told = [
         run.files.data()
         | {
             "name": name,
-            "curves": curves(run.files, points),
+            "curves": {} if live else curves(run.files, points),
             "notes": run.notes,
             "steps": run.step_through,
             "pictures": [],
         }
         for run, name in zip(runs, names, strict=True)
     ]
-    content = {"runs": told, "comparison": comparison(told) if len(told) > 1 else None}
+    content = {"runs": told, "comparison": comparison(told) if len(told) > 1 else None, "live": live}
     room = MOST_BYTES - len(_filled(content))
     for own in told:
         if room < 0 and own["steps"]:
@@ -107,12 +112,6 @@ def page(runs: Sequence[Shown]) -> str:
         if left_out:
             own["notes"] = [*own["notes"], f"Pictures left out to keep the page small: {', '.join(left_out)}."]
     return _filled(content)
-
-
-def live_page(files: RunFiles) -> str:
-    """The page that asks its server for new records."""
-    told = files.data() | {"curves": {}, "notes": [], "steps": None, "pictures": []}
-    return _filled({"runs": [told], "comparison": None, "live": True})
 
 
 def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
@@ -149,7 +148,6 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def _filled(content: dict[str, Any]) -> str:
     """The template with style, scripts and data; the browser is told to run no other script and, unless live, to ask nobody."""
-    content = {"live": False} | content
     content |= {
         "panels": PANELS,
         "looks": [look(i) for i in range(24)],
@@ -195,7 +193,7 @@ def write_run_report(folder: Path, config_type: type[Config]) -> None:
     path = folder / NAME
     try:
         files = RunFiles.open(folder, config_type)
-        text = page([Shown(files, open_pictures(files.pictures()))])
+        text = page([Shown.kept(files)])
         path = files.around[-1] / NAME
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -100,15 +100,17 @@ def neighbour_panel(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]]
     """Rows of (image, name): a test image, then the training images nearest to it, best first.
 
     Args:
-        labelled: names are classes; those of another class than the row's first are red.
+        labelled: names are classes; images of the row's first class get a green frame, others a dashed red one.
     """
     figure, centres = _montage([[to_picture(image) for image, _ in row] for row in rows], [""] * len(rows), size=0.9)
     for y, row in zip(centres, rows, strict=True):
         for column, (_, name) in enumerate(row):
-            wrong = labelled and name != row[0][1]
-            color = "black" if column == 0 else "tab:red" if wrong else "tab:green" if labelled else "grey"
+            if labelled and column:
+                color, style = ("tab:red", "--") if name != row[0][1] else ("tab:green", "-")
+                frame = plt.Rectangle((column + 0.04, y - 0.46), 0.92, 0.92, fill=False, ec=color, lw=2.5, ls=style)
+                figure.axes[0].add_patch(frame)
             figure.axes[0].text(
-                column + 0.5, y - 0.47, name[:16], fontsize=6, ha="center", va="bottom", color=color, parse_math=False
+                column + 0.5, y - 0.49, name[:14], fontsize=7, ha="center", va="bottom", parse_math=False
             )
     figure.suptitle("Test images (left) and their nearest training images by cosine similarity", fontsize=9)
     return figure
@@ -168,7 +170,7 @@ def visibility_table(table: Bool[Tensor, "R R"], lengths: Mapping[Segment, int],
     axis.set_xlabel("is seen")
     axis.set_ylabel("sees")
     axis.set_title(
-        f"Visibility table of '{name}'; context with the class token; query columns are never seen", fontsize=9
+        f"Visibility table of '{name}'\ncontext with the class token; query columns are never seen", fontsize=9
     )
     return figure
 

@@ -71,6 +71,8 @@ IN_WORDS = {
 """Of tokenizer.json's health -> (what a report calls it, how it is written)."""
 QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
+STEP_THROUGH = "step_through.json"
+"""Beside the pictures."""
 LOGGED = 12
 """Warnings of train.log that are shown."""
 
@@ -186,8 +188,12 @@ class RunFiles:
         ]
 
     def pictures(self) -> list[Path]:
-        """PNG files that `run` or `inspect` left in pictures/."""
+        """PNG files that `inspect`, as part of `run`, left in pictures/."""
         return [path for folder in self.around for path in sorted((folder / "pictures").glob("*.png"))]
+
+    def step_through(self) -> dict[str, Any] | None:
+        """What `inspect` left beside the pictures."""
+        return self._json(f"pictures/{STEP_THROUGH}") or None
 
     def data(self) -> dict[str, Any]:
         """All of it for the page, but curves and pictures."""
@@ -233,15 +239,17 @@ class RunFiles:
             count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
         if per_epoch and self.steps is not None:
-            yield "epochs", f"{self.steps / per_epoch:.4g} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps"
+            yield "epochs", f"{number(round(self.steps / per_epoch, 1))} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps"
         if log.sessions:
             resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
             yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"
             yield "duration", f"{span(log.duration.total_seconds())}{resumed}"
-        system, _, command = log.system.rpartition("; ")
-        if system:
+        if log.systems:
+            system, command = log.systems[-1]
             yield "system", system
-            yield "command", command
+            yield "command", log.systems[0][1]
+            if command != log.systems[0][1]:
+                yield "resumed with", command
 
     def _made(self, stage: str, name: str) -> dict[str, Any]:
         """What tells of the folder that the option `stage` names, there or, if the run has moved, beside it."""

@@ -1,6 +1,8 @@
 """The pictures of a run, by name: what `inspect` saves and the report shows."""
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,13 +10,47 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mapet.evaluation.look import Look, principal_colors
+from mapet.compute import Compute
+from mapet.data.image_list import ImageList
+from mapet.data.order import OrderKind
+from mapet.errors import MapetError
+from mapet.evaluation.look import Look, look_at, principal_colors
+from mapet.evaluation.retrieval import retrieve
 from mapet.model.pretrainer import Pretrainer
 from mapet.reporting import pictures
+from mapet.reporting.step_through import step_through
+from mapet.tokenizer.codebook import Tokenizer
+
+log = logging.getLogger("mapet")
+
+
+def look_at_run(
+    model: Pretrainer,
+    tokenizer: Tokenizer,
+    images: ImageList,
+    compute: Compute,
+    shown: int,
+    order: OrderKind = "random",
+    seed: int = 0,
+    workers: int = 0,
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """The pictures of a run's weights, and its step-through; see `look_at` for arguments and errors."""
+    look = look_at(model, tokenizer, images, compute, shown, order, seed)
+    figures = figures_of(look, model)
+    try:
+        found = retrieve(model.vit, images, compute, workers)
+    except MapetError as error:
+        log.warning("no neighbours: %s", error)
+    else:
+        figures["neighbours"] = pictures.neighbour_panel(found.rows, labelled=bool(found.classes))
+        if found.confusion is not None:
+            figures["confusion"] = confusion_matrix(found.confusion, found.classes)
+    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
+    return figures, step_through(look, names, model.objective)
 
 
 def figures_of(look: Look, model: Pretrainer) -> dict[str, Figure]:
-    """All that can be drawn of a sample of images."""
+    """What can be drawn of a sample of images."""
     grid, vocab_size, shown = look.grid, look.vocab_size, slice(0, look.shown)
     patches = pictures.patchify(look.images, grid).flatten(0, 1)
     sample = look.images[shown], look.tokens[shown]

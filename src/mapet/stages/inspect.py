@@ -59,7 +59,7 @@ class InspectConfig(Loading):
 
 @stage
 def inspect(config: InspectConfig) -> list[Path]:
-    """Pictures of a run (token maps, words, visibility, predictions, attention), or the health of a tokenizer, with pictures.
+    """Pictures of a run (words, predictions, attention, neighbours, ...), which its reports show, or a tokenizer's health.
 
     Example:
       mapet inspect --run runs/photos --out pictures
@@ -86,18 +86,22 @@ def inspect(config: InspectConfig) -> list[Path]:
 
 
 def _look_at_run(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:
-    """No texts, and the pictures of a run."""
+    """The step-through as JSON, and the pictures of a run."""
+    import json
+
     from mapet.data.sources import scan
-    from mapet.evaluation.look import look_at
-    from mapet.reporting.run_pictures import figures_of
+    from mapet.reporting.run import STEP_THROUGH
+    from mapet.reporting.run_pictures import look_at_run
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 
     assert config.run is not None
     run = load_run(config.run, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
     images = scan(config.images or run.config.images)
-    look = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
-    return {}, figures_of(look, run.model)
+    figures, steps = look_at_run(
+        run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed, config.num_workers
+    )
+    return {STEP_THROUGH: json.dumps(steps) + "\n"}, figures
 
 
 def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:

@@ -51,22 +51,19 @@ def report(config: ReportConfig) -> Path:
     """
     from mapet.errors import MapetError
     from mapet.files import atomic
-    from mapet.reporting.images import open_pictures
     from mapet.reporting.page import Shown, page
     from mapet.reporting.run import RunFiles
     from mapet.stages.pretrain import PretrainConfig
 
     if config.out.exists():
         raise MapetError(f"{config.out} already exists: nothing is overwritten. Choose another --out")
-    runs = [Shown(RunFiles.open(folder, PretrainConfig)) for folder in config.run]
-    for run in runs:
-        if config.pictures:
-            try:
-                run.pictures, run.step_through = _look(config, run.files)
-            except MapetError as error:
-                log.warning("%s: no new pictures: %s", run.files.given, error)
-                run.notes.append(f"No new pictures: {error}")
-        run.pictures = run.pictures or open_pictures(run.files.pictures())
+    runs = [Shown.kept(RunFiles.open(folder, PretrainConfig)) for folder in config.run]
+    for run in runs if config.pictures else ():
+        try:
+            run.pictures, run.step_through = _look(config, run.files)
+        except MapetError as error:
+            log.warning("%s: no new pictures: %s", run.files.given, error)
+            run.notes.append(f"No new pictures: {error}")
     text = page(runs)
     with atomic(config.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -80,13 +77,8 @@ def _look(config: ReportConfig, files: "RunFiles") -> "tuple[list[Picture], dict
 
     from mapet.compute import Compute
     from mapet.data.sources import scan
-    from mapet.errors import MapetError
-    from mapet.evaluation.look import look_at
-    from mapet.evaluation.retrieval import retrieve
     from mapet.reporting.images import CAPTIONS, Picture
-    from mapet.reporting.pictures import neighbour_panel
-    from mapet.reporting.run_pictures import confusion_matrix, figures_of
-    from mapet.reporting.step_through import step_through
+    from mapet.reporting.run_pictures import look_at_run
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 
@@ -94,17 +86,9 @@ def _look(config: ReportConfig, files: "RunFiles") -> "tuple[list[Picture], dict
     compute = Compute.choose(config.device, "float32")
     run = load_run(files.folder, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
     images = scan(config.images or run.config.images)
-    look = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
-    figures = figures_of(look, run.model)
-    try:
-        found = retrieve(run.model.vit, images, compute, config.num_workers)
-    except MapetError as error:
-        log.warning("no neighbours: %s", error)
-    else:
-        figures["neighbours"] = neighbour_panel(found.rows, labelled=bool(found.classes))
-        if found.confusion is not None:
-            figures["confusion"] = confusion_matrix(found.confusion, found.classes)
+    figures, steps = look_at_run(
+        run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed, config.num_workers
+    )
     pictures = [Picture.of(name, CAPTIONS[name], figures[name]) for name in CAPTIONS if name in figures]
     matplotlib.pyplot.close("all")
-    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
-    return pictures, step_through(look, names, run.model.objective)
+    return pictures, steps
