@@ -20,6 +20,8 @@ from torch import Tensor
 from mapet.errors import MapetError
 
 NESTED = ("state_dict", "model", "module", "ema", "params", "teacher")
+GRAPHS = (".onnx", ".pt2")
+"""Suffixes of what `mapet export` makes for inference alone."""
 WAY_OUT = "convert it to safetensors where you trust it"
 
 
@@ -40,6 +42,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             head = file.read(9)
         if not head:
             raise EOFError("it is empty")
+        if path.suffix in GRAPHS:
+            raise ValueError("it is a graph for inference: give the run or the model folder that it was exported from")
         content = load_file(path) if head[8:] == b"{" else _read_torch(path)  # after the length of safetensors' header
         weights = _weights(content)
         if not weights:

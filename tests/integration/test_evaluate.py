@@ -106,6 +106,11 @@ def test_unlabelled_images_get_what_needs_no_labels(photos, tmp_path):
         (["--corruption-kinds", "fogg"], "unknown corruption 'fogg'; did you mean 'fog'?"),
         (["--corruption-severities", "6"], "give some of 1 2 3 4 5"),
         (["--protocols", "ood"], "needs another labelled folder, --other-images"),
+        (
+            ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
+            "timm's model of that name is timm:vit_tiny_patch16_224.augreg_in21k",
+        ),
+        (["--backbone", "runs/typo"], "runs/typo does not exist: expected a run, a folder"),
         (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
     ],
 )

@@ -292,6 +292,13 @@ def test_other_files(content, reason, tmp_path):
     assert str(error.value).startswith(f"cannot read weights from {path}: ") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["digits.onnx", "digits.pt2"])
+def test_a_graph_for_inference_is_named_as_such(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x08\x08\x12\x07pytorch")
+    with pytest.raises(MapetError, match="give the run or the model folder that it was exported from"):
+        read_weights(tmp_path / name)
+
+
 @pytest.mark.parametrize("cut", [5, 300, 1000, -300, -10, -1])
 @pytest.mark.parametrize("make", [tensors, Encoder])
 def test_cut_off(make, cut, zipped, tmp_path):

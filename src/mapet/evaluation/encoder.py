@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mapet.compute import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.model.backbone import load_backbone, on_device, timm_model
+from mapet.model.backbone import FROM_TIMM, load_backbone, on_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"
@@ -44,7 +44,7 @@ class Encoder:
 
     @classmethod
     def load(cls, source: str, compute: Compute, seed: int = 0, model_args: dict[str, Any] | None = None) -> "Encoder":
-        """A run, a backbone folder, an export, a folder of `finetune`, a weights file, any model of timm's by name, or `random:NAME`.
+        """A run, a backbone folder, an export, a folder of `finetune`, a weights file, any model of timm's as `timm:NAME`, or `random:NAME`.
 
         `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
         architecture knows by itself. `model_args` is what weights files don't tell of their ViT; other sources tell it all.
@@ -66,8 +66,7 @@ class Encoder:
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
                 classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
                 folder = folder / "model"
-            ours = folder.exists() or source.startswith("local-dir:") or ("/" in source and ":" not in source)
-            model = load_backbone(folder, **args) if ours else timm_model(source, pretrained=True)
+            model = timm_model(source, True) if source.startswith(FROM_TIMM) else load_backbone(folder, **args)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)

@@ -26,6 +26,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OF_ITS_TEMPLATE = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """What timm's config says of the published weights of the same architecture, and not of ours."""
+FROM_TIMM = ("timm:", "hf-hub:", "hf_hub:")
+"""How names of what timm loads begin."""
 SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME"
 
 
@@ -226,7 +228,7 @@ def open_source(source: str | Path, pretrained: bool = True, known: dict[str, An
         MapetError: there is nothing of the kind.
     """
     name = str(source)
-    if name.startswith(("timm:", "hf-hub:", "hf_hub:")):
+    if name.startswith(FROM_TIMM):
         return _from_timm(name.removeprefix("timm:"), pretrained)
     path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
@@ -351,7 +353,9 @@ def find_backbone(path: Path) -> Path:
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
     if not path.exists():
-        raise MapetError(f"{path} does not exist: expected {SOURCES}")
+        known = path.name.split(".")[0] in timm.list_models()
+        hint = f". timm's model of that name is timm:{path.name}" if known else ""
+        raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     for recipe in (path / "recipe.yaml", path / "pretrain" / "config.yaml", path / "config.yaml"):
         heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []

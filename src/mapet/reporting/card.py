@@ -13,6 +13,7 @@ from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.files import file_hash, read_json
 from mapet.model.adapt import pixel_stats
+from mapet.model.backbone import FROM_TIMM
 from mapet.model.formats import FORMATS
 from mapet.recipe import read_recipe
 from mapet.reporting.history import History
@@ -82,7 +83,7 @@ def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
 
 
 def _name(source: str) -> str:
-    return source if source.startswith(("timm:", "hf-hub:", "hf_hub:")) else Path(source).name
+    return source if source.startswith(FROM_TIMM) else Path(source).name
 
 
 def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

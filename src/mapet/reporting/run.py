@@ -239,7 +239,10 @@ class RunFiles:
             count = f"{images:,} images in " if isinstance(images, int) else ""
             yield "images", f"{count}{_text(recipe.get('images'))}"
         if per_epoch and self.steps is not None:
-            yield "epochs", f"{number(round(self.steps / per_epoch, 1))} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps"
+            yield (
+                "epochs",
+                f"{number(round(self.steps / per_epoch, 1))} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps",
+            )
         if log.sessions:
             resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
             yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"

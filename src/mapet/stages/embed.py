@@ -105,8 +105,8 @@ def embed(config: EmbedConfig) -> Path:
                 store.write(images, rows[here].numpy().astype(config.dtype), index[here].numpy(), bad)
                 rows, index = rows[~here], index[~here]
     log.info(
-        "features of %d images in %s (%d unreadable left out), %s numbers each",
-        len(images) - len(store.bad),
+        "features of %s images in %s (%d unreadable left out), %s numbers each",
+        f"{len(images) - len(store.bad):,}",
         config.out,
         len(store.bad),
         " x ".join(map(str, shape)),

@@ -18,7 +18,7 @@ class EvaluateConfig(ModelArgs, Loading):
     """Options of `evaluate`."""
 
     backbone: list[BackboneSource] = Field(min_length=1)
-    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, a timm name, or random:NAME for a timm
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for a timm
     model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
     images: Source
     """Images to train on; CLASS/image.jpg for protocols that need labels."""
@@ -106,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
     Example:
       mapet evaluate --backbone runs/photos random:vit_tiny_patch16_224 --images labelled/train --out evaluation
-      mapet evaluate --backbone runs/a runs/b --images labelled/train --test-images labelled/test --protocols knn linear --out ab
+      mapet evaluate --backbone runs/a timm:vit_tiny_patch16_224 --images labelled/train --test-images labelled/test --protocols knn linear --out ab
     """
     import numpy as np
     import torch

@@ -146,13 +146,13 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
         levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
         vocab_size = math.prod(levels)
     log.info(
-        "%s images, %s patches, teacher %s at %s px in %s, V = %d",
+        "%s images, %s patches, teacher %s at %s px in %s, V = %s",
         f"{len(images):,}",
         f"{num_patches:,}",
         teacher.name,
         teacher.image_size,
         compute.precision,
-        vocab_size,
+        f"{vocab_size:,}",
     )
 
     order = np.random.default_rng(config.seed).permutation(len(images)).tolist()

@@ -75,7 +75,7 @@ def prepare(config: PrepareConfig) -> Path:
             made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
     total, num_images = int(made.file_sizes.sum()), made.manifest["num_images"]
     log.info(
-        "%d images in %s, %.1f MB (%.1f kB each), %d bad ones left out",
-        num_images, config.out, total / 1e6, total / 1e3 / num_images, len(made.manifest["bad"]),
+        "%s images in %s, %.1f MB (%.1f kB each), %d bad ones left out",
+        f"{num_images:,}", config.out, total / 1e6, total / 1e3 / num_images, len(made.manifest["bad"]),
     )  # fmt: skip
     return config.out

@@ -119,9 +119,8 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
         if self.num_context is not None and self.predict_ratio is not None:
             raise ValueError("--num-context and --predict-ratio say the same in two ways: give one of them")
         if self.predict_ratio is not None and not 0 < self.predict_ratio[0] <= self.predict_ratio[1] <= 1:
-            raise ValueError(
-                f"--predict-ratio {' '.join(map(str, self.predict_ratio))}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
-            )
+            given = " ".join(f"{share:g}" for share in dict.fromkeys(self.predict_ratio))
+            raise ValueError(f"--predict-ratio {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
         return self
 
 

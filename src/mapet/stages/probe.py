@@ -61,9 +61,9 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
         log.info("%-10s linear probe %.3f   k-NN %.3f", name, results[name]["linear"], results[name]["knn"])
     chance = float(torch.bincount(check[1]).max() / len(check[1]))
     log.info(
-        "%d training and %d test images, %d classes; commonest class %.3f",
-        len(fit[1]),
-        len(check[1]),
+        "%s training and %s test images, %d classes; commonest class %.3f",
+        f"{len(fit[1]):,}",
+        f"{len(check[1]):,}",
         len(train.classes),
         chance,
     )

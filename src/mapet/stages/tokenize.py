@@ -142,8 +142,8 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     store = TokenStore.open(config.out, images, tokenizer.hash)
     Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those that all processes met
     log.info(
-        "tokens of %d images x %d views in %s (%d bad images left out)",
-        len(images),
+        "tokens of %s images x %d views in %s (%d bad images left out)",
+        f"{len(images):,}",
         num_views,
         config.out,
         len(store.bad),

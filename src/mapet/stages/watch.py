@@ -36,7 +36,8 @@ def watch(config: WatchConfig) -> None:
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
     with LiveServer(config.run, config.port, PretrainConfig) as server:
-        log.info("%s shows %s; Ctrl-C ends this, not the run", server.url, config.run)
+        there = "" if config.run.exists() else ", which does not exist yet: it is waited for"
+        log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, config.run, there)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

@@ -136,9 +136,9 @@ def finetune_vit(config: Any) -> Tuned:
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info(
-            "fine-tuning %s on %d images, %d classes, batch %d, lr %.2g",
+            "fine-tuning %s on %s images, %d classes, batch %d, lr %.2g",
             "from scratch" if config.scratch else config.backbone,
-            len(labels),
+            f"{len(labels):,}",
             len(train.classes),
             batch_size,
             lr,

@@ -57,6 +57,7 @@ def study(config: StudyConfig) -> Path:
     """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each cell, report; returns the report's folder.
 
     Example:
+      mapet study --images PHOTOS --test-images TEST --out study --grid objective=[mim,pim,mapet] --pretrain.epochs 50
       mapet study study.yaml
       mapet study study.yaml --devices cuda:0 cuda:1
       mapet study study.yaml --report-only
