@@ -135,7 +135,7 @@ class Chart {
     const parts = this.visible.map((line) => [line, this.points(line, low, high)]);
     const heights = parts.flatMap(([, points]) => points.map(([, y]) => y));
     let [bottom, top] = heights.length ? [extreme(heights, Math.min), extreme(heights, Math.max)] : [0, 1];
-    const pad = (top - bottom) * 0.06 || Math.abs(top) * 0.1 || 0.5;
+    const pad = (top - bottom) * 0.06 || Math.abs(top) * 0.1 || 1;
     [bottom, top] = [bottom - (bottom >= 0 ? Math.min(pad, bottom) : pad), top + pad];
     this.toHeight = (y) => HEIGHT - MARGIN.bottom - ((y - bottom) / (top - bottom)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
     this.marks = drawn("g", {});
