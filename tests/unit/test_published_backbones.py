@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
@@ -188,9 +188,9 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
         beit.save_pretrained(source)
         told = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
         (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(told))
-        weights = beit.state_dict()
-        names = ("lambda_2", "mlp.fc1.weight", "attention.k_proj.weight")
-        scale, linear, projection = (weights[f"layers.1.{name}"] for name in names)
+        weights = load_file(tmp_path / "beit" / "model.safetensors")  # modules are named otherwise in every version
+        names = ("lambda_2", "intermediate.dense.weight", "attention.attention.key.weight")
+        scale, linear, projection = (weights[f"encoder.layer.1.{name}"] for name in names)
         patches = beit.embeddings.patch_embeddings.projection
     else:
         beit = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
