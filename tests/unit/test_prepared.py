@@ -1,6 +1,7 @@
 """Prepared data sets stand for the folders they were made of."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 import mapet
+from mapet.cli import main
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.decode import BadImage, read_image
+from mapet.data.decode import BadImage, Window, read_image
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
@@ -102,3 +104,72 @@ def test_arrays_of_many_channels(tmp_path):
     made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", size=16, channels=5))
     assert made.open(0, 5).read().shape == (5, 16, 16)
     assert torch.equal(made.open(1, 5).read(), read_image(tmp_path / "arrays" / "b.npy", 5))
+
+
+@pytest.fixture
+def scans(photos, tmp_path):
+    """A photograph of 300 x 320 px as 12 bits in files of 16, and as a CT keeps it."""
+    grey = photos[0][:300, :320].mean(-1)
+    twelve = (grey * 4095 / 255).astype(np.uint16)
+    (tmp_path / "scans").mkdir()
+    Image.fromarray(twelve).save(tmp_path / "scans" / "large.png")
+    Image.fromarray(twelve[:40, :48]).save(tmp_path / "scans" / "small.tif")
+    np.save(tmp_path / "scans" / "swapped.npy", twelve[:40, :48].astype(">u2"))
+    (tmp_path / "ct").mkdir()
+    hounsfield = grey * 8 - 1000
+    hounsfield[0, :3] = np.nan, np.inf, -np.inf
+    np.save(tmp_path / "ct" / "a.npy", hounsfield.astype(np.float32))
+    Image.fromarray(np.where(np.isfinite(hounsfield), hounsfield, 0).astype(np.int32)).save(tmp_path / "ct" / "b.tif")
+    return tmp_path
+
+
+def test_a_window_is_linear_and_cuts_off():
+    values = np.array([-7, 0, 10, 25, 50, 51, 900], np.int16)
+    assert Window(0, 50).apply(values).tolist() == [0, 0, 51, 128, 255, 255, 255]
+    values = np.array([np.nan, -np.inf, -1000, -300, 400, np.inf], np.float32)
+    assert Window(-1000, 400).apply(values).tolist() == [0, 0, 0, 128, 255, 255]
+
+
+def test_of_twelve_bits_all_levels_are_kept(scans, photos):
+    """Without a range an image of 12 bits has 16 levels of grey: its upper 8 bits are nearly all dark."""
+    plain = scan(mapet.prepare(images=scans / "scans", out=scans / "plain", size=400, channels=1))
+    made = scan(mapet.prepare(images=scans / "scans", out=scans / "made", size=400, channels=1, value_range=(0, 4095)))
+    grey = torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
+    assert [made.id(i) for i in range(3)] == ["large.png", "small.tif", "swapped.npy"]
+    for index, rows in enumerate((slice(None), slice(40), slice(40))):
+        wanted = grey if index == 0 else grey[rows, :48]
+        found = made.open(index, 1).read()[0].float()
+        assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
+        assert plain.open(index, 1).read().max() <= 15
+    assert read_image(scans / "scans" / "large.png", 3, Window(0, 4095)).unique().numel() > 200
+    small = scan(mapet.prepare(images=scans / "scans", out=scans / "small", size=30, channels=1, value_range=(0, 4095)))
+    found, wanted = small.open(0, 1).read()[0].float(), torch.nn.functional.adaptive_avg_pool2d(grey[None], (30, 32))[0]
+    assert found.shape == (30, 32) and (found - wanted).abs().mean() < 8
+
+
+def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
+    with pytest.raises(MapetError, match=r"int32 pixels, -1000 to 1040: `mapet prepare --value-range LOW HIGH`"):
+        mapet.prepare(images=scans / "ct", out=scans / "bad", channels=1)
+    argv = ["prepare", "--images", str(scans / "ct"), "--out", str(scans / "made"), "--channels", "1", "--size", "400"]
+    assert main([*argv, "--value-range", "-1000", "1040"]) == 0
+    made, grey = scan(scans / "made"), torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
+    for index in range(2):
+        assert (made.open(index, 1).read()[0].float() - grey).abs().mean() < 3
+    assert main([*argv, "--value-range", "5", "5", "--resume"]) == 2
+    assert "--value-range 5 5: the smaller first" in capsys.readouterr().err
+    assert main([*argv, "--value-range", "-1000", "400", "--resume"]) == 2
+    assert "value_range: [-1000.0, 1040.0] -> [-1000.0, 400.0]" in capsys.readouterr().err
+
+
+def test_eight_bits_stay_as_they_are(folder, tmp_path):
+    plain = mapet.prepare(images=folder, out=tmp_path / "plain", size=64)
+    made = mapet.prepare(images=folder, out=tmp_path / "made", size=64, value_range=(0, 4095))
+    assert all(
+        (plain / f"images-{i:05d}.bin").read_bytes() == (made / f"images-{i:05d}.bin").read_bytes() for i in range(3)
+    )
+
+
+def test_check_tells_the_range(scans):
+    lines = "\n".join(mapet.check(images=scans / "scans", image_size=64, channels=1).lines())
+    command = re.search(r"16 of 256 levels. `mapet prepare --value-range (\d+) (\d+)` makes use of all", lines)
+    assert command and int(command[1]) < 200 and 3900 < int(command[2]) <= 4095

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from mapet.data.decode import BadImage
+from mapet.data.decode import ArrayPicture, BadImage
 from mapet.data.image_list import ImageList
 from mapet.errors import by
 
@@ -24,12 +24,14 @@ class Census:
         sizes: (n, 2) height and width of the readable ones, upright.
         modes: how many of each mode, e.g. 'JPEG RGB'.
         bad: id -> reason.
+        ranges: (m, 2) the 0.1 % and 99.9 % points of the values of each 16-bit image.
     """
 
     images: ImageList
     sizes: np.ndarray
     modes: Counter[str]
     bad: dict[str, str]
+    ranges: np.ndarray
 
     def lines(self) -> Iterator[str]:
         """The report."""
@@ -46,8 +48,12 @@ class Census:
             low, middle, high = (np.percentile(self.sizes, q, axis=0).astype(int) for q in (0, 50, 100))
             yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"
             yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
-        if any("I;16" in mode or mode.endswith(" I") for mode in self.modes):
-            yield "note: of 16-bit images the upper 8 bits are used; stretch images with a narrower range (say 12 bits) first"
+        if len(self.ranges):
+            low, high = int(np.percentile(self.ranges[:, 0], 1)), int(np.percentile(self.ranges[:, 1], 99))
+            yield (
+                f"note: 16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {(high >> 8) - (low >> 8) + 1} "
+                f"of 256 levels. `mapet prepare --value-range {low} {high}` makes use of all"
+            )
         yield f"unreadable: {len(self.bad):,}"
         for name, reason in list(self.bad.items())[:SHOWN]:
             yield f"  {name!r}: {reason}"
@@ -81,7 +87,7 @@ def few_images(count: int) -> str:
 
 def take_census(images: ImageList, channels: int, threads: int) -> Census:
     """Decode every image."""
-    sizes, modes, bad = [], Counter[str](), {}
+    sizes, ranges, modes, bad = [], [], Counter[str](), {}
     with ThreadPoolExecutor(threads) as pool:
         facts = pool.map(lambda i: _facts(images, i, channels), range(len(images)))
         for index, fact in enumerate(tqdm(facts, total=len(images), desc="check", unit="img", disable=None)):
@@ -90,13 +96,23 @@ def take_census(images: ImageList, channels: int, threads: int) -> Census:
             else:
                 sizes.append(fact[0])
                 modes[fact[1]] += 1
-    return Census(images, np.array(sizes, dtype=np.int64).reshape(-1, 2), modes, bad)
+                if fact[2] is not None:
+                    ranges.append(fact[2])
+    return Census(images, _pairs(sizes), modes, bad, _pairs(ranges))
 
 
-def _facts(images: ImageList, index: int, channels: int) -> tuple[tuple[int, int], str] | str:
+def _pairs(rows: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+
+def _facts(images: ImageList, index: int, channels: int) -> tuple[tuple[int, int], str, tuple[int, int] | None] | str:
+    """Size, mode, and the range of values that are more than 8 bits; or why it can't be read."""
     try:
         picture = images.open(index, channels)
         picture.read()
     except BadImage as error:
         return str(error)
-    return picture.size, picture.kind
+    if isinstance(picture, ArrayPicture) and picture.is_deep:
+        low, high = np.percentile(picture.array, (0.1, 99.9))
+        return picture.size, picture.kind, (int(low), int(high))
+    return picture.size, picture.kind, None

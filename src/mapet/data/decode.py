@@ -60,16 +60,31 @@ class Box(NamedTuple):
     width: int
 
 
+class Window(NamedTuple):
+    """Values that become 0 and 255 of 8 bits, as radiology's window does it: linear between, cut off beyond. NaN becomes 0."""
+
+    low: float
+    high: float
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Any numbers -> uint8."""
+        full = values.astype(np.promote_types(values.dtype, np.float32))
+        scaled = ((full - self.low) * (255 / (self.high - self.low))).clip(0, 255)
+        return np.nan_to_num(scaled).round().astype(np.uint8)
+
+
 class Picture(ABC):
     """An open image: its size and kind are known, its pixels may still be encoded.
 
     Attributes:
         size: height and width, upright.
         kind: format and mode, e.g. 'JPEG RGB'.
+        windowed: whether it is read through a `Window`, so that its pixels are others than those stored.
     """
 
     size: tuple[int, int]
     kind: str
+    windowed = False
 
     @abstractmethod
     def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
@@ -85,16 +100,32 @@ class Picture(ABC):
 
 
 class ArrayPicture(Picture):
-    """Pixels that are decoded already: (H, W, C), uint8 or uint16, of which the upper 8 bits count."""
+    """Pixels that are decoded already: (H, W, C). Without a window the upper 8 of 16 bits count.
 
-    def __init__(self, array: np.ndarray, kind: str) -> None:
+    Raises:
+        BadImage: values that need a window.
+    """
+
+    def __init__(self, array: np.ndarray, kind: str, window: Window | None = None) -> None:
         self.array, self.kind, self.size = array, kind, (array.shape[0], array.shape[1])
+        self.window, self.windowed = window, window is not None and self.is_deep
+        if window is None and self.is_deep and (array.dtype.kind, array.dtype.itemsize) != ("u", 2):
+            values = array[np.isfinite(array)]
+            found = f"{values.min():g} to {values.max():g}" if values.size else "none of them finite"
+            raise BadImage(
+                f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` makes 8 bits of them"
+            )
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether its values are others than 8 bits."""
+        return self.array.dtype != np.uint8
 
     def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         top, left, height, width = box or Box(0, 0, *self.size)
         pixels = self.array[top : top + height, left : left + width]
-        if pixels.dtype == np.uint16:
-            pixels = pixels >> 8
+        if self.is_deep:
+            pixels = self.window.apply(pixels) if self.window else pixels >> 8
         return torch.from_numpy(pixels.astype(np.uint8, order="C")).permute(2, 0, 1)
 
 
@@ -188,12 +219,15 @@ def _orientation(data: bytes) -> Orientation:
             return ORIENTATIONS.get(image.getexif().get(Base.Orientation, 1), UPRIGHT)
 
 
-def open_image(source: str | Path | bytes, channels: int = 3) -> Picture:
+def open_image(source: str | Path | bytes, channels: int = 3, window: Window | None = None) -> Picture:
     """Open an image file, or the bytes of one, to read `channels` channels of 8 bits, upright.
 
     EXIF rotation is applied; of an animation the first frame counts; transparency is laid on white; CMYK, palette and
-    other modes are converted; 16-bit values keep their upper 8 bits. `.npy` arrays of shape (H, W) or (H, W, C), uint8
-    or uint16, carry any number of channels; other formats give 1 (grey) or 3 (RGB).
+    other modes are converted. `.npy` arrays of shape (H, W) or (H, W, C) carry any number of channels; other formats give
+    1 (grey) or 3 (RGB).
+
+    Args:
+        window: what of 16-bit, integer and floating-point values is kept; without one the upper 8 of 16 bits.
 
     Raises:
         BadImage: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
@@ -205,11 +239,11 @@ def open_image(source: str | Path | bytes, channels: int = 3) -> Picture:
             if not head:
                 raise BadImage("zero bytes")
             if head == b"\x93NUMPY" or (not isinstance(source, bytes) and str(source).lower().endswith(".npy")):
-                return _open_array(source, channels)
+                return _open_array(source, channels, window)
             if channels not in (1, 3):
                 raise BadImage(f"{channels} channels need .npy arrays; pictures give 1 or 3")
             if not head.startswith(b"\xff\xd8"):
-                return open_with_pillow(io.BytesIO(source) if isinstance(source, bytes) else source, channels)
+                return open_with_pillow(io.BytesIO(source) if isinstance(source, bytes) else source, channels, window)
             data = head + file.read()
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -221,9 +255,9 @@ def open_image(source: str | Path | bytes, channels: int = 3) -> Picture:
         return JpegPicture(data, channels, height, width, colors == "Gray")
 
 
-def read_image(source: str | Path | bytes, channels: int = 3) -> UInt8[Tensor, "C H W"]:
+def read_image(source: str | Path | bytes, channels: int = 3, window: Window | None = None) -> UInt8[Tensor, "C H W"]:
     """All of an image's pixels; see `open_image`."""
-    return open_image(source, channels).read()
+    return open_image(source, channels, window).read()
 
 
 @contextmanager
@@ -250,7 +284,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
 
 
-def open_with_pillow(file: str | Path | BinaryIO, channels: int) -> ArrayPicture:
+def open_with_pillow(file: str | Path | BinaryIO, channels: int, window: Window | None = None) -> ArrayPicture:
     """Whatever Pillow knows, decoded in full."""
     with _saying_why(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of half the size it refuses, and of odd EXIF
@@ -259,22 +293,16 @@ def open_with_pillow(file: str | Path | BinaryIO, channels: int) -> ArrayPicture
             kind = f"{image.format} {image.mode}{' animated' if getattr(image, 'is_animated', False) else ''}"
             image.load()
             upright = ImageOps.exif_transpose(image)
-        picture = _to_8_bit(upright).convert("L" if channels == 1 else "RGB")
+        if upright.mode.startswith(("I", "F")):  # grey, of more than 8 bits
+            values = np.asarray(upright)
+            if values.dtype.kind != "f" and values.min(initial=0) >= 0 and values.max(initial=0) <= 65535:
+                values = values.astype(np.uint16)
+            return ArrayPicture(np.broadcast_to(values[:, :, None], (*values.shape, channels)), kind, window)
+        if upright.has_transparency_data:
+            rgba = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        picture = upright.convert("L" if channels == 1 else "RGB")
         return ArrayPicture(np.asarray(picture).reshape(picture.height, picture.width, channels), kind)
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
-            raise BadImage("32-bit integer pixels: convert to 8 or 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise BadImage("floating-point pixels: convert to 8 or 16 bits")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image
 
 
 def _array_of(data: bytes) -> np.ndarray:
@@ -288,7 +316,7 @@ def _array_of(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, math.prod(shape), stream.tell()).reshape(shape, order="F" if fortran else "C")
 
 
-def _open_array(source: str | Path | bytes, channels: int) -> ArrayPicture:
+def _open_array(source: str | Path | bytes, channels: int, window: Window | None) -> ArrayPicture:
     # Of a file, only the box that is asked for is read.
     array = _array_of(source) if isinstance(source, bytes) else np.load(source, mmap_mode="r", allow_pickle=False)
     if array.ndim == 2:
@@ -296,6 +324,6 @@ def _open_array(source: str | Path | bytes, channels: int) -> ArrayPicture:
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
         raise BadImage(f"array of shape {array.shape}, wanted (H, W, {channels})")
     _refuse_bomb(*array.shape[:2])
-    if array.dtype not in (np.uint8, np.uint16):
-        raise BadImage(f"array of {array.dtype}, wanted uint8 or uint16")
-    return ArrayPicture(array, "NPY")
+    if array.dtype.kind not in "uif":
+        raise BadImage(f"array of {array.dtype}, wanted numbers")
+    return ArrayPicture(array, f"NPY {array.dtype.name}", window)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mapet.data.decode import MAX_BYTES, BadImage, Picture
+from mapet.data.decode import MAX_BYTES, BadImage, Picture, Window
 from mapet.data.reader import Files, Names, Reader
 
 
@@ -61,7 +61,7 @@ class ImageList(Sequence[Path]):
             raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
         return self._reader.root / self.id(index)
 
-    def open(self, index: int, channels: int) -> Picture:
+    def open(self, index: int, channels: int, window: Window | None = None) -> Picture:
         """The image, opened; see `open_image`.
 
         Raises:
@@ -69,7 +69,7 @@ class ImageList(Sequence[Path]):
         """
         if self.file_sizes[index] > MAX_BYTES:
             raise BadImage(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
-        return self._reader.picture(self._row(index), self.id(index), channels)
+        return self._reader.picture(self._row(index), self.id(index), channels, window)
 
     def data(self, index: int) -> bytes:
         """The image's bytes as they are stored."""

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
-from mapet.data.decode import BadImage, Box, Picture
+from mapet.data.decode import BadImage, Box, Picture, Window
 from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
@@ -37,7 +37,7 @@ class Prepared(Reader):
 
     Attributes:
         manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes
-            and streamed (the data set's name).
+            and streamed (the data set's name), value_range (of the `Window` that its images were read through).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -98,10 +98,10 @@ class Prepared(Reader):
     def __reduce__(self) -> tuple[Any, ...]:
         return Prepared, (self.folder, self.manifest)  # loader workers map the files again
 
-    def picture(self, row: int, name: str, channels: int) -> Picture:
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
         if str(row) in self.manifest["bad"]:
             raise BadImage(self.manifest["bad"][str(row)])  # it was bad when the set was made
-        return super().picture(row, name, channels)
+        return super().picture(row, name, channels, window)
 
     def data(self, row: int, name: str) -> bytes:
         start = int(self._starts[row])
@@ -109,17 +109,19 @@ class Prepared(Reader):
 
 
 def shrink(picture: Picture, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
-    """An image with its short side at `size` pixels, encoded; what is `stored` if it is no larger than that.
+    """An image with its short side at `size` pixels at most, encoded; what is `stored` where that needs no change.
 
     Raises:
         BadImage: with the reason.
     """
     height, width = picture.size
     short = min(height, width)
-    if short <= size:
+    if short <= size and not picture.windowed:
         picture.read()  # bad ones are found now
         return stored()
-    target = max(1, round(height * size / short)), max(1, round(width * size / short))
+    target = height, width
+    if short > size:
+        target = max(1, round(height * size / short)), max(1, round(width * size / short))
     room = next((r for r in (8, 4, 2) if min(height // target[0], width // target[1]) >= r), 1)
     box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
     pixels = tvf.resize(picture.read(box, at_least=target), list(target), tvf.InterpolationMode.BICUBIC, antialias=True)
@@ -145,7 +147,7 @@ class Packing:
         """Begin one, or go on with an unfinished one.
 
         Args:
-            wanted: the manifest's source, size, channels, quality.
+            wanted: the manifest's source, size, channels, quality, value_range.
             on_bad: told (index, reason) of each bad image; may raise to stop.
             on_image: told how many images are done since the last call.
 
@@ -220,7 +222,7 @@ class Packing:
 
 
 def write_prepared(
-    images: ImageList, folder: Path, size: int, channels: int, quality: int, threads: int,
+    images: ImageList, folder: Path, size: int, channels: int, quality: int, window: Window | None, threads: int,
     on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
 ) -> Prepared:  # fmt: skip
     """Make a prepared data set of a list, or go on with an unfinished one; see `Packing`."""
@@ -230,12 +232,13 @@ def write_prepared(
         "size": size,
         "channels": channels,
         "quality": quality,
+        "value_range": window and list(window),
     }
     if images.labels is not None:
         wanted["classes"] = images.labels[0]
 
     def encode(index: int) -> bytes:
-        return shrink(images.open(index, channels), lambda: images.data(index), size, channels, quality)
+        return shrink(images.open(index, channels, window), lambda: images.data(index), size, channels, quality)
 
     with Packing(folder, wanted, threads, on_bad, on_image) as packing:
         if packing.is_new:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from mapet.data.decode import Picture, open_image
+from mapet.data.decode import Picture, Window, open_image
 
 
 class Names(Sequence[bytes]):
@@ -70,9 +70,9 @@ class Reader(ABC):
             BadImage: with the reason.
         """
 
-    def picture(self, row: int, name: str, channels: int) -> Picture:
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
         """The image, opened; see `open_image`."""
-        return open_image(self.data(row, name), channels)
+        return open_image(self.data(row, name), channels, window)
 
 
 class Files(Reader):
@@ -84,5 +84,5 @@ class Files(Reader):
     def data(self, row: int, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def picture(self, row: int, name: str, channels: int) -> Picture:
-        return open_image(os.path.join(self.root, name), channels)
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
+        return open_image(os.path.join(self.root, name), channels, window)

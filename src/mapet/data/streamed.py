@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mapet.data import prepared
-from mapet.data.decode import MAX_BYTES, BadImage, open_image
+from mapet.data.decode import MAX_BYTES, BadImage, Window, open_image
 from mapet.data.hugging_face import below, first_line, ids_of, inside, known_labels, open_rows
 from mapet.data.image_list import ImageList
 from mapet.data.prepared import Packing, Prepared, shrink
@@ -124,7 +124,7 @@ class Stream:
 
 
 def write_streamed(
-    stream: Stream, folder: Path, size: int, channels: int, quality: int, threads: int,
+    stream: Stream, folder: Path, size: int, channels: int, quality: int, window: Window | None, threads: int,
     on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
 ) -> Prepared:  # fmt: skip
     """Make a prepared data set of a stream, or go on with an unfinished one; its originals are never on disk.
@@ -134,11 +134,17 @@ def write_streamed(
     Raises:
         MapetError: see `Packing`; the stream broke off, or is empty.
     """
-    wanted = {"streamed": stream.root, "size": size, "channels": channels, "quality": quality}
+    wanted = {
+        "streamed": stream.root,
+        "size": size,
+        "channels": channels,
+        "quality": quality,
+        "value_range": window and list(window),
+    }
 
     def encode(row: Row) -> bytes:
         data = row.take()
-        return shrink(open_image(data, channels), lambda: data, size, channels, quality)
+        return shrink(open_image(data, channels, window), lambda: data, size, channels, quality)
 
     with Packing(folder, wanted, threads, on_bad, on_image) as packing:
         if "num_images" not in packing.manifest:

@@ -1,6 +1,7 @@
 """Stage: resize every image once, for data that is read many times."""
 
 import logging
+from math import isfinite
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -24,6 +25,9 @@ class PrepareConfig(BadImages):
     """Channels: 1 grey, 3 RGB, others from .npy arrays."""
     quality: int = Field(90, ge=1, le=100)
     """JPEG quality of resized images."""
+    value_range: tuple[float, float] | None = None
+    """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in
+    a CT; beyond is cut off, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, others are bad images."""
     threads: NonNegativeInt | None = None
     """Images worked on at a time; automatic: one a core, at most 9."""
     stream: bool = False
@@ -39,6 +43,16 @@ class PrepareConfig(BadImages):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_range(self) -> "PrepareConfig":
+        if self.value_range is not None and not (
+            all(map(isfinite, self.value_range)) and self.value_range[0] < self.value_range[1]
+        ):
+            raise ValueError(
+                f"--value-range {self.value_range[0]:g} {self.value_range[1]:g}: the smaller first, e.g. 0 4095"
+            )
+        return self
+
 
 @stage
 def prepare(config: PrepareConfig) -> Path:
@@ -51,11 +65,13 @@ def prepare(config: PrepareConfig) -> Path:
     Example:
       mapet prepare --images PHOTOS --out PREPARED --size 256
       mapet run --images PREPARED --out runs/photos
+      mapet prepare --images SCANS --out PREPARED --channels 1 --value-range 0 4095   # 12 bits in files of 16
       mapet prepare --images hf:NAME:train --stream --out PREPARED      # larger than this disk
     """
     from tqdm import tqdm
 
     from mapet.data.dataset import Quarantine
+    from mapet.data.decode import Window
     from mapet.data.prepared import MANIFEST, write_prepared
     from mapet.data.sources import scan
     from mapet.data.streamed import Stream, write_streamed
@@ -63,7 +79,8 @@ def prepare(config: PrepareConfig) -> Path:
 
     if not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
-    how = (config.out, config.size, config.channels, config.quality, config.threads or automatic_workers() + 1)
+    window = Window(*config.value_range) if config.value_range else None
+    how = config.out, config.size, config.channels, config.quality, window, config.threads or automatic_workers() + 1
     with tqdm(desc="prepare", unit="img", disable=None) as bar:
         if config.stream:
             stream = Stream(str(config.images))
