@@ -84,8 +84,11 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
         mapet.evaluate(backbone=[str(run_dir)], images=small / "train", out=out, **QUICK)
 
 
-def test_unlabelled_images_get_what_needs_no_labels(photos, tmp_path):
+@pytest.mark.parametrize("prepared", [False, True])
+def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     crops = save_crops(photos, tmp_path / "photos", 20, size=(32, 32))
+    if prepared:  # images that are no files of their own
+        crops = mapet.prepare(images=crops, out=tmp_path / "prepared")
     from mapet.model.backbone import create_vit, save_backbone
     from tests.conftest import TINY
 

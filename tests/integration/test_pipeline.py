@@ -28,9 +28,11 @@ from mapet.model.objective import OBJECTIVES
 from mapet.reporting.run import RunFiles
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.training.step import GradientStep
-from tests.conftest import PRETRAIN, TINY, all_rows
+from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 
-PICTURES = {"token_maps", "words", "visibility", "predictions", "cls_attention", "features"}
+PICTURES = {
+    "token_maps", "words", "visibility", "predictions", "cls_attention", "features", "neighbours", "confusion", "step_through",
+}  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -249,7 +251,7 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
     assert {path.stem for path in pictures} == PICTURES
     assert matplotlib.get_backend() == "svg"
-    assert all(path.stat().st_size > 5000 for path in pictures)
+    assert all(path.stat().st_size > (5000 if path.suffix == ".png" else 1000) for path in pictures)
     assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32
 
@@ -399,6 +401,20 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == PICTURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+
+
+def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
+    """The report that ends it has pictures of images inside a prepared set, and what each is called."""
+    made = mapet.prepare(images=save_crops(photos, tmp_path / "photos", 20, size=(32, 32)), out=tmp_path / "prepared")
+    small = {"model_args": TINY, "epochs": 1, "batch_size": 10, "workers": 0}
+    mapet.run(
+        images=made, out=tmp_path / "run", device="cpu", pretrain=small, tokenize={"workers": 0}, inspect={"workers": 0},
+        fit_tokenizer={"image_size": 32, "patch_size": 8, "vocab_size": 8, "workers": 0},
+    )  # fmt: skip
+    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == PICTURES - {"confusion"}
+    steps = json.loads((tmp_path / "run" / "pictures" / "step_through.json").read_text())
+    assert steps["images"][0]["name"] in os.listdir(tmp_path / "photos")
+    assert steps["images"][0]["src"] in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, capsys):

@@ -38,6 +38,11 @@ class LabelledSet:
     def subset(self, indices: Int[np.ndarray, " m"]) -> "LabelledSet":
         return LabelledSet(self.images.subset(indices), self.classes, self.labels[indices])
 
+    def title(self, index: int) -> str:
+        """What to write over an image: its class, without labels the name of its file."""
+        name = self.classes[self.labels[index]] if self.classes else Path(self.images.id(index)).stem
+        return name.encode(errors="replace").decode()
+
     def by_class(self, order: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
         """Indices, ordered by class, in one piece for each class."""
         return np.split(order, np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))[:-1])

@@ -72,4 +72,4 @@ def _shown(vit: VisionTransformer, data: LabelledSet, index: int) -> tuple[UInt8
     sample = view[0, index]
     if sample.image is None:
         raise MapetError(f"{data.images.id(index)!r} could be read before and can't be now: {sample.bad}")
-    return sample.image, data.classes[data.labels[index]] if data.classes else data.images[index].stem
+    return sample.image, data.title(index)

@@ -285,13 +285,10 @@ def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
         view = draw_view(ViewSpec(image_size=bench.encoder.image_size), picture.size, data.images.key(index), 0)
         return render(picture, view, bench.encoder.image_size)
 
-    def title(data: Any, index: int) -> str:
-        return data.classes[data.labels[index]] if data.classes else data.images[index].stem
-
     details, sets = outcome.details, bench.sets
     rows = [
-        [(pixels(sets.test, query), title(sets.test, query))]
-        + [(pixels(sets.train, other), title(sets.train, other)) for other in nearest]
+        [(pixels(sets.test, query), sets.test.title(query))]
+        + [(pixels(sets.train, other), sets.train.title(other)) for other in nearest]
         for query, nearest in zip(details["queries"], details["nearest"], strict=True)
     ]
     figure = neighbour_panel(rows, labelled=bool(sets.train.classes))
