@@ -169,6 +169,20 @@ def test_eight_bits_stay_as_they_are(folder, tmp_path):
     )
 
 
+def test_who_takes_no_census_is_warned(scans, photos, caplog):
+    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "channels": 1, "workers": 0}
+    mapet.fit_tokenizer(images=scans / "scans", out=scans / "dark", **words)
+    assert "16-bit images hold values of about" in caplog.text and "16 of 256 levels" in caplog.text
+    caplog.clear()
+    wide = (photos[0].mean(-1) * 257).astype(np.uint16)
+    (scans / "wide").mkdir()
+    Image.fromarray(wide).save(scans / "wide" / "a.png")
+    mapet.fit_tokenizer(images=scans / "wide", out=scans / "light", **words)
+    made = mapet.prepare(images=scans / "scans", out=scans / "made", channels=1, value_range=(0, 4095))
+    mapet.fit_tokenizer(images=made, out=scans / "eight", **words)
+    assert "16-bit" not in caplog.text
+
+
 def test_check_tells_the_range(scans):
     lines = "\n".join(mapet.check(images=scans / "scans", image_size=64, channels=1).lines())
     command = re.search(r"16 of 256 levels. `mapet prepare --value-range (\d+) (\d+)` makes use of all", lines)

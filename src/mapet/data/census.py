@@ -1,5 +1,6 @@
 """What a list of images holds: sizes, modes, classes, and what can't be read."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,11 @@ from mapet.data.decode import ArrayPicture, BadImage
 from mapet.data.image_list import ImageList
 from mapet.errors import by
 
+log = logging.getLogger("mapet")
 SHOWN = 10
 FEW_IMAGES = 100
+FEW_LEVELS = 128
+"""Of 256: fewer, and pictures look flat."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,7 @@ class Census:
             yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"
             yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
         if len(self.ranges):
-            low, high = int(np.percentile(self.ranges[:, 0], 1)), int(np.percentile(self.ranges[:, 1], 99))
-            yield (
-                f"note: 16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {(high >> 8) - (low >> 8) + 1} "
-                f"of 256 levels. `mapet prepare --value-range {low} {high}` makes use of all"
-            )
+            yield f"note: {few_levels(self.ranges)[1]}"
         yield f"unreadable: {len(self.bad):,}"
         for name, reason in list(self.bad.items())[:SHOWN]:
             yield f"  {name!r}: {reason}"
@@ -83,6 +83,24 @@ class Census:
 def few_images(count: int) -> str:
     """A warning."""
     return f"{count} images are very few to learn from: expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
+
+
+def few_levels(ranges: np.ndarray) -> tuple[int, str]:
+    """How many levels the upper 8 bits tell apart of 16-bit images with such `Census.ranges`, and what is to be said of it."""
+    low, high = int(np.percentile(ranges[:, 0], 1)), int(np.percentile(ranges[:, 1], 99))
+    levels = (high >> 8) - (low >> 8) + 1
+    return levels, (
+        f"16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {levels} of 256 levels. "
+        f"`mapet prepare --value-range {low} {high}` makes use of all"
+    )
+
+
+def warn_of_few_levels(images: ImageList, channels: int) -> None:
+    """Of some images, for those who take no census."""
+    facts = [_facts(images, int(i), channels) for i in np.linspace(0, len(images) - 1, min(SHOWN, len(images)))]
+    ranges = [fact[2] for fact in facts if not isinstance(fact, str) and fact[2] is not None]
+    if ranges and (found := few_levels(_pairs(ranges)))[0] < FEW_LEVELS:
+        log.warning("%s", found[1])
 
 
 def take_census(images: ImageList, channels: int, threads: int) -> Census:

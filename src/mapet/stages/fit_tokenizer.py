@@ -102,6 +102,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
 
     from mapet import processes
     from mapet.compute import Compute
+    from mapet.data.census import warn_of_few_levels
     from mapet.data.dataset import Quarantine, ViewDataset
     from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
@@ -122,6 +123,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     processes.wait()  # all have looked before one writes
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
+    if processes.rank() == 0:
+        warn_of_few_levels(images, config.channels)
     size = config.image_size
     teacher = make_teacher(
         config.teacher,
