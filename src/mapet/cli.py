@@ -13,7 +13,7 @@ import yaml
 import mapet
 from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
-from mapet.recipe import build, fields, meaning_of_none, read_recipe
+from mapet.recipe import build, fields, meaning_of_none, read_recipe, refuse_other_folder
 from mapet.stages import STAGES
 
 
@@ -103,6 +103,8 @@ def run_stage(name: str, argv: list[str]) -> Any:
             inner = inner.setdefault(part, {})
         inner[last] = value
     config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
+    if recipe and getattr(config, "resume", False):
+        refuse_other_folder(recipe, config.out)  # type: ignore[attr-defined]
     return function(config)
 
 

@@ -100,6 +100,7 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
             config = build(config_type, options)
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
+        _refuse_out_among_images(config)
         _show_progress()
         with _naming_dead_workers():
             if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -113,6 +114,18 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return cast(Stage[R_co], call)
+
+
+def _refuse_out_among_images(config: "Config") -> None:
+    """Pictures and arrays that a stage leaves among the images would be images from then on."""
+    images, out = getattr(config, "images", None), getattr(config, "out", None)
+    if images is None or out is None or Path(out).suffix:  # a file is none
+        return
+    folder, target = Path(images).resolve(), Path(out).resolve()
+    if folder.is_dir() and folder in (target, *target.parents):
+        raise MapetError(
+            f"--out {out} lies in --images {images}: what is written there would be taken for images. Choose a folder outside"
+        )
 
 
 @contextmanager
@@ -219,7 +232,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
-        raise MapetError(f"{path} is a folder, not a recipe: give images as --images {path}") from None
+        inside = next((path / name for name in ("recipe.yaml", "config.yaml") if (path / name).is_file()), None)
+        way = f"did you mean {inside}?" if inside else f"give images as --images {path}"
+        raise MapetError(f"{path} is a folder, not a recipe: {way}") from None
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
@@ -245,6 +260,26 @@ def outer_recipe(folder: Path) -> Path | None:
     """The recipe of the `mapet run` that a folder of `pretrain` belongs to, if any: the one to go on with."""
     path = folder.parent / "recipe.yaml"
     return path if folder.name == "pretrain" and path.is_file() else None
+
+
+def nothing_to_resume(folder: Path) -> str:
+    """Why a `--resume` starts from nothing: a job that may be sent anew at any moment has one command."""
+    return f"nothing to resume in {folder}: a new run begins there"
+
+
+def refuse_other_folder(recipe: Path, out: Path) -> None:
+    """A run's own recipe goes on with that run, or somebody stands in another folder than when it was started.
+
+    Raises:
+        MapetError: `out` is not where the recipe lies, in a run that has begun.
+    """
+    folder = recipe.parent
+    begun = any((folder / name).exists() for name in ("train.log", "tokenizer"))
+    if recipe.name in ("recipe.yaml", "config.yaml") and begun and folder.resolve() != out.resolve():
+        raise MapetError(
+            f"{recipe} is the recipe of the run in its own folder, but --out is {out}, seen from {Path.cwd()}: go to the folder that "
+            f"the run was started in, or, if it was moved, give --out {folder}"
+        )
 
 
 def to_yaml(config: Config) -> str:

@@ -46,7 +46,7 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     line = fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4")
     assert "'num_heads': 4" in line and "choose one" not in line
     assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
-    assert "16 context patches out of range: an image has 16 patches, so 0 to 15" in fails(
+    assert "16 context patches (--num-context) out of range: an image has 16 patches, so 0 to 15" in fails(
         capsys, *common, "--num-context", "16"
     )
     assert "key=value" in fails(capsys, *common, "--model-args", "8")
@@ -102,8 +102,8 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
         (["--pretrain.objective", "mapt"], "did you mean 'mapet'"),
         (["--pretrain.model", "vit_tinyy_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
         (["--pretrain.model", "resnet50"], "choose one of timm's vit_* or deit_* models"),
-        (["--pretrain.patch-size", "32"], "choose an --image-size and --patch-size that agree"),
-        (["--pretrain.num-context", "196"], "196 context patches out of range"),
+        (["--pretrain.patch-size", "32"], "choose sizes that agree, --pretrain.image-size and --pretrain.patch-size"),
+        (["--pretrain.num-context", "196"], "196 context patches (--pretrain.num-context) out of range"),
         (["--pretrain.init-from", "weights.txt"], "weights.txt"),
         (["--pretrain.probe-images", "CROPS"], "has no labels"),
         (["--test-images", "photoz"], "photoz"),
@@ -460,3 +460,51 @@ def test_full_disk(stage, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     assert f"mapet {stage}: " in result.stderr and "File too large" in result.stderr
     assert not list(tmp_path.rglob("*.tmp"))
     assert not (out / "backbone").exists() and not (out / "codebook.safetensors").exists()
+
+
+def test_out_among_the_images_is_refused(capsys, crops, monkeypatch):
+    """What a run writes there would be images to the next stage."""
+    for stage, images, out in (("run", crops, crops / "run"), ("fit-tokenizer", crops, crops), ("run", ".", "run")):
+        monkeypatch.chdir(crops)
+        line = fails(capsys, stage, "--images", images, "--out", out)
+        assert f"--out {out} lies in --images {images}: what is written there would be taken for images" in line
+    assert not (crops / "run").exists()
+
+
+def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
+    run = ["run", "--images", crops, "--out", tmp_path / "run"]
+    small = ["--fit-tokenizer.image-size", "16", "--fit-tokenizer.patch-size", "16", "--fit-tokenizer.workers", "0"]
+    line = fails(capsys, *run, *small, "--fit-tokenizer.vocab-size", "5000")
+    assert "lower --fit-tokenizer.vocab-size" in line
+    line = fails(capsys, *run, "--fit-tokenizer.vocab-size", "1")
+    assert "vocab-size" in line.replace("_", "-") and "2" in line
+    assert "--pretrain.predict-ratio 75: above 0 to 1" in fails(capsys, *run, "--pretrain.predict-ratio", "75")
+
+
+def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_path, monkeypatch, caplog):
+    """A recipe with relative folders, given from another folder, would silently start another run there."""
+    (tmp_path / "home" / "runs" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home")
+    recipe = Path("runs/a/recipe.yaml")
+    recipe.write_text(f"images: {crops}\nout: runs/a\nfit_tokenizer: {{teacher: resnet50x64_clp}}\n")
+    Path("runs/a/tokenizer").mkdir()
+    assert "is not a tokenizer" in fails(capsys, "run", recipe, "--resume")  # it is gone on with
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, "run", "home" / recipe, "--resume")
+    assert "--out is runs/a, seen from" in line and "if it was moved, give --out home/runs/a" in line
+    assert "did you mean home/runs/a/recipe.yaml?" in fails(capsys, "run", "home/runs/a", "--resume")
+    with caplog.at_level("WARNING", "mapet"):
+        fails(
+            capsys, "run", "--images", crops, "--out", "typo", "--resume", "--fit-tokenizer.teacher", "resnet50x64_clp"
+        )
+    assert "nothing to resume in typo: a new run begins there" in caplog.text
+
+
+def test_why_there_are_no_labels(capsys, crops, tmp_path, tokenizer_dir):
+    folder = tmp_path / "half"
+    shutil.copytree(crops, folder / "a")
+    probe = ["probe", "--backbone", "timm:vit_tiny_patch16_224", "--images", folder]
+    assert fails(capsys, *probe).endswith("CLASS/image.jpg, but they all lie in one")
+    shutil.copytree(crops, folder / "b")
+    shutil.copy(crops / "crop000.png", folder / "stray.png")
+    assert fails(capsys, *probe).endswith("CLASS/image.jpg, but 'stray.png' lies in none")

@@ -289,13 +289,13 @@ def test_names_are_told_apart():
 
 def test_a_run_lacking_a_figure_has_a_dash():
     runs = [
-        {"figures": {"x": "1"}, "recipe": {"lr": "1"}, "predicts": []},
-        {"figures": {"y": "2"}, "recipe": {}, "predicts": []},
+        {"figures": {"x": "1"}, "recipe": {"lr": "1"}, "predicts": [], "data": {"images": "9 images in a", "V": "8"}},
+        {"figures": {"y": "2"}, "recipe": {}, "predicts": [], "data": {"images": "7 images in a", "V": "8"}},
     ]
     assert comparison(runs) == {
         "note": "",
         "figures": [["x", "1", "-"], ["y", "-", "2"]],
-        "options": [["lr", "1", "-"]],
+        "options": [["images", "9 images in a", "7 images in a"], ["lr", "1", "-"]],
     }
 
 

@@ -241,7 +241,7 @@ def open_image(source: str | Path | bytes, channels: int = 3, window: Window | N
             if head == b"\x93NUMPY" or (not isinstance(source, bytes) and str(source).lower().endswith(".npy")):
                 return _open_array(source, channels, window)
             if channels not in (1, 3):
-                raise BadImage(f"{channels} channels need .npy arrays; pictures give 1 or 3")
+                raise BadImage(f"--channels {channels} needs .npy arrays; pictures give 1 or 3")
             if not head.startswith(b"\xff\xd8"):
                 return open_with_pillow(io.BytesIO(source) if isinstance(source, bytes) else source, channels, window)
             data = head + file.read()

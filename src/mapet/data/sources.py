@@ -47,7 +47,10 @@ def scan(source: str | Path) -> ImageList:
         return found
     if path.is_file():
         return _read_list(path)
-    raise MapetError(f"{path} does not exist: give a folder of images, a text file of paths, .tar shards or hf:NAME")
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise MapetError(
+        f"{path} does not exist{where}: give a folder of images, a text file of paths, .tar shards or hf:NAME"
+    )
 
 
 def names_shards(text: str) -> bool:

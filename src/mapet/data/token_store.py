@@ -156,7 +156,7 @@ class TokenStore:
             raise MapetError(
                 f"the token store {folder} was made of another list of images: it has {manifest['num_images']} images with hash "
                 f"{manifest['images_hash'][:12]}, {images.root} has {len(images)} with hash {images.hash[:12]}. "
-                "Run `mapet tokenize` again into a new folder"
+                "Put back what was added, removed or changed, or begin again: `mapet tokenize` into a new folder, `mapet run` with a new --out"
             )
         if codebook_hash is not None and manifest["codebook_hash"] != codebook_hash:
             raise MapetError(

@@ -56,8 +56,17 @@ def labelled(images: ImageList) -> LabelledSet:
     """
     found = images.classes()
     if found is None:
+        stray = [i for i in range(len(images)) if b"/" not in images.id_bytes(i)]
+        found_instead = (
+            "they all lie in one"
+            if not stray
+            else f"{images.id(stray[0])!r} lies in none"
+            if len(stray) < len(images)
+            else ""
+        )
         raise MapetError(
             f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg"
+            f"{found_instead and f', but {found_instead}'}"
         )
     return LabelledSet(images, *found)
 

@@ -104,11 +104,11 @@ class Pretrainer(nn.Module):
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
             raise MapetError(
-                f"{num_context} context patches out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
+                f"{num_context} context patches (--num-context) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
             )
         if num_targets is not None and not 1 <= num_targets <= num_patches - num_context:
             raise MapetError(
-                f"{num_targets} targets out of range: {num_patches - num_context} patches are hidden, so 1 to that"
+                f"{num_targets} targets (--num-targets) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
             )
         if vit.pos_embed is None:
             raise MapetError(

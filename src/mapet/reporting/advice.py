@@ -35,8 +35,8 @@ def accuracy_at_baseline(run: Subject) -> str | None:
     accuracy, baseline = run.history["token_accuracy"], run.history["commonest_token"]
     if not _begun(run, accuracy) or not baseline.values:
         return None
-    now, guess = fmean(accuracy.values[-5:]), baseline.last
-    if now >= min(guess + NEAR, 1.5 * guess):
+    now, guess = run.history.over_last_epoch("token_accuracy"), baseline.last
+    if max(now, fmean(accuracy.values[-5:])) >= min(guess + NEAR, 1.5 * guess):
         return None
     return (
         f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}; "
@@ -49,8 +49,8 @@ def loss_at_baseline(run: Subject) -> str | None:
     loss, entropy = run.history["loss"], run.history["token_entropy"]
     if not _begun(run, loss) or not entropy.values:
         return None
-    now, guess = fmean(loss.values[-5:]), entropy.last
-    if now < (1 - NEAR) * guess:
+    now, guess = run.history.over_last_epoch("loss"), entropy.last
+    if min(now, fmean(loss.values[-5:])) < (1 - NEAR) * guess:
         return None
     return (
         f"The loss is not below that of guessing by frequency alone: {now:.3f} against {guess:.3f} nats; nothing is learned "
@@ -66,7 +66,7 @@ def loss_rises(run: Subject) -> str | None:
     width = max(1, len(loss) // 10)
     means = [fmean(loss[i : i + width]) for i in range(0, len(loss) - width + 1, width)]
     lowest, now = min(means), fmean(loss[-width:])
-    if now < lowest + 0.1 * abs(lowest):
+    if now < lowest + max(0.1 * abs(lowest), 0.001):
         return None
     return (
         f"The loss rose again: {now:.3f}, after {lowest:.3f} before; try a lower --lr, a longer --warmup-epochs or a "

@@ -35,6 +35,11 @@ function facts(rows) {
   return element("dl", {}, rows.map(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
 
+/** Text in which `words between backticks` are code. */
+function marked(text) {
+  return text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
+}
+
 /** As many digits as tell. */
 function number(value) {
   if (value === 0) return "0";

@@ -9,14 +9,14 @@ function section(id, title, ...content) {
 }
 
 function warned(text) {
-  return element("li", {}, `⚠ ${text}${/[.?!]$/.test(text) ? "" : "."}`);
+  return element("li", {}, marked(`⚠ ${text}${/[.?!]$/.test(text) ? "" : "."}`));
 }
 
 function warningList(run) {
   const well = run.early ? "Too few figures yet to say how this run goes." : "Nothing in the figures speaks against this run.";
   return element("div", {},
     run.warnings.length ? element("ul", { class: "warnings" }, run.warnings.map(warned)) : element("p", { class: run.early ? "note" : "fine" }, well),
-    run.unjudged ? element("p", { class: "note" }, run.unjudged) : null);
+    run.unjudged ? element("p", { class: "note" }, marked(run.unjudged)) : null);
 }
 
 function logged(run) {
@@ -54,7 +54,7 @@ function pictures(run) {
 }
 
 function notes(run) {
-  return run.notes.map((text) => element("p", { class: "note" }, `Note: ${text}`));
+  return run.notes.map((text) => element("p", { class: "note" }, marked(`Note: ${text}`)));
 }
 
 /** Parts that a live page renews: id -> what draws it. */

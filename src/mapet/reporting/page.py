@@ -126,8 +126,9 @@ def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
 def comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Tables of final figures and of the options in which runs differ, rows of [name, a text for each run], and a note on them."""
     figures = dict.fromkeys(name for run in runs for name in run["figures"])
-    options = dict.fromkeys(name for run in runs for name in run["recipe"] if name not in PLACES)
-    differing = [[name, *(run["recipe"].get(name, "-") for run in runs)] for name in options]
+    made_of = [run["data"] | {name: text for name, text in run["recipe"].items() if name not in PLACES} for run in runs]
+    options = dict.fromkeys(name for one in made_of for name in one)
+    differing = [[name, *(one.get(name, "-") for one in made_of)] for name in options]
     same = all(run["predicts"] == runs[0]["predicts"] for run in runs)
     return {
         "note": "" if same else OTHER_WORDS,

@@ -47,7 +47,7 @@ FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float],
 }
 """Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 PLACES = (
-    "images",
+    "images",  # they are told with their number
     "out",
     "tokenizer",
     "tokens",
@@ -210,6 +210,7 @@ class RunFiles:
             "log": list(self.log.warnings[-LOGGED:]),
             "logged": len(self.log.warnings),
             "predicts": self.predicts,
+            "data": self._data(),
             "tokenizer": list(self._of_tokenizer()),
             "health": self._health(),
             "steps_per_epoch": self.history.steps_per_epoch,
@@ -235,9 +236,7 @@ class RunFiles:
         if log.description:
             yield "what", log.description
         if recipe:
-            images = log.images or self.store.get("num_images")
-            count = f"{images:,} images in " if isinstance(images, int) else ""
-            yield "images", f"{count}{_text(recipe.get('images'))}"
+            yield "images", self._images()
         if per_epoch and self.steps is not None:
             yield (
                 "epochs",
@@ -253,6 +252,18 @@ class RunFiles:
             yield "command", log.systems[0][1]
             if command != log.systems[0][1]:
                 yield "resumed with", command
+
+    def _images(self) -> str:
+        """'1,437 images in photos'."""
+        images = self.log.images or self.store.get("num_images")
+        count = f"{images:,} images in " if isinstance(images, int) else ""
+        return f"{count}{_text(self.recipe.get('images'))}"
+
+    def _data(self) -> dict[str, str]:
+        """What a run was made of: images and words."""
+        made = dict(_mapping(self.tokenizer.get("teacher")))
+        made |= {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
+        return {"images": self._images()} | {f"tokenizer's {name}": _text(value) for name, value in made.items()}
 
     def _made(self, stage: str, name: str) -> dict[str, Any]:
         """What tells of the folder that the option `stage` names, there or, if the run has moved, beside it."""

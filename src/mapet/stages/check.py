@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, PositiveInt
 
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BadImages, Device, Precision, automatic_workers
+from mapet.stages.options import BadImages, Device, Precision, VocabSize, automatic_workers
 
 if TYPE_CHECKING:
     from mapet.data.census import Census
@@ -36,7 +36,7 @@ class CheckConfig(Device):
     """Local weights file of the teacher."""
     teacher_size: Size | None = None
     """Height and width the teacher sees, pixels; automatic: the model's own."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: VocabSize | None = None
     """Visual words; automatic as in fit-tokenizer."""
     epochs: PositiveInt = 300
     """Passes to estimate the time of."""

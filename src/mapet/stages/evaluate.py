@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import Interrupted, MapetError, did_you_mean
 from mapet.recipe import Size, Source, stage
 from mapet.stages.options import BackboneSource, Loading, ModelArgs, Precision
 
@@ -164,10 +164,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 for row, figure in outcome.figures.items():
                     log.info("%-28s %s  %s", row, cell(figure), figure.choice)
                 _draw(name, outcome, bench, config.out, len(found))
+                relative_to_first(found)
+                write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what was done by then, if anything, is in {config.out}") from None
         finally:
             bench.close()
-        relative_to_first(found)
-        write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
     if len(found) > 1:
         for line in table("figure", found, cell):
             log.info("%s", line)

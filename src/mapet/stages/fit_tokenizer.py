@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.errors import MapetError, must_be_divisible
 from mapet.recipe import Size, Source, shared_stage
-from mapet.stages.options import BadImages, FrozenTeacher, Loading, Precision, changed, refuse_unused
+from mapet.stages.options import BadImages, FrozenTeacher, Loading, Precision, VocabSize, changed, refuse_unused
 
 if TYPE_CHECKING:
     from mapet.tokenizer.codebook import Tokenizer
@@ -43,7 +43,7 @@ class FitTokenizerConfig(FrozenTeacher, Loading, BadImages):
     """Side of the student's patches, pixels."""
     channels: PositiveInt = 3
     """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: VocabSize | None = None
     """V, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
     """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 from mapet.recipe import Config, Size
 
 Share = Annotated[float, Field(ge=0, le=1)]
+VocabSize = Annotated[int, Field(ge=2)]
+"""V, visual words: of one there is nothing to predict."""
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
 

@@ -1,6 +1,9 @@
 """Stage: all of it, in order, with defaults."""
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,8 @@ def run(config: RunConfig) -> Path:
     def do(stage: Stage[Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))
         try:
-            stage(configs[stage])
+            with _naming_options(stage):
+                stage(configs[stage])
         except KeyboardInterrupt:  # where a stage has nothing to save
             raise Interrupted(f"interrupted. Go on with: mapet run {recipe} --resume") from None
 
@@ -143,7 +147,30 @@ def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> C
             own | {key: value for key, value in shared.items() if key in stage.config_type.model_fields},
         )
     except MapetError as error:
-        raise MapetError(f"{stage.__name__.replace('_', '-')}: {error}") from None
+        raise MapetError(f"{stage.__name__.replace('_', '-')}: {_as_options_of_run(str(error), stage)}") from None
+
+
+@contextmanager
+def _naming_options(stage: Stage[Any]) -> Iterator[None]:
+    """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here."""
+    try:
+        yield
+    except MapetError as error:
+        error.args = (_as_options_of_run(str(error), stage), *error.args[1:])
+        raise
+
+
+def _as_options_of_run(message: str, stage: Stage[Any]) -> str:
+    """The message with its options as `run` has them; commands, between backticks, stay."""
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        foreign = name in stage.config_type.model_fields and name not in RunConfig.model_fields
+        return f"--{stage.__name__.replace('_', '-')}.{found[1]}" if foreign else found[0]
+
+    parts = message.split("`")
+    parts[::2] = [re.sub(r"--([a-z][a-z-]*)(?!\.?\w)", renamed, part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[str, bool]) -> None:
@@ -159,7 +186,8 @@ def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[st
     fitting, pretraining = configs[fit_tokenizer], configs[pretrain]
     if not made["pretrain"]:
         sizes = fitting.image_size, fitting.patch_size, fitting.channels
-        model_for(pretraining, Words(pretraining.tokenizer, *sizes, fitting.vocab_size or 2, 1))
+        with _naming_options(pretrain):
+            model_for(pretraining, Words(pretraining.tokenizer, *sizes, fitting.vocab_size or 2, 1))
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
     if config.test_images is not None and not made["probe"]:
@@ -171,12 +199,14 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     made nothing yet."""
     from mapet.data.sources import scan
     from mapet.files import is_free, new_folder
-    from mapet.recipe import differences, read_recipe, write_recipe
+    from mapet.recipe import differences, nothing_to_resume, read_recipe, write_recipe
 
     if is_free(config.out, but=recipe.name) and (
         not recipe.exists() or recipe.read_bytes().startswith(f"# mapet run {recipe}\n".encode())
     ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
+        if config.resume:
+            log.warning("%s", nothing_to_resume(config.out))
         log.info("%s images in %s", f"{len(images):,}", config.images)
         write_recipe(config, recipe, "run")
         return

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.recipe import Size, Source, stage
-from mapet.stages.options import BadImages, Device, FrozenTeacher, Precision, Tracked, automatic_workers
+from mapet.stages.options import BadImages, Device, FrozenTeacher, Precision, Tracked, VocabSize, automatic_workers
 from mapet.stages.tokenize import Views
 
 
@@ -34,7 +34,7 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=2."""
     decoder_depth: PositiveInt = 3
     """Blocks of the decoder, which is as wide as the encoder and not needed afterwards."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: VocabSize | None = None
     """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     code_dim: PositiveInt = 32
     """Numbers of a code."""

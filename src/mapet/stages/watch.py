@@ -31,12 +31,14 @@ def watch(config: WatchConfig) -> None:
     """
     from mapet.errors import MapetError
     from mapet.reporting.live import LiveServer
+    from mapet.reporting.run import RunFiles
     from mapet.stages.pretrain import PretrainConfig
 
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
     with LiveServer(config.run, config.port, PretrainConfig) as server:
-        there = "" if config.run.exists() else ", which does not exist yet: it is waited for"
+        missing = "holds no run yet" if config.run.exists() else "does not exist yet"
+        there = "" if RunFiles(config.run).recipe else f", which {missing}: it is waited for"
         log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, config.run, there)
         try:
             server.serve_forever(poll_interval=0.2)

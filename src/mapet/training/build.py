@@ -100,7 +100,7 @@ def model_for(config: Any, words: Words) -> Pretrainer:
     if tuple(vit.patch_embed.grid_size) != words.grid:
         raise MapetError(
             f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {words.tokenizer} "
-            f"{by(words.grid)}: choose an --image-size and --patch-size that agree, or fit a tokenizer for these "
+            f"{by(words.grid)}: choose sizes that agree, --image-size and --patch-size, or fit a tokenizer for these "
             "(`mapet run` does, with --fit-tokenizer.image-size and --fit-tokenizer.patch-size)"
         )
     num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)

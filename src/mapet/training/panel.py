@@ -54,13 +54,15 @@ class Panel:
             self._set(0, Meter.learning(metrics))
             self._set(1, f"{Meter.speed(metrics)}{self._probe}")
         if epoch_ended:
+            seen, whole = sum(window["steps"] for window in self._epoch), round(self._done / metrics["epoch"])
+            part = f" (its last {seen} of {whole} steps)" if seen < whole else ""  # of an epoch that was resumed
             for name in LEARNED & metrics.keys():
                 known = [window for window in self._epoch if isfinite(window[name])]
                 steps = sum(window["steps"] for window in known)
                 if steps:
                     metrics = metrics | {name: sum(window[name] * window["steps"] for window in known) / steps}
             self._epoch.clear()
-            log.info("epoch %d: %s%s", round(metrics["epoch"]), Meter.line(metrics), self._left())
+            log.info("epoch %d%s: %s%s", round(metrics["epoch"]), part, Meter.line(metrics), self._left())
 
     def probed(self, epoch: int, scores: dict[str, float]) -> None:
         """Scores of a probe; on a terminal they stay until the next."""

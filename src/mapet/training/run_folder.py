@@ -19,7 +19,7 @@ from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import Interrupted, MapetError, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import Config, build, differences, outer_recipe, read_recipe, to_yaml, write_recipe
+from mapet.recipe import Config, build, differences, nothing_to_resume, outer_recipe, read_recipe, to_yaml, write_recipe
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
@@ -132,6 +132,7 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
     """
     path = config.out / "config.yaml"  # type: ignore[attr-defined]
     if is_free(path.parent):
+        log.warning("%s", nothing_to_resume(path.parent))
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
