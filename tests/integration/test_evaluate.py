@@ -12,7 +12,7 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.compute import Compute
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.classifiers import knn_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
 from tests.conftest import save_crops
@@ -236,7 +236,7 @@ def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven
 
 
 def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
-    """As does Ctrl-C in a long evaluation."""
+    """As does Ctrl-C in a long evaluation, with the protocols that the interrupted one had ended."""
     from mapet.evaluation.protocols import PROTOCOLS, Protocol
 
     def fails_later(bench):
@@ -245,12 +245,14 @@ def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small
         return PROTOCOLS["rank"].run(bench)
 
     monkeypatch.setitem(PROTOCOLS, "knn", Protocol(fails_later, "images"))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=f"what was done by then, if anything, is in {tmp_path / 'out'}"):
         mapet.evaluate(
-            backbone=[str(untrained), f"random:{untrained}"], images=small / "train", out=tmp_path / "out", protocols=["knn"],
-            **QUICK,
+            backbone=[str(untrained), f"random:{untrained}"], images=small / "train", out=tmp_path / "out",
+            protocols=["cluster", "knn"], **QUICK,
         )  # fmt: skip
     assert "RankMe" in (tmp_path / "out" / "evaluation.md").read_text()
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())["backbones"]
+    assert [[*protocols] for protocols in kept.values()] == [["cluster", "knn"], ["cluster"]]
 
 
 def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
@@ -31,11 +31,11 @@ class Census:
         ranges: (m, 2) the 0.1 % and 99.9 % points of the values of each 16-bit image.
     """
 
-    images: ImageList
-    sizes: np.ndarray
+    images: ImageList = field(repr=False)
+    sizes: np.ndarray = field(repr=False)
     modes: Counter[str]
     bad: dict[str, str]
-    ranges: np.ndarray
+    ranges: np.ndarray = field(repr=False)
 
     def lines(self) -> Iterator[str]:
         """The report."""
