@@ -90,7 +90,7 @@ function sections(run, curves, suffix = "") {
 function comparison(curves) {
   const head = (what) => [what, ...DATA.runs.map((run) => run.name)], { note, figures, options } = DATA.comparison, title = figuresTitle(...DATA.runs);
   return [
-    section("figures", title, note ? element("p", { class: "note" }, `Note: ${note}`) : null, table(title, head("figure"), figures)),
+    section("figures", title, note ? element("p", { class: "note" }, marked(`Note: ${note}`)) : null, table(title, head("figure"), figures)),
     section("options", "Options that differ", options.length ? table("Options that differ", head("option"), options) : element("p", {}, "None but names of folders.")),
     section("curves", "Curves", curves.root),
     section("warnings", LOOKS.warnings, DATA.runs.flatMap((run) => [element("h3", {}, run.name), warningList(run)])),
