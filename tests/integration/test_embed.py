@@ -1,6 +1,8 @@
 """`embed`: features of a folder, the same in both formats, whole or interrupted."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ import torch
 import mapet
 from mapet.cli import main
 from mapet.data.sources import scan
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.embeddings import Embeddings, read_embeddings
 from mapet.evaluation.features import extract_features, labelled, normalize
-from mapet.model.backbone import load_backbone
+from mapet.model.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
 
 COMMON = {"workers": 0, "batch_size": 5, "device": "cpu", "precision": "float32"}
@@ -81,13 +83,13 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
     original = Embeddings.write
 
     def stop_at_four(self, *arguments):
-        if self.done == 4:
-            raise KeyboardInterrupt
         original(self, *arguments)
+        if self.done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(Embeddings, "write", stop_at_four)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=r"stopped by SIGINT: features of 4 of 12 images are saved\. Go on with .* --resume"):
             mapet.embed(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 4
     with pytest.raises(MapetError, match="unfinished"):
@@ -127,6 +129,18 @@ def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MapetError, match=r"needs pyarrow: pip install '.\[export\]'"):
         mapet.embed(**(options | {"format": "parquet", "out": tmp_path / "new"}))
+
+
+def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
+    vit = load_backbone(vit_folder)
+    options = {"images": crops, "out": tmp_path / "out", "dtype": "float16"} | COMMON
+    for value, message in ((1e6, "beyond float16's range: --dtype float32 holds them"), (torch.nan, "are not finite")):
+        with torch.no_grad():
+            vit.norm.bias.fill_(value)
+        save_backbone(vit, tmp_path / str(value))
+        with pytest.raises(MapetError, match=message):
+            mapet.embed(backbone=tmp_path / str(value), **options)
+    mapet.embed(backbone=tmp_path / "1000000.0", **(options | {"dtype": "float32", "out": tmp_path / "wide"}))
 
 
 def test_command_line_and_half_precision(vit_folder, crops, tmp_path):

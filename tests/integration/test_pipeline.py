@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -478,10 +479,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
     } | PRETRAIN
     with pytest.raises(
         mapet.MapetError,
-        match=r"not finite in 5 or more steps in a row.*mapet replay --bundle .*step-00000002.*lower --lr",
+        match=r"not finite in \d+ steps in a row.*mapet replay --bundle .*step-00000002.*lower --lr",
     ):
         mapet.pretrain(**(options | {"lr": 1e30, "clip_grad": None}))
     assert not (tmp_path / "run" / "backbone").exists()
+
+
+def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
+    """Too few steps for `max_skipped`: the folder stays readable, resuming says the same, and the report is written."""
+    run = tmp_path / "run"
+    given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
+    options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
+    wrong = r"the ViT gives features that are not finite.*mapet replay --bundle (\S+)\. .*lower --lr"
+    for resume in (False, True):
+        with pytest.raises(mapet.MapetError, match=wrong) as error:
+            mapet.pretrain(**options, resume=resume)
+    assert not (run / "backbone").exists() and (run / "report.html").exists()
+    assert "not probed after epoch 1: the backbone gives features that are not finite" in caplog.text
+    assert "loss nan" in replayed(re.search(wrong, str(error.value))[1], caplog)
+    with pytest.raises(mapet.MapetError, match="gives features that are not finite: try --precision float32"):
+        mapet.inspect(run=run, out=tmp_path / "pictures", workers=0)
+    assert mapet.report(run=run, out=tmp_path / "report.html", workers=0).exists()
+    assert "no new pictures: the backbone gives features that are not finite" in caplog.text
+
+
+def replayed(bundle, caplog):
+    caplog.clear()
+    mapet.replay(bundle=bundle)
+    return caplog.text
 
 
 def test_learns_what_can_be_learned(digits, tmp_path):

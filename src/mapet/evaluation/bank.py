@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mapet.errors import MapetError
 from mapet.evaluation.encoder import Encoder, Pool
-from mapet.evaluation.features import LabelledSet, centred_batches
+from mapet.evaluation.features import LabelledSet, centred_batches, must_be_finite_features
 from mapet.tokenizer.feature_store import FeatureStore
 
 BLOCK_BYTES = 256 << 20
@@ -66,8 +65,7 @@ class Bank:
         ):
             parts = [part.cpu() for part in encoder.pooled(images, layers, pool)]
             together = torch.cat(parts, 1)
-            if not bool(together.isfinite().all()):
-                raise MapetError(f"{encoder.name} gives features that are not finite: try --precision float32")
+            must_be_finite_features(together, encoder.name)
             if not columns:
                 ends = np.cumsum([0, *(part.shape[1] for part in parts)]).tolist()
                 columns = {layer: slice(*ends[i : i + 2]) for i, layer in enumerate(layers)}

@@ -132,6 +132,15 @@ def pool_tokens(vit: VisionTransformer, tokens: Float[Tensor, "B T D"], pool: Po
     return tokens[:, vit.num_prefix_tokens :].mean(dim=1)
 
 
+def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> None:
+    """Raises MapetError for numbers that nothing can be learned from, and that no classifier takes."""
+    if not bool(features.isfinite().all()):
+        raise MapetError(
+            f"{whose} gives features that are not finite: try --precision float32. If that changes nothing its weights are "
+            "broken, by a training that diverged perhaps: train again with a lower learning rate"
+        )
+
+
 def centred_batches(
     images: ImageList,
     image_size: tuple[int, int],
@@ -168,7 +177,11 @@ def extract_features(
     workers: int = 0,
     show: bool = True,
 ) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
-    """Pooled features of the centred views, in float32 on the CPU, with labels. Unreadable images are left out."""
+    """Pooled features of the centred views, in float32 on the CPU, with labels. Unreadable images are left out.
+
+    Raises:
+        MapetError: features that are not finite.
+    """
     training = vit.training
     vit.eval()
     height, width = vit.patch_embed.img_size
@@ -180,6 +193,7 @@ def extract_features(
         with compute.autocast():
             tokens = vit.forward_features(normalize(compute.to(images), vit.in_chans))
         features.append(pool_tokens(vit, tokens, pool).float().cpu())
+        must_be_finite_features(features[-1])
         index.append(indices)
     vit.train(training)
     return torch.cat(features), torch.from_numpy(data.labels)[torch.cat(index)]

@@ -14,7 +14,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.order import OrderKind
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.evaluation.features import normalize
+from mapet.evaluation.features import must_be_finite_features, normalize
 from mapet.model.pretrainer import Pretrainer
 from mapet.tokenizer.codebook import Tokenizer
 
@@ -65,7 +65,7 @@ def look_at(
         shown: images to predict words of; of others only words are made, enough for about 60 patches of each.
 
     Raises:
-        MapetError: none of the images can be read.
+        MapetError: none of the images can be read, or features are not finite.
     """
     assert tokenizer.teacher is not None, "loaded without its teacher"
     vit = model.vit
@@ -84,6 +84,7 @@ def look_at(
     logits = model.predict(normal, compute.to(permutation)).cpu() if model.target == "tokens" else None
     attention = attention_of_cls(vit, normal).cpu() if vit.has_class_token else None
     features = vit.forward_features(normal)[:, vit.num_prefix_tokens :].float().cpu()
+    must_be_finite_features(features)
     return Look(
         batch.image_index, batch.image, tokens, permutation, logits, attention, features, tokenizer.grid, tokenizer.vocab_size
     )  # fmt: skip

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mapet.errors import MapetError, how_to_install
+from mapet.errors import Interrupted, MapetError, how_to_install
 from mapet.recipe import Size, Source, stage
 from mapet.stages.options import BackboneSource, BadImages, Loading, ModelArgs, Precision
 
@@ -53,11 +53,12 @@ def embed(config: EmbedConfig) -> Path:
     from tqdm import tqdm
 
     from mapet.compute import Compute
-    from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
+    from mapet.data.dataset import Quarantine, ViewDataset, collate, in_order, make_loader
     from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
-    from mapet.evaluation.features import normalize, pool_tokens
+    from mapet.evaluation.features import must_be_finite_features, normalize, pool_tokens
     from mapet.model.backbone import load_backbone, on_device
+    from mapet.signals import stop_signals
     from mapet.weights import hash_weights
 
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -77,21 +78,31 @@ def embed(config: EmbedConfig) -> Path:
         "precision": compute.precision,
     }
     shape = (vit.patch_embed.num_patches, vit.embed_dim) if config.pool == "none" else (vit.embed_dim,)
-    store = _store(config, images, settings, shape)
-
     def features(pixels: torch.Tensor) -> torch.Tensor:
         with compute.autocast():
             tokens = vit.forward_features(normalize(compute.to(pixels), vit.in_chans))
-        if config.pool == "none":
-            return tokens[:, vit.num_prefix_tokens :].float().cpu()
-        return pool_tokens(vit, tokens.float(), config.pool).cpu()
+        tokens = tokens.float()
+        found = tokens[:, vit.num_prefix_tokens :] if config.pool == "none" else pool_tokens(vit, tokens, config.pool)
+        must_be_finite_features(found, str(config.backbone))
+        if config.dtype == "float16" and float(found.abs().max()) > torch.finfo(torch.float16).max:
+            raise MapetError(f"{config.backbone} gives features beyond float16's range: --dtype float32 holds them")
+        return found.cpu()
 
     dataset = ViewDataset(images, ViewSpec(image_size=(height, width)), vit.in_chans, image_size=(height, width))
+    first = collate([dataset[0, index] for index in range(min(len(images), 8))])
+    if first.image is not None:
+        with torch.inference_mode():
+            features(first.image)  # what can't be written is refused before anything is
+    store = _store(config, images, settings, shape)
     quarantine = Quarantine(images, config.max_bad, dict(store.bad))
     batches = in_order(len(images), config.batch_size, store.done)
     rows, index = torch.empty(0, *shape), torch.empty(0, dtype=torch.int64)  # computed and not yet on disk
     read = store.done
-    with tqdm(total=len(images), initial=read, desc="embed", unit="img", disable=None) as bar, torch.inference_mode():
+    with (
+        stop_signals("stopping after this batch") as stop,
+        tqdm(total=len(images), initial=read, desc="embed", unit="img", disable=None) as bar,
+        torch.inference_mode(),
+    ):
         for batch, numbers in zip(make_loader(dataset, batches, config.num_workers), batches, strict=True):
             quarantine.add(batch.bad)
             if batch.image is not None:
@@ -104,6 +115,11 @@ def embed(config: EmbedConfig) -> Path:
                 bad = {i: reason for i, reason in quarantine.reasons.items() if start <= i < end}
                 store.write(images, rows[here].numpy().astype(config.dtype), index[here].numpy(), bad)
                 rows, index = rows[~here], index[~here]
+            if stop.asked and store.done < len(images):
+                raise Interrupted(
+                    f"stopped by {stop.asked}: features of {store.done:,} of {len(images):,} images are saved. Go on with the same "
+                    "command and --resume"
+                )
     log.info(
         "features of %s images in %s (%d unreadable left out), %s numbers each",
         f"{len(images) - len(store.bad):,}",

@@ -53,6 +53,7 @@ def export(config: ExportConfig) -> Path:
       mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
       mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
     """
+    from mapet.evaluation.features import must_be_finite_features
     from mapet.files import atomic, new_folder
     from mapet.model.formats import FORMATS, outputs_of, require
     from mapet.reporting.card import model_card, origin_of
@@ -68,6 +69,8 @@ def export(config: ExportConfig) -> Path:
     )
     sample = _sample(config, vit)
     expected = outputs_of(vit, sample.pixels)
+    for output in expected.values():
+        must_be_finite_features(output, config.backbone)
     checks: dict[str, float] = {}
     with atomic(config.out) as folder:
         for name in formats:

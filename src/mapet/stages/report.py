@@ -67,7 +67,7 @@ def report(config: ReportConfig) -> Path:
     text = page(runs)
     with atomic(config.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    log.info("%s: %.1f MB", config.out, config.out.stat().st_size / 1e6)
+    log.info("%s: %.2g MB", config.out, config.out.stat().st_size / 1e6)
     return config.out
 
 

@@ -12,8 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet import processes
 from mapet.data.census import FEW_IMAGES, few_images
-from mapet.data.dataset import Batch, Quarantine, make_loader
+from mapet.data.dataset import Batch, Quarantine, collate, make_loader
 from mapet.errors import MapetError, by, counted
+from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
 from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
@@ -123,7 +124,9 @@ def train(config: Any) -> Path:
                     if watch.streak >= config.max_skipped:
                         before = [path for path in checkpoints(run.checkpoints) if step_of(path) <= step - watch.streak]
                         if rolled_back == config.roll_back or not before:
-                            raise WentWrong(save_bundle(setting, step, watch.streak, config.out), config)
+                            what = f"loss or gradient was not finite in {watch.streak} steps in a row"
+                            bundle = save_bundle(setting, step, watch.streak, config.out)
+                            raise WentWrong(what, bundle, config, kept=bool(before))
                         state = load_checkpoint(before[0], model, optimizer)
                         rolled_back, watch.streak = rolled_back + 1, 0
                         log.warning(
@@ -136,9 +139,13 @@ def train(config: Any) -> Path:
                     with meter.not_counted():
                         vit = whole_vit(setting)
                         if processes.rank() == 0:
-                            scores = probe(vit)
-                            run.record(step, scores)
-                            panel.probed(epoch, scores)
+                            try:
+                                scores = probe(vit)
+                            except MapetError as error:  # what is learned goes on
+                                log.warning("not probed after epoch %d: %s", epoch, error)
+                            else:
+                                run.record(step, scores)
+                                panel.probed(epoch, scores)
                 due = time.monotonic() - saved > 60 * config.save_minutes
                 stopping, due = any_of_all(bool(stop.asked), due)
                 if stopping or due or step == total_steps:
@@ -149,6 +156,10 @@ def train(config: Any) -> Path:
 
         # ---- the product
         backbone, vit = config.out / "backbone", whole_vit(setting)
+        (broken,) = any_of_all(processes.rank() == 0 and not has_features(vit, setting))
+        if broken:
+            what = "the ViT gives features that are not finite, so that no backbone is written"
+            raise WentWrong(what, save_bundle(setting, step, max(1, watch.streak), config.out), config)
         if processes.rank() == 0 and not backbone.exists():
             save_backbone(vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
@@ -181,6 +192,15 @@ def whole_vit(setting: Setting) -> VisionTransformer:
     vit = build_model(setting.config, setting.tokenizer).vit
     vit.load_state_dict(weights, strict=processes.rank() == 0)
     return on_device(vit, setting.compute)
+
+
+@torch.inference_mode()
+def has_features(vit: VisionTransformer, setting: Setting) -> bool:
+    """Whether all numbers that it makes of a few images are finite."""
+    batch = collate([setting.dataset[position] for position in setting.sampler.batch(0)[:8]])
+    if batch.image is None:
+        return True
+    return bool(vit.eval().forward_features(normalize(setting.compute.to(batch.image), vit.in_chans)).isfinite().all())
 
 
 def images_of_all(batch: Batch, quarantine: Quarantine) -> tuple[int, int]:

@@ -25,13 +25,14 @@ log = logging.getLogger("mapet")
 
 
 class WentWrong(MapetError):
-    """Too many updates in a row had to be left out."""
+    """Nothing is learned any more: too many updates in a row had to be left out, or no features come out in the end."""
 
-    def __init__(self, bundle: Path, config: Any) -> None:
+    def __init__(self, what: str, bundle: Path, config: Any, kept: bool = False) -> None:
+        """`kept`: the newest checkpoint is from before."""
+        before = f". What was learned before: `mapet export --backbone {config.out} --out NEW`, for --init-from NEW"
         super().__init__(
-            f"loss or gradient was not finite in {config.max_skipped} or more steps in a row; the last checkpoint is from before. "
-            f"See why with: mapet replay --bundle {bundle}. Then start again with a lower --lr (now {config.lr:.2g}), --precision float32, or "
-            "--roll-back 1, --init-from what was learned"
+            f"{what}. See why with: mapet replay --bundle {bundle}. Then start again, in a new --out, with a lower --lr (now "
+            f"{config.lr:.2g}), --precision float32 or --roll-back 1{before if kept else ''}"
         )
 
 
