@@ -181,7 +181,11 @@ class _KeyValues(argparse.Action):
         pairs = [word.partition("=") for word in values]
         if not all(equals for _, equals, _ in pairs):
             parser.error(f"{option_string} takes key=value pairs, got {' '.join(values)}")
-        setattr(namespace, self.dest, {key: _value(value) for key, _, value in pairs})
+        found = {key: _value(value) for key, _, value in pairs}
+        for key, value in found.items():
+            if isinstance(value, dict) and any(inner is None and ":" in str(name) for name, inner in value.items()):
+                parser.error(f"{option_string} '{key}={{{', '.join(value)}}}': YAML wants a space after each colon")
+        setattr(namespace, self.dest, found)
 
 
 def _value(text: str) -> Any:

@@ -15,9 +15,17 @@ class MapetError(Exception):
 
 
 class Interrupted(MapetError):
-    """A signal stopped a stage after it had saved its work."""
+    """A signal stopped a stage after it had saved its work.
+
+    Attributes:
+        what: what stopped it and what is saved; the message goes on with how to go on.
+    """
 
     exit_code = 130
+
+    def __init__(self, what: str, again: str = "the same command and --resume") -> None:
+        super().__init__(f"{what}. Go on with: {again}")
+        self.what = what
 
 
 class MadeByNewer(MapetError):

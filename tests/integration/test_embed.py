@@ -89,7 +89,9 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(Embeddings, "write", stop_at_four)
-        with pytest.raises(Interrupted, match=r"stopped by SIGINT: features of 4 of 12 images are saved\. Go on with .* --resume"):
+        with pytest.raises(
+            Interrupted, match=r"stopped by SIGINT: features of 4 of 12 images are saved\. Go on with: .* --resume"
+        ):
             mapet.embed(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 4
     with pytest.raises(MapetError, match="unfinished"):

@@ -485,7 +485,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
     assert not (tmp_path / "run" / "backbone").exists()
 
 
-def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
+def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
+    few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog
+):
     """Too few steps for `max_skipped`: the folder stays readable, resuming says the same, and the report is written."""
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}

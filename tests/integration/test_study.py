@@ -60,8 +60,17 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert main(["study", str(out / "study.yaml")]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    with pytest.raises(MapetError, match=r"was run with other options \(lr: 0.003 -> 0.1\)"):
-        mapet.study(**options | {"pretrain": SHARED | {"lr": 0.1}})
+    recorded = (out / "study.yaml").read_bytes()
+    for changed, message in (
+        ({"pretrain": SHARED | {"lr": 0.1}}, r"was run with other options \(lr: 0.003 -> 0.1\)"),
+        ({"tokenizers": {"pixels": PIXELS | {"vocab_size": 8}}}, r"pixels was made with other options \(vocab_size: 16 -> 8\)"),
+        ({"tokenize": {"views": "flip"}}, r"pixels was made with other options \(views: 'center' -> 'flip'\)"),
+    ):
+        with pytest.raises(MapetError, match=message):
+            mapet.study(**options | changed)
+    assert (out / "study.yaml").read_bytes() == recorded
+    assert "Tokenizer 'pixels': teacher pixels, 8 x 8 px in patches of 2, 16 words." in text
+    assert "K-nn" not in (html := (out / "report" / "report.html").read_text()) and "<h3>Training loss" in html
     assert mapet.study(**options, report_only=True) == out / "report"
 
 
@@ -146,6 +155,8 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"tokenizers": {}}, "no tokenizers"),
         ({"grids": {}}, "unknown option 'grids'; did you mean 'grid'"),
         ({"tokenizers": {"a": {"vocab": 3}}}, "unknown option 'tokenizers.a.vocab'"),
+        ({"grid": {"objective": ["mim", "mapett"]}}, "'mapett'.* did you mean 'mapet'"),
+        ({"tokenizers": {"pixels": PIXELS | {"patch_size": 3}}}, "tokenizer 'pixels': .*not divisible by the patch size 3"),
         ({"test_images": "nowhere"}, "nowhere does not exist"),
         ({"images": "nowhere"}, "nowhere does not exist"),
     ],
@@ -154,6 +165,14 @@ def test_what_a_study_refuses_before_it_writes_anything(options, message, few_di
     with pytest.raises(MapetError, match=message):
         mapet.study(**recipe(few_digits, tmp_path / "study") | options)
     assert not (tmp_path / "study").exists()
+
+
+def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
+    argv = ["study", "--images", str(few_digits), "--test-images", str(few_digits), "--out", str(tmp_path / "study")]
+    argv += ["--grid", "objective=[mim, pim]", "--seeds", "0", "--equal-compute", "false", "--labels-per-class", "5"]
+    assert main([*argv, "--tokenizers", "pixels={image_size:8,patch_size:2}"]) == 2
+    assert "--tokenizers 'pixels={image_size:8, patch_size:2}': YAML wants a space after each colon" in capsys.readouterr().err
+    assert main(argv) == 2 and "--tokenizers is required: name -> options of `fit-tokenizer`: 'pixels={}'" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):

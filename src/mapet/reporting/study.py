@@ -142,7 +142,8 @@ def _curves(study: Study, budget: str, measure: str, axis: str) -> tuple[str, li
                 found.setdefault(in_words(setting), []).append((i, line))
     heights = [y for lines in found.values() for _, line in lines for _, y in line]
     panels = {where: _draw(lines, label, CURVES[measure], min(heights), max(heights)) for where, lines in found.items()}
-    return f"{CURVES[measure].capitalize()} against {label}, {budget}", study.values, panels
+    name = CURVES[measure]
+    return f"{name[0].upper()}{name[1:]} against {label}, {budget}", study.values, panels
 
 
 def _known(numbers: dict[str, float], *keys: str) -> bool:

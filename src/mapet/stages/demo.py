@@ -60,8 +60,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
             images=train, test_images=test, out=config.out / "run", seed=config.seed, resume=config.resume, **RECIPE
         )
     except Interrupted as error:
-        what = str(error).partition(" Go on with")[0]
-        raise Interrupted(f"{what} Go on with: mapet demo --out {config.out} --resume") from None
+        raise Interrupted(error.what, f"mapet demo --out {config.out} --resume") from None
     results = read_json(config.out / "run" / "probe.json", "probe result")
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):

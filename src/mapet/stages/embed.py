@@ -78,6 +78,7 @@ def embed(config: EmbedConfig) -> Path:
         "precision": compute.precision,
     }
     shape = (vit.patch_embed.num_patches, vit.embed_dim) if config.pool == "none" else (vit.embed_dim,)
+
     def features(pixels: torch.Tensor) -> torch.Tensor:
         with compute.autocast():
             tokens = vit.forward_features(normalize(compute.to(pixels), vit.in_chans))
@@ -117,8 +118,7 @@ def embed(config: EmbedConfig) -> Path:
                 rows, index = rows[~here], index[~here]
             if stop.asked and store.done < len(images):
                 raise Interrupted(
-                    f"stopped by {stop.asked}: features of {store.done:,} of {len(images):,} images are saved. Go on with the same "
-                    "command and --resume"
+                    f"stopped by {stop.asked}: features of {store.done:,} of {len(images):,} images are saved"
                 )
     log.info(
         "features of %s images in %s (%d unreadable left out), %s numbers each",

@@ -167,7 +167,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 relative_to_first(found)
                 write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
         except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; what was done by then, if anything, is in {config.out}") from None
+            raise Interrupted(
+                f"interrupted; the protocols that had ended, if any, are in {config.out}",
+                "the other --protocols, and a new --out",
+            ) from None
         finally:
             bench.close()
     if len(found) > 1:

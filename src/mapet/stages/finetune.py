@@ -168,9 +168,9 @@ def tune_each(config: FinetuneConfig) -> float:
         try:
             score, stopped = tune(config.model_copy(update={"seed": seed, "seeds": 1, "out": place}))
         except Interrupted as error:
-            raise Interrupted(f"{str(error).partition(' Go on with')[0]} Go on with: {again}") from None
+            raise Interrupted(error.what, again) from None
         if stopped and seed < last:
-            raise Interrupted(f"stopped by {stopped} after seed {seed}, saved. Go on with: {again}")
+            raise Interrupted(f"stopped by {stopped} after seed {seed}, saved", again)
         scores[f"seed-{seed}"] = score
     figure = over_seeds(list(scores.values()))
     few = "; two seeds tell little" if config.seeds == 2 else ""

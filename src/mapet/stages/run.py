@@ -109,8 +109,9 @@ def run(config: RunConfig) -> Path:
         try:
             with _naming_options(stage):
                 stage(configs[stage])
-        except KeyboardInterrupt:  # where a stage has nothing to save
-            raise Interrupted(f"interrupted. Go on with: mapet run {recipe} --resume") from None
+        except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
+            what = error.what if isinstance(error, Interrupted) else "interrupted"
+            raise Interrupted(what, f"mapet run {recipe} --resume") from None
 
     missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
     processes.wait()  # all have looked before one writes
@@ -181,13 +182,12 @@ def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[st
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import labelled, train_and_test
-    from mapet.training.build import Words, model_for
+    from mapet.training.build import refuse_model
 
-    fitting, pretraining = configs[fit_tokenizer], configs[pretrain]
+    pretraining = configs[pretrain]
     if not made["pretrain"]:
-        sizes = fitting.image_size, fitting.patch_size, fitting.channels
         with _naming_options(pretrain):
-            model_for(pretraining, Words(pretraining.tokenizer, *sizes, fitting.vocab_size or 2, 1))
+            refuse_model(pretraining, configs[fit_tokenizer])
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
     if config.test_images is not None and not made["probe"]:

@@ -134,7 +134,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
                     store.save_progress(part)
                     saved = time.monotonic()
                 if stop.asked:
-                    raise Interrupted(f"stopped by {stop.asked}, saved. Go on with the same command and --resume")
+                    raise Interrupted(f"stopped by {stop.asked}, saved")
         finally:
             if current:
                 store.save_progress(current)

@@ -122,3 +122,9 @@ def model_for(config: Any, words: Words) -> Pretrainer:
     if config.init_from:
         start_from(vit, config.init_from)
     return model
+
+
+def refuse_model(config: Any, fitting: Any) -> None:
+    """Raises MapetError as `model_for` does, for a tokenizer that `fit-tokenizer` is to make with the config `fitting`."""
+    sizes = fitting.image_size, fitting.patch_size, fitting.channels
+    model_for(config, Words(config.tokenizer, *sizes, fitting.vocab_size or 2, 1))

@@ -156,9 +156,7 @@ def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
 
 def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
     """What is raised when a run has saved, for the signal `by`."""
-    return Interrupted(
-        f"stopped by {by} at step {step} of {total_steps}, saved. Go on with: {command_to_resume(folder, stage)}"
-    )
+    return Interrupted(f"stopped by {by} at step {step} of {total_steps}, saved", command_to_resume(folder, stage))
 
 
 def system_information(compute: Compute) -> str:

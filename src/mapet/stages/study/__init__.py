@@ -1,18 +1,22 @@
 """Stage: a grid of pre-training runs, each evaluated alike, and the report that compares them.
 
-`grid` says which cells there are, `cells` runs and evaluates them, `report/study.py` writes what came out.
+`grid` says which cells there are, `tokenizers` makes what they share, `cells` runs and evaluates them, `summary` hands what came out to
+the report.
 """
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mapet.errors import Interrupted
+from mapet.errors import Interrupted, MapetError
 from mapet.recipe import Config, Source, section, stage, write_recipe
 from mapet.stages.finetune import FinetuneConfig
 from mapet.stages.run import SET_HERE, FitTokenizerOptions, PretrainOptions, TokenizeOptions
+
+if TYPE_CHECKING:
+    from mapet.stages.study.grid import GridCell
 
 log = logging.getLogger("mapet")
 FinetuneOptions = section(FinetuneConfig, SET_HERE | {"scratch", "labels_per_class", "label_share"})
@@ -29,8 +33,9 @@ class StudyConfig(Config):
     """Folder of the study; what is done in it already is not done again."""
     other_test_images: dict[str, Source] = Field(default_factory=dict)
     """Further test sets of the same classes (out of distribution): name=folder."""
-    tokenizers: dict[str, FitTokenizerOptions] = Field(default_factory=dict)  # type: ignore[valid-type]
-    """name -> options of `fit-tokenizer`."""
+    tokenizers: dict[str, FitTokenizerOptions]  # type: ignore[valid-type]
+    """name -> options of `fit-tokenizer`: 'pixels={}' for all defaults, 'pixels={image_size: 32, patch_size: 4}'; quotes keep the
+    shell off."""
     tokenize: TokenizeOptions = TokenizeOptions()  # type: ignore[valid-type]
     pretrain: PretrainOptions = PretrainOptions()  # type: ignore[valid-type]
     finetune: FinetuneOptions = FinetuneOptions()  # type: ignore[valid-type]
@@ -57,21 +62,23 @@ def study(config: StudyConfig) -> Path:
     """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each cell, report; returns the report's folder.
 
     Example:
-      mapet study --images PHOTOS --test-images TEST --out study --grid objective=[mim,pim,mapet] --pretrain.epochs 50
+      mapet study --images PHOTOS --test-images TEST --out study --tokenizers 'pixels={}' --grid 'objective=[mim, pim, mapet]'
       mapet study study.yaml
       mapet study study.yaml --devices cuda:0 cuda:1
       mapet study study.yaml --report-only
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import train_and_test
-    from mapet.stages.study.cells import make_tokenizers, run_cells
+    from mapet.stages.study.cells import run_cells
     from mapet.stages.study.grid import cell_folder, grid_cells, with_budgets
     from mapet.stages.study.summary import write
+    from mapet.stages.study.tokenizers import make_tokenizers
 
     cells = grid_cells(config)
     for name, folder in {"test_images": config.test_images, **config.other_test_images}.items():
         log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
     num_images = len(scan(config.images))
+    _refuse_now(config, cells, num_images)
     write_recipe(config, config.out / "study.yaml", "study")
     stopped = None
     if config.report_only:
@@ -84,6 +91,30 @@ def study(config: StudyConfig) -> Path:
     if stopped:
         done = sum((cell_folder(config, cell) / "result.json").exists() for cell in cells)
         raise Interrupted(
-            f"stopped by {stopped}: {done} of {len(cells)} cells are done, the others saved. Go on with the same command"
+            f"stopped by {stopped}: {done} of {len(cells)} cells are done, the others saved", "the same command"
         )
     return report
+
+
+def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -> None:
+    """What a cell would refuse, after hours perhaps, is refused before anything is written.
+
+    Raises:
+        MapetError: a tokenizer or a cell that was begun with other options; no such model or objective, sizes that don't fit.
+    """
+    from mapet.stages.study.cells import cell_job, refuse_other_cell
+    from mapet.stages.study.grid import cell_folder, pretrain_config, with_budgets
+    from mapet.stages.study.tokenizers import fitting_config, refuse_other_tokenizer
+    from mapet.training.build import refuse_model
+
+    for name in config.tokenizers:
+        refuse_other_tokenizer(config, name)
+    for cell in with_budgets(config, cells):
+        refuse_other_cell(cell_folder(config, cell), cell_job(config, cell, num_images))
+    for cell in cells if not config.report_only else ():
+        if cell.seed == config.seeds[0] and not (cell_folder(config, cell) / "pretrain").exists():
+            fitting = fitting_config(config, cell.tokenizer)
+            try:
+                refuse_model(pretrain_config(config, cell), fitting)
+            except MapetError as error:
+                raise MapetError(f"grid, {cell.factors}: {error}") from None

@@ -13,40 +13,16 @@ from mapet.errors import Interrupted, MapetError
 from mapet.files import check_format, read_json, write_json
 from mapet.recipe import build, differences
 from mapet.stages.finetune import finetune
-from mapet.stages.fit_tokenizer import fit_tokenizer
 from mapet.stages.options import usable_cores
 from mapet.stages.pretrain import PretrainConfig, pretrain
 from mapet.stages.study import FinetuneOptions, StudyConfig
 from mapet.stages.study.grid import GridCell, cell_folder, pretrain_config
-from mapet.stages.tokenize import tokenize
 
 log = logging.getLogger("mapet")
 FORMAT = 1
 COMPARED = ("num_images", "test_images", "other_test_images", "labels_per_class")
 PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher", "track"})
 """Options that may differ when a cell goes on: the study may have moved, and trackers are only told."""
-
-
-def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
-    """Fit and store the tokens of each; name -> reason for those that could not be made."""
-    from mapet.tokenizer.teacher import is_own_code
-
-    broken = {}
-    for name in sorted(names):
-        folder, options = config.out / "tokenizers" / name, config.tokenizers[name].model_dump(exclude_unset=True)  # type: ignore[attr-defined]
-        shared: dict[str, Any] = {"images": config.images, "device": config.devices[0]}
-        teacher = options.get("teacher", "pixels")
-        try:
-            if not (folder / "tokenizer").exists():
-                log.info("--- tokenizer %s", name)
-                fit_tokenizer(**shared, **options, out=folder / "tokenizer", resume=True)
-            tokens = config.tokenize.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
-            own = {"teacher": teacher} if is_own_code(teacher) else {}
-            tokenize(**shared, **tokens, **own, tokenizer=folder / "tokenizer", out=folder / "tokens", resume=True)
-        except MapetError as error:
-            broken[name] = str(error)
-            log.warning("tokenizer %s: %s", name, error)
-    return broken
 
 
 def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str], num_images: int) -> str | None:
@@ -58,7 +34,7 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
     waiting = []
     for cell in cells:
         folder, job = cell_folder(config, cell), cell_job(config, cell, num_images)
-        _refuse_other(folder, job)
+        refuse_other_cell(folder, job)
         (folder / "failure.json").unlink(missing_ok=True)
         if cell.tokenizer in broken:
             write_json(folder / "failure.json", {"reason": f"tokenizer {cell.tokenizer}: {broken[cell.tokenizer]}"})
@@ -106,8 +82,12 @@ def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, 
     }
 
 
-def _refuse_other(folder: Path, job: dict[str, Any]) -> None:
-    """A cell that was begun goes on as it was, or not at all."""
+def refuse_other_cell(folder: Path, job: dict[str, Any]) -> None:
+    """A cell that was begun goes on as it was, or not at all; `job` is what it is to be now.
+
+    Raises:
+        MapetError: its options are others.
+    """
     if not (folder / "pretrain").exists():
         return
     old = read_json(folder / "cell.json", "study cell")

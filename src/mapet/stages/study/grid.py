@@ -12,6 +12,7 @@ from mapet.recipe import build
 from mapet.stages.pretrain import PretrainConfig
 from mapet.stages.run import PretrainOptions
 from mapet.stages.study import StudyConfig
+from mapet.stages.study.tokenizers import tokenizer_folder
 from mapet.tokenizer.teacher import is_own_code
 from mapet.training.estimate import flops_per_image
 
@@ -107,7 +108,7 @@ def with_budgets(config: StudyConfig, cells: list[GridCell]) -> list[GridCell]:
     def cost(cell: GridCell) -> float:
         key = tuple(cell.factors.values())
         if key not in costs:
-            made = (config.out / "tokenizers" / cell.tokenizer / "tokenizer").exists()
+            made = (tokenizer_folder(config, cell.tokenizer) / "tokenizer").exists()
             costs[key] = flops_per_image(pretrain_config(config, cell)) if made else 0.0
         return costs[key]
 
@@ -132,7 +133,7 @@ def _without(factors: Mapping[str, str], name: str) -> dict[str, str]:
 
 
 def pretrain_config(config: StudyConfig, cell: GridCell) -> PretrainConfig:
-    tokenizer = config.out / "tokenizers" / cell.tokenizer
+    tokenizer = tokenizer_folder(config, cell.tokenizer)
     teacher = getattr(config.tokenizers[cell.tokenizer], "teacher")  # noqa: B009 (a made-up class)
     given = {
         "images": config.images,

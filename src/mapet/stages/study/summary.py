@@ -5,12 +5,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from mapet.errors import by
 from mapet.files import read_json, write_json
 from mapet.reporting.comparison import Cell, Study
 from mapet.reporting.study import write_report
 from mapet.stages.study import StudyConfig
 from mapet.stages.study.cells import cell_job, evaluate
 from mapet.stages.study.grid import GridCell, cell_folder, file_name
+from mapet.stages.study.tokenizers import fitting_config, tokenizer_folder
+from mapet.tokenizer.codebook import load_tokenizer
 
 log = logging.getLogger("mapet")
 
@@ -42,11 +45,11 @@ def baselines(config: StudyConfig, cells: list[GridCell], measure: bool) -> dict
 def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
     """report.html, report.md and report.csv of all cells, done or not."""
     tokenizers: dict[str, Any] = config.tokenizers
-    teachers = {name: options.teacher for name, options in tokenizers.items()}
-    notes = [
-        f"The tokenizer '{name}' uses a pre-trained teacher ({teacher}): what that has seen, labels perhaps, goes into its results."
-        for name, teacher in teachers.items()
-        if teacher != "pixels"
+    notes = [_in_words(config, name) for name in tokenizers]
+    notes += [
+        f"The tokenizer '{name}' uses a pre-trained teacher ({options.teacher}): what that has seen, labels perhaps, goes into its results."
+        for name, options in tokenizers.items()
+        if options.teacher != "pixels"
     ]
     notes.append(
         "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch."
@@ -73,3 +76,11 @@ def _read(config: StudyConfig, cell: GridCell) -> Cell:
     elif (folder / "failure.json").exists():
         status, reason = "failed", read_json(folder / "failure.json", "study cell")["reason"]
     return Cell(cell.name, cell.factors, cell.seed, cell.budgets, status, reason, **result)
+
+
+def _in_words(config: StudyConfig, name: str) -> str:
+    """A tokenizer's sizes."""
+    fitting, folder = fitting_config(config, name), tokenizer_folder(config, name) / "tokenizer"
+    words = f"{load_tokenizer(folder, with_teacher=False).vocab_size:,}" if folder.exists() else "no"
+    size = f"{by(fitting.image_size)} px in patches of {fitting.patch_size}"
+    return f"Tokenizer '{name}': teacher {fitting.teacher}, {size}, {words} words."
