@@ -54,11 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def console() -> None:
-    """The `mapet` command."""
-    sys.exit(main())
-
-
 def overview() -> str:
     """The text of `mapet --help`."""
     width = max(map(len, STAGES)) + 2

@@ -1,10 +1,12 @@
 """Signals that ask a stage to stop: it saves first."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 log = logging.getLogger("mapet")
@@ -18,6 +20,9 @@ class StopRequest:
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Ctrl-C, the polite kill, a terminal that goes away, and what schedulers send before they take a machine."""
+WHILE_IMPORTING = (
+    b"mapet: interrupted while loading libraries. Go on with: the same command, and --resume if it had begun\n"
+)
 AGAIN = 2.0
 """Seconds after which a second signal is meant: torchrun repeats to its processes what a terminal has sent to all."""
 
@@ -48,6 +53,26 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def leave_at_once_while_importing() -> None:
+    """Ctrl-C while modules are imported, when there is nothing to save, ends the process then and there.
+
+    Raised as an exception it can end in a callback of the import system or of a library, which pass over it: the program
+    would go on with half a library. At any other time it is Python's KeyboardInterrupt.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked = frame
+        while asked is not None:
+            if asked.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, WHILE_IMPORTING)
+                os._exit(130)
+            asked = asked.f_back
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is to be ignored, as nohup asks
+        signal.signal(signal.SIGINT, handle)
 
 
 def leave_to_main_process() -> None:

@@ -129,6 +129,26 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     )
 
 
+@pytest.mark.parametrize(
+    ("program", "code", "told"),
+    [  # the module sends the signal to itself, and passes over exceptions as callbacks of the import system do
+        ("import swallows", 130, "mapet: interrupted while loading libraries. Go on with: the same command"),
+        ("os.kill(os.getpid(), signal.SIGINT)", -2, "KeyboardInterrupt"),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN); leave_at_once_while_importing(); import swallows", 0, ""),
+    ],
+)
+def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told, tmp_path):
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    begin = (
+        "import os, signal\nfrom mapet.signals import leave_at_once_while_importing\nleave_at_once_while_importing()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", begin + program], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == code and told in ended.stderr
+    assert told or not ended.stderr
+
+
 @pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
 def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
     """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""

@@ -63,7 +63,10 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     recorded = (out / "study.yaml").read_bytes()
     for changed, message in (
         ({"pretrain": SHARED | {"lr": 0.1}}, r"was run with other options \(lr: 0.003 -> 0.1\)"),
-        ({"tokenizers": {"pixels": PIXELS | {"vocab_size": 8}}}, r"pixels was made with other options \(vocab_size: 16 -> 8\)"),
+        (
+            {"tokenizers": {"pixels": PIXELS | {"vocab_size": 8}}},
+            r"pixels was made with other options \(vocab_size: 16 -> 8\)",
+        ),
         ({"tokenize": {"views": "flip"}}, r"pixels was made with other options \(views: 'center' -> 'flip'\)"),
     ):
         with pytest.raises(MapetError, match=message):
@@ -156,7 +159,10 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grids": {}}, "unknown option 'grids'; did you mean 'grid'"),
         ({"tokenizers": {"a": {"vocab": 3}}}, "unknown option 'tokenizers.a.vocab'"),
         ({"grid": {"objective": ["mim", "mapett"]}}, "'mapett'.* did you mean 'mapet'"),
-        ({"tokenizers": {"pixels": PIXELS | {"patch_size": 3}}}, "tokenizer 'pixels': .*not divisible by the patch size 3"),
+        (
+            {"tokenizers": {"pixels": PIXELS | {"patch_size": 3}}},
+            "tokenizer 'pixels': .*not divisible by the patch size 3",
+        ),
         ({"test_images": "nowhere"}, "nowhere does not exist"),
         ({"images": "nowhere"}, "nowhere does not exist"),
     ],
@@ -171,8 +177,14 @@ def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
     argv = ["study", "--images", str(few_digits), "--test-images", str(few_digits), "--out", str(tmp_path / "study")]
     argv += ["--grid", "objective=[mim, pim]", "--seeds", "0", "--equal-compute", "false", "--labels-per-class", "5"]
     assert main([*argv, "--tokenizers", "pixels={image_size:8,patch_size:2}"]) == 2
-    assert "--tokenizers 'pixels={image_size:8, patch_size:2}': YAML wants a space after each colon" in capsys.readouterr().err
-    assert main(argv) == 2 and "--tokenizers is required: name -> options of `fit-tokenizer`: 'pixels={}'" in capsys.readouterr().err
+    assert (
+        "--tokenizers 'pixels={image_size:8, patch_size:2}': YAML wants a space after each colon"
+        in capsys.readouterr().err
+    )
+    assert (
+        main(argv) == 2
+        and "--tokenizers is required: name -> options of `fit-tokenizer`: 'pixels={}'" in capsys.readouterr().err
+    )
 
 
 def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):
