@@ -1,7 +1,9 @@
 """What the README, the docs, the recipes and the help texts show is what the program takes."""
 
+import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 
 OTHERS_NEED = {
-    "finetune": ", backbone: c", "pretrain": ", tokenizer: c", "study": ", test_images: c, grid: {objective: [mim, mapet]}",
+    "finetune": ", backbone: c", "pretrain": ", tokenizer: c", "study": ", test_images: c, tokenizers: {a: {}}, grid: {objective: [mim, mapet]}",
 }  # fmt: skip
 
 
@@ -62,6 +64,37 @@ def understood(name, words, monkeypatch):
     cli.run_stage(name, words)
     [config] = seen
     return config
+
+
+SMALL = {
+    "fit-tokenizer": "--image-size 8 --patch-size 2 --vocab-size 16",
+    "pretrain": "--model-args depth=2 embed_dim=32 num_heads=2 --batch-size 64 --epochs 1",
+    "finetune": "--epochs 1 --labels-per-class 4",
+    "evaluate": "--protocols knn",
+}
+"""What the README's sizes are replaced by, so that its commands are quick on 8 x 8 digits."""
+
+
+def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog):
+    """Every command of the list, one after the other, on what those before it made; the page in a browser is left out."""
+    (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
+    monkeypatch.chdir(tmp_path)
+    Path("PHOTOS").symlink_to(digits / "test")
+    Path("LABELLED").symlink_to(digits)
+    ran = []
+    for line in block.splitlines():
+        _, name, *words = shlex.split(line)
+        if name == "export" and importlib.util.find_spec("onnxscript") is None:
+            words = words[: words.index("--format")]
+        if name == "report":
+            shutil.copytree("runs/a/vit", "runs/b/vit")
+        own_recipe = words[0].endswith(".yaml")
+        if name != "watch":
+            ran.append(name)
+            cli.run_stage(name, [*words, *([] if own_recipe else SMALL.get(name, "").split())])
+    assert ran == [
+        "fit-tokenizer", "tokenize", "pretrain", "pretrain", "probe", "evaluate", "finetune", "inspect", "inspect", "report", "export",
+    ]  # fmt: skip
 
 
 def test_commands_are_found():
