@@ -13,7 +13,7 @@ import yaml
 import mapet
 from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
-from mapet.recipe import build, fields, meaning_of_none, read_recipe, refuse_other_folder
+from mapet.recipe import build, fields, meaning_of_none, read_recipe, recipe_in, refuse_other_folder
 from mapet.stages import STAGES
 
 
@@ -97,6 +97,8 @@ def run_stage(name: str, argv: list[str]) -> Any:
         for part in path:
             inner = inner.setdefault(part, {})
         inner[last] = value
+    if recipe and recipe.is_dir():
+        raise MapetError(f"{recipe} is a folder, not a recipe: {_way_in(name, recipe)}")
     config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
     if recipe and getattr(config, "resume", False):
         refuse_other_folder(recipe, config.out)  # type: ignore[attr-defined]
@@ -119,6 +121,16 @@ def _take_words(name: str, options: dict[str, Any]) -> Path | None:
             raise MapetError(f"unexpected word '{words[1]}'; mapet {name} takes one --{_flag(option)}")
         options[option] = words if several else words[0]
     return recipe
+
+
+def _way_in(name: str, folder: Path) -> str:
+    """What somebody may have meant who gave a stage nothing but a folder."""
+    if found := recipe_in(folder, (name,)):
+        return f"did you mean {found[1]}?"
+    options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
+    known = STAGES[name].config_type.model_fields
+    option = next(option for option in [*options, "images", "out"] if option in known)
+    return f"give it as --{option} {folder}"
 
 
 class _Parser(argparse.ArgumentParser):

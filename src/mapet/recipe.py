@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
@@ -231,10 +231,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: a mapping of option names to values."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except IsADirectoryError:
-        inside = next((path / name for name in ("recipe.yaml", "config.yaml") if (path / name).is_file()), None)
-        way = f"did you mean {inside}?" if inside else f"give images as --images {path}"
-        raise MapetError(f"{path} is a folder, not a recipe: {way}") from None
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
@@ -254,6 +250,21 @@ def write_recipe(config: "Config", path: Path, stage: str) -> None:
 
     with atomic(path) as temporary:
         temporary.write_text(f"# mapet {stage} {path}\n{to_yaml(config)}", encoding="utf-8")
+
+
+def recipe_in(folder: Path, stages: Sequence[str]) -> tuple[str, Path] | None:
+    """The command that wrote a recipe of `folder`, if it is one of `stages`, and that file."""
+    for path in (
+        folder / "recipe.yaml",
+        folder / "pretrain" / "config.yaml",
+        folder / "config.yaml",
+        folder / "study.yaml",
+    ):
+        heading = path.read_text(errors="replace").split(maxsplit=3)[:3] if path.is_file() else []
+        for stage in stages:
+            if heading == ["#", "mapet", stage]:
+                return stage, path
+    return None
 
 
 def outer_recipe(folder: Path) -> Path | None:

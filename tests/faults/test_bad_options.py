@@ -209,7 +209,7 @@ def test_recipes(capsys, tmp_path):
     recipe.write_bytes(b"\xff\xfe\x00")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert "cannot read the recipe" in fails(capsys, "fit-tokenizer", tmp_path / "absent.yaml")
-    assert f"is a folder, not a recipe: give images as --images {tmp_path}" in fails(capsys, "check", tmp_path)
+    assert f"is a folder, not a recipe: give it as --images {tmp_path}" in fails(capsys, "check", tmp_path)
     recipe.write_text("!!python/object/apply:os.system ['touch hacked']\n")
     assert "not valid YAML" in fails(capsys, "fit-tokenizer", recipe)
     assert not Path("hacked").exists()
@@ -501,12 +501,31 @@ def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
     assert "--pretrain.predict-ratio 75: above 0 to 1" in fails(capsys, *run, "--pretrain.predict-ratio", "75")
 
 
+def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir, capsys, tmp_path):
+    """The option that this stage takes it by, or the recipe in it if this stage wrote one."""
+    for stage, folder, way in (
+        ("inspect", run_dir, f"give it as --run {run_dir}"),
+        ("inspect", tokenizer_dir, f"give it as --tokenizer {tokenizer_dir}"),
+        ("tokenize", tokenizer_dir, f"give it as --tokenizer {tokenizer_dir}"),
+        *(
+            (stage, run_dir, f"give it as --backbone {run_dir}")
+            for stage in ("probe", "embed", "evaluate", "export", "finetune")
+        ),
+        ("replay", run_dir, f"give it as --bundle {run_dir}"),
+        ("pretrain", run_dir, f"did you mean {run_dir / 'config.yaml'}?"),
+        ("run", tmp_path, f"give it as --images {tmp_path}"),
+    ):
+        assert f"{folder} is a folder, not a recipe: {way}" in fails(capsys, stage, folder)
+
+
 def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_path, monkeypatch, caplog):
     """A recipe with relative folders, given from another folder, would silently start another run there."""
     (tmp_path / "home" / "runs" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "home")
     recipe = Path("runs/a/recipe.yaml")
-    recipe.write_text(f"images: {crops}\nout: runs/a\nfit_tokenizer: {{teacher: resnet50x64_clp}}\n")
+    recipe.write_text(
+        f"# mapet run runs/a/recipe.yaml\nimages: {crops}\nout: runs/a\nfit_tokenizer: {{teacher: resnet50x64_clp}}\n"
+    )
     Path("runs/a/tokenizer").mkdir()
     assert "is not a tokenizer" in fails(capsys, "run", recipe, "--resume")  # it is gone on with
     monkeypatch.chdir(tmp_path)

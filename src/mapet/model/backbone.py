@@ -17,6 +17,7 @@ from mapet.errors import MapetError, by, did_you_mean, must_be_divisible
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
 from mapet.model.published import HEADS, Published, from_weights, shortly
+from mapet.recipe import recipe_in
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")
@@ -357,14 +358,13 @@ def find_backbone(path: Path) -> Path:
         hint = f". timm's model of that name is timm:{path.name}" if known else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
-    for recipe in (path / "recipe.yaml", path / "pretrain" / "config.yaml", path / "config.yaml"):
-        heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []
-        if begun and heading in (["#", "mapet", stage] for stage in ("run", "pretrain", "finetune")):
-            export = f"; or take its newest checkpoint: mapet export --backbone {path} --out NEW"
-            raise MapetError(
-                f"{path} holds no backbone: the run is not finished. Go on with: mapet {heading[2]} {recipe} --resume"
-                f"{export if heading[2] != 'finetune' else ''}"
-            )
+    if begun and (found := recipe_in(path, ("run", "pretrain", "finetune"))):
+        stage, recipe = found
+        export = f"; or take its newest checkpoint: mapet export --backbone {path} --out NEW"
+        raise MapetError(
+            f"{path} holds no backbone: the run is not finished. Go on with: mapet {stage} {recipe} --resume"
+            f"{export if stage != 'finetune' else ''}"
+        )
     if seeds := sorted(path.glob("seed-*/model")):
         raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
     raise MapetError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from mapet.errors import MapetError
 from mapet.recipe import Source, stage
 from mapet.stages.options import Loading
 
@@ -132,7 +133,11 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     words = sampler.words(sample, enough_images(config.num_images, vocab_size, grid[0] * grid[1], len(sample)))
     views = sampler.views(images.subset(few), config.seed)
     if config.tokens is not None:
-        views["stored"] = sampler.stored(images, TokenStore.open(config.tokens, images, tokenizer.hash), few)
+        try:
+            store = TokenStore.open(config.tokens, images, tokenizer.hash)
+        except MapetError as error:
+            raise MapetError(f"{error}. Or leave out --tokens: the words are measured all the same") from None
+        views["stored"] = sampler.stored(images, store, few)
 
     labels = test = None
     if (found := images.classes()) is not None:
