@@ -273,6 +273,30 @@ def outer_recipe(folder: Path) -> Path | None:
     return path if folder.name == "pretrain" and path.is_file() else None
 
 
+def pretrain_folder(folder: Path) -> Path:
+    """The folder of `pretrain` in one of `run`, or the folder itself."""
+    inner = folder / "pretrain"
+    return inner if (inner / "config.yaml").is_file() or (folder / "recipe.yaml").is_file() else folder
+
+
+def is_tuned(folder: Path) -> bool:
+    """Whether it is a folder of `finetune`, which starts from a backbone."""
+    return (folder / "config.yaml").is_file() and "backbone" in read_recipe(folder / "config.yaml")
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raises MapetError: it is no folder of `run` or `pretrain`, finished or not."""
+    if not folder.exists():
+        raise MapetError(f"{folder} does not exist: give the folder of a run")
+    if is_tuned(folder):
+        raise MapetError(
+            f"{folder} is a fine-tuned model, and reports and pictures are of pre-training: its curve is {folder / 'curve.png'}, its "
+            "accuracy in result.json"
+        )
+    if not (pretrain_folder(folder) / "config.yaml").is_file():
+        raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
+
+
 def nothing_to_resume(folder: Path) -> str:
     """Why a `--resume` starts from nothing: a job that may be sent anew at any moment has one command."""
     return f"nothing to resume in {folder}: a new run begins there"

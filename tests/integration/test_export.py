@@ -257,10 +257,13 @@ def test_a_finetuning_is_repeated_by_its_recipe(digits, run_dir, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     recipe = yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())
     assert recipe["batch_size"] and recipe["lr"] and recipe["warmup_epochs"] == 0.1
-    with pytest.raises(MapetError, match="is a fine-tuned model, which has no report"):
-        mapet.report(run=tmp_path / "tuned", out=tmp_path / "report.html")
-    with pytest.raises(MapetError, match="is not a pre-training run"):
-        mapet.inspect(run=tmp_path / "tuned", out=tmp_path / "pictures")
+    for look, options in (
+        (mapet.report, {"out": "report.html"}),
+        (mapet.inspect, {"out": "pictures"}),
+        (mapet.watch, {}),
+    ):
+        with pytest.raises(MapetError, match="is a fine-tuned model, and reports and pictures are of pre-training"):
+            look(run=tmp_path / "tuned", **options)
 
 
 def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):

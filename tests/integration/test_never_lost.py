@@ -331,6 +331,8 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
     bundle = next((options["out"] / "replay").iterdir())
     with pytest.raises(MapetError, match="not the replay bundle of a run"):
         mapet.replay(bundle=tmp_path)
+    with pytest.raises(MapetError, match=rf"run is not the replay bundle of a run: did you mean {bundle}\?"):
+        mapet.replay(bundle=options["out"])
     content = read_sealed(bundle / "replay.json", "replay bundle")
     write_sealed(bundle / "replay.json", content | {"images": {"1": ["other.png"]}})
     with pytest.raises(MapetError, match="the images of step 1 are others now"):

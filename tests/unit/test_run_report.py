@@ -239,8 +239,11 @@ def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):
-        mapet.report(run=tmp_path, out=tmp_path / "report.html")
+    for look in (mapet.report, mapet.inspect):
+        with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):
+            look(run=tmp_path, out=tmp_path / "report.html")
+        with pytest.raises(MapetError, match=r"missing does not exist: give the folder of a run"):
+            look(run=tmp_path / "missing", out=tmp_path / "report.html")
 
 
 # ---- the page

@@ -10,7 +10,7 @@ from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError, counted
-from mapet.recipe import Config, meaning_of_none, outer_recipe, read_recipe
+from mapet.recipe import Config, meaning_of_none, outer_recipe, pretrain_folder, read_recipe, refuse_no_run
 from mapet.reporting.advice import Subject, not_judged, too_early, warnings
 from mapet.reporting.history import History
 from mapet.reporting.log import Log
@@ -77,12 +77,6 @@ LOGGED = 12
 """Warnings of train.log that are shown."""
 
 
-def pretrain_folder(folder: Path) -> Path:
-    """The folder of `pretrain` in one of `run`, or the folder itself."""
-    inner = folder / "pretrain"
-    return inner if (inner / "config.yaml").is_file() or (folder / "recipe.yaml").is_file() else folder
-
-
 class RunFiles:
     """A run folder of `pretrain` or `run`, which may still be growing or not be there yet.
 
@@ -114,15 +108,10 @@ class RunFiles:
     @classmethod
     def open(cls, folder: Path, config_type: type[Config] = Config) -> "RunFiles":
         """Raises MapetError: it is no run."""
+        refuse_no_run(folder)
         files = cls(folder, config_type)
-        if not folder.exists():
-            raise MapetError(f"{folder} does not exist: give the folder of a run")
-        if "backbone" in files.recipe:
-            raise MapetError(
-                f"{folder} is a fine-tuned model, which has no report: its curve is {folder / 'curve.png'}, its accuracy in result.json"
-            )
         if not files.recipe:
-            raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
+            raise MapetError(f"{files.folder / 'config.yaml'} can't be read, or is empty")
         return files
 
     @property

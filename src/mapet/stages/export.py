@@ -108,14 +108,15 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     import tempfile
 
     from mapet.model.backbone import load_backbone, save_backbone
+    from mapet.recipe import is_tuned, pretrain_folder
     from mapet.stages.pretrain import PretrainConfig
-    from mapet.training.build import is_pretraining, load_run
+    from mapet.training.build import load_run
 
     wanted = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
     run = Path(config.backbone)
-    run = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
-    if is_pretraining(run) and not (run / "backbone").is_dir():
+    inner = pretrain_folder(run)
+    if (inner / "config.yaml").is_file() and not is_tuned(run) and not (inner / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
             return load_backbone(Path(folder) / "vit", **options).eval()

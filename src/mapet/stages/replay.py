@@ -35,14 +35,20 @@ def replay(config: ReplayConfig) -> "list[Look]":
       mapet replay --bundle runs/vit/replay/step-00001200 --precision float32
     """
     from mapet.errors import MapetError
-    from mapet.recipe import build, read_recipe
+    from mapet.recipe import build, pretrain_folder, read_recipe
     from mapet.stages.pretrain import PretrainConfig
-    from mapet.training.replay import load_bundle, replay
+    from mapet.training.replay import BUNDLE, load_bundle, replay
     from mapet.training.setting import Setting
 
     recipe = config.bundle.absolute().parent.parent / "config.yaml"
-    if not recipe.is_file():
-        raise MapetError(f"{config.bundle} is not the replay bundle of a run: there is no {recipe}")
+    if not (recipe.is_file() and (config.bundle / BUNDLE).is_file()):
+        kept = sorted((pretrain_folder(config.bundle) / "replay").glob("step-*"))
+        way = (
+            f"did you mean {kept[0]}?"
+            if kept
+            else "a run that stopped for numbers that are not finite has them, as replay/step-*"
+        )
+        raise MapetError(f"{config.bundle} is not the replay bundle of a run: {way}")
     run = build(PretrainConfig, read_recipe(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "teacher") if getattr(config, name)}
     setting = Setting.of(run.model_copy(update={"device": config.device} | given))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, counted
 from mapet.recipe import Config, Source, shared_stage
 from mapet.stages.options import BadImages, Loading
 
@@ -142,9 +142,9 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     store = TokenStore.open(config.out, images, tokenizer.hash)
     Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those that all processes met
     log.info(
-        "tokens of %s images x %d views in %s (%d bad images left out)",
-        f"{len(images):,}",
-        num_views,
+        "tokens of %s x %s in %s (%d unreadable left out)",
+        counted(len(images) - len(store.bad), "image"),
+        counted(num_views, "view"),
         config.out,
         len(store.bad),
     )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mapet.recipe import Config, stage
+from mapet.recipe import Config, is_tuned, refuse_no_run, stage
 
 log = logging.getLogger("mapet")
 
@@ -36,6 +36,8 @@ def watch(config: WatchConfig) -> None:
 
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
+    if is_tuned(config.run):
+        refuse_no_run(config.run)
     with LiveServer(config.run, config.port, PretrainConfig) as server:
         missing = "holds no run yet" if config.run.exists() else "does not exist yet"
         there = "" if RunFiles(config.run).recipe else f", which {missing}: it is waited for"

@@ -10,7 +10,7 @@ from mapet.model.backbone import create_vit, start_from
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, get_objective, num_context_of
 from mapet.model.pretrainer import Pretrainer
-from mapet.recipe import Config, build, read_recipe
+from mapet.recipe import Config, build, pretrain_folder, read_recipe, refuse_no_run
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint
 
@@ -29,20 +29,14 @@ class Run(NamedTuple):
         return Run(self.config, self.tokenizer.to(device), self.model.to(device))
 
 
-def is_pretraining(folder: Path) -> bool:
-    """Whether it is a run folder of `pretrain`, finished or not: `finetune`'s starts from a backbone."""
-    return (folder / "config.yaml").is_file() and "backbone" not in read_recipe(folder / "config.yaml")
-
-
 def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False, allow: str | None = None) -> Run:
     """Read a run folder of `pretrain`, or of `run`.
 
     Raises:
         MapetError: it isn't one, or it has no usable checkpoint.
     """
-    folder = folder / "pretrain" if (folder / "pretrain" / "config.yaml").is_file() else folder
-    if not is_pretraining(folder):
-        raise MapetError(f"{folder} is not a pre-training run: it has no config.yaml of one")
+    refuse_no_run(folder)
+    folder = pretrain_folder(folder)
     config: Any = build(config_type, read_recipe(folder / "config.yaml"), folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
     model = build_model(config, tokenizer)
