@@ -6,8 +6,9 @@ All three become one mapping that pydantic validates, so a value means the same 
 import functools
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
@@ -212,6 +213,23 @@ def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, A
             yield from fields(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def as_options_of_section(message: str, section: str, inner: Collection[str], outer: Collection[str]) -> str:
+    """A stage's message with its options as a larger recipe has them, where --lr is --pretrain.lr; commands, between
+    backticks, stay.
+
+    Args:
+        inner, outer: names of the stage's options, and of the larger recipe's own, which keep theirs.
+    """
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return f"--{section.replace('_', '-')}.{found[1]}" if name in inner and name not in outer else found[0]
+
+    parts = message.split("`")
+    parts[::2] = [re.sub(r"--([a-z][a-z-]*)(?!\.?\w)", renamed, part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def meaning_of_none(field: Any) -> str:

@@ -91,6 +91,19 @@ def test_is_silent_where_nothing_is_known(rule):
     assert rule(Subject(History(pixels.path, records), {"epochs": 20}, {})) is None
 
 
+def test_too_few_steps_come_before_the_learning_rate():
+    """And the command beside is one that can be typed."""
+    at_baseline = history(token_accuracy=0.1, loss=3.5)
+    many = History(at_baseline.path, [record | {"step": 10 * record["step"]} for record in at_baseline.records])
+    recipe = {"epochs": 20, "tokenizer": "runs/a/tokenizer", "images": "my photos"}
+    for records, told in (
+        (at_baseline, "That was after 400 steps, which is few: give it more --epochs or"),
+        (many, ". Try more --epochs or"),
+    ):
+        found = warnings(Subject(records, recipe, {}))[0]
+        assert told in found and "`mapet inspect --tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found
+
+
 def test_without_labels_a_finished_run_is_said_to_be_unjudged():
     assert "There were no labels" in not_judged(subject(history()))
     for told in (

@@ -238,6 +238,17 @@ def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
     data_of(page([Shown.kept(RunFiles(tmp_path / "a"))], live=True))
 
 
+def test_warnings_of_a_run_have_its_options(tmp_path):
+    """What `pretrain` calls --clip-grad is --pretrain.clip-grad to `mapet run`."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "recipe.yaml").write_text("images: photos")
+    for folder, option in (("whole/pretrain", "--pretrain.clip-grad 0.01"), ("alone", "--clip-grad 0.01")):
+        run = write_run(tmp_path / folder, clip_grad=0.01)
+        (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), gradient_norm=1.0) for i in range(20)))
+        told = RunFiles(run, PretrainConfig).data()["warnings"]
+        assert any(f"larger than {option} in 100%" in sentence for sentence in told), told
+
+
 def test_no_run(tmp_path):
     for look in (mapet.report, mapet.inspect):
         with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from math import sqrt
+from shlex import quote
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mapet.reporting.history import History, Series
 
@@ -11,6 +12,8 @@ RECORDS = 8
 """So many records before anything is said of a run's course."""
 EARLY = 0.1
 """Share of the planned epochs that a run may take to leave the baselines."""
+FEW_STEPS = 1000
+"""Fewer, and what is not learned yet may only need more of them."""
 NEAR = 0.01
 """So near to a baseline, an accuracy or a loss (as a share of it) has not left it."""
 
@@ -39,8 +42,8 @@ def accuracy_at_baseline(run: Subject) -> str | None:
     if max(now, fmean(accuracy.values[-5:])) >= min(guess + NEAR, 1.5 * guess):
         return None
     return (
-        f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}; "
-        "try a higher --lr or more --epochs, and `mapet inspect --tokenizer`, which says whether these words can be predicted at all"
+        f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}. "
+        f"{_few_steps(accuracy)} more --epochs or a higher --lr. {_command(run, 'inspect')} says whether these words can be predicted"
     )
 
 
@@ -54,7 +57,7 @@ def loss_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"The loss is not below that of guessing by frequency alone: {now:.3f} against {guess:.3f} nats; nothing is learned "
-        "of the images yet. Try another --lr or a longer --warmup-epochs, and check the words with `mapet inspect --tokenizer`"
+        f"of the images yet. {_few_steps(loss)} more --epochs, or another --lr. {_command(run, 'inspect')} checks the words"
     )
 
 
@@ -178,7 +181,7 @@ def dead_words(run: Subject) -> str | None:
     used, dead = run.health.get("used_codes"), run.health.get("dead_codes")
     if not used or not dead or dead <= used / 4:
         return None
-    return f"{dead:,} of {used + dead:,} visual words are never used; fit the tokenizer on more images or with a smaller --vocab-size"
+    return f"{dead:,} of {used + dead:,} visual words are never used; fit the tokenizer on more images or with a smaller --fit-tokenizer.vocab-size"
 
 
 def one_word_for_most(run: Subject) -> str | None:
@@ -188,7 +191,7 @@ def one_word_for_most(run: Subject) -> str | None:
         return None
     return (
         f"{share:.0%} of the patches have the same visual word (background, perhaps); there is little to predict in them. Try "
-        "larger patches, tighter crops (--views crop) or another teacher"
+        "larger patches, tighter crops (--tokenize.views crop) or another teacher"
     )
 
 
@@ -221,8 +224,26 @@ def not_judged(run: Subject) -> str:
     if run.probe or run.history["probe/linear"].values or not over or too_early(run):
         return ""
     return (
-        "There were no labels, so nothing here says whether the features are of use. `mapet evaluate --backbone random:RUN RUN "
-        "--protocols rank neighbours` holds them against random weights without labels; a few labelled images say more"
+        f"There were no labels, so nothing here says whether the features are of use. {_command(run, 'evaluate')} holds them "
+        "against random weights without labels; a few labelled images say more"
+    )
+
+
+def _few_steps(series: Series) -> str:
+    """Fewer steps than learning usually takes come first in what to change."""
+    steps = series.steps[-1]
+    return f"That was after {steps:,.0f} steps, which is few: give it" if steps < FEW_STEPS else "Try"
+
+
+def _command(run: Subject, stage: Literal["inspect", "evaluate"]) -> str:
+    """As a person can type it, of this run."""
+    given = {name: quote(str(run.recipe.get(name) or name.upper())) for name in ("tokenizer", "images", "out")}
+    if stage == "inspect":
+        return "`mapet inspect --tokenizer {tokenizer} --images {images} --out NEW`".format(**given)
+    return (
+        "`mapet evaluate --backbone random:{out} {out} --images {images} --protocols rank neighbours --out NEW`".format(
+            **given
+        )
     )
 
 

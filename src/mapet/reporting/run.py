@@ -10,7 +10,15 @@ from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError, counted
-from mapet.recipe import Config, meaning_of_none, outer_recipe, pretrain_folder, read_recipe, refuse_no_run
+from mapet.recipe import (
+    Config,
+    as_options_of_section,
+    meaning_of_none,
+    outer_recipe,
+    pretrain_folder,
+    read_recipe,
+    refuse_no_run,
+)
 from mapet.reporting.advice import Subject, not_judged, too_early, warnings
 from mapet.reporting.history import History
 from mapet.reporting.log import Log
@@ -193,7 +201,7 @@ class RunFiles:
             "facts": list(self._facts()),
             "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
             "figures": self.figures(),
-            "warnings": warnings(self.subject),
+            "warnings": self.warnings(),
             "early": too_early(self.subject),
             "unjudged": not_judged(self.subject),
             "log": list(self.log.warnings[-LOGGED:]),
@@ -204,6 +212,14 @@ class RunFiles:
             "health": self._health(),
             "steps_per_epoch": self.history.steps_per_epoch,
         }
+
+    def warnings(self) -> list[str]:
+        """In words, with options as the command that the run was started with has them."""
+        found, outer = warnings(self.subject), outer_recipe(self.folder)
+        if outer is None:
+            return found
+        inner = self.config_type.model_fields
+        return [as_options_of_section(sentence, "pretrain", inner, read_recipe(outer)) for sentence in found]
 
     def figures(self) -> dict[str, str]:
         """The final figures, in words and numbers."""

@@ -1,7 +1,6 @@
 """Stage: all of it, in order, with defaults."""
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from mapet.errors import Interrupted, MapetError
-from mapet.recipe import Config, Source, Stage, build, section, shared_stage
+from mapet.recipe import Config, Source, Stage, as_options_of_section, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.options import BadImages
@@ -162,16 +161,8 @@ def _naming_options(stage: Stage[Any]) -> Iterator[None]:
 
 
 def _as_options_of_run(message: str, stage: Stage[Any]) -> str:
-    """The message with its options as `run` has them; commands, between backticks, stay."""
-
-    def renamed(found: re.Match[str]) -> str:
-        name = found[1].replace("-", "_")
-        foreign = name in stage.config_type.model_fields and name not in RunConfig.model_fields
-        return f"--{stage.__name__.replace('_', '-')}.{found[1]}" if foreign else found[0]
-
-    parts = message.split("`")
-    parts[::2] = [re.sub(r"--([a-z][a-z-]*)(?!\.?\w)", renamed, part) for part in parts[::2]]
-    return "`".join(parts)
+    """See `as_options_of_section`."""
+    return as_options_of_section(message, stage.__name__, stage.config_type.model_fields, RunConfig.model_fields)
 
 
 def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[str, bool]) -> None:
