@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -498,17 +499,24 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
             mapet.pretrain(**options, resume=resume)
     assert not (run / "backbone").exists() and (run / "report.html").exists()
     assert "not probed after epoch 1: the backbone gives features that are not finite" in caplog.text
-    assert "loss nan" in replayed(re.search(wrong, str(error.value))[1], caplog)
+    looks = mapet.replay(bundle=re.search(wrong, str(error.value))[1])
+    assert all(math.isnan(look.loss) for look in looks)
     with pytest.raises(mapet.MapetError, match="gives features that are not finite: try --precision float32"):
         mapet.inspect(run=run, out=tmp_path / "pictures", workers=0)
     assert mapet.report(run=run, out=tmp_path / "report.html", workers=0).exists()
     assert "no new pictures: the backbone gives features that are not finite" in caplog.text
 
 
-def replayed(bundle, caplog):
-    caplog.clear()
-    mapet.replay(bundle=bundle)
-    return caplog.text
+def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
+    """Every step sees all of them, and the learning rate is for so many."""
+    given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
+    mapet.pretrain(**given | PRETRAIN | {"epochs": 1, "batch_size": 2048, "lr": None})
+    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recipe["batch_size"] == 2048 and recipe["lr"] == pytest.approx(1.5e-3 * (288 / 2048) ** 0.5)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 1 and last["lr"] == recipe["lr"]  # the only step's, no warm-up
+    assert "--batch-size 2,048 is more than the 288 images there are" in caplog.text
+    assert "Cosine annealing" not in caplog.text
 
 
 def test_learns_what_can_be_learned(digits, tmp_path):

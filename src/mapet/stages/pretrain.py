@@ -57,7 +57,8 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     warmup_epochs: NonNegativeFloat | None = None
     """Passes with a rising learning rate; automatic: one thirtieth (10 of 300)."""
     batch_size: PositiveInt | None = None
-    """Images a step; automatic: the largest power of two up to 2048 that memory holds and leaves 20 steps an epoch."""
+    """Images a step; automatic: the largest power of two up to 2048 that memory holds and leaves 20 steps an epoch, but 16 at
+    least if there are so many images."""
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 1.5e-3 * sqrt(batch / 2048)."""
     min_lr: NonNegativeFloat = 1e-5

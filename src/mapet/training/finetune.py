@@ -29,7 +29,7 @@ from mapet.signals import StopRequest, stop_signals
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
 from mapet.training.metrics import must_be_finite
-from mapet.training.optim import make_optimizer, make_schedule
+from mapet.training.optim import images_a_step, make_optimizer, make_schedule
 from mapet.training.run_folder import RunFolder, stopped
 from mapet.training.tracking import require
 
@@ -113,12 +113,11 @@ def finetune_vit(config: Any) -> Tuned:
     labels = torch.from_numpy(train.labels)
 
     # ---- how long, how fast
-    batch_size = config.batch_size or max(
-        8, min(PAPER_BATCH if compute.device.type != "cpu" else 128, len(train.labels) // 10)
-    )
+    most = PAPER_BATCH if compute.device.type != "cpu" else 128
+    batch_size = config.batch_size or min(max(8, min(most, len(train.labels) // 10)), len(train.labels))
     sampler = EpochSampler(torch.arange(len(train.labels)).numpy(), batch_size, config.epochs, config.seed)
     total_steps = len(sampler)
-    lr = config.lr or max(LEAST_LR, PAPER_LR * math.sqrt(batch_size / PAPER_BATCH))
+    lr = config.lr or max(LEAST_LR, PAPER_LR * math.sqrt(images_a_step(batch_size, len(train.labels)) / PAPER_BATCH))
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
     warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup * sampler.steps_per_epoch), config.min_lr)

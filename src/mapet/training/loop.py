@@ -22,7 +22,7 @@ from mapet.signals import stop_signals
 from mapet.training.build import build_model
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of, tensors_of
 from mapet.training.metrics import Meter
-from mapet.training.optim import automatic_lr, make_optimizer, make_schedule
+from mapet.training.optim import automatic_lr, images_a_step, make_optimizer, make_schedule
 from mapet.training.panel import Panel
 from mapet.training.replay import WentWrong, save_bundle
 from mapet.training.run_folder import RunFolder, recipe_to_resume, stopped
@@ -55,7 +55,7 @@ def train(config: Any) -> Path:
     if config.shard:
         shard(model, compute)
     gradient_step = GradientStep(model, compute, micro_batch, automatic_compile(config.compile, compute))
-    lr = config.lr or automatic_lr(config.batch_size)
+    lr = config.lr or automatic_lr(images_a_step(config.batch_size, len(sampler.indices)))
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)

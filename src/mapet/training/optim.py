@@ -1,5 +1,6 @@
 """AdamW and the cosine schedule of the recipe, by timm."""
 
+import logging
 import math
 
 import torch
@@ -7,6 +8,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from mapet.errors import counted
+
+log = logging.getLogger("mapet")
 PAPER_LR, PAPER_BATCH = 1.5e-3, 2048
 
 
@@ -17,6 +21,18 @@ def automatic_lr(batch_size: int) -> float:
     arXiv 2205.10287); linear scaling would starve small batches.
     """
     return PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+
+
+def images_a_step(batch_size: int, num_images: int) -> int:
+    """Of a batch that is larger than all images, all; a warning says so. Learning rates are chosen for these."""
+    if batch_size > num_images:
+        log.warning(
+            "--batch-size %s is more than the %s there are: every step sees all of them, and the learning rate is for so many. "
+            "Leave it out, or give less, for more steps",
+            f"{batch_size:,}",
+            counted(num_images, "image"),
+        )
+    return min(batch_size, num_images)
 
 
 def make_optimizer(
@@ -36,7 +52,7 @@ def make_schedule(
     warmup_steps = min(warmup_steps, total_steps)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=max(1, total_steps - warmup_steps),
+        t_initial=max(2, total_steps - warmup_steps),  # of 1 timm warns; the rate of its only step is the same
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
