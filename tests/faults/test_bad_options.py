@@ -433,7 +433,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     assert "nope does not exist: give the folder of a run" in fails(
         capsys, "report", crops / "nope", "--out", crops / "r"
     )
-    assert "fewer than the 5000" in fails(
+    assert "fewer than the 5,000" in fails(
         capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000"
     )
 

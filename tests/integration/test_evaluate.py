@@ -165,10 +165,10 @@ def command(backbone, out, words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need test_annotations"),
-        ("--images {0}/images --test-images {0}/images --masks {0}/masks", "need test_masks"),
+        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need --test-annotations"),
+        ("--images {0}/images --test-images {0}/images --masks {0}/masks", "need --test-masks"),
         ("--images {0} --test-images {0}", "need --test-masks"),  # masks that are found there
-        ("--images {0}/images --test-annotations {0}/instances.json", "test_annotations without annotations"),
+        ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
         ("--images {0}/images --test-masks {0}/masks", "--test-masks and --void-labels need masks"),
         ("--images {0}/images --void-labels 0", "--test-masks and --void-labels need masks"),
         ("--images {0}/images --annotations {0}/instances.json --void-labels 0", "--test-masks and --void-labels need masks"),
@@ -228,7 +228,9 @@ def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven
         {"protocols": ["few-label"]},
         {"few_labels": (0.1, 4), "protocols": ["few-label"]},
     ):
-        with pytest.raises(MapetError, match=r"the smallest class has 3 images, fewer than the [45] asked for"):
+        with pytest.raises(
+            MapetError, match=r"the smallest class has 3 images to learn from, fewer than the [45] asked for"
+        ):
             mapet.evaluate(out=tmp_path / "no", **options, **asked)
     assert not (tmp_path / "no").exists()
     found = mapet.evaluate(out=tmp_path / "three", **options, few_labels=(3,), protocols=["few-label"])[str(untrained)]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
 from mapet.model.objective import OBJECTIVES
 from mapet.reporting.run import RunFiles
+from mapet.stages.run import _naming_options
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.training.step import GradientStep
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
@@ -403,6 +405,22 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == PICTURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+
+
+def test_what_run_logs_and_refuses_has_its_options(caplog):
+    """--lr is --pretrain.lr there; what `run` has itself, and commands, stay."""
+    log, message = logging.getLogger("mapet"), "try a lower --lr than %g, or --max-bad, or `mapet pretrain --lr 1`"
+    renamed = "try a lower --pretrain.lr than 2, or --max-bad, or `mapet pretrain --lr 1`"
+
+    def stage():
+        with _naming_options(mapet.pretrain):
+            log.warning(message, 2)
+            raise mapet.MapetError(message % 2)
+
+    with pytest.raises(mapet.MapetError, match=renamed):
+        stage()
+    log.warning(message, 3)
+    assert [record.getMessage() for record in caplog.records] == [renamed, message % 3]
 
 
 def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):

@@ -48,7 +48,7 @@ def test_few_labels(digits):
     assert np.bincount(data.subset(ten).labels).tolist() == [10] * 10
     assert ten.tolist() != other.tolist()
     assert len(few_labels(data, 0.01, 0)) == 10 * 1  # at least one of each class
-    with pytest.raises(MapetError, match="fewer than the 1000 asked for"):
+    with pytest.raises(MapetError, match="fewer than the 1,000 asked for"):
         few_labels(data, 1000, 0)
 
 

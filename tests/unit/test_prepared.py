@@ -180,7 +180,23 @@ def test_who_takes_no_census_is_warned(scans, photos, caplog):
     mapet.fit_tokenizer(images=scans / "wide", out=scans / "light", **words)
     made = mapet.prepare(images=scans / "scans", out=scans / "made", channels=1, value_range=(0, 4095))
     mapet.fit_tokenizer(images=made, out=scans / "eight", **words)
-    assert "16-bit" not in caplog.text
+    assert "16-bit" not in caplog.text and "grey" not in caplog.text
+
+
+def test_grey_images_read_as_colour_are_told(photos, tmp_path, caplog):
+    """Where all are; one in colour among them, and three channels are for something."""
+    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "workers": 0}
+    told = "grey, and read as three equal channels: --channels 1 reads one"
+    for i in range(4):
+        Image.fromarray(photos[0][32 * i :, :, 1]).save(tmp_path / f"{i}.png")
+    assert f"note: all are {told}" in mapet.check(images=tmp_path, image_size=32).lines()
+    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "grey-words", **words)
+    assert f"all 4 images looked at are {told}" in caplog.text
+    caplog.clear()
+    Image.fromarray(photos[0]).save(tmp_path / "4.png")
+    assert told not in "".join(mapet.check(images=tmp_path, image_size=32).lines())
+    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "words", **words)
+    assert "grey" not in caplog.text
 
 
 def test_check_tells_the_range(scans):

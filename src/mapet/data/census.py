@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +19,7 @@ SHOWN = 10
 FEW_IMAGES = 100
 FEW_LEVELS = 128
 """Of 256: fewer, and pictures look flat."""
+ONE_CHANNEL = "grey, and read as three equal channels: --channels 1 reads one"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Census:
         modes: how many of each mode, e.g. 'JPEG RGB'.
         bad: id -> reason.
         ranges: (m, 2) the 0.1 % and 99.9 % points of the values of each 16-bit image.
+        grey: how many have several channels, all the same.
     """
 
     images: ImageList = field(repr=False)
@@ -36,6 +39,7 @@ class Census:
     modes: Counter[str]
     bad: dict[str, str]
     ranges: np.ndarray = field(repr=False)
+    grey: int
 
     def lines(self) -> Iterator[str]:
         """The report."""
@@ -53,7 +57,9 @@ class Census:
             yield f"height x width: smallest {low[0]} x {low[1]}, median {middle[0]} x {middle[1]}, largest {high[0]} x {high[1]} px"
             yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
         if len(self.ranges):
-            yield f"note: {few_levels(self.ranges)[1]}"
+            yield f"note: {Levels.of(self.ranges)}"
+        if self.grey and self.grey == len(self.sizes):
+            yield f"note: all are {ONE_CHANNEL}"
         yield f"unreadable: {len(self.bad):,}"
         for name, reason in list(self.bad.items())[:SHOWN]:
             yield f"  {name!r}: {reason}"
@@ -85,52 +91,86 @@ def few_images(count: int) -> str:
     return f"{count} images are very few to learn from: expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
 
 
-def few_levels(ranges: np.ndarray) -> tuple[int, str]:
-    """How many levels the upper 8 bits tell apart of 16-bit images with such `Census.ranges`, and what is to be said of it."""
-    low, high = int(np.percentile(ranges[:, 0], 1)), int(np.percentile(ranges[:, 1], 99))
-    levels = (high >> 8) - (low >> 8) + 1
-    return levels, (
-        f"16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {levels} of 256 levels. "
-        f"`mapet prepare --value-range {low} {high}` makes use of all"
-    )
+class Levels(NamedTuple):
+    """Values of 16-bit images, of which the upper 8 bits are used."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, ranges: np.ndarray) -> "Levels":
+        """Of images with such `Census.ranges`."""
+        return cls(int(np.percentile(ranges[:, 0], 1)), int(np.percentile(ranges[:, 1], 99)))
+
+    @property
+    def number(self) -> int:
+        """How many of 256 they tell apart."""
+        return (self.high >> 8) - (self.low >> 8) + 1
+
+    def __str__(self) -> str:
+        return (
+            f"16-bit images hold values of about {self.low:,} to {self.high:,}, of which the upper 8 bits are used: {self.number} of "
+            f"256 levels. `mapet prepare --value-range {self.low} {self.high}` makes use of all"
+        )
 
 
-def warn_of_few_levels(images: ImageList, channels: int) -> None:
-    """Of some images, for those who take no census."""
-    facts = [_facts(images, int(i), channels) for i in np.linspace(0, len(images) - 1, min(SHOWN, len(images)))]
-    ranges = [fact[2] for fact in facts if not isinstance(fact, str) and fact[2] is not None]
-    if ranges and (found := few_levels(_pairs(ranges)))[0] < FEW_LEVELS:
-        log.warning("%s", found[1])
+def warn_of_unused(images: ImageList, channels: int) -> None:
+    """Of some images, for those who take no census: levels or channels that say nothing."""
+    found = [_facts(images, int(i), channels) for i in np.linspace(0, len(images) - 1, min(SHOWN, len(images)))]
+    facts = [fact for fact in found if isinstance(fact, Facts)]
+    ranges = [fact.range for fact in facts if fact.range is not None]
+    if ranges and (levels := Levels.of(_pairs(ranges))).number < FEW_LEVELS:
+        log.warning("%s", levels)
+    if facts and all(fact.grey for fact in facts):
+        log.warning("all %d images looked at are %s", len(facts), ONE_CHANNEL)
 
 
 def take_census(images: ImageList, channels: int, threads: int) -> Census:
     """Decode every image."""
-    sizes, ranges, modes, bad = [], [], Counter[str](), {}
+    sizes, ranges, modes, bad, grey = [], [], Counter[str](), {}, 0
     with ThreadPoolExecutor(threads) as pool:
         facts = pool.map(lambda i: _facts(images, i, channels), range(len(images)))
         for index, fact in enumerate(tqdm(facts, total=len(images), desc="check", unit="img", disable=None)):
             if isinstance(fact, str):
                 bad[images.id(index)] = fact
             else:
-                sizes.append(fact[0])
-                modes[fact[1]] += 1
-                if fact[2] is not None:
-                    ranges.append(fact[2])
-    return Census(images, _pairs(sizes), modes, bad, _pairs(ranges))
+                sizes.append(fact.size)
+                modes[fact.mode] += 1
+                grey += fact.grey
+                if fact.range is not None:
+                    ranges.append(fact.range)
+    return Census(images, _pairs(sizes), modes, bad, _pairs(ranges), grey)
 
 
 def _pairs(rows: list[tuple[int, int]]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
-def _facts(images: ImageList, index: int, channels: int) -> tuple[tuple[int, int], str, tuple[int, int] | None] | str:
-    """Size, mode, and the range of values that are more than 8 bits; or why it can't be read."""
+class Facts(NamedTuple):
+    """What a readable image is.
+
+    Attributes:
+        size: height and width, upright.
+        range: of values that are more than 8 bits, their 0.1 % and 99.9 % points.
+        grey: whether it has several channels, all the same.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    range: tuple[int, int] | None
+    grey: bool
+
+
+def _facts(images: ImageList, index: int, channels: int) -> Facts | str:
+    """Of an image; or why it can't be read."""
     try:
         picture = images.open(index, channels)
-        picture.read()
+        pixels = picture.read()
     except BadImage as error:
         return str(error)
+    values = None
     if isinstance(picture, ArrayPicture) and picture.is_deep:
         low, high = np.percentile(picture.array, (0.1, 99.9))
-        return picture.size, picture.kind, (int(low), int(high))
-    return picture.size, picture.kind, None
+        values = int(low), int(high)
+    grey = len(pixels) > 1 and bool((pixels == pixels[:1]).all())
+    return Facts(picture.size, picture.kind, values, grey)

@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 from jaxtyping import Int
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, counted
 from mapet.evaluation.features import LabelledSet
 
 
@@ -29,7 +29,7 @@ def few_labels(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarray, "
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
             raise MapetError(
-                f"class '{data.classes[label]}' has {len(members)} images, fewer than the {count} asked for"
+                f"class '{data.classes[label]}' has {counted(len(members), 'image')} to learn from, fewer than the {count:,} asked for"
             )
         kept.append(members[:count])
     return np.sort(np.concatenate(kept))

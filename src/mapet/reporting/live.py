@@ -5,6 +5,7 @@ import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -57,7 +58,8 @@ class Follower:
         if not files.recipe:
             return f"Waiting: no run in {self.folder} yet."
         if files.finished:
-            return f"Finished.{'' if files.pictures() else ' `mapet report` adds pictures.'}"
+            report = f" `mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
+            return f"Finished.{'' if files.pictures() else report}"
         if files.log.stopped:
             return files.status
         if not files.history.records:

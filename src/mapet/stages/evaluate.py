@@ -86,17 +86,17 @@ class EvaluateConfig(ModelArgs, Loading):
     def _shares_and_numbers(self) -> "EvaluateConfig":
         odd = [amount for amount in self.few_labels if amount >= 1 and amount != int(amount)]
         if odd:
-            raise ValueError(f"few_labels: {odd[0]} is neither a share below 1 nor a number of images")
+            raise ValueError(f"--few-labels {odd[0]}: neither a share below 1 nor a number of images")
         if not self.corruption_severities or not set(self.corruption_severities) <= {1, 2, 3, 4, 5}:
-            raise ValueError("corruption_severities: give some of 1 2 3 4 5")
+            raise ValueError("--corruption-severities: give some of 1 2 3 4 5")
         for what in ("annotations", "masks"):
             here, there = getattr(self, what), getattr(self, f"test_{what}")
             if here is not None and self.test_images is not None and there is None:
-                raise ValueError(f"test_images with {what} need test_{what}")
+                raise ValueError(f"--test-images with --{what} need --test-{what}")
         if self.test_annotations is not None and self.annotations is None:
-            raise ValueError("test_annotations without annotations")
+            raise ValueError("--test-annotations are for --annotations: give both")
         if len(set(self.backbone)) < len(self.backbone):
-            raise ValueError("backbone: the same one is given twice")
+            raise ValueError("--backbone: the same one is given twice")
         return self
 
 
@@ -132,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         if possible != config.few_labels:
             if "few_labels" in config.model_fields_set or config.protocols:
                 raise MapetError(
-                    f"the smallest class has {fewest} images, fewer than the {max(config.few_labels):g} asked for"
+                    f"--few-labels: the smallest class has {fewest} images to learn from, fewer than the {max(config.few_labels):g} asked for"
                 )
             log.warning(
                 "few-label splits of %s left out: the smallest class has %d images",

@@ -81,7 +81,7 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Tracked, Device):
     @model_validator(mode="after")
     def _one_limit(self) -> "FinetuneConfig":
         if self.labels_per_class is not None and self.label_share < 1:
-            raise ValueError("give labels_per_class or label_share, not both")
+            raise ValueError("give --labels-per-class or --label-share, not both")
         return self
 
     @model_validator(mode="after")

@@ -102,7 +102,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
 
     from mapet import processes
     from mapet.compute import Compute
-    from mapet.data.census import warn_of_few_levels
+    from mapet.data.census import warn_of_unused
     from mapet.data.dataset import Quarantine, ViewDataset
     from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
@@ -124,7 +124,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     if processes.rank() == 0:
-        warn_of_few_levels(images, config.channels)
+        warn_of_unused(images, config.channels)
     size = config.image_size
     teacher = make_teacher(
         config.teacher,

@@ -152,12 +152,20 @@ def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> C
 
 @contextmanager
 def _naming_options(stage: Stage[Any]) -> Iterator[None]:
-    """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here."""
+    """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here, in errors and in what is logged."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _as_options_of_run(record.getMessage(), stage), None
+        return True
+
+    log.addFilter(rename)
     try:
         yield
     except MapetError as error:
         error.args = (_as_options_of_run(str(error), stage), *error.args[1:])
         raise
+    finally:
+        log.removeFilter(rename)
 
 
 def _as_options_of_run(message: str, stage: Stage[Any]) -> str:
@@ -182,7 +190,13 @@ def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[st
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
     if config.test_images is not None and not made["probe"]:
-        train_and_test(config.images, config.test_images)
+        try:
+            train_and_test(config.images, config.test_images)
+        except MapetError as error:
+            raise MapetError(
+                f"{error}. --test-images are to test a probe on, which is trained on the labels of --images: leave them out if "
+                "there are none"
+            ) from None
 
 
 def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:

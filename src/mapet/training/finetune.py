@@ -86,7 +86,15 @@ def finetune_vit(config: Any) -> Tuned:
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
     if config.labels_per_class or config.label_share < 1:
-        train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
+        try:
+            train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
+        except MapetError as error:
+            held = (
+                ""
+                if config.test_images
+                else "; a fifth of --images is held out to test on, for there are no --test-images"
+            )
+            raise MapetError(f"{error}{held}") from None
     torch.manual_seed(config.seed)
     # `fc_norm=False`: the norm that pre-training learned stays, before the pooling.
     options = config.model_args | {
