@@ -82,18 +82,24 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     (out / "tokenizer").mkdir()
     line = fails(capsys, *run, "--pretrain.epochs", "40", "--resume")
     assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels')" in line  # pre-training has made nothing yet
-    assert f"mapet run {out / 'recipe.yaml'} --resume; to start with others: a new --out" in line
+    assert f"mapet run {out / 'recipe.yaml'} --resume; to start with new options: a new --out" in line
     same = [*run, "--fit-tokenizer.teacher", "resnet50x64_clp"]
     assert "is not a tokenizer" in fails(capsys, *same, "--pretrain.epochs", "40", "--max-bad", "0.2", "--resume")
     kept = (out / "recipe.yaml").read_text()
     assert "epochs: 40" in kept and "max_bad: 0.2" in kept  # what has made nothing yet may still change
-    (out / "pretrain" / "checkpoints").mkdir(parents=True)
+    (out / "pretrain").mkdir(parents=True)
     (out / "pretrain" / "config.yaml").touch()
-    line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-bad", "0.2", "--resume")
-    assert (
-        "(pretrain.epochs: 40 -> 30)" in line
-        and f"to start from its weights with new options: --pretrain.init-from {out}" in line
-    )
+    for made, way in (  # a run that is not finished has no backbone, and what there is can be exported
+        ("checkpoints", "with new options: a new --out"),
+        (
+            "checkpoints/step-00000001/state.json",
+            f"`mapet export --backbone {out} --out NEW`, --pretrain.init-from NEW, and a new --out",
+        ),
+        ("backbone", f"from its weights with new options: --pretrain.init-from {out}, and a new --out"),
+    ):
+        (out / "pretrain" / made).mkdir(parents=True, exist_ok=True)
+        line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-bad", "0.2", "--resume")
+        assert "(pretrain.epochs: 40 -> 30)" in line and way in line
 
 
 @pytest.mark.parametrize(

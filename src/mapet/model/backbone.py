@@ -330,7 +330,7 @@ def _from_file(path: Path, known: dict[str, Any]) -> Published:
     if args["num_heads"] is None:
         raise MapetError(
             f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
-            f"{', '.join(map(str, HEADS))}): give num_heads"
+            f"{', '.join(map(str, HEADS))}): give it, --model-args num_heads=N, in Python num_heads=N"
         )
     log.info(
         "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalised as ours",

@@ -205,6 +205,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     from mapet.data.sources import scan
     from mapet.files import is_free, new_folder
     from mapet.recipe import differences, nothing_to_resume, read_recipe, write_recipe
+    from mapet.training.run_folder import anew
 
     if is_free(config.out, but=recipe.name) and (
         not recipe.exists() or recipe.read_bytes().startswith(f"# mapet run {recipe}\n".encode())
@@ -220,15 +221,9 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     old = build(RunConfig, read_recipe(recipe), recipe)
     may_change = frozenset({"resume", "device", "max_bad"})
     if changed := differences(old, config, may_change | free):
-        weights = (config.out / "pretrain" / "checkpoints").exists()
-        more = (
-            f"to start from its weights with new options: --pretrain.init-from {config.out}, and"
-            if weights
-            else "to start with others:"
-        )
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet run {recipe} "
-            f"--resume; {more} a new --out"
+            f"--resume; to start {anew(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
         write_recipe(config, recipe, "run")

@@ -19,7 +19,18 @@ from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import Interrupted, MapetError, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import Config, build, differences, nothing_to_resume, outer_recipe, read_recipe, to_yaml, write_recipe
+from mapet.recipe import (
+    Config,
+    build,
+    differences,
+    nothing_to_resume,
+    outer_recipe,
+    pretrain_folder,
+    read_recipe,
+    to_yaml,
+    write_recipe,
+)
+from mapet.training.checkpoint import checkpoints
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
@@ -140,12 +151,24 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
     automatic = {name for name, value in config if value is None}
     changed = differences(old, config, may_change | automatic)
     if changed:
-        anew = "from its weights with new options: --init-from, and" if stage == "pretrain" else "with new options:"
         raise MapetError(
             f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command_to_resume(path.parent, stage)}; to start {anew} a new --out"
+            f"{command_to_resume(path.parent, stage)}; to start {anew(path.parent) if stage == 'pretrain' else ANEW}"
         )
     return old.model_copy(update={name: value for name, value in config if name in may_change})
+
+
+ANEW = "with new options: a new --out"
+
+
+def anew(run: Path, option: str = "--init-from") -> str:
+    """How to start with new options where there may be weights to start from; `option` takes them."""
+    folder = pretrain_folder(run)
+    if (folder / "backbone").is_dir():
+        return f"from its weights with new options: {option} {run}, and a new --out"
+    if checkpoints(folder / "checkpoints"):
+        return f"from its weights with new options: `mapet export --backbone {run} --out NEW`, {option} NEW, and a new --out"
+    return ANEW
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
