@@ -191,6 +191,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+PLAIN = {
+    "^Input should be": "must be",
+    "a valid integer(, .*)?$": "a whole number",
+    "a valid number(, .*)?$": "a number",
+    "a valid boolean(, .*)?$": "true or false",
+    "a valid (list|dictionary|tuple|string)$": r"a \1",
+}
+"""pydantic's words -> a person's."""
+
+
 def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: Mapping[str, Any] | None) -> str:
     known = dict(fields(config_type))
     key = ".".join(str(part) for part in item["loc"])
@@ -201,8 +211,10 @@ def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: M
     if item["type"] == "extra_forbidden":
         return f"unknown option '{key}'{where}{did_you_mean(key, known)}"
     if item["type"] == "missing":
-        return f"{shown} is required: {known[name].description if name in known else ''}"
+        return f"{shown} is required: {(known[name].description or '').rstrip('.') if name in known else ''}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    for pydantic, plain in PLAIN.items():
+        message = re.sub(pydantic, plain, message)
     return f"{shown}: {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
 
 

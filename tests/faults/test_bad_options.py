@@ -175,7 +175,7 @@ def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
 
 def test_wrong_values(capsys, crops, tmp_path):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x"]
-    assert "--vocab-size: Input should be a valid integer" in fails(capsys, *common, "--vocab-size", "many")
+    assert "--vocab-size: must be a whole number, got 'many'" in fails(capsys, *common, "--vocab-size", "many")
     assert "not divisible by the patch size 16; the nearest that is: --image-size 32 32" in fails(
         capsys, *common, "--image-size", "30"
     )
@@ -437,7 +437,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
         capsys, "probe", "--backbone", crops / "nope", "--images", digits / "train"
     )
     assert "nope does not exist: give the folder of a run" in fails(
-        capsys, "report", crops / "nope", "--out", crops / "r"
+        capsys, "report", crops / "nope", "--out", crops / "r.html"
     )
     assert "fewer than the 5,000" in fails(
         capsys, "finetune", "--backbone", run_dir, "--images", digits / "train", "--labels-per-class", "5000"

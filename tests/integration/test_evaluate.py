@@ -111,7 +111,7 @@ def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
         (["--protocols", "ood"], "needs another labelled folder, --other-images"),
         (
             ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
-            "timm's model of that name is timm:vit_tiny_patch16_224.augreg_in21k",
+            "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",
         ),
         (["--backbone", "runs/typo"], "runs/typo does not exist: expected a run, a folder"),
         (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),

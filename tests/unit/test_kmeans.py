@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import distributed, multiprocessing
 
 import mapet
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.files import write_tensors
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans import PATIENCE, assign, kmeans, plus_plus_start, random_start
@@ -221,7 +221,7 @@ def in_several_processes(rank, folder, world):
         found[index] = tuple(kmeans(shard, 50, 8, 2, **mode))
     shard = points_for(MODES[0]).tensor_split([500])[rank]
     checkpoint = folder / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
         kmeans(shard, 50, 8, 2, checkpoint=checkpoint, progress=Stop(11))
     found["resumed"] = tuple(kmeans(shard, 50, 8, 2, checkpoint=checkpoint))
     for case, mine in (("empty", shard[: 5 * rank]), ("few", shard[:5])):
@@ -276,8 +276,8 @@ def test_goes_on_to_the_bit(mode, dtype, tmp_path):
     whole = kmeans(points, 40, 4, 3, 5, dtype, **mode)
     for rounds in range(1, 13):
         checkpoint = tmp_path / f"{rounds}.safetensors"
-        error, every = (KeyboardInterrupt, 60) if rounds % 2 else (ZeroDivisionError, 0)
-        with pytest.raises(error):
+        error, raised, every = (KeyboardInterrupt, Interrupted, 60) if rounds % 2 else (ZeroDivisionError,) * 2 + (0,)
+        with pytest.raises(raised):
             kmeans(points, 40, 4, 3, 5, dtype, Stop(rounds, error), checkpoint=checkpoint, save_every=every, **mode)
         done = []
         again = kmeans(points, 40, 4, 3, 5, dtype, done.append, checkpoint=checkpoint, **mode)
@@ -287,7 +287,7 @@ def test_goes_on_to_the_bit(mode, dtype, tmp_path):
 
 def test_checkpoints_of_other_calls_are_refused(tmp_path):
     points, checkpoint = blobs(), tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
         kmeans(points, 40, 4, progress=Stop(2), checkpoint=checkpoint)
     content = checkpoint.read_bytes()
     for setting in (
@@ -322,7 +322,7 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         plain, stop = module._mini_batch, Stop(4)
         patch.setattr(module, "_mini_batch", lambda *given: (plain(*given), stop(None))[0])
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
             mapet.fit_tokenizer(out=tmp_path / "t", **options)
     checkpoint = tmp_path / "t.kmeans.safetensors"
     assert checkpoint.exists() and not (tmp_path / "t").exists()

@@ -360,6 +360,16 @@ def test_timm_names_offline(monkeypatch):
         MapetError, match=r"cannot load timm's weights of 'vit_tiny_patch16_224.augreg_in21k': .*a file or folder"
     ):
         load_backbone("timm:vit_tiny_patch16_224.augreg_in21k")
+    for keyword, meant in (("num_clases", "num_classes"), ("width", "embed_dim")):
+        with pytest.raises(MapetError, match=f"unexpected keyword argument '{keyword}'; did you mean '{meant}'"):
+            load_backbone("timm:vit_tiny_patch16_224", pretrained=False, **{keyword: 7})
+    for name, meant in (
+        ("vit_tiny", "timm:vit_tiny_patch16_224"), ("mae", "timm:vit_base_patch16_224.mae"), ("dinov2", "timm:vit_base_patch14_dinov2"),
+    ):  # fmt: skip
+        with pytest.raises(MapetError, match=f"{name} does not exist: .*did you mean '{meant}'"):
+            load_backbone(name)
+    with pytest.raises(MapetError, match=r"nowhere/vit does not exist: [^;]*$"):
+        load_backbone("nowhere/vit")
     with pytest.raises(MapetError, match=r"unknown model 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'"):
         load_backbone("timm:vit_tinny_patch16_224")
 

@@ -249,6 +249,14 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
         assert any(f"larger than {option} in 100%" in sentence for sentence in told), told
 
 
+def test_what_a_report_refuses(tmp_path):
+    run = write_run(tmp_path / "a" / "pretrain")
+    with pytest.raises(MapetError, match=r"--out .*page: a page for a browser needs a name that ends in .html"):
+        mapet.report(run=run, out=tmp_path / "page")
+    with pytest.raises(MapetError, match=r"a/pretrain and .*a are the same run: give each once"):
+        mapet.report(run=[run, tmp_path / "a"], out=tmp_path / "page.html")
+
+
 def test_no_run(tmp_path):
     for look in (mapet.report, mapet.inspect):
         with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):

@@ -29,6 +29,12 @@ OF_ITS_TEMPLATE = ("tag", "license", "description", "origin_url", "paper_name", 
 """What timm's config says of the published weights of the same architecture, and not of ours."""
 FROM_TIMM = ("timm:", "hf-hub:", "hf_hub:")
 """How names of what timm loads begin."""
+ALSO_CALLED = {
+    "width": "embed_dim", "dim": "embed_dim", "hidden_size": "embed_dim", "layers": "depth", "num_layers": "depth", "heads": "num_heads",
+}  # fmt: skip
+"""What others call timm's keywords."""
+KEYWORDS = frozenset(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
+"""What timm's ViT takes."""
 SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME"
 
 
@@ -56,13 +62,12 @@ def create_vit(
     known = timm.list_models()
     if model.split(".")[0] not in known:
         raise MapetError(
-            f"unknown model '{model}'{did_you_mean(model, timm.list_models(['vit_*', 'deit*'])) or '.'} `timm.list_models('vit_*')` lists them"
+            f"unknown model '{model}'{_similar(model, timm.list_models(['vit_*', 'deit*'])) or '.'} `timm.list_models('vit_*')` lists them"
         )
     extra = dict(model_args or {})
-    allowed = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
     for key in extra:
-        if key not in allowed:
-            raise MapetError(f"unknown model argument '{key}'{did_you_mean(key, allowed)}")
+        if key not in KEYWORDS:
+            raise MapetError(f"unknown model argument '{key}'{_similar_keyword(key)}")
     if patch_size is not None:
         extra["patch_size"] = patch_size
     if extra.get("class_token") is False:
@@ -74,13 +79,29 @@ def create_vit(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **extra
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        way_out = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN}"
-        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}{way_out}") from None
+        if not model.startswith(("vit_", "deit")):
+            raise MapetError(f"timm makes no VisionTransformer of '{model}'; {PLAIN}") from None
+        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {extra}: {error}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
         raise MapetError(f"the blocks of '{model}' are not plain pre-norm attention and MLP; {PLAIN}")
     return vit
+
+
+def _similar_keyword(key: str) -> str:
+    return did_you_mean(ALSO_CALLED.get(key, key), KEYWORDS)
+
+
+def _vits() -> list[str]:
+    """timm's, by architecture and by weights."""
+    return [*timm.list_models(["vit_*", "deit*"]), *timm.list_models(["vit_*", "deit*"], pretrained=True)]
+
+
+def _similar(word: str, names: list[str], prefix: str = "") -> str:
+    """`did_you_mean` of model names; of a size alone the usual one. `prefix` is what they are given with."""
+    usual = [name for name in (word, f"{word}_patch16_224") if name in names][:1]
+    return did_you_mean(word, [prefix + name for name in usual or dict.fromkeys(names)])
 
 
 def _own_patch_size(model: str) -> int | None:
@@ -157,7 +178,8 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     try:
         vit = timm.create_model(published.model, pretrained=False, **args)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}") from None
+        hints = (_similar_keyword(key) for key in overrides if key not in KEYWORDS and key in str(error))
+        raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}{next(hints, '')}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
     _check_size(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
@@ -250,7 +272,7 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     name, known = name.removeprefix("timm:"), timm.list_models()
     if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in known:
         raise MapetError(
-            f"unknown model '{name}'{did_you_mean(name, known) or '.'} `timm.list_models('vit_*')` lists them"
+            f"unknown model '{name}'{_similar(name, [*known, *_vits()]) or '.'} `timm.list_models('vit_*')` lists them"
         )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -354,8 +376,7 @@ def find_backbone(path: Path) -> Path:
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
             return folder
     if not path.exists():
-        known = path.name.split(".")[0] in timm.list_models()
-        hint = f". timm's model of that name is timm:{path.name}" if known else ""
+        hint = _similar(path.name, _vits(), "timm:") if path.name == str(path) else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     if begun and (found := recipe_in(path, ("run", "pretrain", "finetune"))):

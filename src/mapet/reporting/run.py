@@ -268,6 +268,7 @@ class RunFiles:
         """What a run was made of: images and words."""
         made = dict(_mapping(self.tokenizer.get("teacher")))
         made |= {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
+        made |= {"words (hash)": self.tokenizer["hash"][:12]} if isinstance(self.tokenizer.get("hash"), str) else {}
         return {"images": self._images()} | {f"tokenizer's {name}": _text(value) for name, value in made.items()}
 
     def _made(self, stage: str, name: str) -> dict[str, Any]:

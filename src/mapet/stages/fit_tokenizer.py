@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.errors import Interrupted, MapetError, must_be_divisible
+from mapet.errors import MapetError, must_be_divisible
 from mapet.recipe import Size, Source, shared_stage
 from mapet.stages.options import BadImages, FrozenTeacher, Loading, Precision, VocabSize, changed, refuse_unused
 
@@ -181,18 +181,13 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
                 fitted = fit_scalar(points, levels)
             else:
                 rounds = config.restarts * config.iterations
-                try:
-                    with tqdm(total=rounds, desc="k-means", unit="round", disable=None) as bar:
-                        fitted = fit_kmeans(
-                            points, vocab_size, config.pca, config.metric,
-                            iterations=config.iterations, restarts=config.restarts, seed=config.seed, dtype=compute.dtype,
-                            progress=lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
-                            start=config.start, batch_points=config.batch_points, checkpoint=checkpoint,
-                        )  # fmt: skip
-                except KeyboardInterrupt:
-                    if not checkpoint.exists():
-                        raise
-                    raise Interrupted("interrupted; the rounds of k-means that had ended are saved") from None
+                with tqdm(total=rounds, desc="k-means", unit="round", disable=None) as bar:
+                    fitted = fit_kmeans(
+                        points, vocab_size, config.pca, config.metric,
+                        iterations=config.iterations, restarts=config.restarts, seed=config.seed, dtype=compute.dtype,
+                        progress=lambda distance: bar.set_postfix(error=f"{distance:.4g}", refresh=False) or bar.update(),
+                        start=config.start, batch_points=config.batch_points, checkpoint=checkpoint,
+                    )  # fmt: skip
     health = Health.measure(fitted.usage, fitted.relative_error)
     options = {"vocab_size", "quantizer", "pca", "levels", "iterations", "restarts", "points_per_word", "seed"}
     options |= {"start", "batch_points", "metric"}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from mapet.recipe import Source, stage
+from mapet.recipe import Source, pretrain_folder, stage
 from mapet.stages.options import Loading
 
 if TYPE_CHECKING:
@@ -55,8 +55,13 @@ def report(config: ReportConfig) -> Path:
     from mapet.reporting.run import RunFiles
     from mapet.stages.pretrain import PretrainConfig
 
+    if config.out.suffix.lower() not in (".html", ".htm"):
+        raise MapetError(f"--out {config.out}: a page for a browser needs a name that ends in .html")
     if config.out.exists():
         raise MapetError(f"{config.out} already exists: nothing is overwritten. Choose another --out")
+    opened = [pretrain_folder(folder).resolve() for folder in config.run]
+    if twice := [str(given) for given, folder in zip(config.run, opened, strict=True) if opened.count(folder) > 1]:
+        raise MapetError(f"{' and '.join(twice)} are the same run: give each once")
     runs = [Shown.kept(RunFiles.open(folder, PretrainConfig)) for folder in config.run]
     for run in runs if config.pictures else ():
         try:

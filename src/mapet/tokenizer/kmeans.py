@@ -1,7 +1,6 @@
 """K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mapet import processes
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans_state import State, load_state, save_state
 from mapet.tokenizer.points import ROWS, Metric, Points, even_sample
 
-log = logging.getLogger("mapet")
 Start = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
@@ -231,8 +229,8 @@ def kmeans(
     except KeyboardInterrupt:
         if checkpoint and state.rounds:
             save_state(checkpoint, call, state)
-            if processes.rank() == 0:
-                log.warning("k-means: %d of %d rounds saved in %s", state.rounds, restarts * iterations, checkpoint)
+            rounds = f"{state.rounds} of {restarts * iterations} rounds of k-means"
+            raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
         raise
     centroids = shards.allowed(state.best + mean)
     exact = Assignment(centroids)
