@@ -156,7 +156,9 @@ def _parser(name: str, function: Any) -> argparse.ArgumentParser:
         parser.usage = f"mapet {name} [recipe.yaml] [{option.upper()} ...] [--option value ...]"
         parser.add_argument("words", nargs="*", metavar=option.upper(), help=f"the same as --{_flag(option)}")
     groups: dict[str, Any] = {}
-    for option, field in sorted(fields(function.config_type), key=lambda item: not item[1].is_required()):
+    own = set(function.config_type.__annotations__)
+    known = sorted(fields(function.config_type), key=lambda item: (not item[1].is_required(), item[0] not in own))
+    for option, field in known:
         of_stage = option.rpartition(".")[0]
         if of_stage not in groups:
             groups[of_stage] = parser.add_argument_group(f"{_flag(of_stage)} options") if of_stage else parser

@@ -15,6 +15,7 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import MadeByNewer, MapetError
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.files import check_format, read_sealed, write_json, write_sealed
+from mapet.recipe import build
 from mapet.tokenizer.codebook import load_tokenizer
 from mapet.tokenizer.vqkd import vqkd_encoder
 from mapet.training.checkpoint import load_checkpoint
@@ -99,13 +100,21 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
 
 
 def test_newer_study_cells_and_replay_bundles(tmp_path):
-    from mapet.stages.study.cells import _refuse_other
+    from mapet.stages.study import StudyConfig
+    from mapet.stages.study.cells import refuse_other_cell
+    from mapet.stages.study.tokenizers import refuse_other_tokenizer
     from mapet.training.replay import load_bundle
 
     (tmp_path / "pretrain").mkdir()
     write_json(tmp_path / "cell.json", {"format": 2})
     with pytest.raises(MadeByNewer, match="study cell of format 2"):
-        _refuse_other(tmp_path, {})
+        refuse_other_cell(tmp_path, {})
+    config = build(
+        StudyConfig, {"images": "a", "test_images": "b", "out": tmp_path, "tokenizers": {"t": {}}, "grid": {}}
+    )
+    write_json(tmp_path / "tokenizers" / "t" / "options.json", {"format": 2})
+    with pytest.raises(MadeByNewer, match="tokenizer's options of format 2"):
+        refuse_other_tokenizer(config, "t")
     write_sealed(tmp_path / "replay.json", {"format": 2})
     with pytest.raises(MadeByNewer, match="replay bundle of format 2"):
         load_bundle(tmp_path, None)
@@ -121,7 +130,7 @@ def test_the_page_names_every_format():
     """docs/formats.md gives the numbers that the code writes."""
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
-    from mapet.stages.study import cells
+    from mapet.stages.study import cells, tokenizers
     from mapet.tokenizer import codebook, vqkd
     from mapet.training import checkpoint, replay
 
@@ -131,4 +140,5 @@ def test_the_page_names_every_format():
         "tokenizer.json": codebook.FORMAT, "store.json": token_store.FORMAT, "state.json": checkpoint.FORMAT,
         "prepared.json": prepared.FORMAT, "vqkd.json": vqkd.FORMAT, "*.safetensors": tar_shards.FORMAT,
         "cell.json": cells.FORMAT, "embed.json": embeddings.VERSION, "replay.json": replay.FORMAT,
+        "options.json": tokenizers.FORMAT,
     }  # fmt: skip

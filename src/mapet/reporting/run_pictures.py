@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,30 +11,19 @@ from torch import Tensor
 
 from mapet.compute import Compute
 from mapet.data.image_list import ImageList
-from mapet.data.order import OrderKind
 from mapet.errors import MapetError
-from mapet.evaluation.look import Look, look_at, principal_colors
+from mapet.evaluation.look import Look, principal_colors
 from mapet.evaluation.retrieval import retrieve
 from mapet.model.pretrainer import Pretrainer
 from mapet.reporting import pictures
-from mapet.reporting.step_through import step_through
-from mapet.tokenizer.codebook import Tokenizer
 
 log = logging.getLogger("mapet")
 
 
-def look_at_run(
-    model: Pretrainer,
-    tokenizer: Tokenizer,
-    images: ImageList,
-    compute: Compute,
-    shown: int,
-    order: OrderKind = "random",
-    seed: int = 0,
-    workers: int = 0,
-) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """The pictures of a run's weights, and its step-through; see `look_at` for arguments and errors."""
-    look = look_at(model, tokenizer, images, compute, shown, order, seed)
+def pictures_of(
+    look: Look, model: Pretrainer, images: ImageList, compute: Compute, workers: int = 0
+) -> dict[str, Figure]:
+    """All there are of a run's weights: of a sample, and of what its features find among all images."""
     figures = figures_of(look, model)
     try:
         found = retrieve(model.vit, images, compute, workers)
@@ -45,8 +33,7 @@ def look_at_run(
         figures["neighbours"] = pictures.neighbour_panel(found.rows, labelled=bool(found.classes))
         if found.confusion is not None:
             figures["confusion"] = confusion_matrix(found.confusion, found.classes)
-    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
-    return figures, step_through(look, names, model.objective)
+    return figures
 
 
 def figures_of(look: Look, model: Pretrainer) -> dict[str, Figure]:

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
@@ -22,7 +22,20 @@ IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
 
 
-class InspectConfig(Loading):
+class Looking(Loading):
+    """What to look at of a run's images."""
+
+    images: Source | None = None
+    """Images for the pictures; automatic: those the run was trained on."""
+    num_images: PositiveInt = 6
+    """Images shown."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of images and of the order of prediction."""
+    teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
+
+
+class InspectConfig(Looking):
     """Options of `inspect`."""
 
     run: Path | None = None
@@ -36,14 +49,10 @@ class InspectConfig(Loading):
     `tokenizer`. With labels (CLASS/image.jpg) words are held against the classes, too."""
     tokens: Path | None = None
     """With `tokenizer`: a store made by `tokenize` of these images, to be compared with what the tokenizer says now."""
-    num_images: PositiveInt = 6
-    """Images shown."""
     sample: PositiveInt = 1000
     """With `tokenizer`: images measured, drawn at random."""
     seed: NonNegativeInt = 0
     """Seed of the choice of images, of the changes made to them and of the order of prediction."""
-    teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
     teacher_checkpoint: str | None = None
     """With `tokenizer`: the teacher's weights file, if it is no longer where it was when the tokenizer was fitted."""
 
@@ -90,19 +99,32 @@ def _look_at_run(config: InspectConfig, compute: "Compute") -> tuple[dict[str, s
     """The step-through as JSON, and the pictures of a run."""
     import json
 
-    from mapet.data.sources import scan
     from mapet.reporting.run import STEP_THROUGH
-    from mapet.reporting.run_pictures import look_at_run
+
+    assert config.run is not None
+    figures, steps = look(config.run, config, compute)
+    return {STEP_THROUGH: json.dumps(steps) + "\n"}, figures
+
+
+def look(folder: Path, config: Looking, compute: "Compute") -> tuple[dict[str, "Figure"], dict[str, Any]]:
+    """The pictures of a run by name, and its step-through, from its newest weights.
+
+    Raises:
+        MapetError: no run, no weights, or images that can't be looked at.
+    """
+    from mapet.data.sources import scan
+    from mapet.evaluation.look import look_at
+    from mapet.reporting.run_pictures import pictures_of
+    from mapet.reporting.step_through import step_through
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 
-    assert config.run is not None
-    run = load_run(config.run, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
+    run = load_run(folder, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
     images = scan(config.images or run.config.images)
-    figures, steps = look_at_run(
-        run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed, config.num_workers
-    )
-    return {STEP_THROUGH: json.dumps(steps) + "\n"}, figures
+    found = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
+    names = [images.id(int(i)) for i in found.image_index[: found.shown]]
+    figures = pictures_of(found, run.model, images, compute, config.num_workers)
+    return figures, step_through(found, names, run.model.objective)
 
 
 def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[str, str], dict[str, "Figure"]]:

@@ -4,14 +4,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field
 
-from mapet.recipe import Source, pretrain_folder, stage
-from mapet.stages.options import Loading
+from mapet.recipe import pretrain_folder, stage
+from mapet.stages.inspect import Looking, look
 
 if TYPE_CHECKING:
     from mapet.reporting.images import Picture
-    from mapet.reporting.run import RunFiles
 
 log = logging.getLogger("mapet")
 Runs = Annotated[
@@ -21,7 +20,7 @@ Runs = Annotated[
 ]
 
 
-class ReportConfig(Loading):
+class ReportConfig(Looking):
     """Options of `report`."""
 
     positional: ClassVar[str | None] = "run"
@@ -31,14 +30,6 @@ class ReportConfig(Loading):
     """New HTML file, under 5 MB; it opens from disk and asks for nothing."""
     pictures: bool = True
     """Compute pictures and the step-through from the newest weights; without, those that lie in the folder are shown."""
-    images: Source | None = None
-    """Images for the pictures; automatic: those the run was trained on."""
-    num_images: PositiveInt = 6
-    """Images shown."""
-    seed: NonNegativeInt = 0
-    """Seed of the choice of images and of the order of prediction."""
-    teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
 
 
 @stage
@@ -65,7 +56,7 @@ def report(config: ReportConfig) -> Path:
     runs = [Shown.kept(RunFiles.open(folder, PretrainConfig)) for folder in config.run]
     for run in runs if config.pictures else ():
         try:
-            run.pictures, run.step_through = _look(config, run.files)
+            run.pictures, run.step_through = _look(config, run.files.folder)
         except MapetError as error:
             log.warning("%s: no new pictures: %s", run.files.given, error)
             run.notes.append(f"No new pictures: {error}")
@@ -76,24 +67,15 @@ def report(config: ReportConfig) -> Path:
     return config.out
 
 
-def _look(config: ReportConfig, files: "RunFiles") -> "tuple[list[Picture], dict[str, Any]]":
+def _look(config: ReportConfig, folder: Path) -> "tuple[list[Picture], dict[str, Any]]":
     """Pictures and the step-through of a run, from its newest weights."""
     import matplotlib
 
     from mapet.compute import Compute
-    from mapet.data.sources import scan
     from mapet.reporting.images import CAPTIONS, Picture
-    from mapet.reporting.run_pictures import look_at_run
-    from mapet.stages.pretrain import PretrainConfig
-    from mapet.training.build import load_run
 
     matplotlib.use("Agg")
-    compute = Compute.choose(config.device, "float32")
-    run = load_run(files.folder, PretrainConfig, with_teacher=True, allow=config.teacher).to(compute.device)
-    images = scan(config.images or run.config.images)
-    figures, steps = look_at_run(
-        run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed, config.num_workers
-    )
+    figures, steps = look(folder, config, Compute.choose(config.device, "float32"))
     pictures = [Picture.of(name, CAPTIONS[name], figures[name]) for name in CAPTIONS if name in figures]
     matplotlib.pyplot.close("all")
     return pictures, steps
