@@ -13,7 +13,8 @@ import yaml
 import mapet
 from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
-from mapet.recipe import build, fields, meaning_of_none, read_recipe, recipe_in, refuse_other_folder
+from mapet.recipe import build, fields, meaning_of_none, read_recipe
+from mapet.runs import recipe_in, refuse_other_folder
 from mapet.stages import STAGES
 
 

@@ -17,7 +17,7 @@ from mapet.errors import MapetError, by, did_you_mean, must_be_divisible
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.model.adapt import adapted, pixel_stats
 from mapet.model.published import HEADS, Published, from_weights, shortly
-from mapet.recipe import recipe_in
+from mapet.runs import recipe_in
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")

@@ -10,18 +10,11 @@ from statistics import median_high
 from typing import Any
 
 from mapet.errors import MapetError, counted
-from mapet.recipe import (
-    Config,
-    as_options_of_section,
-    meaning_of_none,
-    outer_recipe,
-    pretrain_folder,
-    read_recipe,
-    refuse_no_run,
-)
+from mapet.recipe import Config, as_options_of_section, meaning_of_none, read_recipe
 from mapet.reporting.advice import Subject, not_judged, too_early, warnings
 from mapet.reporting.history import History
 from mapet.reporting.log import Log
+from mapet.runs import outer_recipe, pretrain_folder, refuse_no_run
 
 
 def number(value: float) -> str:

@@ -108,7 +108,7 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     import tempfile
 
     from mapet.model.backbone import load_backbone, save_backbone
-    from mapet.recipe import is_tuned, pretrain_folder
+    from mapet.runs import is_tuned, pretrain_folder
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.build import load_run
 

@@ -35,7 +35,8 @@ def replay(config: ReplayConfig) -> "list[Look]":
       mapet replay --bundle runs/vit/replay/step-00001200 --precision float32
     """
     from mapet.errors import MapetError
-    from mapet.recipe import build, pretrain_folder, read_recipe
+    from mapet.recipe import build, read_recipe
+    from mapet.runs import pretrain_folder
     from mapet.stages.pretrain import PretrainConfig
     from mapet.training.replay import BUNDLE, load_bundle, replay
     from mapet.training.setting import Setting

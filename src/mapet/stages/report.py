@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from mapet.recipe import pretrain_folder, stage
+from mapet.recipe import stage
+from mapet.runs import pretrain_folder
 from mapet.stages.inspect import Looking, look
 
 if TYPE_CHECKING:

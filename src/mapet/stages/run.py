@@ -204,7 +204,8 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     made nothing yet."""
     from mapet.data.sources import scan
     from mapet.files import is_free, new_folder
-    from mapet.recipe import differences, nothing_to_resume, read_recipe, write_recipe
+    from mapet.recipe import differences, read_recipe, write_recipe
+    from mapet.runs import nothing_to_resume
     from mapet.training.run_folder import anew
 
     if is_free(config.out, but=recipe.name) and (

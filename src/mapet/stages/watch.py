@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mapet.recipe import Config, is_tuned, refuse_no_run, stage
+from mapet.recipe import Config, stage
+from mapet.runs import is_tuned, refuse_no_run
 
 log = logging.getLogger("mapet")
 

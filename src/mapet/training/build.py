@@ -10,7 +10,8 @@ from mapet.model.backbone import create_vit, start_from
 from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, get_objective, num_context_of
 from mapet.model.pretrainer import Pretrainer
-from mapet.recipe import Config, build, pretrain_folder, read_recipe, refuse_no_run
+from mapet.recipe import Config, build, read_recipe
+from mapet.runs import pretrain_folder, refuse_no_run
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint
 

@@ -19,17 +19,8 @@ from mapet import processes
 from mapet.compute import Compute
 from mapet.errors import Interrupted, MapetError, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import (
-    Config,
-    build,
-    differences,
-    nothing_to_resume,
-    outer_recipe,
-    pretrain_folder,
-    read_recipe,
-    to_yaml,
-    write_recipe,
-)
+from mapet.recipe import Config, build, differences, read_recipe, to_yaml, write_recipe
+from mapet.runs import nothing_to_resume, outer_recipe, pretrain_folder
 from mapet.training.checkpoint import checkpoints
 from mapet.training.tracking import Tracking
 
