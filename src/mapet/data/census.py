@@ -172,5 +172,6 @@ def _facts(images: ImageList, index: int, channels: int) -> Facts | str:
     if isinstance(picture, ArrayPicture) and picture.is_deep:
         low, high = np.percentile(picture.array, (0.1, 99.9))
         values = int(low), int(high)
-    grey = len(pixels) > 1 and bool((pixels == pixels[:1]).all())
+    # of a few pixels first, which is enough for most in colour
+    grey = len(pixels) > 1 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
     return Facts(picture.size, picture.kind, values, grey)
