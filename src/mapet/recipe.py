@@ -227,7 +227,7 @@ def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, field
 
 
-def as_options_of_section(message: str, section: str, inner: Collection[str], outer: Collection[str]) -> str:
+def as_options_of_section(message: str, section: str, inner: Collection[str], outer: Collection[str] = ()) -> str:
     """A stage's message with its options as a larger recipe has them, where --lr is --pretrain.lr; commands, between
     backticks, stay.
 

@@ -399,7 +399,9 @@ def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):
 
 
 def test_teacher_weights_that_cannot_be_had(capsys, crops, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # its patience with a bad network takes a minute
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # its patience with a bad network takes a minute
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet10t.c3_in1k"]
     assert "--teacher-checkpoint" in fails(capsys, *common)
     assert "No such file" in fails(capsys, *common, "--teacher-checkpoint", tmp_path / "absent.safetensors")

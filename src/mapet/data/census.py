@@ -31,7 +31,7 @@ class Census:
         modes: how many of each mode, e.g. 'JPEG RGB'.
         bad: id -> reason.
         ranges: (m, 2) the 0.1 % and 99.9 % points of the values of each 16-bit image.
-        grey: how many have several channels, all the same.
+        grey: how many are read as colour, their three channels all the same.
     """
 
     images: ImageList = field(repr=False)
@@ -152,7 +152,7 @@ class Facts(NamedTuple):
     Attributes:
         size: height and width, upright.
         range: of values that are more than 8 bits, their 0.1 % and 99.9 % points.
-        grey: whether it has several channels, all the same.
+        grey: whether it is read as colour, its three channels all the same.
     """
 
     size: tuple[int, int]
@@ -173,5 +173,5 @@ def _facts(images: ImageList, index: int, channels: int) -> Facts | str:
         low, high = np.percentile(picture.array, (0.1, 99.9))
         values = int(low), int(high)
     # of a few pixels first, which is enough for most in colour
-    grey = len(pixels) > 1 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
+    grey = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
     return Facts(picture.size, picture.kind, values, grey)

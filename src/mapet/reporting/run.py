@@ -208,11 +208,8 @@ class RunFiles:
 
     def warnings(self) -> list[str]:
         """In words, with options as the command that the run was started with has them."""
-        found, outer = warnings(self.subject), outer_recipe(self.folder)
-        if outer is None:
-            return found
-        inner = self.config_type.model_fields
-        return [as_options_of_section(sentence, "pretrain", inner, read_recipe(outer)) for sentence in found]
+        inner = self.config_type.model_fields if outer_recipe(self.folder) else ()
+        return [as_options_of_section(sentence, "pretrain", inner) for sentence in warnings(self.subject)]
 
     def figures(self) -> dict[str, str]:
         """The final figures, in words and numbers."""
