@@ -12,7 +12,7 @@ import yaml
 
 import mapet
 from mapet.cli import main
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.recipe import build
 from mapet.stages.pretrain import PretrainConfig
 from mapet.stages.study import StudyConfig
@@ -111,6 +111,19 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
     assert list((metrics.parent / "checkpoints").glob("step-*/state.json"))
     assert not (metrics.parents[1] / "failure.json").exists()
     assert "not run" in (tmp_path / "study" / "report" / "report.csv").read_text()
+
+
+def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monkeypatch):
+    """The study stops there, and no cell is told to have failed."""
+
+    def interrupted(**_):
+        raise Interrupted("stopped by SIGINT, saved")
+
+    monkeypatch.setattr("mapet.stages.study.tokenizers.tokenize", interrupted)
+    with pytest.raises(Interrupted, match="stopped by SIGINT, saved. Go on with: the same command$"):
+        mapet.study(**recipe(few_digits, tmp_path / "study", seeds=[0]))
+    assert (tmp_path / "study" / "tokenizers" / "pixels" / "tokenizer").exists()
+    assert not (tmp_path / "study" / "cells").exists()
 
 
 def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tokenizer_dir):

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 from mapet.files import check_format, read_json, write_json
 from mapet.recipe import build, differences
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
@@ -36,6 +36,8 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
                 images=fitting.images, device=fitting.device, tokenizer=fitting.out, out=folder / "tokens", resume=True,
                 teacher=fitting.teacher if is_own_code(fitting.teacher) else None, **options["tokenize"],
             )  # fmt: skip
+        except Interrupted as error:
+            raise Interrupted(error.what, "the same command") from None
         except MapetError as error:
             broken[name] = str(error)
             log.warning("tokenizer %s: %s", name, error)
