@@ -15,7 +15,7 @@ from mapet.cli import main
 from mapet.errors import Interrupted, MapetError
 from mapet.recipe import build
 from mapet.stages.pretrain import PretrainConfig
-from mapet.stages.study import StudyConfig
+from mapet.stages.study import StudyConfig, tokenizers
 from mapet.stages.study.grid import COMPUTE, EPOCHS, grid_cells, with_budgets
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
@@ -119,8 +119,8 @@ def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monke
     def interrupted(**_):
         raise Interrupted("stopped by SIGINT, saved")
 
-    monkeypatch.setattr("mapet.stages.study.tokenizers.tokenize", interrupted)
-    with pytest.raises(Interrupted, match="stopped by SIGINT, saved. Go on with: the same command$"):
+    monkeypatch.setattr(tokenizers, "tokenize", interrupted)
+    with pytest.raises(Interrupted, match=r"stopped by SIGINT, saved\. Go on with: the same command$"):
         mapet.study(**recipe(few_digits, tmp_path / "study", seeds=[0]))
     assert (tmp_path / "study" / "tokenizers" / "pixels" / "tokenizer").exists()
     assert not (tmp_path / "study" / "cells").exists()
