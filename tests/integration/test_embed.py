@@ -84,16 +84,16 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
 
     def stop_at_four(self, *arguments):
         original(self, *arguments)
-        if self.done == 4:
+        if self.done == 4:  # of the 5 that have been read: the fifth is saved, too
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(Embeddings, "write", stop_at_four)
         with pytest.raises(
-            Interrupted, match=r"stopped by SIGINT: features of 4 of 12 images are saved\. Go on with: .* --resume"
+            Interrupted, match=r"stopped by SIGINT: features of 5 of 12 images are saved\. Go on with: .* --resume"
         ):
             mapet.embed(out=tmp_path / "parts", **options)
-    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 4
+    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 5
     with pytest.raises(MapetError, match="unfinished"):
         read_embeddings(tmp_path / "parts")
     mapet.embed(out=tmp_path / "parts", resume=True, **options)

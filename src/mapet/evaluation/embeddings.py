@@ -95,13 +95,19 @@ class Embeddings:
 
     def part_end(self, start: int) -> int:
         """Where the part that begins at image `start` ends."""
-        return min(start + int(self.manifest["part"]), int(self.manifest["num_images"]))
+        part = int(self.manifest["part"])
+        return min((start // part + 1) * part, int(self.manifest["num_images"]))
 
     def write(
-        self, images: ImageList, rows: Float[np.ndarray, "m ..."], index: np.ndarray, bad: dict[int, str]
+        self,
+        images: ImageList,
+        rows: Float[np.ndarray, "m ..."],
+        index: np.ndarray,
+        bad: dict[int, str],
+        end: int | None = None,
     ) -> None:
-        """The next part: features of images `index`; `bad` are the others of it."""
-        start, end = self.done, self.part_end(self.done)
+        """The next part, or as much of it as goes up to image `end`: features of images `index`; `bad` are the others of it."""
+        start, end = self.done, end or self.part_end(self.done)
         if self.manifest["format"] == "npy":
             stored = read_array(self.folder / ROWS, "r+")
             stored[start:end] = np.nan
@@ -124,7 +130,9 @@ class Embeddings:
             [images.id_bytes(i).decode("utf-8", "backslashreplace") for i in index.tolist()], pyarrow.string()
         )
         table = pyarrow.table({"id": ids, "features": column})
-        with atomic(self.folder / PARTS / f"part-{self.done // self.manifest['part']:05d}.parquet") as temporary:
+        number, within = divmod(self.done, self.manifest["part"])
+        name = f"part-{number:05d}{f'_{within:09d}' if within else ''}.parquet"  # in this order by name, too
+        with atomic(self.folder / PARTS / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
 
 

@@ -110,11 +110,11 @@ def embed(config: EmbedConfig) -> Path:
                 rows, index = torch.cat([rows, features(batch.image)]), torch.cat([index, batch.image_index])
             read += len(numbers)
             bar.update(len(numbers))
-            while store.done < store.part_end(store.done) <= read:
-                start, end = store.done, store.part_end(store.done)
+            while store.done < read and (stop.asked or store.part_end(store.done) <= read):
+                start, end = store.done, min(store.part_end(store.done), read)
                 here = index < end
                 bad = {i: reason for i, reason in quarantine.reasons.items() if start <= i < end}
-                store.write(images, rows[here].numpy().astype(config.dtype), index[here].numpy(), bad)
+                store.write(images, rows[here].numpy().astype(config.dtype), index[here].numpy(), bad, end)
                 rows, index = rows[~here], index[~here]
             if stop.asked and store.done < len(images):
                 raise Interrupted(
