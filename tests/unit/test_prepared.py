@@ -15,7 +15,7 @@ from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import BadImage, Window, read_image
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import Interrupted, MapetError
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
         return shrink(*image)
 
     monkeypatch.setattr(prepared, "shrink", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
         mapet.prepare(images=folder, out=tmp_path / "made", size=64, threads=1)
     with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
         scan(tmp_path / "made")

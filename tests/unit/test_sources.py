@@ -489,7 +489,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
 
         monkeypatch.setattr(streamed.Row, "take", breaks)
         out = tmp_path / f"made{number}"
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
             mapet.prepare(images=source, out=out, size=48, stream=True, threads=1)
         with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
             scan(out)

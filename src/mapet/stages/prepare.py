@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from mapet.errors import Interrupted
 from mapet.recipe import HUGGING_FACE, Source, stage
 from mapet.stages.options import BadImages, automatic_workers
 
@@ -81,15 +82,20 @@ def prepare(config: PrepareConfig) -> Path:
         new_folder(config.out, resume_hint=", or go on with --resume")
     window = Window(*config.value_range) if config.value_range else None
     how = config.out, config.size, config.channels, config.quality, window, config.threads or automatic_workers() + 1
-    with tqdm(desc="prepare", unit="img", disable=None) as bar:
-        if config.stream:
-            stream = Stream(str(config.images))
-            bar.total, quarantine = stream.expected, Quarantine(stream, config.max_bad)
-            made = write_streamed(stream, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
-        else:
-            images = scan(config.images)
-            bar.total, quarantine = len(images), Quarantine(images, config.max_bad)
-            made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+    try:
+        with tqdm(desc="prepare", unit="img", disable=None) as bar:
+            if config.stream:
+                stream = Stream(str(config.images))
+                bar.total, quarantine = stream.expected, Quarantine(stream, config.max_bad)
+                made = write_streamed(stream, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+            else:
+                images = scan(config.images)
+                bar.total, quarantine = len(images), Quarantine(images, config.max_bad)
+                made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+    except KeyboardInterrupt:
+        if not (config.out / MANIFEST).exists():
+            raise
+        raise Interrupted(f"interrupted; what was done is kept in {config.out}") from None
     total, num_images = int(made.file_sizes.sum()), made.manifest["num_images"]
     log.info(
         "%s images in %s, %.1f MB (%.1f kB each), %d bad ones left out",
