@@ -537,6 +537,14 @@ def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, t
     assert "Cosine annealing" not in caplog.text
 
 
+def test_a_small_learning_rate_never_rises(few_digits, tokenizer_dir, tokens_dir, tmp_path):
+    """Below the least one of the schedule it stays where it is after the warm-up."""
+    given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
+    mapet.pretrain(**given | PRETRAIN | {"lr": 5e-7, "log_every": 1, "warmup_epochs": 0.5, "min_lr": 1e-5})
+    rates = [json.loads(line).get("lr", 0) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(rates) == pytest.approx(5e-7) == rates[-1]
+
+
 def test_learns_what_can_be_learned(digits, tmp_path):
     """A few epochs on real digits: far better than the commonest token and than the unigram entropy."""
     mapet.fit_tokenizer(

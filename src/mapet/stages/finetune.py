@@ -38,7 +38,7 @@ class FinetuneConfig(ModelArgs, Views, BadImages, Tracked, Device):
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512), at least 3e-4."""
     min_lr: NonNegativeFloat = 1e-6
-    """Learning rate at the end."""
+    """Learning rate at the end, at most the peak."""
     warmup_epochs: NonNegativeFloat | None = None
     """Passes with a rising learning rate; automatic: a tenth."""
     weight_decay: NonNegativeFloat = 0.05

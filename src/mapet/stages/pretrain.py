@@ -62,7 +62,7 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 1.5e-3 * sqrt(batch / 2048)."""
     min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end."""
+    """Learning rate at the end, at most the peak."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's."""
     clip_grad: PositiveFloat | None = 3.0

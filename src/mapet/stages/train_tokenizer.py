@@ -52,7 +52,7 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 2e-4 * sqrt(batch / 512)."""
     min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end."""
+    """Learning rate at the end, at most the peak."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's."""
     drop_path: float = Field(0.0, ge=0, lt=1)

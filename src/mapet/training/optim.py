@@ -48,14 +48,15 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float, warmup_lr: float = 1e-6
 ) -> CosineLRScheduler:
-    """Linear warm-up, then one cosine to `min_lr`. Call `step_update(step)` before each step: the rate depends on it alone."""
-    warmup_steps = min(warmup_steps, total_steps)
+    """Linear warm-up, then one cosine to `min_lr`, neither of them above the peak. Call `step_update(step)` before each step: the rate
+    depends on it alone."""
+    warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=max(2, total_steps - warmup_steps),  # of 1 timm warns; the rate of its only step is the same
-        lr_min=min_lr,
+        lr_min=min(min_lr, peak),
         warmup_t=warmup_steps,
-        warmup_lr_init=warmup_lr,
+        warmup_lr_init=min(warmup_lr, peak),
         warmup_prefix=True,
         t_in_epochs=False,
     )

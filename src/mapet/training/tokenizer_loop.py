@@ -76,9 +76,7 @@ def train_vqkd(config: Any) -> Path:
     for group in optimizer.param_groups:
         group["betas"] = PAPER_BETAS
     warmup_epochs = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
-    schedule = make_schedule(
-        optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), min(config.min_lr, lr)
-    )
+    schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
     log_every = config.log_every or min(50, sampler.steps_per_epoch)
     config = config.model_copy(
         update={"vocab_size": vocab_size, "lr": lr, "warmup_epochs": warmup_epochs, "log_every": log_every}
