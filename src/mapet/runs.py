@@ -1,7 +1,8 @@
 """Folders of runs as others find them: what they are, by the recipes in them, and how they are gone on with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mapet.errors import MapetError
 from mapet.recipe import read_recipe
@@ -32,6 +33,26 @@ def pretrain_folder(folder: Path) -> Path:
     """The folder of `pretrain` in one of `run`, or the folder itself."""
     inner = folder / "pretrain"
     return inner if (inner / "config.yaml").is_file() or (folder / "recipe.yaml").is_file() else folder
+
+
+def named_by_run(folder: Path, recipe: Mapping[str, Any], option: str) -> str | None:
+    """What a run of `pretrain` names in an option, as it is found from here.
+
+    Its tokenizer and tokens are those in the folder of its `run`, if it belongs to one: they move with it, and another run may lie
+    where it was. Other paths are relative to where the run was started, which the folder tells while it has not moved.
+    """
+    named = recipe.get(option)
+    if named is None:
+        return None
+    own, out = folder.parent / option, Path(str(recipe.get("out", "")))
+    if option in ("tokenizer", "tokens") and outer_recipe(folder) and own.exists():
+        return str(own)
+    here = folder.resolve()
+    if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
+        from_start = here.parents[len(out.parts) - 1] / str(named)
+        if not Path(str(named)).exists() and from_start.exists():
+            return str(from_start)
+    return str(named)
 
 
 def is_tuned(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,15 +23,17 @@ from matplotlib import pyplot
 from safetensors.torch import load_file
 
 import mapet
-from mapet.cli import main
+from mapet.cli import main, run_stage
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
 from mapet.model.objective import OBJECTIVES
 from mapet.reporting.run import RunFiles
+from mapet.stages.pretrain import PretrainConfig
 from mapet.stages.run import _naming_options
 from mapet.tokenizer.codebook import load_tokenizer
+from mapet.training.build import load_run
 from mapet.training.step import GradientStep
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 
@@ -405,6 +408,62 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir()} == PICTURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+
+
+def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatch):
+    """Its recipe names a relative folder, where another run may lie since; so do its images, which move too; and all of it goes on."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits / "test", tmp_path / "images")
+    small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0, "workers": 0}
+    words = {"image_size": 8, "patch_size": 2, "channels": 1, "workers": 0}
+    options = {"pretrain": small, "tokenize": {"workers": 0}, "inspect": {"workers": 0}, "device": "cpu"}
+    for moved, vocab_size in (("a", 16), ("b", 12)):
+        mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": vocab_size}, **options)
+        Path("run").rename(moved)
+    mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": 12}, seed=1, **options)
+    for name, vocab_size in (("a", 16), ("b", 12), ("run", 12)):
+        run = load_run(Path(name), PretrainConfig)
+        assert (
+            run.tokenizer.vocab_size == vocab_size
+            and run.tokenizer.hash == load_tokenizer(Path(name, "tokenizer")).hash
+        )
+        assert RunFiles.open(Path(name)).tokenizer["hash"] == run.tokenizer.hash
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_run(tmp_path / "run", PretrainConfig).config.images == str(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    Path("images").rename("photos")
+    with pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a"):
+        run_stage("run", ["a/recipe.yaml", "--resume"])
+    shutil.rmtree("a/pretrain/backbone")  # as if it had been stopped just before
+    run_stage("run", ["a/recipe.yaml", "--resume", "--out", "a", "--images", "photos"])
+    recipes = [yaml.safe_load(Path("a", name).read_text()) for name in ("recipe.yaml", "pretrain/config.yaml")]
+    assert [(recipe["images"], recipe["out"]) for recipe in recipes] == [("photos", "a"), ("photos", "a/pretrain")]
+    assert recipes[1]["tokenizer"] == "a/tokenizer" and recipes[1]["tokens"] == "a/tokens"
+    with pytest.raises(mapet.MapetError, match=r"started with another recipe \(images: 'photos' -> "):
+        run_stage("run", ["a/recipe.yaml", "--resume", "--images", str(digits / "train")])
+
+
+def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
+    few_digits, digits, tokenizer_dir, tmp_path, monkeypatch
+):
+    """A run that tokenizes as it goes is bound to them by its checkpoints alone."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, tokenizer)
+    options = {"images": few_digits, "tokenizer": tokenizer, "out": tmp_path / "run", **PRETRAIN}
+    with monkeypatch.context() as patch:
+        StopAt(patch, 3)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**options)
+    with pytest.raises(mapet.MapetError, match="was trained with other images than are found now: their hash was"):
+        mapet.pretrain(**options | {"images": digits / "test"}, resume=True)
+    shutil.rmtree(tokenizer)
+    mapet.fit_tokenizer(
+        images=few_digits, out=tokenizer, image_size=8, patch_size=2, channels=1, vocab_size=16, seed=5, workers=0
+    )
+    for again in (lambda: mapet.pretrain(**options, resume=True), lambda: load_run(tmp_path / "run", PretrainConfig)):
+        with pytest.raises(mapet.MapetError, match="was trained with other tokenizer than are found now"):
+            again()
 
 
 def test_what_run_logs_and_refuses_has_its_options(caplog):

@@ -14,7 +14,7 @@ from mapet.recipe import Config, as_options_of_section, meaning_of_none, read_re
 from mapet.reporting.advice import Subject, not_judged, too_early, warnings
 from mapet.reporting.history import History
 from mapet.reporting.log import Log
-from mapet.runs import outer_recipe, pretrain_folder, refuse_no_run
+from mapet.runs import named_by_run, outer_recipe, pretrain_folder, refuse_no_run
 
 
 def number(value: float) -> str:
@@ -262,10 +262,10 @@ class RunFiles:
         return {"images": self._images()} | {f"tokenizer's {name}": _text(value) for name, value in made.items()}
 
     def _made(self, stage: str, name: str) -> dict[str, Any]:
-        """What tells of the folder that the option `stage` names, there or, if the run has moved, beside it."""
-        named = Path(str(self.recipe.get(stage) or ""))
-        for folder in (named, *(around / stage for around in self.around)):
-            if folder != Path() and (content := _read(folder / name)):
+        """What tells of the folder that the option `stage` names, or, if that is nowhere to be found, the one beside the run."""
+        named = named_by_run(self.folder, self.recipe, stage)
+        for folder in (*([Path(named)] if named else []), *(around / stage for around in self.around)):
+            if content := _read(folder / name):
                 return content
         return {}
 

@@ -221,10 +221,22 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
         new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
     old = build(RunConfig, read_recipe(recipe), recipe)
     may_change = frozenset({"resume", "device", "max_bad"})
-    if changed := differences(old, config, may_change | free):
+    moved = {"out"} | ({"images"} if old.images != config.images and _made_of(config) else set())
+    if changed := differences(old, config, may_change | free | moved):
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet run {recipe} "
             f"--resume; to start {anew(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
         write_recipe(config, recipe, "run")
+
+
+def _made_of(config: RunConfig) -> bool:
+    """Whether the tokenizer that is there was fitted on the images that are given now, wherever they lie."""
+    from mapet.data.sources import scan
+    from mapet.files import read_json
+
+    description = config.out / "tokenizer" / "tokenizer.json"
+    if not description.is_file():
+        return False
+    return read_json(description, "tokenizer")["fitting"].get("images_hash") == scan(config.images).hash

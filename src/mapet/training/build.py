@@ -11,9 +11,9 @@ from mapet.model.context_autoencoder import ContextAutoencoder
 from mapet.model.objective import CAE, get_objective, num_context_of
 from mapet.model.pretrainer import Pretrainer
 from mapet.recipe import Config, build, read_recipe
-from mapet.runs import pretrain_folder, refuse_no_run
+from mapet.runs import named_by_run, pretrain_folder, refuse_no_run
 from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
-from mapet.training.checkpoint import load_checkpoint
+from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
 
 DEFAULT_RATIO = 0.75
 
@@ -34,12 +34,15 @@ def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False
     """Read a run folder of `pretrain`, or of `run`.
 
     Raises:
-        MapetError: it isn't one, or it has no usable checkpoint.
+        MapetError: it isn't one, its tokenizer is gone or another one, or it has no usable checkpoint.
     """
     refuse_no_run(folder)
     folder = pretrain_folder(folder)
-    config: Any = build(config_type, read_recipe(folder / "config.yaml"), folder / "config.yaml")
+    recipe = read_recipe(folder / "config.yaml")
+    found = {option: named_by_run(folder, recipe, option) for option in ("images", "tokenizer")}
+    config: Any = build(config_type, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
+    must_be_same(read_state(folder / "checkpoints"), {"tokenizer": tokenizer.hash}, folder)
     model = build_model(config, tokenizer)
     load_checkpoint(folder / "checkpoints", model)
     return Run(config, tokenizer, model.eval())

@@ -3,6 +3,8 @@
 import errno
 import logging
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +78,24 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, **others: Sta
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What is known of the newest checkpoint that can be read, without its tensors; {} where there is none."""
+    for path in checkpoints(folder):
+        with suppress(MapetError):
+            return read_sealed(path / STATE, "checkpoint")
+    return {}
+
+
+def must_be_same(state: Mapping[str, Any], now: Mapping[str, str], run: Path) -> None:
+    """Raises MapetError: a run was trained with another tokenizer, or on other images, than there are now; their hashes tell."""
+    for what, digest in now.items():
+        if state.get(what, digest) != digest:  # absent in what version 0.1 wrote at first
+            raise MapetError(
+                f"{run} was trained with other {what} than are found now: their hash was {state[what][:12]}, now it is {digest[:12]}. Has the "
+                "run, or what it was made of, been moved or changed? Put back what there was"
+            )
 
 
 def step_of(path: Path) -> int:

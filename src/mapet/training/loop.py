@@ -20,7 +20,15 @@ from mapet.model.backbone import num_parameters, on_device, save_backbone
 from mapet.model.pretrainer import Pretrainer
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
-from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of, tensors_of
+from mapet.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    must_be_same,
+    read_state,
+    save_checkpoint,
+    step_of,
+    tensors_of,
+)
 from mapet.training.metrics import Meter
 from mapet.training.optim import automatic_lr, images_a_step, make_optimizer, make_schedule
 from mapet.training.panel import Panel
@@ -67,8 +75,10 @@ def train(config: Any) -> Path:
     with RunFolder(config, compute) as run, stop_signals() as stop:
         meter, watch = Meter(setting.tokenizer.vocab_size, compute.device), Watch(setting.images)
         rolled_back = 0
+        made_of = {"tokenizer": setting.tokenizer.hash, "images": setting.images.hash}
         if config.resume:
             if checkpoints(run.checkpoints):
+                must_be_same(read_state(run.checkpoints), made_of, config.out)
                 state = load_checkpoint(run.checkpoints, model, optimizer, meter=meter, watch=watch)
                 sampler.first_step, rolled_back = state["step"], state.get("rolled_back", 0)
                 same_for_all(sampler.first_step, run.checkpoints)
@@ -88,7 +98,12 @@ def train(config: Any) -> Path:
 
         def save() -> None:
             parts = tensors_of(model, optimizer, meter=meter, watch=watch)
-            state = {"epochs": config.epochs, "rolled_back": rolled_back, "micro_batch": gradient_step.micro_batch}
+            state = {
+                "epochs": config.epochs,
+                "rolled_back": rolled_back,
+                "micro_batch": gradient_step.micro_batch,
+                **made_of,
+            }
             if processes.rank() == 0:
                 save_checkpoint(run.checkpoints, step, parts, state, config.keep_checkpoints)
             processes.wait()

@@ -31,6 +31,9 @@ MAY_CHANGE = frozenset(
     | {"micro_batch", "max_skipped", "roll_back", "shard", "track", "max_bad"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
+PLACES = frozenset({"out", "images", "tokenizer", "tokens"})
+"""Of those, where things are, which may have moved; the checkpoint knows their hashes. It has the tokenizer and tokens if the run began
+with them."""
 
 
 class RunFolder:
@@ -49,6 +52,10 @@ class RunFolder:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
             write_recipe(config, self.path / "config.yaml", stage)
+        elif differences(
+            build(type(config), read_recipe(self.path / "config.yaml")), config, frozenset(config.model_fields) - PLACES
+        ):
+            write_recipe(config, self.path / "config.yaml", stage)  # it, or what it is made of, has moved
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
@@ -140,13 +147,14 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
     old = build(type(config), read_recipe(path), path)
     automatic = {name for name, value in config if value is None}
-    changed = differences(old, config, may_change | automatic)
+    moved = {name for name in PLACES - automatic if getattr(old, name, None) is not None}
+    changed = differences(old, config, may_change | automatic | moved)
     if changed:
         raise MapetError(
             f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
             f"{command_to_resume(path.parent, stage)}; to start {anew(path.parent) if stage == 'pretrain' else ANEW}"
         )
-    return old.model_copy(update={name: value for name, value in config if name in may_change})
+    return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
 
 
 ANEW = "with new options: a new --out"
