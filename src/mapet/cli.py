@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -131,7 +132,7 @@ def _way_in(name: str, folder: Path) -> str:
     options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
     known = STAGES[name].config_type.model_fields
     option = next(option for option in [*options, "images", "out"] if option in known)
-    return f"give it as --{option} {folder}"
+    return f"give it as --{option} {quote(str(folder))}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import shlex
 from collections.abc import Iterable, Sequence
 
 
@@ -30,6 +31,11 @@ class Interrupted(MapetError):
 
 class MadeByNewer(MapetError):
     """Files of a format that only a newer mapet reads."""
+
+
+def command(*words: object) -> str:
+    """'mapet ...' as a person can paste it, whatever is in its paths."""
+    return shlex.join(["mapet", *map(str, words)])
 
 
 def by(size: Sequence[int]) -> str:

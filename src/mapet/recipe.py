@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, g
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError, command, did_you_mean
 
 
 class Config(BaseModel):
@@ -279,7 +279,7 @@ def write_recipe(config: "Config", path: Path, stage: str) -> None:
     from mapet.files import atomic
 
     with atomic(path) as temporary:
-        temporary.write_text(f"# mapet {stage} {path}\n{to_yaml(config)}", encoding="utf-8")
+        temporary.write_text(f"# {command(stage, path)}\n{to_yaml(config)}", encoding="utf-8")
 
 
 def to_yaml(config: Config) -> str:

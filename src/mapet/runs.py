@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mapet.errors import MapetError
@@ -89,5 +90,5 @@ def refuse_other_folder(recipe: Path, out: Path) -> None:
     if recipe.name in ("recipe.yaml", "config.yaml") and begun and folder.resolve() != out.resolve():
         raise MapetError(
             f"{recipe} is the recipe of the run in its own folder, but --out is {out}, seen from {Path.cwd()}: go to the folder that "
-            f"the run was started in, or, if it was moved, give --out {folder}"
+            f"the run was started in, or, if it was moved, give --out {quote(str(folder))}"
         )

@@ -2,8 +2,10 @@
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -206,6 +208,13 @@ def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bo
 def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
     leave_to_main_process()
+    sys.excepthook = _unless_left
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A thread that hands over memory has nothing to tell when the main process is gone; errors of reading go another way."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Named(Protocol):

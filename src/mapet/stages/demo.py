@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.errors import Interrupted
+from mapet.errors import Interrupted, command
 from mapet.recipe import Config, stage
 from mapet.stages.finetune import finetune
 from mapet.stages.run import run
@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
             images=train, test_images=test, out=config.out / "run", seed=config.seed, resume=config.resume, **RECIPE
         )
     except Interrupted as error:
-        raise Interrupted(error.what, f"mapet demo --out {config.out} --resume") from None
+        raise Interrupted(error.what, command("demo", "--out", config.out, "--resume")) from None
     results = read_json(config.out / "run" / "probe.json", "probe result")
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):

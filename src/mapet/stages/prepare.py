@@ -96,9 +96,9 @@ def prepare(config: PrepareConfig) -> Path:
         if not (config.out / MANIFEST).exists():
             raise
         raise Interrupted(f"interrupted; what was done is kept in {config.out}") from None
-    total, num_images = int(made.file_sizes.sum()), made.manifest["num_images"]
+    total, good = int(made.file_sizes.sum()), made.manifest["num_images"] - len(made.manifest["bad"])
     log.info(
-        "%s images in %s, %.1f MB (%.1f kB each), %d bad ones left out",
-        f"{num_images:,}", config.out, total / 1e6, total / 1e3 / num_images, len(made.manifest["bad"]),
+        "%s images in %s, %.1f MB (%.1f kB each), %d unreadable left out",
+        f"{good:,}", config.out, total / 1e6, total / 1e3 / max(1, good), len(made.manifest["bad"]),
     )  # fmt: skip
     return config.out

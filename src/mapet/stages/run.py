@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, command
 from mapet.recipe import Config, Source, Stage, as_options_of_section, build, section, shared_stage
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
@@ -110,7 +110,7 @@ def run(config: RunConfig) -> Path:
                 stage(configs[stage])
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             what = error.what if isinstance(error, Interrupted) else "interrupted"
-            raise Interrupted(what, f"mapet run {recipe} --resume") from None
+            raise Interrupted(what, command("run", recipe, "--resume")) from None
 
     missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
     processes.wait()  # all have looked before one writes
@@ -209,7 +209,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     from mapet.training.run_folder import anew
 
     if is_free(config.out, but=recipe.name) and (
-        not recipe.exists() or recipe.read_bytes().startswith(f"# mapet run {recipe}\n".encode())
+        not recipe.exists() or recipe.read_bytes().startswith(f"# {command('run', recipe)}\n".encode())
     ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
         if config.resume:
@@ -224,8 +224,8 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     moved = {"out"} | ({"images"} if old.images != config.images and _made_of(config) else set())
     if changed := differences(old, config, may_change | free | moved):
         raise MapetError(
-            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: mapet run {recipe} "
-            f"--resume; to start {anew(config.out, '--pretrain.init-from')}"
+            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
         write_recipe(config, recipe, "run")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mapet import processes
 from mapet.data.dataset import collate
-from mapet.errors import MapetError
+from mapet.errors import MapetError, command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.setting import Setting
 from mapet.training.sharding import whole_state
@@ -29,9 +29,9 @@ class WentWrong(MapetError):
 
     def __init__(self, what: str, bundle: Path, config: Any, kept: bool = False) -> None:
         """`kept`: the newest checkpoint is from before."""
-        before = f". What was learned before: `mapet export --backbone {config.out} --out NEW`, for --init-from NEW"
+        before = f". What was learned before: `{command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
         super().__init__(
-            f"{what}. See why with: mapet replay --bundle {bundle}. Then start again, in a new --out, with a lower --lr (now "
+            f"{what}. See why with: {command('replay', '--bundle', bundle)}. Then start again, in a new --out, with a lower --lr (now "
             f"{config.lr:.2g}), --precision float32 or --roll-back 1{before if kept else ''}"
         )
 

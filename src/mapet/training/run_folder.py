@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 import shutil
 import sys
 import threading
@@ -17,7 +18,7 @@ import torchvision
 
 from mapet import processes
 from mapet.compute import Compute
-from mapet.errors import Interrupted, MapetError, counted
+from mapet.errors import Interrupted, MapetError, command, counted
 from mapet.files import atomic, is_free, new_folder
 from mapet.recipe import Config, build, differences, read_recipe, to_yaml, write_recipe
 from mapet.runs import nothing_to_resume, outer_recipe, pretrain_folder
@@ -166,14 +167,14 @@ def anew(run: Path, option: str = "--init-from") -> str:
     if (folder / "backbone").is_dir():
         return f"from its weights with new options: {option} {run}, and a new --out"
     if checkpoints(folder / "checkpoints"):
-        return f"from its weights with new options: `mapet export --backbone {run} --out NEW`, {option} NEW, and a new --out"
+        return f"from its weights with new options: `{command('export', '--backbone', run, '--out', 'NEW')}`, {option} NEW, and a new --out"
     return ANEW
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
     """What a person types to go on with an interrupted run."""
     outer = outer_recipe(folder)
-    return f"mapet run {outer} --resume" if outer else f"mapet {stage} {folder / 'config.yaml'} --resume"
+    return command("run", outer, "--resume") if outer else command(stage, folder / "config.yaml", "--resume")
 
 
 def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
@@ -184,4 +185,4 @@ def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pr
 def system_information(compute: Compute) -> str:
     versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
     place = f"Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
-    return f"{compute}; {versions}, {place}; {' '.join(sys.argv)}"
+    return f"{compute}; {versions}, {place}; {shlex.join(sys.argv)}"

@@ -100,8 +100,11 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
     """What a cell would refuse, after hours perhaps, is refused before anything is written.
 
     Raises:
-        MapetError: a tokenizer or a cell that was begun with other options; no such model or objective, sizes that don't fit.
+        MapetError: a tokenizer or a cell that was begun with other options; no such model or objective, sizes that don't fit, fewer
+            labels than are asked for.
     """
+    from mapet.evaluation.features import train_and_test
+    from mapet.evaluation.splits import few_labels
     from mapet.stages.study.cells import cell_job, refuse_other_cell
     from mapet.stages.study.grid import cell_folder, pretrain_config, with_budgets
     from mapet.stages.study.tokenizers import fitting_config, refuse_other_tokenizer
@@ -109,6 +112,12 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
 
     for name in config.tokenizers:
         refuse_other_tokenizer(config, name)
+    train, _ = train_and_test(config.images, config.test_images)
+    for amount in config.labels_per_class:
+        try:
+            few_labels(train, amount, seed=0)
+        except MapetError as error:
+            raise MapetError(f"--labels-per-class: {error}") from None
     for cell in with_budgets(config, cells):
         refuse_other_cell(cell_folder(config, cell), cell_job(config, cell, num_images))
     for cell in cells if not config.report_only else ():

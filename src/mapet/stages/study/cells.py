@@ -92,9 +92,12 @@ def refuse_other_cell(folder: Path, job: dict[str, Any]) -> None:
         return
     old = read_json(folder / "cell.json", "study cell")
     check_format(old.get("format", 1), FORMAT, "study cell", folder)
-    changed = [f"{part}: {old.get(part)} -> {job[part]}" for part in COMPARED if old.get(part) != job[part]]
-    changed += differences(build(PretrainConfig, old["pretrain"]), build(PretrainConfig, job["pretrain"]), PLACES)
-    changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)
+    changed = differences(build(PretrainConfig, old["pretrain"]), build(PretrainConfig, job["pretrain"]), PLACES)
+    judged = (folder / "result.json").exists()  # how it is judged may change until it is
+    for part in COMPARED if judged else ("num_images",):
+        changed += [f"{part}: {old.get(part)} -> {job[part]}"] if old.get(part) != job[part] else []
+    if judged:
+        changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)
     if changed:
         raise MapetError(f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new --out")
 
