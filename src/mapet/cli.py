@@ -15,8 +15,11 @@ import mapet
 from mapet.completion import completion
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
 from mapet.recipe import build, fields, meaning_of_none, read_recipe
-from mapet.runs import recipe_in, refuse_other_folder
+from mapet.runs import recipe_in, refuse_other_folder, stage_of
+from mapet.signals import GO_ON
 from mapet.stages import STAGES
+
+RECIPES = (".yaml", ".yml", ".json")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,8 +103,18 @@ def run_stage(name: str, argv: list[str]) -> Any:
             inner = inner.setdefault(part, {})
         inner[last] = value
     if recipe and recipe.is_dir():
-        raise MapetError(f"{recipe} is a folder, not a recipe: {_way_in(name, recipe)}")
-    config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
+        raise MapetError(f"{recipe} is a folder, not a recipe: {_way_in(name, recipe, 'resume' in typed)}")
+    if recipe and recipe.suffix.lower() not in RECIPES:
+        raise MapetError(
+            f"{recipe} is not a recipe, a file .yaml: options are written --name value, see `mapet {name} --help`"
+        )
+    try:
+        config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
+    except MapetError as error:
+        if recipe and (stage := stage_of(recipe, STAGES)) not in (None, name):
+            raise MapetError(f"{recipe} is a recipe of `mapet {stage}`, not of `mapet {name}`") from None
+        raise error
+    GO_ON[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
     if recipe and getattr(config, "resume", False):
         refuse_other_folder(recipe, config.out)  # type: ignore[attr-defined]
     return function(config)
@@ -111,7 +124,7 @@ def _take_words(name: str, options: dict[str, Any]) -> Path | None:
     """Words without an option go to the option that the stage names for them; the first may be a recipe, which is returned."""
     first, words = options.pop("recipe"), options.pop("words", [])
     option = STAGES[name].config_type.positional
-    if first is None or option is None or first.suffix in (".yaml", ".yml"):
+    if first is None or option is None or first.suffix in RECIPES:
         recipe = first
     else:
         recipe, words = None, [str(first), *words]
@@ -125,12 +138,12 @@ def _take_words(name: str, options: dict[str, Any]) -> Path | None:
     return recipe
 
 
-def _way_in(name: str, folder: Path) -> str:
+def _way_in(name: str, folder: Path, resume: bool) -> str:
     """What somebody may have meant who gave a stage nothing but a folder."""
     if found := recipe_in(folder, (name,)):
         return f"did you mean {found[1]}?"
     options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
-    known = STAGES[name].config_type.model_fields
+    options, known = ["out"] if resume else options, STAGES[name].config_type.model_fields
     option = next(option for option in [*options, "images", "out"] if option in known)
     return f"give it as --{option} {quote(str(folder))}"
 

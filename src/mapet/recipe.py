@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
 
 from mapet.errors import MapetError, command, did_you_mean
 
@@ -25,6 +25,24 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
     positional: ClassVar[str | None] = None
     """The option that words without one are given to on the command line."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_several(cls, given: Any) -> Any:
+        """Where several may be given, as on the command line, one needs no list around it."""
+        if not isinstance(given, Mapping):
+            return given
+        several = {name for name, field in cls.model_fields.items() if _takes_any_number(field.annotation)}
+        single = (str, int, float, os.PathLike)
+        return {key: [value] if key in several and isinstance(value, single) else value for key, value in given.items()}
+
+
+def _takes_any_number(annotation: Any) -> bool:
+    """Whether it is a list, or a tuple of any length."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return Ellipsis in arguments
+    return get_origin(annotation) is list or any(map(_takes_any_number, arguments))
 
 
 C = TypeVar("C", bound=Config)
@@ -99,6 +117,11 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
     def call(config: C | None = None, /, **options: Any) -> R_co:
         if config is None:
             config = build(config_type, options)
+        elif not isinstance(config, config_type):
+            if config_type.positional is None:
+                first = next(iter(fields(config_type)))[0] if not (needed := _required(config_type)) else needed[0]
+                raise TypeError(f"{function.__name__}() takes keywords: {function.__name__}({first}={config!r}, ...)")
+            config = build(config_type, {config_type.positional: config, **options})
         elif options:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
         _refuse_out_among_images(config)
@@ -115,6 +138,10 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
 
     call.config_type = config_type  # type: ignore[attr-defined]
     return cast(Stage[R_co], call)
+
+
+def _required(config_type: type[Config]) -> list[str]:
+    return [name for name, field in fields(config_type) if field.is_required()]
 
 
 def _refuse_out_among_images(config: "Config") -> None:
@@ -209,13 +236,22 @@ def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: M
     on_command_line = typed is not None and (item["type"] == "missing" or not where)
     shown = f"--{name.replace('_', '-')}" if on_command_line else f"option '{name}'"
     if item["type"] == "extra_forbidden":
-        return f"unknown option '{key}'{where}{did_you_mean(key, known)}"
+        inner = _options_of(config_type, item["loc"])
+        near = did_you_mean(str(item["loc"][-1]), inner) if inner else did_you_mean(key, known)
+        return f"unknown option '{key}'{where}{near}"
     if item["type"] == "missing":
         return f"{shown} is required: {(known[name].description or '').rstrip('.') if name in known else ''}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     for pydantic, plain in PLAIN.items():
         message = re.sub(pydantic, plain, message)
     return f"{shown}: {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
+
+
+def _options_of(config_type: type[Config], place: tuple[Any, ...]) -> list[str]:
+    """Those of the config in a mapping name -> config, for (option, name, key) in it; else none."""
+    field = config_type.model_fields.get(str(place[0])) if len(place) == 3 else None
+    inner = get_args(field.annotation)[-1:] if field is not None and get_origin(field.annotation) is dict else ()
+    return list(inner[0].model_fields) if inner and isinstance(inner[0], type) and issubclass(inner[0], Config) else []
 
 
 def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:

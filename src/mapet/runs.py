@@ -1,6 +1,6 @@
 """Folders of runs as others find them: what they are, by the recipes in them, and how they are gone on with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -17,11 +17,15 @@ def recipe_in(folder: Path, stages: Sequence[str]) -> tuple[str, Path] | None:
         folder / "config.yaml",
         folder / "study.yaml",
     ):
-        heading = path.read_text(errors="replace").split(maxsplit=3)[:3] if path.is_file() else []
-        for stage in stages:
-            if heading == ["#", "mapet", stage]:
-                return stage, path
+        if stage := stage_of(path, stages):
+            return stage, path
     return None
+
+
+def stage_of(recipe: Path, stages: Iterable[str]) -> str | None:
+    """The command that wrote a recipe, as its first line says, if it is one of `stages`."""
+    heading = recipe.read_text(errors="replace").split(maxsplit=3)[:3] if recipe.is_file() else []
+    return next((stage for stage in stages if heading == ["#", "mapet", stage]), None)
 
 
 def outer_recipe(folder: Path) -> Path | None:

@@ -20,9 +20,8 @@ class StopRequest:
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Ctrl-C, the polite kill, a terminal that goes away, and what schedulers send before they take a machine."""
-WHILE_IMPORTING = (
-    b"mapet: interrupted while loading libraries. Go on with: the same command, and --resume if it had begun\n"
-)
+GO_ON = [""]
+"""What a person is told to go on with, by one who is interrupted while libraries are loaded."""
 AGAIN = 2.0
 """Seconds after which a second signal is meant: torchrun repeats to its processes what a terminal has sent to all."""
 
@@ -66,7 +65,8 @@ def leave_at_once_while_importing() -> None:
         asked = frame
         while asked is not None:
             if asked.f_code.co_filename.startswith("<frozen importlib"):
-                os.write(2, WHILE_IMPORTING)
+                again = f". Go on with: {GO_ON[0]}" if GO_ON[0] else ""
+                os.write(2, f"mapet: interrupted while loading libraries{again}\n".encode())
                 os._exit(130)
             asked = asked.f_back
         signal.default_int_handler(number, frame)

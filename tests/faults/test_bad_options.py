@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
+from mapet.errors import command
 from mapet.files import naming_the_cause
+from mapet.recipe import build
 from mapet.stages import STAGES
+from mapet.stages.evaluate import EvaluateConfig
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -138,7 +141,12 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
 @pytest.mark.parametrize(
     ("program", "code", "told"),
     [  # the module sends the signal to itself, and passes over exceptions as callbacks of the import system do
-        ("import swallows", 130, "mapet: interrupted while loading libraries. Go on with: the same command"),
+        ("import swallows", 130, "mapet: interrupted while loading libraries\n"),
+        (
+            "GO_ON[0] = 'mapet run x'; import swallows",
+            130,
+            "interrupted while loading libraries. Go on with: mapet run x\n",
+        ),
         ("os.kill(os.getpid(), signal.SIGINT)", -2, "KeyboardInterrupt"),
         ("signal.signal(signal.SIGINT, signal.SIG_IGN); leave_at_once_while_importing(); import swallows", 0, ""),
     ],
@@ -147,9 +155,7 @@ def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told,
     (tmp_path / "swallows.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
     )
-    begin = (
-        "import os, signal\nfrom mapet.signals import leave_at_once_while_importing\nleave_at_once_while_importing()\n"
-    )
+    begin = "import os, signal\nfrom mapet.signals import GO_ON, leave_at_once_while_importing\nleave_at_once_while_importing()\n"
     ended = subprocess.run([sys.executable, "-c", begin + program], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == code and told in ended.stderr
     assert told or not ended.stderr
@@ -180,7 +186,7 @@ def test_wrong_values(capsys, crops, tmp_path):
         capsys, *common, "--image-size", "30"
     )
     line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
-    assert "V = 100000" in line and "192" in line and "--vocab-size" in line
+    assert "V = 100,000" in line and "192" in line and "--vocab-size" in line
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
     assert "expected one argument" in fails(capsys, *common, "--vocab-size")
     assert "unexpected word 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
@@ -191,7 +197,7 @@ def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory", "1e-6"]
     scratch = tmp_path / "scratch"
     line = fails(capsys, *common, "--vocab-size", "100000", "--scratch", scratch)
-    assert "V = 100000" in line and scratch.is_dir() and not list(scratch.iterdir())
+    assert "V = 100,000" in line and scratch.is_dir() and not list(scratch.iterdir())
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     line = fails(capsys, *common, "--scratch", scratch)
@@ -508,6 +514,34 @@ def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
     line = fails(capsys, *run, "--fit-tokenizer.vocab-size", "1")
     assert "vocab-size" in line.replace("_", "-") and "2" in line
     assert "--pretrain.predict-ratio 75: above 0 to 1" in fails(capsys, *run, "--pretrain.predict-ratio", "75")
+
+
+def test_what_is_no_recipe_of_this_stage(run_dir, capsys, tmp_path):
+    line = fails(capsys, "run", run_dir / "config.yaml", "--out", tmp_path / "x")
+    assert line.endswith(f"{run_dir / 'config.yaml'} is a recipe of `mapet pretrain`, not of `mapet run`")
+    assert "photo.JPEG is not a recipe, a file .yaml: options are written --name value" in fails(
+        capsys, "run", "photo.JPEG"
+    )
+    assert f"give it as --out {tmp_path}" in fails(capsys, "embed", tmp_path, "--resume")
+    assert "did you mean '--pretrain.epochs'" in fails(capsys, "run", "--epocs", "3")
+
+
+def test_one_of_several_needs_no_list(run_dir, capsys, tmp_path):
+    """In Python as on the command line; and what takes keywords alone says so."""
+    config = build(
+        EvaluateConfig, {"backbone": run_dir, "images": "a", "out": "b", "protocols": "knn", "few_labels": 5}
+    )
+    assert (config.backbone, config.protocols, config.few_labels) == ([str(run_dir)], ["knn"], (5,))
+    with pytest.raises(TypeError, match=r"run\(\) takes keywords: run\(images='photos', \.\.\.\)"):
+        mapet.run("photos")
+    assert mapet.report(run_dir, out=tmp_path / "x.html", pictures=False).exists()
+
+
+def test_paths_with_spaces_can_be_pasted(run_dir, capsys, tmp_path):
+    folder = tmp_path / "my photos ü"
+    folder.mkdir()
+    assert f"give it as --images '{folder}'" in fails(capsys, "check", folder)
+    assert command("run", folder, "--resume") == f"mapet run '{folder}' --resume"
 
 
 def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir, capsys, tmp_path):

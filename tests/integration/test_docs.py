@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +82,9 @@ def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog)
     Path("LABELLED").symlink_to(digits)
     ran = []
     for line in block.splitlines():
-        _, name, *words = shlex.split(line)
+        _, name, *words = shlex.split(line, comments=True)
         if name == "export" and importlib.util.find_spec("onnxscript") is None:
             words = words[: words.index("--format")]
-        if name == "report":
-            shutil.copytree("runs/a/vit", "runs/b/vit")
         own_recipe = words[0].endswith(".yaml")
         if name != "watch":
             ran.append(name)

@@ -176,6 +176,16 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
             {"tokenizers": {"pixels": PIXELS | {"patch_size": 3}}},
             "tokenizer 'pixels': .*not divisible by the patch size 3",
         ),
+        ({"tokenizers": {"a": {"image_siz": 3}}}, "unknown option 'tokenizers.a.image_siz'; did you mean 'image_size'"),
+        (
+            {"labels_per_class": [5, 1000]},
+            "--labels-per-class: class '.' has .* to learn from, fewer than the 1,000 asked for",
+        ),
+        ({"grid": {"lr": [1, 2], "objective_": {}}}, "objective_' has no values"),
+        (
+            {"grid": {"lr": [0.1, 0.2], "epochs": [1, 2]}},
+            "'objective' is not varied; --compare takes one of lr, epochs",
+        ),
         ({"test_images": "nowhere"}, "nowhere does not exist"),
         ({"images": "nowhere"}, "nowhere does not exist"),
     ],
@@ -198,6 +208,20 @@ def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
         main(argv) == 2
         and "--tokenizers is required: name -> options of `fit-tokenizer`: 'pixels={}'" in capsys.readouterr().err
     )
+
+
+def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
+    """It was pre-trained for hours, perhaps, and then there were fewer labels than were asked for. One name that varies is compared."""
+    options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, grid={"lr": [1e-3]})
+    mapet.study(**options)
+    (folder,) = (tmp_path / "study" / "cells").iterdir()
+    (folder / "result.json").unlink()
+    weights = (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
+    mapet.study(**options | {"labels_per_class": [3]})
+    assert "fine-tuned, 3 labels a class" in json.loads((folder / "result.json").read_text())["scores"]
+    assert weights == (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(MapetError, match=r"labels_per_class: \[3\] -> \[4\]"):
+        mapet.study(**options | {"labels_per_class": [4]})
 
 
 def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):

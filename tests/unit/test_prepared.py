@@ -183,6 +183,17 @@ def test_who_takes_no_census_is_warned(scans, photos, caplog):
     assert "16-bit" not in caplog.text and "grey" not in caplog.text
 
 
+def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, caplog):
+    caplog.set_level("INFO", "mapet")
+    mapet.prepare(images=folder, out=tmp_path / "made", size=64, max_bad=0.5)
+    assert "6 images in" in caplog.text and "1 unreadable left out" in caplog.text
+    words = {"patch_size": 8, "vocab_size": 4, "workers": 0, "max_bad": 0.5}
+    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **words)
+    assert "would be enlarged" not in caplog.text
+    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "small", image_size=96, **words)
+    assert "100% of 6 images looked at are smaller than the input, 96 x 96 px, and would be enlarged" in caplog.text
+
+
 def test_grey_images_read_as_colour_are_told(photos, tmp_path, caplog):
     """Where all are; one in colour among them, and three channels are for something."""
     words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "workers": 0}

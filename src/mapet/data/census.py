@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mapet.data.decode import ArrayPicture, BadImage
 from mapet.data.image_list import ImageList
-from mapet.errors import by
+from mapet.errors import by, counted
 
 log = logging.getLogger("mapet")
 SHOWN = 10
@@ -78,17 +78,29 @@ class Census:
             yield f"{bad:,} of {count:,} are unreadable: other stages refuse more than {max_bad:.0%}; remove them or raise --max-bad there"
         if count - bad < FEW_IMAGES:
             yield few_images(count - bad)
-        smaller = (self.sizes < image_size).any(axis=1)
-        if smaller.sum() > count / 2:
-            yield (
-                f"{smaller.mean():.0%} are smaller than the input, {by(image_size)} px, and would be enlarged, which takes "
-                "time and shows nothing new: choose a smaller --image-size, with a --patch-size that divides it"
-            )
+        if (share := smaller(self.sizes, image_size)) > 0.5:
+            yield f"{share:.0%} are {enlarged(image_size)}"
 
 
 def few_images(count: int) -> str:
     """A warning."""
-    return f"{count} images are very few to learn from: expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
+    return (
+        f"{counted(count, 'image')} {'is' if count == 1 else 'are'} very few to learn from: expect little, and hundreds of passes (see how much "
+        "data and time, in docs/how_much.md)"
+    )
+
+
+def smaller(sizes: np.ndarray, image_size: tuple[int, int]) -> float:
+    """The share of images that are smaller than the input."""
+    return float((sizes < image_size).any(axis=1).mean()) if len(sizes) else 0.0
+
+
+def enlarged(image_size: tuple[int, int]) -> str:
+    """What is wrong with those."""
+    return (
+        f"smaller than the input, {by(image_size)} px, and would be enlarged, which takes time and shows nothing new: choose a smaller "
+        "--image-size, with a --patch-size that divides it"
+    )
 
 
 class Levels(NamedTuple):
@@ -114,8 +126,8 @@ class Levels(NamedTuple):
         )
 
 
-def warn_of_unused(images: ImageList, channels: int) -> None:
-    """Of some images, for those who take no census: levels or channels that say nothing."""
+def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
+    """Of some images, for those who take no census: pixels, levels or channels that say nothing."""
     found = [_facts(images, int(i), channels) for i in np.linspace(0, len(images) - 1, min(SHOWN, len(images)))]
     facts = [fact for fact in found if isinstance(fact, Facts)]
     ranges = [fact.range for fact in facts if fact.range is not None]
@@ -123,6 +135,8 @@ def warn_of_unused(images: ImageList, channels: int) -> None:
         log.warning("%s", levels)
     if facts and all(fact.grey for fact in facts):
         log.warning("all %d images looked at are %s", len(facts), ONE_CHANNEL)
+    if (share := smaller(_pairs([fact.size for fact in facts]), image_size)) > 0.5:
+        log.warning("%.0f%% of %d images looked at are %s", 100 * share, len(facts), enlarged(image_size))
 
 
 def take_census(images: ImageList, channels: int, threads: int) -> Census:

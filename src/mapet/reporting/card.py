@@ -142,7 +142,7 @@ def model_card(
     }
     used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].needs)]
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {name}",
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n# {name}",
         _what(vit, origin, classes),
         _use(vit, formats),
         _data(origin),
@@ -151,7 +151,11 @@ def model_card(
         _metrics(origin),
         _checks(checks, checked_on, tolerance),
         "## Recipe\n\n"
-        + (_block("yaml", yaml.safe_dump(origin.recipe, sort_keys=False)) if origin.recipe else "Not known."),
+        + (
+            _block("yaml", yaml.safe_dump(origin.recipe, sort_keys=False, allow_unicode=True))
+            if origin.recipe
+            else "Not known."
+        ),
         _files(folder),
         "## Versions\n\n" + ", ".join(f"{name} {found}" for name in used if (found := _version(name))),
     ]
@@ -211,7 +215,7 @@ def _tuning(tuning: dict[str, Any]) -> str:
     return (
         f"## Fine-tuning\n\nFrom {start} `{tuning['backbone']}`, on {images['number']:,} labelled images of {images['classes']} "
         f"classes; the sha256 of the list of their names and sizes is `{images['hash']}`.\n\n"
-        + _block("yaml", yaml.safe_dump(tuning["recipe"], sort_keys=False))
+        + _block("yaml", yaml.safe_dump(tuning["recipe"], sort_keys=False, allow_unicode=True))
     )
 
 

@@ -167,8 +167,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 relative_to_first(found)
                 write_evaluation(config.out, found, about, config.model_dump(mode="json"))  # what is done is not lost
         except KeyboardInterrupt:
+            if not any(found.values()):
+                raise
             raise Interrupted(
-                f"interrupted; the protocols that had ended, if any, are in {config.out}",
+                f"interrupted; the protocols that had ended are in {config.out}",
                 "the other --protocols, and a new --out",
             ) from None
         finally:

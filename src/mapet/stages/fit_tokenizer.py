@@ -124,7 +124,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     if processes.rank() == 0:
-        warn_of_unused(images, config.channels)
+        warn_of_unused(images, config.channels, config.image_size)
     size = config.image_size
     teacher = make_teacher(
         config.teacher,
@@ -148,6 +148,11 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     elif config.quantizer != "kmeans":
         levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
         vocab_size = math.prod(levels)
+        if config.vocab_size not in (None, vocab_size):
+            log.warning(
+                "%s makes %d words, not %d: its levels are %s; --levels gives others",
+                config.quantizer, vocab_size, config.vocab_size, " x ".join(map(str, levels)),
+            )  # fmt: skip
     log.info(
         "%s images, %s patches, teacher %s at %s px in %s, V = %s",
         f"{len(images):,}",

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt
 
 from mapet.errors import Interrupted, MapetError, command
 from mapet.recipe import Config, Source, Stage, as_options_of_section, build, section, shared_stage
+from mapet.signals import GO_ON
 from mapet.stages.fit_tokenizer import FitTokenizerConfig, fit_tokenizer
 from mapet.stages.inspect import InspectConfig, inspect
 from mapet.stages.options import BadImages
@@ -103,6 +104,8 @@ def run(config: RunConfig) -> Path:
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
     processes.wait()
 
+    GO_ON[0] = command("run", recipe, "--resume")
+
     def do(stage: Stage[Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))
         try:
@@ -122,7 +125,9 @@ def run(config: RunConfig) -> Path:
     if figures in missing and (config.test_images or scan(config.images).classes()):
         do(probe)
     elif figures in missing:
-        log.info("--- no probe: %s has no class folders, and there are no --test-images", config.images)
+        log.info(
+            "--- no probe: %s has no labels (two class folders or more), and there are no --test-images", config.images
+        )
     if pictures in missing:
         do(inspect)
     write_run_report(config.out, PretrainConfig)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from mapet.recipe import Config, stage
-from mapet.runs import is_tuned, refuse_no_run
+from mapet.runs import refuse_no_run
 
 log = logging.getLogger("mapet")
 
@@ -31,13 +31,17 @@ def watch(config: WatchConfig) -> None:
       mapet watch runs/photos --port 8000
     """
     from mapet.errors import MapetError
+    from mapet.files import is_free
     from mapet.reporting.live import LiveServer
     from mapet.reporting.run import RunFiles
     from mapet.stages.pretrain import PretrainConfig
 
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
-    if is_tuned(config.run):
+    begins = (
+        not config.run.exists() or is_free(config.run) or (config.run / "recipe.yaml").is_file()
+    )  # of `run`, before it trains
+    if not begins:
         refuse_no_run(config.run)
     with LiveServer(config.run, config.port, PretrainConfig) as server:
         missing = "holds no run yet" if config.run.exists() else "does not exist yet"

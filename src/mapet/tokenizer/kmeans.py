@@ -192,7 +192,7 @@ def kmeans(
     shards = Points(points, metric)
     if num_clusters > len(shards):
         raise MapetError(
-            f"V = {num_clusters} visual words need at least as many patches, but there are {len(shards)}: lower --vocab-size"
+            f"V = {num_clusters:,} visual words need at least as many patches, but there are {len(shards):,}: lower --vocab-size"
         )
     mean, variance = _moments(shards)
     state = State.fresh(num_clusters, len(mean), shards.device)

@@ -43,8 +43,8 @@ class StudyConfig(Config):
     """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
     seeds: list[NonNegativeInt] = Field([0, 1, 2])
     """Each cell is run with each: weights, order, views and permutations are those of the seed."""
-    compare: str = "objective"
-    """The varied name whose values are compared in pairs, all else being equal."""
+    compare: str | None = None
+    """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
     equal_compute: bool = True
     """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
     labels_per_class: list[PositiveInt] = Field([10])

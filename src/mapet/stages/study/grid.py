@@ -72,8 +72,10 @@ def grid_cells(config: StudyConfig) -> list[GridCell]:
         if not axis or len(axis) < len(values):
             raise MapetError(f"grid: '{name}' has {'no values' if not axis else f'a value twice: {values}'}")
         axes[name] = axis
-    if config.compare not in axes:
-        raise MapetError(f"compare: '{config.compare}' is not varied{did_you_mean(config.compare, axes)}")
+    if (name := compared(config)) not in axes:
+        raise MapetError(
+            f"compare: '{name}' is not varied{did_you_mean(name, axes)}; --compare takes one of {', '.join(axes)}"
+        )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise MapetError(f"seeds: {config.seeds} has {'none' if not config.seeds else 'one twice'}")
     shared = config.pretrain.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
@@ -97,6 +99,11 @@ def grid_cells(config: StudyConfig) -> list[GridCell]:
     return [replace(cell, seed=seed) for seed in config.seeds for cell in seen.values()]  # all of one seed first
 
 
+def compared(config: StudyConfig) -> str:
+    """The varied name whose values are compared."""
+    return config.compare or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
+
+
 def _word(value: Any) -> str:
     return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -117,7 +124,7 @@ def with_budgets(config: StudyConfig, cells: list[GridCell]) -> list[GridCell]:
         return cells
     found = []
     for cell in cells:
-        rivals = [c for c in cells if _without(c.factors, config.compare) == _without(cell.factors, config.compare)]
+        rivals = [c for c in cells if _without(c.factors, compared(config)) == _without(cell.factors, compared(config))]
         most = max(c.flops_per_image * c.options["epochs"] for c in rivals)
         epochs = round(most / cell.flops_per_image) if cell.flops_per_image else cell.options["epochs"]
         if epochs == cell.options["epochs"]:

@@ -11,7 +11,7 @@ from mapet.reporting.comparison import Cell, Study
 from mapet.reporting.study import write_report
 from mapet.stages.study import StudyConfig
 from mapet.stages.study.cells import cell_job, evaluate
-from mapet.stages.study.grid import GridCell, cell_folder, file_name
+from mapet.stages.study.grid import GridCell, cell_folder, compared, file_name
 from mapet.stages.study.tokenizers import fitting_config, tokenizer_folder
 from mapet.tokenizer.codebook import load_tokenizer
 
@@ -61,7 +61,7 @@ def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
     finished = [_read(config, cell) for cell in cells]
     title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
     command = f"mapet study {config.out / 'study.yaml'}"
-    study = Study(title, config.compare, finished, baselines(config, cells, measure), notes, command)
+    study = Study(title, compared(config), finished, baselines(config, cells, measure), notes, command)
     write_report(study, config.out / "report")
     done = sum(cell.status == "done" for cell in finished)
     log.info("%d of %d cells done; report in %s", done, len(cells), config.out / "report" / "report.html")
