@@ -38,9 +38,13 @@ class Compute:
         try:
             place = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise MapetError(
-                f"device '{device}' is not available: {str(error).splitlines()[0]}. Use --device auto, cpu, cuda or mps"
-            ) from None
+            kind = device.split(":")[0]
+            why = (
+                f"not available: {str(error).splitlines()[0].split('. ')[0][:100]}"
+                if kind in ("cuda", "mps")
+                else "unknown"
+            )
+            raise MapetError(f"device '{device}' is {why}. Use --device auto, cpu, cuda or mps") from None
         if place.type == "cuda" and processes.number() > 1:
             place = torch.device("cuda", processes.device_number())
             torch.cuda.set_device(place)

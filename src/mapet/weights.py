@@ -49,6 +49,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         if not weights:
             entries = f" but {', '.join(map(str, content))[:200]}" if isinstance(content, dict) and content else ""
             raise ValueError(f"it holds no tensors under their names{entries}; write those you want as safetensors")
+    except IsADirectoryError:
+        inside = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
+        hint = f": did you mean {inside[0]}?" if inside else ", not a file of weights"
+        raise MapetError(f"{path} is a folder{hint}") from None
     except OSError as error:
         raise MapetError(f"cannot read weights from {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle may raise anything

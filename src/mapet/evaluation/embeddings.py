@@ -75,7 +75,9 @@ class Embeddings:
         now = {"images_hash": images.hash, "format": format, **settings}
         before = {"images_hash": manifest["images_hash"], "format": manifest["format"], **manifest["settings"]}
         changed = [
-            f"{key}: {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)
+            f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
+            for key in now | before
+            if before.get(key) != now.get(key)
         ]
         if changed:
             raise MapetError(
@@ -134,6 +136,11 @@ class Embeddings:
         name = f"part-{number:05d}{f'_{within:09d}' if within else ''}.parquet"  # in this order by name, too
         with atomic(self.folder / PARTS / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
+
+
+def _short(value: Any) -> str:
+    """Of a hash its first digits."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What can be said of features without labels: rank, spread, collapse; and how well their clusters agree with classes."""
 
+from math import isfinite
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,9 @@ def diagnostics(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"] | No
 
     Args:
         views: features of other views of the same images, for the alignment.
+
+    Returns:
+        Of what so few images have: one has no spread.
     """
     x = features.double()
     unit = F.normalize(x, dim=1)
@@ -45,7 +50,7 @@ def diagnostics(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"] | No
     }
     if views is not None:
         found["alignment"] = float((unit - F.normalize(views.double(), dim=1)).square().sum(1).mean())
-    return found
+    return {name: value for name, value in found.items() if isfinite(value)}
 
 
 def entropy_rank(x: Float[Tensor, "n D"]) -> float:

@@ -401,3 +401,9 @@ def find_backbone(path: Path) -> Path:
 
 def num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameters_in_words(module: torch.nn.Module) -> str:
+    """'5.5 M parameters', of small ones '8,320 parameters'."""
+    number = num_parameters(module)
+    return f"{f'{number / 1e6:.1f} M' if number >= 50_000 else f'{number:,}'} parameters"

@@ -178,7 +178,7 @@ class Chart {
     for (const y of ticks(bottom, top, 4)) {
       const height = this.toHeight(y);
       group.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: height, y2: height }),
-        drawn("text", { x: MARGIN.left - 6, y: height + 4, "text-anchor": "end" }, this.text(y)));
+        drawn("text", { x: MARGIN.left - 6, y: height + 4, "text-anchor": "end" }, Math.abs(y) >= 1e5 ? y.toExponential() : this.text(y)));
     }
     for (const x of ticks(low, high, Math.max(2, this.width / 100))) {
       group.append(drawn("text", { x: this.toPixel(x), y: HEIGHT - 7, "text-anchor": "middle" }, number(x)));

@@ -246,7 +246,7 @@ def mean_patches(
 def panels(rows: int, columns: int, size: float = 1.5) -> tuple[Figure, Sequence[Sequence[plt.Axes]]]:
     """Rows of square axes without ticks."""
     figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns + 1, size * rows + 0.6), squeeze=False, layout="constrained"
+        rows, columns, figsize=(max(5.0, size * columns + 1), size * rows + 0.6), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.set_xticks([])

@@ -92,7 +92,7 @@ def export(config: ExportConfig) -> Path:
                 (place / "README.md").write_text(card, encoding="utf-8")
     for way, difference in checks.items():
         log.info("%-40s largest relative difference %.1e", way, difference)
-    log.info("exported to %s, checked on %s", config.out, sample.words)
+    log.info("exported to %s, checked on %s", config.out, sample.words.partition(",")[0])
     return config.out
 
 
@@ -119,7 +119,10 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     if (inner / "config.yaml").is_file() and not is_tuned(run) and not (inner / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run, PretrainConfig).model.vit, Path(folder) / "vit")
-            return load_backbone(Path(folder) / "vit", **options).eval()
+            try:
+                return load_backbone(Path(folder) / "vit", **options).eval()
+            except MapetError as error:
+                raise MapetError(str(error).replace(str(Path(folder) / "vit"), config.backbone)) from None
     return load_backbone(config.backbone, **options).eval()
 
 

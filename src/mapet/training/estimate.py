@@ -13,7 +13,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
-from mapet.model.backbone import create_vit, num_parameters, on_device
+from mapet.model.backbone import create_vit, num_parameters, on_device, parameters_in_words
 from mapet.model.objective import MAPET, num_context_of
 from mapet.model.pretrainer import Pretrainer
 from mapet.tokenizer.codebook import load_tokenizer
@@ -73,8 +73,7 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
         features = teacher(views[:1]).shape[1]
     count, epoch = len(usable), len(usable) * max(training, read)
     fitting = min(count, points / num_patches) * max(teaching, read)
-    size = num_parameters(vit) / 1e6
-    yield f"dry run on {compute}: {config.model}, {size:.1f} M parameters, {num_patches} patches, V = {vocab_size}"
+    yield f"dry run on {compute}: {config.model}, {parameters_in_words(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
     yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
     yield (

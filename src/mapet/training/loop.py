@@ -16,7 +16,7 @@ from mapet.data.dataset import Batch, Quarantine, collate, make_loader
 from mapet.errors import MapetError, by, counted
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
-from mapet.model.backbone import num_parameters, on_device, save_backbone
+from mapet.model.backbone import on_device, parameters_in_words, save_backbone
 from mapet.model.pretrainer import Pretrainer
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
@@ -187,7 +187,7 @@ def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
     together = f" on {processes.number()} processes" if processes.number() > 1 else ""
     return (
-        f"{config.model}, {num_parameters(model.vit) / 1e6:.1f} M parameters, {config.objective} on {num_images:,} images of "
+        f"{config.model}, {parameters_in_words(model.vit)}, {config.objective} on {num_images:,} images of "
         f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
         f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )

@@ -20,7 +20,7 @@ from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.files import atomic, write_json, write_tensors
-from mapet.model.backbone import create_vit, num_parameters, on_device
+from mapet.model.backbone import create_vit, on_device, parameters_in_words
 from mapet.signals import stop_signals
 from mapet.tokenizer.codebook import Health
 from mapet.tokenizer.extract import teacher_features
@@ -89,8 +89,8 @@ def train_vqkd(config: Any) -> Path:
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info(
-            "VQ-KD, %s with %.1f M parameters, %d codes, teacher %s, %s images of %d px, batch %d, lr %.2g, %d epochs, %s",
-            config.model, num_parameters(model) / 1e6, vocab_size, teacher.name, f"{len(images):,}", config.image_size[0],
+            "VQ-KD, %s with %s, %d codes, teacher %s, %s images of %d px, batch %d, lr %.2g, %d epochs, %s",
+            config.model, parameters_in_words(model), vocab_size, teacher.name, f"{len(images):,}", config.image_size[0],
             config.batch_size, lr, config.epochs, compute,
         )  # fmt: skip
         if sampler.first_step == 0:
