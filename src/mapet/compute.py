@@ -39,12 +39,14 @@ class Compute:
             place = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             kind = device.split(":")[0]
-            why = (
-                f"not available: {str(error).splitlines()[0].split('. ')[0][:100]}"
-                if kind in ("cuda", "mps")
-                else "unknown"
-            )
-            raise MapetError(f"device '{device}' is {why}. Use --device auto, cpu, cuda or mps") from None
+            reasons = {
+                "cuda": str(error).splitlines()[0].split(". ")[0],
+                "mps": "this machine, or its PyTorch, has none",
+            }
+            why = reasons.get(kind, "mapet knows none of that name")
+            raise MapetError(
+                f"device '{device}' is not available: {why}. Use --device auto, cpu, cuda or mps"
+            ) from None
         if place.type == "cuda" and processes.number() > 1:
             place = torch.device("cuda", processes.device_number())
             torch.cuda.set_device(place)

@@ -73,13 +73,13 @@ def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word or name in a section, else
-    the two shortest that contain it; or an empty string."""
+    """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word, else the two shortest that
+    contain it, else the nearest name in a section; or an empty string."""
     known, name = list(known), word.lstrip("-").rpartition(".")[2]
     near = [option for option in known if option.lstrip("-").rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or sorted((option for option in known if len(name) > 2 and name in option), key=len)[:2]
     lasts = [option.lstrip("-").rpartition(".")[2] for option in known]
     close = difflib.get_close_matches(name, lasts, n=1, cutoff=0.75)
     near = near or [option for option, last in zip(known, lasts, strict=True) if last in close]
-    near = near or sorted((option for option in known if len(name) > 2 and name in option), key=len)[:2]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -326,5 +326,5 @@ def test_damaged_bytes_are_noticed(tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(MapetError, match=r"missing\.pt: No such file or directory"):
         read_weights(tmp_path / "missing.pt")
-    with pytest.raises(MapetError, match="Is a directory"):
+    with pytest.raises(MapetError, match="is a folder, not a file of weights"):
         read_weights(tmp_path)

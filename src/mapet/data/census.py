@@ -44,7 +44,8 @@ class Census:
     def lines(self) -> Iterator[str]:
         """The report."""
         total = int(self.images.file_sizes.clip(min=0).sum())
-        yield f"{len(self.images):,} images in {self.images.root}, {total / 1e6:,.1f} MB; {self.images.ignored} other files ignored"
+        size = f"{total / 1e6:,.1f} MB" if total >= 1e5 else f"{total / 1e3:.1f} kB"
+        yield f"{len(self.images):,} images in {self.images.root}, {size}; {self.images.ignored} other files ignored"
         classes = self.images.classes()
         if classes:
             counts = np.bincount(classes[1])
