@@ -17,7 +17,7 @@ from mapet.model.attention import plain_attention, row_blocks
 from mapet.model.backbone import create_vit, on_device
 from mapet.model.cross_entropy import linear_cross_entropy
 from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
-from mapet.model.pretrainer import Pretrainer, residual
+from mapet.model.pretrainer import Pretrainer, fates_of, residual
 from mapet.training import sizing
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep
@@ -117,16 +117,23 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
     block, rows = model.vit.blocks[2].train(), torch.randn(3, 5, 32, dtype=torch.float64)
     assert block.drop_path1.drop_prob == pytest.approx(0.4)
     attended = torch.randn_like(rows)
-    nothing = torch.full((3,), 0.61, dtype=torch.float64)
-    always = torch.full((3,), 0.59, dtype=torch.float64)
-    assert torch.equal(residual(block, rows, attended, (nothing, nothing)), rows)
-    kept = residual(block, rows, attended, (always, nothing))
+
+    def through(*numbers: list[float]) -> torch.Tensor:
+        """The block after its attention, where its two branches have these numbers for the three images."""
+        survival = torch.zeros(3, 2 * len(model.vit.blocks), dtype=torch.float64)
+        survival[:, 4], survival[:, 5] = map(torch.tensor, numbers)
+        return residual(block, rows, attended, fates_of(model.vit, survival, rows)[2])
+
+    nothing, always = [0.61] * 3, [0.59] * 3
+    assert torch.equal(through(nothing, nothing), rows)
+    kept = through(always, nothing)
     assert torch.allclose(kept, rows + block.ls1(attended) / 0.6, atol=1e-6)
-    both = residual(block, rows, attended, (always, always))
+    both = through(always, always)
     assert torch.allclose(both, kept + block.ls2(block.mlp(block.norm2(kept))) / 0.6, atol=1e-5)
-    mixed = residual(block, rows, attended, (torch.tensor([0.59, 0.61, 0.59]), always))
+    mixed = through([0.59, 0.61, 0.59], always)
     assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
-    assert torch.equal(residual(block.eval(), rows, attended, (nothing, nothing)), residual(block, rows, attended))
+    model.eval()
+    assert torch.equal(through(nothing, nothing), residual(block, rows, attended))
 
 
 @given(
@@ -265,6 +272,7 @@ def test_arithmetic_is_what_pytorch_counts(benchmarks):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of what lies between two compiled blocks
 def test_compiled_step_equals_eager():
     """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
     eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)

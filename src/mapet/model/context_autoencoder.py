@@ -119,6 +119,6 @@ class ContextAutoencoder(Pretrainer):
         embedded = vit._pos_embed(vit.patch_embed(images))
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
         rows = vit.norm_pre(torch.cat([prefix, gather(patches, chosen)], dim=1))
-        for block, fate in zip(vit.blocks, fates_of(vit, survival), strict=True):
+        for block, fate in zip(vit.blocks, fates_of(vit, survival, rows), strict=True):
             rows = residual(block, rows, block.attn(block.norm1(rows)), fate)
         return vit.norm(rows)

@@ -17,7 +17,8 @@ from mapet.model.target import LOSSES, TargetKind, compiled_token_loss
 Ranks = Int[Tensor, " m"]
 Survival = Float[Tensor, "B branches"]
 """A number from 0 to 1 for each residual branch, two a block."""
-Fate = tuple[Float[Tensor, " B"] | None, Float[Tensor, " B"] | None]
+Fate = tuple[Float[Tensor, "B 1 1"] | None, Float[Tensor, "B 1 1"] | None]
+"""What stochastic depth multiplies a block's two branches by: 0, or 1 / probability of survival."""
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
 """What there is to know about each patch, row-major: its visual word, or numbers."""
 
@@ -123,6 +124,7 @@ class Pretrainer(nn.Module):
         self.num_targets = num_targets
         self.target: TargetKind = target
         self._loss = LOSSES[target]
+        self._block, self._last_block = whole_block, reading_block
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -179,8 +181,9 @@ class Pretrainer(nn.Module):
         return Prediction(loss, correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
 
     def compile(self) -> None:
-        """Compile, at the first step, the two parts of a step that take its time: the pass of the rows, and the softmax of the words."""
-        self.encode = torch.compile(self.encode, dynamic=False)  # type: ignore[method-assign]
+        """Compile, at the first step, what takes a step's time: packing, a block (once for all of them), the softmax of the words."""
+        self.pack = torch.compile(self.pack, dynamic=False)  # type: ignore[method-assign]
+        self._block, self._last_block = (torch.compile(f, dynamic=False) for f in (whole_block, reading_block))
         if self.target == "tokens":
             self._loss = compiled_token_loss()
 
@@ -214,24 +217,15 @@ class Pretrainer(nn.Module):
         if ranks is not None:
             read_bias = read_bias[ranks]
             bias = torch.cat([bias[:content], read_bias]) if asks_only else bias
-        (*blocks, last), (*fates, last_fate) = self.vit.blocks, fates_of(self.vit, survival)
+        (*blocks, last), (*fates, last_fate) = self.vit.blocks, fates_of(self.vit, survival, rows)
+        blocks_of_rows = clip(layout.all_blocks, len(bias))
         for block, fate in zip(blocks, fates, strict=True):
-            seen, asking = block.norm1(rows).split([content, rows.shape[1] - content], dim=1)
-            attended = attend(block.attn, seen, asking, bias, clip(layout.all_blocks, len(bias)), content_asks=True)
-            rows = residual(block, rows, attended, fate)
-        normal = last.norm1(rows)
-        asking, rows = (
-            x[:, read_at] if ranks is None or asks_only else x[:, read_at][:, ranks] for x in (normal, rows)
-        )
-        attended = attend(
-            last.attn,
-            normal[:, :content],
-            asking,
-            read_bias,
-            clip(layout.read_blocks, len(read_bias)),
-            content_asks=False,
-        )
-        return self.vit.norm(residual(last, rows, attended, last_fate))
+            rows = self._block(block, rows, content, bias, blocks_of_rows, fate)
+        reading: slice | Tensor = read_at
+        if ranks is not None and not asks_only:
+            reading = read_at.start + ranks
+        blocks_of_rows = clip(layout.read_blocks, len(read_bias))
+        return self.vit.norm(self._last_block(last, rows, content, reading, read_bias, blocks_of_rows, last_fate))
 
     def pack(
         self,
@@ -273,32 +267,69 @@ class Pretrainer(nn.Module):
         return vit.norm_pre(torch.cat(list(parts.values()), dim=1))
 
 
+def whole_block(
+    block: Block,
+    rows: Float[Tensor, "B R D"],
+    content: int,
+    bias: Float[Tensor, "R C"],
+    blocks_of_rows: list[RowBlock],
+    fate: Fate,
+) -> Float[Tensor, "B R D"]:
+    """A timm Block in which all rows ask; the first `content` of them are seen."""
+    seen, asking = block.norm1(rows).split([content, rows.shape[1] - content], dim=1)
+    return residual(block, rows, attend(block.attn, seen, asking, bias, blocks_of_rows, content_asks=True), fate)
+
+
+def reading_block(
+    block: Block,
+    rows: Float[Tensor, "B R D"],
+    content: int,
+    reading: slice | Int[Tensor, " m"],
+    bias: Float[Tensor, "m C"],
+    blocks_of_rows: list[RowBlock],
+    fate: Fate,
+) -> Float[Tensor, "B m D"]:
+    """A timm Block of which only the rows at `reading` are wanted."""
+    normal = block.norm1(rows)
+    attended = attend(block.attn, normal[:, :content], normal[:, reading], bias, blocks_of_rows, content_asks=False)
+    return residual(block, rows[:, reading], attended, fate)
+
+
 def residual(
     block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], fate: Fate = (None, None)
 ) -> Float[Tensor, "B R D"]:
-    """What timm's Block does after its attention.
-
-    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `fate` is below the branch's
-    probability of survival; given from outside, the draws don't depend on which images are computed together.
-    """
+    """What timm's Block does after its attention."""
     rows = rows + surviving(block.drop_path1, block.ls1(attended), fate[0])
     return rows + surviving(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), fate[1])
 
 
 def surviving(
-    path: nn.Module, branch: Float[Tensor, "B R D"], fate: Float[Tensor, " B"] | None
+    path: nn.Module, branch: Float[Tensor, "B R D"], factor: Float[Tensor, "B 1 1"] | None
 ) -> Float[Tensor, "B R D"]:
-    if fate is None or not path.training or not isinstance(path, DropPath):
-        return path(branch)
-    probability = 1 - path.drop_prob
-    return branch * ((fate < probability).to(branch.dtype) / probability)[:, None, None]
+    return path(branch) if factor is None else branch * factor
 
 
-def fates_of(vit: VisionTransformer, survival: Survival | None) -> list[Fate]:
-    """The numbers of each block's two branches."""
+def fates_of(vit: VisionTransformer, survival: Survival | None, rows: Float[Tensor, "B R D"]) -> list[Fate]:
+    """Of each block's two branches, in the dtype of `rows`.
+
+    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `survival` is below the branch's
+    probability; given from outside, the draws don't depend on which images are computed together.
+    """
+
+    def factor(path: nn.Module, number: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1"] | None:
+        if not path.training:
+            return None
+        # That of the first block is 1; it is multiplied by nevertheless, so that its compiled block is the others'.
+        probability = 1 - path.drop_prob if isinstance(path, DropPath) else 1
+        return ((number < probability).to(rows.dtype) / probability)[:, None, None]
+
     if survival is None:
         return [(None, None)] * len(vit.blocks)
-    return [(first, second) for first, second in survival.unflatten(1, (-1, 2)).permute(1, 2, 0)]
+    pairs = survival.unflatten(1, (-1, 2)).permute(1, 2, 0)
+    return [
+        (factor(block.drop_path1, first), factor(block.drop_path2, second))
+        for block, (first, second) in zip(vit.blocks, pairs, strict=True)
+    ]
 
 
 def gather(values: Tensor, order: Int[Tensor, "B n"]) -> Tensor:

@@ -81,7 +81,7 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     micro_batch: PositiveInt | None = None
     """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
     compile: bool | None = None
-    """Compile the step with torch.compile, some minutes at the start; automatic: on CUDA."""
+    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA, unless --predict-ratio is a range."""
     shard: bool = False
     """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
     workers: NonNegativeInt | None = None
@@ -102,6 +102,11 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
     resume: bool = False
     """Go on with an interrupted run in `out`, exactly where it stopped."""
+
+    @property
+    def varies_context(self) -> bool:
+        """Whether the share of predicted patches is drawn anew for each step."""
+        return self.predict_ratio is not None and self.predict_ratio[0] < self.predict_ratio[1]
 
     @property
     def num_workers(self) -> int:

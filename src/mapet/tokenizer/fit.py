@@ -14,7 +14,7 @@ from mapet.data.dataset import Quarantine, ViewDataset, make_loader
 from mapet.tokenizer.extract import teacher_features
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans import kmeans
-from mapet.tokenizer.points import ROWS, Metric
+from mapet.tokenizer.points import Metric, rows_at_once
 from mapet.tokenizer.quantizer import Quantizer, principal_components, project
 from mapet.tokenizer.teacher import Teacher
 
@@ -39,7 +39,7 @@ def fit_kmeans(points: FeatureStore, vocab_size: int, pca: int | None, metric: M
     projection = principal_components(points, pca, whiten=False) if pca else {}
     with FeatureStore(len(points), points.memory, points.scratch, points.device) as projected:
         if projection:
-            for _, block in points.blocks(ROWS):
+            for _, block in points.blocks(rows_at_once(points.device)):
                 projected.append(project(block, **projection))
         clustered = projected if projection else points
         centroids, usage, error, variance = kmeans(clustered, vocab_size, metric=metric, **options)
@@ -52,7 +52,7 @@ def fit_scalar(points: FeatureStore, levels: Sequence[int]) -> Fitted:
     projection = principal_components(points, len(levels), whiten=True)
     quantizer = Quantizer({"kind": "scalar", "levels": list(levels)}, projection).to(points.device)
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
-    for _, block in points.blocks(ROWS):
+    for _, block in points.blocks(rows_at_once(points.device)):
         usage += torch.bincount(quantizer(block), minlength=len(usage)).cpu()
     return Fitted(quantizer, processes.total(usage))
 

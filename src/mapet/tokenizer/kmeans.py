@@ -16,7 +16,7 @@ from mapet import processes
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizer.feature_store import FeatureStore
 from mapet.tokenizer.kmeans_state import State, load_state, save_state
-from mapet.tokenizer.points import ROWS, Metric, Points, even_sample
+from mapet.tokenizer.points import Metric, Points, even_sample, rows_at_once
 
 Start = Literal["random", "k-means++"]
 COLUMNS = 128
@@ -42,11 +42,12 @@ class Distances:
         self.right = pad(right, (0, 0, 0, -len(right) % COLUMNS))
         self.right[len(right) :, -1] = torch.inf  # the padding is nobody's nearest
         # Memory that is new to the process costs a CPU as much as a product: it is taken once.
-        self.left = torch.ones(ROWS, self.right.shape[1], dtype=dtype, device=centroids.device)
-        self.table = torch.empty(ROWS, len(self.right), dtype=dtype, device=centroids.device)
+        rows = rows_at_once(centroids.device)
+        self.left = torch.ones(rows, self.right.shape[1], dtype=dtype, device=centroids.device)
+        self.table = torch.empty(rows, len(self.right), dtype=dtype, device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> Float[Tensor, "n padded_K"]:
-        """The table of at most `ROWS` points; the next call overwrites it."""
+        """The table of at most `rows_at_once` points; the next call overwrites it."""
         count, width = points.shape
         left = self.left[:count]
         left[:, :width] = points
@@ -97,12 +98,13 @@ class Assignment:
         self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
         self.largest = 2 * _half_norms(self.centroids).max()
         self.distances_to = Distances(self.centroids, torch.float32)
-        self.buffer = torch.empty(ROWS, centroids.shape[1], device=centroids.device)
+        self.rows = rows_at_once(centroids.device)
+        self.buffer = torch.empty(self.rows, centroids.shape[1], device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """Ids, and squared distances to these centroids."""
-        blocks = [self._block(points[start : start + ROWS]) for start in range(0, max(1, len(points)), ROWS)]
-        ids, distances = zip(*blocks, strict=True)
+        starts = range(0, max(1, len(points)), self.rows)
+        ids, distances = zip(*(self._block(points[start : start + self.rows]) for start in starts), strict=True)
         return torch.cat(ids), torch.cat(distances)
 
     def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,8 @@ def train(config: Any) -> Path:
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
     if config.shard:
         shard(model, compute)
-    gradient_step = GradientStep(model, compute, micro_batch, automatic_compile(config.compile, compute))
+    compile = automatic_compile(config.compile, compute, same_shapes=not config.varies_context)
+    gradient_step = GradientStep(model, compute, micro_batch, compile)
     lr = config.lr or automatic_lr(images_a_step(config.batch_size, len(sampler.indices)))
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
@@ -183,7 +184,7 @@ def train(config: Any) -> Path:
 
 def describe(config: Any, model: Pretrainer, num_images: int) -> str:
     """The run in one line."""
-    most = "up to " if config.predict_ratio and config.predict_ratio[0] < config.predict_ratio[1] else ""
+    most = "up to " if config.varies_context else ""
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
     together = f" on {processes.number()} processes" if processes.number() > 1 else ""
     return (

@@ -107,10 +107,9 @@ class Setting(NamedTuple):
 
     def draw_context(self, step: int) -> int:
         """c of a step: fixed, or drawn from (seed, step) alone."""
-        low, high = self.config.predict_ratio or (0.0, 0.0)
-        if low == high:
+        if not self.config.varies_context:
             return self.model.num_context
-        ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
+        ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(*self.config.predict_ratio)
         return num_context_of(ratio, self.model.num_patches)
 
 

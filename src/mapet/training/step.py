@@ -135,6 +135,10 @@ def sum_gradients(model: nn.Module) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def automatic_compile(wanted: bool | None, compute: Compute) -> bool:
-    """Whether to compile: by default on CUDA, if its compiler is there (docs/performance.md has the measurements)."""
-    return (compute.device.type == "cuda" and has_triton()) if wanted is None else wanted
+def automatic_compile(wanted: bool | None, compute: Compute, same_shapes: bool = True) -> bool:
+    """Whether to compile: by default on CUDA, if its compiler is there (docs/performance.md has the measurements).
+
+    Args:
+        same_shapes: all steps have as many rows; otherwise each new number would be compiled anew.
+    """
+    return (compute.device.type == "cuda" and same_shapes and has_triton()) if wanted is None else wanted

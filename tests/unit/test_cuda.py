@@ -1,0 +1,160 @@
+"""On a CUDA device: what a step, a codebook and a run give is what the CPU gives. Skipped where there is none."""
+
+import json
+import os
+import signal
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mapet
+from mapet.compute import Compute
+from mapet.model.backbone import create_vit, on_device
+from mapet.model.objective import CAUSAL, MAPET, MIM, PIM
+from mapet.model.pretrainer import Pretrainer
+from mapet.tokenizer.kmeans import assign, kmeans
+from mapet.training import loop
+from mapet.training.step import GradientStep
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # of what lies between two compiled blocks
+]
+SMALL = {"embed_dim": 128, "depth": 3, "num_heads": 2}
+
+
+def make(objective, num_targets=None, drop_path=0.0, **args):
+    torch.manual_seed(0)
+    vit = create_vit("vit_tiny_patch16_224", (64, 80), 8, 3, SMALL | args, drop_path)
+    model = Pretrainer(vit, 500, objective, 20, num_targets)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def draw(batch=16):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 64, 80, generator=generator)
+    return (
+        images,
+        torch.randint(500, (batch, 80), generator=generator),
+        torch.rand(batch, 80, generator=generator).argsort(1),
+    )
+
+
+def gradients(model):
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("num_targets", [None, 17])
+@pytest.mark.parametrize("objective", [MAPET, PIM, MIM, CAUSAL], ids=lambda o: o.name)
+@pytest.mark.parametrize(("precision", "compile"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_step_is_the_cpu_s(objective, num_targets, precision, compile):
+    torch._dynamo.reset()
+    exact = make(objective, num_targets, drop_path=0.2)
+    model, inputs = deepcopy(exact), draw()
+    ranks = exact.draw_ranks(20, [0])
+    survival = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
+    wanted = GradientStep(exact, Compute(torch.device("cpu"), torch.float32), 16)(
+        *inputs, ranks=ranks, survival=survival
+    )
+    compute = Compute.choose("cuda", precision)
+    step = GradientStep(on_device(model, compute), compute, 8, compile)
+    found = step(
+        *map(compute.to, inputs), ranks=None if ranks is None else compute.to(ranks), survival=compute.to(survival)
+    )
+    assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01)
+    assert torch.equal(found.targets.cpu(), wanted.targets)
+    expected = gradients(exact)
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        similar = F.cosine_similarity(gradient.flatten().double(), expected[name].flatten().double(), dim=0)
+        if expected[name].norm() > 1e-3:
+            assert similar > (1 - 1e-7 if precision == "float32" else 0.99), (name, float(similar))
+
+
+def test_compiled_blocks_are_compiled_once():
+    """Twelve blocks with probabilities of their own, and steps of the same shape, share one compiled block."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = make(MAPET, drop_path=0.2, depth=12)
+    compute = Compute.choose("cuda", "bfloat16")
+    step = GradientStep(on_device(model, compute), compute, 16, compile=True)
+    for _ in range(2):
+        step(*map(compute.to, draw()), survival=torch.rand(16, 24, device="cuda"))
+    # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
+    assert counters["stats"]["unique_graphs"] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebook_and_tokens_are_the_cpu_s(dtype):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(200, 48, generator=generator) * 3
+    points = centres.repeat(150, 1) + torch.randn(30_000, 48, generator=generator)
+    cpu, gpu = (kmeans(points.to(device), 300, 10, dtype=dtype) for device in ("cpu", "cuda"))
+    assert gpu.error == pytest.approx(cpu.error, rel=0.005)
+    ids, distances = assign(points, cpu.centroids)
+    found, far = assign(points.cuda(), cpu.centroids.cuda())
+    assert torch.equal(found.cpu(), ids)
+    assert torch.allclose(far.cpu(), distances, rtol=1e-4)
+
+
+def test_out_of_memory_goes_on_with_fewer_images(caplog):
+    compute = Compute.choose("cuda", "bfloat16")
+    torch.cuda.empty_cache()
+    model = on_device(make(MAPET, embed_dim=384, depth=12), compute)
+    step = GradientStep(model, compute, 512)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(3e9 / total)
+    try:
+        loss = step(*map(compute.to, draw(512))).loss
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert loss.isfinite() and step.micro_batch < 512
+    assert "out of memory with 512 images at a time: going on with --micro-batch 256" in caplog.text
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool, monkeypatch):
+    """From images to a backbone; stopped in the middle and resumed it gives the same figures up to rounding."""
+    torch._dynamo.reset()
+    common = {"images": few_digits, "workers": 2, "device": "cuda"}
+    tokenizer, tokens = tmp_path / "tokenizer", tmp_path / "tokens"
+    mapet.fit_tokenizer(**common, out=tokenizer, image_size=16, patch_size=2, channels=1, vocab_size=32, iterations=5)
+    mapet.tokenize(**common, tokenizer=tokenizer, out=tokens)
+    args = common | {
+        "tokenizer": tokenizer, "tokens": tokens, "model_args": SMALL, "epochs": 6, "batch_size": 50, "lr": 1e-3,
+        "probe_every": 0, "log_every": 3, "drop_path": 0.1, "compile": compile,
+    }  # fmt: skip
+    mapet.pretrain(**args, out=tmp_path / "whole")
+
+    steps = []
+
+    class Stops(loop.GradientStep):
+        def __call__(self, *args, **kwargs):
+            steps.append(1)
+            if len(steps) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "GradientStep", Stops)
+    with pytest.raises(mapet.errors.Interrupted):
+        mapet.pretrain(**args, out=tmp_path / "parts")
+    mapet.pretrain(**args, out=tmp_path / "parts", resume=True)
+    whole, parts = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    )
+    assert [m["step"] for m in whole] == [m["step"] for m in parts]
+    for one, other in zip(whole, parts, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-3)
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.3
+    same = [one["loss"] == other["loss"] for one, other in zip(whole, parts, strict=True)]
+    print("windows with the same loss to the bit:", sum(same), "of", len(same))
+    assert (tmp_path / "parts" / "backbone" / "model.safetensors").is_file()
