@@ -47,7 +47,7 @@ def draw(batch=16):
 
 
 def gradients(model):
-    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 CASES = [(objective, m) for objective in (MAPET, PIM, MIM, CAUSAL) for m in (None, 17)]
@@ -108,7 +108,7 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
     ids, distances = assign(points, cpu.centroids)
     found, far = assign(points.cuda(), cpu.centroids.cuda())
     assert torch.equal(found.cpu(), ids)
-    assert torch.allclose(far.cpu(), distances, rtol=1e-4)
+    assert torch.allclose(far.cpu(), distances, rtol=1e-4, atol=1e-3)
 
 
 def test_out_of_memory_goes_on_with_fewer_images(caplog):

@@ -60,23 +60,25 @@ def attend(
         content_asks: whether the content rows ask as well; then R = C + Q and they come first, else R = Q.
     """
 
-    def heads(x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (parts, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def heads(x: Float[Tensor, "B n W"]) -> Float[Tensor, "B h n d"]:
+        return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
     width = attn.attn_dim
     weight, offset = attn.qkv.weight, attn.qkv.bias
-    (q,) = heads(F.linear(query, weight[:width], None if offset is None else offset[:width]), 1)
-    if content_asks:
-        content_q, k, v = heads(attn.qkv(content), 3)
-        q = torch.cat([content_q, q], dim=2) if query.shape[1] else content_q
+    asks = [attn.q_norm(heads(F.linear(query, weight[:width], None if offset is None else offset[:width])))]
+    if content_asks:  # chunks, so that their gradients are put together in one pass
+        q, k, v = map(heads, attn.qkv(content).chunk(3, dim=-1))
+        asks.insert(0, attn.q_norm(q))
     else:
-        k, v = heads(F.linear(content, weight[width:], None if offset is None else offset[width:]), 2)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+        k, v = map(
+            heads, F.linear(content, weight[width:], None if offset is None else offset[width:]).chunk(2, dim=-1)
+        )
+    k = attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
     product = F.scaled_dot_product_attention if attn.fused_attn else plain_attention
     parts = [
         product(
-            q[:, :, rows],
+            rows_of(asks, rows),
             k[:, :, columns],
             v[:, :, columns],
             attn_mask=bias[rows, columns] if masked else None,
@@ -89,6 +91,17 @@ def attend(
     if attn.gate is not None:
         x = x * attn.gate(torch.cat([content, query], dim=1) if content_asks else query).sigmoid()
     return attn.proj_drop(attn.proj(x))
+
+
+def rows_of(parts: list[Float[Tensor, "B h _ d"]], rows: slice) -> Float[Tensor, "B h r d"]:
+    """These rows of parts that follow each other, copied only where they lie in several."""
+    start, stop, _ = rows.indices(sum(part.shape[2] for part in parts))
+    found = []
+    for part in parts:
+        if start < part.shape[2] and stop > 0:
+            found.append(part[:, :, max(start, 0) : stop])
+        start, stop = start - part.shape[2], stop - part.shape[2]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 def plain_attention(

@@ -276,7 +276,8 @@ def whole_block(
     fate: Fate,
 ) -> Float[Tensor, "B R D"]:
     """A timm Block in which all rows ask; the first `content` of them are seen."""
-    seen, asking = block.norm1(rows).split([content, rows.shape[1] - content], dim=1)
+    # Normalised apart, both are contiguous, and their products add the bias on the way.
+    seen, asking = block.norm1(rows[:, :content]), block.norm1(rows[:, content:])
     return residual(block, rows, attend(block.attn, seen, asking, bias, blocks_of_rows, content_asks=True), fate)
 
 
@@ -290,9 +291,9 @@ def reading_block(
     fate: Fate,
 ) -> Float[Tensor, "B m D"]:
     """A timm Block of which only the rows at `reading` are wanted."""
-    normal = block.norm1(rows)
-    attended = attend(block.attn, normal[:, :content], normal[:, reading], bias, blocks_of_rows, content_asks=False)
-    return residual(block, rows[:, reading], attended, fate)
+    seen, rows = rows[:, :content], rows[:, reading]
+    attended = attend(block.attn, block.norm1(seen), block.norm1(rows), bias, blocks_of_rows, content_asks=False)
+    return residual(block, rows, attended, fate)
 
 
 def residual(

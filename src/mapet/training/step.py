@@ -41,7 +41,8 @@ class GradientStep:
         self.worker = deepcopy(model).to(compute.dtype) if low else model
         if compile:
             self.worker.compile()
-        self._pairs = list(zip(model.parameters(), self.worker.parameters(), strict=True)) if low else []
+        self._masters: list[Tensor] = [*model.parameters()] if low else []
+        self._copies: list[Tensor] = [*self.worker.parameters()] if low else []
 
     def __call__(
         self,
@@ -63,9 +64,9 @@ class GradientStep:
             MapetError: one image at a time needs more memory than there is.
         """
         self.worker.train()
-        with torch.no_grad():
-            for master, copy in self._pairs:
-                copy.copy_(master)
+        if self._copies:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._masters)  # on a GPU a few kernels for all of them
         whole = {"images": images.to(self.dtype), "targets": targets, "permutation": permutation, "survival": survival}
         while True:
             try:
@@ -93,11 +94,18 @@ class GradientStep:
         return Prediction(torch.stack(losses).sum(), correct, torch.cat(predicted), torch.cat(of_images))
 
     def _collect(self) -> None:
-        for master, copy in self._pairs:
+        masters, found = [], []
+        for master, copy in zip(self._masters, self._copies, strict=True):
             if copy.grad is not None:
-                gradient = copy.grad.to(master.dtype)  # on CPUs sums of two dtypes are slow: convert first
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                masters.append(master)
+                found.append(copy.grad)
                 copy.grad = None
+        if not found:
+            return
+        gradients = [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(gradients, found)  # on CPUs sums of two dtypes are slow: convert first
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def _halve(self, images: int) -> None:
         failed = min(self.micro_batch, images)
