@@ -45,40 +45,32 @@ def clip(blocks: list[RowBlock], rows: int) -> list[RowBlock]:
 
 def attend(
     attn: Attention,
-    content: Float[Tensor, "B C D"],
-    query: Float[Tensor, "B Q D"],
+    seen: Float[Tensor, "B C D"],
+    asking: Float[Tensor, "B R D"],
     bias: Float[Tensor, "R C"],
     blocks: list[RowBlock],
-    content_asks: bool,
 ) -> Float[Tensor, "B R D"]:
-    """A timm Attention for rows of which only some are seen.
+    """A timm Attention in which not all rows that ask are seen (XLNet's two streams, arXiv 1906.08237).
 
     Args:
-        content: normalised rows that are seen: keys and values.
-        query: normalised rows that only ask: no keys, no values (XLNet's query stream).
+        seen: normalised rows, of which keys and values are made.
+        asking: normalised rows, of which queries are made.
         bias: 0 where a row sees a column, -inf elsewhere.
-        content_asks: whether the content rows ask as well; then R = C + Q and they come first, else R = Q.
+        blocks: of all rows.
     """
 
-    def heads(x: Float[Tensor, "B n W"]) -> Float[Tensor, "B h n d"]:
-        return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    def heads(rows: Float[Tensor, "B n D"], part: int) -> Float[Tensor, "B h n d"]:
+        projected = F.linear(rows, weights[part], None if offsets is None else offsets[part])
+        return projected.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
-    width = attn.attn_dim
-    weight, offset = attn.qkv.weight, attn.qkv.bias
-    asks = [attn.q_norm(heads(F.linear(query, weight[:width], None if offset is None else offset[:width])))]
-    if content_asks:  # chunks, so that their gradients are put together in one pass
-        q, k, v = map(heads, attn.qkv(content).chunk(3, dim=-1))
-        asks.insert(0, attn.q_norm(q))
-    else:
-        k, v = map(
-            heads, F.linear(content, weight[width:], None if offset is None else offset[width:]).chunk(2, dim=-1)
-        )
-    k = attn.k_norm(k)
+    weights = attn.qkv.weight.chunk(3)
+    offsets = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    q, k, v = attn.q_norm(heads(asking, 0)), attn.k_norm(heads(seen, 1)), heads(seen, 2)
     dropout = attn.attn_drop.p if attn.training else 0.0
     product = F.scaled_dot_product_attention if attn.fused_attn else plain_attention
     parts = [
         product(
-            rows_of(asks, rows),
+            q[:, :, rows],
             k[:, :, columns],
             v[:, :, columns],
             attn_mask=bias[rows, columns] if masked else None,
@@ -89,19 +81,8 @@ def attend(
     ]
     x = attn.norm(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
     if attn.gate is not None:
-        x = x * attn.gate(torch.cat([content, query], dim=1) if content_asks else query).sigmoid()
+        x = x * attn.gate(asking).sigmoid()
     return attn.proj_drop(attn.proj(x))
-
-
-def rows_of(parts: list[Float[Tensor, "B h _ d"]], rows: slice) -> Float[Tensor, "B h r d"]:
-    """These rows of parts that follow each other, copied only where they lie in several."""
-    start, stop, _ = rows.indices(sum(part.shape[2] for part in parts))
-    found = []
-    for part in parts:
-        if start < part.shape[2] and stop > 0:
-            found.append(part[:, :, max(start, 0) : stop])
-        start, stop = start - part.shape[2], stop - part.shape[2]
-    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
 def plain_attention(

@@ -107,7 +107,7 @@ class ContextAutoencoder(Pretrainer):
             normal = block.norm1(rows)
             seen = torch.cat([block.norm1(visible), normal], dim=1)
             whole = [RowBlock(slice(None), slice(None), masked=False)]
-            rows = residual(block, rows, attend(block.attn, seen, normal, bias, whole, content_asks=False))
+            rows = residual(block, rows, attend(block.attn, seen, normal, bias, whole))
         alignment = F.mse_loss(full_precision(rows), full_precision(wanted))
         return self.decoder_norm(self.decoder(rows)), alignment
 

@@ -276,9 +276,9 @@ def whole_block(
     fate: Fate,
 ) -> Float[Tensor, "B R D"]:
     """A timm Block in which all rows ask; the first `content` of them are seen."""
-    # Normalised apart, both are contiguous, and their products add the bias on the way.
-    seen, asking = block.norm1(rows[:, :content]), block.norm1(rows[:, content:])
-    return residual(block, rows, attend(block.attn, seen, asking, bias, blocks_of_rows, content_asks=True), fate)
+    asking = block.norm1(rows)
+    seen = asking[:, :content].contiguous()  # as its products would make it, each time
+    return residual(block, rows, attend(block.attn, seen, asking, bias, blocks_of_rows), fate)
 
 
 def reading_block(
@@ -292,7 +292,7 @@ def reading_block(
 ) -> Float[Tensor, "B m D"]:
     """A timm Block of which only the rows at `reading` are wanted."""
     seen, rows = rows[:, :content], rows[:, reading]
-    attended = attend(block.attn, block.norm1(seen), block.norm1(rows), bias, blocks_of_rows, content_asks=False)
+    attended = attend(block.attn, block.norm1(seen), block.norm1(rows), bias, blocks_of_rows)
     return residual(block, rows, attended, fate)
 
 

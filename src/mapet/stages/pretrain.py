@@ -81,7 +81,7 @@ class PretrainConfig(Views, BadImages, Tracked, Device):
     micro_batch: PositiveInt | None = None
     """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
     compile: bool | None = None
-    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA, unless --predict-ratio is a range."""
+    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, unless --predict-ratio is a range."""
     shard: bool = False
     """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
     workers: NonNegativeInt | None = None

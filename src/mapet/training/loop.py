@@ -62,7 +62,7 @@ def train(config: Any) -> Path:
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
     if config.shard:
         shard(model, compute)
-    compile = automatic_compile(config.compile, compute, same_shapes=not config.varies_context)
+    compile = automatic_compile(config.compile, compute, total_steps, same_shapes=not config.varies_context)
     gradient_step = GradientStep(model, compute, micro_batch, compile)
     lr = config.lr or automatic_lr(images_a_step(config.batch_size, len(sampler.indices)))
     optimizer = make_optimizer(model, lr, config.weight_decay)

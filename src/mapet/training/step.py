@@ -15,6 +15,8 @@ from mapet.model.pretrainer import Prediction, Pretrainer, Ranks, Survival, Targ
 from mapet.training.sharding import is_sharded, last_of_step
 
 log = logging.getLogger("mapet")
+LONG = 1000
+"""Steps after which a GPU has won back what compiling took."""
 
 
 class GradientStep:
@@ -27,7 +29,7 @@ class GradientStep:
     Args:
         model: float32, from `on_device`. Its gradients are what the step makes.
         micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
-        compile: compile the forward and backward pass (some minutes at the start).
+        compile: compile the forward and backward pass (about a minute at the start).
 
     A model that is `shard`ed makes its own copy.
 
@@ -143,10 +145,11 @@ def sum_gradients(model: nn.Module) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def automatic_compile(wanted: bool | None, compute: Compute, same_shapes: bool = True) -> bool:
-    """Whether to compile: by default on CUDA, if its compiler is there (docs/performance.md has the measurements).
+def automatic_compile(wanted: bool | None, compute: Compute, steps: int = LONG, same_shapes: bool = True) -> bool:
+    """Whether to compile: by default on CUDA in a `LONG` run, if the compiler is there (docs/performance.md has the measurements).
 
     Args:
         same_shapes: all steps have as many rows; otherwise each new number would be compiled anew.
     """
-    return (compute.device.type == "cuda" and same_shapes and has_triton()) if wanted is None else wanted
+    worth = compute.device.type == "cuda" and steps >= LONG and same_shapes and has_triton()
+    return worth if wanted is None else wanted
