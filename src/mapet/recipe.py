@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, create_model, model_validator
 
 from mapet.errors import MapetError, command, did_you_mean
 
@@ -60,8 +60,8 @@ def _as_pair(value: Any) -> Any:
     return values * 2 if len(values) == 1 else values
 
 
-Size = Annotated[tuple[int, int], BeforeValidator(_as_pair)]
-"""Height and width; one number means a square."""
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_as_pair)]
+"""Height and width, pixels; one number means a square."""
 Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 """A range of shares; one number means just that."""
 

@@ -249,6 +249,14 @@ def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(
     assert sizing.free_memory(cpu.device) > 1_000_000
 
 
+@pytest.mark.parametrize(("name", "peak"), [("tiny", 10.7), ("small", 20.3), ("base", 39.7)])
+def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
+    """Peak GB at batch 256, on an H100 (docs/performance.md): never more than counted, and not much less."""
+    model = Pretrainer(create_vit(f"vit_{name}_patch16_224", (224, 224)), 8192, MAPET, 49)
+    compute = Compute(torch.device("cuda"), torch.bfloat16)
+    assert 1 < 256 * sizing.bytes_per_image(model, compute) / (peak * 1e9) < 1.25
+
+
 def test_arithmetic_is_what_pytorch_counts(benchmarks):
     """The exact count, with attention's unseen columns added, equals that of PyTorch's own counter, forward and backward."""
     from arithmetic import Shape, forward, reference_training_flops, training_flops

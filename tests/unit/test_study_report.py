@@ -189,7 +189,10 @@ def test_report_says_the_same_in_all_three(tmp_path):
         ([], "No run has finished"),
         ([cell("mapet", 0, None, status="not run")], "No run has finished"),
         ([cell("mapet", seed, 0.5) for seed in range(3)], "there are no pairs to test"),
-        ([cell(name, 0, 0.5) for name in ("mapet", "pim")], "One seed: no interval and no test"),
+        (
+            [cell(name, 0, 0.5) for name in ("mapet", "pim")],
+            "One seed: no interval and no test, so no difference between",
+        ),
         ([cell(name, seed, 0.5) for name in ("mapet", "pim") for seed in (0, 1)], "no spread and no test"),
         ([cell(name, seed, float("nan")) for name in ("mapet", "pim") for seed in (0, 1)], "no pairs to test"),
     ],

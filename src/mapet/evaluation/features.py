@@ -108,7 +108,9 @@ def held_out(everything: LabelledSet, test_share: float = 0.2) -> Bool[np.ndarra
     for members in everything.by_class(order):
         test[members[: max(1, round(test_share * len(members)))]] = True
     if test.all():
-        raise MapetError(f"{everything.images.root}: classes with one image each cannot be split; give --test-images")
+        raise MapetError(
+            f"{everything.images.root}: no class has a second image, so that none can be held out for the test; give --test-images"
+        )
     return test
 
 

@@ -274,6 +274,8 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
         raise MapetError(
             f"unknown model '{name}'{_similar(name, [*known, *_vits()]) or '.'} `timm.list_models('vit_*')` lists them"
         )
+    if pretrained:
+        log.info("weights of %s: from this machine's cache, else from the Hub", name)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds

@@ -202,6 +202,12 @@ def findings(study: Study, differences: list[Difference]) -> list[str]:
     if not differences:
         pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]
         return pairs + best_values(study)
+    if all(row.seeds == 1 for row in differences):
+        said = (
+            f"One seed: no interval and no test, so no difference between values of {study.compare} is told apart from chance. The table "
+            "of differences has them; more --seeds would tell."
+        )
+        return [said, *best_values(study)]
     single = [row for row in differences if not row.headline]
     told = [sentence(row) for row in single if row.verdict in ("higher", "lower")]
     count = f"Of {len(single)} differences in single settings {len(told)} can be told from nought; the table has all."

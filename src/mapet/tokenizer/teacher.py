@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from mapet.tokenizer.quantizer import Quantizer
 from mapet.tokenizer.vqkd import vqkd_encoder
 from mapet.weights import hash_weights, read_weights
 
+log = logging.getLogger("mapet")
 PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -188,6 +190,8 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         overlay = {"state_dict": read_weights(checkpoint), "custom_load": False} if checkpoint else None
         known = timm.list_models()
+        if not checkpoint and not name.startswith("local-dir:"):
+            log.info("weights of teacher %s: from this machine's cache, else from the Hub", name)
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
                 f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known]) or '.'} "

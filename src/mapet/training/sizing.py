@@ -16,17 +16,19 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
-    """Activations kept for the backward pass of one image, with plain attention.
+    """Activations kept for the backward pass of one image.
 
-    About 34 numbers of width D a token and block (norms, qkv, attention output, MLP with GELU) and 3 of each attention
-    score; the logits in float32 twice.
+    With plain attention about 34 numbers of width D a row and block (norms, qkv, attention output, MLP with GELU) and 3 of
+    each attention score; with a GPU's fused one no score, and 17 to 18 numbers (measured on ViT-T, S and B: docs/performance.md),
+    to which LayerScale adds two.
     """
     vit = model.vit
     rows = sum(model.layout().lengths.values())
     heads = vit.blocks[0].attn.num_heads
     size = 2 if compute.dtype == torch.bfloat16 else 4
-    per_block = 34 * rows * vit.embed_dim * size + 3 * heads * rows * rows * size
-    return len(vit.blocks) * per_block + 3 * 4 * model.num_predicted * model.head.out_features
+    fused = compute.device.type == "cuda"
+    per_block = (20 if fused else 34) * rows * vit.embed_dim * size + (0 if fused else 3 * heads * rows * rows * size)
+    return len(vit.blocks) * per_block
 
 
 def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) -> int:
