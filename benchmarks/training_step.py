@@ -44,15 +44,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a model (and with `largest`, one more at the largest batch that fits the GPU)."""
     compute = Compute.choose(device, precision)  # type: ignore[arg-type]
+    compiled = automatic_compile(compile, compute)
     rows = []
     for name in models:
-        rows.append(_compare(name, batch, compute, rounds, kernels, compile))
+        rows.append(_compare(name, batch, compute, rounds, kernels, compiled))
         if largest and compute.device.type == "cuda":
-            rows.append(
-                _compare(
-                    name, _largest(name, compute, automatic_compile(compile, compute)), compute, rounds, False, compile
-                )
-            )
+            rows.append(_compare(name, _largest(name, compute, compiled), compute, rounds, False, compiled))
     return rows
 
 
@@ -67,15 +64,11 @@ def _inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
     return images, torch.randint(VOCABULARY, (batch, 196)).to(device), torch.rand(batch, 196).argsort(1)
 
 
-def _compare(
-    name: str, batch: int, compute: Compute, rounds: int, kernels: bool, compile: bool | None
-) -> dict[str, Any]:
+def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool, compile: bool) -> dict[str, Any]:
     model = on_device(_make(name), compute).train()
     shape = Shape(model.vit.embed_dim, len(model.vit.blocks))
     images, tokens, permutation = _inputs(batch, compute.device)
-    step = GradientStep(
-        model, compute, automatic_micro_batch(model, batch, compute), automatic_compile(compile, compute)
-    )
+    step = GradientStep(model, compute, automatic_micro_batch(model, batch, compute), compile)
     cuda = compute.device.type == "cuda"
     fits = batch  # of the reference
 
@@ -127,7 +120,7 @@ def _compare(
         "model": f"ViT-{name}",
         "batch": batch,
         "micro_batch": step.micro_batch,
-        "compiled": automatic_compile(compile, compute),
+        "compiled": compile,
         "GMAC_forward": sum(forward(shape).values()) / 1e9,
         "GFLOP_step_image": training_flops(shape) / 1e9,
         "images_per_second": batch / seconds["mapet"],

@@ -202,7 +202,7 @@ def findings(study: Study, differences: list[Difference]) -> list[str]:
     if not differences:
         pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]
         return pairs + best_values(study)
-    if all(row.seeds == 1 for row in differences):
+    if of_one_seed(differences):
         said = (
             f"One seed: no interval and no test, so no difference between values of {study.compare} is told apart from chance. The table "
             "of differences has them; more --seeds would tell."
@@ -212,6 +212,11 @@ def findings(study: Study, differences: list[Difference]) -> list[str]:
     told = [sentence(row) for row in single if row.verdict in ("higher", "lower")]
     count = f"Of {len(single)} differences in single settings {len(told)} can be told from nought; the table has all."
     return [sentence(r) for r in differences if r.headline] + told + [count] * bool(single) + best_values(study)
+
+
+def of_one_seed(differences: list[Difference]) -> bool:
+    """Whether there are differences, but without intervals and tests."""
+    return bool(differences) and all(row.seeds == 1 for row in differences)
 
 
 def sentence(row: Difference) -> str:

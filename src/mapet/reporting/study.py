@@ -18,6 +18,7 @@ from mapet.reporting.comparison import (
     Study,
     findings,
     in_words,
+    of_one_seed,
     p_value,
     paired_differences,
 )
@@ -80,8 +81,8 @@ def _blocks(study: Study) -> list[Block]:
         blocks += [("h2", "Paired differences"), ("table", _differences(differences))]
     if missing := [[cell.name, cell.status, cell.reason] for cell in study.cells if cell.status != "done"]:
         blocks += [("h2", "Runs without a result"), ("table", [["run", "status", "reason"], *missing])]
-    if differences and all(row.seeds == 1 for row in differences):
-        return blocks  # without intervals and tests
+    if of_one_seed(differences):
+        return blocks
     return [*blocks, ("h2", "What the intervals and tests are"), ("ul", METHOD)]
 
 

@@ -42,7 +42,7 @@ class Points:
         return self._total
 
     def blocks(self, numbers: Int[Tensor, " m"] | None = None) -> Iterator[tuple[int, Float[Tensor, "r F"]]]:
-        """This process's points: (how many came before, as many as `rows_at_once` says), in order; each block may overwrite the last.
+        """This process's points: (how many came before, the next `rows_at_once`), in order; each block may overwrite the last.
 
         Args:
             numbers: of the points to visit, ascending; None: all.

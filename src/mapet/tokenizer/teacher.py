@@ -190,13 +190,13 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         overlay = {"state_dict": read_weights(checkpoint), "custom_load": False} if checkpoint else None
         known = timm.list_models()
-        if not checkpoint and not name.startswith("local-dir:"):
-            log.info("weights of teacher %s: from this machine's cache, else from the Hub", name)
         if not name.startswith(HUBS) and name.split(".")[0] not in known:
             raise MapetError(
                 f"unknown teacher '{name}'{did_you_mean(name, [PIXELS, VQKD, DALLE, *known]) or '.'} "
                 "Use 'pixels', 'vqkd', 'dalle', a timm model or package.module:function"
             )
+        if not checkpoint and not name.startswith("local-dir:"):
+            log.info("weights of teacher %s: from this machine's cache, else from the Hub", name)
         try:
             config = timm.models.get_pretrained_cfg(name) if not name.startswith(HUBS) else None
             own = tuple(config.input_size[1:]) if config else None

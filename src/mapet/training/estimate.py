@@ -93,9 +93,9 @@ def flops_per_image(config: Any) -> float:
         config: a `PretrainConfig`; of a drawn ratio the mean over its range counts.
     """
     model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
-    low, high = config.predict_ratio or (0.0, 0.0)
     contexts = [model.num_context]
-    if low < high:
+    if config.varies_context:
+        low, high = config.predict_ratio
         contexts = [num_context_of(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
     return training_flops(model, contexts)
 

@@ -26,9 +26,8 @@ def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
     rows = sum(model.layout().lengths.values())
     heads = vit.blocks[0].attn.num_heads
     size = 2 if compute.dtype == torch.bfloat16 else 4
-    fused = compute.device.type == "cuda"
-    per_block = (20 if fused else 34) * rows * vit.embed_dim * size + (0 if fused else 3 * heads * rows * rows * size)
-    return len(vit.blocks) * per_block
+    numbers, scores = (20, 0) if compute.device.type == "cuda" else (34, 3)
+    return len(vit.blocks) * size * (numbers * rows * vit.embed_dim + scores * heads * rows * rows)
 
 
 def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) -> int:
