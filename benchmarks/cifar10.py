@@ -19,13 +19,13 @@ import torch
 from cifar10_data import unpack
 
 import mapet
-from mapet.compute import Compute
+from mapet.config.base import read_recipe
+from mapet.device import Compute
 from mapet.evaluation.classifiers import linear_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
 from mapet.evaluation.splits import few_labels
 from mapet.files import write_json
-from mapet.model.backbone import load_backbone, on_device
-from mapet.recipe import read_recipe
+from mapet.models.backbone import load_backbone, on_device
 
 HERE = Path(__file__).parent
 TEACHERS = {"stand_in": {"teacher": "stand_in:efficientnet_lite0", "teacher_size": 128}, "pixels": {}}

@@ -14,7 +14,7 @@ from pathlib import Path
 from cifar10_data import changed_test_sets, first_of_each_class, unpack
 
 import mapet
-from mapet.recipe import read_recipe
+from mapet.config.base import read_recipe
 
 HERE = Path(__file__).parent
 

@@ -26,7 +26,7 @@ import torch
 from cifar10_data import first_of_each_class, unpack
 
 from mapet.files import write_json
-from mapet.model.backbone import save_backbone
+from mapet.models.backbone import save_backbone
 
 HERE = Path(__file__).parent
 MAPET = [sys.executable, "-m", "mapet"]

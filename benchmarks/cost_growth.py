@@ -21,10 +21,10 @@ import torch
 from arithmetic import Shape, training_flops
 from report import machine, print_table, write_report
 
-from mapet.compute import Compute
-from mapet.model.backbone import create_vit, on_device
-from mapet.model.objective import MAPET
-from mapet.model.pretrainer import Pretrainer
+from mapet.device import Compute
+from mapet.models.backbone import create_vit, on_device
+from mapet.models.objectives import MAPET
+from mapet.models.pretraining import Pretrainer
 from mapet.training.step import GradientStep
 
 BASE = {"batch": 4, "image_size": 224, "context": 49, "vocabulary": 8192}

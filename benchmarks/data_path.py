@@ -28,15 +28,15 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 import mapet
-from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate, in_order, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view, render
+from mapet.device import Compute
 from mapet.evaluation.features import labelled, normalize, split
 from mapet.files import write_json
-from mapet.model.adapt import pixel_stats
+from mapet.models.adapt import pixel_stats
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.evaluation.bank import Bank
 from mapet.evaluation.linear import linear_probes
 from mapet.files import write_json
-from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import FeatureStore
 
 LAYERS, WIDTH = (3, 6, 9, 12), 768
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from mapet.model.pretrainer import Pretrainer
+from mapet.models.pretraining import Pretrainer
 
 
 def dense_masks(

@@ -26,16 +26,16 @@ from typing import Any
 import timm
 import torch
 
-from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, collate
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.files import write_json
-from mapet.tokenizer.extract import sample_features
-from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.kmeans import Start, assign, kmeans, plus_plus_start, random_start
-from mapet.tokenizer.points import Metric, Points
-from mapet.tokenizer.teacher import Teacher, make_teacher
+from mapet.tokenizers.extract import sample_features
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.kmeans import Start, assign, kmeans, plus_plus_start, random_start
+from mapet.tokenizers.points import Metric, Points
+from mapet.tokenizers.teachers import Teacher, make_teacher
 
 STAND_IN = "stand_in:efficientnet_lite0"
 TIMM = ("resnet50_clip.openai", "vit_base_patch16_clip_224.openai")
@@ -232,8 +232,8 @@ def streamed(limit: str, quick: bool) -> ROW:
     script = f"""if True:
         import sys, torch
         from pathlib import Path
-        from mapet.tokenizer.feature_store import FeatureStore
-        from mapet.tokenizer.kmeans import kmeans
+        from mapet.tokenizers.feature_store import FeatureStore
+        from mapet.tokenizers.kmeans import kmeans
         with FeatureStore({count}, {0 if limit == "none" else 1 << 40}, Path(sys.argv[1])) as store:
             for _ in range({count} // 1000):
                 store.append(torch.randn(1000, 2048))

@@ -19,8 +19,8 @@ from cifar10_study import HERE, run_study
 from scipy.stats import spearmanr
 
 import mapet
+from mapet.config.base import read_recipe
 from mapet.files import write_json
-from mapet.recipe import read_recipe
 
 OUTCOME = "linear probe"
 MEASURES = {

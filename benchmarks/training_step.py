@@ -22,10 +22,10 @@ from reference import reference_loss
 from report import machine, print_table, write_report
 from torch.autograd import DeviceType
 
-from mapet.compute import Compute
-from mapet.model.backbone import create_vit, on_device
-from mapet.model.objective import MAPET
-from mapet.model.pretrainer import Pretrainer
+from mapet.device import Compute
+from mapet.models.backbone import create_vit, on_device
+from mapet.models.objectives import MAPET
+from mapet.models.pretraining import Pretrainer
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep, automatic_compile
 

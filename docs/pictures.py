@@ -18,9 +18,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import mapet
-from mapet.model.objective import MAPET, MIM, PIM, Objective, segment_lengths, visibility
-from mapet.reporting.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
-from mapet.tokenizer.codebook import load_tokenizer
+from mapet.models.objectives import MAPET, MIM, PIM, Objective, segment_lengths, visibility
+from mapet.reports.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
+from mapet.tokenizers.codebook import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4
 """Patches of the photograph and how many of them are given."""

@@ -20,10 +20,10 @@ __all__ = ["Interrupted", "MapetError", "__version__", "load_backbone"]
 def __getattr__(name: str) -> Any:
     """Stages and `load_backbone` are imported on first use, so that `import mapet` and `--help` are quick."""
     if name == "load_backbone":
-        from mapet.model.backbone import load_backbone
+        from mapet.models.backbone import load_backbone
 
         return load_backbone
-    from mapet.stages import STAGES
+    from mapet.commands import STAGES
 
     stages = {stage.replace("-", "_"): function for stage, function in STAGES.items()}
     if name in stages:

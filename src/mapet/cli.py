@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 import mapet
+from mapet.commands import STAGES
 from mapet.completion import completion
+from mapet.config.base import build, fields, meaning_of_none, read_recipe
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
-from mapet.recipe import build, fields, meaning_of_none, read_recipe
 from mapet.runs import recipe_in, refuse_other_folder, stage_of
 from mapet.signals import GO_ON
-from mapet.stages import STAGES
 
 RECIPES = (".yaml", ".yml", ".json")
 

@@ -1,8 +1,8 @@
 """Words that a shell may offer after `mapet`: `source <(mapet --completion bash)`."""
 
+from mapet.commands import STAGES
+from mapet.config.base import choices, fields
 from mapet.errors import MapetError, did_you_mean
-from mapet.recipe import choices, fields
-from mapet.stages import STAGES
 
 SHELLS = ("bash", "zsh", "fish")
 ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }

@@ -5,8 +5,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from mapet.config.base import read_recipe
 from mapet.errors import MapetError
-from mapet.recipe import read_recipe
 
 
 def recipe_in(folder: Path, stages: Sequence[str]) -> tuple[str, Path] | None:

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
+from mapet.commands import STAGES
+from mapet.config.base import build
+from mapet.config.evaluate import EvaluateConfig
 from mapet.errors import command
 from mapet.files import naming_the_cause
-from mapet.recipe import build
-from mapet.stages import STAGES
-from mapet.stages.evaluate import EvaluateConfig
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -131,7 +131,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizer.teacher.make_teacher", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.teachers.make_teacher", interrupted)
     assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
     assert (
         f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/recipe.yaml --resume" in capsys.readouterr().err
@@ -456,7 +456,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
 FULL_DISK = """
 import resource, sys
 from mapet.cli import main
-import mapet.training.loop, mapet.tokenizer.codebook  # import before files are limited
+import mapet.training.loop, mapet.tokenizers.codebook  # import before files are limited
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(main(sys.argv[1:]))
 """

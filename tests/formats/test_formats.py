@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import mapet
+from mapet.config.base import build
 from mapet.data.prepared import Prepared
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MadeByNewer, MapetError
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.files import check_format, read_sealed, write_json, write_sealed
-from mapet.recipe import build
-from mapet.tokenizer.codebook import load_tokenizer
-from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.vqkd import vqkd_encoder
 from mapet.training.checkpoint import load_checkpoint
 from tests.formats import write
 
@@ -100,10 +100,10 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
 
 
 def test_newer_study_cells_and_replay_bundles(tmp_path):
-    from mapet.stages.study import StudyConfig
-    from mapet.stages.study.cells import refuse_other_cell
-    from mapet.stages.study.tokenizers import refuse_other_tokenizer
-    from mapet.training.replay import load_bundle
+    from mapet.config.study import StudyConfig
+    from mapet.studies.tokenizers import refuse_other_tokenizer
+    from mapet.studies.trials import refuse_other_cell
+    from mapet.training.nonfinite import load_bundle
 
     (tmp_path / "pretrain").mkdir()
     write_json(tmp_path / "cell.json", {"format": 2})
@@ -128,10 +128,10 @@ def test_what_is_no_number_of_a_format(number):
 
 def test_the_page_names_every_format():
     """docs/formats.md gives the numbers that the code writes."""
+    from mapet.commands.study import cells, tokenizers
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
-    from mapet.stages.study import cells, tokenizers
-    from mapet.tokenizer import codebook, vqkd
+    from mapet.tokenizers import codebook, vqkd
     from mapet.training import checkpoint, replay
 
     page = (HERE.parents[1] / "docs" / "formats.md").read_text()

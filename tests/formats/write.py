@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import mapet
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.tokenizers.vqkd import vqkd_encoder
 
 HERE = Path(__file__).parent
 SMALL: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}

@@ -24,14 +24,14 @@ from torch import nn
 
 import mapet
 from mapet.cli import main
+from mapet.config.base import build, read_recipe
+from mapet.config.pretrain import PretrainConfig
 from mapet.data.decode import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
-from mapet.recipe import build, read_recipe
-from mapet.stages.pretrain import PretrainConfig
-from mapet.tokenizer.codebook import load_tokenizer
-from mapet.tokenizer.kmeans_state import State, load_state, save_state
+from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.kmeans_state import State, load_state, save_state
 from mapet.training.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.optim import make_optimizer
 from mapet.weights import read_weights

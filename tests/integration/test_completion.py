@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from mapet.cli import main
-from mapet.stages import STAGES
+from mapet.commands import STAGES
 
 
 def script(capsys, shell):

@@ -13,16 +13,16 @@ from PIL import Image
 
 import mapet
 from mapet import cli
+from mapet.commands import STAGES
+from mapet.config.base import build, read_recipe
+from mapet.config.study import StudyConfig
 from mapet.evaluation.features import normalize
 from mapet.evaluation.protocols import PROTOCOLS
-from mapet.model.backbone import create_vit
-from mapet.model.context_autoencoder import ContextAutoencoder
-from mapet.model.objective import CAE, OBJECTIVES
-from mapet.model.pretrainer import Pretrainer
-from mapet.recipe import build, read_recipe
-from mapet.stages import STAGES
-from mapet.stages.study import StudyConfig
-from mapet.stages.study.grid import grid_cells
+from mapet.models.backbone import create_vit
+from mapet.models.cae import ContextAutoencoder
+from mapet.models.objectives import CAE, OBJECTIVES
+from mapet.models.pretraining import Pretrainer
+from mapet.studies.grid import grid_cells
 from mapet.training.estimate import training_flops
 
 ROOT = Path(__file__).parents[2]

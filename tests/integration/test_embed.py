@@ -14,7 +14,7 @@ from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.embeddings import Embeddings, read_embeddings
 from mapet.evaluation.features import extract_features, labelled, normalize
-from mapet.model.backbone import load_backbone, save_backbone
+from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
 
 COMMON = {"workers": 0, "batch_size": 5, "device": "cpu", "precision": "float32"}
@@ -65,7 +65,7 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
 
 def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
     mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **(COMMON | {"batch_size": 64}))
-    from mapet.compute import Compute
+    from mapet.device import Compute
 
     expected, _ = extract_features(
         load_backbone(run_dir), labelled(scan(digits / "test")), Compute.choose("cpu", "float32")

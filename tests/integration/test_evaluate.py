@@ -11,7 +11,7 @@ from PIL import Image
 
 import mapet
 from mapet.cli import main
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.classifiers import knn_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
@@ -41,7 +41,7 @@ def small(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    from mapet.model.backbone import create_vit, save_backbone
+    from mapet.models.backbone import create_vit, save_backbone
     from tests.conftest import TINY
 
     folder = tmp_path_factory.mktemp("untrained") / "vit"
@@ -89,7 +89,7 @@ def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     crops = save_crops(photos, tmp_path / "photos", 20, size=(32, 32))
     if prepared:  # images that are no files of their own
         crops = mapet.prepare(images=crops, out=tmp_path / "prepared")
-    from mapet.model.backbone import create_vit, save_backbone
+    from mapet.models.backbone import create_vit, save_backbone
     from tests.conftest import TINY
 
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 32), 8, 3, TINY), tmp_path / "vit")

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
-import mapet.model.formats
+import mapet.models.export_formats
 from mapet.cli import main
 from mapet.errors import MapetError
 from mapet.evaluation.features import normalize
-from mapet.model.backbone import create_vit, load_backbone, save_backbone
-from mapet.model.formats import FORMATS, outputs_of
+from mapet.models.backbone import create_vit, load_backbone, save_backbone
+from mapet.models.export_formats import FORMATS, outputs_of
 from tests.conftest import TINY
 from tests.unit.test_published_backbones import released, same, vit_of
 
@@ -292,7 +292,7 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
 
 
 def test_the_teacher_of_a_vqkd_teacher_is_in_the_card():
-    from mapet.reporting.card import Origin, _teacher
+    from mapet.reports.card import Origin, _teacher
 
     def card(*teachers):
         about = {}
@@ -320,7 +320,7 @@ def test_a_wrong_export_is_not_left(change, run_dir, tmp_path, monkeypatch):
         original(vit, folder, classes)
         weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
         weights["norm.weight"] *= 1 + change
-        mapet.model.formats.write_tensors(folder / "model.safetensors", weights)
+        mapet.models.export_formats.write_tensors(folder / "model.safetensors", weights)
 
     original = FORMATS["timm"].write
     monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(write=damaged))
@@ -355,12 +355,12 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
     """With another name in tokenizer.json: what leans on a pre-trained network says so."""
-    from mapet.reporting.card import origin_of
+    from mapet.reports.card import origin_of
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,
                  "grid": [14, 14], "hash": "abc", "weights_hash": "def"}  # fmt: skip
     origin = origin_of(run_dir)._replace(tokenizer=tokenizer)
-    from mapet.reporting.card import model_card
+    from mapet.reports.card import model_card
 
     card = model_card(
         "name", tmp_path, str(run_dir), load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []

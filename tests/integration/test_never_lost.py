@@ -18,9 +18,9 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed
+from mapet.training.loss_monitor import LEAST, Watch
 from mapet.training.metrics import Window
-from mapet.training.setting import Setting
-from mapet.training.watch import LEAST, Watch
+from mapet.training.training_setup import Setting
 from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
 
@@ -367,7 +367,7 @@ def test_spikes_are_logged_with_their_images(few_digits, caplog):
 
 def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_dir):
     """The gradient stays that of the batch; a resumed run goes on with what fitted."""
-    from mapet.model.pretrainer import Pretrainer
+    from mapet.models.pretraining import Pretrainer
 
     original = Pretrainer.encode
 
@@ -389,7 +389,7 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
 
 
 def test_not_even_one_image_fits(options, monkeypatch):
-    from mapet.model.pretrainer import Pretrainer
+    from mapet.models.pretraining import Pretrainer
 
     def encode(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

@@ -16,8 +16,8 @@ import yaml
 from markdown.extensions.toc import slugify
 
 import mapet
-from mapet.model.formats import FORMATS
-from mapet.stages import STAGES
+from mapet.commands import STAGES
+from mapet.models.export_formats import FORMATS
 from tests.integration.test_docs import ROOT, understood
 
 DOCS = ROOT / "docs"

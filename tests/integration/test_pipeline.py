@@ -24,15 +24,14 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main, run_stage
+from mapet.commands.run import _naming_options
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
-from mapet.model.objective import OBJECTIVES
-from mapet.reporting.run import RunFiles
-from mapet.stages.pretrain import PretrainConfig
-from mapet.stages.run import _naming_options
-from mapet.tokenizer.codebook import load_tokenizer
+from mapet.models.objectives import OBJECTIVES
+from mapet.reports.run import RunFiles
+from mapet.tokenizers.codebook import load_tokenizer
 from mapet.training.build import load_run
 from mapet.training.step import GradientStep
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
@@ -422,7 +421,7 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
         Path("run").rename(moved)
     mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": 12}, seed=1, **options)
     for name, vocab_size in (("a", 16), ("b", 12), ("run", 12)):
-        run = load_run(Path(name), PretrainConfig)
+        run = load_run(Path(name))
         assert (
             run.tokenizer.vocab_size == vocab_size
             and run.tokenizer.hash == load_tokenizer(Path(name, "tokenizer")).hash
@@ -430,7 +429,7 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
         assert RunFiles.open(Path(name)).tokenizer["hash"] == run.tokenizer.hash
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_run(tmp_path / "run", PretrainConfig).config.images == str(tmp_path / "images")
+    assert load_run(tmp_path / "run").config.images == str(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     Path("images").rename("photos")
     with pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a"):
@@ -461,7 +460,7 @@ def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
     mapet.fit_tokenizer(
         images=few_digits, out=tokenizer, image_size=8, patch_size=2, channels=1, vocab_size=16, seed=5, workers=0
     )
-    for again in (lambda: mapet.pretrain(**options, resume=True), lambda: load_run(tmp_path / "run", PretrainConfig)):
+    for again in (lambda: mapet.pretrain(**options, resume=True), lambda: load_run(tmp_path / "run")):
         with pytest.raises(mapet.MapetError, match="was trained with other tokenizer than are found now"):
             again()
 
@@ -497,7 +496,7 @@ def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
 
 
 def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, capsys):
-    demo = importlib.import_module("mapet.stages.demo")
+    demo = importlib.import_module("mapet.commands.demo")
     quick = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "batch_size": 256}
     monkeypatch.setitem(demo.RECIPE, "pretrain", quick)
     monkeypatch.setattr(demo, "finetune", lambda **_: 0.5)
@@ -542,7 +541,7 @@ def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_
             mapet.pretrain(**options)
     first = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (first["batch_size"], first["num_context"], first["image_size"]) == (16, 4, [8, 8])
-    monkeypatch.setattr("mapet.training.setting.automatic_batch_size", lambda *_: 3)
+    monkeypatch.setattr("mapet.training.training_setup.automatic_batch_size", lambda *_: 3)
     mapet.pretrain(**options, resume=True)
     steps = -(-288 // 16) * 2
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}").exists()

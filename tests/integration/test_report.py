@@ -14,7 +14,7 @@ import pytest
 
 import mapet
 from mapet.cli import main
-from mapet.reporting.live import LiveServer
+from mapet.reports.live import LiveServer
 
 PICTURES = ["token_maps", "words", "visibility", "predictions", "cls_attention", "features", "neighbours", "confusion"]
 

@@ -12,11 +12,12 @@ import yaml
 
 import mapet
 from mapet.cli import main
+from mapet.commands.study import tokenizers
+from mapet.config.base import build
+from mapet.config.pretrain import PretrainConfig
+from mapet.config.study import StudyConfig
 from mapet.errors import Interrupted, MapetError
-from mapet.recipe import build
-from mapet.stages.pretrain import PretrainConfig
-from mapet.stages.study import StudyConfig, tokenizers
-from mapet.stages.study.grid import COMPUTE, EPOCHS, grid_cells, with_budgets
+from mapet.studies.grid import COMPUTE, EPOCHS, grid_cells, with_budgets
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 

@@ -17,8 +17,8 @@ from mapet.cli import main
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
-from mapet.tokenizer.codebook import load_tokenizer
-from mapet.tokenizer.vqkd import vqkd_encoder
+from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.vqkd import vqkd_encoder
 from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mapet.model.backbone import create_vit
-from mapet.model.objective import MAPET
-from mapet.model.pretrainer import Pretrainer
+from mapet.models.backbone import create_vit
+from mapet.models.objectives import MAPET
+from mapet.models.pretraining import Pretrainer
 
 GOLDEN = Path(__file__).parent / "golden"
 

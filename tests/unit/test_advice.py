@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mapet.reporting.advice import WARNINGS, Subject, not_judged, warnings
-from mapet.reporting.history import History
+from mapet.reports.advice import WARNINGS, Subject, not_judged, warnings
+from mapet.reports.history import History
 
 STEPS = 40
 

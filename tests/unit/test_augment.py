@@ -15,7 +15,7 @@ from mapet.data.decode import read_image
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.model.backbone import create_vit, save_backbone
+from mapet.models.backbone import create_vit, save_backbone
 
 POLICY = "rand-m9-mstd0.5-inc1"
 RELEASED = {"rand_augment": POLICY, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "layer_decay": 0.65}

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.compute import Compute
+from mapet.config.evaluate import EvaluateConfig
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.annotated.coco import coco_sets, read_coco
 from mapet.evaluation.bank import Place
@@ -19,8 +20,7 @@ from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import unlabelled
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.evaluation.tasks.detection import _detect, _fit, coco_figures, make_detector
-from mapet.model.backbone import create_vit, save_backbone
-from mapet.stages.evaluate import EvaluateConfig
+from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 
 QUICK = {"workers": 0, "device": "cpu", "precision": "float32"}

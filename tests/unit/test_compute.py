@@ -6,7 +6,7 @@ import sys
 PRODUCTS = """
 import itertools
 import torch
-from mapet.compute import Compute
+from mapet.device import Compute
 
 Compute.choose("cpu")
 torch.set_num_threads(1)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import mapet
-from mapet.compute import Compute
-from mapet.model.backbone import create_vit, on_device
-from mapet.model.objective import CAUSAL, MAPET, MIM, PIM
-from mapet.model.pretrainer import Pretrainer
-from mapet.tokenizer.kmeans import assign, kmeans
+from mapet.device import Compute
+from mapet.models.backbone import create_vit, on_device
+from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
+from mapet.models.pretraining import Pretrainer
+from mapet.tokenizers.kmeans import assign, kmeans
 from mapet.training import loop
 from mapet.training.step import GradientStep
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.tokenizer import dalle
-from mapet.tokenizer.dalle import DalleEncoder, dalle_encoder
-from mapet.tokenizer.teacher import make_teacher
+from mapet.tokenizers import dalle
+from mapet.tokenizers.dalle import DalleEncoder, dalle_encoder
+from mapet.tokenizers.teachers import make_teacher
 
 
 def numbers(shape, number):

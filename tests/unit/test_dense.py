@@ -12,7 +12,7 @@ from mapet.cli import main
 from mapet.errors import MapetError
 from mapet.evaluation.annotated.masks import NOWHERE, masked_sets
 from mapet.evaluation.tasks.segmentation import mean_iou, pixel_accuracy, pixel_counts
-from mapet.model.backbone import create_vit, save_backbone
+from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 
 

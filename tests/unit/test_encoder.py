@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.encoder import Encoder
-from mapet.model.backbone import save_backbone
+from mapet.models.backbone import save_backbone
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

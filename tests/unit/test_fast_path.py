@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.model import cross_entropy
-from mapet.model.attention import plain_attention, row_blocks
-from mapet.model.backbone import create_vit, on_device
-from mapet.model.cross_entropy import linear_cross_entropy
-from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, visibility
-from mapet.model.pretrainer import Pretrainer, fates_of, residual
+from mapet.models import cross_entropy
+from mapet.models.attention import plain_attention, row_blocks
+from mapet.models.backbone import create_vit, on_device
+from mapet.models.cross_entropy import linear_cross_entropy
+from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, visibility
+from mapet.models.pretraining import Pretrainer, fates_of, residual
 from mapet.training import sizing
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main
+from mapet.config.finetune import FinetuneConfig
 from mapet.errors import Interrupted
 from mapet.evaluation.intervals import over_seeds
-from mapet.model.backbone import create_vit, load_backbone, save_backbone
-from mapet.stages.finetune import FinetuneConfig
+from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.training import finetune
 from tests.conftest import TINY
 

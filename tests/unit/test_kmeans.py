@@ -14,9 +14,9 @@ from torch import distributed, multiprocessing
 import mapet
 from mapet.errors import Interrupted, MapetError
 from mapet.files import write_tensors
-from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.kmeans import PATIENCE, assign, kmeans, plus_plus_start, random_start
-from mapet.tokenizer.points import Points, even_sample
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.kmeans import PATIENCE, assign, kmeans, plus_plus_start, random_start
+from mapet.tokenizers.points import Points, even_sample
 
 MODES = [
     {"start": start, "batch_points": batch, "metric": metric}
@@ -312,7 +312,7 @@ def test_checkpoints_of_other_calls_are_refused(tmp_path):
 
 
 def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
-    from mapet.tokenizer import kmeans as module
+    from mapet.tokenizers import kmeans as module
 
     options = {
         "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "metric": "cosine",

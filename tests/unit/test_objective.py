@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapet.errors import MapetError
-from mapet.model.objective import MAPET, MIM, OBJECTIVES, PIM, get_objective, segment_lengths, visibility
+from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, get_objective, segment_lengths, visibility
 
 sizes = st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(1, 20))  # prefix, c, p
 

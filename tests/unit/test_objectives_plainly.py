@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet.errors import MapetError
-from mapet.model.backbone import create_vit
-from mapet.model.context_autoencoder import ALIGNMENT, DEPTH, ContextAutoencoder
-from mapet.model.objective import OBJECTIVES, num_context_of
-from mapet.model.pretrainer import Pretrainer
-from mapet.model.target import normalized_patches
+from mapet.models.backbone import create_vit
+from mapet.models.cae import ALIGNMENT, DEPTH, ContextAutoencoder
+from mapet.models.losses import normalized_patches
+from mapet.models.objectives import OBJECTIVES, num_context_of
+from mapet.models.pretraining import Pretrainer
 
 GRID, PATCH, WORDS, HEADS = (3, 4), 4, 7, 2
 N = GRID[0] * GRID[1]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from mapet.training.loop import window_ends
-from mapet.training.panel import Panel
+from mapet.training.progress import Panel
 
 METRICS = {
     "loss": 2.5, "token_entropy": 3.5, "token_accuracy": 0.31, "commonest_token": 0.29, "images_per_second": 386.0,
@@ -26,7 +26,7 @@ def test_on_a_terminal(caplog, monkeypatch):
     with caplog.at_level("INFO", "mapet"):
         with Panel(10, 4, screen) as panel:
             panel.advance()
-            monkeypatch.setattr("mapet.training.panel.time.monotonic", lambda: panel._started + 10)
+            monkeypatch.setattr("mapet.training.progress.time.monotonic", lambda: panel._started + 10)
             panel.probed(3, {"probe/linear": 0.5, "probe/knn": 0.25})
             panel.show(METRICS, epoch_ended=True)
             shown = [line.desc for line in panel.lines]
@@ -42,7 +42,7 @@ def test_on_a_terminal(caplog, monkeypatch):
 def test_elsewhere(caplog, monkeypatch):
     plain = io.StringIO()
     with caplog.at_level("INFO", "mapet"), Panel(1000, 0, plain) as panel:
-        monkeypatch.setattr("mapet.training.panel.time.monotonic", lambda: panel._started + 60)
+        monkeypatch.setattr("mapet.training.progress.time.monotonic", lambda: panel._started + 60)
         for _ in range(100):
             panel.advance()
         panel.show(METRICS, epoch_ended=False)

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from mapet.reporting.pictures import predictions
+from mapet.reports.pictures import predictions
 
 matplotlib.use("Agg")
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet.errors import MapetError
-from mapet.model.backbone import create_vit, load_backbone, save_backbone
-from mapet.model.objective import MAPET, MIM, PIM
-from mapet.model.pretrainer import Pretrainer
+from mapet.models.backbone import create_vit, load_backbone, save_backbone
+from mapet.models.objectives import MAPET, MIM, PIM
+from mapet.models.pretraining import Pretrainer
 
 VOCAB = 11
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mapet.compute import Compute
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
+from mapet.device import Compute
 from mapet.evaluation.attentive import AttentivePool
 from mapet.evaluation.average_precision import average_precisions
 from mapet.evaluation.bank import Bank, Place
@@ -21,8 +21,8 @@ from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
 from mapet.evaluation.linear import linear_probes
 from mapet.evaluation.splits import few_labels
 from mapet.evaluation.unlabelled import agreement, clusters, diagnostics, entropy_rank
-from mapet.model.backbone import create_vit, save_backbone
-from mapet.tokenizer.feature_store import FeatureStore
+from mapet.models.backbone import create_vit, save_backbone
+from mapet.tokenizers.feature_store import FeatureStore
 from tests.conftest import TINY
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -13,11 +13,11 @@ from scipy.stats import norm
 
 import mapet
 from mapet.errors import MapetError
-from mapet.tokenizer.codebook import load_tokenizer
-from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.fit import fit_scalar
-from mapet.tokenizer.quantizer import LEVELS, Quantizer, levels_for, principal_components, project
-from mapet.tokenizer.teacher import takes_image_size
+from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.fit import fit_scalar
+from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
+from mapet.tokenizers.teachers import takes_image_size
 from tests.conftest import all_rows
 
 

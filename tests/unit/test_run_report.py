@@ -15,14 +15,13 @@ from PIL import Image
 
 import mapet
 from mapet.errors import MapetError
-from mapet.reporting import live
-from mapet.reporting.card import origin_of
-from mapet.reporting.history import History, Series, thinned
-from mapet.reporting.images import Picture, embedded, open_pictures
-from mapet.reporting.log import Log
-from mapet.reporting.page import MOST_BYTES, Shown, comparison, distinct, page, write_run_report
-from mapet.reporting.run import RunFiles
-from mapet.stages.pretrain import PretrainConfig
+from mapet.reports import live
+from mapet.reports.card import origin_of
+from mapet.reports.history import History, Series, thinned
+from mapet.reports.images import Picture, embedded, open_pictures
+from mapet.reports.log import Log
+from mapet.reports.page import MOST_BYTES, Shown, comparison, distinct, page, write_run_report
+from mapet.reports.run import RunFiles
 
 LOSS = "loss, nats for words (mean of the last epoch)"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
@@ -205,7 +204,7 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
 
 def test_what_an_option_of_none_means(tmp_path):
     folder = write_run(tmp_path / "a", layer_scale=None, clip_grad=None, compile=None, other=None)
-    told = RunFiles.open(folder, PretrainConfig).data()["recipe"]
+    told = RunFiles.open(folder).data()["recipe"]
     assert {name: told[name] for name in ("layer_scale", "clip_grad", "compile", "other")} == {
         "layer_scale": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
     }  # fmt: skip
@@ -245,7 +244,7 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
     for folder, option in (("whole/pretrain", "--pretrain.clip-grad 0.01"), ("alone", "--clip-grad 0.01")):
         run = write_run(tmp_path / folder, clip_grad=0.01)
         (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), gradient_norm=1.0) for i in range(20)))
-        told = RunFiles(run, PretrainConfig).data()["warnings"]
+        told = RunFiles(run).data()["warnings"]
         assert any(f"larger than {option} in 100%" in sentence for sentence in told), told
 
 
@@ -347,7 +346,7 @@ def test_page_asks_for_nothing(tmp_path):
 def test_page_stays_below_its_size(tmp_path, monkeypatch):
     """Several runs with more than fits of everything; pictures of noise, which nothing compresses."""
     assert MOST_BYTES < 5_000_000
-    monkeypatch.setattr("mapet.reporting.page.MOST_BYTES", 400_000)
+    monkeypatch.setattr("mapet.reports.page.MOST_BYTES", 400_000)
     noise = np.random.default_rng(0).integers(0, 256, (2, 150, 200, 3), dtype=np.uint8)
     pictures = [Picture(f"p{i}", "noise", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
     folder = write_run(tmp_path / "a", records=3000)
@@ -372,10 +371,10 @@ def test_pictures_shrink_before_they_are_left_out():
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path, caplog, monkeypatch):
     folder = write_run(tmp_path / "a")
-    write_run_report(folder, PretrainConfig)
+    write_run_report(folder)
     assert data_of((folder / "report.html").read_text())["runs"][0]["name"] == "a"
-    monkeypatch.setattr("mapet.reporting.page.page", lambda runs: 1 / 0)
-    write_run_report(folder, PretrainConfig)
+    monkeypatch.setattr("mapet.reports.page.page", lambda runs: 1 / 0)
+    write_run_report(folder)
     assert "report.html could not be written: division by zero" in caplog.text
 
 

@@ -10,15 +10,15 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from mapet.compute import Compute
+from mapet.config.evaluate import EvaluateConfig
 from mapet.data.sources import scan
+from mapet.device import Compute
 from mapet.evaluation.bank import Place
 from mapet.evaluation.bench import Bench, Sets
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet, labelled
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.evaluation.splits import few_labels
-from mapet.stages.evaluate import EvaluateConfig
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}

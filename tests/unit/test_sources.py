@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
+from mapet.config.base import build
+from mapet.config.check import CheckConfig
 from mapet.data import prepared, streamed, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.decode import MAX_BYTES, BadImage
@@ -27,8 +29,6 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed
-from mapet.recipe import build
-from mapet.stages.check import CheckConfig
 from mapet.training import loop
 from tests.conftest import PRETRAIN, all_rows, save_crops
 

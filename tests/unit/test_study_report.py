@@ -12,7 +12,8 @@ from scipy import stats
 
 from mapet.errors import MapetError
 from mapet.evaluation.intervals import mean_and_interval
-from mapet.reporting.comparison import (
+from mapet.reports.study import write_report
+from mapet.studies.statistics import (
     Cell,
     Study,
     best_values,
@@ -21,7 +22,6 @@ from mapet.reporting.comparison import (
     paired_t_test,
     sentence,
 )
-from mapet.reporting.study import write_report
 
 
 def cell(objective, seed, score, *, status="done", budgets=("equal epochs",), curve=(), **others):

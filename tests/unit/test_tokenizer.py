@@ -16,10 +16,10 @@ from mapet.data.decode import open_image
 from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
-from mapet.tokenizer.codebook import Health, load_tokenizer
-from mapet.tokenizer.feature_store import FeatureStore
-from mapet.tokenizer.kmeans import assign, automatic_vocab_size, kmeans
-from mapet.tokenizer.teacher import make_teacher
+from mapet.tokenizers.codebook import Health, load_tokenizer
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.kmeans import assign, automatic_vocab_size, kmeans
+from mapet.tokenizers.teachers import make_teacher
 
 
 def blobs(seed=0):
@@ -108,8 +108,8 @@ def test_streaming_needs_memory_for_a_block_only(tmp_path):
     script = """if True:
         import sys, torch
         from pathlib import Path
-        from mapet.tokenizer.feature_store import FeatureStore
-        from mapet.tokenizer.kmeans import kmeans
+        from mapet.tokenizers.feature_store import FeatureStore
+        from mapet.tokenizers.kmeans import kmeans
         def peak():  # not getrusage's, which is also that of the process that started this one
             return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
         kmeans(torch.randn(5000, 64), 20, 1)

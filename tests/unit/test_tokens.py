@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mapet.compute import Compute
 from mapet.data.sources import scan
+from mapet.device import Compute
 from mapet.evaluation.token_views import Sampler
 from mapet.evaluation.tokens import (
     agreement,
@@ -26,8 +26,8 @@ from mapet.evaluation.tokens import (
     usage,
     warnings,
 )
-from mapet.reporting.health import markdown
-from mapet.tokenizer.codebook import load_tokenizer
+from mapet.reports.tokenizer_report import markdown
+from mapet.tokenizers.codebook import load_tokenizer
 
 
 def draw(*shape, below, seed=0):

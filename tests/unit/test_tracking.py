@@ -10,7 +10,7 @@ import time
 import pytest
 
 import mapet
-from mapet import processes
+from mapet import distributed
 from mapet.cli import main
 from mapet.errors import Interrupted, MapetError
 from mapet.training import tracking
@@ -131,13 +131,13 @@ def test_one_that_hangs_slows_nothing(monkeypatch, tmp_path, warnings):
 
 
 def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
-    from mapet.compute import Compute
-    from mapet.stages.pretrain import PretrainConfig
+    from mapet.config.pretrain import PretrainConfig
+    from mapet.device import Compute
     from mapet.training.run_folder import RunFolder
 
     fake = Fake(monkeypatch)
     config = PretrainConfig(images="a", tokenizer=tokenizer_dir, out=tmp_path / "run", track=["wandb"])
-    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     with RunFolder(config, Compute.choose("cpu", "float32")) as run:
         run.record(1, {"loss": 1.0})
     assert not fake.configs

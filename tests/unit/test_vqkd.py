@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mapet
 from mapet.errors import MapetError
-from mapet.model.backbone import create_vit
-from mapet.tokenizer.kmeans import kmeans
-from mapet.tokenizer.vqkd import VQKD, look_up, vqkd_encoder
-from mapet.tokenizer.vqkd_training import PATIENCE, VQKDTraining
+from mapet.models.backbone import create_vit
+from mapet.tokenizers.kmeans import kmeans
+from mapet.tokenizers.vqkd import VQKD, look_up, vqkd_encoder
+from mapet.tokenizers.vqkd_training import PATIENCE, VQKDTraining
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,13 +6,13 @@ import re
 import stat
 from pathlib import Path
 
+from mapet.config.base import HUGGING_FACE, is_url
 from mapet.data.decode import EXTENSIONS
 from mapet.data.hugging_face import list_rows
 from mapet.data.image_list import ImageList
 from mapet.data.prepared import MANIFEST, Prepared
 from mapet.data.tar_shards import list_shards
 from mapet.errors import MapetError
-from mapet.recipe import HUGGING_FACE, is_url
 
 
 def scan(source: str | Path) -> ImageList:

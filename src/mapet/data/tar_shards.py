@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from mapet.config.base import is_url
 from mapet.data.decode import EXTENSIONS
 from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
 from mapet.errors import MapetError
 from mapet.files import atomic
-from mapet.recipe import is_url
 
 log = logging.getLogger("mapet")
 FORMAT = 1

@@ -9,8 +9,8 @@ import torchvision.transforms.v2.functional as tvf
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mapet.config.base import Config
 from mapet.data.decode import REDUCTIONS, Box, Picture
-from mapet.recipe import Config
 
 ViewKind = Literal["center", "flip", "crop"]
 

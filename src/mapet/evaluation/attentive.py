@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.bank import Place, shuffled
 from mapet.evaluation.encoder import Encoder
 from mapet.evaluation.features import LabelledSet, centred_batches
 from mapet.evaluation.linear import FEWEST, HELD_OUT
-from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import FeatureStore
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """AdamW's."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mapet.evaluation.encoder import Encoder, Pool
 from mapet.evaluation.features import LabelledSet, centred_batches, must_be_finite_features
-from mapet.tokenizer.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import FeatureStore
 
 BLOCK_BYTES = 256 << 20
 """Float32 bytes of the rows that are looked at together."""

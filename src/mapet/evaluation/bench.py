@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.annotated.coco import CocoSet
 from mapet.evaluation.annotated.masks import MaskedSet

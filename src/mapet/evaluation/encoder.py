@@ -13,10 +13,10 @@ from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.model.backbone import FROM_TIMM, load_backbone, on_device, timm_model
+from mapet.models.backbone import FROM_TIMM, load_backbone, on_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"

@@ -12,13 +12,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.compute import Compute
 from mapet.data.dataset import Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
+from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.model.adapt import pixel_stats
+from mapet.models.adapt import pixel_stats
 
 Pool = Literal["avg", "token"]
 

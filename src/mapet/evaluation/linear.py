@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapet.compute import Compute
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.average_precision import mean_average_precision
 from mapet.evaluation.bank import Bank

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.image_list import ImageList
 from mapet.data.order import OrderKind
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import must_be_finite_features, normalize
-from mapet.model.pretrainer import Pretrainer
-from mapet.tokenizer.codebook import Tokenizer
+from mapet.models.pretraining import Pretrainer
+from mapet.tokenizers.codebook import Tokenizer
 
 MOST = 2000
 """Images whose patches show what words mean."""

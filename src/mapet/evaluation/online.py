@@ -2,14 +2,14 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.compute import Compute
+from mapet.config.pretrain import PretrainConfig
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
+from mapet.device import Compute
 from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
 from mapet.evaluation.features import LabelledSet, extract_features, labelled, split
 
@@ -28,7 +28,7 @@ class OnlineProbe:
     workers: int
 
     @classmethod
-    def for_run(cls, config: Any, images: ImageList, compute: Compute) -> "OnlineProbe | None":
+    def for_run(cls, config: PretrainConfig, images: ImageList, compute: Compute) -> "OnlineProbe | None":
         """None when turned off or when there are no labels."""
         if config.probe_every == 0:
             return None

@@ -8,10 +8,10 @@ from jaxtyping import Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.compute import Compute
 from mapet.data.dataset import ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.classifiers import linear_predictions, nearest_neighbours
 from mapet.evaluation.features import LabelledSet, extract_features, labelled, split, unlabelled

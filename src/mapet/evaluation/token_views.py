@@ -11,13 +11,13 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.compute import Compute
 from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, color_jitter
+from mapet.device import Compute
 from mapet.evaluation.tokens import overlap
-from mapet.tokenizer.codebook import Tokenizer
+from mapet.tokenizers.codebook import Tokenizer
 
 JITTER = 0.1
 """Brightness, contrast and saturation are changed by up to a tenth."""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from mapet.tokenizer.kmeans import assign, kmeans
+from mapet.tokenizers.kmeans import assign, kmeans
 
 DEAD = 1e-3
 """A dimension is dead if its standard deviation is below this share of the mean one."""

@@ -5,14 +5,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mapet.config.base import build, read_recipe
+from mapet.config.fit_tokenizer import FitTokenizerConfig
+from mapet.config.pretrain import PretrainConfig
 from mapet.errors import MapetError, by
-from mapet.model.backbone import create_vit, start_from
-from mapet.model.context_autoencoder import ContextAutoencoder
-from mapet.model.objective import CAE, get_objective, num_context_of
-from mapet.model.pretrainer import Pretrainer
-from mapet.recipe import Config, build, read_recipe
+from mapet.models.backbone import create_vit, start_from
+from mapet.models.cae import ContextAutoencoder
+from mapet.models.objectives import CAE, get_objective, num_context_of
+from mapet.models.pretraining import Pretrainer
 from mapet.runs import named_by_run, pretrain_folder, refuse_no_run
-from mapet.tokenizer.codebook import Tokenizer, load_tokenizer
+from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
 
 DEFAULT_RATIO = 0.75
@@ -21,7 +23,7 @@ DEFAULT_RATIO = 0.75
 class Run(NamedTuple):
     """What a pre-training run folder holds; `model` has its newest weights."""
 
-    config: Any
+    config: PretrainConfig
     tokenizer: Tokenizer
     model: Pretrainer
 
@@ -30,7 +32,7 @@ class Run(NamedTuple):
         return Run(self.config, self.tokenizer.to(device), self.model.to(device))
 
 
-def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False, allow: str | None = None) -> Run:
+def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None) -> Run:
     """Read a run folder of `pretrain`, or of `run`.
 
     Raises:
@@ -40,7 +42,7 @@ def load_run(folder: Path, config_type: type[Config], with_teacher: bool = False
     folder = pretrain_folder(folder)
     recipe = read_recipe(folder / "config.yaml")
     found = {option: named_by_run(folder, recipe, option) for option in ("images", "tokenizer")}
-    config: Any = build(config_type, recipe | found, folder / "config.yaml")
+    config = build(PretrainConfig, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
     must_be_same(read_state(folder / "checkpoints"), {"tokenizer": tokenizer.hash}, folder)
     model = build_model(config, tokenizer)
@@ -69,7 +71,7 @@ class Words(NamedTuple):
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> Pretrainer:
     """The ViT and its token head, with the weights that `seed` or `init_from` give."""
     teacher = tokenizer.description["teacher"]
     sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
@@ -77,7 +79,7 @@ def build_model(config: Any, tokenizer: Tokenizer) -> Pretrainer:
     return model_for(config, Words(config.tokenizer, *sizes, tokenizer.vocab_size, feature_size))
 
 
-def model_for(config: Any, words: Words) -> Pretrainer:
+def model_for(config: PretrainConfig, words: Words) -> Pretrainer:
     """`build_model`, for words that there may not be yet.
 
     Raises:
@@ -103,7 +105,7 @@ def model_for(config: Any, words: Words) -> Pretrainer:
         )
     num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
     least = num_context_of((config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches)  # of a drawn ratio, the fewest
-    common = {
+    common: dict[str, Any] = {
         "num_context": least if config.num_context is None else config.num_context,
         "num_targets": config.num_targets,
         "target": config.target,
@@ -122,7 +124,7 @@ def model_for(config: Any, words: Words) -> Pretrainer:
     return model
 
 
-def refuse_model(config: Any, fitting: Any) -> None:
+def refuse_model(config: PretrainConfig, fitting: FitTokenizerConfig) -> None:
     """Raises MapetError as `model_for` does, for a tokenizer that `fit-tokenizer` is to make with the config `fitting`."""
     sizes = fitting.image_size, fitting.patch_size, fitting.channels
     model_for(config, Words(config.tokenizer, *sizes, fitting.vocab_size or 2, 1))

@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapet.compute import Compute
+from mapet.config.check import CheckConfig
+from mapet.config.pretrain import PretrainConfig
 from mapet.data.dataset import ViewDataset, collate
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
-from mapet.model.backbone import create_vit, num_parameters, on_device, parameters_in_words
-from mapet.model.objective import MAPET, num_context_of
-from mapet.model.pretrainer import Pretrainer
-from mapet.tokenizer.codebook import load_tokenizer
-from mapet.tokenizer.kmeans import automatic_vocab_size
-from mapet.tokenizer.teacher import make_teacher
+from mapet.models.backbone import create_vit, num_parameters, on_device, parameters_in_words
+from mapet.models.objectives import MAPET, num_context_of
+from mapet.models.pretraining import Pretrainer
+from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.kmeans import automatic_vocab_size
+from mapet.tokenizers.teachers import make_teacher
 from mapet.training.build import build_model
 from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
 from mapet.training.step import GradientStep
@@ -26,7 +28,7 @@ from mapet.training.step import GradientStep
 TRIED = 16
 
 
-def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]:
+def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
     compute = Compute.choose(config.device, config.precision)
     vit = create_vit(config.model, config.image_size, config.patch_size, config.channels, config.model_args)
@@ -86,16 +88,16 @@ def estimate(config: Any, images: ImageList, usable: list[int]) -> Iterator[str]
     )
 
 
-def flops_per_image(config: Any) -> float:
+def flops_per_image(config: PretrainConfig) -> float:
     """Operations of the student's forward and backward pass for one image, counted by PyTorch as they are computed.
 
     Args:
-        config: a `PretrainConfig`; of a drawn ratio the mean over its range counts.
+        config: of a drawn ratio the mean over its range counts.
     """
     model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
     contexts = [model.num_context]
-    if config.varies_context:
-        low, high = config.predict_ratio
+    low, high = config.predict_ratio or (0.0, 0.0)
+    if low < high:
         contexts = [num_context_of(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
     return training_flops(model, contexts)
 

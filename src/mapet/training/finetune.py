@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,15 +17,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.compute import Compute
+from mapet.config.finetune import FinetuneConfig
 from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.evaluation.splits import few_labels
-from mapet.model.adapt import pixel_stats
-from mapet.model.backbone import load_backbone, on_device, save_backbone
+from mapet.models.adapt import pixel_stats
+from mapet.models.backbone import load_backbone, on_device, save_backbone
 from mapet.signals import StopRequest, stop_signals
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
@@ -74,7 +76,7 @@ class Losses:
         self.values = list(state["values"]) if state else []
 
 
-def finetune_vit(config: Any) -> Tuned:
+def finetune_vit(config: FinetuneConfig) -> Tuned:
     """Train on the labels that `FinetuneConfig` grants.
 
     With `out`, metrics.jsonl gets each epoch's mean loss and learning rate, and about ten times the accuracy on the test
@@ -201,12 +203,12 @@ def finetune_vit(config: Any) -> Tuned:
                     save_checkpoint(run.checkpoints, step, tensors_of(vit, optimizer, **others), {}, KEEP_CHECKPOINTS)
                     saved = time.monotonic()
                 if stop.asked and step < total_steps:
-                    raise stopped(stop.asked, step, total_steps, config.out, STAGE)
+                    raise stopped(stop.asked, step, total_steps, config.out or Path(), STAGE)
 
         # ---- the product
         vit = _judged(vit, average)
         right, seen = judge(vit, test, compute, config.num_workers)
-        if run is not None:
+        if run is not None and config.out is not None:
             run.record(total_steps, {"epoch": config.epochs, "accuracy": right / seen})
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
@@ -220,7 +222,7 @@ def _judged(vit: VisionTransformer, average: ModelEmaV3 | None) -> VisionTransfo
     return vit if average is None else cast(VisionTransformer, average.module)
 
 
-def augmentation(config: Any, vit: VisionTransformer) -> Any:
+def augmentation(config: FinetuneConfig, vit: VisionTransformer) -> Any:
     """RandAugment of the training images, or None."""
     if config.rand_augment is None:
         return None
@@ -229,7 +231,7 @@ def augmentation(config: Any, vit: VisionTransformer) -> Any:
     return rand_augment(config.rand_augment, vit.patch_embed.img_size, pixel_stats(3)[0])
 
 
-def mixup(config: Any, num_classes: int) -> Mixup | None:
+def mixup(config: FinetuneConfig, num_classes: int) -> Mixup | None:
     """timm's Mixup and CutMix, as in the released recipe; None if neither is wanted."""
     if not config.mixup and not config.cutmix:
         return None

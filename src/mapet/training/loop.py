@@ -4,20 +4,20 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet import processes
+from mapet import distributed
+from mapet.config.pretrain import PretrainConfig
 from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, Quarantine, collate, make_loader
 from mapet.errors import MapetError, by, counted
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
-from mapet.model.backbone import on_device, parameters_in_words, save_backbone
-from mapet.model.pretrainer import Pretrainer
+from mapet.models.backbone import on_device, parameters_in_words, save_backbone
+from mapet.models.pretraining import Pretrainer
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
 from mapet.training.checkpoint import (
@@ -29,28 +29,28 @@ from mapet.training.checkpoint import (
     step_of,
     tensors_of,
 )
+from mapet.training.loss_monitor import Watch
 from mapet.training.metrics import Meter
+from mapet.training.nonfinite import WentWrong, save_bundle
 from mapet.training.optim import automatic_lr, images_a_step, make_optimizer, make_schedule
-from mapet.training.panel import Panel
-from mapet.training.replay import WentWrong, save_bundle
+from mapet.training.progress import Panel
 from mapet.training.run_folder import RunFolder, recipe_to_resume, stopped
-from mapet.training.setting import Setting
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import GradientStep, automatic_compile, sum_gradients
 from mapet.training.tracking import require
-from mapet.training.watch import Watch
+from mapet.training.training_setup import Setting
 
 log = logging.getLogger("mapet")
 
 
-def train(config: Any) -> Path:
+def train(config: PretrainConfig) -> Path:
     """Run `mapet pretrain` with a resolved `PretrainConfig`; returns the folder of the exported backbone."""
     given = config
     require(config.track)
     if config.resume:
         config = recipe_to_resume(config)
-        processes.wait()  # all have looked before one writes
+        distributed.wait()  # all have looked before one writes
 
     # ---- what is learned, and from what
     setting = Setting.of(config)
@@ -58,7 +58,8 @@ def train(config: Any) -> Path:
 
     # ---- how long, how fast
     total_steps = len(sampler)
-    share_of_batch = -(-config.batch_size // processes.number())
+    assert config.batch_size is not None and config.image_size is not None  # resolved by `Setting`
+    share_of_batch = -(-config.batch_size // distributed.number())
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
     if config.shard:
         shard(model, compute)
@@ -105,9 +106,9 @@ def train(config: Any) -> Path:
                 "micro_batch": gradient_step.micro_batch,
                 **made_of,
             }
-            if processes.rank() == 0:
+            if distributed.rank() == 0:
                 save_checkpoint(run.checkpoints, step, parts, state, config.keep_checkpoints)
-            processes.wait()
+            distributed.wait()
 
         # ---- the loop
         with Panel(total_steps, step) as panel:
@@ -154,7 +155,7 @@ def train(config: Any) -> Path:
                 if probe and epoch_ended and probe.due(epoch, config.epochs):
                     with meter.not_counted():
                         vit = whole_vit(setting)
-                        if processes.rank() == 0:
+                        if distributed.rank() == 0:
                             try:
                                 scores = probe(vit)
                             except MapetError as error:  # what is learned goes on
@@ -172,24 +173,24 @@ def train(config: Any) -> Path:
 
         # ---- the product
         backbone, vit = config.out / "backbone", whole_vit(setting)
-        (broken,) = any_of_all(processes.rank() == 0 and not has_features(vit, setting))
+        (broken,) = any_of_all(distributed.rank() == 0 and not has_features(vit, setting))
         if broken:
             what = "the ViT gives features that are not finite, so that no backbone is written"
             raise WentWrong(what, save_bundle(setting, step, max(1, watch.streak), config.out), config)
-        if processes.rank() == 0 and not backbone.exists():
+        if distributed.rank() == 0 and not backbone.exists():
             save_backbone(vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
 
 
-def describe(config: Any, model: Pretrainer, num_images: int) -> str:
+def describe(config: PretrainConfig, model: Pretrainer, num_images: int) -> str:
     """The run in one line."""
     most = "up to " if config.varies_context else ""
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
-    together = f" on {processes.number()} processes" if processes.number() > 1 else ""
+    together = f" on {distributed.number()} processes" if distributed.number() > 1 else ""
     return (
         f"{config.model}, {parameters_in_words(model.vit)}, {config.objective} on {num_images:,} images of "
-        f"{by(config.image_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
+        f"{by(model.vit.patch_embed.img_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
         f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
 
@@ -206,7 +207,7 @@ def whole_vit(setting: Setting) -> VisionTransformer:
         return setting.model.vit
     weights = whole_state(setting.model.vit)
     vit = build_model(setting.config, setting.tokenizer).vit
-    vit.load_state_dict(weights, strict=processes.rank() == 0)
+    vit.load_state_dict(weights, strict=distributed.rank() == 0)
     return on_device(vit, setting.compute)
 
 
@@ -221,21 +222,21 @@ def has_features(vit: VisionTransformer, setting: Setting) -> bool:
 
 def images_of_all(batch: Batch, quarantine: Quarantine) -> tuple[int, int]:
     """How many images all processes have for this step, and the one with fewest; what one couldn't read, all know."""
-    images, bad = processes.stacked(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
+    images, bad = distributed.stacked(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
     if bad.any():
-        for found in processes.gathered(batch.bad):
+        for found in distributed.gathered(batch.bad):
             quarantine.add(found)
     return int(images.sum()), int(images.min())
 
 
 def any_of_all(*flags: bool) -> list[bool]:
     """Each flag, if it is up in any process."""
-    return [count > 0 for count in processes.total(torch.tensor(flags, dtype=torch.int64)).tolist()]
+    return [count > 0 for count in distributed.total(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
 
 def same_for_all(step: int, folder: Path) -> None:
     """Raises MapetError: the processes found different checkpoints."""
-    steps = processes.stacked(torch.tensor(step)).tolist()
+    steps = distributed.stacked(torch.tensor(step)).tolist()
     if len(set(steps)) > 1:
         raise MapetError(
             f"{folder} is not the same for all processes (steps {steps}): put --out where all of them see it"

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mapet import processes
+from mapet import distributed
 from mapet.errors import MapetError
-from mapet.model.pretrainer import Prediction
+from mapet.models.pretraining import Prediction
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Meter:
             self._images.append((index, prediction.losses))
         else:
             self._images.append((index, torch.zeros(0)))
-        norm = gradient_norm.detach() if processes.rank() == 0 else torch.zeros_like(loss)  # all have the same one
+        norm = gradient_norm.detach() if distributed.rank() == 0 else torch.zeros_like(loss)  # all have the same one
         self._steps.append(torch.stack([loss, accuracy, norm, torch.full_like(loss, images)]).float())
 
     def read(self) -> Window:
@@ -93,7 +93,7 @@ class Meter:
         finite = steps.isfinite().all(dim=1)
         loss, accuracy, norm, _ = steps[finite].mean(dim=0).tolist()
         self.skipped += int((~finite).sum())
-        counts = processes.total(self.token_counts).cpu().double()
+        counts = distributed.total(self.token_counts).cpu().double()
         metrics = {"loss": loss}
         if counts.any():
             share = counts / counts.sum()
@@ -115,17 +115,17 @@ class Meter:
 
     def _all_steps(self) -> Float[Tensor, "steps 4"]:
         mine = torch.stack(self._steps) if self._steps else torch.zeros(0, 4, device=self._device)
-        return processes.total(mine).cpu().double()
+        return distributed.total(mine).cpu().double()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to write the same figures; a collective call."""
-        steps, counts = self._all_steps(), processes.total(self.token_counts).cpu()
+        steps, counts = self._all_steps(), distributed.total(self.token_counts).cpu()
         return {"steps": steps, "token_counts": counts, "skipped": torch.tensor(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.skipped = int(state["skipped"])
         steps, counts = state["steps"].float(), state["token_counts"]
-        if processes.rank() > 0:  # the sum over all processes is what was saved
+        if distributed.rank() > 0:  # the sum over all processes is what was saved
             steps, counts = torch.zeros_like(steps), torch.zeros_like(counts)
         self.token_counts.copy_(counts)
         self._steps = list(steps.to(self._device))

@@ -16,11 +16,11 @@ import timm
 import torch
 import torchvision
 
-from mapet import processes
-from mapet.compute import Compute
+from mapet import distributed
+from mapet.config.base import Config, build, differences, read_recipe, to_yaml, write_recipe
+from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, command, counted
 from mapet.files import atomic, is_free, new_folder
-from mapet.recipe import Config, build, differences, read_recipe, to_yaml, write_recipe
 from mapet.runs import nothing_to_resume, outer_recipe, pretrain_folder
 from mapet.training.checkpoint import checkpoints
 from mapet.training.tracking import Tracking
@@ -48,7 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._open(config, compute, stage)
 
-    @processes.first_only
+    @distributed.first_only
     def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
@@ -77,7 +77,7 @@ class RunFolder:
         threading.excepthook = self._hook
         self._close(error)
 
-    @processes.first_only
+    @distributed.first_only
     def _close(self, error: BaseException | None) -> None:
         if error is not None:
             self._log_file_only(f"stopped: {type(error).__name__}: {error}")
@@ -95,7 +95,7 @@ class RunFolder:
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
-    @processes.first_only
+    @distributed.first_only
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
@@ -105,7 +105,7 @@ class RunFolder:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
-    @processes.first_only
+    @distributed.first_only
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:

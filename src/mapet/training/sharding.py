@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mapet import processes
-from mapet.compute import Compute
+from mapet import distributed
+from mapet.device import Compute
 from mapet.errors import MapetError
 
 
@@ -22,9 +22,9 @@ def shard(model: nn.Module, compute: Compute) -> None:
     Raises:
         MapetError: there is one process.
     """
-    if processes.number() == 1:
+    if distributed.number() == 1:
         raise MapetError("--shard is for several processes: start them with torchrun --nproc-per-node N -m mapet ...")
-    mesh = init_device_mesh(compute.device.type, (processes.number(),))
+    mesh = init_device_mesh(compute.device.type, (distributed.number(),))
     low = None if compute.dtype == torch.float32 else compute.dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -52,7 +52,7 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module.state_dict()
     parts = ((name, whole(tensor).cpu()) for name, tensor in module.state_dict().items())
-    return {name: tensor for name, tensor in parts if processes.rank() == 0}
+    return {name: tensor for name, tensor in parts if distributed.rank() == 0}
 
 
 def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mapet.compute import Compute
-from mapet.model.pretrainer import Pretrainer
+from mapet.device import Compute
+from mapet.models.pretraining import Pretrainer
 
 CACHE = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""

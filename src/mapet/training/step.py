@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from mapet import processes
-from mapet.compute import Compute
+from mapet import distributed
+from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.model.pretrainer import Prediction, Pretrainer, Ranks, Survival, Targets
+from mapet.models.pretraining import Prediction, Pretrainer, Ranks, Survival, Targets
 from mapet.training.sharding import is_sharded, last_of_step
 
 log = logging.getLogger("mapet")
@@ -136,11 +136,11 @@ def sum_gradients(model: nn.Module) -> None:
 
     Those of a sharded model are summed already.
     """
-    if processes.number() == 1 or is_sharded(model):
+    if distributed.number() == 1 or is_sharded(model):
         return
     parameters = list(model.parameters())
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    parts = processes.total(flat).split([p.numel() for p in parameters])
+    parts = distributed.total(flat).split([p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, parts, strict=True):
         parameter.grad = gradient.view_as(parameter)
 

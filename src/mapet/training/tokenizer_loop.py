@@ -14,20 +14,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.compute import Compute
+from mapet.config.train_tokenizer import TrainTokenizerConfig
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
+from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.files import atomic, write_json, write_tensors
-from mapet.model.backbone import create_vit, on_device, parameters_in_words
+from mapet.models.backbone import create_vit, on_device, parameters_in_words
 from mapet.signals import stop_signals
-from mapet.tokenizer.codebook import Health
-from mapet.tokenizer.extract import teacher_features
-from mapet.tokenizer.kmeans import automatic_vocab_size
-from mapet.tokenizer.teacher import Teacher, make_teacher
-from mapet.tokenizer.vqkd import DESCRIPTION, FORMAT
-from mapet.tokenizer.vqkd_training import Distillation, VQKDTraining
+from mapet.tokenizers.codebook import Health
+from mapet.tokenizers.extract import teacher_features
+from mapet.tokenizers.kmeans import automatic_vocab_size
+from mapet.tokenizers.teachers import Teacher, make_teacher
+from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT
+from mapet.tokenizers.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
 from mapet.training.metrics import must_be_finite
@@ -44,7 +45,7 @@ JUDGED = 10_000
 """Most images that the finished tokenizer is judged on."""
 
 
-def train_vqkd(config: Any) -> Path:
+def train_vqkd(config: TrainTokenizerConfig) -> Path:
     """Run `mapet train-tokenizer` with a resolved `TrainTokenizerConfig`; returns the safetensors file."""
     require(config.track)
     if config.resume:
@@ -147,7 +148,7 @@ def train_vqkd(config: Any) -> Path:
         return file
 
 
-def build_vqkd(config: Any, vocab_size: int, feature_size: int) -> VQKDTraining:
+def build_vqkd(config: TrainTokenizerConfig, vocab_size: int, feature_size: int) -> VQKDTraining:
     """The untrained model of a config, from its seed."""
     torch.manual_seed(config.seed)
     encoder = create_vit(
@@ -196,7 +197,12 @@ def encoded(model: VQKDTraining, loader: Any, quarantine: Quarantine, compute: C
 
 @torch.no_grad()
 def judge(
-    model: VQKDTraining, teacher: Teacher, dataset: ViewDataset, quarantine: Quarantine, compute: Compute, config: Any
+    model: VQKDTraining,
+    teacher: Teacher,
+    dataset: ViewDataset,
+    quarantine: Quarantine,
+    compute: Compute,
+    config: TrainTokenizerConfig,
 ) -> dict[str, Any]:
     """The finished tokenizer on the centred views of the images it was trained on, at most `JUDGED` of them."""
     model.eval()
@@ -205,7 +211,7 @@ def judge(
     )
     order = np.random.default_rng(config.seed).permutation(len(dataset))[:JUDGED]
     batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
-    counts = torch.zeros(config.vocab_size, dtype=torch.int64, device=compute.device)
+    counts = torch.zeros(model.usage.numel(), dtype=torch.int64, device=compute.device)
     reconstruction, error, mean, patches = 0.0, 0.0, torch.zeros(config.code_dim, dtype=torch.float64), 0
     for batch in tqdm(make_loader(centred, batches, config.num_workers), desc="judge", unit="batch", disable=None):
         quarantine.add(batch.bad)
@@ -222,7 +228,7 @@ def judge(
 
 
 def describe(
-    config: Any, teacher: Teacher, images_hash: str, num_images: int, judgement: dict[str, Any]
+    config: TrainTokenizerConfig, teacher: Teacher, images_hash: str, num_images: int, judgement: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of `vqkd.json`."""
     training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device", "workers"})

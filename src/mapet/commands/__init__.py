@@ -1,0 +1,47 @@
+"""The stages: each a file with a config and a function, which is at once the command and the Python call.
+
+These files import nothing heavy until a stage runs, so that `mapet --help` answers at once.
+"""
+
+from typing import Any
+
+from mapet.commands.check import check
+from mapet.commands.command import Stage
+from mapet.commands.debug_step import replay
+from mapet.commands.demo import demo
+from mapet.commands.embed import embed
+from mapet.commands.evaluate import evaluate
+from mapet.commands.export import export
+from mapet.commands.finetune import finetune
+from mapet.commands.fit_tokenizer import fit_tokenizer
+from mapet.commands.inspect import inspect
+from mapet.commands.prepare import prepare
+from mapet.commands.pretrain import pretrain
+from mapet.commands.probe import probe
+from mapet.commands.report import report
+from mapet.commands.run import run
+from mapet.commands.study import study
+from mapet.commands.tokenize import tokenize
+from mapet.commands.train_tokenizer import train_tokenizer
+from mapet.commands.watch import watch
+
+STAGES: dict[str, Stage[Any]] = {
+    "demo": demo,
+    "run": run,
+    "check": check,
+    "prepare": prepare,
+    "train-tokenizer": train_tokenizer,
+    "fit-tokenizer": fit_tokenizer,
+    "tokenize": tokenize,
+    "pretrain": pretrain,
+    "watch": watch,
+    "replay": replay,
+    "probe": probe,
+    "evaluate": evaluate,
+    "finetune": finetune,
+    "inspect": inspect,
+    "report": report,
+    "embed": embed,
+    "export": export,
+    "study": study,
+}

@@ -1,0 +1,98 @@
+"""Stage: train the whole ViT on labels."""
+
+import logging
+
+from mapet.commands.command import stage
+from mapet.config.base import read_recipe, write_recipe
+from mapet.config.finetune import FinetuneConfig
+
+log = logging.getLogger("mapet")
+
+
+@stage
+def finetune(config: FinetuneConfig) -> float:
+    """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
+
+    Example:
+      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop --out tuned
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5 --scratch
+      mapet finetune tuned/config.yaml --resume
+    """
+    return tune(config)[0] if config.seeds == 1 else tune_each(config)
+
+
+def tune(config: FinetuneConfig) -> tuple[float, str]:
+    """With one seed; also returns the signal that asked to stop as it ended, or ''."""
+    import json
+    import shutil
+
+    from mapet.evaluation.intervals import wilson
+    from mapet.files import read_json, write_json
+    from mapet.training.finetune import STAGE, finetune_vit
+    from mapet.training.run_folder import recipe_to_resume
+
+    if config.resume:
+        config = recipe_to_resume(config, STAGE)
+    if config.resume and config.out and (config.out / "result.json").is_file():
+        accuracy = read_json(config.out / "result.json", "fine-tuned model")["accuracy"]
+        log.info("%s is finished: accuracy %.3f", config.out, accuracy)
+        return accuracy, ""
+    _, right, seen, train, guess, stopped = finetune_vit(config)
+    score, (low, high) = right / seen, wilson(right, seen)
+    log.info(
+        "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",
+        score, low, high, f"{seen:,}", guess, f"{len(train.labels):,}", len(train.classes),
+    )  # fmt: skip
+    if low <= guess:
+        log.warning("that is not clearly better than guessing: try a higher --lr or more --epochs")
+    if config.out:
+        from mapet.reports.card import ORIGIN, origin_of_tuned
+        from mapet.reports.pictures import learning_curve, save_figure
+
+        rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        save_figure(learning_curve(rows), config.out / "curve.png")
+        images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
+        write_json(config.out / ORIGIN, origin_of_tuned(read_recipe(config.out / "config.yaml"), images)._asdict())
+        record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
+        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
+        shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
+    return score, stopped
+
+
+def tune_each(config: FinetuneConfig) -> float:
+    """Once with each seed, in a folder of its own; the mean accuracy."""
+    from mapet.errors import Interrupted
+    from mapet.evaluation.intervals import over_seeds
+    from mapet.files import new_folder, write_json
+    from mapet.training.finetune import STAGE
+    from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume
+
+    asked = config.resume
+    if asked:
+        config = recipe_to_resume(config, STAGE, MAY_CHANGE | {"seeds"})
+    out = config.out
+    again = command_to_resume(out, STAGE) if out else ""
+    if out:
+        if not config.resume:
+            new_folder(out, resume_hint=", or go on with --resume")
+        write_recipe(config, out / "config.yaml", STAGE)
+        config = config.model_copy(update={"resume": asked})
+    scores: dict[str, float] = {}
+    last = config.seed + config.seeds - 1
+    for seed in range(config.seed, last + 1):
+        log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.seeds)
+        place = out and out / f"seed-{seed}"
+        try:
+            score, stopped = tune(config.model_copy(update={"seed": seed, "seeds": 1, "out": place}))
+        except Interrupted as error:
+            raise Interrupted(error.what, again) from None
+        if stopped and seed < last:
+            raise Interrupted(f"stopped by {stopped} after seed {seed}, saved", again)
+        scores[f"seed-{seed}"] = score
+    figure = over_seeds(list(scores.values()))
+    few = "; two seeds tell little" if config.seeds == 2 else ""
+    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.low, figure.high, figure.of, few)
+    if out:
+        write_json(out / "seeds.json", {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores)
+    return figure.value

@@ -1,0 +1,28 @@
+"""Stage: the ViT learns to predict visual words."""
+
+from pathlib import Path
+
+from mapet.commands.command import shared_stage
+from mapet.config.pretrain import PretrainConfig
+
+
+@shared_stage
+def pretrain(config: PretrainConfig) -> Path:
+    """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
+
+    Example:
+      mapet pretrain --images PHOTOS --tokenizer runs/tokenizer --tokens runs/tokens --out runs/vit
+      mapet pretrain runs/vit/config.yaml --resume
+    """
+    from mapet.errors import Interrupted
+    from mapet.reports.page import write_run_report
+    from mapet.training.loop import train
+    from mapet.training.nonfinite import WentWrong
+
+    try:
+        backbone = train(config)
+    except (Interrupted, WentWrong):
+        write_run_report(config.out)
+        raise
+    write_run_report(config.out)
+    return backbone

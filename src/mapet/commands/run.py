@@ -1,0 +1,204 @@
+"""Stage: all of it, in order, with defaults."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mapet.commands.command import Stage, shared_stage
+from mapet.commands.fit_tokenizer import fit_tokenizer
+from mapet.commands.inspect import inspect
+from mapet.commands.pretrain import pretrain
+from mapet.commands.probe import probe
+from mapet.commands.tokenize import tokenize
+from mapet.config.base import Config, as_options_of_section, build
+from mapet.config.run import RunConfig
+from mapet.errors import Interrupted, MapetError, command
+from mapet.signals import GO_ON
+
+log = logging.getLogger("mapet")
+
+
+@shared_stage
+def run(config: RunConfig) -> Path:
+    """Tokenizer, tokens, pre-training, probe (if there are labels) and pictures of a folder of images; returns the backbone's folder.
+
+    Example:
+      mapet run --images PHOTOS --out runs/photos
+      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
+      mapet run runs/photos/recipe.yaml --resume
+    """
+    from mapet import distributed
+    from mapet.config.shared import is_own_code
+    from mapet.data.sources import scan
+    from mapet.reports.page import NAME, write_run_report
+    from mapet.training.tracking import require
+
+    require(config.pretrain.track)  # before hours of tokenizing
+    recipe = config.out / "recipe.yaml"
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
+    fitting: Any = config.fit_tokenizer
+    own_code = fitting.teacher if is_own_code(fitting.teacher) else None
+    begun = (pretrained / "config.yaml").exists()
+    configs = {  # all before anything is written: each stage refuses options that contradict each other
+        stage: _config_of(stage, config, given)
+        for stage, given in (
+            (fit_tokenizer, {"out": tokenizer, "resume": True}),
+            (tokenize, {"out": tokens, "tokenizer": tokenizer, "teacher": own_code, "resume": True}),
+            (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
+            (probe, {"backbone": backbone, "test_images": config.test_images, "out": figures}),
+            (inspect, {"run": pretrained, "out": pictures, "teacher": own_code}),
+        )
+    }
+    if distributed.rank() == 0:
+        made = {
+            "fit_tokenizer": tokenizer.exists(), "tokenize": tokens.exists(), "pretrain": begun, "probe": figures.exists(),
+            "test_images": figures.exists(), "inspect": pictures.exists(),
+        }  # fmt: skip
+        _refuse_now(config, configs, made)
+        _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
+    distributed.wait()
+
+    GO_ON[0] = command("run", recipe, "--resume")
+
+    def do(stage: Stage[Any]) -> None:
+        log.info("--- %s", stage.__name__.replace("_", "-"))
+        try:
+            with _naming_options(stage):
+                stage(configs[stage])
+        except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
+            what = error.what if isinstance(error, Interrupted) else "interrupted"
+            raise Interrupted(what, command("run", recipe, "--resume")) from None
+
+    missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
+    distributed.wait()  # all have looked before one writes
+    if tokenizer in missing:
+        do(fit_tokenizer)
+    do(tokenize)
+    if backbone in missing:
+        do(pretrain)
+    if figures in missing and (config.test_images or scan(config.images).classes()):
+        do(probe)
+    elif figures in missing:
+        log.info(
+            "--- no probe: %s has no labels (two class folders or more), and there are no --test-images", config.images
+        )
+    if pictures in missing:
+        do(inspect)
+    write_run_report(config.out)
+    log.info("what came out of it, in one page: %s", config.out / NAME)
+    log.info(
+        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
+        backbone,
+        str(config.out),
+        backbone,
+    )
+    return backbone
+
+
+def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> Config:
+    """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
+    names = ("images", "seed", "device", "max_bad")
+    shared = {name: getattr(config, name) for name in names} | given
+    own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
+    try:
+        return build(
+            stage.config_type,
+            own | {key: value for key, value in shared.items() if key in stage.config_type.model_fields},
+        )
+    except MapetError as error:
+        raise MapetError(f"{stage.__name__.replace('_', '-')}: {_as_options_of_run(str(error), stage)}") from None
+
+
+@contextmanager
+def _naming_options(stage: Stage[Any]) -> Iterator[None]:
+    """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here, in errors and in what is logged."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _as_options_of_run(record.getMessage(), stage), None
+        return True
+
+    log.addFilter(rename)
+    try:
+        yield
+    except MapetError as error:
+        error.args = (_as_options_of_run(str(error), stage), *error.args[1:])
+        raise
+    finally:
+        log.removeFilter(rename)
+
+
+def _as_options_of_run(message: str, stage: Stage[Any]) -> str:
+    """See `as_options_of_section`."""
+    return as_options_of_section(message, stage.__name__, stage.config_type.model_fields, RunConfig.model_fields)
+
+
+def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[str, bool]) -> None:
+    """What a later stage would refuse, after hours perhaps, is refused before the first.
+
+    Raises:
+        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels.
+    """
+    from mapet.data.sources import scan
+    from mapet.evaluation.features import labelled, train_and_test
+    from mapet.training.build import refuse_model
+
+    pretraining = configs[pretrain]
+    if not made["pretrain"]:
+        with _naming_options(pretrain):
+            refuse_model(pretraining, configs[fit_tokenizer])
+        if pretraining.probe_images is not None:
+            labelled(scan(pretraining.probe_images))
+    if config.test_images is not None and not made["probe"]:
+        try:
+            train_and_test(config.images, config.test_images)
+        except MapetError as error:
+            raise MapetError(
+                f"{error}. --test-images are to test a probe on, which is trained on the labels of --images: leave them out if "
+                "there are none"
+            ) from None
+
+
+def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
+    """A new folder with the recipe, or the old one if it is the same but for the options of `free` stages, which have
+    made nothing yet."""
+    from mapet.config.base import differences, read_recipe, write_recipe
+    from mapet.data.sources import scan
+    from mapet.files import is_free, new_folder
+    from mapet.runs import nothing_to_resume
+    from mapet.training.run_folder import anew
+
+    if is_free(config.out, but=recipe.name) and (
+        not recipe.exists() or recipe.read_bytes().startswith(f"# {command('run', recipe)}\n".encode())
+    ):  # new, or of a run that a mistake stopped before it had made anything
+        images = scan(config.images)  # fail before anything is written
+        if config.resume:
+            log.warning("%s", nothing_to_resume(config.out))
+        log.info("%s images in %s", f"{len(images):,}", config.images)
+        write_recipe(config, recipe, "run")
+        return
+    if not (config.resume and recipe.exists()):
+        new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
+    old = build(RunConfig, read_recipe(recipe), recipe)
+    may_change = frozenset({"resume", "device", "max_bad"})
+    moved = {"out"} | ({"images"} if old.images != config.images and _made_of(config) else set())
+    if changed := differences(old, config, may_change | free | moved):
+        raise MapetError(
+            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
+        )
+    if differences(old, config, may_change):
+        write_recipe(config, recipe, "run")
+
+
+def _made_of(config: RunConfig) -> bool:
+    """Whether the tokenizer that is there was fitted on the images that are given now, wherever they lie."""
+    from mapet.data.sources import scan
+    from mapet.files import read_json
+
+    description = config.out / "tokenizer" / "tokenizer.json"
+    if not description.is_file():
+        return False
+    return read_json(description, "tokenizer")["fitting"].get("images_hash") == scan(config.images).hash

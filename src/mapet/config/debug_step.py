@@ -1,0 +1,19 @@
+"""Options of `debug-step`."""
+
+from pathlib import Path
+
+from mapet.config.base import Source
+from mapet.config.shared import Device, Precision
+
+
+class ReplayConfig(Device):
+    """Options of `replay`."""
+
+    bundle: Path
+    """Folder that a run left when it stopped: RUN/replay/step-*."""
+    images: Source | None = None
+    """Where the images are now; automatic: where they were."""
+    precision: Precision | None = None
+    """Precision to try it in; automatic: the run's."""
+    teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""

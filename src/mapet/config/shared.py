@@ -1,0 +1,137 @@
+"""Options that several stages share."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+
+from mapet.config.base import Config, Size
+
+Share = Annotated[float, Field(ge=0, le=1)]
+VocabSize = Annotated[int, Field(ge=2)]
+"""V, visual words: of one there is nothing to predict."""
+BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
+
+
+class Device(Config):
+    """Where to compute."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+class ModelArgs(Config):
+    """Of a backbone that is a weights file."""
+
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
+
+
+class Loading(Config):
+    """Reading images in batches."""
+
+    batch_size: PositiveInt = 64
+    """Images at a time; changes speed and memory only."""
+    workers: NonNegativeInt | None = None
+    """Processes that read images; automatic: one a core, less one, at most 8."""
+
+    @property
+    def num_workers(self) -> int:
+        return automatic_workers() if self.workers is None else self.workers
+
+
+class Tracked(Config):
+    """Where figures go besides metrics.jsonl and TensorBoard."""
+
+    track: Annotated[
+        list[Literal["wandb", "mlflow", "trackio"]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
+    ] = Field(default_factory=list)
+    """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
+    (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
+
+
+class BadImages(Config):
+    """What to do about images that can't be read."""
+
+    max_bad: Share = 0.05
+    """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
+
+
+class FrozenTeacher(Config):
+    """The encoder whose features become words."""
+
+    teacher: str = "pixels"
+    """Frozen encoder: 'pixels', a timm model, or package.module:function."""
+    teacher_checkpoint: str | None = None
+    """Local weights file of the teacher; otherwise timm downloads them."""
+    teacher_size: Size | None = None
+    """Height and width the teacher sees, pixels; automatic: the model's own."""
+    final_norm: bool = False
+    """Apply the timm model's last normalization to the features as well."""
+    layer: int = -1
+    """Which of the timm model's intermediate feature maps; -1 is the last."""
+
+    @model_validator(mode="after")
+    def _options_of_the_teacher(self) -> "FrozenTeacher":
+        if changed(self, TEACHER_OPTIONS):
+            named = self.teacher in (PIXELS, VQKD, DALLE)
+            refuse_unused(
+                self,
+                TEACHER_OPTIONS,
+                self.teacher if named else "own code" if is_own_code(self.teacher) else "a timm model",
+            )
+        return self
+
+
+TEACHER_OPTIONS = {
+    "teacher_checkpoint": ("a timm model", "vqkd", "dalle", "own code"),
+    "teacher_size": ("a timm model", "dalle", "own code"),
+    "final_norm": ("a timm model",),
+    "layer": ("a timm model",),
+}
+"""Option -> which kinds of teacher use it."""
+
+
+def changed(config: Config, options: Iterable[str]) -> list[str]:
+    """Those that have another value than the default."""
+    return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]
+
+
+def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: str) -> None:
+    """Raises ValueError for an option that was given and changes nothing: it would be written down as if it had."""
+    for name in changed(config, users):
+        if kind not in users[name]:
+            raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(users[name])}; {kind} has no use for it")
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+"""How names of timm models that are not in timm begin."""
+
+
+def is_own_code(teacher: str) -> bool:
+    """Whether the name is a person's own 'package.module:function'."""
+    return ":" in teacher and not teacher.startswith(HUBS)
+
+
+def automatic_workers() -> int:
+    """One process a usable core, less the one that computes, from 1 to 8."""
+    return max(1, min(8, usable_cores() - 1))
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+class Views(Config):
+    """Which views of an image are tokenized and shown to the student."""
+
+    views: Literal["center", "flip", "crop"] = "center"
+    """center: largest centred box (the released recipe); flip: that and its mirror image; crop: random boxes, mirrored
+    half the time."""
+    min_scale: float = Field(0.2, gt=0, le=1)
+    """Smallest random box, as a share of the centred one's area (for crop)."""

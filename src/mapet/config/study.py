@@ -1,0 +1,47 @@
+"""Options of `study`."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from mapet.config.base import Config, Source
+from mapet.config.finetune import FinetuneOptions
+from mapet.config.fit_tokenizer import FitTokenizerOptions
+from mapet.config.pretrain import PretrainOptions
+from mapet.config.tokenize import TokenizeOptions
+
+
+class StudyConfig(Config):
+    """Options of `study`, usually a YAML file."""
+
+    images: Source
+    """Labelled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
+    test_images: Source
+    """Labelled images to test on."""
+    out: Path
+    """Folder of the study; what is done in it already is not done again."""
+    other_test_images: dict[str, Source] = Field(default_factory=dict)
+    """Further test sets of the same classes (out of distribution): name=folder."""
+    tokenizers: dict[str, FitTokenizerOptions]
+    """name -> options of `fit-tokenizer`: 'pixels={}' for all defaults, 'pixels={image_size: 32, patch_size: 4}'; quotes keep the
+    shell off."""
+    tokenize: TokenizeOptions = TokenizeOptions()
+    pretrain: PretrainOptions = PretrainOptions()
+    finetune: FinetuneOptions = FinetuneOptions()
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
+    """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
+    seeds: list[NonNegativeInt] = Field([0, 1, 2])
+    """Each cell is run with each: weights, order, views and permutations are those of the seed."""
+    compare: str | None = None
+    """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
+    equal_compute: bool = True
+    """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
+    labels_per_class: list[PositiveInt] = Field([10])
+    """Fine-tune on so many labels of each class."""
+    full_finetune: bool = False
+    """Fine-tune on all labels as well."""
+    devices: list[str] = Field(["auto"])
+    """One process for each: auto, cuda:0, cuda:1, ...; cpu cpu: two that share the cores (faster, for small models)."""
+    report_only: bool = False
+    """Run nothing: write the report of what is done."""

@@ -1,0 +1,110 @@
+"""Where and in which precision to compute."""
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mapet import distributed
+from mapet.errors import MapetError
+
+log = logging.getLogger("mapet")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's mallopt(3)."""
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the precision of matrix products on it (parameters stay float32)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, device: str = "auto", precision: Precision = "auto") -> "Compute":
+        """'auto' takes the first of CUDA, MPS, CPU, and bfloat16 where the device has fast products in it.
+
+        Of several processes on a machine each takes a CUDA device of its own.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            place = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            kind = device.split(":")[0]
+            reasons = {
+                "cuda": str(error).splitlines()[0].split(". ")[0],
+                "mps": "this machine, or its PyTorch, has none",
+            }
+            why = reasons.get(kind, "mapet knows none of that name")
+            raise MapetError(
+                f"device '{device}' is not available: {why}. Use --device auto, cpu, cuda or mps"
+            ) from None
+        if place.type == "cuda" and distributed.number() > 1:
+            place = torch.device("cuda", distributed.device_number())
+            torch.cuda.set_device(place)
+        if place.type == "cpu":
+            _keep_freed_memory()
+            _say_if_busy()
+            # MKL's float32 products otherwise depend on where in memory their inputs lie: the same run would not end with the same bits.
+            os.environ.setdefault("MKL_CBWR", "AUTO")  # read by MKL before its first product
+        dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
+        return cls(place, dtype)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """'float32' or 'bfloat16'."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def to(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        return f"{name}, {self.precision}"
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one: pages taken anew from the system cost as much as the work on them."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@functools.cache
+def _say_if_busy() -> None:
+    """Threads that wait for each other get nothing done while others have the cores."""
+    if (
+        hasattr(os, "getloadavg")
+        and torch.get_num_threads() > 1
+        and os.getloadavg()[0] > (cores := os.cpu_count() or 1)
+    ):
+        log.warning(
+            "this machine is busy: %.0f programs want its %d cores. With OMP_NUM_THREADS=1 before the command small models may be "
+            "several times faster", os.getloadavg()[0], cores,
+        )  # fmt: skip
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        features = (
+            torch.backends.cpu.get_cpu_capability(),
+            torch.cpu._is_avx512_bf16_supported(),
+            torch.cpu._is_amx_tile_supported(),
+        )
+        return torch.bfloat16 if features[1] or features[2] else torch.float32
+    return torch.float32

@@ -1,0 +1,139 @@
+"""The page of a run while it goes on, served to browsers of this machine alone."""
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from shlex import quote
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from mapet.errors import MapetError
+from mapet.reports.page import Shown, page
+from mapet.reports.run import RunFiles, span
+
+log = logging.getLogger("mapet")
+ADDRESS = "127.0.0.1"
+HOSTS = ("localhost", ADDRESS)
+"""What a browser may have asked for. Any other name that leads here is a page elsewhere trying to read (DNS rebinding)."""
+MOST_RECORDS = 20_000
+"""Of one answer; the browser asks for the rest at once."""
+
+
+class Follower:
+    """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._files = RunFiles(folder)
+        self._known: tuple[Any, dict[str, Any]] | None = None
+
+    def page(self) -> str:
+        with self._lock:
+            self._files.refresh()
+            return page([Shown.kept(self._files)], live=True)
+
+    def news(self, generation: int | None, have: int) -> dict[str, Any]:
+        """Records from number `have` on, if the reader's are of this generation, else from the first; and what is said of the run."""
+        with self._lock:
+            files, history = self._files, self._files.history
+            files.refresh()
+            first = have if generation == history.generation and 0 <= have <= len(history.records) else 0
+            records = history.records[first : first + MOST_RECORDS]
+            return {
+                "generation": history.generation,
+                "first": first,
+                "records": records,
+                "more": first + len(records) < len(history.records),
+                "state": self._state(),
+                "pictures": bool(files.pictures()),
+                "run": self._about(),
+            }
+
+    def _state(self) -> str:
+        files = self._files
+        if not files.recipe:
+            return f"Waiting: no run in {self.folder} yet."
+        if files.finished:
+            report = f" `mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
+            return f"Finished.{'' if files.pictures() else report}"
+        if files.log.stopped:
+            return files.status
+        if not files.history.records:
+            return "Started; nothing recorded yet."
+        left = files.seconds_left
+        ends = f", about {span(left)} left" if files.status == "running" and left is not None else ""
+        return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
+
+    def _about(self) -> dict[str, Any]:
+        """`RunFiles.data`, made anew only when something has changed."""
+        files = self._files
+        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.status, files.probe)
+        if self._known is None or self._known[0] != key:
+            self._known = key, files.data()
+        return self._known[1]
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Serves one run on 127.0.0.1.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        MapetError: the port is taken, or not to be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.follower = Follower(folder)
+        try:
+            super().__init__((ADDRESS, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MapetError(f"cannot listen on port {port}: {reason}. Leave out --port to take a free one") from None
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.server_address[1]}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is no error."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+    server: LiveServer
+
+    def do_GET(self) -> None:
+        if self.headers.get("Host", "").rpartition("@")[2].partition(":")[0] not in HOSTS:
+            return self._answer(403, "text/plain", "This server answers to localhost alone.\n")
+        url = urlsplit(self.path)
+        if url.path == "/":
+            return self._answer(200, "text/html", self.server.follower.page())
+        if url.path == "/history":
+            asked = parse_qs(url.query)
+            generation, have = (_whole(asked.get(name, [""])[0]) for name in ("generation", "have"))
+            return self._answer(200, "application/json", json.dumps(self.server.follower.news(generation, have or 0)))
+        return self._answer(404, "text/plain", "There is / and /history.\n")
+
+    def _answer(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), "Cache-Control": "no-store"}
+        headers |= {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *values: Any) -> None:
+        """Nothing: the terminal is the person's."""
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None

@@ -1,0 +1,360 @@
+"""What a run folder tells about itself: the data of its report. Only small text files are read, and nothing missing is an error."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import inf
+from pathlib import Path
+from statistics import median_high
+from typing import Any
+
+from mapet.config.base import as_options_of_section, meaning_of_none, read_recipe
+from mapet.config.pretrain import PretrainConfig
+from mapet.errors import MapetError, counted
+from mapet.reports.advice import Subject, not_judged, too_early, warnings
+from mapet.reports.history import History
+from mapet.reports.log import Log
+from mapet.runs import named_by_run, outer_recipe, pretrain_folder, refuse_no_run
+
+
+def number(value: float) -> str:
+    """'1,437', '0.8070', '34.2': as many digits as tell."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """'5.3%', as the terminal has it."""
+    return f"{value:.1%}"
+
+
+def last(history: History, name: str) -> float:
+    return history[name].last
+
+
+def median(history: History, name: str) -> float:
+    return median_high(history[name].values)
+
+
+FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
+    "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
+    "token_entropy": ("loss of guessing by frequency, nats", last, number),
+    "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
+    "commonest_token": ("always guessing the commonest word", last, percent),
+    "probe/linear": ("linear probe while pre-training (held-out part of the training images)", last, number),
+    "probe/knn": ("k-NN while pre-training (the same)", last, number),
+    "images_per_second": ("images a second (median)", median, number),
+    "data_wait": ("share of time waiting for images (median)", median, percent),
+    "skipped_steps": ("skipped steps", last, number),
+}
+"""Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
+PLACES = (
+    "images",  # they are told with their number
+    "out",
+    "tokenizer",
+    "tokens",
+    "probe_images",
+    "resume",
+    "device",
+    "workers",
+    "micro_batch",
+    "log_every",
+)
+"""Options that say where and how fast, not what."""
+IN_WORDS = {
+    "perplexity": ("perplexity", "{} of {} at most: so many words, used evenly, would be as varied"),
+    "commonest_share": ("commonest word", "{} of the patches"),
+    "quantization_error": (
+        "quantization error",
+        "{}: squared distance of features to their word, as a share of that to the mean",
+    ),
+    "patches": ("measured on patches", "{}"),
+}
+"""Of tokenizer.json's health -> (what a report calls it, how it is written)."""
+QUIET = 3600
+"""After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
+STEP_THROUGH = "step_through.json"
+"""Beside the pictures."""
+LOGGED = 12
+"""Warnings of train.log that are shown."""
+
+
+class RunFiles:
+    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet.
+
+    Args:
+    """
+
+    def __init__(self, given: Path) -> None:
+        self.given = given
+        self.history = History(Path())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read again; of the metrics only what is new."""
+        self.folder = pretrain_folder(self.given)
+        self.around = [self.folder, *([self.folder.parent] if outer_recipe(self.folder) else [])]
+        try:
+            self.recipe = read_recipe(self.folder / "config.yaml")
+        except MapetError:
+            self.recipe = {}
+        self.log = Log.read(self.folder / "train.log")
+        self.probe = self._json("probe.json")
+        self.tokenizer = self._made("tokenizer", "tokenizer.json")
+        self.store = self._made("tokens", "store.json") if self.recipe.get("tokens") else {}
+        if self.history.path != (path := self.folder / "metrics.jsonl"):
+            self.history = History(path)
+        self.history.update()
+
+    @classmethod
+    def open(cls, folder: Path) -> "RunFiles":
+        """Raises MapetError: it is no run."""
+        refuse_no_run(folder)
+        files = cls(folder)
+        if not files.recipe:
+            raise MapetError(f"{files.folder / 'config.yaml'} can't be read, or is empty")
+        return files
+
+    @property
+    def name(self) -> str:
+        """Short, to tell runs apart; what many folders are called gets the name of the one around it, too."""
+        folder = self.around[-1].absolute()
+        return "/".join(folder.parts[-2:]) if folder.name in ("run", "pretrain") else folder.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "backbone").is_dir()
+
+    @property
+    def status(self) -> str:
+        if self.finished:
+            return "finished"
+        if self.log.stopped:
+            return self.log.stopped if self.log.stopped.startswith("stopped") else f"stopped: {self.log.stopped}"
+        if not self.recipe:
+            return "not started"
+        return "running" if self.age < QUIET else "not finished"
+
+    @property
+    def age(self) -> float:
+        """Seconds since the run last wrote figures, or its log while it has none."""
+        for name in ("metrics.jsonl", "train.log"):
+            try:
+                return max(0.0, time.time() - (self.folder / name).stat().st_mtime)
+            except OSError:
+                pass
+        return inf
+
+    @property
+    def steps(self) -> float | None:
+        """Steps made: a run that was stopped between two records says so itself."""
+        found = re.search(r"at step (\d+) of ", self.log.stopped)
+        records = self.history.records
+        return float(found[1]) if found else records[-1]["step"] if records else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed of the last records; None while that can't be said."""
+        epochs, batch = (self.recipe.get(name) for name in ("epochs", "batch_size"))
+        per_epoch, speed = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
+        if not (isinstance(epochs, int) and isinstance(batch, int) and per_epoch and speed and self.steps):
+            return None
+        return max(0.0, epochs * per_epoch - self.steps) * batch / max(1e-9, median_high(speed))
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self.probe)
+
+    @property
+    def predicts(self) -> list[str]:
+        """What a loss is of: runs in which this differs have losses that can't be compared."""
+        return [
+            _text(part)
+            for part in (
+                *(self.recipe.get(name) for name in ("target", "objective", "order", "num_context", "predict_ratio")),
+                self.tokenizer.get("hash"),
+                self.tokenizer.get("vocab_size"),
+            )
+        ]
+
+    def pictures(self) -> list[Path]:
+        """PNG files that `inspect`, as part of `run`, left in pictures/."""
+        return [path for folder in self.around for path in sorted((folder / "pictures").glob("*.png"))]
+
+    def step_through(self) -> dict[str, Any] | None:
+        """What `inspect` left beside the pictures."""
+        return self._json(f"pictures/{STEP_THROUGH}") or None
+
+    def data(self) -> dict[str, Any]:
+        """All of it for the page, but curves and pictures."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "finished": self.finished,
+            "facts": list(self._facts()),
+            "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
+            "figures": self.figures(),
+            "warnings": self.warnings(),
+            "early": too_early(self.subject),
+            "unjudged": not_judged(self.subject),
+            "log": list(self.log.warnings[-LOGGED:]),
+            "logged": len(self.log.warnings),
+            "predicts": self.predicts,
+            "data": self._data(),
+            "tokenizer": list(self._of_tokenizer()),
+            "health": self._health(),
+            "steps_per_epoch": self.history.steps_per_epoch,
+        }
+
+    def warnings(self) -> list[str]:
+        """In words, with options as the command that the run was started with has them."""
+        inner = PretrainConfig.model_fields if outer_recipe(self.folder) else ()
+        return [as_options_of_section(sentence, "pretrain", inner) for sentence in warnings(self.subject)]
+
+    def figures(self) -> dict[str, str]:
+        """The final figures, in words and numbers."""
+        found = figures(self.history)
+        for state in ("untrained", "pretrained"):
+            for key, value in _mapping(self.probe.get(state)).items():
+                if isinstance(value, (int, float)):
+                    found[f"{'k-NN' if key == 'knn' else f'{key} probe'}, {state}"] = number(value)
+        return found
+
+    def _option(self, name: str, value: Any) -> str:
+        if value is None and (field := PretrainConfig.model_fields.get(name)):
+            return meaning_of_none(field)
+        return _text(value)
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        recipe, log, per_epoch = self.recipe, self.log, self.history.steps_per_epoch
+        yield "status", self.status
+        if log.description:
+            yield "what", log.description
+        if recipe:
+            yield "images", self._images()
+        if per_epoch and self.steps is not None:
+            yield (
+                "epochs",
+                f"{number(round(self.steps / per_epoch, 1))} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps",
+            )
+        if log.sessions:
+            resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
+            yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"
+            yield "duration", f"{span(log.duration.total_seconds())}{resumed}"
+        if log.systems:
+            system, command = log.systems[-1]
+            yield "system", system
+            yield "command", log.systems[0][1]
+            if command != log.systems[0][1]:
+                yield "resumed with", command
+
+    def _images(self) -> str:
+        """'1,437 images in photos'."""
+        images = self.log.images or self.store.get("num_images")
+        count = f"{images:,} images in " if isinstance(images, int) else ""
+        return f"{count}{_text(self.recipe.get('images'))}"
+
+    def _data(self) -> dict[str, str]:
+        """What a run was made of: images and words."""
+        made = dict(_mapping(self.tokenizer.get("teacher")))
+        made |= {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
+        made |= {"words (hash)": self.tokenizer["hash"][:12]} if isinstance(self.tokenizer.get("hash"), str) else {}
+        return {"images": self._images()} | {f"tokenizer's {name}": _text(value) for name, value in made.items()}
+
+    def _made(self, stage: str, name: str) -> dict[str, Any]:
+        """What tells of the folder that the option `stage` names, or, if that is nowhere to be found, the one beside the run."""
+        named = named_by_run(self.folder, self.recipe, stage)
+        for folder in (*([Path(named)] if named else []), *(around / stage for around in self.around)):
+            if content := _read(folder / name):
+                return content
+        return {}
+
+    def _of_tokenizer(self) -> Iterator[tuple[str, str]]:
+        """(name, value) of each fact."""
+        if not (told := self.tokenizer):
+            return
+        teacher, health = _mapping(told.get("teacher")), _mapping(told.get("health"))
+        own = teacher.get("teacher") == "pixels"
+        yield (
+            "teacher",
+            f"{_text(teacher.get('teacher'))} ({'label-free' if own else 'what it has seen, the words inherit'})",
+        )
+        vocab_size = told.get("vocab_size")
+        yield "words", _text(vocab_size)
+        yield "patches", f"{_text(told.get('grid'))} of {_text(teacher.get('student_size'))} px"
+        for key in ("used_codes", "dead_codes", "perplexity", "commonest_share", "quantization_error", "patches"):
+            if isinstance(value := health.get(key), (int, float)):
+                name, text = IN_WORDS.get(key, (key.replace("_", " "), "{}"))
+                yield name, text.format(percent(value) if key == "commonest_share" else number(value), vocab_size)
+
+    def _health(self) -> dict[str, Any]:
+        """What `inspect --tokenizer` found, if its folder is beside the run's."""
+        found = self._json("health/health.json") or self._json("health.json")
+        measures = _mapping(found.get("measures"))
+        return {
+            "warnings": [str(line) for line in found.get("warnings") or []],
+            "figures": [(name, text) for name, value in measures.items() if (text := _measure(value))],
+        }
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return next((found for folder in self.around if (found := _read(folder / name))), {})
+
+
+def figures(history: History) -> dict[str, str]:
+    """What a run came to, or has come to so far: name -> number in words."""
+    known = set(history.names)
+    return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
+
+
+def with_views(recipe: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the views that were shown: those of the token store, where the run used one.
+
+    Args:
+        store: content of its store.json; {} if that can't be had.
+    """
+    if not recipe.get("tokens"):
+        return dict(recipe)
+    spec = _mapping(store.get("view_spec"))
+    found = (
+        f"{spec['kind']}, {store.get('views')} of each (token store)" if "kind" in spec else "as the token store has"
+    )
+    return {**recipe, "views": found, "min_scale": spec.get("min_scale", recipe.get("min_scale"))}
+
+
+def span(seconds: float) -> str:
+    """'45 s', '3 min 20 s', '5 h 12 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(_mapping(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _measure(value: Any) -> str:
+    """A measure of health.json on one line; '' for what is a group of several."""
+    if isinstance(value, (int, float)):
+        return number(value)
+    pairs = [(key, part) for key, part in _mapping(value).items() if isinstance(part, (int, float))]
+    return ", ".join(f"{key.replace('_', ' ')} {number(part)}" for key, part in pairs)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_text(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return " x ".join(_text(part) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,437 @@
+"""K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mapet import distributed
+from mapet.errors import Interrupted, MapetError
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.kmeans_state import State, load_state, save_state
+from mapet.tokenizers.points import Metric, Points, even_sample, rows_at_once
+
+Start = Literal["random", "k-means++"]
+COLUMNS = 128
+"""Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
+UNSURE = 2.0**-18
+"""Float32 products of other shapes may differ by this share of the norms; distances closer than that are told apart in float64."""
+SAMPLE = 16
+"""Points for each centroid that k-means++ chooses among."""
+PATIENCE = 10
+"""A mini-batch centroid is dead when so many times K points went by and it won none: one of average share wins so many."""
+
+
+class Distances:
+    """Half the squared distances of points to fixed centroids, by one matrix product.
+
+    |x - c|^2 / 2 = [x, |x|^2 / 2, 1] . [-c, 1, |c|^2 / 2]: with the norms as columns of the product the sum is rounded once,
+    relative to the distance itself. Each norm is split into three columns, whose sum bfloat16 holds as well as float32.
+    """
+
+    def __init__(self, centroids: Float[Tensor, "K F"], dtype: torch.dtype) -> None:
+        parts = _parts(_half_norms(centroids), dtype)
+        right = torch.cat([-centroids.to(dtype), torch.ones_like(parts), parts], 1)
+        self.right = pad(right, (0, 0, 0, -len(right) % COLUMNS))
+        self.right[len(right) :, -1] = torch.inf  # the padding is nobody's nearest
+        # Memory that is new to the process costs a CPU as much as a product: it is taken once.
+        rows = rows_at_once(centroids.device)
+        self.left = torch.ones(rows, self.right.shape[1], dtype=dtype, device=centroids.device)
+        self.table = torch.empty(rows, len(self.right), dtype=dtype, device=centroids.device)
+
+    def __call__(self, points: Float[Tensor, "n F"]) -> Float[Tensor, "n padded_K"]:
+        """The table of at most `rows_at_once` points; the next call overwrites it."""
+        count, width = points.shape
+        left = self.left[:count]
+        left[:, :width] = points
+        left[:, width : width + 3] = _parts(_half_norms(points), left.dtype)
+        return torch.mm(left, self.right.T, out=self.table[:count])
+
+
+def _half_norms(vectors: Float[Tensor, "n F"]) -> Float[Tensor, " n"]:
+    return torch.linalg.vector_norm(vectors, dim=1).square() / 2
+
+
+def _parts(values: Float[Tensor, " n"], dtype: torch.dtype) -> Tensor:
+    """(n, 3) numbers of `dtype` that add up to `values`."""
+    first = values.to(dtype)
+    second = (values - first).to(dtype)
+    return torch.stack([first, second, (values - first - second.float()).to(dtype)], 1)
+
+
+def nearest(table: Float[Tensor, "n padded_K"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The column with the smallest entry of each row, that entry and the second smallest.
+
+    In two steps, for torch reduces to a value with all of the CPU's lanes, to an index with one.
+    """
+    dtype = table.dtype
+    if dtype == torch.bfloat16:
+        table = table.view(torch.int16)  # distances are positive, and such numbers sort as their bits do: 8x as fast
+    table = table.view(len(table), table.shape[1] // COLUMNS, COLUMNS)
+    rows = torch.arange(len(table), device=table.device)
+    smallest = table.amin(1)
+    column = smallest.argmin(1)
+    others = table[rows, :, column]
+    row = others.argmin(1)
+    best = smallest[rows, column]
+    smallest[rows, column] = others[rows, row] = torch.iinfo(torch.int16).max if dtype == torch.bfloat16 else torch.inf
+    second = torch.minimum(smallest.amin(1), others.amin(1))
+    return row * COLUMNS + column, best.view(dtype), second.view(dtype)
+
+
+class Assignment:
+    """The nearest centroid of each point: the one definition of a token.
+
+    A point's id depends on nothing but the point and the centroids: products of other shapes (a smaller batch) may differ
+    in their last bits, so points between two centroids are decided in float64, and ties go to the lower id.
+    """
+
+    def __init__(self, centroids: Float[Tensor, "K F"]) -> None:
+        self.mean = centroids.mean(0)
+        self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
+        self.largest = 2 * _half_norms(self.centroids).max()
+        self.distances_to = Distances(self.centroids, torch.float32)
+        self.rows = rows_at_once(centroids.device)
+        self.buffer = torch.empty(self.rows, centroids.shape[1], device=centroids.device)
+
+    def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """Ids, and squared distances to these centroids."""
+        starts = range(0, max(1, len(points)), self.rows)
+        ids, distances = zip(*(self._block(points[start : start + self.rows]) for start in starts), strict=True)
+        return torch.cat(ids), torch.cat(distances)
+
+    def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        points = torch.sub(points, self.mean, out=self.buffer[: len(points)])
+        ids, half, second = nearest(self.distances_to(points))
+        unsure = (second - half <= UNSURE * (2 * _half_norms(points) + self.largest)).nonzero().squeeze(1)
+        if len(unsure):
+            ids[unsure] = self._exactly(points[unsure])
+        return ids, 2 * half.clamp_min(0)
+
+    def _exactly(self, points: Tensor) -> Int[Tensor, " n"]:
+        place = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
+        x, c = (tensor.to(place, torch.float64) for tensor in (points, self.centroids))
+        table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)
+        limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.largest))
+        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)  # the first of those that are equal
+
+
+def assign(
+    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Nearest centroid of each point, and the squared distance to it; see `Assignment`."""
+    return Assignment(centroids)(points)
+
+
+class Clusters(NamedTuple):
+    """What k-means found.
+
+    Attributes:
+        centroids: (K, F).
+        counts: (K,) points of each.
+        error: mean squared distance of the points to their nearest centroid.
+        variance: mean squared distance of the points to their mean.
+    """
+
+    centroids: Tensor
+    counts: Tensor
+    error: float
+    variance: float
+
+
+def kmeans(
+    points: FeatureStore | Float[Tensor, "n F"],
+    num_clusters: int,
+    iterations: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[float], None] | None = None,
+    *,
+    start: Start = "random",
+    batch_points: int | None = None,
+    metric: Metric = "l2",
+    checkpoint: Path | None = None,
+    save_every: float = 60,
+) -> Clusters:
+    """Lloyd's algorithm or its mini-batch form; the best of `restarts` runs.
+
+    Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
+    points may be larger than memory.
+
+    If the caller has initialised torch.distributed, each process gives a shard of the points and makes the same call; all
+    return the same clusters, those of the points together.
+
+    Args:
+        iterations: rounds of a run, at least one.
+        dtype: of the products while centroids move; bfloat16 is faster, at an error up to 0.2 % higher. Sums and means are
+            float32 (on CUDA added in no fixed order: repeats may differ in the last bits), counts and error those of the
+            exact float32 assignment at the end.
+        progress: called after each iteration with the mean squared distance.
+        start: 'random' points, or 'k-means++': see `plus_plus_start`.
+        batch_points: how many points a round visits, of all processes (Sculley 2010). The last round of a run visits all,
+            which puts each centroid in the middle of its points and says what the run's error is. None: all rounds do.
+        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); error and
+            variance are squared distances there, 2 - 2 cos.
+        checkpoint: file that the state is saved to, by rank 0, for the same call to go on from, to the bit; all processes
+            must see it. It stays when the work is done.
+        save_every: seconds between saves; the state is also saved on Ctrl-C.
+
+    Raises:
+        MapetError: more clusters than points, a process without points, or a checkpoint that is damaged or of another call.
+    """
+    if not int(distributed.stacked(torch.tensor(len(points))).min()):
+        raise MapetError("k-means needs at least one point in each process")
+    if isinstance(points, Tensor):
+        points = FeatureStore.of(points)
+    shards = Points(points, metric)
+    if num_clusters > len(shards):
+        raise MapetError(
+            f"V = {num_clusters:,} visual words need at least as many patches, but there are {len(shards):,}: lower --vocab-size"
+        )
+    mean, variance = _moments(shards)
+    state = State.fresh(num_clusters, len(mean), shards.device)
+    call = {
+        "vocab_size": num_clusters, "iterations": iterations, "restarts": restarts, "seed": seed, "precision": str(dtype),
+        "start": start, "batch_points": batch_points, "metric": metric, "processes": distributed.number(),
+    }  # fmt: skip
+    if checkpoint:
+        call["points"] = _digest(shards, mean, variance)
+        state = load_state(checkpoint, call, state)
+    saved = time.monotonic()
+    try:
+        while state.rounds < restarts * iterations:
+            restart, number = divmod(state.rounds, iterations)  # random choices depend on these and the seed alone
+            _, _, best_error, centroids, best, visits, idle = state
+            if number == 0:
+                choose = random_start if start == "random" else plus_plus_start
+                centroids = shards.take(choose(shards, num_clusters, seed, restart)) - mean
+                visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
+            last = number == iterations - 1
+            if last or batch_points is None or batch_points >= len(shards):
+                centroids, error = _lloyd(shards, mean, variance, centroids, dtype)
+            else:
+                batch = even_sample(len(shards), batch_points, np.random.default_rng([seed, restart, number]))
+                centroids, error, visits, idle = _mini_batch(shards, batch, mean, centroids, visits, idle, dtype)
+            if last and error < best_error:
+                best_error, best = error, centroids
+            state = State(state.rounds + 1, error, best_error, centroids, best, visits, idle)
+            if checkpoint and time.monotonic() - saved >= save_every:
+                save_state(checkpoint, call, state)
+                saved = time.monotonic()
+            if progress:
+                progress(error)
+    except KeyboardInterrupt:
+        if checkpoint and state.rounds:
+            save_state(checkpoint, call, state)
+            rounds = f"{state.rounds} of {restarts * iterations} rounds of k-means"
+            raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
+        raise
+    centroids = shards.allowed(state.best + mean)
+    exact = Assignment(centroids)
+    counts, total = torch.zeros(num_clusters, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for _, block in shards.blocks():
+        ids, distances = exact(block)
+        counts += torch.bincount(ids, minlength=num_clusters).cpu()
+        total += float(distances.sum())
+    return Clusters(centroids, distributed.total(counts), float(distributed.total(total)) / len(shards), variance)
+
+
+def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
+    """The mean of the points and their mean squared distance to it."""
+    shift = points.take(torch.tensor([0]))[0]  # near the mean, against cancellation
+    first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for _, block in points.blocks():
+        block -= shift
+        first += block.sum(0).cpu()
+        second += 2 * float(_half_norms(block).sum())
+    mean = distributed.total(first) / len(points)
+    variance = distributed.of_the_first(distributed.total(second) / len(points) - mean.square().sum())
+    return distributed.of_the_first(shift + mean.to(shift)), max(0.0, float(variance))
+
+
+def _digest(points: Points, mean: Tensor, variance: float) -> str:
+    """Tells other points from these: by their number, moments and 1,024 rows."""
+    rows = points.take(even_sample(len(points), 1024, np.random.default_rng(0)))
+    content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
+    return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
+
+
+class Visit(NamedTuple):
+    """Points among their nearest centroids; all processes' but for the last, which each has of its own points.
+
+    Attributes:
+        sums: (K, F) of the points nearest to each centroid, less the mean.
+        counts: (K,) of them.
+        served: (n,) half the squared distance of each point, in the products' precision.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    served: Tensor
+
+
+def _visit(points: Points, mean: Tensor, centroids: Tensor, dtype: torch.dtype, batch: Tensor | None = None) -> Visit:
+    distances_to = Distances(centroids, dtype)
+    sums = torch.zeros_like(centroids)
+    counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
+    size = len(points.store) if batch is None else len(points.own(batch))
+    served = torch.empty(size, dtype=dtype, device=centroids.device)
+    for start, block in points.blocks(batch):
+        block -= mean
+        ids, served[start : start + len(block)], _ = nearest(distances_to(block))
+        sums.index_add_(0, ids, block)
+        counts += torch.bincount(ids, minlength=len(centroids))
+    return Visit(distributed.total(sums), distributed.total(counts), served)
+
+
+def _lloyd(
+    points: Points, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "K F"], float]:
+    """One round over all points: their clusters' means, and their mean squared distance to those.
+
+    An empty cluster moves to the worst-served points, one each.
+    """
+    sums, counts, served = _visit(points, mean, centroids, dtype)
+    updated = points.allowed(sums / counts.clamp_min(1)[:, None] + mean) - mean
+    # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
+    explained = (2 * (sums * updated).sum(1) - counts * updated.square().sum(1)).sum() / len(points)
+    error = max(0.0, variance - float(distributed.of_the_first(explained)))
+    updated = _seeded_again(updated, counts == 0, points, mean, served)[0]
+    return distributed.of_the_first(updated), error
+
+
+def _mini_batch(
+    points: Points,
+    batch: Int[Tensor, " b"],
+    mean: Tensor,
+    centroids: Float[Tensor, "K F"],
+    visits: Int[Tensor, " K"],
+    idle: Int[Tensor, " K"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "K F"], float, Int[Tensor, " K"], Int[Tensor, " K"]]:
+    """One round over a batch; its error is the batch's before the round.
+
+    A centroid is the mean of the points that it has won so far: the v-th moves it by 1 / v of the way (Sculley's rate).
+
+    Args:
+        visits: points that each centroid has won.
+        idle: points that went by since it won its last.
+    """
+    sums, counts, served = _visit(points, mean, centroids, dtype, batch)
+    visits = visits + counts
+    moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
+    moved = points.allowed(moved + mean) - mean
+    idle = torch.where(counts > 0, 0, idle + len(batch))
+    moved, again = _seeded_again(moved, idle >= PATIENCE * len(centroids), points, mean, served, batch)
+    error = 2 * float(distributed.total(served.float().sum())) / len(batch)
+    return distributed.of_the_first(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
+
+
+def _seeded_again(
+    centroids: Float[Tensor, "K F"],
+    dead: Bool[Tensor, " K"],
+    points: Points,
+    mean: Tensor,
+    served: Float[Tensor, " n"],
+    batch: Int[Tensor, " b"] | None = None,
+) -> tuple[Float[Tensor, "K F"], Bool[Tensor, " K"]]:
+    """Dead centroids moved to the worst-served of the visited points, one each, and which of them: there may be too few points."""
+    count = int(dead.sum())
+    if not count:
+        return centroids, dead
+    # Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
+    few = min(count, len(served))
+    limit = served.topk(few).values[-1:]
+    above = (served > limit).nonzero().flatten()
+    worst = torch.cat([above, (served == limit).nonzero().flatten()[: few - len(above)]]).sort().values
+    numbers = worst + points.first if batch is None else batch.to(worst.device)[worst + _before(points, batch)]
+    values = distributed.stacked(pad(served[worst].float(), (0, count - few), value=-torch.inf)).flatten()
+    order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
+    chosen = distributed.stacked(pad(numbers, (0, count - few))).flatten()[order]
+    places = dead.nonzero().flatten()[: len(chosen)]
+    return (
+        centroids.index_copy(0, places, points.take(chosen.cpu()) - mean),
+        torch.zeros_like(dead).index_fill(0, places, True),
+    )
+
+
+def _before(points: Points, batch: Int[Tensor, " b"]) -> int:
+    """How many of a batch are other processes' that come before this one."""
+    return int((batch < points.first).sum())
+
+
+def random_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+    """Numbers of random points, to be the first centroids."""
+    generator = torch.Generator().manual_seed(seed * 1009 + restart)
+    return torch.randperm(len(points), generator=generator)[:num_clusters]
+
+
+def plus_plus_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+    """Numbers of points chosen by k-means++ (Arthur & Vassilvitskii, SODA 2007): each in proportion to D^2, its squared
+    distance to the nearest chosen before.
+
+    Chosen among all points, or `SAMPLE` times K random ones if there are more; exactly, but several in one pass by
+    rejection (the idea is Cohen-Addad et al.'s, arXiv 2012.11891): up to `COLUMNS` are drawn by the D^2 of the pass before, and
+    each is taken with the share of it that those just taken leave. A pass costs a product of the sample and the drawn, of
+    which nearly all are taken where K is large: the whole costs about a float32 round over the sample, 1/32 of a round over
+    fit-tokenizer's 512 points for each centroid. The sample is held in memory as float16: 16 K F numbers, 1 GB for 8192 x 4096.
+
+    If fewer points differ than there are centroids, the rest is chosen at random.
+    """
+    random = np.random.default_rng([seed, restart])
+    numbers = even_sample(len(points), SAMPLE * num_clusters, random)
+    sample = points.select(numbers)
+    taken = torch.from_numpy(random.integers(len(numbers), size=1))
+    shift = points.take(numbers[taken])[0]  # smaller norms: less cancellation
+    squared = _squared_distances(sample, shift, taken)
+    while len(taken) < num_clusters:
+        sums = squared.cumsum(0)
+        if sums[-1] == 0:
+            rest = torch.ones(len(numbers)).index_fill(0, taken, 0).nonzero().flatten()
+            more = torch.from_numpy(random.permutation(len(rest)))[: num_clusters - len(taken)]
+            taken = torch.cat([taken, rest[more]])
+            break
+        drawn = torch.searchsorted(sums, torch.from_numpy(random.random(COLUMNS)) * sums[-1], right=True)
+        drawn = drawn.clamp_max(len(numbers) - 1)
+        drawn = drawn[_accepted(sample.take(drawn), squared[drawn], random)][: num_clusters - len(taken)]
+        squared = torch.minimum(squared, _squared_distances(sample, shift, drawn))
+        taken = torch.cat([taken, drawn])
+    return numbers[taken]
+
+
+def _squared_distances(points: Points, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
+    """Of each point, on the CPU, to the nearest of the points `to`; zero if float32 cannot tell it from that."""
+    distances_to = Distances(points.take(to) - shift, torch.float32)
+    own = torch.empty(len(points.store), device=points.device)
+    for start, block in points.blocks():
+        block -= shift
+        half = distances_to(block).amin(1)
+        own[start : start + len(block)] = half.masked_fill_(half <= UNSURE * _half_norms(block), 0)
+    return 2 * points.gathered(own).cpu().double().index_fill_(0, to, 0)
+
+
+def _accepted(
+    drawn: Float[Tensor, "m F"], squared: Float[Tensor, " m"], random: np.random.Generator
+) -> Bool[Tensor, " m"]:
+    """Which of the points drawn in proportion to `squared` to take, one after the other."""
+    rows = drawn.cpu().double()
+    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()  # equal points: 0
+    left, accepted = squared.numpy().copy(), np.zeros(len(rows), dtype=bool)
+    for index, limit in enumerate(random.random(len(rows)) * left):
+        if limit < left[index]:
+            accepted[index] = True
+            np.minimum(left, between[index], out=left)
+    return distributed.of_the_first(torch.from_numpy(accepted))
+
+
+def automatic_vocab_size(num_patches: int) -> int:
+    """The largest power of two that leaves 64 patches for each word, from 2 to the paper's 8192."""
+    return min(8192, max(2, 1 << max(1, (num_patches // 64).bit_length() - 1))) if num_patches > 1 else 1

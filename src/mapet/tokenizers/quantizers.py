@@ -1,0 +1,159 @@
+"""From a patch's feature to its visual word: the nearest centroid, a rounded projection, or the largest logit."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mapet import distributed
+from mapet.errors import MapetError
+from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.kmeans import assign
+
+LEVELS = {
+    64: (8, 8),
+    240: (8, 6, 5),
+    512: (8, 8, 8),
+    1000: (8, 5, 5, 5),
+    4375: (7, 5, 5, 5, 5),
+    8192: (8, 8, 8, 4, 4),
+    15360: (8, 8, 8, 6, 5),
+    64000: (8, 8, 8, 5, 5, 5),
+}
+"""Levels of each dimension by the number of words they make: FSQ's (arXiv 2309.15505, section 4.1), and 64, 512 and 8192."""
+
+
+class Quantizer(nn.Module):
+    """Names features. One of three kinds, each optionally behind a projection to fewer dimensions:
+
+    nearest: the nearest of K centroids, by L2 (k-CLIP), or by cosine (spherical k-means, VQ-KD).
+    scalar: each projected dimension is rounded to one of a few levels, and the levels together are the word: finite scalar
+        quantization (FSQ, arXiv 2309.15505); with two levels each it takes signs alone, as look-up-free quantization does
+        (LFQ, arXiv 2310.05737). Where those train an encoder to fill the levels, here they hold equal shares of a normal
+        distribution of the whitened principal components, so there is no codebook to fit.
+    argmax: the largest of the teacher's own logits (DALL-E's dVAE).
+
+    A word depends on the feature alone, not on the batch: projections are made in float64.
+
+    Args:
+        settings: kind, and metric ('l2', 'cosine'), levels or vocab_size; goes into tokenizer.json.
+        tensors: centroids (K, d); mean (F,) and components (F, d) of the projection, if there is one.
+    """
+
+    centroids: Tensor | None
+    mean: Tensor | None
+    components: Tensor | None
+
+    def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+        for name in ("centroids", "mean", "components"):
+            self.register_buffer(name, tensors.get(name))
+        kind = self.settings["kind"]
+        needed = {"nearest": ["centroids"], "scalar": ["mean", "components"], "argmax": []}[kind]
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"a quantizer of kind '{kind}' without {missing[0]}")
+
+    @property
+    def vocab_size(self) -> int:
+        if self.centroids is not None:
+            return len(self.centroids)
+        return math.prod(self.settings["levels"]) if "levels" in self.settings else int(self.settings["vocab_size"])
+
+    @property
+    def num_features(self) -> int:
+        """F, of the features it takes."""
+        if self.components is not None:
+            return len(self.components)
+        return self.vocab_size if self.centroids is None else self.centroids.shape[1]
+
+    def project(self, features: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
+        """Principal components, if there is a projection; of unit length, if the metric is cosine."""
+        cosine = self.settings.get("metric") == "cosine"
+        if self.components is None and not cosine:
+            return features
+        if self.components is not None and self.mean is not None:
+            features = project(features, self.mean, self.components)
+        return F.normalize(features.double(), dim=1).to(features.dtype) if cosine else features
+
+    @torch.inference_mode()
+    def forward(self, features: Float[Tensor, "n F"]) -> Int[Tensor, " n"]:
+        """Ids.
+
+        Raises:
+            MapetError: features of another width than it was made for.
+        """
+        if features.shape[1] != self.num_features:
+            raise MapetError(f"the teacher gives {features.shape[1]} features, the codebook has {self.num_features}")
+        if self.settings["kind"] == "argmax":
+            return features.argmax(1)
+        projected = self.project(features)
+        if self.centroids is not None:
+            return assign(projected, self.centroids)[0]
+        ids = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+        for values, levels in zip(projected.T, self.settings["levels"], strict=True):
+            share = torch.special.ndtr(values.double())  # 0 to 1, evenly for normal values
+            ids = ids * levels + (share * levels).long().clamp_max(levels - 1)
+        return ids
+
+
+def project(
+    features: Float[Tensor, "n F"], mean: Float[Tensor, " F"], components: Float[Tensor, "F d"]
+) -> Float[Tensor, "n d"]:
+    """In float64, so that a row's numbers don't depend on how many rows there are."""
+    return ((features.double() - mean.double()) @ components.double()).to(features.dtype)
+
+
+def principal_components(points: FeatureStore, dimensions: int, whiten: bool) -> dict[str, Tensor]:
+    """Mean and components of the points' covariance, largest first: `mean` (F,), `components` (F, d).
+
+    Of several processes each gives its points; all get what those of all have.
+
+    Args:
+        whiten: give each unit variance.
+
+    Raises:
+        MapetError: more dimensions than the features have.
+    """
+    width = points.num_features
+    if dimensions > width:
+        raise MapetError(f"{dimensions} principal components of features that are {width} wide: ask for fewer")
+    total = torch.zeros(width, dtype=torch.float64)
+    square = torch.zeros(width, width, dtype=torch.float64)
+    shift = distributed.of_the_first(
+        points.take(torch.tensor([0]))[0].cpu().double()
+    )  # near the mean, against cancellation
+    for _, block in points.blocks(2048):
+        rows = block.cpu().double() - shift
+        total += rows.sum(0)
+        square += rows.T @ rows
+    count = int(distributed.total(torch.tensor(len(points))))
+    mean = distributed.total(total) / count
+    values, vectors = torch.linalg.eigh(distributed.total(square) / count - torch.outer(mean, mean))
+    values, vectors = values.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # an eigenvector's sign is arbitrary
+    components = vectors * signs
+    if whiten:
+        components = components / values.clamp_min(values[0] * 1e-12 + 1e-300).sqrt()
+    found = {"mean": (mean + shift).float(), "components": components.float()}
+    return {name: distributed.of_the_first(tensor).to(points.device) for name, tensor in found.items()}
+
+
+def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:
+    """Levels that make about so many words: twos (LFQ), or FSQ's.
+
+    Raises:
+        MapetError: no such levels.
+    """
+    if signs:
+        if vocab_size < 2 or vocab_size & (vocab_size - 1):
+            raise MapetError(f"{vocab_size} words of signs alone: their number must be a power of two")
+        return (2,) * (vocab_size.bit_length() - 1)
+    fitting = [number for number in LEVELS if number <= vocab_size]
+    if not fitting:
+        raise MapetError(f"{vocab_size} words are too few for FSQ: at least {min(LEVELS)}")
+    return LEVELS[max(fitting)]

@@ -1,0 +1,139 @@
+"""From a resolved config to all that a step is made of: the same for training and for looking at a step again."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mapet import distributed
+from mapet.config.pretrain import PretrainConfig
+from mapet.data.dataset import Batch, EpochSampler, ViewDataset
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
+from mapet.data.token_store import TokenStore
+from mapet.data.views import ViewSpec
+from mapet.device import Compute
+from mapet.evaluation.features import normalize
+from mapet.models.backbone import on_device
+from mapet.models.losses import normalized_patches
+from mapet.models.objectives import num_context_of
+from mapet.models.pretraining import Pretrainer, Ranks, Survival, Targets
+from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
+from mapet.training.build import build_model
+from mapet.training.sizing import automatic_batch_size
+
+
+class Inputs(NamedTuple):
+    """All that a step's gradient depends on but the weights, on the device; the arguments of `Pretrainer.forward`."""
+
+    images: Float[Tensor, "B C H W"]
+    targets: Targets
+    permutation: Int[Tensor, "B N"]
+    num_context: int
+    ranks: Ranks | None
+    survival: Survival | None
+
+
+class Setting(NamedTuple):
+    """What a config names, opened and built.
+
+    Attributes:
+        sampler: this process's share of all batches.
+        dataset: the student's views, with tokens from the store or the teacher's views to make them of.
+        bad: images that the store has no tokens of, with reasons.
+    """
+
+    config: PretrainConfig
+    compute: Compute
+    images: ImageList
+    tokenizer: Tokenizer
+    model: Pretrainer
+    sampler: EpochSampler
+    dataset: ViewDataset
+    bad: dict[int, str]
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> "Setting":
+        """Automatic values that these depend on are resolved in `config`; a collective call."""
+        compute = Compute.choose(config.device, config.precision)
+        images = scan(config.images)
+        tokenizer = load_tokenizer(
+            config.tokenizer, with_teacher=config.tokens is None or config.target == "features", allow=config.teacher
+        ).to(compute.device)
+        store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
+        bad = dict(store.bad) if store else {}
+        model = on_device(build_model(config, tokenizer), compute)
+        usable = np.setdiff1d(np.arange(len(images)), list(bad))
+        batch_size = config.batch_size or distributed.of_the_first(
+            torch.tensor(automatic_batch_size(model, len(usable), compute, distributed.number()))
+        )
+        patches = model.vit.patch_embed
+        config = config.model_copy(
+            update={
+                "batch_size": int(batch_size),
+                "image_size": tuple(patches.img_size),
+                "patch_size": patches.patch_size[0],
+                **({} if config.predict_ratio else {"num_context": model.num_context}),
+            }
+        )
+        rank, number = distributed.rank(), distributed.number()
+        sampler = EpochSampler(usable, int(batch_size), config.epochs, config.seed, 0, rank, number)
+        return cls(
+            config, compute, images, tokenizer, model, sampler, _views(config, images, tokenizer, store, model), bad
+        )
+
+    def inputs(self, batch: Batch, step: int) -> Inputs:
+        """Of a batch that holds images."""
+        assert batch.image is not None and batch.permutation is not None
+        model, to = self.model, self.compute.to
+        images = normalize(to(batch.image), model.vit.in_chans, batch.jitter)
+        views = None if batch.teacher_image is None else to(batch.teacher_image)
+        if model.target == "pixels":
+            targets = normalized_patches(images, model.vit.patch_embed.grid_size)
+        elif model.target == "features":
+            assert self.tokenizer.teacher is not None and views is not None
+            targets = self.tokenizer.teacher(views).flatten(2).transpose(1, 2)
+        elif batch.tokens is not None:
+            targets = to(batch.tokens)
+        else:
+            targets = self.tokenizer(views).flatten(1)
+        num_context = self.draw_context(step)
+        ranks = model.draw_ranks(num_context, seed=[self.config.seed, step, 2])
+        survival = None if batch.survival is None else to(batch.survival)
+        return Inputs(
+            images, targets, to(batch.permutation), num_context, None if ranks is None else to(ranks), survival
+        )
+
+    def draw_context(self, step: int) -> int:
+        """c of a step: fixed, or drawn from (seed, step) alone."""
+        low, high = self.config.predict_ratio or (0.0, 0.0)
+        if low == high:
+            return self.model.num_context
+        ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
+        return num_context_of(ratio, self.model.num_patches)
+
+
+def _views(
+    config: PretrainConfig, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer
+) -> ViewDataset:
+    height, width = model.vit.patch_embed.img_size
+    spec = (
+        store.view_spec
+        if store
+        else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    )
+    return ViewDataset(
+        images,
+        spec,
+        channels=model.vit.in_chans,
+        image_size=(height, width),
+        teacher_size=None if tokenizer.teacher is None else tokenizer.teacher.image_size,
+        store=store,
+        grid=tuple(model.vit.patch_embed.grid_size),
+        order=config.order,
+        jitter=config.color_jitter,
+        branches=2 * len(model.vit.blocks) if config.drop_path else 0,
+        seed=config.seed,
+    )
