@@ -1,7 +1,4 @@
-"""The stages: each a file with a config and a function, which is at once the command and the Python call.
-
-These files import nothing heavy until a stage runs, so that `mapet --help` answers at once.
-"""
+"""One module a command: checks its options, plans, and calls the packages below."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Images in: lists of files, decoding, views, batches, and the store of their token ids."""
+"""From a folder, archive or data set name to batches: readers, image lists, views, augmentation, token store, loader."""

@@ -1,1 +1,1 @@
-"""How good are frozen features, and the fine-tuned model: k-NN, linear probe, accuracy."""
+"""Frozen features and what they are worth: probes, k-NN, few-shot, robustness, segmentation, detection."""

@@ -1,1 +1,1 @@
-"""The objective as a table, the packing of its segments, the timm ViT that learns it, and that ViT on disk."""
+"""ViTs and objectives: the attention mask of each objective, packing, losses, loading, conversion, export."""

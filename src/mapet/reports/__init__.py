@@ -1,1 +1,1 @@
-"""Pictures of what a tokenizer and a backbone have learned."""
+"""HTML, Markdown and figures of runs, evaluations, tokenizers and studies; model cards."""

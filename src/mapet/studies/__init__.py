@@ -1,0 +1,1 @@
+"""Controlled comparisons: a grid of trials and the statistics over them."""

@@ -1,1 +1,1 @@
-"""Visual tokens: a frozen teacher's features of each patch, and the k-means codebook that names them."""
+"""From images to visual tokens: frozen teachers, k-means and scalar quantizers, codebook, VQ-KD, dVAE."""

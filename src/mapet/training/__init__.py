@@ -1,1 +1,1 @@
-"""The training loop and what it needs: optimiser and schedule, checkpoints, the run folder, fine-tuning."""
+"""The training loop and its tasks: optimizer, schedule, checkpoints, resume, distributed training, tracking."""
