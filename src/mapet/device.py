@@ -47,8 +47,8 @@ class Compute:
             raise MapetError(
                 f"device '{device}' is not available: {why}. Use --device auto, cpu, cuda or mps"
             ) from None
-        if place.type == "cuda" and distributed.number() > 1:
-            place = torch.device("cuda", distributed.device_number())
+        if place.type == "cuda" and distributed.world_size() > 1:
+            place = torch.device("cuda", distributed.local_rank())
             torch.cuda.set_device(place)
         if place.type == "cpu":
             _keep_freed_memory()

@@ -1,7 +1,6 @@
-"""Several processes at one job, by torch.distributed; one process that is alone tells nobody anything.
+"""torch.distributed collectives that return their input unchanged when no process group is initialized.
 
-`torchrun` starts them; `joined` lets them meet. The other functions are collective calls: every process makes them, in the
-same order. Without a group they return what they are given.
+`torchrun` starts the processes and `process_group` connects them. Every rank calls a collective, in the same order.
 """
 
 import functools
@@ -14,132 +13,128 @@ from datetime import timedelta
 from typing import ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, distributed
+import torch.distributed as dist
+from torch import Tensor
 
 from mapet.errors import MapetError
 
 T = TypeVar("T")
 P = ParamSpec("P")
 log = logging.getLogger("mapet")
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others: the first may be evaluating, or writing to a slow disk."""
+TIMEOUT = timedelta(hours=2)
+"""Longest wait for the other ranks: the first may be evaluating, or writing to a slow disk."""
+
+
+class PeerLostError(MapetError):
+    """Another rank of the job ended."""
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Meet the processes that `torchrun` started, and part at the end; nothing to do where they have met.
+def process_group() -> Iterator[None]:
+    """Initialize torch's default process group and destroy it at the end; does nothing where there is one.
 
-    Messages of other processes than the first are shown from warnings upwards, with the number of theirs.
+    Ranks other than the first log from warnings upwards, with their rank.
     """
-    if _together():
+    if is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if rank():
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
-            handler.setFormatter(logging.Formatter(f"[process {rank()}] %(message)s"))
+            handler.setFormatter(logging.Formatter(f"[rank {rank()}] %(message)s"))
     try:
         yield
     finally:
-        distributed.destroy_process_group()
-        gc.collect()  # what of the group lies in cycles has threads, with which Python's end is an abort now and then
+        dist.destroy_process_group()
+        gc.collect()  # the group's threads, kept by reference cycles, can abort the interpreter's exit
 
 
-def number() -> int:
-    """How many processes there are."""
-    return distributed.get_world_size() if _together() else 1
+def is_initialized() -> bool:
+    """Return whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Return how many ranks there are."""
+    return dist.get_world_size() if is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return distributed.get_rank() if _together() else 0
+    """Return this process's rank, from 0."""
+    return dist.get_rank() if is_initialized() else 0
 
 
-def first_only(action: Callable[P, None]) -> Callable[P, None]:
-    """A function that does nothing but in the first process: for what is written once."""
+def local_rank() -> int:
+    """Return which of this machine's devices is this rank's."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
-    @functools.wraps(action)
-    def call(*arguments: P.args, **options: P.kwargs) -> None:
+
+def rank_zero_only(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a function so that it does nothing in ranks other than 0."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
         if rank() == 0:
-            action(*arguments, **options)
+            function(*args, **kwargs)
 
     return call
 
 
-def device_number() -> int:
-    """Which of this machine's devices is this process's."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+def barrier() -> None:
+    """Wait for all ranks."""
+    all_reduce(torch.zeros(1))
 
 
-def wait() -> None:
-    """Until all have come here."""
-    total(torch.zeros(1))
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, the same to the bit in each.
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks; the result is the same to the bit in each.
 
     Raises:
-        MapetError: another process is gone.
+        PeerLostError: another rank is gone, here and in all other collectives.
     """
-    if not _together():
-        return tensor
-    shared = _where_it_travels(tensor).clone()
-    with _telling_of_lost_ones():
-        distributed.all_reduce(shared)
-    return shared.to(tensor.device)
+    return _collective(tensor, dist.all_reduce)
 
 
-def of_the_first(tensor: Tensor) -> Tensor:
-    """The tensor of rank 0: for what follows from equal numbers, but whose rounding may depend on the processor."""
-    if not _together():
-        return tensor
-    shared = _where_it_travels(tensor).clone()
-    with _telling_of_lost_ones():
-        distributed.broadcast(shared, 0)
-    return shared.to(tensor.device)
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return rank 0's tensor, where equal inputs may be rounded differently by different processors."""
+    return _collective(tensor, lambda shared: dist.broadcast(shared, 0))
 
 
-def stacked(tensor: Tensor) -> Tensor:
-    """(processes, ...) the tensors of all processes, which have one shape."""
-    rows = tensor.new_zeros(number(), *tensor.shape)
+def all_gather(tensor: Tensor) -> Tensor:
+    """All-gather equally shaped tensors into (world_size, ...)."""
+    rows = tensor.new_zeros(world_size(), *tensor.shape)
     rows[rank()] = tensor
-    return total(rows)
+    return all_reduce(rows)
 
 
-def gathered(value: T) -> list[T]:
-    """The values of all processes, by rank: small ones, for this pickles them."""
-    if not _together():
+def all_gather_object(value: T) -> list[T]:
+    """Gather small values of all ranks, which are pickled on the way, by rank."""
+    if not is_initialized():
         return [value]
-    values: list[T | None] = [None] * number()
-    with _telling_of_lost_ones():
-        distributed.all_gather_object(values, value)
+    values: list[T | None] = [None] * world_size()
+    with _translate_comm_errors():
+        dist.all_gather_object(values, value)
     return cast(list[T], values)
 
 
+def _collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor:
+    """Apply an in-place operation to a copy on a device that the backend can communicate from."""
+    if not is_initialized():
+        return tensor
+    gpu_only = dist.get_backend() == "nccl" and tensor.device.type != "cuda"
+    shared = tensor.to("cuda" if gpu_only else tensor.device).contiguous().clone()
+    with _translate_comm_errors():
+        operation(shared)
+    return shared.to(tensor.device)
+
+
 @contextmanager
-def _telling_of_lost_ones() -> Iterator[None]:
+def _translate_comm_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise LostProcess(
-            f"process {rank()} of {number()} stops, for another one is gone ({reason}); its own message says why. What was saved "
-            "is whole: start all of them again with --resume"
+        raise PeerLostError(
+            f"rank {rank()} of {world_size()}: lost another rank ({reason}); see its own message. The last checkpoint is "
+            "intact: restart all ranks with --resume"
         ) from None
-
-
-class LostProcess(MapetError):
-    """Another process of the job ended."""
-
-
-def _together() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _where_it_travels(tensor: Tensor) -> Tensor:
-    """NCCL knows tensors of GPUs alone, unless gloo is there for the others."""
-    alone = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
-    return tensor.to("cuda" if alone else tensor.device).contiguous()

@@ -63,9 +63,9 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
                 return function(config)
             from mapet import distributed  # imports torch, which --help can do without
 
-            with distributed.joined():
+            with distributed.process_group():
                 result = function(config) if shared or distributed.rank() == 0 else cast(R_co, None)
-                distributed.wait()
+                distributed.barrier()
                 return result
 
     call.config_type = config_type  # type: ignore[attr-defined]

@@ -48,7 +48,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
         raise MapetError(f"{checkpoint} holds an interrupted fit: go on with --resume, or delete it to begin again")
-    distributed.wait()  # all have looked before one writes
+    distributed.barrier()  # all have looked before one writes
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     if distributed.rank() == 0:
@@ -94,7 +94,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
     capacity = min(config.points_per_word * vocab_size, num_patches)
     sample = order[: -(-capacity // per_image)]
-    rank, number = distributed.rank(), distributed.number()
+    rank, number = distributed.rank(), distributed.world_size()
     if len(sample) < number:
         raise MapetError(f"{number} processes for {len(sample)} images: start fewer")
     # Each process has a stretch of the sample, so that all points together are numbered as those of one would be.

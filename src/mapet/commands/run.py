@@ -59,7 +59,7 @@ def run(config: RunConfig) -> Path:
         }  # fmt: skip
         _refuse_now(config, configs, made)
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
-    distributed.wait()
+    distributed.barrier()
 
     GO_ON[0] = command("run", recipe, "--resume")
 
@@ -73,7 +73,7 @@ def run(config: RunConfig) -> Path:
             raise Interrupted(what, command("run", recipe, "--resume")) from None
 
     missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
-    distributed.wait()  # all have looked before one writes
+    distributed.barrier()  # all have looked before one writes
     if tokenizer in missing:
         do(fit_tokenizer)
     do(tokenize)

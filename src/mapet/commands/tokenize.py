@@ -48,21 +48,21 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
-    distributed.wait()
+    distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
     if (store.view_spec, store.num_views) != (spec, num_views):
         raise MapetError(
             f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, now asked for {num_views} "
             f"{spec.model_dump()}: use the same options or a new --out"
         )
-    distributed.wait()  # all have looked before one writes
+    distributed.barrier()  # all have looked before one writes
 
     dataset = ViewDataset(
         images, spec, tokenizer.description["teacher"]["channels"], teacher_size=tokenizer.teacher.image_size
     )
     quarantine = Quarantine(images, config.max_bad, dict(store.bad))
     per_batch = max(1, config.batch_size // num_views)
-    parts = [part for part in store.parts if part.done < part.count][distributed.rank() :: distributed.number()]
+    parts = [part for part in store.parts if part.done < part.count][distributed.rank() :: distributed.world_size()]
     work = [
         (part, range(start, min(start + per_batch, part.first + part.count)))
         for part in parts
@@ -72,7 +72,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
     loader = make_loader(dataset, batches, config.num_workers)
     saved = time.monotonic()
     current = None
-    several = f" (process 1 of {distributed.number()})" if distributed.number() > 1 else ""
+    several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
     with (
         stop_signals("saving after this batch") as stop,
         tqdm(
@@ -104,7 +104,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
         finally:
             if current:
                 store.save_progress(current)
-    distributed.wait()
+    distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
     Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those that all processes met
     log.info(

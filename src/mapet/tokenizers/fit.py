@@ -54,7 +54,7 @@ def fit_scalar(points: FeatureStore, levels: Sequence[int]) -> Fitted:
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     for _, block in points.blocks(rows_at_once(points.device)):
         usage += torch.bincount(quantizer(block), minlength=len(usage)).cpu()
-    return Fitted(quantizer, distributed.total(usage))
+    return Fitted(quantizer, distributed.all_reduce(usage))
 
 
 def use_own(
@@ -76,4 +76,4 @@ def use_own(
             features = teacher_features(teacher, batch, dataset.images, compute)
             ids = quantizer(features.permute(0, 2, 3, 1).flatten(0, 2))
             usage += torch.bincount(ids, minlength=len(usage)).cpu()
-    return Fitted(quantizer, distributed.total(usage))
+    return Fitted(quantizer, distributed.all_reduce(usage))

@@ -187,7 +187,7 @@ def kmeans(
     Raises:
         MapetError: more clusters than points, a process without points, or a checkpoint that is damaged or of another call.
     """
-    if not int(distributed.stacked(torch.tensor(len(points))).min()):
+    if not int(distributed.all_gather(torch.tensor(len(points))).min()):
         raise MapetError("k-means needs at least one point in each process")
     if isinstance(points, Tensor):
         points = FeatureStore.of(points)
@@ -200,7 +200,7 @@ def kmeans(
     state = State.fresh(num_clusters, len(mean), shards.device)
     call = {
         "vocab_size": num_clusters, "iterations": iterations, "restarts": restarts, "seed": seed, "precision": str(dtype),
-        "start": start, "batch_points": batch_points, "metric": metric, "processes": distributed.number(),
+        "start": start, "batch_points": batch_points, "metric": metric, "processes": distributed.world_size(),
     }  # fmt: skip
     if checkpoint:
         call["points"] = _digest(shards, mean, variance)
@@ -241,7 +241,9 @@ def kmeans(
         ids, distances = exact(block)
         counts += torch.bincount(ids, minlength=num_clusters).cpu()
         total += float(distances.sum())
-    return Clusters(centroids, distributed.total(counts), float(distributed.total(total)) / len(shards), variance)
+    return Clusters(
+        centroids, distributed.all_reduce(counts), float(distributed.all_reduce(total)) / len(shards), variance
+    )
 
 
 def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
@@ -252,9 +254,9 @@ def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
         block -= shift
         first += block.sum(0).cpu()
         second += 2 * float(_half_norms(block).sum())
-    mean = distributed.total(first) / len(points)
-    variance = distributed.of_the_first(distributed.total(second) / len(points) - mean.square().sum())
-    return distributed.of_the_first(shift + mean.to(shift)), max(0.0, float(variance))
+    mean = distributed.all_reduce(first) / len(points)
+    variance = distributed.broadcast(distributed.all_reduce(second) / len(points) - mean.square().sum())
+    return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
 
 
 def _digest(points: Points, mean: Tensor, variance: float) -> str:
@@ -289,7 +291,7 @@ def _visit(points: Points, mean: Tensor, centroids: Tensor, dtype: torch.dtype, 
         ids, served[start : start + len(block)], _ = nearest(distances_to(block))
         sums.index_add_(0, ids, block)
         counts += torch.bincount(ids, minlength=len(centroids))
-    return Visit(distributed.total(sums), distributed.total(counts), served)
+    return Visit(distributed.all_reduce(sums), distributed.all_reduce(counts), served)
 
 
 def _lloyd(
@@ -303,9 +305,9 @@ def _lloyd(
     updated = points.allowed(sums / counts.clamp_min(1)[:, None] + mean) - mean
     # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
     explained = (2 * (sums * updated).sum(1) - counts * updated.square().sum(1)).sum() / len(points)
-    error = max(0.0, variance - float(distributed.of_the_first(explained)))
+    error = max(0.0, variance - float(distributed.broadcast(explained)))
     updated = _seeded_again(updated, counts == 0, points, mean, served)[0]
-    return distributed.of_the_first(updated), error
+    return distributed.broadcast(updated), error
 
 
 def _mini_batch(
@@ -331,8 +333,8 @@ def _mini_batch(
     moved = points.allowed(moved + mean) - mean
     idle = torch.where(counts > 0, 0, idle + len(batch))
     moved, again = _seeded_again(moved, idle >= PATIENCE * len(centroids), points, mean, served, batch)
-    error = 2 * float(distributed.total(served.float().sum())) / len(batch)
-    return distributed.of_the_first(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
+    error = 2 * float(distributed.all_reduce(served.float().sum())) / len(batch)
+    return distributed.broadcast(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
 
 
 def _seeded_again(
@@ -353,9 +355,9 @@ def _seeded_again(
     above = (served > limit).nonzero().flatten()
     worst = torch.cat([above, (served == limit).nonzero().flatten()[: few - len(above)]]).sort().values
     numbers = worst + points.first if batch is None else batch.to(worst.device)[worst + _before(points, batch)]
-    values = distributed.stacked(pad(served[worst].float(), (0, count - few), value=-torch.inf)).flatten()
+    values = distributed.all_gather(pad(served[worst].float(), (0, count - few), value=-torch.inf)).flatten()
     order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
-    chosen = distributed.stacked(pad(numbers, (0, count - few))).flatten()[order]
+    chosen = distributed.all_gather(pad(numbers, (0, count - few))).flatten()[order]
     places = dead.nonzero().flatten()[: len(chosen)]
     return (
         centroids.index_copy(0, places, points.take(chosen.cpu()) - mean),
@@ -429,7 +431,7 @@ def _accepted(
         if limit < left[index]:
             accepted[index] = True
             np.minimum(left, between[index], out=left)
-    return distributed.of_the_first(torch.from_numpy(accepted))
+    return distributed.broadcast(torch.from_numpy(accepted))
 
 
 def automatic_vocab_size(num_patches: int) -> int:

@@ -61,7 +61,7 @@ def load_state(path: Path, call: dict[str, Any], fresh: State) -> State:
         MapetError: it is damaged, of another call, or not the same for all processes.
     """
     state = _read(path, call, fresh) if path.exists() else fresh
-    if len(set(distributed.stacked(torch.tensor(state.rounds)).tolist())) > 1:
+    if len(set(distributed.all_gather(torch.tensor(state.rounds)).tolist())) > 1:
         raise MapetError(f"{path} is not the same file for all processes: put it into a folder that all of them see")
     return state
 

@@ -34,7 +34,7 @@ class Points:
 
     def __init__(self, store: FeatureStore, metric: Metric = "l2") -> None:
         self.store, self.metric, self.device = store, metric, store.device
-        sizes = distributed.stacked(torch.tensor(len(store))).tolist()
+        sizes = distributed.all_gather(torch.tensor(len(store))).tolist()
         self.first, self._total = sum(sizes[: distributed.rank()]), sum(sizes)
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Points:
         here = self._here(numbers)
         rows = torch.zeros(len(numbers), self.store.num_features, device=self.device)
         rows[here.to(self.device)] = self.store.take(numbers[here] - self.first)
-        return self.allowed(distributed.total(rows))
+        return self.allowed(distributed.all_reduce(rows))
 
     def select(self, numbers: Int[Tensor, " m"]) -> "Points":
         """The points with these numbers alone, ascending; each process keeps its own, in memory."""
@@ -79,7 +79,7 @@ class Points:
         """A number for each point of this process -> for each point of all, in every process."""
         everyone = own.new_zeros(len(self))
         everyone[self.first : self.first + len(own)] = own
-        return distributed.total(everyone)
+        return distributed.all_reduce(everyone)
 
     def _here(self, numbers: Tensor) -> Tensor:
         return (numbers >= self.first) & (numbers < self.first + len(self.store))

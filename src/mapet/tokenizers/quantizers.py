@@ -124,23 +124,23 @@ def principal_components(points: FeatureStore, dimensions: int, whiten: bool) ->
         raise MapetError(f"{dimensions} principal components of features that are {width} wide: ask for fewer")
     total = torch.zeros(width, dtype=torch.float64)
     square = torch.zeros(width, width, dtype=torch.float64)
-    shift = distributed.of_the_first(
+    shift = distributed.broadcast(
         points.take(torch.tensor([0]))[0].cpu().double()
     )  # near the mean, against cancellation
     for _, block in points.blocks(2048):
         rows = block.cpu().double() - shift
         total += rows.sum(0)
         square += rows.T @ rows
-    count = int(distributed.total(torch.tensor(len(points))))
-    mean = distributed.total(total) / count
-    values, vectors = torch.linalg.eigh(distributed.total(square) / count - torch.outer(mean, mean))
+    count = int(distributed.all_reduce(torch.tensor(len(points))))
+    mean = distributed.all_reduce(total) / count
+    values, vectors = torch.linalg.eigh(distributed.all_reduce(square) / count - torch.outer(mean, mean))
     values, vectors = values.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # an eigenvector's sign is arbitrary
     components = vectors * signs
     if whiten:
         components = components / values.clamp_min(values[0] * 1e-12 + 1e-300).sqrt()
     found = {"mean": (mean + shift).float(), "components": components.float()}
-    return {name: distributed.of_the_first(tensor).to(points.device) for name, tensor in found.items()}
+    return {name: distributed.broadcast(tensor).to(points.device) for name, tensor in found.items()}
 
 
 def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def train(config: PretrainConfig) -> Path:
     require(config.track)
     if config.resume:
         config = recipe_to_resume(config)
-        distributed.wait()  # all have looked before one writes
+        distributed.barrier()  # all have looked before one writes
 
     # ---- what is learned, and from what
     setting = Setting.of(config)
@@ -59,7 +59,7 @@ def train(config: PretrainConfig) -> Path:
     # ---- how long, how fast
     total_steps = len(sampler)
     assert config.batch_size is not None and config.image_size is not None  # resolved by `Setting`
-    share_of_batch = -(-config.batch_size // distributed.number())
+    share_of_batch = -(-config.batch_size // distributed.world_size())
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
     if config.shard:
         shard(model, compute)
@@ -108,7 +108,7 @@ def train(config: PretrainConfig) -> Path:
             }
             if distributed.rank() == 0:
                 save_checkpoint(run.checkpoints, step, parts, state, config.keep_checkpoints)
-            distributed.wait()
+            distributed.barrier()
 
         # ---- the loop
         with Panel(total_steps, step) as panel:
@@ -187,7 +187,7 @@ def describe(config: PretrainConfig, model: Pretrainer, num_images: int) -> str:
     """The run in one line."""
     most = "up to " if config.varies_context else ""
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
-    together = f" on {distributed.number()} processes" if distributed.number() > 1 else ""
+    together = f" on {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     return (
         f"{config.model}, {parameters_in_words(model.vit)}, {config.objective} on {num_images:,} images of "
         f"{by(model.vit.patch_embed.img_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
@@ -222,21 +222,21 @@ def has_features(vit: VisionTransformer, setting: Setting) -> bool:
 
 def images_of_all(batch: Batch, quarantine: Quarantine) -> tuple[int, int]:
     """How many images all processes have for this step, and the one with fewest; what one couldn't read, all know."""
-    images, bad = distributed.stacked(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
+    images, bad = distributed.all_gather(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
     if bad.any():
-        for found in distributed.gathered(batch.bad):
+        for found in distributed.all_gather_object(batch.bad):
             quarantine.add(found)
     return int(images.sum()), int(images.min())
 
 
 def any_of_all(*flags: bool) -> list[bool]:
     """Each flag, if it is up in any process."""
-    return [count > 0 for count in distributed.total(torch.tensor(flags, dtype=torch.int64)).tolist()]
+    return [count > 0 for count in distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
 
 def same_for_all(step: int, folder: Path) -> None:
     """Raises MapetError: the processes found different checkpoints."""
-    steps = distributed.stacked(torch.tensor(step)).tolist()
+    steps = distributed.all_gather(torch.tensor(step)).tolist()
     if len(set(steps)) > 1:
         raise MapetError(
             f"{folder} is not the same for all processes (steps {steps}): put --out where all of them see it"

@@ -59,7 +59,7 @@ class Watch:
         order = losses.float().cpu().nan_to_num(torch.inf).sort(descending=True)
         count = min(NAMED, len(order.values))
         values[:count], named[:count] = order.values[:count], index[order.indices[:count]]
-        values, named = distributed.stacked(values).flatten(), distributed.stacked(named).flatten()
+        values, named = distributed.all_gather(values).flatten(), distributed.all_gather(named).flatten()
         best = values.sort(descending=True).indices[:NAMED].tolist()
         found = [f"{self.images.id(int(named[i]))!r} ({float(values[i]):.3g})" for i in best if values[i] > -torch.inf]
         return ", ".join(found) or "unknown, they were before the run was resumed"

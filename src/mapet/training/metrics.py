@@ -93,7 +93,7 @@ class Meter:
         finite = steps.isfinite().all(dim=1)
         loss, accuracy, norm, _ = steps[finite].mean(dim=0).tolist()
         self.skipped += int((~finite).sum())
-        counts = distributed.total(self.token_counts).cpu().double()
+        counts = distributed.all_reduce(self.token_counts).cpu().double()
         metrics = {"loss": loss}
         if counts.any():
             share = counts / counts.sum()
@@ -115,11 +115,11 @@ class Meter:
 
     def _all_steps(self) -> Float[Tensor, "steps 4"]:
         mine = torch.stack(self._steps) if self._steps else torch.zeros(0, 4, device=self._device)
-        return distributed.total(mine).cpu().double()
+        return distributed.all_reduce(mine).cpu().double()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to write the same figures; a collective call."""
-        steps, counts = self._all_steps(), distributed.total(self.token_counts).cpu()
+        steps, counts = self._all_steps(), distributed.all_reduce(self.token_counts).cpu()
         return {"steps": steps, "token_counts": counts, "skipped": torch.tensor(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

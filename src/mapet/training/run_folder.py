@@ -48,7 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._open(config, compute, stage)
 
-    @distributed.first_only
+    @distributed.rank_zero_only
     def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
@@ -77,7 +77,7 @@ class RunFolder:
         threading.excepthook = self._hook
         self._close(error)
 
-    @distributed.first_only
+    @distributed.rank_zero_only
     def _close(self, error: BaseException | None) -> None:
         if error is not None:
             self._log_file_only(f"stopped: {type(error).__name__}: {error}")
@@ -95,7 +95,7 @@ class RunFolder:
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
-    @distributed.first_only
+    @distributed.rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
@@ -105,7 +105,7 @@ class RunFolder:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
-    @distributed.first_only
+    @distributed.rank_zero_only
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:

@@ -136,11 +136,11 @@ def sum_gradients(model: nn.Module) -> None:
 
     Those of a sharded model are summed already.
     """
-    if distributed.number() == 1 or is_sharded(model):
+    if distributed.world_size() == 1 or is_sharded(model):
         return
     parameters = list(model.parameters())
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    parts = distributed.total(flat).split([p.numel() for p in parameters])
+    parts = distributed.all_reduce(flat).split([p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, parts, strict=True):
         parameter.grad = gradient.view_as(parameter)
 

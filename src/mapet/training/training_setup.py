@@ -66,8 +66,8 @@ class Setting(NamedTuple):
         bad = dict(store.bad) if store else {}
         model = on_device(build_model(config, tokenizer), compute)
         usable = np.setdiff1d(np.arange(len(images)), list(bad))
-        batch_size = config.batch_size or distributed.of_the_first(
-            torch.tensor(automatic_batch_size(model, len(usable), compute, distributed.number()))
+        batch_size = config.batch_size or distributed.broadcast(
+            torch.tensor(automatic_batch_size(model, len(usable), compute, distributed.world_size()))
         )
         patches = model.vit.patch_embed
         config = config.model_copy(
@@ -78,7 +78,7 @@ class Setting(NamedTuple):
                 **({} if config.predict_ratio else {"num_context": model.num_context}),
             }
         )
-        rank, number = distributed.rank(), distributed.number()
+        rank, number = distributed.rank(), distributed.world_size()
         sampler = EpochSampler(usable, int(batch_size), config.epochs, config.seed, 0, rank, number)
         return cls(
             config, compute, images, tokenizer, model, sampler, _views(config, images, tokenizer, store, model), bad
