@@ -72,6 +72,8 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
 
 
 SEAL = "seal"
+RUN_FILE = "run.json"
+"""What a command did to its folder (`mapet.run_state`)."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that `atomic` gives."""
 
@@ -80,7 +82,8 @@ TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
 
-    Works for files and folders. On any error the temporary is removed and `path` stays as it was.
+    Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder takes the place of
+    one that holds no more than the run.json of the command that is writing it, and keeps that.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +91,10 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
+        if temporary.is_dir() and path.is_dir() and is_free(path):
+            if (path / RUN_FILE).exists():
+                os.replace(path / RUN_FILE, temporary / RUN_FILE)
+            shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
@@ -163,10 +170,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_free(path: Path, but: str | None = None) -> bool:
-    """Whether nothing is there, or nothing but what a killed process left half-written, and a file named `but`."""
+    """Whether nothing is there, or nothing but a run.json, what a killed process left half-written, and a file named `but`."""
     if not path.is_dir():
         return not path.exists()
-    return all(TEMPORARY.fullmatch(file.name) or file.name == but for file in path.iterdir())
+    return all(TEMPORARY.fullmatch(file.name) or file.name in (RUN_FILE, but) for file in path.iterdir())
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

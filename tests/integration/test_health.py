@@ -17,7 +17,7 @@ def test_health_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
     caplog.set_level("INFO", "mapet")
     argv = ["inspect", "--tokenizer", tokenizer_dir, "--images", digits / "train", "--sample", 300, "--workers", 0]
     assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
-    assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES | {"health.json", "health.md"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES | {"health.json", "health.md", "run.json"}
     assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in PICTURES)
     record = json.loads((tmp_path / "a" / "health.json").read_text())
     measures = record["measures"]
@@ -35,7 +35,7 @@ def test_health_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
 def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir, tmp_path, caplog):
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
     paths = mapet.inspect(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a", workers=0)
-    assert {path.name for path in paths} == PICTURES | {"health.json", "health.md"}
+    assert {path.name for path in paths} == PICTURES | {"health.json", "health.md", "run.json"}
     measures = json.loads((tmp_path / "a" / "health.json").read_text())["measures"]
     assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbour"] is not None
     with caplog.at_level("INFO", "mapet"):

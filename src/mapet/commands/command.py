@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from mapet.config.base import Config, build, fields
 from mapet.errors import MapetError
+from mapet.run_state import run_state
 
 C = TypeVar("C", bound=Config)
 R_co = TypeVar("R_co", covariant=True)
@@ -58,7 +59,7 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
             raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
         _refuse_out_among_images(config)
         _show_progress()
-        with _naming_dead_workers():
+        with _naming_dead_workers(), _state_of(function.__name__, config):
             if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 return function(config)
             from mapet import distributed  # imports torch, which --help can do without
@@ -72,6 +73,12 @@ def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
     return cast(Stage[R_co], call)
 
 
+def _state_of(name: str, config: Config) -> AbstractContextManager[object]:
+    """The run.json of the folder that a command writes, if it writes one."""
+    out = getattr(config, "out", None)
+    return nullcontext() if out is None or config.out_is_file else run_state(out, name.replace("_", "-"), config)
+
+
 def _required(config_type: type[Config]) -> list[str]:
     return [name for name, field in fields(config_type) if field.is_required()]
 
@@ -79,7 +86,7 @@ def _required(config_type: type[Config]) -> list[str]:
 def _refuse_out_among_images(config: "Config") -> None:
     """Pictures and arrays that a stage leaves among the images would be images from then on."""
     images, out = getattr(config, "images", None), getattr(config, "out", None)
-    if images is None or out is None or Path(out).suffix:  # a file is none
+    if images is None or out is None or config.out_is_file:
         return
     folder, target = Path(images).resolve(), Path(out).resolve()
     if folder.is_dir() and folder in (target, *target.parents):

@@ -32,6 +32,7 @@ def run(config: RunConfig) -> Path:
     from mapet import distributed
     from mapet.config.shared import is_own_code
     from mapet.data.sources import scan
+    from mapet.files import is_free
     from mapet.reports.page import NAME, write_run_report
     from mapet.training.tracking import require
 
@@ -54,8 +55,8 @@ def run(config: RunConfig) -> Path:
     }
     if distributed.rank() == 0:
         made = {
-            "fit_tokenizer": tokenizer.exists(), "tokenize": tokens.exists(), "pretrain": begun, "probe": figures.exists(),
-            "test_images": figures.exists(), "inspect": pictures.exists(),
+            "fit_tokenizer": not is_free(tokenizer), "tokenize": not is_free(tokens), "pretrain": begun,
+            "probe": figures.exists(), "test_images": figures.exists(), "inspect": not is_free(pictures),
         }  # fmt: skip
         _refuse_now(config, configs, made)
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
@@ -72,7 +73,7 @@ def run(config: RunConfig) -> Path:
             what = error.what if isinstance(error, Interrupted) else "interrupted"
             raise Interrupted(what, command("run", recipe, "--resume")) from None
 
-    missing = {path for path in (tokenizer, backbone, figures, pictures) if not path.exists()}
+    missing = {path for path in (tokenizer, backbone, figures, pictures) if is_free(path)}
     distributed.barrier()  # all have looked before one writes
     if tokenizer in missing:
         do(fit_tokenizer)

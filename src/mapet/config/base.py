@@ -21,6 +21,8 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
     positional: ClassVar[str | None] = None
     """The option that words without one are given to on the command line."""
+    out_is_file: ClassVar[bool] = False
+    """Whether `out`, if there is one, names a file; else it is a folder, which gets a run.json."""
 
     @model_validator(mode="before")
     @classmethod

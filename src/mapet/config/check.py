@@ -1,7 +1,7 @@
 """Options of `check`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
@@ -11,6 +11,8 @@ from mapet.config.shared import Device, Precision, VocabSize
 
 class CheckConfig(Device):
     """Options of `check`."""
+
+    out_is_file: ClassVar[bool] = True
 
     images: Source
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""

@@ -1,7 +1,7 @@
 """Options of `probe`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mapet.config.base import Source
 from mapet.config.shared import BackboneSource, Device, Loading, ModelArgs, Precision
@@ -20,6 +20,8 @@ class ProbeOptions(ModelArgs, Loading):
 
 class ProbeConfig(ProbeOptions, Device):
     """Options of `probe`."""
+
+    out_is_file: ClassVar[bool] = True
 
     backbone: BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""

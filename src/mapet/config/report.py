@@ -17,6 +17,8 @@ Runs = Annotated[
 class ReportConfig(Looking):
     """Options of `report`."""
 
+    out_is_file: ClassVar[bool] = True
+
     positional: ClassVar[str | None] = "run"
     run: Runs
     """Run folders of `pretrain` or `run`; several are compared, with shared axes."""

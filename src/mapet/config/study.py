@@ -1,7 +1,7 @@
 """Options of `study`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -15,6 +15,8 @@ from mapet.config.tokenize import TokenizeOptions
 class StudyConfig(Config):
     """Options of `study`, usually a YAML file."""
 
+    resume: ClassVar[bool] = True
+    """Always: what is done in `out` is not done again."""
     images: Source
     """Labelled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
     test_images: Source

@@ -1,0 +1,245 @@
+"""run.json: what a command did to its folder, for people and programs.
+
+The decorator of commands opens a `run_state` around every command whose config has an `out` folder, so that no command writes
+run.json itself. Code below a command adds facts with `record(folder, ...)`, wherever in the package it is.
+"""
+
+import logging
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from mapet.config.base import Config
+from mapet.errors import Interrupted, MapetError
+from mapet.files import RUN_FILE, check_format, is_free, read_json, write_json
+
+log = logging.getLogger("mapet")
+SCHEMA_VERSION = 1
+PACKAGES = ("mapet", "torch", "torchvision", "timm")
+MAX_WARNINGS = 12
+"""Warnings that are kept, the last ones; `counts["warnings"]` has their number."""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class RunState(BaseModel):
+    """Content of run.json.
+
+    Attributes:
+        command: as it is typed, 'fit-tokenizer'.
+        config: the command's options as JSON; automatic values are resolved once the command has called `record`.
+        argv: the words that started the process of the last session.
+        started: of the first session, UTC.
+        updated: of this file; seconds count up to it.
+        ended: None while it runs.
+        seconds: time at work, over all sessions.
+        resumes: how often it was resumed.
+        status: `interrupted`: its process is gone and said nothing (`read` finds out, the file says `running`).
+        reason: why it stopped or failed, on one line; empty otherwise.
+        description: the run in one line.
+        device: what it computes on, in words.
+        counts: whole numbers, e.g. images, steps, unreadable.
+        hashes: sha256 of what it was made of, e.g. images, tokenizer.
+        results: what came out of it, e.g. accuracy; JSON.
+        warnings: the last `MAX_WARNINGS`.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    command: str
+    status: Literal["running", "finished", "stopped", "failed", "interrupted"] = "running"
+    reason: str = ""
+    description: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    argv: list[str] = Field(default_factory=lambda: list(sys.argv))
+    versions: dict[str, str] = Field(default_factory=lambda: _versions())
+    device: str = ""
+    started: datetime = Field(default_factory=_now)
+    updated: datetime = Field(default_factory=_now)
+    ended: datetime | None = None
+    seconds: float = 0.0
+    resumes: int = 0
+    host: str = Field(default_factory=socket.gethostname)
+    pid: int = Field(default_factory=os.getpid)
+    counts: dict[str, int] = Field(default_factory=dict)
+    hashes: dict[str, str] = Field(default_factory=dict)
+    results: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunState":
+        """Read the state of a command's folder.
+
+        Raises:
+            MadeByNewer: a newer mapet wrote it.
+            MapetError: it is missing or damaged.
+        """
+        path = folder / RUN_FILE
+        content = read_json(path, "folder of a mapet command")
+        try:
+            check_format(dict(content).get("schema_version"), SCHEMA_VERSION, "run state", path)
+            state = cls.model_validate(content)
+        except (ValidationError, ValueError, TypeError) as error:
+            raise MapetError(f"{path}: not a readable run state ({' '.join(str(error).split())[:200]})") from None
+        if state.status == "running" and not state._is_alive():
+            state.status, state.reason = "interrupted", f"its process {state.pid} is gone"
+        return state
+
+    def _is_alive(self) -> bool:
+        """Whether its process is there; taken to be where that can't be found out: on another host, on Windows."""
+        if self.host != socket.gethostname() or os.name == "nt":
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            return True
+        return True
+
+    def write(self, folder: Path) -> None:
+        """Write run.json atomically; of several processes the first does."""
+        now = _now()
+        self.seconds = round(self.seconds + (now - self.updated).total_seconds(), 3)
+        self.updated = now
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_json(folder / RUN_FILE, self.model_dump(mode="json"))
+
+
+def _versions() -> dict[str, str]:
+    python = {"python": platform.python_version(), "platform": platform.platform()}
+    return {package: version(package) for package in PACKAGES} | python
+
+
+_open: dict[Path, RunState] = {}
+"""Folders that commands of this process are writing now."""
+
+
+def record(
+    folder: Path | None,
+    *,
+    config: Config | None = None,
+    description: str = "",
+    device: str = "",
+    counts: Mapping[str, int] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Add facts to the run.json of a folder that a command of this process is writing; others of the same name are replaced.
+
+    Nothing happens outside a command: a function that is called by itself leaves no state.
+    """
+    state = _open.get(folder.absolute()) if folder else None
+    if folder is None or state is None:
+        return
+    state.config = config.model_dump(mode="json") if config else state.config
+    state.description, state.device = description or state.description, device or state.device
+    state.counts |= counts or {}
+    state.hashes |= hashes or {}
+    state.results |= results or {}
+    state.write(folder)
+
+
+@contextmanager
+def run_state(folder: Path, command: str, config: Config) -> Iterator[RunState]:
+    """Keep the run.json of a command's folder: `running` now, at the end `finished`, `stopped` or `failed` with the reason.
+
+    A folder that holds something and is not to be resumed stays as it is: the command refuses it. A command that is resumed
+    keeps the earlier facts; if it was finished and the command fails (other options, say), it stays finished. A command that
+    ends early and has written nothing leaves no folder.
+    """
+    key, free = folder.absolute(), is_free(folder, but="recipe.yaml")
+    state = RunState(command=command, config=config.model_dump(mode="json"))
+    if key in _open or not (free or getattr(config, "resume", False)):
+        yield _open.get(key, state)
+        return
+    before = None if free else _read_or_none(folder)
+    if before is not None and before.command == command:
+        kept = before.model_dump(include={"started", "seconds", "counts", "hashes", "results", "description", "device"})
+        state = state.model_copy(update={**kept, "resumes": before.resumes + 1})
+    created = next((part for part in (folder, *folder.parents) if part.exists()), folder) != folder
+    state.write(folder)
+    _open[key] = state
+    warnings = _Warnings(state)
+    log.addHandler(warnings)
+    try:
+        yield state
+        state.status = "finished"
+    except BaseException as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        state.status, state.reason = "stopped" if stopped else "failed", _reason(error)
+        if not stopped and before is not None and before.status == "finished":
+            state.status, state.reason = "finished", ""
+        raise
+    finally:
+        log.removeHandler(warnings)
+        del _open[key]
+        state.ended = _now()
+        if state.status == "finished" or not is_free(folder):
+            state.write(folder)
+        elif int(os.environ.get("RANK", 0)) == 0:
+            _remove(folder, created)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = error.what if isinstance(error, Interrupted) else str(error)
+    return " ".join((text if isinstance(error, MapetError) else f"{type(error).__name__}: {text}").split())
+
+
+def _remove(folder: Path, created: bool) -> None:
+    """Take back the run.json of a command that wrote nothing else."""
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    if created and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+class _Warnings(logging.Handler):
+    """Keeps what is logged as a warning in a state, which is written with its next facts."""
+
+    def __init__(self, state: RunState) -> None:
+        super().__init__(logging.WARNING)
+        self.state = state
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add one."""
+        self.state.warnings = [*self.state.warnings, record.getMessage()][-MAX_WARNINGS:]
+        self.state.counts["warnings"] = self.state.counts.get("warnings", 0) + 1
+
+
+# ---- which folder is what
+
+
+def _read_or_none(folder: Path) -> RunState | None:
+    try:
+        return RunState.read(folder)
+    except MapetError:
+        return None
+
+
+def command_of(folder: Path) -> str | None:
+    """The command that wrote a folder, None if no readable run.json tells."""
+    state = _read_or_none(folder)
+    return state.command if state else None
+
+
+def find_run(folder: Path, command: str = "pretrain") -> Path | None:
+    """The folder that `command` wrote: this one, or one in it if that is of `mapet run` or `mapet demo`."""
+    inside = (folder, folder / command, folder / "run" / command)
+    return next((path for path in inside if command_of(path) == command), None)
+
+
+def parent_run(folder: Path) -> Path | None:
+    """The folder of the `mapet run` that a command's folder is part of: the one to resume."""
+    return folder.parent if command_of(folder.parent) == "run" else None
