@@ -1,31 +1,56 @@
 """mapet: pre-train Vision Transformers on your own images by masked and permuted visual-token prediction.
 
-One function a stage, the same as the command line's: `check`, `prepare`, `train_tokenizer`, `fit_tokenizer`, `tokenize`,
-`pretrain`, `watch`, `replay`, `probe`, `evaluate`, `finetune`, `inspect`, `report`, `embed`, `export`, `run`, `study`, `demo`.
-Each takes its config's fields as keywords:
+Each command of the command line is a function here, which takes its config's fields as keywords:
 
     import mapet
     mapet.run(images="photos", out="runs/photos")
     vit = mapet.load_backbone("runs/photos/backbone")     # a plain timm VisionTransformer
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mapet.errors import Interrupted, MapetError
 
+if TYPE_CHECKING:
+    from mapet.commands.check import check
+    from mapet.commands.debug_step import replay
+    from mapet.commands.demo import demo
+    from mapet.commands.embed import embed
+    from mapet.commands.evaluate import evaluate
+    from mapet.commands.export import export
+    from mapet.commands.finetune import finetune
+    from mapet.commands.fit_tokenizer import fit_tokenizer
+    from mapet.commands.inspect import inspect
+    from mapet.commands.prepare import prepare
+    from mapet.commands.pretrain import pretrain
+    from mapet.commands.probe import probe
+    from mapet.commands.report import report
+    from mapet.commands.run import run
+    from mapet.commands.study import study
+    from mapet.commands.tokenize import tokenize
+    from mapet.commands.train_tokenizer import train_tokenizer
+    from mapet.commands.watch import watch
+    from mapet.models.backbone import load_backbone
+
 __version__ = "0.1.0"
-__all__ = ["Interrupted", "MapetError", "__version__", "load_backbone"]
+__all__ = [
+    "Interrupted", "MapetError", "__version__", "check", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer", "inspect",
+    "load_backbone", "prepare", "pretrain", "probe", "replay", "report", "run", "study", "tokenize", "train_tokenizer", "watch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Stages and `load_backbone` are imported on first use, so that `import mapet` and `--help` are quick."""
+    """Import commands and `load_backbone` on first use, so that `import mapet` and `--help` are quick."""
     if name == "load_backbone":
         from mapet.models.backbone import load_backbone
 
         return load_backbone
-    from mapet.commands import STAGES
+    if name in __all__ and not name.startswith("__"):
+        from mapet.commands import COMMANDS
 
-    stages = {stage.replace("-", "_"): function for stage, function in STAGES.items()}
-    if name in stages:
-        return stages[name]
+        return COMMANDS[name.replace("_", "-")]
     raise AttributeError(f"module 'mapet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 
 import mapet
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 from mapet.completion import completion
 from mapet.config.base import build, fields, meaning_of_none, read_recipe
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "--completion":
             print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
             return 0
-        if argv[0] not in STAGES:
+        if argv[0] not in COMMANDS:
             raise MapetError(
-                f"unknown stage '{argv[0]}'{did_you_mean(argv[0], STAGES) or '.'} Stages: {', '.join(STAGES)}"
+                f"unknown stage '{argv[0]}'{did_you_mean(argv[0], COMMANDS) or '.'} Stages: {', '.join(COMMANDS)}"
             )
         run_stage(argv[0], argv[1:])
     except MapetError as error:
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def overview() -> str:
     """The text of `mapet --help`."""
-    width = max(map(len, STAGES)) + 2
-    lines = [f"  {name:<{width}}{_summary(function)}" for name, function in STAGES.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{_summary(function)}" for name, function in COMMANDS.items()]
     return "\n".join(
         [
             "usage: mapet STAGE [recipe.yaml] [--option value ...]",
@@ -83,7 +83,7 @@ def overview() -> str:
 
 def run_stage(name: str, argv: list[str]) -> Any:
     """Parse `argv` for one stage and call it."""
-    function = STAGES[name]
+    function = COMMANDS[name]
     config_type = function.config_type
     parser = _parser(name, function)
     namespace, unknown = parser.parse_known_args(argv)
@@ -111,7 +111,7 @@ def run_stage(name: str, argv: list[str]) -> Any:
     try:
         config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
     except MapetError as error:
-        if recipe and (stage := stage_of(recipe, STAGES)) not in (None, name):
+        if recipe and (stage := stage_of(recipe, COMMANDS)) not in (None, name):
             raise MapetError(f"{recipe} is a recipe of `mapet {stage}`, not of `mapet {name}`") from None
         raise error
     GO_ON[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
@@ -123,7 +123,7 @@ def run_stage(name: str, argv: list[str]) -> Any:
 def _take_words(name: str, options: dict[str, Any]) -> Path | None:
     """Words without an option go to the option that the stage names for them; the first may be a recipe, which is returned."""
     first, words = options.pop("recipe"), options.pop("words", [])
-    option = STAGES[name].config_type.positional
+    option = COMMANDS[name].config_type.positional
     if first is None or option is None or first.suffix in RECIPES:
         recipe = first
     else:
@@ -131,7 +131,7 @@ def _take_words(name: str, options: dict[str, Any]) -> Path | None:
     if option and words:
         if option in options:
             raise MapetError(f"'{' '.join(words)}' and --{_flag(option)} say the same in two ways: give one of them")
-        several = _kind(STAGES[name].config_type.model_fields[option].annotation)[1]
+        several = _kind(COMMANDS[name].config_type.model_fields[option].annotation)[1]
         if len(words) > 1 and not several:
             raise MapetError(f"unexpected word '{words[1]}'; mapet {name} takes one --{_flag(option)}")
         options[option] = words if several else words[0]
@@ -143,7 +143,7 @@ def _way_in(name: str, folder: Path, resume: bool) -> str:
     if found := recipe_in(folder, (name,)):
         return f"did you mean {found[1]}?"
     options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
-    options, known = ["out"] if resume else options, STAGES[name].config_type.model_fields
+    options, known = ["out"] if resume else options, COMMANDS[name].config_type.model_fields
     option = next(option for option in [*options, "images", "out"] if option in known)
     return f"give it as --{option} {quote(str(folder))}"
 

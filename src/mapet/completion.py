@@ -1,6 +1,6 @@
 """Words that a shell may offer after `mapet`: `source <(mapet --completion bash)`."""
 
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 from mapet.config.base import choices, fields
 from mapet.errors import MapetError, did_you_mean
 
@@ -18,9 +18,9 @@ def completion(shell: str) -> str:
     """
     if shell not in SHELLS:
         raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, SHELLS) or '.'} Shells: {', '.join(SHELLS)}")
-    options = {name: _options(name) for name in STAGES}
+    options = {name: _options(name) for name in COMMANDS}
     if shell == "fish":
-        lines = ["complete -c mapet -f -n __fish_use_subcommand -a " + repr(" ".join(STAGES))]
+        lines = ["complete -c mapet -f -n __fish_use_subcommand -a " + repr(" ".join(COMMANDS))]
         lines += [
             f"complete -c mapet -n '__fish_seen_subcommand_from {name}' -l {option.removeprefix('--')}"
             + (f" -x -a '{' '.join(values)}'" if values else "")
@@ -39,7 +39,7 @@ def completion(shell: str) -> str:
     return f"""{start}_mapet() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" offered=''
     if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W '{" ".join(STAGES)}' -- "$word"))
+        COMPREPLY=($(compgen -W '{" ".join(COMMANDS)}' -- "$word"))
         return
     fi
     case "${{COMP_WORDS[1]}}" in
@@ -57,5 +57,7 @@ complete -o default -F _mapet mapet
 
 def _options(stage: str) -> dict[str, list[str]]:
     """Option -> the values it takes, if they are fixed."""
-    found = {option.replace("_", "-"): choices(field.annotation) for option, field in fields(STAGES[stage].config_type)}
+    found = {
+        option.replace("_", "-"): choices(field.annotation) for option, field in fields(COMMANDS[stage].config_type)
+    }
     return {f"--{option}": found[option] for option in sorted(found)}

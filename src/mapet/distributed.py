@@ -21,6 +21,7 @@ from mapet.errors import MapetError
 T = TypeVar("T")
 P = ParamSpec("P")
 log = logging.getLogger("mapet")
+_alone = False
 TIMEOUT = timedelta(hours=2)
 """Longest wait for the other ranks: the first may be evaluating, or writing to a slow disk."""
 
@@ -50,9 +51,20 @@ def process_group() -> Iterator[None]:
         gc.collect()  # the group's threads, kept by reference cycles, can abort the interpreter's exit
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank work while the others wait: collectives return their input unchanged."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def is_initialized() -> bool:
     """Return whether there is a process group."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:

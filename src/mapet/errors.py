@@ -33,7 +33,7 @@ class MadeByNewer(MapetError):
     """Files of a format that only a newer mapet reads."""
 
 
-def command(*words: object) -> str:
+def shell_command(*words: object) -> str:
     """'mapet ...' as a person can paste it, whatever is in its paths."""
     return shlex.join(["mapet", *map(str, words)])
 

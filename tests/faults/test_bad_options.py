@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 import mapet
 from mapet.cli import main
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 from mapet.config.base import build
 from mapet.config.evaluate import EvaluateConfig
-from mapet.errors import command
+from mapet.errors import shell_command
 from mapet.files import naming_the_cause
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
@@ -168,8 +168,8 @@ def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
     def fail(config):
         raise OSError(number, os.strerror(number), "some/file")
 
-    fail.config_type = STAGES["demo"].config_type
-    monkeypatch.setitem(STAGES, "demo", fail)
+    fail.config_type = COMMANDS["demo"].config_type
+    monkeypatch.setitem(COMMANDS, "demo", fail)
     line = fails(capsys, "demo")
     assert f"{os.strerror(number)} (some/file): " in line and way_out in line
     with (
@@ -541,7 +541,7 @@ def test_paths_with_spaces_can_be_pasted(run_dir, capsys, tmp_path):
     folder = tmp_path / "my photos ü"
     folder.mkdir()
     assert f"give it as --images '{folder}'" in fails(capsys, "check", folder)
-    assert command("run", folder, "--resume") == f"mapet run '{folder}' --resume"
+    assert shell_command("run", folder, "--resume") == f"mapet run '{folder}' --resume"
 
 
 def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir, capsys, tmp_path):

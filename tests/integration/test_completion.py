@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from mapet.cli import main
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 
 
 def script(capsys, shell):
@@ -22,7 +22,7 @@ def offered(text, words):
 
 def test_bash_offers_stages_and_their_options(capsys):
     text = script(capsys, "bash")
-    assert offered(text, ["mapet", "''"]) == list(STAGES)
+    assert offered(text, ["mapet", "''"]) == list(COMMANDS)
     assert offered(text, ["mapet", "fit"]) == ["fit-tokenizer"]
     assert offered(text, ["mapet", "pretrain", "--predict"]) == ["--predict-ratio"]
     assert offered(text, ["mapet", "run", "--pretrain.ep"]) == ["--pretrain.epochs"]

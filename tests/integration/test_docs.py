@@ -14,7 +14,7 @@ from PIL import Image
 
 import mapet
 from mapet import cli
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 from mapet.config.base import build, read_recipe
 from mapet.config.study import StudyConfig
 from mapet.evaluation.features import normalize
@@ -35,9 +35,9 @@ OTHERS_NEED = {
 
 
 def commands() -> list[str]:
-    texts = [path.read_text() for path in TEXTS] + [function.__doc__ for function in STAGES.values()]
+    texts = [path.read_text() for path in TEXTS] + [function.__doc__ for function in COMMANDS.values()]
     found = [line for text in texts for line in re.findall(r"^[#\s$]*(mapet [a-z-]+(?: .*)?)$", text, flags=re.M)]
-    return [line for line in dict.fromkeys(found) if line.split()[1] in STAGES]
+    return [line for line in dict.fromkeys(found) if line.split()[1] in COMMANDS]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -58,9 +58,9 @@ def understood(name, words, monkeypatch):
     def stand_in(config):
         seen.append(config)
 
-    stand_in.config_type = STAGES[name].config_type
-    stand_in.__doc__ = STAGES[name].__doc__
-    monkeypatch.setitem(STAGES, name, stand_in)
+    stand_in.config_type = COMMANDS[name].config_type
+    stand_in.__doc__ = COMMANDS[name].__doc__
+    monkeypatch.setitem(COMMANDS, name, stand_in)
     cli.run_stage(name, words)
     [config] = seen
     return config
@@ -102,9 +102,9 @@ def test_commands_are_found():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_builds(recipe):
     name = recipe.stem.partition("_")[0]
-    stage = name if name in STAGES else "fit-tokenizer" if name == "tokenizer" else "run"
+    stage = name if name in COMMANDS else "fit-tokenizer" if name == "tokenizer" else "run"
     more = {"finetune": {"backbone": "c"}, "study": {"test_images": "c"}}.get(stage, {})
-    build(STAGES[stage].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"} | more)
+    build(COMMANDS[stage].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"} | more)
 
 
 def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
@@ -145,12 +145,12 @@ def test_objectives_page_names_every_objective_and_its_cost():
 
 def test_every_stage_is_in_the_readme_and_the_api():
     readme = (ROOT / "README.md").read_text()
-    for name in STAGES:
+    for name in COMMANDS:
         assert f"`{name}`" in readme
-        assert getattr(mapet, name.replace("-", "_")) is STAGES[name]
+        assert getattr(mapet, name.replace("-", "_")) is COMMANDS[name]
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_defaults_and_an_example(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

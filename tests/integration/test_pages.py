@@ -16,7 +16,7 @@ import yaml
 from markdown.extensions.toc import slugify
 
 import mapet
-from mapet.commands import STAGES
+from mapet.commands import COMMANDS
 from mapet.models.export_formats import FORMATS
 from tests.integration.test_docs import ROOT, understood
 
@@ -125,7 +125,7 @@ def test_every_recipe_extra_and_stage_has_its_place():
     for extra in project["optional-dependencies"]:
         assert f"| `{extra}` |" in install, extra
     api = (DOCS / "api.md").read_text()
-    for stage in STAGES.values():
+    for stage in COMMANDS.values():
         for name in (stage.__name__, stage.config_type.__name__):
             assert f"::: {stage.config_type.__module__}.{name}\n" in api
 

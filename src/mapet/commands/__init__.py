@@ -1,9 +1,12 @@
-"""One module a command: checks its options, plans, and calls the packages below."""
+"""One module a command: checks its options, plans, and calls the packages below.
+
+Nothing heavy is imported until a command runs, so that `mapet --help` answers at once.
+"""
 
 from typing import Any
 
 from mapet.commands.check import check
-from mapet.commands.command import Stage
+from mapet.commands.command import Command
 from mapet.commands.debug_step import replay
 from mapet.commands.demo import demo
 from mapet.commands.embed import embed
@@ -22,7 +25,7 @@ from mapet.commands.tokenize import tokenize
 from mapet.commands.train_tokenizer import train_tokenizer
 from mapet.commands.watch import watch
 
-STAGES: dict[str, Stage[Any]] = {
+COMMANDS: dict[str, Command[..., Any, Any]] = {
     "demo": demo,
     "run": run,
     "check": check,

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.check import CheckConfig
 from mapet.config.shared import BadImages, automatic_workers
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(CheckConfig)
 def check(config: CheckConfig) -> "Census":
     """Read every image, report what is there and what is wrong, and estimate what the next stages need.
 

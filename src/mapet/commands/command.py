@@ -1,90 +1,150 @@
-"""Commands: functions that take their config, or its fields as keywords."""
+"""Commands: functions that are called with their config, or with its fields as keywords."""
 
 import functools
+import inspect
 import logging
 import os
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from mapet.config.base import Config, build, fields
+from mapet.config.base import Config, build
 from mapet.errors import MapetError
 from mapet.run_state import run_state
 
-C = TypeVar("C", bound=Config)
+P = ParamSpec("P")
+C = TypeVar("C")
+R = TypeVar("R")
+C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
-class Stage(Protocol[R_co]):
-    """A stage as users call it: with a config, or with its fields as keywords."""
+class Command(Protocol[P, C_contra, R_co]):
+    """A command as Python calls it: with the config's fields as keywords, or with the config."""
 
     __name__: str
     config_type: type[Config]
 
-    def __call__(self, config: Any = None, /, **options: Any) -> R_co: ...
+    @overload
+    def __call__(self, config: C_contra, /) -> R_co: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
-def stage(function: Callable[[C], R_co]) -> Stage[R_co]:
-    """Let a stage be called with its config, or with the config's fields as keywords.
+def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, C, R]]:
+    """Let a function of a config be called with the config's fields as keywords too.
 
-    Where `torchrun` started several processes, the first does the work and the others wait, unless the stage is
-    `shared_stage`.
+    Args:
+        config_type: the config, whose fields become the keywords that mypy, `help()` and IDEs show.
+        distributed: under `torchrun`, share the work over the ranks. Otherwise rank 0 works alone, without a process group, and
+            the other ranks return None at once.
 
-    >>> pretrain(PretrainConfig(images="photos", out="run"))      # doctest: +SKIP
-    >>> pretrain(images="photos", out="run")                      # doctest: +SKIP
+    >>> pretrain(images="photos", tokenizer="runs/tokenizer", out="run")      # doctest: +SKIP
     """
-    return _stage(function, shared=False)
+
+    def decorate(function: Callable[[C], R]) -> Command[P, C, R]:
+        @functools.wraps(function)
+        def call(config: Any = None, /, **options: Any) -> R | None:
+            if not isinstance(config, kind):
+                config = build(kind, _as_keywords(call.__name__, kind, config) | options)
+            elif options:
+                raise TypeError(f"{call.__name__}() takes a config or keywords, not both")
+            _check_out_is_not_among_images(config)
+            _set_up_logging()
+            with _translate_dead_workers():
+                return _run(function, config, distributed)
+
+        call.config_type = kind  # type: ignore[attr-defined]
+        call.__signature__ = _signature(kind, inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
+        return cast(Command[P, C, R], call)
+
+    kind = cast(type[Config], config_type)
+    return decorate
 
 
-def shared_stage(function: Callable[[C], R_co]) -> Stage[R_co]:
-    """A stage whose work the processes that `torchrun` started share."""
-    return _stage(function, shared=True)
+def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
+    """Call the function on every rank of `torchrun`, or on rank 0 alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        with _state_of(function, config):
+            return function(config)
+    if not distributed:
+        return _run_on_rank_0(function, config)
+    from mapet.distributed import barrier, process_group  # imports torch, which --help can do without
+
+    with _state_of(function, config), process_group():
+        result = function(config)
+        barrier()
+        return result
 
 
-def _stage(function: Callable[[C], R_co], shared: bool) -> Stage[R_co]:
-    config_type = function.__annotations__["config"]
-
-    @functools.wraps(function)
-    def call(config: C | None = None, /, **options: Any) -> R_co:
-        if config is None:
-            config = build(config_type, options)
-        elif not isinstance(config, config_type):
-            if config_type.positional is None:
-                first = next(iter(fields(config_type)))[0] if not (needed := _required(config_type)) else needed[0]
-                raise TypeError(f"{function.__name__}() takes keywords: {function.__name__}({first}={config!r}, ...)")
-            config = build(config_type, {config_type.positional: config, **options})
-        elif options:
-            raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
-        _refuse_out_among_images(config)
-        _show_progress()
-        with _naming_dead_workers(), _state_of(function.__name__, config):
-            if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-                return function(config)
-            from mapet import distributed  # imports torch, which --help can do without
-
-            with distributed.process_group():
-                result = function(config) if shared or distributed.rank() == 0 else cast(R_co, None)
-                distributed.barrier()
-                return result
-
-    call.config_type = config_type  # type: ignore[attr-defined]
-    return cast(Stage[R_co], call)
+def _run_on_rank_0(function: Callable[[Any], R], config: Config) -> R | None:
+    """Call the function on rank 0, without a process group; within a distributed command the other ranks wait for it."""
+    distributed = sys.modules.get("mapet.distributed")  # not imported: nothing is distributed yet
+    in_group = distributed is not None and distributed.is_initialized()
+    result = None
+    if int(os.environ["RANK"]) == 0:
+        hidden = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
+        try:
+            with _state_of(function, config), distributed.alone() if distributed else nullcontext():
+                result = function(config)
+        finally:
+            os.environ.update(hidden)
+    if distributed is not None and in_group:
+        distributed.barrier()
+    return result
 
 
-def _state_of(name: str, config: Config) -> AbstractContextManager[object]:
-    """The run.json of the folder that a command writes, if it writes one."""
+def _state_of(function: Callable[..., object], config: Config) -> AbstractContextManager[object]:
+    """Return the run.json of the folder that a command writes, if it writes one."""
     out = getattr(config, "out", None)
-    return nullcontext() if out is None or config.out_is_file else run_state(out, name.replace("_", "-"), config)
+    name = function.__name__.replace("_", "-")
+    return nullcontext() if out is None or config.out_is_file else run_state(out, name, config)
 
 
-def _required(config_type: type[Config]) -> list[str]:
-    return [name for name, field in fields(config_type) if field.is_required()]
+def _as_keywords(name: str, config_type: type[Config], value: object) -> dict[str, object]:
+    """Give a positional argument to the option that takes it.
+
+    Raises:
+        TypeError: the command takes keywords only.
+    """
+    if value is None:
+        return {}
+    if config_type.positional is None:
+        raise TypeError(f"{name}() takes keywords: {name}({next(iter(_keywords(config_type)))}={value!r}, ...)")
+    return {config_type.positional: value}
 
 
-def _refuse_out_among_images(config: "Config") -> None:
-    """Pictures and arrays that a stage leaves among the images would be images from then on."""
+def _keywords(config_type: type[Config]) -> list[str]:
+    """Names of the config's fields, required ones first."""
+    return sorted(config_type.model_fields, key=lambda name: not config_type.model_fields[name].is_required())
+
+
+def _signature(config_type: type[Config], returns: object) -> inspect.Signature:
+    """A signature with the config's fields as keywords: plain types (no validators), and defaults."""
+    types, parameters = typing.get_type_hints(config_type), []
+    for name in _keywords(config_type):
+        field = config_type.model_fields[name]
+        default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+        )
+    return inspect.Signature(parameters, return_annotation=returns)
+
+
+def _check_out_is_not_among_images(config: Config) -> None:
+    """Raise MapetError if what the command writes would be listed as images from then on."""
     images, out = getattr(config, "images", None), getattr(config, "out", None)
     if images is None or out is None or config.out_is_file:
         return
@@ -96,8 +156,8 @@ def _refuse_out_among_images(config: "Config") -> None:
 
 
 @contextmanager
-def _naming_dead_workers() -> Iterator[None]:
-    """PyTorch tells of a loader's dead process by a signal, which may interrupt any line of a stage."""
+def _translate_dead_workers() -> Iterator[None]:
+    """Turn the RuntimeError by which PyTorch reports a dead loader worker, at any line, into a MapetError."""
     try:
         yield
     except RuntimeError as error:
@@ -109,7 +169,7 @@ def _naming_dead_workers() -> Iterator[None]:
         ) from None
 
 
-class _Console(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print above a progress bar, not into it."""
         from tqdm import tqdm
@@ -117,13 +177,13 @@ class _Console(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def _show_progress() -> None:
-    """Print what stages report, unless the program has set up logging of its own."""
+def _set_up_logging() -> None:
+    """Print what commands report, unless the program has set up logging of its own."""
     if int(os.environ.get("RANK", 0)):
         os.environ["TQDM_DISABLE"] = "1"  # the first process shows how far all are
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
-        handler = _Console()
+        handler = _ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.debug_step import ReplayConfig
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(ReplayConfig)
 def replay(config: ReplayConfig) -> "list[Look]":
     """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
 

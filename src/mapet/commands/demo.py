@@ -4,11 +4,11 @@ import logging
 import time
 from typing import Any
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.commands.finetune import finetune
 from mapet.commands.run import run
 from mapet.config.demo import DemoConfig
-from mapet.errors import Interrupted, command
+from mapet.errors import Interrupted, shell_command
 
 log = logging.getLogger("mapet")
 TRAIN = 1437
@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@stage
+@command(DemoConfig)
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Pre-train a small ViT on 1,437 real handwritten digits in about 2 minutes and test what it learned on 360 others.
 
@@ -47,7 +47,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
             images=train, test_images=test, out=config.out / "run", seed=config.seed, resume=config.resume, **RECIPE
         )
     except Interrupted as error:
-        raise Interrupted(error.what, command("demo", "--out", config.out, "--resume")) from None
+        raise Interrupted(error.what, shell_command("demo", "--out", config.out, "--resume")) from None
     results = read_json(config.out / "run" / "probe.json", "probe result")
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.embed import EmbedConfig
 from mapet.errors import Interrupted, MapetError, how_to_install
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(EmbedConfig)
 def embed(config: EmbedConfig) -> Path:
     """Features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job goes on.
 

@@ -5,14 +5,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.evaluate import EvaluateConfig
 from mapet.errors import Interrupted, MapetError, did_you_mean
 
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """Backbones side by side in one table: probes, few labels, clusters, rank, shifts, dense tasks; returns backbone -> figure -> value.
 

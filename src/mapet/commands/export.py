@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.export import ExportConfig
 from mapet.errors import MapetError
 
@@ -19,7 +19,7 @@ COUNT = 8
 """Images of the check."""
 
 
-@stage
+@command(ExportConfig)
 def export(config: ExportConfig) -> Path:
     """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
 

@@ -2,14 +2,14 @@
 
 import logging
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.base import read_recipe, write_recipe
 from mapet.config.finetune import FinetuneConfig
 
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> float:
     """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
 

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import shared_stage
+from mapet.commands.command import command
 from mapet.config.fit_tokenizer import QUANTIZER_OPTIONS, FitTokenizerConfig
 from mapet.config.shared import changed
 from mapet.errors import MapetError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@shared_stage
+@command(FitTokenizerConfig, distributed=True)
 def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     """Cluster a frozen teacher's patch features into a codebook of visual words.
 

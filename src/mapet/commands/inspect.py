@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.inspect import InspectConfig, Looking
 from mapet.errors import MapetError
 
@@ -20,7 +20,7 @@ IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
 
 
-@stage
+@command(InspectConfig)
 def inspect(config: InspectConfig) -> list[Path]:
     """Pictures of a run (words, predictions, attention, neighbours, ...), which its reports show, or a tokenizer's tokenizer_report.
 

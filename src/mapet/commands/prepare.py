@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.prepare import PrepareConfig
 from mapet.config.shared import automatic_workers
 from mapet.errors import Interrupted
@@ -11,7 +11,7 @@ from mapet.errors import Interrupted
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(PrepareConfig)
 def prepare(config: PrepareConfig) -> Path:
     """Resize every image once and pack them into a few files that are mapped into memory; returns the folder.
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from mapet.commands.command import shared_stage
+from mapet.commands.command import command
 from mapet.config.pretrain import PretrainConfig
 
 
-@shared_stage
+@command(PretrainConfig, distributed=True)
 def pretrain(config: PretrainConfig) -> Path:
     """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
 

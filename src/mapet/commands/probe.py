@@ -2,13 +2,13 @@
 
 import logging
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.probe import ProbeConfig
 
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(ProbeConfig)
 def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     """Linear probe and weighted k-NN (k = 20) on frozen features, against the same ViT untrained.
 

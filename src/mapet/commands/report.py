@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.commands.inspect import look
 from mapet.config.report import ReportConfig
 from mapet.runs import pretrain_folder
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(ReportConfig)
 def report(config: ReportConfig) -> Path:
     """One HTML page of a run (curves, warnings in words, tokenizer, predictions step by step, pictures), or of several.
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mapet.commands.command import Stage, shared_stage
+from mapet.commands.command import Command, command
 from mapet.commands.fit_tokenizer import fit_tokenizer
 from mapet.commands.inspect import inspect
 from mapet.commands.pretrain import pretrain
@@ -14,13 +14,13 @@ from mapet.commands.probe import probe
 from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, as_options_of_section, build
 from mapet.config.run import RunConfig
-from mapet.errors import Interrupted, MapetError, command
+from mapet.errors import Interrupted, MapetError, shell_command
 from mapet.signals import GO_ON
 
 log = logging.getLogger("mapet")
 
 
-@shared_stage
+@command(RunConfig, distributed=True)
 def run(config: RunConfig) -> Path:
     """Tokenizer, tokens, pre-training, probe (if there are labels) and pictures of a folder of images; returns the backbone's folder.
 
@@ -62,16 +62,16 @@ def run(config: RunConfig) -> Path:
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
     distributed.barrier()
 
-    GO_ON[0] = command("run", recipe, "--resume")
+    GO_ON[0] = shell_command("run", recipe, "--resume")
 
-    def do(stage: Stage[Any]) -> None:
+    def do(stage: Command[..., Any, Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))
         try:
             with _naming_options(stage):
                 stage(configs[stage])
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             what = error.what if isinstance(error, Interrupted) else "interrupted"
-            raise Interrupted(what, command("run", recipe, "--resume")) from None
+            raise Interrupted(what, shell_command("run", recipe, "--resume")) from None
 
     missing = {path for path in (tokenizer, backbone, figures, pictures) if is_free(path)}
     distributed.barrier()  # all have looked before one writes
@@ -99,7 +99,7 @@ def run(config: RunConfig) -> Path:
     return backbone
 
 
-def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> Config:
+def _config_of(stage: Command[..., Any, Any], config: RunConfig, given: dict[str, Any]) -> Config:
     """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
     names = ("images", "seed", "device", "max_bad")
     shared = {name: getattr(config, name) for name in names} | given
@@ -114,7 +114,7 @@ def _config_of(stage: Stage[Any], config: RunConfig, given: dict[str, Any]) -> C
 
 
 @contextmanager
-def _naming_options(stage: Stage[Any]) -> Iterator[None]:
+def _naming_options(stage: Command[..., Any, Any]) -> Iterator[None]:
     """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here, in errors and in what is logged."""
 
     def rename(record: logging.LogRecord) -> bool:
@@ -131,12 +131,12 @@ def _naming_options(stage: Stage[Any]) -> Iterator[None]:
         log.removeFilter(rename)
 
 
-def _as_options_of_run(message: str, stage: Stage[Any]) -> str:
+def _as_options_of_run(message: str, stage: Command[..., Any, Any]) -> str:
     """See `as_options_of_section`."""
     return as_options_of_section(message, stage.__name__, stage.config_type.model_fields, RunConfig.model_fields)
 
 
-def _refuse_now(config: RunConfig, configs: dict[Stage[Any], Any], made: dict[str, bool]) -> None:
+def _refuse_now(config: RunConfig, configs: dict[Command[..., Any, Any], Any], made: dict[str, bool]) -> None:
     """What a later stage would refuse, after hours perhaps, is refused before the first.
 
     Raises:
@@ -172,7 +172,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     from mapet.training.run_folder import anew
 
     if is_free(config.out, but=recipe.name) and (
-        not recipe.exists() or recipe.read_bytes().startswith(f"# {command('run', recipe)}\n".encode())
+        not recipe.exists() or recipe.read_bytes().startswith(f"# {shell_command('run', recipe)}\n".encode())
     ):  # new, or of a run that a mistake stopped before it had made anything
         images = scan(config.images)  # fail before anything is written
         if config.resume:
@@ -188,7 +188,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     if changed := differences(old, config, may_change | free | moved):
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
+            f"{shell_command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
         write_recipe(config, recipe, "run")

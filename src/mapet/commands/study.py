@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.base import write_recipe
 from mapet.config.study import StudyConfig
 from mapet.errors import Interrupted, MapetError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(StudyConfig)
 def study(config: StudyConfig) -> Path:
     """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each cell, report; returns the report's folder.
 

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import shared_stage
+from mapet.commands.command import command
 from mapet.config.tokenize import TokenizeConfig
 from mapet.errors import Interrupted, MapetError, counted
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 
 
-@shared_stage
+@command(TokenizeConfig, distributed=True)
 def tokenize(config: TokenizeConfig) -> "TokenStore":
     """Store the visual words of every image, bound to the codebook and the list of images.
 

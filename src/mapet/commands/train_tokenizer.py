@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.train_tokenizer import TrainTokenizerConfig
 
 
-@stage
+@command(TrainTokenizerConfig)
 def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
 

@@ -2,14 +2,14 @@
 
 import logging
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.watch import WatchConfig
 from mapet.runs import refuse_no_run
 
 log = logging.getLogger("mapet")
 
 
-@stage
+@command(WatchConfig)
 def watch(config: WatchConfig) -> None:
     """Serve a run's report to a browser on this machine, renewed while the run goes on; Ctrl-C ends it.
 

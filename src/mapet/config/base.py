@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from mapet.errors import MapetError, command, did_you_mean
+from mapet.errors import MapetError, did_you_mean, shell_command
 
 
 class Config(BaseModel):
@@ -200,7 +200,7 @@ def write_recipe(config: "Config", path: Path, stage: str) -> None:
     from mapet.files import atomic
 
     with atomic(path) as temporary:
-        temporary.write_text(f"# {command(stage, path)}\n{to_yaml(config)}", encoding="utf-8")
+        temporary.write_text(f"# {shell_command(stage, path)}\n{to_yaml(config)}", encoding="utf-8")
 
 
 def to_yaml(config: Config) -> str:

@@ -32,11 +32,11 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     """Passes with a rising learning rate; automatic: a tenth."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's."""
-    layer_decay: float | None = Field(None, gt=0, le=1)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
     """Learning-rate factor from each block to the one before (the paper: 0.65 for ViT-S and ViT-B)."""
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the last block."""
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the target spread over all classes."""
     color_jitter: NonNegativeFloat = 0.0
     """Strength of brightness, contrast and saturation jitter."""
@@ -46,9 +46,9 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     """Alpha of Mixup: pairs of images and labels are blended."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of CutMix: a box of one image is laid into another; with both, each batch has one or the other."""
-    random_erasing: float = Field(0.0, ge=0, le=1)
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
     """Share of images in which a random box becomes noise."""
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
     seeds: PositiveInt = 1
     """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (seeds.json)."""
@@ -81,7 +81,7 @@ class FinetuneConfig(FinetuneOptions, BadImages, Device):
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
     """Use only so many labelled images of each class: the fixed split of `seed` that `evaluate` uses."""
-    label_share: float = Field(1.0, gt=0, le=1)
+    label_share: float = Field(default=1.0, gt=0, le=1)
     """Use only this share of each class's labelled images, likewise."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""

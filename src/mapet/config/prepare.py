@@ -27,7 +27,7 @@ class PrepareConfig(BadImages):
     """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
     channels: PositiveInt = 3
     """Channels: 1 grey, 3 RGB, others from .npy arrays."""
-    quality: int = Field(90, ge=1, le=100)
+    quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of resized images."""
     value_range: tuple[float, float] | None = None
     """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in

@@ -55,7 +55,7 @@ class PretrainOptions(Tracked):
     """AdamW's."""
     clip_grad: PositiveFloat | None = 3.0
     """Largest norm of the gradient."""
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the last block."""
     layer_scale: PositiveFloat | None = 0.1
     """LayerScale's first value; none leaves it out."""

@@ -133,5 +133,5 @@ class Views(Config):
     views: Literal["center", "flip", "crop"] = "center"
     """center: largest centred box (the released recipe); flip: that and its mirror image; crop: random boxes, mirrored
     half the time."""
-    min_scale: float = Field(0.2, gt=0, le=1)
+    min_scale: float = Field(default=0.2, gt=0, le=1)
     """Smallest random box, as a share of the centred one's area (for crop)."""

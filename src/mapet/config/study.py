@@ -33,17 +33,17 @@ class StudyConfig(Config):
     finetune: FinetuneOptions = FinetuneOptions()
     grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
     """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
-    seeds: list[NonNegativeInt] = Field([0, 1, 2])
+    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2])
     """Each cell is run with each: weights, order, views and permutations are those of the seed."""
     compare: str | None = None
     """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
     equal_compute: bool = True
     """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
-    labels_per_class: list[PositiveInt] = Field([10])
+    labels_per_class: list[PositiveInt] = Field(default=[10])
     """Fine-tune on so many labels of each class."""
     full_finetune: bool = False
     """Fine-tune on all labels as well."""
-    devices: list[str] = Field(["auto"])
+    devices: list[str] = Field(default=["auto"])
     """One process for each: auto, cuda:0, cuda:1, ...; cpu cpu: two that share the cores (faster, for small models)."""
     report_only: bool = False
     """Run nothing: write the report of what is done."""

@@ -46,9 +46,9 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     code_dim: PositiveInt = 32
     """Numbers of a code."""
-    decay: float = Field(0.99, ge=0, lt=1)
+    decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the codes' moving averages, a step."""
-    dead_below: float = Field(0.05, ge=0, lt=1)
+    dead_below: float = Field(default=0.05, ge=0, lt=1)
     """A code with less than this part of an even share of the patches is moved to where one is; 0 for never, as released."""
 
     epochs: PositiveInt = 100
@@ -63,11 +63,11 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Learning rate at the end, at most the peak."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth of the encoder's last block."""
     views: Literal["center", "flip", "crop"] = "crop"
     """center: largest centred box; flip: that and its mirror image; crop: random boxes, mirrored half the time."""
-    min_scale: float = Field(0.08, gt=0, le=1)
+    min_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest random box, as a share of the centred one's area (for crop)."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, views and new codes."""

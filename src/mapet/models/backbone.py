@@ -13,7 +13,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from mapet.device import Compute
-from mapet.errors import MapetError, by, command, did_you_mean, must_be_divisible
+from mapet.errors import MapetError, by, did_you_mean, must_be_divisible, shell_command
 from mapet.files import atomic, naming_the_cause, read_json
 from mapet.models.adapt import adapted, pixel_stats
 from mapet.models.checkpoint_conversion import HEADS, Published, from_weights, shortly
@@ -383,15 +383,15 @@ def find_backbone(path: Path) -> Path:
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     if begun and (found := recipe_in(path, ("run", "pretrain", "finetune"))):
         stage, recipe = found
-        export = f"take its newest checkpoint: {command('export', '--backbone', path, '--out', 'NEW')}"
+        export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
         bundles = sorted(recipe.parent.glob("replay/step-*")) or sorted(path.glob("pretrain/replay/step-*"))
         if bundles:
             raise MapetError(
                 f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "
-                f"{command('replay', '--bundle', bundles[0])}. Start again with a lower --lr, or {export}, if that is from before"
+                f"{shell_command('replay', '--bundle', bundles[0])}. Start again with a lower --lr, or {export}, if that is from before"
             )
         raise MapetError(
-            f"{path} holds no backbone: the run is not finished. Go on with: {command(stage, recipe, '--resume')}"
+            f"{path} holds no backbone: the run is not finished. Go on with: {shell_command(stage, recipe, '--resume')}"
             f"{f'; or {export}' if stage != 'finetune' else ''}"
         )
     if seeds := sorted(path.glob("seed-*/model")):

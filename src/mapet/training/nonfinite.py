@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapet import distributed
 from mapet.config.pretrain import PretrainConfig
 from mapet.data.dataset import collate
-from mapet.errors import MapetError, command
+from mapet.errors import MapetError, shell_command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import whole_state
 from mapet.training.step import GradientStep
@@ -30,9 +30,9 @@ class WentWrong(MapetError):
 
     def __init__(self, what: str, bundle: Path, config: PretrainConfig, kept: bool = False) -> None:
         """`kept`: the newest checkpoint is from before."""
-        before = f". What was learned before: `{command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
+        before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
         super().__init__(
-            f"{what}. See why with: {command('replay', '--bundle', bundle)}. Then start again, in a new --out, with a lower --lr (now "
+            f"{what}. See why with: {shell_command('replay', '--bundle', bundle)}. Then start again, in a new --out, with a lower --lr (now "
             f"{config.lr:.2g}), --precision float32 or --roll-back 1{before if kept else ''}"
         )
 

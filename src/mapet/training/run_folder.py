@@ -19,7 +19,7 @@ import torchvision
 from mapet import distributed
 from mapet.config.base import Config, build, differences, read_recipe, to_yaml, write_recipe
 from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, command, counted
+from mapet.errors import Interrupted, MapetError, counted, shell_command
 from mapet.files import atomic, is_free, new_folder
 from mapet.runs import nothing_to_resume, outer_recipe, pretrain_folder
 from mapet.training.checkpoint import checkpoints
@@ -167,14 +167,16 @@ def anew(run: Path, option: str = "--init-from") -> str:
     if (folder / "backbone").is_dir():
         return f"from its weights with new options: {option} {run}, and a new --out"
     if checkpoints(folder / "checkpoints"):
-        return f"from its weights with new options: `{command('export', '--backbone', run, '--out', 'NEW')}`, {option} NEW, and a new --out"
+        return f"from its weights with new options: `{shell_command('export', '--backbone', run, '--out', 'NEW')}`, {option} NEW, and a new --out"
     return ANEW
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
     """What a person types to go on with an interrupted run."""
     outer = outer_recipe(folder)
-    return command("run", outer, "--resume") if outer else command(stage, folder / "config.yaml", "--resume")
+    return (
+        shell_command("run", outer, "--resume") if outer else shell_command(stage, folder / "config.yaml", "--resume")
+    )
 
 
 def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:

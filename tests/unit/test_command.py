@@ -1,0 +1,50 @@
+"""Commands as Python shows and calls them."""
+
+import inspect
+
+import pytest
+
+import mapet
+from mapet.commands import COMMANDS
+from mapet.commands.command import command
+from mapet.config.base import Config
+
+
+class AddConfig(Config):
+    first: int
+    second: int = 2
+
+
+@command(AddConfig)
+def add(config: AddConfig) -> int:
+    """Add."""
+    return config.first + config.second
+
+
+def test_a_command_takes_keywords_or_a_config():
+    assert add(first=1) == 3 and add(AddConfig(first=1, second=5)) == 6
+    with pytest.raises(TypeError, match=r"add\(\) takes keywords: add\(first=1, \.\.\.\)"):
+        add(1)
+    with pytest.raises(TypeError, match="not both"):
+        add(AddConfig(first=1), second=2)
+
+
+def test_signatures_show_keywords_types_and_defaults():
+    assert str(inspect.signature(add)) == "(*, first: int, second: int = 2) -> int"
+    for function in COMMANDS.values():
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) and set(parameters) == set(function.config_type.model_fields)
+        assert all("Annotated" not in str(parameter) for parameter in parameters.values())
+    assert inspect.signature(mapet.pretrain).parameters["objective"].default == "mapet"
+
+
+def test_dir_lists_the_commands():
+    names = {name.replace("-", "_") for name in COMMANDS}
+    assert names <= set(dir(mapet)) and all(getattr(mapet, name) is COMMANDS[name.replace("_", "-")] for name in names)
+
+
+@pytest.mark.parametrize(("rank", "result"), [("0", 3), ("1", None)])
+def test_rank_0_works_alone_where_no_work_is_distributed(rank, result, monkeypatch):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TQDM_DISABLE": ""}.items():
+        monkeypatch.setenv(name, value)
+    assert add(first=1) == result
