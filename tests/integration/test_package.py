@@ -101,11 +101,12 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     assert package == {
         str(p.relative_to(ROOT / "src"))
         for p in (ROOT / "src").rglob("*")
-        if p.suffix in (".py", ".typed", ".html", ".css", ".js")
+        if p.suffix in (".py", ".typed", ".html", ".css", ".js") or p.parent.name == "vendor"
     }
     assert "mapet/py.typed" in package
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert metadata["Version"] == mapet.__version__ and metadata["License-Expression"] == "Apache-2.0"
+    for licence in ("LICENSE", "src/mapet/reports/vendor/LICENSE"):
+        assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
+    assert metadata["Version"] == mapet.__version__ and metadata["License-Expression"] == "Apache-2.0 AND MIT"
     assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
     assert metadata["Description-Content-Type"] == "text/markdown" and "mapet" in metadata.get_payload()
 

@@ -1,5 +1,6 @@
 """The report of a run: its data, its page, and the server that keeps it up to date."""
 
+import hashlib
 import http.client
 import json
 import os
@@ -7,10 +8,13 @@ import re
 import threading
 import time
 from contextlib import contextmanager
+from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 import mapet
@@ -20,7 +24,7 @@ from mapet.reports.card import origin_of
 from mapet.reports.history import History, Series, thinned
 from mapet.reports.images import Picture, embedded, open_pictures
 from mapet.reports.log import Log
-from mapet.reports.page import MOST_BYTES, Shown, comparison, distinct, page, write_run_report
+from mapet.reports.page import MOST_BYTES, RunView, comparison, distinct, page, page_content, write_run_report
 from mapet.reports.run import RunFiles
 
 LOSS = "loss, nats for words (mean of the last epoch)"
@@ -55,6 +59,18 @@ def write_run(folder: Path, records: int = 20, **recipe) -> Path:
 def data_of(html: str):
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
     return json.loads(found)
+
+
+class Elements(HTMLParser):
+    """The elements of a page: (tag, attributes)."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
 
 
 # ---- what is read
@@ -99,7 +115,7 @@ def test_final_figures_are_of_the_last_epoch(tmp_path):
     ]
     lines.append({"step": 14, "probe/linear": 0.26})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = RunFiles.open(folder).figures()
+    told = RunFiles.open(folder).metrics()
     assert told[LOSS] == f"{(3 * 2 + 3 * 3 + 1 * 9) / 7:.4g}"
     assert told["token accuracy (mean of the last epoch)"] == "34.3%"
     assert told["share of time waiting for images (median)"] == "3.4%"
@@ -136,7 +152,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert facts["duration"] == "2 min 30 s, resumed 1 time"
     assert facts["command"] == "mapet pretrain recipe.yaml"
     assert facts["resumed with"] == "mapet pretrain --resume"
-    assert told["figures"][LOSS] == "1"
+    assert told["metrics"][LOSS] == "1"
     assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
 
 
@@ -159,7 +175,7 @@ def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
     long_ago = time.time() - 5 * 3600
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     assert RunFiles.open(folder).status == "not finished"
-    assert live.Follower(folder).news(None, 0)["state"] == "Not finished; last figures 5 h 0 min ago."
+    assert live.RunFollower(folder).updates(None, 0)["status"] == "Not finished; last figures 5 h 0 min ago."
 
 
 def test_a_stopped_run_counts_the_steps_it_says(tmp_path):
@@ -183,7 +199,7 @@ def test_time_left(tmp_path):
         "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
     )
     assert RunFiles.open(folder).seconds_left == 85
-    assert live.Follower(folder).news(None, 0)["state"].endswith("ago, about 1 min 25 s left.")
+    assert live.RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 1 min 25 s left.")
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
@@ -198,13 +214,13 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     for given in (tmp_path / "photos", tmp_path / "photos" / "pretrain"):
         files = RunFiles.open(given)
         assert files.name == "photos"
-        assert files.figures()["k-NN, pretrained"] == "0.5"
+        assert files.metrics()["k-NN, pretrained"] == "0.5"
         assert [picture.name for picture in open_pictures(files.pictures())] == ["words"]
 
 
 def test_what_an_option_of_none_means(tmp_path):
     folder = write_run(tmp_path / "a", layer_scale=None, clip_grad=None, compile=None, other=None)
-    told = RunFiles.open(folder).data()["recipe"]
+    told = RunFiles.open(folder).data()["config"]
     assert {name: told[name] for name in ("layer_scale", "clip_grad", "compile", "other")} == {
         "layer_scale": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
     }  # fmt: skip
@@ -220,12 +236,12 @@ def test_views_are_those_of_the_token_store(moved, tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
     options = {"views": "center", "min_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
     folder = write_run(tmp_path / "pretrain", **options)
-    told = RunFiles.open(folder).data()["recipe"]
+    told = RunFiles.open(folder).data()["config"]
     assert (told["views"], told["min_scale"]) == ("crop, 8 of each (token store)", "0.4")
     if not moved:
         assert origin_of(folder).recipe["views"] == "crop, 8 of each (token store)"
     alone = write_run(tmp_path / "alone", views="flip")
-    assert RunFiles.open(alone).data()["recipe"]["views"] == origin_of(alone).recipe["views"] == "flip"
+    assert RunFiles.open(alone).data()["config"]["views"] == origin_of(alone).recipe["views"] == "flip"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "pictures/step_through.json"])
@@ -234,7 +250,7 @@ def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
     damaged = write_run(tmp_path / "a") / name
     damaged.parent.mkdir(exist_ok=True)
     damaged.write_bytes(content)
-    data_of(page([Shown.kept(RunFiles(tmp_path / "a"))], live=True))
+    data_of(page([RunView.saved(RunFiles(tmp_path / "a"))], live=True))
 
 
 def test_warnings_of_a_run_have_its_options(tmp_path):
@@ -268,20 +284,21 @@ def test_no_run(tmp_path):
 
 
 def test_page_of_one_run(tmp_path):
-    content = data_of(page([Shown(RunFiles.open(write_run(tmp_path / "a")))]))
+    shown = [RunView(RunFiles.open(write_run(tmp_path / "a")))]
+    content = data_of(page(shown))
     (run,) = content["runs"]
     assert run["curves"]["loss"][0][:2] == [10, 20]
     assert run["curves"]["loss"][1][:2] == [2.9, 2.8]
-    assert content["comparison"] is None and content["live"] is False
+    assert page_content(shown)["comparison"] is None and content["live"] is False
 
 
 def test_page_of_several_runs(tmp_path):
     runs = [write_run(tmp_path / name, objective=objective) for name, objective in (("a", "mapet"), ("b", "mim"))]
     runs.append(write_run(tmp_path / "c" / "a"))
-    content = data_of(page([Shown(RunFiles.open(run)) for run in runs]))
+    content = page_content([RunView(RunFiles.open(run)) for run in runs])
     assert [run["name"] for run in content["runs"]] == ["a", "b", "a (2)"]
     assert content["comparison"]["options"] == [["objective", "mapet", "mim", "mapet"]]
-    assert [LOSS, "1", "1", "1"] in content["comparison"]["figures"]
+    assert [LOSS, "1", "1", "1"] in content["comparison"]["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -299,8 +316,8 @@ def test_losses_of_other_words_are_not_compared(first, second, objective, compar
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
         folder = write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name), objective=task)
-        runs.append(Shown(RunFiles.open(folder)))
-    note = data_of(page(runs))["comparison"]["note"]
+        runs.append(RunView(RunFiles.open(folder)))
+    note = page_content(runs)["comparison"]["note"]
     assert ("cannot be compared" in note) is not comparable
 
 
@@ -310,12 +327,12 @@ def test_names_are_told_apart():
 
 def test_a_run_lacking_a_figure_has_a_dash():
     runs = [
-        {"figures": {"x": "1"}, "recipe": {"lr": "1"}, "predicts": [], "data": {"images": "9 images in a", "V": "8"}},
-        {"figures": {"y": "2"}, "recipe": {}, "predicts": [], "data": {"images": "7 images in a", "V": "8"}},
+        {"metrics": {"x": "1"}, "config": {"lr": "1"}, "predicts": [], "data": {"images": "9 images in a", "V": "8"}},
+        {"metrics": {"y": "2"}, "config": {}, "predicts": [], "data": {"images": "7 images in a", "V": "8"}},
     ]
     assert comparison(runs) == {
         "note": "",
-        "figures": [["x", "1", "-"], ["y", "-", "2"]],
+        "metrics": [["x", "1", "-"], ["y", "-", "2"]],
         "options": [["images", "9 images in a", "7 images in a"], ["lr", "1", "-"]],
     }
 
@@ -325,22 +342,36 @@ def test_hostile_strings_stay_data(tmp_path):
     folder = write_run(tmp_path / "x<img src=y onerror=alert(1)>", images=HOSTILE, objective=HOSTILE)
     (folder / "train.log").write_text(LOG.replace("truncated", HOSTILE.replace("\u2028", " ")))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, HOSTILE: 2, "loss": 1}) + "\n")
-    html = page([Shown(RunFiles.open(folder), notes=[HOSTILE])])
+    html = page([RunView(RunFiles.open(folder), notes=[HOSTILE])])
     assert len(re.findall("<script", html)) == len(re.findall("</script", html)) == 2
-    assert "onerror" not in re.sub(
-        r"\\u003c.*?\\u003e", "", html.split("</head>")[1].replace("&lt;img src=y onerror", "")
-    )
+    elements = Elements(html).found
+    assert not [
+        (tag, name) for tag, attributes in elements for name in attributes if tag == "img" or name.startswith("on")
+    ]
+    assert f'<th scope="row">objective</th><td>{escape(HOSTILE)}</td>' in html and f"Note: {escape(HOSTILE)}" in html
     (run,) = data_of(html)["runs"]
-    assert run["recipe"]["objective"] == HOSTILE and run["notes"] == [HOSTILE]
     assert run["curves"][HOSTILE] == [[1], [2]]
 
 
 def test_page_asks_for_nothing(tmp_path):
-    html = page([Shown(RunFiles.open(write_run(tmp_path / "a")))])
+    html = page([RunView(RunFiles.open(write_run(tmp_path / "a")))])
     assert "default-src 'none'" in html and "connect-src 'none'" in html
     outside = re.findall(r"https?://[^\s\"'<]+", html)
-    assert set(outside) <= {"http://www.w3.org/2000/svg"}  # a name, which nobody looks up
-    assert "connect-src 'self'" in page([Shown.kept(RunFiles(tmp_path / "a"))], live=True)
+    assert set(outside) <= {"https://github.com/leeoniya/uPlot"}  # in a comment
+    assert "connect-src 'self'" in page([RunView.saved(RunFiles(tmp_path / "a"))], live=True)
+
+
+def test_bundled_libraries_are_as_published_and_small():
+    vendor = files("mapet.reports").joinpath("vendor")
+    recorded = dict(line.split()[::-1] for line in vendor.joinpath("SHA256SUMS").read_text().splitlines())
+    assert {path.name for path in vendor.iterdir()} == {*recorded, "SHA256SUMS", "README.md"}
+    for name, sha256 in recorded.items():
+        assert hashlib.sha256(vendor.joinpath(name).read_bytes()).hexdigest() == sha256
+    assert "v1.6.32" in vendor.joinpath("uPlot.iife.min.js").read_text()[:100]
+    assert (
+        "1.6.32" in vendor.joinpath("README.md").read_text() and "MIT License" in vendor.joinpath("LICENSE").read_text()
+    )
+    assert sum(len(vendor.joinpath(name).read_bytes()) for name in recorded) <= 150_000
 
 
 def test_page_stays_below_its_size(tmp_path, monkeypatch):
@@ -350,10 +381,14 @@ def test_page_stays_below_its_size(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (2, 150, 200, 3), dtype=np.uint8)
     pictures = [Picture(f"p{i}", "noise", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
     folder = write_run(tmp_path / "a", records=3000)
-    html = page([Shown(RunFiles.open(folder), pictures, {"images": [], "filler": "x" * 300_000}) for _ in range(3)])
+    shown = [RunView(RunFiles.open(folder), pictures, {"images": [], "filler": "x" * 300_000}) for _ in range(3)]
+    html = page(shown)
     assert 200_000 < len(html.encode()) <= 400_000
     runs = data_of(html)["runs"]
-    assert runs[0]["steps"] is None and "step-through of this run is left out" in runs[0]["notes"][0]
+    assert (
+        runs[0]["steps"] is None
+        and "step-through of this run is left out" in page_content(shown)["runs"][0]["notes"][0]
+    )
     assert runs[0]["curves"]["loss"][0][-1] == 30000
 
 
@@ -413,32 +448,34 @@ def test_server_sends_what_is_new(tmp_path):
     with served(folder) as server:
         answer, body = ask(server, "/")
         assert answer.status == 200 and data_of(body)["live"] is True
-        news = json.loads(ask(server, "/history?generation=null&have=0")[1])
-        assert news["records"] == [] and news["state"].startswith("Waiting: no run in")
+        news = json.loads(ask(server, "/updates?generation=null&have=0")[1])
+        assert news["records"] == [] and news["status"].startswith("Waiting: no run in")
         write_run(folder, records=3)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 40, "lo')
-        news = json.loads(ask(server, "/history?generation=0&have=0")[1])
+        news = json.loads(ask(server, "/updates?generation=0&have=0")[1])
         assert [line["step"] for line in news["records"]] == [10, 20, 30]
-        assert news["run"]["figures"][LOSS] == "2.7" and news["state"].startswith("Running; last figures")
+        assert f"{LOSS}</th><td>2.7</td>" in news["sections"]["metrics"] and news["status"].startswith(
+            "Running; last figures"
+        )
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('ss": 2.5}\n')
-        news = json.loads(ask(server, f"/history?generation={news['generation']}&have=3")[1])
+        news = json.loads(ask(server, f"/updates?generation={news['generation']}&have=3")[1])
         assert (news["first"], news["records"], news["more"]) == (3, [{"step": 40, "loss": 2.5}], False)
         (folder / "new").write_text(record(10))
         (folder / "new").replace(folder / "metrics.jsonl")
-        news = json.loads(ask(server, f"/history?generation={news['generation']}&have=4")[1])
+        news = json.loads(ask(server, f"/updates?generation={news['generation']}&have=4")[1])
         assert news["first"] == 0 and len(news["records"]) == 1
         (folder / "backbone").mkdir()
-        assert json.loads(ask(server, "/history")[1])["state"].startswith("Finished")
+        assert json.loads(ask(server, "/updates")[1])["status"].startswith("Finished")
 
 
 def test_long_histories_come_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "MOST_RECORDS", 8)
-    follower = live.Follower(write_run(tmp_path / "a", records=20))
+    follower = live.RunFollower(write_run(tmp_path / "a", records=20))
     got, news = [], {"generation": None, "more": True}
     while news["more"]:
-        news = follower.news(news["generation"], len(got))
+        news = follower.updates(news["generation"], len(got))
         got += news["records"]
     assert [line["step"] for line in got] == list(range(10, 210, 10))
 
@@ -449,7 +486,7 @@ def test_long_histories_come_in_parts(tmp_path, monkeypatch):
 def test_other_hosts_are_refused(host, tmp_path):
     with served(write_run(tmp_path / "a")) as server:
         assert ask(server, "/", host)[0].status == 403
-        assert ask(server, "/history", host)[0].status == 403
+        assert ask(server, "/updates", host)[0].status == 403
 
 
 def test_answers_to_this_machine_alone(tmp_path):
@@ -460,6 +497,6 @@ def test_answers_to_this_machine_alone(tmp_path):
             answer, _ = ask(server, "/", host)
             assert answer.status == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
         assert ask(server, "/../config.yaml")[0].status == 404
-        assert ask(server, "/history?generation=x&have=-1")[0].status == 200
+        assert ask(server, "/updates?generation=x&have=-1")[0].status == 200
         with pytest.raises(MapetError, match="Leave out --port"):
             live.LiveServer(tmp_path, server.server_address[1])

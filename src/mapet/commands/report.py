@@ -25,7 +25,7 @@ def report(config: ReportConfig) -> Path:
     """
     from mapet.errors import MapetError
     from mapet.files import atomic
-    from mapet.reports.page import Shown, page
+    from mapet.reports.page import RunView, page
     from mapet.reports.run import RunFiles
 
     if config.out.suffix.lower() not in (".html", ".htm"):
@@ -35,7 +35,7 @@ def report(config: ReportConfig) -> Path:
     opened = [pretrain_folder(folder).resolve() for folder in config.run]
     if twice := [str(given) for given, folder in zip(config.run, opened, strict=True) if opened.count(folder) > 1]:
         raise MapetError(f"{' and '.join(twice)} are the same run: give each once")
-    runs = [Shown.kept(RunFiles.open(folder)) for folder in config.run]
+    runs = [RunView.saved(RunFiles.open(folder)) for folder in config.run]
     for run in runs if config.pictures else ():
         try:
             run.pictures, run.step_through = _look(config, run.files.folder)

@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from mapet.errors import MapetError
-from mapet.reports.page import Shown, page
+from mapet.reports.html import render_part
+from mapet.reports.page import RunView, page
 from mapet.reports.run import RunFiles, span
 
 log = logging.getLogger("mapet")
@@ -21,22 +22,22 @@ MOST_RECORDS = 20_000
 """Of one answer; the browser asks for the rest at once."""
 
 
-class Follower:
+class RunFollower:
     """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
         self._files = RunFiles(folder)
-        self._known: tuple[Any, dict[str, Any]] | None = None
+        self._known: tuple[Any, dict[str, str]] | None = None
 
     def page(self) -> str:
         with self._lock:
             self._files.refresh()
-            return page([Shown.kept(self._files)], live=True)
+            return page([RunView.saved(self._files)], live=True)
 
-    def news(self, generation: int | None, have: int) -> dict[str, Any]:
-        """Records from number `have` on, if the reader's are of this generation, else from the first; and what is said of the run."""
+    def updates(self, generation: int | None, have: int) -> dict[str, Any]:
+        """Return records from number `have` on, if the reader's are of this generation, else from the first, and what changed."""
         with self._lock:
             files, history = self._files, self._files.history
             files.refresh()
@@ -47,18 +48,23 @@ class Follower:
                 "first": first,
                 "records": records,
                 "more": first + len(records) < len(history.records),
-                "state": self._state(),
-                "pictures": bool(files.pictures()),
-                "run": self._about(),
+                "status": self._status(),
+                "started": bool(files.recipe),
+                "steps_per_epoch": history.steps_per_epoch,
+                "sections": self._sections(),
             }
 
-    def _state(self) -> str:
+    def _status(self) -> str:
         files = self._files
         if not files.recipe:
             return f"Waiting: no run in {self.folder} yet."
         if files.finished:
-            report = f" `mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
-            return f"Finished.{'' if files.pictures() else report}"
+            more = (
+                "Reload this page for its pictures."
+                if files.pictures()
+                else f"`mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
+            )
+            return f"Finished. {more}"
         if files.log.stopped:
             return files.status
         if not files.history.records:
@@ -67,12 +73,13 @@ class Follower:
         ends = f", about {span(left)} left" if files.status == "running" and left is not None else ""
         return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
 
-    def _about(self) -> dict[str, Any]:
-        """`RunFiles.data`, made anew only when something has changed."""
+    def _sections(self) -> dict[str, str]:
+        """Render the sections that change, only when something has changed."""
         files = self._files
         key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.status, files.probe)
         if self._known is None or self._known[0] != key:
-            self._known = key, files.data()
+            run = files.data() | {"notes": []}
+            self._known = key, {name: render_part(f"{name}_now", run) for name in ("facts", "warnings", "metrics")}
         return self._known[1]
 
 
@@ -89,7 +96,7 @@ class LiveServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int = 0) -> None:
-        self.follower = Follower(folder)
+        self.follower = RunFollower(folder)
         try:
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -115,11 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path == "/":
             return self._answer(200, "text/html", self.server.follower.page())
-        if url.path == "/history":
+        if url.path == "/updates":
             asked = parse_qs(url.query)
             generation, have = (_whole(asked.get(name, [""])[0]) for name in ("generation", "have"))
-            return self._answer(200, "application/json", json.dumps(self.server.follower.news(generation, have or 0)))
-        return self._answer(404, "text/plain", "There is / and /history.\n")
+            return self._answer(
+                200, "application/json", json.dumps(self.server.follower.updates(generation, have or 0))
+            )
+        return self._answer(404, "text/plain", "There is / and /updates.\n")
 
     def _answer(self, status: int, kind: str, text: str) -> None:
         body = text.encode()

@@ -183,7 +183,8 @@ class RunFiles:
 
     def step_through(self) -> dict[str, Any] | None:
         """What `inspect` left beside the pictures."""
-        return self._json(f"pictures/{STEP_THROUGH}") or None
+        found = self._json(f"pictures/{STEP_THROUGH}")
+        return found if "images" in found else None
 
     def data(self) -> dict[str, Any]:
         """All of it for the page, but curves and pictures."""
@@ -192,8 +193,8 @@ class RunFiles:
             "status": self.status,
             "finished": self.finished,
             "facts": list(self._facts()),
-            "recipe": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
-            "figures": self.figures(),
+            "config": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
+            "metrics": self.metrics(),
             "warnings": self.warnings(),
             "early": too_early(self.subject),
             "unjudged": not_judged(self.subject),
@@ -211,8 +212,8 @@ class RunFiles:
         inner = PretrainConfig.model_fields if outer_recipe(self.folder) else ()
         return [as_options_of_section(sentence, "pretrain", inner) for sentence in warnings(self.subject)]
 
-    def figures(self) -> dict[str, str]:
-        """The final figures, in words and numbers."""
+    def metrics(self) -> dict[str, str]:
+        """Return final metrics: name -> number, both as text."""
         found = figures(self.history)
         for state in ("untrained", "pretrained"):
             for key, value in _mapping(self.probe.get(state)).items():
@@ -293,7 +294,7 @@ class RunFiles:
         measures = _mapping(found.get("measures"))
         return {
             "warnings": [str(line) for line in found.get("warnings") or []],
-            "figures": [(name, text) for name, value in measures.items() if (text := _measure(value))],
+            "measures": [(name, text) for name, value in measures.items() if (text := _measure(value))],
         }
 
     def _json(self, name: str) -> dict[str, Any]:

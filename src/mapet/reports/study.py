@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from html import escape
+from importlib.resources import files
 from itertools import product
 from math import isfinite, nan
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
-from mapet.reports.style import look, stylesheet
+from mapet.reports.html import line_style
 from mapet.studies.statistics import (
     Cell,
     Difference,
@@ -167,7 +168,7 @@ def _draw(lines: list[tuple[int, Line]], xlabel: str, ylabel: str, low: float, h
         figure = Figure(figsize=(4, 2.8), layout="constrained")
         axis = figure.subplots()
         for i in sorted({i for i, _ in lines}):
-            color, dashes = look(i)
+            color, dashes = line_style(i)
             seeds = [np.array(line).T for number, line in lines if number == i]
             for x, y in seeds:
                 axis.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
@@ -246,11 +247,15 @@ def _html(title: str, blocks: list[Block]) -> str:
                 parts.append(f"<{tag}>{escape(text)}</{tag}>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     page = [
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{stylesheet("style.css")}</style></head><body>',
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_style()}</style></head><body>',
         *parts,
         "</body></html>\n",
     ]
     return "\n".join(page)
+
+
+def _style() -> str:
+    return files("mapet.reports").joinpath("web/style.css").read_text(encoding="utf-8")
 
 
 def _row(tag: str, entries: list[str]) -> str:
@@ -260,6 +265,6 @@ def _row(tag: str, entries: list[str]) -> str:
 
 def _key(i: int, name: str) -> str:
     """An entry of the legend: a piece of the line, and its name."""
-    color, dashes = look(i)
+    color, dashes = line_style(i)
     line = f'<line x2="32" y1="5" y2="5" stroke="{color}" stroke-width="3" stroke-dasharray="{" ".join(map(str, dashes))}"/>'
     return f'<span class="key"><svg width="32" height="10">{line}</svg> {escape(name)}</span>'

@@ -1,0 +1,77 @@
+"""Pages of all reports: Jinja templates that escape what they are given, with styles and scripts inside each page."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+STYLES = ("vendor/uPlot.min.css", "web/style.css")
+SCRIPTS = ("vendor/uPlot.iife.min.js", "web/charts.js", "web/step_through.js", "web/page.js")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's (2008), which the colour-blind can tell apart; the dashes help further."""
+DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
+
+
+def line_style(i: int) -> tuple[str, tuple[int, ...]]:
+    """Return colour and dashes of the i-th line."""
+    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+
+
+def render_page(template: str, data: Mapping[str, Any], live: bool = False, **content: Any) -> str:
+    """Fill a template of web/ that extends layout.html.
+
+    A content security policy tells the browser to run no script but the page's own and to connect nowhere, or, if `live`, to the
+    page's server alone.
+
+    Args:
+        data: what the scripts read, as JSON.
+        content: what the template shows.
+    """
+    style, script = (_inline(names) for names in (STYLES, SCRIPTS))
+    connect = "'self'" if live else "'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content, data=data, live=live, style=Markup(style), script=Markup(script), policy=Markup(policy),
+            made=f"{datetime.now():%Y-%m-%d %H:%M}", version=version("mapet"),
+        )
+    )  # fmt: skip
+
+
+def render_part(macro: str, *arguments: object) -> str:
+    """Fill a macro of macros.html."""
+    return str(getattr(_environment().get_template("macros.html").module, macro)(*arguments))
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("mapet.reports", "web"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return made
+
+
+@cache
+def _inline(names: tuple[str, ...]) -> str:
+    """Return files of this package, one after the other, as they may stand in a style or script element."""
+    text = "\n".join(files("mapet.reports").joinpath(name).read_text(encoding="utf-8") for name in names)
+    return text.replace("</script", "<\\/script").replace("</style", "<\\/style")
+
+
+def _source(text: str) -> str:
+    """Name an inline script or style as a content security policy does."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
