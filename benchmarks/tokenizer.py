@@ -31,7 +31,7 @@ from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.files import write_json
-from mapet.tokenizers.extract import sample_features
+from mapet.tokenizers.extract import FeatureExtractor
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import Start, assign, kmeans, plus_plus_start, random_start
 from mapet.tokenizers.points import Metric, Points
@@ -103,7 +103,10 @@ def patch_features(name: str, images: Path, compute: Compute, most: int) -> torc
     teacher = make_teacher(name, SIZE, 16, precision=compute.precision).to(compute.device)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
-    sample_features(teacher, dataset, range(len(listed)), store, Quarantine(listed, 0.05), compute, 32, 1)
+    for rows in FeatureExtractor(teacher, dataset, Quarantine(listed, 0.05), compute, 32, 1).patch_features(
+        range(len(listed))
+    ):
+        store.append(rows)
     return store.take(torch.arange(len(store)))
 
 

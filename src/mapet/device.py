@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from mapet.errors import MapetError
 log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's mallopt(3)."""
+MEMINFO = Path("/proc/meminfo")
+"""Linux tells there of its memory."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -108,3 +111,19 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
         )
         return torch.bfloat16 if features[1] or features[2] else torch.float32
     return torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can be allocated."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # includes the file cache, which reading images fills
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):
+        return 4 << 30

@@ -12,7 +12,8 @@ import mapet
 from mapet.cli import main
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
-from mapet.evaluation.embeddings import Embeddings, read_embeddings
+from mapet.evaluation import embeddings
+from mapet.evaluation.embeddings import read_embeddings
 from mapet.evaluation.features import extract_features, labelled, normalize
 from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
@@ -78,27 +79,28 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
     if format == "parquet":
         pytest.importorskip("pyarrow")
     small_parts(monkeypatch)
-    options = {"backbone": vit_folder, "images": crops, "format": format, **COMMON}
+    options = {"backbone": vit_folder, "images": crops, "format": format, **COMMON, "batch_size": 3}
     whole = mapet.embed(out=tmp_path / "whole", **options)
-    original = Embeddings.write
+    compute_features, calls = embeddings._compute_features, []
 
-    def stop_at_four(self, *arguments):
-        original(self, *arguments)
-        if self.done == 4:  # of the 5 that have been read: the fifth is saved, too
+    def stop_within_the_second_part(*arguments):
+        calls.append(len(arguments[-1]))
+        if calls == [8, 3, 1, 3]:  # the trial batch, and three of the 12 images
             os.kill(os.getpid(), signal.SIGINT)
+        return compute_features(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Embeddings, "write", stop_at_four)
+        patch.setattr(embeddings, "_compute_features", stop_within_the_second_part)
         with pytest.raises(
-            Interrupted, match=r"stopped by SIGINT: features of 5 of 12 images are saved\. Go on with: .* --resume"
+            Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Go on with: .* --resume"
         ):
             mapet.embed(out=tmp_path / "parts", **options)
-    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 5
+    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 7
     with pytest.raises(MapetError, match="unfinished"):
         read_embeddings(tmp_path / "parts")
     mapet.embed(out=tmp_path / "parts", resume=True, **options)
     (ids, features), (same_ids, same) = map(read_embeddings, (whole, tmp_path / "parts"))
-    assert ids == same_ids and np.allclose(features, same, atol=1e-6)  # other batches, so other sums
+    assert ids == same_ids and np.array_equal(features, same)
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])

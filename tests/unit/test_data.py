@@ -230,7 +230,6 @@ def store_of(folder, images, views=2, vocab=100):
 
 def finish(store, ids, bad=None):
     """Write these rows, and the bad ones among them, into the first part."""
-    store.begin(store.parts[0])
     store.write(store.parts[0], ids, bad or {})
     store.save_progress(store.parts[0])
 
@@ -243,13 +242,11 @@ def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
     assert [(part.first, part.count) for part in store.parts] == [(0, 5), (5, 5), (10, 2)]
     for number, count in ((2, 2), (0, 3)):
         part = store.parts[number]
-        store.begin(part)
         store.write(part, ids[part.first : part.first + count], {part.first: "broken"})
         store.save_progress(part)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
     assert [part.done for part in store.parts] == [3, 0, 2] and store.bad == {0: "broken", 10: "broken"}
     store.write(store.parts[0], ids[3:5], {})
-    store.begin(store.parts[1])
     store.write(store.parts[1], ids[5:10], {})
     for part in store.parts[:2]:
         store.save_progress(part)

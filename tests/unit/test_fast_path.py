@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mapet import device
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.models import cross_entropy
@@ -242,11 +243,11 @@ def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(
     cpu = Compute(torch.device("cpu"), torch.float32)
     before = sizing.automatic_batch_size(make(), 10_000, cpu)
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  500 kB\n")
-    monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "meminfo")
-    assert sizing.free_memory(cpu.device) == 512_000
+    monkeypatch.setattr(device, "MEMINFO", tmp_path / "meminfo")
+    assert device.free_memory(cpu.device) == 512_000
     assert sizing.automatic_batch_size(make(), 10_000, cpu) == before == 256
-    monkeypatch.setattr(sizing, "MEMINFO", tmp_path / "none")  # another system
-    assert sizing.free_memory(cpu.device) > 1_000_000
+    monkeypatch.setattr(device, "MEMINFO", tmp_path / "none")  # another system
+    assert device.free_memory(cpu.device) > 1_000_000
 
 
 @pytest.mark.parametrize(("name", "peak"), [("tiny", 10.7), ("small", 20.3), ("base", 39.7)])

@@ -15,7 +15,7 @@ import mapet
 from mapet.errors import MapetError
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.fit import fit_scalar
+from mapet.tokenizers.fit import fit_fsq
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
 from mapet.tokenizers.teachers import takes_image_size
 from tests.conftest import all_rows
@@ -49,7 +49,7 @@ def test_too_many_components_are_refused():
 @pytest.mark.parametrize("levels", [(8, 8), (2,) * 6, (3, 5, 2)])
 def test_scalar_words_are_levels_of_a_normal_distribution(levels):
     points = cloud()
-    fitted = fit_scalar(FeatureStore.of(points), levels)
+    fitted = fit_fsq(FeatureStore.of(points), levels)
     quantizer = fitted.quantizer
     ids = quantizer(points)
     coordinates = project(points, quantizer.mean, quantizer.components).double().numpy()

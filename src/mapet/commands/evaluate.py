@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     import numpy as np
     import torch
 
-    from mapet.device import Compute
+    from mapet.device import Compute, free_memory
     from mapet.evaluation.bank import Place
     from mapet.evaluation.bench import Bench, Outcome
     from mapet.evaluation.encoder import Encoder
@@ -31,7 +31,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     from mapet.evaluation.shifts import relative_to_first
     from mapet.files import new_folder
     from mapet.reports.evaluation import cell, table, write_evaluation
-    from mapet.training.sizing import free_memory
 
     refuse_unknown(config)
     new_folder(config.out, create=False)

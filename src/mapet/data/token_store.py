@@ -1,6 +1,9 @@
 """Token ids on disk: one row an image, memory-mapped, bound to the codebook and the list of images they were made of."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ MANIFEST = "store.json"
 FORMAT = 2
 PART_IMAGES = 16_384
 """Images of a part: enough that even 100 million are few files, so few that many processes have work."""
+SAVE_INTERVAL_S = 5.0
 
 
 @dataclass
@@ -58,6 +62,8 @@ class TokenStore:
     def __init__(self, folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
         self.folder, self.manifest, self.parts = folder, manifest, parts
         self._rows: dict[Path, np.memmap] = {}
+        self._unsaved: Part | None = None
+        self._saved_at = time.monotonic()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader workers map the files again instead of receiving a copy of them.
@@ -170,8 +176,8 @@ class TokenStore:
             )
         return store
 
-    def begin(self, part: Part) -> None:
-        """Reserve the disk space of a part that nobody has begun."""
+    def _allocate(self, part: Part) -> None:
+        """Reserve the disk space of a new part."""
         shape = (part.count, self.num_views, self.grid[0] * self.grid[1])
         np.lib.format.open_memmap(part.path, mode="w+", dtype=self.dtype, shape=shape)
         try:
@@ -183,16 +189,34 @@ class TokenStore:
         self.save_progress(part)
 
     def write(self, part: Part, ids: Int[np.ndarray, "n V N"], bad: dict[int, str]) -> None:
-        """Write the next rows of a part. `bad` names rows of the store among them without tokens."""
+        """Write the next rows of a part. `bad` names rows of the store among them without tokens.
+
+        Progress is saved at the end of a part, after `SAVE_INTERVAL_S`, and by `autosave`.
+        """
+        if not part.done:
+            self._allocate(part)
         self._map(part, "r+")[part.done : part.done + len(ids)] = ids
         part.bad |= bad
         part.done += len(ids)
+        self._unsaved = part
+        if part.done == part.count or time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
+            self.save_progress(part)
+
+    @contextmanager
+    def autosave(self) -> Iterator[None]:
+        """Save at the end, however it comes, what is written."""
+        try:
+            yield
+        finally:
+            if self._unsaved is not None:
+                self.save_progress(self._unsaved)
 
     def save_progress(self, part: Part) -> None:
         """Sync the rows, then the count of them: after a crash the count is never ahead of the rows."""
         self._map(part, "r+").flush()
         part.sha256 = file_hash(part.path) if part.done == part.count else None
         write_sealed(part.path.with_suffix(".json"), {"done": part.done, "bad": part.bad, "sha256": part.sha256})
+        self._unsaved, self._saved_at = None, time.monotonic()
 
     def read(self, row: int, view: int) -> Int[np.ndarray, " N"]:
         """Ids of one view of one image, in row-major order of the grid.

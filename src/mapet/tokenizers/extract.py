@@ -1,6 +1,7 @@
-"""Running the teacher over images: a sample of features to fit a codebook to, or the tokens of all."""
+"""Features of images by a frozen teacher, batch by batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,14 +11,13 @@ from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.teachers import Teacher
 
 
 def teacher_features(
     teacher: Teacher, batch: Batch, images: ImageList, compute: Compute
 ) -> Float[Tensor, "B F rows columns"]:
-    """Features of a batch's teacher views.
+    """Compute the features of a batch's teacher views.
 
     Raises:
         MapetError: a feature is NaN or infinite; the image is named.
@@ -34,20 +34,29 @@ def teacher_features(
     return features
 
 
-def sample_features(
-    teacher: Teacher,
-    dataset: ViewDataset,
-    indices: Sequence[int],
-    store: FeatureStore,
-    quarantine: Quarantine,
-    compute: Compute,
-    batch_size: int,
-    workers: int,
-) -> None:
-    """Fill the store with patch features of these images, one after the other."""
-    batches = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
-    for batch in tqdm(make_loader(dataset, batches, workers), desc="teacher features", unit="batch", disable=None):
-        quarantine.add(batch.bad)
-        if len(batch.image_index):
-            features = teacher_features(teacher, batch, dataset.images, compute)
-            store.append(features.permute(0, 2, 3, 1).flatten(0, 2))
+@dataclass
+class FeatureExtractor:
+    """A frozen teacher with the images, the device and the loader that feed it.
+
+    Attributes:
+        dataset: renders views at `teacher.image_size`.
+        unreadable: collects the images that cannot be read.
+    """
+
+    teacher: Teacher
+    dataset: ViewDataset
+    unreadable: Quarantine
+    compute: Compute
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def patch_features(self, indices: Sequence[int], title: str = "teacher features") -> Iterator[Float[Tensor, "n F"]]:
+        """Yield the features of the images' patches, row-major, image after image; unreadable images have none."""
+        size = self.batch_size
+        batches = [[(0, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]
+        loader = make_loader(self.dataset, batches, self.num_workers)
+        for batch in tqdm(loader, desc=title, unit="batch", disable=None):
+            self.unreadable.add(batch.bad)
+            if len(batch.image_index):
+                features = teacher_features(self.teacher, batch, self.dataset.images, self.compute)
+                yield features.permute(0, 2, 3, 1).flatten(0, 2)

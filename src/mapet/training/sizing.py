@@ -1,18 +1,12 @@
 """How many images fit: a coarse count of a training step's memory."""
 
-import os
-from pathlib import Path
-
 import torch
 
-from mapet.device import Compute
+from mapet.device import Compute, free_memory
 from mapet.models.pretraining import Pretrainer
 
 CACHE = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
-
-MEMINFO = Path("/proc/meminfo")
-"""Linux tells there of its memory."""
 
 
 def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
@@ -37,24 +31,6 @@ def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) 
     rows = sum(model.layout().lengths.values())
     widest = rows * model.vit.blocks[0].mlp.fc1.out_features * (2 if compute.dtype == torch.bfloat16 else 4)
     return max(1, min(batch_size, CACHE // widest))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith(
-                "MemAvailable:"
-            ):  # with what the cache of files would give back, which reading images fills
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):
-        return 4 << 30
 
 
 def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute, processes: int = 1) -> int:
