@@ -25,7 +25,7 @@ from mapet.evaluation.classifiers import linear_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
 from mapet.evaluation.splits import few_labels
 from mapet.files import write_json
-from mapet.models.backbone import load_backbone, on_device
+from mapet.models.backbone import load_backbone, prepare_for_device
 
 HERE = Path(__file__).parent
 TEACHERS = {"stand_in": {"teacher": "stand_in:efficientnet_lite0", "teacher_size": 128}, "pixels": {}}
@@ -85,7 +85,7 @@ def probes(name: str, run: Path, data: Path) -> dict[str, float]:
     found = {"knn": measured["knn"], "linear 1.0": measured["linear"]}
     compute = Compute.choose()
     torch.manual_seed(0)
-    vit = on_device(load_backbone(run, pretrained=name != "untrained"), compute)
+    vit = prepare_for_device(load_backbone(run, pretrained=name != "untrained"), compute)
     train, test = train_and_test(data / "train", data / "test")
     check = extract_features(vit, test, compute)
     for share in SHARES[:-1]:

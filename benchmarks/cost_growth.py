@@ -22,7 +22,7 @@ from arithmetic import Shape, training_flops
 from report import machine, print_table, write_report
 
 from mapet.device import Compute
-from mapet.models.backbone import create_vit, on_device
+from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
 from mapet.models.pretraining import Pretrainer
 from mapet.training.step import GradientStep
@@ -63,7 +63,7 @@ def _in_own_process(setting: dict[str, int]) -> dict[str, float]:
 def _one(batch: int, image_size: int, context: int, vocabulary: int) -> dict[str, float]:
     compute = Compute.choose()
     vit = create_vit("vit_tiny_patch16_224", (image_size, image_size))
-    model = on_device(Pretrainer(vit, vocabulary, MAPET, context), compute)
+    model = prepare_for_device(Pretrainer(vit, vocabulary, MAPET, context), compute)
     patches = model.num_patches
     shape = Shape(192, 12, patches, context, vocabulary)
     inputs = (

@@ -36,7 +36,7 @@ from mapet.data.views import ViewSpec, draw_view, render
 from mapet.device import Compute
 from mapet.evaluation.features import labelled, normalize, split
 from mapet.files import write_json
-from mapet.models.adapt import pixel_stats
+from mapet.models.adapt import input_mean_std
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 
@@ -159,7 +159,7 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
     center: list[Any] = [transforms.Resize(SIZE[0], interpolation=bicubic), transforms.CenterCrop(SIZE)]
     jitter = transforms.ColorJitter(JITTER, JITTER, JITTER)
     return transforms.Compose(
-        [*(crop if kind == "crop" else center), jitter, transforms.ToTensor(), transforms.Normalize(*pixel_stats(3))]
+        [*(crop if kind == "crop" else center), jitter, transforms.ToTensor(), transforms.Normalize(*input_mean_std(3))]
     )
 
 

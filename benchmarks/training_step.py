@@ -23,7 +23,7 @@ from report import machine, print_table, write_report
 from torch.autograd import DeviceType
 
 from mapet.device import Compute
-from mapet.models.backbone import create_vit, on_device
+from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
 from mapet.models.pretraining import Pretrainer
 from mapet.training.sizing import automatic_micro_batch
@@ -65,7 +65,7 @@ def _inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool, compile: bool) -> dict[str, Any]:
-    model = on_device(_make(name), compute).train()
+    model = prepare_for_device(_make(name), compute).train()
     shape = Shape(model.vit.embed_dim, len(model.vit.blocks))
     images, tokens, permutation = _inputs(batch, compute.device)
     step = GradientStep(model, compute, automatic_micro_batch(model, batch, compute), compile)
@@ -159,7 +159,7 @@ def _largest(name: str, compute: Compute, compile: bool) -> int:
     """The largest power of two that fits."""
     batch = 256
     while True:
-        model = on_device(_make(name), compute)
+        model = prepare_for_device(_make(name), compute)
         images, tokens, permutation = _inputs(batch * 2, compute.device)
         step = GradientStep(model, compute, batch * 2, compile)
         step(images, tokens, compute.to(permutation))

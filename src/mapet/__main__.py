@@ -2,12 +2,12 @@
 
 import sys
 
-from mapet.signals import leave_at_once_while_importing
+from mapet.signals import exit_on_sigint_during_import
 
 
 def console() -> None:
     """Run the command that was typed, and exit with its code."""
-    leave_at_once_while_importing()  # before the imports that take time
+    exit_on_sigint_during_import()  # before the imports that take time
     from mapet.cli import main
 
     sys.exit(main())

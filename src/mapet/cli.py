@@ -17,7 +17,7 @@ from mapet.completion import completion
 from mapet.config.base import build, fields, meaning_of_none, read_recipe
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
 from mapet.runs import recipe_in, refuse_other_folder, stage_of
-from mapet.signals import GO_ON
+from mapet.signals import RESUME_HINT
 
 RECIPES = (".yaml", ".yml", ".json")
 
@@ -114,7 +114,7 @@ def run_stage(name: str, argv: list[str]) -> Any:
         if recipe and (stage := stage_of(recipe, COMMANDS)) not in (None, name):
             raise MapetError(f"{recipe} is a recipe of `mapet {stage}`, not of `mapet {name}`") from None
         raise error
-    GO_ON[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
+    RESUME_HINT[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
     if recipe and getattr(config, "resume", False):
         refuse_other_folder(recipe, config.out)  # type: ignore[attr-defined]
     return function(config)

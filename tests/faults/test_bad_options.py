@@ -143,19 +143,19 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     [  # the module sends the signal to itself, and passes over exceptions as callbacks of the import system do
         ("import swallows", 130, "mapet: interrupted while loading libraries\n"),
         (
-            "GO_ON[0] = 'mapet run x'; import swallows",
+            "RESUME_HINT[0] = 'mapet run x'; import swallows",
             130,
             "interrupted while loading libraries. Go on with: mapet run x\n",
         ),
         ("os.kill(os.getpid(), signal.SIGINT)", -2, "KeyboardInterrupt"),
-        ("signal.signal(signal.SIGINT, signal.SIG_IGN); leave_at_once_while_importing(); import swallows", 0, ""),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN); exit_on_sigint_during_import(); import swallows", 0, ""),
     ],
 )
 def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told, tmp_path):
     (tmp_path / "swallows.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
     )
-    begin = "import os, signal\nfrom mapet.signals import GO_ON, leave_at_once_while_importing\nleave_at_once_while_importing()\n"
+    begin = "import os, signal\nfrom mapet.signals import RESUME_HINT, exit_on_sigint_during_import\nexit_on_sigint_during_import()\n"
     ended = subprocess.run([sys.executable, "-c", begin + program], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == code and told in ended.stderr
     assert told or not ended.stderr

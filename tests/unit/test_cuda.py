@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import mapet
 from mapet.device import Compute
-from mapet.models.backbone import create_vit, on_device
+from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
 from mapet.models.pretraining import Pretrainer
 from mapet.tokenizers.kmeans import assign, kmeans
@@ -69,7 +69,7 @@ def test_step_is_the_cpu_s(objective, num_targets, precision, compile):
         *inputs, ranks=ranks, survival=survival
     )
     compute = Compute.choose("cuda", precision)
-    step = GradientStep(on_device(model, compute), compute, 8, compile)
+    step = GradientStep(prepare_for_device(model, compute), compute, 8, compile)
     found = step(
         *map(compute.to, inputs), ranks=None if ranks is None else compute.to(ranks), survival=compute.to(survival)
     )
@@ -91,7 +91,7 @@ def test_compiled_blocks_are_compiled_once():
     counters.clear()
     model = make(MAPET, drop_path=0.2, depth=12)
     compute = Compute.choose("cuda", "bfloat16")
-    step = GradientStep(on_device(model, compute), compute, 16, compile=True)
+    step = GradientStep(prepare_for_device(model, compute), compute, 16, compile=True)
     for _ in range(2):
         step(*map(compute.to, draw()), survival=torch.rand(16, 24, device="cuda"))
     # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
@@ -114,7 +114,7 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
 def test_out_of_memory_goes_on_with_fewer_images(caplog):
     compute = Compute.choose("cuda", "bfloat16")
     torch.cuda.empty_cache()
-    model = on_device(make(MAPET, embed_dim=384, depth=12), compute)
+    model = prepare_for_device(make(MAPET, embed_dim=384, depth=12), compute)
     step = GradientStep(model, compute, 512)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(3e9 / total)

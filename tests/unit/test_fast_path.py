@@ -15,7 +15,7 @@ from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.models import cross_entropy
 from mapet.models.attention import plain_attention, row_blocks
-from mapet.models.backbone import create_vit, on_device
+from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.cross_entropy import linear_cross_entropy
 from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, visibility
 from mapet.models.pretraining import Pretrainer, fates_of, residual
@@ -85,7 +85,7 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     inputs = draw(32, torch.float32)
     exact = GradientStep(model, Compute(torch.device("cpu"), torch.float32), 32)(*inputs)
     compute = Compute(torch.device("cpu"), torch.bfloat16)
-    rough = GradientStep(on_device(low, compute), compute, 8)(*inputs)
+    rough = GradientStep(prepare_for_device(low, compute), compute, 8)(*inputs)
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
     wanted = gradients(model)

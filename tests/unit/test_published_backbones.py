@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.models.adapt import pixel_stats
-from mapet.models.backbone import create_vit, load_backbone, save_backbone, start_from
+from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -131,7 +131,7 @@ def test_dinov2_with_registers(tmp_path):
     loaded = load_backbone(tmp_path / "dinov2.pth", num_heads=2).eval()
     assert same(loaded.forward_features(images()), vit.forward_features(images()))
     start = vit_of(init_values=0.1, reg_tokens=4)  # a ViT whose registers have positions
-    start_from(start, tmp_path / "dinov2.pth")
+    init_from(start, tmp_path / "dinov2.pth")
     assert same(start.forward_features(images()), vit.forward_features(images()))
 
 
@@ -165,7 +165,7 @@ def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_pat
         load_backbone(tmp_path / "beit.pth", num_heads=2)
     vit = vit_of(init_values=0.1)
     positions = vit.pos_embed.clone()
-    start_from(vit, tmp_path / "beit.pth")
+    init_from(vit, tmp_path / "beit.pth")
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, beit.blocks[1].mlp.fc1.weight)
     assert torch.equal(vit.blocks[0].ls1.gamma, beit.blocks[0].gamma_1) and torch.equal(vit.pos_embed, positions)
     assert "has relative position bias" in caplog.text and "positions are new" in caplog.text
@@ -206,11 +206,11 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
         scale, linear, projection = block.gamma_2, block.mlp.fc1.weight, block.attn.qkv.weight[32:64]
         patches = beit.patch_embed.proj
     vit = vit_of(init_values=0.1)
-    start_from(vit, source)
+    init_from(vit, source)
     assert torch.equal(vit.blocks[1].ls2.gamma, scale) and torch.equal(vit.blocks[1].mlp.fc1.weight, linear)
     assert torch.equal(vit.blocks[1].attn.qkv.weight[32:64], projection)
     assert not vit.blocks[1].attn.qkv.bias[32:64].any()  # keys have none
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in pixel_stats(3))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images().sigmoid()
     assert same(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
     assert "has relative position bias" in caplog.text
@@ -237,10 +237,10 @@ def test_another_normalisation_goes_into_the_patch_embedding(pre_norm, tmp_path)
         return (pixels - torch.tensor(stats[0]).view(-1, 1, 1)) / torch.tensor(stats[1]).view(-1, 1, 1)
 
     loaded = load_backbone(tmp_path / "vit").eval()
-    assert same(loaded.forward_features(normal(pixel_stats(3))), vit.forward_features(normal((mean, std))))
+    assert same(loaded.forward_features(normal(input_mean_std(3))), vit.forward_features(normal((mean, std))))
 
 
-@pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), pixel_stats(3)])
+@pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), input_mean_std(3)])
 def test_one_channel_sees_what_rgb_saw_of_grey_pictures(stats, tmp_path):
     vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY).eval()
     save_timm_folder(vit, tmp_path / "vit", *map(list, stats))
@@ -287,7 +287,7 @@ def test_layer_scale_comes_and_goes_without_a_change(tmp_path, caplog):
     ):
         torch.save(vit.state_dict(), tmp_path / "vit.pth")
         start = vit_of(init_values=0.1) if other is scaled else vit_of()
-        start_from(start, tmp_path / "vit.pth")
+        init_from(start, tmp_path / "vit.pth")
         assert same(start.forward_features(images()), vit.forward_features(images()))
         assert said in caplog.text
 
@@ -298,12 +298,12 @@ def test_tokens_come_and_go(tmp_path, caplog):
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     registers = vit_of(reg_tokens=2)
     own = registers.reg_token.clone()
-    start_from(registers, tmp_path / "vit.pth")
+    init_from(registers, tmp_path / "vit.pth")
     assert torch.equal(registers.reg_token, own) and "register tokens new" in caplog.text
     assert torch.equal(registers.pos_embed[:, 0], vit.pos_embed[:, 0])
     assert torch.equal(registers.pos_embed[:, 3:], vit.pos_embed[:, 1:])
     pooled = vit_of(class_token=False, global_pool="avg", fc_norm=False)
-    start_from(pooled, tmp_path / "vit.pth")
+    init_from(pooled, tmp_path / "vit.pth")
     assert torch.equal(pooled.pos_embed, vit.pos_embed[:, 1:]) and "class token left out" in caplog.text
 
 
@@ -319,15 +319,15 @@ def test_tokens_come_and_go(tmp_path, caplog):
 def test_another_network(change, reason, tmp_path):
     torch.save(vit_of().state_dict(), tmp_path / "vit.pth")
     with pytest.raises(MapetError, match=reason):
-        start_from(vit_of(**change), tmp_path / "vit.pth")
+        init_from(vit_of(**change), tmp_path / "vit.pth")
 
 
 def test_heads_and_activation_are_compared_where_they_are_known(tmp_path):
     save_backbone(create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY), tmp_path / "vit")
     with pytest.raises(MapetError, match="attention heads: 2 there, 4 here"):
-        start_from(vit_of(num_heads=4), tmp_path / "vit")
+        init_from(vit_of(num_heads=4), tmp_path / "vit")
     with pytest.raises(MapetError, match="the activation: GELU there, ReLU here"):
-        start_from(vit_of(act_layer=torch.nn.ReLU), tmp_path / "vit")
+        init_from(vit_of(act_layer=torch.nn.ReLU), tmp_path / "vit")
 
 
 def refused(tmp_path, content, **options):
@@ -386,7 +386,7 @@ def test_timm_names(monkeypatch):
     monkeypatch.setattr(timm, "create_model", create)
     loaded = load_backbone("timm:test_vit").eval()
     mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    our_mean, our_std = (torch.tensor(values).view(-1, 1, 1) for values in pixel_stats(3))
+    our_mean, our_std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images((160, 160)).sigmoid()
     ours, timms = (pixels - our_mean) / our_std, (pixels - mean) / std
     assert same(loaded.forward_features(ours), vit.forward_features(timms))
@@ -413,7 +413,7 @@ def test_hugging_face_folders(kind, tmp_path):
     stats = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(stats))
     pixels = images((16, 24)).sigmoid()
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in pixel_stats(3))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     with torch.no_grad():
         base = model.vit if kind == "classifier" else model
         expected = base((pixels - 0.5) / 0.5).last_hidden_state

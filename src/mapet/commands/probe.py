@@ -21,7 +21,7 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
     from mapet.evaluation.features import extract_features, train_and_test
     from mapet.files import write_json
-    from mapet.models.backbone import load_backbone, on_device
+    from mapet.models.backbone import load_backbone, prepare_for_device
 
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
@@ -29,7 +29,7 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
     for name in ["untrained", "pretrained"] if config.untrained else ["pretrained"]:
         torch.manual_seed(config.seed)
         vit = load_backbone(config.backbone, pretrained=name == "pretrained", **config.model_args)
-        vit = on_device(vit, compute)
+        vit = prepare_for_device(vit, compute)
         fit, check = (
             extract_features(vit, data, compute, config.pool, config.batch_size, config.num_workers)
             for data in (train, test)

@@ -15,7 +15,7 @@ from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, as_options_of_section, build
 from mapet.config.run import RunConfig
 from mapet.errors import Interrupted, MapetError, shell_command
-from mapet.signals import GO_ON
+from mapet.signals import RESUME_HINT
 
 log = logging.getLogger("mapet")
 
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> Path:
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
     distributed.barrier()
 
-    GO_ON[0] = shell_command("run", recipe, "--resume")
+    RESUME_HINT[0] = shell_command("run", recipe, "--resume")
 
     def do(stage: Command[..., Any, Any]) -> None:
         log.info("--- %s", stage.__name__.replace("_", "-"))

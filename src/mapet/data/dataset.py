@@ -21,7 +21,7 @@ from mapet.data.order import OrderKind, draw_order
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
 from mapet.errors import MapetError
-from mapet.signals import leave_to_main_process
+from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
 
@@ -207,7 +207,7 @@ def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bo
 
 def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
-    leave_to_main_process()
+    ignore_signals_in_worker()
     sys.excepthook = _unless_left
 
 

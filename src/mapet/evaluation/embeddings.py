@@ -23,7 +23,7 @@ from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, how_to_install
 from mapet.evaluation.features import must_be_finite_features, normalize, pool_tokens
 from mapet.files import atomic, check_format, new_folder, read_array, read_json, reserve, write_json
-from mapet.models.backbone import load_backbone, on_device
+from mapet.models.backbone import load_backbone, prepare_for_device
 from mapet.signals import stop_signals
 from mapet.weights import hash_weights
 
@@ -47,7 +47,7 @@ def embed(config: EmbedConfig) -> Path:
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     options = config.model_args | ({"img_size": config.image_size} if config.image_size else {})
-    vit = on_device(load_backbone(config.backbone, **options), compute).eval()
+    vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
     if config.pool == "token" and not vit.has_class_token:
         raise MapetError("this ViT has no class token: use --pool avg")
     size: tuple[int, int] = vit.patch_embed.img_size
@@ -70,13 +70,13 @@ def embed(config: EmbedConfig) -> Path:
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
             start, end = store.done, positions[-1][1] + 1
-            if stop.asked or end == store.part_end(start):
+            if stop.signal_name or end == store.part_end(start):
                 bad = {i: reason for i, reason in unreadable.reasons.items() if start <= i < end}
                 store.write(images, rows, index, bad, end)
                 rows, index = [], []
-            if stop.asked and store.done < len(images):
+            if stop.signal_name and store.done < len(images):
                 raise Interrupted(
-                    f"stopped by {stop.asked}: features of {store.done:,} of {len(images):,} images are saved"
+                    f"stopped by {stop.signal_name}: features of {store.done:,} of {len(images):,} images are saved"
                 )
     log.info(
         "features of %s images in %s (%d unreadable left out), %s numbers each",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.models.backbone import FROM_TIMM, load_backbone, on_device, timm_model
+from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"
@@ -66,13 +66,13 @@ class Encoder:
             if (folder / "result.json").is_file() and (folder / "model").is_dir():
                 classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
                 folder = folder / "model"
-            model = timm_model(source, True) if source.startswith(FROM_TIMM) else load_backbone(folder, **args)
+            model = timm_model(source, True) if source.startswith(HUB_PREFIXES) else load_backbone(folder, **args)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]
         model.eval().requires_grad_(False)
         own = tuple(data["mean"]), tuple(data["std"])
         mean, std = (values if len(values) == channels else values[:1] * channels for values in own)
-        return cls(source, on_device(model, compute), compute, tuple(size), channels, mean, std, classes)
+        return cls(source, prepare_for_device(model, compute), compute, tuple(size), channels, mean, std, classes)
 
     @property
     def num_layers(self) -> int:

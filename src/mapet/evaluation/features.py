@@ -18,7 +18,7 @@ from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.models.adapt import pixel_stats
+from mapet.models.adapt import input_mean_std
 
 Pool = Literal["avg", "token"]
 
@@ -118,7 +118,7 @@ def normalize(
     images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None
 ) -> Float[Tensor, "B C H W"]:
     """uint8 pixels -> the model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation."""
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in pixel_stats(channels))
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in input_mean_std(channels))
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     if jitter is not None:
         pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))

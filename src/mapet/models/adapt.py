@@ -17,7 +17,7 @@ from mapet.models.checkpoint_conversion import Published, Stats, shortly
 IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def pixel_stats(channels: int) -> Stats:
+def input_mean_std(channels: int) -> Stats:
     """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
     return IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
 
@@ -25,7 +25,7 @@ def pixel_stats(channels: int) -> Stats:
 def adapted(published: Published, vit: VisionTransformer, source: object) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict of `vit` that makes it compute what the published ViT does, and what of that could not be, in words.
 
-    The ViT gets its input as all of mapet does, normalised with `pixel_stats`: another normalisation goes into the patch
+    The ViT gets its input as all of mapet does, normalised with `input_mean_std`: another normalisation goes into the patch
     embedding.
 
     Raises:
@@ -64,8 +64,8 @@ def _pixels(weights: dict[str, Tensor], published: Published, vit: VisionTransfo
     if weight.shape[0] != vit.embed_dim:  # said by whoever compares shapes
         return
     before, after = weight.shape[1], vit.in_chans
-    mean, std = map(torch.tensor, published.stats or pixel_stats(before))
-    new_mean, new_std = map(torch.tensor, pixel_stats(after))
+    mean, std = map(torch.tensor, published.stats or input_mean_std(before))
+    new_mean, new_std = map(torch.tensor, input_mean_std(after))
     if before != after or not (torch.allclose(mean, new_mean) and torch.allclose(std, new_std)):
         # w (x - m) / s = (w / s) x - w m / s: first for pixels as they are, then for those that we give it.
         raw = weight / std.view(-1, 1, 1)

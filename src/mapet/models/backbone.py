@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from mapet.device import Compute
 from mapet.errors import MapetError, by, did_you_mean, must_be_divisible, shell_command
 from mapet.files import atomic, naming_the_cause, read_json
-from mapet.models.adapt import adapted, pixel_stats
+from mapet.models.adapt import adapted, input_mean_std
 from mapet.models.checkpoint_conversion import HEADS, Published, from_weights, shortly
 from mapet.runs import recipe_in
 from mapet.weights import read_weights
@@ -25,11 +25,11 @@ log = logging.getLogger("mapet")
 PLAIN = "choose one of timm's vit_* or deit_* models"
 M = TypeVar("M", bound=torch.nn.Module)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-OF_ITS_TEMPLATE = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+DROPPED_CFG_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """What timm's config says of the published weights of the same architecture, and not of ours."""
-FROM_TIMM = ("timm:", "hf-hub:", "hf_hub:")
+HUB_PREFIXES = ("timm:", "hf-hub:", "hf_hub:")
 """How names of what timm loads begin."""
-ALSO_CALLED = {
+KEYWORD_ALIASES = {
     "width": "embed_dim", "dim": "embed_dim", "hidden_size": "embed_dim", "layers": "depth", "num_layers": "depth", "heads": "num_heads",
 }  # fmt: skip
 """What others call timm's keywords."""
@@ -90,7 +90,7 @@ def create_vit(
 
 
 def _similar_keyword(key: str) -> str:
-    return did_you_mean(ALSO_CALLED.get(key, key), KEYWORDS)
+    return did_you_mean(KEYWORD_ALIASES.get(key, key), KEYWORDS)
 
 
 def _vits() -> list[str]:
@@ -116,7 +116,7 @@ def _check_size(image_size: tuple[int, int], patch: int | None) -> None:
         must_be_divisible(image_size, patch)
 
 
-def on_device(model: M, compute: Compute) -> M:
+def prepare_for_device(model: M, compute: Compute) -> M:
     """Move a ViT, or a model that holds one, to where it runs, with the attention that is fastest there.
 
     On CPUs PyTorch's fused attention is up to 3x slower in bfloat16, for the short sequences here, than plain
@@ -138,14 +138,14 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
     with atomic(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
         config = json.loads((temporary / "config.json").read_text())
-        for key in OF_ITS_TEMPLATE:
+        for key in DROPPED_CFG_KEYS:
             config["pretrained_cfg"].pop(key, None)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _data_config(vit: VisionTransformer) -> dict[str, Any]:
     """What timm's transforms are to do for images to come as mapet's own."""
-    mean, std = pixel_stats(vit.in_chans)
+    mean, std = input_mean_std(vit.in_chans)
     size = (vit.in_chans, *vit.patch_embed.img_size)
     return {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
 
@@ -168,7 +168,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     Raises:
         MapetError: nothing of the kind, weights that don't fit, or that a plain ViT can't compute with.
     """
-    published = open_source(source, pretrained, overrides)
+    published = resolve_backbone(source, pretrained, overrides)
     if pretrained and published.lost:
         raise MapetError(
             f"{source} has {' and '.join(published.lost)}, which a plain ViT has not: without it the features would be others. "
@@ -197,14 +197,14 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     return vit
 
 
-def start_from(vit: VisionTransformer, source: str | Path) -> None:
+def init_from(vit: VisionTransformer, source: str | Path) -> None:
     """Give a ViT the weights of `source` (see `load_backbone`) as far as they fit; a log line says what was changed.
 
     Raises:
         MapetError: another network: width, depth, heads or activation differ.
     """
     own = {"num_heads": vit.blocks[0].attn.num_heads}
-    published = open_source(source, True, own)
+    published = resolve_backbone(source, True, own)
     with torch.device("meta"):
         of_source = timm.create_model(published.model, pretrained=False, **published.args)
     for what, value, wanted in (
@@ -241,7 +241,7 @@ def _set_eps(vit: VisionTransformer, eps: float) -> None:
             module.eps = eps
 
 
-def open_source(source: str | Path, pretrained: bool = True, known: dict[str, Any] | None = None) -> Published:
+def resolve_backbone(source: str | Path, pretrained: bool = True, known: dict[str, Any] | None = None) -> Published:
     """Weights and sizes of whatever a person names.
 
     Args:
@@ -251,7 +251,7 @@ def open_source(source: str | Path, pretrained: bool = True, known: dict[str, An
         MapetError: there is nothing of the kind.
     """
     name = str(source)
-    if name.startswith(FROM_TIMM):
+    if name.startswith(HUB_PREFIXES):
         return _from_timm(name.removeprefix("timm:"), pretrained)
     path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
@@ -405,7 +405,7 @@ def num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def parameters_in_words(module: torch.nn.Module) -> str:
+def format_num_params(module: torch.nn.Module) -> str:
     """'5.5 M parameters', of small ones '8,320 parameters'."""
     number = num_parameters(module)
     return f"{f'{number / 1e6:.1f} M' if number >= 50_000 else f'{number:,}'} parameters"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, how_to_install
 from mapet.files import write_json, write_tensors
-from mapet.models.adapt import fold_layer_scale, pixel_stats
+from mapet.models.adapt import fold_layer_scale, input_mean_std
 from mapet.models.backbone import save_backbone
 
 OPSET = 20
@@ -40,7 +40,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-class Outputting(nn.Module):
+class ExportWrapper(nn.Module):
     """Features, and logits if there is a classifier, as a tuple."""
 
     def __init__(self, vit: VisionTransformer) -> None:
@@ -55,7 +55,7 @@ class Outputting(nn.Module):
 def outputs_of(vit: VisionTransformer, pixels: Float[Tensor, "B C H W"]) -> Outputs:
     """What every format must give."""
     with torch.inference_mode():
-        return _named(Outputting(vit.eval())(pixels))
+        return _named(ExportWrapper(vit.eval())(pixels))
 
 
 def _named(values: Any) -> Outputs:
@@ -178,7 +178,7 @@ def _write_processor(vit: VisionTransformer, folder: Path) -> None:
 
     if vit.in_chans not in (1, 3):  # no pictures
         return
-    mean, std = map(list, pixel_stats(vit.in_chans))
+    mean, std = map(list, input_mean_std(vit.in_chans))
     common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
     height, width = vit.patch_embed.img_size
     if height == width:
@@ -273,7 +273,7 @@ def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None
     names = list(outputs_of(vit, _example(vit)))
     with _quietly():
         torch.onnx.export(
-            Outputting(vit.eval()), (_example(vit),), str(folder / "model.onnx"), dynamo=True, external_data=False,
+            ExportWrapper(vit.eval()), (_example(vit),), str(folder / "model.onnx"), dynamo=True, external_data=False,
             input_names=["pixel_values"], output_names=names, opset_version=OPSET, verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )  # fmt: skip
@@ -297,7 +297,7 @@ def write_torch_export(vit: VisionTransformer, folder: Path, classes: list[str])
     folder.mkdir(parents=True, exist_ok=True)
     with _quietly():
         program = torch.export.export(
-            Outputting(vit.eval()), (_example(vit),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            ExportWrapper(vit.eval()), (_example(vit),), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
         torch.export.save(program, folder / "model.pt2")
 

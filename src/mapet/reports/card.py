@@ -13,8 +13,8 @@ from mapet.config.base import read_recipe
 from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.files import file_hash, read_json
-from mapet.models.adapt import pixel_stats
-from mapet.models.backbone import FROM_TIMM
+from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import HUB_PREFIXES
 from mapet.models.export_formats import FORMATS
 from mapet.reports.history import History
 from mapet.reports.run import figures, number, with_views
@@ -83,7 +83,7 @@ def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
 
 
 def _name(source: str) -> str:
-    return source if source.startswith(FROM_TIMM) else Path(source).name
+    return source if source.startswith(HUB_PREFIXES) else Path(source).name
 
 
 def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _what(vit: VisionTransformer, origin: Origin, classes: list[str]) -> str:
 
 
 def _use(vit: VisionTransformer, formats: Sequence[str]) -> str:
-    mean, std = pixel_stats(vit.in_chans)
+    mean, std = input_mean_std(vit.in_chans)
     height, width = vit.patch_embed.img_size
     shape = "the largest centred square" if height == width else f"the largest centred box of shape {height} : {width}"
     lines = [USE[name] for name in formats]

@@ -50,14 +50,14 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
         stop_signals("stopping: the running cells are saved") as stop,
         tqdm(total=len(waiting), desc="study", unit="cell", disable=None, dynamic_ncols=True) as bar,
     ):
-        while (waiting and not stop.asked) or running:
+        while (waiting and not stop.signal_name) or running:
             for number, device in enumerate(config.devices):
-                if number not in running and waiting and not stop.asked:
+                if number not in running and waiting and not stop.signal_name:
                     cell = waiting.pop(0)
                     running[number] = cell, _start(cell_folder(config, cell), device, threads)
                     bar.set_postfix_str("; ".join(c.name for c, _ in running.values()))
             time.sleep(0.2)
-            if stop.asked:
+            if stop.signal_name:
                 for _, process in running.values():
                     process.send_signal(signal.SIGTERM)
                 for _, process in running.values():
@@ -67,7 +67,7 @@ def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str]
                     del running[number]
                     bar.update()
                     _note_end(config, cell, process.returncode)
-    return stop.asked or None
+    return stop.signal_name or None
 
 
 def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, Any]:
@@ -163,11 +163,11 @@ def evaluate(
     from mapet.device import Compute
     from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
     from mapet.evaluation.features import extract_features, train_and_test
-    from mapet.models.backbone import load_backbone, on_device
+    from mapet.models.backbone import load_backbone, prepare_for_device
 
     compute = Compute.choose(device)
     torch.manual_seed(seed)
-    vit = on_device(load_backbone(run, pretrained=pretrained), compute)
+    vit = prepare_for_device(load_backbone(run, pretrained=pretrained), compute)
     scores, fit = {}, None
     for name, folder in {"": job["test_images"], **job["other_test_images"]}.items():
         train, test = train_and_test(images, folder)

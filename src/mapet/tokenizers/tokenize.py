@@ -58,8 +58,8 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
             unreadable.add(batch.bad)
             store.write(part, _token_ids(tokenizer, batch, rows, store, images, compute), dict(batch.bad))
             bar.update(len(rows))
-            if stop.asked:
-                raise Interrupted(f"stopped by {stop.asked}, saved")
+            if stop.signal_name:
+                raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
     Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those of all ranks

@@ -9,7 +9,7 @@ from mapet.config.base import build, read_recipe
 from mapet.config.fit_tokenizer import FitTokenizerConfig
 from mapet.config.pretrain import PretrainConfig
 from mapet.errors import MapetError, by
-from mapet.models.backbone import create_vit, start_from
+from mapet.models.backbone import create_vit, init_from
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_of
 from mapet.models.pretraining import Pretrainer
@@ -120,7 +120,7 @@ def model_for(config: PretrainConfig, words: Words) -> Pretrainer:
         ContextAutoencoder(vit, values, **common) if objective is CAE else Pretrainer(vit, values, objective, **common)
     )
     if config.init_from:
-        start_from(vit, config.init_from)
+        init_from(vit, config.init_from)
     return model
 
 

@@ -15,7 +15,7 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
-from mapet.models.backbone import create_vit, num_parameters, on_device, parameters_in_words
+from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_of
 from mapet.models.pretraining import Pretrainer
 from mapet.tokenizers.codebook import load_tokenizer
@@ -43,7 +43,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         config.teacher_size,
         precision=compute.precision,
     ).to(compute.device)
-    model = on_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
+    model = prepare_for_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
     dataset = ViewDataset(
         images,
@@ -75,7 +75,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         features = teacher(views[:1]).shape[1]
     count, epoch = len(usable), len(usable) * max(training, read)
     fitting = min(count, points / num_patches) * max(teaching, read)
-    yield f"dry run on {compute}: {config.model}, {parameters_in_words(vit)}, {num_patches} patches, V = {vocab_size}"
+    yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
     yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
     yield (

@@ -25,8 +25,8 @@ from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.evaluation.splits import few_labels
-from mapet.models.adapt import pixel_stats
-from mapet.models.backbone import load_backbone, on_device, save_backbone
+from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.signals import StopRequest, stop_signals
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from mapet.training.loop import step_seed
@@ -105,7 +105,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
         "fc_norm": False,
         "drop_path_rate": config.drop_path,
     }
-    vit = on_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
+    vit = prepare_for_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
     height, width = vit.patch_embed.img_size
     spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
     dataset = ViewDataset(
@@ -198,12 +198,12 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
                             row["accuracy"] = right / seen
                             vit.train()
                         run.record(step, row)
-                due = stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps
+                due = stop.signal_name or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps
                 if run is not None and due:
                     save_checkpoint(run.checkpoints, step, tensors_of(vit, optimizer, **others), {}, KEEP_CHECKPOINTS)
                     saved = time.monotonic()
-                if stop.asked and step < total_steps:
-                    raise stopped(stop.asked, step, total_steps, config.out or Path(), STAGE)
+                if stop.signal_name and step < total_steps:
+                    raise stopped(stop.signal_name, step, total_steps, config.out or Path(), STAGE)
 
         # ---- the product
         vit = _judged(vit, average)
@@ -214,7 +214,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
     guess = float(np.bincount(test.labels).max()) / len(test.labels)
-    return Tuned(vit, right, seen, train, guess, stop.asked)
+    return Tuned(vit, right, seen, train, guess, stop.signal_name)
 
 
 def _judged(vit: VisionTransformer, average: ModelEmaV3 | None) -> VisionTransformer:
@@ -228,7 +228,7 @@ def augmentation(config: FinetuneConfig, vit: VisionTransformer) -> Any:
         return None
     if vit.in_chans != 3:
         raise MapetError(f"--rand-augment is for RGB images, this ViT takes {vit.in_chans} channels: leave it out")
-    return rand_augment(config.rand_augment, vit.patch_embed.img_size, pixel_stats(3)[0])
+    return rand_augment(config.rand_augment, vit.patch_embed.img_size, input_mean_std(3)[0])
 
 
 def mixup(config: FinetuneConfig, num_classes: int) -> Mixup | None:

@@ -16,7 +16,7 @@ from mapet.data.dataset import Batch, Quarantine, collate, make_loader
 from mapet.errors import MapetError, by, counted
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
-from mapet.models.backbone import on_device, parameters_in_words, save_backbone
+from mapet.models.backbone import format_num_params, prepare_for_device, save_backbone
 from mapet.models.pretraining import Pretrainer
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
@@ -164,12 +164,12 @@ def train(config: PretrainConfig) -> Path:
                                 run.record(step, scores)
                                 panel.probed(epoch, scores)
                 due = time.monotonic() - saved > 60 * config.save_minutes
-                stopping, due = any_of_all(bool(stop.asked), due)
+                stopping, due = any_of_all(bool(stop.signal_name), due)
                 if stopping or due or step == total_steps:
                     save()
                     saved = time.monotonic()
                 if stopping and step < total_steps:
-                    raise stopped(stop.asked or "another process", step, total_steps, config.out)
+                    raise stopped(stop.signal_name or "another process", step, total_steps, config.out)
 
         # ---- the product
         backbone, vit = config.out / "backbone", whole_vit(setting)
@@ -189,7 +189,7 @@ def describe(config: PretrainConfig, model: Pretrainer, num_images: int) -> str:
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
     together = f" on {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     return (
-        f"{config.model}, {parameters_in_words(model.vit)}, {config.objective} on {num_images:,} images of "
+        f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {num_images:,} images of "
         f"{by(model.vit.patch_embed.img_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
         f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
@@ -208,7 +208,7 @@ def whole_vit(setting: Setting) -> VisionTransformer:
     weights = whole_state(setting.model.vit)
     vit = build_model(setting.config, setting.tokenizer).vit
     vit.load_state_dict(weights, strict=distributed.rank() == 0)
-    return on_device(vit, setting.compute)
+    return prepare_for_device(vit, setting.compute)
 
 
 @torch.inference_mode()

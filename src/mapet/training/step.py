@@ -27,7 +27,7 @@ class GradientStep:
     added to the float32 model's after each micro-batch; weights, optimiser and sums stay float32.
 
     Args:
-        model: float32, from `on_device`. Its gradients are what the step makes.
+        model: float32, from `prepare_for_device`. Its gradients are what the step makes.
         micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
         compile: compile the forward and backward pass (about a minute at the start).
 

@@ -21,7 +21,7 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.files import atomic, write_json, write_tensors
-from mapet.models.backbone import create_vit, on_device, parameters_in_words
+from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.signals import stop_signals
 from mapet.tokenizers.codebook import Health
 from mapet.tokenizers.extract import teacher_features
@@ -67,7 +67,7 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches * len(images))
     if vocab_size > num_patches * len(images):
         raise MapetError(f"V = {vocab_size} codes for {num_patches * len(images):,} patches: lower --vocab-size")
-    model = on_device(build_vqkd(config, vocab_size, num_features(teacher, config.channels, compute)), compute)
+    model = prepare_for_device(build_vqkd(config, vocab_size, num_features(teacher, config.channels, compute)), compute)
 
     # ---- how long, how fast
     sampler = EpochSampler(np.arange(len(images)), config.batch_size, config.epochs, config.seed)
@@ -91,7 +91,7 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info(
             "VQ-KD, %s with %s, %d codes, teacher %s, %s images of %d px, batch %d, lr %.2g, %d epochs, %s",
-            config.model, parameters_in_words(model), vocab_size, teacher.name, f"{len(images):,}", config.image_size[0],
+            config.model, format_num_params(model), vocab_size, teacher.name, f"{len(images):,}", config.image_size[0],
             config.batch_size, lr, config.epochs, compute,
         )  # fmt: skip
         if sampler.first_step == 0:
@@ -129,13 +129,13 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
                     if bar.disable:
                         log.info("step %d of %d: %s", step, total_steps, CodeMeter.line(metrics))
                     must_be_finite(metrics["loss"], step, lr)
-                if stop.asked or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
+                if stop.signal_name or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
                     must_be_finite(float(loss), step, lr)
                     parts = tensors_of(model, optimizer)
                     save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
                     saved = time.monotonic()
-                if stop.asked and step < total_steps:
-                    raise stopped(stop.asked, step, total_steps, config.out, STAGE)
+                if stop.signal_name and step < total_steps:
+                    raise stopped(stop.signal_name, step, total_steps, config.out, STAGE)
 
         # ---- the product
         judgement = judge(model, teacher, dataset, quarantine, compute, config)

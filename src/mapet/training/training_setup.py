@@ -16,7 +16,7 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.evaluation.features import normalize
-from mapet.models.backbone import on_device
+from mapet.models.backbone import prepare_for_device
 from mapet.models.losses import normalized_patches
 from mapet.models.objectives import num_context_of
 from mapet.models.pretraining import Pretrainer, Ranks, Survival, Targets
@@ -64,7 +64,7 @@ class Setting(NamedTuple):
         ).to(compute.device)
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         bad = dict(store.bad) if store else {}
-        model = on_device(build_model(config, tokenizer), compute)
+        model = prepare_for_device(build_model(config, tokenizer), compute)
         usable = np.setdiff1d(np.arange(len(images)), list(bad))
         batch_size = config.batch_size or distributed.broadcast(
             torch.tensor(automatic_batch_size(model, len(usable), compute, distributed.world_size()))
