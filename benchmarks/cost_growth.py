@@ -21,11 +21,12 @@ import torch
 from arithmetic import Shape, training_flops
 from report import machine, print_table, write_report
 
+from mapet.data.dataset import Batch
 from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
-from mapet.models.pretraining import Pretrainer
-from mapet.training.step import GradientStep
+from mapet.models.pretraining import ViTForPreTraining
+from mapet.training.step import ForwardBackward
 
 BASE = {"batch": 4, "image_size": 224, "context": 49, "vocabulary": 8192}
 GROUPS: dict[str, list[int]] = {
@@ -63,21 +64,22 @@ def _in_own_process(setting: dict[str, int]) -> dict[str, float]:
 def _one(batch: int, image_size: int, context: int, vocabulary: int) -> dict[str, float]:
     compute = Compute.choose()
     vit = create_vit("vit_tiny_patch16_224", (image_size, image_size))
-    model = prepare_for_device(Pretrainer(vit, vocabulary, MAPET, context), compute)
+    model = prepare_for_device(ViTForPreTraining(vit, vocabulary, MAPET, context), compute)
     patches = model.num_patches
     shape = Shape(192, 12, patches, context, vocabulary)
-    inputs = (
-        torch.randn(batch, 3, image_size, image_size, device=compute.device),
-        torch.randint(vocabulary, (batch, patches), device=compute.device),
-        torch.rand(batch, patches, device=compute.device).argsort(1),
-    )
-    step = GradientStep(model, compute, micro_batch=batch)
+    inputs = Batch(
+        torch.arange(batch),
+        torch.randn(batch, 3, image_size, image_size),
+        targets=torch.randint(vocabulary, (batch, patches)),
+        permutation=torch.rand(batch, patches).argsort(1),
+    ).to(compute.device)
+    step = ForwardBackward(model, compute, micro_batch=batch)
     cuda = compute.device.type == "cuda"
     before = _peak_bytes(cuda)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        step(*inputs)
+        step(inputs)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

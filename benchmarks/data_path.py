@@ -28,7 +28,7 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 import mapet
-from mapet.data.dataset import ViewDataset, collate, in_order, make_loader
+from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
@@ -100,11 +100,11 @@ def _measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list
             for name in sources:
                 batch = timed(
                     f"{name}, {kind}",
-                    lambda: collate(datasets[name, kind].__getitems__([(number, i) for i in range(count)])),
+                    lambda: datasets[name, kind].batch([(number, i) for i in range(count)]),
                 )
                 times[f"{name}, {kind}, + normalized here"] = [
                     *times.get(f"{name}, {kind}, + normalized here", []),
-                    times[f"{name}, {kind}"][-1] + alone(lambda: normalize(batch.image, 3, batch.jitter)) / count,
+                    times[f"{name}, {kind}"][-1] + alone(lambda: normalize(batch.images, 3, batch.jitter)) / count,
                 ]
         stages(timed, datasets["mapet", "center"], number)
         if number < 3:  # four times the images, in batches of 32, so that starting the workers counts little
@@ -144,10 +144,9 @@ def stages(timed: Callable[..., Any], dataset: ViewDataset, number: int) -> None
     both = list(zip(pictures, views, strict=True))
     timed("stage: decode", lambda: [picture.read(view.box, SIZE) for picture, view in both])
     timed("stage: crop and resize", lambda: [render(picture, view, SIZE) for picture, view in both])  # decoded above
-    samples = dataset.__getitems__([(number, i) for i in everything])
-    batch = timed("stage: collate", lambda: collate(samples))
-    timed("stage: normalize (on the device)", lambda: normalize(batch.image, 3))
-    timed("stage: normalize and jitter (on the device)", lambda: normalize(batch.image, 3, batch.jitter))
+    batch = dataset.batch([(number, i) for i in everything])
+    timed("stage: normalize (on the device)", lambda: normalize(batch.images, 3))
+    timed("stage: normalize and jitter (on the device)", lambda: normalize(batch.images, 3, batch.jitter))
 
 
 def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:

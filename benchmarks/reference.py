@@ -1,6 +1,6 @@
 """The yardstick for speed: MaPeT's step as the authors' released code computes it, without any of its bugs.
 
-Written from the method's description for comparison only, and equal to `Pretrainer` in float64 (tests/unit). Rows stay
+Written from the method's description for comparison only, and equal to `ViTForPreTraining` in float64 (tests/unit). Rows stay
 in raster order, so who sees whom differs from image to image: a dense additive float mask is made for every image and
 head on the CPU and moved to the device. Content rows (the image and its mask tokens) and query rows attend separately,
 through an unfused softmax; all N + 1 + 2p of them go through every layer, and all logits are kept.
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 
 
 def dense_masks(
@@ -54,7 +54,10 @@ def attention(
 
 
 def reference_loss(
-    model: Pretrainer, images: Float[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], permutation: Int[Tensor, "B N"]
+    model: ViTForPreTraining,
+    images: Float[Tensor, "B C H W"],
+    tokens: Int[Tensor, "B N"],
+    permutation: Int[Tensor, "B N"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B p V"]]:
     """Loss and logits with the weights of `model` (MaPeT). `permutation` is on the CPU, as in the released loader."""
     vit, c = model.vit, model.num_context

@@ -26,7 +26,7 @@ from typing import Any
 import timm
 import torch
 
-from mapet.data.dataset import Quarantine, ViewDataset, collate
+from mapet.data.dataset import Quarantine, ViewDataset
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
@@ -254,7 +254,7 @@ def teachers(images: Path, compute: Compute, quick: bool) -> list[ROW]:
     """Images a second of teachers, in float32 and in this machine's precision."""
     listed = scan(images)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
-    batch = collate([dataset[0, index % len(listed)] for index in range(2 if quick else 16)]).teacher_image
+    batch = dataset.batch([(0, index % len(listed)) for index in range(2 if quick else 16)]).teacher_images
     assert batch is not None
     rows = []
     for name in (STAND_IN, *TIMM[: 0 if quick else None]):

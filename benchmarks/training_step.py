@@ -22,12 +22,13 @@ from reference import reference_loss
 from report import machine, print_table, write_report
 from torch.autograd import DeviceType
 
+from mapet.data.dataset import Batch
 from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.training.sizing import automatic_micro_batch
-from mapet.training.step import GradientStep, automatic_compile
+from mapet.training.step import ForwardBackward, auto_compile
 
 VOCABULARY = 8192
 
@@ -44,7 +45,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a model (and with `largest`, one more at the largest batch that fits the GPU)."""
     compute = Compute.choose(device, precision)  # type: ignore[arg-type]
-    compiled = automatic_compile(compile, compute)
+    compiled = auto_compile(compile, compute)
     rows = []
     for name in models:
         rows.append(_compare(name, batch, compute, rounds, kernels, compiled))
@@ -53,33 +54,33 @@ def measure(
     return rows
 
 
-def _make(name: str) -> Pretrainer:
+def _make(name: str) -> ViTForPreTraining:
     torch.manual_seed(0)
-    return Pretrainer(create_vit(f"vit_{name}_patch16_224", (224, 224)), VOCABULARY, MAPET, 49)
+    return ViTForPreTraining(create_vit(f"vit_{name}_patch16_224", (224, 224)), VOCABULARY, MAPET, 49)
 
 
-def _inputs(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(size: int, device: torch.device) -> Batch:
     """Images and tokens where they are used; the permutation on the CPU, where a loader makes it."""
-    images = torch.randn(batch, 3, 224, 224).to(device)
-    return images, torch.randint(VOCABULARY, (batch, 196)).to(device), torch.rand(batch, 196).argsort(1)
+    images, tokens = torch.randn(size, 3, 224, 224).to(device), torch.randint(VOCABULARY, (size, 196)).to(device)
+    return Batch(torch.arange(size), images, targets=tokens, permutation=torch.rand(size, 196).argsort(1))
 
 
 def _compare(name: str, batch: int, compute: Compute, rounds: int, kernels: bool, compile: bool) -> dict[str, Any]:
     model = prepare_for_device(_make(name), compute).train()
     shape = Shape(model.vit.embed_dim, len(model.vit.blocks))
-    images, tokens, permutation = _inputs(batch, compute.device)
-    step = GradientStep(model, compute, automatic_micro_batch(model, batch, compute), compile)
+    inputs = _inputs(batch, compute.device)
+    step = ForwardBackward(model, compute, automatic_micro_batch(model, batch, compute), compile)
     cuda = compute.device.type == "cuda"
     fits = batch  # of the reference
 
     def reference() -> torch.Tensor:
         with torch.autocast(compute.device.type, torch.bfloat16, enabled=cuda):
-            loss = reference_loss(model, images[:fits], tokens[:fits], permutation[:fits])[0]
+            loss = reference_loss(model, *(x[:fits] for x in (inputs.images, inputs.targets, inputs.permutation)))[0]
         loss.backward()
         return loss
 
     def fast() -> torch.Tensor:
-        return step(images, tokens, compute.to(permutation)).loss
+        return step(inputs.to(compute.device)).loss
 
     width, products = (8192, 10) if cuda else (4096, 1)
     side = torch.randn(width, width, dtype=compute.dtype, device=compute.device)
@@ -160,11 +161,11 @@ def _largest(name: str, compute: Compute, compile: bool) -> int:
     batch = 256
     while True:
         model = prepare_for_device(_make(name), compute)
-        images, tokens, permutation = _inputs(batch * 2, compute.device)
-        step = GradientStep(model, compute, batch * 2, compile)
-        step(images, tokens, compute.to(permutation))
+        inputs = _inputs(batch * 2, compute.device)
+        step = ForwardBackward(model, compute, batch * 2, compile)
+        step(inputs.to(compute.device))
         fits = step.micro_batch == batch * 2  # it halves where memory does not suffice
-        del model, images, tokens, step
+        del model, inputs, step
         torch.cuda.empty_cache()
         if not fits:
             return batch

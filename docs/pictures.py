@@ -18,7 +18,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import mapet
-from mapet.models.objectives import MAPET, MIM, PIM, Objective, segment_lengths, visibility
+from mapet.models.objectives import MAPET, MIM, PIM, Objective
+from mapet.models.packing import attention_mask, segment_lengths
 from mapet.reports.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
 from mapet.tokenizers.codebook import load_tokenizer
 
@@ -32,9 +33,9 @@ SHOWN = (0, 3, 7, 11)
 def seen_by(objective: Objective, rank: int) -> dict[str, Bool[Tensor, " p"]]:
     """Segment -> which of its p patches the row sees that predicts rank `rank`; all of them for the context."""
     lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
-    table = visibility(objective, 1, CONTEXT, PREDICTED)
+    table = attention_mask(objective, 1, CONTEXT, PREDICTED)
     starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
-    row = table[starts[objective.read_at] + rank]
+    row = table[starts[objective.output_segment] + rank]
     return {segment: row[start : start + lengths[segment]] for segment, start in starts.items() if segment != "query"}
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     permutation = np.random.default_rng(4).permutation(GRID[0] * GRID[1]).tolist()
     figures = {"concepts-sees": what_predicts_sees(torch.from_numpy(flower.copy()).movedim(-1, 0).float(), permutation)}
     for objective in (MIM, PIM, MAPET):
-        table = visibility(objective, 1, CONTEXT, PREDICTED)
+        table = attention_mask(objective, 1, CONTEXT, PREDICTED)
         lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
         figures[f"visibility-{objective.name}"] = visibility_table(table, lengths, objective.name)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import mapet
+from mapet.data.dataset import Batch
 from mapet.data.digits import write_digits
 from mapet.data.token_store import TokenStore
 
@@ -21,6 +22,11 @@ PRETRAIN: dict[str, Any] = {
 
 
 torch.set_num_threads(2)  # for what is made once for all tests
+
+
+def make_batch(images: torch.Tensor, targets: torch.Tensor, permutation: torch.Tensor) -> Batch:
+    """What a pre-training model takes."""
+    return Batch(torch.arange(len(images)), images, targets=targets, permutation=permutation)
 
 
 @pytest.fixture(autouse=True)

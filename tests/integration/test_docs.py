@@ -22,7 +22,7 @@ from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, OBJECTIVES
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.studies.grid import grid_cells
 from mapet.training.estimate import training_flops
 
@@ -136,7 +136,7 @@ def test_objectives_page_names_every_objective_and_its_cost():
     costs = {}
     for name, objective in OBJECTIVES.items():
         vit = create_vit("vit_base_patch16_224", (224, 224))
-        model = ContextAutoencoder(vit, 8192, 49) if objective is CAE else Pretrainer(vit, 8192, objective, 49)
+        model = ContextAutoencoder(vit, 8192, 49) if objective is CAE else ViTForPreTraining(vit, 8192, objective, 49)
         costs[name] = training_flops(model.to("meta").train(), [49])
     for name, cost in costs.items():
         (row,) = re.findall(rf"^\| `{name}` .*\|$", text, flags=re.M)

@@ -128,7 +128,7 @@ def mapet_view(picture, size, tmp_path):
     (tmp_path / "one").mkdir()
     picture.save(tmp_path / "one" / "one.png")
     channels = 1 if picture.mode == "L" else 3
-    return ViewDataset(scan(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[0, 0].image
+    return ViewDataset(scan(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[0, 0].images[0]
 
 
 @pytest.mark.parametrize(

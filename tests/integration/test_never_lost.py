@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed
 from mapet.training.loss_monitor import LEAST, Watch
 from mapet.training.metrics import Window
-from mapet.training.training_setup import Setting
+from mapet.training.training_setup import TrainingSetup
 from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
 
@@ -274,13 +275,13 @@ def test_one_of_two_processes_is_killed(options, tmp_path):
 
 def poisoned(monkeypatch, steps):
     """Let the images of these steps (counted from 0) be NaN."""
-    original = Setting.inputs
+    original = TrainingSetup.prepare_batch
 
-    def inputs(self, batch, step):
+    def prepare_batch(self, batch, step):
         made = original(self, batch, step)
-        return made._replace(images=made.images * torch.nan) if step in steps else made
+        return replace(made, images=made.images * torch.nan) if step in steps else made
 
-    monkeypatch.setattr(Setting, "inputs", inputs)
+    monkeypatch.setattr(TrainingSetup, "prepare_batch", prepare_batch)
 
 
 def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
@@ -367,16 +368,16 @@ def test_spikes_are_logged_with_their_images(few_digits, caplog):
 
 def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_dir):
     """The gradient stays that of the batch; a resumed run goes on with what fitted."""
-    from mapet.models.pretraining import Pretrainer
+    from mapet.models.pretraining import ViTForPreTraining
 
-    original = Pretrainer.encode
+    original = ViTForPreTraining.encode
 
-    def encode(self, images, *rest):
-        if len(images) > 20:
+    def encode(self, batch):
+        if len(batch) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, images, *rest)
+        return original(self, batch)
 
-    monkeypatch.setattr(Pretrainer, "encode", encode)
+    monkeypatch.setattr(ViTForPreTraining, "encode", encode)
     with monkeypatch.context() as patch:
         StopAt(patch, 2)
         with pytest.raises(Interrupted):
@@ -389,12 +390,12 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
 
 
 def test_not_even_one_image_fits(options, monkeypatch):
-    from mapet.models.pretraining import Pretrainer
+    from mapet.models.pretraining import ViTForPreTraining
 
     def encode(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(Pretrainer, "encode", encode)
+    monkeypatch.setattr(ViTForPreTraining, "encode", encode)
     with pytest.raises(MapetError, match="out of memory with one image at a time: take a smaller --model"):
         mapet.pretrain(**options)
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import mapet
 from mapet.cli import main, run_stage
 from mapet.commands.run import _naming_options
-from mapet.data.dataset import ViewDataset, collate
+from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
@@ -33,7 +33,7 @@ from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.training.build import load_run
-from mapet.training.step import GradientStep
+from mapet.training.step import ForwardBackward
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 
 PICTURES = {
@@ -174,11 +174,11 @@ def test_stored_and_online_tokens_agree(views, crops, tmp_path):
     images, tokenizer = scan(crops), load_tokenizer(tmp_path / "t")
     store = TokenStore.open(tmp_path / "s", images, tokenizer.hash)
     stored = ViewDataset(images, store.view_spec, image_size=(32, 32), teacher_size=(32, 32), store=store, seed=9)
-    batch = collate([stored[epoch, index] for epoch in range(6) for index in range(12)])
-    assert torch.equal(batch.image, batch.teacher_image)
-    assert torch.equal(tokenizer(batch.teacher_image).flatten(1), batch.tokens)
+    batch = stored.batch([(epoch, index) for epoch in range(6) for index in range(12)])
+    assert torch.equal(batch.images, batch.teacher_images)
+    assert torch.equal(tokenizer(batch.teacher_images).flatten(1), batch.targets)
     if views != "center":
-        assert len(batch.image.flatten(1).unique(dim=0)) > 12
+        assert len(batch.images.flatten(1).unique(dim=0)) > 12
 
 
 def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tmp_path, caplog):
@@ -351,16 +351,16 @@ def test_a_drawn_ratio_resumes_exactly(few_digits, tokenizer_dir, tokens_dir, tm
 def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
     """Initial weights, images, jitter, views, their order, permutations, stochastic depth and tokens of every step."""
     seen = {}
-    original = GradientStep.__call__
+    original = ForwardBackward.__call__
 
-    def record(self, *inputs):
+    def record(self, batch, *rest):
         steps = seen.setdefault(self.model.objective.name, [])
         if not steps:
             steps.append({key: value.clone() for key, value in self.model.state_dict().items()})
-        steps.append(inputs)
-        return original(self, *inputs)
+        steps.append(batch)
+        return original(self, batch, *rest)
 
-    monkeypatch.setattr(GradientStep, "__call__", record)
+    monkeypatch.setattr(ForwardBackward, "__call__", record)
     for objective in OBJECTIVES:
         options = PRETRAIN | {"objective": objective, "color_jitter": 0.4, "order": "blockwise"}
         mapet.pretrain(
@@ -372,9 +372,9 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
         for key, value in weights.items():
             assert torch.equal(value, others[key]), (name, key)
         for ours, theirs in zip(steps, other_steps, strict=True):
-            tensors = [(x, y) for x, y in zip(ours, theirs, strict=True) if isinstance(x, torch.Tensor)]
-            assert len(tensors) == 4 and all(torch.equal(x, y) for x, y in tensors)
-            assert ours[3] == theirs[3]
+            for name in ("images", "targets", "permutation", "drop_path_rand"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+            assert ours.num_context == theirs.num_context is not None
 
 
 def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):

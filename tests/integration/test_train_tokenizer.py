@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import mapet
 import mapet.training.tokenizer_loop as loop
 from mapet.cli import main
-from mapet.data.dataset import ViewDataset, collate
+from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizers.codebook import load_tokenizer
@@ -102,11 +102,11 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
     tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
-    batch = collate([ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))[0, i] for i in range(9)])
-    ids = tokenizer(batch.teacher_image).flatten(1)
+    batch = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8)).batch([(0, i) for i in range(9)])
+    ids = tokenizer(batch.teacher_images).flatten(1)
     assert np.array_equal(ids.numpy(), all_rows(store)[:9, 0])
     with torch.inference_mode():
-        cosines = torch.einsum("bdhw,kd->bhwk", encoder(batch.teacher_image / 255), encoder.codebook)
+        cosines = torch.einsum("bdhw,kd->bhwk", encoder(batch.teacher_images / 255), encoder.codebook)
     assert torch.equal(ids, cosines.argmax(3).flatten(1))
     runs = []
     for tokens in (tmp_path / "s", None):

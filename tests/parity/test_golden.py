@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from mapet.models.backbone import create_vit
 from mapet.models.objectives import MAPET
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
+from tests.conftest import make_batch
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden_pretrainer(name: str) -> tuple[Pretrainer, dict[str, torch.Tensor]]:
+def golden_pretrainer(name: str) -> tuple[ViTForPreTraining, dict[str, torch.Tensor]]:
     path = GOLDEN / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         meta = file.metadata()
@@ -27,7 +28,7 @@ def golden_pretrainer(name: str) -> tuple[Pretrainer, dict[str, torch.Tensor]]:
     if float(meta["layer_scale_init"]):
         args["init_values"] = float(meta["layer_scale_init"])
     vit = create_vit("vit_tiny_patch16_224", (side, side), patch, model_args=args)
-    model = Pretrainer(vit, int(meta["vocab_size"]), MAPET, int(meta["num_context"])).double().eval()
+    model = ViTForPreTraining(vit, int(meta["vocab_size"]), MAPET, int(meta["num_context"])).double().eval()
     weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
     own = {key: key if key.split(".")[0] in ("mask_token", "head") else f"vit.{key}" for key in weights}
     model.load_state_dict({own[key]: value.double() for key, value in weights.items()}, strict=True)
@@ -45,7 +46,8 @@ def test_reproduces_released_model(name: str, fused: bool) -> None:
     for block in model.vit.blocks:
         block.attn.fused_attn = fused
     images, permutation = golden["images"].double(), golden["permutation"]
-    logits, loss = model.predict(images, permutation), model(images, golden["tokens"], permutation).loss
+    batch = make_batch(images, golden["tokens"], permutation)
+    logits, loss = model.predict(batch), model(batch).loss
     loss.backward()
     assert relative_error(logits, golden["logits"]) < 1e-6
     assert relative_error(loss, golden["loss"][0]) < 1e-6

@@ -37,10 +37,10 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops):
     augment = rand_augment(POLICY, (32, 32), (0.5, 0.5, 0.5))
     dataset = ViewDataset(scan(crops), ViewSpec(image_size=(32, 32)), image_size=(32, 32), augment=augment)
     batches = [
-        torch.cat([batch.image for batch in make_loader(dataset, in_order(12, 5, number=epoch), workers)])
+        torch.cat([batch.images for batch in make_loader(dataset, in_order(12, 5, number=epoch), workers)])
         for epoch, workers in ((0, 0), (0, 2), (1, 0))
     ]
-    plain = torch.stack([ViewDataset(scan(crops), dataset.spec, image_size=(32, 32))[0, i].image for i in range(12)])
+    plain = ViewDataset(scan(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], plain)
     assert batches[0].dtype == torch.uint8 and batches[0].shape == plain.shape

@@ -88,10 +88,10 @@ def test_draws_depend_on_the_image_alone(crops):
         return ViewDataset(listed, spec, image_size=(32, 32), augment=Corruption("gaussian noise", 3))
 
     whole, part = of(images), of(images.subset([4, 7]))
-    assert torch.equal(whole[0, 7].image, part[0, 1].image)
+    assert torch.equal(whole[0, 7].images[0], part[0, 1].images[0])
     clean = ViewDataset(images, ViewSpec(image_size=(32, 32)), image_size=(32, 32))
-    difference = (whole[0, 7].image.float() - clean[0, 7].image.float()) / 255
-    other = (whole[0, 4].image.float() - clean[0, 4].image.float()) / 255
+    difference = (whole[0, 7].images[0].float() - clean[0, 7].images[0].float()) / 255
+    other = (whole[0, 4].images[0].float() - clean[0, 4].images[0].float()) / 255
     assert abs(float(torch.corrcoef(torch.stack([difference.flatten(), other.flatten()]))[0, 1])) < 0.1
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import mapet
 from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.kmeans import assign, kmeans
 from mapet.training import loop
-from mapet.training.step import GradientStep
+from mapet.training.step import ForwardBackward
+from tests.conftest import make_batch
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -26,10 +28,10 @@ pytestmark = [
 SMALL = {"embed_dim": 128, "depth": 3, "num_heads": 2}
 
 
-def make(objective, num_targets=None, drop_path=0.0, **args):
+def make(objective, num_predict=None, drop_path=0.0, **args):
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (64, 80), 8, 3, SMALL | args, drop_path)
-    model = Pretrainer(vit, 500, objective, 20, num_targets)
+    model = ViTForPreTraining(vit, 500, objective, 20, num_predict)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.05)
@@ -39,11 +41,8 @@ def make(objective, num_targets=None, drop_path=0.0, **args):
 def draw(batch=16):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 64, 80, generator=generator)
-    return (
-        images,
-        torch.randint(500, (batch, 80), generator=generator),
-        torch.rand(batch, 80, generator=generator).argsort(1),
-    )
+    tokens = torch.randint(500, (batch, 80), generator=generator)
+    return make_batch(images, tokens, torch.rand(batch, 80, generator=generator).argsort(1))
 
 
 def gradients(model):
@@ -54,25 +53,21 @@ CASES = [(objective, m) for objective in (MAPET, PIM, MIM, CAUSAL) for m in (Non
 
 
 @pytest.mark.parametrize(
-    ("objective", "num_targets", "precision", "compile"),
+    ("objective", "num_predict", "precision", "compile"),
     [(*case, precision, False) for case in CASES for precision in ("float32", "bfloat16")]
     + [(MAPET, None, "bfloat16", True), (CAUSAL, 17, "bfloat16", True)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_step_is_the_cpu_s(objective, num_targets, precision, compile):
+def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     torch._dynamo.reset()
-    exact = make(objective, num_targets, drop_path=0.2)
-    model, inputs = deepcopy(exact), draw()
-    ranks = exact.draw_ranks(20, [0])
-    survival = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
-    wanted = GradientStep(exact, Compute(torch.device("cpu"), torch.float32), 16)(
-        *inputs, ranks=ranks, survival=survival
-    )
+    exact = make(objective, num_predict, drop_path=0.2)
+    rand = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
+    indices = exact.sample_target_indices(20, [0])
+    model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
+    wanted = ForwardBackward(exact, Compute(torch.device("cpu"), torch.float32), 16)(batch)
     compute = Compute.choose("cuda", precision)
-    step = GradientStep(prepare_for_device(model, compute), compute, 8, compile)
-    found = step(
-        *map(compute.to, inputs), ranks=None if ranks is None else compute.to(ranks), survival=compute.to(survival)
-    )
+    step = ForwardBackward(prepare_for_device(model, compute), compute, 8, compile)
+    found = step(batch.to(compute.device))
     assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01)
     assert torch.equal(found.targets.cpu(), wanted.targets)
     expected = gradients(exact)
@@ -91,9 +86,9 @@ def test_compiled_blocks_are_compiled_once():
     counters.clear()
     model = make(MAPET, drop_path=0.2, depth=12)
     compute = Compute.choose("cuda", "bfloat16")
-    step = GradientStep(prepare_for_device(model, compute), compute, 16, compile=True)
+    step = ForwardBackward(prepare_for_device(model, compute), compute, 16, compile=True)
     for _ in range(2):
-        step(*map(compute.to, draw()), survival=torch.rand(16, 24, device="cuda"))
+        step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
     # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
     assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
 
@@ -115,11 +110,11 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     compute = Compute.choose("cuda", "bfloat16")
     torch.cuda.empty_cache()
     model = prepare_for_device(make(MAPET, embed_dim=384, depth=12), compute)
-    step = GradientStep(model, compute, 512)
+    step = ForwardBackward(model, compute, 512)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
-        loss = step(*map(compute.to, draw(512))).loss
+        loss = step(draw(512).to(compute.device)).loss
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
@@ -142,14 +137,14 @@ def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool,
 
     steps = []
 
-    class Stops(loop.GradientStep):
+    class Stops(loop.ForwardBackward):
         def __call__(self, *args, **kwargs):
             steps.append(1)
             if len(steps) == 20:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "GradientStep", Stops)
+    monkeypatch.setattr(loop, "ForwardBackward", Stops)
     with pytest.raises(mapet.errors.Interrupted):
         mapet.pretrain(**args, out=tmp_path / "parts")
     mapet.pretrain(**args, out=tmp_path / "parts", resume=True)

@@ -206,9 +206,9 @@ def test_batches_do_not_depend_on_workers(crops):
     )
     results = [list(make_loader(dataset, in_order(12, 5, number=3), workers)) for workers in (0, 2)]
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a.image, b.image) and torch.equal(a.teacher_image, b.teacher_image)
+        assert torch.equal(a.images, b.images) and torch.equal(a.teacher_images, b.teacher_images)
         assert torch.equal(a.permutation, b.permutation) and torch.equal(a.image_index, b.image_index)
-        assert torch.equal(a.jitter, b.jitter) and a.jitter.shape == (len(a.image), 3)
+        assert torch.equal(a.jitter, b.jitter) and a.jitter.shape == (len(a.images), 3)
 
 
 def test_teacher_and_student_see_the_same_view(crops):
@@ -218,7 +218,7 @@ def test_teacher_and_student_see_the_same_view(crops):
     )
     for number in range(10):
         sample = dataset[number, number]
-        assert torch.equal(sample.image, sample.teacher_image)
+        assert torch.equal(sample.images, sample.teacher_images)
 
 
 def store_of(folder, images, views=2, vocab=100):

@@ -2,6 +2,7 @@
 
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,16 @@ from hypothesis import strategies as st
 from mapet import device
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.models import cross_entropy
-from mapet.models.attention import plain_attention, row_blocks
+from mapet.models import losses
 from mapet.models.backbone import create_vit, prepare_for_device
-from mapet.models.cross_entropy import linear_cross_entropy
-from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, visibility
-from mapet.models.pretraining import Pretrainer, fates_of, residual
+from mapet.models.losses import linear_cross_entropy
+from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM
+from mapet.models.packing import attention_mask, eager_attention, split_query_blocks
+from mapet.models.pretraining import ViTForPreTraining, drop_path_scales, residual_update
 from mapet.training import sizing
 from mapet.training.sizing import automatic_micro_batch
-from mapet.training.step import GradientStep
+from mapet.training.step import ForwardBackward
+from tests.conftest import make_batch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FLOAT64 = Compute(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"
@@ -33,11 +35,11 @@ def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
-def make(objective=MAPET, c=5, num_targets=None, drop_path=0.0, dtype=torch.float64, **args):
+def make(objective=MAPET, c=5, num_predict=None, drop_path=0.0, dtype=torch.float64, **args):
     torch.manual_seed(0)
     base = {"embed_dim": 32, "depth": 3, "num_heads": 2} | args
     vit = create_vit("vit_tiny_patch16_224", (16, 20), 4, 3, base, drop_path)
-    model = Pretrainer(vit, 40, objective, c, num_targets).to(dtype)
+    model = ViTForPreTraining(vit, 40, objective, c, num_predict).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
@@ -48,7 +50,7 @@ def draw(batch=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 16, 20, generator=generator, dtype=torch.float64).to(dtype)
     permutation = torch.rand(batch, 20, generator=generator).argsort(1)
-    return images, torch.randint(0, 40, (batch, 20), generator=generator), permutation
+    return make_batch(images, torch.randint(0, 40, (batch, 20), generator=generator), permutation)
 
 
 def gradients(model):
@@ -64,16 +66,15 @@ def test_equals_the_released_way(benchmarks, args, fused):
     model = make(**args)
     for block in model.vit.blocks:
         block.attn.fused_attn = fused
-    inputs = draw()
-    expected, logits = reference_loss(model, *inputs)
+    batch = draw()
+    expected, logits = reference_loss(model, batch.images, batch.targets, batch.permutation)
     expected.backward()
     wanted = gradients(model)
     model.zero_grad()
-    step = GradientStep(model, FLOAT64, micro_batch=4)
-    step.dtype = torch.float64
-    prediction = step(*inputs)
+    step = ForwardBackward(model, FLOAT64, micro_batch=4)
+    prediction = step(batch)
     assert torch.allclose(prediction.loss, expected, rtol=1e-12)
-    assert prediction.correct == (logits.argmax(-1) == prediction.targets).sum()
+    assert prediction.num_correct == (logits.argmax(-1) == prediction.targets).sum()
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
 
@@ -82,10 +83,10 @@ def test_equals_the_released_way(benchmarks, args, fused):
 def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     model = make(objective, dtype=torch.float32)
     low = deepcopy(model)
-    inputs = draw(32, torch.float32)
-    exact = GradientStep(model, Compute(torch.device("cpu"), torch.float32), 32)(*inputs)
+    batch = draw(32, torch.float32)
+    exact = ForwardBackward(model, Compute(torch.device("cpu"), torch.float32), 32)(batch)
     compute = Compute(torch.device("cpu"), torch.bfloat16)
-    rough = GradientStep(prepare_for_device(low, compute), compute, 8)(*inputs)
+    rough = ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch)
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
     wanted = gradients(model)
@@ -101,12 +102,11 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
     model, whole = make(drop_path=0.5), make(drop_path=0.5)
     survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
-        step = GradientStep(made, FLOAT64, size)
-        step.dtype = torch.float64
-        made.prediction = step(*draw(), survival=survival)
+        step = ForwardBackward(made, FLOAT64, size)
+        made.prediction = step(replace(draw(), drop_path_rand=survival))
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
-    assert model.prediction.correct == whole.prediction.correct
+    assert model.prediction.num_correct == whole.prediction.num_correct
     wanted = gradients(whole)
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
@@ -123,7 +123,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
         """The block after its attention, where its two branches have these numbers for the three images."""
         survival = torch.zeros(3, 2 * len(model.vit.blocks), dtype=torch.float64)
         survival[:, 4], survival[:, 5] = map(torch.tensor, numbers)
-        return residual(block, rows, attended, fates_of(model.vit, survival, rows)[2])
+        return residual_update(block, rows, attended, drop_path_scales(model.vit, survival, rows)[2])
 
     nothing, always = [0.61] * 3, [0.59] * 3
     assert torch.equal(through(nothing, nothing), rows)
@@ -134,7 +134,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
     mixed = through([0.59, 0.61, 0.59], always)
     assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
     model.eval()
-    assert torch.equal(through(nothing, nothing), residual(block, rows, attended))
+    assert torch.equal(through(nothing, nothing), residual_update(block, rows, attended))
 
 
 @given(
@@ -145,10 +145,10 @@ def test_blocks_cover_the_table(prefix, c, p, name, seed):
     """Blocks are consecutive, leave out only what nobody sees, and claim to need no mask only where that is so."""
     if name == "pim" and prefix + c == 0:
         return
-    table = visibility(OBJECTIVES[name], prefix, c, p)
-    blocks = row_blocks(table)
-    assert [b.rows.start for b in blocks] == [0, *(b.rows.stop for b in blocks[:-1])]
-    assert blocks[-1].rows.stop == len(table)
+    table = attention_mask(OBJECTIVES[name], prefix, c, p)
+    blocks = split_query_blocks(table)
+    assert [b.queries.start for b in blocks] == [0, *(b.queries.stop for b in blocks[:-1])]
+    assert blocks[-1].queries.stop == len(table)
     for rows, columns, masked in blocks:
         outside = table[rows].clone()
         outside[:, columns] = False
@@ -158,20 +158,20 @@ def test_blocks_cover_the_table(prefix, c, p, name, seed):
 
 def test_mapet_needs_two_attention_calls():
     """At the paper's sizes: mask and context rows without a mask over 197 columns, target and query rows with one."""
-    table = visibility(MAPET, 1, 49, 147)[:, :344]
-    assert row_blocks(table) == [
+    table = attention_mask(MAPET, 1, 49, 147)[:, :344]
+    assert split_query_blocks(table) == [
         (slice(0, 197), slice(0, 197), False),
         (slice(197, 491), slice(0, 344), True),
     ]
-    assert len(row_blocks(visibility(MIM, 1, 49, 147))) == 1
+    assert len(split_query_blocks(attention_mask(MIM, 1, 49, 147))) == 1
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_plain_attention_equals_pytorch_s(masked):
+def test_eager_attention_equals_pytorch_s(masked):
     q, k, v = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.zeros(7, 7, dtype=torch.float64).masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
     results = []
-    for attention in (plain_attention, F.scaled_dot_product_attention):
+    for attention in (eager_attention, F.scaled_dot_product_attention):
         out = attention(q, k, v, attn_mask=bias if masked else None, dropout_p=0.0, scale=0.3)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for ours, theirs in zip(*results, strict=True):
@@ -182,15 +182,15 @@ def test_plain_attention_equals_pytorch_s(masked):
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_chunked_cross_entropy(monkeypatch, rows, scale):
     """Loss, accuracy and gradients of PyTorch's, in any chunks, also where a softmax in one go would underflow."""
-    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", rows)
+    monkeypatch.setitem(losses.CHUNK_ROWS, "cpu", rows)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).requires_grad_()
         for shape in ((23, 8), (40, 8), (40,))
     )
     targets = torch.randint(0, 40, (23,), generator=generator)
-    loss, correct, losses = linear_cross_entropy(x, weight, bias, targets)
-    assert torch.allclose(losses, F.cross_entropy(F.linear(x, weight, bias), targets, reduction="none"), rtol=1e-12)
+    loss, correct, each = linear_cross_entropy(x, weight, bias, targets)
+    assert torch.allclose(each, F.cross_entropy(F.linear(x, weight, bias), targets, reduction="none"), rtol=1e-12)
     logits = F.linear(x, weight, bias)
     expected = F.cross_entropy(logits, targets)
     assert torch.allclose(loss, expected, rtol=1e-12)
@@ -204,23 +204,26 @@ def test_chunked_cross_entropy(monkeypatch, rows, scale):
 @pytest.mark.parametrize("m", [1, 4, 15])
 def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
     """The rows of some ranks, computed alone, equal the same rows computed with all the others."""
-    model = make(objective, num_targets=m)
-    images, tokens, permutation = draw()
-    everything = model.encode(images, permutation, model.layout())
+    model = make(objective, num_predict=m)
+    batch = draw()
+    everything = model.encode(batch)
     ranks = torch.randperm(15)[:m].sort().values
-    assert torch.allclose(model.encode(images, permutation, model.layout(), ranks), everything[:, ranks], atol=1e-12)
-    drawn = model.draw_ranks(5, [0])
+    some = model.encode(replace(batch, target_indices=ranks))
+    assert torch.allclose(some, everything[:, ranks], atol=1e-12)
+    drawn = model.sample_target_indices(5, [0])
     assert len(drawn.unique()) == m and drawn.min() >= 0 and drawn.max() < 15
-    assert model(images, tokens, permutation, ranks=drawn).targets.shape == (6, m)
-    assert model(images, tokens, permutation).targets.shape == (6, 15)
+    assert model(replace(batch, target_indices=drawn)).targets.shape == (6, m)
+    assert model(batch).targets.shape == (6, 15)
 
 
 def test_a_subset_of_targets_is_an_unbiased_estimate():
-    model = make(num_targets=5).train()
-    inputs = draw(2)
+    model = make(num_predict=5).train()
+    batch = draw(2)
     with torch.no_grad():
-        draws = torch.stack([model(*inputs, ranks=model.draw_ranks(5, [n])).loss for n in range(400)])
-        whole = model(*inputs).loss
+        draws = torch.stack(
+            [model(replace(batch, target_indices=model.sample_target_indices(5, [n]))).loss for n in range(400)]
+        )
+        whole = model(batch).loss
     assert abs(float(draws.mean() - whole)) < 4 * float(draws.std()) / 20
     assert draws.std() > 0
 
@@ -228,12 +231,12 @@ def test_a_subset_of_targets_is_an_unbiased_estimate():
 @pytest.mark.parametrize("m", [0, 16])
 def test_targets_out_of_range(m):
     with pytest.raises(MapetError, match=f"{m} targets .*out of range: 15 patches are hidden"):
-        make(num_targets=m)
+        make(num_predict=m)
 
 
 def test_micro_batch_of_a_cpu_fits_its_cache_and_of_a_gpu_is_the_batch():
     vit = create_vit("vit_tiny_patch16_224", (224, 224))
-    model = Pretrainer(vit, 10, MAPET, 49)
+    model = ViTForPreTraining(vit, 10, MAPET, 49)
     assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 8
     assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 4
     assert automatic_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
@@ -253,7 +256,7 @@ def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(
 @pytest.mark.parametrize(("name", "peak"), [("tiny", 10.7), ("small", 20.3), ("base", 39.7)])
 def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
     """Peak GB at batch 256, on an H100 (docs/performance.md): never more than counted, and not much less."""
-    model = Pretrainer(create_vit(f"vit_{name}_patch16_224", (224, 224)), 8192, MAPET, 49)
+    model = ViTForPreTraining(create_vit(f"vit_{name}_patch16_224", (224, 224)), 8192, MAPET, 49)
     compute = Compute(torch.device("cuda"), torch.bfloat16)
     assert 1 < 256 * sizing.bytes_per_image(model, compute) / (peak * 1e9) < 1.25
 
@@ -267,9 +270,9 @@ def test_arithmetic_is_what_pytorch_counts(benchmarks):
     for block in model.vit.blocks:
         block.attn.fused_attn = False
     shape = Shape(32, 3, patches=20, context=5, vocabulary=40, patch_values=48)
-    images, tokens, permutation = draw(1, torch.float32)
+    batch = draw(1, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        model(images, tokens, permutation).loss.backward()
+        model(batch).loss.backward()
     p, content = 15, 36
     # Two blocks' target and query rows; the last block's queries, which don't even multiply with the last target.
     unseen = 2 * shape.width * (2 * 2 * p * (content - 21) + p * (content - 1 - 21))
@@ -285,7 +288,7 @@ def test_arithmetic_is_what_pytorch_counts(benchmarks):
 def test_compiled_step_equals_eager():
     """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
     eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
-    results = [GradientStep(m, FLOAT64, 6, compile=m is compiled)(*draw(6, torch.float32)) for m in (eager, compiled)]
+    results = [ForwardBackward(m, FLOAT64, 6, compile=m is compiled)(draw(6, torch.float32)) for m in (eager, compiled)]
     assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
     wanted = gradients(eager)
     for name, gradient in gradients(compiled).items():

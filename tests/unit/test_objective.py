@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapet.errors import MapetError
-from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, get_objective, segment_lengths, visibility
+from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM, get_objective
+from mapet.models.packing import attention_mask, segment_lengths
 
 sizes = st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(1, 20))  # prefix, c, p
 
@@ -14,7 +15,7 @@ sizes = st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(1, 20))  # 
 def blocks(objective, prefix, c, p):
     """(row segment, column segment) -> its block of the table."""
     lengths = segment_lengths(objective, prefix, c, p)
-    rows = visibility(objective, prefix, c, p).split(list(lengths.values()), dim=0)
+    rows = attention_mask(objective, prefix, c, p).split(list(lengths.values()), dim=0)
     return {
         (row, column): block
         for row, part in zip(lengths, rows, strict=True)
@@ -25,7 +26,7 @@ def blocks(objective, prefix, c, p):
 @given(sizes)
 def test_every_mapet_row_sees_exactly_the_full_sequence(size):
     prefix, c, p = size
-    table = visibility(MAPET, prefix, c, p)
+    table = attention_mask(MAPET, prefix, c, p)
     assert (table.sum(dim=1) == prefix + c + p).all()
 
 
@@ -68,7 +69,7 @@ def test_pim_is_mapet_without_mask_columns(size):
     prefix, c, p = size
     if prefix + c == 0:
         with pytest.raises(MapetError, match="sees nothing"):
-            visibility(PIM, prefix, c, p)
+            attention_mask(PIM, prefix, c, p)
         return
     whole, part = blocks(MAPET, prefix, c, p), blocks(PIM, prefix, c, p)
     for pair, block in part.items():

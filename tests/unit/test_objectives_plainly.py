@@ -1,6 +1,7 @@
 """Every objective against a slow program of its own: one image, one row at a time, who sees whom written out again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +11,17 @@ from hypothesis import strategies as st
 
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
-from mapet.models.cae import ALIGNMENT, DEPTH, ContextAutoencoder
+from mapet.models.cae import ALIGNMENT_WEIGHT, REGRESSOR_DEPTH, ContextAutoencoder
 from mapet.models.losses import normalized_patches
-from mapet.models.objectives import OBJECTIVES, num_context_of
-from mapet.models.pretraining import Pretrainer
+from mapet.models.objectives import OBJECTIVES, num_context_from_ratio
+from mapet.models.pretraining import ViTForPreTraining
+from tests.conftest import make_batch
 
 GRID, PATCH, WORDS, HEADS = (3, 4), 4, 7, 2
 N = GRID[0] * GRID[1]
 
 
-def make(name, c, kind=Pretrainer, **options):
+def make(name, c, kind=ViTForPreTraining, **options):
     torch.manual_seed(0)
     vit = create_vit(
         "vit_tiny_patch16_224",
@@ -41,7 +43,7 @@ def draw(batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, 12, 16, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, N, generator=generator).argsort(1)
-    return images, torch.randint(WORDS, (batch, N), generator=generator), permutation
+    return make_batch(images, torch.randint(WORDS, (batch, N), generator=generator), permutation)
 
 
 def seen_by(name, segment, i, c, p):
@@ -114,8 +116,9 @@ TABLED = [name for name in OBJECTIVES if name != "cae"]
 @pytest.mark.parametrize("name", TABLED)
 def test_logits_equal_the_row_by_row_program(name, c):
     model = make(name, c)
-    images, _, permutation = draw()
-    logits = model.predict(images, permutation)
+    batch = draw()
+    images, permutation = batch.images, batch.permutation
+    logits = model.predict(batch)
     for b in range(len(images)):
         expected = plain_logits(model, name, images[b], permutation[b].tolist(), c)
         assert torch.allclose(logits[b], expected, atol=1e-10)
@@ -124,14 +127,15 @@ def test_logits_equal_the_row_by_row_program(name, c):
 @pytest.mark.parametrize("name", ["mapet", "pim"])
 def test_separate_query_tokens(name):
     model = make(name, 4, separate_query=True)
-    images, _, permutation = draw(1)
+    batch = draw(1)
+    images, permutation = batch.images, batch.permutation
     expected = plain_logits(model, name, images[0], permutation[0].tolist(), 4)
-    assert torch.allclose(model.predict(images, permutation)[0], expected, atol=1e-10)
+    assert torch.allclose(model.predict(batch)[0], expected, atol=1e-10)
 
 
 def test_separate_query_tokens_start_as_the_mask_token_and_need_queries():
     vit = create_vit("vit_tiny_patch16_224", (12, 16), PATCH, 3, {"embed_dim": 16, "depth": 1, "num_heads": 2})
-    model = Pretrainer(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query=True)
+    model = ViTForPreTraining(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query=True)
     assert torch.equal(model.query_token, model.mask_token)
     with pytest.raises(MapetError, match="'mim' has no query tokens"):
         make("mim", 4, separate_query=True)
@@ -141,7 +145,8 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
     """timm's own blocks under a triangular mask, the next position added: AIM's and iGPT's control."""
     model = make("causal", 0)
     vit = model.vit
-    images, tokens, _ = draw()
+    batch = draw()
+    images = batch.images
     order = torch.arange(N).expand(2, -1)
     embedded = vit._pos_embed(vit.patch_embed(images))
     start = model.mask_token.expand(2, -1, -1)
@@ -150,9 +155,9 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
     for block in vit.blocks:
         rows = block(rows, attn_mask=torch.ones(1 + N, 1 + N, dtype=torch.bool).tril())
     logits = model.head(vit.norm(rows[:, 1:]))
-    assert torch.allclose(model.predict(images, order), logits, atol=1e-10)
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    assert torch.allclose(model(images, tokens, order).loss, loss, atol=1e-10)
+    assert torch.allclose(model.predict(replace(batch, permutation=order)), logits, atol=1e-10)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    assert torch.allclose(model(replace(batch, permutation=order)).loss, loss, atol=1e-10)
 
 
 @given(st.sampled_from(TABLED), st.integers(0, N - 1), st.integers(0, N - 1), st.booleans())
@@ -160,9 +165,9 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
 def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
     """With gradients: what a drawn ratio relies on."""
     model, made = make(name, other), make(name, c)
-    images, tokens, permutation = draw()
+    batch = draw()
     for one, given_c in ((model.train(train), c), (made.train(train), None)):
-        one(images, tokens, permutation, given_c).loss.backward()
+        one(replace(batch, num_context=given_c)).loss.backward()
     for (key, parameter), same in zip(model.named_parameters(), made.parameters(), strict=True):
         if key == "mask_token" and name == "causal" and c:
             assert parameter.grad is None  # only what starts from nothing starts from it
@@ -172,7 +177,7 @@ def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
 
 @pytest.mark.parametrize(("ratio", "c"), [(0.1, 176), (0.5, 98), (0.75, 49), (0.9, 20), (1.0, 0), (0.001, 195)])
 def test_ratios_of_224_px(ratio, c):
-    assert num_context_of(ratio, 196) == c
+    assert num_context_from_ratio(ratio, 196) == c
 
 
 @pytest.mark.parametrize("c", [0, 5, N - 1])
@@ -180,8 +185,9 @@ def test_context_autoencoder(c):
     """Encoder on visible patches alone, regressor, alignment and decoder, written out with torch's own attention."""
     model = make("cae", c, ContextAutoencoder)
     vit = model.vit
-    images, tokens, permutation = draw()
-    loss = model(images, tokens, permutation).loss
+    batch = draw()
+    images, permutation = batch.images, batch.permutation
+    loss = model(batch).loss
 
     def attention(module, asking, seen):
         wq, wk, wv = module.qkv.weight.chunk(3)
@@ -204,7 +210,7 @@ def test_context_autoencoder(c):
     hidden = permutation[:, c:]
     latents, wanted = encode(permutation[:, :c]), encode(hidden)[:, 1:].detach()
     x = model.mask_token + vit.pos_embed[0, 1 + hidden]
-    assert len(model.regressor) == len(model.decoder) == DEPTH
+    assert len(model.regressor) == len(model.decoder) == REGRESSOR_DEPTH
     for block in model.regressor:
         normal = block.norm1(x)
         x = x + block.ls1(attention(block.attn, normal, torch.cat([block.norm1(latents), normal], dim=1)))
@@ -214,9 +220,11 @@ def test_context_autoencoder(c):
         x = x + block.ls1(attention(block.attn, block.norm1(x), block.norm1(x)))
         x = x + block.ls2(block.mlp(block.norm2(x)))
     logits = model.head(model.decoder_norm(x))
-    expected = F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, hidden).flatten()) + ALIGNMENT * alignment
+    expected = (
+        F.cross_entropy(logits.flatten(0, 1), batch.targets.gather(1, hidden).flatten()) + ALIGNMENT_WEIGHT * alignment
+    )
     assert torch.allclose(loss, expected, atol=1e-10)
-    assert torch.allclose(model.predict(images, permutation), logits, atol=1e-10)
+    assert torch.allclose(model.predict(batch), logits, atol=1e-10)
     parameters = list(model.parameters())
     for got, right in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
@@ -226,25 +234,27 @@ def test_context_autoencoder(c):
 
 def test_context_autoencoder_does_not_see_hidden_patches():
     model = make("cae", 5, ContextAutoencoder)
-    images, _, permutation = draw(1)
+    batch = draw(1)
+    images, permutation = batch.images, batch.permutation
     changed = images.clone()
     row, column = divmod(int(permutation[0, 7]), GRID[1])
     changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3
-    assert torch.equal(model.predict(images, permutation), model.predict(changed, permutation))
+    assert torch.equal(model.predict(batch), model.predict(replace(batch, images=changed)))
 
 
 @pytest.mark.parametrize("name", ["mapet", "mim", "cae"])
 @pytest.mark.parametrize("target", ["pixels", "features"])
 def test_targets_that_are_numbers(name, target):
-    kind = ContextAutoencoder if name == "cae" else Pretrainer
+    kind = ContextAutoencoder if name == "cae" else ViTForPreTraining
     model = make(name, 5, kind, target=target)
-    images, _, permutation = draw()
+    batch = draw()
+    images, permutation = batch.images, batch.permutation
     if target == "pixels":
         wanted = normalized_patches(images, GRID)
     else:
         wanted = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    prediction = model(images, wanted, permutation)
-    guesses = model.predict(images, permutation)
+    prediction = model(replace(batch, targets=wanted))
+    guesses = model.predict(batch)
     losses = []
     for b in range(2):
         for i, patch in enumerate(permutation[b, 5:].tolist()):
@@ -258,6 +268,6 @@ def test_targets_that_are_numbers(name, target):
                 losses.append(1 - guess @ feature / (guess.norm() * feature.norm()))
     expected = torch.stack(losses).mean()
     if name == "cae":
-        expected = expected + ALIGNMENT * model.autoencode(images, permutation, 5)[1]
+        expected = expected + ALIGNMENT_WEIGHT * model.forward_latents(batch)[1]
     assert torch.allclose(prediction.loss, expected, atol=1e-10)
-    assert prediction.correct is None
+    assert prediction.num_correct is None

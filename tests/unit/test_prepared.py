@@ -58,7 +58,7 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
 def test_loader_and_stages_take_it(folder, tmp_path):
     made = mapet.prepare(images=folder, out=tmp_path / "made", size=64)
     dataset = ViewDataset(scan(made), ViewSpec(kind="crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4)
-    a, b = ([batch.image for batch in make_loader(dataset, in_order(7, 4), workers)] for workers in (0, 2))
+    a, b = ([batch.images for batch in make_loader(dataset, in_order(7, 4), workers)] for workers in (0, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     mapet.fit_tokenizer(
         images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_bad=0.5

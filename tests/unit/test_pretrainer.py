@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.objectives import MAPET, MIM, PIM
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
+from tests.conftest import make_batch
 
 VOCAB = 11
 
@@ -20,7 +21,7 @@ def make(objective, c, size=(12, 20), patch=4, channels=3, drop_path=0.0, seed=0
     torch.manual_seed(seed)
     base = {"embed_dim": 24, "depth": 2, "num_heads": 2}
     vit = create_vit("vit_tiny_patch16_224", size, patch, channels, base | args, drop_path)
-    model = Pretrainer(vit, VOCAB, objective, c).double().eval()
+    model = ViTForPreTraining(vit, VOCAB, objective, c).double().eval()
     with torch.no_grad():  # default initial values (zero biases, tiny tokens) would hide mistakes
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -32,7 +33,7 @@ def draw(model, batch, channels=3, seed=1):
     images = torch.randn(batch, channels, *model.vit.patch_embed.img_size, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, model.num_patches, generator=generator).argsort(1)
     tokens = torch.randint(0, VOCAB, (batch, model.num_patches), generator=generator)
-    return images, tokens, permutation
+    return make_batch(images, tokens, permutation)
 
 
 variants = st.fixed_dictionaries(
@@ -55,10 +56,11 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
     n = grid[0] * grid[1]
     c = data.draw(st.integers(0, n - 1))
     model = make(MAPET, c, (4 * grid[0], 4 * grid[1]), channels=channels, **args)
-    images, tokens, permutation = draw(model, batch, channels)
-    loss, correct, targets, losses = model(images, tokens, permutation)
+    drawn = draw(model, batch, channels)
+    images, tokens, permutation = drawn.images, drawn.targets, drawn.permutation
+    loss, correct, targets, losses = model(drawn)
     assert torch.allclose(losses.mean(), loss) and losses.shape == (len(images),)
-    logits = model.predict(images, permutation)
+    logits = model.predict(drawn)
     assert correct == (logits.argmax(-1) == targets).sum()
     assert logits.shape == (batch, n - c, VOCAB)
     assert torch.equal(targets, torch.stack([row[order[c:]] for row, order in zip(tokens, permutation, strict=True)]))
@@ -70,7 +72,7 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
     changed = images.clone()
     row, column = divmod(patch, grid[1])
     changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3.0
-    after = model.predict(changed, permutation)
+    after = model.predict(replace(drawn, images=changed))
     assert torch.allclose(after[0, : t + 1], logits[0, : t + 1], atol=1e-9)  # not seen up to its own prediction
     if t + 1 < n - c:
         assert not torch.allclose(after[0, t + 1 :], logits[0, t + 1 :], atol=1e-9)  # seen by all later ones
@@ -83,25 +85,24 @@ def test_context_and_mask_rows_equal_a_mim_pass(c, args):
     for segment in ("context", "mask"):
         if segment == "context" and c == 0 and args.get("class_token") is False:
             continue  # there are no such rows
-        whole, part = (make(replace(objective, read_at=segment), c, **args) for objective in (MAPET, MIM))
+        whole, part = (make(replace(objective, output_segment=segment), c, **args) for objective in (MAPET, MIM))
         part.load_state_dict(whole.state_dict())
-        images, _, permutation = draw(whole, 2)
-        assert torch.allclose(
-            *(model.encode(images, permutation, model.layout()) for model in (whole, part)), atol=1e-10
-        )
+        batch = draw(whole, 2)
+        assert torch.allclose(*(model.encode(batch) for model in (whole, part)), atol=1e-10)
 
 
 def test_mim_equals_timm_with_the_hidden_patches_replaced():
     """An independent MIM: BEiT's way, in raster order, mask tokens in place of hidden patches, no attention mask."""
     model = make(MIM, 5)
     vit = model.vit
-    images, tokens, permutation = draw(model, 2)
+    batch = draw(model, 2)
+    images, permutation = batch.images, batch.permutation
     x = vit.patch_embed(images)
     hidden = torch.zeros(2, model.num_patches, dtype=torch.bool).scatter(1, permutation[:, 5:], True)
     x = torch.where(hidden[:, :, None], model.mask_token, x)
     x = vit.norm(vit.blocks(vit._pos_embed(x)))[:, vit.num_prefix_tokens :]
     logits = model.head(x).gather(1, permutation[:, 5:, None].expand(-1, -1, VOCAB))
-    assert torch.allclose(model.predict(images, permutation), logits, atol=1e-10)
+    assert torch.allclose(model.predict(batch), logits, atol=1e-10)
 
 
 def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
@@ -109,13 +110,14 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
     c = 4
     model = make(PIM, c)
     vit = model.vit
-    images, tokens, permutation = draw(model, 1)
-    logits = model.predict(images, permutation)
+    batch = draw(model, 1)
+    images, permutation = batch.images, batch.permutation
+    logits = model.predict(batch)
     embedded = vit._pos_embed(vit.patch_embed(images))
     prefix, patches = embedded[:, :1], embedded[:, 1:]
     positions = vit.pos_embed[:, 1:]
     order = permutation[0]
-    for t in range(model.num_predicted):
+    for t in range(model.num_hidden):
         revealed = torch.cat([prefix, patches[:, order[: c + t]]], dim=1)
         query = model.mask_token + positions[:, order[c + t]][:, None]
         for block in vit.blocks:
@@ -137,12 +139,11 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
 def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
     """A dropped branch leaves every row of that sample as it was: a draw per row would leave some."""
     model = make(MAPET, 5, drop_path=0.5).train()
-    images, _, permutation = draw(model, 64)
     found = []
     last = model.vit.blocks[1]
     last.norm1.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     last.norm2.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    model.encode(images, permutation, model.layout())
+    model.encode(draw(model, 64))
     seen, reading, after = found
     unchanged = (after == reading).all(dim=2)
     assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
@@ -152,12 +153,12 @@ def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
 @pytest.mark.parametrize("fused", [True, False])
 def test_fused_and_plain_attention_agree(fused):
     model = make(MAPET, 5)
-    images, tokens, permutation = draw(model, 2)
+    batch = draw(model, 2)
     results = []
     for setting in (True, False):
         for block in model.vit.blocks:
             block.attn.fused_attn = setting
-        results.append(model.predict(images, permutation))
+        results.append(model.predict(batch))
     assert torch.allclose(*results, atol=1e-10)
 
 
@@ -168,7 +169,7 @@ def test_fused_and_plain_attention_agree(fused):
 def test_export_is_free(args, channels, tmp_path):
     """The pre-trained state dict loads into timm with strict=True and gives the same features."""
     model = make(MAPET, 5, channels=channels, drop_path=0.1, **args).float()
-    images = draw(model, 2, channels)[0].float()
+    images = draw(model, 2, channels).images.float()
     features = model.vit.forward_features(images)
 
     made = timm.create_model(
@@ -210,10 +211,9 @@ def test_timm_s_own_variants(model):
     """Real architectures by name: class token without position, registers, pre-norm, LayerScale, other patch sizes."""
     patch = 14 if "patch14" in model else 16
     vit = create_vit(model, (2 * patch, 3 * patch), model_args={"depth": 1})
-    pretrainer = Pretrainer(vit, VOCAB, MAPET, 2)
-    loss = pretrainer(
-        torch.randn(2, 3, 2 * patch, 3 * patch), torch.zeros(2, 6, dtype=torch.int64), torch.rand(2, 6).argsort(1)
-    ).loss
+    pretrainer = ViTForPreTraining(vit, VOCAB, MAPET, 2)
+    images, tokens = torch.randn(2, 3, 2 * patch, 3 * patch), torch.zeros(2, 6, dtype=torch.int64)
+    loss = pretrainer(make_batch(images, tokens, torch.rand(2, 6).argsort(1))).loss
     loss.backward()
     unused = {name for name, parameter in pretrainer.named_parameters() if parameter.grad is None}
     assert unused == set()

@@ -124,12 +124,12 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
     assert tokenizer.vocab_size == words == store.vocab_size
     settings = tokenizer.description["quantizer"]
     assert settings["kind"] == ("nearest" if "pca" in options else "scalar")
-    from mapet.data.dataset import ViewDataset, collate
+    from mapet.data.dataset import ViewDataset
     from mapet.data.sources import scan
 
     dataset = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))
-    batch = collate([dataset[0, i] for i in range(7)])
-    assert np.array_equal(tokenizer(batch.teacher_image).flatten(1).numpy(), all_rows(store)[:7, 0])
+    batch = dataset.batch([(0, i) for i in range(7)])
+    assert np.array_equal(tokenizer(batch.teacher_images).flatten(1).numpy(), all_rows(store)[:7, 0])
 
 
 @pytest.mark.parametrize(

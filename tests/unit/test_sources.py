@@ -109,7 +109,7 @@ def test_shards_by_url(folder, shards):
             packed = scan(url)
             assert_same(scan(folder), packed)
         dataset = ViewDataset(scan("memory://bucket/*.tar"), ViewSpec(image_size=(16, 16)), image_size=(16, 16))
-        alone, forked = ([batch.image for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
+        alone, forked = ([batch.images for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
         assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
         images = scan("memory://bucket/*.tar")
         memory.rm("/bucket/000.tar")
@@ -399,7 +399,7 @@ def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path):
     made = scan(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", size=48))
     assert made.classes()[0] == ["a", "b"] and np.array_equal(made.keys(), scan(f"hf:{tmp_path}/x.parquet").keys())
     dataset = ViewDataset(rows, ViewSpec(image_size=(16, 16)), image_size=(16, 16))
-    alone, forked = ([batch.image for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
+    alone, forked = ([batch.images for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
 
 

@@ -25,7 +25,7 @@ def replay(config: ReplayConfig) -> "list[Look]":
     from mapet.errors import MapetError
     from mapet.runs import pretrain_folder
     from mapet.training.nonfinite import BUNDLE, load_bundle, replay
-    from mapet.training.training_setup import Setting
+    from mapet.training.training_setup import TrainingSetup
 
     recipe = config.bundle.absolute().parent.parent / "config.yaml"
     if not (recipe.is_file() and (config.bundle / BUNDLE).is_file()):
@@ -38,7 +38,7 @@ def replay(config: ReplayConfig) -> "list[Look]":
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {way}")
     run = build(PretrainConfig, read_recipe(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "teacher") if getattr(config, name)}
-    setting = Setting.of(run.model_copy(update={"device": config.device} | given))
+    setting = TrainingSetup.from_config(run.model_copy(update={"device": config.device} | given))
     looks = []
     for step in load_bundle(config.bundle, setting):
         look = replay(setting, step)

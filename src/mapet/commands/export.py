@@ -105,7 +105,7 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
     import numpy as np
     import torch
 
-    from mapet.data.dataset import ViewDataset, collate
+    from mapet.data.dataset import ViewDataset
     from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
     from mapet.evaluation.features import normalize
@@ -120,8 +120,8 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
             images = scan(folder)
             wanted = np.unique(np.linspace(0, len(images) - 1, COUNT).round().astype(int))
             dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
-            batch = collate([dataset[0, int(index)] for index in wanted])
-            views, words = batch.image, f"{len(batch.image_index)} images of {Path(folder).name}"
+            batch = dataset.batch([(0, int(index)) for index in wanted])
+            views, words = batch.images, f"{len(batch)} images of {Path(folder).name}"
         except (MapetError, OSError):
             if config.images is not None:
                 raise

@@ -1,12 +1,12 @@
-"""Images -> batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
+"""Images to batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
 
 import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,65 +24,87 @@ from mapet.errors import MapetError
 from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
+OF_ALL_IMAGES = {"of_all_images": True}
+"""Marks fields of `Batch` that are the same for every micro-batch."""
 
 
-class Sample(NamedTuple):
-    """One view of one image, or the reason why there is none."""
-
-    image_index: int
-    image: UInt8[Tensor, "C H W"] | None = None
-    teacher_image: UInt8[Tensor, "C h w"] | None = None
-    tokens: Int[np.ndarray, " N"] | None = None
-    permutation: Int[np.ndarray, " N"] | None = None
-    jitter: Float[np.ndarray, "3"] | None = None
-    survival: Float[np.ndarray, " branches"] | None = None
-    bad: str | None = None
-
-
-class Batch(NamedTuple):
-    """Samples that could be read, stacked; `bad` are the others: (image index, reason)."""
-
-    image_index: Int[Tensor, " B"]
-    image: UInt8[Tensor, "B C H W"] | None
-    teacher_image: UInt8[Tensor, "B C h w"] | None
-    tokens: Int[Tensor, "B N"] | None
-    permutation: Int[Tensor, "B N"] | None
-    jitter: Float[Tensor, "B 3"] | None
-    survival: Float[Tensor, "B branches"] | None
-    bad: list[tuple[int, str]]
-
-
-def collate(samples: list[Sample]) -> Batch:
-    good = [sample for sample in samples if sample.bad is None]
-
-    def stack(name: str) -> Tensor | None:
-        values = [getattr(sample, name) for sample in good]
-        if not values or values[0] is None:
-            return None
-        if isinstance(values[0], np.ndarray):
-            return torch.from_numpy(np.stack(values))
-        # Pixels lie as rows of RGB, and stay so: one copy of bytes.
-        return torch.stack([image.movedim(0, -1) for image in values]).movedim(-1, 1)
-
-    index = torch.tensor([sample.image_index for sample in good], dtype=torch.int64)
-    bad = [(sample.image_index, sample.bad) for sample in samples if sample.bad is not None]
-    names = ("image", "teacher_image", "tokens", "permutation", "jitter", "survival")
-    return Batch(index, **{name: stack(name) for name in names}, bad=bad)
+Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
+"""Per-patch prediction target, row-major: token id or regression vector."""
+DropPathRand = Float[Tensor, "B num_branches"]
+"""A number from 0 to 1 for each residual branch, two a block."""
 
 
 @dataclass
-class ViewDataset(Dataset[Sample]):
-    """View `number` of image `index` for dataset[(number, index)].
+class Batch:
+    """Views of B images and what a training step needs to know of them, from the data set to the loss.
 
     Attributes:
-        image_size: (H, W) of `Sample.image`; None leaves it out.
-        teacher_size: (h, w) of `Sample.teacher_image`, the same view at the teacher's size; None leaves it out.
-        store: token ids; then the view drawn is one of the stored ones.
+        image_index: of each image in the list of images.
+        images: pixels of the student's view; once a task has prepared the batch, the model's normalized input.
+        teacher_images: pixels of the same view at the teacher's size.
+        targets: what is to be predicted of each patch.
+        permutation: patch indices in the order in which they are revealed and predicted.
+        jitter: factors of brightness, contrast and saturation.
+        drop_path_rand: what stochastic depth decides by; None: it draws for itself.
+        num_context: c of the step; None: the model's own.
+        target_indices: which of the p = N - c hidden patches are predicted, ascending; None: all.
+        bad: images that could not be read, as (index in the list, reason); the tensors leave them out.
+    """
+
+    image_index: Int[Tensor, " B"]
+    images: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"] | None = None
+    teacher_images: UInt8[Tensor, "B C h w"] | None = None
+    targets: Targets | None = None
+    permutation: Int[Tensor, "B N"] | None = None
+    jitter: Float[Tensor, "B 3"] | None = None
+    drop_path_rand: DropPathRand | None = None
+    num_context: int | None = field(default=None, metadata=OF_ALL_IMAGES)
+    target_indices: Int[Tensor, " m"] | None = field(default=None, metadata=OF_ALL_IMAGES)
+    bad: list[tuple[int, str]] = field(default_factory=list, metadata=OF_ALL_IMAGES)
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.image_index)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        """Return a micro-batch: some of the images, and what holds for all of them."""
+        per_image = {f.name: getattr(self, f.name) for f in fields(self) if "of_all_images" not in f.metadata}
+        return replace(self, **{name: value[part] for name, value in per_image.items() if value is not None})
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors; the copy to a GPU does not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> "Batch":
+        """Pin the tensors in memory, as torch's DataLoader asks for it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **values)
+
+
+def _stack(values: list[Any]) -> Tensor:
+    if not isinstance(values[0], Tensor):
+        return torch.from_numpy(np.stack(values))
+    # Pixels lie as rows of RGB, and stay so: one copy of bytes.
+    return torch.stack([pixels.movedim(0, -1) for pixels in values]).movedim(-1, 1)
+
+
+@dataclass
+class ViewDataset(Dataset[Batch]):
+    """Views of images; dataset[number, index] is a batch of one, view `number` of image `index`.
+
+    Attributes:
+        image_size: (H, W) of `Batch.images`; None leaves it out.
+        teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None leaves it out.
+        store: token ids, the targets; then the view drawn is one of the stored ones.
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
-        jitter: strength of colour jitter of `Sample.image` (never of the teacher's). A sample holds its three factors;
+        jitter: strength of colour jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
             they are applied with normalization, on the device: see `evaluation.features.normalize`.
-        branches: residual branches of the student whose stochastic depth is to be drawn with the sample.
-        augment: changes `Sample.image` further; draws from the global generators, which are seeded for it.
+        num_branches: residual branches of the student whose stochastic depth is to be drawn with the sample.
+        augment: changes `Batch.images` further; draws from the global generators, which are seeded for it.
     """
 
     images: ImageList
@@ -94,50 +116,63 @@ class ViewDataset(Dataset[Sample]):
     grid: tuple[int, int] | None = None
     order: OrderKind = "random"
     jitter: float = 0.0
-    branches: int = 0
+    num_branches: int = 0
     augment: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: tuple[int, int]) -> Sample:
-        return self.__getitems__([position])[0]
+    def __getitem__(self, position: tuple[int, int]) -> Batch:
+        return self.batch([position])
 
-    def __getitems__(self, positions: list[tuple[int, int]]) -> list[Sample]:
-        """Samples of a whole batch, as `DataLoader` asks for them: first all draws, then all pixels.
+    def __getitems__(self, positions: list[tuple[int, int]]) -> Batch:
+        """Return a batch, as `DataLoader` asks for it."""
+        return self.batch(positions)
+
+    def batch(self, positions: list[tuple[int, int]]) -> Batch:
+        """Return the views at (view index, image index): first all draws, then all pixels.
 
         In turn with decoders, the same draws take three times as long: each finds its code gone from the caches.
         """
-        draws = [self._draw(number, index) for number, index in positions]
-        samples = [sample._replace(**self._pixels(sample.image_index, number)) for sample, number in draws]
-        return samples if self.augment is None else list(map(self._augmented, samples, positions))
+        samples, bad = [], []
+        for position, (number, drawn) in zip(positions, [self._draw(*position) for position in positions], strict=True):
+            try:
+                samples.append(drawn | self._pixels(position, number))
+            except BadImage as error:
+                bad.append((position[1], str(error)))
+        if not samples:
+            return Batch(torch.zeros(0, dtype=torch.int64), bad=bad)
+        stacked: dict[str, Any] = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
+        return Batch(**stacked, bad=bad)
 
-    def _augmented(self, sample: Sample, position: tuple[int, int]) -> Sample:
-        if self.augment is None or sample.image is None:
-            return sample
-        with seeded(self.seed, self.images.key(position[1]), position[0]):
-            return sample._replace(image=self.augment(sample.image))
-
-    def _draw(self, number: int, index: int) -> tuple[Sample, int]:
-        """A sample without pixels, and the number of its view."""
+    def _draw(self, number: int, index: int) -> tuple[int, dict[str, Any]]:
+        """Return the index of a stored view, or `number`, and a sample without pixels: fields of `Batch`."""
         rng = np.random.default_rng([self.seed, self.images.key(index), number])
+        sample: dict[str, Any] = {"image_index": np.int64(index)}
         if self.store is not None:
             number = int(rng.integers(self.store.num_views))
-        permutation = None if self.grid is None else draw_order(self.order, self.grid, rng)
-        jitter = draw_jitter(self.jitter, rng) if self.jitter else None
-        survival = rng.random(self.branches, dtype=np.float32) if self.branches else None
-        tokens = None if self.store is None else self.store.read(index, number)
-        return Sample(index, None, None, tokens, permutation, jitter, survival), number
+        if self.grid is not None:
+            sample["permutation"] = draw_order(self.order, self.grid, rng)
+        if self.jitter:
+            sample["jitter"] = draw_jitter(self.jitter, rng)
+        if self.num_branches:
+            sample["drop_path_rand"] = rng.random(self.num_branches, dtype=np.float32)
+        if self.store is not None:
+            sample["targets"] = self.store.read(index, number)
+        return number, sample
 
-    def _pixels(self, index: int, number: int) -> dict[str, Any]:
-        try:
-            picture = self.images.open(index, self.channels)
-            view = draw_view(self.spec, picture.size, self.images.key(index), number)
-            sizes = {"image": self.image_size, "teacher_image": self.teacher_size}
-            return {name: render(picture, view, size) for name, size in sizes.items() if size}
-        except BadImage as error:
-            return {"bad": str(error)}
+    def _pixels(self, position: tuple[int, int], number: int) -> dict[str, Tensor]:
+        """Raises BadImage: the image can't be read."""
+        key = self.images.key(position[1])
+        picture = self.images.open(position[1], self.channels)
+        view = draw_view(self.spec, picture.size, key, number)
+        sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
+        pixels = {name: render(picture, view, size) for name, size in sizes.items() if size}
+        if self.augment is not None and "images" in pixels:
+            with seeded(self.seed, key, position[0]):
+                pixels["images"] = self.augment(pixels["images"])
+        return pixels
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -197,12 +232,17 @@ def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bo
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_is,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
         persistent_workers=False,
     )
+
+
+def _as_is(batch: Any) -> Any:
+    """`ViewDataset` makes whole batches."""
+    return batch
 
 
 def _start_worker(_number: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mapet.config.embed import EmbedConfig
-from mapet.data.dataset import Quarantine, ViewDataset, collate, make_loader
+from mapet.data.dataset import Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
@@ -52,9 +52,9 @@ def embed(config: EmbedConfig) -> Path:
         raise MapetError("this ViT has no class token: use --pool avg")
     size: tuple[int, int] = vit.patch_embed.img_size
     dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
-    first = collate([dataset[0, index] for index in range(min(len(images), 8))])
-    if first.image is not None:
-        _compute_features(config, vit, compute, first.image)  # what cannot be written is refused before anything is
+    first = dataset.batch([(0, index) for index in range(min(len(images), 8))])
+    if first.images is not None:
+        _compute_features(config, vit, compute, first.images)  # what cannot be written is refused before anything is
     store = _open_store(config, images, vit, compute)
     unreadable = Quarantine(images, config.max_bad, dict(store.bad))
     batches = store.batches_to_do(config.batch_size)
@@ -65,8 +65,8 @@ def embed(config: EmbedConfig) -> Path:
     ):
         for batch, positions in zip(make_loader(dataset, batches, config.num_workers), batches, strict=True):
             unreadable.add(batch.bad)
-            if batch.image is not None:
-                rows.append(_compute_features(config, vit, compute, batch.image))
+            if batch.images is not None:
+                rows.append(_compute_features(config, vit, compute, batch.images))
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
             start, end = store.done, positions[-1][1] + 1

@@ -165,8 +165,8 @@ def centred_batches(
     loader = make_loader(views, batches, workers)
     for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
         quarantine.add(batch.bad)
-        if batch.image is not None:
-            yield batch.image_index, batch.image
+        if batch.images is not None:
+            yield batch.image_index, batch.images
 
 
 @torch.inference_mode()

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mapet.data.dataset import ViewDataset, collate
+from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.order import OrderKind
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import must_be_finite_features, normalize
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.codebook import Tokenizer
 
 MOST = 2000
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 
 @torch.inference_mode()
 def look_at(
-    model: Pretrainer,
+    model: ViTForPreTraining,
     tokenizer: Tokenizer,
     images: ImageList,
     compute: Compute,
@@ -75,18 +75,19 @@ def look_at(
         grid=tokenizer.grid, order=order, seed=seed,
     )  # fmt: skip
     wanted = enough_images(shown, tokenizer.vocab_size, model.num_patches, len(images))
-    batch = collate([dataset[0, int(i)] for i in np.random.default_rng(seed).permutation(len(images))[:wanted]])
-    if batch.image is None or batch.teacher_image is None or batch.permutation is None:
+    batch = dataset.batch([(0, int(i)) for i in np.random.default_rng(seed).permutation(len(images))[:wanted]])
+    if batch.images is None or batch.teacher_images is None or batch.permutation is None:
         raise MapetError(f"none of the images tried in {images.root} could be read; `mapet check` says why")
-    tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_image.split(64)])
-    normal = normalize(compute.to(batch.image[:shown]), vit.in_chans)
+    tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_images.split(64)])
+    normal = normalize(compute.to(batch.images[:shown]), vit.in_chans)
     permutation = batch.permutation[:shown]
-    logits = model.predict(normal, compute.to(permutation)).cpu() if model.target == "tokens" else None
+    pretrain_batch = Batch(batch.image_index[:shown], normal, permutation=compute.to(permutation))
+    logits = model.predict(pretrain_batch).cpu() if model.target == "tokens" else None
     attention = attention_of_cls(vit, normal).cpu() if vit.has_class_token else None
     features = vit.forward_features(normal)[:, vit.num_prefix_tokens :].float().cpu()
     must_be_finite_features(features)
     return Look(
-        batch.image_index, batch.image, tokens, permutation, logits, attention, features, tokenizer.grid, tokenizer.vocab_size
+        batch.image_index, batch.images, tokens, permutation, logits, attention, features, tokenizer.grid, tokenizer.vocab_size
     )  # fmt: skip
 
 

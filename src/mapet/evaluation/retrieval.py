@@ -70,6 +70,6 @@ def _shown(vit: VisionTransformer, data: LabelledSet, index: int) -> tuple[UInt8
     height, width = vit.patch_embed.img_size
     view = ViewDataset(data.images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width))
     sample = view[0, index]
-    if sample.image is None:
-        raise MapetError(f"{data.images.id(index)!r} could be read before and can't be now: {sample.bad}")
-    return sample.image, data.title(index)
+    if sample.images is None:
+        raise MapetError(f"{data.images.id(index)!r} could be read before and can't be now: {sample.bad[0][1]}")
+    return sample.images[0], data.title(index)

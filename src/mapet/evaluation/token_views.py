@@ -65,11 +65,11 @@ class Sampler:
         dataset = ViewDataset(images, self.spec, self.channels, size, self.teacher_size)
         index, ids, pixels = [], [], []
         for batch in self._batches(dataset, range(len(images)), "words"):
-            assert batch.image is not None
+            assert batch.images is not None
             index.append(batch.image_index)
-            ids.append(self._ids(batch.teacher_image))
-            pixels.append(batch.image[: max(0, shown)])
-            shown -= len(batch.image)
+            ids.append(self._ids(batch.teacher_images))
+            pixels.append(batch.images[: max(0, shown)])
+            shown -= len(batch.images)
         return Words(torch.cat(index), torch.cat(ids), torch.cat(pixels))
 
     def views(self, images: ImageList, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
@@ -89,8 +89,8 @@ class Sampler:
         )  # fmt: skip
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for batch in self._batches(dataset, range(len(images)), "changed views"):
-            assert batch.teacher_image is not None and batch.jitter is not None
-            view = batch.teacher_image.contiguous()
+            assert batch.teacher_images is not None and batch.jitter is not None
+            view = batch.teacher_images.contiguous()
             words = self._ids(view)
             pairs = {
                 "flip": (words.flip(-1), self._ids(view.flip(-1))),
@@ -99,8 +99,8 @@ class Sampler:
             }
             if self.channels in (1, 3):
                 pairs["jpeg"] = words, self._ids(tvf.jpeg(view, JPEG_QUALITY))
-            if batch.image is not None:
-                windows = batch.image[..., :height, :width], batch.image[..., below:, beside:]
+            if batch.images is not None:
+                windows = batch.images[..., :height, :width], batch.images[..., below:, beside:]
                 pairs["shift"] = overlap(self._ids(windows[0]), self._ids(windows[1]), down, right)
             for name, pair in pairs.items():
                 found.setdefault(name, []).append(pair)
@@ -112,7 +112,7 @@ class Sampler:
         pairs = []
         for batch in self._batches(dataset, chosen.tolist(), "stored words"):
             ids = np.stack([store.read(int(index), 0) for index in batch.image_index])
-            pairs.append((torch.from_numpy(ids).long(), self._ids(batch.teacher_image).flatten(1)))
+            pairs.append((torch.from_numpy(ids).long(), self._ids(batch.teacher_images).flatten(1)))
         return _joined(pairs)
 
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
@@ -124,7 +124,7 @@ class Sampler:
             make_loader(dataset, numbers, self.workers), desc=title, unit="batch", disable=None, leave=False
         ):
             quarantine.add(batch.bad)
-            if len(batch.image_index):
+            if len(batch):
                 yield batch
 
     @torch.inference_mode()

@@ -6,19 +6,20 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mapet.data.dataset import Batch
 from mapet.errors import MapetError
-from mapet.models.attention import RowBlock, attend
-from mapet.models.losses import TargetKind, full_precision
+from mapet.models.losses import TargetKind, at_least_float32
 from mapet.models.objectives import CAE
-from mapet.models.pretraining import Prediction, Pretrainer, Ranks, Survival, Targets, fates_of, gather, residual
+from mapet.models.packing import QueryBlock, gather_patches, two_stream_attention
+from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining, drop_path_scales, residual_update
 
-DEPTH = 4
+REGRESSOR_DEPTH = 4
 """Blocks of the regressor, and of the decoder (the paper's for ViT-B)."""
-ALIGNMENT = 2.0
+ALIGNMENT_WEIGHT = 2.0
 """Weight of the alignment loss."""
 
 
-class ContextAutoencoder(Pretrainer):
+class ContextAutoencoder(ViTForPreTraining):
     """Context autoencoder (arXiv 2202.03026, section 3) over an unmodified timm ViT.
 
     Mask queries (mask token + position) pass through the latent regressor: blocks whose keys and values are the encoder's
@@ -27,7 +28,7 @@ class ContextAutoencoder(Pretrainer):
     alone, and the head give the words. The paper adds positions in every block of regressor and decoder; here they are
     added once.
 
-    Args: as `Pretrainer`'s, without `num_targets`.
+    Args: as `ViTForPreTraining`'s, without `num_predict`.
     """
 
     def __init__(
@@ -35,12 +36,12 @@ class ContextAutoencoder(Pretrainer):
         vit: VisionTransformer,
         vocab_size: int,
         num_context: int,
-        num_targets: int | None = None,
+        num_predict: int | None = None,
         target: TargetKind = "tokens",
         separate_query: bool = False,
     ) -> None:
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query)
-        if num_targets is not None:
+        if num_predict is not None:
             raise MapetError("objective 'cae' predicts all hidden patches at once: leave out --num-targets")
         first = vit.blocks[0]
 
@@ -55,7 +56,7 @@ class ContextAutoencoder(Pretrainer):
                         init_values=float(first.ls1.gamma.detach()[0]) if hasattr(first.ls1, "gamma") else None,
                         norm_layer=type(first.norm1),
                     )
-                    for _ in range(DEPTH)
+                    for _ in range(REGRESSOR_DEPTH)
                 )
             )
 
@@ -69,56 +70,43 @@ class ContextAutoencoder(Pretrainer):
             if isinstance(module, Block):
                 module.attn.fused_attn = first.attn.fused_attn
 
-    def forward(
-        self,
-        images: Float[Tensor, "B C H W"],
-        targets: Targets,
-        permutation: Int[Tensor, "B N"],
-        num_context: int | None = None,
-        ranks: Ranks | None = None,
-        survival: Survival | None = None,
-    ) -> Prediction:
-        """Loss of the words plus `ALIGNMENT` times that of the latents; arguments as `Pretrainer.forward`'s."""
-        c = self.num_context if num_context is None else num_context
-        rows, alignment = self.autoencode(images, permutation, c, survival)
-        prediction = self.score(rows, gather(targets, permutation[:, c:]))
-        return prediction._replace(loss=prediction.loss + ALIGNMENT * alignment)
+    def forward(self, batch: Batch) -> PreTrainingOutput:
+        """Compute the loss of the tokens plus `ALIGNMENT_WEIGHT` times that of the latents; see `ViTForPreTraining.forward`."""
+        rows, alignment = self.forward_latents(batch)
+        output = self.compute_loss(rows, self.hidden_targets(batch))
+        return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment)
 
-    def predict(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B p V"]:
-        """Logits of the p hidden patches, in permutation order."""
-        return self.head(self.autoencode(images, permutation, self.num_context)[0])
+    def predict(self, batch: Batch) -> Float[Tensor, "B p V"]:
+        """Return the logits of the p hidden patches, in permutation order."""
+        return self.head(self.forward_latents(batch)[0])
 
-    def autoencode(
-        self,
-        images: Float[Tensor, "B C H W"],
-        permutation: Int[Tensor, "B N"],
-        num_context: int,
-        survival: Survival | None = None,
-    ) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
-        """What the head reads, and the alignment loss."""
-        visible = self.latents(images, permutation[:, :num_context], survival)
+    def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
+        """Return what the head reads, and the alignment loss."""
+        assert batch.permutation is not None
+        c = self.num_context if batch.num_context is None else batch.num_context
+        context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
+        visible = self.encode_patches(batch, context)
         with torch.no_grad():
-            wanted = self.latents(images, permutation[:, num_context:], survival)[:, self.vit.num_prefix_tokens :]
-        positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(images), -1, -1)
-        rows = self.mask_token + gather(positions, permutation[:, num_context:])
-        bias = rows.new_empty(0)  # all see all
+            target_latents = self.encode_patches(batch, hidden)[:, self.vit.num_prefix_tokens :]
+        positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(hidden), -1, -1)
+        rows = self.mask_token + gather_patches(positions, hidden)
+        bias = rows.new_empty(0)  # all attend to all
         for block in self.regressor:
             assert isinstance(block, Block)
-            normal = block.norm1(rows)
-            seen = torch.cat([block.norm1(visible), normal], dim=1)
-            whole = [RowBlock(slice(None), slice(None), masked=False)]
-            rows = residual(block, rows, attend(block.attn, seen, normal, bias, whole))
-        alignment = F.mse_loss(full_precision(rows), full_precision(wanted))
+            q = block.norm1(rows)
+            kv = torch.cat([block.norm1(visible), q], dim=1)
+            unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
+            rows = residual_update(block, rows, two_stream_attention(block.attn, kv, q, bias, unmasked))
+        alignment = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
         return self.decoder_norm(self.decoder(rows)), alignment
 
-    def latents(
-        self, images: Float[Tensor, "B C H W"], chosen: Int[Tensor, "B n"], survival: Survival | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """The ViT's own pass over its prefix tokens and the chosen patches alone."""
+    def encode_patches(self, batch: Batch, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B T D"]:
+        """Run the ViT's own pass over its prefix tokens and these patches alone."""
         vit = self.vit
-        embedded = vit._pos_embed(vit.patch_embed(images))
+        assert batch.images is not None
+        embedded = vit._pos_embed(vit.patch_embed(batch.images.to(self.mask_token.dtype)))
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
-        rows = vit.norm_pre(torch.cat([prefix, gather(patches, chosen)], dim=1))
-        for block, fate in zip(vit.blocks, fates_of(vit, survival, rows), strict=True):
-            rows = residual(block, rows, block.attn(block.norm1(rows)), fate)
+        rows = vit.norm_pre(torch.cat([prefix, gather_patches(patches, indices)], dim=1))
+        for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
+            rows = residual_update(block, rows, block.attn(block.norm1(rows)), scale)
         return vit.norm(rows)

@@ -1,90 +1,62 @@
-"""A timm VisionTransformer that learns an objective: pack the segments, run its own blocks under the table, read."""
+"""A timm VisionTransformer that learns an objective: pack the segments, run its blocks under the attention mask, predict."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mapet.data.dataset import Batch, DropPathRand, Targets
 from mapet.errors import MapetError
-from mapet.models.attention import RowBlock, attend, clip, row_blocks
 from mapet.models.losses import LOSSES, TargetKind, compiled_token_loss
-from mapet.models.objectives import Objective, Segment, content_rows, segment_lengths, visibility
+from mapet.models.objectives import Objective
+from mapet.models.packing import (
+    PackedLayout,
+    QueryBlock,
+    TargetIndices,
+    gather_patches,
+    pack,
+    truncate_blocks,
+    two_stream_attention,
+)
 
-Ranks = Int[Tensor, " m"]
-Survival = Float[Tensor, "B branches"]
-"""A number from 0 to 1 for each residual branch, two a block."""
-Fate = tuple[Float[Tensor, "B 1 1"] | None, Float[Tensor, "B 1 1"] | None]
-"""What stochastic depth multiplies a block's two branches by: 0, or 1 / probability of survival."""
-Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
-"""What there is to know about each patch, row-major: its visual word, or numbers."""
+DropPathScale = tuple[Float[Tensor, "B 1 1"] | None, Float[Tensor, "B 1 1"] | None]
+"""What stochastic depth multiplies a block's two branches by: 0, or 1 / probability of being kept."""
 
 
-class Prediction(NamedTuple):
-    """What a pass gives.
+class PreTrainingOutput(NamedTuple):
+    """Result of a forward pass.
 
     Attributes:
-        loss: mean over the m predicted patches of each image; nats, if they are words.
-        correct: how many words were right; None where targets are numbers.
+        loss: mean over the m predicted patches of each image; nats for tokens.
+        num_correct: predicted tokens that are right; None where targets are regression vectors.
         targets: of the predicted patches.
-        losses: of each image, without gradient.
+        loss_per_image: without gradient.
     """
 
     loss: Float[Tensor, ""]
-    correct: Int[Tensor, ""] | None
+    num_correct: Int[Tensor, ""] | None
     targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]
-    losses: Float[Tensor, " B"]
+    loss_per_image: Float[Tensor, " B"]
 
 
-class Layout(NamedTuple):
-    """The packed rows for one c.
-
-    Attributes:
-        lengths: rows of each segment, in packing order.
-        table: who sees whom.
-        num_content: C, rows that are seen: the columns of attention.
-        read_at: the rows that predict.
-        bias: 0 where a row sees a column, -inf elsewhere.
-        all_blocks: of all rows; `read_blocks` of those that predict.
-    """
-
-    lengths: dict[Segment, int]
-    table: Bool[Tensor, "R R"]
-    num_content: int
-    read_at: slice
-    bias: Float[Tensor, "R C"]
-    all_blocks: list[RowBlock]
-    read_blocks: list[RowBlock]
-
-    @classmethod
-    def of(cls, objective: Objective, num_prefix: int, num_context: int, num_predicted: int) -> "Layout":
-        lengths = segment_lengths(objective, num_prefix, num_context, num_predicted)
-        table = visibility(objective, num_prefix, num_context, num_predicted)
-        num_content = content_rows(objective, lengths)
-        seen = table[:, :num_content]
-        start = sum(lengths[s] for s in objective.segments[: objective.segments.index(objective.read_at)])
-        read_at = slice(start, start + lengths[objective.read_at])
-        bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        return cls(lengths, table, num_content, read_at, bias, row_blocks(seen), row_blocks(seen[read_at]))
-
-
-class Pretrainer(nn.Module):
+class ViTForPreTraining(nn.Module):
     """MaPeT (or another row of the objective table) over an unmodified timm ViT (arXiv 2306.07346, section 3).
 
-    The ViT owns everything that fine-tuning needs; only the mask token and the token head are added here, so the
+    The ViT owns everything that fine-tuning needs; only the mask token and the prediction head are added here, so the
     backbone is exported by saving `vit.state_dict()`.
 
     Args:
         vit: with learned absolute positions; any prefix tokens, norms, LayerScale, stochastic depth.
-        vocab_size: V, the number of visual words.
+        vocab_size: V, the number of visual tokens.
         objective: a row of `mapet.models.objectives`.
-        num_context: c, from 0 to N - 1, where a pass doesn't say otherwise.
-        num_targets: m; in training predict so many of the p = N - c patches, at the ranks of `draw_ranks`: an unbiased
-            estimate of the same loss from fewer query rows. None: all of them.
-        target: what is predicted of a patch; `vocab_size` is the number of values of the head.
+        num_context: c, from 0 to N - 1, where a batch doesn't say otherwise.
+        num_predict: m; in training predict so many of the p = N - c hidden patches, those of `sample_target_indices`: an
+            unbiased estimate of the same loss from fewer query rows. None: all of them.
+        target: what is predicted of a patch; `vocab_size` is the number of outputs of the head.
         separate_query: give query tokens a parameter of their own (it starts as the mask token).
 
     Raises:
@@ -97,7 +69,7 @@ class Pretrainer(nn.Module):
         vocab_size: int,
         objective: Objective,
         num_context: int,
-        num_targets: int | None = None,
+        num_predict: int | None = None,
         target: TargetKind = "tokens",
         separate_query: bool = False,
     ) -> None:
@@ -107,9 +79,9 @@ class Pretrainer(nn.Module):
             raise MapetError(
                 f"{num_context} context patches (--num-context) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
             )
-        if num_targets is not None and not 1 <= num_targets <= num_patches - num_context:
+        if num_predict is not None and not 1 <= num_predict <= num_patches - num_context:
             raise MapetError(
-                f"{num_targets} targets (--num-targets) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
+                f"{num_predict} targets (--num-targets) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
             )
         if vit.pos_embed is None:
             raise MapetError(
@@ -121,218 +93,165 @@ class Pretrainer(nn.Module):
         self.objective = objective
         self.num_patches = num_patches
         self.num_context = num_context
-        self.num_targets = num_targets
+        self.num_predict = num_predict
         self.target: TargetKind = target
         self._loss = LOSSES[target]
-        self._block, self._last_block = whole_block, reading_block
+        self._pack, self._block, self._last_block = pack, block_forward, block_forward_queries
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.query_token = nn.Parameter(self.mask_token.detach().clone()) if separate_query else None
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[int, PackedLayout] = {}
         self.layout()  # an impossible one is refused now
 
     @property
-    def num_predicted(self) -> int:
+    def num_hidden(self) -> int:
         """p = N - c."""
         return self.num_patches - self.num_context
 
-    def layout(self, num_context: int | None = None) -> Layout:
-        """The packed rows for c (None: the model's own), on its device and in its dtype."""
+    def layout(self, num_context: int | None = None) -> PackedLayout:
+        """Return the packed rows for c (None: the model's own), on its device and in its dtype."""
         c = self.num_context if num_context is None else num_context
         if c not in self._layouts:
-            self._layouts[c] = Layout.of(self.objective, self.vit.num_prefix_tokens, c, self.num_patches - c)
-        found, like = self._layouts[c], self.mask_token
-        if found.bias.dtype != like.dtype or found.bias.device != like.device:
-            found = self._layouts[c] = found._replace(bias=found.bias.to(like))
-        return found
+            self._layouts[c] = PackedLayout.from_counts(
+                self.objective, self.vit.num_prefix_tokens, c, self.num_patches - c
+            )
+        layout, like = self._layouts[c], self.mask_token
+        if layout.attn_bias.dtype != like.dtype or layout.attn_bias.device != like.device:
+            layout = self._layouts[c] = layout._replace(attn_bias=layout.attn_bias.to(like))
+        return layout
 
-    def forward(
-        self,
-        images: Float[Tensor, "B C H W"],
-        targets: Targets,
-        permutation: Int[Tensor, "B N"],
-        num_context: int | None = None,
-        ranks: Ranks | None = None,
-        survival: Survival | None = None,
-    ) -> Prediction:
-        """Mean loss over the B x m predicted patches: the cross-entropy of their words.
+    def forward(self, batch: Batch) -> PreTrainingOutput:
+        """Compute the mean loss over the B x m predicted patches: for tokens the cross-entropy.
 
         Args:
-            images: normalised.
-            targets: visual word of each patch, row-major (or what `target` says).
-            permutation: patch indices; the first c are context, the others are predicted in this order.
-            num_context: c of this pass; None: the model's own.
-            ranks: which of the hidden patches to predict, ascending; None: all of them.
-            survival: what stochastic depth decides by, see `residual`; None: it draws for itself.
+            batch: with normalized images, targets and permutations: the first c patches of each are context, the others
+                are predicted in this order.
         """
-        c = self.num_context if num_context is None else num_context
-        rows = self.encode(images, permutation, self.layout(c), ranks, survival)
-        targets = gather(targets, permutation[:, c:])
-        if ranks is not None:
-            targets = targets[:, ranks]
-        return self.score(rows, targets)
+        return self.compute_loss(self.encode(batch), self.hidden_targets(batch))
 
-    def score(self, rows: Float[Tensor, "B m D"], targets: Int[Tensor, "B m"] | Float[Tensor, "B m F"]) -> Prediction:
-        """The head's reading of the rows against what was there."""
-        loss, correct, losses = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
-        return Prediction(loss, correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
+    def hidden_targets(self, batch: Batch) -> Targets:
+        """Return the targets of the m predicted patches, in permutation order."""
+        assert batch.targets is not None and batch.permutation is not None
+        c = self.num_context if batch.num_context is None else batch.num_context
+        targets = gather_patches(batch.targets, batch.permutation[:, c:])
+        return targets if batch.target_indices is None else targets[:, batch.target_indices]
+
+    def compute_loss(self, rows: Float[Tensor, "B m D"], targets: Targets) -> PreTrainingOutput:
+        """Compare the head's predictions from the rows with the targets of the same patches."""
+        loss, num_correct, losses = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
+        return PreTrainingOutput(loss, num_correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
 
     def compile(self) -> None:
-        """Compile, at the first step, what takes a step's time: packing, a block (once for all of them), the softmax of the words."""
-        self.pack = torch.compile(self.pack, dynamic=False)  # type: ignore[method-assign]
-        self._block, self._last_block = (torch.compile(f, dynamic=False) for f in (whole_block, reading_block))
+        """Compile, at the first step, what takes a step's time: packing, a block (once for all of them), the cross-entropy."""
+        self._pack, self._block, self._last_block = (
+            torch.compile(function, dynamic=False) for function in (pack, block_forward, block_forward_queries)
+        )
         if self.target == "tokens":
             self._loss = compiled_token_loss()
 
-    def draw_ranks(self, num_context: int, seed: list[int]) -> Ranks | None:
-        """The m ranks of a step, ascending, on the CPU; None where all are predicted."""
-        if self.num_targets is None:
+    def sample_target_indices(self, num_context: int, seed: list[int]) -> TargetIndices | None:
+        """Draw a step's m target indices, ascending, on the CPU; None where all patches are predicted."""
+        if self.num_predict is None:
             return None
-        drawn = np.random.default_rng(seed).permutation(self.num_patches - num_context)[: self.num_targets]
-        return torch.from_numpy(np.sort(drawn))
+        order = np.random.default_rng(seed).permutation(self.num_patches - num_context)
+        return torch.from_numpy(np.sort(order[: self.num_predict]))
 
-    def predict(self, images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"]) -> Float[Tensor, "B p V"]:
-        """Logits of the p hidden patches, in permutation order."""
-        return self.head(self.encode(images, permutation, self.layout()))
+    def predict(self, batch: Batch) -> Float[Tensor, "B m V"]:
+        """Return the logits of the predicted patches, in permutation order."""
+        return self.head(self.encode(batch))
 
-    def encode(
-        self,
-        images: Float[Tensor, "B C H W"],
-        permutation: Int[Tensor, "B N"],
-        layout: Layout,
-        ranks: Ranks | None = None,
-        survival: Survival | None = None,
-    ) -> Float[Tensor, "B m D"]:
-        """What the head reads: the final outputs of the rows that predict `ranks` (None: all p).
+    def encode(self, batch: Batch) -> Float[Tensor, "B m D"]:
+        """Return the final outputs of the rows that predict.
 
-        Content rows go through all blocks but the last, where they are only seen and no longer ask.
+        Rows that are attended to go through all blocks but the last, where they have keys and values only.
         """
-        content, read_at = layout.num_content, layout.read_at
-        asks_only = read_at.start >= content  # the reading rows are query rows, packed for `ranks` alone
-        rows, bias = self.pack(images, permutation, layout, ranks), layout.bias
-        read_bias = bias[read_at]
-        if ranks is not None:
-            read_bias = read_bias[ranks]
-            bias = torch.cat([bias[:content], read_bias]) if asks_only else bias
-        (*blocks, last), (*fates, last_fate) = self.vit.blocks, fates_of(self.vit, survival, rows)
-        blocks_of_rows = clip(layout.all_blocks, len(bias))
-        for block, fate in zip(blocks, fates, strict=True):
-            rows = self._block(block, rows, content, bias, blocks_of_rows, fate)
-        reading: slice | Tensor = read_at
-        if ranks is not None and not asks_only:
-            reading = read_at.start + ranks
-        blocks_of_rows = clip(layout.read_blocks, len(read_bias))
-        return self.vit.norm(self._last_block(last, rows, content, reading, read_bias, blocks_of_rows, last_fate))
-
-    def pack(
-        self,
-        images: Float[Tensor, "B C H W"],
-        permutation: Int[Tensor, "B N"],
-        layout: Layout,
-        ranks: Ranks | None = None,
-    ) -> Float[Tensor, "B R D"]:
-        """Initial embeddings of the objective's segments, in permutation order; `query` only for `ranks` (None: all)."""
-        vit = self.vit
-        c = layout.lengths["context"] - vit.num_prefix_tokens
-        # Prefix tokens and patches, with positions, as in fine-tuning.
-        embedded = vit._pos_embed(vit.patch_embed(images))
-        prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
-        positions = gather(vit.pos_embed[:, -self.num_patches :].expand_as(patches), permutation[:, c:])
-        content = gather(patches, permutation)
-
-        def tokens(token: Tensor) -> Tensor:
-            return vit.pos_drop(token + positions).to(content.dtype)
-
-        parts: dict[Segment, Tensor] = {}
-        for segment in layout.lengths:
-            if segment == "context":
-                part = torch.cat([prefix, content[:, :c]], dim=1)
-            elif segment == "target":
-                part = content[:, c:]
-            elif segment == "next":
-                before = (
-                    content[:, c - 1 : -1]
-                    if c
-                    else torch.cat([self.mask_token.expand(len(content), -1, -1), content[:, :-1]], 1)
-                )
-                part = tokens(before)
-            elif segment == "query" and self.query_token is not None:
-                part = tokens(self.query_token)
+        assert batch.images is not None and batch.permutation is not None
+        layout, indices = self.layout(batch.num_context), batch.target_indices
+        num_kv, output_rows = layout.num_kv, layout.output_rows
+        images, tokens = batch.images.to(self.mask_token.dtype), (self.mask_token, self.query_token)
+        rows = self._pack(self.vit, *tokens, images, batch.permutation, layout.segment_lengths, indices)
+        bias, output_bias, query_rows = layout.attn_bias, layout.attn_bias[output_rows], output_rows
+        if indices is not None:
+            output_bias = output_bias[indices]
+            if layout.queries_only:
+                bias = torch.cat([bias[:num_kv], output_bias])
             else:
-                part = parts["mask"] if "mask" in parts else tokens(self.mask_token)
-            parts[segment] = part if ranks is None or segment != "query" else part[:, ranks]
-        return vit.norm_pre(torch.cat(list(parts.values()), dim=1))
+                query_rows = output_rows.start + indices
+        (*blocks, last), (*scales, last_scale) = self.vit.blocks, drop_path_scales(self.vit, batch.drop_path_rand, rows)
+        query_blocks = truncate_blocks(layout.blocks, len(bias))
+        for block, scale in zip(blocks, scales, strict=True):
+            rows = self._block(block, rows, num_kv, bias, query_blocks, scale)
+        query_blocks = truncate_blocks(layout.output_blocks, len(output_bias))
+        return self.vit.norm(self._last_block(last, rows, num_kv, query_rows, output_bias, query_blocks, last_scale))
 
 
-def whole_block(
+def block_forward(
     block: Block,
     rows: Float[Tensor, "B R D"],
-    content: int,
-    bias: Float[Tensor, "R C"],
-    blocks_of_rows: list[RowBlock],
-    fate: Fate,
+    num_kv: int,
+    attn_bias: Float[Tensor, "R C"],
+    query_blocks: list[QueryBlock],
+    scale: DropPathScale,
 ) -> Float[Tensor, "B R D"]:
-    """A timm Block in which all rows ask; the first `content` of them are seen."""
-    asking = block.norm1(rows)
-    seen = asking[:, :content].contiguous()  # as its products would make it, each time
-    return residual(block, rows, attend(block.attn, seen, asking, bias, blocks_of_rows), fate)
+    """Run a timm Block in which all rows have queries and the first `num_kv` keys and values."""
+    q = block.norm1(rows)
+    kv = q[:, :num_kv].contiguous()  # as its products would make it, each time
+    return residual_update(block, rows, two_stream_attention(block.attn, kv, q, attn_bias, query_blocks), scale)
 
 
-def reading_block(
+def block_forward_queries(
     block: Block,
     rows: Float[Tensor, "B R D"],
-    content: int,
-    reading: slice | Int[Tensor, " m"],
-    bias: Float[Tensor, "m C"],
-    blocks_of_rows: list[RowBlock],
-    fate: Fate,
+    num_kv: int,
+    query_rows: slice | Int[Tensor, " m"],
+    attn_bias: Float[Tensor, "m C"],
+    query_blocks: list[QueryBlock],
+    scale: DropPathScale,
 ) -> Float[Tensor, "B m D"]:
-    """A timm Block of which only the rows at `reading` are wanted."""
-    seen, rows = rows[:, :content], rows[:, reading]
-    attended = attend(block.attn, block.norm1(seen), block.norm1(rows), bias, blocks_of_rows)
-    return residual(block, rows, attended, fate)
+    """Run a timm Block of which only the outputs of `query_rows` are needed."""
+    kv, rows = rows[:, :num_kv], rows[:, query_rows]
+    attended = two_stream_attention(block.attn, block.norm1(kv), block.norm1(rows), attn_bias, query_blocks)
+    return residual_update(block, rows, attended, scale)
 
 
-def residual(
-    block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], fate: Fate = (None, None)
+def residual_update(
+    block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], scale: DropPathScale = (None, None)
 ) -> Float[Tensor, "B R D"]:
-    """What timm's Block does after its attention."""
-    rows = rows + surviving(block.drop_path1, block.ls1(attended), fate[0])
-    return rows + surviving(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), fate[1])
+    """Do what timm's Block does after its attention."""
+    rows = rows + apply_drop_path(block.drop_path1, block.ls1(attended), scale[0])
+    return rows + apply_drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), scale[1])
 
 
-def surviving(
-    path: nn.Module, branch: Float[Tensor, "B R D"], factor: Float[Tensor, "B 1 1"] | None
+def apply_drop_path(
+    path: nn.Module, branch: Float[Tensor, "B R D"], scale: Float[Tensor, "B 1 1"] | None
 ) -> Float[Tensor, "B R D"]:
-    return path(branch) if factor is None else branch * factor
+    """Scale a residual branch, or let timm's DropPath draw where there is no scale."""
+    return path(branch) if scale is None else branch * scale
 
 
-def fates_of(vit: VisionTransformer, survival: Survival | None, rows: Float[Tensor, "B R D"]) -> list[Fate]:
-    """Of each block's two branches, in the dtype of `rows`.
+def drop_path_scales(
+    vit: VisionTransformer, drop_path_rand: DropPathRand | None, rows: Float[Tensor, "B R D"]
+) -> list[DropPathScale]:
+    """Return the factors of each block's two branches, in the dtype of `rows`.
 
-    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `survival` is below the branch's
+    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `drop_path_rand` is below the branch's
     probability; given from outside, the draws don't depend on which images are computed together.
     """
 
-    def factor(path: nn.Module, number: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1"] | None:
+    def scale(path: nn.Module, rand: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1"] | None:
         if not path.training:
             return None
         # That of the first block is 1; it is multiplied by nevertheless, so that its compiled block is the others'.
-        probability = 1 - path.drop_prob if isinstance(path, DropPath) else 1
-        return ((number < probability).to(rows.dtype) / probability)[:, None, None]
+        keep_prob = 1 - path.drop_prob if isinstance(path, DropPath) else 1
+        return ((rand < keep_prob).to(rows.dtype) / keep_prob)[:, None, None]
 
-    if survival is None:
+    if drop_path_rand is None:
         return [(None, None)] * len(vit.blocks)
-    pairs = survival.unflatten(1, (-1, 2)).permute(1, 2, 0)
+    pairs = drop_path_rand.unflatten(1, (-1, 2)).permute(1, 2, 0)
     return [
-        (factor(block.drop_path1, first), factor(block.drop_path2, second))
+        (scale(block.drop_path1, first), scale(block.drop_path2, second))
         for block, (first, second) in zip(vit.blocks, pairs, strict=True)
     ]
-
-
-def gather(values: Tensor, order: Int[Tensor, "B n"]) -> Tensor:
-    """(B, N, ...) -> (B, n, ...)."""
-    return values.gather(1, order if values.ndim == 2 else order[:, :, None].expand(-1, -1, values.shape[2]))

@@ -14,14 +14,14 @@ from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.look import Look, principal_colors
 from mapet.evaluation.retrieval import retrieve
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import pictures
 
 log = logging.getLogger("mapet")
 
 
 def pictures_of(
-    look: Look, model: Pretrainer, images: ImageList, compute: Compute, workers: int = 0
+    look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute, workers: int = 0
 ) -> dict[str, Figure]:
     """All there are of a run's weights: of a sample, and of what its features find among all images."""
     figures = figures_of(look, model)
@@ -36,7 +36,7 @@ def pictures_of(
     return figures
 
 
-def figures_of(look: Look, model: Pretrainer) -> dict[str, Figure]:
+def figures_of(look: Look, model: ViTForPreTraining) -> dict[str, Figure]:
     """What can be drawn of a sample of images."""
     grid, vocab_size, shown = look.grid, look.vocab_size, slice(0, look.shown)
     patches = pictures.patchify(look.images, grid).flatten(0, 1)
@@ -45,7 +45,7 @@ def figures_of(look: Look, model: Pretrainer) -> dict[str, Figure]:
     figures = {
         "token_maps": pictures.token_maps(*sample, grid, vocab_size),
         "words": pictures.code_montage(patches, look.tokens.flatten(), vocab_size),
-        "visibility": pictures.visibility_table(layout.table, layout.lengths, model.objective.name),
+        "visibility": pictures.visibility_table(layout.attn_mask, layout.segment_lengths, model.objective.name),
         "features": feature_colors(look.images[shown], principal_colors(look.features), grid),
     }
     if look.logits is not None:

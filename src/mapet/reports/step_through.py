@@ -45,8 +45,8 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
         "grid": list(look.grid),
         "size": list(look.images.shape[2:]),
         "hidden": hidden,
-        "sees_targets": any("target" in row or "next" in row for row in objective.sees.values()),
-        "sees_positions": "mask" in objective.sees,
+        "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
+        "sees_positions": "mask" in objective.attends_to,
         "images": images,
         "atlas": {
             "src": tiles_uri(_atlas(means)),

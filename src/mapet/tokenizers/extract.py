@@ -22,8 +22,8 @@ def teacher_features(
     Raises:
         MapetError: a feature is NaN or infinite; the image is named.
     """
-    assert batch.teacher_image is not None
-    features = teacher(compute.to(batch.teacher_image))
+    assert batch.teacher_images is not None
+    features = teacher(compute.to(batch.teacher_images))
     finite = features.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         first = int(batch.image_index[int((~finite).nonzero()[0])])
@@ -57,6 +57,6 @@ class FeatureExtractor:
         loader = make_loader(self.dataset, batches, self.num_workers)
         for batch in tqdm(loader, desc=title, unit="batch", disable=None):
             self.unreadable.add(batch.bad)
-            if len(batch.image_index):
+            if len(batch):
                 features = teacher_features(self.teacher, batch, self.dataset.images, self.compute)
                 yield features.permute(0, 2, 3, 1).flatten(0, 2)

@@ -104,7 +104,7 @@ def _token_ids(
     """Compute the ids of all views of the store's `rows`; those of unreadable images, which the batch lacks, are 0."""
     assert tokenizer.teacher is not None
     tokens = torch.zeros(len(rows), store.num_views, store.grid[0] * store.grid[1], dtype=torch.int64)
-    if len(batch.image_index):
+    if len(batch):
         ids = tokenizer.name_features(teacher_features(tokenizer.teacher, batch, images, compute)).flatten(1).cpu()
         for index in batch.image_index.unique():
             tokens[index - rows.start] = ids[batch.image_index == index]

@@ -11,8 +11,8 @@ from mapet.config.pretrain import PretrainConfig
 from mapet.errors import MapetError, by
 from mapet.models.backbone import create_vit, init_from
 from mapet.models.cae import ContextAutoencoder
-from mapet.models.objectives import CAE, get_objective, num_context_of
-from mapet.models.pretraining import Pretrainer
+from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.runs import named_by_run, pretrain_folder, refuse_no_run
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
     config: PretrainConfig
     tokenizer: Tokenizer
-    model: Pretrainer
+    model: ViTForPreTraining
 
     def to(self, device: torch.device) -> "Run":
         """Tokenizer and model on the device."""
@@ -71,7 +71,7 @@ class Words(NamedTuple):
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> Pretrainer:
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> ViTForPreTraining:
     """The ViT and its token head, with the weights that `seed` or `init_from` give."""
     teacher = tokenizer.description["teacher"]
     sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
@@ -79,7 +79,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> Pretrainer:
     return model_for(config, Words(config.tokenizer, *sizes, tokenizer.vocab_size, feature_size))
 
 
-def model_for(config: PretrainConfig, words: Words) -> Pretrainer:
+def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
     """`build_model`, for words that there may not be yet.
 
     Raises:
@@ -104,10 +104,12 @@ def model_for(config: PretrainConfig, words: Words) -> Pretrainer:
             "(`mapet run` does, with --fit-tokenizer.image-size and --fit-tokenizer.patch-size)"
         )
     num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
-    least = num_context_of((config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches)  # of a drawn ratio, the fewest
+    least = num_context_from_ratio(
+        (config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches
+    )  # of a drawn ratio, the fewest
     common: dict[str, Any] = {
         "num_context": least if config.num_context is None else config.num_context,
-        "num_targets": config.num_targets,
+        "num_predict": config.num_targets,
         "target": config.target,
         "separate_query": config.separate_query,
     }
@@ -117,7 +119,9 @@ def model_for(config: PretrainConfig, words: Words) -> Pretrainer:
         "features": words.feature_size,
     }[config.target]
     model = (
-        ContextAutoencoder(vit, values, **common) if objective is CAE else Pretrainer(vit, values, objective, **common)
+        ContextAutoencoder(vit, values, **common)
+        if objective is CAE
+        else ViTForPreTraining(vit, values, objective, **common)
     )
     if config.init_from:
         init_from(vit, config.init_from)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,21 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mapet.config.check import CheckConfig
 from mapet.config.pretrain import PretrainConfig
-from mapet.data.dataset import ViewDataset, collate
+from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
-from mapet.models.objectives import MAPET, num_context_of
-from mapet.models.pretraining import Pretrainer
+from mapet.models.objectives import MAPET, num_context_from_ratio
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import automatic_vocab_size
 from mapet.tokenizers.teachers import make_teacher
 from mapet.training.build import build_model
 from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
-from mapet.training.step import GradientStep
+from mapet.training.step import ForwardBackward
 
 TRIED = 16
 
@@ -43,7 +44,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         config.teacher_size,
         precision=compute.precision,
     ).to(compute.device)
-    model = prepare_for_device(Pretrainer(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
+    model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
     dataset = ViewDataset(
         images,
@@ -54,18 +55,17 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         grid=tuple(vit.patch_embed.grid_size),
     )
     started = time.monotonic()
-    batch = collate([dataset[0, index] for index in (usable * TRIED)[:TRIED]])
+    batch = dataset.batch([(0, index) for index in (usable * TRIED)[:TRIED]])
     read = (time.monotonic() - started) / TRIED
-    if batch.image is None or batch.teacher_image is None or batch.permutation is None:
+    if batch.images is None or batch.teacher_images is None:
         raise MapetError("the images of the dry run could not be read a second time: are they changing?")
-    tokens = torch.zeros(len(batch.image_index), num_patches, dtype=torch.int64, device=compute.device)
-    inputs = normalize(compute.to(batch.image), config.channels), tokens, compute.to(batch.permutation)
-
-    views = compute.to(batch.teacher_image)
-
-    step = GradientStep(model, compute, automatic_micro_batch(model, TRIED, compute))
+    tokens = torch.zeros(len(batch), num_patches, dtype=torch.int64)
+    views = compute.to(batch.teacher_images)
+    pixels = normalize(compute.to(batch.images), config.channels)
+    batch = replace(batch, images=pixels, targets=tokens).to(compute.device)
+    step = ForwardBackward(model, compute, automatic_micro_batch(model, TRIED, compute))
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
-    training = _seconds(lambda: step(*inputs), compute) / TRIED
+    training = _seconds(lambda: step(batch), compute) / TRIED
     batch_size = automatic_batch_size(model, len(usable), compute)
     memory = automatic_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(
         model
@@ -98,20 +98,20 @@ def flops_per_image(config: PretrainConfig) -> float:
     contexts = [model.num_context]
     low, high = config.predict_ratio or (0.0, 0.0)
     if low < high:
-        contexts = [num_context_of(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
+        contexts = [num_context_from_ratio(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
     return training_flops(model, contexts)
 
 
-def training_flops(model: Pretrainer, contexts: list[int]) -> float:
+def training_flops(model: ViTForPreTraining, contexts: list[int]) -> float:
     """The same of a model on the meta device: the mean over passes with these c."""
-    images = torch.empty(1, model.vit.in_chans, *model.vit.patch_embed.img_size, device="meta")
-    permutation = torch.zeros(1, model.num_patches, dtype=torch.int64, device="meta")
-    numbers = torch.empty(1, model.num_patches, model.head.out_features, device="meta")
+    images = torch.empty(1, model.vit.in_chans, *model.vit.patch_embed.img_size)
+    permutation = torch.zeros(1, model.num_patches, dtype=torch.int64)
+    targets = permutation if model.target == "tokens" else torch.empty(1, model.num_patches, model.head.out_features)
     with FlopCounterMode(display=False) as counter:
         for c in contexts:
-            ranks = model.draw_ranks(c, seed=[0])
-            targets = permutation if model.target == "tokens" else numbers
-            model(images, targets, permutation, c, None if ranks is None else ranks.to("meta")).loss.backward()
+            indices = model.sample_target_indices(c, seed=[0])
+            batch = Batch(permutation[:, 0], images, None, targets, permutation, num_context=c, target_indices=indices)
+            model(batch.to(torch.device("meta"))).loss.backward()
     return counter.get_total_flops() / len(contexts)
 
 

@@ -161,10 +161,10 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
         with tqdm(total=total_steps, initial=step, desc="fine-tune", unit="step", disable=None, smoothing=0.05) as bar:
             for batch in loader:
                 quarantine.add(batch.bad)
-                if batch.image is not None:
+                if batch.images is not None:
                     torch.manual_seed(step_seed(config.seed, step))  # what is drawn depends on the step alone
                     schedule.step_update(step)
-                    pixels = normalize(compute.to(batch.image), vit.in_chans, batch.jitter)
+                    pixels = normalize(compute.to(batch.images), vit.in_chans, batch.jitter)
                     targets = compute.to(labels[batch.image_index])
                     smoothing = config.label_smoothing
                     with seeded(config.seed, step):

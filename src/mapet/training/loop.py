@@ -12,12 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet import distributed
 from mapet.config.pretrain import PretrainConfig
 from mapet.data.census import FEW_IMAGES, few_images
-from mapet.data.dataset import Batch, Quarantine, collate, make_loader
+from mapet.data.dataset import Batch, Quarantine, make_loader
 from mapet.errors import MapetError, by, counted
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
 from mapet.models.backbone import format_num_params, prepare_for_device, save_backbone
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
 from mapet.training.checkpoint import (
@@ -37,9 +37,9 @@ from mapet.training.progress import Panel
 from mapet.training.run_folder import RunFolder, recipe_to_resume, stopped
 from mapet.training.sharding import shard, whole, whole_state
 from mapet.training.sizing import automatic_micro_batch
-from mapet.training.step import GradientStep, automatic_compile, sum_gradients
+from mapet.training.step import ForwardBackward, all_reduce_gradients, auto_compile
 from mapet.training.tracking import require
-from mapet.training.training_setup import Setting
+from mapet.training.training_setup import TrainingSetup
 
 log = logging.getLogger("mapet")
 
@@ -53,7 +53,7 @@ def train(config: PretrainConfig) -> Path:
         distributed.barrier()  # all have looked before one writes
 
     # ---- what is learned, and from what
-    setting = Setting.of(config)
+    setting = TrainingSetup.from_config(config)
     config, model, sampler, compute = setting.config, setting.model, setting.sampler, setting.compute
 
     # ---- how long, how fast
@@ -63,8 +63,8 @@ def train(config: PretrainConfig) -> Path:
     micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
     if config.shard:
         shard(model, compute)
-    compile = automatic_compile(config.compile, compute, total_steps, same_shapes=not config.varies_context)
-    gradient_step = GradientStep(model, compute, micro_batch, compile)
+    compile = auto_compile(config.compile, compute, total_steps, same_shapes=not config.varies_context)
+    forward_backward = ForwardBackward(model, compute, micro_batch, compile)
     lr = config.lr or automatic_lr(images_a_step(config.batch_size, len(sampler.indices)))
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
@@ -85,7 +85,7 @@ def train(config: PretrainConfig) -> Path:
                 sampler.first_step, rolled_back = state["step"], state.get("rolled_back", 0)
                 same_for_all(sampler.first_step, run.checkpoints)
                 if given.micro_batch is None:
-                    gradient_step.micro_batch = state.get("micro_batch", micro_batch)
+                    forward_backward.micro_batch = state.get("micro_batch", micro_batch)
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info("%s, %s", describe(config, model, len(sampler.indices)), compute)
@@ -103,7 +103,7 @@ def train(config: PretrainConfig) -> Path:
             state = {
                 "epochs": config.epochs,
                 "rolled_back": rolled_back,
-                "micro_batch": gradient_step.micro_batch,
+                "micro_batch": forward_backward.micro_batch,
                 **made_of,
             }
             if distributed.rank() == 0:
@@ -117,9 +117,9 @@ def train(config: PretrainConfig) -> Path:
                 if images and (fewest or not config.shard):  # a sharded model needs all processes
                     torch.manual_seed(step_seed(config.seed, step))  # dropout depends on the step alone
                     schedule.step_update(step)
-                    share = len(batch.image_index) / images
-                    prediction = gradient_step(*setting.inputs(batch, step), share) if share else None
-                    sum_gradients(model)
+                    share = len(batch) / images
+                    prediction = forward_backward(setting.prepare_batch(batch, step), share) if share else None
+                    all_reduce_gradients(model)
                     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf))
                     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # then it does nothing
                     optimizer.step()
@@ -183,14 +183,14 @@ def train(config: PretrainConfig) -> Path:
         return backbone
 
 
-def describe(config: PretrainConfig, model: Pretrainer, num_images: int) -> str:
+def describe(config: PretrainConfig, model: ViTForPreTraining, num_images: int) -> str:
     """The run in one line."""
     most = "up to " if config.varies_context else ""
     what = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
     together = f" on {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     return (
         f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {num_images:,} images of "
-        f"{by(model.vit.patch_embed.img_size)} px, {most}{model.num_predicted} of {model.num_patches} patches predicted {what}, "
+        f"{by(model.vit.patch_embed.img_size)} px, {most}{model.num_hidden} of {model.num_patches} patches predicted {what}, "
         f"batch {config.batch_size}{together}, lr {config.lr:.2g}, {counted(config.epochs, 'epoch')}"
     )
 
@@ -201,7 +201,7 @@ def window_ends(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
 
 
-def whole_vit(setting: Setting) -> VisionTransformer:
+def whole_vit(setting: TrainingSetup) -> VisionTransformer:
     """The ViT as it is, or, in the first process, put together from its shards; a collective call."""
     if not setting.config.shard:
         return setting.model.vit
@@ -212,17 +212,17 @@ def whole_vit(setting: Setting) -> VisionTransformer:
 
 
 @torch.inference_mode()
-def has_features(vit: VisionTransformer, setting: Setting) -> bool:
+def has_features(vit: VisionTransformer, setting: TrainingSetup) -> bool:
     """Whether all numbers that it makes of a few images are finite."""
-    batch = collate([setting.dataset[position] for position in setting.sampler.batch(0)[:8]])
-    if batch.image is None:
+    batch = setting.dataset.batch(setting.sampler.batch(0)[:8])
+    if batch.images is None:
         return True
-    return bool(vit.eval().forward_features(normalize(setting.compute.to(batch.image), vit.in_chans)).isfinite().all())
+    return bool(vit.eval().forward_features(normalize(setting.compute.to(batch.images), vit.in_chans)).isfinite().all())
 
 
 def images_of_all(batch: Batch, quarantine: Quarantine) -> tuple[int, int]:
     """How many images all processes have for this step, and the one with fewest; what one couldn't read, all know."""
-    images, bad = distributed.all_gather(torch.tensor([len(batch.image_index), len(batch.bad)])).unbind(1)
+    images, bad = distributed.all_gather(torch.tensor([len(batch), len(batch.bad)])).unbind(1)
     if bad.any():
         for found in distributed.all_gather_object(batch.bad):
             quarantine.add(found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mapet import distributed
 from mapet.errors import MapetError
-from mapet.models.pretraining import Prediction
+from mapet.models.pretraining import PreTrainingOutput
 
 T = TypeVar("T")
 
@@ -65,16 +65,16 @@ class Meter:
         yield
         self._started += time.monotonic() - before
 
-    def add(self, prediction: Prediction | None, gradient_norm: Tensor, index: Tensor, share: float) -> None:
+    def add(self, prediction: PreTrainingOutput | None, gradient_norm: Tensor, index: Tensor, share: float) -> None:
         """A step: this process's part of it (None: it had no image), which is `share` of the whole, and the whole's norm."""
         loss = accuracy = torch.zeros((), device=self._device)
         images = 0
         if prediction is not None:
-            loss, images = prediction.loss, len(prediction.losses)
-            if prediction.correct is not None:
-                accuracy = share * prediction.correct / prediction.targets.numel()
+            loss, images = prediction.loss, len(prediction.loss_per_image)
+            if prediction.num_correct is not None:
+                accuracy = share * prediction.num_correct / prediction.targets.numel()
                 self.token_counts += torch.bincount(prediction.targets.flatten(), minlength=len(self.token_counts))
-            self._images.append((index, prediction.losses))
+            self._images.append((index, prediction.loss_per_image))
         else:
             self._images.append((index, torch.zeros(0)))
         norm = gradient_norm.detach() if distributed.rank() == 0 else torch.zeros_like(loss)  # all have the same one

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from mapet import distributed
 from mapet.config.pretrain import PretrainConfig
-from mapet.data.dataset import collate
 from mapet.errors import MapetError, shell_command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import whole_state
-from mapet.training.step import GradientStep
-from mapet.training.training_setup import Setting
+from mapet.training.step import ForwardBackward
+from mapet.training.training_setup import TrainingSetup
 
 BUNDLE = "replay.json"
 FORMAT = 1
@@ -37,7 +36,7 @@ class WentWrong(MapetError):
         )
 
 
-def save_bundle(setting: Setting, last_step: int, count: int, run: Path) -> Path:
+def save_bundle(setting: TrainingSetup, last_step: int, count: int, run: Path) -> Path:
     """Keep the weights, which those steps have left as they were, and the images of the `count` steps up to `last_step`.
 
     Steps are counted as the log does: the first is step 1.
@@ -54,7 +53,7 @@ def save_bundle(setting: Setting, last_step: int, count: int, run: Path) -> Path
     return folder
 
 
-def _images(setting: Setting, step: int) -> list[str]:
+def _images(setting: TrainingSetup, step: int) -> list[str]:
     return [setting.images.id(index) for _, index in setting.sampler.batch(step - 1)]
 
 
@@ -77,7 +76,7 @@ class Look(NamedTuple):
     parameters: list[str]
 
 
-def load_bundle(bundle: Path, setting: Setting) -> list[int]:
+def load_bundle(bundle: Path, setting: TrainingSetup) -> list[int]:
     """Put a bundle's weights into the model; returns its steps.
 
     Raises:
@@ -96,22 +95,22 @@ def load_bundle(bundle: Path, setting: Setting) -> list[int]:
     return list(images)
 
 
-def replay(setting: Setting, step: int) -> Look:
+def replay(setting: TrainingSetup, step: int) -> Look:
     """Compute a step's loss and gradient as the run did, without an update."""
     model, config = setting.model, setting.config
-    batch = collate([setting.dataset[position] for position in setting.sampler.batch(step - 1)])
-    if batch.image is None:
+    batch = setting.dataset.batch(setting.sampler.batch(step - 1))
+    if batch.images is None:
         raise MapetError(f"none of the {len(batch.bad)} images of step {step} can be read")
-    inputs = setting.inputs(batch, step - 1)
+    batch = setting.prepare_batch(batch, step - 1)
     assert config.micro_batch is not None  # resolved when the run began
-    gradient_step = GradientStep(model, setting.compute, config.micro_batch)
+    forward_backward = ForwardBackward(model, setting.compute, config.micro_batch)
     model.zero_grad(set_to_none=True)
-    with first_not_finite(gradient_step.worker) as found:
-        prediction = gradient_step(*inputs)
+    with first_not_finite(model) as found:
+        prediction = forward_backward(batch)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    order = prediction.losses.nan_to_num(torch.inf).argsort(descending=True).tolist()
-    losses = [(setting.images.id(int(batch.image_index[i])), float(prediction.losses[i])) for i in order]
+    order = prediction.loss_per_image.nan_to_num(torch.inf).argsort(descending=True).tolist()
+    losses = [(setting.images.id(int(batch.image_index[i])), float(prediction.loss_per_image[i])) for i in order]
     return Look(step, float(prediction.loss), float(norm), losses, found[0] if found else "", wrong)
 
 

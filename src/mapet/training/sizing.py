@@ -3,13 +3,13 @@
 import torch
 
 from mapet.device import Compute, free_memory
-from mapet.models.pretraining import Pretrainer
+from mapet.models.pretraining import ViTForPreTraining
 
 CACHE = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
 
 
-def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
+def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:
     """Activations kept for the backward pass of one image.
 
     With plain attention about 34 numbers of width D a row and block (norms, qkv, attention output, MLP with GELU) and 3 of
@@ -17,23 +17,23 @@ def bytes_per_image(model: Pretrainer, compute: Compute) -> int:
     to which LayerScale adds two.
     """
     vit = model.vit
-    rows = sum(model.layout().lengths.values())
+    rows = sum(model.layout().segment_lengths.values())
     heads = vit.blocks[0].attn.num_heads
     size = 2 if compute.dtype == torch.bfloat16 else 4
     numbers, scores = (20, 0) if compute.device.type == "cuda" else (34, 3)
     return len(vit.blocks) * size * (numbers * rows * vit.embed_dim + scores * heads * rows * rows)
 
 
-def automatic_micro_batch(model: Pretrainer, batch_size: int, compute: Compute) -> int:
+def automatic_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute) -> int:
     """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
     if compute.device.type != "cpu":
         return batch_size
-    rows = sum(model.layout().lengths.values())
+    rows = sum(model.layout().segment_lengths.values())
     widest = rows * model.vit.blocks[0].mlp.fc1.out_features * (2 if compute.dtype == torch.bfloat16 else 4)
     return max(1, min(batch_size, CACHE // widest))
 
 
-def automatic_batch_size(model: Pretrainer, num_images: int, compute: Compute, processes: int = 1) -> int:
+def automatic_batch_size(model: ViTForPreTraining, num_images: int, compute: Compute, processes: int = 1) -> int:
     """The largest power of two up to the paper's 2048 that takes at most 60 % of a GPU's free memory and leaves 20 steps an epoch.
 
     Args:

@@ -110,7 +110,7 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
         with tqdm(total=total_steps, initial=step, desc=STAGE, unit="step", disable=None, smoothing=0.05) as bar:
             for batch in loader:
                 quarantine.add(batch.bad)
-                if batch.image is not None:
+                if batch.images is not None:
                     torch.manual_seed(step_seed(config.seed, step))  # for stochastic depth and reborn codes
                     schedule.step_update(step)
                     result = distill(model, teacher, batch, dataset, compute)
@@ -118,7 +118,7 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
                     loss = result.loss.detach()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    meter.add(result, model.update_codebook(result.features, result.codes), len(batch.image))
+                    meter.add(result, model.update_codebook(result.features, result.codes), len(batch.images))
                 step += 1
                 bar.update()
 
@@ -169,7 +169,7 @@ def distill(
     model: VQKDTraining, teacher: Teacher, batch: Batch, dataset: ViewDataset, compute: Compute
 ) -> Distillation:
     """The losses of a batch."""
-    assert batch.image is not None
+    assert batch.images is not None
     # A clone: what inference made takes part in no backward pass.
     targets = teacher_features(teacher, batch, dataset.images, compute).clone()
     with compute.autocast():
@@ -178,8 +178,8 @@ def distill(
 
 def pixels(batch: Batch, compute: Compute) -> Float[Tensor, "B C H W"]:
     """The encoder's input, in [0, 1]."""
-    assert batch.image is not None
-    return compute.to(batch.image).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    assert batch.images is not None
+    return compute.to(batch.images).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def encoded(model: VQKDTraining, loader: Any, quarantine: Quarantine, compute: C
     vectors = []
     for batch in tqdm(loader, desc="first codes", unit="batch", disable=None, leave=False):
         quarantine.add(batch.bad)
-        if batch.image is not None:
+        if batch.images is not None:
             with compute.autocast():
                 vectors.append(model.tokenizer(pixels(batch, compute)).movedim(1, -1).flatten(0, 2))
     return torch.cat(vectors)
@@ -215,7 +215,7 @@ def judge(
     reconstruction, error, mean, patches = 0.0, 0.0, torch.zeros(config.code_dim, dtype=torch.float64), 0
     for batch in tqdm(make_loader(centred, batches, config.num_workers), desc="judge", unit="batch", disable=None):
         quarantine.add(batch.bad)
-        if batch.image is not None:
+        if batch.images is not None:
             result = distill(model, teacher, batch, centred, compute)
             counts += torch.bincount(result.codes, minlength=len(counts))
             reconstruction += float(result.reconstruction) * len(result.codes)

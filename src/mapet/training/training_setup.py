@@ -1,11 +1,10 @@
 """From a resolved config to all that a step is made of: the same for training and for looking at a step again."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from mapet import distributed
 from mapet.config.pretrain import PretrainConfig
@@ -18,25 +17,14 @@ from mapet.device import Compute
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import prepare_for_device
 from mapet.models.losses import normalized_patches
-from mapet.models.objectives import num_context_of
-from mapet.models.pretraining import Pretrainer, Ranks, Survival, Targets
+from mapet.models.objectives import num_context_from_ratio
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.training.build import build_model
 from mapet.training.sizing import automatic_batch_size
 
 
-class Inputs(NamedTuple):
-    """All that a step's gradient depends on but the weights, on the device; the arguments of `Pretrainer.forward`."""
-
-    images: Float[Tensor, "B C H W"]
-    targets: Targets
-    permutation: Int[Tensor, "B N"]
-    num_context: int
-    ranks: Ranks | None
-    survival: Survival | None
-
-
-class Setting(NamedTuple):
+class TrainingSetup(NamedTuple):
     """What a config names, opened and built.
 
     Attributes:
@@ -49,13 +37,13 @@ class Setting(NamedTuple):
     compute: Compute
     images: ImageList
     tokenizer: Tokenizer
-    model: Pretrainer
+    model: ViTForPreTraining
     sampler: EpochSampler
     dataset: ViewDataset
     bad: dict[int, str]
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> "Setting":
+    def from_config(cls, config: PretrainConfig) -> "TrainingSetup":
         """Automatic values that these depend on are resolved in `config`; a collective call."""
         compute = Compute.choose(config.device, config.precision)
         images = scan(config.images)
@@ -84,39 +72,35 @@ class Setting(NamedTuple):
             config, compute, images, tokenizer, model, sampler, _views(config, images, tokenizer, store, model), bad
         )
 
-    def inputs(self, batch: Batch, step: int) -> Inputs:
-        """Of a batch that holds images."""
-        assert batch.image is not None and batch.permutation is not None
-        model, to = self.model, self.compute.to
-        images = normalize(to(batch.image), model.vit.in_chans, batch.jitter)
-        views = None if batch.teacher_image is None else to(batch.teacher_image)
+    def prepare_batch(self, batch: Batch, step: int) -> Batch:
+        """Put all that a step's gradient depends on but the weights into a batch that holds images, on the device."""
+        model, batch = self.model, batch.to(self.compute.device)
+        assert batch.images is not None
+        images = normalize(batch.images, model.vit.in_chans, batch.jitter)
+        targets = batch.targets
         if model.target == "pixels":
             targets = normalized_patches(images, model.vit.patch_embed.grid_size)
         elif model.target == "features":
-            assert self.tokenizer.teacher is not None and views is not None
-            targets = self.tokenizer.teacher(views).flatten(2).transpose(1, 2)
-        elif batch.tokens is not None:
-            targets = to(batch.tokens)
-        else:
-            targets = self.tokenizer(views).flatten(1)
-        num_context = self.draw_context(step)
-        ranks = model.draw_ranks(num_context, seed=[self.config.seed, step, 2])
-        survival = None if batch.survival is None else to(batch.survival)
-        return Inputs(
-            images, targets, to(batch.permutation), num_context, None if ranks is None else to(ranks), survival
-        )
+            assert self.tokenizer.teacher is not None and batch.teacher_images is not None
+            targets = self.tokenizer.teacher(batch.teacher_images).flatten(2).transpose(1, 2)
+        elif targets is None:
+            targets = self.tokenizer(batch.teacher_images).flatten(1)
+        num_context = self.sample_num_context(step)
+        indices = model.sample_target_indices(num_context, seed=[self.config.seed, step, 2])
+        indices = None if indices is None else self.compute.to(indices)
+        return replace(batch, images=images, targets=targets, num_context=num_context, target_indices=indices)
 
-    def draw_context(self, step: int) -> int:
-        """c of a step: fixed, or drawn from (seed, step) alone."""
+    def sample_num_context(self, step: int) -> int:
+        """Return c of a step: fixed, or drawn from (seed, step) alone."""
         low, high = self.config.predict_ratio or (0.0, 0.0)
         if low == high:
             return self.model.num_context
         ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
-        return num_context_of(ratio, self.model.num_patches)
+        return num_context_from_ratio(ratio, self.model.num_patches)
 
 
 def _views(
-    config: PretrainConfig, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: Pretrainer
+    config: PretrainConfig, images: ImageList, tokenizer: Tokenizer, store: TokenStore | None, model: ViTForPreTraining
 ) -> ViewDataset:
     height, width = model.vit.patch_embed.img_size
     spec = (
@@ -134,6 +118,6 @@ def _views(
         grid=tuple(model.vit.patch_embed.grid_size),
         order=config.order,
         jitter=config.color_jitter,
-        branches=2 * len(model.vit.blocks) if config.drop_path else 0,
+        num_branches=2 * len(model.vit.blocks) if config.drop_path else 0,
         seed=config.seed,
     )
