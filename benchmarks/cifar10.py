@@ -28,7 +28,7 @@ from mapet.files import write_json
 from mapet.models.backbone import load_backbone, prepare_for_device
 
 HERE = Path(__file__).parent
-TEACHERS = {"stand_in": {"teacher": "stand_in:efficientnet_lite0", "teacher_size": 128}, "pixels": {}}
+TEACHERS = {"stand_in": {"teacher": "stand_in:efficientnet_lite0", "teacher_image_size": 128}, "pixels": {}}
 SHARES = (0.01, 0.1, 1.0)
 log = logging.getLogger("mapet")
 
@@ -58,8 +58,8 @@ def main() -> None:
         if f"{share}" not in scratch:
             started = time.monotonic()
             scratch[f"{share}"] = mapet.finetune(
-                backbone=next(iter(backbones.values())), scratch=True, images=data / "train", test_images=data / "test",
-                label_share=share, epochs=epochs, views="crop", min_scale=0.5, lr=1e-3, batch_size=64 if share < 0.1 else 128,
+                backbone=next(iter(backbones.values())), from_scratch=True, images=data / "train", test_images=data / "test",
+                label_fraction=share, epochs=epochs, views="random-crop", min_crop_scale=0.5, lr=1e-3, batch_size=64 if share < 0.1 else 128,
             )  # fmt: skip
             log.info("from scratch on %g of the labels: %.0f s", share, time.monotonic() - started)
             write_json(result_file, results)

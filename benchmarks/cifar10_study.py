@@ -37,7 +37,7 @@ def run_study(data: Path, out: Path, recipe: Path, per_class: int = 1000, seeds:
         **read_recipe(recipe) | ({"seeds": seeds} if seeds else {}),
         images=first_of_each_class(data / "train", per_class),
         test_images=data / "test",
-        other_test_images=changed_test_sets(data, out),
+        ood_images=changed_test_sets(data, out),
         out=out,
     )
     return data

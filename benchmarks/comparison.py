@@ -34,8 +34,8 @@ BATCH, PER_CLASS = 128, 500
 METHODS: dict[str, list[str]] = {
     "mapet": [],
     "mapet --objective pim": ["--objective", "pim"],
-    "BEiT's objective in mapet": ["--objective", "mim", "--order", "blockwise", "--predict-ratio", "0.4"],
-    "MAE's target in mapet": ["--objective", "mim", "--target", "pixels", "--predict-ratio", "0.75"],
+    "BEiT's objective in mapet": ["--objective", "mim", "--patch-order", "blockwise", "--mask-ratio", "0.4"],
+    "MAE's target in mapet": ["--objective", "mim", "--target", "pixels", "--mask-ratio", "0.75"],
     "lightly-train, simclr": [],
     "lightly-train, dino": [],
 }
@@ -159,7 +159,7 @@ def tokens(data: Data, out: Path) -> float:
         remove(folder / "tokenizer", folder / "tokens")
         images = ["--images", str(data.train), "--workers", "0"]
         sizes = ["--image-size", str(data.image), "--patch-size", str(data.patch), "--vocab-size", str(data.words)]
-        words = ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "tokens"), "--views", "flip"]
+        words = ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "tokens"), "--views", "center-flip"]
         log = folder / "tokens.txt"
         seconds = run([*MAPET, "fit-tokenizer", *images, *sizes, "--out", str(folder / "tokenizer")], log)
         seconds += run([*MAPET, "tokenize", *images, *words], log)
@@ -185,7 +185,7 @@ def pretrain(method: str, seed: int, epochs: int, data: Data, folder: Path, opti
     command = [*MAPET, "pretrain", "--images", str(data.train), "--workers", "0"]
     command += ["--tokenizer", str(made / "tokenizer"), "--tokens", str(made / "tokens"), "--out", str(folder)]
     command += ["--model-args", f"embed_dim={data.width}", f"depth={data.depth}", f"num_heads={data.heads}"]
-    command += ["--layer-scale", "none", "--drop-path", "0", "--lr", "1.5e-3", "--batch-size", str(BATCH)]
+    command += ["--layer-scale-init", "none", "--drop-path", "0", "--lr", "1.5e-3", "--batch-size", str(BATCH)]
     command += ["--epochs", str(epochs), "--seed", str(seed), "--probe-every", "0", *METHODS[method]]
     return run(command, folder.with_suffix(".txt"))
 
@@ -236,12 +236,21 @@ def measure(method: str, seed: int, epochs: int, data: Data, options: argparse.N
             "100",
             "--views",
             "crop",
-            "--min-scale",
+            "--min-crop-scale",
             "0.5",
             "--drop-path",
             "0",
         ]
-        few += ["--test-images", str(data.test_few), "--lr", "1e-3", "--batch-size", "32", "--scratch", str(scratch)]
+        few += [
+            "--test-images",
+            str(data.test_few),
+            "--lr",
+            "1e-3",
+            "--batch-size",
+            "32",
+            "--scratch-dir",
+            str(scratch),
+        ]
         remove(folder / "tuned")
         run([*MAPET, "finetune", *labelled, *few, "--out", str(folder / "tuned")], folder / "log.txt")
     result = json.loads((folder / "probe.json").read_text())["untrained" if scratch else "pretrained"]

@@ -89,12 +89,12 @@ def _measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list
     sources = {"mapet": images, "mapet, prepared": prepared}
     datasets = {}
     for name, source in sources.items():
-        for kind in ("center", "crop"):
+        for kind in ("center", "random-crop"):
             spec = ViewSpec(kind=kind, image_size=SIZE)
             store = token_store(folder / f"tokens {name} {kind}", source, spec)
             datasets[name, kind] = ViewDataset(source, spec, 3, SIZE, None, store, GRID, jitter=JITTER)
     for number in range(rounds):
-        for kind in ("center", "crop"):
+        for kind in ("center", "random-crop"):
             plain = plain_transform(kind)
             timed(f"plain, {kind}", lambda: torch.stack([plain(Image.open(path).convert("RGB")) for path in images]))
             for name in sources:
@@ -158,7 +158,12 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
     center: list[Any] = [transforms.Resize(SIZE[0], interpolation=bicubic), transforms.CenterCrop(SIZE)]
     jitter = transforms.ColorJitter(JITTER, JITTER, JITTER)
     return transforms.Compose(
-        [*(crop if kind == "crop" else center), jitter, transforms.ToTensor(), transforms.Normalize(*input_mean_std(3))]
+        [
+            *(crop if kind == "random-crop" else center),
+            jitter,
+            transforms.ToTensor(),
+            transforms.Normalize(*input_mean_std(3)),
+        ]
     )
 
 

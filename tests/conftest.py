@@ -16,7 +16,7 @@ from mapet.data.token_store import TokenStore
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 PRETRAIN: dict[str, Any] = {
-    "model_args": TINY, "epochs": 2, "batch_size": 100, "lr": 1e-3, "workers": 0, "probe_every": 0, "log_every": 5, "device": "cpu",
+    "model_args": TINY, "epochs": 2, "batch_size": 100, "lr": 1e-3, "workers": 0, "probe_every": 0, "log_interval": 5, "device": "cpu",
     "precision": "float32",
 }  # fmt: skip
 
@@ -83,7 +83,7 @@ def few_digits(digits: Path) -> Path:
 def tokenizer_dir(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "tokenizer"
     mapet.fit_tokenizer(
-        images=few_digits, out=out, image_size=8, patch_size=2, channels=1, vocab_size=16, workers=0, iterations=5
+        images=few_digits, out=out, image_size=8, patch_size=2, channels=1, vocab_size=16, workers=0, kmeans_iters=5
     )
     return out
 

@@ -183,7 +183,9 @@ def test_odd_names_and_link_loops(photo, tmp_path):
 
 
 def _fit(images: Path, out: Path) -> Path:
-    mapet.fit_tokenizer(images=images, out=out, image_size=16, patch_size=4, vocab_size=4, workers=0, max_bad=0.5)
+    mapet.fit_tokenizer(
+        images=images, out=out, image_size=16, patch_size=4, vocab_size=4, workers=0, max_unreadable=0.5
+    )
     return out
 
 
@@ -191,15 +193,15 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
     for name in ("a.png", "b.png", "c.png"):
         (crops / name).write_bytes(b"broken")
     tokenizer = _fit(crops, tmp_path / "tokenizer")
-    with pytest.raises(MapetError, match=r"2 of 15 images cannot be read so far.*'a.png': not an image.*--max-bad"):
+    with pytest.raises(MapetError, match=r"2 of 15 images unreadable so far.*'a.png': not an image.*--max-unreadable"):
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
-    store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_bad=0.3)
+    store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_unreadable=0.3)
     images = scan(crops)
     assert {images.id(row) for row in store.bad} == {"a.png", "b.png", "c.png"}
     assert "bad image 'a.png': not an image Pillow knows" in caplog.text
     mapet.pretrain(
         images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, workers=0, probe_every=0,
-        model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_bad=0.3,
+        model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_unreadable=0.3,
     )  # fmt: skip
     assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
 
@@ -258,8 +260,9 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
 def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
     (crops / "worse.jpg").write_bytes(b"no image")
-    mapet.check(images=crops, image_size=224, dry_run=False)
+    mapet.check(images=crops, image_size=224, benchmark=False)
     assert (
-        "2 of 14 are unreadable: other stages refuse more than 5%; remove them or raise --max-bad there" in caplog.text
+        "2 of 14 are unreadable: other stages refuse more than 5%; remove them or raise --max-unreadable there"
+        in caplog.text
     )
     assert "100% are smaller than the input, 224 x 224 px, and would be enlarged" in caplog.text

@@ -61,7 +61,7 @@ def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
     line = fails(capsys, "run", "--workers", "2")
     assert "'--fit-tokenizer.workers' or '--tokenize.workers' or '--pretrain.workers'" in line
     assert "did you mean '--tokenize.views'?" in fails(
-        capsys, "run", "--pretrain.views", "crop"
+        capsys, "run", "--pretrain.views", "random-crop"
     )  # the store's are used
     assert "unknown option '--xyzzy'. See" in fails(capsys, "run", "--xyzzy")
     assert "unknown stage 'xyzzy'. Stages:" in fails(capsys, "xyzzy")
@@ -87,9 +87,11 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels')" in line  # pre-training has made nothing yet
     assert f"mapet run {out / 'recipe.yaml'} --resume; to start with new options: a new --out" in line
     same = [*run, "--fit-tokenizer.teacher", "resnet50x64_clp"]
-    assert "is not a tokenizer" in fails(capsys, *same, "--pretrain.epochs", "40", "--max-bad", "0.2", "--resume")
+    assert "is not a tokenizer" in fails(
+        capsys, *same, "--pretrain.epochs", "40", "--max-unreadable", "0.2", "--resume"
+    )
     kept = (out / "recipe.yaml").read_text()
-    assert "epochs: 40" in kept and "max_bad: 0.2" in kept  # what has made nothing yet may still change
+    assert "epochs: 40" in kept and "max_unreadable: 0.2" in kept  # what has made nothing yet may still change
     (out / "pretrain").mkdir(parents=True)
     (out / "pretrain" / "config.yaml").touch()
     for made, way in (  # a run that is not finished has no backbone, and what there is can be exported
@@ -101,7 +103,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
         ("backbone", f"from its weights with new options: --pretrain.init-from {out}, and a new --out"),
     ):
         (out / "pretrain" / made).mkdir(parents=True, exist_ok=True)
-        line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-bad", "0.2", "--resume")
+        line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-unreadable", "0.2", "--resume")
         assert "(pretrain.epochs: 40 -> 30)" in line and way in line
 
 
@@ -194,16 +196,16 @@ def test_wrong_values(capsys, crops, tmp_path):
 
 def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     """Too little disk is said before anything is written, and nothing is left of a scratch file after an error."""
-    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory", "1e-6"]
+    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory-gb", "1e-6"]
     scratch = tmp_path / "scratch"
-    line = fails(capsys, *common, "--vocab-size", "100000", "--scratch", scratch)
+    line = fails(capsys, *common, "--vocab-size", "100000", "--scratch-dir", scratch)
     assert "V = 100,000" in line and scratch.is_dir() and not list(scratch.iterdir())
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    line = fails(capsys, *common, "--scratch", scratch)
-    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "--scratch" in line
+    line = fails(capsys, *common, "--scratch-dir", scratch)
+    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "--scratch-dir" in line
     assert not list(scratch.iterdir()) and not (tmp_path / "x" / "t").exists()
-    assert "no scratch file in" in fails(capsys, *common, "--scratch", crops / "crop000.png")
+    assert "no scratch file in" in fails(capsys, *common, "--scratch-dir", crops / "crop000.png")
 
 
 def test_recipes(capsys, tmp_path):
@@ -384,7 +386,7 @@ def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monk
     line = fails(capsys, *wide)
     assert "gave a grid of 8 x 4 for views of 16 x 32 px" in line
     assert main([*map(str, common), "test_bad_options:coarse"]) == 0
-    assert "grid of 2 x 2 is interpolated to the student's 4 x 4: --teacher-size 32 32 would do" in caplog.text
+    assert "grid of 2 x 2 is interpolated to the student's 4 x 4: --teacher-image-size 32 32 would do" in caplog.text
     assert json.loads((tmp_path / "x" / "tokenizer.json").read_text())["teacher_grid"] == [2, 2]
 
 
@@ -393,7 +395,7 @@ def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):
     weights = {name: tmp_path / f"{name}.safetensors" for name in ("first", "second")}
     for path in weights.values():
         save_file(timm.create_model("resnet10t").state_dict(), path)
-    teacher = ["--teacher", "resnet10t.c3_in1k", "--teacher-size", "64", "--teacher-checkpoint", weights["first"]]
+    teacher = ["--teacher", "resnet10t.c3_in1k", "--teacher-image-size", "64", "--teacher-checkpoint", weights["first"]]
     fit = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", *teacher]
     assert main([*map(str, fit)]) == 0
     moved = weights["first"].rename(tmp_path / "moved.safetensors")
@@ -513,7 +515,7 @@ def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
     assert "lower --fit-tokenizer.vocab-size" in line
     line = fails(capsys, *run, "--fit-tokenizer.vocab-size", "1")
     assert "vocab-size" in line.replace("_", "-") and "2" in line
-    assert "--pretrain.predict-ratio 75: above 0 to 1" in fails(capsys, *run, "--pretrain.predict-ratio", "75")
+    assert "--pretrain.mask-ratio 75: above 0 to 1" in fails(capsys, *run, "--pretrain.mask-ratio", "75")
 
 
 def test_what_is_no_recipe_of_this_stage(run_dir, capsys, tmp_path):

@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 1}
 PRETRAIN: dict[str, Any] = {
     "images": "images", "tokenizer": "tokenizer", "tokens": "tokens", "out": "run", "model_args": TINY, "epochs": 4, "batch_size": 12,
-    "lr": 1e-3, "log_every": 1, "probe_every": 0, "compile": False, **SMALL,
+    "lr": 1e-3, "log_interval": 1, "probe_every": 0, "compile": False, **SMALL,
 }  # fmt: skip
 STEP = 2
 """Of the checkpoint, of 4."""
@@ -37,15 +37,15 @@ def main() -> None:
     os.chdir(folder)
     write_images()
     mapet.fit_tokenizer(
-        images="images", out="tokenizer", image_size=8, patch_size=2, channels=1, vocab_size=8, iterations=5, **SMALL
+        images="images", out="tokenizer", image_size=8, patch_size=2, channels=1, vocab_size=8, kmeans_iters=5, **SMALL
     )
     mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", workers=0)
-    mapet.prepare(images="images", out="prepared", size=4, channels=1)
-    mapet.pretrain(**PRETRAIN | {"save_minutes": 1e-9, "keep_checkpoints": 4})
+    mapet.prepare(images="images", out="prepared", short_side=4, channels=1)
+    mapet.pretrain(**PRETRAIN | {"checkpoint_interval_min": 1e-9, "keep_checkpoints": 4})
     mapet.embed(backbone="run", images="images", out="features", **SMALL)
     mapet.train_tokenizer(
         images="images", out="training", image_size=8, patch_size=2, channels=1, model_args=TINY, decoder_depth=1, vocab_size=8,
-        code_dim=4, epochs=1, batch_size=12, lr=1e-3, **SMALL,
+        codebook_dim=4, epochs=1, batch_size=12, lr=1e-3, **SMALL,
     )  # fmt: skip
     Path("training/vqkd").rename("vqkd")
     shutil.rmtree("training")

@@ -156,7 +156,7 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
     prepared = tmp_path_factory.mktemp("made") / "prepared"
     subset = few_digits.parent / "dozen.txt"
     subset.write_text("\n".join(few_digits.read_text().splitlines()[:12]) + "\n")
-    mapet.prepare(images=subset, out=prepared, size=8)
+    mapet.prepare(images=subset, out=prepared, short_side=8)
 
     def copied(source: Path) -> Callable[[Path], None]:
         return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None

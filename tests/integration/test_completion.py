@@ -24,10 +24,10 @@ def test_bash_offers_stages_and_their_options(capsys):
     text = script(capsys, "bash")
     assert offered(text, ["mapet", "''"]) == list(COMMANDS)
     assert offered(text, ["mapet", "fit"]) == ["fit-tokenizer"]
-    assert offered(text, ["mapet", "pretrain", "--predict"]) == ["--predict-ratio"]
+    assert offered(text, ["mapet", "pretrain", "--predict"]) == ["--mask-ratio"]
     assert offered(text, ["mapet", "run", "--pretrain.ep"]) == ["--pretrain.epochs"]
     assert offered(text, ["mapet", "run", "pho"]) == []
-    assert offered(text, ["mapet", "pretrain", "--order", "''"]) == ["random", "blockwise", "raster"]
+    assert offered(text, ["mapet", "pretrain", "--patch-order", "''"]) == ["random", "blockwise", "raster"]
     assert offered(text, ["mapet", "run", "--pretrain.track", "ml"]) == ["mlflow"]
 
 

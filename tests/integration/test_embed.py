@@ -110,13 +110,15 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
     small_parts(monkeypatch)
     for number in (4, 5, 6, 7):  # a whole part
         (crops / f"crop{number:03d}.png").write_bytes(b"no picture")
-    out = mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, max_bad=0.5, **COMMON)
+    out = mapet.embed(
+        backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, max_unreadable=0.5, **COMMON
+    )
     ids, features = read_embeddings(out)
     assert ids == [f"crop{number:03d}.png" for number in (0, 1, 2, 3, 8, 9, 10, 11)] and np.isfinite(features).all()
     assert set(json.loads((out / "embed.json").read_text())["bad"]) == {"4", "5", "6", "7"}
     if format == "npy":
         assert np.isnan(np.load(out / "features.npy")[4:8]).all()
-    with pytest.raises(MapetError, match=r"more than --max-bad 0.05 allows"):
+    with pytest.raises(MapetError, match=r"more than --max-unreadable 0.05 allows"):
         mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "strict", format=format, **COMMON)
 
 

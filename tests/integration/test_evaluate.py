@@ -293,7 +293,7 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     caplog.set_level("INFO", "mapet")
     accuracy = mapet.finetune(
         backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
-        workers=0, device="cpu", precision="float32", ema=0.5,
+        workers=0, device="cpu", precision="float32", ema_decay=0.5,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "loss" in row] == list(range(1, 13))

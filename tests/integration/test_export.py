@@ -275,7 +275,7 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
 
     save_vit(tmp_path / "vit", (8, 8), 1)
     for name, backbone, scratch in (("a", run_dir, False), ("b", tmp_path / "vit", False), ("c", run_dir, True)):
-        mapet.finetune(backbone=backbone, out=tmp_path / name, scratch=scratch, images=digits / "test", **FINETUNE)
+        mapet.finetune(backbone=backbone, out=tmp_path / name, from_scratch=scratch, images=digits / "test", **FINETUNE)
     told = json.loads((tmp_path / "a" / "origin.json").read_text())
     told["tokenizer"]["teacher"]["teacher"] = "resnet50x64_clip.openai"
     (tmp_path / "a" / "origin.json").write_text(json.dumps(told))

@@ -54,7 +54,7 @@ def test_a_run_to_its_end(name, options, environment):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), [("ssh", signal.SIGINT), ("slurm", signal.SIGUSR1)])
 def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noqa: F811
-    options |= {"epochs": 2000, "log_every": 1}
+    options |= {"epochs": 2000, "log_interval": 1}
     process = subprocess.Popen([*LAUNCH[name], *words(options), "--resume"], env=environment, cwd=ROOT)
     wait_for(lambda: (options["out"] / "metrics.jsonl").exists() and len(metrics(options["out"])) > 3)
     process.send_signal(number)
@@ -68,7 +68,7 @@ def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noq
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves(options):  # noqa: F811
     """The terminal tells all processes, and torchrun tells its own once more: that is still one request."""
-    options |= {"epochs": 2000, "log_every": 1}
+    options |= {"epochs": 2000, "log_interval": 1}
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,

@@ -87,8 +87,8 @@ def killed(argv, seed, kills, seconds):
 @pytest.mark.parametrize(("seed", "kills"), [(0, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(seed, kills, options, tmp_path):
     """A checkpoint after every step: many a kill falls into writing one. The end is the same to the bit."""
-    options |= {"epochs": 10 * kills, "save_minutes": 1e-9, "drop_path": 0.3}
-    whole = words(options | {"out": tmp_path / "whole", "save_minutes": 10})
+    options |= {"epochs": 10 * kills, "checkpoint_interval_min": 1e-9, "drop_path": 0.3}
+    whole = words(options | {"out": tmp_path / "whole", "checkpoint_interval_min": 10})
     assert killed(whole, seed, 0, 0) == 0
     survived = killed([*words(options), "--resume"], seed, kills, 1.5)
     assert survived == kills
@@ -119,7 +119,7 @@ def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
 
 def tokenizing(images, out, **more):
     options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64, "workers": 0}
-    return ["fit-tokenizer", *words(options | {"iterations": 40, "precision": "float32"} | more)[1:]]
+    return ["fit-tokenizer", *words(options | {"kmeans_iters": 40, "precision": "float32"} | more)[1:]]
 
 
 def naming(images, tokenizer, out, **more):
@@ -133,7 +133,7 @@ def files(folder):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
-    argv = tokenizing(crops, tmp_path / "whole", iterations=1500)
+    argv = tokenizing(crops, tmp_path / "whole", kmeans_iters=1500)
     run(argv)
     argv[argv.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
     assert killed([*argv, "--resume"], 1, kills, 0.6) == kills
@@ -154,8 +154,8 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     options |= {
         "epochs": 10 * kills,
         "batch_size": 10,
-        "save_minutes": 1e-9,
-        "ema": 0.9,
+        "checkpoint_interval_min": 1e-9,
+        "ema_decay": 0.9,
         "drop_path": 0.3,
         "workers": 0,
     }
@@ -170,13 +170,13 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
 PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("quantizer", [[], pytest.param(["--pca", "8"], marks=pytest.mark.slow),
+@pytest.mark.parametrize("quantizer", [[], pytest.param(["--pca-dim", "8"], marks=pytest.mark.slow),
                                        pytest.param(["--quantizer", "lfq"], marks=pytest.mark.slow)])  # fmt: skip
 def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         argv = [*tokenizing(crops, tmp_path / name), *quantizer]
         if "lfq" in quantizer:  # which fits nothing
-            place = argv.index("--iterations")
+            place = argv.index("--kmeans-iters")
             del argv[place : place + 2]
         run(argv, processes)
     one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
@@ -200,9 +200,9 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
 @pytest.mark.parametrize("shard", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(shard, options, tmp_path):
     """At the same global batch the losses are equal but for rounding, stochastic depth included, sharded or not."""
-    options |= {"drop_path": 0.3, "log_every": 1}
+    options |= {"drop_path": 0.3, "log_interval": 1}
     mapet.pretrain(**options)
-    run(words(options | {"out": tmp_path / "two", "shard": shard, "micro_batch": 20}), processes=2)
+    run(words(options | {"out": tmp_path / "two", "fsdp": shard, "micro_batch_size": 20}), processes=2)
     one, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(one, two, strict=True):
@@ -215,10 +215,10 @@ def test_two_processes_learn_what_one_does(shard, options, tmp_path):
 @pytest.mark.parametrize("shard", [False, True])
 def test_one_two_one(shard, options, tmp_path):
     """Stopped on one process, gone on with on two, stopped, finished on one."""
-    options |= {"drop_path": 0.3, "epochs": 60, "log_every": 1}
+    options |= {"drop_path": 0.3, "epochs": 60, "log_interval": 1}
     mapet.pretrain(**(options | {"out": tmp_path / "whole"}))
     for processes in (1, 2):
-        sharded = ["--shard", "true"] if shard and processes > 1 else []
+        sharded = ["--fsdp", "true"] if shard and processes > 1 else []
         stop_after(3, [*words(options), "--resume", *sharded], processes, options["out"])
     stopped = len(metrics(options["out"]))
     assert 6 <= stopped < 180
@@ -254,7 +254,7 @@ def wait_for(condition, seconds=90):
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(options, tmp_path):
     """All stop, and the run goes on."""
-    options |= {"epochs": 3000, "log_every": 1, "save_minutes": 1e-9}
+    options |= {"epochs": 3000, "log_interval": 1, "checkpoint_interval_min": 1e-9}
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -300,7 +300,7 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
 def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
     """Nothing of the optimiser moves in a step that is left out: the step after is Adam's first."""
     poisoned(monkeypatch, {0, 1, 2, 3, 4})
-    mapet.pretrain(**(options | {"max_skipped": 6}))
+    mapet.pretrain(**(options | {"max_skipped_steps": 6}))
     moments = newest(options["out"])["optimizer.safetensors"]
     assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {1.0}
 
@@ -309,7 +309,7 @@ def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkey
     with monkeypatch.context() as patch:
         poisoned(patch, {2, 3, 4})
         with pytest.raises(MapetError, match="mapet replay --bundle") as error:
-            mapet.pretrain(**(options | {"max_skipped": 2, "log_every": 1}))
+            mapet.pretrain(**(options | {"max_skipped_steps": 2, "log_interval": 1}))
         bundle = options["out"] / "replay" / "step-00000003"
         assert str(bundle) in str(error.value)
         looks = mapet.replay(bundle=bundle)
@@ -346,7 +346,9 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
 def test_roll_back(options, monkeypatch, caplog):
     """Back to the last checkpoint before, on with the images after, and to the end."""
     poisoned(monkeypatch, {3, 4})
-    mapet.pretrain(**(options | {"max_skipped": 2, "log_every": 1, "roll_back": 1, "save_minutes": 1e-9}))
+    mapet.pretrain(
+        **(options | {"max_skipped_steps": 2, "log_interval": 1, "max_rollbacks": 1, "checkpoint_interval_min": 1e-9})
+    )
     assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
     state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["rolled_back"] == 1 and (options["out"] / "backbone").exists()
@@ -381,9 +383,9 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
     with monkeypatch.context() as patch:
         StopAt(patch, 2)
         with pytest.raises(Interrupted):
-            mapet.pretrain(**(options | {"micro_batch": 50}))
+            mapet.pretrain(**(options | {"micro_batch_size": 50}))
     mapet.pretrain(**options, resume=True)
-    assert "out of memory with 50 images at a time: going on with --micro-batch 25" in caplog.text
+    assert "out of memory with 50 images at a time: going on with --micro-batch-size 25" in caplog.text
     assert caplog.text.count("out of memory") == 2  # 50 and 25, not again after resuming
     for ours, theirs in zip(metrics(run_dir), metrics(options["out"]), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)

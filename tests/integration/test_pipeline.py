@@ -166,7 +166,7 @@ def test_init_from_starts_a_new_run_from_the_weights(run_dir, few_digits, tokeni
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
-@pytest.mark.parametrize("views", ["center", "flip", "crop"])
+@pytest.mark.parametrize("views", ["center", "center-flip", "random-crop"])
 def test_stored_and_online_tokens_agree(views, crops, tmp_path):
     """The ids in the store are those that the teacher in the loop gives for the very view that the student sees."""
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
@@ -222,7 +222,7 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
         "--out",
         tmp_path / "run",
     ]
-    argv += ["--epochs", "10000", "--batch-size", "50", "--log-every", "1", "--workers", "1", "--probe-every", "0"]
+    argv += ["--epochs", "10000", "--batch-size", "50", "--log-interval", "1", "--workers", "1", "--probe-every", "0"]
     argv += ["--model-args", "embed_dim=256", "depth=8", "num_heads=4"]  # a step takes longer than a process to die
     process = subprocess.Popen(
         [sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -299,7 +299,7 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, context, crop
     mapet.fit_tokenizer(
         out=tmp_path / "t", image_size=size, patch_size=patch, channels=channels, vocab_size=8, **common
     )
-    mapet.tokenize(out=tmp_path / "s", tokenizer=tmp_path / "t", views="crop", **common)
+    mapet.tokenize(out=tmp_path / "s", tokenizer=tmp_path / "t", views="random-crop", **common)
     mapet.pretrain(
         tokenizer=tmp_path / "t", tokens=tmp_path / "s", out=tmp_path / "r", epochs=2, batch_size=4, num_context=context,
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 2} | args, **common,
@@ -315,13 +315,13 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, context, crop
     "options",
     [
         {"objective": "pim"},
-        {"objective": "mim", "order": "blockwise"},
+        {"objective": "mim", "patch_order": "blockwise"},
         {"objective": "cae"},
-        {"objective": "causal", "order": "raster", "predict_ratio": 1.0},
-        {"objective": "mapet_single_stream", "predict_ratio": 0.5, "num_targets": 3},
-        {"objective": "mapet_blind_content", "separate_query": True},
+        {"objective": "causal", "patch_order": "raster", "mask_ratio": 1.0},
+        {"objective": "mapet_single_stream", "mask_ratio": 0.5, "num_predict": 3},
+        {"objective": "mapet_content_ignores_masks", "separate_query_token": True},
         {"target": "pixels", "objective": "mim"},
-        {"target": "features", "predict_ratio": (0.5, 0.9)},
+        {"target": "features", "mask_ratio": (0.5, 0.9)},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -338,7 +338,7 @@ def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir
 
 
 def test_a_drawn_ratio_resumes_exactly(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
-    options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "predict_ratio": (0.2, 0.9)}
+    options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "mask_ratio": (0.2, 0.9)}
     mapet.pretrain(out=tmp_path / "whole", **options, **PRETRAIN)
     with monkeypatch.context() as patch:
         StopAt(patch, 3)
@@ -362,7 +362,7 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
 
     monkeypatch.setattr(ForwardBackward, "__call__", record)
     for objective in OBJECTIVES:
-        options = PRETRAIN | {"objective": objective, "color_jitter": 0.4, "order": "blockwise"}
+        options = PRETRAIN | {"objective": objective, "color_jitter": 0.4, "patch_order": "blockwise"}
         mapet.pretrain(
             images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / objective, **options
         )
@@ -468,8 +468,11 @@ def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
 
 def test_what_run_logs_and_refuses_has_its_options(caplog):
     """--lr is --pretrain.lr there; what `run` has itself, and commands, stay."""
-    log, message = logging.getLogger("mapet"), "try a lower --lr than %g, or --max-bad, or `mapet pretrain --lr 1`"
-    renamed = "try a lower --pretrain.lr than 2, or --max-bad, or `mapet pretrain --lr 1`"
+    log, message = (
+        logging.getLogger("mapet"),
+        "try a lower --lr than %g, or --max-unreadable, or `mapet pretrain --lr 1`",
+    )
+    renamed = "try a lower --pretrain.lr than 2, or --max-unreadable, or `mapet pretrain --lr 1`"
 
     def stage():
         with _naming_options(mapet.pretrain):
@@ -531,7 +534,7 @@ def test_bfloat16_is_used_and_agrees_with_float32(few_digits, tokenizer_dir, tok
 
 def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
     """What memory or the number of cores decided at the start stays decided."""
-    automatic = {key: value for key, value in PRETRAIN.items() if key not in ("batch_size", "lr", "log_every")}
+    automatic = {key: value for key, value in PRETRAIN.items() if key not in ("batch_size", "lr", "log_interval")}
     options = {
         "images": few_digits,
         "tokenizer": tokenizer_dir,
@@ -568,7 +571,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
 def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog
 ):
-    """Too few steps for `max_skipped`: the folder stays readable, resuming says the same, and the report is written."""
+    """Too few steps for `max_skipped_steps`: the folder stays readable, resuming says the same, and the report is written."""
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
@@ -601,7 +604,7 @@ def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, t
 def test_a_small_learning_rate_never_rises(few_digits, tokenizer_dir, tokens_dir, tmp_path):
     """Below the least one of the schedule it stays where it is after the warm-up."""
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
-    mapet.pretrain(**given | PRETRAIN | {"lr": 5e-7, "log_every": 1, "warmup_epochs": 0.5, "min_lr": 1e-5})
+    mapet.pretrain(**given | PRETRAIN | {"lr": 5e-7, "log_interval": 1, "warmup_epochs": 0.5, "min_lr": 1e-5})
     rates = [json.loads(line).get("lr", 0) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(rates) == pytest.approx(5e-7) == rates[-1]
 

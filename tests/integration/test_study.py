@@ -35,8 +35,8 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     """Equal epochs and equal compute, a cell that fails, one seed; the second call has nothing left to run."""
     out = tmp_path / "study"
     methods = {"mim": {"objective": "mim"}, "mapet": {"objective": "mapet"}, "bad": {"objective": "mim", "lr": 1e30}}
-    options = recipe(few_digits, out, grid={"method": methods}, compare="method", seeds=[3], devices=["cpu", "cpu"])
-    options["other_test_images"] = {"other writers": str(digits / "test")}
+    options = recipe(few_digits, out, grid={"method": methods}, compare_by="method", seeds=[3], devices=["cpu", "cpu"])
+    options["ood_images"] = {"other writers": str(digits / "test")}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
     assert main(["study", str(tmp_path / "study.yaml")]) == 0
     cells = {path.name: path for path in (out / "cells").iterdir()}
@@ -68,7 +68,10 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
             {"tokenizers": {"pixels": PIXELS | {"vocab_size": 8}}},
             r"pixels was made with other options \(vocab_size: 16 -> 8\)",
         ),
-        ({"tokenize": {"views": "flip"}}, r"pixels was made with other options \(views: 'center' -> 'flip'\)"),
+        (
+            {"tokenize": {"views": "center-flip"}},
+            r"pixels was made with other options \(views: 'center' -> 'center-flip'\)",
+        ),
     ):
         with pytest.raises(MapetError, match=message):
             mapet.study(**options | changed)
@@ -85,7 +88,7 @@ def test_a_study_killed_with_all_its_cells_at_random_moments(few_digits, tmp_pat
     shown = {}
     for name, kills in (("whole", 0), ("parts", 12)):
         options = recipe(few_digits, tmp_path / name, seeds=[0], equal_compute=False)
-        options["pretrain"] = SHARED | {"epochs": 40, "save_minutes": 1e-9}
+        options["pretrain"] = SHARED | {"epochs": 40, "checkpoint_interval_min": 1e-9}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(options))
         assert killed(["study", str(tmp_path / f"{name}.yaml")], kills, kills, 12) == kills
         results = (tmp_path / name / "cells").glob("*/result.json")
@@ -129,11 +132,11 @@ def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monke
 
 def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tokenizer_dir):
     options = recipe(few_digits, tmp_path, seeds=[0, 1])
-    options["grid"] = {"objective": ["mim", "mapet"], "predict_ratio": [0.5, [0.5, 0.9]]}
+    options["grid"] = {"objective": ["mim", "mapet"], "mask_ratio": [0.5, [0.5, 0.9]]}
     config = build(StudyConfig, options)
     cells = grid_cells(config)
     assert len({cell.name for cell in cells}) == 8 and [cell.seed for cell in cells] == [0] * 4 + [1] * 4
-    assert cells[1].factors == {"objective": "mim", "predict_ratio": "0.5 to 0.9"}
+    assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
     (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
     (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
     budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in with_budgets(config, cells)}
@@ -162,11 +165,11 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {"objective": []}}, "'objective' has no values"),
         ({"grid": {"objective": ["mim", "mim"]}}, "'objective' has a value twice"),
         ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
-        ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare": "m"}, "are the same cell"),
-        ({"grid": {"m": {"a": {"epocs": 1}}}, "compare": "m"}, "unknown option 'epocs'; did you mean 'epochs'"),
-        ({"grid": {"m": {"a": {"lr": -1}}}, "compare": "m"}, "option 'lr'.*greater than 0"),
-        ({"grid": {"tokenizer": ["pixel"]}, "compare": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
-        ({"compare": "ratio"}, "compare: 'ratio' is not varied"),
+        ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare_by": "m"}, "are the same cell"),
+        ({"grid": {"m": {"a": {"epocs": 1}}}, "compare_by": "m"}, "unknown option 'epocs'; did you mean 'epochs'"),
+        ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "option 'lr'.*greater than 0"),
+        ({"grid": {"tokenizer": ["pixel"]}, "compare_by": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
+        ({"compare_by": "ratio"}, "compare_by: 'ratio' is not varied"),
         ({"seeds": []}, "seeds: .* none"),
         ({"seeds": [1, 1]}, "one twice"),
         ({"tokenizers": {}}, "no tokenizers"),
@@ -226,7 +229,7 @@ def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):
-    options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, compare="tokenizer")
+    options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, compare_by="tokenizer")
     options["tokenizers"] |= {"too large": PIXELS | {"vocab_size": 10**6}}
     options["grid"] = {"tokenizer": ["pixels", "too large"]}
     mapet.study(**options)
@@ -241,6 +244,6 @@ def test_operations_of_drawn_ratios_and_fewer_targets(few_digits, tokenizer_dir,
     def cost(**options):
         return flops_per_image(build(PretrainConfig, given | options))
 
-    assert cost(predict_ratio=0.5) < cost(predict_ratio=[0.5, 0.9]) < cost(predict_ratio=0.9)
-    assert cost(num_targets=3) < cost(num_targets=6) < cost()
+    assert cost(mask_ratio=0.5) < cost(mask_ratio=[0.5, 0.9]) < cost(mask_ratio=0.9)
+    assert cost(num_predict=3) < cost(num_predict=6) < cost()
     assert cost(objective="mim", target="pixels") < cost(objective="mim")  # 4 pixels instead of 16 words

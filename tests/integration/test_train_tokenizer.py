@@ -22,7 +22,7 @@ from mapet.tokenizers.vqkd import vqkd_encoder
 from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {
-    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "code_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
+    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "codebook_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
     "lr": 1e-3, "decoder_depth": 1, "model_args": {"embed_dim": 64, "depth": 1, "num_heads": 1}, "drop_path": 0.2,
     "device": "cpu", "precision": "float32",
 }  # fmt: skip
@@ -61,9 +61,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits
             mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
     assert not (out / "vqkd").exists()
     with pytest.raises(
-        MapetError, match=r"decay: 0.99 -> 0.9\). To go on as it was: mapet train-tokenizer .* new options: a new"
+        MapetError, match=r"ema_decay: 0.99 -> 0.9\). To go on as it was: mapet train-tokenizer .* new options: a new"
     ):
-        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS, decay=0.9, resume=True)
+        mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS, ema_decay=0.9, resume=True)
     assert main(["train-tokenizer", str(out / "config.yaml"), "--resume"]) == 0
     ours, theirs = (load_file(file) for file in (out / "vqkd" / "vqkd.safetensors", whole))
     assert ours.keys() == theirs.keys()
@@ -75,7 +75,7 @@ def test_the_folder(whole, few_digits):
     out = whole.parents[1]
     recipe = yaml.safe_load((out / "config.yaml").read_text())
     assert (out / "config.yaml").read_text().startswith("# mapet train-tokenizer ")
-    assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "crop")
+    assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "random-crop")
     description = json.loads((whole.parent / "vqkd.json").read_text())
     assert description["training"]["num_images"] == 288 and description["teacher"]["teacher"] == "pixels"
     assert description["health"]["patches"] == 288 * 16
@@ -96,8 +96,8 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
     common = {"images": few_digits, "workers": 0}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
-    with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --restarts"):
-        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, restarts=5, **given, **common)
+    with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --kmeans-n-init"):
+        mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, kmeans_n_init=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
     assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
@@ -122,7 +122,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2
     )
     timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
-    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "final_norm": True, "epochs": 1}
+    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "teacher_final_norm": True, "epochs": 1}
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **options)
     mapet.fit_tokenizer(
         images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
@@ -142,7 +142,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
         ({"model": "resnet18"}, "timm makes no VisionTransformer of 'resnet18'"),
-        ({"final_norm": True}, "--final-norm is for a timm model; pixels has no use for it"),
+        ({"teacher_final_norm": True}, "--teacher-final-norm is for a timm model; pixels has no use for it"),
         ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower --vocab-size"),
     ],
 )
@@ -164,6 +164,6 @@ def test_an_interval_without_a_readable_image_is_no_divergence(few_digits, tmp_p
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "images" / path.name).write_bytes(b"no picture")
-    small = {"vocab_size": 4, "batch_size": 1, "log_every": 1, "epochs": 1}
+    small = {"vocab_size": 4, "batch_size": 1, "log_interval": 1, "epochs": 1}
     assert mapet.train_tokenizer(images=tmp_path / "images", out=tmp_path / "run", **(OPTIONS | small)).is_file()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -118,7 +118,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
-    assert "out of memory with 512 images at a time: going on with --micro-batch 256" in caplog.text
+    assert "out of memory with 512 images at a time: going on with --micro-batch-size 256" in caplog.text
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -127,11 +127,11 @@ def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool,
     torch._dynamo.reset()
     common = {"images": few_digits, "workers": 2, "device": "cuda"}
     tokenizer, tokens = tmp_path / "tokenizer", tmp_path / "tokens"
-    mapet.fit_tokenizer(**common, out=tokenizer, image_size=16, patch_size=2, channels=1, vocab_size=32, iterations=5)
+    mapet.fit_tokenizer(**common, out=tokenizer, image_size=16, patch_size=2, channels=1, vocab_size=32, kmeans_iters=5)
     mapet.tokenize(**common, tokenizer=tokenizer, out=tokens)
     args = common | {
         "tokenizer": tokenizer, "tokens": tokens, "model_args": SMALL, "epochs": 6, "batch_size": 50, "lr": 1e-3,
-        "probe_every": 0, "log_every": 3, "drop_path": 0.1, "compile": compile,
+        "probe_every": 0, "log_interval": 3, "drop_path": 0.1, "compile": compile,
     }  # fmt: skip
     mapet.pretrain(**args, out=tmp_path / "whole")
 

@@ -54,7 +54,13 @@ sides = st.integers(1, 300)
 
 
 @given(
-    st.sampled_from(["center", "flip", "crop"]), sides, sides, sides, sides, st.integers(0, 2**60), st.integers(0, 100)
+    st.sampled_from(["center", "center-flip", "random-crop"]),
+    sides,
+    sides,
+    sides,
+    sides,
+    st.integers(0, 2**60),
+    st.integers(0, 100),
 )
 def test_views_lie_inside_and_repeat(kind, height, width, target_height, target_width, key, number):
     spec = ViewSpec(kind=kind, image_size=(target_height, target_width), min_scale=0.1)
@@ -66,7 +72,7 @@ def test_views_lie_inside_and_repeat(kind, height, width, target_height, target_
 
 
 def test_two_flip_views_are_an_image_and_its_mirror():
-    spec = ViewSpec(kind="flip", image_size=(8, 8))
+    spec = ViewSpec(kind="center-flip", image_size=(8, 8))
     for key in range(4):
         assert {draw_view(spec, (8, 8), key, number).flip for number in (0, 1)} == {False, True}
 
@@ -79,7 +85,12 @@ def test_a_view_of_its_own_size_is_untouched_and_mirrored():
     assert render(picture, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
 
 
-@given(st.sampled_from(["center", "flip", "crop"]), st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**60))
+@given(
+    st.sampled_from(["center", "center-flip", "random-crop"]),
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.integers(0, 2**60),
+)
 def test_edges_of_large_views_suit_the_reduction(kind, height, width, key):
     """Where a box is r times the student's size its edges are multiples of r, and it is smaller by under a student's pixel."""
     spec = ViewSpec(kind=kind, image_size=(64, 32), min_scale=0.1)
@@ -130,7 +141,7 @@ def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientatio
     on average at most, and less than for a box that is off by one pixel of the result."""
     upright = ArrayPicture(save_jpeg(photos[1], tmp_path / "a.jpg", size, orientation, subsampling=0), "test")
     picture = open_image(tmp_path / "a.jpg")
-    for kind, number in (("center", 0), ("crop", 0), ("crop", 1)):
+    for kind, number in (("center", 0), ("random-crop", 0), ("random-crop", 1)):
         view = draw_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
         for side in (32, 64, 96):
             seen, expected = (render(p, view, (side, side)).float() for p in (picture, upright))
@@ -146,7 +157,7 @@ def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientatio
 
 def test_a_rendering_does_not_depend_on_what_else_was_rendered(photos, tmp_path):
     save_jpeg(photos[0], tmp_path / "a.jpg", (1000, 1500))
-    view = draw_view(ViewSpec(kind="crop", image_size=(64, 64)), (1000, 1500), 5, 1)
+    view = draw_view(ViewSpec(kind="random-crop", image_size=(64, 64)), (1000, 1500), 5, 1)
     shared = open_image(tmp_path / "a.jpg")
     for size in ((64, 64), (448, 448), (100, 100)):
         assert torch.equal(render(shared, view, size), render(open_image(tmp_path / "a.jpg"), view, size))
@@ -197,7 +208,7 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
 def test_batches_do_not_depend_on_workers(crops):
     dataset = ViewDataset(
         scan(crops),
-        ViewSpec(kind="crop", image_size=(16, 16)),
+        ViewSpec(kind="random-crop", image_size=(16, 16)),
         image_size=(16, 16),
         teacher_size=(32, 32),
         grid=(4, 4),
@@ -214,7 +225,7 @@ def test_batches_do_not_depend_on_workers(crops):
 def test_teacher_and_student_see_the_same_view(crops):
     """At the same size both renderings are one picture: crop and mirror agree."""
     dataset = ViewDataset(
-        scan(crops), ViewSpec(kind="crop", image_size=(16, 16)), image_size=(16, 16), teacher_size=(16, 16)
+        scan(crops), ViewSpec(kind="random-crop", image_size=(16, 16)), image_size=(16, 16), teacher_size=(16, 16)
     )
     for number in range(10):
         sample = dataset[number, number]

@@ -177,7 +177,7 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
     tune(vit, greys, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
-    saved, _ = tune(vit, greys, tmp_path / "out", epochs=6, lr=0.03, ema=0.5)
+    saved, _ = tune(vit, greys, tmp_path / "out", epochs=6, lr=0.03, ema_decay=0.5)
     average = raw[0]
     for step, own in enumerate(raw):
         decay = 0.0 if step < 2 else min(0.5, 1 - step ** (-2 / 3))  # a warm-up, so that the first weights don't linger
@@ -188,7 +188,7 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "count"), [({"label_share": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"label_share": 0.01}, 1)]
+    ("options", "count"), [({"label_fraction": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"label_fraction": 0.01}, 1)]
 )
 def test_labels_are_those_of_the_published_split(options, count, watched, vit, greys):
     """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""
@@ -209,7 +209,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
 
 ALL_THAT_IS_DRAWN = {
     "epochs": 4, "batch_size": 5, "lr": 1e-2, "drop_path": 0.5, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5,
-    "views": "crop", "ema": 0.9,
+    "views": "random-crop", "ema_decay": 0.9,
 }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
         with monkeypatch.context() as patch:
             interrupt(patch, at)
             with pytest.raises(Interrupted, match=f"{told}, {go_on}"):
-                mapet.finetune(**options, seed=4, seeds=3, out=tmp_path / "out", resume=resume)
+                mapet.finetune(**options, seed=4, num_seeds=3, out=tmp_path / "out", resume=resume)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
     told = json.loads((tmp_path / "out" / "seeds.json").read_text())
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
@@ -288,11 +288,11 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
     }
     assert len(splits) > 1  # which labels are used is each seed's own
     with pytest.raises(mapet.MapetError, match="already exists"):
-        mapet.finetune(**options, seeds=2, out=tmp_path / "out")
+        mapet.finetune(**options, num_seeds=2, out=tmp_path / "out")
     again = ["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]
     for options_now in (
-        ["--scratch", "true"],
-        ["--seeds", "1"],
+        ["--from-scratch", "true"],
+        ["--num-seeds", "1"],
         ["--lr", "0.5"],
     ):  # not the figures of before under another name
         assert main([*again, *options_now]) == 2
@@ -301,10 +301,10 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
             "was started with another recipe" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
         )
     judged = iter([3])
-    assert main([*again, "--seeds", "4"]) == 0
-    assert main(again) == 0 and "seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
+    assert main([*again, "--num-seeds", "4"]) == 0
+    assert main(again) == 0 and "num_seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
     assert set(json.loads((tmp_path / "out" / "seeds.json").read_text())) >= {"seed-4", "seed-5", "seed-6", "seed-7"}
     with pytest.raises(mapet.MapetError, match=r"a model of each seed: give one of them, e\.g\. .*seed-4"):
         load_backbone(tmp_path / "out")
     judged = iter([3, 9])
-    assert mapet.finetune(**options, seeds=2) == 0.5
+    assert mapet.finetune(**options, num_seeds=2) == 0.5

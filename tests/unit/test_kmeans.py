@@ -315,8 +315,8 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
     from mapet.tokenizers import kmeans as module
 
     options = {
-        "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "metric": "cosine",
-        "start": "k-means++", "batch_points": 50, "iterations": 6,
+        "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "kmeans_metric": "cosine",
+        "kmeans_init": "k-means++", "kmeans_batch_size": 50, "kmeans_iters": 6,
     }  # fmt: skip
     whole = mapet.fit_tokenizer(out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:

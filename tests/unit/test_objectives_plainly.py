@@ -54,7 +54,7 @@ def seen_by(name, segment, i, c, p):
     def revealed(stop):
         return [("target", j) for j in range(stop)]
 
-    if name in ("mim", "mapet", "mapet_blind_content", "mapet_single_stream") and segment == "mask":
+    if name in ("mim", "mapet", "mapet_content_ignores_masks", "mapet_single_stream") and segment == "mask":
         return context + masks
     if name in ("mim", "mapet", "mapet_single_stream") and segment == "context":
         return context + masks
@@ -65,7 +65,7 @@ def seen_by(name, segment, i, c, p):
         return context + earlier + (masks[i + 1 :] if name == "mapet_single_stream" else [])
     if segment == "target":
         return context + revealed(i + 1) + (masks[i + 1 :] if name == "mapet" else [])
-    return context + revealed(i) + (masks[i:] if name in ("mapet", "mapet_blind_content") else [])
+    return context + revealed(i) + (masks[i:] if name in ("mapet", "mapet_content_ignores_masks") else [])
 
 
 def plain_logits(model, name, image, order, c):
@@ -84,7 +84,7 @@ def plain_logits(model, name, image, order, c):
     rows |= {("context", 1 + j): content(order[j]) for j in range(c)}
     if name not in ("pim", "causal"):
         rows |= {("mask", i): token(model.mask_token, i) for i in range(p)}
-    if name in ("mapet", "pim", "mapet_blind_content"):
+    if name in ("mapet", "pim", "mapet_content_ignores_masks"):
         rows |= {("target", i): content(order[c + i]) for i in range(p)}
         query = model.mask_token if model.query_token is None else model.query_token
         rows |= {("query", i): token(query, i) for i in range(p)}
@@ -126,7 +126,7 @@ def test_logits_equal_the_row_by_row_program(name, c):
 
 @pytest.mark.parametrize("name", ["mapet", "pim"])
 def test_separate_query_tokens(name):
-    model = make(name, 4, separate_query=True)
+    model = make(name, 4, separate_query_token=True)
     batch = draw(1)
     images, permutation = batch.images, batch.permutation
     expected = plain_logits(model, name, images[0], permutation[0].tolist(), 4)
@@ -135,10 +135,10 @@ def test_separate_query_tokens(name):
 
 def test_separate_query_tokens_start_as_the_mask_token_and_need_queries():
     vit = create_vit("vit_tiny_patch16_224", (12, 16), PATCH, 3, {"embed_dim": 16, "depth": 1, "num_heads": 2})
-    model = ViTForPreTraining(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query=True)
+    model = ViTForPreTraining(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query_token=True)
     assert torch.equal(model.query_token, model.mask_token)
     with pytest.raises(MapetError, match="'mim' has no query tokens"):
-        make("mim", 4, separate_query=True)
+        make("mim", 4, separate_query_token=True)
 
 
 def test_raster_order_from_nothing_is_a_causal_transformer():

@@ -32,7 +32,7 @@ def folder(photos, tmp_path, monkeypatch):
 
 
 def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
-    images, made = scan(folder), scan(mapet.prepare(images=folder, out=tmp_path / "made", size=64))
+    images, made = scan(folder), scan(mapet.prepare(images=folder, out=tmp_path / "made", short_side=64))
     assert [made.id(i) for i in range(7)] == [images.id(i) for i in range(7)]
     assert np.array_equal(made.keys(), images.keys())
     assert made.classes()[0] == ["a", "b"] and np.array_equal(made.classes()[1], images.classes()[1])
@@ -56,18 +56,20 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
 
 
 def test_loader_and_stages_take_it(folder, tmp_path):
-    made = mapet.prepare(images=folder, out=tmp_path / "made", size=64)
-    dataset = ViewDataset(scan(made), ViewSpec(kind="crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4)
+    made = mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
+    dataset = ViewDataset(
+        scan(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
+    )
     a, b = ([batch.images for batch in make_loader(dataset, in_order(7, 4), workers)] for workers in (0, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     mapet.fit_tokenizer(
-        images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_bad=0.5
+        images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_unreadable=0.5
     )
     assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s", workers=0).bad) == [6]
 
 
 def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch):
-    whole = mapet.prepare(images=folder, out=tmp_path / "whole", size=64)
+    whole = mapet.prepare(images=folder, out=tmp_path / "whole", short_side=64)
     shrink, calls = prepared.shrink, []
 
     def stops(*image):
@@ -77,13 +79,14 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
         return shrink(*image)
 
     monkeypatch.setattr(prepared, "shrink", stops)
+    monkeypatch.setattr("mapet.commands.prepare.automatic_workers", lambda: 0)  # one thread
     with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
-        mapet.prepare(images=folder, out=tmp_path / "made", size=64, threads=1)
+        mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
         scan(tmp_path / "made")
     with pytest.raises(MapetError, match="size: 64 -> 32"):
-        mapet.prepare(images=folder, out=tmp_path / "made", size=32, resume=True)
-    mapet.prepare(images=folder, out=tmp_path / "made", size=64, resume=True)
+        mapet.prepare(images=folder, out=tmp_path / "made", short_side=32, resume=True)
+    mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, resume=True)
     assert len(calls) <= 6 + 3  # the first shard was kept; the broken image is found before
     assert {f.name: f.read_bytes() for f in whole.iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()
@@ -101,7 +104,7 @@ def test_arrays_of_many_channels(tmp_path):
             tmp_path / "arrays" / f"{name}.npy",
             np.random.default_rng(0).integers(256, size=(side, side, 5), dtype=np.uint8),
         )
-    made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", size=16, channels=5))
+    made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", short_side=16, channels=5))
     assert made.open(0, 5).read().shape == (5, 16, 16)
     assert torch.equal(made.open(1, 5).read(), read_image(tmp_path / "arrays" / "b.npy", 5))
 
@@ -132,8 +135,10 @@ def test_a_window_is_linear_and_cuts_off():
 
 def test_of_twelve_bits_all_levels_are_kept(scans, photos):
     """Without a range an image of 12 bits has 16 levels of grey: its upper 8 bits are nearly all dark."""
-    plain = scan(mapet.prepare(images=scans / "scans", out=scans / "plain", size=400, channels=1))
-    made = scan(mapet.prepare(images=scans / "scans", out=scans / "made", size=400, channels=1, value_range=(0, 4095)))
+    plain = scan(mapet.prepare(images=scans / "scans", out=scans / "plain", short_side=400, channels=1))
+    made = scan(
+        mapet.prepare(images=scans / "scans", out=scans / "made", short_side=400, channels=1, value_range=(0, 4095))
+    )
     grey = torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     assert [made.id(i) for i in range(3)] == ["large.png", "small.tif", "swapped.npy"]
     for index, rows in enumerate((slice(None), slice(40), slice(40))):
@@ -142,7 +147,9 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
         assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
     assert read_image(scans / "scans" / "large.png", 3, Window(0, 4095)).unique().numel() > 200
-    small = scan(mapet.prepare(images=scans / "scans", out=scans / "small", size=30, channels=1, value_range=(0, 4095)))
+    small = scan(
+        mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
+    )
     found, wanted = small.open(0, 1).read()[0].float(), torch.nn.functional.adaptive_avg_pool2d(grey[None], (30, 32))[0]
     assert found.shape == (30, 32) and (found - wanted).abs().mean() < 8
 
@@ -150,7 +157,17 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
 def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
     with pytest.raises(MapetError, match=r"int32 pixels, -1000 to 1040: `mapet prepare --value-range LOW HIGH`"):
         mapet.prepare(images=scans / "ct", out=scans / "bad", channels=1)
-    argv = ["prepare", "--images", str(scans / "ct"), "--out", str(scans / "made"), "--channels", "1", "--size", "400"]
+    argv = [
+        "prepare",
+        "--images",
+        str(scans / "ct"),
+        "--out",
+        str(scans / "made"),
+        "--channels",
+        "1",
+        "--short-side",
+        "400",
+    ]
     assert main([*argv, "--value-range", "-1000", "1040"]) == 0
     made, grey = scan(scans / "made"), torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     for index in range(2):
@@ -162,8 +179,8 @@ def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
 
 
 def test_eight_bits_stay_as_they_are(folder, tmp_path):
-    plain = mapet.prepare(images=folder, out=tmp_path / "plain", size=64)
-    made = mapet.prepare(images=folder, out=tmp_path / "made", size=64, value_range=(0, 4095))
+    plain = mapet.prepare(images=folder, out=tmp_path / "plain", short_side=64)
+    made = mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, value_range=(0, 4095))
     assert all(
         (plain / f"images-{i:05d}.bin").read_bytes() == (made / f"images-{i:05d}.bin").read_bytes() for i in range(3)
     )
@@ -185,9 +202,9 @@ def test_who_takes_no_census_is_warned(scans, photos, caplog):
 
 def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
-    mapet.prepare(images=folder, out=tmp_path / "made", size=64, max_bad=0.5)
+    mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, max_unreadable=0.5)
     assert "6 images in" in caplog.text and "1 unreadable left out" in caplog.text
-    words = {"patch_size": 8, "vocab_size": 4, "workers": 0, "max_bad": 0.5}
+    words = {"patch_size": 8, "vocab_size": 4, "workers": 0, "max_unreadable": 0.5}
     mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **words)
     assert "would be enlarged" not in caplog.text
     mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "small", image_size=96, **words)

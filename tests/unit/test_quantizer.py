@@ -109,9 +109,9 @@ def test_levels_make_the_words_they_promise():
     ("options", "words"),
     [
         ({"quantizer": "fsq", "vocab_size": 64}, 64),
-        ({"quantizer": "fsq", "levels": [3, 4]}, 12),
+        ({"quantizer": "fsq", "fsq_levels": [3, 4]}, 12),
         ({"quantizer": "lfq", "vocab_size": 16}, 16),
-        ({"pca": 2, "vocab_size": 16}, 16),
+        ({"pca_dim": 2, "vocab_size": 16}, 16),
     ],
     ids=str,
 )
@@ -123,7 +123,7 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
     tokenizer = load_tokenizer(tmp_path / "t")
     assert tokenizer.vocab_size == words == store.vocab_size
     settings = tokenizer.description["quantizer"]
-    assert settings["kind"] == ("nearest" if "pca" in options else "scalar")
+    assert settings["kind"] == ("nearest" if "pca_dim" in options else "scalar")
     from mapet.data.dataset import ViewDataset
     from mapet.data.sources import scan
 
@@ -135,26 +135,29 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": [4, 4]}, "--levels is for fsq; kmeans has no use for it"),
-        ({"quantizer": "lfq", "pca": 3}, "--pca is for kmeans; lfq has no use"),
-        ({"quantizer": "fsq", "metric": "cosine"}, "--metric is for kmeans; fsq has no use"),
-        ({"quantizer": "lfq", "restarts": 5}, "--restarts is for kmeans"),
-        ({"quantizer": "lfq", "batch_points": 100}, "--batch-points is for kmeans"),
-        ({"teacher_size": 16}, "--teacher-size is for a timm model, dalle, own code; pixels has no use for it"),
-        ({"layer": 3}, "--layer is for a timm model; pixels has no use"),
+        ({"fsq_levels": [4, 4]}, "--fsq-levels is for fsq; kmeans has no use for it"),
+        ({"quantizer": "lfq", "pca_dim": 3}, "--pca-dim is for kmeans; lfq has no use"),
+        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, "--kmeans-metric is for kmeans; fsq has no use"),
+        ({"quantizer": "lfq", "kmeans_n_init": 5}, "--kmeans-n-init is for kmeans"),
+        ({"quantizer": "lfq", "kmeans_batch_size": 100}, "--kmeans-batch-size is for kmeans"),
         (
-            {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_size": 64},
-            "--teacher-size is for .*; vqkd has no use",
+            {"teacher_image_size": 16},
+            "--teacher-image-size is for a timm model, dalle, own code; pixels has no use for it",
+        ),
+        ({"teacher_layer": 3}, "--teacher-layer is for a timm model; pixels has no use"),
+        (
+            {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64},
+            "--teacher-image-size is for .*; vqkd has no use",
         ),
         (
-            {"teacher": "dalle", "teacher_checkpoint": "x", "final_norm": True},
-            "--final-norm is for a timm model; dalle",
+            {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_final_norm": True},
+            "--teacher-final-norm is for a timm model; dalle",
         ),
-        ({"teacher": "my:code", "layer": 2}, "--layer is for a timm model; own code"),
+        ({"teacher": "my:code", "teacher_layer": 2}, "--teacher-layer is for a timm model; own code"),
         ({"teacher_checkpoint": "x"}, "--teacher-checkpoint is for .*; pixels"),
         ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
-        ({"quantizer": "fsq", "levels": [2] * 5}, "5 principal components of features that are 4 wide"),
-        ({"pca": 5}, "5 principal components of features that are 4 wide"),
+        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "5 principal components of features that are 4 wide"),
+        ({"pca_dim": 5}, "5 principal components of features that are 4 wide"),
     ],
     ids=str,
 )

@@ -219,10 +219,10 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
 
 
 def test_what_an_option_of_none_means(tmp_path):
-    folder = write_run(tmp_path / "a", layer_scale=None, clip_grad=None, compile=None, other=None)
+    folder = write_run(tmp_path / "a", layer_scale_init=None, clip_grad=None, compile=None, other=None)
     told = RunFiles.open(folder).data()["config"]
-    assert {name: told[name] for name in ("layer_scale", "clip_grad", "compile", "other")} == {
-        "layer_scale": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
+    assert {name: told[name] for name in ("layer_scale_init", "clip_grad", "compile", "other")} == {
+        "layer_scale_init": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
     }  # fmt: skip
 
 
@@ -231,17 +231,17 @@ def test_views_are_those_of_the_token_store(moved, tmp_path):
     """The option itself has nothing to say with --tokens, and stays at its default."""
     store = tmp_path / "tokens"
     store.mkdir()
-    spec = {"kind": "crop", "image_size": [8, 8], "min_scale": 0.4, "seed": 0}
+    spec = {"kind": "random-crop", "image_size": [8, 8], "min_scale": 0.4, "seed": 0}
     (store / "store.json").write_text(json.dumps({"num_images": 7, "images_hash": "x", "views": 8, "view_spec": spec}))
     (tmp_path / "recipe.yaml").write_text("{}")
-    options = {"views": "center", "min_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
+    options = {"views": "center", "min_crop_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
     folder = write_run(tmp_path / "pretrain", **options)
     told = RunFiles.open(folder).data()["config"]
-    assert (told["views"], told["min_scale"]) == ("crop, 8 of each (token store)", "0.4")
+    assert (told["views"], told["min_crop_scale"]) == ("random-crop, 8 of each (token store)", "0.4")
     if not moved:
-        assert origin_of(folder).recipe["views"] == "crop, 8 of each (token store)"
-    alone = write_run(tmp_path / "alone", views="flip")
-    assert RunFiles.open(alone).data()["config"]["views"] == origin_of(alone).recipe["views"] == "flip"
+        assert origin_of(folder).recipe["views"] == "random-crop, 8 of each (token store)"
+    alone = write_run(tmp_path / "alone", views="center-flip")
+    assert RunFiles.open(alone).data()["config"]["views"] == origin_of(alone).recipe["views"] == "center-flip"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "pictures/step_through.json"])

@@ -81,7 +81,7 @@ def assert_same(images, others) -> None:
     assert [images.id(i) for i in range(len(images))] == [others.id(i) for i in range(len(others))]
     assert images.hash == others.hash and np.array_equal(images.keys(), others.keys())
     assert images.classes()[0] == others.classes()[0] and np.array_equal(images.classes()[1], others.classes()[1])
-    spec = ViewSpec(kind="crop", image_size=(16, 16))
+    spec = ViewSpec(kind="random-crop", image_size=(16, 16))
     for i in range(len(images)):
         picture, other = images.open(i, 3), others.open(i, 3)
         assert torch.equal(picture.read(), other.read()) and images.data(i) == others.data(i)
@@ -155,7 +155,7 @@ def test_tokens_and_resumed_weights_are_those_of_the_folder(digits, tmp_path, mo
     )
     stores = {
         name: mapet.tokenize(
-            images=source, tokenizer=tmp_path / "t", out=tmp_path / f"{name}_tokens", views="flip", workers=0
+            images=source, tokenizer=tmp_path / "t", out=tmp_path / f"{name}_tokens", views="center-flip", workers=0
         )
         for name, source in sources.items()
     }
@@ -187,7 +187,7 @@ def test_prepared_from_shards_keeps_ids_and_labels(tmp_path):
     }
     images = scan(write_tar(tmp_path / "x.tar", members))
     assert images.classes()[0] == ["0", "5", "10"] and images.classes()[1].tolist() == [0, 1, 2, 0, 1, 2]
-    made = scan(mapet.prepare(images=tmp_path / "x.tar", out=tmp_path / "made", size=8))
+    made = scan(mapet.prepare(images=tmp_path / "x.tar", out=tmp_path / "made", short_side=8))
     assert_same(images, made)
     part = made.subset([4, 2])
     assert part.classes()[1].tolist() == [1, 2]
@@ -272,7 +272,7 @@ def test_members_are_only_names(tmp_path):
     images = scan(inside / "x.tar")
     assert [images.id(i) for i in range(len(images))] == odd and images.ignored == 7
     assert all(images.open(i, 3).size == (8, 8) for i in range(len(images)))
-    mapet.prepare(images=inside / "x.tar", out=tmp_path / "made", size=8)
+    mapet.prepare(images=inside / "x.tar", out=tmp_path / "made", short_side=8)
     assert {path.name for path in tmp_path.iterdir()} == {"inside", "cache", "made"}
     assert {path.name for path in (tmp_path / "made").iterdir()} == {
         "prepared.json",
@@ -396,7 +396,7 @@ def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path):
     part = pickle.loads(pickle.dumps(rows.subset([9, 1])))
     assert part.data(0) == rows.data(9) and part.classes()[1].tolist() == [1, 0]
     assert [scan(f"hf:{folder}:train[6:8]").id(i) for i in range(2)] == ["b/crop000.png", "b/crop001.png"]
-    made = scan(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", size=48))
+    made = scan(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", short_side=48))
     assert made.classes()[0] == ["a", "b"] and np.array_equal(made.keys(), scan(f"hf:{tmp_path}/x.parquet").keys())
     dataset = ViewDataset(rows, ViewSpec(image_size=(16, 16)), image_size=(16, 16))
     alone, forked = ([batch.images for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
@@ -464,8 +464,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
     for number, source in enumerate(streams):
-        downloaded = scan(mapet.prepare(images=source, out=tmp_path / f"downloaded{number}", size=48))
-        streamed = scan(mapet.prepare(images=source, out=tmp_path / f"streamed{number}", size=48, stream=True))
+        downloaded = scan(mapet.prepare(images=source, out=tmp_path / f"downloaded{number}", short_side=48))
+        streamed = scan(mapet.prepare(images=source, out=tmp_path / f"streamed{number}", short_side=48, streaming=True))
         assert_same(downloaded, streamed)
         assert files_of(downloaded.root) == files_of(streamed.root)
         whole, manifest = (read_sealed(made.root / "prepared.json", "") for made in (downloaded, streamed))
@@ -477,7 +477,7 @@ def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeypatch, caplog):
     for number, source in enumerate(streams):
-        whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", size=48, stream=True)
+        whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", short_side=48, streaming=True)
         taken = []
         take = streamed.Row.take
 
@@ -488,17 +488,18 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
             return take(row)
 
         monkeypatch.setattr(streamed.Row, "take", breaks)
+        monkeypatch.setattr("mapet.commands.prepare.automatic_workers", lambda: 0)  # one thread
         out = tmp_path / f"made{number}"
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
-            mapet.prepare(images=source, out=out, size=48, stream=True, threads=1)
+            mapet.prepare(images=source, out=out, short_side=48, streaming=True)
         with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
             scan(out)
         with pytest.raises(MapetError, match="size: 48 -> 32"):
-            mapet.prepare(images=source, out=out, size=32, stream=True, resume=True)
-        mapet.prepare(images=source, out=out, size=48, stream=True, resume=True)
+            mapet.prepare(images=source, out=out, short_side=32, streaming=True, resume=True)
+        mapet.prepare(images=source, out=out, short_side=48, streaming=True, resume=True)
         assert len(taken) <= 10 + 7  # the first five were not read again
         assert files_of(whole) == files_of(out)
-        mapet.prepare(images=source, out=out, size=48, stream=True, resume=True)  # nothing to do
+        mapet.prepare(images=source, out=out, short_side=48, streaming=True, resume=True)  # nothing to do
         monkeypatch.undo()
         monkeypatch.setattr(prepared, "PER_SHARD", 5)
 
@@ -516,7 +517,7 @@ def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplo
         return f"hf:{tmp_path / name}"
 
     bad = [None, {"bytes": None, "path": "gone.png"}, {"bytes": bomb(14_000), "path": None}]
-    made = scan(mapet.prepare(images=save("bad.parquet", *bad), out=tmp_path / "bad", stream=True, max_bad=1))
+    made = scan(mapet.prepare(images=save("bad.parquet", *bad), out=tmp_path / "bad", streaming=True, max_unreadable=1))
     assert made.id(3) == "000000003" and made.open(0, 3).size == (8, 8)
     for row, why in enumerate(["no image in this row", "no bytes in this row", "pixels"], 1):
         assert f"bad image 'row {row}': " in caplog.text
@@ -528,16 +529,16 @@ def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplo
             mapet.prepare(
                 images=save("out.parquet", {"bytes": None, "path": path}),
                 out=tmp_path / "out",
-                stream=True,
+                streaming=True,
                 resume=True,
             )
         assert not any((tmp_path / "out").glob("*.bin"))
-    with pytest.raises(MapetError, match=r"--stream is for hf:NAME, not "):
-        mapet.prepare(images=folder, out=tmp_path / "no", stream=True)
+    with pytest.raises(MapetError, match=r"--streaming is for hf:NAME, not "):
+        mapet.prepare(images=folder, out=tmp_path / "no", streaming=True)
     table = datasets.load_dataset(str(folder), split="train")
     table.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(MapetError, match="leave --stream out"):
-        mapet.prepare(images=f"hf:{tmp_path}/saved", out=tmp_path / "no", stream=True, resume=True)
+    with pytest.raises(MapetError, match="leave --streaming out"):
+        mapet.prepare(images=f"hf:{tmp_path}/saved", out=tmp_path / "no", streaming=True, resume=True)
 
 
 def test_files_of_the_hub_keep_their_names_from_revision_to_revision():

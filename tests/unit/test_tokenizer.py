@@ -261,8 +261,8 @@ def test_options_of_the_teacher_reach_it(crops, tmp_path):
     """Through the stage, on grey pictures."""
     _, path = small_teacher(tmp_path)
     tokenizer = mapet.fit_tokenizer(
-        images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, workers=0, iterations=1,
-        teacher="test_vit.r160_in1k", teacher_checkpoint=path, layer=2, final_norm=True, channels=1, precision="float32",
+        images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, workers=0, kmeans_iters=1,
+        teacher="test_vit.r160_in1k", teacher_checkpoint=path, teacher_layer=2, teacher_final_norm=True, channels=1, precision="float32",
     )  # fmt: skip
     expected = make_teacher("test_vit.r160_in1k", (160, 160), 16, channels=1, checkpoint=path, layer=2, final_norm=True)
     images = torch.randint(0, 256, (1, 1, 160, 160), dtype=torch.uint8)
@@ -319,7 +319,7 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model(name).state_dict(), tmp_path / "weights.safetensors")
     fitted = mapet.fit_tokenizer(
-        images=crops, out=tmp_path / "t", image_size=64, patch_size=16, teacher_size=64, vocab_size=20, workers=0, teacher=name,
+        images=crops, out=tmp_path / "t", image_size=64, patch_size=16, teacher_image_size=64, vocab_size=20, workers=0, teacher=name,
         teacher_checkpoint=str(tmp_path / "weights.safetensors"), precision=precision,
     )  # fmt: skip
     description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
@@ -339,7 +339,7 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
 
 
 def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
-    options = {"images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "iterations": 1}
+    options = {"images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "kmeans_iters": 1}
     hashes = {
         precision: mapet.fit_tokenizer(out=tmp_path / precision, precision=precision, **options).hash
         for precision in ("float32", "bfloat16")
@@ -393,7 +393,7 @@ def test_a_folder_s_vit_at_another_size(saved_vit):
 
 def test_views_that_timm_refuses(monkeypatch, saved_vit):
     teacher = make_teacher(saved_vit[0], (32, 32), 8)
-    with pytest.raises(MapetError, match=r"takes no views of 40 x 40 px: .*--teacher-size"):
+    with pytest.raises(MapetError, match=r"takes no views of 40 x 40 px: .*--teacher-image-size"):
         teacher.encoder(torch.zeros(1, 3, 40, 40))
 
 

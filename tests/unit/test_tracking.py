@@ -79,7 +79,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_one(
 ):
     fake = Fake(monkeypatch)
     options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
-    options |= PRETRAIN | {"log_every": 1, "track": "wandb"}
+    options |= PRETRAIN | {"log_interval": 1, "track": "wandb"}
     with monkeypatch.context() as patch:
         StopAt(patch, 4)
         with pytest.raises(Interrupted):

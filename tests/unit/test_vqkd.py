@@ -292,7 +292,7 @@ def test_losses_and_straight_through_gradient():
 
 
 def test_codes_follow_by_the_moving_average():
-    model = training(codes=3, decay=0.9, dead_below=0.0)
+    model = training(codes=3, decay=0.9, dead_code_threshold=0.0)
     before = model.tokenizer.codebook.clone()
     features = F.normalize(torch.randn(100, 8), dim=1)
     codes = torch.tensor([0] * 70 + [2] * 30)
@@ -320,7 +320,7 @@ def test_dead_codes_come_back():
     assert torch.bincount(look_up(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
     assert torch.allclose(model.tokenizer.codebook.norm(dim=1), torch.ones(30))
 
-    never = training(codes=30, dead_below=0.0)
+    never = training(codes=30, dead_code_threshold=0.0)
     assert sum(int(never.update_codebook(features, torch.zeros(200, dtype=torch.int64))) for _ in range(100)) == 0
 
 
@@ -363,9 +363,9 @@ def trained(photos, tmp_path_factory):
             folder / "crops" / f"{number}.png"
         )
     file = mapet.train_tokenizer(
-        images=folder / "crops", out=folder / "run", image_size=16, patch_size=4, vocab_size=32, code_dim=8, epochs=20,
+        images=folder / "crops", out=folder / "run", image_size=16, patch_size=4, vocab_size=32, codebook_dim=8, epochs=20,
         batch_size=50, lr=2e-3, decoder_depth=1, model_args={"embed_dim": 64, "depth": 1, "num_heads": 1}, workers=0,
-        device="cpu", precision="float32", log_every=8,
+        device="cpu", precision="float32", log_interval=8,
     )  # fmt: skip
     return folder, file
 

@@ -29,7 +29,7 @@ def check(config: CheckConfig) -> "Census":
     census = take_census(images, config.channels, automatic_workers() + 1)
     for line in census.lines():
         log.info("%s", line)
-    for line in census.doubts(config.image_size, BadImages().max_bad):
+    for line in census.doubts(config.image_size, BadImages().max_unreadable):
         log.warning("%s", line)
     if config.out:
         with atomic(config.out) as temporary:
@@ -39,7 +39,7 @@ def check(config: CheckConfig) -> "Census":
                 errors="surrogateescape",
             )
         log.info("list of unreadable images in %s", config.out)
-    if config.dry_run and len(census.bad) < len(images):
+    if config.benchmark and len(census.bad) < len(images):
         from mapet.training.estimate import estimate
 
         for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in census.bad]):

@@ -37,7 +37,7 @@ def replay(config: ReplayConfig) -> "list[Look]":
         )
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {way}")
     run = build(PretrainConfig, read_recipe(recipe), recipe)
-    given = {name: getattr(config, name) for name in ("images", "precision", "teacher") if getattr(config, name)}
+    given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     setting = TrainingSetup.from_config(run.model_copy(update={"device": config.device} | given))
     looks = []
     for step in load_bundle(config.bundle, setting):

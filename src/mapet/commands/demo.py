@@ -21,7 +21,7 @@ RECIPE: dict[str, Any] = {
         "batch_size": 64,
         "lr": 2e-3,
         "drop_path": 0.0,
-        "layer_scale": None,
+        "layer_scale_init": None,
         "color_jitter": 0.0,
     },
 }
@@ -52,7 +52,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = finetune(
-            backbone=backbone, images=train, test_images=test, scratch=name == "untrained", labels_per_class=10, views="center",
+            backbone=backbone, images=train, test_images=test, from_scratch=name == "untrained", labels_per_class=10, views="center",
             epochs=100, batch_size=32, lr=2e-3, drop_path=0.0, seed=config.seed,
         )  # fmt: skip
     write_json(config.out / "results.json", results)

@@ -14,12 +14,12 @@ def finetune(config: FinetuneConfig) -> float:
     """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
 
     Example:
-      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views crop --out tuned
-      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5
-      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --seeds 5 --scratch
+      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views random-crop --out tuned
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5 --from-scratch
       mapet finetune tuned/config.yaml --resume
     """
-    return tune(config)[0] if config.seeds == 1 else tune_each(config)
+    return tune(config)[0] if config.num_seeds == 1 else tune_each(config)
 
 
 def tune(config: FinetuneConfig) -> tuple[float, str]:
@@ -70,7 +70,7 @@ def tune_each(config: FinetuneConfig) -> float:
 
     asked = config.resume
     if asked:
-        config = recipe_to_resume(config, STAGE, MAY_CHANGE | {"seeds"})
+        config = recipe_to_resume(config, STAGE, MAY_CHANGE | {"num_seeds"})
     out = config.out
     again = command_to_resume(out, STAGE) if out else ""
     if out:
@@ -79,19 +79,19 @@ def tune_each(config: FinetuneConfig) -> float:
         write_recipe(config, out / "config.yaml", STAGE)
         config = config.model_copy(update={"resume": asked})
     scores: dict[str, float] = {}
-    last = config.seed + config.seeds - 1
+    last = config.seed + config.num_seeds - 1
     for seed in range(config.seed, last + 1):
-        log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.seeds)
+        log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.num_seeds)
         place = out and out / f"seed-{seed}"
         try:
-            score, stopped = tune(config.model_copy(update={"seed": seed, "seeds": 1, "out": place}))
+            score, stopped = tune(config.model_copy(update={"seed": seed, "num_seeds": 1, "out": place}))
         except Interrupted as error:
             raise Interrupted(error.what, again) from None
         if stopped and seed < last:
             raise Interrupted(f"stopped by {stopped} after seed {seed}, saved", again)
         scores[f"seed-{seed}"] = score
     figure = over_seeds(list(scores.values()))
-    few = "; two seeds tell little" if config.seeds == 2 else ""
+    few = "; two seeds tell little" if config.num_seeds == 2 else ""
     log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.low, figure.high, figure.of, few)
     if out:
         write_json(out / "seeds.json", {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores)

@@ -15,7 +15,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
 
     Example:
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
-      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --restarts 5
+      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --kmeans-n-init 5
     """
     from mapet.tokenizers import fit
 

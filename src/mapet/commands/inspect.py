@@ -71,9 +71,9 @@ def look(folder: Path, config: Looking, compute: "Compute") -> tuple[dict[str, "
     from mapet.reports.step_through import step_through
     from mapet.training.build import load_run
 
-    run = load_run(folder, with_teacher=True, allow=config.teacher).to(compute.device)
+    run = load_run(folder, with_teacher=True, allow=config.trust_teacher).to(compute.device)
     images = scan(config.images or run.config.images)
-    found = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.order, config.seed)
+    found = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.patch_order, config.seed)
     names = [images.id(int(i)) for i in found.image_index[: found.shown]]
     figures = pictures_of(found, run.model, images, compute, config.num_workers)
     return figures, step_through(found, names, run.model.objective)
@@ -97,7 +97,7 @@ def _measure_tokenizer(config: InspectConfig, compute: "Compute") -> tuple[dict[
     from mapet.tokenizers.codebook import load_tokenizer
 
     assert config.tokenizer is not None and config.images is not None
-    tokenizer = load_tokenizer(config.tokenizer, allow=config.teacher, checkpoint=config.teacher_checkpoint)
+    tokenizer = load_tokenizer(config.tokenizer, allow=config.trust_teacher, checkpoint=config.teacher_checkpoint)
     tokenizer.to(compute.device)
     grid, vocab_size = tokenizer.grid, tokenizer.vocab_size
     images = scan(config.images)

@@ -20,10 +20,10 @@ def prepare(config: PrepareConfig) -> Path:
     images near the input's size it gains little.
 
     Example:
-      mapet prepare --images PHOTOS --out PREPARED --size 256
+      mapet prepare --images PHOTOS --out PREPARED --short-side 256
       mapet run --images PREPARED --out runs/photos
       mapet prepare --images SCANS --out PREPARED --channels 1 --value-range 0 4095   # 12 bits in files of 16
-      mapet prepare --images hf:NAME:train --stream --out PREPARED      # larger than this disk
+      mapet prepare --images hf:NAME:train --streaming --out PREPARED      # larger than this disk
     """
     from tqdm import tqdm
 
@@ -37,16 +37,23 @@ def prepare(config: PrepareConfig) -> Path:
     if not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
     window = Window(*config.value_range) if config.value_range else None
-    how = config.out, config.size, config.channels, config.quality, window, config.threads or automatic_workers() + 1
+    how = (
+        config.out,
+        config.short_side,
+        config.channels,
+        config.jpeg_quality,
+        window,
+        automatic_workers() + 1,
+    )
     try:
         with tqdm(desc="prepare", unit="img", disable=None) as bar:
-            if config.stream:
+            if config.streaming:
                 stream = Stream(str(config.images))
-                bar.total, quarantine = stream.expected, Quarantine(stream, config.max_bad)
+                bar.total, quarantine = stream.expected, Quarantine(stream, config.max_unreadable)
                 made = write_streamed(stream, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
             else:
                 images = scan(config.images)
-                bar.total, quarantine = len(images), Quarantine(images, config.max_bad)
+                bar.total, quarantine = len(images), Quarantine(images, config.max_unreadable)
                 made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
     except KeyboardInterrupt:
         if not (config.out / MANIFEST).exists():

@@ -47,10 +47,10 @@ def run(config: RunConfig) -> Path:
         stage: _config_of(stage, config, given)
         for stage, given in (
             (fit_tokenizer, {"out": tokenizer, "resume": True}),
-            (tokenize, {"out": tokens, "tokenizer": tokenizer, "teacher": own_code, "resume": True}),
+            (tokenize, {"out": tokens, "tokenizer": tokenizer, "trust_teacher": own_code, "resume": True}),
             (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
             (probe, {"backbone": backbone, "test_images": config.test_images, "out": figures}),
-            (inspect, {"run": pretrained, "out": pictures, "teacher": own_code}),
+            (inspect, {"run": pretrained, "out": pictures, "trust_teacher": own_code}),
         )
     }
     if distributed.rank() == 0:
@@ -101,7 +101,7 @@ def run(config: RunConfig) -> Path:
 
 def _config_of(stage: Command[..., Any, Any], config: RunConfig, given: dict[str, Any]) -> Config:
     """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
-    names = ("images", "seed", "device", "max_bad")
+    names = ("images", "seed", "device", "max_unreadable")
     shared = {name: getattr(config, name) for name in names} | given
     own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
     try:
@@ -183,7 +183,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     if not (config.resume and recipe.exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
     old = build(RunConfig, read_recipe(recipe), recipe)
-    may_change = frozenset({"resume", "device", "max_bad"})
+    may_change = frozenset({"resume", "device", "max_unreadable"})
     moved = {"out"} | ({"images"} if old.images != config.images and _made_of(config) else set())
     if changed := differences(old, config, may_change | free | moved):
         raise MapetError(

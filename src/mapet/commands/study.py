@@ -37,7 +37,7 @@ def study(config: StudyConfig) -> Path:
     from mapet.studies.trials import run_cells
 
     cells = grid_cells(config)
-    for name, folder in {"test_images": config.test_images, **config.other_test_images}.items():
+    for name, folder in {"test_images": config.test_images, **config.ood_images}.items():
         log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
     num_images = len(scan(config.images))
     _refuse_now(config, cells, num_images)

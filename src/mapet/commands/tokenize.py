@@ -15,7 +15,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
 
     Example:
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
-      mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views crop --num-views 8
+      mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
     """
     from mapet.tokenizers import tokenize
 

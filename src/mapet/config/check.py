@@ -30,7 +30,7 @@ class CheckConfig(Device):
     """Teacher for the dry run, as in fit-tokenizer."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher."""
-    teacher_size: Size | None = None
+    teacher_image_size: Size | None = None
     """Height and width the teacher sees, pixels; automatic: the model's own."""
     vocab_size: VocabSize | None = None
     """Visual words; automatic as in fit-tokenizer."""
@@ -38,7 +38,7 @@ class CheckConfig(Device):
     """Passes to estimate the time of."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
-    dry_run: bool = True
+    benchmark: bool = True
     """Run one batch through teacher and student to measure time."""
     out: Path | None = None
     """Text file for the list of unreadable images, one `reason<TAB>path` a line."""

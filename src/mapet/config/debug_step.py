@@ -15,5 +15,5 @@ class ReplayConfig(Device):
     """Where the images are now; automatic: where they were."""
     precision: Precision | None = None
     """Precision to try it in; automatic: the run's."""
-    teacher: str | None = None
+    trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""

@@ -48,15 +48,15 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     """Alpha of CutMix: a box of one image is laid into another; with both, each batch has one or the other."""
     random_erasing: float = Field(default=0.0, ge=0, le=1)
     """Share of images in which a random box becomes noise."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
-    seeds: PositiveInt = 1
+    num_seeds: PositiveInt = 1
     """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (seeds.json)."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
-    save_minutes: PositiveFloat = 10
+    checkpoint_interval_min: PositiveFloat = 10
     """Time between checkpoints."""
 
     @property
@@ -77,11 +77,11 @@ class FinetuneConfig(FinetuneOptions, BadImages, Device):
     """New folder for the fine-tuned model, its options (config.yaml), what is known of its backbone (origin.json), its accuracy
     (result.json), its curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: nothing
     is kept but the accuracy."""
-    scratch: bool = False
+    from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: PositiveInt | None = None
     """Use only so many labelled images of each class: the fixed split of `seed` that `evaluate` uses."""
-    label_share: float = Field(default=1.0, gt=0, le=1)
+    label_fraction: float = Field(default=1.0, gt=0, le=1)
     """Use only this share of each class's labelled images, likewise."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
@@ -90,8 +90,8 @@ class FinetuneConfig(FinetuneOptions, BadImages, Device):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "FinetuneConfig":
-        if self.labels_per_class is not None and self.label_share < 1:
-            raise ValueError("give --labels-per-class or --label-share, not both")
+        if self.labels_per_class is not None and self.label_fraction < 1:
+            raise ValueError("give --labels-per-class or --label-fraction, not both")
         return self
 
     @model_validator(mode="after")

@@ -10,13 +10,13 @@ from mapet.config.shared import BadImages, Device, FrozenTeacher, Loading, Preci
 from mapet.errors import must_be_divisible
 
 QUANTIZER_OPTIONS = {
-    "levels": ("fsq",),
-    "pca": ("kmeans",),
-    "iterations": ("kmeans",),
-    "restarts": ("kmeans",),
-    "start": ("kmeans",),
-    "batch_points": ("kmeans",),
-    "metric": ("kmeans",),
+    "fsq_levels": ("fsq",),
+    "pca_dim": ("kmeans",),
+    "kmeans_iters": ("kmeans",),
+    "kmeans_n_init": ("kmeans",),
+    "kmeans_init": ("kmeans",),
+    "kmeans_batch_size": ("kmeans",),
+    "kmeans_metric": ("kmeans",),
 }
 """Option -> which quantizers use it."""
 
@@ -38,28 +38,28 @@ class FitTokenizerOptions(FrozenTeacher, Loading):
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
     """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to
     their signs (lfq). A teacher that brings its own words (vqkd, dalle) keeps them."""
-    pca: PositiveInt | None = None
+    pca_dim: PositiveInt | None = None
     """Principal components that k-means sees instead of the features; automatic: none (fsq and lfq take one a level)."""
-    levels: list[PositiveInt] | None = None
+    fsq_levels: list[PositiveInt] | None = None
     """Levels of each component, for fsq; automatic: those the paper recommends for --vocab-size."""
-    iterations: PositiveInt = 20
+    kmeans_iters: PositiveInt = 20
     """Rounds of k-means."""
-    restarts: PositiveInt = 1
+    kmeans_n_init: PositiveInt = 1
     """Runs of k-means, of which the best is kept (the paper: 5)."""
-    start: Literal["random", "k-means++"] = "random"
+    kmeans_init: Literal["random", "k-means++"] = "random"
     """First centroids: random patches, or patches that k-means++ spreads, which costs about 1/32 of a round."""
-    batch_points: PositiveInt | None = None
+    kmeans_batch_size: PositiveInt | None = None
     """Patches that a round of k-means visits (mini-batches; the last round visits all); automatic: all."""
-    metric: Literal["l2", "cosine"] = "l2"
+    kmeans_metric: Literal["l2", "cosine"] = "l2"
     """What nearest means: by distance, or by angle (spherical k-means)."""
-    points_per_word: PositiveInt = 512
+    patches_per_code: PositiveInt = 512
     """Most patches for each visual word used in fitting."""
     precision: Precision = "auto"
     """Of the teacher's and k-means' matrix products; auto takes bfloat16 where it is fast. The teacher keeps it for good."""
-    memory: PositiveFloat | None = None
+    memory_gb: PositiveFloat | None = None
     """GB of memory (the device's) for features; more than that go to a scratch file, with the same result; automatic: half
     of what is free."""
-    scratch: Path | None = None
+    scratch_dir: Path | None = None
     """Folder for the scratch file, which goes away by itself; automatic: beside `out`."""
 
     @model_validator(mode="after")

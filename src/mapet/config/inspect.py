@@ -22,7 +22,7 @@ class Looking(InspectOptions, Device):
     """Images for the pictures; automatic: those the run was trained on."""
     seed: NonNegativeInt = 0
     """Seed of the choice of images and of the order of prediction."""
-    teacher: str | None = None
+    trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pydantic import (
     Field,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
@@ -23,27 +22,25 @@ class PrepareConfig(BadImages):
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the prepared images; give it to other stages as --images."""
-    size: PositiveInt = 256
+    short_side: PositiveInt = 256
     """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
     channels: PositiveInt = 3
     """Channels: 1 grey, 3 RGB, others from .npy arrays."""
-    quality: int = Field(default=90, ge=1, le=100)
+    jpeg_quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of resized images."""
     value_range: tuple[float, float] | None = None
     """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in
     a CT; beyond is cut off, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, others are bad images."""
-    threads: NonNegativeInt | None = None
-    """Images worked on at a time; automatic: one a core, at most 9."""
-    stream: bool = False
+    streaming: bool = False
     """With hf:NAME: read it once as it comes, in order; its originals are never all on this disk."""
     resume: bool = False
     """Go on with an unfinished one."""
 
     @model_validator(mode="after")
     def _streams_of_the_hub(self) -> "PrepareConfig":
-        if self.stream and not str(self.images).startswith(HUGGING_FACE):
+        if self.streaming and not str(self.images).startswith(HUGGING_FACE):
             raise ValueError(
-                f"--stream is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
+                f"--streaming is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
             )
         return self
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.base import Ratio, Size, Source
+from mapet.config.base import Ratio, Source
 from mapet.config.shared import BackboneSource, BadImages, Device, Precision, Tracked, Views, automatic_workers
 
 
@@ -16,25 +16,18 @@ class PretrainOptions(Tracked):
     """Any timm VisionTransformer."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
-    image_size: Size | None = None
-    """Height and width of the input, pixels; automatic: what the tokenizer was fitted for."""
-    patch_size: PositiveInt | None = None
-    """Side of a patch, pixels; automatic: what the tokenizer was fitted for."""
     objective: str = "mapet"
     """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
-    mapet_blind_content (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
+    mapet_content_ignores_masks (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
     target: Literal["tokens", "pixels", "features"] = "tokens"
     """What is predicted of a patch: tokens; as controls its pixels (normalised), or features (the teacher's, by cosine)."""
-    num_context: NonNegativeInt | None = None
-    """c, patches that are given; the others are predicted; automatic: see --predict-ratio."""
-    predict_ratio: Ratio | None = None
-    """Share of the patches to predict, above 0 to 1; two numbers: drawn between them each step; automatic: --num-context's,
-    or 0.75 (147 of 196)."""
-    order: Literal["random", "blockwise", "raster"] = "random"
+    mask_ratio: Ratio = (0.75, 0.75)
+    """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them each step."""
+    patch_order: Literal["random", "blockwise", "raster"] = "random"
     """In which patches are given and predicted: random; blockwise (what is hidden are rectangles, as in BEiT); raster."""
-    separate_query: bool = False
+    separate_query_token: bool = False
     """Give query tokens a parameter of their own instead of the mask token's."""
-    num_targets: PositiveInt | None = None
+    num_predict: PositiveInt | None = None
     """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
     init_from: BackboneSource | None = None
     """Start from the weights of a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO,
@@ -57,30 +50,30 @@ class PretrainOptions(Tracked):
     """Largest norm of the gradient."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the last block."""
-    layer_scale: PositiveFloat | None = 0.1
+    layer_scale_init: PositiveFloat | None = 0.1
     """LayerScale's first value; none leaves it out."""
     color_jitter: NonNegativeFloat = 0.4
     """Strength of brightness, contrast and saturation jitter (the student's view only)."""
 
     precision: Precision = "auto"
     """Of activations and products (weights and optimiser stay float32); auto takes bfloat16 where it is fast."""
-    micro_batch: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
     """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
     compile: bool | None = None
-    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, unless --predict-ratio is a range."""
-    shard: bool = False
+    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, unless --mask-ratio is a range."""
+    fsdp: bool = False
     """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
-    save_minutes: PositiveFloat = 10
+    checkpoint_interval_min: PositiveFloat = 10
     """Time between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
-    max_skipped: PositiveInt = 5
+    max_skipped_steps: PositiveInt = 5
     """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
-    roll_back: NonNegativeInt = 0
+    max_rollbacks: NonNegativeInt = 0
     """Instead of stopping then, so many times go back to the weights before and on with the images after."""
-    log_every: PositiveInt | None = None
+    log_interval: PositiveInt | None = None
     """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: 5 lines an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
@@ -90,7 +83,7 @@ class PretrainOptions(Tracked):
     @property
     def varies_context(self) -> bool:
         """Whether the share of predicted patches is drawn anew for each step."""
-        return self.predict_ratio is not None and self.predict_ratio[0] < self.predict_ratio[1]
+        return self.mask_ratio[0] < self.mask_ratio[1]
 
     @property
     def num_workers(self) -> int:
@@ -98,11 +91,9 @@ class PretrainOptions(Tracked):
 
     @model_validator(mode="after")
     def _one_ratio(self) -> "PretrainOptions":
-        if self.num_context is not None and self.predict_ratio is not None:
-            raise ValueError("--num-context and --predict-ratio say the same in two ways: give one of them")
-        if self.predict_ratio is not None and not 0 < self.predict_ratio[0] <= self.predict_ratio[1] <= 1:
-            given = " ".join(f"{share:g}" for share in dict.fromkeys(self.predict_ratio))
-            raise ValueError(f"--predict-ratio {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
+        if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
+            given = " ".join(f"{share:g}" for share in dict.fromkeys(self.mask_ratio))
+            raise ValueError(f"--mask-ratio {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
         return self
 
 
@@ -117,7 +108,7 @@ class PretrainConfig(PretrainOptions, Views, BadImages, Device):
     """Folder made by `fit-tokenizer`."""
     tokens: Path | None = None
     """Store made by `tokenize`, whose views are used; without one the teacher runs in the loop on fresh views."""
-    teacher: str | None = None
+    trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, views and permutations."""

@@ -56,7 +56,7 @@ class Tracked(Config):
 class BadImages(Config):
     """What to do about images that can't be read."""
 
-    max_bad: Share = 0.05
+    max_unreadable: Share = 0.05
     """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
 
 
@@ -67,11 +67,11 @@ class FrozenTeacher(Config):
     """Frozen encoder: 'pixels', a timm model, or package.module:function."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; otherwise timm downloads them."""
-    teacher_size: Size | None = None
+    teacher_image_size: Size | None = None
     """Height and width the teacher sees, pixels; automatic: the model's own."""
-    final_norm: bool = False
+    teacher_final_norm: bool = False
     """Apply the timm model's last normalization to the features as well."""
-    layer: int = -1
+    teacher_layer: int = -1
     """Which of the timm model's intermediate feature maps; -1 is the last."""
 
     @model_validator(mode="after")
@@ -88,9 +88,9 @@ class FrozenTeacher(Config):
 
 TEACHER_OPTIONS = {
     "teacher_checkpoint": ("a timm model", "vqkd", "dalle", "own code"),
-    "teacher_size": ("a timm model", "dalle", "own code"),
-    "final_norm": ("a timm model",),
-    "layer": ("a timm model",),
+    "teacher_image_size": ("a timm model", "dalle", "own code"),
+    "teacher_final_norm": ("a timm model",),
+    "teacher_layer": ("a timm model",),
 }
 """Option -> which kinds of teacher use it."""
 
@@ -130,8 +130,8 @@ def usable_cores() -> int:
 class Views(Config):
     """Which views of an image are tokenized and shown to the student."""
 
-    views: Literal["center", "flip", "crop"] = "center"
-    """center: largest centred box (the released recipe); flip: that and its mirror image; crop: random boxes, mirrored
+    views: Literal["center", "center-flip", "random-crop"] = "center"
+    """center: largest centred box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
     half the time."""
-    min_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest random box, as a share of the centred one's area (for crop)."""
+    min_crop_scale: float = Field(default=0.2, gt=0, le=1)
+    """Smallest random box, as a share of the centred one's area (for random-crop)."""

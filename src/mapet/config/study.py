@@ -23,7 +23,7 @@ class StudyConfig(Config):
     """Labelled images to test on."""
     out: Path
     """Folder of the study; what is done in it already is not done again."""
-    other_test_images: dict[str, Source] = Field(default_factory=dict)
+    ood_images: dict[str, Source] = Field(default_factory=dict)
     """Further test sets of the same classes (out of distribution): name=folder."""
     tokenizers: dict[str, FitTokenizerOptions]
     """name -> options of `fit-tokenizer`: 'pixels={}' for all defaults, 'pixels={image_size: 32, patch_size: 4}'; quotes keep the
@@ -35,13 +35,13 @@ class StudyConfig(Config):
     """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2])
     """Each cell is run with each: weights, order, views and permutations are those of the seed."""
-    compare: str | None = None
+    compare_by: str | None = None
     """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
     equal_compute: bool = True
     """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
     labels_per_class: list[PositiveInt] = Field(default=[10])
     """Fine-tune on so many labels of each class."""
-    full_finetune: bool = False
+    finetune_all_labels: bool = False
     """Fine-tune on all labels as well."""
     devices: list[str] = Field(default=["auto"])
     """One process for each: auto, cuda:0, cuda:1, ...; cpu cpu: two that share the cores (faster, for small models)."""

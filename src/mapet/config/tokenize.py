@@ -12,7 +12,7 @@ class TokenizeOptions(Views, Loading):
     """Options of `tokenize` that a larger config has as a section."""
 
     num_views: PositiveInt | None = None
-    """Views stored of each image; automatic: 1 for center, 2 for flip, 8 for crop."""
+    """Views stored of each image; automatic: 1 for center, 2 for center-flip, 8 for random-crop."""
     teacher_checkpoint: str | None = None
     """The teacher's weights file, if it is no longer where it was when the tokenizer was fitted."""
 
@@ -28,7 +28,7 @@ class TokenizeConfig(TokenizeOptions, BadImages, Device):
     """New folder for the token store."""
     seed: NonNegativeInt = 0
     """Seed of the views."""
-    teacher: str | None = None
+    trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
     resume: bool = False
     """Go on with an unfinished store."""

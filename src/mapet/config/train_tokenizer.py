@@ -44,11 +44,11 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Blocks of the decoder, which is as wide as the encoder and not needed afterwards."""
     vocab_size: VocabSize | None = None
     """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
-    code_dim: PositiveInt = 32
+    codebook_dim: PositiveInt = 32
     """Numbers of a code."""
-    decay: float = Field(default=0.99, ge=0, lt=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the codes' moving averages, a step."""
-    dead_below: float = Field(default=0.05, ge=0, lt=1)
+    dead_code_threshold: float = Field(default=0.05, ge=0, lt=1)
     """A code with less than this part of an even share of the patches is moved to where one is; 0 for never, as released."""
 
     epochs: PositiveInt = 100
@@ -65,10 +65,10 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """AdamW's."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth of the encoder's last block."""
-    views: Literal["center", "flip", "crop"] = "crop"
-    """center: largest centred box; flip: that and its mirror image; crop: random boxes, mirrored half the time."""
-    min_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest random box, as a share of the centred one's area (for crop)."""
+    views: Literal["center", "center-flip", "random-crop"] = "random-crop"
+    """center: largest centred box; center-flip: that and its mirror image; random-crop: random boxes, mirrored half the time."""
+    min_crop_scale: float = Field(default=0.08, gt=0, le=1)
+    """Smallest random box, as a share of the centred one's area (for random-crop)."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, views and new codes."""
 
@@ -76,11 +76,11 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Of the teacher's and the transformers' products; auto takes bfloat16 where it is fast."""
     workers: NonNegativeInt | None = None
     """Processes that read images; automatic: one a core, less one, at most 8."""
-    save_minutes: PositiveFloat = 10
+    checkpoint_interval_min: PositiveFloat = 10
     """Time between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
-    log_every: PositiveInt | None = None
+    log_interval: PositiveInt | None = None
     """Steps between lines of metrics; automatic: one an epoch, at most 50 steps."""
     resume: bool = False
     """Go on with an interrupted run in `out`, exactly where it stopped."""

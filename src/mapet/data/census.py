@@ -67,16 +67,16 @@ class Census:
         if len(self.bad) > SHOWN:
             yield f"  ... and {len(self.bad) - SHOWN} more; --out FILE lists them all"
 
-    def doubts(self, image_size: tuple[int, int], max_bad: float) -> Iterator[str]:
+    def doubts(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
         """What will make other stages refuse these images, or make little of them.
 
         Args:
             image_size: height and width of the student's input.
-            max_bad: the share of unreadable images that other stages allow by default.
+            max_unreadable: the share of unreadable images that other stages allow by default.
         """
         count, bad = len(self.images), len(self.bad)
-        if bad > max(1, max_bad * count):
-            yield f"{bad:,} of {count:,} are unreadable: other stages refuse more than {max_bad:.0%}; remove them or raise --max-bad there"
+        if bad > max(1, max_unreadable * count):
+            yield f"{bad:,} of {count:,} are unreadable: other commands refuse more than {max_unreadable:.0%}; remove them or raise --max-unreadable"
         if count - bad < FEW_IMAGES:
             yield few_images(count - bad)
         if (share := smaller(self.sizes, image_size)) > 0.5:

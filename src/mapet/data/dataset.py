@@ -268,12 +268,12 @@ class Quarantine:
 
     Attributes:
         images: the list, or what names and counts its images.
-        max_bad: the largest share of the list that may be bad; one bad image is always allowed.
+        max_unreadable: the largest share of the list that may be bad; one bad image is always allowed.
         on_new: called with (index, reason) of each newly found one.
     """
 
     images: Named
-    max_bad: float
+    max_unreadable: float
     reasons: dict[int, str] = field(default_factory=dict)
     on_new: Callable[[int, str], None] | None = None
 
@@ -287,9 +287,11 @@ class Quarantine:
                 log.warning("bad image %r: %s", self.images.id(index), reason)
             if self.on_new:
                 self.on_new(index, reason)
-            if len(self.reasons) > max(1, self.max_bad * len(self.images)) or len(self.reasons) == len(self.images):
+            if len(self.reasons) > max(1, self.max_unreadable * len(self.images)) or len(self.reasons) == len(
+                self.images
+            ):
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
                 raise MapetError(
-                    f"{len(self.reasons)} of {len(self.images)} images cannot be read so far, more than --max-bad {self.max_bad:g} allows "
-                    f"({examples}). `mapet check` lists them all; remove them or raise --max-bad"
+                    f"{len(self.reasons)} of {len(self.images)} images unreadable so far, more than --max-unreadable {self.max_unreadable:g} allows "
+                    f"({examples}). `mapet check` lists them all; remove them or raise --max-unreadable"
                 )

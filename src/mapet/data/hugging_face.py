@@ -102,7 +102,7 @@ def _load(datasets: Any, name: str, configuration: str | None, split: str | None
     path = Path(name)
     if any((path / file).exists() for file in SAVED):
         if streaming:
-            raise MapetError("a folder made by `save_to_disk` is on this disk already: leave --stream out")
+            raise MapetError("a folder made by `save_to_disk` is on this disk already: leave --streaming out")
         loaded = datasets.load_from_disk(name)
         if isinstance(loaded, dict) and split in loaded:
             loaded = loaded[split]

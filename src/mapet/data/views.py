@@ -12,7 +12,7 @@ from torch import Tensor
 from mapet.config.base import Config
 from mapet.data.decode import REDUCTIONS, Box, Picture
 
-ViewKind = Literal["center", "flip", "crop"]
+ViewKind = Literal["center", "center-flip", "random-crop"]
 
 
 class View(NamedTuple):
@@ -52,7 +52,7 @@ def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> V
     target_height, target_width = spec.image_size
     scale = min(size[0] / target_height, size[1] / target_width)
     box = max(1, round(target_height * scale)), max(1, round(target_width * scale))
-    if spec.kind == "crop":
+    if spec.kind == "random-crop":
         rng = np.random.default_rng([spec.seed, key, number])
         flip = bool(rng.integers(2))
         shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
@@ -61,7 +61,9 @@ def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> V
     else:
         height, width = box
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        flip = spec.kind == "flip" and bool((key + number) % 2)  # in turn, so that two stored views are both of them
+        flip = spec.kind == "center-flip" and bool(
+            (key + number) % 2
+        )  # in turn, so that two stored views are both of them
     room = min(height // target_height, width // target_width)
     unit = next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
     top, left, height, width = (edge // unit * unit for edge in (top, left, height, width))

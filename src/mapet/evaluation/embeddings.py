@@ -56,7 +56,7 @@ def embed(config: EmbedConfig) -> Path:
     if first.images is not None:
         _compute_features(config, vit, compute, first.images)  # what cannot be written is refused before anything is
     store = _open_store(config, images, vit, compute)
-    unreadable = Quarantine(images, config.max_bad, dict(store.bad))
+    unreadable = Quarantine(images, config.max_unreadable, dict(store.bad))
     batches = store.batches_to_do(config.batch_size)
     rows, index = [], []  # of the batches that are not yet on disk
     with (

@@ -161,7 +161,7 @@ def centred_batches(
     """
     options = {"spec": ViewSpec(image_size=image_size)} | dataset
     views = ViewDataset(images, channels=channels, image_size=image_size, **options)
-    quarantine = Quarantine(images, max_bad=0.5)
+    quarantine = Quarantine(images, max_unreadable=0.5)
     loader = make_loader(views, batches, workers)
     for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
         quarantine.add(batch.bad)

@@ -113,7 +113,7 @@ def rank(bench: Bench) -> Outcome:
     """Rank, spread and collapse of the last layer's features; no labels."""
     features = bench.train.of_layer(torch.arange(min(MOST_RANK, len(bench.train))))
     few = bench.train.index[:MOST_VIEWS].numpy()
-    spec = ViewSpec(kind="crop", image_size=bench.encoder.image_size)
+    spec = ViewSpec(kind="random-crop", image_size=bench.encoder.image_size)
     images = bench.sets.train.images.subset(few)
     batches = [
         [(0, i) for i in part] for part in np.array_split(np.arange(len(few)), -(-len(few) // bench.place.batch_size))

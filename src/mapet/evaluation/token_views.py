@@ -119,7 +119,7 @@ class Sampler:
         numbers = [
             [(0, i) for i in indices[at : at + self.batch_size]] for at in range(0, len(indices), self.batch_size)
         ]
-        quarantine = Quarantine(dataset.images, max_bad=0.5)
+        quarantine = Quarantine(dataset.images, max_unreadable=0.5)
         for batch in tqdm(
             make_loader(dataset, numbers, self.workers), desc=title, unit="batch", disable=None, leave=False
         ):

@@ -38,11 +38,11 @@ class ContextAutoencoder(ViTForPreTraining):
         num_context: int,
         num_predict: int | None = None,
         target: TargetKind = "tokens",
-        separate_query: bool = False,
+        separate_query_token: bool = False,
     ) -> None:
-        super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query)
+        super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
-            raise MapetError("objective 'cae' predicts all hidden patches at once: leave out --num-targets")
+            raise MapetError("objective 'cae' predicts all hidden patches at once: leave out --num-predict")
         first = vit.blocks[0]
 
         def blocks() -> nn.Sequential:

@@ -45,7 +45,7 @@ RENAMED = [
         (r"\.layernorm_after\.", ".norm2."),
         (r"^layernorm\.", "norm."),
         (r"^pooler\.layernorm\.", "fc_norm."),
-        (r"\.(?:gamma_|lambda_|layer_scale)([12])(?:\.lambda1)?$", r".ls\1.gamma"),
+        (r"\.(?:gamma_|lambda_|layer_scale_init)([12])(?:\.lambda1)?$", r".ls\1.gamma"),
     )
 ]
 PLAIN = re.compile(

@@ -76,7 +76,7 @@ MIM = Objective(
     output_segment="mask",
 )
 BLIND_CONTENT = Objective(
-    "mapet_blind_content",  # ablation: only query tokens attend to the positions to come
+    "mapet_content_ignores_masks",  # ablation: only query tokens attend to the positions to come
     attends_to={
         "mask": {"mask": "all", "context": "all"},
         "context": {"context": "all"},
@@ -121,6 +121,6 @@ def get_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def num_context_from_ratio(predict_ratio: float, num_patches: int) -> int:
+def num_context_from_ratio(mask_ratio: float, num_patches: int) -> int:
     """Return c for a fraction of patches to predict; at least one is predicted."""
-    return min(num_patches - 1, num_patches - round(predict_ratio * num_patches))
+    return min(num_patches - 1, num_patches - round(mask_ratio * num_patches))

@@ -57,7 +57,7 @@ class ViTForPreTraining(nn.Module):
         num_predict: m; in training predict so many of the p = N - c hidden patches, those of `sample_target_indices`: an
             unbiased estimate of the same loss from fewer query rows. None: all of them.
         target: what is predicted of a patch; `vocab_size` is the number of outputs of the head.
-        separate_query: give query tokens a parameter of their own (it starts as the mask token).
+        separate_query_token: give query tokens a parameter of their own (it starts as the mask token).
 
     Raises:
         MapetError: c or m out of range, or the ViT lacks something the objective needs.
@@ -71,23 +71,23 @@ class ViTForPreTraining(nn.Module):
         num_context: int,
         num_predict: int | None = None,
         target: TargetKind = "tokens",
-        separate_query: bool = False,
+        separate_query_token: bool = False,
     ) -> None:
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
             raise MapetError(
-                f"{num_context} context patches (--num-context) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
+                f"{num_context} context patches (--mask-ratio) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
             )
         if num_predict is not None and not 1 <= num_predict <= num_patches - num_context:
             raise MapetError(
-                f"{num_predict} targets (--num-targets) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
+                f"{num_predict} targets (--num-predict) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
             )
         if vit.pos_embed is None:
             raise MapetError(
                 "the ViT has no learned position embedding, which mask tokens need; choose a model that has one"
             )
-        if separate_query and "query" not in objective.segments:
+        if separate_query_token and "query" not in objective.segments:
             raise MapetError(f"objective '{objective.name}' has no query tokens to separate from mask tokens")
         self.vit = vit
         self.objective = objective
@@ -102,7 +102,7 @@ class ViTForPreTraining(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.query_token = nn.Parameter(self.mask_token.detach().clone()) if separate_query else None
+        self.query_token = nn.Parameter(self.mask_token.detach().clone()) if separate_query_token else None
         self._layouts: dict[int, PackedLayout] = {}
         self.layout()  # an impossible one is refused now
 

@@ -171,8 +171,8 @@ def too_easy(run: Subject) -> str | None:
     if len(accuracy) < RECORDS or (now := fmean(accuracy[-5:])) < 0.95:
         return None
     return (
-        f"{now:.1%} of the words are predicted: the task has become too easy to teach more. Try a higher --predict-ratio, a "
-        "larger --fit-tokenizer.vocab-size, or --order blockwise"
+        f"{now:.1%} of the words are predicted: the task has become too easy to teach more. Try a higher --mask-ratio, a "
+        "larger --fit-tokenizer.vocab-size, or --patch-order blockwise"
     )
 
 

@@ -76,7 +76,7 @@ def origin_of(source: str | Path) -> Origin:
 
 def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
     """Of what `finetune` makes by this recipe from these images, and of the backbone that it starts from."""
-    source, scratch = recipe["backbone"], recipe["scratch"]
+    source, scratch = recipe["backbone"], recipe["from_scratch"]
     before = Origin({}, {}, {}, {}) if scratch else origin_of(source)
     step = {"backbone": _name(source), "scratch": scratch, "recipe": _without_paths(recipe), "images": images}
     return before._replace(tuned=[*before.tuned, step])

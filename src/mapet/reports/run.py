@@ -57,8 +57,8 @@ PLACES = (
     "resume",
     "device",
     "workers",
-    "micro_batch",
-    "log_every",
+    "micro_batch_size",
+    "log_interval",
 )
 """Options that say where and how fast, not what."""
 IN_WORDS = {
@@ -171,7 +171,7 @@ class RunFiles:
         return [
             _text(part)
             for part in (
-                *(self.recipe.get(name) for name in ("target", "objective", "order", "num_context", "predict_ratio")),
+                *(self.recipe.get(name) for name in ("target", "objective", "patch_order", "mask_ratio")),
                 self.tokenizer.get("hash"),
                 self.tokenizer.get("vocab_size"),
             )
@@ -319,7 +319,7 @@ def with_views(recipe: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str,
     found = (
         f"{spec['kind']}, {store.get('views')} of each (token store)" if "kind" in spec else "as the token store has"
     )
-    return {**recipe, "views": found, "min_scale": spec.get("min_scale", recipe.get("min_scale"))}
+    return {**recipe, "views": found, "min_crop_scale": spec.get("min_scale", recipe.get("min_crop_scale"))}
 
 
 def span(seconds: float) -> str:

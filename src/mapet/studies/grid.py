@@ -100,7 +100,7 @@ def grid_cells(config: StudyConfig) -> list[GridCell]:
 
 def compared(config: StudyConfig) -> str:
     """The varied name whose values are compared."""
-    return config.compare or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
+    return config.compare_by or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
 
 
 def _word(value: Any) -> str:
@@ -146,7 +146,7 @@ def pretrain_config(config: StudyConfig, cell: GridCell) -> PretrainConfig:
         "out": cell_folder(config, cell) / "pretrain",
         "tokenizer": tokenizer / "tokenizer",
         "tokens": tokenizer / "tokens",
-        "teacher": teacher if is_own_code(teacher) else None,
+        "trust_teacher": teacher if is_own_code(teacher) else None,
         "seed": cell.seed,
     }
     return build(PretrainConfig, cell.options | given)

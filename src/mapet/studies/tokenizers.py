@@ -16,7 +16,7 @@ from mapet.files import check_format, read_json, write_json
 log = logging.getLogger("mapet")
 FORMAT = 1
 OPTIONS = "options.json"
-FREE = frozenset({"workers", "batch_size", "memory", "scratch"})
+FREE = frozenset({"workers", "batch_size", "memory_gb", "scratch_dir"})
 """Options that change no word."""
 
 
@@ -35,7 +35,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
                 fit_tokenizer(fitting)
             tokenize(
                 images=fitting.images, device=fitting.device, tokenizer=fitting.out, out=folder / "tokens", resume=True,
-                teacher=fitting.teacher if is_own_code(fitting.teacher) else None, **options["tokenize"],
+                trust_teacher=fitting.teacher if is_own_code(fitting.teacher) else None, **options["tokenize"],
             )  # fmt: skip
         except Interrupted as error:
             raise Interrupted(error.what, "the same command") from None

@@ -22,8 +22,8 @@ from mapet.studies.grid import GridCell, cell_folder, pretrain_config
 
 log = logging.getLogger("mapet")
 FORMAT = 1
-COMPARED = ("num_images", "test_images", "other_test_images", "labels_per_class")
-PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "teacher", "track"})
+COMPARED = ("num_images", "test_images", "ood_images", "labels_per_class")
+PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "trust_teacher", "track"})
 """Options that may differ when a cell goes on: the study may have moved, and trackers are only told."""
 
 
@@ -77,8 +77,8 @@ def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, 
         "pretrain": pretrain_config(config, cell).model_dump(mode="json", exclude_unset=True),
         "finetune": config.finetune.model_dump(mode="json", exclude_unset=True),
         "test_images": config.test_images,
-        "other_test_images": config.other_test_images,
-        "labels_per_class": [*config.labels_per_class, *([None] if config.full_finetune else [])],
+        "ood_images": config.ood_images,
+        "labels_per_class": [*config.labels_per_class, *([None] if config.finetune_all_labels else [])],
         "flops_per_epoch": cell.flops_per_image * num_images,
         "num_images": num_images,
     }
@@ -169,7 +169,7 @@ def evaluate(
     torch.manual_seed(seed)
     vit = prepare_for_device(load_backbone(run, pretrained=pretrained), compute)
     scores, fit = {}, None
-    for name, folder in {"": job["test_images"], **job["other_test_images"]}.items():
+    for name, folder in {"": job["test_images"], **job["ood_images"]}.items():
         train, test = train_and_test(images, folder)
         fit = fit or extract_features(vit, train, compute, show=False)
         check = extract_features(vit, test, compute, show=False)
@@ -179,7 +179,7 @@ def evaluate(
         name = f"fine-tuned, {f'{labels} labels a class' if labels else 'all labels'}"
         scores[name] = finetune(
             backbone=run, images=images, test_images=job["test_images"], labels_per_class=labels, seed=seed,
-            device=device, scratch=not pretrained, **job["finetune"],
+            device=device, from_scratch=not pretrained, **job["finetune"],
         )  # fmt: skip
     return scores
 

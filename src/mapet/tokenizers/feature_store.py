@@ -77,7 +77,7 @@ class FeatureStore:
         if scaled.numel() and float(scaled.abs().max()) > torch.finfo(torch.float16).max:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
-                "batch: too uneven for k-means. Choose another --layer or normalise the encoder's output"
+                "batch: too uneven for k-means. Choose another --teacher-layer or normalise the encoder's output"
             )
         half = scaled.half()
         if self._rows is not None:
@@ -103,14 +103,14 @@ class FeatureStore:
             self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
             raise MapetError(
-                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with --scratch"
+                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with --scratch-dir"
             ) from None
         free = shutil.disk_usage(self.scratch).free
         if size > free:
             raise MapetError(
-                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than --memory {self.memory / 1e9:.3g} "
-                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with --scratch, more --memory, or "
-                "fewer --points-per-word"
+                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than --memory-gb {self.memory / 1e9:.3g} "
+                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with --scratch-dir, more --memory-gb, or "
+                "fewer --patches-per-code"
             )
         reserve(self._file, size, self.scratch)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
@@ -149,5 +149,7 @@ class FeatureStore:
         assert self._file is not None
         self._file.seek(start * self.num_features * 2)
         if self._file.readinto(into.numpy().data) != into.nbytes:
-            raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order? See --scratch")
+            raise MapetError(
+                f"the scratch file in {self.scratch} ends too early: is that disk in order? See --scratch-dir"
+            )
         return into

@@ -33,7 +33,8 @@ from mapet.tokenizers.teachers import Teacher, make_teacher
 
 log = logging.getLogger("mapet")
 RECORDED = {
-    "vocab_size", "quantizer", "pca", "levels", "iterations", "restarts", "points_per_word", "seed", "start", "batch_points", "metric",
+    "vocab_size", "quantizer", "pca_dim", "fsq_levels", "kmeans_iters", "kmeans_n_init", "patches_per_code", "seed",
+    "kmeans_init", "kmeans_batch_size", "kmeans_metric",
 }  # fmt: skip
 """Options that are stored with the tokenizer."""
 
@@ -77,12 +78,12 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     dataset = ViewDataset(
         images, ViewSpec(image_size=config.image_size), config.channels, teacher_size=teacher.image_size
     )
-    unreadable = Quarantine(images, config.max_bad)
+    unreadable = Quarantine(images, config.max_unreadable)
     extractor = FeatureExtractor(teacher, dataset, unreadable, compute, config.batch_size, config.num_workers)
     if teacher.own_quantizer is not None:
         result = count_builtin_tokens(teacher.own_quantizer, extractor.patch_features(sample, "tokens"))
     else:
-        scratch = config.scratch or config.out.parent
+        scratch = config.scratch_dir or config.out.parent
         with FeatureStore(max_rows, _memory_limit(config, compute), scratch, compute.device) as points:
             for rows in extractor.patch_features(sample):
                 points.append(rows)
@@ -104,10 +105,10 @@ def fit_kmeans(
     Args:
         dtype, checkpoint: as for `kmeans`.
     """
-    projection = principal_components(points, config.pca, whiten=False) if config.pca else {}
+    projection = principal_components(points, config.pca_dim, whiten=False) if config.pca_dim else {}
     with (
         FeatureStore(len(points), points.memory, points.scratch, points.device) as projected,
-        tqdm(total=config.restarts * config.iterations, desc="k-means", unit="round", disable=None) as bar,
+        tqdm(total=config.kmeans_n_init * config.kmeans_iters, desc="k-means", unit="round", disable=None) as bar,
     ):
 
         def show(distance: float) -> None:
@@ -118,10 +119,10 @@ def fit_kmeans(
             for _, block in points.blocks(rows_at_once(points.device)):
                 projected.append(project(block, **projection))
         centroids, usage, error, variance = kmeans(
-            projected if projection else points, vocab_size, config.iterations, config.restarts, config.seed, dtype, show,
-            start=config.start, batch_points=config.batch_points, metric=config.metric, checkpoint=checkpoint,
+            projected if projection else points, vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, show,
+            start=config.kmeans_init, batch_points=config.kmeans_batch_size, metric=config.kmeans_metric, checkpoint=checkpoint,
         )  # fmt: skip
-    quantizer = Quantizer({"kind": "nearest", "metric": config.metric}, {"centroids": centroids, **projection})
+    quantizer = Quantizer({"kind": "nearest", "metric": config.kmeans_metric}, {"centroids": centroids, **projection})
     return FitResult(quantizer, usage, error, error / variance if variance > 0 else 0.0)
 
 
@@ -152,8 +153,8 @@ def _check_output(config: FitTokenizerConfig) -> Path:
 
 def _make_teacher(config: FitTokenizerConfig, compute: Compute) -> Teacher:
     return make_teacher(
-        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_size,
-        config.layer, compute.precision, config.final_norm,
+        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_image_size,
+        config.teacher_layer, compute.precision, config.teacher_final_norm,
     ).to(compute.device)  # fmt: skip
 
 
@@ -173,10 +174,10 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     if config.quantizer == "kmeans":
         return vocab_size, None
-    levels = config.levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
+    levels = config.fsq_levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
     if config.vocab_size not in (None, math.prod(levels)):
         log.warning(
-            "%s makes %d words, not %d: its levels are %s; --levels gives others",
+            "%s makes %d words, not %d: its levels are %s; --fsq-levels gives others",
             config.quantizer, math.prod(levels), config.vocab_size, " x ".join(map(str, levels)),
         )  # fmt: skip
     return math.prod(levels), levels
@@ -189,7 +190,7 @@ def _local_sample(
 
     Ranks have consecutive parts, so that all points together are in the order that one process would give them.
     """
-    max_patches = min(config.points_per_word * vocab_size, num_images * patches_per_image)
+    max_patches = min(config.patches_per_code * vocab_size, num_images * patches_per_image)
     order = np.random.default_rng(config.seed).permutation(num_images).tolist()
     sample = order[: -(-max_patches // patches_per_image)]
     rank, number = distributed.rank(), distributed.world_size()
@@ -201,8 +202,8 @@ def _local_sample(
 
 def _memory_limit(config: FitTokenizerConfig, compute: Compute) -> int:
     """Return the bytes of memory for features: as asked for, or half of this rank's part of what is free."""
-    if config.memory:
-        return int(config.memory * 1e9)
+    if config.memory_gb:
+        return int(config.memory_gb * 1e9)
     return free_memory(compute.device) // (2 if compute.device.type == "cuda" else 2 * distributed.world_size())
 
 
@@ -239,4 +240,4 @@ def _matching_size_hint(teacher: Teacher) -> str:
     if any(side * wanted % given for side, wanted, given in sides):
         return ""
     height, width = (side * wanted // given for side, wanted, given in sides)
-    return f": --teacher-size {height} {width} would do without, if the teacher takes it"
+    return f": --teacher-image-size {height} {width} would do without, if the teacher takes it"

@@ -233,7 +233,7 @@ class _TimmFeatures(nn.Module):
         except AssertionError as error:  # timm's check of sizes
             raise MapetError(
                 f"teacher '{self.name}' takes no views of {images.shape[2]} x {images.shape[3]} px: {error}; choose another "
-                "--teacher-size, or leave it out"
+                "--teacher-image-size, or leave it out"
             ) from None
 
 

@@ -22,7 +22,7 @@ from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.tokenizers.extract import teacher_features
 
 log = logging.getLogger("mapet")
-NUM_VIEWS = {"center": 1, "flip": 2, "crop": 8}
+NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 """Default number of stored views."""
 
 
@@ -37,13 +37,13 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     """
     compute = Compute.choose(config.device, "float32")  # the teacher has the precision it was fitted with
     images = scan(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, allow=config.teacher, checkpoint=config.teacher_checkpoint)
+    tokenizer = load_tokenizer(config.tokenizer, allow=config.trust_teacher, checkpoint=config.teacher_checkpoint)
     tokenizer = tokenizer.to(compute.device)
     store = _open_store(config, images, tokenizer)
     assert tokenizer.teacher is not None
     channels = tokenizer.description["teacher"]["channels"]
     dataset = ViewDataset(images, store.view_spec, channels, teacher_size=tokenizer.teacher.image_size)
-    unreadable = Quarantine(images, config.max_bad, dict(store.bad))
+    unreadable = Quarantine(images, config.max_unreadable, dict(store.bad))
     work = _batches_to_do(store, max(1, config.batch_size // store.num_views))
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
@@ -62,7 +62,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
                 raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
-    Quarantine(images, config.max_bad).add([*store.bad.items()], quiet=True)  # those of all ranks
+    Quarantine(images, config.max_unreadable).add([*store.bad.items()], quiet=True)  # those of all ranks
     log.info(
         "tokens of %s x %s in %s (%d unreadable left out)",
         counted(len(images) - len(store.bad), "image"), counted(store.num_views, "view"), config.out, len(store.bad),
@@ -72,7 +72,9 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
 
 def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer) -> TokenStore:
     """Open the store to write to; rank 0 creates it, unless an unfinished one is resumed."""
-    spec = ViewSpec(kind=config.views, image_size=tokenizer.student_size, min_scale=config.min_scale, seed=config.seed)
+    spec = ViewSpec(
+        kind=config.views, image_size=tokenizer.student_size, min_scale=config.min_crop_scale, seed=config.seed
+    )
     num_views = config.num_views or NUM_VIEWS[config.views]
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")

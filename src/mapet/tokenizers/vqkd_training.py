@@ -47,7 +47,7 @@ class VQKDTraining(nn.Module):
         feature_size: F, of the teacher.
         decoder_depth: blocks of the decoder, as wide as the encoder's (the paper: 1 or 3).
         decay: of the codes' moving average, a step (the paper: 0.99).
-        dead_below: a code whose moving share of the patches falls under this part of an even share is dead; 0: none is.
+        dead_code_threshold: a code whose moving share of the patches falls under this part of an even share is dead; 0: none is.
         commitment_weight: of its loss (the paper: 1).
 
     Raises:
@@ -64,7 +64,7 @@ class VQKDTraining(nn.Module):
         feature_size: int,
         decoder_depth: int = 3,
         decay: float = 0.99,
-        dead_below: float = 0.05,
+        dead_code_threshold: float = 0.05,
         commitment_weight: float = 1.0,
     ) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class VQKDTraining(nn.Module):
         )
         self.decode_task_layer = task_layer(width, feature_size)
         self.register_buffer("usage", torch.full((vocab_size,), 1 / vocab_size))
-        self.decay, self.dead_below, self.commitment_weight = decay, dead_below, commitment_weight
+        self.decay, self.dead_code_threshold, self.commitment_weight = decay, dead_code_threshold, commitment_weight
 
     def no_weight_decay(self) -> set[str]:
         """What timm's optimisers leave as it is, beside biases and norms."""
@@ -134,7 +134,7 @@ class VQKDTraining(nn.Module):
         moved = F.normalize(codebook.lerp(F.normalize(sums, dim=1), 1 - self.decay), dim=1)
         codebook.copy_(torch.where(counts[:, None] > 0, moved, codebook))
         # Dead or not, every code has a patch drawn for it: nothing waits for the device to say how many there are.
-        dead = self.usage < self.dead_below / size
+        dead = self.usage < self.dead_code_threshold / size
         drawn = torch.randperm(len(features), device=features.device)[
             torch.arange(size, device=features.device) % len(features)
         ]

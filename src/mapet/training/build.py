@@ -8,7 +8,6 @@ import torch
 from mapet.config.base import build, read_recipe
 from mapet.config.fit_tokenizer import FitTokenizerConfig
 from mapet.config.pretrain import PretrainConfig
-from mapet.errors import MapetError, by
 from mapet.models.backbone import create_vit, init_from
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
@@ -16,8 +15,6 @@ from mapet.models.pretraining import ViTForPreTraining
 from mapet.runs import named_by_run, pretrain_folder, refuse_no_run
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
-
-DEFAULT_RATIO = 0.75
 
 
 class Run(NamedTuple):
@@ -85,37 +82,26 @@ def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
     Raises:
         MapetError: unknown model or objective, sizes that don't fit, weights that can't be started from.
     """
-    size = config.image_size or words.image_size
-    patch = config.patch_size or words.patch_size
     torch.manual_seed(config.seed)
-    args = {"init_values": config.layer_scale} if config.layer_scale else {}
+    args = {"init_values": config.layer_scale_init} if config.layer_scale_init else {}
     vit = create_vit(
         config.model,
-        size,
-        patch,
+        words.image_size,
+        words.patch_size,
         words.channels,
         args | config.model_args,
         config.drop_path,
     )
-    if tuple(vit.patch_embed.grid_size) != words.grid:
-        raise MapetError(
-            f"the ViT has {by(vit.patch_embed.grid_size)} patches ({by(size)} px, patch {patch}), the tokenizer {words.tokenizer} "
-            f"{by(words.grid)}: choose sizes that agree, --image-size and --patch-size, or fit a tokenizer for these "
-            "(`mapet run` does, with --fit-tokenizer.image-size and --fit-tokenizer.patch-size)"
-        )
     num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
-    least = num_context_from_ratio(
-        (config.predict_ratio or (0, DEFAULT_RATIO))[1], num_patches
-    )  # of a drawn ratio, the fewest
     common: dict[str, Any] = {
-        "num_context": least if config.num_context is None else config.num_context,
-        "num_predict": config.num_targets,
+        "num_context": num_context_from_ratio(config.mask_ratio[1], num_patches),  # of a sampled ratio, the fewest
+        "num_predict": config.num_predict,
         "target": config.target,
-        "separate_query": config.separate_query,
+        "separate_query_token": config.separate_query_token,
     }
     values = {
         "tokens": words.vocab_size,
-        "pixels": vit.in_chans * patch**2,
+        "pixels": vit.in_chans * words.patch_size**2,
         "features": words.feature_size,
     }[config.target]
     model = (

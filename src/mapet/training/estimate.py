@@ -41,7 +41,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         config.patch_size,
         config.channels,
         config.teacher_checkpoint,
-        config.teacher_size,
+        config.teacher_image_size,
         precision=compute.precision,
     ).to(compute.device)
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
@@ -77,7 +77,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     fitting = min(count, points / num_patches) * max(teaching, read)
     yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
-    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory)"
+    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory-gb)"
     yield (
         f"  tokenize       {1 / teaching:,.0f} images/s, about {_span(count * max(teaching, read))}, "
         f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"
@@ -96,7 +96,7 @@ def flops_per_image(config: PretrainConfig) -> float:
     """
     model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
     contexts = [model.num_context]
-    low, high = config.predict_ratio or (0.0, 0.0)
+    low, high = config.mask_ratio
     if low < high:
         contexts = [num_context_from_ratio(low + (high - low) * (i + 0.5) / 8, model.num_patches) for i in range(8)]
     return training_flops(model, contexts)

@@ -87,9 +87,9 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
     # ---- what is learned, and from what
     compute = Compute.choose(config.device, config.precision)
     train, test = train_and_test(config.images, config.test_images)
-    if config.labels_per_class or config.label_share < 1:
+    if config.labels_per_class or config.label_fraction < 1:
         try:
-            train = train.subset(few_labels(train, config.labels_per_class or config.label_share, config.seed))
+            train = train.subset(few_labels(train, config.labels_per_class or config.label_fraction, config.seed))
         except MapetError as error:
             held = (
                 ""
@@ -105,9 +105,9 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
         "fc_norm": False,
         "drop_path_rate": config.drop_path,
     }
-    vit = prepare_for_device(load_backbone(config.backbone, pretrained=not config.scratch, **options), compute)
+    vit = prepare_for_device(load_backbone(config.backbone, pretrained=not config.from_scratch, **options), compute)
     height, width = vit.patch_embed.img_size
-    spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+    spec = ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_crop_scale, seed=config.seed)
     dataset = ViewDataset(
         train.images,
         spec,
@@ -119,7 +119,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
     )
     blend = mixup(config, len(train.classes))
     erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device) if config.random_erasing else None
-    quarantine = Quarantine(train.images, config.max_bad)
+    quarantine = Quarantine(train.images, config.max_unreadable)
     labels = torch.from_numpy(train.labels)
 
     # ---- how long, how fast
@@ -131,7 +131,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
     optimizer = make_optimizer(vit, lr, config.weight_decay, config.layer_decay)
     warmup = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup * sampler.steps_per_epoch), config.min_lr)
-    average = ModelEmaV3(vit, decay=config.ema, use_warmup=True) if config.ema else None
+    average = ModelEmaV3(vit, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     every = max(1, config.epochs // 10)
     config = config.model_copy(update={"batch_size": batch_size, "lr": lr, "warmup_epochs": warmup})
 
@@ -146,7 +146,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
         log.info(
             "fine-tuning %s on %s images, %d classes, batch %d, lr %.2g",
-            "from scratch" if config.scratch else config.backbone,
+            "from scratch" if config.from_scratch else config.backbone,
             f"{len(labels):,}",
             len(train.classes),
             batch_size,
@@ -198,7 +198,11 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
                             row["accuracy"] = right / seen
                             vit.train()
                         run.record(step, row)
-                due = stop.signal_name or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps
+                due = (
+                    stop.signal_name
+                    or time.monotonic() - saved > 60 * config.checkpoint_interval_min
+                    or step == total_steps
+                )
                 if run is not None and due:
                     save_checkpoint(run.checkpoints, step, tensors_of(vit, optimizer, **others), {}, KEEP_CHECKPOINTS)
                     saved = time.monotonic()

@@ -58,10 +58,10 @@ def train(config: PretrainConfig) -> Path:
 
     # ---- how long, how fast
     total_steps = len(sampler)
-    assert config.batch_size is not None and config.image_size is not None  # resolved by `Setting`
+    assert config.batch_size is not None  # resolved by `Setting`
     share_of_batch = -(-config.batch_size // distributed.world_size())
-    micro_batch = config.micro_batch or automatic_micro_batch(model, share_of_batch, compute)
-    if config.shard:
+    micro_batch = config.micro_batch_size or automatic_micro_batch(model, share_of_batch, compute)
+    if config.fsdp:
         shard(model, compute)
     compile = auto_compile(config.compile, compute, total_steps, same_shapes=not config.varies_context)
     forward_backward = ForwardBackward(model, compute, micro_batch, compile)
@@ -69,9 +69,9 @@ def train(config: PretrainConfig) -> Path:
     optimizer = make_optimizer(model, lr, config.weight_decay)
     warmup_epochs = config.epochs / 30 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
-    log_every = config.log_every or min(50, -(-sampler.steps_per_epoch // 5))
+    log_interval = config.log_interval or min(50, -(-sampler.steps_per_epoch // 5))
     probe = OnlineProbe.for_run(config, setting.images, compute)
-    chosen = {"micro_batch": micro_batch, "lr": lr, "warmup_epochs": warmup_epochs, "log_every": log_every}
+    chosen = {"micro_batch_size": micro_batch, "lr": lr, "warmup_epochs": warmup_epochs, "log_interval": log_interval}
     config = config.model_copy(update=chosen)
 
     with RunFolder(config, compute) as run, stop_signals() as stop:
@@ -84,7 +84,7 @@ def train(config: PretrainConfig) -> Path:
                 state = load_checkpoint(run.checkpoints, model, optimizer, meter=meter, watch=watch)
                 sampler.first_step, rolled_back = state["step"], state.get("rolled_back", 0)
                 same_for_all(sampler.first_step, run.checkpoints)
-                if given.micro_batch is None:
+                if given.micro_batch_size is None:
                     forward_backward.micro_batch = state.get("micro_batch", micro_batch)
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
@@ -94,7 +94,7 @@ def train(config: PretrainConfig) -> Path:
         if config.tokens is None and config.target == "tokens":
             log.info("without --tokens the teacher runs in every step, on fresh views; `mapet tokenize` runs it once")
         loader = make_loader(setting.dataset, sampler, config.num_workers, pin_memory=compute.device.type == "cuda")
-        quarantine = Quarantine(setting.images, config.max_bad, dict(setting.bad))
+        quarantine = Quarantine(setting.images, config.max_unreadable, dict(setting.bad))
         saved = time.monotonic()
         step = sampler.first_step
 
@@ -114,7 +114,7 @@ def train(config: PretrainConfig) -> Path:
         with Panel(total_steps, step) as panel:
             for batch in meter.time_waiting(loader):
                 images, fewest = images_of_all(batch, quarantine)
-                if images and (fewest or not config.shard):  # a sharded model needs all processes
+                if images and (fewest or not config.fsdp):  # a sharded model needs all processes
                     torch.manual_seed(step_seed(config.seed, step))  # dropout depends on the step alone
                     schedule.step_update(step)
                     share = len(batch) / images
@@ -129,7 +129,7 @@ def train(config: PretrainConfig) -> Path:
                 panel.advance()
 
                 epoch, epoch_ended = step // sampler.steps_per_epoch, step % sampler.steps_per_epoch == 0
-                if window_ends(step, sampler.steps_per_epoch, log_every):
+                if window_ends(step, sampler.steps_per_epoch, log_interval):
                     window = meter.read()
                     metrics = window.metrics | {
                         "epoch": step / sampler.steps_per_epoch,
@@ -138,9 +138,9 @@ def train(config: PretrainConfig) -> Path:
                     run.record(step, metrics)
                     panel.show(metrics, epoch_ended)
                     watch.judge(window, step)
-                    if watch.streak >= config.max_skipped:
+                    if watch.streak >= config.max_skipped_steps:
                         before = [path for path in checkpoints(run.checkpoints) if step_of(path) <= step - watch.streak]
-                        if rolled_back == config.roll_back or not before:
+                        if rolled_back == config.max_rollbacks or not before:
                             what = f"loss or gradient was not finite in {watch.streak} steps in a row"
                             bundle = save_bundle(setting, step, watch.streak, config.out)
                             raise WentWrong(what, bundle, config, kept=bool(before))
@@ -163,7 +163,7 @@ def train(config: PretrainConfig) -> Path:
                             else:
                                 run.record(step, scores)
                                 panel.probed(epoch, scores)
-                due = time.monotonic() - saved > 60 * config.save_minutes
+                due = time.monotonic() - saved > 60 * config.checkpoint_interval_min
                 stopping, due = any_of_all(bool(stop.signal_name), due)
                 if stopping or due or step == total_steps:
                     save()
@@ -195,15 +195,15 @@ def describe(config: PretrainConfig, model: ViTForPreTraining, num_images: int) 
     )
 
 
-def window_ends(step: int, steps_per_epoch: int, log_every: int) -> bool:
-    """Whether figures are due: so many equal parts of an epoch that none has more than `log_every` steps, and none only a few."""
-    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_every)
+def window_ends(step: int, steps_per_epoch: int, log_interval: int) -> bool:
+    """Whether figures are due: so many equal parts of an epoch that none has more than `log_interval` steps, and none only a few."""
+    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_interval)
     return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
 
 
 def whole_vit(setting: TrainingSetup) -> VisionTransformer:
     """The ViT as it is, or, in the first process, put together from its shards; a collective call."""
-    if not setting.config.shard:
+    if not setting.config.fsdp:
         return setting.model.vit
     weights = whole_state(setting.model.vit)
     vit = build_model(setting.config, setting.tokenizer).vit

@@ -32,7 +32,7 @@ class WentWrong(MapetError):
         before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
         super().__init__(
             f"{what}. See why with: {shell_command('replay', '--bundle', bundle)}. Then start again, in a new --out, with a lower --lr (now "
-            f"{config.lr:.2g}), --precision float32 or --roll-back 1{before if kept else ''}"
+            f"{config.lr:.2g}), --precision float32 or --max-rollbacks 1{before if kept else ''}"
         )
 
 
@@ -102,8 +102,8 @@ def replay(setting: TrainingSetup, step: int) -> Look:
     if batch.images is None:
         raise MapetError(f"none of the {len(batch.bad)} images of step {step} can be read")
     batch = setting.prepare_batch(batch, step - 1)
-    assert config.micro_batch is not None  # resolved when the run began
-    forward_backward = ForwardBackward(model, setting.compute, config.micro_batch)
+    assert config.micro_batch_size is not None  # resolved when the run began
+    forward_backward = ForwardBackward(model, setting.compute, config.micro_batch_size)
     model.zero_grad(set_to_none=True)
     with first_not_finite(model) as found:
         prediction = forward_backward(batch)

@@ -28,8 +28,8 @@ from mapet.training.tracking import Tracking
 log = logging.getLogger("mapet")
 C = TypeVar("C", bound=Config)
 MAY_CHANGE = frozenset(
-    {"resume", "device", "workers", "save_minutes", "keep_checkpoints", "log_every", "out", "images"}
-    | {"micro_batch", "max_skipped", "roll_back", "shard", "track", "max_bad"}
+    {"resume", "device", "workers", "checkpoint_interval_min", "keep_checkpoints", "log_interval", "out", "images"}
+    | {"micro_batch_size", "max_skipped_steps", "max_rollbacks", "fsdp", "track", "max_unreadable"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 PLACES = frozenset({"out", "images", "tokenizer", "tokens"})

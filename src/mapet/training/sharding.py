@@ -23,7 +23,7 @@ def shard(model: nn.Module, compute: Compute) -> None:
         MapetError: there is one process.
     """
     if distributed.world_size() == 1:
-        raise MapetError("--shard is for several processes: start them with torchrun --nproc-per-node N -m mapet ...")
+        raise MapetError("--fsdp is for several processes: start them with torchrun --nproc-per-node N -m mapet ...")
     mesh = init_device_mesh(compute.device.type, (distributed.world_size(),))
     low = None if compute.dtype == torch.float32 else compute.dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)

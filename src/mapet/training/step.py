@@ -97,7 +97,7 @@ class ForwardBackward:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
-            "out of memory with %d images at a time: going on with --micro-batch %d (the batch and what is learned stay the same)",
+            "out of memory with %d images at a time: going on with --micro-batch-size %d (the batch and what is learned stay the same)",
             failed,
             self.micro_batch,
         )

@@ -56,13 +56,13 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
     images = scan(config.images)
     teacher = make_teacher(
         config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
-        config.teacher_size, config.layer, compute.precision, config.final_norm,
+        config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
     ).to(compute.device)  # fmt: skip
-    views = ViewSpec(kind=config.views, image_size=config.image_size, min_scale=config.min_scale, seed=config.seed)
+    views = ViewSpec(kind=config.views, image_size=config.image_size, min_scale=config.min_crop_scale, seed=config.seed)
     dataset = ViewDataset(
         images, views, config.channels, image_size=config.image_size, teacher_size=teacher.image_size, seed=config.seed
     )
-    quarantine = Quarantine(images, config.max_bad)
+    quarantine = Quarantine(images, config.max_unreadable)
     num_patches = math.prod(teacher.grid)
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches * len(images))
     if vocab_size > num_patches * len(images):
@@ -78,9 +78,9 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
         group["betas"] = PAPER_BETAS
     warmup_epochs = config.epochs / 10 if config.warmup_epochs is None else config.warmup_epochs
     schedule = make_schedule(optimizer, total_steps, round(warmup_epochs * sampler.steps_per_epoch), config.min_lr)
-    log_every = config.log_every or min(50, sampler.steps_per_epoch)
+    log_interval = config.log_interval or min(50, sampler.steps_per_epoch)
     config = config.model_copy(
-        update={"vocab_size": vocab_size, "lr": lr, "warmup_epochs": warmup_epochs, "log_every": log_every}
+        update={"vocab_size": vocab_size, "lr": lr, "warmup_epochs": warmup_epochs, "log_interval": log_interval}
     )
 
     with RunFolder(config, compute, STAGE) as run, stop_signals() as stop:
@@ -122,14 +122,18 @@ def train_vqkd(config: TrainTokenizerConfig) -> Path:
                 step += 1
                 bar.update()
 
-                if meter.steps and (step % log_every == 0 or step == total_steps):  # else no image could be read
+                if meter.steps and (step % log_interval == 0 or step == total_steps):  # else no image could be read
                     metrics = meter.read() | {"lr": optimizer.param_groups[0]["lr"]}
                     run.record(step, metrics)
                     bar.set_postfix_str(CodeMeter.line(metrics), refresh=False)
                     if bar.disable:
                         log.info("step %d of %d: %s", step, total_steps, CodeMeter.line(metrics))
                     must_be_finite(metrics["loss"], step, lr)
-                if stop.signal_name or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
+                if (
+                    stop.signal_name
+                    or time.monotonic() - saved > 60 * config.checkpoint_interval_min
+                    or step == total_steps
+                ):
                     must_be_finite(float(loss), step, lr)
                     parts = tensors_of(model, optimizer)
                     save_checkpoint(run.checkpoints, step, parts, {"epochs": config.epochs}, config.keep_checkpoints)
@@ -155,7 +159,13 @@ def build_vqkd(config: TrainTokenizerConfig, vocab_size: int, feature_size: int)
         config.model, config.image_size, config.patch_size, config.channels, config.model_args, config.drop_path
     )
     return VQKDTraining(
-        encoder, vocab_size, config.code_dim, feature_size, config.decoder_depth, config.decay, config.dead_below
+        encoder,
+        vocab_size,
+        config.codebook_dim,
+        feature_size,
+        config.decoder_depth,
+        config.ema_decay,
+        config.dead_code_threshold,
     )
 
 
@@ -212,14 +222,14 @@ def judge(
     order = np.random.default_rng(config.seed).permutation(len(dataset))[:JUDGED]
     batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
     counts = torch.zeros(model.usage.numel(), dtype=torch.int64, device=compute.device)
-    reconstruction, error, mean, patches = 0.0, 0.0, torch.zeros(config.code_dim, dtype=torch.float64), 0
+    reconstruction, error, mean, patches = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64), 0
     for batch in tqdm(make_loader(centred, batches, config.num_workers), desc="judge", unit="batch", disable=None):
         quarantine.add(batch.bad)
         if batch.images is not None:
             result = distill(model, teacher, batch, centred, compute)
             counts += torch.bincount(result.codes, minlength=len(counts))
             reconstruction += float(result.reconstruction) * len(result.codes)
-            error += float(result.commitment) * config.code_dim * len(result.codes)
+            error += float(result.commitment) * config.codebook_dim * len(result.codes)
             mean += result.features.sum(0).double().cpu()
             patches += len(result.codes)
     variance = 1 - float((mean / patches).square().sum())  # unit vectors: their mean square is 1
@@ -237,7 +247,7 @@ def describe(
         "image_size": list(config.image_size),
         "patch_size": config.patch_size,
         "vocab_size": config.vocab_size,
-        "code_dim": config.code_dim,
+        "code_dim": config.codebook_dim,
         "teacher": teacher.settings,
         "teacher_weights_hash": teacher.weights_hash,
         "about_teacher": teacher.about,

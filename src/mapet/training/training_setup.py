@@ -48,7 +48,9 @@ class TrainingSetup(NamedTuple):
         compute = Compute.choose(config.device, config.precision)
         images = scan(config.images)
         tokenizer = load_tokenizer(
-            config.tokenizer, with_teacher=config.tokens is None or config.target == "features", allow=config.teacher
+            config.tokenizer,
+            with_teacher=config.tokens is None or config.target == "features",
+            allow=config.trust_teacher,
         ).to(compute.device)
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         bad = dict(store.bad) if store else {}
@@ -57,13 +59,9 @@ class TrainingSetup(NamedTuple):
         batch_size = config.batch_size or distributed.broadcast(
             torch.tensor(automatic_batch_size(model, len(usable), compute, distributed.world_size()))
         )
-        patches = model.vit.patch_embed
         config = config.model_copy(
             update={
                 "batch_size": int(batch_size),
-                "image_size": tuple(patches.img_size),
-                "patch_size": patches.patch_size[0],
-                **({} if config.predict_ratio else {"num_context": model.num_context}),
             }
         )
         rank, number = distributed.rank(), distributed.world_size()
@@ -92,7 +90,7 @@ class TrainingSetup(NamedTuple):
 
     def sample_num_context(self, step: int) -> int:
         """Return c of a step: fixed, or drawn from (seed, step) alone."""
-        low, high = self.config.predict_ratio or (0.0, 0.0)
+        low, high = self.config.mask_ratio
         if low == high:
             return self.model.num_context
         ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
@@ -106,7 +104,7 @@ def _views(
     spec = (
         store.view_spec
         if store
-        else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_scale, seed=config.seed)
+        else ViewSpec(kind=config.views, image_size=(height, width), min_scale=config.min_crop_scale, seed=config.seed)
     )
     return ViewDataset(
         images,
@@ -116,7 +114,7 @@ def _views(
         teacher_size=None if tokenizer.teacher is None else tokenizer.teacher.image_size,
         store=store,
         grid=tuple(model.vit.patch_embed.grid_size),
-        order=config.order,
+        order=config.patch_order,
         jitter=config.color_jitter,
         num_branches=2 * len(model.vit.blocks) if config.drop_path else 0,
         seed=config.seed,
