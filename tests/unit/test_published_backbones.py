@@ -201,7 +201,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
             timm.models.save_for_hf(beit, source, safe_serialization=True)
         else:
             source = "timm:beit_base_patch16_224"
-            monkeypatch.setattr("mapet.models.backbone.timm_model", lambda *_: beit)
+            monkeypatch.setattr("mapet.models.pretrained.timm_model", lambda *_: beit)
         block = beit.blocks[1]
         scale, linear, projection = block.gamma_2, block.mlp.fc1.weight, block.attn.qkv.weight[32:64]
         patches = beit.patch_embed.proj
@@ -312,7 +312,7 @@ def test_tokens_come_and_go(tmp_path, caplog):
     [
         ({"embed_dim": 64}, r"\(width 32, depth 2\) don't fit this ViT: .*of another shape: blocks"),
         ({"depth": 3}, r"don't fit this ViT: missing: blocks\.2\.attn\.proj\.bias.* and \d+ more"),
-        ({"depth": 1}, r"don't fit this ViT: without a place: blocks\.1\."),
+        ({"depth": 1}, r"don't fit this ViT: unexpected: blocks\.1\."),
         ({"mlp_ratio": 2}, r"of another shape: blocks\.0\.mlp\.fc1"),
     ],
 )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.files import read_json
-from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
+from mapet.models.backbone import load_backbone, prepare_for_device
+from mapet.models.pretrained import HUB_PREFIXES, timm_model
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"

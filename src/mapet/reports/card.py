@@ -14,8 +14,8 @@ from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.files import file_hash, read_json
 from mapet.models.adapt import input_mean_std
-from mapet.models.backbone import HUB_PREFIXES
 from mapet.models.export_formats import FORMATS
+from mapet.models.pretrained import HUB_PREFIXES
 from mapet.reports.history import History
 from mapet.reports.run import figures, number, with_views
 
