@@ -26,6 +26,7 @@ from mapet.evaluation.features import extract_features, train_and_test
 from mapet.evaluation.splits import few_labels
 from mapet.files import write_json
 from mapet.models.backbone import load_backbone, prepare_for_device
+from mapet.run_state import RunState
 
 HERE = Path(__file__).parent
 TEACHERS = {"stand_in": {"teacher": "stand_in:efficientnet_lite0", "teacher_image_size": 128}, "pixels": {}}
@@ -75,13 +76,13 @@ def pretrain(name: str, data: Path, options: argparse.Namespace) -> Path:
         recipe["pretrain"]["epochs"] = options.epochs
     out = options.out / name
     return mapet.run(
-        images=data / "train", test_images=data / "test", out=out, resume=(out / "recipe.yaml").exists(), **recipe
+        images=data / "train", test_images=data / "test", out=out, resume=(out / "config.yaml").exists(), **recipe
     )
 
 
 def probes(name: str, run: Path, data: Path) -> dict[str, float]:
     """What `mapet run` measured with all labels, and linear probes with a share of them."""
-    measured = json.loads((run / "probe.json").read_text())["untrained" if name == "untrained" else "pretrained"]
+    measured = RunState.read(run).results["probe"]["untrained" if name == "untrained" else "pretrained"]
     found = {"knn": measured["knn"], "linear 1.0": measured["linear"]}
     compute = Compute.choose()
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from cifar10_data import first_of_each_class, unpack
 
 from mapet.files import write_json
 from mapet.models.backbone import save_backbone
+from mapet.run_state import RunState
 
 HERE = Path(__file__).parent
 MAPET = [sys.executable, "-m", "mapet"]
@@ -228,7 +229,7 @@ def measure(method: str, seed: int, epochs: int, data: Data, options: argparse.N
             [*MAPET, "probe", *labelled, "--test-images", str(data.test), "--out", str(folder / "probe.json")],
             folder / "log.txt",
         )
-    if not (folder / "tuned" / "result.json").exists():
+    if not (folder / "tuned" / "model").exists():
         few = [
             "--labels-per-class",
             "10",
@@ -254,7 +255,7 @@ def measure(method: str, seed: int, epochs: int, data: Data, options: argparse.N
         remove(folder / "tuned")
         run([*MAPET, "finetune", *labelled, *few, "--out", str(folder / "tuned")], folder / "log.txt")
     result = json.loads((folder / "probe.json").read_text())["untrained" if scratch else "pretrained"]
-    result["fine-tuned, 10 labels a class"] = json.loads((folder / "tuned" / "result.json").read_text())["accuracy"]
+    result["fine-tuned, 10 labels a class"] = RunState.read(folder / "tuned").results["accuracy"]
     write_json(folder / "result.json", result | json.loads((folder / "cost.json").read_text()))
     print(data.name, method, seed, result, flush=True)
 

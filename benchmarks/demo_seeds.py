@@ -4,12 +4,12 @@ python benchmarks/demo_seeds.py --seeds 5 --out runs/demo_seeds
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import mapet
 from mapet.files import write_json
+from mapet.run_state import read_or_none
 
 MEASURES = ("linear", "knn", "finetune")
 
@@ -22,8 +22,8 @@ def main() -> None:
     results = []
     for seed in range(options.seeds):
         out = options.out / f"seed{seed}"
-        done = out / "results.json"
-        results.append(json.loads(done.read_text()) if done.exists() else mapet.demo(out=out, seed=seed))
+        done = read_or_none(out)
+        results.append(done.results if done and done.results else mapet.demo(out=out, seed=seed))
     lines = [
         "| accuracy on 360 unseen digits | untrained | pre-trained | margin, smallest to largest |",
         "|---|---|---|---|",

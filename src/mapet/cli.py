@@ -16,7 +16,7 @@ from mapet.commands import COMMANDS
 from mapet.completion import completion
 from mapet.config.base import build, fields, meaning_of_none, read_recipe
 from mapet.errors import Interrupted, MapetError, did_you_mean, way_out
-from mapet.runs import recipe_in, refuse_other_folder, stage_of
+from mapet.run_state import CONFIG_FILE, check_resume_folder, command_of, find_config
 from mapet.signals import RESUME_HINT
 
 RECIPES = (".yaml", ".yml", ".json")
@@ -111,12 +111,13 @@ def run_stage(name: str, argv: list[str]) -> Any:
     try:
         config = build(config_type, read_recipe(recipe) if recipe else {}, recipe, typed)
     except MapetError as error:
-        if recipe and (stage := stage_of(recipe, COMMANDS)) not in (None, name):
+        stage = command_of(recipe.parent) if recipe and recipe.name == CONFIG_FILE else None
+        if stage not in (None, name):
             raise MapetError(f"{recipe} is a recipe of `mapet {stage}`, not of `mapet {name}`") from None
         raise error
     RESUME_HINT[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
     if recipe and getattr(config, "resume", False):
-        refuse_other_folder(recipe, config.out)  # type: ignore[attr-defined]
+        check_resume_folder(recipe, config.out)  # type: ignore[attr-defined]
     return function(config)
 
 
@@ -140,7 +141,7 @@ def _take_words(name: str, options: dict[str, Any]) -> Path | None:
 
 def _way_in(name: str, folder: Path, resume: bool) -> str:
     """What somebody may have meant who gave a stage nothing but a folder."""
-    if found := recipe_in(folder, (name,)):
+    if found := find_config(folder, (name,)):
         return f"did you mean {found[1]}?"
     options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
     options, known = ["out"] if resume else options, COMMANDS[name].config_type.model_fields

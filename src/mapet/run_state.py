@@ -9,11 +9,12 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -24,6 +25,8 @@ from mapet.files import RUN_FILE, check_format, is_free, read_json, write_json
 
 log = logging.getLogger("mapet")
 SCHEMA_VERSION = 1
+CONFIG_FILE = "config.yaml"
+"""Resolved options, in folders that can be resumed: `mapet COMMAND OUT/config.yaml --resume`."""
 PACKAGES = ("mapet", "torch", "torchvision", "timm")
 MAX_WARNINGS = 12
 """Warnings that are kept, the last ones; `counts["warnings"]` has their number."""
@@ -107,6 +110,13 @@ class RunState(BaseModel):
             return True
         return True
 
+    def end(self, error: BaseException | None) -> None:
+        """Set how the command ends: well, or by an error."""
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        self.status = "finished" if error is None else "stopped" if stopped else "failed"
+        self.reason = "" if error is None else _reason(error)
+        self.ended = _now()
+
     def write(self, folder: Path) -> None:
         """Write run.json atomically; of several processes the first does."""
         now = _now()
@@ -158,12 +168,12 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[RunState]:
     keeps the earlier facts; if it was finished and the command fails (other options, say), it stays finished. A command that
     ends early and has written nothing leaves no folder.
     """
-    key, free = folder.absolute(), is_free(folder, but="recipe.yaml")
+    key, free = folder.absolute(), is_unused(folder, command)
     state = RunState(command=command, config=config.model_dump(mode="json"))
     if key in _open or not (free or getattr(config, "resume", False)):
         yield _open.get(key, state)
         return
-    before = None if free else _read_or_none(folder)
+    before = None if free else read_or_none(folder)
     if before is not None and before.command == command:
         kept = before.model_dump(include={"started", "seconds", "counts", "hashes", "results", "description", "device"})
         state = state.model_copy(update={**kept, "resumes": before.resumes + 1})
@@ -174,21 +184,25 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[RunState]:
     log.addHandler(warnings)
     try:
         yield state
-        state.status = "finished"
+        state.end(None)
     except BaseException as error:
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        state.status, state.reason = "stopped" if stopped else "failed", _reason(error)
-        if not stopped and before is not None and before.status == "finished":
-            state.status, state.reason = "finished", ""
+        refused = before is not None and before.status == "finished" and isinstance(error, MapetError)
+        state.end(None if refused else error)
         raise
     finally:
         log.removeHandler(warnings)
         del _open[key]
-        state.ended = _now()
         if state.status == "finished" or not is_free(folder):
             state.write(folder)
         elif int(os.environ.get("RANK", 0)) == 0:
             _remove(folder, created)
+
+
+def record_end(folder: Path, error: BaseException | None = None) -> None:
+    """Say now how a command ends, for a report that it writes as its last act."""
+    if state := _open.get(folder.absolute()):
+        state.end(error)
+        state.write(folder)
 
 
 def _reason(error: BaseException) -> str:
@@ -221,7 +235,8 @@ class _Warnings(logging.Handler):
 # ---- which folder is what
 
 
-def _read_or_none(folder: Path) -> RunState | None:
+def read_or_none(folder: Path) -> RunState | None:
+    """The state of a folder, None where it is missing, damaged or newer."""
     try:
         return RunState.read(folder)
     except MapetError:
@@ -230,16 +245,71 @@ def _read_or_none(folder: Path) -> RunState | None:
 
 def command_of(folder: Path) -> str | None:
     """The command that wrote a folder, None if no readable run.json tells."""
-    state = _read_or_none(folder)
+    state = read_or_none(folder)
     return state.command if state else None
 
 
-def find_run(folder: Path, command: str = "pretrain") -> Path | None:
-    """The folder that `command` wrote: this one, or one in it if that is of `mapet run` or `mapet demo`."""
-    inside = (folder, folder / command, folder / "run" / command)
-    return next((path for path in inside if command_of(path) == command), None)
+def is_unused(folder: Path, command: str) -> bool:
+    """Whether `command` may begin in a folder: it holds nothing, or the options of one that failed before it made anything."""
+    return is_free(folder) or (is_free(folder, but=CONFIG_FILE) and command_of(folder) == command)
+
+
+def pretrain_folder(folder: Path) -> Path:
+    """The folder of `mapet pretrain` in that of a `mapet run` or `mapet demo`, or the folder itself."""
+    inner = {"run": folder / "pretrain", "demo": folder / "run" / "pretrain"}
+    return inner.get(command_of(folder) or "", folder)
 
 
 def parent_run(folder: Path) -> Path | None:
     """The folder of the `mapet run` that a command's folder is part of: the one to resume."""
     return folder.parent if command_of(folder.parent) == "run" else None
+
+
+def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | None:
+    """The first of `commands` that wrote a folder, or one in it, and the config.yaml that resumes it."""
+    for path in (folder, pretrain_folder(folder)):
+        if (command := command_of(path)) in commands and (path / CONFIG_FILE).is_file():
+            return str(command), path / CONFIG_FILE
+    return None
+
+
+def check_is_pretraining(folder: Path) -> None:
+    """Raises MapetError: it is no folder of `mapet run` or `mapet pretrain`, finished or not."""
+    if not folder.exists():
+        raise MapetError(f"{folder} does not exist: give the folder of a run")
+    written_by = RunState.read(pretrain_folder(folder)).command
+    if written_by != "pretrain":
+        raise MapetError(f"{folder} is a folder of `mapet {written_by}`: give one of `mapet run` or `mapet pretrain`")
+
+
+def check_resume_folder(config_file: Path, out: Path) -> None:
+    """Check that a run's own config.yaml resumes that run: `out` in it is relative to where the run was started.
+
+    Raises:
+        MapetError: `out` is not the folder of the file.
+    """
+    folder = config_file.parent
+    if config_file.name == CONFIG_FILE and command_of(folder) and folder.resolve() != out.resolve():
+        raise MapetError(
+            f"{config_file} is the config of the run in its own folder, but --out is {out}, seen from {Path.cwd()}: go to the folder "
+            f"that the run was started in, or, if it was moved, give --out {quote(str(folder))}"
+        )
+
+
+def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str | None:
+    """The path that an option of a `pretrain` run names, as it is found from here.
+
+    The tokenizer and tokens in the folder of its `run` move with it, and another run may lie where they were. Other paths are
+    relative to where the run was started, which the folder tells while it has not moved.
+    """
+    named = options.get(name)
+    if named is None:
+        return None
+    own, out, here = folder.parent / name, Path(str(options.get("out", ""))), folder.resolve()
+    if name in ("tokenizer", "tokens") and parent_run(folder) and own.exists():
+        return str(own)
+    if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
+        from_start = here.parents[len(out.parts) - 1] / str(named)
+        if not Path(str(named)).exists() and from_start.exists():
+            return str(from_start)
+    return str(named)

@@ -44,7 +44,7 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
         nonlocal received
         if not request.signal_name:
             request.signal_name, received = signal.Signals(number).name, time.monotonic()
-            log.warning("%s: %s (again to stop at once)", request.signal_name, then)
+            log.info("%s: %s (again to stop at once)", request.signal_name, then)
         elif time.monotonic() - received > REPEAT_GRACE_S:
             raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from mapet.config.base import build
 from mapet.config.evaluate import EvaluateConfig
 from mapet.errors import shell_command
 from mapet.files import naming_the_cause
+from mapet.run_state import RunState
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
 
@@ -75,22 +76,23 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     line = fails(capsys, *run, "--fit-tokenizer.image-size", "100")
     assert "fit-tokenizer: image size 100 x 100 is not divisible" in line and not out.exists()
     line = fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
-    assert [file.name for file in out.iterdir()] == ["recipe.yaml"]
+    assert {file.name for file in out.iterdir()} == {"config.yaml", "run.json"}
     assert "did you mean" in fails(capsys, *run, "--fit-tokenizer.teacher", "resnet10x64_clp")
-    assert "resnet10x64_clp" in (out / "recipe.yaml").read_text()
-    (out / "recipe.yaml").write_text("a person's own")
+    assert "resnet10x64_clp" in (out / "config.yaml").read_text()
+    (out / "run.json").unlink()  # now it might be a person's own
     assert "nothing is overwritten" in fails(capsys, *run)
-    (out / "recipe.yaml").unlink()
+    (out / "config.yaml").unlink()
     fails(capsys, *run, "--fit-tokenizer.teacher", "resnet50x64_clp")
-    (out / "tokenizer").mkdir()
+    (out / "tokenizer").mkdir(exist_ok=True)
+    (out / "tokenizer" / "damaged").touch()
     line = fails(capsys, *run, "--pretrain.epochs", "40", "--resume")
     assert "(fit_tokenizer.teacher: 'resnet50x64_clp' -> 'pixels')" in line  # pre-training has made nothing yet
-    assert f"mapet run {out / 'recipe.yaml'} --resume; to start with new options: a new --out" in line
+    assert f"mapet run {out / 'config.yaml'} --resume; to start with new options: a new --out" in line
     same = [*run, "--fit-tokenizer.teacher", "resnet50x64_clp"]
     assert "is not a tokenizer" in fails(
         capsys, *same, "--pretrain.epochs", "40", "--max-unreadable", "0.2", "--resume"
     )
-    kept = (out / "recipe.yaml").read_text()
+    kept = (out / "config.yaml").read_text()
     assert "epochs: 40" in kept and "max_unreadable: 0.2" in kept  # what has made nothing yet may still change
     (out / "pretrain").mkdir(parents=True)
     (out / "pretrain" / "config.yaml").touch()
@@ -133,10 +135,10 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizers.teachers.make_teacher", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.fit.make_teacher", interrupted)
     assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
     assert (
-        f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/recipe.yaml --resume" in capsys.readouterr().err
+        f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err
     )
 
 
@@ -432,13 +434,14 @@ def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
     """It has no backbone: both ways to one are named, and are ways to one."""
     run = tmp_path / "photos" / "pretrain"
     shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("backbone"))
-    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    line = fails(capsys, "probe", "--backbone", run, "--images", digits / "train")
     assert f"Go on with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
-    assert f"mapet export --backbone {run.parent} --out NEW" in line
-    assert main(["export", "--backbone", str(run.parent), "--out", str(tmp_path / "new")]) == 0
-    (run.parent / "recipe.yaml").write_text("# mapet run recipe.yaml\n")
+    assert f"mapet export --backbone {run} --out NEW" in line
+    assert main(["export", "--backbone", str(run), "--out", str(tmp_path / "new")]) == 0
+    RunState(command="run").write(run.parent)
+    (run.parent / "config.yaml").touch()
     line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
-    assert f"mapet run {run.parent / 'recipe.yaml'} --resume" in line
+    assert f"mapet run {run.parent / 'config.yaml'} --resume" in line
 
 
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
@@ -567,16 +570,16 @@ def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_pa
     """A recipe with relative folders, given from another folder, would silently start another run there."""
     (tmp_path / "home" / "runs" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "home")
-    recipe = Path("runs/a/recipe.yaml")
-    recipe.write_text(
-        f"# mapet run runs/a/recipe.yaml\nimages: {crops}\nout: runs/a\nfit_tokenizer: {{teacher: resnet50x64_clp}}\n"
-    )
+    recipe = Path("runs/a/config.yaml")
+    recipe.write_text(f"images: {crops}\nout: runs/a\nfit_tokenizer: {{teacher: resnet50x64_clp}}\n")
+    RunState(command="run").write(recipe.parent)
     Path("runs/a/tokenizer").mkdir()
+    Path("runs/a/tokenizer/damaged").touch()
     assert "is not a tokenizer" in fails(capsys, "run", recipe, "--resume")  # it is gone on with
     monkeypatch.chdir(tmp_path)
     line = fails(capsys, "run", "home" / recipe, "--resume")
     assert "--out is runs/a, seen from" in line and "if it was moved, give --out home/runs/a" in line
-    assert "did you mean home/runs/a/recipe.yaml?" in fails(capsys, "run", "home/runs/a", "--resume")
+    assert "did you mean home/runs/a/config.yaml?" in fails(capsys, "run", "home/runs/a", "--resume")
     with caplog.at_level("WARNING", "mapet"):
         fails(
             capsys, "run", "--images", crops, "--out", "typo", "--resume", "--fit-tokenizer.teacher", "resnet50x64_clp"

@@ -15,6 +15,7 @@ from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation.classifiers import knn_accuracy
 from mapet.evaluation.features import extract_features, train_and_test
+from mapet.run_state import RunState
 from tests.conftest import save_crops
 
 QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "epochs": 15, "attentive_epochs": 1, "seeds": 2}
@@ -300,8 +301,8 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     assert rows[-1] == {"step": 120, "epoch": 12, "accuracy": accuracy} and rows[11]["loss"] < rows[0]["loss"]
     assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
     assert "epoch 6 of 12, loss " in caplog.text and f"model in {tmp_path / 'tuned' / 'model'}" in caplog.text
-    result = json.loads((tmp_path / "tuned" / "result.json").read_text())
-    assert result["low"] < accuracy < result["high"] and result["test_images"] == 100
+    state = RunState.read(tmp_path / "tuned")
+    assert state.results["ci95_low"] < accuracy < state.results["ci95_high"] and state.counts["test_images"] == 100
     found = mapet.evaluate(
         backbone=[str(tmp_path / "tuned")], images=small / "train", test_images=small / "test", out=tmp_path / "out",
         protocols=["resolution"], sizes=[8], **QUICK,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mapet.errors import MapetError
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, outputs_of
+from mapet.run_state import RunState
 from tests.conftest import TINY
 from tests.unit.test_published_backbones import released, same, vit_of
 
@@ -262,7 +264,7 @@ def test_a_finetuning_is_repeated_by_its_recipe(digits, run_dir, tmp_path):
         (mapet.inspect, {"out": "pictures"}),
         (mapet.watch, {}),
     ):
-        with pytest.raises(MapetError, match="is a fine-tuned model, and reports and pictures are of pre-training"):
+        with pytest.raises(MapetError, match="is a folder of `mapet finetune`: give one of"):
             look(run=tmp_path / "tuned", **options)
 
 
@@ -276,9 +278,9 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
     save_vit(tmp_path / "vit", (8, 8), 1)
     for name, backbone, scratch in (("a", run_dir, False), ("b", tmp_path / "vit", False), ("c", run_dir, True)):
         mapet.finetune(backbone=backbone, out=tmp_path / name, from_scratch=scratch, images=digits / "test", **FINETUNE)
-    told = json.loads((tmp_path / "a" / "origin.json").read_text())
-    told["tokenizer"]["teacher"]["teacher"] = "resnet50x64_clip.openai"
-    (tmp_path / "a" / "origin.json").write_text(json.dumps(told))
+    state = RunState.read(tmp_path / "a")
+    state.results["provenance"]["tokenizer"]["teacher"]["teacher"] = "resnet50x64_clip.openai"
+    state.write(tmp_path / "a")
     mapet.finetune(backbone=tmp_path / "a", out=tmp_path / "d", images=digits / "test", **FINETUNE)
     for name in "ad":
         card = card_of(name)
@@ -359,7 +361,7 @@ def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,
                  "grid": [14, 14], "hash": "abc", "weights_hash": "def"}  # fmt: skip
-    origin = origin_of(run_dir)._replace(tokenizer=tokenizer)
+    origin = replace(origin_of(run_dir), tokenizer=tokenizer)
     from mapet.reports.card import model_card
 
     card = model_card(

@@ -19,6 +19,7 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed
+from mapet.run_state import RunState
 from mapet.training.loss_monitor import LEAST, Watch
 from mapet.training.metrics import Window
 from mapet.training.training_setup import TrainingSetup
@@ -163,8 +164,10 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     assert killed(argv["whole"], 3, 0, 0) == 0
     assert killed([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    for file in ("model/model.safetensors", "result.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in argv]
+    whole, parts = (RunState.read(tmp_path / name) for name in argv)
+    assert weights[0] == weights[1] and whole.counts == parts.counts
+    assert whole.results | {"provenance": 0} == parts.results | {"provenance": 0}  # that has the name of the folder
 
 
 PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"

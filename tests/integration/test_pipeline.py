@@ -31,6 +31,7 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
+from mapet.run_state import RunState
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.training.build import load_run
 from mapet.training.step import ForwardBackward
@@ -123,15 +124,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_part_of_a_run_names_that_and_has_its_report(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
     """`mapet run` is what goes on, with all that comes after; and there is one report, not an older one inside."""
     (tmp_path / "digits").mkdir()
-    (tmp_path / "digits" / "recipe.yaml").write_text("{}")
+    RunState(command="run").write(tmp_path / "digits")
     folder = tmp_path / "digits" / "pretrain"
     with monkeypatch.context() as patch:
         StopAt(patch, 3)
         with pytest.raises(Interrupted) as stopped:
             mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=folder, **PRETRAIN)
-    command = f"Go on with: mapet run {tmp_path / 'digits' / 'recipe.yaml'} --resume"
+    command = f"Go on with: mapet run {tmp_path / 'digits' / 'config.yaml'} --resume"
     assert str(stopped.value).endswith(command) and command in (folder / "train.log").read_text()
-    assert RunFiles.open(tmp_path / "digits").status.endswith(command)
+    assert RunFiles.open(tmp_path / "digits").status == "stopped by SIGINT at step 3 of 6, saved"
     assert (tmp_path / "digits" / "report.html").is_file() and not (folder / "report.html").exists()
 
 
@@ -244,8 +245,8 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     common = ["--images", str(digits / "train"), "--test-images", str(digits / "test"), "--workers", "0"]
     assert main(["probe", "--backbone", str(run_dir), *common, "--out", str(tmp_path / "probe.json")]) == 0
     figures = json.loads((tmp_path / "probe.json").read_text())
-    assert set(figures) == {"untrained", "pretrained", "commonest_class", "train_images", "test_images"}
-    assert figures["test_images"] == 360
+    assert set(figures) == {"untrained", "pretrained", "data"}
+    assert figures["data"]["test_images"] == 360
     accuracy = mapet.finetune(
         backbone=run_dir, images=digits / "train", test_images=digits / "test", epochs=8, batch_size=64, views="center",
         workers=0, lr=3e-3, drop_path=0.0,
@@ -404,10 +405,10 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         StopAt(patch, 4)
         assert main(argv) == 130
     assert main([*argv, "--resume"]) == 0
-    assert json.loads((tmp_path / "run" / "probe.json").read_text())["test_images"] == 360
+    assert RunState.read(tmp_path / "run").results["probe"]["data"]["test_images"] == 360
     assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir() if path.name != "run.json"} == PICTURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
-    assert main(["run", str(tmp_path / "run" / "recipe.yaml"), "--resume"]) == 0
+    assert main(["run", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
 
 def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatch):
@@ -434,14 +435,14 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("images").rename("photos")
     with pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a"):
-        run_stage("run", ["a/recipe.yaml", "--resume"])
+        run_stage("run", ["a/config.yaml", "--resume"])
     shutil.rmtree("a/pretrain/backbone")  # as if it had been stopped just before
-    run_stage("run", ["a/recipe.yaml", "--resume", "--out", "a", "--images", "photos"])
-    recipes = [yaml.safe_load(Path("a", name).read_text()) for name in ("recipe.yaml", "pretrain/config.yaml")]
+    run_stage("run", ["a/config.yaml", "--resume", "--out", "a", "--images", "photos"])
+    recipes = [yaml.safe_load(Path("a", name).read_text()) for name in ("config.yaml", "pretrain/config.yaml")]
     assert [(recipe["images"], recipe["out"]) for recipe in recipes] == [("photos", "a"), ("photos", "a/pretrain")]
     assert recipes[1]["tokenizer"] == "a/tokenizer" and recipes[1]["tokens"] == "a/tokens"
     with pytest.raises(mapet.MapetError, match=r"started with another recipe \(images: 'photos' -> "):
-        run_stage("run", ["a/recipe.yaml", "--resume", "--images", str(digits / "train")])
+        run_stage("run", ["a/config.yaml", "--resume", "--images", str(digits / "train")])
 
 
 def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
@@ -513,7 +514,7 @@ def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, cap
     assert f"Go on with: mapet {' '.join(argv)} --resume" in capsys.readouterr().err
     assert main(argv) == 2 and "go on with --resume" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    results = RunState.read(tmp_path / "demo").results
     assert results["pretrained"]["finetune"] == 0.5 and results["pretrained"]["linear"] > 0.2
 
 

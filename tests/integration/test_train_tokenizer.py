@@ -17,6 +17,7 @@ from mapet.cli import main
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
+from mapet.run_state import RunState
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
 from tests.conftest import PRETRAIN, all_rows
@@ -74,7 +75,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits
 def test_the_folder(whole, few_digits):
     out = whole.parents[1]
     recipe = yaml.safe_load((out / "config.yaml").read_text())
-    assert (out / "config.yaml").read_text().startswith("# mapet train-tokenizer ")
+    assert RunState.read(out).command == "train-tokenizer"
     assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "random-crop")
     description = json.loads((whole.parent / "vqkd.json").read_text())
     assert description["training"]["num_images"] == 288 and description["teacher"]["teacher"] == "pixels"

@@ -16,6 +16,7 @@ from mapet.config.finetune import FinetuneConfig
 from mapet.errors import Interrupted
 from mapet.evaluation.intervals import over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
+from mapet.run_state import RunState
 from mapet.training import finetune
 from tests.conftest import TINY
 
@@ -278,13 +279,12 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
             with pytest.raises(Interrupted, match=f"{told}, {go_on}"):
                 mapet.finetune(**options, seed=4, num_seeds=3, out=tmp_path / "out", resume=resume)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
-    told = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    told = RunState.read(tmp_path / "out").results
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
     figure = over_seeds(list(scores.values()))
-    assert told == {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores
+    assert told == {"accuracy": figure.value, "ci95_low": figure.low, "ci95_high": figure.high, "seeds": scores}
     splits = {
-        json.loads((tmp_path / "out" / name / "origin.json").read_text())["tuned"][0]["images"]["hash"]
-        for name in scores
+        RunState.read(tmp_path / "out" / name).results["provenance"]["tuned"][0]["images"]["hash"] for name in scores
     }
     assert len(splits) > 1  # which labels are used is each seed's own
     with pytest.raises(mapet.MapetError, match="already exists"):
@@ -303,7 +303,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
     judged = iter([3])
     assert main([*again, "--num-seeds", "4"]) == 0
     assert main(again) == 0 and "num_seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
-    assert set(json.loads((tmp_path / "out" / "seeds.json").read_text())) >= {"seed-4", "seed-5", "seed-6", "seed-7"}
+    assert set(RunState.read(tmp_path / "out").results["seeds"]) == {"seed-4", "seed-5", "seed-6", "seed-7"}
     with pytest.raises(mapet.MapetError, match=r"a model of each seed: give one of them, e\.g\. .*seed-4"):
         load_backbone(tmp_path / "out")
     judged = iter([3, 9])

@@ -23,27 +23,27 @@ from mapet.reports import live
 from mapet.reports.card import origin_of
 from mapet.reports.history import History, Series, thinned
 from mapet.reports.images import Picture, embedded, open_pictures
-from mapet.reports.log import Log
 from mapet.reports.page import MOST_BYTES, RunView, comparison, distinct, page, page_content, write_run_report
 from mapet.reports.run import RunFiles
+from mapet.run_state import RunState
 
 LOSS = "loss, nats for words (mean of the last epoch)"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
-LOG = """2026-01-02 03:04:05,678 INFO started with
-images: photos
-system: cpu, float32; mapet 0.1.0, torch 2.15.0; mapet pretrain recipe.yaml
-2026-01-02 03:04:06,000 INFO vit_tiny_patch16_224, 5.5 M parameters, mapet on 1,437 images of 8 x 8 px, 12 of 16 patches
-2026-01-02 03:05:05,000 WARNING bad image 'a.png': truncated
-2026-01-02 03:06:05,000 INFO stopped: Interrupted: stopped by SIGINT
-2026-01-02 04:00:00,000 INFO resumed with
-images: photos
-system: cuda, bfloat16; mapet 0.1.0, torch 2.15.0; mapet pretrain --resume
-2026-01-02 04:00:30,000 INFO epoch 2: loss 2
-"""
 
 
 def record(step, **figures):
     return json.dumps({"step": step, "epoch": step / 10, "loss": 3 - step / 100, "token_entropy": 3.4} | figures) + "\n"
+
+
+def write_state(folder: Path, command: str = "pretrain", **facts) -> None:
+    """run.json of a run that was stopped, resumed, and is running."""
+    state = RunState(
+        command=command, argv=["mapet", command, "--resume"], device="cpu, float32", seconds=150, resumes=1
+    )
+    state = state.model_copy(
+        update={"counts": {"images": 1437, "warnings": 1}, "warnings": ["bad image 'a.png'"]} | facts
+    )
+    state.write(folder)
 
 
 def write_run(folder: Path, records: int = 20, **recipe) -> Path:
@@ -51,7 +51,7 @@ def write_run(folder: Path, records: int = 20, **recipe) -> Path:
     folder.mkdir(parents=True)
     options = {"images": "photos", "epochs": 2, "objective": "mapet", "clip_grad": 3.0} | recipe
     (folder / "config.yaml").write_text(json.dumps(options))
-    (folder / "train.log").write_text(LOG)
+    write_state(folder)
     (folder / "metrics.jsonl").write_text("".join(record(10 * (i + 1)) for i in range(records)))
     return folder
 
@@ -131,18 +131,6 @@ def test_thinned_keeps_both_ends_and_the_mean():
     assert thinned(series, 1000) is series
 
 
-def test_log(tmp_path):
-    log = Log.read(write_run(tmp_path / "a") / "train.log")
-    assert log.images == 1437
-    assert [end - start for start, end in log.sessions] == [
-        log.duration - (end - start) for start, end in log.sessions[::-1]
-    ]
-    assert log.duration.total_seconds() == 120 + 30
-    assert [system.split(",")[0] for system, _ in log.systems] == ["cpu", "cuda"]
-    assert log.stopped == "" and log.warnings == ("bad image 'a.png': truncated",)
-    assert Log.read(tmp_path / "none") == Log([])
-
-
 def test_what_a_run_says_of_itself(tmp_path):
     told = RunFiles.open(write_run(tmp_path / "a")).data()
     facts = dict(told["facts"])
@@ -150,24 +138,24 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert facts["images"] == "1,437 images in photos"
     assert facts["epochs"] == "20 of 2, 200 steps"
     assert facts["duration"] == "2 min 30 s, resumed 1 time"
-    assert facts["command"] == "mapet pretrain recipe.yaml"
     assert facts["resumed with"] == "mapet pretrain --resume"
     assert told["metrics"][LOSS] == "1"
-    assert told["log"] == ["bad image 'a.png': truncated"] and told["early"] is False
+    assert told["log"] == ["bad image 'a.png'"] and told["early"] is False
 
 
 @pytest.mark.parametrize(
-    ("line", "status"),
+    ("status", "reason", "said"),
     [
-        ("stopped: Interrupted: stopped by SIGINT at step 7: saved", "stopped by SIGINT at step 7: saved"),
-        ("stopped: MapetError: no images", "stopped: no images"),
+        ("stopped", "stopped by SIGINT at step 7, saved", "stopped by SIGINT at step 7, saved"),
+        ("failed", "no images", "failed: no images"),
+        ("interrupted", "", "not finished"),
     ],
 )
-def test_how_a_run_stopped(line, status, tmp_path):
+def test_how_a_run_stopped(status, reason, said, tmp_path):
     folder = write_run(tmp_path / "a", records=3)
-    (folder / "train.log").write_text(f"{LOG}2026-01-02 04:00:31,000 INFO {line}\n")
+    write_state(folder, status=status, reason=reason)
     told = RunFiles.open(folder).data()
-    assert told["status"] == status and told["early"] is True
+    assert told["status"] == said and told["early"] is True
 
 
 def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
@@ -178,17 +166,11 @@ def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
     assert live.RunFollower(folder).updates(None, 0)["status"] == "Not finished; last figures 5 h 0 min ago."
 
 
-def test_a_stopped_run_counts_the_steps_it_says(tmp_path):
-    """It stopped between two records; to ask a run to stop is no warning."""
+def test_a_stopped_run_counts_the_steps_of_its_checkpoint(tmp_path):
+    """It stopped between two records."""
     folder = write_run(tmp_path / "a", records=3, epochs=20)
-    lines = (
-        "WARNING SIGINT: saving after this step (again to stop at once)",
-        "INFO stopped: Interrupted: stopped by SIGINT at step 34 of 200, saved",
-    )
-    (folder / "train.log").write_text(LOG + "".join(f"2026-01-02 04:00:31,000 {line}\n" for line in lines))
-    told = RunFiles.open(folder).data()
-    assert dict(told["facts"])["epochs"] == "3.4 of 20, 34 steps"
-    assert told["log"] == ["bad image 'a.png': truncated"]
+    write_state(folder, status="stopped", counts={"steps": 34})
+    assert dict(RunFiles.open(folder).data()["facts"])["epochs"] == "3.4 of 20, 34 steps"
 
 
 def test_time_left(tmp_path):
@@ -204,10 +186,8 @@ def test_time_left(tmp_path):
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     write_run(tmp_path / "photos" / "pretrain")
-    (tmp_path / "photos" / "recipe.yaml").write_text("{}")
-    (tmp_path / "photos" / "probe.json").write_text(
-        '{"untrained": {"knn": 0.25}, "pretrained": {"knn": 0.5, "x": "y"}}'
-    )
+    probe = {"untrained": {"knn": 0.25}, "pretrained": {"knn": 0.5, "x": "y"}}
+    write_state(tmp_path / "photos", "run", results={"probe": probe})
     (tmp_path / "photos" / "pictures").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "pictures" / "words.png")
     (tmp_path / "photos" / "pictures" / "torn.png").write_bytes(b"\x89PNG no")
@@ -226,25 +206,19 @@ def test_what_an_option_of_none_means(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_views_are_those_of_the_token_store(moved, tmp_path):
+def test_views_are_those_of_the_token_store(tmp_path):
     """The option itself has nothing to say with --tokens, and stays at its default."""
-    store = tmp_path / "tokens"
-    store.mkdir()
-    spec = {"kind": "random-crop", "image_size": [8, 8], "min_scale": 0.4, "seed": 0}
-    (store / "store.json").write_text(json.dumps({"num_images": 7, "images_hash": "x", "views": 8, "view_spec": spec}))
-    (tmp_path / "recipe.yaml").write_text("{}")
-    options = {"views": "center", "min_crop_scale": 0.2, "tokens": str(tmp_path / "old" if moved else store)}
-    folder = write_run(tmp_path / "pretrain", **options)
+    folder = write_run(tmp_path / "pretrain", views="center", min_crop_scale=0.2, tokens="tokens")
+    options = RunFiles.open(folder).recipe
+    write_state(folder, config=options, results={"views": {"kind": "random-crop", "min_scale": 0.4, "number": 8}})
     told = RunFiles.open(folder).data()["config"]
     assert (told["views"], told["min_crop_scale"]) == ("random-crop, 8 of each (token store)", "0.4")
-    if not moved:
-        assert origin_of(folder).recipe["views"] == "random-crop, 8 of each (token store)"
+    assert origin_of(folder).recipe["views"] == "random-crop, 8 of each (token store)"
     alone = write_run(tmp_path / "alone", views="center-flip")
-    assert RunFiles.open(alone).data()["config"]["views"] == origin_of(alone).recipe["views"] == "center-flip"
+    assert RunFiles.open(alone).data()["config"]["views"] == "center-flip"
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "pictures/step_through.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "pictures/step_through.json"])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[[[[", b'{"step": {}}\n', b"9" * 5000])
 def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
     damaged = write_run(tmp_path / "a") / name
@@ -256,7 +230,7 @@ def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
 def test_warnings_of_a_run_have_its_options(tmp_path):
     """What `pretrain` calls --clip-grad is --pretrain.clip-grad to `mapet run`."""
     (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "recipe.yaml").write_text("images: photos")
+    write_state(tmp_path / "whole", "run")
     for folder, option in (("whole/pretrain", "--pretrain.clip-grad 0.01"), ("alone", "--clip-grad 0.01")):
         run = write_run(tmp_path / folder, clip_grad=0.01)
         (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), gradient_norm=1.0) for i in range(20)))
@@ -266,6 +240,7 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
 
 def test_what_a_report_refuses(tmp_path):
     run = write_run(tmp_path / "a" / "pretrain")
+    write_state(tmp_path / "a", "run")
     with pytest.raises(MapetError, match=r"--out .*page: a page for a browser needs a name that ends in .html"):
         mapet.report(run=run, out=tmp_path / "page")
     with pytest.raises(MapetError, match=r"a/pretrain and .*a are the same run: give each once"):
@@ -274,7 +249,7 @@ def test_what_a_report_refuses(tmp_path):
 
 def test_no_run(tmp_path):
     for look in (mapet.report, mapet.inspect):
-        with pytest.raises(MapetError, match=r"is not a pre-training run: it has no config.yaml"):
+        with pytest.raises(MapetError, match=r"it has no run.json"):
             look(run=tmp_path, out=tmp_path / "report.html")
         with pytest.raises(MapetError, match=r"missing does not exist: give the folder of a run"):
             look(run=tmp_path / "missing", out=tmp_path / "report.html")
@@ -313,9 +288,8 @@ def test_page_of_several_runs(tmp_path):
 def test_losses_of_other_words_are_not_compared(first, second, objective, comparable, tmp_path):
     runs = []
     for name, content, task in (("a", first, "mapet"), ("b", second, objective)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
-        folder = write_run(tmp_path / f"run-{name}", tokenizer=str(tmp_path / name), objective=task)
+        folder = write_run(tmp_path / f"run-{name}", objective=task)
+        write_state(folder, results={"tokenizer": content})
         runs.append(RunView(RunFiles.open(folder)))
     note = page_content(runs)["comparison"]["note"]
     assert ("cannot be compared" in note) is not comparable
@@ -340,7 +314,7 @@ def test_a_run_lacking_a_figure_has_a_dash():
 def test_hostile_strings_stay_data(tmp_path):
     """Whatever stands in a recipe, a log or a name: the page has its own two script elements and no other markup of theirs."""
     folder = write_run(tmp_path / "x<img src=y onerror=alert(1)>", images=HOSTILE, objective=HOSTILE)
-    (folder / "train.log").write_text(LOG.replace("truncated", HOSTILE.replace("\u2028", " ")))
+    write_state(folder, warnings=[HOSTILE], reason=HOSTILE, status="failed", description=HOSTILE)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, HOSTILE: 2, "loss": 1}) + "\n")
     html = page([RunView(RunFiles.open(folder), notes=[HOSTILE])])
     assert len(re.findall("<script", html)) == len(re.findall("</script", html)) == 2

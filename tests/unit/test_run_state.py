@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import pytest
 
-from mapet.commands.command import stage
+from mapet.commands.command import command
 from mapet.config.base import Config
 from mapet.errors import Interrupted, MadeByNewer, MapetError
 from mapet.files import atomic, new_folder
-from mapet.run_state import RunState, command_of, find_run, parent_run, record, run_state
+from mapet.run_state import RunState, command_of, find_config, parent_run, pretrain_folder, record, run_state
 
 
 class Options(Config):
@@ -149,18 +149,20 @@ def test_newer_ones(tmp_path):
 
 
 def test_which_folder_is_what(tmp_path):
-    for folder, command in ((".", "demo"), ("run", "run"), ("run/pretrain", "pretrain")):
-        RunState(command=command).write(tmp_path / folder)
+    for folder, name in ((".", "demo"), ("run", "run"), ("run/pretrain", "pretrain")):
+        RunState(command=name).write(tmp_path / folder)
     inner = tmp_path / "run" / "pretrain"
-    assert find_run(tmp_path) == find_run(tmp_path / "run") == find_run(inner) == inner
-    assert find_run(tmp_path, "run") == tmp_path / "run" and find_run(tmp_path, "finetune") is None
+    assert pretrain_folder(tmp_path) == pretrain_folder(tmp_path / "run") == pretrain_folder(inner) == inner
+    assert find_config(tmp_path, ("run", "pretrain")) is None  # without its options nothing is resumed
+    (inner / "config.yaml").touch()
+    assert find_config(tmp_path, ("run", "pretrain")) == ("pretrain", inner / "config.yaml")
     assert parent_run(inner) == tmp_path / "run" and parent_run(tmp_path / "run") is None
 
 
 # ---- around commands
 
 
-@stage
+@command(Options)
 def make_folder(config: Options) -> None:
     """Writes its folder at its end, as many commands do."""
     new_folder(config.out, create=False)
@@ -175,7 +177,7 @@ class FileOptions(Options):
     out_is_file: ClassVar[bool] = True
 
 
-@stage
+@command(FileOptions)
 def make_file(config: FileOptions) -> None:
     config.out.touch()
 

@@ -23,7 +23,7 @@ def replay(config: ReplayConfig) -> "list[Look]":
     from mapet.config.base import build, read_recipe
     from mapet.config.pretrain import PretrainConfig
     from mapet.errors import MapetError
-    from mapet.runs import pretrain_folder
+    from mapet.run_state import pretrain_folder
     from mapet.training.nonfinite import BUNDLE, load_bundle, replay
     from mapet.training.training_setup import TrainingSetup
 

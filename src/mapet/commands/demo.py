@@ -36,7 +36,8 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
       mapet demo --out /tmp/digits --seed 1
     """
     from mapet.data.digits import write_digits
-    from mapet.files import new_folder, read_json, write_json
+    from mapet.files import new_folder
+    from mapet.run_state import RunState, record
 
     if not (config.resume and config.out.exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
@@ -48,14 +49,14 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
         )
     except Interrupted as error:
         raise Interrupted(error.what, shell_command("demo", "--out", config.out, "--resume")) from None
-    results = read_json(config.out / "run" / "probe.json", "probe result")
+    results = RunState.read(config.out / "run").results["probe"]
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = finetune(
             backbone=backbone, images=train, test_images=test, from_scratch=name == "untrained", labels_per_class=10, views="center",
             epochs=100, batch_size=32, lr=2e-3, drop_path=0.0, seed=config.seed,
         )  # fmt: skip
-    write_json(config.out / "results.json", results)
+    record(config.out, results=results)
     for line in table(results):
         log.info("%s", line)
     log.info("pictures in %s; %.0f s in all", config.out / "run" / "pictures", time.monotonic() - started)
@@ -70,4 +71,4 @@ def table(results: dict[str, Any]) -> list[str]:
         f"{title:<32}{results['untrained'][key]:>10.3f}{results['pretrained'][key]:>12.3f}"
         for key, title in measures.items()
     ]
-    return [*lines, f"{'(always guessing one digit)':<32}{results['commonest_class']:>10.3f}", ""]
+    return [*lines, f"{'(always guessing one digit)':<32}{results['data']['majority_accuracy']:>10.3f}", ""]

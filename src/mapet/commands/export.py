@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mapet.commands.command import command
 from mapet.config.export import ExportConfig
 from mapet.errors import MapetError
+from mapet.run_state import command_of, pretrain_folder, read_or_none
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -39,9 +40,7 @@ def export(config: ExportConfig) -> Path:
         require(name)
     vit = _backbone(config)
     origin = origin_of(config.backbone)
-    classes = (
-        [str(name) for name in origin.metrics.get("fine-tuning", {}).get("classes", [])] if vit.num_classes else []
-    )
+    classes = [str(name) for name in origin.classes] if vit.num_classes else []
     sample = _sample(config, vit)
     expected = outputs_of(vit, sample.pixels)
     for output in expected.values():
@@ -83,14 +82,13 @@ def _backbone(config: ExportConfig) -> "VisionTransformer":
     import tempfile
 
     from mapet.models.backbone import load_backbone, save_backbone
-    from mapet.runs import is_tuned, pretrain_folder
     from mapet.training.build import load_run
 
     wanted = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
     run = Path(config.backbone)
     inner = pretrain_folder(run)
-    if (inner / "config.yaml").is_file() and not is_tuned(run) and not (inner / "backbone").is_dir():
+    if command_of(inner) == "pretrain" and not (inner / "backbone").is_dir():
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(load_run(run).model.vit, Path(folder) / "vit")
             try:
@@ -137,14 +135,10 @@ def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
 
 
 def _images_of_run(source: str) -> str | None:
-    """As the recipe of pre-training, or the result of fine-tuning, has them; both are YAML."""
-    from mapet.config.base import read_recipe
-
-    path = Path(source)
-    names = ("config.yaml", "result.json")
-    records = (folder / name for folder in (path, path / "pretrain", path.parent) for name in names)
-    record = next((record for record in records if record.is_file()), None)
-    return read_recipe(record).get("images") if record else None
+    """The images that a run was trained on, pre-training or fine-tuning."""
+    folders = (pretrain_folder(Path(source)), Path(source).parent)
+    states = (state for folder in folders if (state := read_or_none(folder)))
+    return next((state.config.get("images") for state in states), None)
 
 
 def largest_difference(given: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:

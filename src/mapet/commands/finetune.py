@@ -1,9 +1,11 @@
 """Stage: train the whole ViT on labels."""
 
 import logging
+from contextlib import nullcontext
+from dataclasses import asdict
 
 from mapet.commands.command import command
-from mapet.config.base import read_recipe, write_recipe
+from mapet.config.base import write_recipe
 from mapet.config.finetune import FinetuneConfig
 
 log = logging.getLogger("mapet")
@@ -28,14 +30,14 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
     import shutil
 
     from mapet.evaluation.intervals import wilson
-    from mapet.files import read_json, write_json
+    from mapet.run_state import RunState, record
     from mapet.training.finetune import STAGE, finetune_vit
     from mapet.training.run_folder import recipe_to_resume
 
     if config.resume:
         config = recipe_to_resume(config, STAGE)
-    if config.resume and config.out and (config.out / "result.json").is_file():
-        accuracy = read_json(config.out / "result.json", "fine-tuned model")["accuracy"]
+    if config.resume and config.out and "accuracy" in (done := RunState.read(config.out).results):
+        accuracy = float(done["accuracy"])
         log.info("%s is finished: accuracy %.3f", config.out, accuracy)
         return accuracy, ""
     _, right, seen, train, guess, stopped = finetune_vit(config)
@@ -47,15 +49,19 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
     if low <= guess:
         log.warning("that is not clearly better than guessing: try a higher --lr or more --epochs")
     if config.out:
-        from mapet.reports.card import ORIGIN, origin_of_tuned
+        from mapet.reports.card import origin_of_tuned
         from mapet.reports.pictures import learning_curve, save_figure
 
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(learning_curve(rows), config.out / "curve.png")
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
-        write_json(config.out / ORIGIN, origin_of_tuned(read_recipe(config.out / "config.yaml"), images)._asdict())
-        record = {"accuracy": score, "low": low, "high": high, "train_images": len(train.labels), "test_images": seen}
-        write_json(config.out / "result.json", record | {"classes": train.classes, "images": config.images})
+        record(
+            config.out,
+            counts={"images": len(train.labels), "test_images": seen},
+            hashes={"images": train.images.hash},
+            results={"accuracy": score, "ci95_low": low, "ci95_high": high, "classes": train.classes},
+        )
+        record(config.out, results={"provenance": asdict(origin_of_tuned(config.out, images))})
         shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
     return score, stopped
 
@@ -64,7 +70,8 @@ def tune_each(config: FinetuneConfig) -> float:
     """Once with each seed, in a folder of its own; the mean accuracy."""
     from mapet.errors import Interrupted
     from mapet.evaluation.intervals import over_seeds
-    from mapet.files import new_folder, write_json
+    from mapet.files import new_folder
+    from mapet.run_state import record, run_state
     from mapet.training.finetune import STAGE
     from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume
 
@@ -76,7 +83,7 @@ def tune_each(config: FinetuneConfig) -> float:
     if out:
         if not config.resume:
             new_folder(out, resume_hint=", or go on with --resume")
-        write_recipe(config, out / "config.yaml", STAGE)
+        write_recipe(config, out / "config.yaml")
         config = config.model_copy(update={"resume": asked})
     scores: dict[str, float] = {}
     last = config.seed + config.num_seeds - 1
@@ -84,7 +91,9 @@ def tune_each(config: FinetuneConfig) -> float:
         log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.num_seeds)
         place = out and out / f"seed-{seed}"
         try:
-            score, stopped = tune(config.model_copy(update={"seed": seed, "num_seeds": 1, "out": place}))
+            one = config.model_copy(update={"seed": seed, "num_seeds": 1, "out": place})
+            with run_state(place, STAGE, one) if place else nullcontext():
+                score, stopped = tune(one)
         except Interrupted as error:
             raise Interrupted(error.what, again) from None
         if stopped and seed < last:
@@ -93,6 +102,6 @@ def tune_each(config: FinetuneConfig) -> float:
     figure = over_seeds(list(scores.values()))
     few = "; two seeds tell little" if config.num_seeds == 2 else ""
     log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.low, figure.high, figure.of, few)
-    if out:
-        write_json(out / "seeds.json", {"accuracy": figure.value, "low": figure.low, "high": figure.high} | scores)
+    interval = {"ci95_low": figure.low, "ci95_high": figure.high}
+    record(out, results={"accuracy": figure.value, **interval, "seeds": scores})
     return figure.value

@@ -16,12 +16,14 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     from mapet.errors import Interrupted
     from mapet.reports.page import write_run_report
+    from mapet.run_state import record_end
     from mapet.training.loop import train
     from mapet.training.nonfinite import WentWrong
 
     try:
         backbone = train(config)
-    except (Interrupted, WentWrong):
+    except (Interrupted, WentWrong) as error:
+        record_end(config.out, error)
         write_run_report(config.out)
         raise
     write_run_report(config.out)

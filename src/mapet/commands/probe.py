@@ -44,8 +44,7 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, float]]:
         len(train.classes),
         chance,
     )
+    results["data"] = {"majority_accuracy": chance, "train_images": len(fit[1]), "test_images": len(check[1])}
     if config.out:
-        write_json(
-            config.out, results | {"commonest_class": chance, "train_images": len(fit[1]), "test_images": len(check[1])}
-        )
+        write_json(config.out, results)
     return results

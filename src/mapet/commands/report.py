@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mapet.commands.command import command
 from mapet.commands.inspect import look
 from mapet.config.report import ReportConfig
-from mapet.runs import pretrain_folder
+from mapet.run_state import pretrain_folder
 
 if TYPE_CHECKING:
     from mapet.reports.images import Picture

@@ -15,6 +15,7 @@ from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, as_options_of_section, build
 from mapet.config.run import RunConfig
 from mapet.errors import Interrupted, MapetError, shell_command
+from mapet.run_state import read_or_none, record
 from mapet.signals import RESUME_HINT
 
 log = logging.getLogger("mapet")
@@ -27,7 +28,7 @@ def run(config: RunConfig) -> Path:
     Example:
       mapet run --images PHOTOS --out runs/photos
       mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
-      mapet run runs/photos/recipe.yaml --resume
+      mapet run runs/photos/config.yaml --resume
     """
     from mapet import distributed
     from mapet.config.shared import is_own_code
@@ -37,9 +38,9 @@ def run(config: RunConfig) -> Path:
     from mapet.training.tracking import require
 
     require(config.pretrain.track)  # before hours of tokenizing
-    recipe = config.out / "recipe.yaml"
+    recipe = config.out / "config.yaml"
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
-    backbone, pictures, figures = pretrained / "backbone", config.out / "pictures", config.out / "probe.json"
+    backbone, pictures = pretrained / "backbone", config.out / "pictures"
     fitting: Any = config.fit_tokenizer
     own_code = fitting.teacher if is_own_code(fitting.teacher) else None
     begun = (pretrained / "config.yaml").exists()
@@ -49,14 +50,16 @@ def run(config: RunConfig) -> Path:
             (fit_tokenizer, {"out": tokenizer, "resume": True}),
             (tokenize, {"out": tokens, "tokenizer": tokenizer, "trust_teacher": own_code, "resume": True}),
             (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
-            (probe, {"backbone": backbone, "test_images": config.test_images, "out": figures}),
+            (probe, {"backbone": backbone, "test_images": config.test_images}),
             (inspect, {"run": pretrained, "out": pictures, "trust_teacher": own_code}),
         )
     }
+    state = read_or_none(config.out)
+    probed = state is not None and "probe" in state.results
     if distributed.rank() == 0:
         made = {
             "fit_tokenizer": not is_free(tokenizer), "tokenize": not is_free(tokens), "pretrain": begun,
-            "probe": figures.exists(), "test_images": figures.exists(), "inspect": not is_free(pictures),
+            "probe": probed, "test_images": probed, "inspect": not is_free(pictures),
         }  # fmt: skip
         _refuse_now(config, configs, made)
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
@@ -64,25 +67,25 @@ def run(config: RunConfig) -> Path:
 
     RESUME_HINT[0] = shell_command("run", recipe, "--resume")
 
-    def do(stage: Command[..., Any, Any]) -> None:
+    def do(stage: Command[..., Any, Any]) -> Any:
         log.info("--- %s", stage.__name__.replace("_", "-"))
         try:
             with _naming_options(stage):
-                stage(configs[stage])
+                return stage(configs[stage])
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             what = error.what if isinstance(error, Interrupted) else "interrupted"
             raise Interrupted(what, shell_command("run", recipe, "--resume")) from None
 
-    missing = {path for path in (tokenizer, backbone, figures, pictures) if is_free(path)}
+    missing = {path for path in (tokenizer, backbone, pictures) if is_free(path)}
     distributed.barrier()  # all have looked before one writes
     if tokenizer in missing:
         do(fit_tokenizer)
     do(tokenize)
     if backbone in missing:
         do(pretrain)
-    if figures in missing and (config.test_images or scan(config.images).classes()):
-        do(probe)
-    elif figures in missing:
+    if not probed and (config.test_images or scan(config.images).classes()):
+        record(config.out, results={"probe": do(probe)})
+    elif not probed:
         log.info(
             "--- no probe: %s has no labels (two class folders or more), and there are no --test-images", config.images
         )
@@ -167,18 +170,16 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     made nothing yet."""
     from mapet.config.base import differences, read_recipe, write_recipe
     from mapet.data.sources import scan
-    from mapet.files import is_free, new_folder
-    from mapet.runs import nothing_to_resume
-    from mapet.training.run_folder import anew
+    from mapet.files import new_folder
+    from mapet.run_state import is_unused
+    from mapet.training.run_folder import NOTHING_TO_RESUME, anew
 
-    if is_free(config.out, but=recipe.name) and (
-        not recipe.exists() or recipe.read_bytes().startswith(f"# {shell_command('run', recipe)}\n".encode())
-    ):  # new, or of a run that a mistake stopped before it had made anything
+    if is_unused(config.out, "run"):
         images = scan(config.images)  # fail before anything is written
         if config.resume:
-            log.warning("%s", nothing_to_resume(config.out))
+            log.warning(NOTHING_TO_RESUME, config.out)
         log.info("%s images in %s", f"{len(images):,}", config.images)
-        write_recipe(config, recipe, "run")
+        write_recipe(config, recipe)
         return
     if not (config.resume and recipe.exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
@@ -191,7 +192,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
             f"{shell_command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
-        write_recipe(config, recipe, "run")
+        write_recipe(config, recipe)
 
 
 def _made_of(config: RunConfig) -> bool:

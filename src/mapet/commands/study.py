@@ -41,7 +41,7 @@ def study(config: StudyConfig) -> Path:
         log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
     num_images = len(scan(config.images))
     _refuse_now(config, cells, num_images)
-    write_recipe(config, config.out / "study.yaml", "study")
+    write_recipe(config, config.out / "config.yaml")
     stopped = None
     if config.report_only:
         cells = with_budgets(config, cells)

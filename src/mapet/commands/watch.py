@@ -4,7 +4,7 @@ import logging
 
 from mapet.commands.command import command
 from mapet.config.watch import WatchConfig
-from mapet.runs import refuse_no_run
+from mapet.run_state import check_is_pretraining, command_of
 
 log = logging.getLogger("mapet")
 
@@ -25,10 +25,10 @@ def watch(config: WatchConfig) -> None:
     if config.run.is_file():
         raise MapetError(f"{config.run} is a file: give the run's folder")
     begins = (
-        not config.run.exists() or is_free(config.run) or (config.run / "recipe.yaml").is_file()
+        not config.run.exists() or is_free(config.run) or command_of(config.run) in ("run", "demo")
     )  # of `run`, before it trains
     if not begins:
-        refuse_no_run(config.run)
+        check_is_pretraining(config.run)
     with LiveServer(config.run, config.port) as server:
         missing = "holds no run yet" if config.run.exists() else "does not exist yet"
         there = "" if RunFiles(config.run).recipe else f", which {missing}: it is waited for"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from mapet.errors import MapetError, did_you_mean, shell_command
+from mapet.errors import MapetError, did_you_mean
 
 
 class Config(BaseModel):
@@ -195,12 +195,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}
 
 
-def write_recipe(config: "Config", path: Path, stage: str) -> None:
-    """All options as YAML, atomically, under the command that takes the file."""
+def write_recipe(config: "Config", path: Path) -> None:
+    """Write all options as YAML, atomically."""
     from mapet.files import atomic
 
     with atomic(path) as temporary:
-        temporary.write_text(f"# {shell_command(stage, path)}\n{to_yaml(config)}", encoding="utf-8")
+        temporary.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Config) -> str:

@@ -51,7 +51,7 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
     num_seeds: PositiveInt = 1
-    """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (seeds.json)."""
+    """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (run.json)."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
     workers: NonNegativeInt | None = None
@@ -74,8 +74,8 @@ class FinetuneConfig(FinetuneOptions, BadImages, Device):
     test_images: Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
-    """New folder for the fine-tuned model, its options (config.yaml), what is known of its backbone (origin.json), its accuracy
-    (result.json), its curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: nothing
+    """New folder for the fine-tuned model, its options (config.yaml), its accuracy and what is known of its backbone
+    (run.json), its curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: nothing
     is kept but the accuracy."""
     from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.files import read_json
 from mapet.models.backbone import load_backbone, prepare_for_device
 from mapet.models.pretrained import HUB_PREFIXES, timm_model
+from mapet.run_state import RunState
 
 Pool = Literal["avg", "token", "both"]
 RANDOM = "random:"
@@ -64,8 +64,8 @@ class Encoder:
             )
         else:
             folder = Path(source)
-            if (folder / "result.json").is_file() and (folder / "model").is_dir():
-                classes = tuple(read_json(folder / "result.json", "fine-tuned model")["classes"])
+            if (folder / "model").is_dir():
+                classes = tuple(RunState.read(folder).results["classes"])
                 folder = folder / "model"
             model = timm_model(source, True) if source.startswith(HUB_PREFIXES) else load_backbone(folder, **args)
         data = timm.data.resolve_model_data_config(model)

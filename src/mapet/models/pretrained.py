@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.errors import MapetError, by, did_you_mean, shell_command
 from mapet.files import read_json
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, from_state_dict
-from mapet.runs import recipe_in
+from mapet.run_state import find_config
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")
@@ -178,7 +178,7 @@ def find_backbone(path: Path) -> Path:
         hint = _suggest_model(path.name, _list_vits(), "timm:") if path.name == str(path) else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
-    if begun and (found := recipe_in(path, ("run", "pretrain", "finetune"))):
+    if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
         stage, recipe = found
         export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
         bundles = sorted(recipe.parent.glob("replay/step-*")) or sorted(path.glob("pretrain/replay/step-*"))

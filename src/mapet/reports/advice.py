@@ -24,7 +24,7 @@ class Subject(NamedTuple):
     Attributes:
         recipe: options of `pretrain` as resolved.
         health: of tokenizer.json, measured on the patches that the words were fitted to.
-        probe: content of probe.json.
+        probe: the probe of the run that it is part of.
     """
 
     history: History

@@ -1,23 +1,21 @@
 """The model card of an export: where the weights come from, what they leaned on, how to use them, what was checked."""
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.config.base import read_recipe
-from mapet.data.sources import scan
-from mapet.errors import MapetError
-from mapet.files import file_hash, read_json
+from mapet.files import file_hash
 from mapet.models.adapt import input_mean_std
 from mapet.models.export_formats import FORMATS
 from mapet.models.pretrained import HUB_PREFIXES
 from mapet.reports.history import History
 from mapet.reports.run import figures, number, with_views
+from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
 LABEL_FREE = "pixels"
 COLOURS = {1: " Images in colour are turned grey.", 3: " Grey images have their one channel three times."}
@@ -29,79 +27,67 @@ USE = {
     "onnx": 'session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")  # pixel_values -> features',
     "torch-export": 'module = torch.export.load("FOLDER/torch-export/model.pt2").module()',
 }
-ORIGIN = "origin.json"
-"""In a folder of `finetune`: its `Origin`, for the run that it started from may be elsewhere when it is exported."""
 
 
-class Origin(NamedTuple):
-    """What a run folder, or its absence, tells of a backbone.
+@dataclass(frozen=True)
+class Origin:
+    """What the run.json of a run, or its absence, tells of a backbone.
 
     Attributes:
         recipe: of pre-training, without paths of the machine.
-        images: how many there were and the hash of their list; {} if it can't be had any more.
-        tokenizer: content of its tokenizer.json.
+        images: their number, the hash of their list, and how many were unreadable; {} where no run is known.
+        tokenizer: the tokenizer's description.
         metrics: of pre-training (as its report has them), probe and fine-tuning, each under its name.
         tuned: of each fine-tuning since: the backbone's name, whether it gave its architecture alone (scratch), the recipe, the
             images (number, hash, classes).
+        classes: of a fine-tuned model.
     """
 
-    recipe: dict[str, Any]
-    images: dict[str, Any]
-    tokenizer: dict[str, Any]
-    metrics: dict[str, dict[str, Any]]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuned: Sequence[dict[str, Any]] = ()
+    classes: Sequence[str] = ()
 
 
 def origin_of(source: str | Path) -> Origin:
-    """Read what lies around a backbone. Nothing that is missing is an error: a card says what is known."""
+    """Read the run.json around a backbone. Nothing that is missing is an error: a card says what is known."""
     path = Path(source)
-    tuned = path.parent if path.name == "model" else path
-    if (tuned / ORIGIN).is_file():
-        told = read_json(tuned / ORIGIN, "fine-tuned model")
-        origin = Origin(**{name: told[name] for name in Origin._fields if name in told})
-        return origin._replace(metrics=origin.metrics | {"fine-tuning": _json(str(tuned), "result.json")})
-    around = [folder for folder in (path, path / "pretrain", path.parent) if folder.is_dir()]
-    run = next((folder for folder in around if (folder / "config.yaml").is_file()), None)
-    recipe = read_recipe(run / "config.yaml") if run else {}
-    metrics: dict[str, dict[str, Any]] = {}
-    if run and (found := figures(History.read(run / "metrics.jsonl"))):
-        metrics["pre-training"] = found
-    for folder in around:
-        for what, name in (("probe", "probe.json"), ("fine-tuning", "result.json")):
-            if (folder / name).is_file():
-                metrics.setdefault(what, json.loads((folder / name).read_text()))
-    shown = with_views(recipe, _json(recipe.get("tokens"), "store.json"))
-    return Origin(_without_paths(shown), _images_of(recipe), _json(recipe.get("tokenizer"), "tokenizer.json"), metrics)
+    for folder in (pretrain_folder(path), path.parent):  # the backbone's own folder lies in that of its run
+        state = read_or_none(folder)
+        if state and state.command == "finetune":
+            metrics = {key: value for key, value in state.results.items() if key not in ("provenance", "classes")}
+            before = Origin(**state.results.get("provenance", {}))
+            metrics = before.metrics | {"fine-tuning": metrics}
+            return replace(before, metrics=metrics, classes=state.results.get("classes", ()))
+        if state and state.command == "pretrain":
+            return _origin_of_run(folder, state)
+    return Origin()
 
 
-def origin_of_tuned(recipe: dict[str, Any], images: dict[str, Any]) -> Origin:
-    """Of what `finetune` makes by this recipe from these images, and of the backbone that it starts from."""
+def _origin_of_run(folder: Path, state: RunState) -> Origin:
+    metrics = {"pre-training": figures(History.read(folder / "metrics.jsonl"))}
+    run = parent_run(folder)
+    if run and (probe := RunState.read(run).results.get("probe")):
+        metrics["probe"] = probe
+    images = {"number": state.counts.get("images", 0), "hash": state.hashes.get("images", "")}
+    images |= {"unreadable": state.counts.get("unreadable", 0)}
+    recipe = _without_paths(with_views(state.config, state.results.get("views")))
+    return Origin(recipe, images if state.hashes else {}, state.results.get("tokenizer", {}), metrics)
+
+
+def origin_of_tuned(folder: Path, images: dict[str, Any]) -> Origin:
+    """Of the model that `finetune` makes in a folder from these images, and of the backbone that it starts from."""
+    recipe = RunState.read(folder).config
     source, scratch = recipe["backbone"], recipe["from_scratch"]
-    before = Origin({}, {}, {}, {}) if scratch else origin_of(source)
+    before = Origin() if scratch else origin_of(source)
     step = {"backbone": _name(source), "scratch": scratch, "recipe": _without_paths(recipe), "images": images}
-    return before._replace(tuned=[*before.tuned, step])
+    return replace(before, tuned=[*before.tuned, step])
 
 
 def _name(source: str) -> str:
     return source if source.startswith(HUB_PREFIXES) else Path(source).name
-
-
-def _images_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    store = _json(recipe.get("tokens"), "store.json")
-    if store:
-        parts = [json.loads(path.read_text()) for path in (Path(recipe["tokens"]) / "parts").glob("*.json")]
-        unreadable = sum(len(part["bad"]) for part in parts)
-        return {"number": store["num_images"], "hash": store["images_hash"], "unreadable": unreadable}
-    try:
-        images = scan(Path(recipe["images"]))
-    except (KeyError, MapetError, OSError):
-        return {}
-    return {"number": len(images), "hash": images.hash}
-
-
-def _json(folder: str | None, name: str) -> dict[str, Any]:
-    path = Path(folder or "") / name
-    return json.loads(path.read_text()) if folder and path.is_file() else {}
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:

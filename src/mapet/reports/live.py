@@ -65,7 +65,7 @@ class RunFollower:
                 else f"`mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
             )
             return f"Finished. {more}"
-        if files.log.stopped:
+        if files.ended_early:
             return files.status
         if not files.history.records:
             return "Started; nothing recorded yet."
@@ -76,7 +76,14 @@ class RunFollower:
     def _sections(self) -> dict[str, str]:
         """Render the sections that change, only when something has changed."""
         files = self._files
-        key = (files.history.generation, len(files.history.records), files.log, files.recipe, files.status, files.probe)
+        key = (
+            files.history.generation,
+            len(files.history.records),
+            files.state,
+            files.recipe,
+            files.status,
+            files.probe,
+        )
         if self._known is None or self._known[0] != key:
             run = files.data() | {"notes": []}
             self._known = key, {name: render_part(f"{name}_now", run) for name in ("facts", "warnings", "metrics")}

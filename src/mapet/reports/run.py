@@ -1,7 +1,7 @@
 """What a run folder tells about itself: the data of its report. Only small text files are read, and nothing missing is an error."""
 
 import json
-import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from math import inf
@@ -14,8 +14,7 @@ from mapet.config.pretrain import PretrainConfig
 from mapet.errors import MapetError, counted
 from mapet.reports.advice import Subject, not_judged, too_early, warnings
 from mapet.reports.history import History
-from mapet.reports.log import Log
-from mapet.runs import named_by_run, outer_recipe, pretrain_folder, refuse_no_run
+from mapet.run_state import RunState, check_is_pretraining, parent_run, pretrain_folder
 
 
 def number(value: float) -> str:
@@ -75,8 +74,6 @@ QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 STEP_THROUGH = "step_through.json"
 """Beside the pictures."""
-LOGGED = 12
-"""Warnings of train.log that are shown."""
 
 
 class RunFiles:
@@ -93,15 +90,15 @@ class RunFiles:
     def refresh(self) -> None:
         """Read again; of the metrics only what is new."""
         self.folder = pretrain_folder(self.given)
-        self.around = [self.folder, *([self.folder.parent] if outer_recipe(self.folder) else [])]
+        self.parent = parent_run(self.folder)
+        self.around = [self.folder, *([self.parent] if self.parent else [])]
         try:
             self.recipe = read_recipe(self.folder / "config.yaml")
         except MapetError:
             self.recipe = {}
-        self.log = Log.read(self.folder / "train.log")
-        self.probe = self._json("probe.json")
-        self.tokenizer = self._made("tokenizer", "tokenizer.json")
-        self.store = self._made("tokens", "store.json") if self.recipe.get("tokens") else {}
+        self.state = _state(self.folder)
+        self.probe = _mapping(_state(self.parent).results.get("probe")) if self.parent else {}
+        self.tokenizer = _mapping(self.state.results.get("tokenizer"))
         if self.history.path != (path := self.folder / "metrics.jsonl"):
             self.history = History(path)
         self.history.update()
@@ -109,7 +106,7 @@ class RunFiles:
     @classmethod
     def open(cls, folder: Path) -> "RunFiles":
         """Raises MapetError: it is no run."""
-        refuse_no_run(folder)
+        check_is_pretraining(folder)
         files = cls(folder)
         if not files.recipe:
             raise MapetError(f"{files.folder / 'config.yaml'} can't be read, or is empty")
@@ -129,11 +126,16 @@ class RunFiles:
     def status(self) -> str:
         if self.finished:
             return "finished"
-        if self.log.stopped:
-            return self.log.stopped if self.log.stopped.startswith("stopped") else f"stopped: {self.log.stopped}"
+        if self.ended_early:
+            return self.state.reason if self.state.status == "stopped" else f"failed: {self.state.reason}"
         if not self.recipe:
             return "not started"
-        return "running" if self.age < QUIET else "not finished"
+        return "running" if self.state.status == "running" and self.age < QUIET else "not finished"
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether it said why it stopped."""
+        return self.state.status in ("stopped", "failed")
 
     @property
     def age(self) -> float:
@@ -147,10 +149,10 @@ class RunFiles:
 
     @property
     def steps(self) -> float | None:
-        """Steps made: a run that was stopped between two records says so itself."""
-        found = re.search(r"at step (\d+) of ", self.log.stopped)
+        """Steps made: those of the last record, or of a checkpoint after it."""
         records = self.history.records
-        return float(found[1]) if found else records[-1]["step"] if records else None
+        made = max(self.state.counts.get("steps", 0), records[-1]["step"] if records else 0)
+        return made or None
 
     @property
     def seconds_left(self) -> float | None:
@@ -193,13 +195,16 @@ class RunFiles:
             "status": self.status,
             "finished": self.finished,
             "facts": list(self._facts()),
-            "config": {key: self._option(key, value) for key, value in with_views(self.recipe, self.store).items()},
+            "config": {
+                key: self._option(key, value)
+                for key, value in with_views(self.recipe, self.state.results.get("views")).items()
+            },
             "metrics": self.metrics(),
             "warnings": self.warnings(),
             "early": too_early(self.subject),
             "unjudged": not_judged(self.subject),
-            "log": list(self.log.warnings[-LOGGED:]),
-            "logged": len(self.log.warnings),
+            "log": self.state.warnings,
+            "logged": self.state.counts.get("warnings", 0),
             "predicts": self.predicts,
             "data": self._data(),
             "tokenizer": list(self._of_tokenizer()),
@@ -209,7 +214,7 @@ class RunFiles:
 
     def warnings(self) -> list[str]:
         """In words, with options as the command that the run was started with has them."""
-        inner = PretrainConfig.model_fields if outer_recipe(self.folder) else ()
+        inner = PretrainConfig.model_fields if self.parent else ()
         return [as_options_of_section(sentence, "pretrain", inner) for sentence in warnings(self.subject)]
 
     def metrics(self) -> dict[str, str]:
@@ -227,10 +232,10 @@ class RunFiles:
         return _text(value)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        recipe, log, per_epoch = self.recipe, self.log, self.history.steps_per_epoch
+        recipe, state, per_epoch = self.recipe, self.state, self.history.steps_per_epoch
         yield "status", self.status
-        if log.description:
-            yield "what", log.description
+        if state.description:
+            yield "what", state.description
         if recipe:
             yield "images", self._images()
         if per_epoch and self.steps is not None:
@@ -238,21 +243,17 @@ class RunFiles:
                 "epochs",
                 f"{number(round(self.steps / per_epoch, 1))} of {_text(recipe.get('epochs'))}, {self.steps:,.0f} steps",
             )
-        if log.sessions:
-            resumed = f", resumed {counted(len(log.sessions) - 1, 'time')}" if len(log.sessions) > 1 else ""
-            yield "started", f"{log.sessions[0][0]:%Y-%m-%d %H:%M:%S}"
-            yield "duration", f"{span(log.duration.total_seconds())}{resumed}"
-        if log.systems:
-            system, command = log.systems[-1]
-            yield "system", system
-            yield "command", log.systems[0][1]
-            if command != log.systems[0][1]:
-                yield "resumed with", command
+        if state.pid:
+            resumed = f", resumed {counted(state.resumes, 'time')}" if state.resumes else ""
+            yield "started", f"{state.started.astimezone():%Y-%m-%d %H:%M:%S}"
+            yield "duration", f"{span(state.seconds)}{resumed}"
+            yield "system", ", ".join([state.device, *(f"{name} {found}" for name, found in state.versions.items())])
+            yield "resumed with" if state.resumes else "command", shlex.join(state.argv)
 
     def _images(self) -> str:
         """'1,437 images in photos'."""
-        images = self.log.images or self.store.get("num_images")
-        count = f"{images:,} images in " if isinstance(images, int) else ""
+        images = self.state.counts.get("images")
+        count = f"{images:,} images in " if images else ""
         return f"{count}{_text(self.recipe.get('images'))}"
 
     def _data(self) -> dict[str, str]:
@@ -261,14 +262,6 @@ class RunFiles:
         made |= {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
         made |= {"words (hash)": self.tokenizer["hash"][:12]} if isinstance(self.tokenizer.get("hash"), str) else {}
         return {"images": self._images()} | {f"tokenizer's {name}": _text(value) for name, value in made.items()}
-
-    def _made(self, stage: str, name: str) -> dict[str, Any]:
-        """What tells of the folder that the option `stage` names, or, if that is nowhere to be found, the one beside the run."""
-        named = named_by_run(self.folder, self.recipe, stage)
-        for folder in (*([Path(named)] if named else []), *(around / stage for around in self.around)):
-            if content := _read(folder / name):
-                return content
-        return {}
 
     def _of_tokenizer(self) -> Iterator[tuple[str, str]]:
         """(name, value) of each fact."""
@@ -307,19 +300,19 @@ def figures(history: History) -> dict[str, str]:
     return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
 
 
-def with_views(recipe: Mapping[str, Any], store: Mapping[str, Any]) -> dict[str, Any]:
+def with_views(recipe: Mapping[str, Any], views: Mapping[str, Any] | None) -> dict[str, Any]:
     """The recipe with the views that were shown: those of the token store, where the run used one.
 
     Args:
-        store: content of its store.json; {} if that can't be had.
+        views: kind, min_scale and number of the store's views.
     """
-    if not recipe.get("tokens"):
+    if not recipe.get("tokens") or not views:
         return dict(recipe)
-    spec = _mapping(store.get("view_spec"))
-    found = (
-        f"{spec['kind']}, {store.get('views')} of each (token store)" if "kind" in spec else "as the token store has"
-    )
-    return {**recipe, "views": found, "min_crop_scale": spec.get("min_scale", recipe.get("min_crop_scale"))}
+    return {
+        **recipe,
+        "views": f"{views['kind']}, {views['number']} of each (token store)",
+        "min_crop_scale": views["min_scale"],
+    }
 
 
 def span(seconds: float) -> str:
@@ -330,6 +323,14 @@ def span(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def _state(folder: Path) -> RunState:
+    """That of a folder; one that says nothing where it is missing or damaged."""
+    try:
+        return RunState.read(folder)
+    except MapetError:
+        return RunState(command="", status="interrupted", pid=0)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def write(config: StudyConfig, cells: list[GridCell], measure: bool) -> Path:
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
     finished = [_read(config, cell) for cell in cells]
     title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
-    command = f"mapet study {config.out / 'study.yaml'}"
+    command = f"mapet study {config.out / 'config.yaml'}"
     study = Study(title, compared(config), finished, baselines(config, cells, measure), notes, command)
     write_report(study, config.out / "report")
     done = sum(cell.status == "done" for cell in finished)

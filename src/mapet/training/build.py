@@ -12,7 +12,7 @@ from mapet.models.backbone import create_vit, init_from
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.runs import named_by_run, pretrain_folder, refuse_no_run
+from mapet.run_state import check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
 
@@ -35,10 +35,10 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     Raises:
         MapetError: it isn't one, its tokenizer is gone or another one, or it has no usable checkpoint.
     """
-    refuse_no_run(folder)
+    check_is_pretraining(folder)
     folder = pretrain_folder(folder)
     recipe = read_recipe(folder / "config.yaml")
-    found = {option: named_by_run(folder, recipe, option) for option in ("images", "tokenizer")}
+    found = {option: resolve_run_path(folder, recipe, option) for option in ("images", "tokenizer")}
     config = build(PretrainConfig, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
     must_be_same(read_state(folder / "checkpoints"), {"tokenizer": tokenizer.hash}, folder)

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
 from mapet.models.backbone import format_num_params, prepare_for_device, save_backbone
 from mapet.models.pretraining import ViTForPreTraining
+from mapet.run_state import record
 from mapet.signals import stop_signals
 from mapet.training.build import build_model
 from mapet.training.checkpoint import (
@@ -88,7 +90,10 @@ def train(config: PretrainConfig) -> Path:
                     forward_backward.micro_batch = state.get("micro_batch", micro_batch)
             run.rewind(sampler.first_step)
             log.info("resumed at step %d of %d", sampler.first_step, total_steps)
-        log.info("%s, %s", describe(config, model, len(sampler.indices)), compute)
+        description = describe(config, model, len(sampler.indices))
+        record(config.out, description=description, hashes=made_of)
+        record_data(setting, total_steps)
+        log.info("%s, %s", description, compute)
         if len(sampler.indices) < FEW_IMAGES:
             log.warning("%s", few_images(len(sampler.indices)))
         if config.tokens is None and config.target == "tokens":
@@ -108,6 +113,7 @@ def train(config: PretrainConfig) -> Path:
             }
             if distributed.rank() == 0:
                 save_checkpoint(run.checkpoints, step, parts, state, config.keep_checkpoints)
+                record(config.out, counts={"steps": step})
             distributed.barrier()
 
         # ---- the loop
@@ -181,6 +187,16 @@ def train(config: PretrainConfig) -> Path:
             save_backbone(vit.eval().cpu(), backbone)
         log.info("backbone saved in %s", backbone)
         return backbone
+
+
+def record_data(setting: TrainingSetup, total_steps: int) -> None:
+    """Write into run.json what the run is made of: images, tokenizer, and the views of its token store."""
+    counts = {"images": len(setting.images), "unreadable": len(setting.bad), "total_steps": total_steps}
+    results: dict[str, Any] = {"tokenizer": setting.tokenizer.description}
+    if store := setting.dataset.store:
+        spec = store.view_spec
+        results["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
+    record(setting.config.out, counts=counts, results=results)
 
 
 def describe(config: PretrainConfig, model: ViTForPreTraining, num_images: int) -> str:

@@ -21,7 +21,7 @@ from mapet.config.base import Config, build, differences, read_recipe, to_yaml, 
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, counted, shell_command
 from mapet.files import atomic, is_free, new_folder
-from mapet.runs import nothing_to_resume, outer_recipe, pretrain_folder
+from mapet.run_state import CONFIG_FILE, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
 from mapet.training.tracking import Tracking
 
@@ -52,13 +52,14 @@ class RunFolder:
     def _open(self, config: Any, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
-            write_recipe(config, self.path / "config.yaml", stage)
+            write_recipe(config, self.path / "config.yaml")
         elif differences(
             build(type(config), read_recipe(self.path / "config.yaml")), config, frozenset(config.model_fields) - PLACES
         ):
-            write_recipe(config, self.path / "config.yaml", stage)  # it, or what it is made of, has moved
+            write_recipe(config, self.path / "config.yaml")  # it, or what it is made of, has moved
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
+        record(self.path, config=config, device=str(compute))
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
@@ -142,7 +143,7 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
     """
     path = config.out / "config.yaml"  # type: ignore[attr-defined]
     if is_free(path.parent):
-        log.warning("%s", nothing_to_resume(path.parent))
+        log.warning(NOTHING_TO_RESUME, path.parent)
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
@@ -158,6 +159,8 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
     return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
 
 
+NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
+"""A job that may be sent anew at any moment has one command."""
 ANEW = "with new options: a new --out"
 
 
@@ -173,10 +176,9 @@ def anew(run: Path, option: str = "--init-from") -> str:
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
     """What a person types to go on with an interrupted run."""
-    outer = outer_recipe(folder)
-    return (
-        shell_command("run", outer, "--resume") if outer else shell_command(stage, folder / "config.yaml", "--resume")
-    )
+    outer = parent_run(folder)
+    command, folder = ("run", outer) if outer else (stage, folder)
+    return shell_command(command, folder / CONFIG_FILE, "--resume")
 
 
 def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
