@@ -19,7 +19,7 @@ from mapet.cli import main
 from mapet.errors import MapetError
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
-from mapet.models.export_formats import FORMATS, outputs_of
+from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs
 from mapet.run_state import RunState
 from tests.conftest import TINY
 from tests.unit.test_published_backbones import released, same, vit_of
@@ -374,7 +374,7 @@ def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
 def test_outputs_are_those_of_timm(tmp_path):
     vit = save_vit(tmp_path / "vit", classes=4)
     pixels = torch.randn(2, 3, 32, 32)
-    given = outputs_of(vit, pixels)
+    given = compute_outputs(ExportWrapper(vit), pixels)
     with torch.no_grad():
         assert torch.equal(given["logits"], vit(pixels)) and torch.equal(
             given["features"], vit.forward_features(pixels)

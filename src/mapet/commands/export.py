@@ -1,6 +1,7 @@
 """Stage: the backbone in the formats of other libraries, checked on real images, with a model card."""
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mapet")
 TOLERANCE = 1e-4
-"""Largest difference of an output, as a share of its root mean square."""
-COUNT = 8
+"""Largest difference of an output, as a fraction of its root mean square."""
+NUM_IMAGES = 8
 """Images of the check."""
 
 
@@ -31,139 +32,161 @@ def export(config: ExportConfig) -> Path:
     """
     from mapet.evaluation.features import must_be_finite_features
     from mapet.files import atomic, new_folder
-    from mapet.models.export_formats import FORMATS, outputs_of, require
+    from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
     from mapet.reports.card import model_card, origin_of
 
     new_folder(config.out, create=False)
     formats = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
-        require(name)
-    vit = _backbone(config)
+        require_packages(name)
+    vit = _load_backbone(config)
     origin = origin_of(config.backbone)
     classes = [str(name) for name in origin.classes] if vit.num_classes else []
-    sample = _sample(config, vit)
-    expected = outputs_of(vit, sample.pixels)
+    sample = _make_sample(config, vit)
+    expected = compute_outputs(ExportWrapper(vit), sample.pixels)
     for output in expected.values():
         must_be_finite_features(output, config.backbone)
     checks: dict[str, float] = {}
     with atomic(config.out) as folder:
-        for name in formats:
-            place = folder if name == "timm" else folder / name
+        folders = {name: folder if name == "timm" else folder / name for name in formats}
+        for name, place in folders.items():
             FORMATS[name].write(vit, place, classes)
             for way, read in FORMATS[name].read(place).items():
-                checks[way] = largest_difference(read(sample.pixels), expected)
-                _must_agree(way, checks[way])
-        if (folder / "transformers" / "preprocessor_config.json").is_file():
+                checks[way] = _check(way, read(sample.pixels), expected)
+        if "transformers" in folders and (folders["transformers"] / "preprocessor_config.json").is_file():
             way = "transformers, image processor"
-            checks[way] = _processor_difference(folder / "transformers", sample)
-            _must_agree(way, checks[way])
-        for library, place in {"timm": folder, "transformers": folder / "transformers"}.items():
-            if place.is_dir():
-                card = model_card(
-                    config.out.name, folder, config.backbone, vit, origin, formats, checks, sample.words, TOLERANCE,
-                    config.license, classes, library,
-                )  # fmt: skip
-                (place / "README.md").write_text(card, encoding="utf-8")
+            checks[way] = _check(way, _process(folders["transformers"], sample.views), {"pixels": sample.pixels})
+        for name in [name for name in folders if name in ("timm", "transformers")]:
+            card = model_card(
+                config.out.name, folder, config.backbone, vit, origin, formats, checks, sample.description, TOLERANCE,
+                config.license, classes, name,
+            )  # fmt: skip
+            (folders[name] / "README.md").write_text(card, encoding="utf-8")
     for way, difference in checks.items():
         log.info("%-40s largest relative difference %.1e", way, difference)
-    log.info("exported to %s, checked on %s", config.out, sample.words.partition(",")[0])
+    log.info("exported to %s, checked on %s", config.out, sample.description)
     return config.out
 
 
 class _Sample(NamedTuple):
-    """Images to check with: uint8 views, the same normalised, and where they are from, in words."""
+    """Images to check with.
+
+    Attributes:
+        views: (B, C, H, W) uint8.
+        pixels: the same, normalized.
+        description: how many and where they are from.
+    """
 
     views: "Tensor"
     pixels: "Tensor"
-    words: str
+    description: str
 
 
-def _backbone(config: ExportConfig) -> "VisionTransformer":
-    import tempfile
-
+def _load_backbone(config: ExportConfig) -> "VisionTransformer":
+    """Load the backbone with the options' sizes; of a run that isn't finished, that of its newest checkpoint."""
     from mapet.models.backbone import load_backbone, save_backbone
     from mapet.training.build import load_run
 
-    wanted = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
-    options = {key: value for key, value in wanted.items() if value is not None} | config.model_args
+    sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
+    options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
     run = Path(config.backbone)
     inner = pretrain_folder(run)
-    if command_of(inner) == "pretrain" and not (inner / "backbone").is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            save_backbone(load_run(run).model.vit, Path(folder) / "vit")
-            try:
-                return load_backbone(Path(folder) / "vit", **options).eval()
-            except MapetError as error:
-                raise MapetError(str(error).replace(str(Path(folder) / "vit"), config.backbone)) from None
-    return load_backbone(config.backbone, **options).eval()
+    if command_of(inner) != "pretrain" or (inner / "backbone").is_dir():
+        return load_backbone(config.backbone, **options).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "vit"
+        save_backbone(load_run(run).model.vit, copy)
+        try:
+            return load_backbone(copy, **options).eval()
+        except MapetError as error:
+            raise MapetError(str(error).replace(str(copy), config.backbone)) from None
 
 
-def _sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
-    """A few images as the ViT is to see them; random ones, the same each time, where none can be read."""
-    import numpy as np
+def _make_sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
+    """Read a few images as the ViT takes them; without `images`, generate some where the run's can't be read."""
     import torch
+
+    from mapet.evaluation.features import normalize
+
+    folder = config.images or _images_of_run(config.backbone)
+    try:
+        if not folder:
+            raise MapetError("nothing beside the backbone says what images it was trained on")
+        views = _read_views(folder, vit)
+        description = f"{len(views)} images of {Path(folder).name}"
+    except (MapetError, OSError) as error:
+        if config.images is not None:
+            raise
+        description = f"{NUM_IMAGES} generated images"
+        log.warning("checking on %s: %s; give some with --images", description, error)
+        shape = (NUM_IMAGES, vit.in_chans, *vit.patch_embed.img_size)
+        views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return _Sample(views, normalize(views, vit.in_chans), description)
+
+
+def _read_views(folder: str, vit: "VisionTransformer") -> "Tensor":
+    """Read a few images of a folder, spread over it, as (B, C, H, W) uint8.
+
+    Raises:
+        MapetError: no images, or none that can be read.
+    """
+    import numpy as np
 
     from mapet.data.dataset import ViewDataset
     from mapet.data.sources import scan
     from mapet.data.views import ViewSpec
-    from mapet.evaluation.features import normalize
 
     size = tuple(vit.patch_embed.img_size)
-    folder = config.images or _images_of_run(config.backbone)
-    views = None
-    why = f"none of {folder} could be read" if folder else "nothing beside the backbone says what images it has seen"
-    words = f"{COUNT} generated images, for {why}; give some with --images"
-    if folder is not None:
-        try:
-            images = scan(folder)
-            wanted = np.unique(np.linspace(0, len(images) - 1, COUNT).round().astype(int))
-            dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
-            batch = dataset.batch([(0, int(index)) for index in wanted])
-            views, words = batch.images, f"{len(batch)} images of {Path(folder).name}"
-        except (MapetError, OSError):
-            if config.images is not None:
-                raise
+    images = scan(folder)
+    dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
+    chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
+    views = dataset.batch([(0, int(index)) for index in chosen]).images
     if views is None:
-        if config.images is not None:
-            raise MapetError(
-                f"none of the images of {config.images} that were tried can be read: give others with --images"
-            )
-        log.warning("checking on %s", words)
-        shape = (COUNT, vit.in_chans, *size)
-        views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return _Sample(views, normalize(views, vit.in_chans), words)
+        raise MapetError(f"none of the images of {folder} that were tried can be read: give others with --images")
+    return views
 
 
 def _images_of_run(source: str) -> str | None:
-    """The images that a run was trained on, pre-training or fine-tuning."""
+    """Return where the images are that a run was trained on, pre-training or fine-tuning."""
     folders = (pretrain_folder(Path(source)), Path(source).parent)
     states = (state for folder in folders if (state := read_or_none(folder)))
     return next((state.config.get("images") for state in states), None)
 
 
-def largest_difference(given: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
-    """Of all outputs, each as a share of its own root mean square; infinite if one is missing or of another shape."""
-    if any(name not in given or given[name].shape != value.shape for name, value in expected.items()):
+def largest_difference(outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
+    """Return the largest difference of all outputs, each as a fraction of its own root mean square.
+
+    It is infinite if one is missing or of another shape.
+    """
+    if any(name not in outputs or outputs[name].shape != value.shape for name, value in expected.items()):
         return float("inf")
-    shares = [float((given[name] - value).abs().max() / value.pow(2).mean().sqrt()) for name, value in expected.items()]
-    return max(shares)
+    fractions = [
+        float((outputs[name] - value).abs().max() / value.pow(2).mean().sqrt()) for name, value in expected.items()
+    ]
+    return max(fractions)
 
 
-def _must_agree(way: str, difference: float) -> None:
-    if not difference <= TOLERANCE:  # also where it is not a number
+def _check(way: str, outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
+    """Return the largest difference of outputs.
+
+    Raises:
+        MapetError: it is more than `TOLERANCE`, or not a number.
+    """
+    difference = largest_difference(outputs, expected)
+    if not difference <= TOLERANCE:
         raise MapetError(
             f"the export is not the backbone: loaded by {way} it differs by {difference:.1e} of the outputs' size, more than "
             f"{TOLERANCE:.0e}; nothing was written. Leave out that --format"
         )
+    return difference
 
 
-def _processor_difference(folder: Path, sample: _Sample) -> float:
-    """Views of the right size, as pictures, must come out of the image processor as we normalise them."""
+def _process(folder: Path, views: "Tensor") -> dict[str, "Tensor"]:
+    """Let the exported image processor prepare views, which have the right size already, as pictures."""
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(folder)
-    pictures = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in sample.views]
-    pixels = torch.as_tensor(processor(pictures, return_tensors="pt")["pixel_values"])
-    return largest_difference({"pixels": pixels}, {"pixels": sample.pixels})
+    pictures = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in views]
+    processed = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")
+    return {"pixels": torch.as_tensor(processed["pixel_values"])}

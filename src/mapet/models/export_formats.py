@@ -5,10 +5,11 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -23,25 +24,30 @@ from mapet.models.backbone import save_backbone
 
 OPSET = 20
 """Of ONNX: the first that has GELU."""
+OUTPUT_NAMES = ("features", "logits")
 Outputs = dict[str, Tensor]
 Reader = Callable[[Float[Tensor, "B C H W"]], Outputs]
-"""Normalised images -> 'features' (B, prefix + N, D), after the last norm, and 'logits' (B, K) if there is a classifier."""
+"""Normalized images -> 'features' (B, prefix + N, D), after the last norm, and 'logits' (B, K) if there is a classifier."""
+Architecture = Literal["vit", "dinov2"]
+"""Prefix of the weights in transformers' models with a classifier."""
 
 
 class Format(NamedTuple):
-    """Attributes:
-    write: into a new folder.
-    read: as the library itself does: name of the way -> function.
-    needs: modules that an installation without the extra 'export' lacks.
+    """A file format of another library.
+
+    Attributes:
+        write: write into a new folder, with the names of the classes.
+        read: load as the library itself does: name of the way -> function.
+        requires: modules that an installation without the extra 'export' lacks.
     """
 
     write: Callable[[VisionTransformer, Path, list[str]], None]
     read: Callable[[Path], dict[str, Reader]]
-    needs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
 class ExportWrapper(nn.Module):
-    """Features, and logits if there is a classifier, as a tuple."""
+    """A ViT that returns (features,) or, with a classifier, (features, logits)."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -52,21 +58,23 @@ class ExportWrapper(nn.Module):
         return (features, self.vit.forward_head(features)) if self.vit.num_classes else (features,)
 
 
-def outputs_of(vit: VisionTransformer, pixels: Float[Tensor, "B C H W"]) -> Outputs:
-    """What every format must give."""
+def compute_outputs(model: nn.Module, pixels: Float[Tensor, "B C H W"]) -> Outputs:
+    """Compute the outputs that every format must give, of an `ExportWrapper` or a program made of one."""
     with torch.inference_mode():
-        return _named(ExportWrapper(vit.eval())(pixels))
+        return _name_outputs(model(pixels))
 
 
-def _named(values: Any) -> Outputs:
-    return dict(zip(("features", "logits"), values, strict=False))
+def _name_outputs(values: Iterable[Tensor]) -> Outputs:
+    return dict(zip(OUTPUT_NAMES, values, strict=False))
 
 
-def require(name: str) -> None:
-    """Raises:
-    MapetError: a library that the format needs is not installed.
+def require_packages(name: str) -> None:
+    """Check that the libraries of a format are installed.
+
+    Raises:
+        MapetError: one is not.
     """
-    for module in FORMATS[name].needs:
+    for module in FORMATS[name].requires:
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -74,8 +82,8 @@ def require(name: str) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Exporters print and warn about their own insides."""
+def _suppress_output() -> Iterator[None]:
+    """Silence exporters, which print and warn about their own insides."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -85,7 +93,7 @@ def _quietly() -> Iterator[None]:
 
 
 def write_timm(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """config.json and model.safetensors."""
+    """Write config.json and model.safetensors."""
     save_backbone(vit, folder)
     if classes:
         path = folder / "config.json"
@@ -99,35 +107,34 @@ def read_timm(folder: Path) -> dict[str, Reader]:
         "timm, local-dir": timm.create_model(f"local-dir:{folder}", pretrained=True),
         "timm, checkpoint_path": timm.create_model(config["architecture"], checkpoint_path=weights, **args),
     }
-    return {name: lambda pixels, vit=model: outputs_of(vit, pixels) for name, model in models.items()}  # type: ignore[misc]
+    return {name: partial(compute_outputs, ExportWrapper(vit.eval())) for name, vit in models.items()}
 
 
 # ---- Hugging Face Transformers
 
-BOTH = (
-    (r"^cls_token$", "embeddings.cls_token"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.attn\.(query|key|value)\.", r".attention.attention.\1."),
-)
-HUGGING_FACE = {
-    "vit": (
-        *BOTH,
-        (r"\.norm1\.", ".layernorm_before."),
-        (r"\.norm2\.", ".layernorm_after."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    ),
-    "dinov2": (*BOTH, (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1")),
+COMMON_KEYS = {
+    r"^cls_token$": "embeddings.cls_token",
+    r"^pos_embed$": "embeddings.position_embeddings",
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^norm\.": "layernorm.",
+    r"^blocks\.(\d+)\.": r"encoder.layer.\1.",
+    r"\.attn\.proj\.": ".attention.output.dense.",
+    r"\.attn\.(query|key|value)\.": r".attention.attention.\1.",
 }
-"""timm's names -> those of the files of ViTModel and of Dinov2Model."""
+HUGGING_FACE_KEYS: dict[Architecture, dict[str, str]] = {
+    "vit": COMMON_KEYS | {
+        r"\.norm1\.": ".layernorm_before.",
+        r"\.norm2\.": ".layernorm_after.",
+        r"\.mlp\.fc1\.": ".intermediate.dense.",
+        r"\.mlp\.fc2\.": ".output.dense.",
+    },
+    "dinov2": COMMON_KEYS | {r"\.ls([12])\.gamma$": r".layer_scale\1.lambda1"},
+}  # fmt: skip
+"""Patterns of timm's names -> names in the files of ViTModel and of Dinov2Model."""
 
 
 def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """config.json, model.safetensors, preprocessor_config.json.
+    """Write config.json, model.safetensors and preprocessor_config.json.
 
     A ViTModel, whose `pooler_output` is the class token's feature (a pooler of identities) and into whose linear layers
     LayerScale is multiplied; with a classifier of the class token, ViTForImageClassification. A classifier of the mean of the
@@ -138,8 +145,8 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
     """
     import transformers
 
-    kind = "dinov2" if vit.num_classes and vit.global_pool == "avg" else "vit"
-    if reasons := list(_beyond_transformers(vit, kind)):
+    kind: Architecture = "dinov2" if vit.num_classes and vit.global_pool == "avg" else "vit"
+    if reasons := _list_unsupported(vit, kind):
         raise MapetError(
             f"transformers' ViT can't be this one, for it has {'; '.join(reasons)}. Choose other formats: timm, onnx, torch-export"
         )
@@ -155,94 +162,85 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
         "qkv_bias": first.attn.qkv.bias is not None,
     }
     if vit.num_classes:
-        names = classes or [f"LABEL_{number}" for number in range(vit.num_classes)]
+        names = classes or [f"LABEL_{index}" for index in range(vit.num_classes)]
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    hidden = first.mlp.fc1.out_features
     if kind == "vit":
-        architecture = "ViTForImageClassification" if vit.num_classes else "ViTModel"
-        hidden = first.mlp.fc1.out_features
-        config = transformers.ViTConfig(
-            **options, intermediate_size=hidden, pooler_act="linear", architectures=[architecture]
-        )
+        options["architectures"] = ["ViTForImageClassification" if vit.num_classes else "ViTModel"]
+        config = transformers.ViTConfig(**options, intermediate_size=hidden, pooler_act="linear")
     else:
-        ratio = first.mlp.fc1.out_features // vit.embed_dim
-        config = transformers.Dinov2Config(
-            **options, mlp_ratio=ratio, use_mask_token=False, architectures=["Dinov2ForImageClassification"]
-        )
+        options["architectures"] = ["Dinov2ForImageClassification"]
+        config = transformers.Dinov2Config(**options, mlp_ratio=hidden // vit.embed_dim, use_mask_token=False)
     config.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", _for_transformers(vit, kind), {"format": "pt"})
-    _write_processor(vit, folder)
+    write_tensors(folder / "model.safetensors", _to_transformers(vit, kind), {"format": "pt"})
+    if vit.in_chans in (1, 3):
+        _write_processor(vit, folder)
 
 
 def _write_processor(vit: VisionTransformer, folder: Path) -> None:
+    """Write the image processor that prepares pictures as mapet does; for a size that isn't square it squeezes them."""
     import transformers
 
-    if vit.in_chans not in (1, 3):  # no pictures
-        return
     mean, std = map(list, input_mean_std(vit.in_chans))
     common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
     height, width = vit.patch_embed.img_size
+    size = {"height": height, "width": width}
     if height == width:
-        crop = {"height": height, "width": width}
-        processor = transformers.BitImageProcessor(
-            size={"shortest_edge": height}, do_center_crop=True, crop_size=crop, **common
-        )
+        square = {"size": {"shortest_edge": height}, "do_center_crop": True, "crop_size": size}
+        transformers.BitImageProcessor(**square, **common).save_pretrained(folder)
     else:
-        processor = transformers.ViTImageProcessor(size={"height": height, "width": width}, **common)
-    processor.save_pretrained(folder)
+        transformers.ViTImageProcessor(size=size, **common).save_pretrained(folder)
 
 
-def _beyond_transformers(vit: VisionTransformer, kind: str) -> Iterator[str]:
-    first = vit.blocks[0]
-    if not vit.has_class_token:
-        yield "no class token"
-    if vit.num_reg_tokens:
-        yield "register tokens"
-    if vit.pos_embed is None:
-        yield "no learned positions"
-    if not isinstance(vit.norm_pre, nn.Identity):
-        yield "a norm before its blocks"
-    if type(vit.norm) is nn.Identity:
-        yield "its last norm after the pooling"
-    if not isinstance(first.norm1, nn.LayerNorm):
-        yield f"norms that are {type(first.norm1).__name__}"
-    if type(first.attn) is not Attention or not isinstance(first.attn.q_norm, nn.Identity):
-        yield "another attention (norms of queries and keys, or more)"
-    if not isinstance(first.mlp.act, nn.GELU) or first.mlp.act.approximate != "none":
-        yield f"the activation {type(first.mlp.act).__name__}"
-    if vit.num_classes and vit.global_pool not in ("token", "avg"):
-        yield f"a classifier of the pooling '{vit.global_pool}'"
-    height, width = vit.patch_embed.img_size
-    if kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim):
-        yield "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width"
+def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
+    """List what this ViT has and transformers' models have not."""
+    first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
+    plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
+    gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
+    odd_sizes = height != width or first.mlp.fc1.out_features % vit.embed_dim
+    checks = {
+        "no class token": not vit.has_class_token,
+        "register tokens": vit.num_reg_tokens,
+        "no learned positions": vit.pos_embed is None,
+        "a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
+        "its last norm after the pooling": type(vit.norm) is nn.Identity,
+        f"norms that are {type(first.norm1).__name__}": not isinstance(first.norm1, nn.LayerNorm),
+        "another attention (norms of queries and keys, or more)": not plain_attention,
+        f"the activation {type(first.mlp.act).__name__}": not gelu,
+        f"a classifier of the pooling '{vit.global_pool}'": vit.num_classes and vit.global_pool not in ("token", "avg"),
+        "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width": (
+            kind == "dinov2" and odd_sizes
+        ),
+    }
+    return [reason for reason, holds in checks.items() if holds]
 
 
-def _for_transformers(vit: VisionTransformer, kind: str) -> dict[str, Tensor]:
+def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Tensor]:
+    """Return the weights under the names of transformers' model, which has positions of the class token too."""
     weights = dict(vit.state_dict())
     if vit.no_embed_class:
         weights["pos_embed"] = torch.cat([torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1)
     if kind == "vit":
         weights = fold_layer_scale(weights)
     else:
-        ones = {
-            f"blocks.{i}.ls{part}.gamma": torch.ones(vit.embed_dim) for i in range(len(vit.blocks)) for part in (1, 2)
-        }
-        weights = ones | weights
+        for index in range(len(vit.blocks)):
+            for part in (1, 2):
+                weights.setdefault(f"blocks.{index}.ls{part}.gamma", torch.ones(vit.embed_dim))
     out: dict[str, Tensor] = {}
     if vit.num_classes:
         head = weights.pop("head.weight")
         # theirs reads class token and mean of the patches, side by side
         out["classifier.weight"] = torch.cat([torch.zeros_like(head), head], dim=1) if kind == "dinov2" else head
         out["classifier.bias"] = weights.pop("head.bias")
-    for name, tensor in weights.items():
-        parts = {name: tensor}
-        if ".qkv." in name:
-            parts = {name.replace("qkv", p): t for p, t in zip(("query", "key", "value"), tensor.chunk(3), strict=True)}
-        for part, value in parts.items():
-            for pattern, replacement in HUGGING_FACE[kind]:
-                part = re.sub(pattern, replacement, part)
-            out[f"{kind}.{part}" if vit.num_classes else part] = value
-    if not vit.num_classes:
+    else:
         out |= {"pooler.dense.weight": torch.eye(vit.embed_dim), "pooler.dense.bias": torch.zeros(vit.embed_dim)}
+    for name in [name for name in weights if ".qkv." in name]:
+        for projection, tensor in zip(("query", "key", "value"), weights.pop(name).chunk(3), strict=True):
+            weights[name.replace("qkv", projection)] = tensor
+    for name, tensor in weights.items():
+        for pattern, replacement in HUGGING_FACE_KEYS[kind].items():
+            name = re.sub(pattern, replacement, name)
+        out[f"{kind}.{name}" if vit.num_classes else name] = tensor
     return out
 
 
@@ -251,15 +249,15 @@ def read_transformers(folder: Path) -> dict[str, Reader]:
 
     [name] = json.loads((folder / "config.json").read_text())["architectures"]
     transformers.utils.logging.disable_progress_bar()
-    with _quietly():
+    with _suppress_output():
         model, loading = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     if any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise MapetError(f"transformers did not take all weights: {loading}")
 
+    @torch.inference_mode()
     def read(pixels: Tensor) -> Outputs:
-        with torch.inference_mode():
-            outputs = {"features": model.eval().base_model(pixels).last_hidden_state}
-            return outputs if name == "ViTModel" else outputs | {"logits": model(pixels).logits}
+        outputs = {"features": model.eval().base_model(pixels).last_hidden_state}
+        return outputs if name == "ViTModel" else outputs | {"logits": model(pixels).logits}
 
     return {f"transformers, {name}": read}
 
@@ -267,15 +265,21 @@ def read_transformers(folder: Path) -> dict[str, Reader]:
 # ---- ONNX and torch.export
 
 
+def _export_args(vit: VisionTransformer) -> dict[str, Any]:
+    """Return what both exporters take: the model, an example of its input, and that the number of images is free."""
+    example = torch.zeros(2, vit.in_chans, *vit.patch_embed.img_size)
+    batch = ({0: torch.export.Dim("batch")},)
+    return {"args": (example,), "dynamic_shapes": batch}
+
+
 def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """model.onnx: `pixel_values` (batch, C, H, W), normalised -> `features`, `logits`; any batch size, one image size."""
+    """Write model.onnx: `pixel_values` (batch, C, H, W), normalized -> `features`, `logits`; any batch, one image size."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(outputs_of(vit, _example(vit)))
-    with _quietly():
+    with _suppress_output():
         torch.onnx.export(
-            ExportWrapper(vit.eval()), (_example(vit),), str(folder / "model.onnx"), dynamo=True, external_data=False,
-            input_names=["pixel_values"], output_names=names, opset_version=OPSET, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            ExportWrapper(vit.eval()), f=str(folder / "model.onnx"), **_export_args(vit), dynamo=True, external_data=False,
+            input_names=["pixel_values"], output_names=OUTPUT_NAMES[: 2 if vit.num_classes else 1],
+            opset_version=OPSET, verbose=False,
         )  # fmt: skip
 
 
@@ -283,38 +287,24 @@ def read_onnx(folder: Path) -> dict[str, Reader]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
 
     def read(pixels: Tensor) -> Outputs:
-        given = session.run(names, {"pixel_values": pixels.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, given, strict=True)}
+        return _name_outputs(map(torch.from_numpy, session.run(None, {"pixel_values": pixels.numpy()})))
 
     return {"onnxruntime": read}
 
 
 def write_torch_export(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """model.pt2: the program of `torch.export`, for any batch size; no Python class of ours or timm's is needed."""
+    """Write model.pt2: the program of `torch.export`, for any batch size; no Python class of ours or timm's is needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _quietly():
-        program = torch.export.export(
-            ExportWrapper(vit.eval()), (_example(vit),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-        torch.export.save(program, folder / "model.pt2")
+    with _suppress_output():
+        torch.export.save(torch.export.export(ExportWrapper(vit.eval()), **_export_args(vit)), folder / "model.pt2")
 
 
 def read_torch_export(folder: Path) -> dict[str, Reader]:
-    with _quietly():
+    with _suppress_output():
         module = torch.export.load(folder / "model.pt2").module()
-
-    def read(pixels: Tensor) -> Outputs:
-        with torch.inference_mode():
-            return _named(module(pixels))
-
-    return {"torch.export": read}
-
-
-def _example(vit: VisionTransformer) -> Float[Tensor, "2 C H W"]:
-    return torch.zeros(2, vit.in_chans, *vit.patch_embed.img_size)
+    return {"torch.export": partial(compute_outputs, module)}
 
 
 FORMATS = {

@@ -126,7 +126,7 @@ def model_card(
         "pipeline_tag": task,
         "tags": ["mapet", "vision", "vit", *formats],
     }
-    used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].needs)]
+    used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].requires)]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n# {name}",
         _what(vit, origin, classes),
