@@ -31,7 +31,7 @@ test-package: $(READY)  ## wheel and sdist: their content, and a run where they 
 	$(BIN)/python -m pytest -q -m 'slow or not slow' tests/integration/test_package.py
 
 bench: $(READY)  ## every speed benchmark, about half an hour; PHOTOS=folder measures the tokenizer too
-	$(BIN)/python benchmarks/suite.py $(if $(PHOTOS),--photos $(PHOTOS))
+	$(BIN)/python -m benchmarks all $(if $(PHOTOS),--photos $(PHOTOS))
 
 docs: $(READY)  ## the documentation site, in site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -1,7 +1,4 @@
-"""How soon something happens: `mapet --help`, and the first training step after `mapet pretrain`.
-
-python benchmarks/start_up.py --json start_up.json
-"""
+"""How soon something happens: `mapet --help`, and the first training step after `mapet pretrain`."""
 
 import argparse
 import statistics
@@ -11,43 +8,48 @@ import tempfile
 import time
 from pathlib import Path
 
-from report import machine, write_report
+from benchmarks.core import Result, in_turns
+from benchmarks.tables import Table
+from mapet.data.digits import write_digits
 
-PRETRAIN = ["--image-size", "8", "8", "--patch-size", "2", "--channels", "1"]
+MAPET = [sys.executable, "-m", "mapet"]
+HELPS = {"mapet --help": ["--help"], "mapet pretrain --help": ["pretrain", "--help"]}
 
 
-def seconds(*command: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "mapet", *command], check=True, capture_output=True)
-    return time.perf_counter() - started
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5)
+
+
+def run(args: argparse.Namespace) -> Result:
+    works = {name: lambda words=words: quietly(*MAPET, *words) for name, words in HELPS.items()}
+    works["python -c pass"] = lambda: quietly(sys.executable, "-c", "pass")
+    seconds = {
+        name: statistics.median(values)
+        for name, values in in_turns(works, args.rounds, warmup=int(args.rounds > 1)).items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        seconds["first training step of the digits, from the command"] = first_step(Path(folder))
+    return Result([{"what": name, "seconds": value} for name, value in seconds.items()], "scikit-learn's digits")
+
+
+def quietly(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def first_step(folder: Path) -> float:
-    """From the command to the first step of a small run, imports, scan and first batch included."""
-    from mapet.data.digits import write_digits
-
+    """Seconds from the command to the first logged step of a small run, imports, scan and first batch included."""
     train, _ = write_digits(folder / "digits", 1437)
-    subprocess.run(
-        [sys.executable, "-m", "mapet", "fit-tokenizer", "--images", train, "--out", folder / "tokenizer", *PRETRAIN],
-        check=True,
-        capture_output=True,
-    )
-    command = [sys.executable, "-m", "mapet", "pretrain", "--images", train, "--tokenizer", folder / "tokenizer"]
-    command += [
-        "--out",
-        folder / "run",
-        "--log-interval",
-        "1",
-        "--model-args",
-        "embed_dim=64",
-        "depth=4",
-        "num_heads=4",
-    ]
-    started = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    size = ["--image-size", "8", "8", "--patch-size", "2", "--channels", "1"]
+    quietly(*MAPET, "fit-tokenizer", "--images", train, "--out", folder / "tokenizer", *size)
+    command = [*MAPET, "pretrain", "--images", train, "--tokenizer", folder / "tokenizer", "--out", folder / "run"]
+    command += ["--log-interval", "1", "--model-args", "embed_dim=64", "depth=4", "num_heads=4"]
     metrics = folder / "run" / "metrics.jsonl"
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+        while not (metrics.exists() and metrics.stat().st_size):
+            if process.poll() is not None:
+                raise SystemExit(f"pretrain ended with exit code {process.returncode} before its first step")
             time.sleep(0.02)
         return time.perf_counter() - started
     finally:
@@ -55,26 +57,5 @@ def first_step(folder: Path) -> float:
         process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
-    python = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "pass"], check=True)
-        python.append(time.perf_counter() - started)
-    figures = {
-        "python -c pass": statistics.median(python),
-        "mapet --help": statistics.median(seconds("--help") for _ in range(5)),
-        "mapet pretrain --help": statistics.median(seconds("pretrain", "--help") for _ in range(5)),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        figures["first training step, digits"] = first_step(Path(folder))
-    for name, value in figures.items():
-        print(f"{name}: {value:.2f} s")
-    write_report(options.json, {"start_up": figures, "machine": machine()})
-
-
-if __name__ == "__main__":
-    main()
+SMOKE = ["--rounds", "1"]
+TABLES = {"main": Table({"": "{what}", "s": "{seconds:.2f}"})}

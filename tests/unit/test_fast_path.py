@@ -1,9 +1,7 @@
 """Every shortcut of the training step against the plain way, with gradients, in float64; and within bfloat16's rounding."""
 
-import sys
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,14 +23,7 @@ from mapet.training.sizing import automatic_micro_batch
 from mapet.training.step import ForwardBackward
 from tests.conftest import make_batch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FLOAT64 = Compute(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The modules of benchmarks/, which the figures in the README come from."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
 def make(objective=MAPET, c=5, num_predict=None, drop_path=0.0, dtype=torch.float64, **args):
@@ -59,9 +50,9 @@ def gradients(model):
 
 @pytest.mark.parametrize("args", [{}, {"init_values": 0.1}, {"reg_tokens": 2}, {"class_token": False}])
 @pytest.mark.parametrize("fused", [True, False])
-def test_equals_the_released_way(benchmarks, args, fused):
+def test_equals_the_released_way(args, fused):
     """Dense mask for each image and head, separate streams, all rows, all logits: the same loss and gradients."""
-    from reference import reference_loss
+    from benchmarks.reference import reference_loss
 
     model = make(**args)
     for block in model.vit.blocks:
@@ -261,10 +252,11 @@ def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
     assert 1 < 256 * sizing.bytes_per_image(model, compute) / (peak * 1e9) < 1.25
 
 
-def test_arithmetic_is_what_pytorch_counts(benchmarks):
+def test_arithmetic_is_what_pytorch_counts():
     """The exact count, with attention's unseen columns added, equals that of PyTorch's own counter, forward and backward."""
-    from arithmetic import Shape, forward, reference_training_flops, training_flops
     from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.flops import Shape, forward, reference_training_flops, training_flops
 
     model = make(dtype=torch.float32)
     for block in model.vit.blocks:

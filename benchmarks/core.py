@@ -1,0 +1,133 @@
+"""What benchmarks share: results with what they were measured on, timing in turns, processes of their own."""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mapet.files import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("mapet", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "lightly-train")
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass
+class Result:
+    """What a benchmark returns: rows of its tables, what they were measured on, and seeds."""
+
+    rows: list[Row]
+    data: str
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+def run_info(name: str, result: Result) -> Row:
+    """JSON of a result: command, date, commit, machine and versions beside the rows."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "name": name,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": done.stdout.strip() or None,
+        "source": "measured",
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **installed_versions()},
+        "data": result.data,
+        "seeds": result.seeds,
+        "rows": result.rows,
+    }
+
+
+def machine() -> Row:
+    cpu = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        known = {key.strip(): value.strip() for key, value in fields.items()}
+        cpu = f"{known.get('model name', cpu)} (family {known.get('cpu family')}, model {known.get('model')})"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "load": round(os.getloadavg()[0], 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds, GPU included, and what `work` returns."""
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+    """Seconds of each of `rounds` calls; all take turns, so that noise meets all. The first `warmup` rounds don't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(warmup + rounds):
+        for name, work in works.items():
+            seconds[name].append(timed(work)[0])
+    return {name: values[warmup:] for name, values in seconds.items()}
+
+
+def median_seconds(work: Callable[[], Any], rounds: int = 3) -> float:
+    """After a first call that doesn't count."""
+    return statistics.median(in_turns({"work": work}, rounds, warmup=1)["work"])
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Of neighbors in time."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
+
+
+def in_new_process(work: Callable[..., T], *args: Any) -> T:
+    """Call a function of a module in a fresh process: nothing imported, no memory used before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def memory_now() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_memory() -> int:
+    """Largest number of bytes that this process has had; not that of the process that started it, as getrusage's."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def cached(path: Path, work: Callable[[], T]) -> T:
+    """What `work` returns, JSON, kept in `path`: what is done already is not done again."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, work())
+    return json.loads(path.read_text())

@@ -1,0 +1,45 @@
+"""The demo over several seeds: mean and range of each metric."""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import mapet
+from benchmarks.core import Result, Row, cached
+from benchmarks.tables import Table
+
+METRICS = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo_seeds"), help="what is done there is not done again"
+    )
+
+
+def run(args: argparse.Namespace) -> Result:
+    def results(seed: int) -> dict[str, dict[str, float]]:
+        return cached(args.out / f"seed{seed}.json", lambda: mapet.demo(out=args.out / f"seed{seed}", seed=seed))
+
+    found = [results(seed) for seed in args.seeds]
+    rows = []
+    for metric, title in METRICS.items():
+        before, after = ([result[name][metric] for result in found] for name in ("untrained", "pretrained"))
+        margins = [b - a for a, b in zip(before, after, strict=True)]
+        row: Row = {"metric": title}
+        for name, values in (("untrained", before), ("pretrained", after), ("margin", margins)):
+            row |= {name: statistics.mean(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+        rows.append(row)
+    return Result(rows, "scikit-learn's digits, 1,437 to train and 360 to test", args.seeds)
+
+
+SMOKE = ["--seeds", "0", "--out", "{scratch}"]
+TABLES = {
+    "main": Table({
+        "accuracy on 360 unseen digits": "{metric}",
+        "untrained": "{untrained:.3f} ({untrained_min:.3f} to {untrained_max:.3f})",
+        "pre-trained": "{pretrained:.3f} ({pretrained_min:.3f} to {pretrained_max:.3f})",
+        "margin, smallest to largest": "{margin_min:+.3f} to {margin_max:+.3f}",
+    }),
+}  # fmt: skip
