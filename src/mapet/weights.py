@@ -149,11 +149,13 @@ class _StubType(type):
     path: str
 
     def __call__(cls, *args: Any) -> Any:
-        if cls.path not in CALLS:
+        if cls.path in IGNORED_CALLS:
+            return _Stub.__new__(_Stub)
+        if cls.path not in REPLACED_CALLS:
             raise pickle.UnpicklingError(
                 f"it would run {cls.path}, which may do anything and was not done; {CONVERT_HINT}"
             )
-        return CALLS[cls.path](*args)
+        return REPLACED_CALLS[cls.path](*args)
 
 
 class _Stub(dict[Any, Any], metaclass=_StubType):
@@ -198,11 +200,7 @@ def _return_first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _ignore(*_: Any) -> _Stub:
-    return _Stub.__new__(_Stub)
-
-
-CALLS: dict[str, Callable[..., Any]] = {
+REPLACED_CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _return_first,
@@ -211,21 +209,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.Counter": OrderedDict,
     "collections.defaultdict": lambda *_: OrderedDict(),
     **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, list, tuple, dict)},
-    # Values beside the tensors, in a module or the arguments of a training run.
-    **dict.fromkeys(
-        [
-            *(f"builtins.{kind}" for kind in ("bytes", "bytearray", "complex", "slice", "range")),
-            "_codecs.encode",
-            "torch.Size",
-            "torch.device",
-            "torch.serialization._get_layout",
-            *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
-            "torch.jit._pickle.restore_type_tag",
-            "numpy.dtype",
-            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-            *(f"pathlib.{kind}Path" for kind in ("", "Posix", "Windows", "PurePosix", "PureWindows")),
-        ],
-        _ignore,
-    ),
 }
-"""What a pickle may call, and what is done instead."""
+"""Functions that a pickle may call -> what is called instead."""
+IGNORED_CALLS = frozenset((
+    "builtins.bytes", "builtins.bytearray", "builtins.complex", "builtins.slice", "builtins.range", "_codecs.encode",
+    "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
+    "numpy.dtype", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
+    "torch.Size", "torch.device", "torch.serialization._get_layout",
+    "torch.jit._pickle.build_intlist", "torch.jit._pickle.build_doublelist", "torch.jit._pickle.build_boollist",
+    "torch.jit._pickle.build_tensorlist", "torch.jit._pickle.restore_type_tag",
+))  # fmt: skip
+"""Functions that make values beside the tensors, in a module or the options of a training run: a stub takes their place."""

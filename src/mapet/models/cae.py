@@ -1,9 +1,9 @@
-"""CAE: the encoder sees visible patches alone; a regressor guesses the latents of the hidden ones, a decoder their words."""
+"""CAE: the encoder runs on visible patches alone; a regressor predicts the latents of hidden ones, a decoder their tokens."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from mapet.data.dataset import Batch
@@ -25,7 +25,7 @@ class ContextAutoencoder(ViTForPreTraining):
     Mask queries (mask token + position) pass through the latent regressor: blocks whose keys and values are the encoder's
     latents of the visible patches and the queries themselves. The alignment loss is the mean squared difference of what
     comes out from the encoder's latents of the hidden patches, without gradient; the decoder, blocks among those rows
-    alone, and the head give the words. The paper adds positions in every block of regressor and decoder; here they are
+    alone, and the head give the logits. The paper adds positions in every block of regressor and decoder; here they are
     added once.
 
     Args: as `ViTForPreTraining`'s, without `num_predict`.
@@ -43,32 +43,8 @@ class ContextAutoencoder(ViTForPreTraining):
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
             raise MapetError("objective 'cae' predicts all hidden patches at once: leave out --num-predict")
-        first = vit.blocks[0]
-
-        def blocks() -> nn.Sequential:
-            return nn.Sequential(
-                *(
-                    Block(
-                        vit.embed_dim,
-                        first.attn.num_heads,
-                        first.mlp.fc1.out_features / vit.embed_dim,
-                        qkv_bias=first.attn.qkv.bias is not None,
-                        init_values=float(first.ls1.gamma.detach()[0]) if hasattr(first.ls1, "gamma") else None,
-                        norm_layer=type(first.norm1),
-                    )
-                    for _ in range(REGRESSOR_DEPTH)
-                )
-            )
-
-        self.regressor, self.decoder = blocks(), blocks()
-        self.decoder_norm = type(first.norm1)(vit.embed_dim)
-        for module in [*self.regressor.modules(), *self.decoder.modules()]:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, Block):
-                module.attn.fused_attn = first.attn.fused_attn
+        self.regressor, self.decoder = _make_blocks(vit), _make_blocks(vit)
+        self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
 
     def forward(self, batch: Batch) -> PreTrainingOutput:
         """Compute the loss of the tokens plus `ALIGNMENT_WEIGHT` times that of the latents; see `ViTForPreTraining.forward`."""
@@ -110,3 +86,22 @@ class ContextAutoencoder(ViTForPreTraining):
         for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
             rows = residual_update(block, rows, block.attn(block.norm1(rows)), scale)
         return vit.norm(rows)
+
+
+def _make_blocks(vit: VisionTransformer) -> nn.Sequential:
+    """Make `REGRESSOR_DEPTH` fresh blocks like the ViT's, without stochastic depth."""
+    first = vit.blocks[0]
+    options = {
+        "num_heads": first.attn.num_heads,
+        "mlp_ratio": first.mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "init_values": float(first.ls1.gamma.detach()[0]) if hasattr(first.ls1, "gamma") else None,
+        "norm_layer": type(first.norm1),
+    }
+    blocks = nn.Sequential(*(Block(vit.embed_dim, **options) for _ in range(REGRESSOR_DEPTH)))
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            init_weights_vit_timm(module)
+        if isinstance(module, Block):
+            module.attn.fused_attn = first.attn.fused_attn
+    return blocks

@@ -170,29 +170,37 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
 
 
 def find_backbone(path: Path) -> Path:
-    """Find the model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run."""
+    """Find the model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run.
+
+    Raises:
+        MapetError: there is none; it says why, and how to get one.
+    """
     for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS_FILES):
             return folder
+    raise MapetError(_explain_missing(path))
+
+
+def _explain_missing(path: Path) -> str:
+    """Say why there is no model folder at `path`, and how to get one."""
     if not path.exists():
         hint = _suggest_model(path.name, _list_vits(), "timm:") if path.name == str(path) else ""
-        raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
+        return f"{path} does not exist: expected {SOURCES}{hint}"
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
-        stage, recipe = found
+        name, config = found
         export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
-        bundles = sorted(recipe.parent.glob("replay/step-*")) or sorted(path.glob("pretrain/replay/step-*"))
+        bundles = sorted(config.parent.glob("replay/step-*")) or sorted(path.glob("pretrain/replay/step-*"))
         if bundles:
-            raise MapetError(
+            return (
                 f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "
                 f"{shell_command('replay', '--bundle', bundles[0])}. Start again with a lower --lr, or {export}, if that is from before"
             )
-        raise MapetError(
-            f"{path} holds no backbone: the run is not finished. Go on with: {shell_command(stage, recipe, '--resume')}"
-            f"{f'; or {export}' if stage != 'finetune' else ''}"
+        resume = shell_command(name, config, "--resume")
+        return (
+            f"{path} holds no backbone: the run is not finished. Go on with: {resume}"
+            f"{f'; or {export}' if name != 'finetune' else ''}"
         )
     if seeds := sorted(path.glob("seed-*/model")):
-        raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
-    raise MapetError(
-        f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
-    )
+        return f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}"
+    return f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
