@@ -20,7 +20,9 @@ from torch import Tensor
 import mapet
 from mapet.models.objectives import MAPET, MIM, PIM, Objective
 from mapet.models.packing import attention_mask, segment_lengths
-from mapet.reports.pictures import HIDDEN, patchify, token_maps, unpatchify, visibility_table
+from mapet.reports.plots.base import HIDDEN, patchify, unpatchify
+from mapet.reports.plots.model import plot_attention_mask
+from mapet.reports.plots.tokens import plot_token_maps
 from mapet.tokenizers.codebook import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4
@@ -89,7 +91,7 @@ def words_of_photographs(photos: list[np.ndarray], folder: Path) -> Figure:
     images = torch.from_numpy(np.stack(squares)).movedim(-1, 1)
     with torch.inference_mode():
         words = tokenizer(images).flatten(1)
-    figure = token_maps(images, words, tokenizer.grid, tokenizer.vocab_size)
+    figure = plot_token_maps(images, words, tokenizer.grid, tokenizer.vocab_size)
     figure.suptitle("")
     return figure
 
@@ -107,7 +109,7 @@ def main() -> None:
     for objective in (MIM, PIM, MAPET):
         table = attention_mask(objective, 1, CONTEXT, PREDICTED)
         lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
-        figures[f"visibility-{objective.name}"] = visibility_table(table, lengths, objective.name)
+        figures[f"visibility-{objective.name}"] = plot_attention_mask(table, lengths, objective.name)
     with tempfile.TemporaryDirectory() as folder:
         figures["concepts-words"] = words_of_photographs(photos, Path(folder))
     for name, figure in figures.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mapet.commands.export import export
     from mapet.commands.finetune import finetune
     from mapet.commands.fit_tokenizer import fit_tokenizer
-    from mapet.commands.inspect import inspect
+    from mapet.commands.inspect_tokenizer import inspect_tokenizer
     from mapet.commands.prepare import prepare
     from mapet.commands.pretrain import pretrain
     from mapet.commands.probe import probe
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from mapet.commands.study import study
     from mapet.commands.tokenize import tokenize
     from mapet.commands.train_tokenizer import train_tokenizer
-    from mapet.commands.watch import watch
     from mapet.models.backbone import load_backbone
 
 __version__ = "0.1.0"
 __all__ = [
-    "Interrupted", "MapetError", "__version__", "check", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer", "inspect",
-    "load_backbone", "prepare", "pretrain", "probe", "replay", "report", "run", "study", "tokenize", "train_tokenizer", "watch",
+    "Interrupted", "MapetError", "__version__", "check", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",
+    "inspect_tokenizer",
+    "load_backbone", "prepare", "pretrain", "probe", "replay", "report", "run", "study", "tokenize", "train_tokenizer",
 ]  # fmt: skip
 
 

@@ -539,7 +539,7 @@ def test_one_of_several_needs_no_list(run_dir, capsys, tmp_path):
     assert (config.backbone, config.protocols, config.few_labels) == ([str(run_dir)], ["knn"], (5,))
     with pytest.raises(TypeError, match=r"run\(\) takes keywords: run\(images='photos', \.\.\.\)"):
         mapet.run("photos")
-    assert mapet.report(run_dir, out=tmp_path / "x.html", pictures=False).exists()
+    assert mapet.report(run_dir, out=tmp_path / "x.html", figures=False).exists()
 
 
 def test_paths_with_spaces_can_be_pasted(run_dir, capsys, tmp_path):
@@ -552,8 +552,7 @@ def test_paths_with_spaces_can_be_pasted(run_dir, capsys, tmp_path):
 def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir, capsys, tmp_path):
     """The option that this stage takes it by, or the recipe in it if this stage wrote one."""
     for stage, folder, way in (
-        ("inspect", run_dir, f"give it as --run {run_dir}"),
-        ("inspect", tokenizer_dir, f"give it as --tokenizer {tokenizer_dir}"),
+        ("check", run_dir, f"give it as --images {run_dir}"),
         ("tokenize", tokenizer_dir, f"give it as --tokenizer {tokenizer_dir}"),
         *(
             (stage, run_dir, f"give it as --backbone {run_dir}")

@@ -37,8 +37,8 @@ from mapet.training.build import load_run
 from mapet.training.step import ForwardBackward
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 
-PICTURES = {
-    "token_maps", "words", "visibility", "predictions", "cls_attention", "features", "neighbours", "confusion", "step_through",
+FIGURES = {
+    "token_maps", "patches_by_code", "attention_mask", "predictions", "cls_attention", "features", "neighbours", "confusion", "step_through",
 }  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
 
 
-def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
+def test_probe_finetune_figures_export(run_dir, digits, tmp_path, few_digits):
     common = ["--images", str(digits / "train"), "--test-images", str(digits / "test"), "--workers", "0"]
     assert main(["probe", "--backbone", str(run_dir), *common, "--out", str(tmp_path / "probe.json")]) == 0
     figures = json.loads((tmp_path / "probe.json").read_text())
@@ -256,10 +256,10 @@ def test_probe_finetune_inspect_export(run_dir, digits, tmp_path, few_digits):
     tuned = mapet.load_backbone(tmp_path / "tuned" / "model")
     assert tuned.num_classes == 10
     pyplot.switch_backend("svg")  # a notebook draws into itself
-    pictures = mapet.inspect(run=run_dir, out=tmp_path / "pictures")
-    assert {path.stem for path in pictures} == PICTURES
+    figures = list(mapet.report(run=run_dir, figures_dir=tmp_path / "figures").iterdir())
+    assert {path.stem for path in figures} == FIGURES
     assert matplotlib.get_backend() == "svg"
-    assert all(path.stat().st_size > (5000 if path.suffix == ".png" else 1000) for path in pictures)
+    assert all(path.stat().st_size > (5000 if path.suffix == ".png" else 1000) for path in figures)
     assert main(["export", "--backbone", str(run_dir), "--out", str(tmp_path / "export")]) == 0
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).embed_dim == 32
 
@@ -309,7 +309,7 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, context, crop
     trained = weights(tmp_path / "r")
     assert torch.equal(vit.blocks[0].attn.qkv.weight, trained["vit.blocks.0.attn.qkv.weight"])
     assert vit.forward_features(torch.zeros(1, channels, *size)).isfinite().all()
-    mapet.inspect(run=tmp_path / "r", out=tmp_path / "pictures")
+    mapet.report(run=tmp_path / "r", figures_dir=tmp_path / "figures")
 
 
 @pytest.mark.parametrize(
@@ -333,8 +333,8 @@ def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir
     metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert losses[-1] < losses[0]
-    pictures = {path.stem for path in mapet.inspect(run=tmp_path / "run", out=tmp_path / "pictures")}
-    assert ("predictions" in pictures) == ("target" not in options)
+    figures = mapet.report(run=tmp_path / "run", figures_dir=tmp_path / "figures")
+    assert (figures / "predictions.png").exists() == ("target" not in options)
     assert mapet.load_backbone(tmp_path / "run").embed_dim == 32
 
 
@@ -406,7 +406,7 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         assert main(argv) == 130
     assert main([*argv, "--resume"]) == 0
     assert RunState.read(tmp_path / "run").results["probe"]["data"]["test_images"] == 360
-    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir() if path.name != "run.json"} == PICTURES
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
@@ -417,7 +417,7 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
     shutil.copytree(digits / "test", tmp_path / "images")
     small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0, "workers": 0}
     words = {"image_size": 8, "patch_size": 2, "channels": 1, "workers": 0}
-    options = {"pretrain": small, "tokenize": {"workers": 0}, "inspect": {"workers": 0}, "device": "cpu"}
+    options = {"pretrain": small, "tokenize": {"workers": 0}, "report": {"workers": 0}, "device": "cpu"}
     for moved, vocab_size in (("a", 16), ("b", 12)):
         mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": vocab_size}, **options)
         Path("run").rename(moved)
@@ -491,13 +491,11 @@ def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
     made = mapet.prepare(images=save_crops(photos, tmp_path / "photos", 20, size=(32, 32)), out=tmp_path / "prepared")
     small = {"model_args": TINY, "epochs": 1, "batch_size": 10, "workers": 0}
     mapet.run(
-        images=made, out=tmp_path / "run", device="cpu", pretrain=small, tokenize={"workers": 0}, inspect={"workers": 0},
+        images=made, out=tmp_path / "run", device="cpu", pretrain=small, tokenize={"workers": 0}, report={"workers": 0},
         fit_tokenizer={"image_size": 32, "patch_size": 8, "vocab_size": 8, "workers": 0},
     )  # fmt: skip
-    assert {path.stem for path in (tmp_path / "run" / "pictures").iterdir() if path.name != "run.json"} == PICTURES - {
-        "confusion"
-    }
-    steps = json.loads((tmp_path / "run" / "pictures" / "step_through.json").read_text())
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES - {"confusion"}
+    steps = json.loads((tmp_path / "run" / "figures" / "step_through.json").read_text())
     assert steps["images"][0]["name"] in os.listdir(tmp_path / "photos")
     assert steps["images"][0]["src"] in (tmp_path / "run" / "report.html").read_text()
 
@@ -585,9 +583,9 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     looks = mapet.replay(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with pytest.raises(mapet.MapetError, match="gives features that are not finite: try --precision float32"):
-        mapet.inspect(run=run, out=tmp_path / "pictures", workers=0)
+        mapet.report(run=run, figures_dir=tmp_path / "figures", workers=0)
     assert mapet.report(run=run, out=tmp_path / "report.html", workers=0).exists()
-    assert "no new pictures: the backbone gives features that are not finite" in caplog.text
+    assert "no new figures: the backbone gives features that are not finite" in caplog.text
 
 
 def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):

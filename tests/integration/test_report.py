@@ -1,4 +1,4 @@
-"""`mapet report` and `mapet watch` on a real run, through the command line and in a real browser."""
+"""`mapet report` on a real run, as a file and served, through the command line and in a real browser."""
 
 import json
 import re
@@ -16,7 +16,16 @@ import mapet
 from mapet.cli import main
 from mapet.reports.live import LiveServer
 
-PICTURES = ["token_maps", "words", "visibility", "predictions", "cls_attention", "features", "neighbours", "confusion"]
+FIGURES = [
+    "token_maps",
+    "patches_by_code",
+    "attention_mask",
+    "predictions",
+    "cls_attention",
+    "features",
+    "neighbours",
+    "confusion",
+]
 
 
 def data_of(html):
@@ -73,9 +82,7 @@ def test_report_of_a_run(report):
     (run,) = data_of(html)["runs"]
     assert "<dt>images</dt><dd>288 images in " in html
     assert "<dt>teacher</dt><dd>pixels (label-free)</dd>" in html
-    assert re.findall(r"<figure class=\"picture\"><h3>(.*?)</h3>", html) == [
-        name.replace("_", " ") for name in PICTURES
-    ]
+    assert re.findall(r"<figure class=\"figure\"><h3>(.*?)</h3>", html) == [name.replace("_", " ") for name in FIGURES]
     assert len(run["curves"]["loss"][0]) == 100 and len(run["curves"]["probe/linear"][0]) == 5
     assert report.stat().st_size < 1_000_000
 
@@ -96,16 +103,14 @@ def test_step_through_is_what_the_model_predicts(report):
 
 
 def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
-    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--pictures", "false"]
+    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--figures", "false"]
     assert main([str(word) for word in words]) == 0
     html = (tmp_path / "r.html").read_text()
     assert len(data_of(html)["runs"]) == 2 and "None but names of folders." in html
     assert main(["report", str(run), "--run", str(run), "--out", str(tmp_path / "s.html")]) == 2
     assert "say the same in two ways" in capsys.readouterr().err
-    assert main(["watch", "a", "b"]) == 2
-    assert "unexpected word 'b'" in capsys.readouterr().err
     (tmp_path / "report.yaml").write_text(
-        json.dumps({"run": [str(run)], "out": str(tmp_path / "t.html"), "pictures": False})
+        json.dumps({"run": [str(run)], "out": str(tmp_path / "t.html"), "figures": False})
     )
     assert main(["report", str(tmp_path / "report.yaml")]) == 0
     assert len(data_of((tmp_path / "t.html").read_text())["runs"]) == 1
@@ -114,12 +119,12 @@ def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
 def test_without_its_images_a_report_has_curves_and_says_so(run, tmp_path):
     out = mapet.report(run=run, out=tmp_path / "r.html", images=tmp_path / "gone")
     html = out.read_text()
-    assert '<figure class="picture">' not in html and re.search("Note: No new pictures: .*gone", html)
+    assert '<figure class="figure">' not in html and re.search("Note: No new figures: .*gone", html)
 
 
-def test_watch_ends_cleanly(tmp_path):
+def test_serving_ends_cleanly(tmp_path):
     """Ctrl-C ends it with one line and exit code 0."""
-    command = [sys.executable, "-m", "mapet", "watch", str(tmp_path / "not-yet")]
+    command = [sys.executable, "-m", "mapet", "report", str(tmp_path / "not-yet"), "--serve"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         with urllib.request.urlopen(line.split()[0], timeout=20) as answer:
@@ -264,7 +269,7 @@ def test_step_through_and_colours_in_a_browser(screen, report):
 def test_comparison_in_a_browser(screen, run, run_dir, tmp_path):
     from selenium.webdriver.common.by import By
 
-    out = mapet.report(run=[run, run_dir], out=tmp_path / "r.html", pictures=False)
+    out = mapet.report(run=[run, run_dir], out=tmp_path / "r.html", figures=False)
     screen.get(out.as_uri())
     assert num_lines(screen) == 4
     screen.find_element(By.CSS_SELECTOR, "[aria-label=Runs] input").click()

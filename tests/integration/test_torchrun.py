@@ -25,8 +25,8 @@ ARGUMENTS = {
     "probe": f"--images LABELED --backbone RUN {LOADING}",
     "evaluate": f"--images LABELED --backbone RUN --protocols knn {LOADING}",
     "finetune": f"--images LABELED --backbone RUN --labels-per-class 2 --epochs 1 {LOADING}",
-    "inspect": f"--run RUN {LOADING}",
-    "report": "RUN --pictures false",
+    "inspect-tokenizer": f"TOKENIZER --images FEW {LOADING}",
+    "report": "RUN --figures false",
     "embed": f"--images FEW --backbone RUN {LOADING}",
     "export": "--backbone RUN",
     "study": None,  # each trial is a process of its own

@@ -101,7 +101,7 @@ def test_too_few_steps_come_before_the_learning_rate():
         (many, ". Try more --epochs or"),
     ):
         found = warnings(Subject(records, recipe, {}))[0]
-        assert told in found and "`mapet inspect --tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found
+        assert told in found and "`mapet inspect-tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found
 
 
 def test_without_labels_a_finished_run_is_said_to_be_unjudged():

@@ -22,7 +22,7 @@ from mapet.errors import MapetError
 from mapet.reports import live
 from mapet.reports.card import origin_of
 from mapet.reports.history import History, Series, thinned
-from mapet.reports.images import Picture, embedded, open_pictures
+from mapet.reports.images import ReportImage, embed_images, open_images
 from mapet.reports.page import MOST_BYTES, RunView, comparison, distinct, page, page_content, write_run_report
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
@@ -188,14 +188,14 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     write_run(tmp_path / "photos" / "pretrain")
     probe = {"untrained": {"knn": 0.25}, "pretrained": {"knn": 0.5, "x": "y"}}
     write_state(tmp_path / "photos", "run", results={"probe": probe})
-    (tmp_path / "photos" / "pictures").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "pictures" / "words.png")
-    (tmp_path / "photos" / "pictures" / "torn.png").write_bytes(b"\x89PNG no")
+    (tmp_path / "photos" / "figures").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "figures" / "features.png")
+    (tmp_path / "photos" / "figures" / "torn.png").write_bytes(b"\x89PNG no")
     for given in (tmp_path / "photos", tmp_path / "photos" / "pretrain"):
         files = RunFiles.open(given)
         assert files.name == "photos"
         assert files.metrics()["k-NN, pretrained"] == "0.5"
-        assert [picture.name for picture in open_pictures(files.pictures())] == ["words"]
+        assert [image.name for image in open_images(files.figures())] == ["features"]
 
 
 def test_what_an_option_of_none_means(tmp_path):
@@ -218,7 +218,7 @@ def test_views_are_those_of_the_token_store(tmp_path):
     assert RunFiles.open(alone).data()["config"]["views"] == "center-flip"
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "pictures/step_through.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "figures/step_through.json"])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[[[[", b'{"step": {}}\n', b"9" * 5000])
 def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
     damaged = write_run(tmp_path / "a") / name
@@ -241,18 +241,37 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
 def test_what_a_report_refuses(tmp_path):
     run = write_run(tmp_path / "a" / "pretrain")
     write_state(tmp_path / "a", "run")
-    with pytest.raises(MapetError, match=r"--out .*page: a page for a browser needs a name that ends in .html"):
+    with pytest.raises(MapetError, match=r"--out .*page must end in .html"):
         mapet.report(run=run, out=tmp_path / "page")
     with pytest.raises(MapetError, match=r"a/pretrain and .*a are the same run: give each once"):
         mapet.report(run=[run, tmp_path / "a"], out=tmp_path / "page.html")
 
 
 def test_no_run(tmp_path):
-    for look in (mapet.report, mapet.inspect):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for options in ({"out": tmp_path / "report.html"}, {"figures_dir": tmp_path / "figures"}):
         with pytest.raises(MapetError, match=r"it has no run.json"):
-            look(run=tmp_path, out=tmp_path / "report.html")
+            mapet.report(run=[tmp_path / "a"], **options)
         with pytest.raises(MapetError, match=r"missing does not exist: give the folder of a run"):
-            look(run=tmp_path / "missing", out=tmp_path / "report.html")
+            mapet.report(run=[tmp_path / "missing"], **options)
+    with pytest.raises(MapetError, match=r"it has no run.json"):
+        mapet.report(run=[tmp_path / "a"], serve=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--out FILE.html, --figures-dir FOLDER or --serve"),
+        ({"serve": True, "out": "a.html"}, "--serve shows one run and writes nothing"),
+        ({"serve": True, "run": ["a", "b"]}, "--serve shows one run and writes nothing"),
+        ({"figures_dir": "a", "figures": False}, "--figures-dir takes the figures of one run"),
+        ({"figures_dir": "a", "run": ["a", "b"]}, "--figures-dir takes the figures of one run"),
+        ({"out": "a.html", "port": 80}, "--port is for --serve"),
+    ],
+)
+def test_outputs_that_contradict_each_other(options, message):
+    with pytest.raises(MapetError, match=message):
+        mapet.report(**{"run": ["a"]} | options)
 
 
 # ---- the page
@@ -353,9 +372,9 @@ def test_page_stays_below_its_size(tmp_path, monkeypatch):
     assert MOST_BYTES < 5_000_000
     monkeypatch.setattr("mapet.reports.page.MOST_BYTES", 400_000)
     noise = np.random.default_rng(0).integers(0, 256, (2, 150, 200, 3), dtype=np.uint8)
-    pictures = [Picture(f"p{i}", "noise", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
+    images = [ReportImage(f"p{i}", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
     folder = write_run(tmp_path / "a", records=3000)
-    shown = [RunView(RunFiles.open(folder), pictures, {"images": [], "filler": "x" * 300_000}) for _ in range(3)]
+    shown = [RunView(RunFiles.open(folder), images, {"images": [], "filler": "x" * 300_000}) for _ in range(3)]
     html = page(shown)
     assert 200_000 < len(html.encode()) <= 400_000
     runs = data_of(html)["runs"]
@@ -366,15 +385,15 @@ def test_page_stays_below_its_size(tmp_path, monkeypatch):
     assert runs[0]["curves"]["loss"][0][-1] == 30000
 
 
-def test_pictures_shrink_before_they_are_left_out():
+def test_images_shrink_before_they_are_left_out():
     noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)
-    pictures = [Picture(name, "noise", Image.fromarray(noise)) for name in "ab"]
-    whole, none = embedded(pictures, 10_000_000)
-    assert [one["width"] for one in whole] == [200, 200] and none == []
-    size = sum(len(one["src"]) for one in whole)
-    smaller, none = embedded(pictures, size // 2)
-    assert len(smaller) == 2 and smaller[0]["width"] < 200 and none == []
-    kept, left_out = embedded(pictures, 0)
+    images = [ReportImage(name, Image.fromarray(noise)) for name in "ab"]
+    whole, none = embed_images(images, 10_000_000)
+    assert [one.width for one in whole] == [200, 200] and none == []
+    size = sum(len(one.src) for one in whole)
+    smaller, none = embed_images(images, size // 2)
+    assert len(smaller) == 2 and smaller[0].width < 200 and none == []
+    kept, left_out = embed_images(images, 0)
     assert kept == [] and left_out == ["a", "b"]
 
 

@@ -14,7 +14,7 @@ from mapet.commands.evaluate import evaluate
 from mapet.commands.export import export
 from mapet.commands.finetune import finetune
 from mapet.commands.fit_tokenizer import fit_tokenizer
-from mapet.commands.inspect import inspect
+from mapet.commands.inspect_tokenizer import inspect_tokenizer
 from mapet.commands.prepare import prepare
 from mapet.commands.pretrain import pretrain
 from mapet.commands.probe import probe
@@ -23,7 +23,6 @@ from mapet.commands.run import run
 from mapet.commands.study import study
 from mapet.commands.tokenize import tokenize
 from mapet.commands.train_tokenizer import train_tokenizer
-from mapet.commands.watch import watch
 
 COMMANDS: dict[str, Command[..., Any, Any]] = {
     "demo": demo,
@@ -34,12 +33,11 @@ COMMANDS: dict[str, Command[..., Any, Any]] = {
     "fit-tokenizer": fit_tokenizer,
     "tokenize": tokenize,
     "pretrain": pretrain,
-    "watch": watch,
     "replay": replay,
     "probe": probe,
     "evaluate": evaluate,
     "finetune": finetune,
-    "inspect": inspect,
+    "inspect-tokenizer": inspect_tokenizer,
     "report": report,
     "embed": embed,
     "export": export,

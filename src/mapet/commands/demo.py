@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     record(config.out, results=results)
     for line in table(results):
         log.info("%s", line)
-    log.info("pictures in %s; %.0f s in all", config.out / "run" / "pictures", time.monotonic() - started)
+    log.info("figures in %s; %.0f s in all", config.out / "run" / "figures", time.monotonic() - started)
     return {name: results[name] for name in ("untrained", "pretrained")}
 
 

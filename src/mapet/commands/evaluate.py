@@ -196,7 +196,8 @@ def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
     if name != "neighbours":
         return
     from mapet.data.views import ViewSpec, draw_view, render
-    from mapet.reports.pictures import neighbour_panel, save_figure
+    from mapet.reports.plots.base import save_figure
+    from mapet.reports.plots.evaluation import plot_neighbours
 
     def pixels(data: Any, index: int) -> Any:
         picture = data.images.open(index, bench.encoder.channels)
@@ -209,5 +210,5 @@ def _draw(name: str, outcome: Any, bench: Any, out: Path, number: int) -> None:
         + [(pixels(sets.train, other), sets.train.title(other)) for other in nearest]
         for query, nearest in zip(details["queries"], details["nearest"], strict=True)
     ]
-    figure = neighbour_panel(rows, labelled=bool(sets.train.classes))
+    figure = plot_neighbours(rows, labelled=bool(sets.train.classes))
     save_figure(figure, out / "pictures" / f"neighbours-{number}.png")

@@ -50,10 +50,11 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
         log.warning("that is not clearly better than guessing: try a higher --lr or more --epochs")
     if config.out:
         from mapet.reports.card import origin_of_tuned
-        from mapet.reports.pictures import learning_curve, save_figure
+        from mapet.reports.plots.base import save_figure
+        from mapet.reports.plots.evaluation import plot_learning_curve
 
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        save_figure(learning_curve(rows), config.out / "curve.png")
+        save_figure(plot_learning_curve(rows), config.out / "curve.png")
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         record(
             config.out,

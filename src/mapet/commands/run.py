@@ -8,9 +8,9 @@ from typing import Any
 
 from mapet.commands.command import Command, command
 from mapet.commands.fit_tokenizer import fit_tokenizer
-from mapet.commands.inspect import inspect
 from mapet.commands.pretrain import pretrain
 from mapet.commands.probe import probe
+from mapet.commands.report import report
 from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, as_options_of_section, build
 from mapet.config.run import RunConfig
@@ -23,7 +23,7 @@ log = logging.getLogger("mapet")
 
 @command(RunConfig, distributed=True)
 def run(config: RunConfig) -> Path:
-    """Tokenizer, tokens, pre-training, probe (if there are labels) and pictures of a folder of images; returns the backbone's folder.
+    """Tokenizer, tokens, pre-training, probe (if there are labels) and figures of a folder of images; returns the backbone's folder.
 
     Example:
       mapet run --images PHOTOS --out runs/photos
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> Path:
     require(config.pretrain.track)  # before hours of tokenizing
     recipe = config.out / "config.yaml"
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
-    backbone, pictures = pretrained / "backbone", config.out / "pictures"
+    backbone, figures = pretrained / "backbone", config.out / "figures"
     fitting: Any = config.fit_tokenizer
     own_code = fitting.teacher if is_own_code(fitting.teacher) else None
     begun = (pretrained / "config.yaml").exists()
@@ -51,7 +51,7 @@ def run(config: RunConfig) -> Path:
             (tokenize, {"out": tokens, "tokenizer": tokenizer, "trust_teacher": own_code, "resume": True}),
             (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
             (probe, {"backbone": backbone, "test_images": config.test_images}),
-            (inspect, {"run": pretrained, "out": pictures, "trust_teacher": own_code}),
+            (report, {"run": [pretrained], "figures_dir": figures, "trust_teacher": own_code}),
         )
     }
     state = read_or_none(config.out)
@@ -59,7 +59,7 @@ def run(config: RunConfig) -> Path:
     if distributed.rank() == 0:
         made = {
             "fit_tokenizer": not is_free(tokenizer), "tokenize": not is_free(tokens), "pretrain": begun,
-            "probe": probed, "test_images": probed, "inspect": not is_free(pictures),
+            "probe": probed, "test_images": probed, "report": not is_free(figures),
         }  # fmt: skip
         _refuse_now(config, configs, made)
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
@@ -76,7 +76,7 @@ def run(config: RunConfig) -> Path:
             what = error.what if isinstance(error, Interrupted) else "interrupted"
             raise Interrupted(what, shell_command("run", recipe, "--resume")) from None
 
-    missing = {path for path in (tokenizer, backbone, pictures) if is_free(path)}
+    missing = {path for path in (tokenizer, backbone, figures) if is_free(path)}
     distributed.barrier()  # all have looked before one writes
     if tokenizer in missing:
         do(fit_tokenizer)
@@ -89,8 +89,8 @@ def run(config: RunConfig) -> Path:
         log.info(
             "--- no probe: %s has no labels (two class folders or more), and there are no --test-images", config.images
         )
-    if pictures in missing:
-        do(inspect)
+    if figures in missing:
+        do(report)
     write_run_report(config.out)
     log.info("what came out of it, in one page: %s", config.out / NAME)
     log.info(

@@ -6,9 +6,9 @@ from pydantic import NonNegativeInt
 
 from mapet.config.base import Source
 from mapet.config.fit_tokenizer import FitTokenizerOptions
-from mapet.config.inspect import InspectOptions
 from mapet.config.pretrain import PretrainOptions
 from mapet.config.probe import ProbeOptions
+from mapet.config.report import FigureOptions
 from mapet.config.shared import BadImages
 from mapet.config.tokenize import TokenizeOptions
 
@@ -19,7 +19,7 @@ class RunConfig(BadImages):
     images: Source
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
-    """New folder for everything: tokenizer, tokens, pre-training run, backbone, figures, pictures, report.html."""
+    """New folder for everything: tokenizer, tokens, pre-training run, backbone, probe, figures, report.html."""
     test_images: Source | None = None
     """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
     device: str = "auto"
@@ -32,4 +32,4 @@ class RunConfig(BadImages):
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()
     probe: ProbeOptions = ProbeOptions()
-    inspect: InspectOptions = InspectOptions()
+    report: FigureOptions = FigureOptions()

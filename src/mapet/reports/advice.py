@@ -43,7 +43,7 @@ def accuracy_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}. "
-        f"{_few_steps(accuracy)} more --epochs or a higher --lr. {_command(run, 'inspect')} says whether these words can be predicted"
+        f"{_few_steps(accuracy)} more --epochs or a higher --lr. {_command(run, 'inspect-tokenizer')} says whether these words can be predicted"
     )
 
 
@@ -57,7 +57,7 @@ def loss_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"The loss is not below that of guessing by frequency alone: {now:.3f} against {guess:.3f} nats; nothing is learned "
-        f"of the images yet. {_few_steps(loss)} more --epochs, or another --lr. {_command(run, 'inspect')} checks the words"
+        f"of the images yet. {_few_steps(loss)} more --epochs, or another --lr. {_command(run, 'inspect-tokenizer')} checks the words"
     )
 
 
@@ -235,11 +235,11 @@ def _few_steps(series: Series) -> str:
     return f"That was after {steps:,.0f} steps, which is few: give it" if steps < FEW_STEPS else "Try"
 
 
-def _command(run: Subject, stage: Literal["inspect", "evaluate"]) -> str:
+def _command(run: Subject, stage: Literal["inspect-tokenizer", "evaluate"]) -> str:
     """As a person can type it, of this run."""
     given = {name: quote(str(run.recipe.get(name) or name.upper())) for name in ("tokenizer", "images", "out")}
-    if stage == "inspect":
-        return "`mapet inspect --tokenizer {tokenizer} --images {images} --out NEW`".format(**given)
+    if stage == "inspect-tokenizer":
+        return "`mapet inspect-tokenizer {tokenizer} --images {images} --out NEW`".format(**given)
     return (
         "`mapet evaluate --backbone random:{out} {out} --images {images} --protocols rank neighbours --out NEW`".format(
             **given

@@ -60,9 +60,9 @@ class RunFollower:
             return f"Waiting: no run in {self.folder} yet."
         if files.finished:
             more = (
-                "Reload this page for its pictures."
-                if files.pictures()
-                else f"`mapet report {quote(str(self.folder))} --out NEW.html` adds pictures."
+                "Reload this page for its figures."
+                if files.figures()
+                else f"`mapet report {quote(str(self.folder))} --out NEW.html` adds figures."
             )
             return f"Finished. {more}"
         if files.ended_early:

@@ -11,16 +11,16 @@ from mapet import distributed
 from mapet.files import atomic
 from mapet.reports.history import thinned
 from mapet.reports.html import line_style, render_page
-from mapet.reports.images import Picture, embedded, open_pictures
+from mapet.reports.images import ReportImage, embed_images, open_images
 from mapet.reports.run import PLACES, RunFiles
 
 log = logging.getLogger("mapet")
 MOST_BYTES = 4_800_000
-"""A report is under 5 MB, however many runs and pictures it shows."""
+"""A report is under 5 MB, however many runs and images it shows."""
 MOST_POINTS = 8_000
 """Points of one metric's curves, of all runs together."""
-PICTURE_MARKUP = 1500
-"""Bytes of HTML around a picture, its caption twice, at most."""
+IMAGE_MARKUP = 1500
+"""Bytes of HTML around an image, its caption twice, at most."""
 NAME = "report.html"
 """What a run folder's own report is called."""
 CHARTS = (
@@ -70,14 +70,14 @@ class RunView:
     """
 
     files: RunFiles
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ReportImage] = field(default_factory=list)
     step_through: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def saved(cls, files: RunFiles) -> "RunView":
         """Show what `run` left in its folder."""
-        return cls(files, open_pictures(files.pictures()), files.step_through())
+        return cls(files, open_images(files.figures()), files.step_through())
 
 
 def page(runs: Sequence[RunView], live: bool = False) -> str:
@@ -86,7 +86,7 @@ def page(runs: Sequence[RunView], live: bool = False) -> str:
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
-    """Gather what the page shows; where it is too much, leave out the step-through first, then shrink pictures."""
+    """Gather what the page shows; where it is too much, leave out the step-through first, then shrink images."""
     names = distinct([run.files.name for run in runs])
     points = max(50, MOST_POINTS // len(runs))
     views = [
@@ -96,7 +96,7 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
             "curves": {} if live else curves(run.files, points),
             "notes": list(run.notes),
             "steps": run.step_through,
-            "pictures": [],
+            "images": [],
         }
         for run, name in zip(runs, names, strict=True)
     ]
@@ -108,10 +108,10 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
             view["steps"] = None
             view["notes"].append("The step-through of this run is left out to keep the page small.")
     for number, (run, view) in enumerate(zip(runs, views, strict=True)):
-        view["pictures"], left_out = embedded(run.pictures, max(0, room) // (len(views) - number))
-        room -= sum(len(picture["src"]) + PICTURE_MARKUP for picture in view["pictures"])
+        view["images"], left_out = embed_images(run.images, max(0, room) // (len(views) - number))
+        room -= sum(len(image.src) + IMAGE_MARKUP for image in view["images"])
         if left_out:
-            view["notes"].append(f"Pictures left out to keep the page small: {', '.join(left_out)}.")
+            view["notes"].append(f"Figures left out to keep the page small: {', '.join(left_out)}.")
     return content
 
 

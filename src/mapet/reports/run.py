@@ -73,7 +73,9 @@ IN_WORDS = {
 QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 STEP_THROUGH = "step_through.json"
-"""Beside the pictures."""
+"""Beside the figures."""
+TOKENIZER_METRICS = "tokenizer_metrics.json"
+"""What `inspect-tokenizer` writes."""
 
 
 class RunFiles:
@@ -179,17 +181,17 @@ class RunFiles:
             )
         ]
 
-    def pictures(self) -> list[Path]:
-        """PNG files that `inspect`, as part of `run`, left in pictures/."""
-        return [path for folder in self.around for path in sorted((folder / "pictures").glob("*.png"))]
+    def figures(self) -> list[Path]:
+        """List PNG files that `report`, as part of `run`, left in figures/."""
+        return [path for folder in self.around for path in sorted((folder / "figures").glob("*.png"))]
 
     def step_through(self) -> dict[str, Any] | None:
-        """What `inspect` left beside the pictures."""
-        found = self._json(f"pictures/{STEP_THROUGH}")
+        """Read what `report` left beside the figures."""
+        found = self._json(f"figures/{STEP_THROUGH}")
         return found if "images" in found else None
 
     def data(self) -> dict[str, Any]:
-        """All of it for the page, but curves and pictures."""
+        """Gather all of it for the page, but curves and images."""
         return {
             "name": self.name,
             "status": self.status,
@@ -282,8 +284,9 @@ class RunFiles:
                 yield name, text.format(percent(value) if key == "commonest_share" else number(value), vocab_size)
 
     def _health(self) -> dict[str, Any]:
-        """What `inspect --tokenizer` found, if its folder is beside the run's."""
-        found = self._json("health/health.json") or self._json("health.json")
+        """Read what `inspect-tokenizer` found, if its folder is inside the run's."""
+        paths = [path for folder in self.around for path in sorted(folder.glob(f"*/{TOKENIZER_METRICS}"))]
+        found = _read(paths[0]) if paths else {}
         measures = _mapping(found.get("measures"))
         return {
             "warnings": [str(line) for line in found.get("warnings") or []],

@@ -12,7 +12,8 @@ from torch import Tensor
 from mapet.evaluation.look import Look
 from mapet.models.objectives import Objective
 from mapet.reports.images import photo_uri, tiles_uri
-from mapet.reports.pictures import HIDDEN, code_colors, mean_patches, patchify, to_picture
+from mapet.reports.plots.base import HIDDEN, patchify, to_picture
+from mapet.reports.plots.tokens import code_colors, mean_patches
 
 COLUMNS = 32
 """Mean patches in a row of the atlas."""

@@ -76,7 +76,7 @@ navigation();
 const charts = new Charts(byId("curves"), DATA);
 colorScheme(() => charts.redraw());
 for (const root of document.querySelectorAll(".step-through")) new StepThrough(DATA.runs[root.dataset.of].steps, root);
-for (const button of document.querySelectorAll(".picture button")) {
+for (const button of document.querySelectorAll(".figure button")) {
   button.addEventListener("click", () => button.setAttribute("aria-pressed", String(button.classList.toggle("large"))));
 }
 if (DATA.live) follow(DATA.runs[0], charts);

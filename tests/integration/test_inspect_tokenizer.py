@@ -1,4 +1,4 @@
-"""`inspect --tokenizer`: figures, pictures and warnings of a tokenizer and of its token store."""
+"""`inspect-tokenizer`: metrics, figures and warnings of a tokenizer and of its token store."""
 
 import json
 import shutil
@@ -9,61 +9,84 @@ import mapet
 from mapet.cli import main
 from mapet.files import file_hash, read_sealed, write_sealed
 
-PICTURES = {"usage.png", "token_maps.png", "words.png", "nearest_words.png"}
+FIGURES = {"code_usage.png", "token_maps.png", "patches_by_code.png", "nearest_codes.png"}
 
 
-def test_health_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
+def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
     """On labelled images, through the command line, the same each time and whatever the batch size."""
     caplog.set_level("INFO", "mapet")
-    argv = ["inspect", "--tokenizer", tokenizer_dir, "--images", digits / "train", "--sample", 300, "--workers", 0]
+    argv = [
+        "inspect-tokenizer",
+        "--tokenizer",
+        tokenizer_dir,
+        "--images",
+        digits / "train",
+        "--sample",
+        300,
+        "--workers",
+        0,
+    ]
     assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
-    assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES | {"health.json", "health.md", "run.json"}
-    assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in PICTURES)
-    record = json.loads((tmp_path / "a" / "health.json").read_text())
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FIGURES | {
+        "tokenizer_metrics.json",
+        "tokenizer_report.md",
+        "run.json",
+    }
+    assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in FIGURES)
+    record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
     measures = record["measures"]
     assert record["warnings"] == [] and "no warnings" in caplog.messages
     assert measures["images"] == 300 and measures["usage"]["patches"] == 4800
     assert measures["stability"]["shift"]["share"] == 1
     assert 0.03 < measures["label"]["bits"] < 0.3
     assert measures["bag_of_tokens"]["accuracy"] > 0.25 > 2 * measures["bag_of_tokens"]["chance"]
-    page = (tmp_path / "a" / "health.md").read_text()
+    page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
     assert main([str(word) for word in [*argv, "--out", tmp_path / "b", "--batch-size", 7]]) == 0
-    assert (tmp_path / "b" / "health.json").read_text() == (tmp_path / "a" / "health.json").read_text()
+    assert (tmp_path / "b" / "tokenizer_metrics.json").read_text() == (
+        tmp_path / "a" / "tokenizer_metrics.json"
+    ).read_text()
 
 
 def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir, tmp_path, caplog):
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
-    paths = mapet.inspect(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a", workers=0)
-    assert {path.name for path in paths} == PICTURES | {"health.json", "health.md", "run.json"}
-    measures = json.loads((tmp_path / "a" / "health.json").read_text())["measures"]
+    paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a", workers=0)
+    assert {path.name for path in paths} == FIGURES | {"tokenizer_metrics.json", "tokenizer_report.md"}
+    measures = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["measures"]
     assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbour"] is not None
     with caplog.at_level("INFO", "mapet"):
-        mapet.inspect(tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20, workers=0)
-    assert "too few to hold words against classes; --sample 50 would do" in caplog.text
+        mapet.inspect_tokenizer(
+            tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20, workers=0
+        )
+    assert "too few to compare tokens with classes; --sample 50 would do" in caplog.text
 
 
 def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
     """Tokens paired with the wrong images: hashes agree, only looking tells."""
     options = {"tokenizer": tokenizer_dir, "images": few_digits, "sample": 100, "workers": 0}
-    mapet.inspect(**options, tokens=tokens_dir, out=tmp_path / "a")
-    record = json.loads((tmp_path / "a" / "health.json").read_text())
+    mapet.inspect_tokenizer(**options, tokens=tokens_dir, out=tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
     assert record["measures"]["stability"]["stored"]["share"] == 1
     shutil.copytree(tokens_dir, tmp_path / "tokens")
     file = tmp_path / "tokens" / "parts" / "00000.npy"
     np.save(file, np.roll(np.load(file), 1, axis=0))
     progress = read_sealed(file.with_suffix(".json"), "token store")
     write_sealed(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
-    mapet.inspect(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
+    mapet.inspect_tokenizer(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
     assert "the store belongs to other images" in caplog.text
 
 
-def test_words_without_centroids_have_no_nearest_words(few_digits, tmp_path):
+def test_words_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
     mapet.fit_tokenizer(
         images=few_digits, out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=16, quantizer="lfq", workers=0
     )
-    paths = mapet.inspect(tokenizer=tmp_path / "t", images=few_digits, out=tmp_path / "a", sample=100, workers=0)
-    assert {path.name for path in paths} == PICTURES - {"nearest_words.png"} | {"health.json", "health.md"}
+    paths = mapet.inspect_tokenizer(
+        tokenizer=tmp_path / "t", images=few_digits, out=tmp_path / "a", sample=100, workers=0
+    )
+    assert {path.name for path in paths} == FIGURES - {"nearest_codes.png"} | {
+        "tokenizer_metrics.json",
+        "tokenizer_report.md",
+    }
 
 
 def test_words_that_are_poor_are_said_to_be(digits, tmp_path, caplog, capsys):
@@ -71,21 +94,21 @@ def test_words_that_are_poor_are_said_to_be(digits, tmp_path, caplog, capsys):
     mapet.fit_tokenizer(
         images=digits / "train", out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=2, workers=0
     )
-    mapet.inspect(tokenizer=tmp_path / "t", images=digits / "train", out=tmp_path / "a", sample=300, workers=0)
-    warned = json.loads((tmp_path / "a" / "health.json").read_text())["warnings"]
+    mapet.inspect_tokenizer(
+        tokenizer=tmp_path / "t", images=digits / "train", out=tmp_path / "a", sample=300, workers=0
+    )
+    warned = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["warnings"]
     assert warned and all(line in caplog.text for line in warned)
-    assert "**Warning:**" in (tmp_path / "a" / "health.md").read_text()
+    assert "**Warning:**" in (tmp_path / "a" / "tokenizer_report.md").read_text()
 
 
 def test_bad_options(digits, tokenizer_dir, run_dir, tmp_path, capsys):
     for words, message in [
-        ([], "exactly one"),
-        (["--tokenizer", tokenizer_dir, "--run", run_dir], "exactly one"),
-        (["--tokenizer", tokenizer_dir], "needs --images"),
-        (["--run", run_dir, "--tokens", tmp_path], "--tokens needs the --tokenizer"),
+        ([], "required"),
+        (["--tokenizer", tokenizer_dir], "required"),
         (["--tokenizer", digits, "--images", digits / "train"], "tokenizer.json"),
         (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], "does not exist"),
     ]:
-        assert main([str(word) for word in ["inspect", *words, "--out", tmp_path / "o", "--workers", 0]]) != 0
+        assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o", "--workers", 0]]) != 0
         assert message in capsys.readouterr().err
         assert not (tmp_path / "o").exists()

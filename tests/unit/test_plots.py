@@ -1,12 +1,9 @@
-"""What pictures of a run show."""
+"""What figures of a run show."""
 
-import matplotlib
 import numpy as np
 import torch
 
-from mapet.reports.pictures import predictions
-
-matplotlib.use("Agg")
+from mapet.reports.plots.model import plot_predictions
 
 
 def test_small_probabilities_are_told_apart():
@@ -15,7 +12,7 @@ def test_small_probabilities_are_told_apart():
     tokens, permutation = torch.tensor([[1, 2, 3, 4]] * 2), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     logits = torch.zeros(2, 3, 1000)
     logits[0, 0, 2] = 3.0  # the true word of patch 1
-    figure = predictions(images, tokens, permutation, logits, torch.zeros(1000, 1, 2, 2), (2, 2))
+    figure = plot_predictions(images, tokens, permutation, logits, torch.zeros(1000, 1, 2, 2), (2, 2))
     row = [axis.images[0] for axis in figure.axes[-2:]]
     likeliest = np.exp(3) / (np.exp(3) + 999)
     for picture in row:

@@ -1,0 +1,1 @@
+"""Figures by matplotlib, without pyplot: tensors in, a `Figure` out."""
