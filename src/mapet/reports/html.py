@@ -2,15 +2,15 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from mapet.reports.blocks import Bold, Bullets, Code, Curves, Heading, Paragraph, Table
 
 STYLES = ("vendor/uPlot.min.css", "web/style.css")
 SCRIPTS = ("vendor/uPlot.iife.min.js", "web/charts.js", "web/step_through.js", "web/page.js")
@@ -24,30 +24,30 @@ def line_style(i: int) -> tuple[str, tuple[int, ...]]:
     return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
 
 
-def render_page(template: str, data: Mapping[str, Any], live: bool = False, **content: Any) -> str:
-    """Fill a template of web/ that extends layout.html.
+def render_run(live: bool, **content: object) -> str:
+    """Fill run.html with its scripts.
 
     A content security policy tells the browser to run no script but the page's own and to connect nowhere, or, if `live`, to the
     page's server alone.
-
-    Args:
-        data: what the scripts read, as JSON.
-        content: what the template shows.
     """
-    style, script = (_inline(names) for names in (STYLES, SCRIPTS))
+    style, script = _inline(STYLES), _inline(SCRIPTS)
     connect = "'self'" if live else "'none'"
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
-        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
-    )
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            **content, data=data, live=live, style=Markup(style), script=Markup(script), policy=Markup(policy),
-            made=f"{datetime.now():%Y-%m-%d %H:%M}", version=version("mapet"),
-        )
+    policy = f"img-src data:; style-src {_source(style)}; script-src {_source(script)}; connect-src {connect}"
+    return _render(
+        "run.html", style, policy, **content, script=Markup(script), live=live, made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        version=version("mapet"),
     )  # fmt: skip
+
+
+def render_study(**content: object) -> str:
+    """Fill study.html, which has no scripts; drawings as SVG bring styles of their own."""
+    return _render("study.html", _inline(STYLES[1:]), "style-src 'unsafe-inline'", **content)
+
+
+def _render(template: str, style: str, policy: str, **content: object) -> str:
+    """Fill a template of web/ that extends layout.html."""
+    policy = f"default-src 'none'; {policy}; base-uri 'none'; form-action 'none'"
+    return _environment().get_template(template).render(**content, style=Markup(style), policy=Markup(policy))
 
 
 def render_part(macro: str, *arguments: object) -> str:
@@ -61,6 +61,8 @@ def _environment() -> Environment:
         loader=PackageLoader("mapet.reports", "web"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
+    for kind in (Bold, Heading, Paragraph, Code, Bullets, Table, Curves):
+        made.tests[kind.__name__.lower()] = lambda value, kind=kind: isinstance(value, kind)
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return made
 

@@ -18,7 +18,9 @@ from mapet.reports.plots.tokens import mean_patches, plot_patches_by_code, plot_
 log = logging.getLogger("mapet")
 
 
-def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute, workers: int = 0) -> dict[str, Figure]:
+def plot_run(
+    look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute, workers: int = 0
+) -> dict[str, Figure]:
     """Draw all there is of a run's weights: of a sample, and of what its features find among all images."""
     figures = plot_sample(look, model)
     try:
