@@ -116,9 +116,7 @@ def _serve(folder: Path, port: int) -> None:
 
     if folder.is_file():
         raise MapetError(f"{folder} is a file: give the run's folder")
-    may_start = (
-        not folder.exists() or is_free(folder) or (folder / "recipe.yaml").is_file()
-    )  # `run`, before it pre-trains
+    may_start = not folder.exists() or is_free(folder) or command_of(folder) in ("run", "demo")  # before it pre-trains
     if not may_start:
         check_is_pretraining(folder)
     with LiveServer(folder, port) as server:
