@@ -88,10 +88,12 @@ def scores(runs: list[dict[str, str]]) -> list[Row]:
 def token_metrics(name: str, spec: dict[str, Any], out: Path, images: Path) -> Row:
     """Numbers of `mapet inspect-tokenizer`."""
     folder = out / "health" / name
-    if not (folder / "health.json").exists():
+    if not (folder / "tokenizer_metrics.json").exists():
         own = {"teacher": spec["teacher"]} if ":" in spec.get("teacher", "") else {}
-        mapet.inspect(tokenizer=out / "study" / "tokenizers" / name / "tokenizer", images=images, out=folder, **own)
-    metrics = json.loads((folder / "health.json").read_text())["measures"]
+        mapet.inspect_tokenizer(
+            tokenizer=out / "study" / "tokenizers" / name / "tokenizer", images=images, out=folder, **own
+        )
+    metrics = json.loads((folder / "tokenizer_metrics.json").read_text())["measures"]
     row: Row = {}
     for column, path in METRICS.items():
         value = metrics
