@@ -146,7 +146,7 @@ def make_tokens(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:
     """Store of zeros."""
     folder.mkdir()
     store = TokenStore.create(folder, images, "none", 1024, GRID, spec, 8)
-    for part in store.parts:
+    for part in store.shards:
         store.write(part, np.zeros((part.count, 8, GRID[0] * GRID[1]), np.int64), {})
     return store
 

@@ -31,9 +31,9 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.tokenizers.extract import FeatureExtractor
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans import assign, kmeans, plus_plus_start, random_start
-from mapet.tokenizers.points import Points
-from mapet.tokenizers.teachers import Teacher, make_teacher
+from mapet.tokenizers.kmeans import assign, kmeans, kmeans_plusplus_init, random_init
+from mapet.tokenizers.points import DistributedPoints
+from mapet.tokenizers.teacher import Teacher, make_teacher
 
 PROXY = "benchmarks.proxy_teacher:efficientnet_lite0"
 TIMM = ("resnet50_clip.openai", "vit_base_patch16_clip_224.openai")
@@ -129,7 +129,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
     works: dict[int, Callable[[], Any]] = {args.iterations: functools.partial(mapet, args.iterations)}
     faiss: Row = {}
     if has_faiss():
-        start = features[random_start(Points(FeatureStore.of(features)), args.vocab_size)]
+        start = features[random_init(DistributedPoints(FeatureStore.of(features)), args.vocab_size)]
         works[0] = functools.partial(faiss_kmeans, features, start, args.iterations)  # 0: faiss
         faiss["faiss_error"], fewer = error(features, works[0]()), args.iterations
         while fewer > 1 and error(features, mapet(fewer - 1)) <= 1.001 * faiss["faiss_error"]:
@@ -159,13 +159,13 @@ def modes(features: torch.Tensor, args: argparse.Namespace, compute: Compute) ->
     """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
     rows: list[Row] = []
     for metric in ("l2", "cosine"):
-        points = Points(FeatureStore.of(features), metric)
+        points = DistributedPoints(FeatureStore.of(features), metric)
         clustered = points.take(torch.arange(len(points)))
-        for start, choose in (("random", random_start), ("k-means++", plus_plus_start)):
+        for start, choose in (("random", random_init), ("k-means++", kmeans_plusplus_init)):
             row: Row = {"mode": f"{metric}, {start}"}
             for batch in (None, len(points) // 4):
                 fit = functools.partial(
-                    kmeans, features, args.vocab_size, args.iterations, dtype=compute.dtype, start=start, metric=metric, batch_points=batch
+                    kmeans, features, args.vocab_size, args.iterations, dtype=compute.dtype, init=start, metric=metric, batch_size=batch
                 )  # fmt: skip
                 spent, codebook = timed(fit)
                 name = "part" if batch else "all"

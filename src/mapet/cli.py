@@ -143,7 +143,7 @@ def _way_in(name: str, folder: Path, resume: bool) -> str:
     """What somebody may have meant who gave a stage nothing but a folder."""
     if found := find_config(folder, (name,)):
         return f"did you mean {found[1]}?"
-    options = ["tokenizer"] if (folder / "tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
+    options = ["tokenizer"] if (folder / "visual_tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
     options, known = ["out"] if resume else options, COMMANDS[name].config_type.model_fields
     option = next(option for option in [*options, "images", "out"] if option in known)
     return f"give it as --{option} {quote(str(folder))}"

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +71,9 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
         )
 
 
-SEAL = "seal"
+SEAL = "checksum"
+MANIFEST = "manifest.json"
+"""What a folder of data holds: a token store, a prepared data set, features."""
 RUN_FILE = "run.json"
 """What a command did to its folder (`mapet.run_state`)."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -155,12 +157,69 @@ def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) ->
         ) from None
 
 
+def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Create an .npy file of zeros that has its disk space; `read_array` maps it.
+
+    Raises:
+        MapetError: the disk is too full; the file is removed.
+    """
+    import numpy as np
+
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    try:
+        with open(path, "r+b") as file:
+            reserve(file, os.fstat(file.fileno()).st_size, path)
+    except MapetError:
+        path.unlink()
+        raise
+
+
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in place; call it inside `atomic`."""
     from safetensors.torch import save_file
 
     with naming_the_cause(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises MapetError: work in `folder` was begun with other options; those that differ are named."""
+    changed = [
+        f"{key}: {abbreviate(before.get(key))} -> {abbreviate(now.get(key))}"
+        for key in {**now, **before}
+        if json.dumps(before.get(key)) != json.dumps(now.get(key))
+    ]
+    if changed:
+        raise MapetError(
+            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
+        )
+
+
+def abbreviate(value: Any) -> str:
+    """Shorten a hash to its first digits."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def write_manifest(folder: Path, kind: str, version: int, content: dict[str, Any]) -> None:
+    """Write FOLDER/manifest.json of a folder of data, with its kind and format version, checksummed."""
+    write_sealed(folder / MANIFEST, {"kind": kind, "format_version": version, **content})
+
+
+def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
+    """Read what `write_manifest` wrote; `kind` names the data, e.g. 'token store'.
+
+    Raises:
+        MadeByNewer: its format version is above `version`.
+        MapetError: it is missing, changed, or of another kind.
+    """
+    manifest = read_sealed(folder / MANIFEST, kind)
+    if manifest.get("kind") != kind:
+        raise MapetError(f"{folder} is not a {kind} but a {manifest.get('kind')}")
+    try:
+        check_format(manifest.get("format_version"), version, kind, folder)
+    except ValueError as error:
+        raise MapetError(f"{folder}: damaged {kind} ({error})") from None
+    return manifest
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -65,11 +65,32 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     return weights
 
 
+def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Name what `load_state_dict` would refuse, three names of each kind; '' if nothing."""
+    shapes = {
+        name: ["x".join(map(str, weights[name].shape)) for weights in (found, expected)]
+        for name in found.keys() & expected
+    }
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{k} ({shapes[k][0]}, not {shapes[k][1]})" for k in expected if k in shapes and len(set(shapes[k])) > 1
+        ],
+    }
+    return "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
+
+
+def first_names(names: Sequence[str], count: int = 3) -> str:
+    """Join the first names: 'a, b, c and 4 more'."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
 def hash_weights(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names and bytes, in the order of names; '' of no tensors."""
+    """Return the sha256 of names, shapes, types and bytes, in the order of names; '' of no tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest() if tensors else ""
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.data.decode import BadImage, read_image
+from mapet.data.decode import read_image
+from mapet.data.readers.base import BadImage
 from mapet.data.sources import scan
 from mapet.errors import MapetError
 
@@ -179,7 +180,7 @@ def test_odd_names_and_link_loops(photo, tmp_path):
         images=root, out=tmp_path / "tokens", workers=0,
         tokenizer=_fit(root, tmp_path / "tokenizer"),
     )  # fmt: skip
-    assert list(store.bad.values()) == ["No such file or directory"]
+    assert list(store.unreadable.values()) == ["No such file or directory"]
 
 
 def _fit(images: Path, out: Path) -> Path:
@@ -197,7 +198,7 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_unreadable=0.3)
     images = scan(crops)
-    assert {images.id(row) for row in store.bad} == {"a.png", "b.png", "c.png"}
+    assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
     assert "bad image 'a.png': not an image Pillow knows" in caplog.text
     mapet.pretrain(
         images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, workers=0, probe_every=0,

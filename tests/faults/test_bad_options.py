@@ -282,10 +282,10 @@ def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer
 
 def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     common = ["pretrain", "--images", few_digits, "--out", tmp_path / "run"]
-    assert "is not a tokenizer: it has no tokenizer.json" in fails(capsys, *common, "--tokenizer", tmp_path)
+    assert "is not a tokenizer: it has no visual_tokenizer.json" in fails(capsys, *common, "--tokenizer", tmp_path)
     line = fails(capsys, *common, "--tokenizer", tokenizer_dir.parent)
-    assert f"it has no tokenizer.json; did you mean {tokenizer_dir}?" in line
-    for name in ("codebook.safetensors", "tokenizer.json"):
+    assert f"it has no visual_tokenizer.json; did you mean {tokenizer_dir}?" in line
+    for name in ("codebook.safetensors", "visual_tokenizer.json"):
         folder = tmp_path / f"damaged-{name}"
         folder.mkdir()
         for file in tokenizer_dir.iterdir():
@@ -294,11 +294,11 @@ def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path
         assert "tokenizer" in fails(capsys, *common, "--tokenizer", folder)
     folder = tmp_path / "tokens"
     shutil.copytree(tokens_dir, folder)
-    data = bytearray((tokens_dir / "parts" / "00000.npy").read_bytes())
-    (folder / "parts" / "00000.npy").write_bytes(data[:-100])
+    data = bytearray((tokens_dir / "shards" / "00000.npy").read_bytes())
+    (folder / "shards" / "00000.npy").write_bytes(data[:-100])
     assert "damaged token store" in fails(capsys, *common, "--tokenizer", tokenizer_dir, "--tokens", folder)
     data[-2:] = b"\xff\xff"
-    (folder / "parts" / "00000.npy").write_bytes(data)
+    (folder / "shards" / "00000.npy").write_bytes(data)
     assert "damaged" in fails(
         capsys,
         *common,
@@ -389,7 +389,7 @@ def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monk
     assert "gave a grid of 8 x 4 for views of 16 x 32 px" in line
     assert main([*map(str, common), "test_bad_options:coarse"]) == 0
     assert "grid of 2 x 2 is interpolated to the student's 4 x 4: --teacher-image-size 32 32 would do" in caplog.text
-    assert json.loads((tmp_path / "x" / "tokenizer.json").read_text())["teacher_grid"] == [2, 2]
+    assert json.loads((tmp_path / "x" / "visual_tokenizer.json").read_text())["teacher_grid"] == [2, 2]
 
 
 def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):

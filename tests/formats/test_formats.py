@@ -10,7 +10,7 @@ import torch
 
 import mapet
 from mapet.config.base import build
-from mapet.data.prepared import Prepared
+from mapet.data.prepared import PreparedDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MadeByNewer, MapetError
@@ -65,24 +65,24 @@ def test_this_version_has_files_or_is_not_released():
 
 
 def newer(path, key="format"):
-    sealed = "seal" in json.loads(path.read_text())
+    sealed = "checksum" in json.loads(path.read_text())
     content = read_sealed(path, "file") if sealed else json.loads(path.read_text())
     (write_sealed if sealed else write_json)(path, content | {key: 99})
 
 
 OPEN = {
-    "tokenizer/tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
-    "tokens/store.json": lambda: TokenStore.open(Path("tokens"), scan("images")),
-    "prepared/prepared.json": lambda: Prepared.open(Path("prepared")),
+    "tokenizer/visual_tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
+    "tokens/manifest.json": lambda: TokenStore.open(Path("tokens"), scan("images")),
+    "prepared/manifest.json": lambda: PreparedDataset.open(Path("prepared")),
     "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
-    "features/embed.json": lambda: read_embeddings(Path("features")),
+    "features/manifest.json": lambda: read_embeddings(Path("features")),
     "run/checkpoints/step-00000002/state.json": lambda: load_checkpoint(Path("run/checkpoints"), torch.nn.Linear(1, 1)),
 }
 
 
 @pytest.mark.parametrize("file", OPEN)
 def test_newer_ones_are_refused(file, files):
-    newer(files / file, "version" if file.startswith("features") else "format")
+    newer(files / file, "format" if file.startswith("run") else "format_version")
     with pytest.raises(MadeByNewer) as error:
         OPEN[file]()
     message = str(error.value)
@@ -128,17 +128,18 @@ def test_what_is_no_number_of_a_format(number):
 
 def test_the_page_names_every_format():
     """docs/formats.md gives the numbers that the code writes."""
-    from mapet.commands.study import cells, tokenizers
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
+    from mapet.studies import tokenizers, trials
     from mapet.tokenizers import codebook, vqkd
-    from mapet.training import checkpoint, replay
+    from mapet.training import checkpoint, nonfinite
 
     page = (HERE.parents[1] / "docs" / "formats.md").read_text()
-    table = dict(re.findall(r"^\| [^|]*?`(?:[^`]*/)?([\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
+    table = dict(re.findall(r"^\| [^|]*?`((?:[^`]*/)?[\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
     assert {name: int(number) for name, number in table.items()} == {
-        "tokenizer.json": codebook.FORMAT, "store.json": token_store.FORMAT, "state.json": checkpoint.FORMAT,
-        "prepared.json": prepared.FORMAT, "vqkd.json": vqkd.FORMAT, "*.safetensors": tar_shards.FORMAT,
-        "cell.json": cells.FORMAT, "embed.json": embeddings.VERSION, "replay.json": replay.FORMAT,
-        "options.json": tokenizers.FORMAT,
+        "TOKENIZER/visual_tokenizer.json": codebook.FORMAT, "TOKENS/manifest.json": token_store.FORMAT,
+        "PREPARED/manifest.json": prepared.FORMAT, "FEATURES/manifest.json": embeddings.FORMAT, "VQKD/vqkd.json": vqkd.FORMAT,
+        "RUN/checkpoints/step-*/state.json": checkpoint.FORMAT, "RUN/replay/step-*/replay.json": nonfinite.FORMAT,
+        "STUDY/tokenizers/*/options.json": tokenizers.FORMAT, "STUDY/cells/*/cell.json": trials.FORMAT,
+        "~/.cache/mapet/shards/*.safetensors": tar_shards.FORMAT,
     }  # fmt: skip

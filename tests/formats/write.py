@@ -71,7 +71,7 @@ def measure() -> dict[str, Any]:
     losses = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     backbone = next(path for path in (Path("backbone"), Path("run/backbone")) if path.exists())
     return {
-        "tokenizer_hash": json.loads(Path("tokenizer/tokenizer.json").read_text())["hash"],
+        "tokenizer_hash": json.loads(Path("tokenizer/visual_tokenizer.json").read_text())["hash"],
         "images_hash": images.hash,
         "tokens": [store.read(row, 0).tolist() for row in range(len(store))],
         "prepared": [images_of("prepared", row) for row in range(3)],

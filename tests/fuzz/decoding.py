@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mapet.data.decode import BadImage, Box, open_image
+from mapet.data.decode import open_image
+from mapet.data.readers.base import BadImage, Box
 from tests.fuzz.mutate import mutations
 
 FORMATS = ["JPEG", "progressive", "PNG", "palette", "TIFF", "WebP", "GIF", "BMP", "npy"]

@@ -26,7 +26,7 @@ import mapet
 from mapet.cli import main
 from mapet.config.base import build, read_recipe
 from mapet.config.pretrain import PretrainConfig
-from mapet.data.decode import BadImage
+from mapet.data.readers.base import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError

@@ -28,7 +28,7 @@ def vit_folder(tmp_path):
 
 
 def small_parts(monkeypatch, images_per_part=4, size=32 * 4):
-    monkeypatch.setattr("mapet.evaluation.embeddings.PART_BYTES", images_per_part * size)
+    monkeypatch.setattr("mapet.evaluation.embeddings.SHARD_BYTES", images_per_part * size)
 
 
 def read_back(folder):
@@ -95,7 +95,7 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
             Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Go on with: .* --resume"
         ):
             mapet.embed(out=tmp_path / "parts", **options)
-    assert json.loads((tmp_path / "parts" / "embed.json").read_text())["done"] == 7
+    assert json.loads((tmp_path / "parts" / "manifest.json").read_text())["num_done"] == 7
     with pytest.raises(MapetError, match="unfinished"):
         read_embeddings(tmp_path / "parts")
     mapet.embed(out=tmp_path / "parts", resume=True, **options)
@@ -115,7 +115,7 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
     )
     ids, features = read_embeddings(out)
     assert ids == [f"crop{number:03d}.png" for number in (0, 1, 2, 3, 8, 9, 10, 11)] and np.isfinite(features).all()
-    assert set(json.loads((out / "embed.json").read_text())["bad"]) == {"4", "5", "6", "7"}
+    assert set(json.loads((out / "manifest.json").read_text())["unreadable"]) == {"4", "5", "6", "7"}
     if format == "npy":
         assert np.isnan(np.load(out / "features.npy")[4:8]).all()
     with pytest.raises(MapetError, match=r"more than --max-unreadable 0.05 allows"):

@@ -295,10 +295,10 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card():
     def card(*teachers):
         about = {}
         for teacher in reversed(teachers[1:]):
-            about = {"learned_from": {"teacher": {"teacher": teacher}, "about_teacher": about}}
+            about = {"learned_from": {"teacher": {"teacher": teacher}, "teacher_metadata": about}}
         tokenizer = {
             "teacher": {"teacher": teachers[0]},
-            "about_teacher": about,
+            "teacher_metadata": about,
             "vocab_size": 8,
             "grid": [2, 2],
             "hash": "a",
@@ -352,7 +352,7 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
-    """With another name in tokenizer.json: what leans on a pre-trained network says so."""
+    """With another name in visual_tokenizer.json: what leans on a pre-trained network says so."""
     from mapet.reports.card import origin_of
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,

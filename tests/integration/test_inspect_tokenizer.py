@@ -68,7 +68,7 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
     assert record["measures"]["stability"]["stored"]["share"] == 1
     shutil.copytree(tokens_dir, tmp_path / "tokens")
-    file = tmp_path / "tokens" / "parts" / "00000.npy"
+    file = tmp_path / "tokens" / "shards" / "00000.npy"
     np.save(file, np.roll(np.load(file), 1, axis=0))
     progress = read_sealed(file.with_suffix(".json"), "token store")
     write_sealed(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
@@ -106,7 +106,7 @@ def test_bad_options(digits, tokenizer_dir, run_dir, tmp_path, capsys):
     for words, message in [
         ([], "required"),
         (["--tokenizer", tokenizer_dir], "required"),
-        (["--tokenizer", digits, "--images", digits / "train"], "tokenizer.json"),
+        (["--tokenizer", digits, "--images", digits / "train"], "visual_tokenizer.json"),
         (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], "does not exist"),
     ]:
         assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o", "--workers", 0]]) != 0

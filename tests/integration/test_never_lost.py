@@ -170,7 +170,7 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     assert whole.results | {"provenance": 0} == parts.results | {"provenance": 0}  # that has the name of the folder
 
 
-PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.PART_IMAGES = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
+PARTS_OF_FIVE = "import sys, mapet.data.token_store as t; t.SHARD_SIZE = 5; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize("quantizer", [[], pytest.param(["--pca-dim", "8"], marks=pytest.mark.slow),
@@ -185,7 +185,9 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and one["usage"].sum() == two["usage"].sum() == 12 * 64
     assert (one["usage"] - two["usage"]).abs().sum() <= 12  # sums of other order: a patch may go over
-    told = [json.loads((tmp_path / name / "tokenizer.json").read_text())["health"] for name in ("one", "two")]
+    told = [
+        json.loads((tmp_path / name / "visual_tokenizer.json").read_text())["codebook_stats"] for name in ("one", "two")
+    ]
     health = [{name: value for name, value in one.items() if value is not None} for one in told]  # lfq has no error
     assert told[0].keys() == told[1].keys() and health[1] == pytest.approx(health[0], rel=0.01)
     whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole", workers=0)
@@ -193,7 +195,7 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300)  # fmt: skip
     store = TokenStore.open(tmp_path / "shared", scan(crops))
-    assert len(store.parts) == 3 and store.complete
+    assert len(store.shards) == 3 and store.num_done == len(store)
     assert (all_rows(store) == all_rows(whole)).all()
 
 

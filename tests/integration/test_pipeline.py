@@ -205,7 +205,7 @@ def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
         patch.setattr(TokenStore, "write", stop_at_six)
         with pytest.raises(KeyboardInterrupt):
             mapet.tokenize(out=tmp_path / "parts", **options)
-    assert json.loads((tmp_path / "parts" / "parts" / "00000.json").read_text())["done"] == 6
+    assert json.loads((tmp_path / "parts" / "shards" / "00000.json").read_text())["num_done"] == 6
     parts = mapet.tokenize(out=tmp_path / "parts", resume=True, **options)
     assert np.array_equal(all_rows(whole), all_rows(parts))
 

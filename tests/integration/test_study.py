@@ -150,7 +150,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
     given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "num_context": 4, "objective": "mim"}
     config = build(PretrainConfig, PRETRAIN | given)
     width, depth = config.model_args["embed_dim"], config.model_args["depth"]
-    words = json.loads((tokenizer_dir / "tokenizer.json").read_text())["vocab_size"]
+    words = json.loads((tokenizer_dir / "visual_tokenizer.json").read_text())["vocab_size"]
     block = 17 * 12 * width**2 + 2 * 17 * 17 * width
     last = 17 * 2 * width**2 + 12 * 10 * width**2 + 2 * 12 * 17 * width  # only the 12 hidden rows ask
     embedding = 16 * 4 * width

@@ -79,7 +79,7 @@ def test_the_folder(whole, few_digits):
     assert (recipe["vocab_size"], recipe["warmup_epochs"], recipe["views"]) == (16, 0.2, "random-crop")
     description = json.loads((whole.parent / "vqkd.json").read_text())
     assert description["training"]["num_images"] == 288 and description["teacher"]["teacher"] == "pixels"
-    assert description["health"]["patches"] == 288 * 16
+    assert description["codebook_stats"]["num_patches"] == 288 * 16
     with pytest.raises(MapetError, match="already exists and is not empty"):
         mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
 
@@ -100,7 +100,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --kmeans-n-init"):
         mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, kmeans_n_init=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
-    assert fitted.vocab_size == 16 and fitted.description["health"]["patches"] == 16 * len(scan(few_digits))
+    assert fitted.vocab_size == 16 and fitted.description["codebook_stats"]["num_patches"] == 16 * len(scan(few_digits))
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
     tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
     batch = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8)).batch([(0, i) for i in range(9)])
@@ -118,7 +118,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
 
 
 def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
-    """tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
+    """visual_tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2
     )
@@ -129,11 +129,11 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
         teacher_checkpoint=str(file), workers=0,
     )  # fmt: skip
-    told = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    told = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert told["interpolation"] is None
-    first = told["about_teacher"]["learned_from"]
+    first = told["teacher_metadata"]["learned_from"]
     assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["final_norm"] is True
-    assert first["about_teacher"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
+    assert first["teacher_metadata"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
         ({"model": "resnet18"}, "timm makes no VisionTransformer of 'resnet18'"),
-        ({"teacher_final_norm": True}, "--teacher-final-norm is for a timm model; pixels has no use for it"),
+        ({"teacher_final_norm": True}, "teacher 'pixels' does not use --teacher-final-norm"),
         ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower --vocab-size"),
     ],
 )

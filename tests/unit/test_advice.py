@@ -40,7 +40,7 @@ def judged(untrained, pretrained, images=300):
     return {"untrained": {"linear": untrained}, "pretrained": {"linear": pretrained}, "test_images": images}
 
 
-HEALTH = {"used_codes": 60, "dead_codes": 4, "commonest_share": 0.2}
+HEALTH = {"num_used_codes": 60, "num_dead_codes": 4, "top_code_fraction": 0.2}
 
 
 def subject(records, health=HEALTH, probe={}):
@@ -59,8 +59,8 @@ FIRES = {
     "probe_stands_still": (subject(probed(0.4, 0.395, 0.4)), "is where it was at first: 0.400 and 0.400"),
     "probe_like_untrained": (subject(history(), probe=judged(0.247, 0.26)), "better than untrained: 0.260 against 0.247 on 300"),
     "too_easy": (subject(history(token_accuracy=0.97)), "97.0% of the words are predicted"),
-    "dead_words": (subject(history(), HEALTH | {"used_codes": 30, "dead_codes": 34}), "34 of 64 visual words are never used"),
-    "one_word_for_most": (subject(history(), HEALTH | {"commonest_share": 0.7}), "70% of the patches have the same visual word"),
+    "dead_words": (subject(history(), HEALTH | {"num_used_codes": 30, "num_dead_codes": 34}), "34 of 64 visual words are never used"),
+    "one_word_for_most": (subject(history(), HEALTH | {"top_code_fraction": 0.7}), "70% of the patches have the same visual word"),
 }  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.tokenizers import dalle
-from mapet.tokenizers.dalle import DalleEncoder, dalle_encoder
-from mapet.tokenizers.teachers import make_teacher
+from mapet.tokenizers.teacher import make_teacher
+from mapet.tokenizers.teachers import dalle
+from mapet.tokenizers.teachers.dalle import DalleEncoder, build
 
 
 def numbers(shape, number):
@@ -110,8 +110,8 @@ def test_the_published_pickle(zipped, tmp_path, monkeypatch):
                     module.device, module.requires_grad, module.n_hid = torch.device("cpu"), False, 256
         torch.save(encoder, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=zipped)
     assert b"dall_e.encoder" in (tmp_path / "encoder.pkl").read_bytes() and "dall_e" not in sys.modules
-    loaded = dalle_encoder(str(tmp_path / "encoder.pkl"))
-    assert loaded.gives_logits == 8192
+    loaded = build(str(tmp_path / "encoder.pkl"), None, (1, 2))
+    assert loaded.num_logits == 8192
     assert sum(weight.numel() for weight in loaded.parameters()) == 53_786_240
     images = torch.rand(1, 3, 8, 16)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def smaller(monkeypatch):
 def test_plain_weights(save, smaller, tmp_path):
     encoder = small()
     save(encoder.state_dict(), tmp_path / "weights")
-    loaded = dalle_encoder(str(tmp_path / "weights")).state_dict()
+    loaded = build(str(tmp_path / "weights"), None, (1, 1)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
@@ -137,14 +137,14 @@ def test_as_a_teacher(smaller, tmp_path):
     torch.save(small().state_dict(), tmp_path / "encoder.pkl")
     teacher = make_teacher("dalle", (224, 224), 16, checkpoint=str(tmp_path / "encoder.pkl"))
     assert teacher.image_size == (112, 112)
-    assert teacher.own_quantizer is not None and teacher.own_quantizer.vocab_size == 12
+    assert teacher.builtin_quantizer is not None and teacher.builtin_quantizer.vocab_size == 12
     images = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)
     assert torch.allclose(teacher(images), plain(small().state_dict(), images.float() / 255), atol=1e-4)
 
 
 def test_without_a_checkpoint():
     with pytest.raises(MapetError, match=r"--teacher-checkpoint encoder\.pkl"):
-        dalle_encoder(None)
+        build(None, None, (1, 1))
 
 
 def test_other_weights(smaller, tmp_path):
@@ -155,7 +155,7 @@ def test_other_weights(smaller, tmp_path):
     weights["blocks.output.conv.w"] = torch.ones(13, 64, 1, 1)
     save_file(weights, path)
     with pytest.raises(MapetError) as error:
-        dalle_encoder(path)
+        build(path, None, (1, 1))
     assert str(error.value) == (
         f"{path} is not the encoder of OpenAI's dVAE (encoder.pkl): "
         "missing: blocks.input.w, blocks.input.b, blocks.group_1.block_1.res_path.conv_1.w and 1 more; "
@@ -164,4 +164,4 @@ def test_other_weights(smaller, tmp_path):
     )
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(MapetError, match="it is empty"):
-        dalle_encoder(path)
+        build(path, None, (1, 1))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
-from mapet.data.decode import ArrayPicture, Box, JpegPicture, open_image, read_image
+from mapet.data.decode import open_image, read_image
 from mapet.data.image_list import ImageList
 from mapet.data.order import draw_order
+from mapet.data.readers.base import Box, DecodedImage
+from mapet.data.readers.jpeg import LazyJpeg
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import View, ViewSpec, color_jitter, draw_jitter, draw_view, render
@@ -79,7 +81,7 @@ def test_two_flip_views_are_an_image_and_its_mirror():
 
 def test_a_view_of_its_own_size_is_untouched_and_mirrored():
     image = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
-    picture = ArrayPicture(image.permute(1, 2, 0).numpy(), "test")
+    picture = DecodedImage(image.permute(1, 2, 0).numpy(), "test")
     assert torch.equal(render(picture, View(2, 1, 8, 8, False), (8, 8)), image[:, 2:10, 1:9])
     assert torch.equal(render(picture, View(2, 1, 8, 8, True), (8, 8)), image[:, 2:10, 1:9].flip(-1))
     assert render(picture, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
@@ -124,7 +126,7 @@ def save_jpeg(photo, path, size, orientation=1, **options):
 def test_jpegs_equal_pillows_to_the_byte(photos, tmp_path, size, orientation):
     upright = save_jpeg(photos[0], tmp_path / "a.jpg", size, orientation)
     picture = open_image(tmp_path / "a.jpg")
-    assert isinstance(picture, JpegPicture) and picture.size == upright.shape[:2]
+    assert isinstance(picture, LazyJpeg) and picture.size == upright.shape[:2]
     assert np.array_equal(picture.read().permute(1, 2, 0), upright)
     rng = np.random.default_rng(orientation)
     for _ in range(5):
@@ -139,7 +141,7 @@ def test_jpegs_equal_pillows_to_the_byte(photos, tmp_path, size, orientation):
 def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientation):
     """Student and teacher, at their own sizes, show the full decode's box: 2.5 of 255 grey levels apart
     on average at most, and less than for a box that is off by one pixel of the result."""
-    upright = ArrayPicture(save_jpeg(photos[1], tmp_path / "a.jpg", size, orientation, subsampling=0), "test")
+    upright = DecodedImage(save_jpeg(photos[1], tmp_path / "a.jpg", size, orientation, subsampling=0), "test")
     picture = open_image(tmp_path / "a.jpg")
     for kind, number in (("center", 0), ("random-crop", 0), ("random-crop", 1)):
         view = draw_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
@@ -241,30 +243,30 @@ def store_of(folder, images, views=2, vocab=100):
 
 def finish(store, ids, bad=None):
     """Write these rows, and the bad ones among them, into the first part."""
-    store.write(store.parts[0], ids, bad or {})
-    store.save_progress(store.parts[0])
+    store.write(store.shards[0], ids, bad or {})
+    store.save_progress(store.shards[0])
 
 
 def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
     """By whichever process, interrupted in the middle of any."""
-    monkeypatch.setattr("mapet.data.token_store.PART_IMAGES", 5)
+    monkeypatch.setattr("mapet.data.token_store.SHARD_SIZE", 5)
     images = scan(crops)
     store, ids = store_of(tmp_path / "s", images)
-    assert [(part.first, part.count) for part in store.parts] == [(0, 5), (5, 5), (10, 2)]
+    assert [(part.first, part.count) for part in store.shards] == [(0, 5), (5, 5), (10, 2)]
     for number, count in ((2, 2), (0, 3)):
-        part = store.parts[number]
+        part = store.shards[number]
         store.write(part, ids[part.first : part.first + count], {part.first: "broken"})
         store.save_progress(part)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
-    assert [part.done for part in store.parts] == [3, 0, 2] and store.bad == {0: "broken", 10: "broken"}
-    store.write(store.parts[0], ids[3:5], {})
-    store.write(store.parts[1], ids[5:10], {})
-    for part in store.parts[:2]:
+    assert [part.num_done for part in store.shards] == [3, 0, 2] and store.unreadable == {0: "broken", 10: "broken"}
+    store.write(store.shards[0], ids[3:5], {})
+    store.write(store.shards[1], ids[5:10], {})
+    for part in store.shards[:2]:
         store.save_progress(part)
     assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
-    data = bytearray((tmp_path / "s" / "parts" / "00001.npy").read_bytes())
+    data = bytearray((tmp_path / "s" / "shards" / "00001.npy").read_bytes())
     data[-3] ^= 1  # a valid token still
-    (tmp_path / "s" / "parts" / "00001.npy").write_bytes(data)
+    (tmp_path / "s" / "shards" / "00001.npy").write_bytes(data)
     with pytest.raises(MapetError, match=r"00001.npy has changed since it was made"):
         TokenStore.open(tmp_path / "s", images)
 
@@ -277,7 +279,7 @@ def test_store_round_trip(crops, tmp_path, vocab, dtype):
     again = TokenStore.open(tmp_path / "s", images, "codebook")
     assert again.dtype == dtype
     assert np.array_equal(all_rows(again), ids)
-    assert again.bad == {3: "broken"} and again.complete
+    assert again.unreadable == {3: "broken"} and again.num_done == len(again)
     assert np.array_equal(again.read(5, 1), ids[5, 1])
 
 
@@ -288,8 +290,8 @@ def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
     with pytest.raises(MapetError, match="unfinished \\(5 of 12"):
         TokenStore.open(tmp_path / "s", images)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
-    store.write(store.parts[0], ids[5:], {})
-    store.save_progress(store.parts[0])
+    store.write(store.shards[0], ids[5:], {})
+    store.save_progress(store.shards[0])
     assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
 
 

@@ -15,11 +15,11 @@ import mapet
 from mapet.errors import Interrupted, MapetError
 from mapet.files import write_tensors
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans import PATIENCE, assign, kmeans, plus_plus_start, random_start
-from mapet.tokenizers.points import Points, even_sample
+from mapet.tokenizers.kmeans import DEAD_AFTER, assign, kmeans, kmeans_plusplus_init, random_init
+from mapet.tokenizers.points import DistributedPoints, stratified_sample
 
 MODES = [
-    {"start": start, "batch_points": batch, "metric": metric}
+    {"init": start, "batch_size": batch, "metric": metric}
     for start in ("random", "k-means++")
     for batch in (None, 90)
     for metric in ("l2", "cosine")
@@ -33,19 +33,19 @@ def one_thread(two_threads):
 
 
 def blobs(centres=30, each=60, width=6, spread=12.0, seed=0):
-    """Points that float16 holds exactly, so that a plain loop clusters the very same."""
+    """DistributedPoints that float16 holds exactly, so that a plain loop clusters the very same."""
     rng = np.random.default_rng(seed)
     points = rng.normal(size=(centres, width)).repeat(each, 0) * spread + rng.normal(size=(centres * each, width))
     return torch.tensor(rng.permutation(points), dtype=torch.float16).float()
 
 
 def points_of(points, metric="l2"):
-    return Points(FeatureStore.of(points), metric)
+    return DistributedPoints(FeatureStore.of(points), metric)
 
 
-def plainly(points, vocab_size, iterations, seed=0, start="random", batch_points=None, metric="l2"):
+def plainly(points, vocab_size, iterations, seed=0, init="random", batch_size=None, metric="l2"):
     """K-means as the papers have it, a point at a time where that is what they say, in float64."""
-    choose = {"random": random_start, "k-means++": plus_plus_start}[start]
+    choose = {"random": random_init, "k-means++": kmeans_plusplus_init}[init]
     chosen = choose(points_of(points, metric), vocab_size, seed).numpy()
 
     def allowed(x):
@@ -54,9 +54,9 @@ def plainly(points, vocab_size, iterations, seed=0, start="random", batch_points
     x = allowed(points.double().numpy())
     c, visits, idle = x[chosen], np.zeros(vocab_size), np.zeros(vocab_size)
     for number in range(iterations):
-        full = batch_points is None or batch_points >= len(x) or number == iterations - 1
+        full = batch_size is None or batch_size >= len(x) or number == iterations - 1
         random = np.random.default_rng([seed, 0, number])
-        seen = x if full else x[even_sample(len(x), batch_points, random).numpy()]
+        seen = x if full else x[stratified_sample(len(x), batch_size, random).numpy()]
         table = np.square(seen[:, None] - c).sum(2)
         ids, served = table.argmin(1), table.min(1)
         if full:
@@ -68,7 +68,7 @@ def plainly(points, vocab_size, iterations, seed=0, start="random", batch_points
                 visits[k] += 1
                 new[k] += (point - new[k]) / visits[k]
             idle = np.where(np.isin(np.arange(vocab_size), ids), 0, idle + len(seen))
-            dead = list(np.flatnonzero(idle >= PATIENCE * vocab_size))
+            dead = list(np.flatnonzero(idle >= DEAD_AFTER * vocab_size))
         c = allowed(new)
         for k, worst in zip(dead, np.argsort(-served, kind="stable"), strict=False):
             c[k], visits[k], idle[k] = seen[worst], 0, 0
@@ -84,15 +84,15 @@ def test_as_a_plain_loop(mode, vocab_size):
     found = kmeans(points, vocab_size, 10, **mode)
     assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
     assert found.counts.tolist() == expected[1].tolist()
-    assert found.error == pytest.approx(expected[2], rel=1e-4)
-    assert found.variance == pytest.approx(expected[3], rel=1e-4)
+    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-4)
+    assert found.total_variance == pytest.approx(expected[3], rel=1e-4)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(
     size=st.integers(20, 300), width=st.integers(1, 9), vocab_size=st.integers(1, 20), iterations=st.integers(1, 9),
-    seed=st.integers(0, 1000), batch_points=st.none() | st.integers(1, 400), metric=st.sampled_from(["l2", "cosine"]),
-    start=st.sampled_from(["random", "k-means++"]),
+    seed=st.integers(0, 1000), batch_size=st.none() | st.integers(1, 400), metric=st.sampled_from(["l2", "cosine"]),
+    init=st.sampled_from(["random", "k-means++"]),
 )  # fmt: skip
 def test_any_setting_as_a_plain_loop(size, width, seed, vocab_size, iterations, **mode):
     points = torch.tensor(np.random.default_rng(seed).normal(size=(size, width)) + 1, dtype=torch.float16).float()
@@ -101,43 +101,43 @@ def test_any_setting_as_a_plain_loop(size, width, seed, vocab_size, iterations, 
     expected = plainly(points, vocab_size, iterations, seed, **mode)
     found = kmeans(points, vocab_size, iterations, seed=seed, **mode)
     assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
-    assert found.error == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
+    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
 
 
 def test_dead_centroids_of_mini_batches_start_again():
     """Nine of ten points are one: nearly all centroids start there, and only one can win anything."""
     points = torch.cat([torch.zeros(1800, 6), blobs(20, 10)])
     points = points[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
-    mode = {"batch_points": 200}
+    mode = {"batch_size": 200}
     expected = plainly(points, 16, 25, **mode)
     found = kmeans(points, 16, 25, **mode)
     assert (found.counts > 0).all()
-    assert found.error == pytest.approx(expected[2], rel=1e-3)
-    assert found.error <= 1.3 * kmeans(points, 16, 25, restarts=3).error
+    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3)
+    assert found.mean_sq_dist <= 1.3 * kmeans(points, 16, 25, n_init=3).mean_sq_dist
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_mini_batches_are_nearly_as_good_as_all_points(metric):
     points = blobs(40, 200)
-    options = {"restarts": 2, "metric": metric, "start": "k-means++"}
-    whole = kmeans(points, 40, 20, **options).error
-    assert kmeans(points, 40, 20, batch_points=800, **options).error <= 1.03 * whole
+    options = {"n_init": 2, "metric": metric, "init": "k-means++"}
+    whole = kmeans(points, 40, 20, **options).mean_sq_dist
+    assert kmeans(points, 40, 20, batch_size=800, **options).mean_sq_dist <= 1.03 * whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch_points", [None, 500])
-def test_spherical(dtype, batch_points):
+@pytest.mark.parametrize("batch_size", [None, 500])
+def test_spherical(dtype, batch_size):
     """Centroids of length 1; how long points are changes nothing; nearest by L2 of the points as they are is nearest by angle."""
     points = blobs(seed=3)
     lengths = 2.0 ** torch.randint(-2, 3, (len(points), 1), generator=torch.Generator().manual_seed(0))
     first, again = (
-        kmeans(x, 20, 10, dtype=dtype, metric="cosine", batch_points=batch_points) for x in (points, points * lengths)
+        kmeans(x, 20, 10, dtype=dtype, metric="cosine", batch_size=batch_size) for x in (points, points * lengths)
     )
     assert torch.allclose(first.centroids.norm(dim=1), torch.ones(20))
     assert torch.allclose(first.centroids, again.centroids, atol=1e-5)
     cosine = torch.nn.functional.normalize(points.double()) @ first.centroids.double().T
     assert torch.equal(assign(points, first.centroids)[0], cosine.argmax(1))
-    assert first.error == pytest.approx(float(2 - 2 * cosine.max(1).values.mean()), rel=1e-4)
+    assert first.mean_sq_dist == pytest.approx(float(2 - 2 * cosine.max(1).values.mean()), rel=1e-4)
 
 
 def test_points_that_are_zero_have_no_angle():
@@ -157,7 +157,7 @@ def test_plus_plus_chooses_as_the_paper_says():
         expected[frozenset(order)] += share
     points = points_of(torch.tensor(places[:, None], dtype=torch.float32))
     draws = 1000
-    found = Counter(frozenset(plus_plus_start(points, 3, seed).tolist()) for seed in range(draws))
+    found = Counter(frozenset(kmeans_plusplus_init(points, 3, seed).tolist()) for seed in range(draws))
     assert set(found) <= {chosen for chosen, share in expected.items() if share > 0}
     for chosen, share in expected.items():
         assert abs(found[chosen] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
@@ -172,8 +172,8 @@ def test_plus_plus_spreads():
     def potential(choose, seed):
         return float(assign(points, points[choose(points_of(points), centres, seed)])[1].mean())
 
-    spread = np.mean([potential(plus_plus_start, seed) for seed in range(10)])
-    luck = np.mean([potential(random_start, seed) for seed in range(10)])
+    spread = np.mean([potential(kmeans_plusplus_init, seed) for seed in range(10)])
+    luck = np.mean([potential(random_init, seed) for seed in range(10)])
     assert spread <= 8 * (np.log(centres) + 2) * ideal
     assert luck > 100 * spread
 
@@ -184,22 +184,22 @@ def test_plus_plus_of_a_sample(memory, tmp_path):
     points = blobs(30, 400)
     with FeatureStore(len(points), memory, tmp_path) as store:
         store.append(points)
-        chosen = plus_plus_start(Points(store), 30, seed=1)
-        assert torch.equal(chosen, plus_plus_start(Points(store), 30, seed=1))
-    assert torch.equal(chosen, plus_plus_start(points_of(points), 30, seed=1))
+        chosen = kmeans_plusplus_init(DistributedPoints(store), 30, seed=1)
+        assert torch.equal(chosen, kmeans_plusplus_init(DistributedPoints(store), 30, seed=1))
+    assert torch.equal(chosen, kmeans_plusplus_init(points_of(points), 30, seed=1))
     assert len(chosen.unique()) == 30
-    assert len(plus_plus_start(points_of(points), 30, seed=2).unique()) == 30
+    assert len(kmeans_plusplus_init(points_of(points), 30, seed=2).unique()) == 30
 
 
 def test_plus_plus_of_fewer_different_points_than_centroids():
     points = torch.tensor([[1.0], [2.0], [5.0]]).repeat(40, 1)
-    chosen = plus_plus_start(points_of(points), 10)
+    chosen = kmeans_plusplus_init(points_of(points), 10)
     assert len(chosen.unique()) == 10 and len(points[chosen[:3]].unique()) == 3
 
 
 @given(st.integers(1, 10**7), st.integers(1, 3000), st.integers(0, 100))
 def test_even_sample(num_points, size, seed):
-    numbers = even_sample(num_points, size, np.random.default_rng(seed))
+    numbers = stratified_sample(num_points, size, np.random.default_rng(seed))
     assert len(numbers) == min(size, num_points)
     assert numbers[0] >= 0 and numbers[-1] < num_points and (numbers.diff() > 0).all()
 
@@ -209,7 +209,7 @@ def points_for(mode):
 
     There, two centroids that start as one would be told apart by rounding.
     """
-    return blobs() if mode["batch_points"] else torch.cat([blobs(), blobs()[:1].repeat(700, 1)])
+    return blobs() if mode["batch_size"] else torch.cat([blobs(), blobs()[:1].repeat(700, 1)])
 
 
 def in_several_processes(rank, folder, world):
@@ -291,11 +291,11 @@ def test_checkpoints_of_other_calls_are_refused(tmp_path):
         kmeans(points, 40, 4, progress=Stop(2), checkpoint=checkpoint)
     content = checkpoint.read_bytes()
     for setting in (
-        {"seed": 1}, {"iterations": 5}, {"restarts": 2}, {"metric": "cosine"}, {"start": "k-means++"}, {"batch_points": 100},
+        {"seed": 1}, {"max_iter": 5}, {"n_init": 2}, {"metric": "cosine"}, {"init": "k-means++"}, {"batch_size": 100},
     ):  # fmt: skip
         name, value = next(iter(setting.items()))
         with pytest.raises(MapetError, match=rf"begun with .*{name} = .* \(now {re.escape(str(value))}\)"):
-            kmeans(points, 40, **{"iterations": 4} | setting, checkpoint=checkpoint)
+            kmeans(points, 40, **{"max_iter": 4} | setting, checkpoint=checkpoint)
     with pytest.raises(MapetError, match=r"vocab_size = 40 \(now 41\)"):
         kmeans(points, 41, 4, checkpoint=checkpoint)
     for other in (points.flip(0), points * 1.001, points[:-1]):
@@ -332,4 +332,4 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
         mapet.fit_tokenizer(out=tmp_path / "t", **options, seed=1, resume=True)
     again = mapet.fit_tokenizer(out=tmp_path / "t", **options, resume=True)
     assert again.hash == whole.hash and not checkpoint.exists()
-    assert whole.description["fitting"]["metric"] == "cosine"
+    assert whole.description["fit_config"]["kmeans_metric"] == "cosine"

@@ -12,7 +12,8 @@ import mapet
 from mapet.cli import main
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.decode import BadImage, Window, read_image
+from mapet.data.decode import read_image
+from mapet.data.readers.base import BadImage, Window
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
@@ -65,32 +66,31 @@ def test_loader_and_stages_take_it(folder, tmp_path):
     mapet.fit_tokenizer(
         images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_unreadable=0.5
     )
-    assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s", workers=0).bad) == [6]
+    assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s", workers=0).unreadable) == [6]
 
 
 def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch):
     whole = mapet.prepare(images=folder, out=tmp_path / "whole", short_side=64)
-    shrink, calls = prepared.shrink, []
+    resize_and_encode, calls = prepared.resize_and_encode, []
 
     def stops(*image):
         calls.append(image)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return shrink(*image)
+        return resize_and_encode(*image)
 
-    monkeypatch.setattr(prepared, "shrink", stops)
-    monkeypatch.setattr("mapet.commands.prepare.automatic_workers", lambda: 0)  # one thread
+    monkeypatch.setattr(prepared, "resize_and_encode", stops)
+    monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
     with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
         scan(tmp_path / "made")
-    with pytest.raises(MapetError, match="size: 64 -> 32"):
+    with pytest.raises(MapetError, match="short_side: 64 -> 32"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=32, resume=True)
     mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, resume=True)
     assert len(calls) <= 6 + 3  # the first shard was kept; the broken image is found before
-    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()
-    }
+    files = [{f.name: f.read_bytes() for f in made.iterdir()} for made in (whole, tmp_path / "made")]
+    assert len({made.pop("run.json") for made in files}) == 2 and files[0] == files[1]
     with (tmp_path / "made" / "images-00001.bin").open("ab") as file:
         file.write(b"x")
     with pytest.raises(MapetError, match="damaged"):

@@ -17,7 +17,7 @@ from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.fit import fit_fsq
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.teachers import takes_image_size
+from mapet.tokenizers.teachers.timm_model import TAKES_IMAGE_SIZE
 from tests.conftest import all_rows
 
 
@@ -142,19 +142,19 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
         ({"quantizer": "lfq", "kmeans_batch_size": 100}, "--kmeans-batch-size is for kmeans"),
         (
             {"teacher_image_size": 16},
-            "--teacher-image-size is for a timm model, dalle, own code; pixels has no use for it",
+            "teacher 'pixels' does not use --teacher-image-size",
         ),
-        ({"teacher_layer": 3}, "--teacher-layer is for a timm model; pixels has no use"),
+        ({"teacher_layer": 3}, "teacher 'pixels' does not use --teacher-layer"),
         (
             {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64},
-            "--teacher-image-size is for .*; vqkd has no use",
+            "teacher 'vqkd' does not use --teacher-image-size",
         ),
         (
             {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_final_norm": True},
-            "--teacher-final-norm is for a timm model; dalle",
+            "teacher 'dalle' does not use --teacher-final-norm",
         ),
-        ({"teacher": "my:code", "teacher_layer": 2}, "--teacher-layer is for a timm model; own code"),
-        ({"teacher_checkpoint": "x"}, "--teacher-checkpoint is for .*; pixels"),
+        ({"teacher": "my:code", "teacher_layer": 2}, "teacher 'my:code' does not use --teacher-layer"),
+        ({"teacher_checkpoint": "x"}, "teacher 'pixels' does not use --teacher-checkpoint"),
         ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
         ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "5 principal components of features that are 4 wide"),
         ({"pca_dim": 5}, "5 principal components of features that are 4 wide"),
@@ -176,7 +176,7 @@ def test_teachers_of_the_docs_have_the_grid_and_features_they_promise():
     assert len(rows) >= 8
     for name, size, features in rows:
         size = int(size)
-        other = takes_image_size(name) and timm.models.get_pretrained_cfg(name).input_size[-1] != size
+        other = name.startswith(TAKES_IMAGE_SIZE) and timm.models.get_pretrained_cfg(name).input_size[-1] != size
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **({"img_size": (size, size)} if other else {})).eval()
             image = torch.empty(1, 3, size, size)

@@ -22,8 +22,8 @@ from mapet.config.base import build
 from mapet.config.check import CheckConfig
 from mapet.data import prepared, streamed, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.decode import MAX_BYTES, BadImage
 from mapet.data.hugging_face import below
+from mapet.data.readers.base import MAX_BYTES, BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
@@ -275,10 +275,11 @@ def test_members_are_only_names(tmp_path):
     mapet.prepare(images=inside / "x.tar", out=tmp_path / "made", short_side=8)
     assert {path.name for path in tmp_path.iterdir()} == {"inside", "cache", "made"}
     assert {path.name for path in (tmp_path / "made").iterdir()} == {
-        "prepared.json",
-        "ids",
+        "manifest.json",
+        "ids.bin",
         "images-00000.bin",
-        "sizes-00000.npy",
+        "nbytes-00000.npy",
+        "run.json",
     }
 
 
@@ -458,7 +459,7 @@ def streams(datasets, folder, tmp_path, monkeypatch):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "prepared.json"}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in ("manifest.json", "run.json")}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -468,7 +469,7 @@ def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
         streamed = scan(mapet.prepare(images=source, out=tmp_path / f"streamed{number}", short_side=48, streaming=True))
         assert_same(downloaded, streamed)
         assert files_of(downloaded.root) == files_of(streamed.root)
-        whole, manifest = (read_sealed(made.root / "prepared.json", "") for made in (downloaded, streamed))
+        whole, manifest = (read_sealed(made.root / "manifest.json", "") for made in (downloaded, streamed))
         assert manifest.pop("streamed") == source
         assert manifest == whole
         assert streamed.classes()[0] == ["a", "b"]
@@ -479,7 +480,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
     for number, source in enumerate(streams):
         whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", short_side=48, streaming=True)
         taken = []
-        take = streamed.Row.take
+        take = streamed.StreamedImage.take
 
         def breaks(row, taken=taken, take=take):
             taken.append(row)
@@ -487,14 +488,14 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
                 raise KeyboardInterrupt
             return take(row)
 
-        monkeypatch.setattr(streamed.Row, "take", breaks)
-        monkeypatch.setattr("mapet.commands.prepare.automatic_workers", lambda: 0)  # one thread
+        monkeypatch.setattr(streamed.StreamedImage, "take", breaks)
+        monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
         out = tmp_path / f"made{number}"
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
             mapet.prepare(images=source, out=out, short_side=48, streaming=True)
         with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
             scan(out)
-        with pytest.raises(MapetError, match="size: 48 -> 32"):
+        with pytest.raises(MapetError, match="short_side: 48 -> 32"):
             mapet.prepare(images=source, out=out, short_side=32, streaming=True, resume=True)
         mapet.prepare(images=source, out=out, short_side=48, streaming=True, resume=True)
         assert len(taken) <= 10 + 7  # the first five were not read again

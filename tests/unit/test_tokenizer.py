@@ -16,10 +16,10 @@ from mapet.data.decode import open_image
 from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
-from mapet.tokenizers.codebook import Health, load_tokenizer
+from mapet.tokenizers.codebook import CodebookStats, load_tokenizer
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import assign, automatic_vocab_size, kmeans
-from mapet.tokenizers.teachers import make_teacher
+from mapet.tokenizers.teacher import make_teacher
 
 
 def blobs(seed=0):
@@ -38,7 +38,7 @@ def test_assign_equals_all_distances():
 
 def test_kmeans_is_as_good_as_scikit_learn():
     points = blobs()
-    error = kmeans(points, 8, iterations=20, restarts=10).error
+    error = kmeans(points, 8, max_iter=20, n_init=10).mean_sq_dist
     reference = KMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
     assert error <= reference * 1.001
 
@@ -47,7 +47,7 @@ def test_kmeans_repeats_and_keeps_the_best_restart():
     points = blobs()
     first, again = (kmeans(points, 8, seed=3) for _ in range(2))
     assert torch.equal(first.centroids, again.centroids)
-    assert kmeans(points, 8, restarts=5, seed=3).error <= first.error
+    assert kmeans(points, 8, n_init=5, seed=3).mean_sq_dist <= first.mean_sq_dist
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
     points = torch.cat([torch.zeros(100, 2), torch.randn(30, 2)])  # starts fall on equal points: empty clusters
     with FeatureStore(len(points), memory, tmp_path) as store:
         store.append(points)
-        found = kmeans(store, 16, iterations=20, dtype=dtype)
+        found = kmeans(store, 16, max_iter=20, dtype=dtype)
     assert (found.counts > 0).all() and found.counts.sum() == 130
     assert torch.equal(found.counts, torch.bincount(assign(points.half(), found.centroids)[0], minlength=16))
 
@@ -66,10 +66,12 @@ def test_bfloat16_k_means_is_as_good_as_float32(photos):
     pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
     points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
     points = torch.nn.functional.layer_norm(points, points.shape[1:])
-    exact, fast = (kmeans(points, 512, iterations=10, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert fast.error <= exact.error * 1.001
-    assert fast.variance == exact.variance == pytest.approx(float(points.var(0, correction=0).sum()), rel=1e-3)
-    assert fast.error == pytest.approx(float(assign(points, fast.centroids)[1].mean()), rel=1e-3)
+    exact, fast = (kmeans(points, 512, max_iter=10, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert fast.mean_sq_dist <= exact.mean_sq_dist * 1.001
+    assert (
+        fast.total_variance == exact.total_variance == pytest.approx(float(points.var(0, correction=0).sum()), rel=1e-3)
+    )
+    assert fast.mean_sq_dist == pytest.approx(float(assign(points, fast.centroids)[1].mean()), rel=1e-3)
     assert fast.counts.sum() == len(points)
 
 
@@ -99,7 +101,7 @@ def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
             found.append(kmeans(store, 100, 5, restarts, dtype=torch.bfloat16))
     assert torch.equal(found[0].centroids, found[1].centroids) and torch.equal(found[0].counts, found[1].counts)
     assert found[0][2:] == found[1][2:]
-    assert found[0].error == pytest.approx(float(assign(points, found[0].centroids)[1].mean()), rel=1e-3)
+    assert found[0].mean_sq_dist == pytest.approx(float(assign(points, found[0].centroids)[1].mean()), rel=1e-3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -127,8 +129,8 @@ def test_streaming_needs_memory_for_a_block_only(tmp_path):
 @pytest.mark.parametrize("size", [1e-6, 1, 1e6])
 def test_features_of_any_size_fit_float16(size):
     points = blobs() * size
-    found = kmeans(points, 8, iterations=20, restarts=5)
-    assert found.error == pytest.approx(float(assign(points, found.centroids)[1].mean()), rel=1e-2)
+    found = kmeans(points, 8, max_iter=20, n_init=5)
+    assert found.mean_sq_dist == pytest.approx(float(assign(points, found.centroids)[1].mean()), rel=1e-2)
     assert found.centroids.isfinite().all()
 
 
@@ -152,13 +154,13 @@ def test_automatic_vocabulary(patches, words):
 
 
 def test_health_of_even_and_collapsed_codebooks():
-    even = Health.measure(torch.full((8,), 10), error=0.25)
-    assert (even.used_codes, even.dead_codes) == (8, 0)
+    even = CodebookStats.from_counts(torch.full((8,), 10), quantization_error=0.25)
+    assert (even.num_used_codes, even.num_dead_codes) == (8, 0)
     assert even.perplexity == pytest.approx(8)
-    assert even.commonest_share == pytest.approx(1 / 8)
+    assert even.top_code_fraction == pytest.approx(1 / 8)
     assert even.quantization_error == pytest.approx(0.25)
-    collapsed = Health.measure(torch.tensor([100, 0, 0, 0]))
-    assert (collapsed.dead_codes, collapsed.perplexity, collapsed.commonest_share) == (3, pytest.approx(1), 1.0)
+    collapsed = CodebookStats.from_counts(torch.tensor([100, 0, 0, 0]))
+    assert (collapsed.num_dead_codes, collapsed.perplexity, collapsed.top_code_fraction) == (3, pytest.approx(1), 1.0)
 
 
 def test_pixels_are_the_patches_own_values():
@@ -286,9 +288,9 @@ def test_saved_tokenizer_gives_the_same_ids(crops, tmp_path):
     loaded = load_tokenizer(tmp_path / "t")
     images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
     assert torch.equal(fitted(images), loaded(images))
-    description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    description = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert description["grid"] == [4, 4] and description["vocab_size"] == 10
-    assert description["health"]["used_codes"] == 10
+    assert description["codebook_stats"]["num_used_codes"] == 10
     assert loaded.hash == fitted.hash
 
 
@@ -301,7 +303,7 @@ def test_other_teacher_weights_are_refused(crops, tmp_path):
         "images": crops,
         "image_size": 64,
         "patch_size": 16,
-        "teacher_size": 64,
+        "teacher_image_size": 64,
         "vocab_size": 5,
         "workers": 0,
         "teacher": name,
@@ -322,10 +324,10 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
         images=crops, out=tmp_path / "t", image_size=64, patch_size=16, teacher_image_size=64, vocab_size=20, workers=0, teacher=name,
         teacher_checkpoint=str(tmp_path / "weights.safetensors"), precision=precision,
     )  # fmt: skip
-    description = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    description = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert description["teacher"]["precision"] == precision
     assert description["interpolation"] == "bilinear, antialiased"
-    about = description["about_teacher"]
+    about = description["teacher_metadata"]
     assert about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and about["prefix_tokens_dropped"] == 0
     loaded = load_tokenizer(tmp_path / "t")
     images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])

@@ -17,7 +17,7 @@ import mapet
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
 from mapet.tokenizers.kmeans import kmeans
-from mapet.tokenizers.vqkd import VQKD, look_up, vqkd_encoder
+from mapet.tokenizers.vqkd import VQKD, nearest_code, vqkd_encoder
 from mapet.tokenizers.vqkd_training import PATIENCE, VQKDTraining
 
 
@@ -195,7 +195,7 @@ def change(**changes):
         (change(encoder__patch_embed__proj__weight=None), "it has no 'encoder.patch_embed.proj.weight'"),
         (change(encoder__blocks__0__gamma_1=torch.ones(128)), "unexpected: encoder.blocks.0.gamma_1$"),
         (change(encoder__norm__bias=torch.ones(128)), "unexpected: encoder.norm.bias$"),
-        (change(encoder__pos_embed=torch.ones(1, 12, 128)), "of another shape: encoder.pos_embed$"),
+        (change(encoder__pos_embed=torch.ones(1, 12, 128)), r"of another shape: encoder.pos_embed \(1x12x128, not 1x10x128\)$"),
         (change(encoder__pos_embed=torch.ones(3)), "sizes don't fit together"),
         (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"but blocks.* more$"),
         (lambda weights: {}, "no tensors under their names"),
@@ -247,9 +247,9 @@ def test_look_up_is_by_cosine():
     torch.manual_seed(0)
     features, codebook = (F.normalize(torch.randn(n, 8), dim=1) for n in (5000, 30))
     cosines = F.cosine_similarity(features.double()[:, None], codebook.double()[None], dim=2)
-    assert torch.equal(look_up(features, codebook), cosines.argmax(1))
+    assert torch.equal(nearest_code(features, codebook), cosines.argmax(1))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(look_up(features, codebook), cosines.argmax(1))
+        assert torch.equal(nearest_code(features, codebook), cosines.argmax(1))
 
 
 def training(codes=20, **options):
@@ -314,10 +314,10 @@ def test_dead_codes_come_back():
     model.tokenizer.codebook[:10] = features[:10]
     reborn = []
     for _ in range(100):
-        reborn.append(int(model.update_codebook(features, look_up(features, model.tokenizer.codebook))))
+        reborn.append(int(model.update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
     patience = int(math.log(0.05) / math.log(1 - 1 / max(10, PATIENCE * 30 / 200))) + 1
     assert sum(reborn[: patience - 1]) == 0 and reborn[patience - 1] == 20
-    assert torch.bincount(look_up(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
+    assert torch.bincount(nearest_code(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
     assert torch.allclose(model.tokenizer.codebook.norm(dim=1), torch.ones(30))
 
     never = training(codes=30, dead_code_threshold=0.0)
@@ -328,7 +328,7 @@ def test_the_codebook_starts_with_k_means():
     model = training(codes=4)
     features = F.normalize(torch.randn(200, 8), dim=1)
     model.start_codebook(features, seed=3)
-    found = kmeans(features, 4, iterations=10, seed=3)
+    found = kmeans(features, 4, max_iter=10, seed=3)
     assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
     assert torch.equal(model.usage, found.counts / 200)
     with pytest.raises(MapetError, match="lower --vocab-size"):
@@ -377,8 +377,10 @@ def test_training_lowers_the_loss_and_uses_the_codes(trained):
     assert len(metrics) == 10 and description["vocab_size"] == 32
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
     assert metrics[-1]["code_usage"] > 0.8
-    assert description["health"]["used_codes"] > 0.8 * 32 and description["health"]["perplexity"] > 10
-    assert description["health"]["patches"] == 200 * 16
+    assert (
+        description["codebook_stats"]["num_used_codes"] > 0.8 * 32 and description["codebook_stats"]["perplexity"] > 10
+    )
+    assert description["codebook_stats"]["num_patches"] == 200 * 16
     assert description["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
 
 
@@ -395,7 +397,7 @@ def test_what_was_trained_is_a_teacher(trained, tmp_path):
         image_size=16, patch_size=4, workers=0,
     )  # fmt: skip
     assert torch.equal(tokenizer.centroids, model.codebook)
-    about = json.loads((tmp_path / "t" / "tokenizer.json").read_text())["about_teacher"]
+    about = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())["teacher_metadata"]
     assert about["prefix_tokens_dropped"] == 1 and about["mean"] == [0.5, 0.5, 0.5]
     assert about["learned_from"]["teacher"]["teacher"] == "pixels" and about["learned_from"]["num_images"] == 200
-    assert vqkd_encoder(tmp_path / "vqkd.pth").about["learned_from"] is None  # of a published file nothing is known
+    assert vqkd_encoder(tmp_path / "vqkd.pth").metadata["learned_from"] is None  # of a published file nothing is known

@@ -42,7 +42,9 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
 
     compute = Compute.choose(config.device, "float32")
     new_folder(config.out, create=False)
-    tokenizer = load_tokenizer(config.tokenizer, allow=config.trust_teacher, checkpoint=config.teacher_checkpoint)
+    tokenizer = load_tokenizer(
+        config.tokenizer, trusted_teacher=config.trust_teacher, checkpoint=config.teacher_checkpoint
+    )
     tokenizer.to(compute.device)
     words, measures = _measure(config, tokenizer, compute)
     return _write(config, tokenizer, measures, _plot(words, tokenizer, config.num_images))

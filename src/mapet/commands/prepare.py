@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mapet.commands.command import command
 from mapet.config.prepare import PrepareConfig
-from mapet.config.shared import automatic_workers
 from mapet.errors import Interrupted
 
 log = logging.getLogger("mapet")
@@ -28,40 +27,33 @@ def prepare(config: PrepareConfig) -> Path:
     from tqdm import tqdm
 
     from mapet.data.dataset import Quarantine
-    from mapet.data.decode import Window
-    from mapet.data.prepared import MANIFEST, write_prepared
+    from mapet.data.prepared import write_prepared_dataset
     from mapet.data.sources import scan
-    from mapet.data.streamed import Stream, write_streamed
-    from mapet.files import new_folder
+    from mapet.data.streamed import HFStream, write_streamed
+    from mapet.files import MANIFEST, new_folder
 
     if not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out, resume_hint=", or go on with --resume")
-    window = Window(*config.value_range) if config.value_range else None
-    how = (
-        config.out,
-        config.short_side,
-        config.channels,
-        config.jpeg_quality,
-        window,
-        automatic_workers() + 1,
-    )
+    source = HFStream(str(config.images)) if config.streaming else scan(config.images)
+    unreadable = Quarantine(source, config.max_unreadable)
+
+    def on_bad(index: int, reason: str) -> None:
+        unreadable.add([(index, reason)])
+
     try:
-        with tqdm(desc="prepare", unit="img", disable=None) as bar:
-            if config.streaming:
-                stream = Stream(str(config.images))
-                bar.total, quarantine = stream.expected, Quarantine(stream, config.max_unreadable)
-                made = write_streamed(stream, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+        total = source.expected if isinstance(source, HFStream) else len(source)
+        with tqdm(desc="prepare", unit="img", total=total, disable=None) as bar:
+            if isinstance(source, HFStream):
+                made = write_streamed(source, config, on_bad, bar.update)
             else:
-                images = scan(config.images)
-                bar.total, quarantine = len(images), Quarantine(images, config.max_unreadable)
-                made = write_prepared(images, *how, lambda index, reason: quarantine.add([(index, reason)]), bar.update)
+                made = write_prepared_dataset(source, config, on_bad, bar.update)
     except KeyboardInterrupt:
         if not (config.out / MANIFEST).exists():
             raise
         raise Interrupted(f"interrupted; what was done is kept in {config.out}") from None
-    total, good = int(made.file_sizes.sum()), made.manifest["num_images"] - len(made.manifest["bad"])
+    total, good = int(made.file_sizes.sum()), made.manifest["num_images"] - len(made.manifest["unreadable"])
     log.info(
         "%s images in %s, %.1f MB (%.1f kB each), %d unreadable left out",
-        f"{good:,}", config.out, total / 1e6, total / 1e3 / max(1, good), len(made.manifest["bad"]),
+        f"{good:,}", config.out, total / 1e6, total / 1e3 / max(1, good), len(made.manifest["unreadable"]),
     )  # fmt: skip
     return config.out

@@ -200,7 +200,7 @@ def _made_of(config: RunConfig) -> bool:
     from mapet.data.sources import scan
     from mapet.files import read_json
 
-    description = config.out / "tokenizer" / "tokenizer.json"
+    description = config.out / "tokenizer" / "visual_tokenizer.json"
     if not description.is_file():
         return False
-    return read_json(description, "tokenizer")["fitting"].get("images_hash") == scan(config.images).hash
+    return read_json(description, "tokenizer")["fit_config"].get("images_hash") == scan(config.images).hash

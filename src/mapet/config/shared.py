@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from mapet.config.base import Config, Size
 
@@ -74,26 +74,6 @@ class FrozenTeacher(Config):
     teacher_layer: int = -1
     """Which of the timm model's intermediate feature maps; -1 is the last."""
 
-    @model_validator(mode="after")
-    def _options_of_the_teacher(self) -> "FrozenTeacher":
-        if changed(self, TEACHER_OPTIONS):
-            named = self.teacher in (PIXELS, VQKD, DALLE)
-            refuse_unused(
-                self,
-                TEACHER_OPTIONS,
-                self.teacher if named else "own code" if is_own_code(self.teacher) else "a timm model",
-            )
-        return self
-
-
-TEACHER_OPTIONS = {
-    "teacher_checkpoint": ("a timm model", "vqkd", "dalle", "own code"),
-    "teacher_image_size": ("a timm model", "dalle", "own code"),
-    "teacher_final_norm": ("a timm model",),
-    "teacher_layer": ("a timm model",),
-}
-"""Option -> which kinds of teacher use it."""
-
 
 def changed(config: Config, options: Iterable[str]) -> list[str]:
     """Those that have another value than the default."""
@@ -108,7 +88,6 @@ def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: st
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
-PIXELS, VQKD, DALLE = "pixels", "vqkd", "dalle"
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names of timm models that are not in timm begin."""
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mapet.data.decode import ArrayPicture, BadImage
 from mapet.data.image_list import ImageList
+from mapet.data.readers.base import BadImage, DecodedImage
 from mapet.errors import by, counted
 
 log = logging.getLogger("mapet")
@@ -184,7 +184,7 @@ def _facts(images: ImageList, index: int, channels: int) -> Facts | str:
     except BadImage as error:
         return str(error)
     values = None
-    if isinstance(picture, ArrayPicture) and picture.is_deep:
+    if isinstance(picture, DecodedImage) and picture.is_deep:
         low, high = np.percentile(picture.array, (0.1, 99.9))
         values = int(low), int(high)
     # of a few pixels first, which is enough for most in colour

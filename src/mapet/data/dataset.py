@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mapet.data.augment import seeded
-from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 from mapet.data.order import OrderKind, draw_order
+from mapet.data.readers.base import BadImage
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
 from mapet.errors import MapetError

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mapet.data.decode import BadImage
 from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
+from mapet.data.readers.base import BadImage
 from mapet.errors import MapetError, how_to_install
 
 SAVED = ("state.json", "dataset_dict.json")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mapet.data.decode import MAX_BYTES, BadImage, Picture, Window
 from mapet.data.reader import Files, Names, Reader
+from mapet.data.readers.base import MAX_BYTES, BadImage, LazyImage, Window
 
 
 class ImageList(Sequence[Path]):
@@ -49,6 +49,10 @@ class ImageList(Sequence[Path]):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def ids(self) -> Names:
+        return self._names
+
     def id_bytes(self, index: int) -> bytes:
         return self._names[index]
 
@@ -61,7 +65,7 @@ class ImageList(Sequence[Path]):
             raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
         return self._reader.root / self.id(index)
 
-    def open(self, index: int, channels: int, window: Window | None = None) -> Picture:
+    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
         """The image, opened; see `open_image`.
 
         Raises:

@@ -1,7 +1,7 @@
 """A prepared data set: every image resized once, packed into a few large files that are mapped into memory."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -12,31 +12,33 @@ import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
-from mapet.data.decode import BadImage, Box, Picture, Window
+from mapet.config.prepare import PrepareConfig
+from mapet.config.shared import automatic_workers
 from mapet.data.image_list import ImageList
 from mapet.data.reader import Names, Reader
+from mapet.data.readers.base import BadImage, Box, LazyImage, Window
 from mapet.errors import MapetError
-from mapet.files import atomic, canonical_hash, check_format, read_array, read_sealed, write_sealed
+from mapet.files import MANIFEST, atomic, check_same_options, read_array, read_manifest, write_manifest
 
 T = TypeVar("T")
-MANIFEST, IDS, LABELS, SIZES = "prepared.json", "ids", "labels.npy", "sizes-{:05d}.npy"
+IDS, LABELS, SIZES = "ids.bin", "labels.npy", "nbytes-{:05d}.npy"
 SHARD = "images-{:05d}.bin"
-FORMAT = 1
+KIND, FORMAT = "prepared data set", 1
 PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
 OPEN_AT_ONCE = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
 
 
-class Prepared(Reader):
+class PreparedDataset(Reader):
     """A folder made by `mapet prepare`.
 
-    `ids` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
-    were where they were small enough already; as arrays where JPEG can't hold them); `sizes-*.npy` their bytes, 0 for a
-    bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `prepared.json` is the manifest.
+    `ids.bin` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
+    were where they were small enough already; as arrays where JPEG can't hold them); `nbytes-*.npy` their sizes, 0 for a
+    bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `manifest.json` says the rest.
 
     Attributes:
-        manifest: format, source (hash of the list of images), num_images, size, channels, quality, done, bad, perhaps classes
+        manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable, perhaps classes
             and streamed (the data set's name), value_range (of the `Window` that its images were read through).
     """
 
@@ -44,18 +46,17 @@ class Prepared(Reader):
         self.folder, self.manifest = folder, manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "Prepared":
+    def open(cls, folder: Path) -> "PreparedDataset":
         """Open a finished one.
 
         Raises:
             MapetError: damaged or unfinished.
         """
-        prepared = cls(folder, read_sealed(folder / MANIFEST, "prepared data set"))
+        prepared = cls(folder, read_manifest(folder, KIND, FORMAT))
         try:
-            done, total = int(prepared.manifest["done"]), int(prepared.manifest.get("num_images", -1))
-            check_format(prepared.manifest["format"], FORMAT, "prepared data set", folder)
-            if not isinstance(prepared.manifest["bad"], dict):
-                raise ValueError("its list of bad images is none")
+            done, total = int(prepared.manifest["num_done"]), int(prepared.manifest.get("num_images", -1))
+            if not isinstance(prepared.manifest["unreadable"], dict):
+                raise ValueError("its list of unreadable images is none")
             if done != total:
                 raise MapetError(
                     f"{folder} is unfinished ({done} of {total if total >= 0 else 'all'} images): run the same "
@@ -96,11 +97,11 @@ class Prepared(Reader):
         return lru_cache(OPEN_AT_ONCE)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Prepared, (self.folder, self.manifest)  # loader workers map the files again
+        return PreparedDataset, (self.folder, self.manifest)  # loader workers map the files again
 
-    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
-        if str(row) in self.manifest["bad"]:
-            raise BadImage(self.manifest["bad"][str(row)])  # it was bad when the set was made
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> LazyImage:
+        if str(row) in self.manifest["unreadable"]:
+            raise BadImage(self.manifest["unreadable"][str(row)])  # it was bad when the set was made
         return super().picture(row, name, channels, window)
 
     def data(self, row: int, name: str) -> bytes:
@@ -108,7 +109,7 @@ class Prepared(Reader):
         return self._map(row // PER_SHARD)[start : start + int(self.file_sizes[row])].tobytes()
 
 
-def shrink(picture: Picture, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
+def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
     """An image with its short side at `size` pixels at most, encoded; what is `stored` where that needs no change.
 
     Raises:
@@ -133,55 +134,55 @@ def shrink(picture: Picture, stored: Callable[[], bytes], size: int, channels: i
     return buffer.getvalue()
 
 
-class Packing:
+class PreparedDatasetWriter:
     """A prepared data set being made: shard by shard, each whole or not there.
 
     Attributes:
-        manifest: what is done so far; of one begun earlier, or `wanted`.
+        manifest: what is done so far.
+        window: of the values of images that are more than 8 bits.
     """
 
     def __init__(
-        self, folder: Path, wanted: dict[str, Any], threads: int,
-        on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
-    ) -> None:  # fmt: skip
-        """Begin one, or go on with an unfinished one.
+        self,
+        config: PrepareConfig,
+        source: Mapping[str, Any],
+        on_bad: Callable[[int, str], None],
+        on_image: Callable[[int], None],
+    ) -> None:
+        """Begin one in `config.out`, or resume an unfinished one.
 
         Args:
-            wanted: the manifest's source, size, channels, quality, value_range.
-            on_bad: told (index, reason) of each bad image; may raise to stop.
-            on_image: told how many images are done since the last call.
+            source: entries of the manifest that tell what is prepared.
+            on_bad: called with (index, reason) of each unreadable image; may raise to stop.
+            on_image: called with the number of images done since the last call.
 
         Raises:
-            MapetError: `folder` holds one begun with other images or options.
+            MapetError: the folder holds one begun with other images or options.
         """
-        self.folder, self.on_bad, self.on_image = folder, on_bad, on_image
-        self.path = folder / MANIFEST
-        wanted = {"format": FORMAT, **wanted}
-        self.is_new = not self.path.exists()
-        self.manifest = wanted | {"done": 0, "bad": {}} if self.is_new else read_sealed(self.path, "prepared data set")
-        check_format(self.manifest.get("format"), FORMAT, "prepared data set", folder)
-        if canonical_hash({key: self.manifest.get(key) for key in wanted}) != canonical_hash(wanted):
-            changed = [
-                f"{k}: {self.manifest.get(k)!r} -> {v!r}" for k, v in wanted.items() if self.manifest.get(k) != v
-            ]
-            raise MapetError(
-                f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
-            )
-        self._pool = ThreadPoolExecutor(threads)
-        on_image(self.done)
-        for row, reason in self.manifest["bad"].items():
+        self.config, self.folder, self.on_bad, self.on_image = config, config.out, on_bad, on_image
+        self.window = Window(*config.value_range) if config.value_range else None
+        options = config.model_dump(mode="json", include={"short_side", "channels", "jpeg_quality", "value_range"})
+        wanted = {**source, **options}
+        self.is_new = not (self.folder / MANIFEST).exists()
+        self.manifest = wanted | {"num_done": 0, "unreadable": {}}
+        if not self.is_new:
+            self.manifest = read_manifest(self.folder, KIND, FORMAT)
+            check_same_options(self.folder, {key: self.manifest.get(key) for key in wanted}, wanted)
+        self._pool = ThreadPoolExecutor(automatic_workers() + 1)
+        on_image(self.num_done)
+        for row, reason in self.manifest["unreadable"].items():
             on_bad(int(row), reason)
 
-    def __enter__(self) -> "Packing":
+    def __enter__(self) -> "PreparedDatasetWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
     @property
-    def done(self) -> int:
+    def num_done(self) -> int:
         """Images in whole shards."""
-        return self.manifest["done"]
+        return self.manifest["num_done"]
 
     def describe(self, ids: Names, labels: tuple[list[str], np.ndarray] | None) -> None:
         """Write what is known of all images, and the manifest that counts them."""
@@ -192,9 +193,13 @@ class Packing:
                 np.save(file, labels[1])
         self.save()
 
+    def encode(self, image: LazyImage, stored: Callable[[], bytes]) -> bytes:
+        """Resize and encode an image; see `resize_and_encode`."""
+        return resize_and_encode(image, stored, self.config.short_side, self.config.channels, self.config.jpeg_quality)
+
     def add_shard(self, images: Iterable[T], encode: Callable[[T], bytes]) -> None:
         """Encode images, several at a time, and write them as the next shard; `save` makes it count."""
-        shard, sizes, bad = self.done // PER_SHARD, list[int](), dict[str, str]()
+        shard, sizes, bad = self.num_done // PER_SHARD, list[int](), dict[str, str]()
 
         def attempt(image: T) -> bytes | str:
             try:
@@ -206,50 +211,42 @@ class Packing:
             for several in _batched(images, 256):  # a bounded number in memory
                 for result in self._pool.map(attempt, several):
                     if isinstance(result, str):
-                        index = self.done + len(sizes)
+                        index = self.num_done + len(sizes)
                         bad[str(index)] = result
                         self.on_bad(index, result)
                     sizes.append(0 if isinstance(result, str) else file.write(result))
                 self.on_image(len(several))
         with atomic(self.folder / SIZES.format(shard)) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(sizes, np.int64))
-        self.manifest["bad"] |= bad
-        self.manifest["done"] += len(sizes)
+        self.manifest["unreadable"] |= bad
+        self.manifest["num_done"] += len(sizes)
 
     def save(self) -> None:
         """Write the manifest: what it counts is on disk."""
-        write_sealed(self.path, self.manifest)
+        write_manifest(self.folder, KIND, FORMAT, self.manifest)
 
 
-def write_prepared(
-    images: ImageList, folder: Path, size: int, channels: int, quality: int, window: Window | None, threads: int,
-    on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
-) -> Prepared:  # fmt: skip
-    """Make a prepared data set of a list, or go on with an unfinished one; see `Packing`."""
-    wanted: dict[str, Any] = {
-        "source": images.hash,
-        "num_images": len(images),
-        "size": size,
-        "channels": channels,
-        "quality": quality,
-        "value_range": window and list(window),
-    }
+def write_prepared_dataset(
+    images: ImageList, config: PrepareConfig, on_bad: Callable[[int, str], None], on_image: Callable[[int], None]
+) -> PreparedDataset:
+    """Prepare a list of images, or resume; see `PreparedDatasetWriter`."""
+    source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}
     if images.labels is not None:
-        wanted["classes"] = images.labels[0]
+        source["classes"] = images.labels[0]
+    with PreparedDatasetWriter(config, source, on_bad, on_image) as writer:
 
-    def encode(index: int) -> bytes:
-        return shrink(images.open(index, channels, window), lambda: images.data(index), size, channels, quality)
+        def encode(index: int) -> bytes:
+            return writer.encode(images.open(index, config.channels, writer.window), lambda: images.data(index))
 
-    with Packing(folder, wanted, threads, on_bad, on_image) as packing:
-        if packing.is_new:
-            packing.describe(Names.of(images.id_bytes(i) for i in range(len(images))), images.labels)
-        while packing.done < len(images):
-            packing.add_shard(range(packing.done, min(packing.done + PER_SHARD, len(images))), encode)
-            packing.save()
-    return Prepared.open(folder)
+        if writer.is_new:
+            writer.describe(images.ids, images.labels)
+        while writer.num_done < len(images):
+            writer.add_shard(range(writer.num_done, min(writer.num_done + PER_SHARD, len(images))), encode)
+            writer.save()
+    return PreparedDataset.open(config.out)
 
 
-def _batched(items: Iterable[T], number: int) -> Iterator[list[T]]:
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
-    while several := list(islice(iterator, number)):
-        yield several
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from mapet.data.decode import Picture, Window, open_image
+from mapet.data.decode import open_image
+from mapet.data.readers.base import LazyImage, Window
 
 
 class Names(Sequence[bytes]):
@@ -70,7 +71,7 @@ class Reader(ABC):
             BadImage: with the reason.
         """
 
-    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> LazyImage:
         """The image, opened; see `open_image`."""
         return open_image(self.data(row, name), channels, window)
 
@@ -84,5 +85,5 @@ class Files(Reader):
     def data(self, row: int, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> Picture:
+    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> LazyImage:
         return open_image(os.path.join(self.root, name), channels, window)

@@ -10,9 +10,10 @@ from mapet.config.base import HUGGING_FACE, is_url
 from mapet.data.decode import EXTENSIONS
 from mapet.data.hugging_face import list_rows
 from mapet.data.image_list import ImageList
-from mapet.data.prepared import MANIFEST, Prepared
+from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.tar_shards import list_shards
 from mapet.errors import MapetError
+from mapet.files import MANIFEST
 
 
 def scan(source: str | Path) -> ImageList:
@@ -34,8 +35,8 @@ def scan(source: str | Path) -> ImageList:
     path = Path(text)
     if is_url(text) or (names_shards(text) and not path.is_dir()):
         return list_shards(text)
-    if (path / MANIFEST).is_file():
-        prepared = Prepared.open(path)
+    if _has_manifest(path):
+        prepared = PreparedDataset.open(path)
         return ImageList(path, prepared.ids(), prepared.file_sizes, reader=prepared, labels=prepared.labels())
     if path.is_dir():
         found = _scan_folder(path)
@@ -51,6 +52,15 @@ def scan(source: str | Path) -> ImageList:
     raise MapetError(
         f"{path} does not exist{where}: give a folder of images, a text file of paths, .tar shards or hf:NAME"
     )
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Return whether a folder is data that mapet wrote; a manifest.json among images may be anybody's."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+    return b'"format_version"' in content or (folder / IDS).is_file()
 
 
 def names_shards(text: str) -> bool:

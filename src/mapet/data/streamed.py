@@ -4,16 +4,17 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mapet.config.prepare import PrepareConfig
 from mapet.data import prepared
-from mapet.data.decode import MAX_BYTES, BadImage, Window, open_image
+from mapet.data.decode import open_image
 from mapet.data.hugging_face import below, first_line, ids_of, inside, known_labels, open_rows
 from mapet.data.image_list import ImageList
-from mapet.data.prepared import Packing, Prepared, shrink
+from mapet.data.prepared import PreparedDataset, PreparedDatasetWriter
+from mapet.data.readers.base import MAX_BYTES, BadImage
 from mapet.errors import MapetError
 from mapet.files import read_sealed, write_sealed
 
@@ -22,7 +23,7 @@ ROWS = ".rows-{:05d}.json"
 
 
 @dataclass
-class Row:
+class StreamedImage:
     """An image as it came.
 
     Attributes:
@@ -64,7 +65,7 @@ class Row:
         return data
 
 
-class Stream:
+class HFStream:
     """Rows of a data set, in order. Stands for their list, which is not known yet, where bad images are named and counted.
 
     Attributes:
@@ -92,7 +93,7 @@ class Stream:
         """After the last row that was given out; JSON can hold it."""
         return self._rows.state_dict()
 
-    def rows(self, first: int, position: dict[str, Any] | None) -> Iterator[Row]:
+    def rows(self, first: int, position: dict[str, Any] | None) -> Iterator[StreamedImage]:
         """From row `first` on, whose position an earlier reading wrote down.
 
         Raises:
@@ -111,76 +112,72 @@ class Stream:
             label = values[self._label] if self._label else None
             yield self._row(values[self._column], -1 if label is None else label, f"{self.root}, row {number}")
 
-    def _row(self, image: dict[str, Any] | None, label: int, where: str) -> Row:
+    def _row(self, image: dict[str, Any] | None, label: int, where: str) -> StreamedImage:
         if image is None:
-            return Row(None, label)
+            return StreamedImage(None, label)
         data, path = image["bytes"], image["path"]
         if data is not None:
-            return Row(path, label, len(data), data)
+            return StreamedImage(path, label, len(data), data)
         if path is None or not (os.path.isabs(path) or "://" in path):
-            return Row(path, label)
+            return StreamedImage(path, label)
         file = path if "://" in path else os.path.normpath(path)
-        return Row(below(file, self._inside, where), label, file=file)
+        return StreamedImage(below(file, self._inside, where), label, file=file)
 
 
 def write_streamed(
-    stream: Stream, folder: Path, size: int, channels: int, quality: int, window: Window | None, threads: int,
-    on_bad: Callable[[int, str], None], on_image: Callable[[int], None],
-) -> Prepared:  # fmt: skip
-    """Make a prepared data set of a stream, or go on with an unfinished one; its originals are never on disk.
+    stream: HFStream, config: PrepareConfig, on_bad: Callable[[int, str], None], on_image: Callable[[int], None]
+) -> PreparedDataset:
+    """Prepare a stream, or resume; its originals are never on disk.
 
-    It is the one that `write_prepared` makes of the downloaded data set, file by file, but for `streamed` in the manifest.
+    The data set is the one that `write_prepared_dataset` makes of the downloaded data set, file by file, but for `streamed`
+    in the manifest.
 
     Raises:
-        MapetError: see `Packing`; the stream broke off, or is empty.
+        MapetError: see `PreparedDatasetWriter`; the stream broke off, or is empty.
     """
-    wanted = {
-        "streamed": stream.root,
-        "size": size,
-        "channels": channels,
-        "quality": quality,
-        "value_range": window and list(window),
-    }
+    size = prepared.PER_SHARD
+    with PreparedDatasetWriter(config, {"streamed": stream.root}, on_bad, on_image) as writer:
 
-    def encode(row: Row) -> bytes:
-        data = row.take()
-        return shrink(open_image(data, channels, window), lambda: data, size, channels, quality)
+        def encode(row: StreamedImage) -> bytes:
+            data = row.take()
+            return writer.encode(open_image(data, config.channels, writer.window), lambda: data)
 
-    with Packing(folder, wanted, threads, on_bad, on_image) as packing:
-        if "num_images" not in packing.manifest:
-            incoming = stream.rows(packing.done, packing.manifest.get("position"))
-            while packing.done % prepared.PER_SHARD == 0:
-                shard, rows = packing.done // prepared.PER_SHARD, list[Row]()
-                packing.add_shard(_kept(islice(incoming, prepared.PER_SHARD), rows), encode)
+        if "num_images" not in writer.manifest:
+            incoming = stream.rows(writer.num_done, writer.manifest.get("position"))
+            while writer.num_done % size == 0:
+                shard, rows = writer.num_done // size, list[StreamedImage]()
+                writer.add_shard(_recorded(islice(incoming, size), rows), encode)
                 if not rows:
                     break
-                write_sealed(folder / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]})
-                packing.manifest["position"] = stream.position()
-                packing.save()
-            _finish(packing, stream)
-    for left in folder.glob(ROWS.replace("{:05d}", "*")):
+                write_sealed(
+                    config.out / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]}
+                )
+                writer.manifest["position"] = stream.position()
+                writer.save()
+            _finish(writer, stream)
+    for left in config.out.glob(ROWS.replace("{:05d}", "*")):
         left.unlink()
-    return Prepared.open(folder)
+    return PreparedDataset.open(config.out)
 
 
-def _kept(incoming: Iterator[Row], rows: list[Row]) -> Iterator[Row]:
-    """Passes on what is also written down."""
+def _recorded(incoming: Iterator[StreamedImage], rows: list[StreamedImage]) -> Iterator[StreamedImage]:
+    """Yield rows that are also appended to `rows`."""
     for row in incoming:
         rows.append(row)
         yield row
 
 
-def _finish(packing: Packing, stream: Stream) -> None:
+def _finish(writer: PreparedDatasetWriter, stream: HFStream) -> None:
     """Now that all rows are known: their ids, labels and hash."""
-    shards = range(-(-packing.done // prepared.PER_SHARD))
-    rows = [row for s in shards for row in read_sealed(packing.folder / ROWS.format(s), "rows of a shard")["rows"]]
+    shards = range(-(-writer.num_done // prepared.PER_SHARD))
+    rows = [row for s in shards for row in read_sealed(writer.folder / ROWS.format(s), "rows of a shard")["rows"]]
     if not rows:
         raise MapetError(f"{stream.root} has no rows")
     paths, sizes, values = zip(*rows, strict=True)
     labels = known_labels(stream.classes, np.array(values, np.int64)) if stream.classes else None
     images = ImageList(stream.root, ids_of(list(paths)), np.array(sizes, np.int64), labels=labels)
-    del packing.manifest["position"]
-    packing.manifest |= {"source": images.hash, "num_images": len(images)}
+    del writer.manifest["position"]
+    writer.manifest |= {"images_hash": images.hash, "num_images": len(images)}
     if labels is not None:
-        packing.manifest["classes"] = labels[0]
-    packing.describe(ids_of(list(paths)), labels)
+        writer.manifest["classes"] = labels[0]
+    writer.describe(ids_of(list(paths)), labels)

@@ -10,7 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mapet.config.base import Config
-from mapet.data.decode import REDUCTIONS, Box, Picture
+from mapet.data.readers.base import Box, LazyImage
+from mapet.data.readers.jpeg import REDUCTIONS
 
 ViewKind = Literal["center", "center-flip", "random-crop"]
 
@@ -70,7 +71,7 @@ def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> V
     return View(top, left, height, width, flip)
 
 
-def render(picture: Picture, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
+def render(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
     """The view's pixels at (height, width) `size`: antialiased bicubic; untouched where the box has that size.
 
     A pure function of its arguments, so that tokens made weeks ago are those of the pixels the teacher would see today.

@@ -1,9 +1,8 @@
-"""Features of many images on disk, written in parts, so that an interrupted job can be resumed."""
+"""Features of many images on disk, written in shards, so that an interrupted job can be resumed."""
 
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +21,27 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, how_to_install
 from mapet.evaluation.features import must_be_finite_features, normalize, pool_tokens
-from mapet.files import atomic, check_format, new_folder, read_array, read_json, reserve, write_json
+from mapet.files import (
+    MANIFEST,
+    atomic,
+    check_same_options,
+    create_array,
+    new_folder,
+    read_array,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from mapet.models.backbone import load_backbone, prepare_for_device
 from mapet.signals import stop_signals
 from mapet.weights import hash_weights
 
 log = logging.getLogger("mapet")
 
-MANIFEST, ROWS, IDS, PARTS = "embed.json", "features.npy", "ids.json", "features.parquet"
-VERSION = 1
+KIND, FORMAT = "folder of features", 1
+ROWS, IDS, SHARDS = "features.npy", "ids.json", "features.parquet"
 FileFormat = Literal["npy", "parquet"]
-PART_BYTES = 32 << 20
+SHARD_BYTES = 32 << 20
 
 
 def embed(config: EmbedConfig) -> Path:
@@ -56,12 +65,12 @@ def embed(config: EmbedConfig) -> Path:
     if first.images is not None:
         _compute_features(config, vit, compute, first.images)  # what cannot be written is refused before anything is
     store = _open_store(config, images, vit, compute)
-    unreadable = Quarantine(images, config.max_unreadable, dict(store.bad))
+    unreadable = Quarantine(images, config.max_unreadable, dict(store.unreadable))
     batches = store.batches_to_do(config.batch_size)
     rows, index = [], []  # of the batches that are not yet on disk
     with (
         stop_signals("stopping after this batch") as stop,
-        tqdm(total=len(images), initial=store.done, desc="embed", unit="img", disable=None) as bar,
+        tqdm(total=len(images), initial=store.num_done, desc="embed", unit="img", disable=None) as bar,
     ):
         for batch, positions in zip(make_loader(dataset, batches, config.num_workers), batches, strict=True):
             unreadable.add(batch.bad)
@@ -69,18 +78,18 @@ def embed(config: EmbedConfig) -> Path:
                 rows.append(_compute_features(config, vit, compute, batch.images))
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
-            start, end = store.done, positions[-1][1] + 1
-            if stop.signal_name or end == store.part_end(start):
+            start, end = store.num_done, positions[-1][1] + 1
+            if stop.signal_name or end == store.shard_end(start):
                 bad = {i: reason for i, reason in unreadable.reasons.items() if start <= i < end}
                 store.write(images, rows, index, bad, end)
                 rows, index = [], []
-            if stop.signal_name and store.done < len(images):
+            if stop.signal_name and store.num_done < len(images):
                 raise Interrupted(
-                    f"stopped by {stop.signal_name}: features of {store.done:,} of {len(images):,} images are saved"
+                    f"stopped by {stop.signal_name}: features of {store.num_done:,} of {len(images):,} images are saved"
                 )
     log.info(
         "features of %s images in %s (%d unreadable left out), %s numbers each",
-        f"{len(images) - len(store.bad):,}", config.out, len(store.bad), " x ".join(map(str, store.manifest["shape"])),
+        f"{len(images) - len(store.unreadable):,}", config.out, len(store.unreadable), " x ".join(map(str, store.manifest["shape"])),
     )  # fmt: skip
     return config.out
 
@@ -127,11 +136,11 @@ class Embeddings:
     """One row of features an image, in the order of the list.
 
     npy: `features.npy` (n, ...), rows of unreadable images are NaN; `ids.json` the ids. parquet: `features.parquet/part-*`
-    with the columns `id` and `features`, without the unreadable. `embed.json` says what made them, what is done, and which could not be
+    with the columns `id` and `features`, without the unreadable. `manifest.json` says what made them, how many are done, and which could not be
     read.
 
     Attributes:
-        manifest: version, format, settings, num_images, images_hash, shape and dtype of a row, part (images in one), done, bad.
+        manifest: file_format, settings, num_images, images_hash, shape and dtype of a row, shard_size, num_done, unreadable.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -154,19 +163,13 @@ class Embeddings:
         """
         row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if format == "npy":
-            np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=np.dtype(dtype), shape=(len(images), *shape))
-            try:
-                with open(folder / ROWS, "r+b") as file:
-                    reserve(file, os.fstat(file.fileno()).st_size, folder / ROWS)
-            except MapetError:
-                (folder / ROWS).unlink()
-                raise
+            create_array(folder / ROWS, dtype, (len(images), *shape))
             write_json(folder / IDS, [images.id(index) for index in range(len(images))])
         manifest = {
-            "version": VERSION, "format": format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": list(shape),
-            "dtype": dtype, "part": max(1, PART_BYTES // row_bytes), "done": 0, "bad": {},
+            "file_format": format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": list(shape),
+            "dtype": dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
         }  # fmt: skip
-        write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, KIND, FORMAT, manifest)
         return cls(folder, manifest)
 
     @classmethod
@@ -176,65 +179,56 @@ class Embeddings:
         Raises:
             MapetError: they are of other images, another backbone or other options.
         """
-        manifest = _manifest(folder)
-        now = {"images_hash": images.hash, "format": format, **settings}
-        before = {"images_hash": manifest["images_hash"], "format": manifest["format"], **manifest["settings"]}
-        changed = [
-            f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
-            for key in now | before
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise MapetError(
-                f"{folder} was begun with other options ({'; '.join(changed)}): use the same, or a new --out"
-            )
+        manifest = read_manifest(folder, KIND, FORMAT)
+        now = {"images_hash": images.hash, "file_format": format, **settings}
+        check_same_options(folder, {key: manifest.get(key) for key in now} | manifest["settings"], now)
         return cls(folder, manifest)
 
     @property
-    def done(self) -> int:
-        """Images whose features, or whose badness, are on disk."""
-        return int(self.manifest["done"])
+    def num_done(self) -> int:
+        """Images whose features, or reasons to have none, are on disk."""
+        return int(self.manifest["num_done"])
 
     @property
-    def bad(self) -> dict[int, str]:
+    def unreadable(self) -> dict[int, str]:
         """Index -> reason of the images that could not be read."""
-        return {int(index): reason for index, reason in self.manifest["bad"].items()}
+        return {int(index): reason for index, reason in self.manifest["unreadable"].items()}
 
     def batches_to_do(self, batch_size: int) -> list[list[tuple[int, int]]]:
-        """Return the (view 0, image) pairs of all batches that are left; none reaches over the end of a part."""
-        batches, start = [], self.done
+        """Return the (view 0, image) pairs of all batches that are left; none reaches over the end of a shard."""
+        batches, start = [], self.num_done
         while start < self.manifest["num_images"]:
-            end = min(start + batch_size, self.part_end(start))
+            end = min(start + batch_size, self.shard_end(start))
             batches.append([(0, index) for index in range(start, end)])
             start = end
         return batches
 
-    def part_end(self, start: int) -> int:
-        """Where the part that begins at image `start` ends."""
-        part = int(self.manifest["part"])
-        return min((start // part + 1) * part, int(self.manifest["num_images"]))
+    def shard_end(self, start: int) -> int:
+        """Return where the shard of image `start` ends."""
+        size = int(self.manifest["shard_size"])
+        return min((start // size + 1) * size, int(self.manifest["num_images"]))
 
     def write(
-        self, images: ImageList, rows: list[np.ndarray], index: list[np.ndarray], bad: dict[int, str], end: int
+        self, images: ImageList, rows: list[np.ndarray], index: list[np.ndarray], unreadable: dict[int, str], end: int
     ) -> None:
-        """Write the next images, up to `end`, of a part.
+        """Write the next images, up to `end`, of a shard.
 
         Args:
             rows: (m, ...) features, batch by batch.
             index: (m,) which images those are.
-            bad: image -> reason of the others.
+            unreadable: image -> reason of the others.
         """
-        if self.manifest["format"] == "npy":
+        if self.manifest["file_format"] == "npy":
             stored = read_array(self.folder / ROWS, "r+")
-            stored[self.done : end] = np.nan
+            stored[self.num_done : end] = np.nan
             for images_of_batch, features in zip(index, rows, strict=True):
                 stored[images_of_batch] = features
             stored.flush()
         elif rows:
             self._write_parquet(images, np.concatenate(rows), np.concatenate(index))
-        self.manifest["bad"] |= {str(number): reason for number, reason in bad.items()}
-        self.manifest["done"] = end
-        write_json(self.folder / MANIFEST, self.manifest)
+        self.manifest["unreadable"] |= {str(number): reason for number, reason in unreadable.items()}
+        self.manifest["num_done"] = end
+        write_manifest(self.folder, KIND, FORMAT, self.manifest)
 
     def _write_parquet(self, images: ImageList, rows: np.ndarray, index: np.ndarray) -> None:
         import pyarrow
@@ -247,21 +241,10 @@ class Embeddings:
             [images.id_bytes(i).decode("utf-8", "backslashreplace") for i in index.tolist()], pyarrow.string()
         )
         table = pyarrow.table({"id": ids, "features": column})
-        number, within = divmod(self.done, self.manifest["part"])
+        number, within = divmod(self.num_done, self.manifest["shard_size"])
         name = f"part-{number:05d}{f'_{within:09d}' if within else ''}.parquet"  # in this order by name, too
-        with atomic(self.folder / PARTS / name) as temporary:
+        with atomic(self.folder / SHARDS / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
-
-
-def _short(value: Any) -> str:
-    """Of a hash its first digits."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_json(folder / MANIFEST, "folder of features")
-    check_format(manifest.get("version", 1), VERSION, "folder of features", folder)
-    return manifest
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]]:
@@ -270,18 +253,18 @@ def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]
     Raises:
         MapetError: not such a folder, or an unfinished one.
     """
-    manifest = _manifest(folder)
-    if manifest["done"] < manifest["num_images"]:
+    manifest = read_manifest(folder, KIND, FORMAT)
+    if manifest["num_done"] < manifest["num_images"]:
         raise MapetError(
-            f"{folder} is unfinished ({manifest['done']} of {manifest['num_images']} images): `mapet embed --resume`"
+            f"{folder} is unfinished ({manifest['num_done']} of {manifest['num_images']} images): `mapet embed --resume`"
         )
-    if manifest["format"] == "npy":
-        good = [i for i in range(manifest["num_images"]) if str(i) not in manifest["bad"]]
+    if manifest["file_format"] == "npy":
+        good = [i for i in range(manifest["num_images"]) if str(i) not in manifest["unreadable"]]
         ids = json.loads((folder / IDS).read_text())
         return [ids[i] for i in good], read_array(folder / ROWS)[good]
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(folder / PARTS, columns=["id", "features"])
+    table = pyarrow.parquet.read_table(folder / SHARDS, columns=["id", "features"])
     column = table["features"].combine_chunks()
     for _ in manifest["shape"]:
         column = column.flatten()

@@ -66,7 +66,7 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
 def clusters(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
     """Spherical k-means++, the best of 3 starts: the cluster of each row."""
     unit = F.normalize(features - features.mean(0), dim=1)
-    found = kmeans(unit, num_clusters, iterations=30, restarts=3, seed=seed, start="k-means++", metric="cosine")
+    found = kmeans(unit, num_clusters, max_iter=30, n_init=3, seed=seed, init="k-means++", metric="cosine")
     return assign(unit, found.centroids)[0].numpy()
 
 

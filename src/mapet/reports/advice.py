@@ -23,7 +23,7 @@ class Subject(NamedTuple):
 
     Attributes:
         recipe: options of `pretrain` as resolved.
-        health: of tokenizer.json, measured on the patches that the words were fitted to.
+        health: of visual_tokenizer.json, measured on the patches that the words were fitted to.
         probe: the probe of the run that it is part of.
     """
 
@@ -178,7 +178,7 @@ def too_easy(run: Subject) -> str | None:
 
 def dead_words(run: Subject) -> str | None:
     """Much of the codebook is never used."""
-    used, dead = run.health.get("used_codes"), run.health.get("dead_codes")
+    used, dead = run.health.get("num_used_codes"), run.health.get("num_dead_codes")
     if not used or not dead or dead <= used / 4:
         return None
     return f"{dead:,} of {used + dead:,} visual words are never used; fit the tokenizer on more images or with a smaller --fit-tokenizer.vocab-size"
@@ -186,7 +186,7 @@ def dead_words(run: Subject) -> str | None:
 
 def one_word_for_most(run: Subject) -> str | None:
     """A single word takes most patches."""
-    share = run.health.get("commonest_share")
+    share = run.health.get("top_code_fraction")
     if not share or share < 0.5:
         return None
     return (

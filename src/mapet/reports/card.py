@@ -249,10 +249,10 @@ def _teacher(source: str, origin: Origin) -> str:
 def _lineage(tokenizer: Mapping[str, Any]) -> list[str]:
     """The teacher; if that is a VQ-KD tokenizer of ours, its teacher, and so on."""
     found = [tokenizer["teacher"]["teacher"]]
-    about = tokenizer.get("about_teacher") or {}
+    about = tokenizer.get("teacher_metadata") or {}
     while learned := about.get("learned_from"):
         found.append(learned["teacher"]["teacher"])
-        about = learned.get("about_teacher") or {}
+        about = learned.get("teacher_metadata") or {}
     return found
 
 

@@ -62,14 +62,14 @@ PLACES = (
 """Options that say where and how fast, not what."""
 IN_WORDS = {
     "perplexity": ("perplexity", "{} of {} at most: so many words, used evenly, would be as varied"),
-    "commonest_share": ("commonest word", "{} of the patches"),
+    "top_code_fraction": ("commonest word", "{} of the patches"),
     "quantization_error": (
         "quantization error",
         "{}: squared distance of features to their word, as a share of that to the mean",
     ),
-    "patches": ("measured on patches", "{}"),
+    "num_patches": ("measured on patches", "{}"),
 }
-"""Of tokenizer.json's health -> (what a report calls it, how it is written)."""
+"""Of visual_tokenizer.json's codebook_stats -> (what a report calls it, how it is written)."""
 QUIET = 3600
 """After so many seconds without a new figure a run that never said why it stopped is not taken to be running."""
 STEP_THROUGH = "step_through.json"
@@ -167,7 +167,7 @@ class RunFiles:
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("health")), self.probe)
+        return Subject(self.history, self.recipe, _mapping(self.tokenizer.get("codebook_stats")), self.probe)
 
     @property
     def predicts(self) -> list[str]:
@@ -269,7 +269,7 @@ class RunFiles:
         """(name, value) of each fact."""
         if not (told := self.tokenizer):
             return
-        teacher, health = _mapping(told.get("teacher")), _mapping(told.get("health"))
+        teacher, health = _mapping(told.get("teacher")), _mapping(told.get("codebook_stats"))
         own = teacher.get("teacher") == "pixels"
         yield (
             "teacher",
@@ -278,10 +278,17 @@ class RunFiles:
         vocab_size = told.get("vocab_size")
         yield "words", _text(vocab_size)
         yield "patches", f"{_text(told.get('grid'))} of {_text(teacher.get('student_size'))} px"
-        for key in ("used_codes", "dead_codes", "perplexity", "commonest_share", "quantization_error", "patches"):
+        for key in (
+            "num_used_codes",
+            "num_dead_codes",
+            "perplexity",
+            "top_code_fraction",
+            "quantization_error",
+            "num_patches",
+        ):
             if isinstance(value := health.get(key), (int, float)):
                 name, text = IN_WORDS.get(key, (key.replace("_", " "), "{}"))
-                yield name, text.format(percent(value) if key == "commonest_share" else number(value), vocab_size)
+                yield name, text.format(percent(value) if key == "top_code_fraction" else number(value), vocab_size)
 
     def _health(self) -> dict[str, Any]:
         """Read what `inspect-tokenizer` found, if its folder is inside the run's."""

@@ -1,7 +1,5 @@
 """The tokenizer: a teacher and the quantizer that names its features. On disk: safetensors and JSON."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,77 +14,68 @@ from mapet.config.shared import is_own_code
 from mapet.errors import MapetError
 from mapet.files import atomic, canonical_hash, check_format, read_sealed, write_sealed, write_tensors
 from mapet.tokenizers.quantizers import Quantizer
-from mapet.tokenizers.teachers import Teacher, make_teacher
+from mapet.tokenizers.teacher import Teacher, make_teacher
+from mapet.weights import hash_weights
 
 CODEBOOK = "codebook.safetensors"
-DESCRIPTION = "tokenizer.json"
+DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Health:
-    """Is this codebook any good? Measured on the patches it was fitted to.
+class CodebookStats:
+    """Use of a codebook by the patches it was fitted to.
 
     Attributes:
-        used_codes: codes that at least one patch has.
-        dead_codes: codes that none has.
-        perplexity: exp of the entropy of code usage; K when all are equally common, 1 when one takes all.
-        commonest_share: share of patches that have the commonest code; what always guessing it would score.
+        num_used_codes: codes that at least one patch has.
+        num_dead_codes: codes that none has.
+        perplexity: exp of the entropy of code usage; K when all are equally frequent, 1 when one takes all.
+        top_code_fraction: fraction of patches that have the most frequent code: the majority baseline of predicting tokens.
         quantization_error: mean squared distance to the centroid, divided by that to one global mean (0: exact, 1:
             useless); None where there are no centroids.
-        patches: how many patches it was measured on.
+        num_patches: how many patches it was measured on.
     """
 
-    used_codes: int
-    dead_codes: int
+    num_used_codes: int
+    num_dead_codes: int
     perplexity: float
-    commonest_share: float
+    top_code_fraction: float
     quantization_error: float | None
-    patches: int
+    num_patches: int
 
     @classmethod
-    def measure(cls, counts: Int[Tensor, " K"], error: float | None = None) -> "Health":
-        share = counts.double() / counts.sum()
-        used = share[share > 0]
-        return cls(
-            used_codes=len(used),
-            dead_codes=len(counts) - len(used),
-            perplexity=float((-(used * used.log()).sum()).exp()),
-            commonest_share=float(share.max()),
-            quantization_error=error,
-            patches=int(counts.sum()),
-        )
+    def from_counts(cls, counts: Int[Tensor, " K"], quantization_error: float | None = None) -> "CodebookStats":
+        """Compute them from the number of patches that have each code."""
+        fractions = counts.double() / counts.sum()
+        used = int((counts > 0).sum())
+        perplexity = float(torch.special.entr(fractions).sum().exp())
+        top = float(fractions.max())
+        return cls(used, len(counts) - used, perplexity, top, quantization_error, int(counts.sum()))
 
     def __str__(self) -> str:
-        total = self.used_codes + self.dead_codes
-        error = (
-            ""
-            if self.quantization_error is None
-            else f"quantization error {self.quantization_error:.3f} of the global mean's, "
-        )
+        error = self.quantization_error
         return (
-            f"{self.used_codes} of {total} codes used ({self.dead_codes} dead), perplexity {self.perplexity:.1f}, "
-            f"commonest code {self.commonest_share:.1%} of patches, {error}over {self.patches:,} patches"
+            f"{self.num_used_codes} of {self.num_used_codes + self.num_dead_codes} codes used ({self.num_dead_codes} dead), "
+            f"perplexity {self.perplexity:.1f}, most frequent code {self.top_code_fraction:.1%} of patches, "
+            f"{'' if error is None else f'quantization error {error:.3f} of the global mean, '}over {self.num_patches:,} patches"
         )
 
 
 class Tokenizer(nn.Module):
-    """uint8 views -> visual words: the teacher's feature of each patch, named by the quantizer (k-CLIP in the paper).
+    """uint8 views -> token ids: the teacher's feature of each patch, quantized (k-CLIP in the paper).
 
     Attributes:
         teacher: None when loaded for its description alone.
-        description: everything `tokenizer.json` holds.
+        description: everything `visual_tokenizer.json` holds.
     """
 
     def __init__(self, teacher: Teacher | None, quantizer: Quantizer, description: dict[str, Any]) -> None:
         super().__init__()
-        self.teacher = teacher
-        self.quantizer = quantizer
-        self.description = description
+        self.teacher, self.quantizer, self.description = teacher, quantizer, description
 
     @property
     def centroids(self) -> Float[Tensor, "K d"] | None:
-        """What words stand for, in the quantizer's space; None where they have no centroids."""
+        """Codes in the quantizer's space; None where it has no centroids."""
         return self.quantizer.centroids
 
     @property
@@ -110,52 +99,47 @@ class Tokenizer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Int[Tensor, "B rows columns"]:
-        """Token ids of views rendered at `teacher.image_size`."""
+        """Compute the token ids of views rendered at `teacher.image_size`."""
         assert self.teacher is not None, "loaded without its teacher"
-        return self.name_features(self.teacher(images))
+        return self.quantize(self.teacher(images))
 
-    def name_features(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
-        """The word of each feature."""
+    def quantize(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
+        """Return the token id of each feature."""
         flat = features.permute(0, 2, 3, 1)
         return self.quantizer(flat.flatten(0, 2)).view(flat.shape[:3])
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def describe(teacher: Teacher, quantizer: Quantizer, health: Health, fitting: dict[str, Any]) -> dict[str, Any]:
-    """The content of `tokenizer.json`. Its hash is that of what decides words; the rest tells."""
-    content = _hash(quantizer.state_dict())
-    identity = {"teacher": teacher.settings, "weights_hash": teacher.weights_hash, "quantizer_hash": content}
-    identity["teacher"] = {key: value for key, value in teacher.settings.items() if key != "checkpoint"}
-    identity["quantizer"] = quantizer.settings
+def describe(
+    teacher: Teacher, quantizer: Quantizer, stats: CodebookStats, fit_config: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the content of `visual_tokenizer.json`; its hash is over what decides tokens."""
+    quantizer_hash = hash_weights(quantizer.state_dict())
+    identity = {
+        "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"},
+        "weights_hash": teacher.weights_hash,
+        "quantizer": quantizer.settings,
+        "quantizer_hash": quantizer_hash,
+    }
+    interpolated = teacher.native_grid not in (None, teacher.grid)
     return {
-        "format": FORMAT,
+        **identity,
+        "format_version": FORMAT,
         "hash": canonical_hash(identity),
         "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size),
-        "teacher_grid": list(teacher.own_grid or teacher.grid),
-        "interpolation": None if teacher.own_grid in (None, teacher.grid) else "bilinear, antialiased",
-        "about_teacher": teacher.about,
-        "weights_hash": teacher.weights_hash,
-        "quantizer": quantizer.settings,
-        "quantizer_hash": content,
+        "teacher_grid": list(teacher.native_grid or teacher.grid),
+        "interpolation": "bilinear, antialiased" if interpolated else None,
+        "teacher_metadata": teacher.metadata,
         "grid": list(teacher.grid),
         "vocab_size": quantizer.vocab_size,
         "feature_size": quantizer.num_features,
-        "fitting": fitting,
-        "health": asdict(health),
+        "fit_config": fit_config,
+        "codebook_stats": asdict(stats),
     }
 
 
 def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
-    """Write `codebook.safetensors` (the quantizer's tensors, usage) and `tokenizer.json`, both or neither, as a new folder."""
+    """Write the quantizer's tensors, the usage of codes and the description, all or nothing, as a new folder."""
     with atomic(folder) as temporary:
         temporary.mkdir()
         write_tensors(temporary / CODEBOOK, tokenizer.quantizer.state_dict() | {"usage": usage})
@@ -163,14 +147,14 @@ def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path)
 
 
 def load_tokenizer(
-    folder: Path, with_teacher: bool = True, allow: str | None = None, checkpoint: str | None = None
+    folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None, checkpoint: str | None = None
 ) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
         with_teacher: also make the teacher, which `forward` needs.
-        allow: the 'package.module:function' that may be imported. A codebook from elsewhere could name any function,
-            so a person's own encoder runs only if its name is given again.
+        trusted_teacher: the 'package.module:function' that may be imported. A codebook from elsewhere could name any function,
+            so a custom encoder runs only if its name is given again.
         checkpoint: the teacher's weights, if they are no longer where they were.
 
     Raises:
@@ -178,11 +162,11 @@ def load_tokenizer(
     """
     description = read_sealed(folder / DESCRIPTION, "tokenizer")
     try:
-        check_format(description["format"], FORMAT, "tokenizer", folder)
+        check_format(description["format_version"], FORMAT, "tokenizer", folder)
         tensors = load_file(folder / CODEBOOK)
         del tensors["usage"]
-        if _hash(tensors) != description["quantizer_hash"]:
-            raise ValueError("the codebook is not the one that tokenizer.json describes")
+        if hash_weights(tensors) != description["quantizer_hash"]:
+            raise ValueError(f"the codebook is not the one that {DESCRIPTION} describes")
         quantizer = Quantizer(description["quantizer"], tensors)
         settings = dict(description["teacher"])
         name = settings["teacher"]
@@ -191,11 +175,10 @@ def load_tokenizer(
         raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
     if not with_teacher:
         return Tokenizer(None, quantizer, description)
-    if is_own_code(name) and name != allow:
+    if is_own_code(name) and name != trusted_teacher:
         raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
-    if checkpoint:
-        settings["checkpoint"] = checkpoint
-    elif settings.get("checkpoint") and not Path(settings["checkpoint"]).exists():
+    settings["checkpoint"] = checkpoint or settings.get("checkpoint")
+    if settings["checkpoint"] and not Path(settings["checkpoint"]).exists() and not checkpoint:
         raise MapetError(
             f"the weights file of teacher '{name}' in {folder}, {settings['checkpoint']}, is not there; say where it is: "
             "--teacher-checkpoint FILE"

@@ -11,7 +11,7 @@ from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.tokenizers.teachers import Teacher
+from mapet.tokenizers.teacher import Teacher
 
 
 def teacher_features(

@@ -23,13 +23,13 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute, free_memory
 from mapet.errors import MapetError, by
 from mapet.files import new_folder
-from mapet.tokenizers.codebook import Health, Tokenizer, describe, save_tokenizer
+from mapet.tokenizers.codebook import CodebookStats, Tokenizer, describe, save_tokenizer
 from mapet.tokenizers.extract import FeatureExtractor
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import automatic_vocab_size, kmeans
 from mapet.tokenizers.points import rows_at_once
 from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.teachers import Teacher, make_teacher
+from mapet.tokenizers.teacher import Teacher, make_teacher
 
 log = logging.getLogger("mapet")
 RECORDED = {
@@ -80,8 +80,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     )
     unreadable = Quarantine(images, config.max_unreadable)
     extractor = FeatureExtractor(teacher, dataset, unreadable, compute, config.batch_size, config.num_workers)
-    if teacher.own_quantizer is not None:
-        result = count_builtin_tokens(teacher.own_quantizer, extractor.patch_features(sample, "tokens"))
+    if teacher.builtin_quantizer is not None:
+        result = count_builtin_tokens(teacher.builtin_quantizer, extractor.patch_features(sample, "tokens"))
     else:
         scratch = config.scratch_dir or config.out.parent
         with FeatureStore(max_rows, _memory_limit(config, compute), scratch, compute.device) as points:
@@ -100,7 +100,7 @@ def fit_kmeans(
     dtype: torch.dtype,
     checkpoint: Path | None = None,
 ) -> FitResult:
-    """Fit k-means centroids to the features, or to their first `config.pca` principal components.
+    """Fit k-means centroids to the features, or to their first `config.pca_dim` principal components.
 
     Args:
         dtype, checkpoint: as for `kmeans`.
@@ -120,7 +120,7 @@ def fit_kmeans(
                 projected.append(project(block, **projection))
         centroids, usage, error, variance = kmeans(
             projected if projection else points, vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, show,
-            start=config.kmeans_init, batch_points=config.kmeans_batch_size, metric=config.kmeans_metric, checkpoint=checkpoint,
+            init=config.kmeans_init, batch_size=config.kmeans_batch_size, metric=config.kmeans_metric, checkpoint=checkpoint,
         )  # fmt: skip
     quantizer = Quantizer({"kind": "nearest", "metric": config.kmeans_metric}, {"centroids": centroids, **projection})
     return FitResult(quantizer, usage, error, error / variance if variance > 0 else 0.0)
@@ -164,13 +164,13 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     Raises:
         MapetError: options for a codebook, but the teacher has one built in.
     """
-    if teacher.own_quantizer is not None:
+    if teacher.builtin_quantizer is not None:
         if unused := changed(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
             raise MapetError(
-                f"teacher '{config.teacher}' brings its own {teacher.own_quantizer.vocab_size} words: leave out {flags}"
+                f"teacher '{config.teacher}' brings its own {teacher.builtin_quantizer.vocab_size} words: leave out {flags}"
             )
-        return teacher.own_quantizer.vocab_size, None
+        return teacher.builtin_quantizer.vocab_size, None
     vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
     if config.quantizer == "kmeans":
         return vocab_size, None
@@ -211,32 +211,32 @@ def _save(
     config: FitTokenizerConfig, images: ImageList, teacher: Teacher, result: FitResult, checkpoint: Path
 ) -> Tokenizer:
     """Write the tokenizer (rank 0), remove the k-means checkpoint, and report."""
-    health = Health.measure(result.usage, result.relative_error)
-    fitting = {} if teacher.own_quantizer is not None else config.model_dump(mode="json", include=RECORDED)
-    fitting |= {
+    stats = CodebookStats.from_counts(result.usage, result.relative_error)
+    fit_config = {} if teacher.builtin_quantizer is not None else config.model_dump(mode="json", include=RECORDED)
+    fit_config |= {
         "images_hash": images.hash,
         "num_images": len(images),
-        "patches": health.patches,
+        "num_patches": stats.num_patches,
         "mean_squared_distance": result.error,
     }
-    tokenizer = Tokenizer(teacher, result.quantizer, describe(teacher, result.quantizer, health, fitting))
+    tokenizer = Tokenizer(teacher, result.quantizer, describe(teacher, result.quantizer, stats, fit_config))
     if distributed.rank() == 0:
         save_tokenizer(tokenizer, result.usage, config.out)
         checkpoint.unlink(missing_ok=True)
-    if teacher.own_grid not in (None, teacher.grid):
+    if teacher.native_grid not in (None, teacher.grid):
         log.warning(
             "the teacher's grid of %s is interpolated to the student's %s%s",
-            by(teacher.own_grid), by(teacher.grid), _matching_size_hint(teacher),
+            by(teacher.native_grid), by(teacher.grid), _matching_size_hint(teacher),
         )  # fmt: skip
-    log.info("codebook: %s", health)
+    log.info("codebook: %s", stats)
     log.info("saved %s", config.out)
     return tokenizer
 
 
 def _matching_size_hint(teacher: Teacher) -> str:
     """Name the size of the teacher's views that would give the student's grid, if there is one."""
-    assert teacher.own_grid is not None
-    sides = list(zip(teacher.image_size, teacher.grid, teacher.own_grid, strict=True))
+    assert teacher.native_grid is not None
+    sides = list(zip(teacher.image_size, teacher.grid, teacher.native_grid, strict=True))
     if any(side * wanted % given for side, wanted, given in sides):
         return ""
     height, width = (side * wanted // given for side, wanted, given in sides)

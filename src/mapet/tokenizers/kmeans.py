@@ -15,17 +15,17 @@ from torch.nn.functional import pad
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans_state import State, load_state, save_state
-from mapet.tokenizers.points import Metric, Points, even_sample, rows_at_once
+from mapet.tokenizers.kmeans_state import KMeansState, load_state, save_state
+from mapet.tokenizers.points import DistributedPoints, Metric, rows_at_once, stratified_sample
 
-Start = Literal["random", "k-means++"]
+Init = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
-UNSURE = 2.0**-18
+TIE_TOLERANCE = 2.0**-18
 """Float32 products of other shapes may differ by this share of the norms; distances closer than that are told apart in float64."""
 SAMPLE = 16
-"""Points for each centroid that k-means++ chooses among."""
-PATIENCE = 10
+"""DistributedPoints for each centroid that k-means++ chooses among."""
+DEAD_AFTER = 10
 """A mini-batch centroid is dead when so many times K points went by and it won none: one of average share wins so many."""
 
 
@@ -86,7 +86,7 @@ def nearest(table: Float[Tensor, "n padded_K"]) -> tuple[Int[Tensor, " n"], Floa
     return row * COLUMNS + column, best.view(dtype), second.view(dtype)
 
 
-class Assignment:
+class NearestCentroid:
     """The nearest centroid of each point: the one definition of a token.
 
     A point's id depends on nothing but the point and the centroids: products of other shapes (a smaller batch) may differ
@@ -110,12 +110,12 @@ class Assignment:
     def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:
         points = torch.sub(points, self.mean, out=self.buffer[: len(points)])
         ids, half, second = nearest(self.distances_to(points))
-        unsure = (second - half <= UNSURE * (2 * _half_norms(points) + self.largest)).nonzero().squeeze(1)
+        unsure = (second - half <= TIE_TOLERANCE * (2 * _half_norms(points) + self.largest)).nonzero().squeeze(1)
         if len(unsure):
-            ids[unsure] = self._exactly(points[unsure])
+            ids[unsure] = self._assign_float64(points[unsure])
         return ids, 2 * half.clamp_min(0)
 
-    def _exactly(self, points: Tensor) -> Int[Tensor, " n"]:
+    def _assign_float64(self, points: Tensor) -> Int[Tensor, " n"]:
         place = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
         x, c = (tensor.to(place, torch.float64) for tensor in (points, self.centroids))
         table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)
@@ -126,127 +126,143 @@ class Assignment:
 def assign(
     points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Nearest centroid of each point, and the squared distance to it; see `Assignment`."""
-    return Assignment(centroids)(points)
+    """Nearest centroid of each point, and the squared distance to it; see `NearestCentroid`."""
+    return NearestCentroid(centroids)(points)
 
 
-class Clusters(NamedTuple):
-    """What k-means found.
+class KMeansResult(NamedTuple):
+    """Centroids and how they do.
 
     Attributes:
         centroids: (K, F).
         counts: (K,) points of each.
-        error: mean squared distance of the points to their nearest centroid.
-        variance: mean squared distance of the points to their mean.
+        mean_sq_dist: mean squared distance of the points to their nearest centroid.
+        total_variance: mean squared distance of the points to their mean.
     """
 
     centroids: Tensor
     counts: Tensor
-    error: float
-    variance: float
+    mean_sq_dist: float
+    total_variance: float
 
 
 def kmeans(
     points: FeatureStore | Float[Tensor, "n F"],
     num_clusters: int,
-    iterations: int = 20,
-    restarts: int = 1,
+    max_iter: int = 20,
+    n_init: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[float], None] | None = None,
     *,
-    start: Start = "random",
-    batch_points: int | None = None,
+    init: Init = "random",
+    batch_size: int | None = None,
     metric: Metric = "l2",
     checkpoint: Path | None = None,
     save_every: float = 60,
-) -> Clusters:
-    """Lloyd's algorithm or its mini-batch form; the best of `restarts` runs.
+) -> KMeansResult:
+    """Run Lloyd's algorithm or its mini-batch form `n_init` times; return the best.
 
     Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
     points may be larger than memory.
 
-    If the caller has initialised torch.distributed, each process gives a shard of the points and makes the same call; all
-    return the same clusters, those of the points together.
+    In a process group each rank gives a shard of the points and makes the same call; all return the same clusters, those
+    of the points together.
 
     Args:
-        iterations: rounds of a run, at least one.
+        max_iter: rounds of a run, at least one.
         dtype: of the products while centroids move; bfloat16 is faster, at an error up to 0.2 % higher. Sums and means are
             float32 (on CUDA added in no fixed order: repeats may differ in the last bits), counts and error those of the
             exact float32 assignment at the end.
-        progress: called after each iteration with the mean squared distance.
-        start: 'random' points, or 'k-means++': see `plus_plus_start`.
-        batch_points: how many points a round visits, of all processes (Sculley 2010). The last round of a run visits all,
+        progress: called after each round with the mean squared distance.
+        init: 'random' points, or 'k-means++': see `kmeans_plusplus_init`.
+        batch_size: how many points a round visits, of all ranks (Sculley 2010). The last round of a run visits all,
             which puts each centroid in the middle of its points and says what the run's error is. None: all rounds do.
-        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); error and
-            variance are squared distances there, 2 - 2 cos.
-        checkpoint: file that the state is saved to, by rank 0, for the same call to go on from, to the bit; all processes
-            must see it. It stays when the work is done.
+        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); distances
+            are squared there, 2 - 2 cos.
+        checkpoint: file that rank 0 saves the state to, for the same call to resume bit-exactly; all ranks must see it. It
+            stays when the work is done.
         save_every: seconds between saves; the state is also saved on Ctrl-C.
 
     Raises:
-        MapetError: more clusters than points, a process without points, or a checkpoint that is damaged or of another call.
+        MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
     """
     if not int(distributed.all_gather(torch.tensor(len(points))).min()):
         raise MapetError("k-means needs at least one point in each process")
-    if isinstance(points, Tensor):
-        points = FeatureStore.of(points)
-    shards = Points(points, metric)
-    if num_clusters > len(shards):
+    data = DistributedPoints(points if isinstance(points, FeatureStore) else FeatureStore.of(points), metric)
+    if num_clusters > len(data):
         raise MapetError(
-            f"V = {num_clusters:,} visual words need at least as many patches, but there are {len(shards):,}: lower --vocab-size"
+            f"V = {num_clusters:,} visual tokens need at least as many patches, but there are {len(data):,}: lower --vocab-size"
         )
-    mean, variance = _moments(shards)
-    state = State.fresh(num_clusters, len(mean), shards.device)
-    call = {
-        "vocab_size": num_clusters, "iterations": iterations, "restarts": restarts, "seed": seed, "precision": str(dtype),
-        "start": start, "batch_points": batch_points, "metric": metric, "processes": distributed.world_size(),
+    mean, variance = _moments(data)
+    state = KMeansState.initial(num_clusters, len(mean), data.device)
+    config = {
+        "vocab_size": num_clusters, "max_iter": max_iter, "n_init": n_init, "seed": seed, "precision": str(dtype), "init": init,
+        "batch_size": batch_size, "metric": metric, "world_size": distributed.world_size(),
     }  # fmt: skip
     if checkpoint:
-        call["points"] = _digest(shards, mean, variance)
-        state = load_state(checkpoint, call, state)
+        config["points"] = _digest(data, mean, variance)
+        state = load_state(checkpoint, config, state)
     saved = time.monotonic()
     try:
-        while state.rounds < restarts * iterations:
-            restart, number = divmod(state.rounds, iterations)  # random choices depend on these and the seed alone
-            _, _, best_error, centroids, best, visits, idle = state
-            if number == 0:
-                choose = random_start if start == "random" else plus_plus_start
-                centroids = shards.take(choose(shards, num_clusters, seed, restart)) - mean
-                visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
-            last = number == iterations - 1
-            if last or batch_points is None or batch_points >= len(shards):
-                centroids, error = _lloyd(shards, mean, variance, centroids, dtype)
-            else:
-                batch = even_sample(len(shards), batch_points, np.random.default_rng([seed, restart, number]))
-                centroids, error, visits, idle = _mini_batch(shards, batch, mean, centroids, visits, idle, dtype)
-            if last and error < best_error:
-                best_error, best = error, centroids
-            state = State(state.rounds + 1, error, best_error, centroids, best, visits, idle)
+        while state.rounds < n_init * max_iter:
+            state = _next_round(data, mean, variance, state, max_iter, init, batch_size, seed, dtype)
             if checkpoint and time.monotonic() - saved >= save_every:
-                save_state(checkpoint, call, state)
+                save_state(checkpoint, config, state)
                 saved = time.monotonic()
             if progress:
-                progress(error)
+                progress(state.error)
     except KeyboardInterrupt:
         if checkpoint and state.rounds:
-            save_state(checkpoint, call, state)
-            rounds = f"{state.rounds} of {restarts * iterations} rounds of k-means"
+            save_state(checkpoint, config, state)
+            rounds = f"{state.rounds} of {n_init * max_iter} rounds of k-means"
             raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
         raise
-    centroids = shards.allowed(state.best + mean)
-    exact = Assignment(centroids)
-    counts, total = torch.zeros(num_clusters, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    for _, block in shards.blocks():
-        ids, distances = exact(block)
-        counts += torch.bincount(ids, minlength=num_clusters).cpu()
+    return _assign_all(data, data.project(state.best + mean), variance)
+
+
+def _next_round(
+    points: DistributedPoints,
+    mean: Tensor,
+    variance: float,
+    state: KMeansState,
+    max_iter: int,
+    init: Init,
+    batch_size: int | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> KMeansState:
+    """Do one round; its random choices depend on the seed and the number of rounds alone."""
+    run, round_of_run = divmod(state.rounds, max_iter)
+    _, _, best_error, centroids, best, visits, idle = state
+    if round_of_run == 0:
+        choose = random_init if init == "random" else kmeans_plusplus_init
+        centroids = points.take(choose(points, len(centroids), seed, run)) - mean
+        visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
+    is_last = round_of_run == max_iter - 1
+    if is_last or batch_size is None or batch_size >= len(points):
+        centroids, error = _lloyd(points, mean, variance, centroids, dtype)
+    else:
+        batch = stratified_sample(len(points), batch_size, np.random.default_rng([seed, run, round_of_run]))
+        centroids, error, visits, idle = _mini_batch(points, batch, mean, centroids, visits, idle, dtype)
+    if is_last and error < best_error:
+        best_error, best = error, centroids
+    return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
+
+
+def _assign_all(points: DistributedPoints, centroids: Float[Tensor, "K F"], variance: float) -> KMeansResult:
+    """Count the points of each centroid, and measure their distances, by the exact assignment."""
+    assign_exactly = NearestCentroid(centroids)
+    counts, total = torch.zeros(len(centroids), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for _, block in points.blocks():
+        ids, distances = assign_exactly(block)
+        counts += torch.bincount(ids, minlength=len(centroids)).cpu()
         total += float(distances.sum())
-    return Clusters(
-        centroids, distributed.all_reduce(counts), float(distributed.all_reduce(total)) / len(shards), variance
-    )
+    mean_sq_dist = float(distributed.all_reduce(total)) / len(points)
+    return KMeansResult(centroids, distributed.all_reduce(counts), mean_sq_dist, variance)
 
 
-def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
+def _moments(points: DistributedPoints) -> tuple[Float[Tensor, " F"], float]:
     """The mean of the points and their mean squared distance to it."""
     shift = points.take(torch.tensor([0]))[0]  # near the mean, against cancellation
     first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -259,59 +275,61 @@ def _moments(points: Points) -> tuple[Float[Tensor, " F"], float]:
     return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
 
 
-def _digest(points: Points, mean: Tensor, variance: float) -> str:
+def _digest(points: DistributedPoints, mean: Tensor, variance: float) -> str:
     """Tells other points from these: by their number, moments and 1,024 rows."""
-    rows = points.take(even_sample(len(points), 1024, np.random.default_rng(0)))
+    rows = points.take(stratified_sample(len(points), 1024, np.random.default_rng(0)))
     content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
     return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
 
 
-class Visit(NamedTuple):
-    """Points among their nearest centroids; all processes' but for the last, which each has of its own points.
+class ClusterSums(NamedTuple):
+    """DistributedPoints among their nearest centroids; all processes' but for the last, which each has of its own points.
 
     Attributes:
         sums: (K, F) of the points nearest to each centroid, less the mean.
         counts: (K,) of them.
-        served: (n,) half the squared distance of each point, in the products' precision.
+        min_sq_dist: (n,) half the squared distance of each point, in the products' precision.
     """
 
     sums: Tensor
     counts: Tensor
-    served: Tensor
+    min_sq_dist: Tensor
 
 
-def _visit(points: Points, mean: Tensor, centroids: Tensor, dtype: torch.dtype, batch: Tensor | None = None) -> Visit:
+def _visit(
+    points: DistributedPoints, mean: Tensor, centroids: Tensor, dtype: torch.dtype, batch: Tensor | None = None
+) -> ClusterSums:
     distances_to = Distances(centroids, dtype)
     sums = torch.zeros_like(centroids)
     counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
-    size = len(points.store) if batch is None else len(points.own(batch))
-    served = torch.empty(size, dtype=dtype, device=centroids.device)
+    size = len(points.store) if batch is None else len(points.local(batch))
+    min_sq_dist = torch.empty(size, dtype=dtype, device=centroids.device)
     for start, block in points.blocks(batch):
         block -= mean
-        ids, served[start : start + len(block)], _ = nearest(distances_to(block))
+        ids, min_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
         sums.index_add_(0, ids, block)
         counts += torch.bincount(ids, minlength=len(centroids))
-    return Visit(distributed.all_reduce(sums), distributed.all_reduce(counts), served)
+    return ClusterSums(distributed.all_reduce(sums), distributed.all_reduce(counts), min_sq_dist)
 
 
 def _lloyd(
-    points: Points, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
+    points: DistributedPoints, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "K F"], float]:
     """One round over all points: their clusters' means, and their mean squared distance to those.
 
-    An empty cluster moves to the worst-served points, one each.
+    An empty cluster moves to the worst-min_sq_dist points, one each.
     """
-    sums, counts, served = _visit(points, mean, centroids, dtype)
-    updated = points.allowed(sums / counts.clamp_min(1)[:, None] + mean) - mean
+    sums, counts, min_sq_dist = _visit(points, mean, centroids, dtype)
+    updated = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
     # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
     explained = (2 * (sums * updated).sum(1) - counts * updated.square().sum(1)).sum() / len(points)
     error = max(0.0, variance - float(distributed.broadcast(explained)))
-    updated = _seeded_again(updated, counts == 0, points, mean, served)[0]
+    updated = _reseed_empty_clusters(updated, counts == 0, points, mean, min_sq_dist)[0]
     return distributed.broadcast(updated), error
 
 
 def _mini_batch(
-    points: Points,
+    points: DistributedPoints,
     batch: Int[Tensor, " b"],
     mean: Tensor,
     centroids: Float[Tensor, "K F"],
@@ -327,35 +345,35 @@ def _mini_batch(
         visits: points that each centroid has won.
         idle: points that went by since it won its last.
     """
-    sums, counts, served = _visit(points, mean, centroids, dtype, batch)
+    sums, counts, min_sq_dist = _visit(points, mean, centroids, dtype, batch)
     visits = visits + counts
     moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
-    moved = points.allowed(moved + mean) - mean
+    moved = points.project(moved + mean) - mean
     idle = torch.where(counts > 0, 0, idle + len(batch))
-    moved, again = _seeded_again(moved, idle >= PATIENCE * len(centroids), points, mean, served, batch)
-    error = 2 * float(distributed.all_reduce(served.float().sum())) / len(batch)
+    moved, again = _reseed_empty_clusters(moved, idle >= DEAD_AFTER * len(centroids), points, mean, min_sq_dist, batch)
+    error = 2 * float(distributed.all_reduce(min_sq_dist.float().sum())) / len(batch)
     return distributed.broadcast(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
 
 
-def _seeded_again(
+def _reseed_empty_clusters(
     centroids: Float[Tensor, "K F"],
     dead: Bool[Tensor, " K"],
-    points: Points,
+    points: DistributedPoints,
     mean: Tensor,
-    served: Float[Tensor, " n"],
+    min_sq_dist: Float[Tensor, " n"],
     batch: Int[Tensor, " b"] | None = None,
 ) -> tuple[Float[Tensor, "K F"], Bool[Tensor, " K"]]:
-    """Dead centroids moved to the worst-served of the visited points, one each, and which of them: there may be too few points."""
+    """Dead centroids moved to the worst-min_sq_dist of the visited points, one each, and which of them: there may be too few points."""
     count = int(dead.sum())
     if not count:
         return centroids, dead
     # Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
-    few = min(count, len(served))
-    limit = served.topk(few).values[-1:]
-    above = (served > limit).nonzero().flatten()
-    worst = torch.cat([above, (served == limit).nonzero().flatten()[: few - len(above)]]).sort().values
+    few = min(count, len(min_sq_dist))
+    limit = min_sq_dist.topk(few).values[-1:]
+    above = (min_sq_dist > limit).nonzero().flatten()
+    worst = torch.cat([above, (min_sq_dist == limit).nonzero().flatten()[: few - len(above)]]).sort().values
     numbers = worst + points.first if batch is None else batch.to(worst.device)[worst + _before(points, batch)]
-    values = distributed.all_gather(pad(served[worst].float(), (0, count - few), value=-torch.inf)).flatten()
+    values = distributed.all_gather(pad(min_sq_dist[worst].float(), (0, count - few), value=-torch.inf)).flatten()
     order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
     chosen = distributed.all_gather(pad(numbers, (0, count - few))).flatten()[order]
     places = dead.nonzero().flatten()[: len(chosen)]
@@ -365,18 +383,20 @@ def _seeded_again(
     )
 
 
-def _before(points: Points, batch: Int[Tensor, " b"]) -> int:
+def _before(points: DistributedPoints, batch: Int[Tensor, " b"]) -> int:
     """How many of a batch are other processes' that come before this one."""
     return int((batch < points.first).sum())
 
 
-def random_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+def random_init(points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
     """Numbers of random points, to be the first centroids."""
     generator = torch.Generator().manual_seed(seed * 1009 + restart)
     return torch.randperm(len(points), generator=generator)[:num_clusters]
 
 
-def plus_plus_start(points: Points, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
+def kmeans_plusplus_init(
+    points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0
+) -> Int[Tensor, " K"]:
     """Numbers of points chosen by k-means++ (Arthur & Vassilvitskii, SODA 2007): each in proportion to D^2, its squared
     distance to the nearest chosen before.
 
@@ -389,7 +409,7 @@ def plus_plus_start(points: Points, num_clusters: int, seed: int = 0, restart: i
     If fewer points differ than there are centroids, the rest is chosen at random.
     """
     random = np.random.default_rng([seed, restart])
-    numbers = even_sample(len(points), SAMPLE * num_clusters, random)
+    numbers = stratified_sample(len(points), SAMPLE * num_clusters, random)
     sample = points.select(numbers)
     taken = torch.from_numpy(random.integers(len(numbers), size=1))
     shift = points.take(numbers[taken])[0]  # smaller norms: less cancellation
@@ -409,15 +429,15 @@ def plus_plus_start(points: Points, num_clusters: int, seed: int = 0, restart: i
     return numbers[taken]
 
 
-def _squared_distances(points: Points, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
+def _squared_distances(points: DistributedPoints, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
     """Of each point, on the CPU, to the nearest of the points `to`; zero if float32 cannot tell it from that."""
     distances_to = Distances(points.take(to) - shift, torch.float32)
     own = torch.empty(len(points.store), device=points.device)
     for start, block in points.blocks():
         block -= shift
         half = distances_to(block).amin(1)
-        own[start : start + len(block)] = half.masked_fill_(half <= UNSURE * _half_norms(block), 0)
-    return 2 * points.gathered(own).cpu().double().index_fill_(0, to, 0)
+        own[start : start + len(block)] = half.masked_fill_(half <= TIE_TOLERANCE * _half_norms(block), 0)
+    return 2 * points.all_gather(own).cpu().double().index_fill_(0, to, 0)
 
 
 def _accepted(

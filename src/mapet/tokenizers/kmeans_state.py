@@ -1,4 +1,4 @@
-"""K-means between two rounds: what a call needs to go on to the bit, as one safetensors file."""
+"""K-means between two rounds: what a config needs to go on to the bit, as one safetensors file."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from mapet.errors import MapetError
 from mapet.files import atomic, write_tensors
 
 
-class State(NamedTuple):
+class KMeansState(NamedTuple):
     """After a round.
 
     Attributes:
@@ -35,49 +35,49 @@ class State(NamedTuple):
     idle: Tensor
 
     @classmethod
-    def fresh(cls, num_clusters: int, num_features: int, device: torch.device) -> "State":
+    def initial(cls, num_clusters: int, num_features: int, device: torch.device) -> "KMeansState":
         """Before the first round."""
         nowhere = torch.zeros(num_clusters, num_features, device=device)
         none = torch.zeros(num_clusters, dtype=torch.int64, device=device)
         return cls(0, torch.inf, torch.inf, nowhere, nowhere, none, none)
 
 
-NUMBERS, TENSORS = State._fields[:3], State._fields[3:]
+NUMBERS, TENSORS = KMeansState._fields[:3], KMeansState._fields[3:]
 
 
-def save_state(path: Path, call: dict[str, Any], state: State) -> None:
-    """Replace `path` by the state of `call`: its settings, and the hash of its points. Rank 0 does."""
+def save_state(path: Path, config: dict[str, Any], state: KMeansState) -> None:
+    """Replace `path` by the state of `config`: its settings, and the hash of its points. Rank 0 does."""
     if distributed.rank() == 0:
         values = state._asdict()
-        metadata = {"call": json.dumps(call), "numbers": json.dumps({name: values[name] for name in NUMBERS})}
+        metadata = {"config": json.dumps(config), "numbers": json.dumps({name: values[name] for name in NUMBERS})}
         with atomic(path) as temporary:
             write_tensors(temporary, {name: values[name].clone() for name in TENSORS}, metadata)
 
 
-def load_state(path: Path, call: dict[str, Any], fresh: State) -> State:
-    """The state that `path` holds, or `fresh` if there is none.
+def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMeansState:
+    """The state that `path` holds, or `initial` if there is none.
 
     Raises:
-        MapetError: it is damaged, of another call, or not the same for all processes.
+        MapetError: it is damaged, of another config, or not the same for all processes.
     """
-    state = _read(path, call, fresh) if path.exists() else fresh
+    state = _read(path, config, initial) if path.exists() else initial
     if len(set(distributed.all_gather(torch.tensor(state.rounds)).tolist())) > 1:
         raise MapetError(f"{path} is not the same file for all processes: put it into a folder that all of them see")
     return state
 
 
-def _read(path: Path, call: dict[str, Any], fresh: State) -> State:
+def _read(path: Path, config: dict[str, Any], initial: KMeansState) -> KMeansState:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name).to(fresh.centroids.device) for name in TENSORS}
-        begun, numbers = json.loads(metadata["call"]), json.loads(metadata["numbers"])
-        state = State(**numbers, **tensors)
+            tensors = {name: file.get_tensor(name).to(initial.centroids.device) for name in TENSORS}
+        begun, numbers = json.loads(metadata["config"]), json.loads(metadata["numbers"])
+        state = KMeansState(**numbers, **tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to begin again") from None
     other = [
         "other features" if name == "points" else f"{name} = {begun.get(name)} (now {value})"
-        for name, value in call.items()
+        for name, value in config.items()
         if begun.get(name) != value
     ]
     if other:

@@ -40,7 +40,7 @@ class Quantizer(nn.Module):
     A word depends on the feature alone, not on the batch: projections are made in float64.
 
     Args:
-        settings: kind, and metric ('l2', 'cosine'), levels or vocab_size; goes into tokenizer.json.
+        settings: kind, and metric ('l2', 'cosine'), levels or vocab_size; goes into visual_tokenizer.json.
         tensors: centroids (K, d); mean (F,) and components (F, d) of the projection, if there is one.
     """
 

@@ -12,11 +12,11 @@ from mapet.config.tokenize import TokenizeConfig
 from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
-from mapet.data.token_store import MANIFEST, Part, TokenStore
+from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, counted
-from mapet.files import new_folder
+from mapet.files import MANIFEST, new_folder
 from mapet.signals import stop_signals
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
 from mapet.tokenizers.extract import teacher_features
@@ -29,7 +29,7 @@ NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 def tokenize(config: TokenizeConfig) -> TokenStore:
     """Write the token ids of every image into `config.out`, a new store or one that was interrupted.
 
-    All ranks of a process group call it; each writes every n-th part that is unfinished.
+    All ranks of a process group call it; each writes every n-th shard that is unfinished.
 
     Raises:
         Interrupted: a signal came; what is done is saved.
@@ -37,13 +37,15 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     """
     compute = Compute.choose(config.device, "float32")  # the teacher has the precision it was fitted with
     images = scan(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, allow=config.trust_teacher, checkpoint=config.teacher_checkpoint)
+    tokenizer = load_tokenizer(
+        config.tokenizer, trusted_teacher=config.trust_teacher, checkpoint=config.teacher_checkpoint
+    )
     tokenizer = tokenizer.to(compute.device)
     store = _open_store(config, images, tokenizer)
     assert tokenizer.teacher is not None
     channels = tokenizer.description["teacher"]["channels"]
     dataset = ViewDataset(images, store.view_spec, channels, teacher_size=tokenizer.teacher.image_size)
-    unreadable = Quarantine(images, config.max_unreadable, dict(store.bad))
+    unreadable = Quarantine(images, config.max_unreadable, dict(store.unreadable))
     work = _batches_to_do(store, max(1, config.batch_size // store.num_views))
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
@@ -54,18 +56,18 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         store.autosave(),
     ):
         loader = make_loader(dataset, batches, config.num_workers)
-        for (part, rows), batch in zip(work, loader, strict=True):
+        for (shard, rows), batch in zip(work, loader, strict=True):
             unreadable.add(batch.bad)
-            store.write(part, _token_ids(tokenizer, batch, rows, store, images, compute), dict(batch.bad))
+            store.write(shard, _token_ids(tokenizer, batch, rows, store, images, compute), dict(batch.bad))
             bar.update(len(rows))
             if stop.signal_name:
                 raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
-    Quarantine(images, config.max_unreadable).add([*store.bad.items()], quiet=True)  # those of all ranks
+    Quarantine(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
     log.info(
         "tokens of %s x %s in %s (%d unreadable left out)",
-        counted(len(images) - len(store.bad), "image"), counted(store.num_views, "view"), config.out, len(store.bad),
+        counted(len(images) - len(store.unreadable), "image"), counted(store.num_views, "view"), config.out, len(store.unreadable),
     )  # fmt: skip
     return store
 
@@ -90,13 +92,13 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
     return store
 
 
-def _batches_to_do(store: TokenStore, batch_size: int) -> list[tuple[Part, range]]:
-    """Return (part, rows of the store) of each batch that this rank has to write."""
-    parts = [part for part in store.parts if part.done < part.count][distributed.rank() :: distributed.world_size()]
+def _batches_to_do(store: TokenStore, batch_size: int) -> list[tuple[TokenShard, range]]:
+    """Return (shard, rows of the store) of each batch that this rank has to write."""
+    shards = [shard for shard in store.shards if not shard.is_done][distributed.rank() :: distributed.world_size()]
     return [
-        (part, range(start, min(start + batch_size, part.first + part.count)))
-        for part in parts
-        for start in range(part.first + part.done, part.first + part.count, batch_size)
+        (shard, range(start, min(start + batch_size, shard.first + shard.count)))
+        for shard in shards
+        for start in range(shard.first + shard.num_done, shard.first + shard.count, batch_size)
     ]
 
 
@@ -107,7 +109,7 @@ def _token_ids(
     assert tokenizer.teacher is not None
     tokens = torch.zeros(len(rows), store.num_views, store.grid[0] * store.grid[1], dtype=torch.int64)
     if len(batch):
-        ids = tokenizer.name_features(teacher_features(tokenizer.teacher, batch, images, compute)).flatten(1).cpu()
+        ids = tokenizer.quantize(teacher_features(tokenizer.teacher, batch, images, compute)).flatten(1).cpu()
         for index in batch.image_index.unique():
             tokens[index - rows.start] = ids[batch.image_index == index]
     return tokens.numpy()

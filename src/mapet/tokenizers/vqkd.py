@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, by
 from mapet.files import check_format, read_json
-from mapet.weights import read_weights
+from mapet.weights import describe_mismatch, first_names, read_weights
 
 FORMAT = 1
 DESCRIPTION = "vqkd.json"
@@ -32,7 +32,7 @@ DESCRIPTION = "vqkd.json"
 HEAD_WIDTH = 64
 """Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""
 CODES = "quantize.embedding.weight"
-OF_TRAINING = ("quantize.", "decoder.", "decode_task_layer.", "teacher", "scaling", "loss")
+TRAINING_ONLY = ("quantize.", "decoder.", "decode_task_layer.", "teacher", "scaling", "loss")
 """Beginnings of names that looking up codes has no use for."""
 ROWS = 2048
 """Vectors at a time: their table of cosines with 8192 codes takes 64 MB."""
@@ -45,7 +45,7 @@ class VQKD(nn.Module):
         encoder: timm's ViT.
         codebook: (K, d) unit vectors.
         image_size: (h, w) of the images, pixels.
-        about: how it takes images, and what it was learned from if that is known (see `Teacher.about`).
+        metadata: how it takes images, and what it was learned from if that is known (see `Teacher.metadata`).
     """
 
     codebook: Tensor
@@ -58,7 +58,7 @@ class VQKD(nn.Module):
         height, width = encoder.patch_embed.img_size
         self.image_size: tuple[int, int] = (height, width)
         half = [0.5] * encoder.in_chans
-        self.about: dict[str, Any] = {"mean": half, "std": half, "prefix_tokens_dropped": encoder.num_prefix_tokens}
+        self.metadata: dict[str, Any] = {"mean": half, "std": half, "prefix_tokens_dropped": encoder.num_prefix_tokens}
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B d rows columns"]:
         """Unit vectors of images in [0, 1]. The task layer computes in its own precision, also within autocast.
@@ -68,7 +68,7 @@ class VQKD(nn.Module):
         """
         if tuple(images.shape[2:]) != self.image_size:
             raise MapetError(
-                f"this VQ-KD tokenizer is for images of {_by(self.image_size)} px, got {_by(images.shape[2:])}"
+                f"this VQ-KD tokenizer is for images of {by(self.image_size)} px, got {by(images.shape[2:])}"
             )
         tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
@@ -78,7 +78,7 @@ class VQKD(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """In the published layout; `from_weights` takes them back."""
         return {
-            **prefixed("encoder", published(self.encoder)),
+            **prefixed("encoder", to_beit2_state_dict(self.encoder)),
             **prefixed("encode_task_layer", self.encode_task_layer.state_dict()),
             CODES: self.codebook,
         }
@@ -95,16 +95,13 @@ class VQKD(nn.Module):
         """
         with torch.device("meta"):  # every number comes from the file
             model = cls(_empty_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
-        expected = {name: tensor.shape for name, tensor in model.weights().items()}
-        given = {name: tensor for name, tensor in weights.items() if name in expected or not _of_training(name)}
-        faults = {
-            "missing": sorted(expected.keys() - given.keys()),
-            "unexpected": sorted(given.keys() - expected.keys()),
-            "of another shape": sorted(k for k in expected.keys() & given.keys() if expected[k] != given[k].shape),
-        }
-        if any(faults.values()):
-            raise MapetError(f"{source}: {NO_VQKD}: {_shortly(faults)}")
-        encoder = for_timm({name[8:]: tensor for name, tensor in given.items() if name.startswith("encoder.")})
+        expected = model.weights()
+        given = {name: tensor for name, tensor in weights.items() if name in expected or not _for_training_only(name)}
+        if mismatch := describe_mismatch(given, expected):
+            raise MapetError(f"{source}: {NO_VQKD}: {mismatch}")
+        encoder = from_beit2_state_dict(
+            {name[8:]: tensor for name, tensor in given.items() if name.startswith("encoder.")}
+        )
         task = {name: tensor for name, tensor in given.items() if name.startswith("encode_task_layer.")}
         codebook = F.normalize(given[CODES].float(), dim=1)
         state = prefixed("encoder", encoder) | task | {"codebook": codebook}
@@ -126,18 +123,18 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
     description, learned_from = Path(checkpoint).with_name(DESCRIPTION), None
     if description.exists():
         try:
-            told = read_json(description, "VQ-KD tokenizer")
-            check_format(told["format"], FORMAT, "VQ-KD tokenizer", description)
-            learned_from = {name: told.get(name) for name in ("teacher", "teacher_weights_hash", "about_teacher")}
-            learned_from |= {name: told["training"][name] for name in ("images_hash", "num_images")}
+            content = read_json(description, "VQ-KD tokenizer")
+            check_format(content["format_version"], FORMAT, "VQ-KD tokenizer", description)
+            learned_from = {name: content.get(name) for name in ("teacher", "teacher_weights_hash", "teacher_metadata")}
+            learned_from |= {name: content["training"][name] for name in ("images_hash", "num_images")}
         except (ValueError, KeyError, TypeError) as error:
             raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error})") from None
     model = VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
-    model.about["learned_from"] = learned_from
+    model.metadata["learned_from"] = learned_from
     return model
 
 
-def look_up(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
+def nearest_code(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
     """The code with the largest cosine of each unit vector, in the vectors' own precision, also within autocast."""
     with torch.autocast(features.device.type, enabled=False):
         return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(ROWS)])
@@ -152,12 +149,12 @@ def task_layer(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), last)
 
 
-def heads_of(width: int) -> int:
+def num_heads_for(width: int) -> int:
     """Attention heads of a ViT of this width."""
     return max(1, width // HEAD_WIDTH)
 
 
-def published(vit: VisionTransformer) -> dict[str, Tensor]:
+def to_beit2_state_dict(vit: VisionTransformer) -> dict[str, Tensor]:
     """A timm ViT's weights under the released code's names. A bias of the keys is left out: it changes no output."""
     weights: dict[str, Tensor] = {}
     for name, tensor in vit.state_dict().items():
@@ -170,8 +167,8 @@ def published(vit: VisionTransformer) -> dict[str, Tensor]:
     return weights
 
 
-def for_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`published`, the other way round."""
+def from_beit2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Invert `to_beit2_state_dict`."""
     renamed = {}
     for name, tensor in weights.items():
         if name.endswith("attn.q_bias"):
@@ -186,8 +183,8 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
 
 
-def _of_training(name: str) -> bool:
-    return name.startswith(OF_TRAINING) and name != CODES
+def _for_training_only(name: str) -> bool:
+    return name.startswith(TRAINING_ONLY) and name != CODES
 
 
 def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransformer:
@@ -200,21 +197,18 @@ def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTrans
         codes, _ = weights[CODES].shape
         ratio = (hidden + 0.5) / width  # timm rounds down
         return VisionTransformer(
-            side * patch, patch, channels, 0, embed_dim=width, depth=depth, num_heads=heads_of(width), mlp_ratio=ratio
+            side * patch,
+            patch,
+            channels,
+            0,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads_for(width),
+            mlp_ratio=ratio,
         )
     except KeyError as error:
-        raise MapetError(f"{source}: {NO_VQKD}: it has no {error.args[0]!r}, but {_some(sorted(weights))}") from None
+        raise MapetError(
+            f"{source}: {NO_VQKD}: it has no {error.args[0]!r}, but {first_names(sorted(weights)) or 'nothing'}"
+        ) from None
     except (ValueError, IndexError, ZeroDivisionError, AssertionError):
         raise MapetError(f"{source}: {NO_VQKD}: its sizes don't fit together") from None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
-
-
-def _shortly(faults: dict[str, list[str]]) -> str:
-    return "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError
 from mapet.tokenizers.kmeans import kmeans
-from mapet.tokenizers.vqkd import HEAD_WIDTH, VQKD, heads_of, look_up, prefixed, published, task_layer
+from mapet.tokenizers.vqkd import (
+    HEAD_WIDTH,
+    VQKD,
+    nearest_code,
+    num_heads_for,
+    prefixed,
+    task_layer,
+    to_beit2_state_dict,
+)
 
 WINDOW, PATIENCE = 10, 32
 """Usage is averaged over as many steps as bring `PATIENCE` patches for each code, at least over `WINDOW`."""
@@ -72,7 +80,7 @@ class VQKDTraining(nn.Module):
         _check_layout(self.tokenizer)
         width, grid = encoder.embed_dim, encoder.patch_embed.grid_size
         self.decoder = VisionTransformer(
-            grid, 1, code_dim, 0, embed_dim=width, depth=decoder_depth, num_heads=heads_of(width)
+            grid, 1, code_dim, 0, embed_dim=width, depth=decoder_depth, num_heads=num_heads_for(width)
         )
         self.decode_task_layer = task_layer(width, feature_size)
         self.register_buffer("usage", torch.full((vocab_size,), 1 / vocab_size))
@@ -91,7 +99,7 @@ class VQKDTraining(nn.Module):
         """
         features = self.tokenizer(images)
         flat = features.detach().movedim(1, -1).flatten(0, 2)
-        codes = look_up(flat, self.tokenizer.codebook)
+        codes = nearest_code(flat, self.tokenizer.codebook)
         quantized = self.tokenizer.codebook[codes].view_as(features.movedim(1, -1)).movedim(-1, 1)
         commitment = F.mse_loss(features, quantized)
         prediction = self.decode(features + (quantized - features).detach())
@@ -111,7 +119,7 @@ class VQKDTraining(nn.Module):
         Raises:
             MapetError: fewer vectors than codes.
         """
-        found = kmeans(features.float(), len(self.usage), iterations=10, seed=seed)
+        found = kmeans(features.float(), len(self.usage), max_iter=10, seed=seed)
         self.tokenizer.codebook.copy_(F.normalize(found.centroids, dim=1))
         self.usage.copy_(found.counts / len(features))
 
@@ -147,7 +155,7 @@ class VQKDTraining(nn.Module):
         codebook, usage = self.tokenizer.codebook, self.usage
         return {
             **self.tokenizer.weights(),
-            **prefixed("decoder", published(self.decoder)),
+            **prefixed("decoder", to_beit2_state_dict(self.decoder)),
             **prefixed("decode_task_layer", self.decode_task_layer.state_dict()),
             "quantize.cluster_size": usage,
             "quantize.embedding.cluster_size": usage.clone(),
@@ -160,8 +168,10 @@ def _check_layout(tokenizer: VQKD) -> None:
     """What is saved must load, and compute the same."""
     vit = tokenizer.encoder
     kind = f"the encoder must be a plain ViT with class token, learned positions and {HEAD_WIDTH} numbers a head"
-    if {block.attn.num_heads for block in vit.blocks} != {heads_of(vit.embed_dim)}:
-        raise MapetError(f"{kind}: give --model-args num_heads={heads_of(vit.embed_dim)} for embed_dim={vit.embed_dim}")
+    if {block.attn.num_heads for block in vit.blocks} != {num_heads_for(vit.embed_dim)}:
+        raise MapetError(
+            f"{kind}: give --model-args num_heads={num_heads_for(vit.embed_dim)} for embed_dim={vit.embed_dim}"
+        )
     if len(set(tokenizer.image_size)) > 1 or len(set(vit.patch_embed.patch_size)) > 1:
         raise MapetError("a VQ-KD tokenizer is for square images: give --image-size one number")
     try:

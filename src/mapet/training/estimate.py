@@ -21,7 +21,7 @@ from mapet.models.objectives import MAPET, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import automatic_vocab_size
-from mapet.tokenizers.teachers import make_teacher
+from mapet.tokenizers.teacher import make_teacher
 from mapet.training.build import build_model
 from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
 from mapet.training.step import ForwardBackward

@@ -23,10 +23,10 @@ from mapet.errors import MapetError
 from mapet.files import atomic, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.signals import stop_signals
-from mapet.tokenizers.codebook import Health
+from mapet.tokenizers.codebook import CodebookStats
 from mapet.tokenizers.extract import teacher_features
 from mapet.tokenizers.kmeans import automatic_vocab_size
-from mapet.tokenizers.teachers import Teacher, make_teacher
+from mapet.tokenizers.teacher import Teacher, make_teacher
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT
 from mapet.tokenizers.vqkd_training import Distillation, VQKDTraining
 from mapet.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, tensors_of
@@ -233,8 +233,8 @@ def judge(
             mean += result.features.sum(0).double().cpu()
             patches += len(result.codes)
     variance = 1 - float((mean / patches).square().sum())  # unit vectors: their mean square is 1
-    health = Health.measure(counts.cpu(), error / patches / variance if variance > 0 else 0.0)
-    return {"reconstruction": reconstruction / patches, "health": asdict(health), "summary": str(health)}
+    stats = CodebookStats.from_counts(counts.cpu(), error / patches / variance if variance > 0 else 0.0)
+    return {"reconstruction": reconstruction / patches, "codebook_stats": asdict(stats), "summary": str(stats)}
 
 
 def describe(
@@ -243,16 +243,16 @@ def describe(
     """The content of `vqkd.json`."""
     training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device", "workers"})
     return {
-        "format": FORMAT,
+        "format_version": FORMAT,
         "image_size": list(config.image_size),
         "patch_size": config.patch_size,
         "vocab_size": config.vocab_size,
         "code_dim": config.codebook_dim,
         "teacher": teacher.settings,
         "teacher_weights_hash": teacher.weights_hash,
-        "about_teacher": teacher.about,
+        "teacher_metadata": teacher.metadata,
         "reconstruction": judgement["reconstruction"],
-        "health": judgement["health"],
+        "codebook_stats": judgement["codebook_stats"],
         "training": training | {"images_hash": images_hash, "num_images": num_images},
     }
 

@@ -50,10 +50,10 @@ class TrainingSetup(NamedTuple):
         tokenizer = load_tokenizer(
             config.tokenizer,
             with_teacher=config.tokens is None or config.target == "features",
-            allow=config.trust_teacher,
+            trusted_teacher=config.trust_teacher,
         ).to(compute.device)
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
-        bad = dict(store.bad) if store else {}
+        bad = dict(store.unreadable) if store else {}
         model = prepare_for_device(build_model(config, tokenizer), compute)
         usable = np.setdiff1d(np.arange(len(images)), list(bad))
         batch_size = config.batch_size or distributed.broadcast(

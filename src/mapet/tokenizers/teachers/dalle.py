@@ -1,5 +1,5 @@
 """The encoder of OpenAI's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092), whose 8192 logits a patch are the visual
-words of BEiT (Bao et al. 2022). The architecture and the names of its parameters are those of the published weights."""
+tokens of BEiT (Bao et al. 2022). The architecture and the names of its parameters are those of the published weights."""
 
 from collections import OrderedDict
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.weights import read_weights
+from mapet.weights import describe_mismatch, read_weights
 
 GROUPS = 4
 BLOCKS = 2  # of a group
@@ -18,18 +18,23 @@ REDUCTION = 8
 
 
 class DalleEncoder(nn.Module):
-    """(B, 3, h, w) in [0, 1] -> (B, words, h / 8, w / 8) logits, in the precision of the images. h, w: multiples of 8.
+    """(B, 3, h, w) in [0, 1] -> (B, V, h / 8, w / 8) logits, in the precision of the images. h, w: multiples of 8.
 
     Its parameters are zeros until weights are loaded.
 
     Attributes:
-        gives_logits: how many words its output tells apart.
+        num_logits: size of the vocabulary.
     """
 
-    def __init__(self, width: int = 256, words: int = 8192) -> None:
+    image_size: tuple[int, int]
+
+    def __init__(self, width: int = 256, vocab_size: int = 8192) -> None:
         super().__init__()
-        self.gives_logits = words
-        self.about = {"mean": [-0.125] * 3, "std": [1.25] * 3}  # `forward`'s input, in the words of other teachers
+        self.num_logits = vocab_size
+        self.metadata = {
+            "mean": [-0.125] * 3,
+            "std": [1.25] * 3,
+        }  # of the input of `forward`, as other teachers give it
         parts: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv(3, width, 7))
         channels = width
         for group in range(GROUPS):
@@ -40,10 +45,10 @@ class DalleEncoder(nn.Module):
             if group < GROUPS - 1:
                 blocks["pool"] = nn.MaxPool2d(2)
             parts[f"group_{group + 1}"] = nn.Sequential(blocks)
-        parts["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv(channels, words, 1)))
+        parts["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv(channels, vocab_size, 1)))
         self.blocks = nn.Sequential(parts)
 
-    def forward(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B words h/8 w/8"]:
+    def forward(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B V h/8 w/8"]:
         return self.blocks(0.8 * images + 0.1)  # the logit-Laplace loss keeps pixels away from 0 and 1
 
 
@@ -77,8 +82,8 @@ class _Conv(nn.Module):
         return F.conv2d(x, self.w.to(x.dtype), self.b.to(x.dtype), padding="same")
 
 
-def dalle_encoder(checkpoint: str | None) -> DalleEncoder:
-    """The encoder with OpenAI's weights.
+def build(checkpoint: str | None, teacher_size: tuple[int, int] | None, grid: tuple[int, int]) -> DalleEncoder:
+    """Return the encoder with OpenAI's weights.
 
     Args:
         checkpoint: the published encoder.pkl, or a state dict of the same names (torch or safetensors).
@@ -90,25 +95,9 @@ def dalle_encoder(checkpoint: str | None) -> DalleEncoder:
         raise MapetError(
             "the dVAE teacher needs the encoder that OpenAI published with DALL-E: --teacher-checkpoint encoder.pkl"
         )
-    weights = read_weights(checkpoint)
-    encoder = DalleEncoder()
-    own = encoder.state_dict()
-    shapes = {name: "x".join(map(str, own[name].shape)) for name in own}
-    problems = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} ({'x'.join(map(str, weights[name].shape))}, not {shapes[name]})"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{problem}: {_shortened(names)}" for problem, names in problems.items() if names)
-        raise MapetError(f"{checkpoint} is not the encoder of OpenAI's dVAE (encoder.pkl): {told}")
+    weights, encoder = read_weights(checkpoint), DalleEncoder()
+    if mismatch := describe_mismatch(weights, encoder.state_dict()):
+        raise MapetError(f"{checkpoint} is not the encoder of OpenAI's dVAE (encoder.pkl): {mismatch}")
     encoder.load_state_dict(weights)
+    encoder.image_size = teacher_size or (REDUCTION * grid[0], REDUCTION * grid[1])
     return encoder
-
-
-def _shortened(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
