@@ -48,11 +48,10 @@ def run(args: argparse.Namespace) -> Result:
         rows.append({"features": TITLES[name], **cached(args.out / f"{name}.json", work)})
     scratch: Row = {"features": "for comparison: the whole ViT, supervised from scratch"}
     for (percent, fraction), epochs in zip(FRACTIONS.items(), args.scratch_epochs, strict=True):
-        work = functools.partial(
-            mapet.finetune, backbone=backbones[args.teachers[0]], from_scratch=True, label_fraction=fraction, epochs=epochs,
-            views="random-crop", min_crop_scale=0.5, lr=1e-3, batch_size=64 if fraction < 0.1 else 128, **images,
-        )  # fmt: skip
-        scratch[f"linear_{percent}"] = cached(args.out / f"scratch_{percent}.json", work)
+        scratch[f"linear_{percent}"] = cached(
+            args.out / f"scratch_{percent}.json",
+            functools.partial(from_scratch, backbones[args.teachers[0]], fraction, epochs, images),
+        )
     return Result([*rows, scratch], str(args.data or "digits of 32 px"))
 
 
@@ -63,6 +62,14 @@ def pretrain(name: str, images: dict[str, Path], args: argparse.Namespace) -> Pa
         recipe["pretrain"]["epochs"] = args.epochs
     out = args.out / name
     return mapet.run(out=out, resume=(out / "config.yaml").exists(), **images, **recipe)
+
+
+def from_scratch(backbone: Path, fraction: float, epochs: int, images: dict[str, Path]) -> float:
+    """Accuracy of the whole ViT after supervised training on a fraction of the labels."""
+    return mapet.finetune(
+        backbone=backbone, from_scratch=True, label_fraction=fraction, epochs=epochs, views="random-crop", min_crop_scale=0.5, lr=1e-3,
+        batch_size=64 if fraction < 0.1 else 128, **images,
+    )  # fmt: skip
 
 
 def frozen(name: str, source: str, images: dict[str, Path], out: Path) -> Row:

@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mapet", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "lightly-train")
 Row = dict[str, Any]
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass
@@ -90,9 +91,9 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, result
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+def in_turns(works: Mapping[K, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[K, list[float]]:
     """Seconds of each of `rounds` calls; all take turns, so that noise meets all. The first `warmup` rounds don't count."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(warmup + rounds):
         for name, work in works.items():
             seconds[name].append(timed(work)[0])

@@ -4,7 +4,7 @@ Photos (of a folder, else crops of scikit-learn's two) become 500 x 375 JPEGs of
 batches of 64 at 224 px with color jitter 0.4, token look-up and permutation. One process, one thread; rounds of all
 contestants in turn; medians, and the median of the ratios to the plain pipeline of the same round. Plain batches are float and
 normalized. mapet's are bytes with the jitter's factors: normalization and jitter are done on the model's device, and in the rows
-`normalization and jitter on the same core` here. Files are in the page cache. `prepare` and stages: milliseconds an image.
+`normalization and jitter on the same core` here. Files are in the page cache. `prepare`: milliseconds and kB an image.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec, draw_view, render
+from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.evaluation.features import normalize
 from mapet.models.adapt import input_mean_std
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list[Row]:
-    """One row a contestant: images/s and times plain, of centered and of random crops; one row a stage."""
+    """One row a contestant: images/s and times plain, of centered and of random crops; one of `prepare`, one of a loader."""
     write_photos(photos, folder / "photos", count)
     preparing, _ = timed(lambda: mapet.prepare(images=folder / "photos", out=folder / "prepared"))
     size = sum(file.stat().st_size for file in (folder / "prepared").iterdir()) / count
@@ -72,10 +72,8 @@ def measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list[
             row[kind.removeprefix("random-")] = count / statistics.median(values)
             row[f"times_plain_{kind.removeprefix('random-')}"] = median_ratio(seconds[PLAIN], values)
         if kind == "center":
-            stage_seconds = in_turns(stages(datasets["photos"]), rounds)
             loader = {"center": 2048 / timed(lambda: read_by_workers(datasets["photos"], count))[0]}  # noqa: B023
-    rows |= {name: {"name": name, "ms": 1000 * statistics.median(s) / count} for name, s in stage_seconds.items()}
-    prepare = {"name": "prepare", "ms": 1000 * preparing / count, "bytes_per_image": size}
+    prepare = {"name": "prepare", "ms": 1000 * preparing / count, "kB_per_image": size / 1000}
     return [*rows.values(), prepare, {"name": "mapet, loader with 2 workers", **loader}]
 
 
@@ -113,30 +111,6 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
     return transforms.Compose([*views[kind], jitter, transforms.ToTensor(), transforms.Normalize(*input_mean_std(3))])
 
 
-def stages(dataset: ViewDataset) -> dict[str, Callable[[], Any]]:
-    """Parts of making a batch; each takes what those before it left in the same round."""
-    images, made = dataset.images, dict[str, Any]()
-    indices = range(len(images))
-
-    def keep(name: str, value: Any) -> None:
-        made[name] = value
-
-    def each_view(work: Callable[[Any, Any], Any]) -> list[Any]:
-        return [work(picture, view) for picture, view in zip(made["pictures"], made["views"], strict=True)]
-
-    return {
-        "stage: open": lambda: keep("pictures", [images.open(i, 3) for i in indices]),
-        "stage: draw view": lambda: keep(
-            "views", [draw_view(dataset.spec, made["pictures"][i].size, images.key(i), 0) for i in indices]
-        ),
-        "stage: decode": lambda: each_view(lambda picture, view: picture.read(view.box, SIZE)),
-        "stage: crop and resize": lambda: each_view(lambda picture, view: render(picture, view, SIZE)),  # decoded above
-        "all stages up to here and look-ups": lambda: keep("batch", dataset.batch([(0, i) for i in indices])),
-        "stage: normalize (on the device)": lambda: normalize(made["batch"].images, 3),
-        "stage: normalize and jitter (on the device)": lambda: normalize(made["batch"].images, 3, made["batch"].jitter),
-    }
-
-
 def read_by_workers(dataset: ViewDataset, count: int) -> int:
     """Read 2,048 images in batches of 32, so many that starting the workers counts little."""
     return sum(1 for _ in make_loader(dataset, in_order(count, 32, number=0) * (2048 // count), workers=2))
@@ -157,7 +131,7 @@ TABLES = {
         "": "{name}", "images/s, centered / crop": "{center:,.0f} / {crop:,.0f}",
         "times plain": "{times_plain_center:.2f} / {times_plain_crop:.2f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" in row]),
-    "stages": Table({
-        "": "{name}", "ms an image": "{ms:.3f}", "bytes": "{bytes_per_image:,.0f}", "images/s": "{center:,.0f}",
+    "others": Table({
+        "": "{name}", "ms an image": "{ms:.1f}", "kB": "{kB_per_image:.0f}", "images/s": "{center:,.0f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" not in row]),
 }  # fmt: skip

@@ -139,7 +139,7 @@ def buffered(count: int, size: int, epoch: int, shuffle_shards: bool = True) -> 
     rng = np.random.default_rng([0, epoch])
     shards = np.arange(-(-count // PER_SHARD))
     shards = rng.permutation(shards) if shuffle_shards else shards
-    stream = np.concatenate([np.arange(s * PER_SHARD, min(count, (s + 1) * PER_SHARD)) for s in shards])
+    stream = np.concatenate([np.arange(s * PER_SHARD, min(count, (s + 1) * PER_SHARD)) for s in shards.tolist()])
     buffer, out = stream[:size].tolist(), []
     for new, place in zip(stream[size:].tolist(), rng.integers(size, size=max(0, count - size)).tolist(), strict=True):
         out.append(buffer[place])

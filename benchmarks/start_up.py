@@ -1,6 +1,7 @@
 """How soon something happens: `mapet --help`, and the first training step after `mapet pretrain`."""
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from benchmarks.tables import Table
 from mapet.data.digits import write_digits
 
 MAPET = [sys.executable, "-m", "mapet"]
-HELPS = {"mapet --help": ["--help"], "mapet pretrain --help": ["pretrain", "--help"]}
+COMMANDS = {
+    "python -c pass": [sys.executable, "-c", "pass"],
+    "mapet --help": [*MAPET, "--help"],
+    "mapet pretrain --help": [*MAPET, "pretrain", "--help"],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    works = {name: lambda words=words: quietly(*MAPET, *words) for name, words in HELPS.items()}
-    works["python -c pass"] = lambda: quietly(sys.executable, "-c", "pass")
+    works = {what: functools.partial(quietly, *command) for what, command in COMMANDS.items()}
     seconds = {
         name: statistics.median(values)
         for name, values in in_turns(works, args.rounds, warmup=int(args.rounds > 1)).items()
@@ -41,7 +45,16 @@ def first_step(folder: Path) -> float:
     train, _ = write_digits(folder / "digits", 1437)
     size = ["--image-size", "8", "8", "--patch-size", "2", "--channels", "1"]
     quietly(*MAPET, "fit-tokenizer", "--images", train, "--out", folder / "tokenizer", *size)
-    command = [*MAPET, "pretrain", "--images", train, "--tokenizer", folder / "tokenizer", "--out", folder / "run"]
+    command: list[str | Path] = [
+        *MAPET,
+        "pretrain",
+        "--images",
+        train,
+        "--tokenizer",
+        folder / "tokenizer",
+        "--out",
+        folder / "run",
+    ]
     command += ["--log-interval", "1", "--model-args", "embed_dim=64", "depth=4", "num_heads=4"]
     metrics = folder / "run" / "metrics.jsonl"
     started = time.perf_counter()

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -135,7 +135,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
         while fewer > 1 and error(features, mapet(fewer - 1)) <= 1.001 * faiss["faiss_error"]:
             fewer -= 1
         works[fewer] = functools.partial(mapet, fewer)
-    seconds = in_turns(works, args.rounds)  # type: ignore[arg-type, type-var]
+    seconds = in_turns(works, args.rounds)
     faiss |= {"faiss_seconds": statistics.median(seconds[0])} if 0 in seconds else {}
     return [
         {"rounds": rounds, "seconds": statistics.median(spent), "error": error(features, centroids[rounds]), **faiss}
@@ -161,7 +161,11 @@ def modes(features: torch.Tensor, args: argparse.Namespace, compute: Compute) ->
     for metric in ("l2", "cosine"):
         points = DistributedPoints(FeatureStore.of(features), metric)
         clustered = points.take(torch.arange(len(points)))
-        for start, choose in (("random", random_init), ("k-means++", kmeans_plusplus_init)):
+        starts: dict[Literal["random", "k-means++"], Callable[..., torch.Tensor]] = {
+            "random": random_init,
+            "k-means++": kmeans_plusplus_init,
+        }
+        for start, choose in starts.items():
             row: Row = {"mode": f"{metric}, {start}"}
             for batch in (None, len(points) // 4):
                 fit = functools.partial(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from benchmarks.core import Result, Row, timed
 from benchmarks.flops import Shape, forward, reference_training_flops, training_flops
@@ -71,6 +71,7 @@ def compare(name: str, batch: int, compute: Compute, rounds: int, compile: bool,
     """Time mapet's step, the reference's and a product in turns."""
     model = prepare_for_device(make_model(name), compute).train()
     inputs = make_batch(batch, compute.device)
+    arguments = [values for values in (inputs.images, inputs.targets, inputs.permutation) if values is not None]
     step = ForwardBackward(model, compute, automatic_micro_batch(model, batch, compute), compile)
     cuda = compute.device.type == "cuda"
     width, products = (8192, 10) if cuda else (4096, 1)
@@ -81,7 +82,7 @@ def compare(name: str, batch: int, compute: Compute, rounds: int, compile: bool,
 
     def reference(part: int) -> torch.Tensor:
         with torch.autocast(compute.device.type, torch.bfloat16, enabled=cuda):
-            loss, _ = reference_loss(model, *(x[:part] for x in (inputs.images, inputs.targets, inputs.permutation)))
+            loss, _ = reference_loss(model, *(values[:part] for values in arguments))
         loss.backward()
         return loss
 
@@ -182,4 +183,7 @@ TABLES = {
         "times as fast": "{speedup:.1f}", "TFLOP/s": "{TFLOP_per_second:.0f}", "8192^3 product": "{product_TFLOP_per_second:.0f}",
         "fraction of it": "{utilization:.0%}", "GB": "{peak_GB:.1f}", "reference, GB": "{reference_peak_GB:.1f} at {reference_batch}",
     }, rows=in_tflops),
+    "kernels": Table({
+        "model": "{model}", "kernel, fraction of the time": "{kernel}",
+    }, rows=lambda rows: [{"model": row["model"], "kernel": kernel} for row in rows for kernel in row.get("kernels", [])]),
 }  # fmt: skip
