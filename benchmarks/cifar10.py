@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> Result:
         rows.append({"features": TITLES[name], **cached(args.out / f"{name}.json", work)})
     scratch: Row = {"features": "for comparison: the whole ViT, supervised from scratch"}
     for (percent, fraction), epochs in zip(FRACTIONS.items(), args.scratch_epochs, strict=True):
-        scratch[f"linear_{percent}"] = cached(
+        scratch[f"logistic_{percent}"] = cached(
             args.out / f"scratch_{percent}.json",
             functools.partial(from_scratch, backbones[args.teachers[0]], fraction, epochs, images),
         )
@@ -76,20 +76,18 @@ def frozen(name: str, source: str, images: dict[str, Path], out: Path) -> Row:
     """k-NN and logistic regression on the features of a backbone, with few labels of seed 0 and with all."""
     per_class = min(len(list(folder.iterdir())) for folder in images["images"].iterdir() if folder.is_dir())
     found = mapet.evaluate(
-        backbone=[source], protocols=["knn", "few-label"], few_labels=(0.01, 0.1, per_class), seeds=1, out=out / f"evaluation {name}",
+        backbone=[source], protocols=["knn", "few-shot"], few_shot=(0.01, 0.1, per_class), num_seeds=1, out=out / f"evaluation {name}",
         **images,
     )  # fmt: skip
     (metrics,) = found.values()
-    labels = {"1": "1 %", "10": "10 %", "100": f"{per_class} a class"}
-    return {"knn": metrics["k-NN, k 20"]} | {
-        f"linear_{key}": metrics[f"few labels, {label}"] for key, label in labels.items()
-    }
+    splits = {"1": "1pct", "10": "10pct", "100": f"{per_class}"}
+    return {"knn": metrics["knn"]} | {f"logistic_{key}": metrics[f"few_shot_{split}"] for key, split in splits.items()}
 
 
 SMOKE = ["--out", "{scratch}", "--teachers", "pixels", "--epochs", "1", "--scratch-epochs", "1", "1", "1"]
 TABLES = {
     "main": Table({
-        "frozen features": "{features}", "k-NN": "{knn:.3f}", "linear, 1 % of labels": "{linear_1:.3f}", "10 %": "{linear_10:.3f}",
-        "100 %": "{linear_100:.3f}",
+        "frozen features": "{features}", "k-NN": "{knn:.3f}", "linear, 1 % of labels": "{logistic_1:.3f}", "10 %": "{logistic_10:.3f}",
+        "100 %": "{logistic_100:.3f}",
     }),
 }  # fmt: skip

@@ -10,7 +10,6 @@ frozen features and fine-tuning on 10 labels a class, against the same ViT from 
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -39,7 +38,7 @@ METHODS: dict[str, list[str]] = {
 }
 """Name -> options of `pretrain`, or lightly-train's method. Tokens are those of the `pixels` teacher: no method has seen a label."""
 SCRATCH = "random weights; fine-tuned: from scratch"
-METRICS = ("linear", "knn", "finetune")
+METRICS = ("logistic", "knn", "finetune")
 WIDTH, DEPTH, HEADS = 96, 4, 3
 PRETRAIN = {"probe_every": 0, "layer_scale_init": "none", "drop_path": 0, "lr": 1.5e-3, "batch_size": 128}
 FINETUNE = {
@@ -137,18 +136,22 @@ class Benchmark:
         scratch = method == SCRATCH
         backbone = self.out / next(iter(METHODS)) / "seed_0" / "run" if scratch else folder / "run" / "backbone"
         labeled = {"backbone": backbone, "images": self.train, "seed": seed}
-        probe, tuned, log = folder / "probe.json", folder / "tuned", folder / "log.txt"
-        if not probe.exists():
-            cpu_seconds(mapet("probe", **labeled, test_images=self.test, out=probe), log)
+        evaluation, tuned, log = folder / "evaluation", folder / "tuned", folder / "log.txt"
+        source = f"random:{backbone}" if scratch else str(backbone)
+        if not (evaluation / "evaluation.md").exists():
+            remove(evaluation)
+            options = labeled | {"backbone": source, "test_images": self.test, "out": evaluation}
+            cpu_seconds([*mapet("evaluate", **options), "--protocols", "logistic", "knn"], log)
         if not (tuned / "model").exists():
             remove(tuned)
             command = mapet(
                 "finetune", **labeled, test_images=self.test_few, from_scratch=scratch, out=tuned, **FINETUNE
             )
             cpu_seconds(command, log)
-        found = json.loads(probe.read_text())["untrained" if scratch else "pretrained"]
+        results = RunState.read(evaluation).results["backbones"][source]
+        found = {name: results[name]["metrics"][name]["value"] for name in ("logistic", "knn")}
         accuracy = RunState.read(tuned).results["accuracy"]
-        return {"method": method, "linear": found["linear"], "knn": found["knn"], "finetune": accuracy, **spent}
+        return {"method": method, "logistic": found["logistic"], "knn": found["knn"], "finetune": accuracy, **spent}
 
 
 def mapet(name: str, **options: object) -> list[object]:
@@ -244,7 +247,7 @@ def over_seeds(runs: list[Row]) -> list[Row]:
             values = [run[key] for run in own]
             row |= {key: statistics.mean(values), f"{key}_seeds": values}
         rows.append(row)
-    return sorted(rows, key=lambda row: -row["linear"])
+    return sorted(rows, key=lambda row: -row["logistic"])
 
 
 def joined(rows: list[Row]) -> list[Row]:
@@ -258,7 +261,7 @@ def joined(rows: list[Row]) -> list[Row]:
 SMOKE = ["--out", "{scratch}", "--budget", "1", "--seeds", "0", "--per-class", "20", "--methods", next(iter(METHODS))]
 TABLES = {
     "main": Table({
-        "": "{method}", "linear probe": "{linear:.3f} ({linear_seeds})", "k-NN": "{knn:.3f} ({knn_seeds})",
+        "": "{method}", "linear probe": "{logistic:.3f} ({logistic_seeds})", "k-NN": "{knn:.3f} ({knn_seeds})",
         "fine-tuned, 10 labels a class": "{finetune:.3f} ({finetune_seeds})", "epochs": "{epochs}", "seconds of a core": "{seconds:.0f}",
     }, rows=joined),
 }  # fmt: skip

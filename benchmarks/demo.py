@@ -8,7 +8,7 @@ import mapet
 from benchmarks.core import Result, Row, cached
 from benchmarks.tables import Table
 
-METRICS = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
+METRICS = {"logistic": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@
     python -m benchmarks probe_memory --num-images 50000
 
 Features are drawn (a class's center and noise), as four layers of 768 would be cached; one epoch, 4 layers x 8 learning
-rates x with and without batch norm, selected and trained again, as `mapet evaluate --protocols linear` does it.
+rates x with and without batch norm, selected and trained again, as `mapet evaluate --protocols linear-sgd` does it.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import torch
 from benchmarks.core import Result, peak_memory, timed
 from benchmarks.tables import Table
 from mapet.device import Compute
-from mapet.evaluation.bank import Bank
-from mapet.evaluation.linear import linear_probes
+from mapet.evaluation.feature_cache import FeatureCache
+from mapet.evaluation.probes import fit_linear_sgd
 from mapet.tokenizers.feature_store import FeatureStore
 
 LAYERS, WIDTH = (3, 6, 9, 12), 768
@@ -44,15 +44,15 @@ def run(args: argparse.Namespace) -> Result:
 
         writing, _ = timed(write)
         columns = {layer: slice(i * WIDTH, (i + 1) * WIDTH) for i, layer in enumerate(LAYERS)}
-        bank = Bank(store, torch.arange(args.num_images), labels, columns)
-        training, probes = timed(lambda: linear_probes(bank, labels, args.classes, compute, epochs=1))
-        predicting, scores = timed(lambda: probes["linear"].predict(bank))
+        cache = FeatureCache(store, torch.arange(args.num_images), labels, columns)
+        training, probes = timed(lambda: fit_linear_sgd(cache, args.classes, compute, epochs=1))
+        predicting, scores = timed(lambda: probes["linear_sgd"].predict(cache))
         row = {
             "features_GB": args.num_images * centers.shape[1] * 2 / 1e9, "in_memory": store.in_memory,
             "added_GB": (peak_memory() - before) / 1e9, "write_s": writing, "train_s": training, "predict_s": predicting,
             "accuracy": float((scores.argmax(1) == labels).float().mean()),
         }  # fmt: skip
-        bank.close()
+        cache.close()
     return Result(
         [row],
         f"random features of {args.num_images:,} images, {args.classes} classes; {args.memory_gb:g} GB may be in memory",

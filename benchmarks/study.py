@@ -25,7 +25,7 @@ from benchmarks.tables import Table
 from mapet.config.base import read_recipe
 from mapet.evaluation.intervals import mean_and_interval
 
-PROBE, KNN = "linear probe", "k-NN"
+PROBE, KNN = "logistic", "knn"
 """Columns of a study's report.csv."""
 METRICS = {
     "entropy": ("usage", "entropy"),
@@ -79,7 +79,7 @@ def scores(runs: list[dict[str, str]]) -> list[Row]:
     rows = []
     for (budget, tokenizer, ratio, objective), members in groups.items():
         row: Row = {"budget": budget, "tokenizer": tokenizer, "mask_ratio": float(ratio), "objective": objective}
-        for key, column in (("linear", PROBE), ("knn", KNN)):
+        for key, column in (("logistic", PROBE), ("knn", KNN)):
             row[key], row[f"{key}_ci95"] = mean_and_interval([float(run[column]) for run in members])
         rows.append(row)
     return rows
@@ -122,7 +122,7 @@ def side_by_side(budget: str) -> Table:
         for row in rows:
             if row.get("budget") == budget:
                 setting = settings.setdefault((row["tokenizer"], row["mask_ratio"]), dict(row))
-                for key in ("linear", "knn"):
+                for key in ("logistic", "knn"):
                     width = row[f"{key}_ci95"]
                     setting[f"{row['objective']}_{key}"] = f"{row[key]:.3f}" + (
                         "" if width is None else f" ± {width:.3f}"
@@ -132,7 +132,7 @@ def side_by_side(budget: str) -> Table:
     titles = {"mim": "MIM", "pim": "PIM", "mapet": "MaPeT"}
     columns = {
         f"{title}{suffix}": f"{{{name}_{key}}}"
-        for key, suffix in (("linear", ""), ("knn", " k-NN"))
+        for key, suffix in (("logistic", ""), ("knn", " k-NN"))
         for name, title in titles.items()
     }
     return Table({"teacher": "{tokenizer}", "predicted": "{mask_ratio:g}", **columns}, rows=pivot)

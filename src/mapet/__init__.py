@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mapet.commands.inspect_tokenizer import inspect_tokenizer
     from mapet.commands.prepare import prepare
     from mapet.commands.pretrain import pretrain
-    from mapet.commands.probe import probe
     from mapet.commands.report import report
     from mapet.commands.run import run
     from mapet.commands.study import study
@@ -35,7 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Interrupted", "MapetError", "__version__", "check", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",
     "inspect_tokenizer",
-    "load_backbone", "prepare", "pretrain", "probe", "replay", "report", "run", "study", "tokenize", "train_tokenizer",
+    "load_backbone", "prepare", "pretrain", "replay", "report", "run", "study", "tokenize", "train_tokenizer",
 ]  # fmt: skip
 
 

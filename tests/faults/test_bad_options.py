@@ -434,21 +434,23 @@ def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
     """It has no backbone: both ways to one are named, and are ways to one."""
     run = tmp_path / "photos" / "pretrain"
     shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("backbone"))
-    line = fails(capsys, "probe", "--backbone", run, "--images", digits / "train")
+    line = fails(capsys, "evaluate", "--protocols", "knn", "--backbone", run, "--images", digits / "train")
     assert f"Go on with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
     assert f"mapet export --backbone {run} --out NEW" in line
     assert main(["export", "--backbone", str(run), "--out", str(tmp_path / "new")]) == 0
     RunState(command="run").write(run.parent)
     (run.parent / "config.yaml").touch()
-    line = fails(capsys, "probe", "--backbone", run.parent, "--images", digits / "train")
+    line = fails(capsys, "evaluate", "--protocols", "knn", "--backbone", run.parent, "--images", digits / "train")
     assert f"mapet run {run.parent / 'config.yaml'} --resume" in line
 
 
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
-    assert "no labels" in fails(capsys, "probe", "--backbone", run_dir, "--images", crops)
-    assert "no backbone" in fails(capsys, "probe", "--backbone", crops, "--images", digits / "train")
+    assert "no labels" in fails(capsys, "evaluate", "--protocols", "knn", "--backbone", run_dir, "--images", crops)
+    assert "no backbone" in fails(
+        capsys, "evaluate", "--protocols", "knn", "--backbone", crops, "--images", digits / "train"
+    )
     assert "nope does not exist: expected a run" in fails(
-        capsys, "probe", "--backbone", crops / "nope", "--images", digits / "train"
+        capsys, "evaluate", "--protocols", "knn", "--backbone", crops / "nope", "--images", digits / "train"
     )
     assert "nope does not exist: give the folder of a run" in fails(
         capsys, "report", crops / "nope", "--out", crops / "r.html"
@@ -533,10 +535,8 @@ def test_what_is_no_recipe_of_this_stage(run_dir, capsys, tmp_path):
 
 def test_one_of_several_needs_no_list(run_dir, capsys, tmp_path):
     """In Python as on the command line; and what takes keywords alone says so."""
-    config = build(
-        EvaluateConfig, {"backbone": run_dir, "images": "a", "out": "b", "protocols": "knn", "few_labels": 5}
-    )
-    assert (config.backbone, config.protocols, config.few_labels) == ([str(run_dir)], ["knn"], (5,))
+    config = build(EvaluateConfig, {"backbone": run_dir, "images": "a", "out": "b", "protocols": "knn", "few_shot": 5})
+    assert (config.backbone, config.protocols, config.few_shot) == ([str(run_dir)], ["knn"], (5,))
     with pytest.raises(TypeError, match=r"run\(\) takes keywords: run\(images='photos', \.\.\.\)"):
         mapet.run("photos")
     assert mapet.report(run_dir, out=tmp_path / "x.html", figures=False).exists()
@@ -556,7 +556,7 @@ def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir,
         ("tokenize", tokenizer_dir, f"give it as --tokenizer {tokenizer_dir}"),
         *(
             (stage, run_dir, f"give it as --backbone {run_dir}")
-            for stage in ("probe", "embed", "evaluate", "export", "finetune")
+            for stage in ("embed", "evaluate", "export", "finetune")
         ),
         ("replay", run_dir, f"give it as --bundle {run_dir}"),
         ("pretrain", run_dir, f"did you mean {run_dir / 'config.yaml'}?"),
@@ -589,7 +589,7 @@ def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_pa
 def test_why_there_are_no_labels(capsys, crops, tmp_path, tokenizer_dir):
     folder = tmp_path / "half"
     shutil.copytree(crops, folder / "a")
-    probe = ["probe", "--backbone", "timm:vit_tiny_patch16_224", "--images", folder]
+    probe = ["evaluate", "--protocols", "knn", "--backbone", "timm:vit_tiny_patch16_224", "--images", folder]
     assert fails(capsys, *probe).endswith("CLASS/image.jpg, but they all lie in one")
     shutil.copytree(crops, folder / "b")
     shutil.copy(crops / "crop000.png", folder / "stray.png")

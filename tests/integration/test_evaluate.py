@@ -13,18 +13,25 @@ import mapet
 from mapet.cli import main
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError
-from mapet.evaluation.classifiers import knn_accuracy
-from mapet.evaluation.features import extract_features, train_and_test
+from mapet.evaluation import probes, robustness
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+from mapet.evaluation.features import train_and_test
 from mapet.run_state import RunState
 from tests.conftest import save_crops
 
-QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "epochs": 15, "attentive_epochs": 1, "seeds": 2}
+QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    """As in test_protocols."""
+def quick(two_threads, monkeypatch):
+    """One thread, as in test_protocols, and one epoch of the attentive probe."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(probes, "ATTENTIVE_EPOCHS", 1)
+
+
+def results_of(out):
+    return RunState.read(out).results["backbones"]
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +70,28 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
     data = train_and_test(small / "train", small / "test")
-    features = [extract_features(mapet.load_backbone(run_dir), part, Compute.choose("cpu", "float32")) for part in data]
-    assert figures["k-NN, k 20"] == pytest.approx(knn_accuracy(*features[0], *features[1]), abs=0.021)  # float16
-    assert max(figures["linear"], figures["linear, batch norm"]) >= 0.17  # after 6 steps; chance is 0.1
-    assert 1 <= figures["RankMe"] <= 32
+    backbone = BackboneWrapper.of_vit(mapet.load_backbone(run_dir), Compute.choose("cpu", "float32"))
+    alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
+    assert alone == {name: figures[name] for name in ("logistic", "knn")}  # what `run` and studies measure
+    assert max(figures["linear_sgd"], figures["linear_sgd_bn"]) >= 0.17  # after 6 steps; chance is 0.1
+    assert 1 <= figures["rankme"] <= 32
+    assert not any(" " in name for name in figures)
     columns = f"{run_dir} | {untrained} | random:{run_dir}"
-    assert f"| figure | over | {columns} |" in caplog.text and "images, higher is better | " in caplog.text
-    record = json.loads((out / "evaluation.json").read_text())["backbones"][str(run_dir)]
-    accuracy = record["knn"]["figures"]["k-NN, k 20"]
-    assert accuracy["low"] < accuracy["value"] == figures["k-NN, k 20"] < accuracy["high"]
-    assert set(record["linear"]["details"]["linear"]["held_out_by_layer"]) == {"1", "2"}
+    assert f"| metric | over | {columns} |" in caplog.text and "images, higher is better | " in caplog.text
+    record = results_of(out)[str(run_dir)]
+    accuracy = record["knn"]["metrics"]["knn"]
+    assert accuracy["ci_low"] < accuracy["value"] == figures["knn"] < accuracy["ci_high"]
+    assert set(record["linear-sgd"]["details"]["linear_sgd"]["val_accuracy_by_layer"]) == {"1", "2"}
     page = (out / "evaluation.md").read_text()
-    (row,) = [line for line in page.splitlines() if line.startswith("| k-NN, k 20 |")]
-    assert row.count(" to ") == 3 and "100 images" in row
+    row, selected = [line for line in page.splitlines() if line.startswith("| knn | 100 images |")]
+    assert row.count(" to ") == 3 and selected.count("k 20") == 3
     with (out / "per_class.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["backbone"] == str(run_dir) and row["figure"] == "linear"]
+        rows = [
+            row for row in csv.DictReader(file) if row["backbone"] == str(run_dir) and row["metric"] == "linear_sgd"
+        ]
     assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)
-    assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear"])
-    assert (out / "pictures" / "neighbours-1.png").stat().st_size > 5000
+    assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear_sgd"])
+    assert (out / "figures" / "nearest-neighbors-1.png").stat().st_size > 5000
     with pytest.raises(MapetError, match="nothing is overwritten"):
         mapet.evaluate(backbone=[str(run_dir)], images=small / "train", out=out, **QUICK)
 
@@ -96,20 +107,17 @@ def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 32), 8, 3, TINY), tmp_path / "vit")
     found = mapet.evaluate(backbone=[str(tmp_path / "vit")], images=crops, out=tmp_path / "out", **QUICK)
     figures = found[str(tmp_path / "vit")]
-    assert "RankMe" in figures and "alignment" in figures and not any("k-NN" in name for name in figures)
-    assert (tmp_path / "out" / "pictures" / "neighbours-1.png").exists()
+    assert "rankme" in figures and "alignment" in figures and "knn" not in figures
+    assert (tmp_path / "out" / "figures" / "nearest-neighbors-1.png").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
-        (["--layers", "3"], "has layers 1 to 2, not 3"),
-        (["--few-labels", "2.5"], "neither a share below 1 nor a number"),
-        (["--few-labels", "30", "--protocols", "few-label"], "fewer than the 30 asked for"),
-        (["--corruption-kinds", "fogg"], "unknown corruption 'fogg'; did you mean 'fog'?"),
-        (["--corruption-severities", "6"], "give some of 1 2 3 4 5"),
-        (["--protocols", "ood"], "needs another labelled folder, --other-images"),
+        (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
+        (["--few-shot", "30", "--protocols", "few-shot"], "fewer than the 30 asked for"),
+        (["--protocols", "ood"], "needs another labelled folder, --ood-images"),
         (
             ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
             "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",
@@ -167,20 +175,20 @@ def command(backbone, out, words):
     ("words", "message"),
     [
         ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need --test-annotations"),
-        ("--images {0}/images --test-images {0}/images --masks {0}/masks", "need --test-masks"),
-        ("--images {0} --test-images {0}", "need --test-masks"),  # masks that are found there
+        ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "need --test-seg-masks"),
+        ("--images {0} --test-images {0}", "need --test-seg-masks"),  # masks that are found there
         ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
-        ("--images {0}/images --test-masks {0}/masks", "--test-masks and --void-labels need masks"),
-        ("--images {0}/images --void-labels 0", "--test-masks and --void-labels need masks"),
-        ("--images {0}/images --annotations {0}/instances.json --void-labels 0", "--test-masks and --void-labels need masks"),
-        ("--images {0}/images --annotations {0}/instances.json --masks {0}/masks", "evaluate one after the other"),
-        ("--images {0}/images --annotations {0}/instances.json --test-masks {0}/masks", "--test-masks and --void-labels need masks"),
+        ("--images {0}/images --test-seg-masks {0}/masks", "--test-seg-masks and --ignore-labels need masks"),
+        ("--images {0}/images --ignore-labels 0", "--test-seg-masks and --ignore-labels need masks"),
+        ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "evaluate one after the other"),
+        ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "evaluate one after the other"),
+        ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "evaluate one after the other"),
         ("--images {0}/ade --test-images {0}/images", "tested on its own validation images"),
-        ("--images {0}/ade --test-masks {0}/masks", "tested on its own validation images"),
-        ("--images {0}/classes --masks {0}/masks --other-images a={0}", "--other-images are matched by class folders"),
-        ("--images {0}/images --other-images a={0}", "--other-images are matched by class folders"),
-        ("--images {0}/images --annotations {0}/instances.json --other-images a={0}", "--other-images are matched by class"),
-        ("--images {0}/images --masks {0}/masks --other-images a={0}", "--other-images are matched by class folders"),
+        ("--images {0}/ade --test-seg-masks {0}/masks", "tested on its own validation images"),
+        ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
+        ("--images {0}/images --ood-images a={0}", "--ood-images are matched by class folders"),
+        ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images are matched by class"),
+        ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
     ],
 )  # fmt: skip
 def test_options_that_would_do_nothing_are_refused(words, message, untrained, annotated, tmp_path, capsys):
@@ -194,11 +202,11 @@ def test_options_that_would_do_nothing_are_refused(words, message, untrained, an
     [
         "--test-images {0}/images --annotations {0}/instances.json --test-annotations {0}/instances.json",
         "--annotations {0}/instances.json --test-annotations {0}/instances.json",
-        "--test-images {0}/images --masks {0}/masks --test-masks {0}/masks --void-labels 9",
+        "--test-images {0}/images --seg-masks {0}/masks --test-seg-masks {0}/masks --ignore-labels 9",
     ],
 )
 def test_options_that_belong_together_are_taken(words, untrained, annotated, tmp_path):
-    words = f"--images {annotated}/images {words.format(annotated)} --protocols rank"
+    words = f"--images {annotated}/images {words.format(annotated)} --protocols feature-rank"
     assert main(command(untrained, tmp_path / "out", words)) == 0
 
 
@@ -221,31 +229,31 @@ def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven
         (test / name).symlink_to(small / "test" / name)
     options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
     found = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
-    assert {name for name in found if name.startswith("few labels")} == {"few labels, 1 %", "few labels, 10 %"}
-    assert "few-label splits of {5} left out: the smallest class has 3 images" in caplog.text
-    assert "k-NN, k 20" in found and "clusters, NMI" in found  # the rest is there
+    assert {name for name in found if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
+    assert "few-shot splits of {5} left out: the smallest class has 3 images" in caplog.text
+    assert "knn" in found and "cluster_nmi" in found  # the rest is there
     for asked in (
-        {"few_labels": (5,)},
-        {"protocols": ["few-label"]},
-        {"few_labels": (0.1, 4), "protocols": ["few-label"]},
+        {"few_shot": (5,)},
+        {"protocols": ["few-shot"]},
+        {"few_shot": (0.1, 4), "protocols": ["few-shot"]},
     ):
         with pytest.raises(
             MapetError, match=r"the smallest class has 3 images to learn from, fewer than the [45] asked for"
         ):
             mapet.evaluate(out=tmp_path / "no", **options, **asked)
     assert not (tmp_path / "no").exists()
-    found = mapet.evaluate(out=tmp_path / "three", **options, few_labels=(3,), protocols=["few-label"])[str(untrained)]
-    assert list(found) == ["few labels, 3 a class"]
+    found = mapet.evaluate(out=tmp_path / "three", **options, few_shot=(3,), protocols=["few-shot"])[str(untrained)]
+    assert list(found) == ["few_shot_3"]
 
 
 def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
     """As does Ctrl-C in a long evaluation, with the protocols that the interrupted one had ended."""
     from mapet.evaluation.protocols import PROTOCOLS, Protocol
 
-    def fails_later(bench):
-        if bench.encoder.name.startswith("random:"):
+    def fails_later(context):
+        if context.backbone.name.startswith("random:"):
             raise KeyboardInterrupt
-        return PROTOCOLS["rank"].run(bench)
+        return PROTOCOLS["feature-rank"].run(context)
 
     monkeypatch.setitem(PROTOCOLS, "knn", Protocol(fails_later, "images"))
     with pytest.raises(Interrupted, match=f"the protocols that had ended are in {tmp_path / 'out'}"):
@@ -253,40 +261,42 @@ def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small
             backbone=[str(untrained), f"random:{untrained}"], images=small / "train", out=tmp_path / "out",
             protocols=["cluster", "knn"], **QUICK,
         )  # fmt: skip
-    assert "RankMe" in (tmp_path / "out" / "evaluation.md").read_text()
-    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())["backbones"]
+    assert "rankme" in (tmp_path / "out" / "evaluation.md").read_text()
+    kept = results_of(tmp_path / "out")
     assert [[*protocols] for protocols in kept.values()] == [["cluster", "knn"], ["cluster"]]
 
 
 def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):
     argv = ["evaluate", "--backbone", str(untrained), "--images", str(crops), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--protocols", "linear"]) == 2
-    assert "protocol 'linear' needs labels" in capsys.readouterr().err
+    assert main([*argv, "--protocols", "logistic"]) == 2
+    assert "protocol 'logistic' needs labels" in capsys.readouterr().err
 
 
-def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path):
+def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path, monkeypatch):
     """The second folder has three of the ten classes and one that training doesn't know."""
     for name in "137":
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).symlink_to(small / "test" / name)
     (tmp_path / "other" / "x").symlink_to(small / "test" / "5")
-    out = tmp_path / "out"
+    out, two = tmp_path / "out", ("contrast", "jpeg_compression")
+    monkeypatch.setattr(robustness, "CORRUPTIONS", {name: robustness.CORRUPTIONS[name] for name in two})
+    monkeypatch.setattr(robustness, "SEVERITIES", (1, 5))
     found = mapet.evaluate(
         backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK,
-        protocols=["ood", "corruptions", "resolution"], other_images={"elsewhere": tmp_path / "other"},
-        corruption_kinds=["contrast", "jpeg"], corruption_severities=(1, 5), sizes=[8, 12],
+        protocols=["ood", "corruptions", "resolution"], ood_images={"elsewhere": tmp_path / "other"}, eval_image_sizes=[8, 12],
     )  # fmt: skip
-    record = json.loads((out / "evaluation.json").read_text())["backbones"]
+    record = results_of(out)
     assert record[str(run_dir)]["ood"]["details"]["elsewhere"] == {"classes": 3, "images": 30}
-    table = record[str(run_dir)]["ood"]["per_class"]["elsewhere: k-NN, k 20"]
-    assert [table[name][1] for name in "0137"] == [0, 10, 10, 10]
+    with (out / "per_class.csv").open() as file:
+        rows = [r for r in csv.DictReader(file) if (r["backbone"], r["metric"]) == (str(run_dir), "ood_elsewhere_knn")]
+    assert [row["of"] for row in rows if row["class"] in "0137"] == ["0", "10", "10", "10"]
     for source, figures in found.items():
         details = record[source]["corruptions"]["details"]
         mean = 1 - sum(sum(row) for row in details["errors"].values()) / 4
-        assert figures["corrupted, mean"] == pytest.approx(mean)
-        assert figures["at 8 px"] == figures["clean, same images"]
-        assert 0 <= figures["at 12 px"] <= 1
-    assert found[str(run_dir)]["mCE, relative to the first"] == pytest.approx(1)
+        assert figures["corruption_mean"] == pytest.approx(mean)
+        assert figures["resolution_8"] == figures["corruption_clean"]
+        assert 0 <= figures["resolution_12"] <= 1
+    assert found[str(run_dir)]["mce"] == pytest.approx(1)
     assert "| contrast |" in (out / "evaluation.md").read_text()
 
 
@@ -305,6 +315,6 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     assert state.results["ci95_low"] < accuracy < state.results["ci95_high"] and state.counts["test_images"] == 100
     found = mapet.evaluate(
         backbone=[str(tmp_path / "tuned")], images=small / "train", test_images=small / "test", out=tmp_path / "out",
-        protocols=["resolution"], sizes=[8], **QUICK,
+        protocols=["resolution"], eval_image_sizes=[8], **QUICK,
     )  # fmt: skip
-    assert found[str(tmp_path / "tuned")]["at 8 px"] == pytest.approx(accuracy)
+    assert found[str(tmp_path / "tuned")]["resolution_8"] == pytest.approx(accuracy)

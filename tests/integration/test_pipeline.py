@@ -241,12 +241,10 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
 
 
-def test_probe_finetune_figures_export(run_dir, digits, tmp_path, few_digits):
+def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits):
     common = ["--images", str(digits / "train"), "--test-images", str(digits / "test"), "--workers", "0"]
-    assert main(["probe", "--backbone", str(run_dir), *common, "--out", str(tmp_path / "probe.json")]) == 0
-    figures = json.loads((tmp_path / "probe.json").read_text())
-    assert set(figures) == {"untrained", "pretrained", "data"}
-    assert figures["data"]["test_images"] == 360
+    backbones = [f"random:{run_dir}", str(run_dir)]
+    assert main(["evaluate", "--backbone", *backbones, *common, "--protocols", "logistic", "knn"]) == 0
     accuracy = mapet.finetune(
         backbone=run_dir, images=digits / "train", test_images=digits / "test", epochs=8, batch_size=64, views="center",
         workers=0, lr=3e-3, drop_path=0.0,
@@ -405,7 +403,7 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         StopAt(patch, 4)
         assert main(argv) == 130
     assert main([*argv, "--resume"]) == 0
-    assert RunState.read(tmp_path / "run").results["probe"]["data"]["test_images"] == 360
+    assert RunState.read(tmp_path / "run").results["evaluation"]["data"]["test_images"] == 360
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
@@ -513,7 +511,7 @@ def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, cap
     assert main(argv) == 2 and "go on with --resume" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     results = RunState.read(tmp_path / "demo").results
-    assert results["pretrained"]["finetune"] == 0.5 and results["pretrained"]["linear"] > 0.2
+    assert results["pretrained"]["finetune"] == 0.5 and results["pretrained"]["logistic"] > 0.2
 
 
 def test_bfloat16_is_used_and_agrees_with_float32(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path):

@@ -43,7 +43,7 @@ def longer(run, folder):
         }
         for i in range(1, 101)
     ]  # fmt: skip
-    lines += [{"step": 10 * i, "probe/linear": i / 200, "probe/knn": i / 300} for i in (20, 40, 60, 80, 100)]
+    lines += [{"step": 10 * i, "probe/logistic": i / 200, "probe/knn": i / 300} for i in (20, 40, 60, 80, 100)]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
     )
@@ -83,7 +83,7 @@ def test_report_of_a_run(report):
     assert "<dt>images</dt><dd>288 images in " in html
     assert "<dt>teacher</dt><dd>pixels (label-free)</dd>" in html
     assert re.findall(r"<figure class=\"figure\"><h3>(.*?)</h3>", html) == [name.replace("_", " ") for name in FIGURES]
-    assert len(run["curves"]["loss"][0]) == 100 and len(run["curves"]["probe/linear"][0]) == 5
+    assert len(run["curves"]["loss"][0]) == 100 and len(run["curves"]["probe/logistic"][0]) == 5
     assert report.stat().st_size < 1_000_000
 
 

@@ -45,7 +45,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     }  # fmt: skip
     result = json.loads((cells["mapet_seed_3"] / "result.json").read_text())
     assert set(result["scores"]) == {
-        "linear probe", "k-NN", "linear probe on other writers", "k-NN on other writers", "fine-tuned, 10 labels a class",
+        "logistic", "knn", "logistic on other writers", "knn on other writers", "finetune, 10 labels a class",
     }  # fmt: skip
     assert all(0 <= score <= 1 for score in result["scores"].values())
     assert result["epochs"] == 2 and result["seconds"] > 0 and result["curve"][-1]["epoch"] == 2
@@ -222,7 +222,7 @@ def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
     (folder / "result.json").unlink()
     weights = (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     mapet.study(**options | {"labels_per_class": [3]})
-    assert "fine-tuned, 3 labels a class" in json.loads((folder / "result.json").read_text())["scores"]
+    assert "finetune, 3 labels a class" in json.loads((folder / "result.json").read_text())["scores"]
     assert weights == (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(MapetError, match=r"labels_per_class: \[3\] -> \[4\]"):
         mapet.study(**options | {"labels_per_class": [4]})

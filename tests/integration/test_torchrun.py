@@ -22,8 +22,7 @@ ARGUMENTS = {
     "fit-tokenizer": f"--images FEW {TINY_IMAGES} --vocab-size 16 {LOADING}",
     "tokenize": f"--images FEW --tokenizer TOKENIZER {LOADING}",
     "pretrain": f"--images FEW --tokenizer TOKENIZER --tokens TOKENS --epochs 1 --workers 0 --probe-every 0 {TINY_MODEL}",
-    "probe": f"--images LABELED --backbone RUN {LOADING}",
-    "evaluate": f"--images LABELED --backbone RUN --protocols knn {LOADING}",
+    "evaluate": f"--images LABELED --backbone RUN --protocols logistic knn cluster few-shot {LOADING}",
     "finetune": f"--images LABELED --backbone RUN --labels-per-class 2 --epochs 1 {LOADING}",
     "inspect-tokenizer": f"TOKENIZER --images FEW {LOADING}",
     "report": "RUN --figures false",
@@ -71,7 +70,7 @@ def parameters():
 
 @pytest.mark.parametrize("name", parameters())
 def test_a_command_on_two_ranks(name, torchrun, tmp_path):
-    out = tmp_path / {"report": "out.html", "check": "out.txt", "probe": "out.json"}.get(name, "out")
+    out = tmp_path / {"report": "out.html", "check": "out.txt"}.get(name, "out")
     result = torchrun(name, "--out", str(out))
     assert result.returncode == 0, result.stderr
     assert out.exists()

@@ -32,12 +32,16 @@ def history(**figures):
 
 def probed(*scores):
     whole = history()
-    probes = [{"step": 80.0 * (i + 1), "probe/linear": score} for i, score in enumerate(scores)]
+    probes = [{"step": 80.0 * (i + 1), "probe/logistic": score} for i, score in enumerate(scores)]
     return History(whole.path, sorted([*whole.records, *probes], key=lambda record: record["step"]))
 
 
 def judged(untrained, pretrained, images=300):
-    return {"untrained": {"linear": untrained}, "pretrained": {"linear": pretrained}, "test_images": images}
+    return {
+        "untrained": {"logistic": untrained},
+        "pretrained": {"logistic": pretrained},
+        "data": {"test_images": images},
+    }
 
 
 HEALTH = {"num_used_codes": 60, "num_dead_codes": 4, "top_code_fraction": 0.2}
@@ -130,4 +134,4 @@ def test_many_test_images_tell_a_small_gain():
     """Two standard errors of the difference: 7.1 points of 300 images, 1.2 of 10,000."""
     found = [warnings(subject(history(), probe=judged(0.247, 0.26, images))) for images in (300, 10_000)]
     assert [len(sentences) for sentences in found] == [1, 0]
-    assert warnings(subject(history(), probe={"pretrained": {"linear": 0.2}, "test_images": "many"})) == []
+    assert warnings(subject(history(), probe={"pretrained": {"logistic": 0.2}, "data": {"test_images": "many"}})) == []

@@ -13,14 +13,15 @@ import mapet
 from mapet.config.evaluate import EvaluateConfig
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.annotated.coco import coco_sets, read_coco
-from mapet.evaluation.bank import Place
-from mapet.evaluation.bench import Bench, Sets
-from mapet.evaluation.encoder import Encoder
+from mapet.evaluation.annotations import detection_sets, read_instances
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.detection import _detect, _fit, coco_metrics, make_detector
+from mapet.evaluation.eval_context import EvalContext, EvalData
+from mapet.evaluation.feature_cache import CacheConfig
 from mapet.evaluation.features import unlabelled
 from mapet.evaluation.protocols import PROTOCOLS
-from mapet.evaluation.tasks.detection import _detect, _fit, coco_figures, make_detector
 from mapet.models.backbone import create_vit, save_backbone
+from mapet.run_state import RunState
 from tests.conftest import TINY
 
 QUICK = {"workers": 0, "device": "cpu", "precision": "float32"}
@@ -76,13 +77,18 @@ def vit(tmp_path_factory):
 
 
 def test_annotations_are_read(coco):
-    found = read_coco(coco / "instances.json", coco / "images")
+    found = read_instances(coco / "instances.json", coco / "images")
     assert found.classes == ["green", "red"] and found.category_ids == [7, 44]
     assert found.image_ids[:3] == [900, 899, 898]
-    assert found.shown[:4].tolist() == [[1, 0], [0, 1], [1, 0], [1, 1]]  # the first is a crowd: shown, without a box
+    assert found.image_labels[:4].tolist() == [
+        [1, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+    ]  # the first is a crowd: shown, without a box
     assert [len(boxes) for boxes in found.boxes[:4]] == [0, 1, 1, 2]
     assert (found.boxes[3][:, 2:] - found.boxes[3][:, :2] == 16).all() and sorted(found.labels[3]) == [0, 1]
-    train, test = coco_sets(coco / "images", coco / "instances.json", None, None)
+    train, test = detection_sets(coco / "images", coco / "instances.json", None, None)
     assert (len(train.image_ids), len(test.image_ids)) == (48, 12)
     assert {one["image_id"] for one in test.record["annotations"]} <= set(test.image_ids)
     assert not set(train.image_ids) & set(test.image_ids)
@@ -91,20 +97,20 @@ def test_annotations_are_read(coco):
 def test_wrong_annotations_are_told(coco, tmp_path):
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}], "annotations": [], "categories": []}')
     with pytest.raises(MapetError, match="not COCO annotations of instances"):
-        read_coco(tmp_path / "a.json", coco / "images")
+        read_instances(tmp_path / "a.json", coco / "images")
     with pytest.raises(MapetError, match=r"names 0+\.jpg, which is not in"):
-        read_coco(coco / "instances.json", tmp_path)
+        read_instances(coco / "instances.json", tmp_path)
 
 
 def test_multi_label(coco, vit, tmp_path):
     found = mapet.evaluate(
-        backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=tmp_path / "out", epochs=60,
-        protocols=["multi-label", "rank"], **QUICK,
+        backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=tmp_path / "out",
+        protocols=["multi-label", "feature-rank"], **QUICK,
     )[str(vit)]  # fmt: skip
-    assert found["multi-label, linear, batch norm: mAP"] > 0.8, found  # by chance: about a half
-    details = json.loads((tmp_path / "out" / "evaluation.json").read_text())["backbones"][str(vit)]["multi-label"]
-    figure = details["figures"]["multi-label, linear, batch norm: mAP"]
-    assert figure["low"] <= figure["value"] <= figure["high"] and set(details["details"]["linear"]) == {"green", "red"}
+    assert found["multi_label_map"] > 0.8, found  # by chance: about a half
+    result = RunState.read(tmp_path / "out").results["backbones"][str(vit)]["multi-label"]
+    metric = result["metrics"]["multi_label_map"]
+    assert metric["ci_low"] <= metric["value"] <= metric["ci_high"] and set(result["details"]["ap"]) == {"green", "red"}
 
 
 def test_detection_without_its_library(coco, vit, tmp_path, monkeypatch):
@@ -120,27 +126,27 @@ def test_coco_s_own_figures(coco):
     """The truth scores 1; shifted to overlap by a half of the union it counts at 0.5 and no higher."""
     cocotools = pytest.importorskip("pycocotools")
     pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
-    data = read_coco(coco / "instances.json", coco / "images")
+    data = read_instances(coco / "instances.json", coco / "images")
     boxes = [one for one in data.record["annotations"] if not one["iscrowd"]]
     truth = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in boxes]
-    assert coco_figures(cocotools, data.record, truth)["mAP"] == pytest.approx(1)
+    assert coco_metrics(cocotools, data.record, truth)["AP"] == pytest.approx(1)
     moved = [one | {"bbox": [one["bbox"][0] + 5, *one["bbox"][1:]]} for one in truth]  # IoU 11 / 21 = 0.52
-    figures = coco_figures(cocotools, data.record, moved)
-    assert figures["mAP 50"] == pytest.approx(1) and figures["mAP 75"] == pytest.approx(0)
-    assert figures["mAP"] == pytest.approx(0.1) and "mAP large" not in figures
-    assert coco_figures(cocotools, data.record, []) == {"mAP": 0, "mAP 50": 0, "mAP 75": 0}
+    figures = coco_metrics(cocotools, data.record, moved)
+    assert figures["AP50"] == pytest.approx(1) and figures["AP75"] == pytest.approx(0)
+    assert figures["AP"] == pytest.approx(0.1) and "APl" not in figures
+    assert coco_metrics(cocotools, data.record, []) == {"AP": 0, "AP50": 0, "AP75": 0}
 
 
-def of_detection(coco, vit, out, **options):
+def of_detection(coco, vit, out, protocol="detection", **options):
     pytest.importorskip("pycocotools")
     return mapet.evaluate(
-        backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=out, protocols=["detection"],
+        backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=out, protocols=[protocol],
         **QUICK, **options,
     )[str(vit)]  # fmt: skip
 
 
-@pytest.mark.parametrize("train_backbone", [False, True])
-def test_detection_from_annotations_to_figures(train_backbone, coco, vit, tmp_path):
+@pytest.mark.parametrize("protocol", ["detection", "detection-finetune"])
+def test_detection_from_annotations_to_figures(protocol, coco, vit, tmp_path):
     """Six pictures, one pass, whether the backbone is trained or not."""
     record = json.loads((coco / "instances.json").read_text())
     kept = {image["id"] for image in record["images"][1:7]}
@@ -152,10 +158,9 @@ def test_detection_from_annotations_to_figures(train_backbone, coco, vit, tmp_pa
     (tmp_path / "coco" / "instances.json").write_text(json.dumps(record | part))
     for image in part["images"]:
         (tmp_path / "coco" / "images" / image["file_name"]).symlink_to(coco / "images" / image["file_name"])
-    found = of_detection(
-        tmp_path / "coco", vit, tmp_path / "out", detection_epochs=1, detection_train_backbone=train_backbone
-    )
-    assert {"detection, mAP", "detection, mAP 50"} <= set(found) and all(0 <= value <= 1 for value in found.values())
+    found = of_detection(tmp_path / "coco", vit, tmp_path / "out", protocol, dense_epochs=1)
+    prefix = protocol.replace("-", "_")
+    assert {f"{prefix}_AP", f"{prefix}_AP50"} <= set(found) and all(0 <= value <= 1 for value in found.values())
 
 
 class Found(torch.nn.Module):
@@ -174,28 +179,28 @@ class Found(torch.nn.Module):
 
 
 @pytest.fixture
-def bench(coco, vit, tmp_path):
-    data = read_coco(coco / "instances.json", coco / "images").subset(np.arange(8))
-    config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, detection_epochs=2, workers=0, batch_size=3)
-    encoder = Encoder.load(str(vit), Compute.choose("cpu", "float32"))
-    sets = Sets(unlabelled(data.images), unlabelled(data.images), boxes=(data, data))
-    return Bench(encoder, sets, Place(1 << 20, tmp_path, 3), config)
+def context(coco, vit, tmp_path):
+    data = read_instances(coco / "instances.json", coco / "images").subset(np.arange(8))
+    config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2, workers=0, batch_size=3)
+    encoder = BackboneWrapper.load(str(vit), Compute.choose("cpu", "float32"))
+    sets = EvalData(unlabelled(data.images), unlabelled(data.images), boxes=(data, data))
+    return EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path, 3), config)
 
 
-def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(bench):
+def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(context):
     """Left, top, width, height; class 1 of the network is the first category, 7, and class 2 is 44."""
-    data = bench.sets.boxes[1]
-    found = _detect(bench, Found(), bench.encoder, data)
+    data = context.data.boxes[1]
+    found = _detect(context, Found(), context.backbone, data)
     assert [one["image_id"] for one in found] == [i for i in range(900, 892, -1) for _ in range(2)]
     assert [one["category_id"] for one in found] == [44, 7] * 8
     assert found[0]["bbox"] == [1, 2, 10, 20] and found[1]["bbox"] == [0, 16, 32, 16]
     assert [one["score"] for one in found[:2]] == pytest.approx([0.9, 0.4])
 
 
-def test_a_detector_is_trained_on_the_boxes_of_its_images(bench):
+def test_a_detector_is_trained_on_the_boxes_of_its_images(context):
     """Red blocks are class 2, green ones class 1 of the network, 0 being the ground; two passes in other orders."""
-    detector, data = Found(), bench.sets.boxes[0]
-    _fit(bench, detector, bench.encoder, data)
+    detector, data = Found(), context.data.boxes[0]
+    _fit(context, detector, context.backbone, data)
     assert len(detector.targets) == 16 and detector.weight.item() < 1
     for image, target in detector.targets:
         for box, label in zip(target["boxes"].int().tolist(), target["labels"].tolist(), strict=True):
@@ -207,17 +212,17 @@ def test_a_detector_is_trained_on_the_boxes_of_its_images(bench):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_backbone_is_trained_only_where_asked(trained, bench):
+def test_the_backbone_is_trained_only_where_asked(trained, context):
     """And then in a copy of its own: other protocols go on with the frozen one."""
-    before = {name: tensor.clone() for name, tensor in bench.encoder.model.state_dict().items()}
-    encoder = bench.encoder.copy_at((32, 32))
+    before = {name: tensor.clone() for name, tensor in context.backbone.model.state_dict().items()}
+    encoder = context.backbone.with_image_size((32, 32), copy_weights=True)
     detector = make_detector(encoder, 2, trained)
     own = {id(parameter) for parameter in encoder.model.parameters()}
     assert all(parameter.requires_grad == trained for parameter in encoder.model.parameters())
     assert all(parameter.requires_grad for parameter in detector.parameters() if id(parameter) not in own)
-    data = bench.sets.boxes[0].subset(np.arange(4))
+    data = context.data.boxes[0].subset(np.arange(4))
     weights = {name: parameter.detach().clone() for name, parameter in detector.named_parameters()}
-    _fit(bench, detector, encoder, data)
+    _fit(context, detector, encoder, data)
     moved = {name for name, parameter in detector.named_parameters() if not torch.equal(parameter, weights[name])}
     assert {name for name in moved if "backbone.model" not in name} >= {
         "backbone.scales.2.weight",
@@ -225,22 +230,22 @@ def test_the_backbone_is_trained_only_where_asked(trained, bench):
     }
     assert any("blocks.0.attn" in name for name in moved) == trained
     assert encoder.model.training == trained
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.encoder.model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in bench.encoder.model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in context.backbone.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in context.backbone.model.parameters())
 
 
 def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
     """A network that sees how red and how green each cell is: average precisions are 1, and chance if labels move a row."""
-    data = read_coco(coco / "instances.json", coco / "images")
+    data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
-    encoder = Encoder("cells", Cells(), Compute.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
-    config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path, epochs=200, workers=0)
-    sets = Sets(unlabelled(train.images), unlabelled(test.images), boxes=(train, test))
-    figures = PROTOCOLS["multi-label"].run(Bench(encoder, sets, Place(1 << 20, tmp_path), config)).figures
-    assert {figure.value for figure in figures.values()} == {1.0}
-    moved = replace(test, shown=np.roll(test.shown, 1, axis=0))
-    sets = Sets(unlabelled(train.images), unlabelled(test.images), boxes=(train, moved))
-    figures = PROTOCOLS["multi-label"].run(Bench(encoder, sets, Place(1 << 20, tmp_path), config)).figures
+    encoder = BackboneWrapper("cells", Cells(), Compute.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path, workers=0)
+    sets = EvalData(unlabelled(train.images), unlabelled(test.images), boxes=(train, test))
+    figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
+    assert [figure.value for figure in figures.values()] == [pytest.approx(1.0)]
+    moved = replace(test, image_labels=np.roll(test.image_labels, 1, axis=0))
+    sets = EvalData(unlabelled(train.images), unlabelled(test.images), boxes=(train, moved))
+    figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert all(figure.value < 0.8 for figure in figures.values())
 
 
@@ -253,5 +258,5 @@ class Cells(torch.nn.Module):
 
 @pytest.mark.slow
 def test_detector_learns_blocks(coco, vit, tmp_path):
-    found = of_detection(coco, vit, tmp_path / "out", detection_epochs=12)
-    assert found["detection, mAP 50"] > 0.3, found
+    found = of_detection(coco, vit, tmp_path / "out", dense_epochs=12)
+    assert found["detection_AP50"] > 0.3, found

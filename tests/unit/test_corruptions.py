@@ -9,9 +9,9 @@ import torch
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
-from mapet.evaluation.corruptions import KINDS, PARAMETERS, Corruption, corrupt, mean_corruption_error
+from mapet.evaluation.corruptions import CORRUPTIONS, Corruption, corrupt, mean_corruption_error
 
-UNEVEN = {"elastic transform", "glass blur", "pixelate", "frost", "snow", "fog"}
+UNEVEN = {"elastic_transform", "glass_blur", "pixelate", "frost", "snow", "fog"}
 """Kinds of several parameters, of which the published tables do not raise all at every step."""
 
 
@@ -20,7 +20,7 @@ def resized(photo, side):
     return np.ascontiguousarray(top[:: 224 // side, :: 224 // side])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(CORRUPTIONS))
 @pytest.mark.parametrize(("side", "channels"), [(32, 3), (112, 1)])
 def test_harm_grows_with_severity(kind, side, channels, photos):
     image = resized(photos[0], side)[..., :channels]
@@ -46,18 +46,18 @@ def test_what_the_kinds_are(photos):
         return corrupt(grey, kind, severity, rng(0)).astype(float) / 255
 
     side, severity = 200, 2
-    deviation = PARAMETERS["gaussian noise"]["deviation"].at(side, severity)
-    assert noise("gaussian noise", severity).std() == pytest.approx(deviation, rel=0.02)
-    photons = PARAMETERS["shot noise"]["photons"].at(side, severity)
-    assert noise("shot noise", severity).std() == pytest.approx((0.502 / photons) ** 0.5, rel=0.02)
-    hit = noise("impulse noise", severity)
-    share = PARAMETERS["impulse noise"]["share"].at(side, severity)
+    deviation = CORRUPTIONS["gaussian_noise"].parameters["std"].at(side, severity)
+    assert noise("gaussian_noise", severity).std() == pytest.approx(deviation, rel=0.02)
+    photons = CORRUPTIONS["shot_noise"].parameters["photons"].at(side, severity)
+    assert noise("shot_noise", severity).std() == pytest.approx((0.502 / photons) ** 0.5, rel=0.02)
+    hit = noise("impulse_noise", severity)
+    share = CORRUPTIONS["impulse_noise"].parameters["fraction"].at(side, severity)
     assert np.isin(hit, [0.0, 1.0]).mean() == pytest.approx(share, rel=0.05)
 
     def detail(picture):
         return np.abs(np.diff(picture.astype(float), axis=0)).mean()
 
-    for kind in ("defocus blur", "motion blur", "zoom blur", "glass blur"):
+    for kind in ("defocus_blur", "motion_blur", "zoom_blur", "glass_blur"):
         blurred = corrupt(image, kind, 4, rng(0))
         assert detail(blurred) < 0.8 * detail(image), kind
         assert abs(blurred.mean() - image.mean()) < 4, kind  # blur takes no light away
@@ -72,7 +72,10 @@ def test_what_the_kinds_are(photos):
 
 
 def test_parameters_are_the_published_ones_at_their_sizes_and_between():
-    deviation, radius = PARAMETERS["gaussian noise"]["deviation"], PARAMETERS["defocus blur"]["radius"]
+    deviation, radius = (
+        CORRUPTIONS["gaussian_noise"].parameters["std"],
+        CORRUPTIONS["defocus_blur"].parameters["radius"],
+    )
     assert (deviation.at(32, 5), deviation.at(224, 5)) == pytest.approx((0.10, 0.38))
     middle = round((32 * 224) ** 0.5)
     assert deviation.at(middle, 5) == pytest.approx((0.10 * 0.38) ** 0.5, rel=0.01)
@@ -85,7 +88,7 @@ def test_draws_depend_on_the_image_alone(crops):
 
     def of(listed):
         spec = ViewSpec(image_size=(32, 32))
-        return ViewDataset(listed, spec, image_size=(32, 32), augment=Corruption("gaussian noise", 3))
+        return ViewDataset(listed, spec, image_size=(32, 32), augment=Corruption("gaussian_noise", 3))
 
     whole, part = of(images), of(images.subset([4, 7]))
     assert torch.equal(whole[0, 7].images[0], part[0, 1].images[0])

@@ -1,5 +1,6 @@
 """Masks in their real file formats; IoU by hand; heads that learn what patches show."""
 
+import csv
 import json
 
 import numpy as np
@@ -10,8 +11,8 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.evaluation.annotated.masks import NOWHERE, masked_sets
-from mapet.evaluation.tasks.segmentation import mean_iou, pixel_accuracy, pixel_counts
+from mapet.evaluation.annotations import IGNORE_INDEX, segmentation_sets
+from mapet.evaluation.segmentation import mean_iou, pixel_accuracy, pixel_counts
 from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 
@@ -72,56 +73,56 @@ def write_panoptic(scenes, root):
 
 def expected(where, order=(0, 1)):
     truth = np.array(order)[where].astype(np.int64)
-    truth[0] = NOWHERE
+    truth[0] = IGNORE_INDEX
     return truth
 
 
 def test_folders_are_read_and_split(scenes, tmp_path):
     write_folders(scenes, tmp_path)
-    train, test = masked_sets(tmp_path, None, None, None)
+    train, test = segmentation_sets(tmp_path, None, None, None)
     assert (len(train), len(test)) == (32, 8) and train.classes == ["3", "7"]
     assert not {train.images.id(i) for i in range(32)} & {test.images.id(i) for i in range(8)}
     number = int(train.images.id(5)[:2])
-    assert np.array_equal(train.classes_of(5), expected(scenes[number][1]))
-    beside, _ = masked_sets(tmp_path / "images", tmp_path / "masks", None, None)
+    assert np.array_equal(train.class_map(5), expected(scenes[number][1]))
+    beside, _ = segmentation_sets(tmp_path / "images", tmp_path / "masks", None, None)
     assert beside.images.hash == train.images.hash
     with pytest.raises(MapetError, match="at least two"):
-        masked_sets(tmp_path, None, None, None, void=[3])
+        segmentation_sets(tmp_path, None, None, None, ignore=[3])
     with pytest.raises(MapetError, match=r"expected 00.png there"):
-        masked_sets(tmp_path / "images", tmp_path, None, None)
+        segmentation_sets(tmp_path / "images", tmp_path, None, None)
 
 
 def test_ade20k_s_layout(scenes, tmp_path):
     """Zero is void, training and validation are as they are."""
     write_folders(scenes[:30], tmp_path, "images/training", "annotations/training", ids=(1, 2), void=0)
     write_folders(scenes[30:], tmp_path, "images/validation", "annotations/validation", ids=(1, 2), void=0)
-    train, test = masked_sets(tmp_path, None, None, None)
+    train, test = segmentation_sets(tmp_path, None, None, None)
     assert (len(train), len(test), train.classes) == (30, 10, ["1", "2"])
-    assert np.array_equal(test.classes_of(0), expected(scenes[30][1]))
+    assert np.array_equal(test.class_map(0), expected(scenes[30][1]))
 
 
 def test_panoptic_layout(scenes, tmp_path):
     """Categories come by id, images by file name, whatever their order in the file."""
     write_panoptic(scenes, tmp_path)
-    train, test = masked_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+    train, test = segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
     assert train.classes == ["block", "ground"] and len(train) + len(test) == 40
     for index in (0, 17):
         number = int(train.images.id(index)[:2])
-        assert np.array_equal(train.classes_of(index), expected(scenes[number][1], order=(1, 0)))
+        assert np.array_equal(train.class_map(index), expected(scenes[number][1], order=(1, 0)))
     (tmp_path / "images" / "07.jpg").unlink()
     with pytest.raises(MapetError, match=r"names 07\.jpg"):
-        masked_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+        segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
 
 
 def test_rgb_masks_are_refused(scenes, tmp_path):
     write_folders(scenes[:2], tmp_path)
     Image.fromarray(scenes[0][0]).save(tmp_path / "masks" / "00.png")
     with pytest.raises(MapetError, match="grey or palette PNG, this one is RGB"):
-        masked_sets(tmp_path, None, None, None)
+        segmentation_sets(tmp_path, None, None, None)
 
 
 def test_intersection_over_union_by_hand():
-    truth = torch.tensor([[0, 0, 1, NOWHERE], [0, 0, 1, 1]])
+    truth = torch.tensor([[0, 0, 1, IGNORE_INDEX], [0, 0, 1, 1]])
     guess = torch.tensor([[0, 1, 1, 2], [0, 0, 0, 1]])
     counts = pixel_counts(guess, truth, 4)
     assert counts.tolist() == [[3, 2, 0, 0], [5, 4, 0, 0], [4, 3, 0, 0]]
@@ -140,16 +141,16 @@ def test_heads_find_bright_blocks(layout, scenes, tmp_path):
     data = {"images": write_folders(scenes, tmp_path / "data")}
     if layout == "panoptic":
         root = write_panoptic(scenes, tmp_path / "coco")
-        data = {"images": root / "images", "masks": root / "panoptic.json"}
+        data = {"images": root / "images", "seg_masks": root / "panoptic.json"}
     found = mapet.evaluate(
         backbone=[str(tmp_path / "vit")], **data, out=tmp_path / "out", protocols=["segmentation"], dense_epochs=12,
         batch_size=8, workers=0, device="cpu", precision="float32",
     )[str(tmp_path / "vit")]  # fmt: skip
-    assert found["segmentation, linear: mIoU"] > 0.8, found
-    assert found["segmentation, decoder: pixel accuracy"] > 0.9, found
-    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())["backbones"][str(tmp_path / "vit")]
-    ious = [hit / union for hit, union in record["segmentation"]["per_class"]["segmentation, linear"].values()]
-    assert sum(ious) / 2 == pytest.approx(found["segmentation, linear: mIoU"])
+    assert found["segmentation_linear_miou"] > 0.8, found
+    assert found["segmentation_decoder_pixel_accuracy"] > 0.9, found
+    with (tmp_path / "out" / "per_class.csv").open() as file:
+        ious = [float(row["fraction"]) for row in csv.DictReader(file) if row["metric"] == "segmentation_linear"]
+    assert sum(ious) / 2 == pytest.approx(found["segmentation_linear_miou"], abs=1e-6)
 
 
 def test_masks_are_asked_for(crops, tmp_path, capsys):

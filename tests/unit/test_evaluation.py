@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 from mapet.data.sources import scan
 from mapet.errors import MapetError
-from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
+from mapet.evaluation.feature_cache import FeatureCache
 from mapet.evaluation.features import labelled, split, train_and_test
-from mapet.evaluation.splits import few_labels
+from mapet.evaluation.few_shot import few_shot_split
+from mapet.evaluation.probes import fit_logistic, probe_accuracy
+from mapet.tokenizers.feature_store import FeatureStore
 
 
 def two_clouds(distance, seed=0):
@@ -19,18 +23,40 @@ def two_clouds(distance, seed=0):
     return features[:300], labels[:300], features[300:], labels[300:]
 
 
+def accuracy(train, train_labels, test, test_labels):
+    parts = ((train, train_labels), (test, test_labels))
+    columns = {1: slice(0, train.shape[1])}
+    return probe_accuracy(*(FeatureCache(FeatureStore.of(x), torch.arange(len(x)), y, columns) for x, y in parts))
+
+
 def test_knn_equals_scikit_learn_with_the_same_weights():
     data = two_clouds(1.0)
     unit = [torch.nn.functional.normalize(x, dim=1).double().numpy() for x in (data[0], data[2])]
     reference = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine").fit(
         unit[0], data[1]
     )
-    assert knn_accuracy(*data) == pytest.approx(reference.score(unit[1], data[3]))
+    assert accuracy(*data)["knn"] == pytest.approx(reference.score(unit[1], data[3]))
 
 
 def test_linear_probe_is_perfect_on_separable_and_chance_on_noise():
-    assert linear_accuracy(*two_clouds(8.0)) == 1.0
-    assert 0.3 < linear_accuracy(*two_clouds(0.0)) < 0.7
+    assert accuracy(*two_clouds(8.0))["logistic"] == 1.0
+    assert 0.3 < accuracy(*two_clouds(0.0))["logistic"] < 0.7
+
+
+@pytest.mark.parametrize("present", [[0, 1, 2, 3], [1, 3], [2]])
+def test_linear_probe_is_scikit_learns_logistic_regression(present):
+    """Of classes without training images the logit is -inf; of one class alone nothing is fitted."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor(present)[torch.arange(120) % len(present)]
+    features = 3 * torch.randn(120, 5, generator=generator) + labels[:, None] + 7
+    found = fit_logistic(features, labels, 4, C=0.5)(features).softmax(1)
+    assert found.argmax(1).unique().tolist() == present and set(range(4)) - set(present) == set(
+        np.flatnonzero(found.sum(0) == 0)
+    )
+    if len(present) > 1:
+        scaled = StandardScaler().fit_transform(features)
+        model = LogisticRegression(C=0.5, max_iter=300).fit(scaled, labels)
+        np.testing.assert_allclose(found[:, present], model.predict_proba(scaled), atol=2e-3)
 
 
 def test_split_is_fixed_and_stratified(digits):
@@ -44,12 +70,12 @@ def test_split_is_fixed_and_stratified(digits):
 
 def test_few_labels(digits):
     data = labelled(scan(digits / "train"))
-    ten, other = (few_labels(data, 10, seed) for seed in (0, 1))
+    ten, other = (few_shot_split(data, 10, seed) for seed in (0, 1))
     assert np.bincount(data.subset(ten).labels).tolist() == [10] * 10
     assert ten.tolist() != other.tolist()
-    assert len(few_labels(data, 0.01, 0)) == 10 * 1  # at least one of each class
+    assert len(few_shot_split(data, 0.01, 0)) == 10 * 1  # at least one of each class
     with pytest.raises(MapetError, match="fewer than the 1,000 asked for"):
-        few_labels(data, 1000, 0)
+        few_shot_split(data, 1000, 0)
 
 
 def test_different_classes_are_named(digits, tmp_path, crops):

@@ -282,7 +282,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
     told = RunState.read(tmp_path / "out").results
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
     figure = over_seeds(list(scores.values()))
-    assert told == {"accuracy": figure.value, "ci95_low": figure.low, "ci95_high": figure.high, "seeds": scores}
+    assert told == {"accuracy": figure.value, "ci95_low": figure.ci_low, "ci95_high": figure.ci_high, "seeds": scores}
     splits = {
         RunState.read(tmp_path / "out" / name).results["provenance"]["tuned"][0]["images"]["hash"] for name in scores
     }

@@ -27,7 +27,7 @@ def test_on_a_terminal(caplog, monkeypatch):
         with Panel(10, 4, screen) as panel:
             panel.advance()
             monkeypatch.setattr("mapet.training.progress.time.monotonic", lambda: panel._started + 10)
-            panel.probed(3, {"probe/linear": 0.5, "probe/knn": 0.25})
+            panel.probed(3, {"probe/logistic": 0.5, "probe/knn": 0.25})
             panel.show(METRICS, epoch_ended=True)
             shown = [line.desc for line in panel.lines]
         assert shown == [f"  {LEARNING}", f"  {SPEED}; epoch 3: linear probe 0.500, k-NN 0.250"]

@@ -11,16 +11,14 @@ import torch
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.attentive import AttentivePool
-from mapet.evaluation.average_precision import average_precisions
-from mapet.evaluation.bank import Bank, Place
-from mapet.evaluation.classifiers import nearest_neighbours
-from mapet.evaluation.encoder import Encoder
-from mapet.evaluation.features import LabelledSet, extract_features, labelled
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+from mapet.evaluation.features import LabelledSet, centred_batches, labelled, normalize
+from mapet.evaluation.few_shot import few_shot_split
 from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
-from mapet.evaluation.linear import linear_probes
-from mapet.evaluation.splits import few_labels
-from mapet.evaluation.unlabelled import agreement, clusters, diagnostics, entropy_rank
+from mapet.evaluation.label_free import cluster_features, clustering_scores, entropy_rank, feature_stats
+from mapet.evaluation.multi_label import average_precisions
+from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
 from mapet.models.backbone import create_vit, save_backbone
 from mapet.tokenizers.feature_store import FeatureStore
 from tests.conftest import TINY
@@ -44,21 +42,21 @@ def test_wilson_interval_of_published_numbers():
 
 def test_interval_over_seeds_is_students():
     figure = over_seeds([0.1, 0.2, 0.3])
-    assert (figure.value, figure.high) == pytest.approx((0.2, 0.2 + 4.302653 * 0.1 / 3**0.5))
-    assert over_seeds([0.1]).low is None
+    assert (figure.value, figure.ci_high) == pytest.approx((0.2, 0.2 + 4.302653 * 0.1 / 3**0.5))
+    assert over_seeds([0.1]).ci_low is None
 
 
 def test_intervals_of_shares_are_shares():
     assert over_seeds([0.0, 0.5, 0.2])[1:3] == (0.0, pytest.approx(0.2333 + 0.6252, abs=1e-3))
     assert over_seeds([1.0, 0.9])[1:3] == (pytest.approx(0.95 - 0.6353, abs=1e-3), 1.0)
-    assert over_seeds([-0.1, 0.1], least=-0.5).low == -0.5  # the adjusted Rand index can be below 0
+    assert over_seeds([-0.1, 0.1], least=-0.5).ci_low == -0.5  # the adjusted Rand index can be below 0
 
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = np.random.default_rng(1).normal(size=400)
     figure = bootstrap(lambda w: float((w * values).sum() / w.sum()), 400, draws=1000)
     assert figure.value == pytest.approx(values.mean())
-    assert figure.high - figure.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.12)
+    assert figure.ci_high - figure.ci_low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.12)
 
 
 def test_few_label_splits_are_the_documented_function():
@@ -76,12 +74,15 @@ def test_few_label_splits_are_the_documented_function():
             expected = {
                 n for c in "ab" for n in sorted((n for n in ids if n[0] == c), key=lambda n: number(n, seed))[:count]
             }
-            assert {ids[i] for i in few_labels(of(ids), amount, seed)} == expected
-    assert set(few_labels(of(ids), 3, 0)) < set(few_labels(of(ids), 0.5, 0))
+            assert {ids[i] for i in few_shot_split(of(ids), amount, seed)} == expected
+    assert set(few_shot_split(of(ids), 3, 0)) < set(few_shot_split(of(ids), 0.5, 0))
     more = [*ids, "b/99.jpg"]
     before, after = (
         {n for n in names if n != "b/99.jpg"}
-        for names in ([ids[i] for i in few_labels(of(ids), 5, 0)], [more[i] for i in few_labels(of(more), 6, 0)])
+        for names in (
+            [ids[i] for i in few_shot_split(of(ids), 5, 0)],
+            [more[i] for i in few_shot_split(of(more), 6, 0)],
+        )
     )
     assert before < after
 
@@ -89,17 +90,17 @@ def test_few_label_splits_are_the_documented_function():
 def test_neighbours_over_blocks_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(500, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    similarity, rows = nearest_neighbours(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20)
+    similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20)
     table = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(bank, dim=1).T
     expected = table.topk(20)
     assert torch.equal(rows, expected.indices)
     torch.testing.assert_close(similarity, expected.values)
 
 
-def bank_of(features, labels, columns, memory=1 << 30, scratch=Path()):
+def cache_of(features, labels, columns, memory=1 << 30, scratch=Path()):
     store = FeatureStore(len(features), memory, scratch)
     store.append(features)
-    return Bank(store, torch.arange(len(features)), labels, columns)
+    return FeatureCache(store, torch.arange(len(features)), labels, columns)
 
 
 def test_linear_probe_finds_the_layer_that_knows():
@@ -109,21 +110,20 @@ def test_linear_probe_finds_the_layer_that_knows():
     noise = torch.randn(600, 12, generator=generator)
     noise[:, 4:8] += 4 * torch.nn.functional.one_hot(labels, 4)
     columns = {1: slice(0, 4), 2: slice(4, 8), 3: slice(8, 12)}
-    fit, check = bank_of(noise[:400], labels[:400], columns), bank_of(noise[400:], labels[400:], columns)
-    for name, probe in linear_probes(fit, fit.labels, 3, CPU, epochs=15).items():
-        assert probe.choice.layer == 2, name
+    fit, check = cache_of(noise[:400], labels[:400], columns), cache_of(noise[400:], labels[400:], columns)
+    for name, probe in fit_linear_sgd(fit, 3, CPU, epochs=15).items():
+        assert probe.classifier.layer == 2, name
         logits = probe.predict(check)
         assert float((logits.argmax(1) == check.labels).float().mean()) > 0.9
-        torch.testing.assert_close(probe(check.of_layer(layer=2)), logits)  # the layer's features alone do
-        assert probe.held_out[2] > 0.9 > 0.6 > probe.held_out[1]
+        assert probe.val_accuracy[2] > 0.9 > 0.6 > probe.val_accuracy[1]
 
 
 def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(300, 6, generator=generator), torch.randint(2, (300,), generator=generator)
-    banks = [bank_of(features, labels, {1: slice(0, 6)}, memory, tmp_path) for memory in (1 << 30, 100)]
+    banks = [cache_of(features, labels, {1: slice(0, 6)}, memory, tmp_path) for memory in (1 << 30, 100)]
     assert [bank.store.in_memory for bank in banks] == [True, False]
-    logits = [linear_probes(bank, labels, 2, CPU, epochs=2)["linear"].predict(bank) for bank in banks]
+    logits = [fit_linear_sgd(bank, 2, CPU, epochs=2)["linear_sgd"].predict(bank) for bank in banks]
     assert torch.equal(*logits)
     banks[1].close()
 
@@ -160,58 +160,68 @@ def test_average_precision_by_hand():
 
 def test_agreement_of_known_partitions():
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    assert agreement(1 - labels, labels) == pytest.approx({"accuracy": 1.0, "NMI": 1.0, "ARI": 1.0})
-    half = agreement(np.array([0, 0, 0, 1, 0, 1, 1, 1]), labels)
+    assert clustering_scores(1 - labels, labels) == pytest.approx({"accuracy": 1.0, "nmi": 1.0, "ari": 1.0})
+    half = clustering_scores(np.array([0, 0, 0, 1, 0, 1, 1, 1]), labels)
     information = 0.75 * log(2 * 0.75) + 0.25 * log(2 * 0.25)  # cells 3/8 and 1/8 of margins 1/2
     assert half["accuracy"] == 0.75
-    assert half["NMI"] == pytest.approx(information / log(2))
-    assert agreement(np.array([0, 1] * 4), labels)["NMI"] == pytest.approx(0, abs=1e-12)
+    assert half["nmi"] == pytest.approx(information / log(2))
+    assert clustering_scores(np.array([0, 1] * 4), labels)["nmi"] == pytest.approx(0, abs=1e-12)
 
 
 def test_clusters_of_two_clouds():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 2
     features = torch.randn(200, 5, generator=generator) + 6 * (2 * labels[:, None] - 1)
-    assert agreement(clusters(features, 2, 0), labels.numpy())["accuracy"] == 1.0
+    assert clustering_scores(cluster_features(features, 2, 0), labels.numpy())["accuracy"] == 1.0
 
 
 def test_rank_and_collapse_of_known_features():
     eye = torch.eye(8).repeat(4, 1)
     assert entropy_rank(eye) == pytest.approx(8)
     assert entropy_rank(torch.ones(10, 4)) == pytest.approx(1, abs=1e-3)
-    collapsed = diagnostics(torch.tensor([[3.0, 4.0, 0.0]]).repeat(50, 1) + torch.randn(50, 3) * 1e-6)
-    assert collapsed["mean cosine"] == pytest.approx(1)
+    collapsed = feature_stats(torch.tensor([[3.0, 4.0, 0.0]]).repeat(50, 1) + torch.randn(50, 3) * 1e-6)
+    assert collapsed["mean_cosine"] == pytest.approx(1)
     assert collapsed["uniformity"] == pytest.approx(0, abs=1e-5)
     assert collapsed["spread"] < 1e-4
-    even = diagnostics(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)))
-    assert even["spread"] == pytest.approx(1, abs=0.02) and abs(even["mean cosine"]) < 0.01
-    assert even["effective rank"] > 15.9
-    dead = diagnostics(torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1))
-    assert dead["dead dimensions"] == 0.25
+    even = feature_stats(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)))
+    assert even["spread"] == pytest.approx(1, abs=0.02) and abs(even["mean_cosine"]) < 0.01
+    assert even["effective_rank"] > 15.9
+    dead = feature_stats(torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1))
+    assert dead["dead_dimensions"] == 0.25
     two = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert diagnostics(two, two.flip(0))["alignment"] == pytest.approx(2)  # |e1 - e2|^2
-    assert diagnostics(two)["uniformity"] == pytest.approx(-4)  # log exp(-2 * 2)
+    assert feature_stats(two, two.flip(0))["alignment"] == pytest.approx(2)  # |e1 - e2|^2
+    assert feature_stats(two)["uniformity"] == pytest.approx(-4)  # log exp(-2 * 2)
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
-def test_bank_holds_the_features_of_extract_features(digits, tmp_path, pool):
-    """Rows are in another order, the deepest layer is what `probe` reads; other layers are other features."""
+def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
+    """Rows are in another order; the deepest layer is the ViT's output; other layers are other features."""
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (8, 8), 2, 1, TINY)
     save_backbone(vit, tmp_path / "vit")
     data = labelled(scan(digits / "test"))
-    data = data.subset(few_labels(data, 3, 0))
-    expected, labels = extract_features(vit, data, CPU, pool=pool)
-    encoder = Encoder.load(str(tmp_path / "vit"), CPU)
-    assert (encoder.num_layers, encoder.spread_layers(), encoder.image_size) == (2, [1, 2], (8, 8))
-    bank = Bank.of(encoder, data, [1, 2], pool, Place(1 << 20, tmp_path, batch_size=7))
-    assert bank.index.tolist() != sorted(bank.index.tolist()) and bank.index.sort().values.tolist() == list(range(30))
-    torch.testing.assert_close(bank.of_layer(), expected[bank.index], atol=2e-3, rtol=2e-3)
-    assert torch.equal(bank.labels, labels[bank.index])
-    assert not torch.allclose(bank.of_layer(layer=1), bank.of_layer(layer=2), atol=0.005)
+    data = data.subset(few_shot_split(data, 3, 0))
+    ((_, images),) = centred_batches(data.images, (8, 8), 1, [[(0, i) for i in range(30)]])
+    with torch.inference_mode():
+        tokens = vit.eval().forward_features(normalize(images, 1))
+    expected = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)
+    backbone = BackboneWrapper.load(str(tmp_path / "vit"), CPU)
+    assert (backbone.num_layers, backbone.evenly_spaced_layers(), backbone.image_size) == (2, [1, 2], (8, 8))
+    cache = FeatureCache.extract(backbone, data, CacheConfig(1 << 20, tmp_path, batch_size=7), [1, 2], pool)
+    assert cache.index.tolist() != sorted(cache.index.tolist()) and cache.index.sort().values.tolist() == list(
+        range(30)
+    )
+    torch.testing.assert_close(cache.layer_features(), expected[cache.index], atol=2e-3, rtol=2e-3)
+    assert cache.labels.tolist() == data.labels[cache.index].tolist()
+    assert not torch.allclose(cache.layer_features(layer=1), cache.layer_features(layer=2), atol=0.005)
+    of_vit = FeatureCache.extract(
+        BackboneWrapper.of_vit(vit.train(), CPU), data, CacheConfig(progress=False), pool=pool
+    )
+    torch.testing.assert_close(of_vit.layer_features(), cache.layer_features(), atol=1e-3, rtol=1e-3)
+    assert vit.training
 
 
 def test_other_networks_are_encoders_too():
-    encoder = Encoder.load("random:resnet10t", CPU)
-    first, last = encoder.pooled(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [1, encoder.num_layers], "avg")
+    encoder = BackboneWrapper.load("random:resnet10t", CPU)
+    first, last = encoder.pooled_features(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [1, encoder.num_layers], "avg")
     assert first.shape[0] == last.shape[0] == 2 and last.shape[1] == 512

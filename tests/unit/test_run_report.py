@@ -113,7 +113,7 @@ def test_final_figures_are_of_the_last_epoch(tmp_path):
         {"step": step, "epoch": step / 7, "loss": loss, "token_accuracy": loss / 10, "data_wait": 0.034}
         for step, loss in ((3, 9.0), (6, 9.0), (7, 9.0), (10, 2.0), (13, 3.0), (14, 9.0))
     ]
-    lines.append({"step": 14, "probe/linear": 0.26})
+    lines.append({"step": 14, "probe/logistic": 0.26})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = RunFiles.open(folder).metrics()
     assert told[LOSS] == f"{(3 * 2 + 3 * 3 + 1 * 9) / 7:.4g}"
@@ -187,14 +187,14 @@ def test_time_left(tmp_path):
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     write_run(tmp_path / "photos" / "pretrain")
     probe = {"untrained": {"knn": 0.25}, "pretrained": {"knn": 0.5, "x": "y"}}
-    write_state(tmp_path / "photos", "run", results={"probe": probe})
+    write_state(tmp_path / "photos", "run", results={"evaluation": probe})
     (tmp_path / "photos" / "figures").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "figures" / "features.png")
     (tmp_path / "photos" / "figures" / "torn.png").write_bytes(b"\x89PNG no")
     for given in (tmp_path / "photos", tmp_path / "photos" / "pretrain"):
         files = RunFiles.open(given)
         assert files.name == "photos"
-        assert files.metrics()["k-NN, pretrained"] == "0.5"
+        assert files.metrics()["knn, pretrained"] == "0.5"
         assert [image.name for image in open_images(files.figures())] == ["features"]
 
 

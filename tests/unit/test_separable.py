@@ -13,17 +13,18 @@ from torch import nn
 from mapet.config.evaluate import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.bank import Place
-from mapet.evaluation.bench import Bench, Sets
-from mapet.evaluation.encoder import Encoder
+from mapet.evaluation import probes, robustness
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.eval_context import EvalContext, EvalData
+from mapet.evaluation.feature_cache import CacheConfig
 from mapet.evaluation.features import LabelledSet, labelled
+from mapet.evaluation.few_shot import few_shot_split
 from mapet.evaluation.protocols import PROTOCOLS
-from mapet.evaluation.splits import few_labels
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-LABELS = ("knn", "linear", "attentive", "few-label")
-QUICK = {"workers": 0, "batch_size": 8, "epochs": 30, "attentive_epochs": 30, "seeds": 2, "few_labels": (1, 0.25)}
+LABELS = ("logistic", "knn", "linear-sgd", "attentive", "few-shot")
+QUICK = {"workers": 0, "batch_size": 8, "linear_epochs": 30, "num_seeds": 2, "few_shot": (1, 0.25)}
 
 
 @pytest.fixture(autouse=True)
@@ -72,53 +73,57 @@ def colours_of(data):
 def sets(tmp_path_factory):
     """12 training and 6 test pictures of each colour."""
     root = tmp_path_factory.mktemp("colours")
-    return Sets(*(labelled(scan(save(root / part, COLOURS, n, seed))) for seed, (part, n) in enumerate(PARTS.items())))
+    return EvalData(
+        *(labelled(scan(save(root / part, COLOURS, n, seed))) for seed, (part, n) in enumerate(PARTS.items()))
+    )
 
 
 PARTS = {"train": 12, "test": 6}
 
 
-def bench_of(sets, folder, **options):
-    encoder = Encoder("colours", Colours(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
+def context_of(sets, folder, **options):
+    encoder = BackboneWrapper("colours", Colours(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
     config = EvaluateConfig(backbone=["colours"], images=folder, out=folder, **(QUICK | options))
-    return Bench(encoder, sets, Place(1 << 24, folder, config.batch_size), config)
+    return EvalContext(encoder, sets, CacheConfig(1 << 24, folder, config.batch_size), config)
 
 
 def values(outcome):
-    return {name: figure.value for name, figure in outcome.figures.items()}
+    return {name: figure.value for name, figure in outcome.metrics.items()}
 
 
 @pytest.mark.parametrize("name", LABELS)
 def test_what_is_separable_is_told_apart(name, sets, tmp_path):
     """And test labels that are one class further are all missed: so it is those that figures are of."""
-    found = values(PROTOCOLS[name].run(bench_of(sets, tmp_path)))
+    found = values(PROTOCOLS[name].run(context_of(sets, tmp_path)))
     assert found and set(found.values()) == {1.0}, found
     wrong = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
-    found = values(PROTOCOLS[name].run(bench_of(Sets(sets.train, wrong), tmp_path)))
+    found = values(PROTOCOLS[name].run(context_of(EvalData(sets.train, wrong), tmp_path)))
     assert found and set(found.values()) == {0.0}, found
 
 
 def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
-    expected = {"clusters, accuracy": 1.0, "clusters, NMI": 1.0, "clusters, ARI": 1.0}
+    expected = {"cluster_accuracy": 1.0, "cluster_nmi": 1.0, "cluster_ari": 1.0}
     turned = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
     for test in (sets.test, turned):
-        assert values(PROTOCOLS["cluster"].run(bench_of(Sets(sets.train, test), tmp_path))) == pytest.approx(expected)
+        assert values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, test), tmp_path))) == pytest.approx(
+            expected
+        )
     mixed = LabelledSet(sets.test.images, sets.test.classes, np.arange(18) % 3)
-    found = values(PROTOCOLS["cluster"].run(bench_of(Sets(sets.train, mixed), tmp_path)))
-    assert found["clusters, accuracy"] == pytest.approx(1 / 3) and found["clusters, NMI"] == pytest.approx(0, abs=1e-6)
+    found = values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, mixed), tmp_path)))
+    assert found["cluster_accuracy"] == pytest.approx(1 / 3) and found["cluster_nmi"] == pytest.approx(0, abs=1e-6)
 
 
 def test_views_of_one_picture_are_alike(sets, tmp_path):
     """Random boxes of one colour have that colour: the alignment is 0, to the float16 of features."""
-    found = values(PROTOCOLS["rank"].run(bench_of(sets, tmp_path)))
-    assert found["alignment"] < 1e-5 and found["dimensions"] == 3 and 1 < found["RankMe"] < 3
+    found = values(PROTOCOLS["feature-rank"].run(context_of(sets, tmp_path)))
+    assert found["alignment"] < 1e-5 and found["dimensions"] == 3 and 1 < found["rankme"] < 3
     cosines = F.normalize(torch.from_numpy(colours_of(sets.train)), dim=1)
     others = ~torch.eye(36, dtype=torch.bool)
-    assert found["mean cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
+    assert found["mean_cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
 
 
 def test_neighbours_are_the_nearest_colours(sets, tmp_path):
-    details = PROTOCOLS["neighbours"].run(bench_of(sets, tmp_path)).details
+    details = PROTOCOLS["nearest-neighbors"].run(context_of(sets, tmp_path)).details
     train, test = (F.normalize(torch.from_numpy(colours_of(part)), dim=1) for part in (sets.train, sets.test))
     assert len(set(details["queries"])) == 10
     for query, nearest, similarity in zip(*(details[k] for k in ("queries", "nearest", "similarity")), strict=True):
@@ -131,17 +136,17 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
     """C = 0.1 below 10 images a class; standardised by all training images, of which only the split's labels are read."""
     close = {"a": (150, 110, 110), "b": (110, 150, 110), "c": (110, 110, 150)}
     parts = [labelled(scan(save(tmp_path / part, close, 40, seed, spread=60))) for seed, part in enumerate(PARTS)]
-    found = PROTOCOLS["few-label"].run(bench_of(Sets(*parts), tmp_path, few_labels=(2,), seeds=5))
+    found = PROTOCOLS["few-shot"].run(context_of(EvalData(*parts), tmp_path, few_shot=(2,), num_seeds=5))
     train, test = map(colours_of, parts)
     mean, deviation = train.mean(0), train.std(0)
     scores = []
     for seed in range(5):
-        rows = few_labels(parts[0], 2, seed)
+        rows = few_shot_split(parts[0], 2, seed)
         model = LogisticRegression(C=0.1, max_iter=300).fit((train[rows] - mean) / deviation, parts[0].labels[rows])
         scores.append((model.predict((test - mean) / deviation) == parts[1].labels).mean())
-    assert found.details["2 a class"] == pytest.approx(scores, abs=0.009)  # one picture, for float16
-    assert 0.4 < np.mean(scores) < 0.95 and found.figures["few labels, 2 a class"].value == pytest.approx(
-        np.mean(found.details["2 a class"])
+    assert found.details["few_shot_2"] == pytest.approx(scores, abs=0.009)  # one picture, for float16
+    assert 0.4 < np.mean(scores) < 0.95 and found.metrics["few_shot_2"].value == pytest.approx(
+        np.mean(found.details["few_shot_2"])
     )
 
 
@@ -149,39 +154,47 @@ def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
     """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
     other = labelled(scan(save(tmp_path / "other", reddish, 5, spread=5)))
-    outcome = PROTOCOLS["ood"].run(bench_of(Sets(sets.train, sets.test, {"dusk": other}), tmp_path))
-    assert values(outcome) == {"dusk: linear": 1.0, "dusk: k-NN, k 20": 1.0}
+    outcome = PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"dusk": other}), tmp_path))
+    assert values(outcome) == {"ood_dusk_logistic": 1.0, "ood_dusk_knn": 1.0}
     assert outcome.details["dusk"] == {"classes": 2, "images": 10}
-    assert set(map(tuple, outcome.per_class["dusk: linear"].items())) == {
+    assert set(map(tuple, outcome.per_class["ood_dusk_logistic"].items())) == {
         ("blue", (5, 5)),
         ("green", (5, 5)),
         ("red", (0, 0)),
     }
     reds = labelled(scan(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5)))
     assert (
-        values(PROTOCOLS["ood"].run(bench_of(Sets(sets.train, sets.test, {"one": reds}), tmp_path)))["one: linear"] == 1
+        values(PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"one": reds}), tmp_path)))[
+            "ood_one_logistic"
+        ]
+        == 1
     )
 
 
 def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
     """At 12 px all colours are one further, so all are missed; the network itself stays as it was."""
-    bench = bench_of(sets, tmp_path, sizes=[12, 8])
-    assert values(PROTOCOLS["resolution"].run(bench)) == {"at 12 px": 0.0, "at 8 px": 1.0}
-    assert bench.encoder.image_size == (8, 8) and bench.encoder.model.turned == 0
-    assert list(values(PROTOCOLS["resolution"].run(bench_of(sets, tmp_path)))) == [f"at {n} px" for n in (4, 8, 12, 16)]
+    context = context_of(sets, tmp_path, eval_image_sizes=[12, 8])
+    assert values(PROTOCOLS["resolution"].run(context)) == {"resolution_12": 0.0, "resolution_8": 1.0}
+    assert context.backbone.image_size == (8, 8) and context.backbone.model.turned == 0
+    assert list(values(PROTOCOLS["resolution"].run(context_of(sets, tmp_path)))) == [
+        f"resolution_{n}" for n in (4, 8, 12, 16)
+    ]
 
 
-def test_corrupted_pictures_are_those_that_are_judged(tmp_path):
+def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
     """Three greys, 70 apart: brightness adds 0.05 of white at severity 1, which changes no class, and 0.3 at 5, which makes
     each the next one."""
     greys = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
     parts = [
         labelled(scan(save(tmp_path / part, greys, n, seed, spread=5))) for seed, (part, n) in enumerate(PARTS.items())
     ]
-    bench = bench_of(Sets(*parts), tmp_path, corruption_kinds=["brightness"], corruption_severities=(1, 5))
-    outcome = PROTOCOLS["corruptions"].run(bench)
+    monkeypatch.setattr(robustness, "CORRUPTIONS", {"brightness": robustness.CORRUPTIONS["brightness"]})
+    monkeypatch.setattr(robustness, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(probes, "C_CANDIDATES", (1e3,))  # boundaries in the middle between greys
+    context = context_of(EvalData(*parts), tmp_path)
+    outcome = PROTOCOLS["corruptions"].run(context)
     assert outcome.details["errors"] == {"brightness": pytest.approx([0, 2 / 3])}
-    assert values(outcome) == pytest.approx({"clean, same images": 1.0, "corrupted, mean": 2 / 3})
+    assert values(outcome) == pytest.approx({"corruption_clean": 1.0, "corruption_mean": 2 / 3})
 
 
 def test_attentive_probe_s_learning_rates_fall_as_a_cosine(sets, tmp_path, monkeypatch):
@@ -194,7 +207,8 @@ def test_attentive_probe_s_learning_rates_fall_as_a_cosine(sets, tmp_path, monke
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    PROTOCOLS["attentive"].run(bench_of(sets, tmp_path, attentive_epochs=2))
+    monkeypatch.setattr(probes, "ATTENTIVE_EPOCHS", 2)
+    PROTOCOLS["attentive"].run(context_of(sets, tmp_path))
     shares = [0.5 * (1 + np.cos(np.pi * t / 10)) for t in range(10)]
     assert rates[:10] == [pytest.approx([3e-4 * share, 1e-3 * share, 3e-3 * share]) for share in shares]
     assert [len(each) for each in rates[10:]] == [1] * 10

@@ -26,7 +26,7 @@ from mapet.studies.statistics import (
 
 def cell(objective, seed, score, *, status="done", budgets=("equal epochs",), curve=(), **others):
     factors = {"objective": objective, **others}
-    scores = {} if score is None else {"linear probe": score}
+    scores = {} if score is None else {"logistic": score}
     name = " ".join([objective, *others.values(), str(seed)])
     return Cell(name, factors, seed, budgets, status, "out, of <memory>", scores, 10, 3e15, 90.0, list(curve))
 
@@ -47,7 +47,7 @@ def simulated(count, seeds=3, effect=0.0, *, rng):
     )
 
 
-CURVE = [{"epoch": e, "flops": e * 1e15, "loss": 3 / e, "linear": 0.1 * e} for e in (1.0, 2.0, 3.0)]
+CURVE = [{"epoch": e, "flops": e * 1e15, "loss": 3 / e, "logistic": 0.1 * e} for e in (1.0, 2.0, 3.0)]
 
 
 def written(study, folder):
@@ -129,7 +129,7 @@ def test_sentences():
         cells = [cell(n, i, s, **others) for n, of in (("mapet", a), ("pim", b)) for i, s in enumerate(of)]
         return [sentence(row) for row in paired_differences(study(cells))]
 
-    start = "At equal epochs, linear probe: "
+    start = "At equal epochs, logistic: "
     apart = "mapet is 2.0 points below pim with ratio 0.75 (95 % interval 1.5 to 2.5, 3 seeds, corrected p = 0.003)."
     assert said([0.482, 0.50, 0.518], [0.5, 0.52, 0.54], ratio="0.75") == [start + apart]
     assert "mapet and pim cannot be told apart (mapet is 1.0 points above pim; 95" in said([0.5, 0.6], [0.5, 0.58])[0]
@@ -142,7 +142,7 @@ def test_best_value_of_a_factor_is_over_what_all_its_values_share():
     scores = {("0.5", 0): 0.40, ("0.5", 1): 0.42, ("0.75", 0): 0.45, ("0.75", 1): 0.43, ("0.5", 2): 0.99}
     (said,) = best_values(study([cell("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()]))
     assert said == (
-        "At equal epochs, linear probe: the ratio of highest mean is 0.75 (0.440; intervals overlap) for mapet."
+        "At equal epochs, logistic: the ratio of highest mean is 0.75 (0.440; intervals overlap) for mapet."
     )
 
 
@@ -167,7 +167,7 @@ def test_report_says_the_same_in_all_three(tmp_path):
     cells += [cell("_a_", s, None, tokenizer="pixels", status="failed", budgets=("equal compute",)) for s in range(2)]
     notes = ["Leans on <labels>."]
     markdown, html, table = written(
-        study(cells, notes=notes, baselines={"untrained": {"k-NN": 0.34}, "x": {"k-NN": float("nan")}}), tmp_path
+        study(cells, notes=notes, baselines={"untrained": {"knn": 0.34}, "x": {"knn": float("nan")}}), tmp_path
     )
     page = Reader(html)
     assert len(set(page.ids)) == len(page.ids) > 0 and html.count("<figure>") == 4
@@ -178,8 +178,8 @@ def test_report_says_the_same_in_all_three(tmp_path):
     assert "<labels>" not in html and "<b>$x" not in html and "url(http" not in html
     rows = list(csv.DictReader(table.splitlines(keepends=True)))
     assert [(row["tokenizer"], int(row["seed"])) for row in rows] == [(c.factors["tokenizer"], c.seed) for c in cells]
-    assert [float(row["linear probe"]) for row in rows[:6]] == [c.scores["linear probe"] for c in cells[:6]]
-    assert (rows[-1]["linear probe"], rows[-1]["reason"]) == ("", "out, of <memory>")
+    assert [float(row["logistic"]) for row in rows[:6]] == [c.scores["logistic"] for c in cells[:6]]
+    assert (rows[-1]["logistic"], rows[-1]["reason"]) == ("", "out, of <memory>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.html", "report.md"]
 
 

@@ -17,7 +17,6 @@ from mapet.commands.fit_tokenizer import fit_tokenizer
 from mapet.commands.inspect_tokenizer import inspect_tokenizer
 from mapet.commands.prepare import prepare
 from mapet.commands.pretrain import pretrain
-from mapet.commands.probe import probe
 from mapet.commands.report import report
 from mapet.commands.run import run
 from mapet.commands.study import study
@@ -34,7 +33,6 @@ COMMANDS: dict[str, Command[..., Any, Any]] = {
     "tokenize": tokenize,
     "pretrain": pretrain,
     "replay": replay,
-    "probe": probe,
     "evaluate": evaluate,
     "finetune": finetune,
     "inspect-tokenizer": inspect_tokenizer,

@@ -49,7 +49,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
         )
     except Interrupted as error:
         raise Interrupted(error.what, shell_command("demo", "--out", config.out, "--resume")) from None
-    results = RunState.read(config.out / "run").results["probe"]
+    results = RunState.read(config.out / "run").results["evaluation"]
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = finetune(
@@ -65,7 +65,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
 
 def table(results: dict[str, Any]) -> list[str]:
     """The figures side by side."""
-    measures = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
+    measures = {"logistic": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
     lines = ["", f"{'accuracy on 360 unseen digits':<32}{'untrained':>10}{'pretrained':>12}"]
     lines += [
         f"{title:<32}{results['untrained'][key]:>10.3f}{results['pretrained'][key]:>12.3f}"

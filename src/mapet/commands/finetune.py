@@ -102,7 +102,7 @@ def tune_each(config: FinetuneConfig) -> float:
         scores[f"seed-{seed}"] = score
     figure = over_seeds(list(scores.values()))
     few = "; two seeds tell little" if config.num_seeds == 2 else ""
-    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.low, figure.high, figure.of, few)
-    interval = {"ci95_low": figure.low, "ci95_high": figure.high}
+    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", figure.value, figure.ci_low, figure.ci_high, figure.over, few)
+    interval = {"ci95_low": figure.ci_low, "ci95_high": figure.ci_high}
     record(out, results={"accuracy": figure.value, **interval, "seeds": scores})
     return figure.value

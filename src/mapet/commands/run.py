@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mapet.commands.command import Command, command
+from mapet.commands.evaluate import evaluate
 from mapet.commands.fit_tokenizer import fit_tokenizer
 from mapet.commands.pretrain import pretrain
-from mapet.commands.probe import probe
 from mapet.commands.report import report
 from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, as_options_of_section, build
@@ -23,7 +23,7 @@ log = logging.getLogger("mapet")
 
 @command(RunConfig, distributed=True)
 def run(config: RunConfig) -> Path:
-    """Tokenizer, tokens, pre-training, probe (if there are labels) and figures of a folder of images; returns the backbone's folder.
+    """Tokenizer, tokens, pre-training, evaluation (if there are labels) and figures of a folder of images; returns the backbone's folder.
 
     Example:
       mapet run --images PHOTOS --out runs/photos
@@ -44,22 +44,23 @@ def run(config: RunConfig) -> Path:
     fitting: Any = config.fit_tokenizer
     own_code = fitting.teacher if is_own_code(fitting.teacher) else None
     begun = (pretrained / "config.yaml").exists()
+    sources = [f"random:{backbone}", str(backbone)]
     configs = {  # all before anything is written: each stage refuses options that contradict each other
         stage: _config_of(stage, config, given)
         for stage, given in (
             (fit_tokenizer, {"out": tokenizer, "resume": True}),
             (tokenize, {"out": tokens, "tokenizer": tokenizer, "trust_teacher": own_code, "resume": True}),
             (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
-            (probe, {"backbone": backbone, "test_images": config.test_images}),
+            (evaluate, {"backbone": sources, "test_images": config.test_images, "protocols": ["logistic", "knn"]}),
             (report, {"run": [pretrained], "figures_dir": figures, "trust_teacher": own_code}),
         )
     }
     state = read_or_none(config.out)
-    probed = state is not None and "probe" in state.results
+    evaluated = state is not None and "evaluation" in state.results
     if distributed.rank() == 0:
         made = {
             "fit_tokenizer": not is_free(tokenizer), "tokenize": not is_free(tokens), "pretrain": begun,
-            "probe": probed, "test_images": probed, "report": not is_free(figures),
+            "test_images": evaluated, "report": not is_free(figures),
         }  # fmt: skip
         _refuse_now(config, configs, made)
         _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
@@ -83,11 +84,12 @@ def run(config: RunConfig) -> Path:
     do(tokenize)
     if backbone in missing:
         do(pretrain)
-    if not probed and (config.test_images or scan(config.images).classes()):
-        record(config.out, results={"probe": do(probe)})
-    elif not probed:
+    if not evaluated and (config.test_images or scan(config.images).classes()):
+        record(config.out, results={"evaluation": _with_baseline(do(evaluate), config)})
+    elif not evaluated:
         log.info(
-            "--- no probe: %s has no labels (two class folders or more), and there are no --test-images", config.images
+            "--- not evaluated: %s has no labels (two class folders or more), and there are no --test-images",
+            config.images,
         )
     if figures in missing:
         do(report)
@@ -102,11 +104,21 @@ def run(config: RunConfig) -> Path:
     return backbone
 
 
+def _with_baseline(found: dict[str, dict[str, float]] | None, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Name what `evaluate` found of random weights and of the backbone, beside the test images and the majority's accuracy."""
+    from mapet.evaluation.features import train_and_test
+
+    _, test = train_and_test(config.images, config.test_images)
+    data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
+    return dict(zip(("untrained", "pretrained"), (found or {}).values(), strict=False)) | {"data": data}
+
+
 def _config_of(stage: Command[..., Any, Any], config: RunConfig, given: dict[str, Any]) -> Config:
     """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
     names = ("images", "seed", "device", "max_unreadable")
     shared = {name: getattr(config, name) for name in names} | given
-    own = getattr(config, stage.__name__).model_dump(exclude_unset=True)
+    section = getattr(config, stage.__name__, None)  # `evaluate` has none
+    own = section.model_dump(exclude_unset=True) if section else {}
     try:
         return build(
             stage.config_type,
@@ -155,7 +167,7 @@ def _refuse_now(config: RunConfig, configs: dict[Command[..., Any, Any], Any], m
             refuse_model(pretraining, configs[fit_tokenizer])
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
-    if config.test_images is not None and not made["probe"]:
+    if config.test_images is not None and not made["test_images"]:
         try:
             train_and_test(config.images, config.test_images)
         except MapetError as error:

@@ -66,7 +66,7 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
             labels than are asked for.
     """
     from mapet.evaluation.features import train_and_test
-    from mapet.evaluation.splits import few_labels
+    from mapet.evaluation.few_shot import few_shot_split
     from mapet.studies.grid import cell_folder, pretrain_config, with_budgets
     from mapet.studies.tokenizers import fitting_config, refuse_other_tokenizer
     from mapet.studies.trials import cell_job, refuse_other_cell
@@ -77,7 +77,7 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
     train, _ = train_and_test(config.images, config.test_images)
     for amount in config.labels_per_class:
         try:
-            few_labels(train, amount, seed=0)
+            few_shot_split(train, amount, seed=0)
         except MapetError as error:
             raise MapetError(f"--labels-per-class: {error}") from None
     for cell in with_budgets(config, cells):

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mapet.config.base import Size, Source
+from mapet.config.base import Source
 from mapet.config.shared import BackboneSource, Device, Loading, ModelArgs, Precision
 
 
@@ -19,77 +19,74 @@ class EvaluateConfig(ModelArgs, Loading, Device):
     """Images to train on; CLASS/image.jpg for protocols that need labels."""
     test_images: Source | None = None
     """Images to test on; automatic: a fifth of `images`, chosen by image name."""
-    out: Path
-    """New folder for evaluation.md, evaluation.json, per_class.csv and pictures."""
+    out: Path | None = None
+    """New folder for evaluation.md, per_class.csv, figures and the results in run.json; automatic: only the table is printed."""
     protocols: list[str] | None = None
-    """Which to run, of knn linear attentive few-label cluster rank neighbours ood corruptions resolution multi-label segmentation
-    detection; automatic: those that have the data they need, but for corruptions, resolution and detection, which take long."""
+    """Which to run, of logistic knn linear-sgd attentive few-shot cluster feature-rank nearest-neighbors ood corruptions resolution
+    multi-label segmentation detection detection-finetune; automatic: those that have the data they need, but for corruptions, resolution and
+    detection, which take long."""
     pool: Literal["avg", "token", "both"] = "avg"
-    """Feature of an image: mean of its patch tokens, the class token, or the two beside each other."""
-    layers: list[PositiveInt] | None = None
-    """Layers that the linear probe chooses from, counted from 1; automatic: four, spread over the depth. The others take the deepest."""
-    epochs: PositiveInt = 100
-    """Passes of the linear probe over the features."""
-    attentive_epochs: PositiveInt = 30
-    """Passes of the attentive probe."""
-    k: PositiveInt = 20
-    """Neighbours of k-NN."""
-    few_labels: tuple[PositiveFloat, ...] = (0.01, 0.1, 5)
-    """Few-label splits: below 1 a share of each class, else so many images a class."""
-    other_images: dict[str, Source] = Field(default_factory=dict)
+    """Feature of an image: mean of its patch tokens, the class token, or both concatenated."""
+    linear_epochs: PositiveInt = 100
+    """Epochs of the linear-sgd probe over the features."""
+    knn_k: PositiveInt = 20
+    """Neighbors of k-NN."""
+    few_shot: tuple[PositiveFloat, ...] = (0.01, 0.1, 5)
+    """Few-shot splits: below 1 a fraction of each class, else so many images a class."""
+    num_seeds: PositiveInt = 5
+    """Seeds of few-shot splits and of clustering."""
+    ood_images: dict[str, Source] = Field(default_factory=dict)
     """Further labelled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
-    corruption_images: PositiveInt = 1000
-    """Test images, at most, that are corrupted in each of 75 ways (protocol corruptions)."""
-    corruption_kinds: list[str] | None = None
-    """Some of the 15 kinds, e.g. "gaussian noise" fog jpeg; automatic: all."""
-    corruption_severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Some of the severities 1 to 5."""
-    sizes: list[PositiveInt] | None = None
-    """Input sizes, pixels (protocol resolution); automatic: from half to twice the trained one."""
-    masks: Path | None = None
+    eval_image_sizes: list[PositiveInt] | None = None
+    """Input sizes, pixels: resolution tests each (automatic: from half to twice the trained one), segmentation and detection take the
+    largest (automatic: the trained one)."""
+    seg_masks: Path | None = None
     """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; automatic:
     found where `images` holds images/ and masks/, or is ADE20K's folder."""
-    test_masks: Path | None = None
+    test_seg_masks: Path | None = None
     """Masks of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
+    ignore_labels: tuple[NonNegativeInt, ...] = ()
+    """Class ids in masks that don't count, beside 255 (and 0 in ADE20K's folder)."""
     annotations: Path | None = None
     """COCO annotations of `images`, instances JSON (protocols multi-label and detection)."""
     test_annotations: Path | None = None
     """Of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
-    detection_epochs: PositiveInt = 10
-    """Passes over the training images for detection."""
-    detection_train_backbone: bool = False
-    """Train the backbone with the detector, rather than keep it frozen."""
-    void_labels: tuple[NonNegativeInt, ...] = ()
-    """Class ids in masks that don't count, beside 255 (and 0 in ADE20K's folder)."""
-    dense_size: Size | None = None
-    """Input height and width for segmentation and detection, pixels; automatic: the trained one."""
     dense_epochs: PositiveInt = 10
-    """Passes over the training images for segmentation."""
-    seeds: PositiveInt = 5
-    """Seeds of few-label splits and of clustering."""
+    """Epochs of the heads of segmentation and detection."""
     seed: NonNegativeInt = 0
     """Seed of probes and of random weights."""
     precision: Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
-    memory: PositiveFloat | None = None
-    """GB that cached features of a set may take; more go to a scratch file, or patch tokens are computed anew; automatic: a quarter
-    of what is free."""
-    scratch: Path | None = None
-    """Folder of the scratch file; automatic: `out`."""
+
+    @field_validator("backbone")
+    @classmethod
+    def _differ(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("the same one is given twice")
+        return value
+
+    @field_validator("few_shot")
+    @classmethod
+    def _fractions_or_counts(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        odd = [amount for amount in value if amount >= 1 and amount != int(amount)]
+        if odd:
+            raise ValueError(f"{odd[0]} is neither a fraction below 1 nor a number of images")
+        return value
 
     @model_validator(mode="after")
-    def _shares_and_numbers(self) -> "EvaluateConfig":
-        odd = [amount for amount in self.few_labels if amount >= 1 and amount != int(amount)]
-        if odd:
-            raise ValueError(f"--few-labels {odd[0]}: neither a share below 1 nor a number of images")
-        if not self.corruption_severities or not set(self.corruption_severities) <= {1, 2, 3, 4, 5}:
-            raise ValueError("--corruption-severities: give some of 1 2 3 4 5")
-        for what in ("annotations", "masks"):
-            here, there = getattr(self, what), getattr(self, f"test_{what}")
-            if here is not None and self.test_images is not None and there is None:
-                raise ValueError(f"--test-images with --{what} need --test-{what}")
+    def _belong_together(self) -> "EvaluateConfig":
+        if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
+            raise ValueError(
+                "--annotations and --seg-masks list images each in its own way: evaluate one after the other"
+            )
+        if self.ood_images and (self.annotations or self.seg_masks):
+            raise ValueError(
+                "--ood-images are matched by class folders, which --annotations or --seg-masks take the place of"
+            )
+        for what in ("annotations", "seg_masks"):
+            train, test = getattr(self, what), getattr(self, f"test_{what}")
+            if train is not None and self.test_images is not None and test is None:
+                raise ValueError(f"--test-images with --{what.replace('_', '-')} need --test-{what.replace('_', '-')}")
         if self.test_annotations is not None and self.annotations is None:
             raise ValueError("--test-annotations are for --annotations: give both")
-        if len(set(self.backbone)) < len(self.backbone):
-            raise ValueError("--backbone: the same one is given twice")
         return self

@@ -7,7 +7,6 @@ from pydantic import NonNegativeInt
 from mapet.config.base import Source
 from mapet.config.fit_tokenizer import FitTokenizerOptions
 from mapet.config.pretrain import PretrainOptions
-from mapet.config.probe import ProbeOptions
 from mapet.config.report import FigureOptions
 from mapet.config.shared import BadImages
 from mapet.config.tokenize import TokenizeOptions
@@ -31,5 +30,4 @@ class RunConfig(BadImages):
     fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()
-    probe: ProbeOptions = ProbeOptions()
     report: FigureOptions = FigureOptions()

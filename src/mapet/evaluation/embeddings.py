@@ -106,7 +106,8 @@ def _compute_features(
     with compute.autocast():
         tokens = vit.forward_features(normalize(compute.to(pixels), vit.in_chans))
     tokens = tokens.float()
-    features = tokens[:, vit.num_prefix_tokens :] if config.pool == "none" else pool_tokens(vit, tokens, config.pool)
+    patches, class_token = tokens[:, vit.num_prefix_tokens :], tokens[:, 0] if vit.has_class_token else None
+    features = patches if config.pool == "none" else pool_tokens(patches, class_token, config.pool)
     must_be_finite_features(features, str(config.backbone))
     if config.dtype == "float16" and float(features.abs().max()) > torch.finfo(torch.float16).max:
         raise MapetError(f"{config.backbone} gives features beyond float16's range: --dtype float32 holds them")

@@ -1,146 +1,57 @@
-"""The protocols of `mapet evaluate`: one table of functions, each from a backbone and data to figures."""
+"""The protocols of `mapet evaluate`: one table of functions, each from a backbone and data to metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from mapet.data.views import ViewSpec
-from mapet.evaluation.attentive import TokenBank, attentive_logits, attentive_probe
-from mapet.evaluation.bench import SHOWN, Bench, Outcome
-from mapet.evaluation.classifiers import knn_votes, linear_accuracy
-from mapet.evaluation.features import centred_batches
-from mapet.evaluation.intervals import Figure, over_seeds
-from mapet.evaluation.shifts import corruptions, other_sets, resolution
-from mapet.evaluation.splits import few_labels, name_of
-from mapet.evaluation.tasks.detection import detection
-from mapet.evaluation.tasks.multilabel import multi_label
-from mapet.evaluation.tasks.segmentation import segmentation
-from mapet.evaluation.unlabelled import agreement, clusters, diagnostics
-
-MOST_RANK, MOST_CLUSTER, MOST_VIEWS = 25_600, 50_000, 1000
-"""Images for the rank (the RankMe paper's number), for k-means, for other views of the same images."""
-QUERIES = 10
-"""Rows of the panel of neighbours."""
+from mapet.evaluation.detection import detection, detection_finetune
+from mapet.evaluation.eval_context import EvalContext, ProtocolResult
+from mapet.evaluation.feature_cache import PatchTokenCache
+from mapet.evaluation.few_shot import few_shot
+from mapet.evaluation.label_free import cluster, feature_rank, neighbors
+from mapet.evaluation.multi_label import multi_label
+from mapet.evaluation.probes import attentive_logits, fit_attentive, fit_linear_sgd, knn_scores
+from mapet.evaluation.robustness import corruptions, ood, resolution
+from mapet.evaluation.segmentation import segmentation
 
 
-def knn(bench: Bench) -> Outcome:
-    """Weighted k-NN of the last layer's features."""
-    outcome, k = Outcome(), min(bench.options.k, len(bench.train))
-    similarity, rows = (part[:, :k] for part in bench.test_neighbours)
-    votes = knn_votes(similarity, bench.train.labels[rows], bench.num_classes)
-    outcome.classify(f"k-NN, k {k}", votes.argmax(1), bench.test.labels, bench.classes, "")
-    return outcome
+def logistic(context: EvalContext) -> ProtocolResult:
+    """Evaluate the linear probe: logistic regression on the last layer's standardized features."""
+    result, probe = ProtocolResult(), context.logistic
+    predicted = probe(context.test.layer_features()).argmax(1)
+    result.add_accuracy("logistic", predicted, context.test.labels, context.classes, f"C {probe.C:g}")
+    return result
 
 
-def linear(bench: Bench) -> Outcome:
-    """Linear probes, plain and with batch norm, over layers and learning rates."""
-    outcome = Outcome()
-    for name, probe in bench.probes.items():
-        predicted = probe.predict(bench.test).argmax(1)
-        outcome.classify(name, predicted, bench.test.labels, bench.classes, str(probe.choice))
-        outcome.details[name] = {
-            "layer": probe.choice.layer, "lr": probe.choice.lr,
-            "held_out_by_layer": {str(layer): score for layer, score in probe.held_out.items()},
-        }  # fmt: skip
-    return outcome
+def knn(context: EvalContext) -> ProtocolResult:
+    """Evaluate weighted k-NN of the last layer's features."""
+    result, k = ProtocolResult(), min(context.options.knn_k, len(context.train))
+    votes = knn_scores(context.train, len(context.classes), *(part[:, :k] for part in context.test_neighbors))
+    result.add_accuracy("knn", votes.argmax(1), context.test.labels, context.classes, f"k {k}")
+    return result
 
 
-def attentive(bench: Bench) -> Outcome:
-    """Attentive probe of the last layer's patch tokens."""
-    outcome = Outcome()
-    train, test = (TokenBank(bench.encoder, data, bench.place) for data in (bench.sets.train, bench.sets.test))
-    labels = torch.from_numpy(bench.sets.train.labels)
-    probe, lr = attentive_probe(
-        train, labels, bench.num_classes, bench.compute, bench.options.attentive_epochs, bench.options.seed
-    )
-    index, logits = attentive_logits(probe, test, bench.compute)
-    truth = torch.from_numpy(bench.sets.test.labels)[index]
-    outcome.classify("attentive", logits.argmax(1), truth, bench.classes, f"lr {lr:g}")
-    return outcome
+def linear_sgd(context: EvalContext) -> ProtocolResult:
+    """Evaluate linear probes trained by SGD, plain and with batch norm, over layers and learning rates."""
+    result, options = ProtocolResult(), context.options
+    probes = fit_linear_sgd(context.train, len(context.classes), context.compute, options.linear_epochs, options.seed)
+    for name, probe in probes.items():
+        predicted = probe.predict(context.test).argmax(1)
+        result.add_accuracy(name, predicted, context.test.labels, context.classes, probe.selected)
+        result.details[name] = {"val_accuracy_by_layer": {str(k): v for k, v in probe.val_accuracy.items()}}
+    return result
 
 
-def few_label(bench: Bench) -> Outcome:
-    """Logistic regression on the last layer's features with few labels, over several fixed splits."""
-    outcome = Outcome()
-    train, test = bench.train, bench.test
-    mean_square = [torch.zeros(train.last.stop - train.last.start) for _ in range(2)]
-    for _, block in train.layer_blocks():  # all training images, whose labels are not looked at
-        mean_square[0] += block.sum(0) / len(train)
-        mean_square[1] += block.square().sum(0) / len(train)
-    mean = mean_square[0]
-    deviation = (mean_square[1] - mean.square()).clamp_min(1e-12).sqrt()
-    check = (test.of_layer() - mean) / deviation
-    row_of = torch.full((len(bench.sets.train.labels),), -1)
-    row_of[train.index] = torch.arange(len(train))
-    for amount in bench.options.few_labels:
-        scores = []
-        for seed in range(bench.options.seeds):
-            rows = row_of[torch.from_numpy(few_labels(bench.sets.train, amount, seed))]
-            rows = rows[rows >= 0]  # that could be read
-            fit = (train.of_layer(rows) - mean) / deviation
-            each = len(rows) / bench.num_classes
-            scores.append(
-                linear_accuracy(
-                    fit, train.labels[rows], check, test.labels, strength=None if each >= 10 else 0.1, scaled=True
-                )
-            )
-        outcome.figures[f"few labels, {name_of(amount)}"] = over_seeds(scores)
-        outcome.details[name_of(amount)] = scores
-    return outcome
-
-
-def cluster(bench: Bench) -> Outcome:
-    """k-means of the test features with as many clusters as classes: accuracy after matching, NMI, ARI."""
-    outcome = Outcome()
-    features, labels = bench.test.of_layer()[:MOST_CLUSTER], bench.test.labels[:MOST_CLUSTER].numpy()
-    found = [agreement(clusters(features, bench.num_classes, seed), labels) for seed in range(bench.options.seeds)]
-    for name in found[0]:
-        outcome.figures[f"clusters, {name}"] = over_seeds(
-            [one[name] for one in found], least=-0.5 if name == "ARI" else 0.0
-        )
-    return outcome
-
-
-BETTER = {"RankMe": ", higher is better", "effective rank": ", higher is better"} | dict.fromkeys(
-    ("dead dimensions", "mean cosine", "uniformity", "alignment"), ", lower is better"
-)
-"""Of measures without labels; the spread is best near 1. They tell whether features collapsed, not what they are good for."""
-
-
-def rank(bench: Bench) -> Outcome:
-    """Rank, spread and collapse of the last layer's features; no labels."""
-    features = bench.train.of_layer(torch.arange(min(MOST_RANK, len(bench.train))))
-    few = bench.train.index[:MOST_VIEWS].numpy()
-    spec = ViewSpec(kind="random-crop", image_size=bench.encoder.image_size)
-    images = bench.sets.train.images.subset(few)
-    batches = [
-        [(0, i) for i in part] for part in np.array_split(np.arange(len(few)), -(-len(few) // bench.place.batch_size))
-    ]
-    views, index = [], []
-    for rows, pixels in centred_batches(
-        images, bench.encoder.image_size, bench.encoder.channels, batches, bench.place.workers, "views", spec=spec
-    ):
-        views.append(bench.encoder.pooled(pixels, [max(bench.layers)], bench.options.pool)[0].cpu())
-        index.append(rows)
-    found = diagnostics(features)
-    found["alignment"] = diagnostics(features[torch.cat(index)], torch.cat(views))["alignment"]
-    of = f"{len(features):,} images"
-    return Outcome({name: Figure(value, of=f"{of}{BETTER.get(name, '')}") for name, value in found.items()})
-
-
-def neighbours(bench: Bench) -> Outcome:
-    """The nearest training images of some test images, for a picture."""
-    chosen = np.argsort(bench.sets.test.images.subset(bench.test.index.numpy()).keys())[:QUERIES]
-    similarity, rows = (part[chosen, :SHOWN] for part in bench.test_neighbours)
-    return Outcome(
-        details={
-            "queries": bench.test.index[chosen].tolist(),
-            "nearest": bench.train.index[rows].tolist(),
-            "similarity": [[round(value, 4) for value in row] for row in similarity.tolist()],
-        }
-    )
+def attentive(context: EvalContext) -> ProtocolResult:
+    """Evaluate the attentive probe of the last layer's patch tokens."""
+    result, data = ProtocolResult(), context.data
+    train, test = (PatchTokenCache(context.backbone, part, context.cache) for part in (data.train, data.test))
+    probe, lr = fit_attentive(train, len(context.classes), context.compute, seed=context.options.seed)
+    index, logits = attentive_logits(probe, test, context.compute)
+    labels = torch.from_numpy(data.test.labels)[index]
+    result.add_accuracy("attentive", logits.argmax(1), labels, context.classes, f"lr {lr:g}")
+    return result
 
 
 @dataclass(frozen=True)
@@ -148,27 +59,29 @@ class Protocol:
     """A row of the table.
 
     Attributes:
-        needs: 'labels', 'images', 'others', 'masks', 'annotations': what data it can't do without.
-        costly: only run when asked for.
+        requires: 'labels', 'images', 'ood', 'masks', 'annotations': data it can't do without.
+        expensive: only run when asked for.
     """
 
-    run: Callable[[Bench], Outcome]
-    needs: str
-    costly: bool = False
+    run: Callable[[EvalContext], ProtocolResult]
+    requires: str
+    expensive: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
+    "logistic": Protocol(logistic, "labels"),
     "knn": Protocol(knn, "labels"),
-    "linear": Protocol(linear, "labels"),
+    "linear-sgd": Protocol(linear_sgd, "labels"),
     "attentive": Protocol(attentive, "labels"),
-    "few-label": Protocol(few_label, "labels"),
+    "few-shot": Protocol(few_shot, "labels"),
     "cluster": Protocol(cluster, "labels"),
-    "rank": Protocol(rank, "images"),
-    "neighbours": Protocol(neighbours, "images"),
-    "ood": Protocol(other_sets, "others"),
-    "corruptions": Protocol(corruptions, "labels", costly=True),
-    "resolution": Protocol(resolution, "labels", costly=True),
+    "feature-rank": Protocol(feature_rank, "images"),
+    "nearest-neighbors": Protocol(neighbors, "images"),
+    "ood": Protocol(ood, "ood"),
+    "corruptions": Protocol(corruptions, "labels", expensive=True),
+    "resolution": Protocol(resolution, "labels", expensive=True),
     "multi-label": Protocol(multi_label, "annotations"),
     "segmentation": Protocol(segmentation, "masks"),
-    "detection": Protocol(detection, "annotations", costly=True),
+    "detection": Protocol(detection, "annotations", expensive=True),
+    "detection-finetune": Protocol(detection_finetune, "annotations", expensive=True),
 }

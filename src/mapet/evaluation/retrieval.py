@@ -1,33 +1,36 @@
-"""What frozen features find: the nearest images of some, and which classes a linear probe takes for which."""
+"""What frozen features find: the nearest images of some, and which classes the linear probe takes for which."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.data.dataset import ViewDataset
 from mapet.data.image_list import ImageList
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, draw_view, render
 from mapet.device import Compute
-from mapet.errors import MapetError
-from mapet.evaluation.classifiers import linear_predictions, nearest_neighbours
-from mapet.evaluation.features import LabelledSet, extract_features, labelled, split, unlabelled
-from mapet.evaluation.online import MOST_TEST, MOST_TRAIN, fixed_sample
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+from mapet.evaluation.features import LabelledSet, labelled, split, unlabelled
+from mapet.evaluation.online import MAX_TEST, MAX_TRAIN, ONLINE_C
+from mapet.evaluation.probes import fit_logistic, nearest_neighbors
+
+Titled = tuple[UInt8[Tensor, "C H W"], str]
+"""Pixels of a centred view, and the name of the image."""
 
 
 class Retrieval(NamedTuple):
     """Of a fixed sample of images, a fifth of them held out.
 
     Attributes:
-        rows: of (pixels, name): a held-out image, then those of the others nearest to it, best first.
+        rows: a held-out image, then those of the others nearest to it, best first.
         classes: [] without labels.
         confusion: images of each true class (row) by the class that the probe gave them; None without labels.
     """
 
-    rows: list[list[tuple[UInt8[Tensor, "C H W"], str]]]
+    rows: list[list[Titled]]
     classes: list[str]
     confusion: Int[np.ndarray, "K K"] | None
 
@@ -41,35 +44,32 @@ def retrieve(
         MapetError: too few images to hold some out, or too many that can't be read.
     """
     train, test = split(labelled(images) if images.classes() else unlabelled(images))
-    train, test = fixed_sample(train, MOST_TRAIN), fixed_sample(test, MOST_TEST)
-    (bank, kept), (asked, held) = (_features_and_index(vit, data, compute, workers) for data in (train, test))
-    confusion = None
+    train, test = train.sample(MAX_TRAIN), test.sample(MAX_TEST)
+    backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(workers=workers, progress=False)
+    fit, check = (FeatureCache.extract(backbone, data, config) for data in (train, test))
+    features, confusion = check.layer_features(), None
     if train.classes:
-        labels, true = torch.from_numpy(train.labels)[kept], torch.from_numpy(test.labels)[held]
-        found = linear_predictions(bank, labels, asked, strength=0.1, max_iterations=100)
-        number = len(train.classes)
-        confusion = torch.bincount(true * number + found, minlength=number**2).view(number, number).numpy()
-    chosen = np.linspace(0, len(held) - 1, min(queries, len(held))).round().astype(int)
-    _, neighbours = nearest_neighbours([(0, bank)], asked[chosen], nearest)
-    rows = [
-        [_shown(vit, test, int(held[query]))] + [_shown(vit, train, int(kept[other])) for other in others]
-        for query, others in zip(chosen, neighbours, strict=True)
-    ]
+        count = len(train.classes)
+        predicted = fit_logistic(fit.layer_features(), fit.labels, count, C=ONLINE_C)(features).argmax(1)
+        confusion = torch.bincount(check.labels * count + predicted, minlength=count**2).view(count, count).numpy()
+    order = check.index.argsort()
+    chosen = order[np.linspace(0, len(order) - 1, min(queries, len(order))).round().astype(int)]
+    _, found = nearest_neighbors(fit.layer_blocks(), features[chosen], nearest)
+    rows = neighbor_rows(backbone, train, test, check.index[chosen].tolist(), fit.index[found].tolist())
     return Retrieval(rows, train.classes, confusion)
 
 
-def _features_and_index(
-    vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int
-) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
-    """Features of the images that can be read, and which those are."""
-    numbered = LabelledSet(data.images, data.classes, np.arange(len(data.labels)))
-    return extract_features(vit, numbered, compute, workers=workers, show=False)
+def neighbor_rows(
+    backbone: BackboneWrapper, train: LabelledSet, test: LabelledSet, queries: list[int], nearest: list[list[int]]
+) -> list[list[Titled]]:
+    """Show each query, a test image, and after it its nearest training images."""
 
+    def titled(data: LabelledSet, index: int) -> Titled:
+        picture = data.images.open(index, backbone.channels)
+        view = draw_view(ViewSpec(image_size=backbone.image_size), picture.size, data.images.key(index), 0)
+        return render(picture, view, backbone.image_size), data.title(index)
 
-def _shown(vit: VisionTransformer, data: LabelledSet, index: int) -> tuple[UInt8[Tensor, "C H W"], str]:
-    height, width = vit.patch_embed.img_size
-    view = ViewDataset(data.images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width))
-    sample = view[0, index]
-    if sample.images is None:
-        raise MapetError(f"{data.images.id(index)!r} could be read before and can't be now: {sample.bad[0][1]}")
-    return sample.images[0], data.title(index)
+    return [
+        [titled(test, query), *(titled(train, other) for other in others)]
+        for query, others in zip(queries, nearest, strict=True)
+    ]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mapet.evaluation.classifiers import linear_accuracy
+from mapet.evaluation.probes import fit_logistic
 
 SHUFFLES = 20
 """Shuffled copies that tell what information chance alone would show; their spread is known to a sixth (1 / sqrt 38)."""
@@ -266,8 +266,8 @@ def bag_of_tokens(
     chance = float(torch.bincount(labels[test]).max() / test.sum())
     if not bags.shape[1]:
         return BagOfTokens(chance, chance, int(test.sum()))
-    accuracy = linear_accuracy(bags[~test], labels[~test], bags[test], labels[test])
-    return BagOfTokens(accuracy, chance, int(test.sum()))
+    predicted = fit_logistic(bags[~test], labels[~test], int(labels.max()) + 1)(bags[test]).argmax(1)
+    return BagOfTokens(float((predicted == labels[test]).double().mean()), chance, int(test.sum()))
 
 
 def nearest_codes(

@@ -128,7 +128,7 @@ def mostly_clipped(run: Subject) -> str | None:
 
 def probe_falls(run: Subject) -> str | None:
     """The features were better before."""
-    probe = run.history["probe/linear"]
+    probe = run.history["probe/logistic"]
     if len(probe.values) < 3 or (best := max(probe.values)) - probe.last < 0.03:
         return None
     when = probe.steps[probe.values.index(best)]
@@ -140,7 +140,7 @@ def probe_falls(run: Subject) -> str | None:
 
 def probe_stands_still(run: Subject) -> str | None:
     """The features are no better than at the first probe."""
-    probe = run.history["probe/linear"]
+    probe = run.history["probe/logistic"]
     if len(probe.values) < 3 or max(probe.values[1:]) - probe.values[0] >= 0.01 or probe_falls(run):
         return None
     return (
@@ -152,8 +152,8 @@ def probe_stands_still(run: Subject) -> str | None:
 def probe_like_untrained(run: Subject) -> str | None:
     """The features may be no better than those of random weights: less than two standard errors of the difference."""
     try:
-        before, after = (float(run.probe[state]["linear"]) for state in ("untrained", "pretrained"))
-        images = int(run.probe["test_images"])
+        before, after = (float(run.probe[state]["logistic"]) for state in ("untrained", "pretrained"))
+        images = int(run.probe["data"]["test_images"])
     except (KeyError, TypeError, ValueError):
         return None
     share = (before + after) / 2
@@ -221,7 +221,7 @@ def not_judged(run: Subject) -> str:
     """What to do where it is over and there was no label to judge it by; else an empty text."""
     epochs = run.history["epoch"].values
     over = bool(epochs) and epochs[-1] >= float(run.recipe.get("epochs") or 0)
-    if run.probe or run.history["probe/linear"].values or not over or too_early(run):
+    if run.probe or run.history["probe/logistic"].values or not over or too_early(run):
         return ""
     return (
         f"There were no labels, so nothing here says whether the features are of use. {_command(run, 'evaluate')} holds them "
@@ -240,10 +240,8 @@ def _command(run: Subject, stage: Literal["inspect-tokenizer", "evaluate"]) -> s
     given = {name: quote(str(run.recipe.get(name) or name.upper())) for name in ("tokenizer", "images", "out")}
     if stage == "inspect-tokenizer":
         return "`mapet inspect-tokenizer {tokenizer} --images {images} --out NEW`".format(**given)
-    return (
-        "`mapet evaluate --backbone random:{out} {out} --images {images} --protocols rank neighbours --out NEW`".format(
-            **given
-        )
+    return "`mapet evaluate --backbone random:{out} {out} --images {images} --protocols feature-rank nearest-neighbors --out NEW`".format(
+        **given
     )
 
 

@@ -69,8 +69,8 @@ def origin_of(source: str | Path) -> Origin:
 def _origin_of_run(folder: Path, state: RunState) -> Origin:
     metrics = {"pre-training": figures(History.read(folder / "metrics.jsonl"))}
     run = parent_run(folder)
-    if run and (probe := RunState.read(run).results.get("probe")):
-        metrics["probe"] = probe
+    if run and (found := RunState.read(run).results.get("evaluation")):
+        metrics["evaluation"] = found
     images = {"number": state.counts.get("images", 0), "hash": state.hashes.get("images", "")}
     images |= {"unreadable": state.counts.get("unreadable", 0)}
     recipe = _without_paths(with_views(state.config, state.results.get("views")))

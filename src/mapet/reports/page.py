@@ -42,7 +42,7 @@ CHARTS = (
     {
         "title": "Probes",
         "unit": "accuracy of frozen features",
-        "lines": {"probe/linear": "linear probe", "probe/knn": "k-NN"},
+        "lines": {"probe/logistic": "linear probe", "probe/knn": "k-NN"},
         "hint": "On a small fixed sample of labelled images, held out from the probe.",
     },
     {"title": "Learning rate", "unit": "at each step", "lines": {"lr": "learning rate"}},

@@ -40,7 +40,7 @@ FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float],
     "token_entropy": ("loss of guessing by frequency, nats", last, number),
     "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
     "commonest_token": ("always guessing the commonest word", last, percent),
-    "probe/linear": ("linear probe while pre-training (held-out part of the training images)", last, number),
+    "probe/logistic": ("linear probe while pre-training (held-out part of the training images)", last, number),
     "probe/knn": ("k-NN while pre-training (the same)", last, number),
     "images_per_second": ("images a second (median)", median, number),
     "data_wait": ("share of time waiting for images (median)", median, percent),
@@ -99,7 +99,7 @@ class RunFiles:
         except MapetError:
             self.recipe = {}
         self.state = _state(self.folder)
-        self.probe = _mapping(_state(self.parent).results.get("probe")) if self.parent else {}
+        self.probe = _mapping(_state(self.parent).results.get("evaluation")) if self.parent else {}
         self.tokenizer = _mapping(self.state.results.get("tokenizer"))
         if self.history.path != (path := self.folder / "metrics.jsonl"):
             self.history = History(path)
@@ -225,7 +225,7 @@ class RunFiles:
         for state in ("untrained", "pretrained"):
             for key, value in _mapping(self.probe.get(state)).items():
                 if isinstance(value, (int, float)):
-                    found[f"{'k-NN' if key == 'knn' else f'{key} probe'}, {state}"] = number(value)
+                    found[f"{key}, {state}"] = number(value)
         return found
 
     def _option(self, name: str, value: Any) -> str:

@@ -42,7 +42,7 @@ METHOD = [
 ]
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
 """Column -> attribute of a cell and unit."""
-CURVES = {"loss": "training loss", "linear": "linear probe while training", "knn": "k-NN while training"}
+CURVES = {"loss": "training loss", "logistic": "linear probe while training", "knn": "k-NN while training"}
 AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 """Key of a curve's point -> label and unit."""
 

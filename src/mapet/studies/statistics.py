@@ -27,7 +27,7 @@ class Cell:
         status: "done", "failed" (`reason` says why, on one line) or "not run".
         scores: accuracy (0..1) of each measure.
         flops, seconds: of the whole pre-training; wall-clock.
-        curve: points of "epoch", "flops", "seconds", and any of "loss", "linear", "knn".
+        curve: points of "epoch", "flops", "seconds", and any of "loss", "logistic", "knn".
     """
 
     name: str

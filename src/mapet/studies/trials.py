@@ -157,26 +157,24 @@ def run_cell(folder_name: str, device: str) -> int:
 def evaluate(
     run: Path, job: dict[str, Any], images: str, seed: int, device: str, pretrained: bool = True
 ) -> dict[str, float]:
-    """Frozen features judged by linear probe and k-NN on every test set, and fine-tuning."""
-    import torch
-
+    """Evaluate frozen features by linear probe and k-NN on every test set, and fine-tuning."""
     from mapet.device import Compute
-    from mapet.evaluation.classifiers import knn_accuracy, linear_accuracy
-    from mapet.evaluation.features import extract_features, train_and_test
-    from mapet.models.backbone import load_backbone, prepare_for_device
+    from mapet.evaluation.backbone_wrapper import RANDOM, BackboneWrapper
+    from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+    from mapet.evaluation.features import train_and_test
+    from mapet.evaluation.probes import probe_accuracy
 
-    compute = Compute.choose(device)
-    torch.manual_seed(seed)
-    vit = prepare_for_device(load_backbone(run, pretrained=pretrained), compute)
-    scores, fit = {}, None
+    backbone, cache = f"{'' if pretrained else RANDOM}{run}", CacheConfig(progress=False)
+    wrapper = BackboneWrapper.load(backbone, Compute.choose(device), seed)
+    scores: dict[str, float] = {}
+    fit = None
     for name, folder in {"": job["test_images"], **job["ood_images"]}.items():
         train, test = train_and_test(images, folder)
-        fit = fit or extract_features(vit, train, compute, show=False)
-        check = extract_features(vit, test, compute, show=False)
-        on = f" on {name}" if name else ""
-        scores[f"linear probe{on}"], scores[f"k-NN{on}"] = linear_accuracy(*fit, *check), knn_accuracy(*fit, *check)
+        fit = fit or FeatureCache.extract(wrapper, train, cache)
+        found = probe_accuracy(fit, FeatureCache.extract(wrapper, test, cache))
+        scores |= {f"{metric} on {name}" if name else metric: value for metric, value in found.items()}
     for labels in job["labels_per_class"]:
-        name = f"fine-tuned, {f'{labels} labels a class' if labels else 'all labels'}"
+        name = f"finetune, {f'{labels} labels a class' if labels else 'all labels'}"
         scores[name] = finetune(
             backbone=run, images=images, test_images=job["test_images"], labels_per_class=labels, seed=seed,
             device=device, from_scratch=not pretrained, **job["finetune"],
@@ -195,6 +193,6 @@ def curve(run: Path, job: dict[str, Any]) -> dict[str, Any]:
             seconds += (metrics["epoch"] - epoch) * job["num_images"] / metrics["images_per_second"]
             epoch = metrics["epoch"]
         point = {"epoch": epoch, "flops": epoch * job["flops_per_epoch"], "seconds": seconds}
-        named = {"loss": "loss", "probe/linear": "linear", "probe/knn": "knn"}
+        named = {"loss": "loss", "probe/logistic": "logistic", "probe/knn": "knn"}
         points.append(point | {short: metrics[name] for name, short in named.items() if name in metrics})
     return {"flops": epoch * job["flops_per_epoch"], "seconds": seconds, "curve": points}

@@ -24,7 +24,7 @@ from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
-from mapet.evaluation.splits import few_labels
+from mapet.evaluation.few_shot import few_shot_split
 from mapet.models.adapt import input_mean_std
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.signals import StopRequest, stop_signals
@@ -89,7 +89,7 @@ def finetune_vit(config: FinetuneConfig) -> Tuned:
     train, test = train_and_test(config.images, config.test_images)
     if config.labels_per_class or config.label_fraction < 1:
         try:
-            train = train.subset(few_labels(train, config.labels_per_class or config.label_fraction, config.seed))
+            train = train.subset(few_shot_split(train, config.labels_per_class or config.label_fraction, config.seed))
         except MapetError as error:
             held = (
                 ""

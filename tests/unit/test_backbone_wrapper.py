@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.encoder import Encoder
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
 from mapet.models.backbone import save_backbone
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -57,9 +57,9 @@ def assert_sees_as(encoder, vit, stats, size=(32, 32), channels=3, eps=1e-5):
     images = some_images(size, channels)
     tokens = layers_of(vit, images, stats)
     for pool, pooled in (("avg", lambda x: x[:, 1:].mean(1)), ("token", lambda x: x[:, 0])):
-        for found, expected in zip(encoder.pooled(images, [1, 2], pool), tokens, strict=True):
+        for found, expected in zip(encoder.pooled_features(images, [1, 2], pool), tokens, strict=True):
             assert float((found - pooled(expected)).abs().max()) < eps
-    patches = encoder.tokens(images).flatten(2).transpose(1, 2)
+    patches = encoder.last_layer(images).flatten(2).transpose(1, 2)
     assert float((patches - tokens[1][:, 1:]).abs().max()) < 2 * eps
 
 
@@ -74,7 +74,7 @@ def test_a_weights_file(tmp_path):
     torch.save(mae(vit), tmp_path / "mae_pretrain.pth")
     save_file(vit.state_dict() | {"head.weight": torch.ones(5, 192)}, tmp_path / "model.safetensors")
     for name in ("mae_pretrain.pth", "model.safetensors"):
-        assert_sees_as(Encoder.load(str(tmp_path / name), CPU), vit, IMAGENET)
+        assert_sees_as(BackboneWrapper.load(str(tmp_path / name), CPU), vit, IMAGENET)
 
 
 @pytest.mark.parametrize("stats", [IMAGENET, HALF, ODD])
@@ -86,14 +86,14 @@ def test_a_timm_folder(stats, size, tmp_path):
     args = {"img_size": size, "patch_size": 8, "depth": 2}
     save_for_hf(vit, str(tmp_path / "vit"), model_args=args, data_config=data, safe_serialization=True)
     for source in (f"{tmp_path}/vit", f"local-dir:{tmp_path}/vit"):
-        assert_sees_as(Encoder.load(source, CPU), vit, stats, size)
+        assert_sees_as(BackboneWrapper.load(source, CPU), vit, stats, size)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels(channels, tmp_path):
     vit = original(channels=channels)
     save_backbone(vit, tmp_path / "vit")
-    encoder = Encoder.load(str(tmp_path / "vit"), CPU)
+    encoder = BackboneWrapper.load(str(tmp_path / "vit"), CPU)
     assert_sees_as(encoder, vit, ((0.5,) * channels, (0.25,) * channels), channels=channels)
 
 
@@ -132,7 +132,7 @@ def test_a_hugging_face_folder(preprocessor, stats, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if preprocessor:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    assert_sees_as(Encoder.load(str(tmp_path), CPU), vit, stats)
+    assert_sees_as(BackboneWrapper.load(str(tmp_path), CPU), vit, stats)
 
 
 def test_a_folder_that_transformers_writes(tmp_path):
@@ -147,15 +147,15 @@ def test_a_folder_that_transformers_writes(tmp_path):
     images = some_images()
     with torch.inference_mode():
         expected = model(images / 255).last_hidden_state[:, 0]
-    found = Encoder.load(str(tmp_path), CPU).pooled(images, [2], "token")[0]
+    found = BackboneWrapper.load(str(tmp_path), CPU).pooled_features(images, [2], "token")[0]
     assert float((found - expected).abs().max()) < 1e-5
 
 
 def test_random_weights_of_a_folder_take_its_size_and_our_pixels(tmp_path):
     save_backbone(original((16, 40)), tmp_path / "vit")
-    first, again, other = (Encoder.load(f"random:{tmp_path / 'vit'}", CPU, seed) for seed in (0, 0, 1))
+    first, again, other = (BackboneWrapper.load(f"random:{tmp_path / 'vit'}", CPU, seed) for seed in (0, 0, 1))
     assert (first.image_size, first.mean, first.std) == ((16, 40), *IMAGENET)
-    found = [encoder.pooled(some_images((16, 40)), [2], "avg")[0] for encoder in (first, again, other)]
+    found = [encoder.pooled_features(some_images((16, 40)), [2], "avg")[0] for encoder in (first, again, other)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=0.01)
 
 
@@ -178,12 +178,12 @@ FAMILIES = {
 def test_families_of_timm(name):
     """Layers are timm's own, of pixels normalised as the model's, the last norm taken where timm takes it."""
     layers, first, last = FAMILIES[name]
-    encoder = Encoder.load(f"random:{name}", CPU)
-    assert encoder.num_layers == layers and encoder.spread_layers()[-1] == layers
+    encoder = BackboneWrapper.load(f"random:{name}", CPU)
+    assert encoder.num_layers == layers and encoder.evenly_spaced_layers()[-1] == layers
     data = timm.data.resolve_model_data_config(encoder.model)
     assert encoder.image_size == tuple(data["input_size"][1:])
     images = some_images(encoder.image_size)[:1]
-    found = encoder.pooled(images, [1, layers], "avg")
+    found = encoder.pooled_features(images, [1, layers], "avg")
     assert [part.shape for part in found] == [(1, first), (1, last)]
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
@@ -192,13 +192,13 @@ def test_families_of_timm(name):
     assert len(grids) == layers
     for part, grid in ((found[0], grids[0]), (found[1], grids[-1])):
         torch.testing.assert_close(part, grid.mean((2, 3)), atol=1e-5, rtol=1e-4)
-    assert torch.equal(encoder.tokens(images), grids[-1])
+    assert torch.equal(encoder.last_layer(images), grids[-1])
 
 
 def test_a_class_token_that_timm_does_not_give():
-    encoder = Encoder.load("random:xcit_nano_12_p8_224", CPU)
+    encoder = BackboneWrapper.load("random:xcit_nano_12_p8_224", CPU)
     with pytest.raises(MapetError, match="--pool avg"):
-        encoder.pooled(some_images(encoder.image_size)[:1], [1], "token")
+        encoder.pooled_features(some_images(encoder.image_size)[:1], [1], "token")
 
 
 @pytest.mark.parametrize(
@@ -206,13 +206,13 @@ def test_a_class_token_that_timm_does_not_give():
 )
 def test_families_at_other_sizes(name, size):
     """In multiples of what they take; where a network can't, that is told."""
-    encoder = Encoder.load(f"random:{name}", CPU)
-    assert size % encoder.patch == 0
-    resized = encoder.at_size((size, size))
+    encoder = BackboneWrapper.load(f"random:{name}", CPU)
+    assert size % encoder.patch_size == 0
+    resized = encoder.with_image_size((size, size))
     assert resized.image_size == (size, size)
-    assert resized.tokens(some_images((size, size))[:1]).isfinite().all()
+    assert resized.last_layer(some_images((size, size))[:1]).isfinite().all()
 
 
 def test_a_size_that_a_network_cannot_take():
     with pytest.raises(MapetError, match=r"random:mixer_s32_224 can't take 96 x 96 px: Input height"):
-        Encoder.load("random:mixer_s32_224", CPU).at_size((96, 96))
+        BackboneWrapper.load("random:mixer_s32_224", CPU).with_image_size((96, 96))

@@ -1,0 +1,176 @@
+"""What a protocol takes and returns: a backbone with the data it is evaluated on, and metrics."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mapet.config.evaluate import EvaluateConfig
+from mapet.data.sources import scan
+from mapet.device import Compute
+from mapet.errors import MapetError
+from mapet.evaluation.annotations import DetectionSet, SegmentationSet, detection_sets, segmentation_sets
+from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+from mapet.evaluation.features import LabelledSet, labelled, split, train_and_test, unlabelled
+from mapet.evaluation.intervals import MetricValue, accuracy_with_ci
+from mapet.evaluation.probes import LogisticProbe, fit_logistic, nearest_neighbors
+
+NUM_SHOWN = 8
+"""Neighbors in the figure, at most."""
+
+
+@dataclass
+class ProtocolResult:
+    """What a protocol found.
+
+    Attributes:
+        metrics: rows of the table of all backbones; names have no spaces.
+        per_class: of some metrics, (correct, images) of each class; of segmentation, pixels of (intersection, union).
+        details: further results, as JSON.
+    """
+
+    metrics: dict[str, MetricValue] = field(default_factory=dict)
+    per_class: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def add_accuracy(
+        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str = ""
+    ) -> None:
+        """Add top-1 accuracy with its interval, and the table of classes."""
+        correct = predicted == labels
+        self.metrics[name] = accuracy_with_ci(int(correct.sum()), len(labels), selected)
+        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[correct]))
+        self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
+
+
+@dataclass
+class EvalData:
+    """The images. Without class folders `classes` is empty and all labels are 0.
+
+    Attributes:
+        ood: further labelled test sets, by name.
+        masks: training and test images with a class for every pixel.
+        boxes: training and test images with COCO annotations.
+    """
+
+    train: LabelledSet
+    test: LabelledSet
+    ood: dict[str, LabelledSet] = field(default_factory=dict)
+    masks: tuple[SegmentationSet, SegmentationSet] | None = None
+    boxes: tuple[DetectionSet, DetectionSet] | None = None
+
+    def has(self, what: str) -> bool:
+        """Tell whether there is what a protocol requires: images, labels, ood, masks or annotations."""
+        labels = bool(self.train.classes)
+        return {
+            "images": True, "labels": labels, "ood": labels and bool(self.ood),
+            "masks": self.masks is not None, "annotations": self.boxes is not None,
+        }[what]  # fmt: skip
+
+
+def load_eval_data(config: EvaluateConfig) -> EvalData:
+    """Open the images, with annotations, masks or labels where there are some.
+
+    Raises:
+        MapetError: options that have no use for these images.
+    """
+    if config.ood_images and not scan(config.images).classes():
+        raise MapetError(f"--ood-images are matched by class folders, which {config.images} has not")
+    folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
+    if config.annotations is not None:
+        boxes = detection_sets(folder, config.annotations, test_folder, config.test_annotations)
+        train, test = (unlabelled(part.images) for part in boxes)
+        return EvalData(train, test, boxes=boxes)
+    masks = segmentation_sets(folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels)
+    if masks is not None:
+        train, test = (unlabelled(part.images) for part in masks)
+        return EvalData(train, test, masks=masks)
+    if config.test_seg_masks is not None or config.ignore_labels:
+        raise MapetError(
+            f"--test-seg-masks and --ignore-labels need masks: {config.images} has none, and --seg-masks isn't given"
+        )
+    images = scan(config.images)
+    if images.classes():
+        ood = {name: labelled(scan(source)) for name, source in config.ood_images.items()}
+        return EvalData(*train_and_test(config.images, config.test_images), ood)
+    if config.test_images is None:
+        return EvalData(*split(unlabelled(images)))
+    return EvalData(unlabelled(images), unlabelled(scan(config.test_images)))
+
+
+@dataclass
+class EvalContext:
+    """One backbone and its data; features are computed when first needed, and shared by the protocols."""
+
+    backbone: BackboneWrapper
+    data: EvalData
+    cache: CacheConfig
+    options: EvaluateConfig
+
+    @property
+    def compute(self) -> Compute:
+        return self.backbone.compute
+
+    @property
+    def classes(self) -> list[str]:
+        return self.data.train.classes
+
+    @cached_property
+    def train(self) -> FeatureCache:
+        """Features of the training images, of four layers."""
+        return self._features(self.data.train, self.backbone.evenly_spaced_layers())
+
+    @cached_property
+    def test(self) -> FeatureCache:
+        """Features of the test images, of the same layers."""
+        return self._features(self.data.test, self.backbone.evenly_spaced_layers())
+
+    def _features(self, data: LabelledSet, layers: list[int]) -> FeatureCache:
+        return FeatureCache.extract(self.backbone, data, self.cache, layers, self.options.pool)
+
+    @cached_property
+    def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+        """Similarities and rows of the training images nearest to each test image."""
+        k = max(self.options.knn_k, NUM_SHOWN)
+        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), k)
+
+    @cached_property
+    def logistic(self) -> LogisticProbe:
+        """The linear probe."""
+        return fit_logistic(self.train.layer_features(), self.train.labels, len(self.classes))
+
+    @property
+    def classifier(self) -> str:
+        """What `classify` reads: the model's own classifier where it has one with names, else the linear probe."""
+        return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
+
+    def classify(
+        self, images: UInt8[Tensor, "B C H W"], backbone: BackboneWrapper | None = None
+    ) -> Float[Tensor, "B K"]:
+        """Compute logits of the training images' classes.
+
+        Args:
+            backbone: the same model for another input size.
+
+        Raises:
+            MapetError: the model's own classifier lacks some of them.
+        """
+        backbone = backbone or self.backbone
+        if not backbone.classes:
+            return self.logistic(backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0])
+        place = {name: index for index, name in enumerate(backbone.classes)}
+        unknown = [name for name in self.classes if name not in place]
+        if unknown:
+            raise MapetError(f"{backbone.name} was fine-tuned without the class '{unknown[0]}'")
+        return backbone.logits(images)[:, [place[name] for name in self.classes]].cpu()
+
+    def close(self) -> None:
+        """Give the features' memory back."""
+        for name in ("train", "test"):
+            if name in self.__dict__:
+                self.__dict__[name].close()

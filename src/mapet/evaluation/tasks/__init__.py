@@ -1,1 +1,0 @@
-"""Protocols for images with more than one class: several labels, segmentation, detection."""
