@@ -286,11 +286,11 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
     assert "weights of the backbone `vit` were not trained by a run that mapet knows" in card
     card = card_of("c")
     assert "From random weights of the architecture of `run`" in card and "it began with random weights" in card
-    assert "without labels" not in card and "visual words" not in card
+    assert "without labels" not in card and "visual tokens" not in card
 
 
-def test_the_teacher_of_a_vqkd_teacher_is_in_the_card():
-    from mapet.reports.card import Origin, _teacher
+def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
+    from mapet.reports.card import Origin, model_card
 
     def card(*teachers):
         about = {}
@@ -303,7 +303,10 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card():
             "grid": [2, 2],
             "hash": "a",
         }
-        return _teacher("run", Origin({}, {}, tokenizer, {}))
+        origin = Origin(tokenizer=tokenizer)
+        return model_card(
+            "a", tmp_path, "run", load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []
+        )
 
     assert "no labels and no pre-trained network" in card("vqkd", "pixels")
     assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "with a past" in card(

@@ -101,7 +101,7 @@ def test_the_wheel_holds_the_package_and_no_more(built):
     assert package == {
         str(p.relative_to(ROOT / "src"))
         for p in (ROOT / "src").rglob("*")
-        if p.suffix in (".py", ".typed", ".html", ".css", ".js") or p.parent.name == "vendor"
+        if p.suffix in (".py", ".typed", ".html", ".css", ".js") or p.parent.name in ("vendor", "web")
     }
     assert "mapet/py.typed" in package
     for licence in ("LICENSE", "src/mapet/reports/vendor/LICENSE"):

@@ -206,6 +206,12 @@ def test_what_an_option_of_none_means(tmp_path):
     }  # fmt: skip
 
 
+def test_lists_are_written_as_lists(tmp_path):
+    folder = write_run(tmp_path / "a", mask_ratio=[0.4, 0.8], model_args={"sizes": [1, [2, 3]]})
+    told = RunFiles.open(folder).data()["config"]
+    assert (told["mask_ratio"], told["model_args"]) == ("[0.4, 0.8]", "sizes=[1, [2, 3]]")
+
+
 def test_views_are_those_of_the_token_store(tmp_path):
     """The option itself has nothing to say with --tokens, and stays at its default."""
     folder = write_run(tmp_path / "pretrain", views="center", min_crop_scale=0.2, tokens="tokens")

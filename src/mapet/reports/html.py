@@ -1,13 +1,14 @@
-"""Pages of all reports: Jinja templates that escape what they are given, with styles and scripts inside each page."""
+"""Pages and model cards: Jinja templates; those of HTML escape what they are given and hold their styles and scripts."""
 
 import base64
 import hashlib
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from mapet.reports.blocks import Bold, Bullets, Code, Curves, Heading, Paragraph, Table
@@ -44,6 +45,11 @@ def render_study(**content: object) -> str:
     return _render("study.html", _inline(STYLES[1:]), "style-src 'unsafe-inline'", **content)
 
 
+def render_card(**content: object) -> str:
+    """Fill model_card.md."""
+    return _environment().get_template("model_card.md").render(**content).strip() + "\n"
+
+
 def _render(template: str, style: str, policy: str, **content: object) -> str:
     """Fill a template of web/ that extends layout.html."""
     policy = f"default-src 'none'; {policy}; base-uri 'none'; form-action 'none'"
@@ -58,11 +64,12 @@ def render_part(macro: str, *arguments: object) -> str:
 @cache
 def _environment() -> Environment:
     made = Environment(
-        loader=PackageLoader("mapet.reports", "web"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("mapet.reports", "web"), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
     for kind in (Bold, Heading, Paragraph, Code, Bullets, Table, Curves):
         made.tests[kind.__name__.lower()] = lambda value, kind=kind: isinstance(value, kind)
+    made.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return made
 

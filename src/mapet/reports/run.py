@@ -60,12 +60,14 @@ PLACES = (
     "log_interval",
 )
 """Options that say where and how fast, not what."""
-IN_WORDS = {
-    "perplexity": ("perplexity", "{} of {} at most: so many words, used evenly, would be as varied"),
-    "top_code_fraction": ("commonest word", "{} of the patches"),
+CODEBOOK_LABELS = {
+    "num_used_codes": ("used codes", "{}"),
+    "num_dead_codes": ("dead codes", "{}"),
+    "perplexity": ("perplexity", "{} of {} at most: so many tokens, used evenly, would be as varied"),
+    "top_code_fraction": ("most frequent token", "{} of the patches"),
     "quantization_error": (
         "quantization error",
-        "{}: squared distance of features to their word, as a share of that to the mean",
+        "{}: squared distance of features to their code, relative to their variance",
     ),
     "num_patches": ("measured on patches", "{}"),
 }
@@ -79,10 +81,7 @@ TOKENIZER_METRICS = "tokenizer_metrics.json"
 
 
 class RunFiles:
-    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet.
-
-    Args:
-    """
+    """A run folder of `pretrain` or `run`, which may still be growing or not be there yet."""
 
     def __init__(self, given: Path) -> None:
         self.given = given
@@ -273,21 +272,13 @@ class RunFiles:
         own = teacher.get("teacher") == "pixels"
         yield (
             "teacher",
-            f"{_text(teacher.get('teacher'))} ({'label-free' if own else 'what it has seen, the words inherit'})",
+            f"{_text(teacher.get('teacher'))} ({'label-free' if own else 'the tokens inherit its training data'})",
         )
         vocab_size = told.get("vocab_size")
-        yield "words", _text(vocab_size)
-        yield "patches", f"{_text(told.get('grid'))} of {_text(teacher.get('student_size'))} px"
-        for key in (
-            "num_used_codes",
-            "num_dead_codes",
-            "perplexity",
-            "top_code_fraction",
-            "quantization_error",
-            "num_patches",
-        ):
+        yield "codes", _text(vocab_size)
+        yield "patches", f"{_size(told.get('grid'))} of {_size(teacher.get('student_size'))} px"
+        for key, (name, text) in CODEBOOK_LABELS.items():
             if isinstance(value := health.get(key), (int, float)):
-                name, text = IN_WORDS.get(key, (key.replace("_", " "), "{}"))
                 yield name, text.format(percent(value) if key == "top_code_fraction" else number(value), vocab_size)
 
     def _health(self) -> dict[str, Any]:
@@ -362,11 +353,17 @@ def _measure(value: Any) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {number(part)}" for key, part in pairs)
 
 
-def _text(value: Any) -> str:
+def _size(value: object) -> str:
+    """Write height and width as '224 x 224'."""
+    return " x ".join(map(_text, value)) if isinstance(value, (list, tuple)) else _text(value)
+
+
+def _text(value: object) -> str:
+    """Write a value of a config or description as YAML has it, on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={_text(part)}" for key, part in value.items()) or "none"
     if isinstance(value, (list, tuple)):
-        return " x ".join(_text(part) for part in value)
+        return f"[{', '.join(_text(part) for part in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
