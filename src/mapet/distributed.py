@@ -124,7 +124,7 @@ def all_gather_object(value: T) -> list[T]:
     if not is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
-    with _translate_comm_errors():
+    with translate_comm_errors():
         dist.all_gather_object(values, value)
     return cast(list[T], values)
 
@@ -135,17 +135,20 @@ def _collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor
         return tensor
     gpu_only = dist.get_backend() == "nccl" and tensor.device.type != "cuda"
     shared = tensor.to("cuda" if gpu_only else tensor.device).contiguous().clone()
-    with _translate_comm_errors():
+    with translate_comm_errors():
         operation(shared)
     return shared.to(tensor.device)
 
 
 @contextmanager
-def _translate_comm_errors() -> Iterator[None]:
+def translate_comm_errors() -> Iterator[None]:
+    """Turn the RuntimeError of a collective whose peer is gone into a PeerLostError."""
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
         raise PeerLostError(
             f"rank {rank()} of {world_size()}: lost another rank ({reason}); see its own message. The last checkpoint is "
             "intact: restart all ranks with --resume"

@@ -463,7 +463,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
 FULL_DISK = """
 import resource, sys
 from mapet.cli import main
-import mapet.training.loop, mapet.tokenizers.codebook  # import before files are limited
+import mapet.training.trainer, mapet.tokenizers.codebook  # import before files are limited
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(main(sys.argv[1:]))
 """

@@ -32,8 +32,8 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans_state import State, load_state, save_state
-from mapet.training.checkpoint import load_checkpoint, save_checkpoint, tensors_of
-from mapet.training.optim import make_optimizer
+from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
+from mapet.training.optim import create_optimizer
 from mapet.weights import read_weights
 from tests.conftest import all_rows
 from tests.fuzz.mutate import mutations
@@ -113,17 +113,17 @@ def make_checkpoints(folder: Path) -> None:
     for step in (1, 2):
         torch.manual_seed(step)
         net = Net()
-        optimizer = make_optimizer(net, 0.1, 0.1)
+        optimizer = create_optimizer(net, "adamw", 0.1, 0.1)
         net.layer(torch.ones(2, 5)).sum().backward()
         optimizer.step()
-        save_checkpoint(folder, step, tensors_of(net, optimizer), {"epochs": 3}, keep=2)
+        save_checkpoint(folder, step, checkpoint_tensors(net, optimizer), {"epochs": 3}, keep=2)
 
 
 def read_checkpoints(folder: Path, _: Any) -> Any:
     net = Net()
-    optimizer = make_optimizer(net, 0.1, 0.1)
+    optimizer = create_optimizer(net, "adamw", 0.1, 0.1)
     state = load_checkpoint(folder, net, optimizer)
-    return state["step"], dict(net.state_dict()), tensors_of(net, optimizer)["optimizer"]
+    return state["step"], dict(net.state_dict()), checkpoint_tensors(net, optimizer)["optimizer"]
 
 
 def make_zip(folder: Path) -> None:

@@ -20,9 +20,8 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed
 from mapet.run_state import RunState
-from mapet.training.loss_monitor import LEAST, Watch
-from mapet.training.metrics import Window
-from mapet.training.training_setup import TrainingSetup
+from mapet.training.metrics import MIN_HISTORY, LossMonitor, MetricWindow
+from mapet.training.tasks.pretraining import PretrainingTask
 from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
 
@@ -280,13 +279,13 @@ def test_one_of_two_processes_is_killed(options, tmp_path):
 
 def poisoned(monkeypatch, steps):
     """Let the images of these steps (counted from 0) be NaN."""
-    original = TrainingSetup.prepare_batch
+    original = PretrainingTask.prepare
 
-    def prepare_batch(self, batch, step):
+    def prepare(self, batch, step):
         made = original(self, batch, step)
         return replace(made, images=made.images * torch.nan) if step in steps else made
 
-    monkeypatch.setattr(TrainingSetup, "prepare_batch", prepare_batch)
+    monkeypatch.setattr(PretrainingTask, "prepare", prepare)
 
 
 def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
@@ -356,17 +355,17 @@ def test_roll_back(options, monkeypatch, caplog):
     )
     assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
     state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "state.json").read_text())
-    assert state["rolled_back"] == 1 and (options["out"] / "backbone").exists()
+    assert state["num_rollbacks"] == 1 and (options["out"] / "backbone").exists()
 
 
 def test_spikes_are_logged_with_their_images(few_digits, caplog):
-    watch = Watch(scan(few_digits))
+    watch = LossMonitor(scan(few_digits))
     images = (torch.tensor([7, 8, 9]), torch.tensor([1.0, 30.0, 2.0]))
-    usual = [2.0 + 0.01 * (step % 5) for step in range(LEAST)]
-    watch.judge(Window({}, [*usual, 2.05, 9.0], [images] * (LEAST + 2)), last_step=LEAST + 2)
+    usual = [2.0 + 0.01 * (step % 5) for step in range(MIN_HISTORY)]
+    watch.update(MetricWindow({}, [*usual, 2.05, 9.0], [images] * (MIN_HISTORY + 2)), last_step=MIN_HISTORY + 2)
     spikes = [record.message for record in caplog.records]
     assert len(spikes) == 1
-    assert f"loss spike at step {LEAST + 2}: 9.000, usually 2.02" in spikes[0]
+    assert f"loss spike at step {MIN_HISTORY + 2}: 9.000, usually 2.02" in spikes[0]
     assert f"largest losses: '{watch.images.id(8)}' (30)" in spikes[0]
 
 

@@ -85,16 +85,16 @@ class StopAt:
     """Ask the loop to stop as a signal would, at a given step."""
 
     def __init__(self, monkeypatch, step):
-        import mapet.training.loop as loop
+        from mapet.training import trainer
 
-        original = loop.step_seed
+        original = trainer.step_seed
 
         def seed(value, number):
             if number == step - 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return original(value, number)
 
-        monkeypatch.setattr(loop, "step_seed", seed)
+        monkeypatch.setattr(trainer, "step_seed", seed)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
@@ -352,12 +352,13 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
     seen = {}
     original = ForwardBackward.__call__
 
-    def record(self, batch, *rest):
-        steps = seen.setdefault(self.model.objective.name, [])
+    def record(self, batch, *rest, **options):
+        model = self.module.model
+        steps = seen.setdefault(model.objective.name, [])
         if not steps:
-            steps.append({key: value.clone() for key, value in self.model.state_dict().items()})
+            steps.append({key: value.clone() for key, value in model.state_dict().items()})
         steps.append(batch)
-        return original(self, batch, *rest)
+        return original(self, batch, *rest, **options)
 
     monkeypatch.setattr(ForwardBackward, "__call__", record)
     for objective in OBJECTIVES:
@@ -544,7 +545,7 @@ def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_
             mapet.pretrain(**options)
     first = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (first["batch_size"], first["num_context"], first["image_size"]) == (16, 4, [8, 8])
-    monkeypatch.setattr("mapet.training.training_setup.automatic_batch_size", lambda *_: 3)
+    monkeypatch.setattr("mapet.training.tasks.pretraining.auto_batch_size", lambda *_: 3)
     mapet.pretrain(**options, resume=True)
     steps = -(-288 // 16) * 2
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}").exists()

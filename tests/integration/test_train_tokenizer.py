@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 import mapet
-import mapet.training.tokenizer_loop as loop
 from mapet.cli import main
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
@@ -20,6 +19,8 @@ from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
+from mapet.training import trainer
+from mapet.training.nonfinite import NonFiniteError
 from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {
@@ -48,14 +49,14 @@ def whole(few_digits, tmp_path_factory):
 
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits, tmp_path, monkeypatch):
-    def seed(value, step, original=loop.step_seed):
+    def seed(value, step, original=trainer.step_seed):
         if step == stop_at - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(value, step)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step_seed", seed)
+        patch.setattr(trainer, "step_seed", seed)
         with pytest.raises(
             Interrupted, match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet train-tokenizer .*config.yaml"
         ):
@@ -154,7 +155,7 @@ def test_bad_options(options, message, few_digits, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
-    with pytest.raises(MapetError, match=r"loss is nan at step .*lower --lr"):
+    with pytest.raises(NonFiniteError):
         mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
     assert not (tmp_path / "run" / "vqkd").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
 

@@ -17,7 +17,7 @@ from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.kmeans import assign, kmeans
-from mapet.training import loop
+from mapet.training import trainer
 from mapet.training.step import ForwardBackward
 from tests.conftest import make_batch
 
@@ -64,12 +64,14 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     rand = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
     indices = exact.sample_target_indices(20, [0])
     model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
-    wanted = ForwardBackward(exact, Compute(torch.device("cpu"), torch.float32), 16)(batch)
+    (wanted,) = ForwardBackward(exact, Compute(torch.device("cpu"), torch.float32), 16)(batch)
     compute = Compute.choose("cuda", precision)
     step = ForwardBackward(prepare_for_device(model, compute), compute, 8, compile)
     found = step(batch.to(compute.device))
-    assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01)
-    assert torch.equal(found.targets.cpu(), wanted.targets)
+    assert float(sum(output.loss for output in found)) == pytest.approx(
+        float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01
+    )
+    assert torch.equal(torch.cat([output.targets for output in found]).cpu(), wanted.targets)
     expected = gradients(exact)
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
@@ -114,7 +116,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
-        loss = step(draw(512).to(compute.device)).loss
+        loss = sum(output.loss for output in step(draw(512).to(compute.device)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
@@ -137,14 +139,14 @@ def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool,
 
     steps = []
 
-    class Stops(loop.ForwardBackward):
+    class Stops(trainer.ForwardBackward):
         def __call__(self, *args, **kwargs):
             steps.append(1)
             if len(steps) == 20:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "ForwardBackward", Stops)
+    monkeypatch.setattr(trainer, "ForwardBackward", Stops)
     with pytest.raises(mapet.errors.Interrupted):
         mapet.pretrain(**args, out=tmp_path / "parts")
     mapet.pretrain(**args, out=tmp_path / "parts", resume=True)

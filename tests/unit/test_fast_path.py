@@ -17,9 +17,9 @@ from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.losses import linear_cross_entropy
 from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM
 from mapet.models.packing import attention_mask, eager_attention, split_query_blocks
-from mapet.models.pretraining import ViTForPreTraining, drop_path_scales, residual_update
+from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining, drop_path_scales, residual_update
 from mapet.training import sizing
-from mapet.training.sizing import automatic_micro_batch
+from mapet.training.sizing import auto_micro_batch
 from mapet.training.step import ForwardBackward
 from tests.conftest import make_batch
 
@@ -44,6 +44,13 @@ def draw(batch=6, dtype=torch.float64):
     return make_batch(images, torch.randint(0, 40, (batch, 20), generator=generator), permutation)
 
 
+def joined(outputs):
+    """One output of those of micro-batches, whose losses are weighted."""
+    loss, correct, targets, _ = zip(*outputs, strict=True)
+    each = torch.cat([output.loss_per_image for output in outputs])
+    return PreTrainingOutput(sum(loss), sum(correct), torch.cat(targets), each)
+
+
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -63,7 +70,7 @@ def test_equals_the_released_way(args, fused):
     wanted = gradients(model)
     model.zero_grad()
     step = ForwardBackward(model, FLOAT64, micro_batch=4)
-    prediction = step(batch)
+    prediction = joined(step(batch))
     assert torch.allclose(prediction.loss, expected, rtol=1e-12)
     assert prediction.num_correct == (logits.argmax(-1) == prediction.targets).sum()
     for name, gradient in gradients(model).items():
@@ -75,9 +82,9 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     model = make(objective, dtype=torch.float32)
     low = deepcopy(model)
     batch = draw(32, torch.float32)
-    exact = ForwardBackward(model, Compute(torch.device("cpu"), torch.float32), 32)(batch)
+    exact = joined(ForwardBackward(model, Compute(torch.device("cpu"), torch.float32), 32)(batch))
     compute = Compute(torch.device("cpu"), torch.bfloat16)
-    rough = ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch)
+    rough = joined(ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch))
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
     wanted = gradients(model)
@@ -94,7 +101,7 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
     survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
         step = ForwardBackward(made, FLOAT64, size)
-        made.prediction = step(replace(draw(), drop_path_rand=survival))
+        made.prediction = joined(step(replace(draw(), drop_path_rand=survival)))
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.num_correct == whole.prediction.num_correct
@@ -228,18 +235,18 @@ def test_targets_out_of_range(m):
 def test_micro_batch_of_a_cpu_fits_its_cache_and_of_a_gpu_is_the_batch():
     vit = create_vit("vit_tiny_patch16_224", (224, 224))
     model = ViTForPreTraining(vit, 10, MAPET, 49)
-    assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 8
-    assert automatic_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 4
-    assert automatic_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
+    assert auto_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 8
+    assert auto_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 4
+    assert auto_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
 
 
 def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(monkeypatch, tmp_path):
     cpu = Compute(torch.device("cpu"), torch.float32)
-    before = sizing.automatic_batch_size(make(), 10_000, cpu)
+    before = sizing.auto_batch_size(make(), 10_000, cpu)
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  500 kB\n")
     monkeypatch.setattr(device, "MEMINFO", tmp_path / "meminfo")
     assert device.free_memory(cpu.device) == 512_000
-    assert sizing.automatic_batch_size(make(), 10_000, cpu) == before == 256
+    assert sizing.auto_batch_size(make(), 10_000, cpu) == before == 256
     monkeypatch.setattr(device, "MEMINFO", tmp_path / "none")  # another system
     assert device.free_memory(cpu.device) > 1_000_000
 
@@ -280,7 +287,9 @@ def test_arithmetic_is_what_pytorch_counts():
 def test_compiled_step_equals_eager():
     """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
     eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
-    results = [ForwardBackward(m, FLOAT64, 6, compile=m is compiled)(draw(6, torch.float32)) for m in (eager, compiled)]
+    results = [
+        joined(ForwardBackward(m, FLOAT64, 6, compile=m is compiled)(draw(6, torch.float32))) for m in (eager, compiled)
+    ]
     assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
     wanted = gradients(eager)
     for name, gradient in gradients(compiled).items():

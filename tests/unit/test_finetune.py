@@ -17,7 +17,8 @@ from mapet.errors import Interrupted
 from mapet.evaluation.intervals import over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.run_state import RunState
-from mapet.training import finetune
+from mapet.training import trainer
+from mapet.training.tasks import finetuning
 from tests.conftest import TINY
 
 ONE_STEP = {"epochs": 1, "batch_size": 12, "warmup_epochs": 0, "drop_path": 0.0, "weight_decay": 0.0, "workers": 0}
@@ -56,7 +57,7 @@ def vit(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def its_classifier(vit, monkeypatch):
     """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be worked out."""
-    load = finetune.load_backbone
+    load = finetuning.load_backbone
 
     def with_classifier(*args, **options):
         model = load(*args, **options)
@@ -64,13 +65,17 @@ def its_classifier(vit, monkeypatch):
         model.head.load_state_dict({name: weights[f"head.{name}"] for name in ("weight", "bias")})
         return model
 
-    monkeypatch.setattr(finetune, "load_backbone", with_classifier)
+    monkeypatch.setattr(finetuning, "load_backbone", with_classifier)
 
 
 def tune(vit, greys, out, **options):
     """Returns the weights that are saved and the rows of metrics.jsonl."""
     mapet.finetune(backbone=vit, images=greys, test_images=greys, out=out, **(ONE_STEP | CPU | options))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        {name: value for name, value in line.items() if name not in ("images_per_second", "data_wait")}
+        for line in lines
+    ]
     return load_file(out / "model" / "model.safetensors"), rows
 
 
@@ -117,7 +122,7 @@ def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, greys, tmp_path):
 @pytest.fixture
 def watched(its_classifier, monkeypatch):
     """What goes into the model, and whether in training: (training, pixels in [0, 1]) of each batch; and the model."""
-    seen, models, inner = [], [], finetune.load_backbone
+    seen, models, inner = [], [], finetuning.load_backbone
 
     def load(*source, **options):
         model = inner(*source, **options)
@@ -125,7 +130,7 @@ def watched(its_classifier, monkeypatch):
         models.append(model)
         return model
 
-    monkeypatch.setattr(finetune, "load_backbone", load)
+    monkeypatch.setattr(finetuning, "load_backbone", load)
     return seen, models
 
 
@@ -173,8 +178,8 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
         weights.append(model.head.weight.detach().clone())
         return original(model, *rest)
 
-    original = finetune.judge
-    monkeypatch.setattr(finetune, "judge", judge)
+    original = finetuning.compute_accuracy
+    monkeypatch.setattr(finetuning, "compute_accuracy", judge)
     tune(vit, greys, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
@@ -196,7 +201,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     config = FinetuneConfig(
         backbone=str(vit), images=greys, test_images=greys, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
     )
-    tuned = finetune.finetune_vit(config)
+    tuned = trainer.train(finetuning.FinetuningTask(), config)
 
     def number(name):
         return int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=8).digest(), "little")
@@ -205,7 +210,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     train = tuned.train
     assert sorted(train.images.id(i) for i in range(len(train.images))) == sorted(ids["a"] + ids["b"])
     assert train.labels.tolist() == [0] * count + [1] * count
-    assert len(of(watched[0], True)) == 2 * count and tuned.seen == 12  # all test images
+    assert len(of(watched[0], True)) == 2 * count and tuned.num_test == 12  # all test images
 
 
 ALL_THAT_IS_DRAWN = {
@@ -216,14 +221,14 @@ ALL_THAT_IS_DRAWN = {
 
 def interrupt(monkeypatch, at):
     """SIGTERM in step `at`, counted from 0 and over all fine-tunings."""
-    steps, seed_of = iter(range(10**6)), finetune.step_seed
+    steps, seed_of = iter(range(10**6)), trainer.step_seed
 
     def step_seed(seed, step):
         if next(steps) == at:
             signal.raise_signal(signal.SIGTERM)
         return seed_of(seed, step)
 
-    monkeypatch.setattr(finetune, "step_seed", step_seed)
+    monkeypatch.setattr(trainer, "step_seed", step_seed)
 
 
 @pytest.mark.parametrize("at", [0, 4, 5, 11])
@@ -271,7 +276,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
     options = ONE_STEP | CPU | {"backbone": vit, "images": greys, "test_images": greys}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
     judged = iter([3, 6, 12])
-    monkeypatch.setattr(finetune, "judge", lambda *_: (next(judged), 12))
+    monkeypatch.setattr(finetuning, "compute_accuracy", lambda *_: (next(judged), 12))
     go_on = f"saved. Go on with: mapet finetune {tmp_path}/out/config.yaml --resume"
     for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
         with monkeypatch.context() as patch:

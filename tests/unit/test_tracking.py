@@ -139,7 +139,7 @@ def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, t
     config = PretrainConfig(images="a", tokenizer=tokenizer_dir, out=tmp_path / "run", track=["wandb"])
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     with RunFolder(config, Compute.choose("cpu", "float32")) as run:
-        run.record(1, {"loss": 1.0})
+        run.log_metrics(1, {"loss": 1.0})
     assert not fake.configs
 
 

@@ -18,7 +18,7 @@ from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
 from mapet.tokenizers.kmeans import kmeans
 from mapet.tokenizers.vqkd import VQKD, nearest_code, vqkd_encoder
-from mapet.tokenizers.vqkd_training import PATIENCE, VQKDTraining
+from mapet.tokenizers.vqkd_training import PATIENCE, VQKDForTraining
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -173,7 +173,7 @@ def test_the_published_sizes():
 def test_what_training_saves_has_the_published_names_and_shapes():
     """Also those of training alone, so that the released code's strict loading takes it."""
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 128, "depth": 2, "num_heads": 2})
-    ours = VQKDTraining(vit, 20, 8, feature_size=12, decoder_depth=1).weights()
+    ours = VQKDForTraining(vit, 20, 8, feature_size=12, decoder_depth=1).weights()
     theirs = checkpoint()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
@@ -255,7 +255,7 @@ def test_look_up_is_by_cosine():
 def training(codes=20, **options):
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 64, "depth": 1, "num_heads": 1})
-    return VQKDTraining(vit, codes, 8, feature_size=5, decoder_depth=1, **options)
+    return VQKDForTraining(vit, codes, 8, feature_size=5, decoder_depth=1, **options)
 
 
 def test_losses_and_straight_through_gradient():
@@ -267,9 +267,9 @@ def test_losses_and_straight_through_gradient():
     found = model.tokenizer.encode_task_layer[2].weight.grad
 
     features = model.tokenizer(images)
-    assert torch.equal(result.features, features.detach().permute(0, 2, 3, 1).reshape(-1, 8))
+    assert torch.equal(result.features, features.detach().permute(0, 2, 3, 1).reshape(2, -1, 8))
     codebook = model.tokenizer.codebook
-    assert torch.equal(result.codes, (result.features @ codebook.T).argmax(1))
+    assert torch.equal(result.codes, (result.features @ codebook.T).argmax(2))
     codes = codebook[result.codes].view(2, 3, 3, 8).permute(0, 3, 1, 2)
     leaf = codes.clone().requires_grad_()
     prediction = model.decode(leaf)
@@ -296,7 +296,7 @@ def test_codes_follow_by_the_moving_average():
     before = model.tokenizer.codebook.clone()
     features = F.normalize(torch.randn(100, 8), dim=1)
     codes = torch.tensor([0] * 70 + [2] * 30)
-    assert model.update_codebook(features, codes) == 0
+    assert model.ema_update_codebook(features, codes) == 0
     for code, rows in ((0, features[:70]), (2, features[70:])):
         mean = rows.mean(0) / rows.mean(0).norm()
         expected = 0.9 * before[code] + 0.1 * mean
@@ -314,25 +314,25 @@ def test_dead_codes_come_back():
     model.tokenizer.codebook[:10] = features[:10]
     reborn = []
     for _ in range(100):
-        reborn.append(int(model.update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
+        reborn.append(int(model.ema_update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
     patience = int(math.log(0.05) / math.log(1 - 1 / max(10, PATIENCE * 30 / 200))) + 1
     assert sum(reborn[: patience - 1]) == 0 and reborn[patience - 1] == 20
     assert torch.bincount(nearest_code(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
     assert torch.allclose(model.tokenizer.codebook.norm(dim=1), torch.ones(30))
 
     never = training(codes=30, dead_code_threshold=0.0)
-    assert sum(int(never.update_codebook(features, torch.zeros(200, dtype=torch.int64))) for _ in range(100)) == 0
+    assert sum(int(never.ema_update_codebook(features, torch.zeros(200, dtype=torch.int64))) for _ in range(100)) == 0
 
 
 def test_the_codebook_starts_with_k_means():
     model = training(codes=4)
     features = F.normalize(torch.randn(200, 8), dim=1)
-    model.start_codebook(features, seed=3)
+    model.init_codebook_kmeans(features, seed=3)
     found = kmeans(features, 4, max_iter=10, seed=3)
     assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
     assert torch.equal(model.usage, found.counts / 200)
     with pytest.raises(MapetError, match="lower --vocab-size"):
-        model.start_codebook(features[:3])
+        model.init_codebook_kmeans(features[:3])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_the_codebook_starts_with_k_means():
 def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
     vit = create_vit(name, (12, 12), 4, model_args={"depth": 1, **arguments})
     with pytest.raises(MapetError, match=message):
-        VQKDTraining(vit, 10, 8, 5)
+        VQKDForTraining(vit, 10, 8, 5)
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_training_lowers_the_loss_and_uses_the_codes(trained):
     folder, _ = trained
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     description = json.loads((folder / "run" / "vqkd" / "vqkd.json").read_text())
-    assert len(metrics) == 10 and description["vocab_size"] == 32
+    assert len(metrics) == 20 and description["vocab_size"] == 32
     assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
     assert metrics[-1]["code_usage"] > 0.8
     assert (

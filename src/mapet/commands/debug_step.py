@@ -1,19 +1,28 @@
 """Stage: a step whose numbers went wrong, once more."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
 from mapet.config.debug_step import ReplayConfig
+from mapet.config.finetune import FinetuneConfig
+from mapet.config.pretrain import PretrainConfig
+from mapet.config.shared import TrainerConfig
+from mapet.config.train_tokenizer import TrainTokenizerConfig
 
 if TYPE_CHECKING:
-    from mapet.training.nonfinite import Look
+    from mapet.training.nonfinite import StepReport
 
 log = logging.getLogger("mapet")
+CONFIGS: dict[str, type[TrainerConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "train-tokenizer": TrainTokenizerConfig,
+}
 
 
 @command(ReplayConfig)
-def replay(config: ReplayConfig) -> "list[Look]":
+def replay(config: ReplayConfig) -> "list[StepReport]":
     """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
 
     Example:
@@ -21,13 +30,18 @@ def replay(config: ReplayConfig) -> "list[Look]":
       mapet replay --bundle runs/vit/replay/step-00001200 --precision float32
     """
     from mapet.config.base import build, read_recipe
-    from mapet.config.pretrain import PretrainConfig
+    from mapet.data.dataset import EpochSampler
+    from mapet.device import Compute
     from mapet.errors import MapetError
-    from mapet.run_state import pretrain_folder
-    from mapet.training.nonfinite import BUNDLE, load_bundle, replay
-    from mapet.training.training_setup import TrainingSetup
+    from mapet.run_state import command_of, pretrain_folder
+    from mapet.training.nonfinite import BUNDLE, debug_step, load_debug_bundle
+    from mapet.training.task import Task
+    from mapet.training.tasks.finetuning import FinetuningTask
+    from mapet.training.tasks.pretraining import PretrainingTask
+    from mapet.training.tasks.vqkd import VQKDTask
 
-    recipe = config.bundle.absolute().parent.parent / "config.yaml"
+    folder = config.bundle.absolute().parent.parent
+    recipe = folder / "config.yaml"
     if not (recipe.is_file() and (config.bundle / BUNDLE).is_file()):
         kept = sorted((pretrain_folder(config.bundle) / "replay").glob("step-*"))
         way = (
@@ -36,14 +50,20 @@ def replay(config: ReplayConfig) -> "list[Look]":
             else "a run that stopped for numbers that are not finite has them, as replay/step-*"
         )
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {way}")
-    run = build(PretrainConfig, read_recipe(recipe), recipe)
+    tasks: dict[str | None, type[Task[Any, Any]]] = {
+        task.command: task for task in (PretrainingTask, FinetuningTask, VQKDTask)
+    }
+    task = tasks.get(command_of(folder), PretrainingTask)()
+    run = build(CONFIGS[task.command], read_recipe(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
-    setting = TrainingSetup.from_config(run.model_copy(update={"device": config.device} | given))
+    run = run.model_copy(update={"device": config.device} | given)
+    task.build(run, Compute.choose(run.device, run.precision))
+    sampler = EpochSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
     looks = []
-    for step in load_bundle(config.bundle, setting):
-        look = replay(setting, step)
+    for step in load_debug_bundle(config.bundle, task, sampler):
+        look = debug_step(task, sampler, step)
         looks.append(look)
-        log.info("step %d, %s: loss %.4g, gradient norm %.4g", step, setting.compute, look.loss, look.norm)
+        log.info("step %d, %s: loss %.4g, gradient norm %.4g", step, task.compute, look.loss, look.norm)
         log.info("  largest losses: %s", ", ".join(f"{name!r} {loss:.4g}" for name, loss in look.losses[:5]))
         if look.module:
             log.info("  not finite first in: %s", look.module)

@@ -9,6 +9,7 @@ from mapet.config.base import write_recipe
 from mapet.config.finetune import FinetuneConfig
 
 log = logging.getLogger("mapet")
+STAGE = "finetune"
 
 
 @command(FinetuneConfig)
@@ -31,16 +32,18 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
 
     from mapet.evaluation.intervals import wilson
     from mapet.run_state import RunState, record
-    from mapet.training.finetune import STAGE, finetune_vit
-    from mapet.training.run_folder import recipe_to_resume
+    from mapet.training.run_folder import resolve_resume_config
+    from mapet.training.tasks.finetuning import FinetuningTask
+    from mapet.training.trainer import Trainer
 
     if config.resume:
-        config = recipe_to_resume(config, STAGE)
+        config = resolve_resume_config(config, STAGE)
     if config.resume and config.out and "accuracy" in (done := RunState.read(config.out).results):
         accuracy = float(done["accuracy"])
         log.info("%s is finished: accuracy %.3f", config.out, accuracy)
         return accuracy, ""
-    _, right, seen, train, guess, stopped = finetune_vit(config)
+    trainer = Trainer(FinetuningTask(), config)
+    _, right, seen, train, guess = trainer.fit()
     score, (low, high) = right / seen, wilson(right, seen)
     log.info(
         "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",
@@ -64,7 +67,7 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
         )
         record(config.out, results={"provenance": asdict(origin_of_tuned(config.out, images))})
         shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
-    return score, stopped
+    return score, trainer.stop.signal_name
 
 
 def tune_each(config: FinetuneConfig) -> float:
@@ -73,12 +76,11 @@ def tune_each(config: FinetuneConfig) -> float:
     from mapet.evaluation.intervals import over_seeds
     from mapet.files import new_folder
     from mapet.run_state import record, run_state
-    from mapet.training.finetune import STAGE
-    from mapet.training.run_folder import MAY_CHANGE, command_to_resume, recipe_to_resume
+    from mapet.training.run_folder import MUTABLE_ON_RESUME, command_to_resume, resolve_resume_config
 
     asked = config.resume
     if asked:
-        config = recipe_to_resume(config, STAGE, MAY_CHANGE | {"num_seeds"})
+        config = resolve_resume_config(config, STAGE, MUTABLE_ON_RESUME | {"num_seeds"})
     out = config.out
     again = command_to_resume(out, STAGE) if out else ""
     if out:

@@ -17,12 +17,13 @@ def pretrain(config: PretrainConfig) -> Path:
     from mapet.errors import Interrupted
     from mapet.reports.page import write_run_report
     from mapet.run_state import record_end
-    from mapet.training.loop import train
-    from mapet.training.nonfinite import WentWrong
+    from mapet.training.nonfinite import NonFiniteError
+    from mapet.training.tasks.pretraining import PretrainingTask
+    from mapet.training.trainer import train
 
     try:
-        backbone = train(config)
-    except (Interrupted, WentWrong) as error:
+        backbone = train(PretrainingTask(), config)
+    except (Interrupted, NonFiniteError) as error:
         record_end(config.out, error)
         write_run_report(config.out)
         raise

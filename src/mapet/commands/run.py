@@ -159,12 +159,12 @@ def _refuse_now(config: RunConfig, configs: dict[Command[..., Any, Any], Any], m
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import labelled, train_and_test
-    from mapet.training.build import refuse_model
+    from mapet.training.build import check_model_config
 
     pretraining = configs[pretrain]
     if not made["pretrain"]:
         with _naming_options(pretrain):
-            refuse_model(pretraining, configs[fit_tokenizer])
+            check_model_config(pretraining, configs[fit_tokenizer])
         if pretraining.probe_images is not None:
             labelled(scan(pretraining.probe_images))
     if config.test_images is not None and not made["test_images"]:
@@ -184,7 +184,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     from mapet.data.sources import scan
     from mapet.files import new_folder
     from mapet.run_state import is_unused
-    from mapet.training.run_folder import NOTHING_TO_RESUME, anew
+    from mapet.training.run_folder import NOTHING_TO_RESUME, restart_hint
 
     if is_unused(config.out, "run"):
         images = scan(config.images)  # fail before anything is written
@@ -201,7 +201,7 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
     if changed := differences(old, config, may_change | free | moved):
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{shell_command('run', recipe, '--resume')}; to start {anew(config.out, '--pretrain.init-from')}"
+            f"{shell_command('run', recipe, '--resume')}; to start {restart_hint(config.out, '--pretrain.init-from')}"
         )
     if differences(old, config, may_change):
         write_recipe(config, recipe)

@@ -70,7 +70,7 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
     from mapet.studies.grid import cell_folder, pretrain_config, with_budgets
     from mapet.studies.tokenizers import fitting_config, refuse_other_tokenizer
     from mapet.studies.trials import cell_job, refuse_other_cell
-    from mapet.training.build import refuse_model
+    from mapet.training.build import check_model_config
 
     for name in config.tokenizers:
         refuse_other_tokenizer(config, name)
@@ -86,6 +86,6 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
         if cell.seed == config.seeds[0] and not (cell_folder(config, cell) / "pretrain").exists():
             fitting = fitting_config(config, cell.tokenizer)
             try:
-                refuse_model(pretrain_config(config, cell), fitting)
+                check_model_config(pretrain_config(config, cell), fitting)
             except MapetError as error:
                 raise MapetError(f"grid, {cell.factors}: {error}") from None

@@ -6,7 +6,7 @@ from mapet.commands.command import command
 from mapet.config.train_tokenizer import TrainTokenizerConfig
 
 
-@command(TrainTokenizerConfig)
+@command(TrainTokenizerConfig, distributed=True)
 def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
 
@@ -14,6 +14,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
       mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vit_base_patch16_clip_224.openai
       mapet train-tokenizer runs/vqkd/config.yaml --resume
     """
-    from mapet.training.tokenizer_loop import train_vqkd
+    from mapet.training.tasks.vqkd import VQKDTask
+    from mapet.training.trainer import train
 
-    return train_vqkd(config)
+    return train(VQKDTask(), config)

@@ -7,17 +7,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mapet.config.base import Source
 from mapet.config.shared import (
     BackboneSource,
-    BadImages,
-    Device,
     ModelArgs,
-    Precision,
-    Tracked,
+    TrainerConfig,
+    TrainerOptions,
     Views,
-    automatic_workers,
 )
 
 
-class FinetuneOptions(ModelArgs, Views, Tracked):
+class FinetuneOptions(TrainerOptions, ModelArgs, Views):
     """Options of `finetune` that say how to train; a section of `study`."""
 
     epochs: PositiveInt = 100
@@ -28,10 +25,6 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512), at least 3e-4."""
     min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end, at most the peak."""
-    warmup_epochs: NonNegativeFloat | None = None
-    """Passes with a rising learning rate; automatic: a tenth."""
-    weight_decay: NonNegativeFloat = 0.05
-    """AdamW's."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """Learning-rate factor from each block to the one before (the paper: 0.65 for ViT-S and ViT-B)."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
@@ -52,19 +45,9 @@ class FinetuneOptions(ModelArgs, Views, Tracked):
     """Decay of a moving average of the weights, e.g. 0.9999, which is judged and saved in their place."""
     num_seeds: PositiveInt = 1
     """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (run.json)."""
-    precision: Precision = "auto"
-    """Of matrix products; auto takes bfloat16 where it is fast."""
-    workers: NonNegativeInt | None = None
-    """Processes that read images; automatic: one a core, less one, at most 8."""
-    checkpoint_interval_min: PositiveFloat = 10
-    """Time between checkpoints."""
-
-    @property
-    def num_workers(self) -> int:
-        return automatic_workers() if self.workers is None else self.workers
 
 
-class FinetuneConfig(FinetuneOptions, BadImages, Device):
+class FinetuneConfig(FinetuneOptions, TrainerConfig):  # type: ignore[misc]  # of the plugin: two `model_construct`
     """Options of `finetune`."""
 
     backbone: BackboneSource
@@ -85,8 +68,6 @@ class FinetuneConfig(FinetuneOptions, BadImages, Device):
     """Use only this share of each class's labelled images, likewise."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
-    resume: bool = False
-    """Go on with an interrupted fine-tuning in `out`, exactly where it stopped."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> "FinetuneConfig":

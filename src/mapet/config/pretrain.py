@@ -6,10 +6,15 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mapet.config.base import Ratio, Source
-from mapet.config.shared import BackboneSource, BadImages, Device, Precision, Tracked, Views, automatic_workers
+from mapet.config.shared import (
+    BackboneSource,
+    TrainerConfig,
+    TrainerOptions,
+    Views,
+)
 
 
-class PretrainOptions(Tracked):
+class PretrainOptions(TrainerOptions):
     """Options of `pretrain` that say how to train, not on what and where to; a section of `run` and `study`."""
 
     model: str = "vit_tiny_patch16_224"
@@ -42,10 +47,6 @@ class PretrainOptions(Tracked):
     least if there are so many images."""
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 1.5e-3 * sqrt(batch / 2048)."""
-    min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end, at most the peak."""
-    weight_decay: NonNegativeFloat = 0.05
-    """AdamW's."""
     clip_grad: PositiveFloat | None = 3.0
     """Largest norm of the gradient."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
@@ -55,24 +56,6 @@ class PretrainOptions(Tracked):
     color_jitter: NonNegativeFloat = 0.4
     """Strength of brightness, contrast and saturation jitter (the student's view only)."""
 
-    precision: Precision = "auto"
-    """Of activations and products (weights and optimiser stay float32); auto takes bfloat16 where it is fast."""
-    micro_batch_size: PositiveInt | None = None
-    """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
-    compile: bool | None = None
-    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, unless --mask-ratio is a range."""
-    fsdp: bool = False
-    """Share weights, gradients and optimiser out over the processes (FSDP2), for a model that outgrows its device."""
-    workers: NonNegativeInt | None = None
-    """Processes that read images; automatic: one a core, less one, at most 8."""
-    checkpoint_interval_min: PositiveFloat = 10
-    """Time between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept."""
-    max_skipped_steps: PositiveInt = 5
-    """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
-    max_rollbacks: NonNegativeInt = 0
-    """Instead of stopping then, so many times go back to the weights before and on with the images after."""
     log_interval: PositiveInt | None = None
     """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: 5 lines an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
@@ -85,10 +68,6 @@ class PretrainOptions(Tracked):
         """Whether the share of predicted patches is drawn anew for each step."""
         return self.mask_ratio[0] < self.mask_ratio[1]
 
-    @property
-    def num_workers(self) -> int:
-        return automatic_workers() if self.workers is None else self.workers
-
     @model_validator(mode="after")
     def _one_ratio(self) -> "PretrainOptions":
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
@@ -97,7 +76,7 @@ class PretrainOptions(Tracked):
         return self
 
 
-class PretrainConfig(PretrainOptions, Views, BadImages, Device):
+class PretrainConfig(PretrainOptions, Views, TrainerConfig):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
     images: Source
@@ -112,8 +91,6 @@ class PretrainConfig(PretrainOptions, Views, BadImages, Device):
     """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, views and permutations."""
-    resume: bool = False
-    """Go on with an interrupted run in `out`, exactly where it stopped."""
 
     @model_validator(mode="after")
     def _views_of_the_store(self) -> "PretrainConfig":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config.base import Config, Size
 
@@ -14,6 +14,9 @@ VocabSize = Annotated[int, Field(ge=2)]
 """V, visual words: of one there is nothing to predict."""
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class Device(Config):
@@ -53,11 +56,68 @@ class Tracked(Config):
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
+class TrainerOptions(Tracked):
+    """How the trainer trains, whatever is learned."""
+
+    epochs: PositiveInt = 100
+    """Passes over the images."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Passes with a rising learning rate; automatic: a tenth."""
+    batch_size: PositiveInt | None = None
+    """Images a step."""
+    opt: str = "adamw"
+    """Any optimizer of timm's: adamw, lion, muon, lamb, sgd, ... The automatic learning rate is for adamw."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end, at most the peak."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Weight decay, none on biases, norms, positions and tokens."""
+    clip_grad: PositiveFloat | None = None
+    """Largest norm of the gradient."""
+    precision: Precision = "auto"
+    """Of activations and products (weights and optimizer stay float32); auto takes bfloat16 where it is fast."""
+    micro_batch_size: PositiveInt | None = None
+    """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
+    compile: bool | None = None
+    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, if all have one shape."""
+    fsdp: bool = False
+    """Share weights, gradients and optimizer out over the processes (FSDP2), for a model that outgrows its device."""
+    workers: NonNegativeInt | None = None
+    """Processes that read images; automatic: one a core, less one, at most 8."""
+    checkpoint_interval_min: PositiveFloat = 10
+    """Time between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    max_skipped_steps: PositiveInt = 5
+    """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
+    max_rollbacks: NonNegativeInt = 0
+    """Instead of stopping then, so many times go back to the weights before and on with the images after."""
+    log_interval: PositiveInt | None = None
+    """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: a line an epoch, at most 50 steps."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that read images."""
+        return automatic_workers() if self.workers is None else self.workers
+
+
 class BadImages(Config):
     """What to do about images that can't be read."""
 
     max_unreadable: Share = 0.05
     """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
+
+
+class TrainerConfig(TrainerOptions, BadImages, Device):
+    """What the trainer reads of a command's config."""
+
+    out: Path | None = None
+    """New run folder."""
+    seed: NonNegativeInt = 0
+    """Seed of all that is drawn."""
+    resume: bool = False
+    """Go on with an interrupted run in `out`, exactly where it stopped."""
 
 
 class FrozenTeacher(Config):
@@ -87,7 +147,6 @@ def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: st
             raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(users[name])}; {kind} has no use for it")
 
 
-Precision = Literal["auto", "float32", "bfloat16"]
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names of timm models that are not in timm begin."""
 

@@ -7,18 +7,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from mapet.config.base import Size, Source
 from mapet.config.shared import (
-    BadImages,
-    Device,
     FrozenTeacher,
-    Precision,
-    Tracked,
+    TrainerConfig,
     Views,
     VocabSize,
-    automatic_workers,
 )
 
 
-class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
+class TrainTokenizerConfig(FrozenTeacher, Views, TrainerConfig):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
 
@@ -53,14 +49,10 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
 
     epochs: PositiveInt = 100
     """Passes over the images."""
-    warmup_epochs: NonNegativeFloat | None = None
-    """Passes with a rising learning rate; automatic: a tenth."""
     batch_size: PositiveInt = 64
     """Images a step (released: 512)."""
     lr: PositiveFloat | None = None
     """Peak learning rate; automatic: 2e-4 * sqrt(batch / 512)."""
-    min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end, at most the peak."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -71,23 +63,6 @@ class TrainTokenizerConfig(FrozenTeacher, Views, BadImages, Tracked, Device):
     """Smallest random box, as a share of the centred one's area (for random-crop)."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, views and new codes."""
-
-    precision: Precision = "auto"
-    """Of the teacher's and the transformers' products; auto takes bfloat16 where it is fast."""
-    workers: NonNegativeInt | None = None
-    """Processes that read images; automatic: one a core, less one, at most 8."""
-    checkpoint_interval_min: PositiveFloat = 10
-    """Time between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept."""
-    log_interval: PositiveInt | None = None
-    """Steps between lines of metrics; automatic: one an epoch, at most 50 steps."""
-    resume: bool = False
-    """Go on with an interrupted run in `out`, exactly where it stopped."""
-
-    @property
-    def num_workers(self) -> int:
-        return automatic_workers() if self.workers is None else self.workers
 
     @model_validator(mode="after")
     def _square(self) -> "TrainTokenizerConfig":

@@ -146,6 +146,14 @@ class ViewDataset(Dataset[Batch]):
         stacked: dict[str, Any] = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
         return Batch(**stacked, bad=bad)
 
+    def placeholder(self, index: int) -> Batch:
+        """Return a batch of one black image with all that a batch has, for a rank that can read none of its own."""
+        sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
+        black = {name: torch.zeros(self.channels, *size, dtype=torch.uint8) for name, size in sizes.items() if size}
+        sample = self._draw(0, index)[1] | black
+        stacked: dict[str, Any] = {name: _stack([value]) for name, value in sample.items()}
+        return Batch(**stacked)
+
     def _draw(self, number: int, index: int) -> tuple[int, dict[str, Any]]:
         """Return the index of a stored view, or `number`, and a sample without pixels: fields of `Batch`."""
         rng = np.random.default_rng([self.seed, self.images.key(index), number])

@@ -73,6 +73,7 @@ class VQKD(nn.Module):
         tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
             features = self.encode_task_layer(tokens.to(self.encode_task_layer[0].weight.dtype))
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(features, dim=2).transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
 
     def weights(self) -> dict[str, Tensor]:

@@ -24,25 +24,27 @@ WINDOW, PATIENCE = 10, 32
 """Usage is averaged over as many steps as bring `PATIENCE` patches for each code, at least over `WINDOW`."""
 
 
-class Distillation(NamedTuple):
+class VQKDOutput(NamedTuple):
     """What a batch gives.
 
     Attributes:
         loss: the reconstruction's and the commitment's, weighted.
         reconstruction: 1 - cosine of the decoder's output and the teacher's features, mean over patches.
         commitment: mean squared difference of an encoder output's numbers from its code's.
-        features: (n, d) unit vectors of all patches, without a gradient.
-        codes: (n,) their codes.
+        loss_per_image: without a gradient.
+        features: unit vectors of the patches, without a gradient.
+        codes: their codes.
     """
 
-    loss: Tensor
-    reconstruction: Tensor
-    commitment: Tensor
-    features: Tensor
-    codes: Tensor
+    loss: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    commitment: Float[Tensor, ""]
+    loss_per_image: Float[Tensor, " B"]
+    features: Float[Tensor, "B N d"]
+    codes: Int[Tensor, "B N"]
 
 
-class VQKDTraining(nn.Module):
+class VQKDForTraining(nn.Module):
     """Encoder -> codes -> decoder -> the teacher's features.
 
     Gradients pass from the decoder to the encoder as if there were no codes between (straight through); codes follow the
@@ -90,22 +92,27 @@ class VQKDTraining(nn.Module):
         """What timm's optimisers leave as it is, beside biases and norms."""
         return {f"{vit}.{name}" for vit in ("tokenizer.encoder", "decoder") for name in ("cls_token", "pos_embed")}
 
-    def forward(self, images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B F rows columns"]) -> Distillation:
+    def forward(self, images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B F rows columns"]) -> VQKDOutput:
         """
         Args:
             images: in [0, 1].
             targets: the teacher's features of the same views. One of length 0 (a black patch's pixels) counts 1 whatever
                 is predicted.
         """
-        features = self.tokenizer(images)
+        dtype = self.decoder.pos_embed.dtype
+        features = self.tokenizer(images.to(dtype))
         flat = features.detach().movedim(1, -1).flatten(0, 2)
         codes = nearest_code(flat, self.tokenizer.codebook)
         quantized = self.tokenizer.codebook[codes].view_as(features.movedim(1, -1)).movedim(-1, 1)
         commitment = F.mse_loss(features, quantized)
-        prediction = self.decode(features + (quantized - features).detach())
-        reconstruction = 1 - F.cosine_similarity(prediction.to(targets.dtype), targets, dim=1).mean()
+        prediction = self.decode((features + (quantized - features).detach()).to(dtype))
+        cosine = F.cosine_similarity(prediction.to(targets.dtype), targets, dim=1)
+        reconstruction = 1 - cosine.mean()
         loss = reconstruction + self.commitment_weight * commitment
-        return Distillation(loss, reconstruction, commitment, flat, codes)
+        each = 1 - cosine.detach().flatten(1).mean(1) + self.commitment_weight * commitment.detach()
+        per_image = len(images), -1
+        rows = flat.unflatten(0, per_image), codes.unflatten(0, per_image)
+        return VQKDOutput(loss, reconstruction, commitment, each, *rows)
 
     def decode(self, quantized: Float[Tensor, "B d rows columns"]) -> Float[Tensor, "B F rows columns"]:
         """The teacher's features, up to their length."""
@@ -113,7 +120,7 @@ class VQKDTraining(nn.Module):
         return self.decode_task_layer(tokens).transpose(1, 2).unflatten(2, quantized.shape[2:])
 
     @torch.no_grad()
-    def start_codebook(self, features: Float[Tensor, "n d"], seed: int = 0) -> None:
+    def init_codebook_kmeans(self, features: Float[Tensor, "n d"], seed: int = 0) -> None:
         """Codes become the directions of k-means' centroids.
 
         Raises:
@@ -124,7 +131,7 @@ class VQKDTraining(nn.Module):
         self.usage.copy_(found.counts / len(features))
 
     @torch.no_grad()
-    def update_codebook(self, features: Float[Tensor, "n d"], codes: Int[Tensor, " n"]) -> Int[Tensor, ""]:
+    def ema_update_codebook(self, features: Float[Tensor, "n d"], codes: Int[Tensor, " n"]) -> Int[Tensor, ""]:
         """One step of the moving averages, for each batch that is trained on.
 
             code_k  <- unit(decay * code_k + (1 - decay) * unit(mean of k's features)), if there are any

@@ -14,22 +14,22 @@ from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.run_state import check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
-from mapet.training.checkpoint import load_checkpoint, must_be_same, read_state
+from mapet.training.checkpoint import check_fingerprints, load_checkpoint, read_trainer_state
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """What a pre-training run folder holds; `model` has its newest weights."""
 
     config: PretrainConfig
     tokenizer: Tokenizer
     model: ViTForPreTraining
 
-    def to(self, device: torch.device) -> "Run":
+    def to(self, device: torch.device) -> "LoadedRun":
         """Tokenizer and model on the device."""
-        return Run(self.config, self.tokenizer.to(device), self.model.to(device))
+        return LoadedRun(self.config, self.tokenizer.to(device), self.model.to(device))
 
 
-def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None) -> Run:
+def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None) -> LoadedRun:
     """Read a run folder of `pretrain`, or of `run`.
 
     Raises:
@@ -41,13 +41,13 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     found = {option: resolve_run_path(folder, recipe, option) for option in ("images", "tokenizer")}
     config = build(PretrainConfig, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
-    must_be_same(read_state(folder / "checkpoints"), {"tokenizer": tokenizer.hash}, folder)
+    check_fingerprints(read_trainer_state(folder / "checkpoints"), {"tokenizer_hash": tokenizer.hash}, folder)
     model = build_model(config, tokenizer)
     load_checkpoint(folder / "checkpoints", model)
-    return Run(config, tokenizer, model.eval())
+    return LoadedRun(config, tokenizer, model.eval())
 
 
-class Words(NamedTuple):
+class TokenizerSpec(NamedTuple):
     """What a model must fit, of a tokenizer that there is or will be.
 
     Attributes:
@@ -73,10 +73,10 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> ViTForPreTraini
     teacher = tokenizer.description["teacher"]
     sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
     feature_size = tokenizer.description["feature_size"]
-    return model_for(config, Words(config.tokenizer, *sizes, tokenizer.vocab_size, feature_size))
+    return build_model_from_spec(config, TokenizerSpec(config.tokenizer, *sizes, tokenizer.vocab_size, feature_size))
 
 
-def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
+def build_model_from_spec(config: PretrainConfig, spec: TokenizerSpec) -> ViTForPreTraining:
     """`build_model`, for words that there may not be yet.
 
     Raises:
@@ -86,9 +86,9 @@ def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
     args = {"init_values": config.layer_scale_init} if config.layer_scale_init else {}
     vit = create_vit(
         config.model,
-        words.image_size,
-        words.patch_size,
-        words.channels,
+        spec.image_size,
+        spec.patch_size,
+        spec.channels,
         args | config.model_args,
         config.drop_path,
     )
@@ -100,9 +100,9 @@ def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
         "separate_query_token": config.separate_query_token,
     }
     values = {
-        "tokens": words.vocab_size,
-        "pixels": vit.in_chans * words.patch_size**2,
-        "features": words.feature_size,
+        "tokens": spec.vocab_size,
+        "pixels": vit.in_chans * spec.patch_size**2,
+        "features": spec.feature_size,
     }[config.target]
     model = (
         ContextAutoencoder(vit, values, **common)
@@ -114,7 +114,7 @@ def model_for(config: PretrainConfig, words: Words) -> ViTForPreTraining:
     return model
 
 
-def refuse_model(config: PretrainConfig, fitting: FitTokenizerConfig) -> None:
-    """Raises MapetError as `model_for` does, for a tokenizer that `fit-tokenizer` is to make with the config `fitting`."""
+def check_model_config(config: PretrainConfig, fitting: FitTokenizerConfig) -> None:
+    """Raises MapetError as `build_model_from_spec` does, for a tokenizer that `fit-tokenizer` is to make with the config `fitting`."""
     sizes = fitting.image_size, fitting.patch_size, fitting.channels
-    model_for(config, Words(config.tokenizer, *sizes, fitting.vocab_size or 2, 1))
+    build_model_from_spec(config, TokenizerSpec(config.tokenizer, *sizes, fitting.vocab_size or 2, 1))

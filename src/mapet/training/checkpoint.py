@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mapet.errors import MadeByNewer, MapetError
 from mapet.files import atomic, check_format, file_hash, read_sealed, write_sealed, write_tensors
-from mapet.training.sharding import load_whole, shared_like, whole, whole_state
+from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 
 log = logging.getLogger("mapet")
 STATE = "state.json"
@@ -36,7 +36,7 @@ def save_checkpoint(
     """Write `folder/step-00000000` atomically, read it back, and only then remove all but the newest `keep`.
 
     Args:
-        parts: named tensors of each file, see `tensors_of`.
+        parts: named tensors of each file, see `checkpoint_tensors`.
         state: JSON of everything else that the run needs to go on.
 
     Raises:
@@ -68,9 +68,11 @@ def save_checkpoint(
     return target
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, **others: Stateful) -> dict[str, dict[str, Tensor]]:
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, **others: Stateful
+) -> dict[str, dict[str, Tensor]]:
     """The parts of a checkpoint, to be saved by the first process; a collective call. `others` are one part, 'progress'."""
-    parts = {"model": whole_state(model), "optimizer": _flatten(optimizer)}
+    parts = {"model": full_state_dict(model), "optimizer": _flatten(optimizer)}
     progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
     return parts | ({"progress": progress} if progress else {})
 
@@ -80,7 +82,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_trainer_state(folder: Path) -> dict[str, Any]:
     """What is known of the newest checkpoint that can be read, without its tensors; {} where there is none."""
     for path in checkpoints(folder):
         with suppress(MapetError):
@@ -88,17 +90,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def must_be_same(state: Mapping[str, Any], now: Mapping[str, str], run: Path) -> None:
-    """Raises MapetError: a run was trained with another tokenizer, or on other images, than there are now; their hashes tell."""
-    for what, digest in now.items():
-        if state.get(what, digest) != digest:  # absent in what version 0.1 wrote at first
+def check_fingerprints(state: Mapping[str, Any], now: Mapping[str, str], run: Path) -> None:
+    """Raise MapetError if a run was trained with another tokenizer, or on other images, than there are now; their hashes tell."""
+    for name, digest in now.items():
+        if state.get(name, digest) != digest:
             raise MapetError(
-                f"{run} was trained with other {what} than are found now: their hash was {state[what][:12]}, now it is {digest[:12]}. Has the "
-                "run, or what it was made of, been moved or changed? Put back what there was"
+                f"{run} was trained with other {name.removesuffix('_hash')} than are found now: their hash was "
+                f"{state[name][:12]}, now it is {digest[:12]}. Has the run, or what it was made of, been moved or changed? Put "
+                "back what there was"
             )
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """Of a checkpoint, by its name."""
     return int(path.name.removeprefix("step-"))
 
@@ -121,7 +124,7 @@ def load_checkpoint(
     for path in found:
         try:
             state, parts = _read(path)
-            load_whole(model, parts["model"])
+            load_full_state_dict(model, parts["model"])
             if optimizer is not None:
                 _restore(optimizer, parts["optimizer"])
             if "progress" in parts:  # absent in what version 0.1 wrote
@@ -141,7 +144,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Raises ValueError and its like: a file is damaged."""
     state = read_sealed(path / STATE, "checkpoint")
     check_format(state.get("format", 1), FORMAT, "checkpoint", path)
-    if state["step"] != step_of(path):
+    if state["step"] != checkpoint_step(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():
         if file_hash(path / name) != digest:
@@ -164,7 +167,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": whole(torch.as_tensor(v)) for i, values in state.items() for name, v in values.items()}
+    return {f"{i}.{name}": full_tensor(torch.as_tensor(v)) for i, values in state.items() for name, v in values.items()}
 
 
 def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -172,5 +175,5 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> No
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = shared_like(value, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = distribute_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

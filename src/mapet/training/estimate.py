@@ -18,12 +18,12 @@ from mapet.errors import MapetError, counted
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
-from mapet.models.pretraining import ViTForPreTraining
+from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import automatic_vocab_size
 from mapet.tokenizers.teacher import make_teacher
 from mapet.training.build import build_model
-from mapet.training.sizing import automatic_batch_size, automatic_micro_batch, bytes_per_image
+from mapet.training.sizing import auto_batch_size, auto_micro_batch, bytes_per_image
 from mapet.training.step import ForwardBackward
 
 TRIED = 16
@@ -63,13 +63,11 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     views = compute.to(batch.teacher_images)
     pixels = normalize(compute.to(batch.images), config.channels)
     batch = replace(batch, images=pixels, targets=tokens).to(compute.device)
-    step = ForwardBackward(model, compute, automatic_micro_batch(model, TRIED, compute))
+    step: ForwardBackward[PreTrainingOutput] = ForwardBackward(model, compute, auto_micro_batch(model, TRIED, compute))
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
     training = _seconds(lambda: step(batch), compute) / TRIED
-    batch_size = automatic_batch_size(model, len(usable), compute)
-    memory = automatic_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(
-        model
-    )
+    batch_size = auto_batch_size(model, len(usable), compute)
+    memory = auto_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(model)
     points = min(512 * vocab_size, len(usable) * num_patches)
     with torch.inference_mode():
         features = teacher(views[:1]).shape[1]

@@ -1,4 +1,4 @@
-"""A step whose numbers went wrong, kept so that it can be looked at again."""
+"""A step whose numbers are not finite, kept so that it can be computed again."""
 
 import logging
 from collections.abc import Iterator
@@ -12,52 +12,59 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet import distributed
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.shared import TrainerConfig
+from mapet.data.dataset import EpochSampler
 from mapet.errors import MapetError, shell_command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
-from mapet.training.sharding import whole_state
+from mapet.training.sharding import full_state_dict
 from mapet.training.step import ForwardBackward
-from mapet.training.training_setup import TrainingSetup
+from mapet.training.task import LossModule, StepOutput, Task
 
 BUNDLE = "replay.json"
 FORMAT = 1
 log = logging.getLogger("mapet")
+AnyTask = Task[Any, Any]
 
 
-class WentWrong(MapetError):
-    """Nothing is learned any more: too many updates in a row had to be left out, or no features come out in the end."""
+class NonFiniteError(MapetError):
+    """Too many updates in a row had to be left out, or the trained model gives numbers that are not finite."""
 
-    def __init__(self, what: str, bundle: Path, config: PretrainConfig, kept: bool = False) -> None:
-        """`kept`: the newest checkpoint is from before."""
+    def __init__(self, what: str, bundle: Path | None, config: TrainerConfig, kept: bool = False) -> None:
+        """Say how to look at it and how to go on.
+
+        Args:
+            kept: the newest checkpoint is from before.
+        """
+        look = f" See why with: {shell_command('replay', '--bundle', bundle)}." if bundle else ""
         before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
         super().__init__(
-            f"{what}. See why with: {shell_command('replay', '--bundle', bundle)}. Then start again, in a new --out, with a lower --lr (now "
-            f"{config.lr:.2g}), --precision float32 or --max-rollbacks 1{before if kept else ''}"
+            f"{what}.{look} Then start again, in a new --out, with a lower --lr (now {config.lr:.2g}), --precision float32 or "
+            f"--max-rollbacks 1{before if kept else ''}"
         )
 
 
-def save_bundle(setting: TrainingSetup, last_step: int, count: int, run: Path) -> Path:
+def save_debug_bundle(task: AnyTask, sampler: EpochSampler, last_step: int, count: int) -> Path:
     """Keep the weights, which those steps have left as they were, and the images of the `count` steps up to `last_step`.
 
     Steps are counted as the log does: the first is step 1.
     """
     first = last_step - count + 1
-    folder = run / "replay" / f"step-{first:08d}"
-    weights = whole_state(setting.model)
+    folder: Path = task.config.out / "replay" / f"step-{first:08d}"
+    weights = full_state_dict(task.model)
     if distributed.rank() == 0 and not folder.exists():
         with atomic(folder) as temporary:
             temporary.mkdir()
             write_tensors(temporary / "model.safetensors", weights)
-            images = {str(step): _images(setting, step) for step in range(first, last_step + 1)}
-            write_sealed(temporary / BUNDLE, {"format": FORMAT, "seed": setting.config.seed, "images": images})
+            images = {str(step): _images(task, sampler, step) for step in range(first, last_step + 1)}
+            write_sealed(temporary / BUNDLE, {"format": FORMAT, "seed": task.config.seed, "images": images})
     return folder
 
 
-def _images(setting: TrainingSetup, step: int) -> list[str]:
-    return [setting.images.id(index) for _, index in setting.sampler.batch(step - 1)]
+def _images(task: AnyTask, sampler: EpochSampler, step: int) -> list[str]:
+    return [task.dataset.images.id(index) for _, index in sampler.batch(step - 1)]
 
 
-class Look(NamedTuple):
+class StepReport(NamedTuple):
     """What a step did.
 
     Attributes:
@@ -76,7 +83,7 @@ class Look(NamedTuple):
     parameters: list[str]
 
 
-def load_bundle(bundle: Path, setting: TrainingSetup) -> list[int]:
+def load_debug_bundle(bundle: Path, task: AnyTask, sampler: EpochSampler) -> list[int]:
     """Put a bundle's weights into the model; returns its steps.
 
     Raises:
@@ -86,37 +93,38 @@ def load_bundle(bundle: Path, setting: TrainingSetup) -> list[int]:
     try:
         check_format(content.get("format", 1), FORMAT, "replay bundle", bundle)
         images = {int(step): names for step, names in content["images"].items()}
-        setting.model.load_state_dict(load_file(bundle / "model.safetensors"))
+        task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, names in images.items():
-            if _images(setting, step) != names:
+            if _images(task, sampler, step) != names:
                 raise ValueError(f"the images of step {step} are others now")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MapetError(f"{bundle}: cannot be replayed: {str(error).splitlines()[0]}") from None
     return list(images)
 
 
-def replay(setting: TrainingSetup, step: int) -> Look:
+def debug_step(task: AnyTask, sampler: EpochSampler, step: int) -> StepReport:
     """Compute a step's loss and gradient as the run did, without an update."""
-    model, config = setting.model, setting.config
-    batch = setting.dataset.batch(setting.sampler.batch(step - 1))
-    if batch.images is None:
+    model, config = task.model, task.config
+    batch = task.dataset.batch(sampler.batch(step - 1))
+    if not len(batch):
         raise MapetError(f"none of the {len(batch.bad)} images of step {step} can be read")
-    batch = setting.prepare_batch(batch, step - 1)
-    assert config.micro_batch_size is not None  # resolved when the run began
-    forward_backward = ForwardBackward(model, setting.compute, config.micro_batch_size)
+    micro_batch = config.micro_batch_size or len(batch)
+    forward_backward: ForwardBackward[StepOutput] = ForwardBackward(LossModule(task), task.compute, micro_batch)
     model.zero_grad(set_to_none=True)
-    with first_not_finite(model) as found:
-        prediction = forward_backward(batch)
+    with detect_nonfinite(model) as modules:
+        outputs = forward_backward(task.prepare(batch, step - 1), step - 1)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    order = prediction.loss_per_image.nan_to_num(torch.inf).argsort(descending=True).tolist()
-    losses = [(setting.images.id(int(batch.image_index[i])), float(prediction.loss_per_image[i])) for i in order]
-    return Look(step, float(prediction.loss), float(norm), losses, found[0] if found else "", wrong)
+    parameters = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    each = torch.cat([output.loss_per_image for output in outputs])
+    order = each.nan_to_num(torch.inf).argsort(descending=True).tolist()
+    losses = [(task.dataset.images.id(int(batch.image_index[i])), float(each[i])) for i in order]
+    loss = float(sum(output.loss for output in outputs))
+    return StepReport(step, loss, float(norm), losses, modules[0] if modules else "", parameters)
 
 
 @contextmanager
-def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output was not finite, in the order of computation."""
+def detect_nonfinite(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output was not finite, in the order of computation."""
     found: list[str] = []
 
     def hook(name: str) -> Any:

@@ -1,30 +1,31 @@
-"""AdamW and the cosine schedule of the recipe, by timm."""
+"""Optimizer and cosine schedule, by timm."""
 
+import inspect
 import logging
 import math
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from mapet.errors import counted
+from mapet.errors import MapetError, counted
 
 log = logging.getLogger("mapet")
-PAPER_LR, PAPER_BATCH = 1.5e-3, 2048
 
 
-def automatic_lr(batch_size: int) -> float:
-    """The paper's 1.5e-3 at batch 2048, scaled by the square root of the batch.
+def auto_lr(batch_size: int, base_lr: float, base_batch_size: int) -> float:
+    """Scale a learning rate by the square root of the batch.
 
     Adam's step does not grow with the gradient, so its rule is the square root, not SGD's linear one (Malladi et al.,
     arXiv 2205.10287); linear scaling would starve small batches.
     """
-    return PAPER_LR * math.sqrt(batch_size / PAPER_BATCH)
+    return base_lr * math.sqrt(batch_size / base_batch_size)
 
 
-def images_a_step(batch_size: int, num_images: int) -> int:
-    """Of a batch that is larger than all images, all; a warning says so. Learning rates are chosen for these."""
+def effective_batch_size(batch_size: int, num_images: int) -> int:
+    """Return the images of a step: of a batch larger than all images, all; a warning says so. Learning rates are chosen for these."""
     if batch_size > num_images:
         log.warning(
             "--batch-size %s is more than the %s there are: every step sees all of them, and the learning rate is for so many. "
@@ -35,21 +36,41 @@ def images_a_step(batch_size: int, num_images: int) -> int:
     return min(batch_size, num_images)
 
 
-def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, layer_decay: float | None = None
+def create_optimizer(
+    model: nn.Module,
+    opt: str,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    betas: tuple[float, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW; no decay on biases, norms, positions and tokens.
+    """Create any of timm's optimizers; no decay on biases, norms, positions and tokens.
 
-    PyTorch's fused one: its `found_inf` leaves out a step without the CPU having to know.
+    PyTorch's own are fused: their `found_inf` leaves out a step without the CPU having to know.
+
+    Args:
+        betas: of Adam and AdamW, if not their defaults.
+
+    Raises:
+        MapetError: timm has no optimizer of this name.
     """
-    return create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, fused=True)
+    try:
+        parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
+    except ValueError:
+        raise MapetError(f"timm has no optimizer '{opt}' (--opt): e.g. adamw, lion, muon, lamb, sgd") from None
+    options: dict[str, Any] = {"fused": True} if "fused" in parameters else {}
+    if betas and opt in ("adam", "adamw"):
+        options["betas"] = betas
+    return create_optimizer_v2(model, opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **options)
 
 
-def make_schedule(
+def create_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float, warmup_lr: float = 1e-6
 ) -> CosineLRScheduler:
-    """Linear warm-up, then one cosine to `min_lr`, neither of them above the peak. Call `step_update(step)` before each step: the rate
-    depends on it alone."""
+    """Create a linear warm-up, then one cosine to `min_lr`, neither of them above the peak.
+
+    Call `step_update(step)` before each step: the rate depends on it alone.
+    """
     warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
     schedule = CosineLRScheduler(
         optimizer,

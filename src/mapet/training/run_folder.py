@@ -17,7 +17,8 @@ import torch
 import torchvision
 
 from mapet import distributed
-from mapet.config.base import Config, build, differences, read_recipe, to_yaml, write_recipe
+from mapet.config.base import build, differences, read_recipe, to_yaml, write_recipe
+from mapet.config.shared import TrainerConfig
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, counted, shell_command
 from mapet.files import atomic, is_free, new_folder
@@ -26,13 +27,13 @@ from mapet.training.checkpoint import checkpoints
 from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
-C = TypeVar("C", bound=Config)
-MAY_CHANGE = frozenset(
+C = TypeVar("C", bound=TrainerConfig)
+MUTABLE_ON_RESUME = frozenset(
     {"resume", "device", "workers", "checkpoint_interval_min", "keep_checkpoints", "log_interval", "out", "images"}
     | {"micro_batch_size", "max_skipped_steps", "max_rollbacks", "fsdp", "track", "max_unreadable"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
-PLACES = frozenset({"out", "images", "tokenizer", "tokens"})
+PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})
 """Of those, where things are, which may have moved; the checkpoint knows their hashes. It has the tokenizer and tokens if the run began
 with them."""
 
@@ -43,18 +44,21 @@ class RunFolder:
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/  tracking/
     """
 
-    def __init__(self, config: Any, compute: Compute, stage: str = "pretrain") -> None:
+    def __init__(self, config: TrainerConfig, compute: Compute, stage: str = "pretrain") -> None:
+        assert config.out is not None
         self.path: Path = config.out
         self.checkpoints = self.path / "checkpoints"
         self._open(config, compute, stage)
 
     @distributed.rank_zero_only
-    def _open(self, config: Any, compute: Compute, stage: str) -> None:
+    def _open(self, config: TrainerConfig, compute: Compute, stage: str) -> None:
         if not config.resume:
             new_folder(self.path, resume_hint=", or go on with --resume")
             write_recipe(config, self.path / "config.yaml")
         elif differences(
-            build(type(config), read_recipe(self.path / "config.yaml")), config, frozenset(config.model_fields) - PLACES
+            build(type(config), read_recipe(self.path / "config.yaml")),
+            config,
+            frozenset(config.model_fields) - PATH_OPTIONS,
         ):
             write_recipe(config, self.path / "config.yaml")  # it, or what it is made of, has moved
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
@@ -97,7 +101,7 @@ class RunFolder:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
     @distributed.rank_zero_only
-    def rewind(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
@@ -107,7 +111,7 @@ class RunFolder:
         self._metrics = path.open("a", encoding="utf-8")
 
     @distributed.rank_zero_only
-    def record(self, step: int, metrics: dict[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -133,7 +137,7 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[str] = MAY_CHANGE) -> C:
+def resolve_resume_config(config: C, stage: str = "pretrain", may_change: frozenset[str] = MUTABLE_ON_RESUME) -> C:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
     Where there is nothing yet, the run starts: a job that may be sent anew at any moment has one command.
@@ -141,7 +145,8 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
     Raises:
         MapetError: there is something else, or an option that is given now differs from the run's.
     """
-    path = config.out / "config.yaml"  # type: ignore[attr-defined]
+    assert config.out is not None
+    path = config.out / "config.yaml"
     if is_free(path.parent):
         log.warning(NOTHING_TO_RESUME, path.parent)
         return config.model_copy(update={"resume": False})
@@ -149,29 +154,29 @@ def recipe_to_resume(config: C, stage: str = "pretrain", may_change: frozenset[s
         raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
     old = build(type(config), read_recipe(path), path)
     automatic = {name for name, value in config if value is None}
-    moved = {name for name in PLACES - automatic if getattr(old, name, None) is not None}
+    moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
     changed = differences(old, config, may_change | automatic | moved)
     if changed:
         raise MapetError(
             f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command_to_resume(path.parent, stage)}; to start {anew(path.parent) if stage == 'pretrain' else ANEW}"
+            f"{command_to_resume(path.parent, stage)}; to start {restart_hint(path.parent) if stage == 'pretrain' else NEW_OPTIONS_HINT}"
         )
     return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
 
 
 NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
 """A job that may be sent anew at any moment has one command."""
-ANEW = "with new options: a new --out"
+NEW_OPTIONS_HINT = "with new options: a new --out"
 
 
-def anew(run: Path, option: str = "--init-from") -> str:
+def restart_hint(run: Path, option: str = "--init-from") -> str:
     """How to start with new options where there may be weights to start from; `option` takes them."""
     folder = pretrain_folder(run)
     if (folder / "backbone").is_dir():
         return f"from its weights with new options: {option} {run}, and a new --out"
     if checkpoints(folder / "checkpoints"):
         return f"from its weights with new options: `{shell_command('export', '--backbone', run, '--out', 'NEW')}`, {option} NEW, and a new --out"
-    return ANEW
+    return NEW_OPTIONS_HINT
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
@@ -181,7 +186,7 @@ def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
     return shell_command(command, folder / CONFIG_FILE, "--resume")
 
 
-def stopped(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
+def interrupted_error(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
     """What is raised when a run has saved, for the signal `by`."""
     return Interrupted(f"stopped by {by} at step {step} of {total_steps}, saved", command_to_resume(folder, stage))
 

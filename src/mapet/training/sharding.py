@@ -13,7 +13,7 @@ from mapet.device import Compute
 from mapet.errors import MapetError
 
 
-def shard(model: nn.Module, compute: Compute) -> None:
+def apply_fsdp(model: nn.Module, compute: Compute) -> None:
     """Let each process hold its part of weights, gradients and optimiser, in place.
 
     Each device has all weights only in the precision of products, from the forward to the end of the backward pass.
@@ -32,38 +32,40 @@ def shard(model: nn.Module, compute: Compute) -> None:
     sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
 
 
-def last_of_step(model: nn.Module, last: bool) -> None:
-    """Sum gradients over processes after the last pass of a step only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Sum the gradients of sharded parts over ranks in the next backward pass, or not."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(enabled, recurse=False)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module or a part of it is sharded."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be shared out, put together; a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """`state_dict`, put together one by one in the first process's memory; a collective call, others get nothing."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module.state_dict()
-    parts = ((name, whole(tensor).cpu()) for name, tensor in module.state_dict().items())
+    parts = ((name, full_tensor(tensor).cpu()) for name, tensor in module.state_dict().items())
     return {name: tensor for name, tensor in parts if distributed.rank() == 0}
 
 
-def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """`load_state_dict` of whole tensors into a module that may be shared out."""
     own = module.state_dict()
     module.load_state_dict(
-        {name: shared_like(value, own[name]) if name in own else value for name, value in state.items()}
+        {name: distribute_like(value, own[name]) if name in own else value for name, value in state.items()}
     )
 
 
-def shared_like(value: Tensor, other: Tensor) -> Tensor:
+def distribute_like(value: Tensor, other: Tensor) -> Tensor:
     """A tensor that all processes have, shared out as the other of its shape is."""
     if not isinstance(other, DTensor) or value.shape != other.shape:
         return value

@@ -24,7 +24,7 @@ def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:
     return len(vit.blocks) * size * (numbers * rows * vit.embed_dim + scores * heads * rows * rows)
 
 
-def automatic_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute) -> int:
+def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute) -> int:
     """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
     if compute.device.type != "cpu":
         return batch_size
@@ -33,7 +33,7 @@ def automatic_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Co
     return max(1, min(batch_size, CACHE // widest))
 
 
-def automatic_batch_size(model: ViTForPreTraining, num_images: int, compute: Compute, processes: int = 1) -> int:
+def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: Compute, processes: int = 1) -> int:
     """The largest power of two up to the paper's 2048 that takes at most 60 % of a GPU's free memory and leaves 20 steps an epoch.
 
     Args:

@@ -2,19 +2,23 @@
 
 import importlib.util
 import logging
-from typing import Any
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from mapet import distributed
 from mapet.data.dataset import Batch
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.models.pretraining import PreTrainingOutput
-from mapet.training.sharding import is_sharded, last_of_step
+from mapet.training.sharding import is_sharded, set_gradient_sync
 
+O = TypeVar("O", bound=Any)  # noqa: E741
 log = logging.getLogger("mapet")
 MIN_COMPILE_STEPS = 1000
 """Steps after which a GPU has won back what compiling took."""
@@ -36,11 +40,11 @@ class LowPrecision(nn.Module):
         return functional_call(self.module, weights, args)
 
 
-class ForwardBackward:
-    """Adds a batch's gradient to a float32 model's.
+class ForwardBackward(Generic[O]):
+    """Adds a batch's gradient to a float32 module's, summed over all ranks.
 
     Args:
-        model: from `prepare_for_device`.
+        module: `module(batch, ...)` returns a named tuple with a `loss`.
         micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
         compile: compile the forward and backward pass (about a minute at the start).
 
@@ -48,43 +52,60 @@ class ForwardBackward:
         micro_batch: halved when memory does not suffice.
     """
 
-    def __init__(self, model: nn.Module, compute: Compute, micro_batch: int, compile: bool = False) -> None:
-        self.model, self.micro_batch = model, micro_batch
+    def __init__(self, module: nn.Module, compute: Compute, micro_batch: int, compile: bool = False) -> None:
+        self.module, self.micro_batch = module, micro_batch
+        self._sharded = is_sharded(module)
         if compile:
-            model.compile()
-        low = compute.dtype != torch.float32 and not is_sharded(model)  # a sharded one makes its own copy
-        self.compute_model = LowPrecision(model, compute.dtype) if low else model
+            module.compile()
+        low = compute.dtype != torch.float32 and not self._sharded  # a sharded one makes its own copy
+        self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
+        self._replicated = distributed.world_size() > 1 and not self._sharded
+        self._rehearsed = not self._replicated
+        if self._replicated:
+            self.compute_module = replicate(self.compute_module)
 
-    def __call__(self, batch: Batch, fraction: float = 1.0) -> PreTrainingOutput:
-        """Return the whole batch's output, its loss times `fraction`.
+    def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[O]:
+        """Return the outputs of the micro-batches, their losses weighted so that they add up to `fraction` times the batch's.
 
         Args:
             fraction: of the step's images that are in this batch, where several ranks have a part of them.
 
         Raises:
-            MapetError: one image at a time needs more memory than there is.
+            MapetError: one image at a time needs more memory than there is; or memory did not suffice while other ranks wait.
         """
-        self.model.train()
+        self.module.train()
         while True:
             try:
-                return self._accumulate(batch, fraction)
+                if not self._rehearsed:  # without communication, so that running out of memory concerns this rank alone
+                    with torch.random.fork_rng():
+                        self._accumulate(batch, args, fraction, synchronize=False)
+                    self.module.zero_grad(set_to_none=True)
+                    self._rehearsed = True
+                with distributed.translate_comm_errors():
+                    return self._accumulate(batch, args, fraction, synchronize=True)
             except RuntimeError as error:
-                if not _out_of_memory(error) or is_sharded(self.model):  # the others wait for it
+                if not _out_of_memory(error) or self._sharded or (self._replicated and self._rehearsed):
                     raise
             self._halve(len(batch))  # here, where the failed pass no longer holds its memory
 
-    def _accumulate(self, batch: Batch, fraction: float) -> PreTrainingOutput:
-        outputs: list[PreTrainingOutput] = []
+    def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float, synchronize: bool) -> list[O]:
+        outputs: list[O] = []
         for start in range(0, len(batch), self.micro_batch):
             part = batch[start : start + self.micro_batch]
-            last_of_step(self.model, last=start + self.micro_batch >= len(batch))
-            output = self.compute_model(part)
-            weight = fraction * len(part) / len(batch)
-            (output.loss * weight).backward()
+            last = synchronize and start + self.micro_batch >= len(batch)
+            with self._gradient_sync(last):
+                output = self.compute_module(part, *args)
+                weight = fraction * len(part) / len(batch)
+                (output.loss * weight).backward()
             outputs.append(output._replace(loss=output.loss.detach() * weight))
-        losses, corrects, targets, of_images = zip(*outputs, strict=True)
-        correct = None if corrects[0] is None else torch.stack(corrects).sum()
-        return PreTrainingOutput(torch.stack(losses).sum(), correct, torch.cat(targets), torch.cat(of_images))
+        return outputs
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        """Sum gradients over ranks in this backward pass, or not."""
+        set_gradient_sync(self.module, enabled)
+        if isinstance(self.compute_module, DistributedDataParallel) and not enabled:
+            return self.compute_module.no_sync()
+        return nullcontext()
 
     def _halve(self, images: int) -> None:
         failed = min(self.micro_batch, images)
@@ -93,7 +114,7 @@ class ForwardBackward:
                 "out of memory with one image at a time: take a smaller --model or --image-size, or close what else uses the device"
             )
         self.micro_batch = failed // 2
-        self.model.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
@@ -107,18 +128,20 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def all_reduce_gradients(model: nn.Module) -> None:
-    """Sum the gradients of all ranks in one message; a rank without images has none to add.
+def replicate(module: nn.Module) -> DistributedDataParallel:
+    """Wrap a float32 module so that gradients are summed over ranks, in float32, while the backward pass goes on.
 
-    Those of a sharded model are summed already.
+    Weights and buffers become those of rank 0, buffers before every pass. A parameter that a pass does not use is no error.
     """
-    if distributed.world_size() == 1 or is_sharded(model):
-        return
-    parameters: list[Tensor] = list(model.parameters())
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    parts = distributed.all_reduce(flat).split([p.numel() for p in parameters])
-    for parameter, gradient in zip(parameters, parts, strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    replicated = DistributedDataParallel(module, find_unused_parameters=True)
+    replicated.register_comm_hook(None, _sum_bucket)  # losses are weighted by each rank's images: sums, not means
+    return replicated
+
+
+def _sum_bucket(_state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def auto_compile(requested: bool | None, compute: Compute, steps: int, same_shapes: bool = True) -> bool:

@@ -1,0 +1,202 @@
+"""Supervised fine-tuning in its plain form: mean pooling over the pre-trained norm, a linear head."""
+
+import logging
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mapet.config.finetune import FinetuneConfig
+from mapet.data.augment import rand_augment, seeded
+from mapet.data.dataset import Batch, ViewDataset, in_order
+from mapet.data.views import ViewSpec
+from mapet.device import Compute
+from mapet.errors import MapetError
+from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
+from mapet.evaluation.few_shot import few_shot_split
+from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
+from mapet.training.task import StepOutput, Task
+
+log = logging.getLogger("mapet")
+MAX_AUTO_BATCH_SIZE = {"cpu": 128}
+
+
+class FinetuneResult(NamedTuple):
+    """Result of a fine-tuning.
+
+    Attributes:
+        num_correct, num_test: test images that are classified correctly, and all.
+        majority_accuracy: of always predicting the commonest class of the test images.
+    """
+
+    vit: VisionTransformer
+    num_correct: int
+    num_test: int
+    train: LabelledSet
+    majority_accuracy: float
+
+
+class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
+    """The whole ViT learns the classes of labeled images; the test images say how well about ten times, and choose nothing."""
+
+    command = "finetune"
+    base_lr, base_batch_size = 5e-4, 512
+    min_auto_lr = 3e-4
+    """In few small batches a lower rate gets nowhere, a higher one forgets what pre-training learned."""
+    model: VisionTransformer
+    _final: tuple[int, int] | None = None
+
+    def build(self, config: FinetuneConfig, compute: Compute) -> None:
+        """Read the labels, and load the backbone with a new head."""
+        self.compute, self.config = compute, config
+        self.train, self.test = _labeled_images(config)
+        torch.manual_seed(config.seed)
+        self.model = self.build_model()
+        self.model_ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        if self.model_ema is not None:
+            self.stateful = {"model_ema": self.model_ema}
+        size: tuple[int, int] = self.model.patch_embed.img_size
+        spec = ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
+        self.dataset = ViewDataset(
+            self.train.images,
+            spec,
+            self.model.in_chans,
+            image_size=size,
+            jitter=config.color_jitter,
+            augment=_augmentation(config, self.model),
+            seed=config.seed,
+        )
+        self.indices, self.labels = np.arange(len(self.train.labels)), torch.from_numpy(self.train.labels)
+        self.hashes = {"images_hash": self.train.images.hash}
+        num_images = len(self.indices)
+        most = MAX_AUTO_BATCH_SIZE.get(compute.device.type, self.base_batch_size)
+        batch_size = config.batch_size or min(max(8, min(most, num_images // 10)), num_images)
+        self.config = config.model_copy(update={"batch_size": batch_size})
+        self.layer_decay = config.layer_decay
+        self.epochs_per_line = self.epochs_per_test = max(1, config.epochs // 10)
+        num_classes = len(self.train.classes)
+        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
+        self.erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device)
+        source = "from scratch" if config.from_scratch else config.backbone
+        self.description = f"fine-tuning {source} on {num_images:,} images, {num_classes} classes"
+
+    def build_model(self) -> VisionTransformer:
+        """Load the backbone; the norm that pre-training learned stays, before the pooling."""
+        config = self.config
+        options = config.model_args | {
+            "num_classes": len(self.train.classes),
+            "global_pool": "avg",
+            "fc_norm": False,
+            "drop_path_rate": config.drop_path,
+        }
+        vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **options)
+        return prepare_for_device(vit, self.compute)
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """Normalize and augment the images; labels become targets, after Mixup or CutMix fractions of classes."""
+        config, labels = self.config, self.labels[batch.image_index]
+        batch = batch.to(self.compute.device)
+        assert batch.images is not None
+        images, targets = normalize(batch.images, self.model.in_chans, batch.jitter), self.compute.to(labels)
+        with seeded(config.seed, step):
+            if config.random_erasing:
+                images = self.erase(images)
+            if (config.mixup or config.cutmix) and len(images) > 1:  # in pairs
+                batch = batch[: len(images) // 2 * 2]
+                images, targets = self.mixup(images[: len(batch)], targets[: len(batch)])
+        return replace(batch, images=images, targets=targets)
+
+    def loss(self, batch: Batch, step: int) -> StepOutput:
+        """Compute the cross-entropy; targets that Mixup has made are smoothed already."""
+        assert batch.images is not None and batch.targets is not None
+        logits = self.model(batch.images.to(self.model.head.weight.dtype)).float()
+        smoothing = self.config.label_smoothing if batch.targets.ndim == 1 else 0.0
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        with torch.no_grad():
+            each = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
+        return StepOutput(loss, each)
+
+    def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
+        """Update the moving average of the weights."""
+        if self.model_ema is not None:
+            self.model_ema.update(self.model, step)
+        return {}
+
+    def _averaged(self, module: VisionTransformer) -> VisionTransformer:
+        return module if self.model_ema is None else cast(VisionTransformer, self.model_ema.module)
+
+    def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
+        """Measure the accuracy on the test images."""
+        last = epoch == self.config.epochs
+        if not last and (self.config.out is None or epoch % self.epochs_per_test):
+            return {}
+        result = compute_accuracy(self._averaged(module), self.test, self.compute, self.config.num_workers)
+        module.train()
+        self._final = result if last else None
+        return {"epoch": epoch, "accuracy": result[0] / result[1]}
+
+    @staticmethod
+    def format_scores(scores: dict[str, float]) -> str:
+        """Return the accuracy on the test images."""
+        return f"test accuracy {scores['accuracy']:.3f}"
+
+    def infer(self, module: VisionTransformer, batch: Batch) -> Tensor:
+        """Return the logits."""
+        assert batch.images is not None
+        return module(normalize(batch.images, module.in_chans))
+
+    def finish(self, module: VisionTransformer) -> FinetuneResult:
+        """Save the model, or its moving average, and measure its accuracy."""
+        config, vit = self.config, self._averaged(module)
+        final = self._final or compute_accuracy(vit, self.test, self.compute, config.num_workers)
+        if config.out is not None:
+            if not (config.out / "model").exists():
+                save_backbone(vit.cpu(), config.out / "model")
+            log.info("model in %s", config.out / "model")
+        majority = float(np.bincount(self.test.labels).max()) / len(self.test.labels)
+        return FinetuneResult(vit, *final, self.train, majority)
+
+
+def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
+    """Return the training images that the options grant, and the test images."""
+    train, test = train_and_test(config.images, config.test_images)
+    if config.labels_per_class or config.label_fraction < 1:
+        try:
+            train = train.subset(few_shot_split(train, config.labels_per_class or config.label_fraction, config.seed))
+        except MapetError as error:
+            held_out = "; a fifth of --images is held out to test on, for there are no --test-images"
+            raise MapetError(f"{error}{'' if config.test_images else held_out}") from None
+    return train, test
+
+
+def _augmentation(config: FinetuneConfig, vit: VisionTransformer) -> Any:
+    """Return RandAugment of the training images, or None."""
+    if config.rand_augment is None:
+        return None
+    if vit.in_chans != 3:
+        raise MapetError(f"--rand-augment is for RGB images, this ViT takes {vit.in_chans} channels: leave it out")
+    return rand_augment(config.rand_augment, vit.patch_embed.img_size, input_mean_std(3)[0])
+
+
+@torch.inference_mode()
+def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> tuple[int, int]:
+    """Return (number classified correctly, number of all) of the centered views."""
+    vit.eval()
+    height, width = vit.patch_embed.img_size
+    labels = torch.from_numpy(data.labels)
+    num_correct = num_images = 0
+    order = in_order(len(labels), 256)
+    for index, images in centred_batches(data.images, (height, width), vit.in_chans, order, workers):
+        with compute.autocast():
+            logits = vit(normalize(compute.to(images), vit.in_chans))
+        num_correct += int((logits.argmax(1).cpu() == labels[index]).sum())
+        num_images += len(index)
+    return num_correct, num_images

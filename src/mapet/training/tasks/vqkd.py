@@ -1,0 +1,221 @@
+"""Training of a VQ-KD tokenizer (BEiT v2, arXiv 2208.06366)."""
+
+import logging
+import math
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mapet.config.train_tokenizer import TrainTokenizerConfig
+from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
+from mapet.data.sources import scan
+from mapet.data.views import ViewSpec
+from mapet.device import Compute
+from mapet.errors import MapetError
+from mapet.files import atomic, write_json, write_tensors
+from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
+from mapet.tokenizers.codebook import CodebookStats
+from mapet.tokenizers.extract import teacher_features
+from mapet.tokenizers.kmeans import automatic_vocab_size
+from mapet.tokenizers.teacher import Teacher, make_teacher
+from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT
+from mapet.tokenizers.vqkd_training import VQKDForTraining, VQKDOutput
+from mapet.training.task import StepOutput, Task
+
+log = logging.getLogger("mapet")
+PATCHES_PER_CODE = 16
+"""Patches that the first codes are k-means centroids of, for each code."""
+MAX_EVALUATED = 10_000
+"""Most images that the finished tokenizer is evaluated on."""
+
+
+class VQKDTask(Task[TrainTokenizerConfig, Path]):
+    """An encoder and a codebook from whose codes a decoder regresses a teacher's features."""
+
+    command = "train-tokenizer"
+    base_lr, base_batch_size = 2e-4, 512
+    betas = (0.9, 0.99)
+    mean_names = ("reconstruction", "commitment")
+    sum_names = ("reborn",)
+    model: VQKDForTraining
+    teacher: Teacher
+
+    def build(self, config: TrainTokenizerConfig, compute: Compute) -> None:
+        """Open images and teacher, and build the untrained model.
+
+        Raises:
+            MapetError: fewer patches than codes.
+        """
+        self.compute, images = compute, scan(config.images)
+        self.teacher = make_teacher(
+            config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
+            config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
+        ).to(compute.device)  # fmt: skip
+        spec = ViewSpec(
+            kind=config.views, image_size=config.image_size, min_scale=config.min_crop_scale, seed=config.seed
+        )
+        sizes = config.image_size, self.teacher.image_size
+        self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
+        self.indices, self.hashes = np.arange(len(images)), {"images_hash": images.hash}
+        self.num_patches = math.prod(self.teacher.grid)
+        total_patches = self.num_patches * len(images)
+        vocab_size = config.vocab_size or automatic_vocab_size(total_patches)
+        if vocab_size > total_patches:
+            raise MapetError(f"V = {vocab_size} codes for {total_patches:,} patches: lower --vocab-size")
+        self.config = config.model_copy(update={"vocab_size": vocab_size})
+        self.num_counts = vocab_size
+        self.model = self.build_model()
+        self.unreadable = Quarantine(images, config.max_unreadable)
+        self.description = (
+            f"VQ-KD, {config.model} with {format_num_params(self.model)}, {vocab_size} codes, teacher {self.teacher.name}, "
+            f"{len(images):,} images of {config.image_size[0]} px"
+        )
+
+    def build_model(self) -> VQKDForTraining:
+        """Build the untrained model from its seed."""
+        config = self.config
+        assert config.vocab_size is not None
+        black = torch.zeros(1, config.channels, *self.teacher.image_size, dtype=torch.uint8)
+        feature_size = self.teacher(self.compute.to(black)).shape[1]
+        torch.manual_seed(config.seed)
+        encoder = create_vit(
+            config.model, config.image_size, config.patch_size, config.channels, config.model_args, config.drop_path
+        )
+        model = VQKDForTraining(
+            encoder,
+            config.vocab_size,
+            config.codebook_dim,
+            feature_size,
+            config.decoder_depth,
+            config.ema_decay,
+            config.dead_code_threshold,
+        )
+        return prepare_for_device(model, self.compute)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Start the codebook by k-means on the encoder's outputs of the first batches."""
+        config, model = self.config, self.model.eval()
+        patches_per_batch = self.num_patches * config.batch_size
+        count = -(-PATCHES_PER_CODE * self.num_counts // patches_per_batch)
+        batches = list(islice(EpochSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
+        vectors = []
+        for batch in self._batches(self.dataset, batches, "first codes"):
+            with self.compute.autocast():
+                vectors.append(model.tokenizer(self._pixels(batch)).movedim(1, -1).flatten(0, 2))
+        model.init_codebook_kmeans(torch.cat(vectors), config.seed)
+        log.info("codebook started by k-means on %d batches", len(batches))
+
+    def _batches(self, dataset: ViewDataset, batches: list[list[tuple[int, int]]], title: str) -> Any:
+        loader = make_loader(dataset, batches, self.config.num_workers)
+        for batch in tqdm(loader, desc=title, unit="batch", disable=None, leave=False):
+            self.unreadable.add(batch.bad)
+            if len(batch):
+                yield batch
+
+    def _pixels(self, batch: Batch) -> Float[Tensor, "B C H W"]:
+        """Return the encoder's input, in [0, 1]."""
+        assert batch.images is not None
+        return self.compute.to(batch.images).to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """Compute the teacher's features of the same views."""
+        # A clone: what inference made takes part in no backward pass.
+        targets = teacher_features(self.teacher, batch, self.dataset.images, self.compute).clone()
+        return replace(batch.to(self.compute.device), images=self._pixels(batch), targets=targets)
+
+    def loss(self, batch: Batch, step: int) -> StepOutput:
+        """Compute the losses of reconstruction and commitment."""
+        output: VQKDOutput = self.model(batch.images, batch.targets)
+        means = {"reconstruction": output.reconstruction.detach(), "commitment": output.commitment.detach()}
+        counts = torch.bincount(output.codes.flatten(), minlength=self.num_counts)
+        rows = {"features": output.features, "codes": output.codes}
+        return StepOutput(output.loss, output.loss_per_image, means, counts, rows)
+
+    def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
+        """Let the codes follow the encoder."""
+        features, codes = output.rows["features"].flatten(0, 1), output.rows["codes"].flatten()
+        return {"reborn": self.model.ema_update_codebook(features, codes)}
+
+    def summarize(self, counts: Int[Tensor, " K"], total_counts: Int[Tensor, " K"]) -> dict[str, float]:
+        """Return how the codes are used in a window.
+
+        code_usage: fraction of the codes that a patch had. perplexity: exp of the entropy of the codes' frequencies, K at most.
+        """
+        frequency = counts.double() / max(1, int(counts.sum()))
+        perplexity = float(torch.special.entr(frequency).sum().exp())
+        return {"code_usage": float((frequency > 0).double().mean()), "perplexity": perplexity}
+
+    @staticmethod
+    def format_metrics(metrics: dict[str, float]) -> str:
+        """Return loss, reconstruction and the codes' use."""
+        return (
+            f"loss {metrics['loss']:.3f}, 1 - cosine {metrics['reconstruction']:.3f}, codes used {metrics['code_usage']:.0%}, "
+            f"perplexity {metrics['perplexity']:.0f}"
+        )
+
+    @torch.no_grad()
+    def _statistics(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
+        """Evaluate on the centered views of at most `MAX_EVALUATED` training images: 1 - cosine, and the codes' use."""
+        config, model, images = self.config, model.eval(), self.dataset.images
+        spec = ViewSpec(image_size=config.image_size)
+        centered = ViewDataset(images, spec, config.channels, config.image_size, self.teacher.image_size)
+        order = np.random.default_rng(config.seed).permutation(len(images))[:MAX_EVALUATED]
+        batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
+        counts = torch.zeros(self.num_counts, dtype=torch.int64)
+        reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
+        for batch in self._batches(centered, batches, "evaluate"):
+            batch = self.prepare(batch, 0)
+            with self.compute.autocast():
+                output: VQKDOutput = model(batch.images, batch.targets)
+            counts += torch.bincount(output.codes.flatten().cpu(), minlength=len(counts))
+            reconstruction += float(output.reconstruction) * output.codes.numel()
+            error += float(output.commitment) * config.codebook_dim * output.codes.numel()
+            mean += output.features.flatten(0, 1).sum(0).double().cpu()
+        num_patches = int(counts.sum())
+        variance = 1 - float((mean / num_patches).square().sum())  # unit vectors: their mean square is 1
+        relative_error = error / num_patches / variance if variance > 0 else 0.0
+        return reconstruction / num_patches, CodebookStats.from_counts(counts, relative_error)
+
+    def infer(self, module: VQKDForTraining, batch: Batch) -> Tensor:
+        """Return the encoder's outputs."""
+        return module.tokenizer(self._pixels(batch))
+
+    def finish(self, module: VQKDForTraining) -> Path:
+        """Evaluate the tokenizer and save it; returns its safetensors file."""
+        reconstruction, stats = self._statistics(module)
+        log.info("VQ-KD tokenizer: 1 - cosine %.3f; %s", reconstruction, stats)
+        folder = self.config.out / "vqkd"
+        if not folder.exists():
+            with atomic(folder) as temporary:  # both or neither
+                temporary.mkdir()
+                write_tensors(temporary / "vqkd.safetensors", module.weights())
+                write_json(temporary / DESCRIPTION, self._metadata(reconstruction, stats))
+        file = folder / "vqkd.safetensors"
+        log.info("saved %s: mapet fit-tokenizer --teacher vqkd --teacher-checkpoint %s", folder, file)
+        return file
+
+    def _metadata(self, reconstruction: float, stats: CodebookStats) -> dict[str, Any]:
+        """Return the content of `vqkd.json`."""
+        config, images = self.config, self.dataset.images
+        training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device", "workers"})
+        return {
+            "format_version": FORMAT,
+            "image_size": list(config.image_size),
+            "patch_size": config.patch_size,
+            "vocab_size": config.vocab_size,
+            "code_dim": config.codebook_dim,
+            "teacher": self.teacher.settings,
+            "teacher_weights_hash": self.teacher.weights_hash,
+            "teacher_metadata": self.teacher.metadata,
+            "reconstruction": reconstruction,
+            "codebook_stats": asdict(stats),
+            "training": training | {"images_hash": images.hash, "num_images": len(images)},
+        }

@@ -1,0 +1,359 @@
+"""The one training loop: optimizer, schedule, precision, ranks, non-finite steps, checkpoints, exact resume, logs, signals."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mapet import distributed
+from mapet.config.shared import TrainerConfig
+from mapet.data.dataset import Batch, EpochSampler, Quarantine, make_loader
+from mapet.device import Compute
+from mapet.errors import MapetError
+from mapet.run_state import record
+from mapet.signals import StopRequest, stop_signals
+from mapet.training.checkpoint import (
+    check_fingerprints,
+    checkpoint_step,
+    checkpoint_tensors,
+    checkpoints,
+    load_checkpoint,
+    read_trainer_state,
+    save_checkpoint,
+)
+from mapet.training.metrics import LossMonitor, MetricLogger
+from mapet.training.nonfinite import NonFiniteError, save_debug_bundle
+from mapet.training.optim import auto_lr, create_optimizer, create_scheduler, effective_batch_size
+from mapet.training.progress import ProgressDisplay
+from mapet.training.run_folder import RunFolder, interrupted_error, resolve_resume_config
+from mapet.training.sharding import apply_fsdp, full_state_dict, full_tensor
+from mapet.training.step import ForwardBackward, auto_compile
+from mapet.training.task import LossModule, StepOutput, Task, merge_outputs
+from mapet.training.tracking import require
+
+log = logging.getLogger("mapet")
+R = TypeVar("R")
+T = TypeVar("T")
+MAX_LOG_EVERY = 50
+"""Most steps between lines of metrics, where the option leaves it open."""
+
+
+class Trainer(Generic[R]):
+    """Trains a task as its config says, on all ranks together.
+
+    Attributes:
+        step: steps that are done.
+    """
+
+    def __init__(self, task: Task[Any, R], config: TrainerConfig) -> None:
+        """Build the task; a collective call."""
+        require(config.track)
+        self.task, self.step, self.num_rollbacks = task, 0, 0
+        requested_micro_batch = config.micro_batch_size
+        if config.resume and config.out:
+            config = resolve_resume_config(config, task.command)
+            distributed.barrier()  # all have looked before one writes
+        self.compute = Compute.choose(config.device, config.precision)
+        task.build(config, self.compute)
+        config = task.config
+        assert config.batch_size is not None  # resolved by `build`
+        rank, world_size = distributed.rank(), distributed.world_size()
+        self.sampler = EpochSampler(
+            task.indices, config.batch_size, config.epochs, config.seed, rank=rank, processes=world_size
+        )
+        self.total_steps, self.steps_per_epoch = len(self.sampler), self.sampler.steps_per_epoch
+        if config.fsdp:
+            apply_fsdp(task.model, self.compute)
+        self.keeps_micro_batch = requested_micro_batch is None
+        task.config = self.config = config.model_copy(update=self._auto_values(config))
+        self._create_optimizer()
+        self.metrics = MetricLogger(task.mean_names, task.sum_names, task.num_counts, self.compute.device)
+        self.monitor = LossMonitor(task.dataset.images)
+        self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
+        self.unreadable = Quarantine(task.dataset.images, config.max_unreadable, dict(task.bad))
+
+    def _auto_values(self, config: TrainerConfig) -> dict[str, Any]:
+        """Return the automatic values that depend on task and data."""
+        task, batch_size = self.task, config.batch_size or 1
+        local_batch_size = -(-batch_size // distributed.world_size())
+        num_images = effective_batch_size(batch_size, len(task.indices))
+        warmup = config.epochs * task.warmup_fraction if config.warmup_epochs is None else config.warmup_epochs
+        return {
+            "micro_batch_size": config.micro_batch_size or task.auto_micro_batch(local_batch_size),
+            "lr": config.lr or max(task.min_auto_lr, auto_lr(num_images, task.base_lr, task.base_batch_size)),
+            "warmup_epochs": warmup,
+            "log_interval": config.log_interval or min(MAX_LOG_EVERY, -(-self.steps_per_epoch // task.logs_per_epoch)),
+        }
+
+    def _create_optimizer(self) -> None:
+        task, config = self.task, self.config
+        assert config.lr is not None and config.warmup_epochs is not None
+        self.optimizer = create_optimizer(
+            task.model, config.opt, config.lr, config.weight_decay, task.layer_decay, task.betas
+        )
+        warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
+        self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
+
+    def fit(self) -> R:
+        """Train from the first step, or the one after the last checkpoint, to the last; returns the task's result.
+
+        Raises:
+            Interrupted: a signal asked to stop; what was learned is saved.
+            NonFiniteError: too many steps in a row were not finite, or the result isn't.
+        """
+        task, config = self.task, self.config
+        self.folder = RunFolder(config, self.compute, task.command) if config.out else None
+        with self.folder or nullcontext(), stop_signals() if config.out else nullcontext(StopRequest()) as self.stop:
+            if config.resume:
+                self._resume()
+            self._log_start()
+            if self.step == 0:
+                on_rank_zero(task.start)
+            compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
+            assert config.micro_batch_size is not None
+            self.forward_backward: ForwardBackward[StepOutput] = ForwardBackward(
+                LossModule(task), self.compute, config.micro_batch_size, compile
+            )
+            self._loop()
+            return self._finish()
+
+    def _log_start(self) -> None:
+        config, world_size = self.config, distributed.world_size()
+        ranks = f" on {world_size} processes" if world_size > 1 else ""
+        description = (
+            f"{self.task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
+        )
+        images, unreadable = self.task.dataset.images, len(self.task.bad)
+        counts = {"images": len(images), "unreadable": unreadable, "total_steps": self.total_steps}
+        hashes = {name.removesuffix("_hash"): digest for name, digest in self.task.hashes.items()}
+        record(config.out, description=description, counts=counts, hashes=hashes, results=self.task.facts)
+        log.info("%s, %s", description, self.compute)
+
+    def _resume(self) -> None:
+        assert self.folder is not None
+        if checkpoints(self.folder.checkpoints):
+            check_fingerprints(read_trainer_state(self.folder.checkpoints), self.task.hashes, self.folder.path)
+            state = load_checkpoint(self.folder.checkpoints, self.task.model, self.optimizer, **self.stateful)
+            self.step = self.sampler.first_step = state["step"]
+            self.num_rollbacks = state.get("num_rollbacks", 0)
+            check_same_step(self.step, self.folder.checkpoints)
+            if self.keeps_micro_batch and state.get("micro_batch"):
+                self.config = self.task.config = self.config.model_copy(
+                    update={"micro_batch_size": state["micro_batch"]}
+                )
+        self.folder.truncate_metrics(self.step)
+        log.info("resumed at step %d of %d", self.step, self.total_steps)
+
+    def _loop(self) -> None:
+        task, config = self.task, self.config
+        assert config.log_interval is not None
+        self._saved_at = time.monotonic()
+        pin_memory = self.compute.device.type == "cuda"
+        loader = make_loader(task.dataset, self.sampler, config.num_workers, pin_memory=pin_memory)
+        with ProgressDisplay(task, self.total_steps, self.step) as self.display:
+            for batch in self.metrics.time_data(loader):
+                self._train_step(batch)
+                self.step += 1
+                self.display.update()
+                if is_log_step(self.step, self.steps_per_epoch, config.log_interval):
+                    self._log_metrics()
+                if self.step % self.steps_per_epoch == 0:
+                    self._evaluate(self.step // self.steps_per_epoch)
+                if self.step == self.total_steps:
+                    self._check_usable()
+                self._save_if_due()
+
+    def _train_step(self, batch: Batch) -> None:
+        task, step = self.task, self.step
+        local_images, counts = len(batch), self._global_image_counts(batch)
+        if not sum(counts):
+            return
+        torch.manual_seed(step_seed(self.config.seed, step))  # what is drawn depends on the step alone
+        self.schedule.step_update(step)
+        fraction = local_images / sum(counts)
+        if not local_images:  # takes part in all communication, with weight 0
+            batch = task.dataset.placeholder(int(task.indices[0]))
+        outputs = self.forward_backward(task.prepare(batch, step), step, fraction=fraction)
+        clip = self.config.clip_grad or math.inf
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(task.model.parameters(), clip)).detach()
+        self._update(norm)
+        output = merge_outputs(outputs, fraction)
+        sums: dict[str, Tensor] = {}
+        if type(task).after_step is not Task.after_step and bool(norm.isfinite()):
+            rows = {name: gather_rows(value, counts) for name, value in output.rows.items()}
+            with torch.no_grad():
+                sums = task.after_step(output._replace(rows=rows), step)
+        self.metrics.add(output, norm, batch.image_index, local_images, sums)
+
+    def _update(self, norm: Tensor) -> None:
+        """Let the optimizer make a step unless the gradient is not finite.
+
+        Fused optimizers leave it out by themselves, without the CPU having to know; for others it waits for the device.
+        """
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(norm.isfinite()):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _global_image_counts(self, batch: Batch) -> list[int]:
+        """Return how many images each rank has for this step; all ranks learn which ones could not be read."""
+        counts, bad = distributed.all_gather(torch.tensor([len(batch), len(batch.bad)])).unbind(1)
+        if bad.any():
+            for unreadable in distributed.all_gather_object(batch.bad):
+                self.unreadable.add(unreadable)
+        return counts.tolist()
+
+    def _log_metrics(self) -> None:
+        window = self.metrics.compute_and_reset(self.task.summarize)
+        if not window.losses:  # no image could be read
+            return
+        metrics = window.metrics | {
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": self.optimizer.param_groups[-1]["lr"],
+        }
+        if self.folder:
+            self.folder.log_metrics(self.step, metrics)
+        self.display.log_metrics(metrics, self.step % self.steps_per_epoch == 0)
+        self.monitor.update(window, self.step)
+        if self.monitor.consecutive_skipped >= self.config.max_skipped_steps:
+            self._roll_back_or_stop()
+
+    def _roll_back_or_stop(self) -> None:
+        skipped, folder = self.monitor.consecutive_skipped, self.folder
+        saved = checkpoints(folder.checkpoints) if folder else []
+        before = [path for path in saved if checkpoint_step(path) <= self.step - skipped]
+        if self.num_rollbacks == self.config.max_rollbacks or not before:
+            self._raise_nonfinite(f"loss or gradient was not finite in {skipped} steps in a row", kept=bool(before))
+        state = load_checkpoint(before[0], self.task.model, self.optimizer, **self.task.stateful)
+        self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
+        text = "rolled back to the weights of step %d, with the images from step %d on"
+        log.warning(text, state["step"], self.step)
+        self._save()
+
+    def _raise_nonfinite(self, what: str, kept: bool = False) -> None:
+        count = max(1, self.monitor.consecutive_skipped)
+        bundle = save_debug_bundle(self.task, self.sampler, self.step, count) if self.folder else None
+        raise NonFiniteError(what, bundle, self.config, kept)
+
+    def _evaluate(self, epoch: int) -> None:
+        with self.metrics.pause():
+            scores = self._with_product(lambda module: self._scores(module, epoch))
+        if scores:
+            if self.folder:
+                self.folder.log_metrics(self.step, scores)
+            self.display.log_scores(epoch, scores)
+
+    def _scores(self, module: nn.Module, epoch: int) -> dict[str, float]:
+        try:
+            return self.task.evaluate(module, epoch)
+        except MapetError as error:  # training goes on
+            log.warning("not evaluated after epoch %d: %s", epoch, error)
+            return {}
+
+    def _check_usable(self) -> None:
+        (unusable,) = any_rank(self._with_product(lambda module: not self.task.is_usable(module)) or False)
+        if unusable:
+            self._raise_nonfinite("the trained model gives numbers that are not finite, so that it is not saved")
+
+    def _save_if_due(self) -> None:
+        if self.folder is None:
+            return
+        due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_interval_min
+        stopping, due = any_rank(bool(self.stop.signal_name), due)
+        if stopping or due or self.step == self.total_steps:
+            self._save()
+            self._saved_at = time.monotonic()
+        if stopping and self.step < self.total_steps:
+            signal_name = self.stop.signal_name or "another process"
+            raise interrupted_error(signal_name, self.step, self.total_steps, self.folder.path, self.task.command)
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        tensors = checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
+        state = {
+            "epochs": self.config.epochs,
+            "num_rollbacks": self.num_rollbacks,
+            "micro_batch": self.forward_backward.micro_batch,
+            **self.task.hashes,
+        }
+        if distributed.rank() == 0:
+            save_checkpoint(self.folder.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
+            record(self.config.out, counts={"steps": self.step})
+        distributed.barrier()
+
+    def _finish(self) -> R:
+        return self._with_product(self.task.finish)  # type: ignore[return-value]  # None on other ranks
+
+    def _with_product(self, function: Callable[[Any], T]) -> T | None:
+        """Call a function of the trained module on rank 0; a collective call."""
+        task, module = self.task, self.task.product_module
+        if self.config.fsdp:
+            weights = full_state_dict(module)
+            if distributed.rank() == 0:
+                module = task.build_model()
+                module.load_state_dict(weights)
+        return on_rank_zero(lambda: function(module))
+
+
+def train(task: Task[Any, R], config: TrainerConfig) -> R:
+    """Train a task; returns its result."""
+    return Trainer(task, config).fit()
+
+
+def on_rank_zero(function: Callable[[], T]) -> T | None:
+    """Call a function on rank 0, as if there were no other ranks; they wait and get None."""
+    result = None
+    if distributed.rank() == 0:
+        with distributed.alone():
+            result = function()
+    distributed.barrier()
+    return result
+
+
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """All-gather one row per image into the order of the whole batch, which is dealt out image by image.
+
+    Args:
+        counts: images of each rank.
+    """
+    if len(counts) == 1:
+        return rows
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    local = counts[distributed.rank()]
+    padded[:local] = rows[:local]
+    real = torch.arange(max(counts))[:, None] < torch.tensor(counts)
+    return distributed.all_gather(padded).transpose(0, 1)[real.to(rows.device)]
+
+
+def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
+    """Return whether metrics are due: an epoch is cut into equal parts of at most `log_every` steps, none of only a few."""
+    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_every)
+    return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Return each flag, if it is up on any rank."""
+    return [count > 0 for count in distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()]
+
+
+def check_same_step(step: int, folder: Path) -> None:
+    """Raise MapetError if the ranks found different checkpoints."""
+    steps = distributed.all_gather(torch.tensor(step)).tolist()
+    if len(set(steps)) > 1:
+        raise MapetError(
+            f"{folder} is not the same for all processes (steps {steps}): put --out where all of them see it"
+        )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of torch's generator for a step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
