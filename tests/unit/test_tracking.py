@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_one(
     other = Fake(monkeypatch, "mlflow")
     mapet.pretrain(**options | {"track": ["mlflow"]}, resume=True)  # nothing is left to do but this
     assert other.seen == fake.seen and len(fake.ids) == 2
-    assert [text.partition(":")[0] for text in warnings()] == ["SIGINT"]
+    assert not warnings()
 
 
 def test_after_a_kill_nothing_is_sent_twice_or_lost(monkeypatch, tmp_path):

@@ -139,7 +139,7 @@ def replicate(module: nn.Module) -> DistributedDataParallel:
     return replicated
 
 
-def _sum_bucket(_state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # has no stub
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 

@@ -145,13 +145,16 @@ class Task(Generic[C, R]):
 
     @torch.inference_mode()
     def is_usable(self, module: Any) -> bool:
-        """Return whether the trained module gives finite numbers for a few images."""
+        """Return whether the trained weights, and what `infer` makes of a few images, are finite."""
         batch = self.dataset.batch([(0, int(index)) for index in self.indices[:8]])
-        return not len(batch) or bool(self.infer(module.eval(), batch.to(self.compute.device)).isfinite().all())
+        outputs = list(module.parameters())
+        if len(batch):
+            outputs += self.infer(module.eval(), batch.to(self.compute.device))
+        return all(bool(output.isfinite().all()) for output in outputs)
 
-    def infer(self, module: Any, batch: Batch) -> Tensor:
-        """Return what the product gives for a batch as it is read."""
-        raise NotImplementedError
+    def infer(self, module: Any, batch: Batch) -> list[Tensor]:
+        """Return what the product gives for a batch as it is read; [] if its weights tell enough."""
+        return []
 
     def finish(self, module: Any) -> R:
         """Evaluate and save the product; returns what the command returns."""

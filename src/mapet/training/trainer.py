@@ -117,9 +117,9 @@ class Trainer(Generic[R]):
             if self.step == 0:
                 on_rank_zero(task.start)
             compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
-            assert config.micro_batch_size is not None
+            assert self.config.micro_batch_size is not None  # resolved, or that of the checkpoint
             self.forward_backward: ForwardBackward[StepOutput] = ForwardBackward(
-                LossModule(task), self.compute, config.micro_batch_size, compile
+                LossModule(task), self.compute, self.config.micro_batch_size, compile
             )
             self._loop()
             return self._finish()

@@ -148,11 +148,6 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         """Return the accuracy on the test images."""
         return f"test accuracy {scores['accuracy']:.3f}"
 
-    def infer(self, module: VisionTransformer, batch: Batch) -> Tensor:
-        """Return the logits."""
-        assert batch.images is not None
-        return module(normalize(batch.images, module.in_chans))
-
     def finish(self, module: VisionTransformer) -> FinetuneResult:
         """Save the model, or its moving average, and measure its accuracy."""
         config, vit = self.config, self._averaged(module)

@@ -184,10 +184,10 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         """Return the scores of the online probe."""
         return OnlineProbe.line(scores)
 
-    def infer(self, module: VisionTransformer, batch: Batch) -> Tensor:
+    def infer(self, module: VisionTransformer, batch: Batch) -> list[Tensor]:
         """Return the backbone's features."""
         assert batch.images is not None
-        return module.forward_features(normalize(batch.images, module.in_chans))
+        return [module.forward_features(normalize(batch.images, module.in_chans))]
 
     def finish(self, module: VisionTransformer) -> Path:
         """Save the backbone; returns its folder."""

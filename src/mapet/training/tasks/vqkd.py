@@ -184,9 +184,9 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         relative_error = error / num_patches / variance if variance > 0 else 0.0
         return reconstruction / num_patches, CodebookStats.from_counts(counts, relative_error)
 
-    def infer(self, module: VQKDForTraining, batch: Batch) -> Tensor:
+    def infer(self, module: VQKDForTraining, batch: Batch) -> list[Tensor]:
         """Return the encoder's outputs."""
-        return module.tokenizer(self._pixels(batch))
+        return [module.tokenizer(self._pixels(batch))]
 
     def finish(self, module: VQKDForTraining) -> Path:
         """Evaluate the tokenizer and save it; returns its safetensors file."""
