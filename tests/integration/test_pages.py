@@ -126,8 +126,8 @@ def test_every_recipe_extra_and_stage_has_its_place():
         assert f"| `{extra}` |" in install, extra
     api = (DOCS / "api.md").read_text()
     for stage in COMMANDS.values():
-        for name in (stage.__name__, stage.config_type.__name__):
-            assert f"::: {stage.config_type.__module__}.{name}\n" in api
+        for documented in (stage, stage.config_type):
+            assert f"::: {documented.__module__}.{documented.__name__}\n" in api
 
 
 def test_export_page_has_every_format():
