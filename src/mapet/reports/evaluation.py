@@ -9,6 +9,7 @@ from statistics import fmean
 from mapet.evaluation.eval_context import ProtocolResult
 from mapet.evaluation.intervals import MetricValue
 from mapet.files import atomic
+from mapet.reports.blocks import markdown_table
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
 """Backbone -> protocol -> result."""
@@ -65,20 +66,12 @@ def format_table(
         source: {name: metric for result in own.values() for name, metric in result.metrics.items()}
         for source, own in results.items()
     }
-    lines = _header(head, "over", *columns)
+    rows = []
     for name in dict.fromkeys(name for own in columns.values() for name, metric in own.items() if wanted(metric)):
         row = [own.get(name) for own in columns.values()]
         over = next((metric.over for metric in row if metric), "")
-        lines.append(_row(name, over, *(show(metric) if metric else "-" for metric in row)))
-    return [*lines, ""]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "|" + "---|" * len(cells)]
+        rows.append([name, over, *(show(metric) if metric else "-" for metric in row)])
+    return [*markdown_table([head, "over", *columns], rows).splitlines(), ""]
 
 
 def _layers(results: Results) -> list[str]:
@@ -97,8 +90,13 @@ def _corruptions(results: Results) -> list[str]:
     if not errors:
         return []
     names = next(iter(errors.values()))
-    rows = [_row(name, *(f"{fmean(own[name]):.3f}" for own in errors.values())) for name in names]
-    return ["## Error under each corruption (mean over severities)", "", *_header("corruption", *errors), *rows, ""]
+    rows = [[name, *(f"{fmean(own[name]):.3f}" for own in errors.values())] for name in names]
+    return [
+        "## Error under each corruption (mean over severities)",
+        "",
+        markdown_table(["corruption", *errors], rows),
+        "",
+    ]
 
 
 def _worst_classes(results: Results) -> list[str]:
@@ -111,12 +109,12 @@ def _worst_classes(results: Results) -> list[str]:
     worst = sorted((hit / count, label) for label, (hit, count) in totals.items() if count)[:NUM_WORST_CLASSES]
     if not worst:
         return []
-    lines = ["## Classes told apart worst (accuracy, or IoU; all of them are in per_class.csv)", ""]
-    lines += _header("class", *(f"{source}, {name}" for source, name, _ in columns))
+    rows = []
     for _, label in worst:
         pairs = [classes.get(label, (0, 0)) for _, _, classes in columns]
-        lines.append(_row(label, *(f"{hit / count:.3f}" if count else "-" for hit, count in pairs)))
-    return [*lines, ""]
+        rows.append([label, *(f"{hit / count:.3f}" if count else "-" for hit, count in pairs)])
+    table = markdown_table(["class", *(f"{source}, {name}" for source, name, _ in columns)], rows)
+    return ["## Classes told apart worst (accuracy, or IoU; all of them are in per_class.csv)", "", table, ""]
 
 
 def per_class_csv(results: Results) -> str:
