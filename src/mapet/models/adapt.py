@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.errors import MapetError, by
-from mapet.models.checkpoint_conversion import MeanStd, PretrainedViT, abbreviate
+from mapet.models.checkpoint_conversion import MeanStd, PretrainedViT
+from mapet.weights import describe_mismatch
 
 LAYER_SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 
@@ -53,16 +54,10 @@ def adapt_state_dict(
         kept = weights.pop(name, None)
         if name in own:
             weights[name] = kept if kept is not None and kept.shape == own[name].shape else own[name]
-    mismatches = {
-        "missing": own.keys() - weights.keys(),
-        "unexpected": weights.keys() - own.keys(),
-        "of another shape": {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape},
-    }
-    if any(mismatches.values()):
-        what = "; ".join(f"{what}: {abbreviate(sorted(names))}" for what, names in mismatches.items() if names)
+    if mismatch := describe_mismatch(dict(sorted(weights.items())), dict(sorted(own.items()))):
         args = checkpoint.model_args
         size = f"width {args['embed_dim']}, depth {args['depth']}" if args else checkpoint.model
-        raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {what}")
+        raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {mismatch}")
     return weights, notes
 
 

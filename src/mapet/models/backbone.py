@@ -15,8 +15,9 @@ from mapet.device import Compute
 from mapet.errors import MapetError, did_you_mean, must_be_divisible
 from mapet.files import atomic, naming_the_cause
 from mapet.models.adapt import adapt_state_dict, input_mean_std
-from mapet.models.checkpoint_conversion import PretrainedViT, abbreviate
+from mapet.models.checkpoint_conversion import PretrainedViT
 from mapet.models.pretrained import PLAIN_HINT, check_model_name, resolve_backbone
+from mapet.weights import first_names
 
 log = logging.getLogger("mapet")
 
@@ -192,7 +193,7 @@ def _load_adapted(vit: VisionTransformer, checkpoint: PretrainedViT, source: str
     vit.load_state_dict(weights)
     if checkpoint.unexpected_keys:
         kinds = dict.fromkeys(name.split(".")[0] for name in checkpoint.unexpected_keys)
-        notes.append(f"left out, being no part of the encoder: {abbreviate(kinds)}")
+        notes.append(f"left out, being no part of the encoder: {first_names(list(kinds))}")
     if notes:
         log.info("weights of %s: %s", source, "; ".join(notes))
 

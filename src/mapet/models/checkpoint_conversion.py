@@ -13,13 +13,14 @@ Known layouts, and what tells them (`docs/export.md` has the table):
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mapet.errors import MapetError, by
+from mapet.weights import first_names
 
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel in [0, 1]."""
@@ -127,7 +128,7 @@ def remap_keys(
     prefixes = [match[1] for name in weights if (match := PATCH_EMBED.fullmatch(name))]
     if not prefixes:
         raise MapetError(
-            f"{source}: not a ViT in a layout that is known: it has no patch_embed.proj.weight, but {abbreviate(weights)}"
+            f"{source}: not a ViT in a layout that is known: it has no patch_embed.proj.weight, but {first_names(list(weights))}"
         )
     prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])
     unexpected, unsupported = [name for name in weights if not name.startswith(prefix)], set()
@@ -229,10 +230,3 @@ def _infer_grid(
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
         args["no_embed_class"] = True
     return grid
-
-
-def abbreviate(names: Iterable[object], num_shown: int = 3) -> str:
-    """'a, b, c and 9 more'."""
-    words = list(map(str, names))
-    more = f" and {len(words) - num_shown} more" if len(words) > num_shown else ""
-    return ", ".join(words[:num_shown]) + more or "nothing"
