@@ -73,7 +73,7 @@ def newer(path, key="format"):
 OPEN = {
     "tokenizer/visual_tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
     "tokens/manifest.json": lambda: TokenStore.open(Path("tokens"), scan("images")),
-    "prepared/manifest.json": lambda: PreparedDataset.open(Path("prepared")),
+    "prepared/manifest.json": lambda: PreparedDataset(Path("prepared")),
     "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
     "features/manifest.json": lambda: read_embeddings(Path("features")),
     "run/checkpoints/step-00000002/state.json": lambda: load_checkpoint(Path("run/checkpoints"), torch.nn.Linear(1, 1)),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
 from mapet.data.decode import open_image, read_image
-from mapet.data.image_list import ImageList
+from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.order import draw_order
 from mapet.data.readers.base import Box, DecodedImage
 from mapet.data.readers.jpeg import LazyJpeg
@@ -318,7 +318,7 @@ def test_out_of_range_token_is_noticed(crops, tmp_path):
 def test_a_million_paths_stay_compact():
     """One block of bytes: about 40 bytes a path, not a Python string each."""
     ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
-    images = ImageList(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids))
+    images = ImageList(ImageFiles(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids)))
     size = len(images._names.block) + images._names.ends.nbytes + images.file_sizes.nbytes
     assert size / len(ids) < 45
     assert images[99_999] == scan_root / "folder999/image_0099999.jpg"

@@ -22,7 +22,7 @@ from mapet.config.base import build
 from mapet.config.check import CheckConfig
 from mapet.data import prepared, streamed, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.hugging_face import below
+from mapet.data.hugging_face import relative_to_root
 from mapet.data.readers.base import MAX_BYTES, BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
@@ -549,7 +549,7 @@ def test_files_of_the_hub_keep_their_names_from_revision_to_revision():
         "hf://datasets/u/n@0a1b/train/a/1.png",
         "hf://datasets/u/n/train/a/1.png",
     ):
-        assert below(file, inside, "row 0") == "train/a/1.png"
+        assert relative_to_root(file, inside, "row 0") == "train/a/1.png"
 
 
 def test_hugging_face_without_the_library(monkeypatch):

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mapet.data.image_list import ImageList
-from mapet.data.reader import Names, Reader
+from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.readers.base import BadImage
 from mapet.errors import MapetError, how_to_install
 
@@ -17,14 +16,17 @@ SAVED = ("state.json", "dataset_dict.json")
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
-class Rows(Reader):
+class HFDatasetReader(ImageReader):
     """Images in a column of encoded bytes, or of paths, in a table that is mapped into memory."""
 
-    def __init__(self, table: Any, column: str) -> None:
+    def __init__(self, source: str, table: Any, column: str, label: str | None, allowed_roots: list[str]) -> None:
+        paths, sizes = _paths_and_sizes(table.select_columns([column]), source, allowed_roots)
+        labels = None if label is None else known_labels(table.features[label].names, _values(table, label))
+        super().__init__(source, ids_of(paths), sizes, labels)
         self.table, self.column = table, column
 
-    def data(self, row: int, name: str) -> bytes:
-        image = self.table[row][self.column]
+    def data(self, index: int) -> bytes:
+        image = self.table[index][self.column]
         if image is None:
             raise BadImage("no image in this row")
         if image["bytes"] is not None:
@@ -37,7 +39,7 @@ class Rows(Reader):
             raise BadImage(error.strerror or str(error)) from None
 
 
-def list_rows(source: str) -> ImageList:
+def list_hf_images(source: str) -> ImageList:
     """The rows of a data set: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT.
 
     NAME is a folder of parquet or arrow files, or of images, one such file, a folder made by `save_to_disk`, or a name on
@@ -52,10 +54,7 @@ def list_rows(source: str) -> ImageList:
             images, or several; a row names a file that is not of the data set.
     """
     datasets, table, column, label = open_rows(source)
-    table = table.with_format(None)
-    paths, sizes = _paths_and_sizes(table.select_columns([column]), source, inside(source, datasets))
-    labels = None if label is None else known_labels(table.features[label].names, _values(table, label))
-    return ImageList(source, ids_of(paths), sizes, reader=Rows(table, column), labels=labels)
+    return ImageList(HFDatasetReader(source, table.with_format(None), column, label, allowed_roots(source, datasets)))
 
 
 def open_rows(source: str, streaming: bool = False) -> tuple[Any, Any, str, str | None]:
@@ -134,7 +133,7 @@ def _column(source: str, features: dict[str, str]) -> str:
     )
 
 
-def inside(source: str, datasets: Any) -> list[str]:
+def allowed_roots(source: str, datasets: Any) -> list[str]:
     """Where files may lie that the rows of a data set name, each with a slash at its end: below it, in the caches, on the Hub."""
     import huggingface_hub
 
@@ -144,7 +143,7 @@ def inside(source: str, datasets: Any) -> list[str]:
     return [*local, f"hf://datasets/{name}/", f"hf://datasets/{name}@"]
 
 
-def _paths_and_sizes(images: Any, source: str, inside: list[str]) -> tuple[list[str | None], np.ndarray]:
+def _paths_and_sizes(images: Any, source: str, allowed_roots: list[str]) -> tuple[list[str | None], np.ndarray]:
     """What each row gives; the images' own bytes are not touched."""
     import pyarrow.compute as pc
 
@@ -156,19 +155,19 @@ def _paths_and_sizes(images: Any, source: str, inside: list[str]) -> tuple[list[
             for path, size in zip(pc.struct_field(chunk, "path").to_pylist(), lengths, strict=True):
                 if size is None and path is not None and os.path.isabs(path):
                     file = os.path.normpath(path)
-                    path, size = below(file, inside, f"{source}, row {len(paths)}"), _file_size(file)
+                    path, size = relative_to_root(file, allowed_roots, f"{source}, row {len(paths)}"), _file_size(file)
                 paths.append(path)
                 sizes.append(-1 if size is None else size)
     return paths, np.array(sizes, np.int64)
 
 
-def below(file: str, inside: list[str], where: str) -> str:
+def relative_to_root(file: str, allowed_roots: list[str], where: str) -> str:
     """The path of a file that a row names, below the root it lies in, and below its revision, so that it stays.
 
     Raises:
         MapetError: it lies in none.
     """
-    root = next((root for root in inside if file.startswith(root)), None)
+    root = next((root for root in allowed_roots if file.startswith(root)), None)
     if root is None:
         raise MapetError(f"{where} names the file {file}, which is not of the data set: it is not read")
     path = file.removeprefix(root)
@@ -184,11 +183,11 @@ def _file_size(file: str) -> int:
         return -1
 
 
-def ids_of(paths: list[str | None]) -> Names:
+def ids_of(paths: list[str | None]) -> PackedStrings:
     """Those that rows give, if every row gives another one; else their numbers."""
     if len(set(paths)) == len(paths) and all(path and "\0" not in path for path in paths):
-        return Names.of(os.fsencode(path) for path in paths if path)
-    return Names.of(b"%09d" % row for row in range(len(paths)))
+        return PackedStrings.pack(os.fsencode(path) for path in paths if path)
+    return PackedStrings.pack(b"%09d" % row for row in range(len(paths)))
 
 
 def _values(table: Any, column: str) -> np.ndarray:
@@ -198,6 +197,6 @@ def _values(table: Any, column: str) -> np.ndarray:
     return np.asarray(pc.fill_null(table.select_columns([column]).with_format("arrow")[:].column(0), -1), np.int64)
 
 
-def known_labels(names: list[str], values: np.ndarray) -> tuple[list[str], np.ndarray] | None:
+def known_labels(names: list[str], values: np.ndarray) -> Labels | None:
     """None where a row has none, or there is one class only."""
     return None if len(names) < 2 or values.min(initial=0) < 0 else (list(names), values)

@@ -1,26 +1,74 @@
-"""The list of a dataset's images, whatever holds them: stable ids, labels where there are some, one hash over it all."""
+"""Readers of image sources, and lists of their images: stable ids, labels where there are some, one hash over it all."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
-from mapet.data.reader import Files, Names, Reader
+from mapet.data.decode import open_image
 from mapet.data.readers.base import MAX_BYTES, BadImage, LazyImage, Window
 
+Labels = tuple[list[str], Int[np.ndarray, " n"]]
+"""Names of the classes, and the class index of each image."""
 
-class ImageList(Sequence[Path]):
-    """Images in a fixed order, their ids held as one block of bytes (a million: about 50 MB, shared by workers).
 
-    The id of an image is its path below `root`, so it stays the same when the folder moves.
+class PackedStrings(Sequence[bytes]):
+    """Byte strings in one block: a million of them are two objects, which processes share.
 
     Attributes:
-        root: where the images are: the folder ids are relative to, shards, or the name of a data set.
-        file_sizes: (n,) bytes of each file; part of `hash`, so that a replaced image is noticed.
-        ignored: files of the folder that are not images by their ending.
-        labels: (class names, (n,) class index of each image) that the data set gives; without, folders in the ids are classes.
+        block: all of them, one after another.
+        ends: (n + 1,) where each ends, after a 0.
+    """
+
+    def __init__(self, block: bytes, ends: Int[np.ndarray, " n+1"]) -> None:
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def pack(cls, strings: Iterable[bytes]) -> "PackedStrings":
+        parts = list(strings)
+        return cls(b"".join(parts), np.cumsum([0, *map(len, parts)], dtype=np.int64))
+
+    @classmethod
+    def split(cls, block: bytes) -> "PackedStrings":
+        """Unpack strings that each end with a zero byte."""
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0)
+        return cls(block.replace(b"\0", b""), np.append(0, ends - np.arange(len(ends))))
+
+    @classmethod
+    def concatenate(cls, several: Sequence["PackedStrings"]) -> "PackedStrings":
+        lengths = np.concatenate([np.diff(strings.ends) for strings in several])
+        return cls(b"".join(strings.block for strings in several), np.append(0, np.cumsum(lengths)))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.block[self.ends[index] : self.ends[index + 1]]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self.block[start:end] for start, end in pairwise(self.ends.tolist()))
+
+    def take(self, indices: Int[np.ndarray, " m"]) -> "PackedStrings":
+        return PackedStrings.pack(self[index] for index in indices)
+
+
+class ImageReader(ABC):
+    """Images of a source, numbered; any can be read at any time.
+
+    It goes to loader workers: it holds no open files that a forked process could not use, and can be pickled.
+
+    Attributes:
+        root: where the images are: a folder, shards, or the name of a data set.
+        ids: of the images, e.g. paths below `root`: the same when the source moves.
+        file_sizes: (n,) bytes of each image; -1: unknown.
+        labels: that the source gives; without, folders in the ids are classes.
+        ignored: number of files of the source that are not images by their extension.
     """
 
     def __init__(
@@ -28,97 +76,123 @@ class ImageList(Sequence[Path]):
         root: Path | str,
         ids: Iterable[bytes],
         file_sizes: Iterable[int],
+        labels: Labels | None = None,
         ignored: int = 0,
-        reader: Reader | None = None,
-        labels: tuple[list[str], np.ndarray] | None = None,
     ) -> None:
-        """`ids` and `file_sizes` are kept as they are if they are `Names` and an array.
+        self.root, self.labels, self.ignored = root, labels, ignored
+        self.ids = ids if isinstance(ids, PackedStrings) else PackedStrings.pack(ids)
+        self.file_sizes = np.asarray(file_sizes, np.int64)
 
-        Args:
-            reader: gives image i of this list by its number; without one, ids are paths of files below `root`.
+    @abstractmethod
+    def data(self, index: int) -> bytes:
+        """Return the image's bytes as they are stored.
+
+        Raises:
+            BadImage: with the reason.
         """
-        self.root = root
-        self.ignored = ignored
-        self._names = ids if isinstance(ids, Names) else Names.of(ids)
-        count = len(self._names)
-        self.file_sizes = file_sizes if isinstance(file_sizes, np.ndarray) else np.fromiter(file_sizes, np.int64, count)
-        self._reader = reader or Files(Path(root))
-        self._rows: np.ndarray | None = None
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @property
-    def ids(self) -> Names:
-        return self._names
-
-    def id_bytes(self, index: int) -> bytes:
-        return self._names[index]
-
-    def id(self, index: int) -> str:
-        """Path below the root; bytes that are not UTF-8 are kept as surrogates, as `os.fsdecode` does."""
-        return os.fsdecode(self.id_bytes(index))
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if not isinstance(self._reader, Files):
-            raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
-        return self._reader.root / self.id(index)
 
     def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
-        """The image, opened; see `open_image`.
+        """Open the image; see `open_image`."""
+        return open_image(self.data(index), channels, window)
+
+
+class ImageFiles(ImageReader):
+    """Images that are files; ids are paths below `root`."""
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.ids[index]))
+
+    def data(self, index: int) -> bytes:
+        return Path(self.path(index)).read_bytes()
+
+    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+        return open_image(self.path(index), channels, window)
+
+
+class ImageList(Sequence[Path]):
+    """Images of a reader in a fixed order, all or some of them (a million: about 50 MB, shared by workers).
+
+    Args:
+        reader: of the images; its attributes `root` and `ignored` are the list's, too.
+        indices: of the images in the reader; None: all.
+
+    Attributes:
+        ids, file_sizes, labels: as of a reader. A replaced image is noticed by its size, which is part of `hash`.
+    """
+
+    def __init__(self, reader: ImageReader, indices: Int[np.ndarray, " n"] | None = None) -> None:
+        self.reader, self.indices = reader, indices
+        self.root, self.ignored = reader.root, reader.ignored
+        self.ids, self.file_sizes, self.labels = reader.ids, reader.file_sizes, reader.labels
+        if indices is not None:
+            self.ids, self.file_sizes = self.ids.take(indices), self.file_sizes[indices]
+            self.labels = self.labels and (self.labels[0], self.labels[1][indices])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def id_bytes(self, index: int) -> bytes:
+        return self.ids[index]
+
+    def id(self, index: int) -> str:
+        """Return the id; bytes that are not UTF-8 are kept as surrogates, as `os.fsdecode` does."""
+        return os.fsdecode(self.ids[index])
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not isinstance(self.reader, ImageFiles):
+            raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
+        return Path(self.root) / self.id(index)
+
+    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+        """Open an image; see `open_image`.
 
         Raises:
             BadImage: with the reason.
         """
         if self.file_sizes[index] > MAX_BYTES:
             raise BadImage(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
-        return self._reader.picture(self._row(index), self.id(index), channels, window)
+        return self.reader.open(self._index_in_reader(index), channels, window)
 
     def data(self, index: int) -> bytes:
-        """The image's bytes as they are stored."""
-        return self._reader.data(self._row(index), self.id(index))
+        """Return the image's bytes as they are stored."""
+        return self.reader.data(self._index_in_reader(index))
 
-    def _row(self, index: int) -> int:
-        return index if self._rows is None else int(self._rows[index])
+    def _index_in_reader(self, index: int) -> int:
+        return index if self.indices is None else int(self.indices[index])
 
     def key(self, index: int) -> int:
-        """A 64-bit number made of the id alone: seeds an image's random draws wherever it stands in a list."""
-        return int.from_bytes(hashlib.blake2b(self.id_bytes(index), digest_size=8).digest(), "little")
+        """Return a 64-bit hash of the id: it seeds an image's random draws wherever it stands in a list."""
+        return int.from_bytes(hashlib.blake2b(self.ids[index], digest_size=8).digest(), "little")
 
-    @property
+    def keys(self) -> Int[np.ndarray, " n"]:
+        """Return the `key` of every image, uint64."""
+        return np.fromiter(map(self.key, range(len(self))), np.uint64, len(self))
+
+    @cached_property
     def hash(self) -> str:
         """sha256 over ids and file sizes, in order."""
-        digest = hashlib.sha256(self._names.ends.data)
-        digest.update(self._names.block)
-        digest.update(self.file_sizes.data)
+        digest = hashlib.sha256(self.ids.ends.data)
+        digest.update(self.ids.block)
+        digest.update(np.ascontiguousarray(self.file_sizes).data)
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "ImageList":
+        """Return a list of some of the images."""
         kept = np.fromiter(indices, np.int64)
-        labels = self.labels and (self.labels[0], self.labels[1][kept])
-        part = ImageList(self.root, self._names.take(kept), self.file_sizes[kept], reader=self._reader, labels=labels)
-        part._rows = kept if self._rows is None else self._rows[kept]
-        return part
+        return ImageList(self.reader, kept if self.indices is None else self.indices[kept])
 
-    def keys(self) -> np.ndarray:
-        """(n,) `key` of every image, uint64."""
-        return np.fromiter(map(self.key, range(len(self))), np.uint64, len(self))
-
-    def classes(self) -> tuple[list[str], np.ndarray] | None:
-        """(class names, (n,) class index of each image): the data set's own, else of folders if every image lies in one of
-        2 or more; None without."""
+    def classes(self) -> Labels | None:
+        """Return the source's labels, else the first folders in the ids if every image is in one of 2 or more; None without."""
         if self.labels is not None:
             return self.labels
-        index: dict[bytes, int] = {}
+        found: dict[bytes, int] = {}
         labels = np.empty(len(self), np.int64)
-        for i, name in enumerate(self._names):
+        for index, name in enumerate(self.ids):
             folder, slash, _ = name.partition(b"/")
             if not slash:
                 return None
-            labels[i] = index.setdefault(folder, len(index))
-        if len(index) < 2:
+            labels[index] = found.setdefault(folder, len(found))
+        if len(found) < 2:
             return None
-        names = sorted(index)
-        place = np.argsort([index[name] for name in names])  # number of appearance -> number in order of names
-        return [os.fsdecode(name) for name in names], place[labels]
+        names, numbers = zip(*sorted(found.items()), strict=True)
+        return [os.fsdecode(name) for name in names], np.argsort(numbers)[labels]

@@ -14,8 +14,7 @@ import torchvision.transforms.v2.functional as tvf
 
 from mapet.config.prepare import PrepareConfig
 from mapet.config.shared import automatic_workers
-from mapet.data.image_list import ImageList
-from mapet.data.reader import Names, Reader
+from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.readers.base import BadImage, Box, LazyImage, Window
 from mapet.errors import MapetError
 from mapet.files import MANIFEST, atomic, check_same_options, read_array, read_manifest, write_manifest
@@ -30,83 +29,62 @@ OPEN_AT_ONCE = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
 
 
-class PreparedDataset(Reader):
-    """A folder made by `mapet prepare`.
+class PreparedDataset(ImageReader):
+    """Images of a folder made by `mapet prepare`.
 
     `ids.bin` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
-    were where they were small enough already; as arrays where JPEG can't hold them); `nbytes-*.npy` their sizes, 0 for a
-    bad one; `labels.npy` the classes, where the source gave them otherwise than by folders; `manifest.json` says the rest.
+    were where they were small enough already; as arrays where JPEG can't hold them); `nbytes-*.npy` their sizes, 0 for an
+    unreadable one; `labels.npy` the classes, where the source gave them otherwise than by folders; `manifest.json` says the rest.
 
     Attributes:
         manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable, perhaps classes
             and streamed (the data set's name), value_range (of the `Window` that its images were read through).
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
-
-    @classmethod
-    def open(cls, folder: Path) -> "PreparedDataset":
+    def __init__(self, folder: Path) -> None:
         """Open a finished one.
 
         Raises:
             MapetError: damaged or unfinished.
         """
-        prepared = cls(folder, read_manifest(folder, KIND, FORMAT))
+        self.folder, self.manifest = folder, read_manifest(folder, KIND, FORMAT)
         try:
-            done, total = int(prepared.manifest["num_done"]), int(prepared.manifest.get("num_images", -1))
-            if not isinstance(prepared.manifest["unreadable"], dict):
-                raise ValueError("its list of unreadable images is none")
+            done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
             if done != total:
                 raise MapetError(
                     f"{folder} is unfinished ({done} of {total if total >= 0 else 'all'} images): run the same "
                     "`mapet prepare ... --resume` to finish it"
                 )
-            sizes = prepared.file_sizes
-            packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in range(-(-total // PER_SHARD)))
-            labels = prepared.labels()
+            self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
+            shards = range(-(-total // PER_SHARD))
+            sizes = [read_array(folder / SIZES.format(shard)) for shard in shards]
+            labels = (self.manifest["classes"], read_array(folder / LABELS)) if "classes" in self.manifest else None
             if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
                 raise ValueError(f"labels of shape {labels[1].shape}")
-            if len(sizes) != total or len(prepared.ids()) != total or packed != sizes.sum():
-                raise ValueError(f"{total} images of {sizes.sum():,} bytes, found {len(sizes)} of {packed:,}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            super().__init__(folder, PackedStrings.split((folder / IDS).read_bytes()), np.concatenate(sizes), labels)
+            packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)
+            if len(self.file_sizes) != total or len(self.ids) != total or packed != self.file_sizes.sum():
+                found = f"{len(self.file_sizes)} of {packed:,}"
+                raise ValueError(f"{total} images of {self.file_sizes.sum():,} bytes, found {found}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
-        return prepared
-
-    def ids(self) -> Names:
-        return Names.split((self.folder / IDS).read_bytes())
-
-    def labels(self) -> tuple[list[str], np.ndarray] | None:
-        """Those of the source, if it gave them otherwise than by folders."""
-        if "classes" not in self.manifest:
-            return None
-        return self.manifest["classes"], read_array(self.folder / LABELS)
-
-    @cached_property
-    def file_sizes(self) -> np.ndarray:
-        shards = range(-(-self.manifest["num_images"] // PER_SHARD))
-        return np.concatenate([read_array(self.folder / SIZES.format(s)) for s in shards])
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        parts = [self.file_sizes[first : first + PER_SHARD] for first in range(0, len(self.file_sizes), PER_SHARD)]
-        return np.concatenate([np.cumsum(part) - part for part in parts])
+        self._starts = np.concatenate([np.cumsum(part) - part for part in sizes])
 
     @cached_property
     def _map(self) -> Callable[[int], np.ndarray]:
         return lru_cache(OPEN_AT_ONCE)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreparedDataset, (self.folder, self.manifest)  # loader workers map the files again
+        return PreparedDataset, (self.folder,)  # loader workers map the files again
 
-    def picture(self, row: int, name: str, channels: int, window: Window | None = None) -> LazyImage:
-        if str(row) in self.manifest["unreadable"]:
-            raise BadImage(self.manifest["unreadable"][str(row)])  # it was bad when the set was made
-        return super().picture(row, name, channels, window)
+    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+        if index in self._unreadable:
+            raise BadImage(self._unreadable[index])  # it was so when the set was made
+        return super().open(index, channels, window)
 
-    def data(self, row: int, name: str) -> bytes:
-        start = int(self._starts[row])
-        return self._map(row // PER_SHARD)[start : start + int(self.file_sizes[row])].tobytes()
+    def data(self, index: int) -> bytes:
+        start = int(self._starts[index])
+        return self._map(index // PER_SHARD)[start : start + int(self.file_sizes[index])].tobytes()
 
 
 def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
@@ -184,7 +162,7 @@ class PreparedDatasetWriter:
         """Images in whole shards."""
         return self.manifest["num_done"]
 
-    def describe(self, ids: Names, labels: tuple[list[str], np.ndarray] | None) -> None:
+    def describe(self, ids: PackedStrings, labels: Labels | None) -> None:
         """Write what is known of all images, and the manifest that counts them."""
         with atomic(self.folder / IDS) as temporary:
             temporary.write_bytes(b"".join(name + b"\0" for name in ids))
@@ -243,7 +221,7 @@ def write_prepared_dataset(
         while writer.num_done < len(images):
             writer.add_shard(range(writer.num_done, min(writer.num_done + PER_SHARD, len(images))), encode)
             writer.save()
-    return PreparedDataset.open(config.out)
+    return PreparedDataset(config.out)
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mapet.config.base import HUGGING_FACE, is_url
 from mapet.data.decode import EXTENSIONS
-from mapet.data.hugging_face import list_rows
-from mapet.data.image_list import ImageList
+from mapet.data.hugging_face import list_hf_images
+from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.tar_shards import list_shards
 from mapet.errors import MapetError
@@ -24,20 +24,19 @@ def scan(source: str | Path) -> ImageList:
     folder made by `mapet prepare`: lists what it was made of.
     text file: names one image on each line, relative to the file's own folder or absolute.
     .tar files: see `tar_shards.list_shards`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
-    hf:NAME: see `hugging_face.list_rows`.
+    hf:NAME: see `hugging_face.list_hf_images`.
 
     Raises:
         MapetError: the source is missing or unreadable, or holds no image.
     """
     text = os.fspath(source)
     if text.startswith(HUGGING_FACE):
-        return list_rows(text)
+        return list_hf_images(text)
     path = Path(text)
     if is_url(text) or (names_shards(text) and not path.is_dir()):
         return list_shards(text)
     if _has_manifest(path):
-        prepared = PreparedDataset.open(path)
-        return ImageList(path, prepared.ids(), prepared.file_sizes, reader=prepared, labels=prepared.labels())
+        return ImageList(PreparedDataset(path))
     if path.is_dir():
         found = _scan_folder(path)
         if not len(found) and any(path.glob("*.tar")):
@@ -99,7 +98,7 @@ def _scan_folder(root: Path) -> ImageList:
             else:
                 ignored += 1
     found.sort()
-    return ImageList(root, [name for name, _ in found], [size for _, size in found], ignored)
+    return ImageList(ImageFiles(root, [name for name, _ in found], [size for _, size in found], ignored=ignored))
 
 
 def _size(entry: "os.DirEntry[bytes]") -> int | None:
@@ -125,4 +124,4 @@ def _read_list(file: Path) -> ImageList:
             sizes.append(os.stat(os.path.join(root, name)).st_size)
         except OSError as error:
             raise MapetError(f"{file}, entry {number}: {os.fsdecode(name)}: {error.strerror}") from None
-    return ImageList(file.parent, ids, sizes)
+    return ImageList(ImageFiles(file.parent, ids, sizes))

@@ -11,8 +11,8 @@ import numpy as np
 from mapet.config.prepare import PrepareConfig
 from mapet.data import prepared
 from mapet.data.decode import open_image
-from mapet.data.hugging_face import below, first_line, ids_of, inside, known_labels, open_rows
-from mapet.data.image_list import ImageList
+from mapet.data.hugging_face import allowed_roots, first_line, ids_of, known_labels, open_rows, relative_to_root
+from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import PreparedDataset, PreparedDatasetWriter
 from mapet.data.readers.base import MAX_BYTES, BadImage
 from mapet.errors import MapetError
@@ -74,10 +74,10 @@ class HFStream:
     """
 
     def __init__(self, source: str) -> None:
-        """Args: source: hf:NAME, as for `list_rows`."""
+        """Args: source: hf:NAME, as for `list_hf_images`."""
         datasets, rows, self._column, self._label = open_rows(source, streaming=True)
         self.root = source
-        self._inside = inside(source, datasets)
+        self._allowed_roots = allowed_roots(source, datasets)
         info = (rows.info.splits or {}).get(str(rows.split))
         self.expected: int | None = getattr(info, "num_examples", None) or None
         self.classes: list[str] = list(rows.features[self._label].names) if self._label else []
@@ -121,7 +121,7 @@ class HFStream:
         if path is None or not (os.path.isabs(path) or "://" in path):
             return StreamedImage(path, label)
         file = path if "://" in path else os.path.normpath(path)
-        return StreamedImage(below(file, self._inside, where), label, file=file)
+        return StreamedImage(relative_to_root(file, self._allowed_roots, where), label, file=file)
 
 
 def write_streamed(
@@ -157,7 +157,7 @@ def write_streamed(
             _finish(writer, stream)
     for left in config.out.glob(ROWS.replace("{:05d}", "*")):
         left.unlink()
-    return PreparedDataset.open(config.out)
+    return PreparedDataset(config.out)
 
 
 def _recorded(incoming: Iterator[StreamedImage], rows: list[StreamedImage]) -> Iterator[StreamedImage]:
@@ -175,9 +175,9 @@ def _finish(writer: PreparedDatasetWriter, stream: HFStream) -> None:
         raise MapetError(f"{stream.root} has no rows")
     paths, sizes, values = zip(*rows, strict=True)
     labels = known_labels(stream.classes, np.array(values, np.int64)) if stream.classes else None
-    images = ImageList(stream.root, ids_of(list(paths)), np.array(sizes, np.int64), labels=labels)
+    images = ImageList(ImageFiles(stream.root, ids_of(list(paths)), sizes, labels))
     del writer.manifest["position"]
     writer.manifest |= {"images_hash": images.hash, "num_images": len(images)}
     if labels is not None:
         writer.manifest["classes"] = labels[0]
-    writer.describe(ids_of(list(paths)), labels)
+    writer.describe(images.ids, labels)

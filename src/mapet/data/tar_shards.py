@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from mapet.config.base import is_url
 from mapet.data.decode import EXTENSIONS
-from mapet.data.image_list import ImageList
-from mapet.data.reader import Names, Reader
+from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.errors import MapetError
 from mapet.files import atomic
 
@@ -52,14 +51,14 @@ class Shard(NamedTuple):
         ignored: other members.
     """
 
-    names: Names
+    names: PackedStrings
     offsets: Int[np.ndarray, " n"]
     sizes: Int[np.ndarray, " n"]
-    labels: Names
+    labels: PackedStrings
     ignored: int
 
 
-class TarShards(Reader):
+class TarReader(ImageReader):
     """Images by ranges of bytes of files that fsspec can open: local ones, or URLs.
 
     Attributes:
@@ -68,14 +67,17 @@ class TarShards(Reader):
         first: (shards,) the row of each one's first image.
     """
 
-    def __init__(
-        self, source: str, paths: list[str], first: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
-    ) -> None:
-        self.source, self.paths, self.first, self.offsets, self.sizes = source, paths, first, offsets, sizes
+    def __init__(self, source: str, paths: list[str], shards: list[Shard], names: PackedStrings) -> None:
+        self.source, self.paths = source, paths
+        self.first = np.cumsum([0, *(len(shard.names) for shard in shards[:-1])])
+        self.offsets = np.concatenate([shard.offsets for shard in shards])
+        sizes = np.concatenate([shard.sizes for shard in shards])
+        labels = _labels(PackedStrings.concatenate([shard.labels for shard in shards]))
+        super().__init__(source, names, sizes, labels, sum(shard.ignored for shard in shards))
 
-    def data(self, row: int, name: str) -> bytes:
-        path = self.paths[int(np.searchsorted(self.first, row, "right")) - 1]
-        start, size = int(self.offsets[row]), int(self.sizes[row])
+    def data(self, index: int) -> bytes:
+        path = self.paths[int(np.searchsorted(self.first, index, "right")) - 1]
+        start, size = int(self.offsets[index]), int(self.file_sizes[index])
         for wait in range(1, TRIES + 1):
             try:
                 data = _file_system(self.source, os.getpid()).cat_file(path, start, start + size)
@@ -87,7 +89,7 @@ class TarShards(Reader):
                 time.sleep(wait)
         if len(data) != size:
             raise MapetError(
-                f"{path} has {len(data):,} of the {size:,} bytes of {name}: it has changed, so start again"
+                f"{path} has {len(data):,} of the {size:,} bytes of {os.fsdecode(self.ids[index])}: it has changed, so start again"
             )
         return data
 
@@ -112,27 +114,21 @@ def list_shards(source: str) -> ImageList:
     with ThreadPoolExecutor(AT_ONCE if is_url(source) else 1) as pool:
         found = pool.map(partial(_index, source), paths)
         shards = list(tqdm(found, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
-    counts = [len(shard.names) for shard in shards]
-    ignored = sum(shard.ignored for shard in shards)
-    if not sum(counts):
+    names = PackedStrings.concatenate([shard.names for shard in shards])
+    if not names:
         raise MapetError(
-            f"no images in the {len(paths)} shards of {source} ({ignored} other members); looked for names ending in "
-            f"{' '.join(sorted(EXTENSIONS))}"
+            f"no images in the {len(paths)} shards of {source} ({sum(shard.ignored for shard in shards)} other members); "
+            f"looked for names ending in {' '.join(sorted(EXTENSIONS))}"
         )
-    names = Names.joined([shard.names for shard in shards])
     if _any_twice(names):
-        in_shard = (
-            b"@" + os.fsencode(os.path.basename(path))
-            for path, count in zip(paths, counts, strict=True)
-            for _ in range(count)
+        names = PackedStrings.pack(
+            name + b"@" + os.fsencode(os.path.basename(path))
+            for path, shard in zip(paths, shards, strict=True)
+            for name in shard.names
         )
-        names = Names.of(name + where for name, where in zip(names, in_shard, strict=True))
         if _any_twice(names):
             raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
-    sizes = np.concatenate([shard.sizes for shard in shards])
-    offsets = np.concatenate([shard.offsets for shard in shards])
-    reader = TarShards(source, paths, np.cumsum([0, *counts[:-1]]), offsets, sizes)
-    return ImageList(source, names, sizes, ignored, reader, _labels(Names.joined([shard.labels for shard in shards])))
+    return ImageList(TarReader(source, paths, shards, names))
 
 
 def _expand(source: str) -> list[str]:
@@ -211,7 +207,7 @@ def _write_index(path: Path, shard: Shard) -> None:
 def _read_index(path: Path) -> Shard | None:
     try:
         arrays = load_file(path)
-        names, labels = (Names(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels"))
+        names, labels = (PackedStrings(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels"))
         return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
     except (OSError, SafetensorError, KeyError, IndexError):
         return None
@@ -259,8 +255,8 @@ def read_headers(file: Any, path: str) -> Shard:
         ) from None
     keys = (os.path.join(os.path.dirname(name), os.path.basename(name).split(b".")[0]) for name in images)
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
-    texts = Names.of(labels.get(key, b"") for key in keys)
-    return Shard(Names.of(images), places[:, 0].copy(), places[:, 1].copy(), texts, ignored)
+    texts = PackedStrings.pack(labels.get(key, b"") for key in keys)
+    return Shard(PackedStrings.pack(images), places[:, 0].copy(), places[:, 1].copy(), texts, ignored)
 
 
 def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
@@ -287,14 +283,14 @@ class _SmallReads:
         return self.file.read(size)
 
 
-def _any_twice(names: Names) -> bool:
+def _any_twice(names: PackedStrings) -> bool:
     hashes = np.fromiter(map(hash, names), np.int64, len(names))
     order = np.argsort(hashes, kind="stable")
     candidates = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     return any(names[order[i]] == names[order[i + 1]] for i in candidates)
 
 
-def _labels(texts: Names) -> tuple[list[str], np.ndarray] | None:
+def _labels(texts: PackedStrings) -> Labels | None:
     classes = sorted(set(texts), key=_numbers_in_order)
     if len(classes) < 2 or b"" in classes:
         return None

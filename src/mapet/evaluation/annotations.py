@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from mapet.data.image_list import ImageList
+from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import scan
 from mapet.errors import MapetError
 from mapet.evaluation.features import held_out, unlabelled
@@ -270,4 +270,4 @@ def listed_images(folder: Path, names: Sequence[str], source: Path) -> ImageList
             raise MapetError(f"{source} names {name}, which is not in {folder}: {error.strerror}") from None
     if not sizes:
         raise MapetError(f"{source} names no images")
-    return ImageList(folder, [os.fsencode(name) for name in names], sizes)
+    return ImageList(ImageFiles(folder, [os.fsencode(name) for name in names], sizes))

@@ -6,10 +6,12 @@ takes 90 % of the patches, two patches drawn blindly agree 81 % of the time.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import entropy
+from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from mapet.evaluation.probes import fit_logistic
@@ -151,19 +153,11 @@ def usage(ids: Int[Tensor, "..."], vocab_size: int) -> Usage:
     counts = torch.bincount(ids.flatten(), minlength=vocab_size)
     total, used = int(counts.sum()), int((counts > 0).sum())
     covered = counts.sort(descending=True).values.double().cumsum(0) / total
-    bits = _entropy(counts)
+    bits = float(entropy(counts, base=2))
     half, most = (int((covered < share - 1e-12).sum()) + 1 for share in (0.5, 0.9))
-    return Usage(
-        used_codes=used,
-        dead_codes=vocab_size - used,
-        reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** total),
-        entropy=bits,
-        perplexity=2**bits,
-        commonest_share=float(covered[0]),
-        codes_for_half=half / vocab_size,
-        codes_for_most=most / vocab_size,
-        patches=total,
-    )
+    reachable = vocab_size * (1 - (1 - 1 / vocab_size) ** total)
+    top = float(covered[0])
+    return Usage(used, vocab_size - used, reachable, bits, 2**bits, top, half / vocab_size, most / vocab_size, total)
 
 
 def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreement:
@@ -201,39 +195,28 @@ def mutual_information(
     Args:
         shuffled: copies of y that keep its own structure, but not its pairing with x; two or more.
     """
-    alone = _entropy(_counts(x)), _entropy(_counts(y))
-    size = int(y.max()) + 1
-
-    def plain(other: Tensor) -> float:
-        # Sorted, not tabled: 8192^2 pairs of neighbouring words need not be held.
-        return sum(alone) - _entropy(_counts(x * size + other))
-
-    nothing = torch.tensor([plain(other) for other in shuffled], dtype=torch.float64)
-    chance, error = float(nothing.mean()), float(nothing.std()) * sqrt(1 + 1 / len(nothing))
-    bits = plain(y) - chance
-    return Information(bits, chance, error, bits / alone[1] if alone[1] > 0 else 0.0)
+    plain = torch.tensor([mutual_info_score(x, other) for other in (y, *shuffled)], dtype=torch.float64) / log(2)
+    chance, error = float(plain[1:].mean()), float(plain[1:].std()) * sqrt(1 + 1 / (len(plain) - 1))
+    bits, bits_of_y = float(plain[0]) - chance, float(entropy(y.unique(return_counts=True)[1], base=2))
+    return Information(bits, chance, error, bits / bits_of_y if bits_of_y > 0 else 0.0)
 
 
 def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], seed: int = 0) -> Information:
-    """What a word says about the class of its image. Labels are shuffled over whole images."""
-    words = ids.flatten(1)
-
-    def of_patches(labels: Tensor) -> Tensor:
-        return labels[:, None].expand_as(words).flatten()
-
-    shuffled = (of_patches(labels[order]) for order in _orders(len(labels), seed))
-    return mutual_information(words.flatten(), of_patches(labels), shuffled)
+    """Measure what a token says about the class of its image. Labels are shuffled over whole images."""
+    patches = ids[0].numel()
+    shuffled = (labels[order].repeat_interleave(patches) for order in _orders(len(labels), seed))
+    return mutual_information(ids.flatten(), labels.repeat_interleave(patches), shuffled)
 
 
 def position_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information:
-    """What a patch's place in the image says about its word."""
-    words = ids.flatten()
-    places = torch.arange(ids[0].numel()).expand(len(ids), -1).flatten()
-    return mutual_information(places, words, (words[order] for order in _orders(len(words), seed)))
+    """Measure what a patch's position in the image says about its token."""
+    tokens = ids.flatten()
+    positions = torch.arange(ids[0].numel()).repeat(len(ids))
+    return mutual_information(positions, tokens, (tokens[order] for order in _orders(len(tokens), seed)))
 
 
 def neighbour_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information | None:
-    """What a word says about the word beside or below it; None for a single patch."""
+    """Measure what a token says about the token beside or below it; None for a single patch."""
     pairs = neighbours(ids).values()
     if not pairs:
         return None
@@ -309,11 +292,11 @@ def measure(
 
 
 def warnings(measures: Measures) -> list[str]:
-    """What is poor, in plain sentences; empty for words that look fit to learn from."""
-    return list(_warnings(measures))
+    """Say what is poor, in plain sentences; empty for tokens that look fit to learn from."""
+    return [*_usage_warnings(measures), *_stability_warnings(measures), *_information_warnings(measures)]
 
 
-def _warnings(m: Measures) -> Iterator[str]:
+def _usage_warnings(m: Measures) -> Iterator[str]:
     use, K = m.usage, m.vocab_size
     if use.patches < PATCHES_PER_WORD * K:
         yield (
@@ -333,6 +316,9 @@ def _warnings(m: Measures) -> Iterator[str]:
         yield (
             f"one word takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
         )
+
+
+def _stability_warnings(m: Measures) -> Iterator[str]:
     for name, view in m.stability.items():
         if name == "stored" and view.share < 1:
             yield (
@@ -349,12 +335,15 @@ def _warnings(m: Measures) -> Iterator[str]:
                 f"{1 - view.share:.0%} of the words change when the window moves by whole patches: they name the place "
                 "in the image more than what is there"
             )
+
+
+def _information_warnings(m: Measures) -> Iterator[str]:
     if m.position.share > POSITION_SHARE:
         yield (f"position alone tells {m.position.share:.0%} of a word: much of the task can be done without looking")
     agreeing = [pair.share for pair in m.coherence.values()]
     if agreeing and min(agreeing) > COPYING:
         yield f"{min(agreeing):.0%} of neighbouring patches share their word: copying the patch beside nearly solves the task"
-    if m.neighbour is not None and use.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
+    if m.neighbour is not None and m.usage.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
         yield "a word says nothing of the words beside it: nothing can be predicted from context (are tokens mixed up?)"
     if m.label is not None and m.label.bits <= ERRORS * m.label.error:
         yield "a word says nothing of the class of its image (are tokens paired with the wrong images?)"
@@ -365,15 +354,6 @@ def _warnings(m: Measures) -> Iterator[str]:
                 f"from all words of an image its class is told no better than by chance ({bag.accuracy:.1%}, always guessing "
                 f"one class {bag.chance:.1%}, {bag.test_images} test images)"
             )
-
-
-def _counts(values: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
-    return values.unique(return_counts=True)[1]
-
-
-def _entropy(counts: Int[Tensor, " m"]) -> float:
-    p = counts[counts > 0].double() / counts.sum()
-    return float(-(p * p.log2()).sum())
 
 
 def _orders(count: int, seed: int) -> Iterator[Int[Tensor, " count"]]:

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,9 @@ from torch.nn.functional import pad
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans_state import KMeansState, load_state, save_state
+from mapet.tokenizers.kmeans_state import Init, KMeansConfig, KMeansState, load_state, save_state
 from mapet.tokenizers.points import DistributedPoints, Metric, rows_at_once, stratified_sample
 
-Init = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
 TIE_TOLERANCE = 2.0**-18
@@ -196,17 +195,16 @@ def kmeans(
         )
     mean, variance = _moments(data)
     state = KMeansState.initial(num_clusters, len(mean), data.device)
-    config = {
-        "vocab_size": num_clusters, "max_iter": max_iter, "n_init": n_init, "seed": seed, "precision": str(dtype), "init": init,
-        "batch_size": batch_size, "metric": metric, "world_size": distributed.world_size(),
-    }  # fmt: skip
+    config = KMeansConfig(
+        num_clusters, max_iter, n_init, seed, str(dtype), init, batch_size, metric, distributed.world_size()
+    )
     if checkpoint:
-        config["points"] = _digest(data, mean, variance)
+        config = config._replace(points=_digest(data, mean, variance))
         state = load_state(checkpoint, config, state)
     saved = time.monotonic()
     try:
         while state.rounds < n_init * max_iter:
-            state = _next_round(data, mean, variance, state, max_iter, init, batch_size, seed, dtype)
+            state = _next_round(data, mean, variance, state, config, dtype)
             if checkpoint and time.monotonic() - saved >= save_every:
                 save_state(checkpoint, config, state)
                 saved = time.monotonic()
@@ -226,24 +224,23 @@ def _next_round(
     mean: Tensor,
     variance: float,
     state: KMeansState,
-    max_iter: int,
-    init: Init,
-    batch_size: int | None,
-    seed: int,
+    config: KMeansConfig,
     dtype: torch.dtype,
 ) -> KMeansState:
     """Do one round; its random choices depend on the seed and the number of rounds alone."""
-    run, round_of_run = divmod(state.rounds, max_iter)
+    run, round_of_run = divmod(state.rounds, config.max_iter)
     _, _, best_error, centroids, best, visits, idle = state
     if round_of_run == 0:
-        choose = random_init if init == "random" else kmeans_plusplus_init
-        centroids = points.take(choose(points, len(centroids), seed, run)) - mean
+        choose = random_init if config.init == "random" else kmeans_plusplus_init
+        centroids = points.take(choose(points, len(centroids), config.seed, run)) - mean
         visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
-    is_last = round_of_run == max_iter - 1
-    if is_last or batch_size is None or batch_size >= len(points):
+    is_last = round_of_run == config.max_iter - 1
+    if is_last or config.batch_size is None or config.batch_size >= len(points):
         centroids, error = _lloyd(points, mean, variance, centroids, dtype)
     else:
-        batch = stratified_sample(len(points), batch_size, np.random.default_rng([seed, run, round_of_run]))
+        batch = stratified_sample(
+            len(points), config.batch_size, np.random.default_rng([config.seed, run, round_of_run])
+        )
         centroids, error, visits, idle = _mini_batch(points, batch, mean, centroids, visits, idle, dtype)
     if is_last and error < best_error:
         best_error, best = error, centroids
