@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from mapet import distributed
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 
 log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -48,7 +48,7 @@ class Compute:
             }
             why = reasons.get(kind, "mapet knows none of that name")
             raise MapetError(
-                f"device '{device}' is not available: {why}. Use --device auto, cpu, cuda or mps"
+                f"device '{device}' is not available: {why}. Use {option('device')} auto, cpu, cuda or mps"
             ) from None
         if place.type == "cuda" and distributed.world_size() > 1:
             place = torch.device("cuda", distributed.local_rank())

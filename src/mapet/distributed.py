@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -151,5 +151,5 @@ def translate_comm_errors() -> Iterator[None]:
             raise
         raise PeerLostError(
             f"rank {rank()} of {world_size()}: lost another rank ({reason}); see its own message. The last checkpoint is "
-            "intact: restart all ranks with --resume"
+            f"intact: restart all ranks with {option('resume', True)}"
         ) from None

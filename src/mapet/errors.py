@@ -1,18 +1,85 @@
-"""Errors a person can act on, and words for them."""
+"""Errors that a user can put right, and the words for them."""
 
 import difflib
 import errno
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How options are written where the user is: keywords in Python, flags on the command line, with their section."""
+
+    flags: bool = False
+    section: str = ""
+    outside: Collection[str] = ()
+
+
+_spelling: ContextVar[_Spelling] = ContextVar("spelling", default=_Spelling())  # noqa: B039 (it is frozen)
+
+
+@contextmanager
+def _spell(spelling: _Spelling) -> Iterator[None]:
+    token = _spelling.set(spelling)
+    try:
+        yield
+    finally:
+        _spelling.reset(token)
+
+
+def spell_as_flags(flags: bool = True) -> AbstractContextManager[None]:
+    """Write options as the command line does, `--lr`, until the context ends."""
+    return _spell(replace(_spelling.get(), flags=flags))
+
+
+def spell_in_section(section: str, outside: Collection[str] = ()) -> AbstractContextManager[None]:
+    """Write options with the section of the larger config that they are in, `--pretrain.lr`, until the context ends.
+
+    Args:
+        outside: options that the larger config has itself, which keep their names.
+    """
+    outer = _spelling.get()
+    return _spell(replace(outer, section=f"{outer.section}{section}.", outside=outside))
+
+
+def option(name: str, *values: object) -> str:
+    """Spell an option where the user sets it: `lr` in Python, `--lr` on the command line, `--pretrain.lr` in a section.
+
+    >>> option("image_size", 32, 32)
+    'image_size=(32, 32)'
+    """
+    spelling = _spelling.get()
+    dotted = name if name in spelling.outside else spelling.section + name
+    if spelling.flags and values[:1] in ((True,), (False,)):
+        return f"--{'' if values[0] else 'no-'}{dotted.replace('_', '-')}"
+    if spelling.flags:
+        return " ".join([f"--{dotted.replace('_', '-')}", *map(str, values)])
+    if not values:
+        return dotted
+    return f"{dotted}={values[0]!r}" if len(values) == 1 else f"{dotted}={values!r}"
 
 
 class MapetError(Exception):
-    """Something a user can put right: the message says what, where and how to go on.
+    """Something that a user can put right: the message says what is wrong, where, and what to do.
 
     The command line prints it on one line without a traceback and exits with `exit_code`.
+
+    Attributes:
+        field: the option that is wrong, as the config names it.
+        value: what it was given.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None, value: object = None) -> None:
+        super().__init__(message)
+        self.field, self.value = field, value
+
+
+RESUME = "resume"
 
 
 class Interrupted(MapetError):
@@ -24,8 +91,8 @@ class Interrupted(MapetError):
 
     exit_code = 130
 
-    def __init__(self, what: str, again: str = "the same command and --resume") -> None:
-        super().__init__(f"{what}. Go on with: {again}")
+    def __init__(self, what: str, again: str = "") -> None:
+        super().__init__(f"{what}. Go on with: {again or f'the same command and {option(RESUME, True)}'}")
         self.what = what
 
 
@@ -65,10 +132,12 @@ def how_to_install(extra: str) -> str:
 def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
     if any(side < patch_size or side % patch_size for side in image_size):
-        fits = " ".join(str(max(1, round(side / patch_size)) * patch_size) for side in image_size)
+        fits = [max(1, round(side / patch_size)) * patch_size for side in image_size]
         raise MapetError(
             f"image size {by(image_size)} is not divisible by the patch size {patch_size}; "
-            f"the nearest that is: --image-size {fits}"
+            f"the nearest that is: {option('image_size', *fits)}",
+            field="image_size",
+            value=image_size,
         )
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from mapet.errors import MadeByNewer, MapetError, way_out
+from mapet.errors import MadeByNewer, MapetError, option, way_out
 
 
 def canonical_hash(value: Any) -> str:
@@ -191,7 +191,7 @@ def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str
     ]
     if changed:
         raise MapetError(
-            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new --out"
+            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new {option('out')}"
         )
 
 
@@ -249,9 +249,9 @@ def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
     """
     if path.is_dir() and not is_free(path):
         raise MapetError(
-            f"{path} already exists and is not empty: nothing is overwritten. Choose another --out{resume_hint}"
+            f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
         )
     if path.exists() and not path.is_dir():
-        raise MapetError(f"{path} exists and is not a folder: choose another --out")
+        raise MapetError(f"{path} exists and is not a folder: choose another {option('out')}")
     if create:
         path.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from mapet.config.base import Config
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, option
 from mapet.files import RUN_FILE, check_format, is_free, read_json, write_json
 
 log = logging.getLogger("mapet")
@@ -291,8 +291,8 @@ def check_resume_folder(config_file: Path, out: Path) -> None:
     folder = config_file.parent
     if config_file.name == CONFIG_FILE and command_of(folder) and folder.resolve() != out.resolve():
         raise MapetError(
-            f"{config_file} is the config of the run in its own folder, but --out is {out}, seen from {Path.cwd()}: go to the folder "
-            f"that the run was started in, or, if it was moved, give --out {quote(str(folder))}"
+            f"{config_file} is the config of the run in its own folder, but {option('out')} is {out}, seen from {Path.cwd()}: go to the folder "
+            f"that the run was started in, or, if it was moved, give {option('out')} {quote(str(folder))}"
         )
 
 

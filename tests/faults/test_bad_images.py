@@ -263,7 +263,6 @@ def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):
     (crops / "worse.jpg").write_bytes(b"no image")
     mapet.check(images=crops, image_size=224, benchmark=False)
     assert (
-        "2 of 14 are unreadable: other stages refuse more than 5%; remove them or raise --max-unreadable there"
-        in caplog.text
+        "2 of 14 are unreadable: other commands refuse more than 5%; remove them or raise max_unreadable" in caplog.text
     )
     assert "100% are smaller than the input, 224 x 224 px, and would be enlarged" in caplog.text

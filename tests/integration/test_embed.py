@@ -94,7 +94,7 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "_compute_features", stop_within_the_second_part)
         with pytest.raises(
-            Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Go on with: .* --resume"
+            Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Go on with: .* resume=True"
         ):
             mapet.embed(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "manifest.json").read_text())["num_done"] == 7
@@ -120,7 +120,7 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
     assert set(json.loads((out / "manifest.json").read_text())["unreadable"]) == {"4", "5", "6", "7"}
     if format == "npy":
         assert np.isnan(np.load(out / "features.npy")[4:8]).all()
-    with pytest.raises(MapetError, match=r"more than --max-unreadable 0.05 allows"):
+    with pytest.raises(MapetError, match=r"more than max_unreadable 0.05 allows"):
         mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "strict", format=format, **COMMON)
 
 
@@ -142,7 +142,7 @@ def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
 def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
     vit = load_backbone(vit_folder)
     options = {"images": crops, "out": tmp_path / "out", "dtype": "float16"} | COMMON
-    for value, message in ((1e6, "beyond float16's range: --dtype float32 holds them"), (torch.nan, "are not finite")):
+    for value, message in ((1e6, "beyond float16's range: dtype float32 holds them"), (torch.nan, "are not finite")):
         with torch.no_grad():
             vit.norm.bias.fill_(value)
         save_backbone(vit, tmp_path / str(value))

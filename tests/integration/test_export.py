@@ -338,7 +338,7 @@ def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
     with pytest.raises(MapetError, match="not empty: nothing is overwritten"):
         mapet.export(backbone=run_dir, out=tmp_path / "full")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(MapetError, match=r"--format onnx needs onnx.*pip install '.\[export\]'"):
+    with pytest.raises(MapetError, match=r"format onnx needs onnx.*pip install '.\[export\]'"):
         mapet.export(backbone=run_dir, out=tmp_path / "out", format=["onnx"])
     with pytest.raises(MapetError, match="image size 9 x 9 is not divisible by the patch size 2"):
         mapet.export(backbone=run_dir, out=tmp_path / "out", image_size=9)

@@ -222,7 +222,7 @@ def test_one_two_one(shard, options, tmp_path):
     options |= {"drop_path": 0.3, "epochs": 60, "log_interval": 1}
     mapet.pretrain(**(options | {"out": tmp_path / "whole"}))
     for processes in (1, 2):
-        sharded = ["--fsdp", "true"] if shard and processes > 1 else []
+        sharded = ["--fsdp"] if shard and processes > 1 else []
         stop_after(3, [*words(options), "--resume", *sharded], processes, options["out"])
     stopped = len(metrics(options["out"]))
     assert 6 <= stopped < 180
@@ -389,7 +389,7 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
         with pytest.raises(Interrupted):
             mapet.pretrain(**(options | {"micro_batch_size": 50}))
     mapet.pretrain(**options, resume=True)
-    assert "out of memory with 50 images at a time: going on with --micro-batch-size 25" in caplog.text
+    assert "out of memory with 50 images at a time: going on with micro_batch_size 25" in caplog.text
     assert caplog.text.count("out of memory") == 2  # 50 and 25, not again after resuming
     for ours, theirs in zip(metrics(run_dir), metrics(options["out"]), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
@@ -402,7 +402,7 @@ def test_not_even_one_image_fits(options, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(ViTForPreTraining, "encode", encode)
-    with pytest.raises(MapetError, match="out of memory with one image at a time: take a smaller --model"):
+    with pytest.raises(MapetError, match="out of memory with one image at a time: take a smaller model"):
         mapet.pretrain(**options)
 
 
@@ -413,7 +413,7 @@ def test_a_dead_worker_is_reported_as_such(options, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(ViewDataset, "__getitems__", die)
-    with pytest.raises(MapetError, match=r"a process that reads images died.*fewer --workers.*--resume"):
+    with pytest.raises(MapetError, match=r"a process that reads images died.*fewer workers.*resume=True"):
         mapet.pretrain(**(options | {"workers": 1}))
 
 
@@ -433,7 +433,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(options, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", full)
         with pytest.raises(MapetError, match=r"No space left on device. It takes [\d,]+ bytes, the disk has [\d,]+ free; "
-                           "the last one, step-00000002, is intact. Make room and go on with --resume"):  # fmt: skip
+                           "the last one, step-00000002, is intact. Make room and go on with resume=True"):  # fmt: skip
             mapet.pretrain(**options, resume=True)
     mapet.pretrain(**options, resume=True)
 

@@ -127,5 +127,5 @@ def test_the_wheel_runs_where_it_is_installed(built, tmp_path):
     command = str(tmp_path / "env" / "bin" / "mapet")
     assert call(command, "--version", cwd=tmp_path).split() == ["mapet", mapet.__version__]
     assert call(command, "--help", cwd=tmp_path) == call(python, "-m", "mapet", "--help", cwd=tmp_path)
-    assert "complete -o default -F _mapet mapet" in call(command, "--completion", "bash", cwd=tmp_path)
-    assert "--track" in call(command, "pretrain", "--help", cwd=tmp_path)
+    assert "complete -o bashdefault -F _shtab_mapet mapet" in call(command, "completion", "bash", cwd=tmp_path)
+    assert "--track" in call(command, "pretrain", "--help-all", cwd=tmp_path)

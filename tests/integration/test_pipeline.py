@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import math
 import os
 import re
@@ -23,12 +22,12 @@ from matplotlib import pyplot
 from safetensors.torch import load_file
 
 import mapet
-from mapet.cli import main, run_stage
-from mapet.commands.run import _naming_options
+from mapet.cli import main, run_command
+from mapet.config.run import RunConfig
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.errors import Interrupted
+from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
@@ -186,7 +185,7 @@ def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tm
     caplog.set_level("INFO", "mapet")
     """Centred views: a run with the teacher in the loop ends with the same weights as one with stored tokens."""
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, out=tmp_path / "run", **PRETRAIN)
-    assert "without --tokens the teacher runs in every step" in caplog.text
+    assert "without tokens the teacher runs in every step" in caplog.text
     assert_identical(run_dir, tmp_path / "run")
 
 
@@ -434,14 +433,14 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("images").rename("photos")
     with pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a"):
-        run_stage("run", ["a/config.yaml", "--resume"])
+        run_command("run", ["a/config.yaml", "--resume"])
     shutil.rmtree("a/pretrain/backbone")  # as if it had been stopped just before
-    run_stage("run", ["a/config.yaml", "--resume", "--out", "a", "--images", "photos"])
+    run_command("run", ["a/config.yaml", "--resume", "--out", "a", "--images", "photos"])
     recipes = [yaml.safe_load(Path("a", name).read_text()) for name in ("config.yaml", "pretrain/config.yaml")]
     assert [(recipe["images"], recipe["out"]) for recipe in recipes] == [("photos", "a"), ("photos", "a/pretrain")]
     assert recipes[1]["tokenizer"] == "a/tokenizer" and recipes[1]["tokens"] == "a/tokens"
     with pytest.raises(mapet.MapetError, match=r"started with another recipe \(images: 'photos' -> "):
-        run_stage("run", ["a/config.yaml", "--resume", "--images", str(digits / "train")])
+        run_command("run", ["a/config.yaml", "--resume", "--images", str(digits / "train")])
 
 
 def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
@@ -466,23 +465,22 @@ def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
             again()
 
 
-def test_what_run_logs_and_refuses_has_its_options(caplog):
-    """--lr is --pretrain.lr there; what `run` has itself, and commands, stay."""
-    log, message = (
-        logging.getLogger("mapet"),
-        "try a lower --lr than %g, or --max-unreadable, or `mapet pretrain --lr 1`",
+def test_an_option_is_spelled_where_the_user_is():
+    """lr in Python, --lr on the command line, --pretrain.lr in a section of `run`, whose own options keep their names."""
+    assert (option("lr"), option("image_size", 32, 32), option("resume", True)) == (
+        "lr",
+        "image_size=(32, 32)",
+        "resume=True",
     )
-    renamed = "try a lower --pretrain.lr than 2, or --max-unreadable, or `mapet pretrain --lr 1`"
-
-    def stage():
-        with _naming_options(mapet.pretrain):
-            log.warning(message, 2)
-            raise mapet.MapetError(message % 2)
-
-    with pytest.raises(mapet.MapetError, match=renamed):
-        stage()
-    log.warning(message, 3)
-    assert [record.getMessage() for record in caplog.records] == [renamed, message % 3]
+    with spell_as_flags():
+        assert (option("lr"), option("image_size", 32, 32), option("resume", True)) == (
+            "--lr",
+            "--image-size 32 32",
+            "--resume",
+        )
+        with spell_in_section("pretrain", RunConfig.model_fields):
+            assert (option("mask_ratio"), option("max_unreadable")) == ("--pretrain.mask-ratio", "--max-unreadable")
+    assert option("lr") == "lr"
 
 
 def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
@@ -560,7 +558,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
     } | PRETRAIN
     with pytest.raises(
         mapet.MapetError,
-        match=r"not finite in \d+ steps in a row.*mapet replay --bundle .*step-00000002.*lower --lr",
+        match=r"not finite in \d+ steps in a row.*mapet replay --bundle .*step-00000002.*lower lr",
     ):
         mapet.pretrain(**(options | {"lr": 1e30, "clip_grad": None}))
     assert not (tmp_path / "run" / "backbone").exists()
@@ -573,7 +571,7 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
-    wrong = r"the ViT gives features that are not finite.*mapet replay --bundle (\S+)\. .*lower --lr"
+    wrong = r"the ViT gives features that are not finite.*mapet replay --bundle (\S+)\. .*lower lr"
     for resume in (False, True):
         with pytest.raises(mapet.MapetError, match=wrong) as error:
             mapet.pretrain(**options, resume=resume)
@@ -581,7 +579,7 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     assert "not probed after epoch 1: the backbone gives features that are not finite" in caplog.text
     looks = mapet.replay(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
-    with pytest.raises(mapet.MapetError, match="gives features that are not finite: try --precision float32"):
+    with pytest.raises(mapet.MapetError, match="gives features that are not finite: try precision float32"):
         mapet.report(run=run, figures_dir=tmp_path / "figures", workers=0)
     assert mapet.report(run=run, out=tmp_path / "report.html", workers=0).exists()
     assert "no new figures: the backbone gives features that are not finite" in caplog.text
@@ -595,7 +593,7 @@ def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, t
     assert recipe["batch_size"] == 2048 and recipe["lr"] == pytest.approx(1.5e-3 * (288 / 2048) ** 0.5)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 1 and last["lr"] == recipe["lr"]  # the only step's, no warm-up
-    assert "--batch-size 2,048 is more than the 288 images there are" in caplog.text
+    assert "batch_size 2,048 is more than the 288 images there are" in caplog.text
     assert "Cosine annealing" not in caplog.text
 
 

@@ -103,7 +103,7 @@ def test_step_through_is_what_the_model_predicts(report):
 
 
 def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
-    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--figures", "false"]
+    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--no-figures"]
     assert main([str(word) for word in words]) == 0
     html = (tmp_path / "r.html").read_text()
     assert len(data_of(html)["runs"]) == 2 and "None but names of folders." in html

@@ -57,7 +57,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
         rows = list(csv.DictReader(file))
     assert sorted(row["status"] for row in rows) == ["done", "done", "done", "failed", "failed"]
     text = (out / "report" / "report.md").read_text()
-    assert "lower --lr" in text and "untrained ViT" in text and " ± 0" not in text  # one seed: no interval
+    assert "lower lr" in text and "untrained ViT" in text and " ± 0" not in text  # one seed: no interval
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert main(["study", str(out / "study.yaml")]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -183,12 +183,12 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"tokenizers": {"a": {"image_siz": 3}}}, "unknown option 'tokenizers.a.image_siz'; did you mean 'image_size'"),
         (
             {"labels_per_class": [5, 1000]},
-            "--labels-per-class: class '.' has .* to learn from, fewer than the 1,000 asked for",
+            "labels_per_class: class '.' has .* to learn from, fewer than the 1,000 asked for",
         ),
         ({"grid": {"lr": [1, 2], "objective_": {}}}, "objective_' has no values"),
         (
             {"grid": {"lr": [0.1, 0.2], "epochs": [1, 2]}},
-            "'objective' is not varied; --compare takes one of lr, epochs",
+            "'objective' is not varied; compare_by takes one of lr, epochs",
         ),
         ({"test_images": "nowhere"}, "nowhere does not exist"),
         ({"images": "nowhere"}, "nowhere does not exist"),
@@ -202,7 +202,7 @@ def test_what_a_study_refuses_before_it_writes_anything(options, message, few_di
 
 def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
     argv = ["study", "--images", str(few_digits), "--test-images", str(few_digits), "--out", str(tmp_path / "study")]
-    argv += ["--grid", "objective=[mim, pim]", "--seeds", "0", "--equal-compute", "false", "--labels-per-class", "5"]
+    argv += ["--grid", "objective=[mim, pim]", "--seeds", "0", "--no-equal-compute", "--labels-per-class", "5"]
     assert main([*argv, "--tokenizers", "pixels={image_size:8,patch_size:2}"]) == 2
     assert (
         "--tokenizers 'pixels={image_size:8, patch_size:2}': YAML wants a space after each colon"

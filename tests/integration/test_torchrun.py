@@ -15,7 +15,7 @@ ARGUMENTS = {
     "demo": None,  # it is `run` and `finetune`, for minutes
     "run": "--images FEW --fit-tokenizer.image-size 8 --fit-tokenizer.patch-size 2 --fit-tokenizer.channels 1 "
     "--fit-tokenizer.vocab-size 16 --pretrain.epochs 1 --pretrain.model-args embed_dim=16 depth=1 num_heads=1",
-    "check": f"--images FEW {TINY_IMAGES} --benchmark false",
+    "check": f"--images FEW {TINY_IMAGES} --no-benchmark",
     "prepare": "--images FEW --channels 1",
     "train-tokenizer": f"--images FEW --image-size 8 --patch-size 2 --channels 1 --epochs 1 --vocab-size 8 {LOADING} "
     "--model-args embed_dim=64 depth=1 num_heads=1 --decoder-depth 1",
@@ -77,4 +77,4 @@ def test_a_command_on_two_ranks(name, torchrun, tmp_path):
 
 
 def test_every_command_is_tried():
-    assert set(ARGUMENTS) >= set(COMMANDS) - {"replay", "watch"}
+    assert set(ARGUMENTS) >= set(COMMANDS) - {"replay"}

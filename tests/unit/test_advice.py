@@ -56,9 +56,9 @@ FIRES = {
     "loss_at_baseline": (subject(history(loss=3.39)), "3.390 against 3.400 nats"),
     "loss_rises": (subject(history(loss=lambda t: 2.0 if t < 0.7 else 2.6)), "The loss rose again: 2.600, after 2.000 before"),
     "skipped_steps": (subject(history(skipped_steps=lambda t: round(3 * t))), "3 of 400 steps were left out"),
-    "waits_for_images": (subject(history(data_wait=0.4)), "waits for images 40% of the time; try more --workers"),
+    "waits_for_images": (subject(history(data_wait=0.4)), "waits for images 40% of the time; try more workers"),
     "slower_than_it_was": (subject(history(images_per_second=lambda t: 400 if t < 0.7 else 100)), "from 400 to 100 images/s"),
-    "mostly_clipped": (subject(history(gradient_norm=9.0)), "larger than --clip-grad 3 in 100% of the later records (median norm 9)"),
+    "mostly_clipped": (subject(history(gradient_norm=9.0)), "larger than clip_grad 3 in 100% of the later records (median norm 9)"),
     "probe_falls": (subject(probed(0.4, 0.6, 0.5)), "fell from 0.600 at step 160 to 0.500"),
     "probe_stands_still": (subject(probed(0.4, 0.395, 0.4)), "is where it was at first: 0.400 and 0.400"),
     "probe_like_untrained": (subject(history(), probe=judged(0.247, 0.26)), "better than untrained: 0.260 against 0.247 on 300"),
@@ -101,8 +101,8 @@ def test_too_few_steps_come_before_the_learning_rate():
     many = History(at_baseline.path, [record | {"step": 10 * record["step"]} for record in at_baseline.records])
     recipe = {"epochs": 20, "tokenizer": "runs/a/tokenizer", "images": "my photos"}
     for records, told in (
-        (at_baseline, "That was after 400 steps, which is few: give it more --epochs or"),
-        (many, ". Try more --epochs or"),
+        (at_baseline, "That was after 400 steps, which is few: give it more epochs or"),
+        (many, ". Try more epochs or"),
     ):
         found = warnings(Subject(records, recipe, {}))[0]
         assert told in found and "`mapet inspect-tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found

@@ -5,9 +5,13 @@ import inspect
 import pytest
 
 import mapet
+from mapet.cli import _parser
 from mapet.commands import COMMANDS
 from mapet.commands.command import command
-from mapet.config.base import Config
+from mapet.config.base import Config, fields
+
+HIDDEN = ("replay",)
+MAX_OPTIONS = 300
 
 
 class AddConfig(Config):
@@ -48,3 +52,15 @@ def test_rank_0_works_alone_where_no_work_is_distributed(rank, result, monkeypat
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TQDM_DISABLE": ""}.items():
         monkeypatch.setenv(name, value)
     assert add(first=1) == result
+
+
+def test_help_is_short_first_and_options_are_few():
+    """At most 15 options at first, each under a heading; those of sections are counted where they are defined."""
+    total = 0
+    for name, function in COMMANDS.items():
+        own = [option for option, _ in fields(function.config_type) if "." not in option]
+        first, every = (_parser(name, function, hide=hide).format_help() for hide in (True, False))
+        assert first.count("\n  --") - 1 <= 15 and every.count("\n  --") >= len(own)
+        assert "\nOther:" not in every
+        total += 0 if name in HIDDEN else len(own)
+    assert total <= MAX_OPTIONS

@@ -120,7 +120,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
-    assert "out of memory with 512 images at a time: going on with --micro-batch-size 256" in caplog.text
+    assert "out of memory with 512 images at a time: going on with micro_batch_size 256" in caplog.text
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -143,7 +143,7 @@ def test_as_a_teacher(smaller, tmp_path):
 
 
 def test_without_a_checkpoint():
-    with pytest.raises(MapetError, match=r"--teacher-checkpoint encoder\.pkl"):
+    with pytest.raises(MapetError, match=r"teacher_checkpoint encoder\.pkl"):
         build(None, None, (1, 1))
 
 

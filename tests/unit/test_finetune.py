@@ -296,7 +296,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeyp
         mapet.finetune(**options, num_seeds=2, out=tmp_path / "out")
     again = ["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]
     for options_now in (
-        ["--from-scratch", "true"],
+        ["--from-scratch"],
         ["--num-seeds", "1"],
         ["--lr", "0.5"],
     ):  # not the figures of before under another name

@@ -326,7 +326,7 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
             mapet.fit_tokenizer(out=tmp_path / "t", **options)
     checkpoint = tmp_path / "t.kmeans.safetensors"
     assert checkpoint.exists() and not (tmp_path / "t").exists()
-    with pytest.raises(MapetError, match="holds an interrupted fit: go on with --resume"):
+    with pytest.raises(MapetError, match="holds an interrupted fit: go on with resume=True"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options)
     with pytest.raises(MapetError, match=r"seed = 0 \(now 1\)"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options, seed=1, resume=True)

@@ -81,9 +81,9 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(prepared, "resize_and_encode", stops)
     monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
-    with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* --resume"):
+    with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
-    with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
+    with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*resume=True"):
         scan(tmp_path / "made")
     with pytest.raises(MapetError, match="short_side: 64 -> 32"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=32, resume=True)
@@ -214,7 +214,7 @@ def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, capl
 def test_grey_images_read_as_colour_are_told(photos, tmp_path, caplog):
     """Where all are; one in colour among them, and three channels are for something."""
     words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "workers": 0}
-    told = "grey, and read as three equal channels: --channels 1 reads one"
+    told = "grey, and read as three equal channels: 1 channel would do"
     for i in range(4):
         Image.fromarray(photos[0][32 * i :, :, 1]).save(tmp_path / f"{i}.png")
     assert f"note: all are {told}" in mapet.check(images=tmp_path, image_size=32).lines()

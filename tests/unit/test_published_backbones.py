@@ -340,7 +340,7 @@ def refused(tmp_path, content, **options):
 
 def test_what_is_no_plain_vit(tmp_path):
     weights = vit_of().state_dict()
-    assert "give it, --model-args num_heads=N" in refused(tmp_path, weights)
+    assert "give it, model_args num_heads=N" in refused(tmp_path, weights)
     assert "not a ViT in a layout that is known" in refused(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
     less = {name: tensor for name, tensor in weights.items() if "attn.proj" not in name}
     assert "missing: blocks.0.attn.proj.bias" in refused(tmp_path, less, num_heads=2)

@@ -247,7 +247,7 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
 def test_what_a_report_refuses(tmp_path):
     run = write_run(tmp_path / "a" / "pretrain")
     write_state(tmp_path / "a", "run")
-    with pytest.raises(MapetError, match=r"--out .*page must end in .html"):
+    with pytest.raises(MapetError, match=r"out .*page must end in .html"):
         mapet.report(run=run, out=tmp_path / "page")
     with pytest.raises(MapetError, match=r"a/pretrain and .*a are the same run: give each once"):
         mapet.report(run=[run, tmp_path / "a"], out=tmp_path / "page.html")

@@ -24,20 +24,18 @@ from mapet.commands.tokenize import tokenize
 from mapet.commands.train_tokenizer import train_tokenizer
 
 COMMANDS: dict[str, Command[..., Any, Any]] = {
-    "demo": demo,
-    "run": run,
-    "check": check,
-    "prepare": prepare,
-    "train-tokenizer": train_tokenizer,
-    "fit-tokenizer": fit_tokenizer,
-    "tokenize": tokenize,
-    "pretrain": pretrain,
-    "replay": replay,
-    "evaluate": evaluate,
-    "finetune": finetune,
-    "inspect-tokenizer": inspect_tokenizer,
-    "report": report,
-    "embed": embed,
-    "export": export,
-    "study": study,
+    function.__name__.replace("_", "-"): function
+    for function in (
+        demo, run, study, check, prepare, train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer, pretrain, report, evaluate,
+        finetune, embed, export, replay,
+    )
+}  # fmt: skip
+GROUPS = {
+    "Pipeline": ("demo", "run", "study"),
+    "Data": ("check", "prepare"),
+    "Tokenizer": ("train-tokenizer", "fit-tokenizer", "tokenize", "inspect-tokenizer"),
+    "Pre-training": ("pretrain", "report"),
+    "Evaluation": ("evaluate", "finetune"),
+    "Deployment": ("embed", "export"),
 }
+"""Heading -> commands, as `mapet --help` lists them; `replay`, for a crash, is not among them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from mapet.config.base import Config, build
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.run_state import run_state
 
 P = ParamSpec("P")
@@ -151,7 +151,7 @@ def _check_out_is_not_among_images(config: Config) -> None:
     folder, target = Path(images).resolve(), Path(out).resolve()
     if folder.is_dir() and folder in (target, *target.parents):
         raise MapetError(
-            f"--out {out} lies in --images {images}: what is written there would be taken for images. Choose a folder outside"
+            f"{option('out')} {out} lies in {option('images')} {images}: what is written there would be taken for images. Choose a folder outside"
         )
 
 
@@ -165,7 +165,7 @@ def _translate_dead_workers() -> Iterator[None]:
             raise
         raise MapetError(
             f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try "
-            "fewer --workers. What was saved is whole: go on with --resume"
+            f"fewer --workers. What was saved is whole: go on with {option('resume', True)}"
         ) from None
 
 

@@ -8,7 +8,7 @@ from mapet.commands.command import command
 from mapet.commands.finetune import finetune
 from mapet.commands.run import run
 from mapet.config.demo import DemoConfig
-from mapet.errors import Interrupted, shell_command
+from mapet.errors import Interrupted, option, shell_command
 
 log = logging.getLogger("mapet")
 TRAIN = 1437
@@ -40,7 +40,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     from mapet.run_state import RunState, record
 
     if not (config.resume and config.out.exists()):
-        new_folder(config.out, resume_hint=", or go on with --resume")
+        new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")
     started = time.monotonic()
     train, test = write_digits(config.out / "digits", TRAIN)
     try:

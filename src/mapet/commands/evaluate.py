@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
 from mapet.config.evaluate import EvaluateConfig
-from mapet.errors import Interrupted, MapetError, did_you_mean
+from mapet.errors import Interrupted, MapetError, did_you_mean, option
 
 if TYPE_CHECKING:
     from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 raise
             raise Interrupted(
                 f"interrupted; the protocols that had ended are in {config.out}",
-                "the other --protocols, and a new --out",
+                f"the other {option('protocols')}, and a new {option('out')}",
             ) from None
         finally:
             context.close()
@@ -170,7 +170,7 @@ def fit_few_shot(config: EvaluateConfig, data: "EvalData", protocols: list[str])
         return config
     if "few_shot" in config.model_fields_set or config.protocols:
         raise MapetError(
-            f"--few-shot: the smallest class has {smallest} images to learn from, fewer than the {max(config.few_shot):g} asked for"
+            f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(config.few_shot):g} asked for"
         )
     left_out = set(config.few_shot) - set(possible)
     log.warning("few-shot splits of %s left out: the smallest class has %d images", left_out, smallest)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mapet.commands.command import command
 from mapet.config.export import ExportConfig
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.run_state import command_of, pretrain_folder, read_or_none
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _make_sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
         if config.images is not None:
             raise
         description = f"{NUM_IMAGES} generated images"
-        log.warning("checking on %s: %s; give some with --images", description, error)
+        log.warning(f"checking on %s: %s; give some with {option('images')}", description, error)
         shape = (NUM_IMAGES, vit.in_chans, *vit.patch_embed.img_size)
         views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return _Sample(views, normalize(views, vit.in_chans), description)
@@ -142,7 +142,9 @@ def _read_views(folder: str, vit: "VisionTransformer") -> "Tensor":
     chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
     views = dataset.batch([(0, int(index)) for index in chosen]).images
     if views is None:
-        raise MapetError(f"none of the images of {folder} that were tried can be read: give others with --images")
+        raise MapetError(
+            f"none of the images of {folder} that were tried can be read: give others with {option('images')}"
+        )
     return views
 
 
@@ -176,7 +178,7 @@ def _check(way: str, outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]
     if not difference <= TOLERANCE:
         raise MapetError(
             f"the export is not the backbone: loaded by {way} it differs by {difference:.1e} of the outputs' size, more than "
-            f"{TOLERANCE:.0e}; nothing was written. Leave out that --format"
+            f"{TOLERANCE:.0e}; nothing was written. Leave out that {option('format')}"
         )
     return difference
 

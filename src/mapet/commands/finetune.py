@@ -7,6 +7,7 @@ from dataclasses import asdict
 from mapet.commands.command import command
 from mapet.config.base import write_recipe
 from mapet.config.finetune import FinetuneConfig
+from mapet.errors import option
 
 log = logging.getLogger("mapet")
 STAGE = "finetune"
@@ -50,7 +51,7 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
         score, low, high, f"{seen:,}", guess, f"{len(train.labels):,}", len(train.classes),
     )  # fmt: skip
     if low <= guess:
-        log.warning("that is not clearly better than guessing: try a higher --lr or more --epochs")
+        log.warning(f"that is not clearly better than guessing: try a higher {option('lr')} or more {option('epochs')}")
     if config.out:
         from mapet.reports.card import origin_of_tuned
         from mapet.reports.plots.base import save_figure
@@ -72,7 +73,7 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
 
 def tune_each(config: FinetuneConfig) -> float:
     """Once with each seed, in a folder of its own; the mean accuracy."""
-    from mapet.errors import Interrupted
+    from mapet.errors import Interrupted, option
     from mapet.evaluation.intervals import over_seeds
     from mapet.files import new_folder
     from mapet.run_state import record, run_state
@@ -85,7 +86,7 @@ def tune_each(config: FinetuneConfig) -> float:
     again = command_to_resume(out, STAGE) if out else ""
     if out:
         if not config.resume:
-            new_folder(out, resume_hint=", or go on with --resume")
+            new_folder(out, resume_hint=f", or go on with {option('resume', True)}")
         write_recipe(config, out / "config.yaml")
         config = config.model_copy(update={"resume": asked})
     scores: dict[str, float] = {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
 from mapet.config.inspect_tokenizer import InspectTokenizerConfig
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,9 @@ def _measure(config: InspectTokenizerConfig, tokenizer: "Tokenizer", compute: "C
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
         except MapetError as error:
-            raise MapetError(f"{error}. Or leave out --tokens: the tokenizer is measured all the same") from None
+            raise MapetError(
+                f"{error}. Or leave out {option('tokens')}: the tokenizer is measured all the same"
+            ) from None
         views["stored"] = sampler.stored(images, store, few)
     labels, test = _labels(images, chosen, words.image_index)
     return words, measure(words.ids, tokenizer.vocab_size, views, labels, test, config.seed)
@@ -95,7 +97,7 @@ def _labels(
     present = len(np.unique(data.labels))
     if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
         log.info(
-            "%d images of %d classes: too few to compare tokens with classes; --sample %d would do",
+            f"%d images of %d classes: too few to compare tokens with classes; {option('sample')} %d would do",
             len(sample), present, IMAGES_PER_CLASS * len(classes),
         )  # fmt: skip
         return None, None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mapet.commands.command import command
 from mapet.config.prepare import PrepareConfig
-from mapet.errors import Interrupted
+from mapet.errors import Interrupted, option
 
 log = logging.getLogger("mapet")
 
@@ -33,7 +33,7 @@ def prepare(config: PrepareConfig) -> Path:
     from mapet.files import MANIFEST, new_folder
 
     if not (config.resume and (config.out / MANIFEST).exists()):
-        new_folder(config.out, resume_hint=", or go on with --resume")
+        new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")
     source = HFStream(str(config.images)) if config.streaming else scan(config.images)
     unreadable = Quarantine(source, config.max_unreadable)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
 from mapet.config.report import ReportConfig
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.run_state import check_is_pretraining, command_of, pretrain_folder
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def report(config: ReportConfig) -> Path | None:
 
     Example:
       mapet report runs/photos --out report.html
-      mapet report runs/a runs/b runs/c --out comparison.html --figures false
+      mapet report runs/a runs/b runs/c --out comparison.html --no-figures
       mapet report runs/photos --serve
       mapet report runs/photos --figures-dir figures
     """
@@ -59,9 +59,9 @@ def report(config: ReportConfig) -> Path | None:
 
 def _check_file(out: Path) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
-        raise MapetError(f"--out {out} must end in .html")
+        raise MapetError(f"{option('out')} {out} must end in .html")
     if out.exists():
-        raise MapetError(f"{out} already exists: nothing is overwritten. Choose another --out")
+        raise MapetError(f"{out} already exists: nothing is overwritten. Choose another {option('out')}")
 
 
 def _check_runs_differ(runs: Sequence[Path]) -> None:

@@ -1,10 +1,8 @@
-"""Stage: all of it, in order, with defaults."""
+"""Run the whole pipeline, stage by stage."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mapet.commands.command import Command, command
 from mapet.commands.evaluate import evaluate
@@ -12,13 +10,37 @@ from mapet.commands.fit_tokenizer import fit_tokenizer
 from mapet.commands.pretrain import pretrain
 from mapet.commands.report import report
 from mapet.commands.tokenize import tokenize
-from mapet.config.base import Config, as_options_of_section, build
+from mapet.config.base import Config, build, differences, read_recipe, write_recipe
+from mapet.config.fit_tokenizer import FitTokenizerConfig
+from mapet.config.pretrain import PretrainConfig
 from mapet.config.run import RunConfig
-from mapet.errors import Interrupted, MapetError, shell_command
+from mapet.config.shared import is_own_code
+from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
 from mapet.run_state import read_or_none, record
 from mapet.signals import RESUME_HINT
 
 log = logging.getLogger("mapet")
+SHARED = ("images", "seed", "device", "max_unreadable")
+"""Options of `run` that it hands to every stage which has them."""
+
+
+class Stage(NamedTuple):
+    """A command with its config.
+
+    Attributes:
+        begun: whether it has written something; until then its options may change.
+        done: whether it is finished.
+    """
+
+    command: Command[..., Any, Any]
+    config: Config
+    begun: bool
+    done: bool
+
+    @property
+    def name(self) -> str:
+        """Its section of the options."""
+        return self.command.__name__
 
 
 @command(RunConfig, distributed=True)
@@ -31,77 +53,65 @@ def run(config: RunConfig) -> Path:
       mapet run runs/photos/config.yaml --resume
     """
     from mapet import distributed
-    from mapet.config.shared import is_own_code
-    from mapet.data.sources import scan
-    from mapet.files import is_free
     from mapet.reports.page import NAME, write_run_report
-    from mapet.training.tracking import require
 
-    require(config.pretrain.track)  # before hours of tokenizing
-    recipe = config.out / "config.yaml"
-    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
-    backbone, figures = pretrained / "backbone", config.out / "figures"
-    fitting: Any = config.fit_tokenizer
-    own_code = fitting.teacher if is_own_code(fitting.teacher) else None
-    begun = (pretrained / "config.yaml").exists()
-    sources = [f"random:{backbone}", str(backbone)]
-    configs = {  # all before anything is written: each stage refuses options that contradict each other
-        stage: _config_of(stage, config, given)
-        for stage, given in (
-            (fit_tokenizer, {"out": tokenizer, "resume": True}),
-            (tokenize, {"out": tokens, "tokenizer": tokenizer, "trust_teacher": own_code, "resume": True}),
-            (pretrain, {"out": pretrained, "tokenizer": tokenizer, "tokens": tokens, "resume": begun}),
-            (evaluate, {"backbone": sources, "test_images": config.test_images, "protocols": ["logistic", "knn"]}),
-            (report, {"run": [pretrained], "figures_dir": figures, "trust_teacher": own_code}),
-        )
-    }
-    state = read_or_none(config.out)
-    evaluated = state is not None and "evaluation" in state.results
+    stages = _plan(config)
     if distributed.rank() == 0:
-        made = {
-            "fit_tokenizer": not is_free(tokenizer), "tokenize": not is_free(tokens), "pretrain": begun,
-            "test_images": evaluated, "report": not is_free(figures),
-        }  # fmt: skip
-        _refuse_now(config, configs, made)
-        _begin(config, recipe, frozenset(part for part, done in made.items() if not done))
-    distributed.barrier()
-
-    RESUME_HINT[0] = shell_command("run", recipe, "--resume")
-
-    def do(stage: Command[..., Any, Any]) -> Any:
-        log.info("--- %s", stage.__name__.replace("_", "-"))
-        try:
-            with _naming_options(stage):
-                return stage(configs[stage])
-        except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
-            what = error.what if isinstance(error, Interrupted) else "interrupted"
-            raise Interrupted(what, shell_command("run", recipe, "--resume")) from None
-
-    missing = {path for path in (tokenizer, backbone, figures) if is_free(path)}
+        _check_later_stages(config, stages)
+        _begin(config, stages)
     distributed.barrier()  # all have looked before one writes
-    if tokenizer in missing:
-        do(fit_tokenizer)
-    do(tokenize)
-    if backbone in missing:
-        do(pretrain)
-    if not evaluated and (config.test_images or scan(config.images).classes()):
-        record(config.out, results={"evaluation": _with_baseline(do(evaluate), config)})
-    elif not evaluated:
-        log.info(
-            "--- not evaluated: %s has no labels (two class folders or more), and there are no --test-images",
-            config.images,
-        )
-    if figures in missing:
-        do(report)
+    again = shell_command("run", config.out / "config.yaml", "--resume")
+    RESUME_HINT[0] = again
+    for stage in stages:
+        if stage.done:
+            continue
+        log.info("--- %s", stage.name.replace("_", "-"))
+        try:
+            with spell_in_section(stage.name, RunConfig.model_fields):
+                result = stage.command(stage.config)
+        except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
+            raise Interrupted(error.what if isinstance(error, Interrupted) else "interrupted", again) from None
+        if stage.command is evaluate:
+            record(config.out, results={"evaluation": _with_baseline(result, config)})
     write_run_report(config.out)
+    backbone = config.out / "pretrain" / "backbone"
     log.info("what came out of it, in one page: %s", config.out / NAME)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
-        backbone,
-        str(config.out),
-        backbone,
-    )
+        backbone, str(config.out), backbone,
+    )  # fmt: skip
     return backbone
+
+
+def _plan(config: RunConfig) -> list[Stage]:
+    """Build the config of every stage before anything is written: contradicting options are refused now."""
+    from mapet.files import is_free
+
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, figures = pretrained / "backbone", config.out / "figures"
+    trusted = config.fit_tokenizer.teacher if is_own_code(config.fit_tokenizer.teacher) else None
+    begun = (pretrained / "config.yaml").exists()
+
+    def stage(of: Command[..., Any, Any], begun: bool, done: bool, **given: Any) -> Stage:
+        shared = {name: getattr(config, name) for name in SHARED if name in of.config_type.model_fields}
+        options = getattr(config, of.__name__, None)  # `evaluate` has none
+        section = options.model_dump(exclude_unset=True) if options else {}
+        with spell_in_section(of.__name__, RunConfig.model_fields):
+            return Stage(of, build(of.config_type, section | shared | given), begun, done)
+
+    made = {path: not is_free(path) for path in (tokenizer, tokens, backbone, figures)}
+    state = read_or_none(config.out)
+    evaluated = state is not None and "evaluation" in state.results
+    return [
+        stage(fit_tokenizer, made[tokenizer], made[tokenizer], out=tokenizer, resume=True),
+        stage(tokenize, made[tokens], False, out=tokens, tokenizer=tokenizer, trust_teacher=trusted, resume=True),
+        stage(pretrain, begun, made[backbone], out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun),
+        stage(
+            evaluate, evaluated, evaluated or not _has_labels(config), backbone=[f"random:{backbone}", str(backbone)],
+            test_images=config.test_images, protocols=["logistic", "knn"],
+        ),
+        stage(report, made[figures], made[figures], run=[pretrained], figures_dir=figures, trust_teacher=trusted),
+    ]  # fmt: skip
 
 
 def _with_baseline(found: dict[str, dict[str, float]] | None, config: RunConfig) -> dict[str, dict[str, float]]:
@@ -113,79 +123,55 @@ def _with_baseline(found: dict[str, dict[str, float]] | None, config: RunConfig)
     return dict(zip(("untrained", "pretrained"), (found or {}).values(), strict=False)) | {"data": data}
 
 
-def _config_of(stage: Command[..., Any, Any], config: RunConfig, given: dict[str, Any]) -> Config:
-    """A stage's own config: its section of the recipe, what all stages share, and what `run` gives it."""
-    names = ("images", "seed", "device", "max_unreadable")
-    shared = {name: getattr(config, name) for name in names} | given
-    section = getattr(config, stage.__name__, None)  # `evaluate` has none
-    own = section.model_dump(exclude_unset=True) if section else {}
-    try:
-        return build(
-            stage.config_type,
-            own | {key: value for key, value in shared.items() if key in stage.config_type.model_fields},
-        )
-    except MapetError as error:
-        raise MapetError(f"{stage.__name__.replace('_', '-')}: {_as_options_of_run(str(error), stage)}") from None
+def _has_labels(config: RunConfig) -> bool:
+    from mapet.data.sources import scan
 
-
-@contextmanager
-def _naming_options(stage: Command[..., Any, Any]) -> Iterator[None]:
-    """What a stage calls --vocab-size is --fit-tokenizer.vocab-size here, in errors and in what is logged."""
-
-    def rename(record: logging.LogRecord) -> bool:
-        record.msg, record.args = _as_options_of_run(record.getMessage(), stage), None
+    if config.test_images or scan(config.images).classes():
         return True
-
-    log.addFilter(rename)
-    try:
-        yield
-    except MapetError as error:
-        error.args = (_as_options_of_run(str(error), stage), *error.args[1:])
-        raise
-    finally:
-        log.removeFilter(rename)
+    log.info(
+        "--- not evaluated: %s has no labels (two class folders or more), and there are no %s",
+        config.images, option("test_images"),
+    )  # fmt: skip
+    return False
 
 
-def _as_options_of_run(message: str, stage: Command[..., Any, Any]) -> str:
-    """See `as_options_of_section`."""
-    return as_options_of_section(message, stage.__name__, stage.config_type.model_fields, RunConfig.model_fields)
-
-
-def _refuse_now(config: RunConfig, configs: dict[Command[..., Any, Any], Any], made: dict[str, bool]) -> None:
-    """What a later stage would refuse, after hours perhaps, is refused before the first.
+def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
+    """Refuse now what a later stage would refuse, perhaps after hours.
 
     Raises:
-        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels.
+        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels, no tracker.
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import labelled, train_and_test
     from mapet.training.build import check_model_config
+    from mapet.training.tracking import require
 
-    pretraining = configs[pretrain]
-    if not made["pretrain"]:
-        with _naming_options(pretrain):
-            check_model_config(pretraining, configs[fit_tokenizer])
-        if pretraining.probe_images is not None:
-            labelled(scan(pretraining.probe_images))
-    if config.test_images is not None and not made["test_images"]:
+    fitting, _, pretraining, evaluation, _ = stages
+    assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
+    require(config.pretrain.track)
+    if not pretraining.begun:
+        with spell_in_section("pretrain", RunConfig.model_fields):
+            check_model_config(pretraining.config, fitting.config)
+        if config.pretrain.probe_images is not None:
+            labelled(scan(config.pretrain.probe_images))
+    if config.test_images is not None and not evaluation.begun:
         try:
             train_and_test(config.images, config.test_images)
         except MapetError as error:
             raise MapetError(
-                f"{error}. --test-images are to test a probe on, which is trained on the labels of --images: leave them out if "
-                "there are none"
+                f"{error}. {option('test_images')} are to test a probe on, which is trained on the labels of {option('images')}: "
+                "leave them out if there are none"
             ) from None
 
 
-def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
-    """A new folder with the recipe, or the old one if it is the same but for the options of `free` stages, which have
-    made nothing yet."""
-    from mapet.config.base import differences, read_recipe, write_recipe
+def _begin(config: RunConfig, stages: list[Stage]) -> None:
+    """Write the config into a new folder, or check that it is the old one's, but for stages that have made nothing yet."""
     from mapet.data.sources import scan
     from mapet.files import new_folder
     from mapet.run_state import is_unused
     from mapet.training.run_folder import NOTHING_TO_RESUME, restart_hint
 
+    recipe = config.out / "config.yaml"
     if is_unused(config.out, "run"):
         images = scan(config.images)  # fail before anything is written
         if config.resume:
@@ -194,21 +180,23 @@ def _begin(config: RunConfig, recipe: Path, free: frozenset[str]) -> None:
         write_recipe(config, recipe)
         return
     if not (config.resume and recipe.exists()):
-        new_folder(config.out, resume_hint=", or go on with --resume")  # refuses it
+        new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")  # refuses it
     old = build(RunConfig, read_recipe(recipe), recipe)
-    may_change = frozenset({"resume", "device", "max_unreadable"})
-    moved = {"out"} | ({"images"} if old.images != config.images and _made_of(config) else set())
-    if changed := differences(old, config, may_change | free | moved):
+    may_change = {"resume", "device", "max_unreadable"} | {stage.name for stage in stages if not stage.begun}
+    may_change |= set() if stages[3].begun else {"test_images"}
+    moved = {"out"} | ({"images"} if old.images != config.images and _same_images(config) else set())
+    if changed := differences(old, config, frozenset(may_change | moved)):
+        with spell_in_section("pretrain", RunConfig.model_fields):
+            restart = restart_hint(config.out)
         raise MapetError(
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{shell_command('run', recipe, '--resume')}; to start {restart_hint(config.out, '--pretrain.init-from')}"
+            f"{shell_command('run', recipe, '--resume')}; to start {restart}"
         )
-    if differences(old, config, may_change):
-        write_recipe(config, recipe)
+    write_recipe(config, recipe)
 
 
-def _made_of(config: RunConfig) -> bool:
-    """Whether the tokenizer that is there was fitted on the images that are given now, wherever they lie."""
+def _same_images(config: RunConfig) -> bool:
+    """Return whether the tokenizer was fitted on the images that are given now, wherever they lie."""
     from mapet.data.sources import scan
     from mapet.files import read_json
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mapet.commands.command import command
 from mapet.config.base import write_recipe
 from mapet.config.study import StudyConfig
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, option
 
 if TYPE_CHECKING:
     from mapet.studies.grid import GridCell
@@ -79,7 +79,7 @@ def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -
         try:
             few_shot_split(train, amount, seed=0)
         except MapetError as error:
-            raise MapetError(f"--labels-per-class: {error}") from None
+            raise MapetError(f"{option('labels_per_class')}: {error}") from None
     for cell in with_budgets(config, cells):
         refuse_other_cell(cell_folder(config, cell), cell_job(config, cell, num_images))
     for cell in cells if not config.report_only else ():

@@ -4,15 +4,17 @@ All three become one mapping that pydantic validates, so a value means the same 
 """
 
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError, did_you_mean, option, spell_as_flags, spell_in_section
 
 
 class Config(BaseModel):
@@ -76,23 +78,46 @@ Source = Annotated[str, BeforeValidator(_as_source)]
 
 
 def build(
-    config_type: type[C], options: Mapping[str, Any], recipe: Path | None = None, typed: Mapping[str, Any] | None = None
+    config_type: type[C], options: Mapping[str, Any], path: Path | None = None, typed: Mapping[str, Any] | None = None
 ) -> C:
     """Validate options into a config.
 
     Args:
-        options: field name -> value; nested configs are nested mappings.
-        recipe: the file that `options` came from, for error messages.
-        typed: options from the command line, where errors name options as it spells them; they win over `options`.
+        options: field name -> value; the sections of a config are mappings.
+        path: the file that `options` came from, for error messages.
+        typed: options from the command line, which win over `options`.
 
     Raises:
-        MapetError: one line for each unknown, missing or wrong option, saying where it was written.
+        MapetError: options that are unknown, missing or wrong, on one line; it carries the first one's field and value.
     """
+    typed = typed or {}
+    given = _merge(options, typed)
+    for name, inner, by_name in sections(config_type):
+        if isinstance(section := given.get(name), Mapping):
+            words = typed.get(name) or {}
+            with spell_in_section(name, config_type.model_fields):
+                given[name] = (
+                    _build_each(inner, section, path, words) if by_name else build(inner, section, path, words)
+                )
     try:
-        return config_type.model_validate(_merge(options, typed or {}))
+        return config_type.model_validate(given)
     except ValidationError as error:
-        lines = [_explain(config_type, item, recipe, typed) for item in error.errors()]
-        raise MapetError("; ".join(dict.fromkeys(lines))) from None
+        problems = error.errors()
+        messages = [_explain(config_type, problem, path, typed) for problem in problems]
+        field = ".".join(map(str, problems[0]["loc"])) or None
+        raise MapetError("; ".join(dict.fromkeys(messages)), field=field, value=problems[0]["input"]) from None
+
+
+def _build_each(
+    config_type: type[C], options: Mapping[str, Any], path: Path | None, typed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Validate a mapping of a user's names to configs; what is no mapping is left for pydantic to refuse."""
+    built = dict(options)
+    for name, section in options.items():
+        if isinstance(section, Mapping):
+            with spell_in_section(name):
+                built[name] = build(config_type, section, path, typed.get(name))
+    return built
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,79 +128,59 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-PLAIN = {
-    "^Input should be": "must be",
-    "a valid integer(, .*)?$": "a whole number",
-    "a valid number(, .*)?$": "a number",
-    "a valid boolean(, .*)?$": "true or false",
-    "a valid (list|dictionary|tuple|string)$": r"a \1",
+EXPECTED = {
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
 }
-"""pydantic's words -> a person's."""
+"""Type of a pydantic error -> what it expected."""
 
 
-def _explain(config_type: type[Config], item: Any, recipe: Path | None, typed: Mapping[str, Any] | None) -> str:
-    known = dict(fields(config_type))
-    key = ".".join(str(part) for part in item["loc"])
-    name = next((field for field in known if key == field or key.startswith(field + ".")), key)
-    where = f" (in {recipe})" if recipe and item["loc"] and item["loc"][0] not in (typed or {}) else ""
-    on_command_line = typed is not None and (item["type"] == "missing" or not where)
-    shown = f"--{name.replace('_', '-')}" if on_command_line else f"option '{name}'"
-    if item["type"] == "extra_forbidden":
-        inner = _options_of(config_type, item["loc"])
-        near = did_you_mean(str(item["loc"][-1]), inner) if inner else did_you_mean(key, known)
-        return f"unknown option '{key}'{where}{near}"
-    if item["type"] == "missing":
-        return f"{shown} is required: {(known[name].description or '').rstrip('.') if name in known else ''}"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    for pydantic, plain in PLAIN.items():
-        message = re.sub(pydantic, plain, message)
-    return f"{shown}: {message}, got {item['input']!r}{where}" if name in known else f"{message}{where}"
+def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None, typed: Mapping[str, Any]) -> str:
+    """Say what is wrong with an option, as the user wrote it: in the file, on the command line or in Python."""
+    place, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
+    in_file = path is not None and bool(place) and place[0] not in typed and kind != "missing"
+    where = f" (in {path})" if in_file else ""
+    with spell_as_flags(False) if in_file else nullcontext():
+        name = option(".".join(map(str, place)))
+        if kind == "extra_forbidden":
+            return f"unknown option '{name}'{where}{did_you_mean(name, [option(known) for known, _ in fields(config_type)])}"
+        if kind == "missing":
+            description = config_type.model_fields[str(place[0])].description or ""
+            return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
+        message = str(context["error"]) if "error" in context else EXPECTED.get(kind, problem["msg"]).format(**context)
+        return f"{name}: {message}, got {problem['input']!r}{where}" if place else f"{message}{where}"
 
 
-def _options_of(config_type: type[Config], place: tuple[Any, ...]) -> list[str]:
-    """Those of the config in a mapping name -> config, for (option, name, key) in it; else none."""
-    field = config_type.model_fields.get(str(place[0])) if len(place) == 3 else None
-    inner = get_args(field.annotation)[-1:] if field is not None and get_origin(field.annotation) is dict else ()
-    return list(inner[0].model_fields) if inner and isinstance(inner[0], type) and issubclass(inner[0], Config) else []
-
-
-def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, pydantic field) of every option, nested configs opened up."""
+def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
+    """Yield (name, config type, whether it is a mapping of names to such configs) of the fields that hold configs."""
     for name, field in config_type.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            yield from fields(field.annotation, f"{prefix}{name}.")
+        by_name = get_origin(field.annotation) is dict
+        kind = get_args(field.annotation)[1] if by_name else field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            yield name, kind, by_name
+
+
+def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield (dotted name, pydantic field) of every option, those of sections included."""
+    inner = {name: kind for name, kind, by_name in sections(config_type) if not by_name}
+    for name, field in config_type.model_fields.items():
+        if name in inner:
+            yield from fields(inner[name], f"{prefix}{name}.")
         else:
             yield prefix + name, field
 
 
-def as_options_of_section(message: str, section: str, inner: Collection[str], outer: Collection[str] = ()) -> str:
-    """A stage's message with its options as a larger recipe has them, where --lr is --pretrain.lr; commands, between
-    backticks, stay.
-
-    Args:
-        inner, outer: names of the stage's options, and of the larger recipe's own, which keep theirs.
-    """
-
-    def renamed(found: re.Match[str]) -> str:
-        name = found[1].replace("-", "_")
-        return f"--{section.replace('_', '-')}.{found[1]}" if name in inner and name not in outer else found[0]
-
-    parts = message.split("`")
-    parts[::2] = [re.sub(r"--([a-z][a-z-]*)(?!\.?\w)", renamed, part) for part in parts[::2]]
-    return "`".join(parts)
-
-
-def meaning_of_none(field: Any) -> str:
-    """What an option that may be None does then: its help says so where it is chosen automatically."""
+def meaning_of_none(field: FieldInfo) -> str:
+    """Return what None means for an option: 'automatic' where its help says what is chosen then, else 'none'."""
     return "automatic" if "automatic" in (field.description or "") else "none"
-
-
-def choices(annotation: Any) -> list[str]:
-    """The values of an option that takes some fixed ones only; else none."""
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return [str(argument) for argument in arguments]
-    return [value for argument in arguments for value in choices(argument)]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from mapet.config.base import Source
 from mapet.config.shared import BackboneSource, Device, Loading, ModelArgs, Precision
+from mapet.errors import option
 
 
 class EvaluateConfig(ModelArgs, Loading, Device):
@@ -77,16 +78,18 @@ class EvaluateConfig(ModelArgs, Loading, Device):
     def _belong_together(self) -> "EvaluateConfig":
         if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
             raise ValueError(
-                "--annotations and --seg-masks list images each in its own way: evaluate one after the other"
+                f"{option('annotations')} and {option('seg_masks')} list images each in its own way: evaluate one after the other"
             )
         if self.ood_images and (self.annotations or self.seg_masks):
             raise ValueError(
-                "--ood-images are matched by class folders, which --annotations or --seg-masks take the place of"
+                f"{option('ood_images')} are matched by class folders, which {option('annotations')} or {option('seg_masks')} take the place of"
             )
         for what in ("annotations", "seg_masks"):
             train, test = getattr(self, what), getattr(self, f"test_{what}")
             if train is not None and self.test_images is not None and test is None:
-                raise ValueError(f"--test-images with --{what.replace('_', '-')} need --test-{what.replace('_', '-')}")
+                raise ValueError(
+                    f"{option('test_images')} with --{what.replace('_', '-')} need --test-{what.replace('_', '-')}"
+                )
         if self.test_annotations is not None and self.annotations is None:
-            raise ValueError("--test-annotations are for --annotations: give both")
+            raise ValueError(f"{option('test_annotations')} are for {option('annotations')}: give both")
         return self

@@ -12,6 +12,7 @@ from mapet.config.shared import (
     TrainerOptions,
     Views,
 )
+from mapet.errors import option
 
 
 class FinetuneOptions(TrainerOptions, ModelArgs, Views):
@@ -72,11 +73,11 @@ class FinetuneConfig(FinetuneOptions, TrainerConfig):  # type: ignore[misc]  # o
     @model_validator(mode="after")
     def _one_limit(self) -> "FinetuneConfig":
         if self.labels_per_class is not None and self.label_fraction < 1:
-            raise ValueError("give --labels-per-class or --label-fraction, not both")
+            raise ValueError(f"give {option('labels_per_class')} or {option('label_fraction')}, not both")
         return self
 
     @model_validator(mode="after")
     def _resumes_a_folder(self) -> "FinetuneConfig":
         if self.resume and self.out is None:
-            raise ValueError("--resume goes on in the folder of --out: give it")
+            raise ValueError(f"{option('resume', True)} goes on in the folder of {option('out')}: give it")
         return self

@@ -13,6 +13,7 @@ from mapet.config.base import HUGGING_FACE, Source
 from mapet.config.shared import (
     BadImages,
 )
+from mapet.errors import option
 
 
 class PrepareConfig(BadImages):
@@ -40,7 +41,7 @@ class PrepareConfig(BadImages):
     def _streams_of_the_hub(self) -> "PrepareConfig":
         if self.streaming and not str(self.images).startswith(HUGGING_FACE):
             raise ValueError(
-                f"--streaming is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
+                f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
             )
         return self
 
@@ -50,6 +51,6 @@ class PrepareConfig(BadImages):
             all(map(isfinite, self.value_range)) and self.value_range[0] < self.value_range[1]
         ):
             raise ValueError(
-                f"--value-range {self.value_range[0]:g} {self.value_range[1]:g}: the smaller first, e.g. 0 4095"
+                f"{option('value_range')} {self.value_range[0]:g} {self.value_range[1]:g}: the smaller first, e.g. 0 4095"
             )
         return self

@@ -12,6 +12,7 @@ from mapet.config.shared import (
     TrainerOptions,
     Views,
 )
+from mapet.errors import option
 
 
 class PretrainOptions(TrainerOptions):
@@ -72,7 +73,7 @@ class PretrainOptions(TrainerOptions):
     def _one_ratio(self) -> "PretrainOptions":
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
             given = " ".join(f"{share:g}" for share in dict.fromkeys(self.mask_ratio))
-            raise ValueError(f"--mask-ratio {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
+            raise ValueError(f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
         return self
 
 
@@ -96,6 +97,6 @@ class PretrainConfig(PretrainOptions, Views, TrainerConfig):
     def _views_of_the_store(self) -> "PretrainConfig":
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
             raise ValueError(
-                "--views is for tokens made in the loop; with --tokens the store says which views there are"
+                f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
             )
         return self

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mapet.config.base import Source
 from mapet.config.shared import Device, Loading
+from mapet.errors import option
 
 
 class FigureOptions(Loading):
@@ -44,11 +45,17 @@ class ReportConfig(FigureOptions, Device):
     @model_validator(mode="after")
     def _one_kind_of_output(self) -> "ReportConfig":
         if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
-            raise ValueError("--serve shows one run and writes nothing: leave out --out and --figures-dir")
+            raise ValueError(
+                f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
+            )
         if not self.serve and not self.out and not self.figures_dir:
-            raise ValueError("give --out FILE.html, --figures-dir FOLDER or --serve")
+            raise ValueError(
+                f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
+            )
         if self.figures_dir and (not self.figures or len(self.run) > 1):
-            raise ValueError("--figures-dir takes the figures of one run: leave out --figures false and other runs")
+            raise ValueError(
+                f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
+            )
         if self.port and not self.serve:
-            raise ValueError("--port is for --serve")
+            raise ValueError(f"{option('port')} is for {option('serve', True)}")
         return self

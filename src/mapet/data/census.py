@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
 from mapet.data.readers.base import BadImage, DecodedImage
-from mapet.errors import by, counted
+from mapet.errors import by, counted, option
 
 log = logging.getLogger("mapet")
 SHOWN = 10
 FEW_IMAGES = 100
 FEW_LEVELS = 128
 """Of 256: fewer, and pictures look flat."""
-ONE_CHANNEL = "grey, and read as three equal channels: --channels 1 reads one"
+ONE_CHANNEL = "grey, and read as three equal channels: 1 channel would do"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Census:
         for name, reason in list(self.bad.items())[:SHOWN]:
             yield f"  {name!r}: {reason}"
         if len(self.bad) > SHOWN:
-            yield f"  ... and {len(self.bad) - SHOWN} more; --out FILE lists them all"
+            yield f"  ... and {len(self.bad) - SHOWN} more; {option('out')} FILE lists them all"
 
     def doubts(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
         """What will make other stages refuse these images, or make little of them.
@@ -76,7 +76,10 @@ class Census:
         """
         count, bad = len(self.images), len(self.bad)
         if bad > max(1, max_unreadable * count):
-            yield f"{bad:,} of {count:,} are unreadable: other commands refuse more than {max_unreadable:.0%}; remove them or raise --max-unreadable"
+            yield (
+                f"{bad:,} of {count:,} are unreadable: other commands refuse more than {max_unreadable:.0%}; remove them "
+                f"or raise {option('max_unreadable')}"
+            )
         if count - bad < FEW_IMAGES:
             yield few_images(count - bad)
         if (share := smaller(self.sizes, image_size)) > 0.5:
@@ -100,7 +103,7 @@ def enlarged(image_size: tuple[int, int]) -> str:
     """What is wrong with those."""
     return (
         f"smaller than the input, {by(image_size)} px, and would be enlarged, which takes time and shows nothing new: choose a smaller "
-        "--image-size, with a --patch-size that divides it"
+        f"{option('image_size')}, with a {option('patch_size')} that divides it"
     )
 
 

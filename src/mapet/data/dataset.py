@@ -20,7 +20,7 @@ from mapet.data.order import OrderKind, draw_order
 from mapet.data.readers.base import BadImage
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
@@ -300,6 +300,7 @@ class Quarantine:
             ):
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
                 raise MapetError(
-                    f"{len(self.reasons)} of {len(self.images)} images unreadable so far, more than --max-unreadable {self.max_unreadable:g} allows "
-                    f"({examples}). `mapet check` lists them all; remove them or raise --max-unreadable"
+                    f"{len(self.reasons)} of {len(self.images)} images unreadable so far, more than "
+                    f"{option('max_unreadable')} {self.max_unreadable:g} allows "
+                    f"({examples}). `mapet check` lists them all; remove them or raise {option('max_unreadable')}"
                 )

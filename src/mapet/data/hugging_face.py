@@ -9,7 +9,7 @@ import numpy as np
 
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.readers.base import BadImage
-from mapet.errors import MapetError, how_to_install
+from mapet.errors import MapetError, how_to_install, option
 
 SAVED = ("state.json", "dataset_dict.json")
 """One of these is in a folder made by `save_to_disk`."""
@@ -101,7 +101,9 @@ def _load(datasets: Any, name: str, configuration: str | None, split: str | None
     path = Path(name)
     if any((path / file).exists() for file in SAVED):
         if streaming:
-            raise MapetError("a folder made by `save_to_disk` is on this disk already: leave --streaming out")
+            raise MapetError(
+                f"a folder made by `save_to_disk` is on this disk already: leave {option('streaming', True)} out"
+            )
         loaded = datasets.load_from_disk(name)
         if isinstance(loaded, dict) and split in loaded:
             loaded = loaded[split]

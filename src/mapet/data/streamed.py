@@ -15,7 +15,7 @@ from mapet.data.hugging_face import allowed_roots, first_line, ids_of, known_lab
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import PreparedDataset, PreparedDatasetWriter
 from mapet.data.readers.base import MAX_BYTES, BadImage
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import read_sealed, write_sealed
 
 ROWS = ".rows-{:05d}.json"
@@ -108,7 +108,9 @@ class HFStream:
             except StopIteration:
                 return
             except Exception as error:  # the library and its file systems have many kinds
-                raise MapetError(f"{self.root} broke off ({first_line(error)}): go on with --resume") from None
+                raise MapetError(
+                    f"{self.root} broke off ({first_line(error)}): go on with {option('resume', True)}"
+                ) from None
             label = values[self._label] if self._label else None
             yield self._row(values[self._column], -1 if label is None else label, f"{self.root}, row {number}")
 

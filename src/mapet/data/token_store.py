@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import create_array, file_hash, read_array, read_manifest, read_sealed, write_manifest, write_sealed
 
 KIND, FORMAT = "token store", 1
@@ -153,7 +153,8 @@ class TokenStore:
             raise MapetError(
                 f"the token store {folder} was made of another list of images: it has {manifest['num_images']} images with hash "
                 f"{manifest['images_hash'][:12]}, {images.root} has {len(images)} with hash {images.hash[:12]}. "
-                "Put back what was added, removed or changed, or begin again: `mapet tokenize` into a new folder, `mapet run` with a new --out"
+                f"Put back what was added, removed or changed, or begin again: `mapet tokenize` into a new folder, `mapet "
+                f"run` with a new {option('out')}"
             )
         if tokenizer_hash is not None and manifest["tokenizer_hash"] != tokenizer_hash:
             raise MapetError(
@@ -163,7 +164,7 @@ class TokenStore:
         if store.num_done < len(store) and not writable:
             raise MapetError(
                 f"the token store {folder} is unfinished ({store.num_done} of {len(store)} images): run the same `mapet tokenize "
-                "... --resume` to finish it"
+                f"... {option('resume', True)}` to finish it"
             )
         return store
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import scan
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation.features import held_out, unlabelled
 from mapet.files import read_json
 
@@ -203,7 +203,7 @@ def segmentation_sets(
     if masks is None:
         return None
     if test_images is not None and test_masks is None:
-        raise MapetError(f"{images} has masks, so --test-images need --test-seg-masks")
+        raise MapetError(f"{images} has masks, so {option('test_images')} need {option('test_seg_masks')}")
     sources = [(images, masks)] + ([(test_images or images, test_masks)] if test_masks is not None else [])
     sets = [(_read_panoptic if source[1].suffix == ".json" else _pair)(*source) for source in sources]
     if sets[0].segments is None:

@@ -19,7 +19,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, how_to_install
+from mapet.errors import Interrupted, MapetError, how_to_install, option
 from mapet.evaluation.features import must_be_finite_features, normalize, pool_tokens
 from mapet.files import (
     MANIFEST,
@@ -52,13 +52,15 @@ def embed(config: EmbedConfig) -> Path:
         MapetError: the folder is of other images or options; features are not finite, or too large for `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise MapetError(f"--format parquet needs pyarrow: {how_to_install('export')}, or --format npy")
+        raise MapetError(
+            f"{option('format')} parquet needs pyarrow: {how_to_install('export')}, or {option('format')} npy"
+        )
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     options = config.model_args | ({"img_size": config.image_size} if config.image_size else {})
     vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
     if config.pool == "token" and not vit.has_class_token:
-        raise MapetError("this ViT has no class token: use --pool avg")
+        raise MapetError(f"this ViT has no class token: use {option('pool')} avg")
     size: tuple[int, int] = vit.patch_embed.img_size
     dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
     first = dataset.batch([(0, index) for index in range(min(len(images), 8))])
@@ -110,7 +112,9 @@ def _compute_features(
     features = patches if config.pool == "none" else pool_tokens(patches, class_token, config.pool)
     must_be_finite_features(features, str(config.backbone))
     if config.dtype == "float16" and float(features.abs().max()) > torch.finfo(torch.float16).max:
-        raise MapetError(f"{config.backbone} gives features beyond float16's range: --dtype float32 holds them")
+        raise MapetError(
+            f"{config.backbone} gives features beyond float16's range: {option('dtype')} float32 holds them"
+        )
     return features.cpu().numpy().astype(config.dtype)
 
 
@@ -128,7 +132,7 @@ def _open_store(config: EmbedConfig, images: ImageList, vit: VisionTransformer, 
     if config.resume:  # stopped before its first manifest: nothing to keep
         for name in (ROWS, IDS):
             (config.out / name).unlink(missing_ok=True)
-    new_folder(config.out, resume_hint=", or go on with --resume")
+    new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")
     shape = (vit.patch_embed.num_patches, vit.embed_dim) if config.pool == "none" else (vit.embed_dim,)
     return Embeddings.create(config.out, images, config.format, shape, config.dtype, settings)
 

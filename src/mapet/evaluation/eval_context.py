@@ -12,7 +12,7 @@ from torch import Tensor
 from mapet.config.evaluate import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation.annotations import DetectionSet, SegmentationSet, detection_sets, segmentation_sets
 from mapet.evaluation.backbone_wrapper import BackboneWrapper
 from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
@@ -80,7 +80,7 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
         MapetError: options that have no use for these images.
     """
     if config.ood_images and not scan(config.images).classes():
-        raise MapetError(f"--ood-images are matched by class folders, which {config.images} has not")
+        raise MapetError(f"{option('ood_images')} are matched by class folders, which {config.images} has not")
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
     if config.annotations is not None:
         boxes = detection_sets(folder, config.annotations, test_folder, config.test_annotations)
@@ -92,7 +92,7 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
         return EvalData(train, test, masks=masks)
     if config.test_seg_masks is not None or config.ignore_labels:
         raise MapetError(
-            f"--test-seg-masks and --ignore-labels need masks: {config.images} has none, and --seg-masks isn't given"
+            f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {config.images} has none, and {option('seg_masks')} isn't given"
         )
     images = scan(config.images)
     if images.classes():

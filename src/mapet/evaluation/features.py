@@ -15,7 +15,7 @@ from mapet.data.dataset import Quarantine, ViewDataset, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.models.adapt import input_mean_std
 from mapet.models.checkpoint_conversion import MeanStd
 
@@ -121,7 +121,7 @@ def held_out(everything: LabelledSet) -> Bool[np.ndarray, " n"]:
         test[members[: max(1, round(HELD_OUT * len(members)))]] = True
     if test.all():
         raise MapetError(
-            f"{everything.images.root}: no class has a second image, so that none can be held out for the test; give --test-images"
+            f"{everything.images.root}: no class has a second image, so that none can be held out for the test; give {option('test_images')}"
         )
     return test
 
@@ -156,7 +156,7 @@ def pool_tokens(
     if pool == "avg":
         return patches.mean(dim=1)
     if class_token is None:
-        raise MapetError("the backbone has no class token in its layers: use --pool avg")
+        raise MapetError(f"the backbone has no class token in its layers: use {option('pool')} avg")
     return class_token if pool == "token" else torch.cat([class_token, patches.mean(dim=1)], 1)
 
 
@@ -164,7 +164,7 @@ def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> No
     """Raise MapetError for numbers that nothing can be learned from, and that no classifier takes."""
     if not bool(features.isfinite().all()):
         raise MapetError(
-            f"{whose} gives features that are not finite: try --precision float32. If that changes nothing its weights are "
+            f"{whose} gives features that are not finite: try {option('precision')} float32. If that changes nothing its weights are "
             "broken, by a training that diverged perhaps: train again with a lower learning rate"
         )
 

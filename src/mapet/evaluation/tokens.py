@@ -14,6 +14,7 @@ from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
+from mapet.errors import option
 from mapet.evaluation.probes import fit_logistic
 
 SHUFFLES = 20
@@ -300,7 +301,7 @@ def _usage_warnings(m: Measures) -> Iterator[str]:
     use, K = m.usage, m.vocab_size
     if use.patches < PATCHES_PER_WORD * K:
         yield (
-            f"only {use.patches:,} patches for {K:,} words: dead codes and perplexity are rough; a larger --sample "
+            f"only {use.patches:,} patches for {K:,} words: dead codes and perplexity are rough; a larger {option('sample')} "
             f"(about {-(-PATCHES_PER_WORD * K * m.images // use.patches):,} images) tells more"
         )
     if use.used_codes < (1 - DEAD_SHARE) * use.reachable_codes:

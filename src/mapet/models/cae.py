@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, init_weight
 from torch import Tensor, nn
 
 from mapet.data.dataset import Batch
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.models.losses import TargetKind, at_least_float32
 from mapet.models.objectives import CAE
 from mapet.models.packing import QueryBlock, gather_patches, two_stream_attention
@@ -42,7 +42,7 @@ class ContextAutoencoder(ViTForPreTraining):
     ) -> None:
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
-            raise MapetError("objective 'cae' predicts all hidden patches at once: leave out --num-predict")
+            raise MapetError(f"objective 'cae' predicts all hidden patches at once: leave out {option('num_predict')}")
         self.regressor, self.decoder = _make_blocks(vit), _make_blocks(vit)
         self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError, how_to_install
+from mapet.errors import MapetError, how_to_install, option
 from mapet.files import write_json, write_tensors
 from mapet.models.adapt import fold_layer_scale, input_mean_std
 from mapet.models.backbone import save_backbone
@@ -78,7 +78,9 @@ def require_packages(name: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MapetError(f"--format {name} needs {module} ({error}): {how_to_install('export')}") from None
+            raise MapetError(
+                f"{option('format')} {name} needs {module} ({error}): {how_to_install('export')}"
+            ) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.errors import MapetError, by, did_you_mean, shell_command
+from mapet.errors import MapetError, by, did_you_mean, option, shell_command
 from mapet.files import read_json
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, from_state_dict
 from mapet.run_state import find_config
@@ -160,7 +160,7 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
     if args["num_heads"] is None:
         raise MapetError(
             f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
-            f"{', '.join(map(str, NUM_HEADS))}): give it, --model-args num_heads=N, in Python num_heads=N"
+            f"{', '.join(map(str, NUM_HEADS))}): give it, {option('model_args')} num_heads=N, in Python num_heads=N"
         )
     log.info(
         "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalized as ours",
@@ -194,7 +194,7 @@ def _explain_missing(path: Path) -> str:
         if bundles:
             return (
                 f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "
-                f"{shell_command('replay', '--bundle', bundles[0])}. Start again with a lower --lr, or {export}, if that is from before"
+                f"{shell_command('replay', '--bundle', bundles[0])}. Start again with a lower {option('lr')}, or {export}, if that is from before"
             )
         resume = shell_command(name, config, "--resume")
         return (

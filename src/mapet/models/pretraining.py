@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.data.dataset import Batch, DropPathRand, Targets
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.models.losses import LOSSES, TargetKind, compiled_token_loss
 from mapet.models.objectives import Objective
 from mapet.models.packing import (
@@ -77,11 +77,11 @@ class ViTForPreTraining(nn.Module):
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
             raise MapetError(
-                f"{num_context} context patches (--mask-ratio) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
+                f"{num_context} context patches ({option('mask_ratio')}) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
             )
         if num_predict is not None and not 1 <= num_predict <= num_patches - num_context:
             raise MapetError(
-                f"{num_predict} targets (--num-predict) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
+                f"{num_predict} targets ({option('num_predict')}) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
             )
         if vit.pos_embed is None:
             raise MapetError(

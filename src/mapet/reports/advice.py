@@ -6,6 +6,7 @@ from shlex import quote
 from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
 
+from mapet.errors import option
 from mapet.reports.history import History, Series
 
 RECORDS = 8
@@ -43,7 +44,8 @@ def accuracy_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}. "
-        f"{_few_steps(accuracy)} more --epochs or a higher --lr. {_command(run, 'inspect-tokenizer')} says whether these words can be predicted"
+        f"{_few_steps(accuracy)} more {option('epochs')} or a higher --lr. {_command(run, 'inspect-tokenizer')} says whether "
+        f"these words can be predicted"
     )
 
 
@@ -57,7 +59,7 @@ def loss_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"The loss is not below that of guessing by frequency alone: {now:.3f} against {guess:.3f} nats; nothing is learned "
-        f"of the images yet. {_few_steps(loss)} more --epochs, or another --lr. {_command(run, 'inspect-tokenizer')} checks the words"
+        f"of the images yet. {_few_steps(loss)} more {option('epochs')}, or another --lr. {_command(run, 'inspect-tokenizer')} checks the words"
     )
 
 
@@ -72,8 +74,8 @@ def loss_rises(run: Subject) -> str | None:
     if now < lowest + max(0.1 * abs(lowest), 0.001):
         return None
     return (
-        f"The loss rose again: {now:.3f}, after {lowest:.3f} before; try a lower --lr, a longer --warmup-epochs or a "
-        "smaller --clip-grad"
+        f"The loss rose again: {now:.3f}, after {lowest:.3f} before; try a lower {option('lr')}, a longer {option('warmup_epochs')} or a "
+        f"smaller {option('clip_grad')}"
     )
 
 
@@ -84,7 +86,7 @@ def skipped_steps(run: Subject) -> str | None:
         return None
     return (
         f"{skipped.last:.0f} of {skipped.steps[-1]:.0f} steps were left out, for their loss or gradient was not finite; train.log "
-        "names their images. Try --precision float32 or a lower --lr"
+        f"names their images. Try {option('precision')} float32 or a lower {option('lr')}"
     )
 
 
@@ -94,7 +96,7 @@ def waits_for_images(run: Subject) -> str | None:
     if len(waiting) < RECORDS or (share := median(waiting[len(waiting) // 4 :])) < 0.25:
         return None
     return (
-        f"Training waits for images {share:.0%} of the time; try more --workers, and `mapet prepare` for images much larger "
+        f"Training waits for images {share:.0%} of the time; try more {option('workers')}, and `mapet prepare` for images much larger "
         "than the input"
     )
 
@@ -121,8 +123,8 @@ def mostly_clipped(run: Subject) -> str | None:
     if share < 0.5:
         return None
     return (
-        f"The gradient is larger than --clip-grad {limit:g} in {share:.0%} of the later records (median norm {median(late):.2g}): "
-        "training is unsteady. Try a lower --lr or a longer --warmup-epochs"
+        f"The gradient is larger than {option('clip_grad')} {limit:g} in {share:.0%} of the later records (median norm {median(late):.2g}): "
+        f"training is unsteady. Try a lower {option('lr')} or a longer {option('warmup_epochs')}"
     )
 
 
@@ -134,7 +136,7 @@ def probe_falls(run: Subject) -> str | None:
     when = probe.steps[probe.values.index(best)]
     return (
         f"The linear probe fell from {best:.3f} at step {when:.0f} to {probe.last:.3f}: the features get worse for these "
-        "labels while the loss is learned. Fewer --epochs, or a lower --lr, may do better"
+        f"labels while the loss is learned. Fewer {option('epochs')}, or a lower {option('lr')}, may do better"
     )
 
 
@@ -161,7 +163,7 @@ def probe_like_untrained(run: Subject) -> str | None:
         return None
     return (
         f"The linear probe is not clearly better than untrained: {after:.3f} against {before:.3f} on {images:,} images. More "
-        "--epochs or more images to learn from may help, and more test images would tell smaller differences"
+        f"{option('epochs')} or more images to learn from may help, and more test images would tell smaller differences"
     )
 
 
@@ -171,8 +173,8 @@ def too_easy(run: Subject) -> str | None:
     if len(accuracy) < RECORDS or (now := fmean(accuracy[-5:])) < 0.95:
         return None
     return (
-        f"{now:.1%} of the words are predicted: the task has become too easy to teach more. Try a higher --mask-ratio, a "
-        "larger --fit-tokenizer.vocab-size, or --patch-order blockwise"
+        f"{now:.1%} of the words are predicted: the task has become too easy to teach more. Try a higher {option('mask_ratio')}, a "
+        f"larger --fit-tokenizer.vocab-size, or {option('patch_order')} blockwise"
     )
 
 

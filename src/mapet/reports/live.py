@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.reports.html import render_part
 from mapet.reports.page import RunView, page
 from mapet.reports.run import RunFiles, span
@@ -108,7 +108,9 @@ class LiveServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise MapetError(f"cannot listen on port {port}: {reason}. Leave out --port to take a free one") from None
+            raise MapetError(
+                f"cannot listen on port {port}: {reason}. Leave out {option('port')} to take a free one"
+            ) from None
 
     @property
     def url(self) -> str:

@@ -4,14 +4,15 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from mapet.config.base import as_options_of_section, meaning_of_none, read_recipe
+from mapet.config.base import meaning_of_none, read_recipe
 from mapet.config.pretrain import PretrainConfig
-from mapet.errors import MapetError, counted
+from mapet.errors import MapetError, counted, spell_as_flags, spell_in_section
 from mapet.reports.advice import Subject, not_judged, too_early, warnings
 from mapet.reports.history import History
 from mapet.run_state import RunState, check_is_pretraining, parent_run, pretrain_folder
@@ -215,8 +216,9 @@ class RunFiles:
 
     def warnings(self) -> list[str]:
         """In words, with options as the command that the run was started with has them."""
-        inner = PretrainConfig.model_fields if self.parent else ()
-        return [as_options_of_section(sentence, "pretrain", inner) for sentence in warnings(self.subject)]
+        section = spell_in_section("pretrain") if self.parent else nullcontext()
+        with spell_as_flags(), section:
+            return warnings(self.subject)
 
     def metrics(self) -> dict[str, str]:
         """Return final metrics: name -> number, both as text."""

@@ -11,7 +11,7 @@ from mapet.config.base import build
 from mapet.config.pretrain import PretrainConfig, PretrainOptions
 from mapet.config.shared import is_own_code
 from mapet.config.study import StudyConfig
-from mapet.errors import MapetError, did_you_mean
+from mapet.errors import MapetError, did_you_mean, option
 from mapet.studies.tokenizers import tokenizer_folder
 from mapet.training.estimate import flops_per_image
 
@@ -73,7 +73,7 @@ def grid_cells(config: StudyConfig) -> list[GridCell]:
         axes[name] = axis
     if (name := compared(config)) not in axes:
         raise MapetError(
-            f"compare: '{name}' is not varied{did_you_mean(name, axes)}; --compare takes one of {', '.join(axes)}"
+            f"compare: '{name}' is not varied{did_you_mean(name, axes)}; {option('compare_by')} takes one of {', '.join(axes)}"
         )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise MapetError(f"seeds: {config.seeds} has {'none' if not config.seeds else 'one twice'}")

@@ -7,7 +7,7 @@ from itertools import combinations, product
 from math import isfinite, nan
 from statistics import fmean
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation.intervals import LEVEL, mean_and_interval
 
 NO_SPREAD = 1e-9
@@ -205,7 +205,7 @@ def findings(study: Study, differences: list[Difference]) -> list[str]:
     if of_one_seed(differences):
         said = (
             f"One seed: no interval and no test, so no difference between values of {study.compare} is told apart from chance. The table "
-            "of differences has them; more --seeds would tell."
+            f"of differences has them; more {option('seeds')} would tell."
         )
         return [said, *best_values(study)]
     single = [row for row in differences if not row.headline]

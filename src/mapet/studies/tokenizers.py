@@ -10,7 +10,7 @@ from mapet.config.base import Config, build, differences
 from mapet.config.fit_tokenizer import FitTokenizerConfig, FitTokenizerOptions
 from mapet.config.study import StudyConfig
 from mapet.config.tokenize import TokenizeOptions
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, option
 from mapet.files import check_format, read_json, write_json
 
 log = logging.getLogger("mapet")
@@ -74,7 +74,7 @@ def refuse_other_tokenizer(config: StudyConfig, name: str) -> None:
             changed = differences(build(options, old[stage]), build(options, now[stage]), FREE)
             if changed:
                 raise MapetError(
-                    f"{folder} was made with other options ({'; '.join(changed)}): use the same, another name for it, or a new --out"
+                    f"{folder} was made with other options ({'; '.join(changed)}): use the same, another name for it, or a new {option('out')}"
                 )
 
 

@@ -16,7 +16,7 @@ from mapet.config.finetune import FinetuneOptions
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.shared import usable_cores
 from mapet.config.study import StudyConfig
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, option
 from mapet.files import check_format, read_json, write_json
 from mapet.studies.grid import GridCell, cell_folder, pretrain_config
 
@@ -101,7 +101,9 @@ def refuse_other_cell(folder: Path, job: dict[str, Any]) -> None:
     if judged:
         changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)
     if changed:
-        raise MapetError(f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new --out")
+        raise MapetError(
+            f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new {option('out')}"
+        )
 
 
 def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.config.shared import is_own_code
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import atomic, canonical_hash, check_format, read_sealed, write_sealed, write_tensors
 from mapet.tokenizers.quantizers import Quantizer
 from mapet.tokenizers.teacher import Teacher, make_teacher
@@ -176,12 +176,14 @@ def load_tokenizer(
     if not with_teacher:
         return Tokenizer(None, quantizer, description)
     if is_own_code(name) and name != trusted_teacher:
-        raise MapetError(f"the tokenizer {folder} runs your own code '{name}'; to allow it, say --teacher {name}")
+        raise MapetError(
+            f"the tokenizer {folder} runs your own code '{name}'; to allow it, say {option('teacher')} {name}"
+        )
     settings["checkpoint"] = checkpoint or settings.get("checkpoint")
     if settings["checkpoint"] and not Path(settings["checkpoint"]).exists() and not checkpoint:
         raise MapetError(
             f"the weights file of teacher '{name}' in {folder}, {settings['checkpoint']}, is not there; say where it is: "
-            "--teacher-checkpoint FILE"
+            f"{option('teacher_checkpoint')} FILE"
         )
     try:
         teacher = make_teacher(**settings)
@@ -190,6 +192,6 @@ def load_tokenizer(
     if teacher.weights_hash != description["weights_hash"]:
         raise MapetError(
             f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted "
-            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Give the right --teacher-checkpoint or fit again"
+            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Give the right {option('teacher_checkpoint')} or fit again"
         )
     return Tokenizer(teacher, quantizer, description)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import reserve
 
 log = logging.getLogger("mapet")
@@ -77,7 +77,7 @@ class FeatureStore:
         if scaled.numel() and float(scaled.abs().max()) > torch.finfo(torch.float16).max:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
-                "batch: too uneven for k-means. Choose another --teacher-layer or normalise the encoder's output"
+                f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalise the encoder's output"
             )
         half = scaled.half()
         if self._rows is not None:
@@ -103,14 +103,15 @@ class FeatureStore:
             self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
             raise MapetError(
-                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with --scratch-dir"
+                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with {option('scratch_dir')}"
             ) from None
         free = shutil.disk_usage(self.scratch).free
         if size > free:
             raise MapetError(
-                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than --memory-gb {self.memory / 1e9:.3g} "
-                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with --scratch-dir, more --memory-gb, or "
-                "fewer --patches-per-code"
+                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} {self.memory / 1e9:.3g} "
+                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with {option('scratch_dir')}, "
+                f"more {option('memory_gb')}, or "
+                f"fewer {option('patches_per_code')}"
             )
         reserve(self._file, size, self.scratch)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
@@ -150,6 +151,6 @@ class FeatureStore:
         self._file.seek(start * self.num_features * 2)
         if self._file.readinto(into.numpy().data) != into.nbytes:
             raise MapetError(
-                f"the scratch file in {self.scratch} ends too early: is that disk in order? See --scratch-dir"
+                f"the scratch file in {self.scratch} ends too early: is that disk in order? See {option('scratch_dir')}"
             )
         return into

@@ -21,7 +21,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute, free_memory
-from mapet.errors import MapetError, by
+from mapet.errors import MapetError, by, option
 from mapet.files import new_folder
 from mapet.tokenizers.codebook import CodebookStats, Tokenizer, describe, save_tokenizer
 from mapet.tokenizers.extract import FeatureExtractor
@@ -146,7 +146,9 @@ def _check_output(config: FitTokenizerConfig) -> Path:
     new_folder(config.out, create=False)
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
-        raise MapetError(f"{checkpoint} holds an interrupted fit: go on with --resume, or delete it to begin again")
+        raise MapetError(
+            f"{checkpoint} holds an interrupted fit: go on with {option('resume', True)}, or delete it to begin again"
+        )
     distributed.barrier()  # all have looked before one writes
     return checkpoint
 
@@ -177,7 +179,7 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     levels = config.fsq_levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
     if config.vocab_size not in (None, math.prod(levels)):
         log.warning(
-            "%s makes %d words, not %d: its levels are %s; --fsq-levels gives others",
+            f"%s makes %d words, not %d: its levels are %s; {option('fsq_levels')} gives others",
             config.quantizer, math.prod(levels), config.vocab_size, " x ".join(map(str, levels)),
         )  # fmt: skip
     return math.prod(levels), levels
@@ -240,4 +242,4 @@ def _matching_size_hint(teacher: Teacher) -> str:
     if any(side * wanted % given for side, wanted, given in sides):
         return ""
     height, width = (side * wanted // given for side, wanted, given in sides)
-    return f": --teacher-image-size {height} {width} would do without, if the teacher takes it"
+    return f": {option('teacher_image_size')} {height} {width} would do without, if the teacher takes it"

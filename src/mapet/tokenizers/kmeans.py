@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mapet import distributed
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted, MapetError, option
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans_state import Init, KMeansConfig, KMeansState, load_state, save_state
 from mapet.tokenizers.points import DistributedPoints, Metric, rows_at_once, stratified_sample
@@ -191,7 +191,7 @@ def kmeans(
     data = DistributedPoints(points if isinstance(points, FeatureStore) else FeatureStore.of(points), metric)
     if num_clusters > len(data):
         raise MapetError(
-            f"V = {num_clusters:,} visual tokens need at least as many patches, but there are {len(data):,}: lower --vocab-size"
+            f"V = {num_clusters:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
         )
     mean, variance = _moments(data)
     state = KMeansState.initial(num_clusters, len(mean), data.device)

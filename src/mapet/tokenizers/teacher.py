@@ -13,16 +13,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mapet.config.shared import HUBS, is_own_code
-from mapet.errors import MapetError, by, did_you_mean
+from mapet.errors import MapetError, by, did_you_mean, option
 from mapet.tokenizers import teachers
 from mapet.tokenizers.quantizers import Quantizer
 from mapet.weights import hash_weights
 
 OPTIONS = {
-    "checkpoint": "--teacher-checkpoint",
-    "teacher_size": "--teacher-image-size",
-    "layer": "--teacher-layer",
-    "final_norm": "--teacher-final-norm",
+    "checkpoint": "teacher_checkpoint",
+    "teacher_size": "teacher_image_size",
+    "layer": "teacher_layer",
+    "final_norm": "teacher_final_norm",
 }
 """Settings that only some teachers use."""
 
@@ -147,7 +147,7 @@ def make_teacher(
     defaults = inspect.signature(make_teacher).parameters
     for name, flag in OPTIONS.items():
         if name not in used and settings[name] != defaults[name].default:
-            raise MapetError(f"teacher '{teacher}' does not use {flag}: leave it out")
+            raise MapetError(f"teacher '{teacher}' does not use {option(flag)}: leave it out")
     grid = student_size[0] // patch_size, student_size[1] // patch_size
     given = settings | {"grid": grid, "teacher_size": teacher_size and tuple(teacher_size)}
     encoder = build(**{name: given[name] for name in used})

@@ -15,7 +15,7 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, counted
+from mapet.errors import Interrupted, MapetError, counted, option
 from mapet.files import MANIFEST, new_folder
 from mapet.signals import stop_signals
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
@@ -79,14 +79,14 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
     )
     num_views = config.num_views or NUM_VIEWS[config.views]
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
-        new_folder(config.out, resume_hint=", or go on with --resume")
+        new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
     if (store.view_spec, store.num_views) != (spec, num_views):
         raise MapetError(
             f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, now asked for {num_views} "
-            f"{spec.model_dump()}: use the same options or a new --out"
+            f"{spec.model_dump()}: use the same options or a new {option('out')}"
         )
     distributed.barrier()  # all have looked before one writes
     return store

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError, by
+from mapet.errors import MapetError, by, option
 from mapet.files import check_format, read_json
 from mapet.weights import describe_mismatch, first_names, read_weights
 
@@ -120,7 +120,7 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
         MapetError: no such file, damaged, with code in it, or not a VQ-KD tokenizer.
     """
     if checkpoint is None:
-        raise MapetError("a VQ-KD tokenizer comes from a file: give --teacher-checkpoint FILE")
+        raise MapetError(f"a VQ-KD tokenizer comes from a file: give {option('teacher_checkpoint')} FILE")
     description, learned_from = Path(checkpoint).with_name(DESCRIPTION), None
     if description.exists():
         try:

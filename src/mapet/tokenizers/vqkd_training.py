@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.tokenizers.kmeans import kmeans
 from mapet.tokenizers.vqkd import (
     HEAD_WIDTH,
@@ -177,10 +177,10 @@ def _check_layout(tokenizer: VQKD) -> None:
     kind = f"the encoder must be a plain ViT with class token, learned positions and {HEAD_WIDTH} numbers a head"
     if {block.attn.num_heads for block in vit.blocks} != {num_heads_for(vit.embed_dim)}:
         raise MapetError(
-            f"{kind}: give --model-args num_heads={num_heads_for(vit.embed_dim)} for embed_dim={vit.embed_dim}"
+            f"{kind}: give {option('model_args')} num_heads={num_heads_for(vit.embed_dim)} for embed_dim={vit.embed_dim}"
         )
     if len(set(tokenizer.image_size)) > 1 or len(set(vit.patch_embed.patch_size)) > 1:
-        raise MapetError("a VQ-KD tokenizer is for square images: give --image-size one number")
+        raise MapetError(f"a VQ-KD tokenizer is for square images: give {option('image_size')} one number")
     try:
         loaded = VQKD.from_weights(tokenizer.weights(), "the encoder")
     except MapetError as error:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mapet.errors import MadeByNewer, MapetError
+from mapet.errors import MadeByNewer, MapetError, option
 from mapet.files import atomic, check_format, file_hash, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 
@@ -61,7 +61,7 @@ def save_checkpoint(
         raise MapetError(
             f"cannot write checkpoint {target}: {error}. It takes {size:,} bytes, the disk has {shutil.disk_usage(folder).free:,} "
             f"free; {f'the last one, {before[0].name}, is intact' if before else 'there is none before it'}. Make room and go "
-            "on with --resume"
+            f"on with {option('resume', True)}"
         ) from None
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
@@ -137,7 +137,7 @@ def load_checkpoint(
             raise
         except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
-    raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new --out")
+    raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new {option('out')}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -14,7 +14,7 @@ from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import MapetError, counted
+from mapet.errors import MapetError, counted, option
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
@@ -75,7 +75,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     fitting = min(count, points / num_patches) * max(teaching, read)
     yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
-    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them (--memory-gb)"
+    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them ({option('memory_gb')})"
     yield (
         f"  tokenize       {1 / teaching:,.0f} images/s, about {_span(count * max(teaching, read))}, "
         f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"

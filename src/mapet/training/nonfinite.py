@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import EpochSampler
-from mapet.errors import MapetError, shell_command
+from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import full_state_dict
 from mapet.training.step import ForwardBackward
@@ -36,10 +36,11 @@ class NonFiniteError(MapetError):
             kept: the newest checkpoint is from before.
         """
         look = f" See why with: {shell_command('replay', '--bundle', bundle)}." if bundle else ""
-        before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for --init-from NEW"
+        before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for {option('init_from')} NEW"
         super().__init__(
-            f"{what}.{look} Then start again, in a new --out, with a lower --lr (now {config.lr:.2g}), --precision float32 or "
-            f"--max-rollbacks 1{before if kept else ''}"
+            f"{what}.{look} Then start again, in a new {option('out')}, with a lower {option('lr')} (now {config.lr:.2g}), "
+            f"{option('precision')} float32 or "
+            f"{option('max_rollbacks')} 1{before if kept else ''}"
         )
 
 

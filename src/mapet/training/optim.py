@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from mapet.errors import MapetError, counted
+from mapet.errors import MapetError, counted, option
 
 log = logging.getLogger("mapet")
 
@@ -28,7 +28,7 @@ def effective_batch_size(batch_size: int, num_images: int) -> int:
     """Return the images of a step: of a batch larger than all images, all; a warning says so. Learning rates are chosen for these."""
     if batch_size > num_images:
         log.warning(
-            "--batch-size %s is more than the %s there are: every step sees all of them, and the learning rate is for so many. "
+            f"{option('batch_size')} %s is more than the %s there are: every step sees all of them, and the learning rate is for so many. "
             "Leave it out, or give less, for more steps",
             f"{batch_size:,}",
             counted(num_images, "image"),
@@ -57,7 +57,9 @@ def create_optimizer(
     try:
         parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
     except ValueError:
-        raise MapetError(f"timm has no optimizer '{opt}' (--opt): e.g. adamw, lion, muon, lamb, sgd") from None
+        raise MapetError(
+            f"timm has no optimizer '{opt}' ({option('opt')}): e.g. adamw, lion, muon, lamb, sgd"
+        ) from None
     options: dict[str, Any] = {"fused": True} if "fused" in parameters else {}
     if betas and opt in ("adam", "adamw"):
         options["betas"] = betas

@@ -20,7 +20,7 @@ from mapet import distributed
 from mapet.config.base import build, differences, read_recipe, to_yaml, write_recipe
 from mapet.config.shared import TrainerConfig
 from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, counted, shell_command
+from mapet.errors import Interrupted, MapetError, counted, option, shell_command
 from mapet.files import atomic, is_free, new_folder
 from mapet.run_state import CONFIG_FILE, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
@@ -53,7 +53,7 @@ class RunFolder:
     @distributed.rank_zero_only
     def _open(self, config: TrainerConfig, compute: Compute, stage: str) -> None:
         if not config.resume:
-            new_folder(self.path, resume_hint=", or go on with --resume")
+            new_folder(self.path, resume_hint=f", or go on with {option('resume', True)}")
             write_recipe(config, self.path / "config.yaml")
         elif differences(
             build(type(config), read_recipe(self.path / "config.yaml")),
@@ -151,32 +151,35 @@ def resolve_resume_config(config: C, stage: str = "pretrain", may_change: frozen
         log.warning(NOTHING_TO_RESUME, path.parent)
         return config.model_copy(update={"resume": False})
     if not path.is_file():
-        raise MapetError(f"nothing to resume in {path.parent}: it has no config.yaml. Leave out --resume to start")
+        raise MapetError(
+            f"nothing to resume in {path.parent}: it has no config.yaml. Leave out {option('resume', True)} to start"
+        )
     old = build(type(config), read_recipe(path), path)
     automatic = {name for name, value in config if value is None}
     moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
     changed = differences(old, config, may_change | automatic | moved)
     if changed:
+        restart = restart_hint(path.parent) if stage == "pretrain" else f"with new options: a new {option('out')}"
         raise MapetError(
             f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command_to_resume(path.parent, stage)}; to start {restart_hint(path.parent) if stage == 'pretrain' else NEW_OPTIONS_HINT}"
+            f"{command_to_resume(path.parent, stage)}; to start {restart}"
         )
     return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
 
 
 NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
 """A job that may be sent anew at any moment has one command."""
-NEW_OPTIONS_HINT = "with new options: a new --out"
 
 
-def restart_hint(run: Path, option: str = "--init-from") -> str:
-    """How to start with new options where there may be weights to start from; `option` takes them."""
-    folder = pretrain_folder(run)
+def restart_hint(run: Path) -> str:
+    """How to start with new options where there may be weights to start from."""
+    folder, new_out = pretrain_folder(run), f"a new {option('out')}"
     if (folder / "backbone").is_dir():
-        return f"from its weights with new options: {option} {run}, and a new --out"
+        return f"from its weights with new options: {option('init_from', str(run))}, and {new_out}"
     if checkpoints(folder / "checkpoints"):
-        return f"from its weights with new options: `{shell_command('export', '--backbone', run, '--out', 'NEW')}`, {option} NEW, and a new --out"
-    return NEW_OPTIONS_HINT
+        export = shell_command("export", "--backbone", run, "--out", "NEW")
+        return f"from its weights with new options: `{export}`, {option('init_from', 'NEW')}, and {new_out}"
+    return f"with new options: {new_out}"
 
 
 def command_to_resume(folder: Path, stage: str = "pretrain") -> str:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mapet import distributed
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 
 
 def apply_fsdp(model: nn.Module, compute: Compute) -> None:
@@ -23,7 +23,9 @@ def apply_fsdp(model: nn.Module, compute: Compute) -> None:
         MapetError: there is one process.
     """
     if distributed.world_size() == 1:
-        raise MapetError("--fsdp is for several processes: start them with torchrun --nproc-per-node N -m mapet ...")
+        raise MapetError(
+            f"{option('fsdp', True)} is for several processes: start them with torchrun --nproc-per-node N -m mapet ..."
+        )
     mesh = init_device_mesh(compute.device.type, (distributed.world_size(),))
     low = None if compute.dtype == torch.float32 else compute.dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)

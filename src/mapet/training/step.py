@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mapet import distributed
 from mapet.data.dataset import Batch
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.training.sharding import is_sharded, set_gradient_sync
 
 O = TypeVar("O", bound=Any)  # noqa: E741
@@ -111,14 +111,15 @@ class ForwardBackward(Generic[O]):
         failed = min(self.micro_batch, images)
         if failed == 1:
             raise MapetError(
-                "out of memory with one image at a time: take a smaller --model or --image-size, or close what else uses the device"
+                f"out of memory with one image at a time: take a smaller {option('model')} or {option('image_size')}, or "
+                f"close what else uses the device"
             )
         self.micro_batch = failed // 2
         self.module.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
-            "out of memory with %d images at a time: going on with --micro-batch-size %d (the batch and what is learned stay the same)",
+            f"out of memory with %d images at a time: going on with {option('micro_batch_size')} %d (the batch and what is learned stay the same)",
             failed,
             self.micro_batch,
         )

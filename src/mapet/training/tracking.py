@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapet.errors import MapetError, how_to_install
+from mapet.errors import MapetError, how_to_install, option
 from mapet.files import read_json, write_json
 
 log = logging.getLogger("mapet")
@@ -60,7 +60,11 @@ class Tracking:
         for sender in self._senders:
             sender.join(max(0.0, until - time.monotonic()))
             if sender.is_alive():
-                log.warning("%s has not taken all figures in %.0f s: --resume sends the rest", sender.name, PATIENCE)
+                log.warning(
+                    f"%s has not taken all figures in %.0f s: {option('resume', True)} sends the rest",
+                    sender.name,
+                    PATIENCE,
+                )
 
 
 class _Sender(threading.Thread):
@@ -102,7 +106,7 @@ class _Sender(threading.Thread):
         except BaseException as error:  # whatever a tracker's library comes up with, also SystemExit
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning(
-                "%s gets no more figures: %s. Training goes on; they are all in metrics.jsonl, and --resume sends them",
+                f"%s gets no more figures: %s. Training goes on; they are all in metrics.jsonl, and {option('resume', True)} sends them",
                 self.name, reason,
             )  # fmt: skip
 
@@ -132,7 +136,7 @@ def require(trackers: Iterable[str]) -> None:
     """Raises MapetError: a tracker's library is not installed."""
     for tracker in trackers:
         if not _is_installed(tracker):
-            raise MapetError(f"--track {tracker} needs the library {tracker}: {how_to_install('track')}")
+            raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {how_to_install('track')}")
 
 
 def _is_installed(module: str) -> bool:

@@ -16,7 +16,7 @@ from mapet import distributed
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, make_loader
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.run_state import record
 from mapet.signals import StopRequest, stop_signals
 from mapet.training.checkpoint import (
@@ -350,7 +350,7 @@ def check_same_step(step: int, folder: Path) -> None:
     steps = distributed.all_gather(torch.tensor(step)).tolist()
     if len(set(steps)) > 1:
         raise MapetError(
-            f"{folder} is not the same for all processes (steps {steps}): put --out where all of them see it"
+            f"{folder} is not the same for all processes (steps {steps}): put {option('out')} where all of them see it"
         )
 
 

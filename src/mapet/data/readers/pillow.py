@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mapet.data.readers.base import BadImage, DecodedImage, ImageFile, Window, check_pixel_count, translate_errors
+from mapet.errors import option
 
 EXTENSIONS = (
     ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif",
@@ -23,7 +24,7 @@ def matches(head: bytes, name: str) -> bool:
 def open_image(file: ImageFile, channels: int, window: Window | None) -> DecodedImage:
     """Decode an image: EXIF rotation is applied, the first frame of an animation taken, transparency laid on white."""
     if channels not in (1, 3):
-        raise BadImage(f"--channels {channels} needs .npy arrays; pictures give 1 or 3")
+        raise BadImage(f"{option('channels')} {channels} needs .npy arrays; pictures give 1 or 3")
     try:
         image, kind = _load(io.BytesIO(file) if isinstance(file, bytes) else file)
     except UnidentifiedImageError:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.weights import describe_mismatch, read_weights
 
 GROUPS = 4
@@ -93,7 +93,7 @@ def build(checkpoint: str | None, teacher_size: tuple[int, int] | None, grid: tu
     """
     if checkpoint is None:
         raise MapetError(
-            "the dVAE teacher needs the encoder that OpenAI published with DALL-E: --teacher-checkpoint encoder.pkl"
+            f"the dVAE teacher needs the encoder that OpenAI published with DALL-E: {option('teacher_checkpoint')} encoder.pkl"
         )
     weights, encoder = read_weights(checkpoint), DalleEncoder()
     if mismatch := describe_mismatch(weights, encoder.state_dict()):

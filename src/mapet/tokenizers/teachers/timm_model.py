@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.config.shared import HUBS
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")
@@ -44,7 +44,11 @@ def build(
         )  # fmt: skip
     except Exception as error:  # hub, network, file and shape errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
-        fix = f"is {checkpoint} a checkpoint of it?" if checkpoint else "give a local file: --teacher-checkpoint FILE"
+        fix = (
+            f"is {checkpoint} a checkpoint of it?"
+            if checkpoint
+            else f"give a local file: {option('teacher_checkpoint')} FILE"
+        )
         raise MapetError(f"cannot load the weights of teacher '{teacher}': {reason}; {fix}") from None
     if not hasattr(model, "forward_intermediates"):
         raise MapetError(f"teacher '{teacher}' gives no intermediate features in timm; choose another model")
@@ -91,5 +95,5 @@ class TimmFeatures(nn.Module):
         except AssertionError as error:  # timm's check of sizes
             raise MapetError(
                 f"teacher '{self.name}' takes no views of {images.shape[2]} x {images.shape[3]} px: {error}; choose another "
-                "--teacher-image-size, or leave it out"
+                f"{option('teacher_image_size')}, or leave it out"
             ) from None

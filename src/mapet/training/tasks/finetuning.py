@@ -18,7 +18,7 @@ from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import Batch, ViewDataset, in_order
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
 from mapet.evaluation.few_shot import few_shot_split
 from mapet.models.adapt import input_mean_std
@@ -167,7 +167,9 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class or config.label_fraction, config.seed))
         except MapetError as error:
-            held_out = "; a fifth of --images is held out to test on, for there are no --test-images"
+            held_out = (
+                f"; a fifth of {option('images')} is held out to test on, for there are no {option('test_images')}"
+            )
             raise MapetError(f"{error}{'' if config.test_images else held_out}") from None
     return train, test
 
@@ -177,7 +179,9 @@ def _augmentation(config: FinetuneConfig, vit: VisionTransformer) -> Any:
     if config.rand_augment is None:
         return None
     if vit.in_chans != 3:
-        raise MapetError(f"--rand-augment is for RGB images, this ViT takes {vit.in_chans} channels: leave it out")
+        raise MapetError(
+            f"{option('rand_augment')} is for RGB images, this ViT takes {vit.in_chans} channels: leave it out"
+        )
     return rand_augment(config.rand_augment, vit.patch_embed.img_size, input_mean_std(3)[0])
 
 

@@ -19,7 +19,7 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import by
+from mapet.errors import by, option
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
 from mapet.models.backbone import format_num_params, prepare_for_device, save_backbone
@@ -73,7 +73,9 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         if len(self.indices) < FEW_IMAGES:
             log.warning("%s", few_images(len(self.indices)))
         if config.tokens is None and config.target == "tokens":
-            log.info("without --tokens the teacher runs in every step, on fresh views; `mapet tokenize` runs it once")
+            log.info(
+                f"without {option('tokens')} the teacher runs in every step, on fresh views; `mapet tokenize` runs it once"
+            )
 
     def _views(self, images: ImageList, store: TokenStore | None) -> ViewDataset:
         config, vit, teacher = self.config, self.model.vit, self.tokenizer.teacher

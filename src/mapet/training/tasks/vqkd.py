@@ -18,7 +18,7 @@ from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import atomic, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.tokenizers.codebook import CodebookStats
@@ -68,7 +68,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         total_patches = self.num_patches * len(images)
         vocab_size = config.vocab_size or automatic_vocab_size(total_patches)
         if vocab_size > total_patches:
-            raise MapetError(f"V = {vocab_size} codes for {total_patches:,} patches: lower --vocab-size")
+            raise MapetError(f"V = {vocab_size} codes for {total_patches:,} patches: lower {option('vocab_size')}")
         self.config = config.model_copy(update={"vocab_size": vocab_size})
         self.num_counts = vocab_size
         self.model = self.build_model()
@@ -199,7 +199,9 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
                 write_tensors(temporary / "vqkd.safetensors", module.weights())
                 write_json(temporary / DESCRIPTION, self._metadata(reconstruction, stats))
         file = folder / "vqkd.safetensors"
-        log.info("saved %s: mapet fit-tokenizer --teacher vqkd --teacher-checkpoint %s", folder, file)
+        log.info(
+            f"saved %s: mapet fit-tokenizer {option('teacher')} vqkd {option('teacher_checkpoint')} %s", folder, file
+        )
         return file
 
     def _metadata(self, reconstruction: float, stats: CodebookStats) -> dict[str, Any]:
