@@ -23,7 +23,7 @@ from mapet.models.backbone import create_vit
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, OBJECTIVES
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.studies.grid import grid_cells
+from mapet.studies.grid import grid_trials
 from mapet.training.estimate import training_flops
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
 def test_readme_study():
     """The README's study file is one."""
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    cells = grid_cells(build(StudyConfig, yaml.safe_load(text)))
+    cells = grid_trials(build(StudyConfig, yaml.safe_load(text)))
     assert len(cells) == 3 * 3 * 3
 
 

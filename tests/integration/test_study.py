@@ -12,12 +12,13 @@ import yaml
 
 import mapet
 from mapet.cli import main
-from mapet.commands.study import tokenizers
 from mapet.config.base import build
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.study import StudyConfig
 from mapet.errors import Interrupted, MapetError
-from mapet.studies.grid import COMPUTE, EPOCHS, grid_cells, with_budgets
+from mapet.run_state import RunState
+from mapet.studies import tokenizers
+from mapet.studies.grid import COMPUTE, EPOCHS, grid_trials, with_budgets
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 
@@ -39,29 +40,29 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     options["ood_images"] = {"other writers": str(digits / "test")}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
     assert main(["study", str(tmp_path / "study.yaml")]) == 0
-    cells = {path.name: path for path in (out / "cells").iterdir()}
-    assert set(cells) == {
+    trials = {path.name: RunState.read(path) for path in (out / "trials").iterdir()}
+    assert set(trials) == {
         "mim_seed_3", "mapet_seed_3", "bad_seed_3", "mim_seed_3_4_epochs", "bad_seed_3_4_epochs",
     }  # fmt: skip
-    result = json.loads((cells["mapet_seed_3"] / "result.json").read_text())
+    result = trials["mapet_seed_3"].results
     assert set(result["scores"]) == {
         "logistic", "knn", "logistic on other writers", "knn on other writers", "finetune, 10 labels a class",
     }  # fmt: skip
     assert all(0 <= score <= 1 for score in result["scores"].values())
     assert result["epochs"] == 2 and result["seconds"] > 0 and result["curve"][-1]["epoch"] == 2
     assert result["curve"][-1]["flops"] == result["flops"] > 1e8
-    longer = json.loads((cells["mim_seed_3_4_epochs"] / "result.json").read_text())
+    longer = trials["mim_seed_3_4_epochs"].results
     assert 0.75 < longer["flops"] / result["flops"] < 1.34
-    assert "not finite" in json.loads((cells["bad_seed_3"] / "failure.json").read_text())["reason"]
+    assert trials["bad_seed_3"].status == "failed" and "not finite" in trials["bad_seed_3"].reason
     with (out / "report" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(row["status"] for row in rows) == ["done", "done", "done", "failed", "failed"]
+    assert sorted(row["status"] for row in rows) == ["failed", "failed", "finished", "finished", "finished"]
     text = (out / "report" / "report.md").read_text()
     assert "lower lr" in text and "untrained ViT" in text and " ± 0" not in text  # one seed: no interval
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert main(["study", str(out / "study.yaml")]) == 0
+    assert main(["study", str(out / "config.yaml")]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    recorded = (out / "study.yaml").read_bytes()
+    recorded = (out / "config.yaml").read_bytes()
     for changed, message in (
         ({"pretrain": SHARED | {"lr": 0.1}}, r"was run with other options \(lr: 0.003 -> 0.1\)"),
         (
@@ -75,8 +76,8 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     ):
         with pytest.raises(MapetError, match=message):
             mapet.study(**options | changed)
-    assert (out / "study.yaml").read_bytes() == recorded
-    assert "Tokenizer 'pixels': teacher pixels, 8 x 8 px in patches of 2, 16 words." in text
+    assert (out / "config.yaml").read_bytes() == recorded
+    assert "Tokenizer 'pixels': teacher pixels, 8 x 8 px in patches of 2, 16 tokens." in text
     assert "K-nn" not in (html := (out / "report" / "report.html").read_text()) and "<h3>Training loss" in html
     assert mapet.study(**options, report_only=True) == out / "report"
 
@@ -91,8 +92,8 @@ def test_a_study_killed_with_all_its_cells_at_random_moments(few_digits, tmp_pat
         options["pretrain"] = SHARED | {"epochs": 40, "checkpoint_interval_min": 1e-9}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(options))
         assert killed(["study", str(tmp_path / f"{name}.yaml")], kills, kills, 12) == kills
-        results = (tmp_path / name / "cells").glob("*/result.json")
-        shown[name] = {path.parent.name: json.loads(path.read_text())["scores"] for path in results}
+        trials = (tmp_path / name / "trials").iterdir()
+        shown[name] = {path.name: RunState.read(path).results["scores"] for path in trials}
     assert len(shown["whole"]) == 2 and shown["whole"] == shown["parts"]
 
 
@@ -103,7 +104,7 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "mapet", "study", str(tmp_path / "study.yaml")], stderr=subprocess.PIPE, text=True
     )
-    metrics = tmp_path / "study" / "cells" / "mim_seed_0" / "pretrain" / "metrics.jsonl"
+    metrics = tmp_path / "study" / "trials" / "mim_seed_0" / "pretrain" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.stat().st_size:
             break
@@ -111,43 +112,44 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert "stopped by SIGINT: 0 of 2 cells are done" in error and "Traceback" not in error
+    assert "stopped by SIGINT: 0 of 2 trials are finished" in error and "Traceback" not in error
     assert list((metrics.parent / "checkpoints").glob("step-*/state.json"))
-    assert not (metrics.parents[1] / "failure.json").exists()
-    assert "not run" in (tmp_path / "study" / "report" / "report.csv").read_text()
+    assert RunState.read(metrics.parents[1]).status == RunState.read(metrics.parent).status == "stopped"
+    text = (tmp_path / "study" / "report" / "report.csv").read_text()
+    assert ",stopped," in text and ",not run," in text
 
 
 def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monkeypatch):
     """The study stops there, and no cell is told to have failed."""
 
-    def interrupted(**_):
+    def interrupted(_):
         raise Interrupted("stopped by SIGINT, saved")
 
     monkeypatch.setattr(tokenizers, "tokenize", interrupted)
     with pytest.raises(Interrupted, match=r"stopped by SIGINT, saved\. Go on with: the same command$"):
         mapet.study(**recipe(few_digits, tmp_path / "study", seeds=[0]))
     assert (tmp_path / "study" / "tokenizers" / "pixels" / "tokenizer").exists()
-    assert not (tmp_path / "study" / "cells").exists()
+    assert not (tmp_path / "study" / "trials").exists()
 
 
 def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tokenizer_dir):
     options = recipe(few_digits, tmp_path, seeds=[0, 1])
     options["grid"] = {"objective": ["mim", "mapet"], "mask_ratio": [0.5, [0.5, 0.9]]}
     config = build(StudyConfig, options)
-    cells = grid_cells(config)
+    cells = grid_trials(config)
     assert len({cell.name for cell in cells}) == 8 and [cell.seed for cell in cells] == [0] * 4 + [1] * 4
     assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
     (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
     (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
     budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in with_budgets(config, cells)}
-    assert budgets["mapet, 0.5, seed 0", 2] == (EPOCHS, COMPUTE)  # the dearest of its comparison
-    assert budgets["mim, 0.5, seed 0", 2] == (EPOCHS,)
-    assert budgets["mim, 0.5, seed 0, 3 epochs", 3] == (COMPUTE,)
+    assert budgets["0.5, mapet, seed 0", 2] == (EPOCHS, COMPUTE)  # the dearest of its comparison
+    assert budgets["0.5, mim, seed 0", 2] == (EPOCHS,)
+    assert budgets["0.5, mim, seed 0, 3 epochs", 3] == (COMPUTE,)
 
 
 def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_path):
     """MIM of 16 patches and a class token, counted by hand: linear layers, attention, head; the pixels need no gradient."""
-    given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "num_context": 4, "objective": "mim"}
+    given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "mask_ratio": 0.75, "objective": "mim"}
     config = build(PretrainConfig, PRETRAIN | given)
     width, depth = config.model_args["embed_dim"], config.model_args["depth"]
     words = json.loads((tokenizer_dir / "visual_tokenizer.json").read_text())["vocab_size"]
@@ -165,7 +167,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {"objective": []}}, "'objective' has no values"),
         ({"grid": {"objective": ["mim", "mim"]}}, "'objective' has a value twice"),
         ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
-        ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare_by": "m"}, "are the same cell"),
+        ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare_by": "m"}, "are the same trial"),
         ({"grid": {"m": {"a": {"epocs": 1}}}, "compare_by": "m"}, "unknown option 'epocs'; did you mean 'epochs'"),
         ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "option 'lr'.*greater than 0"),
         ({"grid": {"tokenizer": ["pixel"]}, "compare_by": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
@@ -218,11 +220,12 @@ def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
     """It was pre-trained for hours, perhaps, and then there were fewer labels than were asked for. One name that varies is compared."""
     options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, grid={"lr": [1e-3]})
     mapet.study(**options)
-    (folder,) = (tmp_path / "study" / "cells").iterdir()
-    (folder / "result.json").unlink()
+    (folder,) = (tmp_path / "study" / "trials").iterdir()
+    state = RunState.read(folder)
+    state.model_copy(update={"status": "interrupted", "results": {}}).write(folder)
     weights = (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     mapet.study(**options | {"labels_per_class": [3]})
-    assert "finetune, 3 labels a class" in json.loads((folder / "result.json").read_text())["scores"]
+    assert "finetune, 3 labels a class" in RunState.read(folder).results["scores"]
     assert weights == (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(MapetError, match=r"labels_per_class: \[3\] -> \[4\]"):
         mapet.study(**options | {"labels_per_class": [4]})
@@ -235,7 +238,8 @@ def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_p
     mapet.study(**options)
     report = (tmp_path / "study" / "report" / "report.md").read_text()
     assert "need at least as many patches" in report
-    assert (tmp_path / "study" / "cells" / "pixels_seed_0" / "result.json").exists()
+    states = {path.name: RunState.read(path).status for path in (tmp_path / "study" / "trials").iterdir()}
+    assert states == {"pixels_seed_0": "finished", "too_large_seed_0": "failed"}
 
 
 def test_operations_of_drawn_ratios_and_fewer_targets(few_digits, tokenizer_dir, tmp_path):

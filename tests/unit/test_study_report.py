@@ -14,8 +14,8 @@ from mapet.errors import MapetError
 from mapet.evaluation.intervals import mean_and_interval
 from mapet.reports.study import write_report
 from mapet.studies.statistics import (
-    Cell,
     Study,
+    TrialResult,
     best_values,
     holm,
     paired_differences,
@@ -24,16 +24,16 @@ from mapet.studies.statistics import (
 )
 
 
-def cell(objective, seed, score, *, status="done", budgets=("equal epochs",), curve=(), **others):
+def cell(objective, seed, score, *, status="finished", budgets=("equal epochs",), curve=(), **others):
     factors = {"objective": objective, **others}
     scores = {} if score is None else {"logistic": score}
     name = " ".join([objective, *others.values(), str(seed)])
-    return Cell(name, factors, seed, budgets, status, "out, of <memory>", scores, 10, 3e15, 90.0, list(curve))
+    return TrialResult(name, factors, seed, budgets, status, "out, of <memory>", scores, 10, 3e15, 90.0, list(curve))
 
 
 def study(cells, **changed):
     known = {"title": "A study", "baselines": {}, "notes": [], "command": "mapet study x.yaml"}
-    return Study(compare="objective", cells=cells, **(known | changed))
+    return Study(compare="objective", trials=cells, **(known | changed))
 
 
 def simulated(count, seeds=3, effect=0.0, *, rng):

@@ -1,8 +1,4 @@
-"""Stage: a grid of pre-training runs, each evaluated alike, and the report that compares them.
-
-`grid` says which cells there are, `tokenizers` makes what they share, `cells` runs and evaluates them, `summary` hands what came out to
-the report.
-"""
+"""Command: a grid of pre-training runs, each evaluated alike, and the report that compares them."""
 
 import logging
 from pathlib import Path
@@ -14,14 +10,14 @@ from mapet.config.study import StudyConfig
 from mapet.errors import Interrupted, MapetError, option
 
 if TYPE_CHECKING:
-    from mapet.studies.grid import GridCell
+    from mapet.studies.grid import Trial
 
 log = logging.getLogger("mapet")
 
 
 @command(StudyConfig)
 def study(config: StudyConfig) -> Path:
-    """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each cell, report; returns the report's folder.
+    """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each trial, report; returns the report's folder.
 
     Example:
       mapet study --images PHOTOS --test-images TEST --out study --tokenizers 'pixels={}' --grid 'objective=[mim, pim, mapet]'
@@ -30,62 +26,61 @@ def study(config: StudyConfig) -> Path:
       mapet study study.yaml --report-only
     """
     from mapet.data.sources import scan
-    from mapet.evaluation.features import train_and_test
-    from mapet.studies.grid import cell_folder, grid_cells, with_budgets
-    from mapet.studies.summary import write
+    from mapet.reports.study import write_report
+    from mapet.studies.grid import grid_trials, trial_folder, with_budgets
+    from mapet.studies.summary import summarize
     from mapet.studies.tokenizers import make_tokenizers
-    from mapet.studies.trials import run_cells
+    from mapet.studies.trials import is_finished, run_trials
 
-    cells = grid_cells(config)
-    for name, folder in {"test_images": config.test_images, **config.ood_images}.items():
-        log.debug("%s: %d classes", name, len(train_and_test(config.images, folder)[0].classes))  # fail before work
+    trials = grid_trials(config)
     num_images = len(scan(config.images))
-    _refuse_now(config, cells, num_images)
+    _check(config, trials, num_images)
     write_recipe(config, config.out / "config.yaml")
-    stopped = None
-    if config.report_only:
-        cells = with_budgets(config, cells)
-    else:
-        broken = make_tokenizers(config, {cell.tokenizer for cell in cells})
-        cells = with_budgets(config, cells)
-        stopped = run_cells(config, cells, broken, num_images)
-    report = write(config, cells, measure=not config.report_only and not stopped)
+    stopped, broken = "", {}
+    if not config.report_only:
+        broken = make_tokenizers(config, {trial.tokenizer for trial in trials})
+    trials = with_budgets(config, trials)
+    if not config.report_only:
+        stopped = run_trials(config, trials, broken, num_images)
+    report = config.out / "report"
+    write_report(summarize(config, trials, measure=not config.report_only and not stopped), report)
+    finished = (
+        f"{sum(is_finished(trial_folder(config, trial)) for trial in trials)} of {len(trials)} trials are finished"
+    )
+    log.info("%s; report in %s", finished, report / "report.html")
     if stopped:
-        done = sum((cell_folder(config, cell) / "result.json").exists() for cell in cells)
-        raise Interrupted(
-            f"stopped by {stopped}: {done} of {len(cells)} cells are done, the others saved", "the same command"
-        )
+        raise Interrupted(f"stopped by {stopped}: {finished}, the others saved", "the same command")
     return report
 
 
-def _refuse_now(config: StudyConfig, cells: "list[GridCell]", num_images: int) -> None:
-    """What a cell would refuse, after hours perhaps, is refused before anything is written.
+def _check(config: StudyConfig, trials: "list[Trial]", num_images: int) -> None:
+    """Refuse now, before anything is written, what a trial would refuse after hours.
 
     Raises:
-        MapetError: a tokenizer or a cell that was begun with other options; no such model or objective, sizes that don't fit, fewer
-            labels than are asked for.
+        MapetError: a tokenizer or a trial that was begun with other options; no such model or objective, sizes that don't fit, other
+            classes in a test set, fewer labels than are asked for.
     """
     from mapet.evaluation.features import train_and_test
     from mapet.evaluation.few_shot import few_shot_split
-    from mapet.studies.grid import cell_folder, pretrain_config, with_budgets
-    from mapet.studies.tokenizers import fitting_config, refuse_other_tokenizer
-    from mapet.studies.trials import cell_job, refuse_other_cell
+    from mapet.studies.grid import pretrain_config, trial_folder, with_budgets
+    from mapet.studies.tokenizers import tokenizer_configs
+    from mapet.studies.trials import check_same_trial, trial_config
     from mapet.training.build import check_model_config
 
-    for name in config.tokenizers:
-        refuse_other_tokenizer(config, name)
+    fitting = {name: tokenizer_configs(config, name)[0] for name in config.tokenizers}
     train, _ = train_and_test(config.images, config.test_images)
+    for folder in config.ood_images.values():
+        train_and_test(config.images, folder)
     for amount in config.labels_per_class:
         try:
             few_shot_split(train, amount, seed=0)
         except MapetError as error:
             raise MapetError(f"{option('labels_per_class')}: {error}") from None
-    for cell in with_budgets(config, cells):
-        refuse_other_cell(cell_folder(config, cell), cell_job(config, cell, num_images))
-    for cell in cells if not config.report_only else ():
-        if cell.seed == config.seeds[0] and not (cell_folder(config, cell) / "pretrain").exists():
-            fitting = fitting_config(config, cell.tokenizer)
+    for trial in with_budgets(config, trials):
+        check_same_trial(trial_folder(config, trial), trial_config(config, trial, num_images))
+    for trial in trials if not config.report_only else ():
+        if trial.seed == config.seeds[0] and not (trial_folder(config, trial) / "pretrain").exists():
             try:
-                check_model_config(pretrain_config(config, cell), fitting)
+                check_model_config(pretrain_config(config, trial), fitting[trial.tokenizer])
             except MapetError as error:
-                raise MapetError(f"grid, {cell.factors}: {error}") from None
+                raise MapetError(f"grid, {trial.factors}: {error}") from None

@@ -34,7 +34,7 @@ class StudyConfig(Config):
     grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
     """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2])
-    """Each cell is run with each: weights, order, views and permutations are those of the seed."""
+    """Each trial is run with each: weights, order, views and permutations are those of the seed."""
     compare_by: str | None = None
     """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
     equal_compute: bool = True

@@ -16,9 +16,9 @@ from mapet.reports.blocks import Block, Bold, Bullets, Code, Curves, Heading, Pa
 from mapet.reports.html import line_style, render_study
 from mapet.reports.plots.study import Line, plot_seeds
 from mapet.studies.statistics import (
-    Cell,
     Difference,
     Study,
+    TrialResult,
     findings,
     in_words,
     of_one_seed,
@@ -41,7 +41,7 @@ METHOD = [
     "Seeds stand for the chance in pre-training alone: images and test set stay the same.",
 ]
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
-"""Column -> attribute of a cell and unit."""
+"""Column -> attribute of a trial and unit."""
 CURVES = {"loss": "training loss", "logistic": "linear probe while training", "knn": "k-NN while training"}
 AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 """Key of a curve's point -> label and unit."""
@@ -68,7 +68,7 @@ def _blocks(study: Study) -> list[Block]:
         blocks += [Heading("Learning curves"), Paragraph("Thick: mean over seeds. Thin: single seeds."), *curves]
     if differences:
         blocks += [Heading("Paired differences"), _differences(differences)]
-    if missing := [[cell.name, cell.status, cell.reason] for cell in study.cells if cell.status != "done"]:
+    if missing := [[trial.name, trial.status, trial.reason] for trial in study.trials if trial.status != "finished"]:
         blocks += [Heading("Runs without a result"), Table(["run", "status", "reason"], missing)]
     if of_one_seed(differences):
         return blocks
@@ -84,12 +84,12 @@ def _scores(study: Study, budget: str) -> Table:
             for value, measure in product(study.values, study.measures)
         }
         for value in study.values:
-            if cells := study.select(budget, setting, value):
+            if trials := study.select(budget, setting, value):
                 row = [*(level for _, level in setting), value]
                 for measure in study.measures:
                     rivals = [fmean(own) for other in study.values if (own := scores[other, measure])]
                     row.append(_accuracy(scores[value, measure], rivals))
-                rows.append(row + [_cost(cells, *cost) for cost in COSTS.values()])
+                rows.append(row + [_cost(trials, *cost) for cost in COSTS.values()])
     for name, known in study.baselines.items():
         accuracies = [f"{known[measure]:.3f}" if _known(known, measure) else "-" for measure in study.measures]
         rows.append([*[""] * len(study.other_factors), name, *accuracies, *["-"] * len(COSTS)])
@@ -105,9 +105,11 @@ def _accuracy(scores: list[float], rivals: list[float]) -> str:
     return Bold(text) if len(rivals) > 1 and mean == max(rivals) else text
 
 
-def _cost(cells: list[Cell], attribute: str, unit: float) -> str:
+def _cost(trials: list[TrialResult], attribute: str, unit: float) -> str:
     """Mean over the runs that are done."""
-    values = [value for cell in cells if cell.status == "done" and (value := getattr(cell, attribute)) is not None]
+    values = [
+        value for trial in trials if trial.status == "finished" and (value := getattr(trial, attribute)) is not None
+    ]
     mean = fmean(values) / unit if values else nan
     return "-" if not isfinite(mean) else f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
 
@@ -140,9 +142,9 @@ def _curves(study: Study, budget: str, measure: str, axis: str) -> Curves:
     label, unit = AXES[axis]
     found: dict[str, list[tuple[int, Line]]] = {}
     for setting, (i, value) in product(study.settings, enumerate(study.values)):
-        for cell in study.select(budget, setting, value):
-            line = sorted((point[axis] / unit, point[measure]) for point in cell.curve if _known(point, axis, measure))
-            if line and cell.status == "done":
+        for trial in study.select(budget, setting, value):
+            line = sorted((point[axis] / unit, point[measure]) for point in trial.curve if _known(point, axis, measure))
+            if line and trial.status == "finished":
                 found.setdefault(in_words(setting), []).append((i, line))
     heights = [y for lines in found.values() for _, line in lines for _, y in line]
     name = CURVES[measure]
@@ -160,11 +162,11 @@ def _csv(study: Study) -> str:
     writer = csv.writer(file)
     factors, costs = [study.compare, *study.other_factors], [attribute for attribute, _ in COSTS.values()]
     writer.writerow(["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.measures])
-    for cell in study.cells:
-        numbers = [*(getattr(cell, cost) for cost in costs), *(cell.scores.get(m) for m in study.measures)]
+    for trial in study.trials:
+        numbers = [*(getattr(trial, cost) for cost in costs), *(trial.scores.get(m) for m in study.measures)]
         known = ["" if number is None or not isfinite(number) else number for number in numbers]
-        words = [cell.name, *(cell.factors[factor] for factor in factors), cell.seed, "; ".join(cell.budgets)]
-        writer.writerow([*words, cell.status, cell.reason, *known])
+        words = [trial.name, *(trial.factors[factor] for factor in factors), trial.seed, "; ".join(trial.budgets)]
+        writer.writerow([*words, trial.status, trial.reason, *known])
     return "\ufeff" + file.getvalue()  # without this mark spreadsheets do not take it for UTF-8
 
 

@@ -1,8 +1,7 @@
-"""The cells of a study: every combination of the grid's values with every seed, at equal epochs and equal compute."""
+"""The trials of a study: every combination of the grid's values with every seed, at equal epochs and equal compute."""
 
 import itertools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,18 @@ from mapet.config.pretrain import PretrainConfig, PretrainOptions
 from mapet.config.shared import is_own_code
 from mapet.config.study import StudyConfig
 from mapet.errors import MapetError, did_you_mean, option
+from mapet.files import is_free
 from mapet.studies.tokenizers import tokenizer_folder
 from mapet.training.estimate import flops_per_image
 
 EPOCHS, COMPUTE = "equal epochs", "equal compute"
+Axes = dict[str, dict[str, dict[str, Any]]]
+"""Name of a factor -> name of a value -> the options that it stands for."""
 
 
 @dataclass(frozen=True)
-class GridCell:
-    """One cell: what to run.
+class Trial:
+    """One pre-training run of a study.
 
     Attributes:
         factors: the grid's name -> the value's.
@@ -37,120 +39,116 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        words = [*(value for _, value in sorted(self.factors.items())), f"seed {self.seed}"]
-        return ", ".join([*words, *([] if EPOCHS in self.budgets else [f"{self.options['epochs']} epochs"])])
-
-    @property
-    def folder(self) -> str:
-        return file_name(self.name)
+        parts = [*(value for _, value in sorted(self.factors.items())), f"seed {self.seed}"]
+        return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']} epochs"])
 
 
-def file_name(name: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", name)
-
-
-def grid_cells(config: StudyConfig) -> list[GridCell]:
-    """Every combination, with every seed, at equal epochs.
+def grid_trials(config: StudyConfig) -> list[Trial]:
+    """Return every combination with every seed, at equal epochs; all of one seed first.
 
     Raises:
         MapetError: an empty or doubled value, an unknown name, options that `pretrain` refuses.
     """
+    if not config.tokenizers:
+        raise MapetError("no tokenizers: give at least one, e.g. tokenizers: {pixels: {image_size: 32, patch_size: 4}}")
+    axes = _axes(config)
+    if (name := compared_factor(config)) not in axes:
+        known = f"{option('compare_by')} takes one of {', '.join(axes)}"
+        raise MapetError(f"compare_by: '{name}' is not varied{did_you_mean(name, axes)}; {known}")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise MapetError(f"seeds: {config.seeds} has {'none' if not config.seeds else 'one twice'}")
+    combinations = [dict(zip(axes, names, strict=True)) for names in itertools.product(*axes.values())]
+    trials: dict[str, Trial] = {}
+    for factors in combinations:
+        trial = _trial(config, axes, factors)
+        try:
+            resolved = build(PretrainOptions, trial.options).model_dump_json() + trial.tokenizer
+        except MapetError as error:
+            raise MapetError(f"grid, {factors}: {error}") from None
+        if resolved in trials:
+            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial")
+        trials[resolved] = trial
+    return [replace(trial, seed=seed) for seed in config.seeds for trial in trials.values()]
+
+
+def _axes(config: StudyConfig) -> Axes:
     known = [*PretrainOptions.model_fields, "tokenizer"]
     if not config.grid:
         raise MapetError("the grid is empty: give at least one name with values, e.g. objective: [mim, pim, mapet]")
-    if not config.tokenizers:
-        raise MapetError("no tokenizers: give at least one, e.g. tokenizers: {pixels: {image_size: 32, patch_size: 4}}")
-    axes: dict[str, dict[str, dict[str, Any]]] = {}
+    axes: Axes = {}
     for name, values in config.grid.items():
         if isinstance(values, list) and name not in known:
             raise MapetError(
                 f"grid: '{name}' is no option of `pretrain`{did_you_mean(name, known)}; options that vary together are "
                 f"written {name}: {{NAME: {{option: value}}}}"
             )
-        axis = values if isinstance(values, dict) else {_word(value): {name: value} for value in values}
+        axis = values if isinstance(values, dict) else {_value_name(value): {name: value} for value in values}
         if not axis or len(axis) < len(values):
             raise MapetError(f"grid: '{name}' has {'no values' if not axis else f'a value twice: {values}'}")
         axes[name] = axis
-    if (name := compared(config)) not in axes:
-        raise MapetError(
-            f"compare: '{name}' is not varied{did_you_mean(name, axes)}; {option('compare_by')} takes one of {', '.join(axes)}"
-        )
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise MapetError(f"seeds: {config.seeds} has {'none' if not config.seeds else 'one twice'}")
-    shared = config.pretrain.model_dump(exclude_unset=True)
-    seen: dict[str, GridCell] = {}
-    for names in itertools.product(*axes.values()):
-        factors = dict(zip(axes, names, strict=True))
-        options = dict(shared)
-        for axis_name, value in factors.items():
-            options |= axes[axis_name][value]
-        tokenizer = str(options.pop("tokenizer", next(iter(config.tokenizers))))
-        if tokenizer not in config.tokenizers:
-            raise MapetError(f"grid: no tokenizer '{tokenizer}'{did_you_mean(tokenizer, config.tokenizers)}")
-        options.setdefault("epochs", PretrainConfig.model_fields["epochs"].default)
-        try:
-            resolved = build(PretrainOptions, options).model_dump_json() + tokenizer
-        except MapetError as error:
-            raise MapetError(f"grid, {factors}: {error}") from None
-        if resolved in seen:
-            raise MapetError(f"grid: {factors} and {seen[resolved].factors} are the same cell")
-        seen[resolved] = GridCell(factors, 0, tokenizer, options)
-    return [replace(cell, seed=seed) for seed in config.seeds for cell in seen.values()]  # all of one seed first
+    return axes
 
 
-def compared(config: StudyConfig) -> str:
-    """The varied name whose values are compared."""
+def _trial(config: StudyConfig, axes: Axes, factors: dict[str, str]) -> Trial:
+    options = {"epochs": PretrainConfig.model_fields["epochs"].default}
+    options |= config.pretrain.model_dump(exclude_unset=True)
+    for name, value in factors.items():
+        options |= axes[name][value]
+    tokenizer = str(options.pop("tokenizer", next(iter(config.tokenizers))))
+    if tokenizer not in config.tokenizers:
+        raise MapetError(f"grid: no tokenizer '{tokenizer}'{did_you_mean(tokenizer, config.tokenizers)}")
+    return Trial(factors, 0, tokenizer, options)
+
+
+def compared_factor(config: StudyConfig) -> str:
+    """Return the varied name whose values are compared."""
     return config.compare_by or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
 
 
-def _word(value: Any) -> str:
+def _value_name(value: Any) -> str:
     return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def with_budgets(config: StudyConfig, cells: list[GridCell]) -> list[GridCell]:
-    """The cells with their cost, and those that are run longer to cost as much as the dearest of their comparison."""
-    costs: dict[tuple[str, ...], float] = {}
-
-    def cost(cell: GridCell) -> float:
-        key = tuple(cell.factors.values())
-        if key not in costs:
-            made = (tokenizer_folder(config, cell.tokenizer) / "tokenizer").exists()
-            costs[key] = flops_per_image(pretrain_config(config, cell)) if made else 0.0
-        return costs[key]
-
-    cells = [replace(cell, flops_per_image=cost(cell)) for cell in cells]
+def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
+    """Return the trials with their cost, and longer ones that cost as much as the most expensive of their comparison."""
+    costs: dict[str, float] = {}
+    for trial in trials:
+        if str(trial.factors) not in costs:
+            made = not is_free(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
+            costs[str(trial.factors)] = flops_per_image(pretrain_config(config, trial)) if made else 0.0
+    trials = [replace(trial, flops_per_image=costs[str(trial.factors)]) for trial in trials]
     if not config.equal_compute:
-        return cells
-    found = []
-    for cell in cells:
-        rivals = [c for c in cells if _without(c.factors, compared(config)) == _without(cell.factors, compared(config))]
-        most = max(c.flops_per_image * c.options["epochs"] for c in rivals)
-        epochs = round(most / cell.flops_per_image) if cell.flops_per_image else cell.options["epochs"]
-        if epochs == cell.options["epochs"]:
-            found.append(replace(cell, budgets=(EPOCHS, COMPUTE)))
+        return trials
+    result = []
+    for trial in trials:
+        rivals = [other for other in trials if _setting(config, other) == _setting(config, trial)]
+        most = max(rival.flops_per_image * rival.options["epochs"] for rival in rivals)
+        epochs = round(most / trial.flops_per_image) if trial.flops_per_image else trial.options["epochs"]
+        if epochs == trial.options["epochs"]:
+            result.append(replace(trial, budgets=(EPOCHS, COMPUTE)))
         else:
-            longer = replace(cell, options=cell.options | {"epochs": epochs}, budgets=(COMPUTE,))
-            found += [cell, longer]
-    return found
+            result += [trial, replace(trial, options=trial.options | {"epochs": epochs}, budgets=(COMPUTE,))]
+    return result
 
 
-def _without(factors: Mapping[str, str], name: str) -> dict[str, str]:
-    return {key: value for key, value in factors.items() if key != name}
+def _setting(config: StudyConfig, trial: Trial) -> dict[str, str]:
+    return {name: value for name, value in trial.factors.items() if name != compared_factor(config)}
 
 
-def pretrain_config(config: StudyConfig, cell: GridCell) -> PretrainConfig:
-    tokenizer = tokenizer_folder(config, cell.tokenizer)
-    teacher = getattr(config.tokenizers[cell.tokenizer], "teacher")  # noqa: B009 (a made-up class)
+def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
+    """Return what `pretrain` is called with."""
+    folder, teacher = tokenizer_folder(config, trial.tokenizer), config.tokenizers[trial.tokenizer].teacher
     given = {
         "images": config.images,
-        "out": cell_folder(config, cell) / "pretrain",
-        "tokenizer": tokenizer / "tokenizer",
-        "tokens": tokenizer / "tokens",
+        "out": trial_folder(config, trial) / "pretrain",
+        "tokenizer": folder / "tokenizer",
+        "tokens": folder / "tokens",
         "trust_teacher": teacher if is_own_code(teacher) else None,
-        "seed": cell.seed,
+        "seed": trial.seed,
     }
-    return build(PretrainConfig, cell.options | given)
+    return build(PretrainConfig, trial.options | given)
 
 
-def cell_folder(config: StudyConfig, cell: GridCell) -> Path:
-    return config.out / "cells" / cell.folder
+def trial_folder(config: StudyConfig, trial: Trial) -> Path:
+    """Return where a trial's run.json, trial.log and pre-training run lie."""
+    return config.out / "trials" / re.sub(r"[^\w.=+-]+", "_", trial.name)

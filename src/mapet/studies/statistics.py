@@ -18,13 +18,13 @@ Setting = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrialResult:
     """One pre-training run of a study. Only runs that are done count in the statistics.
 
     Attributes:
-        factors: value of each factor but the seed; the same keys in all cells of a study.
+        factors: value of each factor but the seed; the same keys in all trials of a study.
         budgets: the comparisons it belongs to: "equal epochs", "equal compute" or both.
-        status: "done", "failed" (`reason` says why, on one line) or "not run".
+        status: of its run.json ("finished", "failed", ...; `reason` says why), or "not run".
         scores: accuracy (0..1) of each measure.
         flops, seconds: of the whole pre-training; wall-clock.
         curve: points of "epoch", "flops", "seconds", and any of "loss", "logistic", "knn".
@@ -56,50 +56,50 @@ class Study:
 
     title: str
     compare: str
-    cells: list[Cell]
+    trials: list[TrialResult]
     baselines: dict[str, dict[str, float]]
     notes: list[str]
     command: str
 
     def __post_init__(self) -> None:
-        keys = Counter((budget, *sorted(c.factors.items()), c.seed) for c in self.cells for budget in c.budgets)
+        keys = Counter((budget, *sorted(c.factors.items()), c.seed) for c in self.trials for budget in c.budgets)
         if twice := [key for key, count in keys.items() if count > 1]:  # pairs would be ambiguous
             raise MapetError(f"study '{self.title}' has more than one run of {twice[0]}")
 
     @property
     def budgets(self) -> list[str]:
-        return list(dict.fromkeys(budget for cell in self.cells for budget in cell.budgets))
+        return list(dict.fromkeys(budget for trial in self.trials for budget in trial.budgets))
 
     @property
     def measures(self) -> list[str]:
-        sources = [*(cell.scores for cell in self.cells), *self.baselines.values()]
+        sources = [*(trial.scores for trial in self.trials), *self.baselines.values()]
         return list(dict.fromkeys(measure for scores in sources for measure in scores))
 
     @property
     def values(self) -> list[str]:
-        """Of the compared factor, in the order of the cells."""
-        return list(dict.fromkeys(cell.factors[self.compare] for cell in self.cells))
+        """Of the compared factor, in the order of the trials."""
+        return list(dict.fromkeys(trial.factors[self.compare] for trial in self.trials))
 
     @property
     def settings(self) -> list[Setting]:
-        return list(dict.fromkeys(self.setting(cell) for cell in self.cells))
+        return list(dict.fromkeys(self.setting(trial) for trial in self.trials))
 
     @property
     def other_factors(self) -> list[str]:
-        return [factor for factor, _ in self.settings[0]] if self.cells else []
+        return [factor for factor, _ in self.settings[0]] if self.trials else []
 
-    def setting(self, cell: Cell) -> Setting:
-        return tuple((factor, cell.factors[factor]) for factor in self.cells[0].factors if factor != self.compare)
+    def setting(self, trial: TrialResult) -> Setting:
+        return tuple((factor, trial.factors[factor]) for factor in self.trials[0].factors if factor != self.compare)
 
-    def select(self, budget: str, setting: Setting, value: str) -> list[Cell]:
+    def select(self, budget: str, setting: Setting, value: str) -> list[TrialResult]:
         """The runs, one a seed, of one value in one setting."""
-        chosen = [cell for cell in self.cells if budget in cell.budgets and cell.factors[self.compare] == value]
-        return [cell for cell in chosen if self.setting(cell) == setting]
+        chosen = [trial for trial in self.trials if budget in trial.budgets and trial.factors[self.compare] == value]
+        return [trial for trial in chosen if self.setting(trial) == setting]
 
     def scores(self, budget: str, setting: Setting, value: str, measure: str) -> dict[int, float]:
         """Accuracy of each seed that is done, in the order of seeds."""
         found = sorted(
-            (c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.status == "done"
+            (c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.status == "finished"
         )
         return {seed: score for seed, score in found if isfinite(score)}
 
@@ -197,7 +197,7 @@ def _mean_by_seed(scores: Collection[dict[int, float]]) -> list[float]:
 
 def findings(study: Study, differences: list[Difference]) -> list[str]:
     """What the study says, in sentences: pooled differences, those told apart in a setting, the best settings."""
-    if all(cell.status != "done" for cell in study.cells):
+    if all(trial.status != "finished" for trial in study.trials):
         return ["No run has finished: there is nothing to compare yet."]
     if not differences:
         pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]

@@ -1,115 +1,148 @@
-"""Running a study's cells, each in a process of its own, and evaluating them all alike."""
+"""Running a study's trials, each in a process of its own, and evaluating them all alike."""
 
+import fcntl
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from mapet.commands.finetune import finetune
-from mapet.commands.pretrain import pretrain
-from mapet.config.base import build, differences
-from mapet.config.finetune import FinetuneOptions
+from tqdm import tqdm
+
+from mapet.config.base import Config, build, differences, read_recipe, write_recipe
+from mapet.config.finetune import FinetuneConfig, FinetuneOptions
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.shared import usable_cores
 from mapet.config.study import StudyConfig
+from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, option
-from mapet.files import check_format, read_json, write_json
-from mapet.studies.grid import GridCell, cell_folder, pretrain_config
+from mapet.evaluation.backbone_wrapper import RANDOM, BackboneWrapper
+from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
+from mapet.evaluation.features import train_and_test
+from mapet.evaluation.probes import probe_accuracy
+from mapet.run_state import CONFIG_FILE, RunState, read_or_none, record, run_state
+from mapet.signals import stop_signals
+from mapet.studies.grid import Trial, pretrain_config, trial_folder
+from mapet.training.tasks.finetuning import FinetuningTask
+from mapet.training.tasks.pretraining import PretrainingTask
+from mapet.training.trainer import train
 
 log = logging.getLogger("mapet")
-FORMAT = 1
-COMPARED = ("num_images", "test_images", "ood_images", "labels_per_class")
-PLACES = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "trust_teacher", "track"})
-"""Options that may differ when a cell goes on: the study may have moved, and trackers are only told."""
+EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
+FREE = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "trust_teacher", "track"})
+"""Options that may differ when a trial is resumed: the study may have moved, and trackers are only told."""
 
 
-def run_cells(config: StudyConfig, cells: list[GridCell], broken: dict[str, str], num_images: int) -> str | None:
-    """Each in a process of its own, one at a time on each device; returns the signal that stopped it, if one did."""
-    from tqdm import tqdm
+class TrialConfig(Config):
+    """Everything that a trial's process needs to know.
 
-    from mapet.signals import stop_signals
+    Attributes:
+        labels_per_class: None means all.
+    """
 
-    waiting = []
-    for cell in cells:
-        folder, job = cell_folder(config, cell), cell_job(config, cell, num_images)
-        refuse_other_cell(folder, job)
-        (folder / "failure.json").unlink(missing_ok=True)
-        if cell.tokenizer in broken:
-            write_json(folder / "failure.json", {"reason": f"tokenizer {cell.tokenizer}: {broken[cell.tokenizer]}"})
-        elif not (folder / "result.json").exists():
-            write_json(folder / "cell.json", job)
-            waiting.append(cell)
-    log.info("%d cells, %d of them to run, log of each in its folder in %s", len(cells), len(waiting), config.out)
-    running: dict[int, tuple[GridCell, subprocess.Popen[bytes]]] = {}  # by number of the device
-    threads = max(1, usable_cores() // len(config.devices))
-    with (
-        stop_signals("stopping: the running cells are saved") as stop,
-        tqdm(total=len(waiting), desc="study", unit="cell", disable=None, dynamic_ncols=True) as bar,
-    ):
-        while (waiting and not stop.signal_name) or running:
-            for number, device in enumerate(config.devices):
-                if number not in running and waiting and not stop.signal_name:
-                    cell = waiting.pop(0)
-                    running[number] = cell, _start(cell_folder(config, cell), device, threads)
-                    bar.set_postfix_str("; ".join(c.name for c, _ in running.values()))
-            time.sleep(0.2)
-            if stop.signal_name:
-                for _, process in running.values():
-                    process.send_signal(signal.SIGTERM)
-                for _, process in running.values():
-                    process.wait()
-            for number, (cell, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[number]
-                    bar.update()
-                    _note_end(config, cell, process.returncode)
-    return stop.signal_name or None
+    resume: ClassVar[bool] = True
+    pretrain: PretrainConfig
+    finetune: FinetuneOptions
+    test_images: str
+    ood_images: dict[str, str]
+    labels_per_class: list[int | None]
+    num_images: int
+    flops_per_epoch: float
 
 
-def cell_job(config: StudyConfig, cell: GridCell, num_images: int) -> dict[str, Any]:
-    """Everything `run_cell` needs to know, as JSON."""
-    return {
-        "format": FORMAT,
-        "pretrain": pretrain_config(config, cell).model_dump(mode="json", exclude_unset=True),
-        "finetune": config.finetune.model_dump(mode="json", exclude_unset=True),
-        "test_images": config.test_images,
-        "ood_images": config.ood_images,
-        "labels_per_class": [*config.labels_per_class, *([None] if config.finetune_all_labels else [])],
-        "flops_per_epoch": cell.flops_per_image * num_images,
-        "num_images": num_images,
-    }
+def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:
+    """Return the config of a trial."""
+    return TrialConfig(
+        pretrain=pretrain_config(config, trial),
+        finetune=config.finetune,
+        test_images=config.test_images,
+        ood_images=config.ood_images,
+        labels_per_class=[*config.labels_per_class, *([None] if config.finetune_all_labels else [])],
+        num_images=num_images,
+        flops_per_epoch=trial.flops_per_image * num_images,
+    )
 
 
-def refuse_other_cell(folder: Path, job: dict[str, Any]) -> None:
-    """A cell that was begun goes on as it was, or not at all; `job` is what it is to be now.
+def is_finished(folder: Path) -> bool:
+    """Whether a trial was evaluated."""
+    state = read_or_none(folder)
+    return state is not None and state.status == "finished"
+
+
+def check_same_trial(folder: Path, now: TrialConfig) -> None:
+    """Check that a trial that was begun has the same options; how it is evaluated may change until it is.
 
     Raises:
         MapetError: its options are others.
     """
-    if not (folder / "pretrain").exists():
+    state = read_or_none(folder)
+    if state is None or not (folder / "pretrain").exists():
         return
-    old = read_json(folder / "cell.json", "study cell")
-    check_format(old.get("format", 1), FORMAT, "study cell", folder)
-    changed = differences(build(PretrainConfig, old["pretrain"]), build(PretrainConfig, job["pretrain"]), PLACES)
-    judged = (folder / "result.json").exists()  # how it is judged may change until it is
-    for part in COMPARED if judged else ("num_images",):
-        changed += [f"{part}: {old.get(part)} -> {job[part]}"] if old.get(part) != job[part] else []
-    if judged:
-        changed += differences(build(FinetuneOptions, old["finetune"]), build(FinetuneOptions, job["finetune"]), PLACES)
+    old = build(TrialConfig, state.config)
+    free = frozenset({"pretrain", "flops_per_epoch"}) | (frozenset() if state.status == "finished" else EVALUATION)
+    changed = differences(old.pretrain, now.pretrain, FREE) + differences(old, now, free)
     if changed:
         raise MapetError(
             f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new {option('out')}"
         )
 
 
+def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
+    """Run each in a process of its own, one at a time on each device.
+
+    Args:
+        broken: name of a tokenizer -> why it could not be made.
+
+    Returns:
+        The name of the signal that stopped them, or ''.
+    """
+    waiting = []
+    for trial in trials:
+        folder = trial_folder(config, trial)
+        if is_finished(folder):
+            continue
+        if trial.tokenizer in broken:
+            reason = f"tokenizer {trial.tokenizer}: {broken[trial.tokenizer]}"
+            RunState(command="trial", status="failed", reason=reason).write(folder)
+        else:
+            write_recipe(trial_config(config, trial, num_images), folder / CONFIG_FILE)
+            waiting.append(folder)
+    log.info("%d trials, %d of them to run, log of each in its folder in %s", len(trials), len(waiting), config.out)
+    running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}  # by index of the device
+    threads = max(1, usable_cores() // len(config.devices))
+    with (
+        stop_signals("stopping: the running trials are saved") as stop,
+        tqdm(total=len(waiting), desc="study", unit="trial", disable=None, dynamic_ncols=True) as bar,
+    ):
+        while (waiting and not stop.signal_name) or running:
+            for index, device in enumerate(config.devices):
+                if index not in running and waiting and not stop.signal_name:
+                    folder = waiting.pop(0)
+                    running[index] = folder, _start(folder, device, threads)
+                    bar.set_postfix_str("; ".join(folder.name for folder, _ in running.values()))
+            time.sleep(0.2)
+            if stop.signal_name:
+                for _, process in running.values():
+                    process.send_signal(signal.SIGTERM)
+                for _, process in running.values():
+                    process.wait()
+            for index, (folder, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[index]
+                    bar.update()
+                    _log_end(folder, process.returncode)
+    return stop.signal_name
+
+
 def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:
-    """`run_cell` in a new session: Ctrl-C reaches the study alone, which asks each process once to save."""
-    code = "import sys; from mapet.studies.trials import run_cell; sys.exit(run_cell(*sys.argv[1:]))"
-    with (folder / "log.txt").open("ab") as output:
+    """Start `run_trial` in a new session: Ctrl-C reaches the study alone, which asks each process once to save."""
+    code = "import sys; from mapet.studies.trials import run_trial; sys.exit(run_trial(*sys.argv[1:]))"
+    with (folder / "trial.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-c", code, str(folder), device],
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -117,84 +150,85 @@ def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _note_end(config: StudyConfig, cell: GridCell, status: int) -> None:
-    folder = cell_folder(config, cell)
-    if (folder / "result.json").exists():
-        scores = read_json(folder / "result.json", "study cell")["scores"]
-        log.info("%s: %s", cell.name, ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-    elif status != Interrupted.exit_code:
-        if not (folder / "failure.json").exists():
-            by = f"signal {-status}" if status < 0 else f"exit status {status}"
-            write_json(folder / "failure.json", {"reason": f"its process ended with {by}; see {folder / 'log.txt'}"})
-        log.warning("%s failed: %s", cell.name, read_json(folder / "failure.json", "study cell")["reason"])
+def _log_end(folder: Path, exit_status: int) -> None:
+    """Log how a trial ended; one whose process was killed has failed."""
+    state = read_or_none(folder) or RunState(command="trial", status="interrupted")
+    if state.status == "interrupted":
+        end = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+        state.status, state.reason = "failed", f"its process ended with {end}; see {folder / 'trial.log'}"
+        state.write(folder)
+    if state.status == "finished":
+        scores = state.results["scores"].items()
+        log.info("%s: %s", folder.name, ", ".join(f"{name} {value:.3f}" for name, value in scores))
+    elif state.status == "failed":
+        log.warning("%s failed: %s", folder.name, state.reason)
 
 
-def run_cell(folder_name: str, device: str) -> int:
-    """Pre-train, evaluate, write result.json, or failure.json with the reason; the exit status of its process."""
-    import fcntl
-    import traceback
-
+def run_trial(folder_name: str, device: str) -> int:
+    """Pre-train and evaluate, with scores or the reason of a failure in run.json; return the process's exit status."""
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this trial may be running still
+        if is_finished(folder):
+            return 0
+        config = build(TrialConfig, read_recipe(folder / CONFIG_FILE))
+        run = config.pretrain.out
+        resume = (run / CONFIG_FILE).exists()
+        pretraining = config.pretrain.model_copy(update={"device": device, "resume": resume})
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this cell may be running still
-            if (folder / "result.json").exists():
-                return 0
-            job = read_json(folder / "cell.json", "study cell")
-            config = build(PretrainConfig, job["pretrain"] | {"device": device})
-            if not (config.out / "backbone").exists():
-                pretrain(config.model_copy(update={"resume": (config.out / "config.yaml").exists()}))
-            scores = evaluate(config.out, job, config.images, config.seed, device)
-            write_json(folder / "result.json", {"scores": scores, "epochs": config.epochs, **curve(config.out, job)})
+            with run_state(folder, "trial", config):
+                if not (run / "backbone").exists():
+                    with run_state(run, "pretrain", pretraining):
+                        train(PretrainingTask(), pretraining)
+                scores = evaluate(config, device)
+                record(folder, results={"scores": scores, "epochs": pretraining.epochs, **learning_curve(config)})
         except (Interrupted, KeyboardInterrupt):
             return Interrupted.exit_code
-        except Exception as error:  # the others go on: the report says which failed and why
+        except Exception:  # the other trials go on: the report says which failed and why
             traceback.print_exc()
-            reason = str(error) if isinstance(error, MapetError) else f"{type(error).__name__}: {error}"
-            write_json(folder / "failure.json", {"reason": " ".join(reason.split())})
             return 1
     return 0
 
 
-def evaluate(
-    run: Path, job: dict[str, Any], images: str, seed: int, device: str, pretrained: bool = True
-) -> dict[str, float]:
-    """Evaluate frozen features by linear probe and k-NN on every test set, and fine-tuning."""
-    from mapet.device import Compute
-    from mapet.evaluation.backbone_wrapper import RANDOM, BackboneWrapper
-    from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-    from mapet.evaluation.features import train_and_test
-    from mapet.evaluation.probes import probe_accuracy
+def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrained: bool = True) -> dict[str, float]:
+    """Evaluate frozen features by linear probe and k-NN on every test set, and fine-tuning.
 
-    backbone, cache = f"{'' if pretrained else RANDOM}{run}", CacheConfig(progress=False)
-    wrapper = BackboneWrapper.load(backbone, Compute.choose(device), seed)
+    Args:
+        seed: other than the trial's.
+        pretrained: False for the same ViT with random weights.
+
+    Returns:
+        Name of the metric -> accuracy (0..1).
+    """
+    run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
+    seed = config.pretrain.seed if seed is None else seed
+    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", Compute.choose(device), seed)
+    fit = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
-    fit = None
-    for name, folder in {"": job["test_images"], **job["ood_images"]}.items():
-        train, test = train_and_test(images, folder)
-        fit = fit or FeatureCache.extract(wrapper, train, cache)
-        found = probe_accuracy(fit, FeatureCache.extract(wrapper, test, cache))
+    for name, folder in {"": config.test_images, **config.ood_images}.items():
+        test = FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache)
+        found = probe_accuracy(fit, test)
         scores |= {f"{metric} on {name}" if name else metric: value for metric, value in found.items()}
-    for labels in job["labels_per_class"]:
-        name = f"finetune, {f'{labels} labels a class' if labels else 'all labels'}"
-        scores[name] = finetune(
-            backbone=run, images=images, test_images=job["test_images"], labels_per_class=labels, seed=seed,
-            device=device, from_scratch=not pretrained, **job["finetune"],
-        )  # fmt: skip
+    shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}
+    for labels in config.labels_per_class:
+        given = shared | {"labels_per_class": labels, "from_scratch": not pretrained}
+        tuned = train(FinetuningTask(), build(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given))
+        scores[f"finetune, {f'{labels} labels a class' if labels else 'all labels'}"] = (
+            tuned.num_correct / tuned.num_test
+        )
     return scores
 
 
-def curve(run: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Cost and learning curve of a finished run, from its metrics; seconds count training alone."""
-    import json
-
-    points, seconds, epoch = [], 0.0, 0.0
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+def learning_curve(config: TrialConfig) -> dict[str, Any]:
+    """Return cost and learning curve of a finished run, from its metrics; seconds count training alone."""
+    points: list[dict[str, float]] = []
+    seconds, epoch = 0.0, 0.0
+    for line in (config.pretrain.out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
         if "loss" in metrics:
-            seconds += (metrics["epoch"] - epoch) * job["num_images"] / metrics["images_per_second"]
+            seconds += (metrics["epoch"] - epoch) * config.num_images / metrics["images_per_second"]
             epoch = metrics["epoch"]
-        point = {"epoch": epoch, "flops": epoch * job["flops_per_epoch"], "seconds": seconds}
+        point = {"epoch": epoch, "flops": epoch * config.flops_per_epoch, "seconds": seconds}
         named = {"loss": "loss", "probe/logistic": "logistic", "probe/knn": "knn"}
         points.append(point | {short: metrics[name] for name, short in named.items() if name in metrics})
-    return {"flops": epoch * job["flops_per_epoch"], "seconds": seconds, "curve": points}
+    return {"flops": epoch * config.flops_per_epoch, "seconds": seconds, "curve": points}
