@@ -47,22 +47,29 @@ class ForwardBackward(Generic[O]):
         module: `module(batch, ...)` returns a named tuple with a `loss`.
         micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
         compile: compile the forward and backward pass (about a minute at the start).
+        same_shapes: whether all steps compute with tensors of one shape, so that all use the same parameters.
 
     Attributes:
         micro_batch: halved when memory does not suffice.
     """
 
-    def __init__(self, module: nn.Module, compute: Compute, micro_batch: int, compile: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        compute: Compute,
+        micro_batch: int,
+        compile: bool = False,
+        same_shapes: bool = True,
+    ) -> None:
         self.module, self.micro_batch = module, micro_batch
         self._sharded = is_sharded(module)
         if compile:
             module.compile()
         low = compute.dtype != torch.float32 and not self._sharded  # a sharded one makes its own copy
         self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
+        self._same_shapes = same_shapes
         self._replicated = distributed.world_size() > 1 and not self._sharded
         self._rehearsed = not self._replicated
-        if self._replicated:
-            self.compute_module = replicate(self.compute_module)
 
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[O]:
         """Return the outputs of the micro-batches, their losses weighted so that they add up to `fraction` times the batch's.
@@ -76,17 +83,24 @@ class ForwardBackward(Generic[O]):
         self.module.train()
         while True:
             try:
-                if not self._rehearsed:  # without communication, so that running out of memory concerns this rank alone
-                    with torch.random.fork_rng():
-                        self._accumulate(batch, args, fraction, synchronize=False)
-                    self.module.zero_grad(set_to_none=True)
-                    self._rehearsed = True
+                if not self._rehearsed:
+                    self._rehearse(batch, args)
                 with distributed.translate_comm_errors():
                     return self._accumulate(batch, args, fraction, synchronize=True)
             except RuntimeError as error:
                 if not _out_of_memory(error) or self._sharded or (self._replicated and self._rehearsed):
                     raise
             self._halve(len(batch))  # here, where the failed pass no longer holds its memory
+
+    def _rehearse(self, batch: Batch, args: tuple[Any, ...]) -> None:
+        """Make the first step without communication: running out of memory concerns this rank alone, and it shows which
+        parameters a pass uses."""
+        with torch.random.fork_rng():
+            self._accumulate(batch, args, 0.0, synchronize=False)
+        unused = any(parameter.grad is None for parameter in self.module.parameters())
+        self.module.zero_grad(set_to_none=True)
+        self.compute_module = replicate(self.compute_module, unused or not self._same_shapes)
+        self._rehearsed = True
 
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float, synchronize: bool) -> list[O]:
         outputs: list[O] = []
@@ -129,13 +143,13 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def replicate(module: nn.Module) -> DistributedDataParallel:
+def replicate(module: nn.Module, find_unused_parameters: bool = False) -> DistributedDataParallel:
     """Wrap a float32 module so that gradients are summed over ranks, in float32, while the backward pass goes on.
 
-    Weights and buffers become those of rank 0, buffers before every pass. A parameter that a pass does not use is no error.
+    Weights and buffers become those of rank 0, buffers before every pass.
     """
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-    replicated = DistributedDataParallel(module, find_unused_parameters=True)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1 x 1 convolution
+    replicated = DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
     replicated.register_comm_hook(None, _sum_bucket)  # losses are weighted by each rank's images: sums, not means
     return replicated
 

@@ -119,7 +119,7 @@ class Trainer(Generic[R]):
             compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
             assert self.config.micro_batch_size is not None  # resolved, or that of the checkpoint
             self.forward_backward: ForwardBackward[StepOutput] = ForwardBackward(
-                LossModule(task), self.compute, self.config.micro_batch_size, compile
+                LossModule(task), self.compute, self.config.micro_batch_size, compile, task.same_shapes
             )
             self._loop()
             return self._finish()
