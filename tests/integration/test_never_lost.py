@@ -165,6 +165,8 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in argv]
     whole, parts = (RunState.read(tmp_path / name) for name in argv)
+    for state in (whole, parts):
+        state.counts.pop("warnings", None)  # each session warns of a busy machine
     assert weights[0] == weights[1] and whole.counts == parts.counts
     assert whole.results | {"provenance": 0} == parts.results | {"provenance": 0}  # that has the name of the folder
 
