@@ -1,6 +1,7 @@
 """`mapet report` on a real run, as a file and served, through the command line and in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import mapet
 from mapet.cli import main
 from mapet.reports.live import LiveServer
+from mapet.run_state import RunState
 
 FIGURES = [
     "token_maps",
@@ -289,7 +291,9 @@ def test_live_page_grows_and_keeps_its_zoom(screen, run, tmp_path):
         try:
             screen.get(server.url)
             until(lambda: "no run in" in text(screen, "#status"))
-            shutil.copytree(run, folder, ignore=shutil.ignore_patterns("backbone"))
+            training = RunState.read(run).model_copy(update={"status": "running", "pid": os.getpid()})
+            shutil.copytree(run, folder, ignore=shutil.ignore_patterns("backbone", "run.json"))
+            training.write(folder)
             until(lambda: "Running" in text(screen, "#status") and shown_range(screen))
             assert text(screen, "#metrics h2") == "Metrics so far" and " left." in text(screen, "#status")
             screen.find_element(By.XPATH, "//button[@aria-label='Zoom in']").click()
