@@ -25,7 +25,7 @@ ARGUMENTS = {
     "evaluate": f"--images LABELED --backbone RUN --protocols logistic knn cluster few-shot {LOADING}",
     "finetune": f"--images LABELED --backbone RUN --labels-per-class 2 --epochs 1 {LOADING}",
     "inspect-tokenizer": f"TOKENIZER --images FEW {LOADING}",
-    "report": "RUN --figures false",
+    "report": "RUN --no-figures",
     "embed": f"--images FEW --backbone RUN {LOADING}",
     "export": "--backbone RUN",
     "study": None,  # each trial is a process of its own

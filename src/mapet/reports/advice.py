@@ -44,7 +44,7 @@ def accuracy_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"Token accuracy has not left the baseline: {now:.1%}, and always guessing the commonest word scores {guess:.1%}. "
-        f"{_few_steps(accuracy)} more {option('epochs')} or a higher --lr. {_command(run, 'inspect-tokenizer')} says whether "
+        f"{_few_steps(accuracy)} more {option('epochs')} or a higher {option('lr')}. {_command(run, 'inspect-tokenizer')} says whether "
         f"these words can be predicted"
     )
 
@@ -59,7 +59,8 @@ def loss_at_baseline(run: Subject) -> str | None:
         return None
     return (
         f"The loss is not below that of guessing by frequency alone: {now:.3f} against {guess:.3f} nats; nothing is learned "
-        f"of the images yet. {_few_steps(loss)} more {option('epochs')}, or another --lr. {_command(run, 'inspect-tokenizer')} checks the words"
+        f"of the images yet. {_few_steps(loss)} more {option('epochs')}, or another {option('lr')}. "
+        f"{_command(run, 'inspect-tokenizer')} checks the words"
     )
 
 
@@ -193,7 +194,7 @@ def one_word_for_most(run: Subject) -> str | None:
         return None
     return (
         f"{share:.0%} of the patches have the same visual word (background, perhaps); there is little to predict in them. Try "
-        "larger patches, tighter crops (--tokenize.views crop) or another teacher"
+        "larger patches, tighter crops (--tokenize.views random-crop) or another teacher"
     )
 
 

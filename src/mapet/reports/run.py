@@ -216,8 +216,7 @@ class RunFiles:
 
     def warnings(self) -> list[str]:
         """In words, with options as the command that the run was started with has them."""
-        section = spell_in_section("pretrain") if self.parent else nullcontext()
-        with spell_as_flags(), section:
+        with spell_as_flags(), spell_in_section("pretrain") if self.parent else nullcontext():
             return warnings(self.subject)
 
     def metrics(self) -> dict[str, str]:
