@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ _spelling: ContextVar[_Spelling] = ContextVar("spelling", default=_Spelling())  
 
 
 @contextmanager
-def _spell(spelling: _Spelling) -> Iterator[None]:
-    token = _spelling.set(spelling)
+def _spell(**changes: Any) -> Iterator[None]:
+    token = _spelling.set(replace(_spelling.get(), **changes))
     try:
         yield
     finally:
@@ -32,17 +33,18 @@ def _spell(spelling: _Spelling) -> Iterator[None]:
 
 def spell_as_flags(flags: bool = True) -> AbstractContextManager[None]:
     """Write options as the command line does, `--lr`, until the context ends."""
-    return _spell(replace(_spelling.get(), flags=flags))
+    return _spell(flags=flags)
 
 
-def spell_in_section(section: str, outside: Collection[str] = ()) -> AbstractContextManager[None]:
+@contextmanager
+def spell_in_section(section: str, outside: Collection[str] = ()) -> Iterator[None]:
     """Write options with the section of the larger config that they are in, `--pretrain.lr`, until the context ends.
 
     Args:
         outside: options that the larger config has itself, which keep their names.
     """
-    outer = _spelling.get()
-    return _spell(replace(outer, section=f"{outer.section}{section}.", outside=outside))
+    with _spell(section=f"{_spelling.get().section}{section}.", outside=outside):
+        yield
 
 
 def option(name: str, *values: object) -> str:

@@ -145,13 +145,24 @@ def test_figures_of_how_much_are_those_of_the_pages_linked():
             assert figure in pages, (figure, row)
 
 
+def _text_of(part: ast.expr) -> str:
+    """Return a constant as it is, an option as the command line spells it, and a blank for anything else."""
+    match part:
+        case ast.Constant(str(value)):
+            return value
+        case ast.FormattedValue(ast.Call(ast.Name("option"), [ast.Constant(str(name)), *values])):
+            shown = [value for value in values if not isinstance(value, ast.Constant)]
+            return f"--{name.replace('_', '-')}{' ...' if shown else ''}"
+    return "\0"
+
+
 def texts_of_source() -> list[str]:
     """Every text in the source, with a blank \\0 for what is put in."""
     texts = []
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(p.value if isinstance(p, ast.Constant) else "\0" for p in node.values))
+                texts.append("".join(map(_text_of, node.values)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return texts

@@ -83,7 +83,7 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
     monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
     with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
-    with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*resume=True"):
+    with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
         scan(tmp_path / "made")
     with pytest.raises(MapetError, match="short_side: 64 -> 32"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=32, resume=True)

@@ -87,9 +87,7 @@ class EvaluateConfig(ModelArgs, Loading, Device):
         for what in ("annotations", "seg_masks"):
             train, test = getattr(self, what), getattr(self, f"test_{what}")
             if train is not None and self.test_images is not None and test is None:
-                raise ValueError(
-                    f"{option('test_images')} with --{what.replace('_', '-')} need --test-{what.replace('_', '-')}"
-                )
+                raise ValueError(f"{option('test_images')} with {option(what)} need {option(f'test_{what}')}")
         if self.test_annotations is not None and self.annotations is None:
             raise ValueError(f"{option('test_annotations')} are for {option('annotations')}: give both")
         return self

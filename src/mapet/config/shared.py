@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config.base import Config, Size
+from mapet.errors import option
 
 Share = Annotated[float, Field(ge=0, le=1)]
 VocabSize = Annotated[int, Field(ge=2)]
@@ -144,7 +145,7 @@ def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: st
     """Raises ValueError for an option that was given and changes nothing: it would be written down as if it had."""
     for name in changed(config, users):
         if kind not in users[name]:
-            raise ValueError(f"--{name.replace('_', '-')} is for {', '.join(users[name])}; {kind} has no use for it")
+            raise ValueError(f"{option(name)} is for {', '.join(users[name])}; {kind} has no use for it")
 
 
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")

@@ -168,7 +168,7 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     """
     if teacher.builtin_quantizer is not None:
         if unused := changed(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in unused)
+            flags = " and ".join(option(name) for name in unused)
             raise MapetError(
                 f"teacher '{config.teacher}' brings its own {teacher.builtin_quantizer.vocab_size} words: leave out {flags}"
             )
