@@ -158,7 +158,12 @@ def test_help_shows_defaults_and_an_example(name, capsys):
     assert "example:" in text
     assert "(default:" in text or "(required)" in text
     assert not re.search(r"\(default: ?[\[{(')]", text), "as one would type it"
-    assert name != "evaluate" or all(protocol in text for protocol in PROTOCOLS)
+
+
+def test_every_protocol_has_a_row():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    for protocol in PROTOCOLS:
+        assert f"| `{protocol}` |" in text, protocol
 
 
 def test_architecture_names_every_package():

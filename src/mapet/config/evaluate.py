@@ -23,9 +23,8 @@ class EvaluateConfig(ModelArgs, Loading, Device):
     out: Path | None = None
     """New folder for evaluation.md, per_class.csv, figures and the results in run.json; automatic: only the table is printed."""
     protocols: list[str] | None = None
-    """Which to run, of logistic knn linear-sgd attentive few-shot cluster feature-rank nearest-neighbors ood corruptions resolution
-    multi-label segmentation detection detection-finetune; automatic: those that have the data they need, but for corruptions, resolution and
-    detection, which take long."""
+    """Which to run, e.g. logistic knn few-shot (an unknown name lists all); automatic: those that have the data they need and don't take
+    long."""
     pool: Literal["avg", "token", "both"] = "avg"
     """Feature of an image: mean of its patch tokens, the class token, or both concatenated."""
     linear_epochs: PositiveInt = 100
