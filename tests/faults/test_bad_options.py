@@ -101,7 +101,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     for made, way in (  # a run that is not finished has no backbone, and what there is can be exported
         ("checkpoints", "with new options: a new --out"),
         (
-            "checkpoints/step-00000001/state.json",
+            "checkpoints/step-00000001/trainer_state.json",
             f"`mapet export --backbone {out} --out NEW`, --pretrain.init-from NEW, and a new --out",
         ),
         ("backbone", f"from its weights with new options: --pretrain.init-from {out}, and a new --out"),

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import mapet
-from mapet.config.base import build
 from mapet.data.prepared import PreparedDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MadeByNewer, MapetError
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.files import check_format, read_sealed, write_json, write_sealed
+from mapet.run_state import RunState
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
 from mapet.training.checkpoint import load_checkpoint
@@ -64,8 +64,9 @@ def test_this_version_has_files_or_is_not_released():
 # ---- of a newer version
 
 
-def newer(path, key="format"):
+def newer(path):
     sealed = "checksum" in json.loads(path.read_text())
+    key = "schema_version" if path.name == "run.json" else "format_version"
     content = read_sealed(path, "file") if sealed else json.loads(path.read_text())
     (write_sealed if sealed else write_json)(path, content | {key: 99})
 
@@ -76,13 +77,16 @@ OPEN = {
     "prepared/manifest.json": lambda: PreparedDataset(Path("prepared")),
     "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
     "features/manifest.json": lambda: read_embeddings(Path("features")),
-    "run/checkpoints/step-00000002/state.json": lambda: load_checkpoint(Path("run/checkpoints"), torch.nn.Linear(1, 1)),
+    "run/run.json": lambda: RunState.read(Path("run")),
+    "run/checkpoints/step-00000002/trainer_state.json": lambda: load_checkpoint(
+        Path("run/checkpoints"), torch.nn.Linear(1, 1)
+    ),
 }
 
 
 @pytest.mark.parametrize("file", OPEN)
 def test_newer_ones_are_refused(file, files):
-    newer(files / file, "format" if file.startswith("run") else "format_version")
+    newer(files / file)
     with pytest.raises(MadeByNewer) as error:
         OPEN[file]()
     message = str(error.value)
@@ -94,30 +98,20 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
     """As a damaged one is: the newer version's work would be lost."""
     last = files / "run" / "checkpoints" / "step-00000003"
     shutil.copytree(last.with_name("step-00000002"), last)
-    write_sealed(last / "state.json", read_sealed(last / "state.json", "checkpoint") | {"step": 3, "format": 2})
+    write_sealed(
+        last / "trainer_state.json",
+        read_sealed(last / "trainer_state.json", "checkpoint") | {"step": 3, "format_version": 2},
+    )
     with pytest.raises(MapetError, match="made by a newer mapet"):
         mapet.pretrain(**write.PRETRAIN, resume=True)
 
 
-def test_newer_study_cells_and_replay_bundles(tmp_path):
-    from mapet.config.study import StudyConfig
-    from mapet.studies.tokenizers import refuse_other_tokenizer
-    from mapet.studies.trials import refuse_other_cell
-    from mapet.training.nonfinite import load_bundle
+def test_newer_bundles_of_steps(tmp_path):
+    from mapet.training.nonfinite import BUNDLE, load_debug_bundle
 
-    (tmp_path / "pretrain").mkdir()
-    write_json(tmp_path / "cell.json", {"format": 2})
-    with pytest.raises(MadeByNewer, match="study cell of format 2"):
-        refuse_other_cell(tmp_path, {})
-    config = build(
-        StudyConfig, {"images": "a", "test_images": "b", "out": tmp_path, "tokenizers": {"t": {}}, "grid": {}}
-    )
-    write_json(tmp_path / "tokenizers" / "t" / "options.json", {"format": 2})
-    with pytest.raises(MadeByNewer, match="tokenizer's options of format 2"):
-        refuse_other_tokenizer(config, "t")
-    write_sealed(tmp_path / "replay.json", {"format": 2})
-    with pytest.raises(MadeByNewer, match="replay bundle of format 2"):
-        load_bundle(tmp_path, None)
+    write_sealed(tmp_path / BUNDLE, {"format_version": 2})
+    with pytest.raises(MadeByNewer, match="of format 2"):
+        load_debug_bundle(tmp_path, None, None)
 
 
 @pytest.mark.parametrize("number", [None, "1", True, 0, 1.5])
@@ -128,18 +122,18 @@ def test_what_is_no_number_of_a_format(number):
 
 def test_the_page_names_every_format():
     """docs/formats.md gives the numbers that the code writes."""
+    from mapet import run_state
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
-    from mapet.studies import tokenizers, trials
     from mapet.tokenizers import codebook, vqkd
     from mapet.training import checkpoint, nonfinite
 
     page = (HERE.parents[1] / "docs" / "formats.md").read_text()
     table = dict(re.findall(r"^\| [^|]*?`((?:[^`]*/)?[\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
     assert {name: int(number) for name, number in table.items()} == {
-        "TOKENIZER/visual_tokenizer.json": codebook.FORMAT, "TOKENS/manifest.json": token_store.FORMAT,
-        "PREPARED/manifest.json": prepared.FORMAT, "FEATURES/manifest.json": embeddings.FORMAT, "VQKD/vqkd.json": vqkd.FORMAT,
-        "RUN/checkpoints/step-*/state.json": checkpoint.FORMAT, "RUN/replay/step-*/replay.json": nonfinite.FORMAT,
-        "STUDY/tokenizers/*/options.json": tokenizers.FORMAT, "STUDY/cells/*/cell.json": trials.FORMAT,
+        "FOLDER/run.json": run_state.SCHEMA_VERSION, "TOKENIZER/visual_tokenizer.json": codebook.FORMAT,
+        "TOKENS/manifest.json": token_store.FORMAT, "PREPARED/manifest.json": prepared.FORMAT,
+        "FEATURES/manifest.json": embeddings.FORMAT, "VQKD/vqkd.json": vqkd.FORMAT,
+        "RUN/checkpoints/step-*/trainer_state.json": checkpoint.FORMAT, "RUN/debug/step-*/bundle.json": nonfinite.FORMAT,
         "~/.cache/mapet/shards/*.safetensors": tar_shards.FORMAT,
     }  # fmt: skip

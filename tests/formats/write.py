@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 import mapet
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
+from mapet.run_state import RunState
 from mapet.tokenizers.vqkd import vqkd_encoder
 
 HERE = Path(__file__).parent
@@ -52,7 +53,12 @@ def main() -> None:
     Path("expected.json").write_text(json.dumps(measure(), indent=1) + "\n")
     Path("run/backbone").rename("backbone")
     shutil.rmtree("run/tensorboard")
-    Path("run/train.log").unlink()  # it tells of one machine
+    for name in ("train.log", "report.html"):
+        Path("run", name).unlink(missing_ok=True)
+    for file in Path().rglob("run.json"):  # what tells of one machine
+        state = RunState.read(file.parent)
+        versions = {name: version for name, version in state.versions.items() if name != "platform"}
+        state.model_copy(update={"host": "host", "argv": [], "versions": versions}).write(file.parent)
     for checkpoint in Path("run/checkpoints").iterdir():
         if checkpoint.name != f"step-{STEP:08d}":
             shutil.rmtree(checkpoint)

@@ -61,7 +61,7 @@ def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noq
     started = time.monotonic()
     assert process.wait(timeout=90) != 0
     assert time.monotonic() - started < 60
-    assert list((options["out"] / "checkpoints").glob("step-*/state.json"))
+    assert list((options["out"] / "checkpoints").glob("step-*/trainer_state.json"))
     assert (name == "slurm") == Path(environment["SEEN"]).exists()
 
 
@@ -77,4 +77,4 @@ def test_ctrl_c_under_torchrun_saves(options):  # noqa: F811
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=90)
     assert error.count("stopped by SIGINT at step") == 1 and "saved. Go on with" in error
-    assert list((options["out"] / "checkpoints").glob("step-*/state.json"))
+    assert list((options["out"] / "checkpoints").glob("step-*/trainer_state.json"))

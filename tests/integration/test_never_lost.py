@@ -66,7 +66,7 @@ def newest(folder):
 
 def assert_identical(a, b):
     first, second = newest(a), newest(b)
-    assert first.keys() == second.keys() == {"model.safetensors", "optimizer.safetensors", "progress.safetensors"}
+    assert first.keys() == second.keys() == {"model.safetensors", "optimizer.safetensors", "metrics_state.safetensors"}
     for file, tensors in first.items():
         assert tensors.keys() == second[file].keys()
         assert all(torch.equal(tensors[name], second[file][name]) for name in tensors), file
@@ -128,7 +128,9 @@ def naming(images, tokenizer, out, **more):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All but run.json, which has times and processes."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.json"]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -266,7 +268,7 @@ def test_one_of_two_processes_is_killed(options, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*/state.json")))
+    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*/trainer_state.json")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, error = process.communicate(timeout=120)
@@ -317,7 +319,7 @@ def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkey
         poisoned(patch, {2, 3, 4})
         with pytest.raises(MapetError, match="mapet replay --bundle") as error:
             mapet.pretrain(**(options | {"max_skipped_steps": 2, "log_interval": 1}))
-        bundle = options["out"] / "replay" / "step-00000003"
+        bundle = options["out"] / "debug" / "step-00000003"
         assert str(bundle) in str(error.value)
         looks = mapet.replay(bundle=bundle)
         assert [look.step for look in looks] == [3, 4]
@@ -326,7 +328,7 @@ def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkey
     looks = mapet.replay(bundle=bundle)  # without what poisoned them
     assert all(look.module == "" and look.parameters == [] and look.norm > 0 for look in looks)
     assert [loss for _, loss in looks[0].losses] == sorted((loss for _, loss in looks[0].losses), reverse=True)
-    named = json.loads((bundle / "replay.json").read_text())["images"]["3"]
+    named = json.loads((bundle / "bundle.json").read_text())["images"]["3"]
     assert {name for name, _ in looks[0].losses} == set(named) and len(named) == 96
     assert "largest losses" in caplog.text
 
@@ -336,13 +338,13 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
         poisoned(patch, range(6))
         with pytest.raises(MapetError):
             mapet.pretrain(**options)
-    bundle = next((options["out"] / "replay").iterdir())
+    bundle = next((options["out"] / "debug").iterdir())
     with pytest.raises(MapetError, match="not the replay bundle of a run"):
         mapet.replay(bundle=tmp_path)
     with pytest.raises(MapetError, match=rf"run is not the replay bundle of a run: did you mean {bundle}\?"):
         mapet.replay(bundle=options["out"])
-    content = read_sealed(bundle / "replay.json", "replay bundle")
-    write_sealed(bundle / "replay.json", content | {"images": {"1": ["other.png"]}})
+    content = read_sealed(bundle / "bundle.json", "replay bundle")
+    write_sealed(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
     with pytest.raises(MapetError, match="the images of step 1 are others now"):
         mapet.replay(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)
@@ -357,7 +359,7 @@ def test_roll_back(options, monkeypatch, caplog):
         **(options | {"max_skipped_steps": 2, "log_interval": 1, "max_rollbacks": 1, "checkpoint_interval_min": 1e-9})
     )
     assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
-    state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "state.json").read_text())
+    state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "trainer_state.json").read_text())
     assert state["num_rollbacks"] == 1 and (options["out"] / "backbone").exists()
 
 

@@ -237,7 +237,7 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert f"stopped by {name}" in error and "Traceback" not in error
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/trainer_state.json"))
 
 
 def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits):

@@ -113,7 +113,7 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "stopped by SIGINT: 0 of 2 trials are finished" in error and "Traceback" not in error
-    assert list((metrics.parent / "checkpoints").glob("step-*/state.json"))
+    assert list((metrics.parent / "checkpoints").glob("step-*/trainer_state.json"))
     assert RunState.read(metrics.parents[1]).status == RunState.read(metrics.parent).status == "stopped"
     text = (tmp_path / "study" / "report" / "report.csv").read_text()
     assert ",stopped," in text and ",not run," in text
@@ -169,7 +169,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
         ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare_by": "m"}, "are the same trial"),
         ({"grid": {"m": {"a": {"epocs": 1}}}, "compare_by": "m"}, "unknown option 'epocs'; did you mean 'epochs'"),
-        ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "option 'lr'.*greater than 0"),
+        ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "grid, .*lr: must be greater than 0"),
         ({"grid": {"tokenizer": ["pixel"]}, "compare_by": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
         ({"compare_by": "ratio"}, "compare_by: 'ratio' is not varied"),
         ({"seeds": []}, "seeds: .* none"),
@@ -180,9 +180,12 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {"objective": ["mim", "mapett"]}}, "'mapett'.* did you mean 'mapet'"),
         (
             {"tokenizers": {"pixels": PIXELS | {"patch_size": 3}}},
-            "tokenizer 'pixels': .*not divisible by the patch size 3",
+            "not divisible by the patch size 3; .*tokenizers.pixels.image_size=",
         ),
-        ({"tokenizers": {"a": {"image_siz": 3}}}, "unknown option 'tokenizers.a.image_siz'; did you mean 'image_size'"),
+        (
+            {"tokenizers": {"a": {"image_siz": 3}}},
+            "unknown option 'tokenizers.a.image_siz'; did you mean 'tokenizers.a.image_size'",
+        ),
         (
             {"labels_per_class": [5, 1000]},
             "labels_per_class: class '.' has .* to learn from, fewer than the 1,000 asked for",

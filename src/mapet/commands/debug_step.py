@@ -26,8 +26,8 @@ def replay(config: ReplayConfig) -> "list[StepReport]":
     """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
 
     Example:
-      mapet replay --bundle runs/vit/replay/step-00001200
-      mapet replay --bundle runs/vit/replay/step-00001200 --precision float32
+      mapet replay --bundle runs/vit/debug/step-00001200
+      mapet replay --bundle runs/vit/debug/step-00001200 --precision float32
     """
     from mapet.config.base import build, read_recipe
     from mapet.data.dataset import EpochSampler
@@ -43,11 +43,11 @@ def replay(config: ReplayConfig) -> "list[StepReport]":
     folder = config.bundle.absolute().parent.parent
     recipe = folder / "config.yaml"
     if not (recipe.is_file() and (config.bundle / BUNDLE).is_file()):
-        kept = sorted((pretrain_folder(config.bundle) / "replay").glob("step-*"))
+        kept = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
         way = (
             f"did you mean {kept[0]}?"
             if kept
-            else "a run that stopped for numbers that are not finite has them, as replay/step-*"
+            else "a run that stopped for numbers that are not finite has them, as debug/step-*"
         )
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {way}")
     tasks: dict[str | None, type[Task[Any, Any]]] = {

@@ -10,7 +10,7 @@ class ReplayConfig(Device):
     """Options of `replay`."""
 
     bundle: Path
-    """Folder that a run left when it stopped: RUN/replay/step-*."""
+    """Folder that a run left when it stopped: RUN/debug/step-*."""
     images: Source | None = None
     """Where the images are now; automatic: where they were."""
     precision: Precision | None = None

@@ -190,7 +190,7 @@ def _explain_missing(path: Path) -> str:
     if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
         name, config = found
         export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
-        bundles = sorted(config.parent.glob("replay/step-*")) or sorted(path.glob("pretrain/replay/step-*"))
+        bundles = sorted(config.parent.glob("debug/step-*")) or sorted(path.glob("pretrain/debug/step-*"))
         if bundles:
             return (
                 f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "

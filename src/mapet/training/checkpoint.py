@@ -18,7 +18,7 @@ from mapet.files import atomic, check_format, file_hash, read_sealed, write_seal
 from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 
 log = logging.getLogger("mapet")
-STATE = "state.json"
+STATE = "trainer_state.json"
 FORMAT = 1
 
 
@@ -53,7 +53,7 @@ def save_checkpoint(
                 write_tensors(temporary / f"{name}.safetensors", tensors)
                 _verify(temporary / f"{name}.safetensors", tensors)
             digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
-            write_sealed(temporary / STATE, {"format": FORMAT, "step": step, "sha256": digests, **state})
+            write_sealed(temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state})
     except (OSError, MapetError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -74,7 +74,7 @@ def checkpoint_tensors(
     """The parts of a checkpoint, to be saved by the first process; a collective call. `others` are one part, 'progress'."""
     parts = {"model": full_state_dict(model), "optimizer": _flatten(optimizer)}
     progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
-    return parts | ({"progress": progress} if progress else {})
+    return parts | ({"metrics_state": progress} if progress else {})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -127,10 +127,10 @@ def load_checkpoint(
             load_full_state_dict(model, parts["model"])
             if optimizer is not None:
                 _restore(optimizer, parts["optimizer"])
-            if "progress" in parts:  # absent in what version 0.1 wrote
+            if "metrics_state" in parts:  # absent in what version 0.1 wrote
                 for name, other in others.items():
                     prefix = f"{name}."
-                    own = {k.removeprefix(prefix): v for k, v in parts["progress"].items() if k.startswith(prefix)}
+                    own = {k.removeprefix(prefix): v for k, v in parts["metrics_state"].items() if k.startswith(prefix)}
                     other.load_state_dict(own)
             return state
         except MadeByNewer:  # the one before would silently lose what the newer version learned
@@ -143,7 +143,7 @@ def load_checkpoint(
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Raises ValueError and its like: a file is damaged."""
     state = read_sealed(path / STATE, "checkpoint")
-    check_format(state.get("format", 1), FORMAT, "checkpoint", path)
+    check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():

@@ -20,7 +20,7 @@ from mapet.training.sharding import full_state_dict
 from mapet.training.step import ForwardBackward
 from mapet.training.task import LossModule, StepOutput, Task
 
-BUNDLE = "replay.json"
+BUNDLE = "bundle.json"
 FORMAT = 1
 log = logging.getLogger("mapet")
 AnyTask = Task[Any, Any]
@@ -50,14 +50,14 @@ def save_debug_bundle(task: AnyTask, sampler: EpochSampler, last_step: int, coun
     Steps are counted as the log does: the first is step 1.
     """
     first = last_step - count + 1
-    folder: Path = task.config.out / "replay" / f"step-{first:08d}"
+    folder: Path = task.config.out / "debug" / f"step-{first:08d}"
     weights = full_state_dict(task.model)
     if distributed.rank() == 0 and not folder.exists():
         with atomic(folder) as temporary:
             temporary.mkdir()
             write_tensors(temporary / "model.safetensors", weights)
             images = {str(step): _images(task, sampler, step) for step in range(first, last_step + 1)}
-            write_sealed(temporary / BUNDLE, {"format": FORMAT, "seed": task.config.seed, "images": images})
+            write_sealed(temporary / BUNDLE, {"format_version": FORMAT, "seed": task.config.seed, "images": images})
     return folder
 
 
@@ -92,7 +92,7 @@ def load_debug_bundle(bundle: Path, task: AnyTask, sampler: EpochSampler) -> lis
     """
     content = read_sealed(bundle / BUNDLE, "replay bundle")
     try:
-        check_format(content.get("format", 1), FORMAT, "replay bundle", bundle)
+        check_format(content.get("format_version"), FORMAT, "replay bundle", bundle)
         images = {int(step): names for step, names in content["images"].items()}
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, names in images.items():
