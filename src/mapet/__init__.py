@@ -13,7 +13,7 @@ from mapet.errors import Interrupted, MapetError
 
 if TYPE_CHECKING:
     from mapet.commands.check import check
-    from mapet.commands.debug_step import replay
+    from mapet.commands.debug_step import debug_step
     from mapet.commands.demo import demo
     from mapet.commands.embed import embed
     from mapet.commands.evaluate import evaluate
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Interrupted", "MapetError", "__version__", "check", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",
+    "Interrupted", "MapetError", "__version__", "check", "debug_step", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",
     "inspect_tokenizer",
-    "load_backbone", "prepare", "pretrain", "replay", "report", "run", "study", "tokenize", "train_tokenizer",
+    "load_backbone", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",
 ]  # fmt: skip
 
 

@@ -550,7 +550,7 @@ def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir,
             (stage, run_dir, f"give it as --backbone {run_dir}")
             for stage in ("embed", "evaluate", "export", "finetune")
         ),
-        ("replay", run_dir, f"give it as --bundle {run_dir}"),
+        ("tokenize", run_dir, f"give it as --images {run_dir}"),
         ("pretrain", run_dir, f"did you mean {run_dir / 'config.yaml'}?"),
         ("run", tmp_path, f"give it as --images {tmp_path}"),
     ):

@@ -317,15 +317,15 @@ def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
 def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         poisoned(patch, {2, 3, 4})
-        with pytest.raises(MapetError, match="mapet replay --bundle") as error:
+        with pytest.raises(MapetError, match="mapet debug-step") as error:
             mapet.pretrain(**(options | {"max_skipped_steps": 2, "log_interval": 1}))
         bundle = options["out"] / "debug" / "step-00000003"
         assert str(bundle) in str(error.value)
-        looks = mapet.replay(bundle=bundle)
+        looks = mapet.debug_step(bundle=bundle)
         assert [look.step for look in looks] == [3, 4]
         assert looks[0].module == "vit.patch_embed.proj" and "head.weight" in looks[0].parameters
         assert not torch.tensor(looks[0].loss).isfinite()
-    looks = mapet.replay(bundle=bundle)  # without what poisoned them
+    looks = mapet.debug_step(bundle=bundle)  # without what poisoned them
     assert all(look.module == "" and look.parameters == [] and look.norm > 0 for look in looks)
     assert [loss for _, loss in looks[0].losses] == sorted((loss for _, loss in looks[0].losses), reverse=True)
     named = json.loads((bundle / "bundle.json").read_text())["images"]["3"]
@@ -340,16 +340,16 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
             mapet.pretrain(**options)
     bundle = next((options["out"] / "debug").iterdir())
     with pytest.raises(MapetError, match="not the replay bundle of a run"):
-        mapet.replay(bundle=tmp_path)
+        mapet.debug_step(bundle=tmp_path)
     with pytest.raises(MapetError, match=rf"run is not the replay bundle of a run: did you mean {bundle}\?"):
-        mapet.replay(bundle=options["out"])
+        mapet.debug_step(bundle=options["out"])
     content = read_sealed(bundle / "bundle.json", "replay bundle")
     write_sealed(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
     with pytest.raises(MapetError, match="the images of step 1 are others now"):
-        mapet.replay(bundle=bundle)
+        mapet.debug_step(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(MapetError, match="cannot be replayed"):
-        mapet.replay(bundle=bundle)
+        mapet.debug_step(bundle=bundle)
 
 
 def test_roll_back(options, monkeypatch, caplog):

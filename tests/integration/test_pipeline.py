@@ -558,7 +558,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
     } | PRETRAIN
     with pytest.raises(
         mapet.MapetError,
-        match=r"not finite in \d+ steps in a row.*mapet replay --bundle .*step-00000002.*lower lr",
+        match=r"not finite in \d+ steps in a row.*mapet debug-step .*step-00000002.*lower lr",
     ):
         mapet.pretrain(**(options | {"lr": 1e30, "clip_grad": None}))
     assert not (tmp_path / "run" / "backbone").exists()
@@ -571,13 +571,13 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
-    wrong = r"the ViT gives features that are not finite.*mapet replay --bundle (\S+)\. .*lower lr"
+    wrong = r"the ViT gives features that are not finite.*mapet debug-step (\S+)\. .*lower lr"
     for resume in (False, True):
         with pytest.raises(mapet.MapetError, match=wrong) as error:
             mapet.pretrain(**options, resume=resume)
     assert not (run / "backbone").exists() and (run / "report.html").exists()
     assert "not probed after epoch 1: the backbone gives features that are not finite" in caplog.text
-    looks = mapet.replay(bundle=re.search(wrong, str(error.value))[1])
+    looks = mapet.debug_step(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with pytest.raises(mapet.MapetError, match="gives features that are not finite: try precision float32"):
         mapet.report(run=run, figures_dir=tmp_path / "figures", workers=0)

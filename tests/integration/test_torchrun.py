@@ -77,4 +77,4 @@ def test_a_command_on_two_ranks(name, torchrun, tmp_path):
 
 
 def test_every_command_is_tried():
-    assert set(ARGUMENTS) >= set(COMMANDS) - {"replay"}
+    assert set(ARGUMENTS) >= set(COMMANDS) - {"debug-step"}

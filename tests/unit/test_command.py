@@ -10,7 +10,7 @@ from mapet.commands import COMMANDS
 from mapet.commands.command import command
 from mapet.config.base import Config, fields
 
-HIDDEN = ("replay",)
+HIDDEN = ("debug-step",)
 MAX_OPTIONS = 300
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mapet.commands.check import check
 from mapet.commands.command import Command
-from mapet.commands.debug_step import replay
+from mapet.commands.debug_step import debug_step
 from mapet.commands.demo import demo
 from mapet.commands.embed import embed
 from mapet.commands.evaluate import evaluate
@@ -27,7 +27,7 @@ COMMANDS: dict[str, Command[..., Any, Any]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         demo, run, study, check, prepare, train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer, pretrain, report, evaluate,
-        finetune, embed, export, replay,
+        finetune, embed, export, debug_step,
     )
 }  # fmt: skip
 GROUPS = {
@@ -38,4 +38,4 @@ GROUPS = {
     "Evaluation": ("evaluate", "finetune"),
     "Deployment": ("embed", "export"),
 }
-"""Heading -> commands, as `mapet --help` lists them; `replay`, for a crash, is not among them."""
+"""Heading -> commands, as `mapet --help` lists them; `debug-step`, for a crash, is not among them."""

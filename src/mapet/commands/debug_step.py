@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
-from mapet.config.debug_step import ReplayConfig
+from mapet.config.debug_step import DebugStepConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.shared import TrainerConfig
@@ -21,13 +21,13 @@ CONFIGS: dict[str, type[TrainerConfig]] = {
 }
 
 
-@command(ReplayConfig)
-def replay(config: ReplayConfig) -> "list[StepReport]":
+@command(DebugStepConfig)
+def debug_step(config: DebugStepConfig) -> "list[StepReport]":
     """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
 
     Example:
-      mapet replay --bundle runs/vit/debug/step-00001200
-      mapet replay --bundle runs/vit/debug/step-00001200 --precision float32
+      mapet debug-step runs/vit/debug/step-00001200
+      mapet debug-step runs/vit/debug/step-00001200 --precision float32
     """
     from mapet.config.base import build, read_recipe
     from mapet.data.dataset import EpochSampler

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from mapet.config.base import Size, Source
 from mapet.config.shared import Device, Precision, VocabSize
+from mapet.config.types import Size, Source
 
 
 class CheckConfig(Device):

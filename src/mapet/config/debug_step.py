@@ -1,14 +1,16 @@
 """Options of `debug-step`."""
 
 from pathlib import Path
+from typing import ClassVar
 
-from mapet.config.base import Source
 from mapet.config.shared import Device, Precision
+from mapet.config.types import Source
 
 
-class ReplayConfig(Device):
-    """Options of `replay`."""
+class DebugStepConfig(Device):
+    """Options of `debug-step`."""
 
+    positional: ClassVar[str | None] = "bundle"
     bundle: Path
     """Folder that a run left when it stopped: RUN/debug/step-*."""
     images: Source | None = None

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from mapet.config.base import Size, Source
 from mapet.config.shared import BackboneSource, BadImages, Device, Loading, ModelArgs, Precision
+from mapet.config.types import Size, Source
 
 
 class EmbedConfig(ModelArgs, BadImages, Loading, Device):

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mapet.config.base import Source
 from mapet.config.shared import BackboneSource, Device, Loading, ModelArgs, Precision
+from mapet.config.types import Source
 from mapet.errors import option
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from mapet.config.base import Size, Source
 from mapet.config.shared import BackboneSource, ModelArgs
+from mapet.config.types import Size, Source
 
 FormatName = Literal["timm", "transformers", "onnx", "torch-export"]
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.base import Source
 from mapet.config.shared import (
     BackboneSource,
     ModelArgs,
@@ -12,6 +11,7 @@ from mapet.config.shared import (
     TrainerOptions,
     Views,
 )
+from mapet.config.types import Source
 from mapet.errors import option
 
 

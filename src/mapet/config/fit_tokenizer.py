@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.base import Size, Source
 from mapet.config.shared import BadImages, Device, FrozenTeacher, Loading, Precision, VocabSize, refuse_unused
+from mapet.config.types import Size, Source
 from mapet.errors import must_be_divisible
 
 QUANTIZER_OPTIONS = {

@@ -9,10 +9,10 @@ from pydantic import (
     model_validator,
 )
 
-from mapet.config.base import HUGGING_FACE, Source
 from mapet.config.shared import (
     BadImages,
 )
+from mapet.config.types import HUGGING_FACE, Source
 from mapet.errors import option
 
 

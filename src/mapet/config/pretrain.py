@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.base import Ratio, Source
 from mapet.config.shared import (
     BackboneSource,
     TrainerConfig,
     TrainerOptions,
     Views,
 )
+from mapet.config.types import Ratio, Source
 from mapet.errors import option
 
 

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mapet.config.base import Source
 from mapet.config.shared import Device, Loading
+from mapet.config.types import Source
 from mapet.errors import option
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt
 
-from mapet.config.base import Source
 from mapet.config.fit_tokenizer import FitTokenizerOptions
 from mapet.config.pretrain import PretrainOptions
 from mapet.config.report import FigureOptions
 from mapet.config.shared import BadImages
 from mapet.config.tokenize import TokenizeOptions
+from mapet.config.types import Source
 
 
 class RunConfig(BadImages):

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mapet.config.base import Config, Size
+from mapet.config.base import Config
+from mapet.config.types import Size
 from mapet.errors import option
 
 Share = Annotated[float, Field(ge=0, le=1)]

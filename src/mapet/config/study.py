@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mapet.config.base import Config, Source
+from mapet.config.base import Config
 from mapet.config.finetune import FinetuneOptions
 from mapet.config.fit_tokenizer import FitTokenizerOptions
 from mapet.config.pretrain import PretrainOptions
 from mapet.config.tokenize import TokenizeOptions
+from mapet.config.types import Source
 
 
 class StudyConfig(Config):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from mapet.config.base import Source
 from mapet.config.shared import BadImages, Device, Loading, Views
+from mapet.config.types import Source
 
 
 class TokenizeOptions(Views, Loading):

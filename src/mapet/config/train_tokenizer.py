@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.base import Size, Source
 from mapet.config.shared import (
     FrozenTeacher,
     TrainerConfig,
     Views,
     VocabSize,
 )
+from mapet.config.types import Size, Source
 
 
 class TrainTokenizerConfig(FrozenTeacher, Views, TrainerConfig):

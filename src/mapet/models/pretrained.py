@@ -194,7 +194,7 @@ def _explain_missing(path: Path) -> str:
         if bundles:
             return (
                 f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "
-                f"{shell_command('replay', '--bundle', bundles[0])}. Start again with a lower {option('lr')}, or {export}, if that is from before"
+                f"{shell_command('debug-step', bundles[0])}. Start again with a lower {option('lr')}, or {export}, if that is from before"
             )
         resume = shell_command(name, config, "--resume")
         return (

@@ -35,7 +35,7 @@ class NonFiniteError(MapetError):
         Args:
             kept: the newest checkpoint is from before.
         """
-        look = f" See why with: {shell_command('replay', '--bundle', bundle)}." if bundle else ""
+        look = f" See why with: {shell_command('debug-step', bundle)}." if bundle else ""
         before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for {option('init_from')} NEW"
         super().__init__(
             f"{what}.{look} Then start again, in a new {option('out')}, with a lower {option('lr')} (now {config.lr:.2g}), "
