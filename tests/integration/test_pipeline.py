@@ -571,12 +571,12 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
-    wrong = r"the ViT gives features that are not finite.*mapet debug-step (\S+)\. .*lower lr"
+    wrong = r"gives numbers that are not finite.*mapet debug-step (\S+)\. .*lower lr"
     for resume in (False, True):
         with pytest.raises(mapet.MapetError, match=wrong) as error:
             mapet.pretrain(**options, resume=resume)
     assert not (run / "backbone").exists() and (run / "report.html").exists()
-    assert "not probed after epoch 1: the backbone gives features that are not finite" in caplog.text
+    assert "not evaluated after epoch 1: the backbone gives features that are not finite" in caplog.text
     looks = mapet.debug_step(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with pytest.raises(mapet.MapetError, match="gives features that are not finite: try precision float32"):

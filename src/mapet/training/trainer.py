@@ -166,8 +166,6 @@ class Trainer(Generic[R]):
                     self._log_metrics()
                 if self.step % self.steps_per_epoch == 0:
                     self._evaluate(self.step // self.steps_per_epoch)
-                if self.step == self.total_steps:
-                    self._check_usable()
                 self._save_if_due()
 
     def _train_step(self, batch: Batch) -> None:
@@ -291,6 +289,7 @@ class Trainer(Generic[R]):
         distributed.barrier()
 
     def _finish(self) -> R:
+        self._check_usable()
         return self._with_product(self.task.finish)  # type: ignore[return-value]  # None on other ranks
 
     def _with_product(self, function: Callable[[Any], T]) -> T | None:
