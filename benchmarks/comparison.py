@@ -42,7 +42,7 @@ METRICS = ("logistic", "knn", "finetune")
 WIDTH, DEPTH, HEADS = 96, 4, 3
 PRETRAIN = {"probe_every": 0, "layer_scale_init": "none", "drop_path": 0, "lr": 1.5e-3, "batch_size": 128}
 FINETUNE = {
-    "labels_per_class": 10, "epochs": 100, "views": "random-crop", "min_crop_scale": 0.5, "drop_path": 0, "lr": 1e-3, "batch_size": 32,
+    "labels_per_class": 10, "views": "random-crop", "min_crop_scale": 0.5, "drop_path": 0, "lr": 1e-3, "batch_size": 32,
 }  # fmt: skip
 GROUPS = {
     "bird": ((1_503_000, 1_623_000), (1_794_000, 1_861_000), (2_002_000, 2_059_000)),
@@ -72,6 +72,7 @@ class Benchmark:
     patch_size: int
     vocab_size: int
     budget: float
+    finetune_epochs: int
     lightly: Path | None
 
     def tokens(self) -> float:
@@ -144,9 +145,8 @@ class Benchmark:
             cpu_seconds([*mapet("evaluate", **options), "--protocols", "logistic", "knn"], log)
         if not (tuned / "model").exists():
             remove(tuned)
-            command = mapet(
-                "finetune", **labeled, test_images=self.test_few, from_scratch=scratch, out=tuned, **FINETUNE
-            )
+            options = labeled | FINETUNE | {"test_images": self.test_few, "epochs": self.finetune_epochs, "out": tuned}
+            command = [*mapet("finetune", **options), *["--from-scratch"] * scratch]
             cpu_seconds(command, log)
         results = RunState.read(evaluation).results["backbones"][source]
         found = {name: results[name]["metrics"][name]["value"] for name in ("logistic", "knn")}
@@ -206,6 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lightly", type=Path, help="python of an environment with lightly-train; else its methods are left out"
     )
     parser.add_argument("--budget", type=float, default=200, help="seconds of one core")
+    parser.add_argument("--finetune-epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--per-class", type=int, default=500, help="of CIFAR-10")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -214,11 +215,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     if args.photos:
         train, test = grouped(args.photos, args.out)
-        bench = Benchmark(args.out / "photos", train, test, test, 64, 8, 128, args.budget, args.lightly)
+        bench = Benchmark(
+            args.out / "photos", train, test, test, 64, 8, 128, args.budget, args.finetune_epochs, args.lightly
+        )
     else:
         data = cifar10(args.data, args.out)
         train, few = first_of_each_class(data / "train", args.per_class), first_of_each_class(data / "test", 200)
-        bench = Benchmark(args.out / "cifar", train, data / "test", few, 32, 4, 512, args.budget, args.lightly)
+        bench = Benchmark(
+            args.out / "cifar", train, data / "test", few, 32, 4, 512, args.budget, args.finetune_epochs, args.lightly
+        )
     bench.tokens()
     methods = [name for name in args.methods if args.lightly or not name.startswith("lightly-train")]
     with ThreadPoolExecutor(2) as pool:  # one core each
@@ -229,7 +234,9 @@ def run(args: argparse.Namespace) -> Result:
             *pool.map(lambda job: bench.measure(*job), jobs),
         ]  # from scratch: the first's architecture
     return Result(
-        rows, f"{args.photos or args.data or 'digits of 32 px'}, {len(train.read_text().split())} images", args.seeds
+        over_seeds(rows),
+        f"{args.photos or args.data or 'digits of 32 px'}, {len(train.read_text().split())} images",
+        args.seeds,
     )
 
 
@@ -258,7 +265,20 @@ def joined(rows: list[Row]) -> list[Row]:
     ]
 
 
-SMOKE = ["--out", "{scratch}", "--budget", "1", "--seeds", "0", "--per-class", "20", "--methods", next(iter(METHODS))]
+SMOKE = [
+    "--out",
+    "{scratch}",
+    "--budget",
+    "1",
+    "--finetune-epochs",
+    "1",
+    "--seeds",
+    "0",
+    "--per-class",
+    "20",
+    "--methods",
+    next(iter(METHODS)),
+]
 TABLES = {
     "main": Table({
         "": "{method}", "linear probe": "{logistic:.3f} ({logistic_seeds})", "k-NN": "{knn:.3f} ({knn_seeds})",

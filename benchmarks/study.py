@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the recipe's three")
     parser.add_argument("--epochs", type=int, help="of pre-training; default: the recipe's")
+    parser.add_argument("--finetune-epochs", type=int, help="default: the recipe's")
     parser.add_argument("--tokenizers", nargs="+", help="default: all of the recipe")
 
 
@@ -54,12 +55,13 @@ def run(args: argparse.Namespace) -> Result:
     recipe["seeds"] = args.seeds or recipe["seeds"]
     recipe["grid"]["tokenizer"] = args.tokenizers or recipe["grid"]["tokenizer"]
     recipe["tokenizers"] = {name: recipe["tokenizers"][name] for name in recipe["grid"]["tokenizer"]}
-    recipe["pretrain"]["epochs"] = args.epochs or recipe["pretrain"]["epochs"]
+    for section, epochs in (("pretrain", args.epochs), ("finetune", args.finetune_epochs)):
+        recipe[section]["epochs"] = epochs or recipe[section]["epochs"]
     train = first_of_each_class(data / "train", args.per_class)
     ood = ood_test_sets(data, args.out)
     report = mapet.study(images=train, test_images=data / "test", ood_images=ood, out=args.out / "study", **recipe)
     with (report / "report.csv").open(newline="", encoding="utf-8-sig") as file:
-        runs = [run for run in csv.DictReader(file) if run["status"] == "done"]
+        runs = [run for run in csv.DictReader(file) if run["status"] == "finished"]
     if args.recipe == "tokenizers":
         images = first_of_each_class(data / "train", 1000)
         rows = forecasts(
@@ -152,7 +154,7 @@ def with_signs(rows: list[Row]) -> list[Row]:
 
 
 SMOKE = ["--out", "{scratch}", "--recipe", "tokenizers", "--tokenizers", "pixels-2", "pixels-16", "--per-class", "20", "--epochs", "1",
-         "--seeds", "0"]  # fmt: skip
+         "--finetune-epochs", "1", "--seeds", "0"]  # fmt: skip
 TABLES = {
     "epochs": side_by_side("equal epochs"),
     "compute": side_by_side("equal compute"),
