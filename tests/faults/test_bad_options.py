@@ -366,7 +366,7 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
         "0",
     ]
     assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
-    assert main([*map(str, tokenize), "--teacher", "test_bad_options:good_encoder"]) == 0
+    assert main([*map(str, tokenize), "--trust-teacher", "test_bad_options:good_encoder"]) == 0
 
 
 def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monkeypatch):

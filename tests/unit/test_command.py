@@ -9,6 +9,7 @@ from mapet.cli import _parser
 from mapet.commands import COMMANDS
 from mapet.commands.command import command
 from mapet.config.base import Config, fields
+from mapet.errors import MapetError
 
 HIDDEN = ("debug-step",)
 MAX_OPTIONS = 300
@@ -64,3 +65,11 @@ def test_help_is_short_first_and_options_are_few():
         assert "\nOther:" not in every
         total += 0 if name in HIDDEN else len(own)
     assert total <= MAX_OPTIONS
+
+
+def test_a_page_is_served_by_one_process_only(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TQDM_DISABLE": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MapetError, match="one process") as error:
+        mapet.report(run=tmp_path, serve=True)
+    assert (error.value.field, error.value.value) == ("serve", True)

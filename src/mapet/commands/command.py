@@ -94,6 +94,10 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config) -> R | None:
     distributed = sys.modules.get("mapet.distributed")  # not imported: nothing is distributed yet
     in_group = distributed is not None and distributed.is_initialized()
     result = None
+    if getattr(config, "serve", False):
+        raise MapetError(
+            f"{option('serve', True)} runs in one process: start it without torchrun", field="serve", value=True
+        )
     if int(os.environ["RANK"]) == 0:
         hidden = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
         try:
