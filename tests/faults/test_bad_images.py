@@ -194,7 +194,7 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
     for name in ("a.png", "b.png", "c.png"):
         (crops / name).write_bytes(b"broken")
     tokenizer = _fit(crops, tmp_path / "tokenizer")
-    with pytest.raises(MapetError, match=r"2 of 15 images unreadable so far.*'a.png': not an image.*--max-unreadable"):
+    with pytest.raises(MapetError, match=r"2 of 15 images unreadable so far.*'a.png': not an image.*max_unreadable"):
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_unreadable=0.3)
     images = scan(crops)

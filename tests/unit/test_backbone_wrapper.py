@@ -197,7 +197,7 @@ def test_families_of_timm(name):
 
 def test_a_class_token_that_timm_does_not_give():
     encoder = BackboneWrapper.load("random:xcit_nano_12_p8_224", CPU)
-    with pytest.raises(MapetError, match="--pool avg"):
+    with pytest.raises(MapetError, match="pool avg"):
         encoder.pooled_features(some_images(encoder.image_size)[:1], [1], "token")
 
 

@@ -319,7 +319,7 @@ def test_a_million_paths_stay_compact():
     """One block of bytes: about 40 bytes a path, not a Python string each."""
     ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
     images = ImageList(ImageFiles(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids)))
-    size = len(images._names.block) + images._names.ends.nbytes + images.file_sizes.nbytes
+    size = len(images.ids.block) + images.ids.ends.nbytes + images.file_sizes.nbytes
     assert size / len(ids) < 45
     assert images[99_999] == scan_root / "folder999/image_0099999.jpg"
 

@@ -29,7 +29,7 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed
-from mapet.training import loop
+from mapet.training import trainer
 from tests.conftest import PRETRAIN, all_rows, save_crops
 
 
@@ -165,7 +165,7 @@ def test_tokens_and_resumed_weights_are_those_of_the_folder(digits, tmp_path, mo
     options = PRETRAIN | {"batch_size": 50, "epochs": 1, "tokenizer": tmp_path / "t"}
     mapet.pretrain(images=sources["files"], tokens=tmp_path / "files_tokens", out=tmp_path / "whole", **options)
     parts = options | {"images": sources["shards"], "tokens": tmp_path / "shards_tokens", "out": tmp_path / "parts"}
-    seed = loop.step_seed
+    seed = trainer.step_seed
 
     def stop_after_one(value, number):
         if number == 0:
@@ -173,7 +173,7 @@ def test_tokens_and_resumed_weights_are_those_of_the_folder(digits, tmp_path, mo
         return seed(value, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step_seed", stop_after_one)
+        patch.setattr(trainer, "step_seed", stop_after_one)
         with pytest.raises(Interrupted, match="step 1 of 2"):
             mapet.pretrain(**parts)
     mapet.pretrain(**parts, resume=True)

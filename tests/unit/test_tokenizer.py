@@ -142,7 +142,7 @@ def test_features_too_uneven_for_float16():
 
 
 def test_more_words_than_patches():
-    with pytest.raises(MapetError, match=r"V = 500 .* but there are 400.*--vocab-size"):
+    with pytest.raises(MapetError, match=r"V = 500 .* but there are 400.*vocab_size"):
         kmeans(blobs(), 500)
 
 
@@ -395,7 +395,7 @@ def test_a_folder_s_vit_at_another_size(saved_vit):
 
 def test_views_that_timm_refuses(monkeypatch, saved_vit):
     teacher = make_teacher(saved_vit[0], (32, 32), 8)
-    with pytest.raises(MapetError, match=r"takes no views of 40 x 40 px: .*--teacher-image-size"):
+    with pytest.raises(MapetError, match=r"takes no views of 40 x 40 px: .*teacher_image_size"):
         teacher.encoder(torch.zeros(1, 3, 40, 40))
 
 

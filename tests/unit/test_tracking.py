@@ -148,7 +148,10 @@ def test_what_is_not_installed_is_said_before_anything(stage, tmp_path, monkeypa
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
     option = ["--pretrain.track"] if stage == "run" else ["--tokenizer", "none", "--track"]
     assert main([stage, "--images", "none", "--out", str(tmp_path / "out"), *option, "wandb"]) == 2
-    assert "--track wandb needs the library wandb: pip install '.[track]' in mapet's folder" in capsys.readouterr().err
+    assert (
+        f"{option[-1]} wandb needs the library wandb: pip install '.[track]' in mapet's folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_of_that_name_is_no_library(tmp_path, monkeypatch):

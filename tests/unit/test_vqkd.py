@@ -217,7 +217,7 @@ class Harmful:
 def test_damaged_and_harmful_files(tmp_path, capsys):
     with pytest.raises(MapetError, match="No such file"):
         vqkd_encoder(tmp_path / "none.pth")
-    with pytest.raises(MapetError, match="--teacher-checkpoint"):
+    with pytest.raises(MapetError, match="teacher_checkpoint"):
         vqkd_encoder(None)
     torch.save({"model": checkpoint()}, tmp_path / "whole.pth")
     save_file(checkpoint(), tmp_path / "whole.safetensors")
@@ -331,7 +331,7 @@ def test_the_codebook_starts_with_k_means():
     found = kmeans(features, 4, max_iter=10, seed=3)
     assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
     assert torch.equal(model.usage, found.counts / 200)
-    with pytest.raises(MapetError, match="lower --vocab-size"):
+    with pytest.raises(MapetError, match="lower vocab_size"):
         model.init_codebook_kmeans(features[:3])
 
 

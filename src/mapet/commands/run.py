@@ -54,7 +54,10 @@ def run(config: RunConfig) -> Path:
     """
     from mapet import distributed
     from mapet.reports.page import NAME, write_run_report
+    from mapet.training.tracking import require
 
+    with spell_in_section("pretrain", RunConfig.model_fields):
+        require(config.pretrain.track)  # before hours of tokenizing
     stages = _plan(config)
     if distributed.rank() == 0:
         _check_later_stages(config, stages)
@@ -144,11 +147,9 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
     from mapet.data.sources import scan
     from mapet.evaluation.features import labelled, train_and_test
     from mapet.training.build import check_model_config
-    from mapet.training.tracking import require
 
     fitting, _, pretraining, evaluation, _ = stages
     assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
-    require(config.pretrain.track)
     if not pretraining.begun:
         with spell_in_section("pretrain", RunConfig.model_fields):
             check_model_config(pretraining.config, fitting.config)
