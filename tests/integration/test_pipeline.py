@@ -196,7 +196,7 @@ def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
     original = TokenStore.write
 
     def stop_at_six(self, part, ids, bad):
-        if part.done == 6:
+        if part.num_done == 6:
             raise KeyboardInterrupt
         original(self, part, ids, bad)
 
@@ -279,14 +279,14 @@ def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "channels", "args", "context"),
+    ("size", "patch", "channels", "args", "ratio", "num_context"),
     [
-        ((24, 40), 8, 3, {"reg_tokens": 2}, 0),
-        ((30, 20), 5, 1, {"class_token": False}, 23),
-        ((32, 32), 8, 6, {"no_embed_class": True}, None),
+        ((24, 40), 8, 3, {"reg_tokens": 2}, {"mask_ratio": 1.0}, 0),
+        ((30, 20), 5, 1, {"class_token": False}, {"mask_ratio": 1 / 24}, 23),
+        ((32, 32), 8, 6, {"no_embed_class": True}, {}, 4),
     ],
 )
-def test_any_size_channels_and_tokens(size, patch, channels, args, context, crops, photos, tmp_path):
+def test_any_size_channels_and_tokens(size, patch, channels, args, ratio, num_context, crops, photos, tmp_path):
     if channels == 6:  # bands that no picture format holds
         for path in crops.glob("*.png"):
             path.unlink()
@@ -299,9 +299,10 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, context, crop
     )
     mapet.tokenize(out=tmp_path / "s", tokenizer=tmp_path / "t", views="random-crop", **common)
     mapet.pretrain(
-        tokenizer=tmp_path / "t", tokens=tmp_path / "s", out=tmp_path / "r", epochs=2, batch_size=4, num_context=context,
-        model_args={"embed_dim": 16, "depth": 1, "num_heads": 2} | args, **common,
+        tokenizer=tmp_path / "t", tokens=tmp_path / "s", out=tmp_path / "r", epochs=2, batch_size=4,
+        model_args={"embed_dim": 16, "depth": 1, "num_heads": 2} | args, **ratio, **common,
     )  # fmt: skip
+    assert load_run(tmp_path / "r").model.num_context == num_context
     vit = mapet.load_backbone(tmp_path / "r").eval()
     trained = weights(tmp_path / "r")
     assert torch.equal(vit.blocks[0].attn.qkv.weight, trained["vit.blocks.0.attn.qkv.weight"])
@@ -432,7 +433,7 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
     assert load_run(tmp_path / "run").config.images == str(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     Path("images").rename("photos")
-    with pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a"):
+    with spell_as_flags(), pytest.raises(mapet.MapetError, match=r"if it was moved, give --out a$"):
         run_command("run", ["a/config.yaml", "--resume"])
     shutil.rmtree("a/pretrain/backbone")  # as if it had been stopped just before
     run_command("run", ["a/config.yaml", "--resume", "--out", "a", "--images", "photos"])
@@ -542,7 +543,9 @@ def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_
         with pytest.raises(Interrupted):
             mapet.pretrain(**options)
     first = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (first["batch_size"], first["num_context"], first["image_size"]) == (16, 4, [8, 8])
+    assert (first["batch_size"], first["mask_ratio"]) == (16, [0.75, 0.75])
+    model = load_run(tmp_path / "run").model
+    assert (model.num_context, model.vit.patch_embed.img_size) == (4, (8, 8))
     monkeypatch.setattr("mapet.training.tasks.pretraining.auto_batch_size", lambda *_: 3)
     mapet.pretrain(**options, resume=True)
     steps = -(-288 // 16) * 2
