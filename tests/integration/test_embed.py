@@ -127,12 +127,12 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
 def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
     mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", **COMMON)
     options = {"backbone": vit_folder, "images": crops, "out": tmp_path / "out"} | COMMON
-    with pytest.raises(MapetError, match=r"not empty: nothing is overwritten.*--resume"):
+    with pytest.raises(MapetError, match=r"not empty: nothing is overwritten.*resume=True"):
         mapet.embed(**options)
-    with pytest.raises(MapetError, match=r"begun with other options .*pool: avg -> token"):
+    with pytest.raises(MapetError, match=r"begun with other images or options .*pool: avg -> token"):
         mapet.embed(**(options | {"pool": "token", "resume": True}))
     save_vit(tmp_path / "other", depth=1)
-    with pytest.raises(MapetError, match=r"begun with other options .*backbone: "):
+    with pytest.raises(MapetError, match=r"begun with other images or options .*backbone: "):
         mapet.embed(**(options | {"backbone": tmp_path / "other", "resume": True}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MapetError, match=r"needs pyarrow: pip install '.\[export\]'"):

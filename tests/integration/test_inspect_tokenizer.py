@@ -58,7 +58,7 @@ def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir,
         mapet.inspect_tokenizer(
             tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20, workers=0
         )
-    assert "too few to compare tokens with classes; --sample 50 would do" in caplog.text
+    assert "too few to compare tokens with classes; sample=50 would do" in caplog.text
 
 
 def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):

@@ -110,7 +110,7 @@ def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
     html = (tmp_path / "r.html").read_text()
     assert len(data_of(html)["runs"]) == 2 and "None but names of folders." in html
     assert main(["report", str(run), "--run", str(run), "--out", str(tmp_path / "s.html")]) == 2
-    assert "say the same in two ways" in capsys.readouterr().err
+    assert f"'{run}' and --run are mutually exclusive" in capsys.readouterr().err
     (tmp_path / "report.yaml").write_text(
         json.dumps({"run": [str(run)], "out": str(tmp_path / "t.html"), "figures": False})
     )

@@ -98,7 +98,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
     common = {"images": few_digits, "workers": 0}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
-    with pytest.raises(MapetError, match="brings its own 16 words: leave out --vocab-size and --kmeans-n-init"):
+    with pytest.raises(MapetError, match="brings its own 16 words: leave out vocab_size and kmeans_n_init"):
         mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, kmeans_n_init=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
     assert fitted.vocab_size == 16 and fitted.description["codebook_stats"]["num_patches"] == 16 * len(scan(few_digits))
@@ -142,10 +142,10 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
     [
         ({"image_size": (8, 16)}, "8 x 16: a VQ-KD tokenizer takes squares"),
         ({"image_size": 9}, "squares that the patch size 2 divides"),
-        ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "--model-args num_heads=1"),
+        ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "give model_args num_heads=1 for embed_dim=64"),
         ({"model": "resnet18"}, "timm makes no VisionTransformer of 'resnet18'"),
         ({"teacher_final_norm": True}, "teacher 'pixels' does not use teacher_final_norm"),
-        ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower --vocab-size"),
+        ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower vocab_size"),
     ],
 )
 def test_bad_options(options, message, few_digits, tmp_path):

@@ -97,8 +97,8 @@ def _labels(
     present = len(np.unique(data.labels))
     if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
         log.info(
-            f"%d images of %d classes: too few to compare tokens with classes; {option('sample')} %d would do",
-            len(sample), present, IMAGES_PER_CLASS * len(classes),
+            "%d images of %d classes: too few to compare tokens with classes; %s would do",
+            len(sample), present, option("sample", IMAGES_PER_CLASS * len(classes)),
         )  # fmt: skip
         return None, None
     held_out = split(data)[1].images

@@ -18,7 +18,7 @@ from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.tokenizers.codebook import CodebookStats
@@ -199,9 +199,8 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
                 write_tensors(temporary / "vqkd.safetensors", module.weights())
                 write_json(temporary / DESCRIPTION, self._metadata(reconstruction, stats))
         file = folder / "vqkd.safetensors"
-        log.info(
-            f"saved %s: mapet fit-tokenizer {option('teacher')} vqkd {option('teacher_checkpoint')} %s", folder, file
-        )
+        use = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
+        log.info("saved %s: %s", folder, use)
         return file
 
     def _metadata(self, reconstruction: float, stats: CodebookStats) -> dict[str, Any]:
