@@ -82,7 +82,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def make_recipe(folder: Path) -> None:
-    text = "images: photos\nout: run\ntokenizer: t\nmodel_args: {embed_dim: 32}\nepochs: 3\nlr: 0.001\nimage_size: [32, 48]\n"
+    text = "images: photos\nout: run\ntokenizer: t\nmodel_args: {embed_dim: 32}\nepochs: 3\nlr: 0.001\nmask_ratio: [0.4, 0.8]\n"
     (folder / "recipe.yaml").write_text(text)
 
 

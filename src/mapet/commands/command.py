@@ -168,8 +168,8 @@ def _translate_dead_workers() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise MapetError(
-            f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try "
-            f"fewer --workers. What was saved is whole: go on with {option('resume', True)}"
+            f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try fewer "
+            f"{option('workers')}. The last checkpoint is intact: resume with {option('resume', True)}"
         ) from None
 
 
