@@ -205,10 +205,13 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
 # ---- several processes
 
 
-@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_learn_what_one_does(shard, options, tmp_path):
+@pytest.mark.parametrize(
+    ("shard", "objective"),
+    [(False, "mapet"), *(pytest.param(True, name, marks=pytest.mark.slow) for name in ("mapet", "cae"))],
+)
+def test_two_processes_learn_what_one_does(shard, objective, options, tmp_path):
     """At the same global batch the losses are equal but for rounding, stochastic depth included, sharded or not."""
-    options |= {"drop_path": 0.3, "log_interval": 1}
+    options |= {"drop_path": 0.3, "log_interval": 1, "objective": objective}
     mapet.pretrain(**options)
     argv = words(options | {"out": tmp_path / "two", "micro_batch_size": 20})
     run([*argv, *(["--fsdp"] if shard else [])], processes=2)

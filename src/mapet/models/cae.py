@@ -11,7 +11,14 @@ from mapet.errors import MapetError, option
 from mapet.models.losses import TargetKind, at_least_float32
 from mapet.models.objectives import CAE
 from mapet.models.packing import QueryBlock, gather_patches, two_stream_attention
-from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining, drop_path_scales, residual_update
+from mapet.models.pretraining import (
+    DropPathScale,
+    PreTrainingOutput,
+    ViTForPreTraining,
+    drop_path_scales,
+    residual_update,
+    run_block,
+)
 
 REGRESSOR_DEPTH = 4
 """Blocks of the regressor, and of the decoder (the paper's for ViT-B)."""
@@ -66,13 +73,8 @@ class ContextAutoencoder(ViTForPreTraining):
             target_latents = self.encode_patches(batch, hidden)[:, self.vit.num_prefix_tokens :]
         positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(hidden), -1, -1)
         rows = self.mask_token + gather_patches(positions, hidden)
-        bias = rows.new_empty(0)  # all attend to all
         for block in self.regressor:
-            assert isinstance(block, Block)
-            q = block.norm1(rows)
-            kv = torch.cat([block.norm1(visible), q], dim=1)
-            unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
-            rows = residual_update(block, rows, two_stream_attention(block.attn, kv, q, bias, unmasked))
+            rows = run_block(regress, block, rows, visible)
         alignment = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
         return self.decoder_norm(self.decoder(rows)), alignment
 
@@ -84,8 +86,21 @@ class ContextAutoencoder(ViTForPreTraining):
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
         rows = vit.norm_pre(torch.cat([prefix, gather_patches(patches, indices)], dim=1))
         for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
-            rows = residual_update(block, rows, block.attn(block.norm1(rows)), scale)
+            rows = run_block(encode, block, rows, scale)
         return vit.norm(rows)
+
+
+def encode(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
+    """Run a timm Block with the given draws of stochastic depth."""
+    return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
+
+
+def regress(block: Block, rows: Float[Tensor, "B p D"], visible: Float[Tensor, "B T D"]) -> Float[Tensor, "B p D"]:
+    """Run a timm Block in which the mask queries attend to the encoder's latents and to each other."""
+    q = block.norm1(rows)
+    kv = torch.cat([block.norm1(visible), q], dim=1)
+    unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
+    return residual_update(block, rows, two_stream_attention(block.attn, kv, q, rows.new_empty(0), unmasked))
 
 
 def _make_blocks(vit: VisionTransformer) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """A timm VisionTransformer that learns an objective: pack the segments, run its blocks under the attention mask, predict."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,9 +184,15 @@ class ViTForPreTraining(nn.Module):
         (*blocks, last), (*scales, last_scale) = self.vit.blocks, drop_path_scales(self.vit, batch.drop_path_rand, rows)
         query_blocks = truncate_blocks(layout.blocks, len(bias))
         for block, scale in zip(blocks, scales, strict=True):
-            rows = self._block(block, rows, num_kv, bias, query_blocks, scale)
+            rows = run_block(self._block, block, rows, num_kv, bias, query_blocks, scale)
         query_blocks = truncate_blocks(layout.output_blocks, len(output_bias))
-        return self.vit.norm(self._last_block(last, rows, num_kv, query_rows, output_bias, query_blocks, last_scale))
+        rows = run_block(self._last_block, last, rows, num_kv, query_rows, output_bias, query_blocks, last_scale)
+        return self.vit.norm(rows)
+
+
+def run_block(function: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
+    """Call `function(block, ...)`; FSDP2, which gathers a block's weights for its methods only, gives blocks a method `run`."""
+    return block.run(function, *args) if hasattr(block, "run") else function(block, *args)  # type: ignore[operator]
 
 
 def block_forward(

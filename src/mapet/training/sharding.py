@@ -1,11 +1,14 @@
 """One model shared out over several processes (FSDP2), where it outgrows a device; and put together again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mapet import distributed
@@ -14,10 +17,10 @@ from mapet.errors import MapetError, option
 
 
 def apply_fsdp(model: nn.Module, compute: Compute) -> None:
-    """Let each process hold its part of weights, gradients and optimiser, in place.
+    """Let each process hold its part of weights, gradients and optimizer, in place.
 
-    Each device has all weights only in the precision of products, from the forward to the end of the backward pass.
-    Gradients are summed in float32.
+    Each transformer block is a group of its own: its weights are gathered, in the precision of products, while the block before
+    computes, and its gradients are summed, in float32, while the backward pass goes on.
 
     Raises:
         MapetError: there is one process.
@@ -29,9 +32,17 @@ def apply_fsdp(model: nn.Module, compute: Compute) -> None:
     mesh = init_device_mesh(compute.device.type, (distributed.world_size(),))
     low = None if compute.dtype == torch.float32 else compute.dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    sharded = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    sharded.set_gradient_divide_factor(1.0)  # a step's shares add up to 1
-    sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+    for part in (*(part for part in model.modules() if isinstance(part, Block)), model):
+        sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)  # a step's shares add up to 1
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        if part is not model:
+            part.run = MethodType(_run, part)  # what `run_block` calls
+            register_fsdp_forward_method(part, "run")
+
+
+def _run(block: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(block, *args)
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
