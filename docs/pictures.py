@@ -20,9 +20,7 @@ from torch import Tensor
 import mapet
 from mapet.models.objectives import MAPET, MIM, PIM, Objective
 from mapet.models.packing import attention_mask, segment_lengths
-from mapet.reports.plots.base import HIDDEN, patchify, unpatchify
-from mapet.reports.plots.model import plot_attention_mask
-from mapet.reports.plots.tokens import plot_token_maps
+from mapet.reports.plots import HIDDEN, patchify, plot_attention_mask, plot_token_maps, unpatchify
 from mapet.tokenizers.codebook import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4

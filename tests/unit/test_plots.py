@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mapet.reports.plots.model import plot_predictions
+from mapet.reports.plots import plot_predictions
 
 
 def test_small_probabilities_are_told_apart():

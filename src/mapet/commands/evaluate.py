@@ -180,8 +180,7 @@ def fit_few_shot(config: EvaluateConfig, data: "EvalData", protocols: list[str])
 def draw_neighbors(result: "ProtocolResult", context: "EvalContext", path: Path) -> None:
     """Draw the neighbors that a protocol found, if it did."""
     from mapet.evaluation.retrieval import neighbor_rows
-    from mapet.reports.plots.base import save_figure
-    from mapet.reports.plots.evaluation import plot_neighbours
+    from mapet.reports.plots import plot_neighbours, save_figure
 
     if "nearest" in result.details:
         data, details = context.data, result.details

@@ -54,8 +54,7 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
         log.warning(f"that is not clearly better than guessing: try a higher {option('lr')} or more {option('epochs')}")
     if config.out:
         from mapet.reports.card import origin_of_tuned
-        from mapet.reports.plots.base import save_figure
-        from mapet.reports.plots.evaluation import plot_learning_curve
+        from mapet.reports.plots import plot_learning_curve, save_figure
 
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(plot_learning_curve(rows), config.out / "curve.png")

@@ -111,12 +111,11 @@ def _plot(words: "Words", tokenizer: "Tokenizer", num_images: int) -> "dict[str,
     import torch
 
     from mapet.evaluation.tokens import nearest_codes
-    from mapet.reports.plots import tokens as plots
-    from mapet.reports.plots.base import patchify
+    from mapet.reports import plots
 
     vocab_size, tokens = tokenizer.vocab_size, words.ids.flatten(1)
     shown, pictured = slice(0, num_images), tokens[: len(words.images)].flatten()
-    patches = patchify(words.images, tokenizer.grid).flatten(0, 1)
+    patches = plots.patchify(words.images, tokenizer.grid).flatten(0, 1)
     figures = {
         "code_usage": plots.plot_code_usage(torch.bincount(tokens.flatten(), minlength=vocab_size)),
         "token_maps": plots.plot_token_maps(words.images[shown], tokens[shown], tokenizer.grid, vocab_size),
@@ -142,7 +141,7 @@ def _write(
     from mapet.evaluation.tokens import warnings
     from mapet.files import atomic
     from mapet.reports import tokenizer_report
-    from mapet.reports.plots.base import save_figure
+    from mapet.reports.plots import save_figure
     from mapet.reports.run import TOKENIZER_METRICS
 
     for name, value, _ in tokenizer_report.rows(measures):

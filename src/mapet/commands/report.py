@@ -79,9 +79,8 @@ def _inspect(config: ReportConfig, folder: Path) -> "tuple[list[ReportImage], di
     from mapet.data.sources import scan
     from mapet.device import Compute
     from mapet.evaluation.look import look_at
+    from mapet.reports.figures import plot_run, step_through
     from mapet.reports.images import CAPTIONS, ReportImage
-    from mapet.reports.plots.run import plot_run
-    from mapet.reports.step_through import step_through
     from mapet.training.build import load_run
 
     compute = Compute.choose(config.device, "float32")

@@ -14,7 +14,7 @@ from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
 from mapet.reports.blocks import Block, Bold, Bullets, Code, Curves, Heading, Paragraph, Table, to_markdown
 from mapet.reports.html import line_style, render_study
-from mapet.reports.plots.study import Line, plot_seeds
+from mapet.reports.plots import plot_seeds
 from mapet.studies.statistics import (
     Difference,
     Study,
@@ -140,7 +140,7 @@ def _differences(differences: list[Difference]) -> Table:
 def _curves(study: Study, budget: str, measure: str, axis: str) -> Curves:
     """Draw a panel for each setting that has a curve; all have the same heights."""
     label, unit = AXES[axis]
-    found: dict[str, list[tuple[int, Line]]] = {}
+    found: dict[str, list[tuple[int, list[tuple[float, float]]]]] = {}
     for setting, (i, value) in product(study.settings, enumerate(study.values)):
         for trial in study.select(budget, setting, value):
             line = sorted((point[axis] / unit, point[measure]) for point in trial.curve if _known(point, axis, measure))

@@ -1,1 +1,0 @@
-"""Figures by matplotlib, without pyplot: tensors in, a `Figure` out."""
