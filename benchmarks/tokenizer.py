@@ -30,9 +30,8 @@ from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.tokenizers.extract import FeatureExtractor
-from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore
 from mapet.tokenizers.kmeans import assign, kmeans, kmeans_plusplus_init, random_init
-from mapet.tokenizers.points import DistributedPoints
 from mapet.tokenizers.teacher import Teacher, make_teacher
 
 PROXY = "benchmarks.proxy_teacher:efficientnet_lite0"

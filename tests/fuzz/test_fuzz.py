@@ -31,7 +31,7 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
 from mapet.tokenizers.codebook import load_tokenizer
-from mapet.tokenizers.kmeans_state import KMeansConfig, KMeansState, load_state, save_state
+from mapet.tokenizers.kmeans import KMeansConfig, KMeansState, load_state, save_state
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from mapet.training.optim import create_optimizer
 from mapet.weights import read_weights
@@ -141,15 +141,16 @@ def read_named(folder: Path, _: Any) -> list[str]:
 CALL = KMeansConfig(4, 20, 1, 0, "float32", "random", None, "l2", 1)
 
 
+def some_state() -> KMeansState:
+    return KMeansState(3, 0.5, 0.4, torch.rand(4, 6), torch.rand(4, 6), torch.arange(4), torch.arange(4))
+
+
 def make_state(folder: Path) -> None:
-    state = KMeansState(3, 0.5, 0.4, torch.rand(4, 6), torch.rand(4, 6), torch.arange(4), torch.arange(4))
-    save_state(folder / "k.safetensors", CALL, state)
+    save_state(folder / "k.safetensors", CALL, some_state())
 
 
 def read_state(folder: Path, _: Any) -> list[str]:
-    return [
-        str(load_state(folder / "k.safetensors", CALL, KMeansState.initial(4, 6, torch.device("cpu"))).centroids.shape)
-    ]
+    return [str(load_state(folder / "k.safetensors", CALL, some_state()).centroids.shape)]
 
 
 @pytest.fixture(scope="module")

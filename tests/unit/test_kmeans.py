@@ -14,9 +14,8 @@ from torch import distributed, multiprocessing
 import mapet
 from mapet.errors import Interrupted, MapetError
 from mapet.files import write_tensors
-from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, stratified_sample
 from mapet.tokenizers.kmeans import DEAD_AFTER, assign, kmeans, kmeans_plusplus_init, random_init
-from mapet.tokenizers.points import DistributedPoints, stratified_sample
 
 MODES = [
     {"init": start, "batch_size": batch, "metric": metric}
@@ -294,12 +293,12 @@ def test_checkpoints_of_other_calls_are_refused(tmp_path):
         {"seed": 1}, {"max_iter": 5}, {"n_init": 2}, {"metric": "cosine"}, {"init": "k-means++"}, {"batch_size": 100},
     ):  # fmt: skip
         name, value = next(iter(setting.items()))
-        with pytest.raises(MapetError, match=rf"begun with .*{name} = .* \(now {re.escape(str(value))}\)"):
+        with pytest.raises(MapetError, match=rf"begun with .*{name}: .* -> {re.escape(str(value))}"):
             kmeans(points, 40, **{"max_iter": 4} | setting, checkpoint=checkpoint)
-    with pytest.raises(MapetError, match=r"vocab_size = 40 \(now 41\)"):
+    with pytest.raises(MapetError, match="vocab_size: 40 -> 41"):
         kmeans(points, 41, 4, checkpoint=checkpoint)
     for other in (points.flip(0), points * 1.001, points[:-1]):
-        with pytest.raises(MapetError, match="begun with other features"):
+        with pytest.raises(MapetError, match=r"begun with .*points: \w+\.\.\. -> \w+\.\.\.\): use the same"):
             kmeans(other, 40, 4, checkpoint=checkpoint)
     assert checkpoint.read_bytes() == content
     for damaged in (content[:-100], b"", b"{}" * 50):
@@ -320,15 +319,15 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
     }  # fmt: skip
     whole = mapet.fit_tokenizer(out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        plain, stop = module._mini_batch, Stop(4)
-        patch.setattr(module, "_mini_batch", lambda *given: (plain(*given), stop(None))[0])
+        plain, stop = module._next_round, Stop(4)
+        patch.setattr(module, "_next_round", lambda *given: (plain(*given), stop(None))[0])
         with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
             mapet.fit_tokenizer(out=tmp_path / "t", **options)
     checkpoint = tmp_path / "t.kmeans.safetensors"
     assert checkpoint.exists() and not (tmp_path / "t").exists()
     with pytest.raises(MapetError, match="holds an interrupted fit: go on with resume=True"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options)
-    with pytest.raises(MapetError, match=r"seed = 0 \(now 1\)"):
+    with pytest.raises(MapetError, match="seed: 0 -> 1"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options, seed=1, resume=True)
     again = mapet.fit_tokenizer(out=tmp_path / "t", **options, resume=True)
     assert again.hash == whole.hash and not checkpoint.exists()

@@ -1,5 +1,6 @@
-"""Patch features to cluster: float16 rows in memory or, beyond a limit, in a scratch file that is streamed."""
+"""Patch features to cluster: float16 rows in memory or, beyond a limit, in a scratch file; and those of all processes."""
 
+import functools
 import logging
 import math
 import shutil
@@ -7,18 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from mapet import distributed
 from mapet.errors import MapetError, option
 from mapet.files import reserve
 
 log = logging.getLogger("mapet")
 HEADROOM = 64
 """How much larger than the first rows' largest value a later value may be."""
+Metric = Literal["l2", "cosine"]
 
 
 class FeatureStore:
@@ -50,9 +55,7 @@ class FeatureStore:
     def __enter__(self) -> "FeatureStore":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rows = None
         if self._file is not None:
             self._file.close()
@@ -79,14 +82,13 @@ class FeatureStore:
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
                 f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalise the encoder's output"
             )
-        half = scaled.half()
         if self._rows is not None:
-            self._rows[self.count : self.count + len(half)] = half
+            self._rows[self.count : self.count + len(scaled)] = scaled
         else:
             assert self._file is not None
-            self._file.seek(self.count * half.shape[1] * 2)
-            half.cpu().numpy().tofile(self._file)
-        self.count += len(half)
+            self._file.seek(self.count * self.num_features * 2)
+            scaled.half().cpu().numpy().tofile(self._file)
+        self.count += len(scaled)
 
     def _open(self, first: Tensor) -> None:
         """Decide scale and place by the first rows."""
@@ -110,8 +112,7 @@ class FeatureStore:
             raise MapetError(
                 f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} {self.memory / 1e9:.3g} "
                 f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with {option('scratch_dir')}, "
-                f"more {option('memory_gb')}, or "
-                f"fewer {option('patches_per_code')}"
+                f"more {option('memory_gb')}, or fewer {option('patches_per_code')}"
             )
         reserve(self._file, size, self.scratch)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
@@ -154,3 +155,85 @@ class FeatureStore:
                 f"the scratch file in {self.scratch} ends too early: is that disk in order? See {option('scratch_dir')}"
             )
         return into
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Points in a block: on a CPU their table of bfloat16 distances to 8192 centroids takes 32 MB; a GPU has more to do than to start."""
+    return 2048 if device.type == "cpu" else 16384
+
+
+class DistributedPoints:
+    """A shard of features in each process, numbered through from the first process to the last.
+
+    Under the metric 'cosine' points are of unit length: there |x - c|^2 = 2 - 2 cos(x, c), so that the nearest centroid is
+    the same by L2 and by cosine, and only where centroids may lie tells the two apart (`project`). A point that is zero
+    stays zero, as near to one centroid as to another.
+
+    Attributes:
+        store: this process's features.
+        first: number of this process's first point.
+    """
+
+    def __init__(self, store: FeatureStore, metric: Metric = "l2") -> None:
+        self.store, self.metric, self.device = store, metric, store.device
+        sizes = distributed.all_gather(torch.tensor(len(store))).tolist()
+        self.first, self._total = sum(sizes[: distributed.rank()]), sum(sizes)
+
+    def __len__(self) -> int:
+        """Of all processes."""
+        return self._total
+
+    @functools.cached_property
+    def moments(self) -> tuple[Float[Tensor, " F"], float]:
+        """The mean of the points and their mean squared distance to it."""
+        shift = self.take(torch.tensor([0]))[0]  # near the mean, against cancellation
+        first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for _, block in self.blocks():
+            block -= shift
+            first += block.sum(0).cpu()
+            second += float(torch.linalg.vector_norm(block, dim=1).square().sum())
+        mean = distributed.all_reduce(first) / len(self)
+        variance = distributed.broadcast(distributed.all_reduce(second) / len(self) - mean.square().sum())
+        return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
+
+    def blocks(self, numbers: Int[Tensor, " m"] | None = None) -> Iterator[tuple[int, Float[Tensor, "r F"]]]:
+        """This process's points: (how many came before, the next `rows_at_once`), in order; each block may overwrite the last.
+
+        Args:
+            numbers: of the points to visit, ascending; None: all.
+        """
+        rows = rows_at_once(self.device)
+        if numbers is None:
+            blocks = self.store.blocks(rows)
+        else:
+            own = self.local(numbers)
+            blocks = ((start, self.store.take(own[start : start + rows])) for start in range(0, len(own), rows))
+        for start, block in blocks:
+            yield start, self.project(block)
+
+    def take(self, numbers: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
+        """The points with these numbers, whoever holds them, in every process."""
+        rows = torch.zeros(len(numbers), self.store.num_features, device=self.device)
+        rows[self._here(numbers).to(self.device)] = self.store.take(self.local(numbers))
+        return self.project(distributed.all_reduce(rows))
+
+    def local(self, numbers: Int[Tensor, " m"]) -> Int[Tensor, " o"]:
+        """Rows in this process's store of those of `numbers` that it holds."""
+        return numbers[self._here(numbers)] - self.first
+
+    def _here(self, numbers: Tensor) -> Tensor:
+        return (numbers >= self.first) & (numbers < self.first + len(self.store))
+
+    def project(self, vectors: Float[Tensor, "m F"]) -> Float[Tensor, "m F"]:
+        """Points as they are clustered, or centroids where the metric lets them be; may overwrite `vectors`."""
+        return vectors if self.metric == "l2" else normalize(vectors, dim=1, out=vectors)
+
+
+def stratified_sample(num_points: int, size: int, random: np.random.Generator) -> Int[Tensor, " size"]:
+    """Numbers of `size` different points, ascending: one at random from each of as many equal stretches.
+
+    Patches of an image are neighbours, and much alike: so few come from one image. All points if `size` is larger.
+    """
+    size = min(size, num_points)
+    ends = np.arange(size + 1) * num_points // size
+    return torch.from_numpy(ends[:-1] + (random.random(size) * np.diff(ends)).astype(np.int64))

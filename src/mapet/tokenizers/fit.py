@@ -25,9 +25,8 @@ from mapet.errors import MapetError, by, option
 from mapet.files import new_folder
 from mapet.tokenizers.codebook import CodebookStats, Tokenizer, describe, save_tokenizer
 from mapet.tokenizers.extract import FeatureExtractor
-from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.feature_store import FeatureStore, rows_at_once
 from mapet.tokenizers.kmeans import automatic_vocab_size, kmeans
-from mapet.tokenizers.points import rows_at_once
 from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
 from mapet.tokenizers.teacher import Teacher, make_teacher
 

@@ -1,23 +1,25 @@
 """K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError, option
-from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans_state import Init, KMeansConfig, KMeansState, load_state, save_state
-from mapet.tokenizers.points import DistributedPoints, Metric, rows_at_once, stratified_sample
+from mapet.files import atomic, check_same_options, write_tensors
+from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, rows_at_once, stratified_sample
 
+Init = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
 TIE_TOLERANCE = 2.0**-18
@@ -97,13 +99,11 @@ class NearestCentroid:
         self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
         self.largest = 2 * _half_norms(self.centroids).max()
         self.distances_to = Distances(self.centroids, torch.float32)
-        self.rows = rows_at_once(centroids.device)
-        self.buffer = torch.empty(self.rows, centroids.shape[1], device=centroids.device)
+        self.buffer = torch.empty(rows_at_once(centroids.device), centroids.shape[1], device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """Ids, and squared distances to these centroids."""
-        starts = range(0, max(1, len(points)), self.rows)
-        ids, distances = zip(*(self._block(points[start : start + self.rows]) for start in starts), strict=True)
+        ids, distances = zip(*map(self._block, points.split(len(self.buffer))), strict=True)
         return torch.cat(ids), torch.cat(distances)
 
     def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +143,43 @@ class KMeansResult(NamedTuple):
     counts: Tensor
     mean_sq_dist: float
     total_variance: float
+
+
+class KMeansConfig(NamedTuple):
+    """What a call of `kmeans` depends on; `points` is a digest of its points."""
+
+    vocab_size: int
+    max_iter: int
+    n_init: int
+    seed: int
+    precision: str
+    init: Init
+    batch_size: int | None
+    metric: str
+    world_size: int
+    points: str = ""
+
+
+class KMeansState(NamedTuple):
+    """K-means after a round.
+
+    Attributes:
+        rounds: done, of all runs.
+        error: mean squared distance of the round.
+        best_error: of the best run that is done; infinite before the first.
+        centroids: (K, F), less the points' mean.
+        best: (K, F) those of the best run.
+        visits: (K,) points that have moved each centroid, in mini-batches.
+        idle: (K,) points that went by since each won its last.
+    """
+
+    rounds: int
+    error: float
+    best_error: float
+    centroids: Tensor
+    best: Tensor
+    visits: Tensor
+    idle: Tensor
 
 
 def kmeans(
@@ -193,18 +230,18 @@ def kmeans(
         raise MapetError(
             f"V = {num_clusters:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
         )
-    mean, variance = _moments(data)
-    state = KMeansState.initial(num_clusters, len(mean), data.device)
-    config = KMeansConfig(
-        num_clusters, max_iter, n_init, seed, str(dtype), init, batch_size, metric, distributed.world_size()
-    )
+    ranks = distributed.world_size()
+    config = KMeansConfig(num_clusters, max_iter, n_init, seed, str(dtype), init, batch_size, metric, ranks)
+    nowhere = torch.zeros(num_clusters, data.store.num_features, device=data.device)
+    none = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
+    state = KMeansState(0, torch.inf, torch.inf, nowhere, nowhere, none, none)
     if checkpoint:
-        config = config._replace(points=_digest(data, mean, variance))
+        config = config._replace(points=_digest(data))
         state = load_state(checkpoint, config, state)
     saved = time.monotonic()
     try:
         while state.rounds < n_init * max_iter:
-            state = _next_round(data, mean, variance, state, config, dtype)
+            state = _next_round(data, state, config, dtype)
             if checkpoint and time.monotonic() - saved >= save_every:
                 save_state(checkpoint, config, state)
                 saved = time.monotonic()
@@ -216,39 +253,142 @@ def kmeans(
             rounds = f"{state.rounds} of {n_init * max_iter} rounds of k-means"
             raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
         raise
-    return _assign_all(data, data.project(state.best + mean), variance)
+    return _evaluate(data, state.best)
 
 
-def _next_round(
-    points: DistributedPoints,
-    mean: Tensor,
-    variance: float,
-    state: KMeansState,
-    config: KMeansConfig,
-    dtype: torch.dtype,
-) -> KMeansState:
+def _digest(points: DistributedPoints) -> str:
+    """Tells other points from these: by their number, moments and 1,024 rows."""
+    mean, variance = points.moments
+    rows = points.take(stratified_sample(len(points), 1024, np.random.default_rng(0)))
+    content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
+    return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
+
+
+@distributed.rank_zero_only
+def save_state(path: Path, config: KMeansConfig, state: KMeansState) -> None:
+    """Replace `path` by the state, as one safetensors file; rank 0 does."""
+    values = state._asdict()
+    tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in values.items() if name not in tensors}
+    with atomic(path) as temporary:
+        write_tensors(temporary, tensors, {"config": json.dumps(config._asdict()), "numbers": json.dumps(numbers)})
+
+
+def load_state(path: Path, config: KMeansConfig, initial: KMeansState) -> KMeansState:
+    """Return the state that `path` holds, or `initial` if there is none.
+
+    Raises:
+        MapetError: it is damaged, of another call, or not the same for all ranks.
+    """
+    state = initial
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name).to(initial.centroids.device) for name in file.keys()}  # noqa: SIM118
+            begun = dict(json.loads(metadata["config"]))
+            state = KMeansState(**json.loads(metadata["numbers"]), **tensors)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to begin again") from None
+        check_same_options(path, begun, config._asdict())
+    if len(set(distributed.all_gather(torch.tensor(state.rounds)).tolist())) > 1:
+        raise MapetError(f"{path} is not the same file for all processes: put it into a folder that all of them see")
+    return state
+
+
+def _next_round(points: DistributedPoints, state: KMeansState, config: KMeansConfig, dtype: torch.dtype) -> KMeansState:
     """Do one round; its random choices depend on the seed and the number of rounds alone."""
     run, round_of_run = divmod(state.rounds, config.max_iter)
     _, _, best_error, centroids, best, visits, idle = state
     if round_of_run == 0:
         choose = random_init if config.init == "random" else kmeans_plusplus_init
-        centroids = points.take(choose(points, len(centroids), config.seed, run)) - mean
+        centroids = points.take(choose(points, config.vocab_size, config.seed, run)) - points.moments[0]
         visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
     is_last = round_of_run == config.max_iter - 1
-    if is_last or config.batch_size is None or config.batch_size >= len(points):
-        centroids, error = _lloyd(points, mean, variance, centroids, dtype)
-    else:
-        batch = stratified_sample(
-            len(points), config.batch_size, np.random.default_rng([config.seed, run, round_of_run])
-        )
-        centroids, error, visits, idle = _mini_batch(points, batch, mean, centroids, visits, idle, dtype)
+    batch = None
+    if not is_last and config.batch_size is not None and config.batch_size < len(points):
+        random = np.random.default_rng([config.seed, run, round_of_run])
+        batch = stratified_sample(len(points), config.batch_size, random)
+    centroids, error, visits, idle = _move(points, centroids, visits, idle, dtype, batch)
     if is_last and error < best_error:
         best_error, best = error, centroids
     return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
 
 
-def _assign_all(points: DistributedPoints, centroids: Float[Tensor, "K F"], variance: float) -> KMeansResult:
+def _move(
+    points: DistributedPoints,
+    centroids: Float[Tensor, "K F"],
+    visits: Int[Tensor, " K"],
+    idle: Int[Tensor, " K"],
+    dtype: torch.dtype,
+    batch: Int[Tensor, " b"] | None,
+) -> tuple[Float[Tensor, "K F"], float, Int[Tensor, " K"], Int[Tensor, " K"]]:
+    """Move each centroid (less the points' mean) to its points, and those that win none to the worst served.
+
+    Of all points, centroids become their clusters' means; of a batch, the means of the points that they have won so far:
+    the v-th moves a centroid by 1 / v of the way (Sculley's rate).
+
+    Args:
+        visits: points that each centroid has won in batches.
+        idle: points of batches that went by since it won its last.
+
+    Returns:
+        centroids; mean squared distance, of all points to the new ones, of a batch's to the old; visits; idle.
+    """
+    mean, variance = points.moments
+    distances_to = Distances(centroids, dtype)
+    sums, counts = torch.zeros_like(centroids), torch.zeros_like(visits)
+    num_visited = len(points.store) if batch is None else len(points.local(batch))
+    half_sq_dist = torch.empty(num_visited, dtype=dtype, device=centroids.device)
+    for start, block in points.blocks(batch):
+        block -= mean
+        ids, half_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
+        sums.index_add_(0, ids, block)
+        counts += torch.bincount(ids, minlength=len(centroids))
+    sums, counts = distributed.all_reduce(sums), distributed.all_reduce(counts)
+    if batch is None:
+        moved = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
+        # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
+        explained = (2 * (sums * moved).sum(1) - counts * moved.square().sum(1)).sum() / len(points)
+        error = variance - float(distributed.broadcast(explained))
+        dead = counts == 0
+    else:
+        visits = visits + counts
+        moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
+        moved = points.project(moved + mean) - mean
+        error = 2 * float(distributed.all_reduce(half_sq_dist.float().sum())) / len(batch)
+        idle = torch.where(counts > 0, 0, idle + len(batch))
+        dead = idle >= DEAD_AFTER * len(centroids)
+    if num_dead := int(dead.sum()):
+        worst = _worst_points(points, half_sq_dist, num_dead, batch)
+        dead = dead.nonzero().flatten()[: len(worst)]
+        moved = moved.index_copy(0, dead, points.take(worst) - mean)
+        visits, idle = visits.index_fill(0, dead, 0), idle.index_fill(0, dead, 0)
+    return distributed.broadcast(moved), max(0.0, error), visits, idle
+
+
+def _worst_points(
+    points: DistributedPoints, distances: Float[Tensor, " n"], count: int, batch: Int[Tensor, " b"] | None
+) -> Int[Tensor, " m"]:
+    """Numbers of the `count` visited points of all processes that are farthest from their centroids; all, if they are fewer.
+
+    Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
+    """
+    few = min(count, len(distances))
+    limit = distances.topk(few).values[-1:]
+    above = (distances > limit).nonzero().flatten()
+    worst = torch.cat([above, (distances == limit).nonzero().flatten()[: few - len(above)]]).sort().values
+    numbers = points.first + (worst if batch is None else points.local(batch)[worst.cpu()]).cpu()
+    padding = (0, count - few)
+    values = distributed.all_gather(pad(distances[worst].float(), padding, value=-torch.inf)).flatten()
+    order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
+    return distributed.all_gather(pad(numbers, padding)).flatten()[order.cpu()]
+
+
+def _evaluate(points: DistributedPoints, best: Float[Tensor, "K F"]) -> KMeansResult:
     """Count the points of each centroid, and measure their distances, by the exact assignment."""
+    mean, variance = points.moments
+    centroids = points.project(best + mean)
     assign_exactly = NearestCentroid(centroids)
     counts, total = torch.zeros(len(centroids), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     for _, block in points.blocks():
@@ -257,132 +397,6 @@ def _assign_all(points: DistributedPoints, centroids: Float[Tensor, "K F"], vari
         total += float(distances.sum())
     mean_sq_dist = float(distributed.all_reduce(total)) / len(points)
     return KMeansResult(centroids, distributed.all_reduce(counts), mean_sq_dist, variance)
-
-
-def _moments(points: DistributedPoints) -> tuple[Float[Tensor, " F"], float]:
-    """The mean of the points and their mean squared distance to it."""
-    shift = points.take(torch.tensor([0]))[0]  # near the mean, against cancellation
-    first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for _, block in points.blocks():
-        block -= shift
-        first += block.sum(0).cpu()
-        second += 2 * float(_half_norms(block).sum())
-    mean = distributed.all_reduce(first) / len(points)
-    variance = distributed.broadcast(distributed.all_reduce(second) / len(points) - mean.square().sum())
-    return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
-
-
-def _digest(points: DistributedPoints, mean: Tensor, variance: float) -> str:
-    """Tells other points from these: by their number, moments and 1,024 rows."""
-    rows = points.take(stratified_sample(len(points), 1024, np.random.default_rng(0)))
-    content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
-    return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
-
-
-class ClusterSums(NamedTuple):
-    """DistributedPoints among their nearest centroids; all processes' but for the last, which each has of its own points.
-
-    Attributes:
-        sums: (K, F) of the points nearest to each centroid, less the mean.
-        counts: (K,) of them.
-        min_sq_dist: (n,) half the squared distance of each point, in the products' precision.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    min_sq_dist: Tensor
-
-
-def _visit(
-    points: DistributedPoints, mean: Tensor, centroids: Tensor, dtype: torch.dtype, batch: Tensor | None = None
-) -> ClusterSums:
-    distances_to = Distances(centroids, dtype)
-    sums = torch.zeros_like(centroids)
-    counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
-    size = len(points.store) if batch is None else len(points.local(batch))
-    min_sq_dist = torch.empty(size, dtype=dtype, device=centroids.device)
-    for start, block in points.blocks(batch):
-        block -= mean
-        ids, min_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
-        sums.index_add_(0, ids, block)
-        counts += torch.bincount(ids, minlength=len(centroids))
-    return ClusterSums(distributed.all_reduce(sums), distributed.all_reduce(counts), min_sq_dist)
-
-
-def _lloyd(
-    points: DistributedPoints, mean: Tensor, variance: float, centroids: Float[Tensor, "K F"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "K F"], float]:
-    """One round over all points: their clusters' means, and their mean squared distance to those.
-
-    An empty cluster moves to the worst-min_sq_dist points, one each.
-    """
-    sums, counts, min_sq_dist = _visit(points, mean, centroids, dtype)
-    updated = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
-    # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
-    explained = (2 * (sums * updated).sum(1) - counts * updated.square().sum(1)).sum() / len(points)
-    error = max(0.0, variance - float(distributed.broadcast(explained)))
-    updated = _reseed_empty_clusters(updated, counts == 0, points, mean, min_sq_dist)[0]
-    return distributed.broadcast(updated), error
-
-
-def _mini_batch(
-    points: DistributedPoints,
-    batch: Int[Tensor, " b"],
-    mean: Tensor,
-    centroids: Float[Tensor, "K F"],
-    visits: Int[Tensor, " K"],
-    idle: Int[Tensor, " K"],
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "K F"], float, Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """One round over a batch; its error is the batch's before the round.
-
-    A centroid is the mean of the points that it has won so far: the v-th moves it by 1 / v of the way (Sculley's rate).
-
-    Args:
-        visits: points that each centroid has won.
-        idle: points that went by since it won its last.
-    """
-    sums, counts, min_sq_dist = _visit(points, mean, centroids, dtype, batch)
-    visits = visits + counts
-    moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
-    moved = points.project(moved + mean) - mean
-    idle = torch.where(counts > 0, 0, idle + len(batch))
-    moved, again = _reseed_empty_clusters(moved, idle >= DEAD_AFTER * len(centroids), points, mean, min_sq_dist, batch)
-    error = 2 * float(distributed.all_reduce(min_sq_dist.float().sum())) / len(batch)
-    return distributed.broadcast(moved), max(0.0, error), visits.masked_fill(again, 0), idle.masked_fill(again, 0)
-
-
-def _reseed_empty_clusters(
-    centroids: Float[Tensor, "K F"],
-    dead: Bool[Tensor, " K"],
-    points: DistributedPoints,
-    mean: Tensor,
-    min_sq_dist: Float[Tensor, " n"],
-    batch: Int[Tensor, " b"] | None = None,
-) -> tuple[Float[Tensor, "K F"], Bool[Tensor, " K"]]:
-    """Dead centroids moved to the worst-min_sq_dist of the visited points, one each, and which of them: there may be too few points."""
-    count = int(dead.sum())
-    if not count:
-        return centroids, dead
-    # Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
-    few = min(count, len(min_sq_dist))
-    limit = min_sq_dist.topk(few).values[-1:]
-    above = (min_sq_dist > limit).nonzero().flatten()
-    worst = torch.cat([above, (min_sq_dist == limit).nonzero().flatten()[: few - len(above)]]).sort().values
-    numbers = worst + points.first if batch is None else batch.to(worst.device)[worst + _before(points, batch)]
-    values = distributed.all_gather(pad(min_sq_dist[worst].float(), (0, count - few), value=-torch.inf)).flatten()
-    order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
-    chosen = distributed.all_gather(pad(numbers, (0, count - few))).flatten()[order]
-    places = dead.nonzero().flatten()[: len(chosen)]
-    return (
-        centroids.index_copy(0, places, points.take(chosen.cpu()) - mean),
-        torch.zeros_like(dead).index_fill(0, places, True),
-    )
-
-
-def _before(points: DistributedPoints, batch: Int[Tensor, " b"]) -> int:
-    """How many of a batch are other processes' that come before this one."""
-    return int((batch < points.first).sum())
 
 
 def random_init(points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
@@ -407,7 +421,7 @@ def kmeans_plusplus_init(
     """
     random = np.random.default_rng([seed, restart])
     numbers = stratified_sample(len(points), SAMPLE * num_clusters, random)
-    sample = points.select(numbers)
+    sample = DistributedPoints(points.store.select(points.local(numbers)), points.metric)
     taken = torch.from_numpy(random.integers(len(numbers), size=1))
     shift = points.take(numbers[taken])[0]  # smaller norms: less cancellation
     squared = _squared_distances(sample, shift, taken)
@@ -429,12 +443,13 @@ def kmeans_plusplus_init(
 def _squared_distances(points: DistributedPoints, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
     """Of each point, on the CPU, to the nearest of the points `to`; zero if float32 cannot tell it from that."""
     distances_to = Distances(points.take(to) - shift, torch.float32)
-    own = torch.empty(len(points.store), device=points.device)
+    half = torch.zeros(len(points), device=points.device)
     for start, block in points.blocks():
         block -= shift
-        half = distances_to(block).amin(1)
-        own[start : start + len(block)] = half.masked_fill_(half <= TIE_TOLERANCE * _half_norms(block), 0)
-    return 2 * points.all_gather(own).cpu().double().index_fill_(0, to, 0)
+        own = distances_to(block).amin(1)
+        start += points.first
+        half[start : start + len(block)] = own.masked_fill_(own <= TIE_TOLERANCE * _half_norms(block), 0)
+    return 2 * distributed.all_reduce(half).cpu().double().index_fill_(0, to, 0)
 
 
 def _accepted(
