@@ -26,7 +26,7 @@ from mapet.evaluation.tokens import (
     usage,
     warnings,
 )
-from mapet.reports.tokenizer_report import markdown
+from mapet.reports.evaluation import tokenizer_markdown
 from mapet.tokenizers.codebook import load_tokenizer
 
 
@@ -171,7 +171,7 @@ def test_no_warning_for_good_words():
     words, labels, test = textures()
     found = measure(words, 64, steady(words), labels, test)
     assert warnings(found) == []
-    assert "No warnings" in markdown(found, [], "t") and found.label.share > 0.2
+    assert "No warnings" in tokenizer_markdown(found, [], "t") and found.label.share > 0.2
 
 
 def poor():

@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         finally:
             context.close()
     if len(results) > 1:
-        for line in format_table("metric", results, format_metric):
+        for line in format_table(results, format_metric).splitlines():
             log.info("%s", line)
     if config.out is not None:
         log.info("table, metrics and figures in %s", config.out)

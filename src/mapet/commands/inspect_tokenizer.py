@@ -140,11 +140,11 @@ def _write(
 
     from mapet.evaluation.tokens import warnings
     from mapet.files import atomic
-    from mapet.reports import tokenizer_report
+    from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
     from mapet.reports.plots import save_figure
     from mapet.reports.run import TOKENIZER_METRICS
 
-    for name, value, _ in tokenizer_report.rows(measures):
+    for name, value in tokenizer_metrics(measures).items():
         log.info("%-28s %s", name, value)
     poor = warnings(measures)
     for line in poor:
@@ -155,7 +155,7 @@ def _write(
     record = about | {"warnings": poor, "measures": asdict(measures)}
     texts = {
         TOKENIZER_METRICS: json.dumps(record, indent=2) + "\n",
-        "tokenizer_report.md": tokenizer_report.markdown(measures, poor, f"Tokenizer {config.tokenizer}"),
+        "tokenizer_report.md": tokenizer_markdown(measures, poor, f"Tokenizer {config.tokenizer}"),
     }
     for name, text in texts.items():
         with atomic(config.out / name) as temporary:

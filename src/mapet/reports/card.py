@@ -14,7 +14,7 @@ from mapet.models.adapt import input_mean_std
 from mapet.models.export_formats import FORMATS
 from mapet.models.pretrained import HUB_PREFIXES
 from mapet.reports.history import History
-from mapet.reports.html import render_card
+from mapet.reports.render import render
 from mapet.reports.run import figures, number, with_views
 from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
@@ -132,8 +132,8 @@ def model_card(
         if isinstance(value, (int, float, str))
     ]
     used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].requires)]
-    return render_card(
-        front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks, checked_on=checked_on,
+    return render(
+        "model_card.md", front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks, checked_on=checked_on,
         tolerance=tolerance, classes=classes, mean=mean, std=std, metrics=metrics, lineage=_lineage(origin.tokenizer),
         use="\n".join(USE[name] for name in formats), versions={name: version(name) for name in used if find_spec(name)},
         files=[(path.relative_to(folder), path.stat().st_size, file_hash(path)) for path in files],

@@ -1,135 +1,115 @@
-"""The report of `mapet evaluate`: backbones side by side in Markdown, classes in CSV."""
+"""Reports of `mapet evaluate`: backbones side by side in Markdown, classes in CSV; and of `mapet inspect-tokenizer`."""
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from mapet.evaluation.eval_context import ProtocolResult
 from mapet.evaluation.intervals import MetricValue
+from mapet.evaluation.tokens import CHANGES, Agreement, Information, Measures
 from mapet.files import atomic
-from mapet.reports.blocks import markdown_table
+from mapet.reports.render import markdown_table, render
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
 """Backbone -> protocol -> result."""
 NUM_WORST_CLASSES = 12
-METHOD = (
-    "Brackets are 95 % intervals: Wilson's over test images for accuracies, Student's t over seeds where the row names seeds, else "
-    "the bootstrap over test images. They say how sure the metric is for this backbone, these training images and this kind of "
-    "test image; the chance in pre-training is not in them."
-)
 
 
 def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> None:
     """Write evaluation.md and, where there are classes, per_class.csv."""
-    texts = {"evaluation.md": render_markdown(results, info)}
-    if any(result.per_class for own in results.values() for result in own.values()):
-        texts["per_class.csv"] = per_class_csv(results)
-    for name, text in texts.items():
-        with atomic(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def render_markdown(results: Results, info: Mapping[str, str]) -> str:
-    """Render the page: one table of all metrics, what was selected for them, the classes told apart worst."""
-    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in info.items()), "", METHOD, ""]
-    lines += format_table("metric", results, format_metric)
-    if any(
-        metric.selected for own in results.values() for result in own.values() for metric in result.metrics.values()
-    ):
-        lines += ["## Selected on training images alone", ""]
-        lines += format_table("metric", results, lambda metric: metric.selected or "-", lambda m: bool(m.selected))
-    return "\n".join([*lines, *_layers(results), *_corruptions(results), *_worst_classes(results)])
+    errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
+    names = next(iter(errors.values()), ())
+    rows = [[name, *(f"{fmean(own[name]):.3f}" for own in errors.values())] for name in names]
+    per_class = {
+        f"{source}, {name}": (source, name, classes)
+        for source, own in results.items()
+        for result in own.values()
+        for name, classes in result.per_class.items()
+    }
+    text = render(
+        "evaluation.md", info=info, results=results, metrics=format_table(results, format_metric),
+        selected=format_table(results, lambda metric: metric.selected), worst=_worst_classes(per_class),
+        corruptions=markdown_table(["corruption", *errors], rows) if errors else "",
+    )  # fmt: skip
+    with atomic(out / "evaluation.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    if per_class:
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["backbone", "metric", "class", "correct", "of", "fraction"])
+        for source, name, classes in per_class.values():
+            for label, (hit, count) in classes.items():
+                writer.writerow([source, name, label, hit, count, f"{hit / count:.6f}" if count else ""])
+        with atomic(out / "per_class.csv") as temporary:
+            temporary.write_text(file.getvalue(), encoding="utf-8")
 
 
 def format_metric(metric: MetricValue) -> str:
     """Format as '0.543 (0.512 to 0.573)'."""
-    value = _number(metric.value)
-    if metric.ci_low is None or metric.ci_high is None:
-        return value
-    return f"{value} ({_number(metric.ci_low)} to {_number(metric.ci_high)})"
+    value, *ends = (
+        "" if number is None else f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}" for number in metric[:3]
+    )
+    return f"{value} ({' to '.join(ends)})" if all(ends) else value
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def format_table(
-    head: str,
-    results: Results,
-    show: Callable[[MetricValue], str],
-    wanted: Callable[[MetricValue], bool] = lambda metric: True,
-) -> list[str]:
-    """Format metrics down, backbones across."""
-    columns = {
-        source: {name: metric for result in own.values() for name, metric in result.metrics.items()}
-        for source, own in results.items()
-    }
-    rows = []
-    for name in dict.fromkeys(name for own in columns.values() for name, metric in own.items() if wanted(metric)):
-        row = [own.get(name) for own in columns.values()]
-        over = next((metric.over for metric in row if metric), "")
-        rows.append([name, over, *(show(metric) if metric else "-" for metric in row)])
-    return [*markdown_table([head, "over", *columns], rows).splitlines(), ""]
-
-
-def _layers(results: Results) -> list[str]:
-    """The SGD probe's score at each layer, on held-out training images."""
-    lines = []
-    for source, own in results.items():
-        for name, details in (own["linear-sgd"].details if "linear-sgd" in own else {}).items():
-            scores = ", ".join(f"{layer}: {score:.3f}" for layer, score in details["val_accuracy_by_layer"].items())
-            lines.append(f"- {source}, {name}: {scores}")
-    return ["## Layers (accuracy on a held-out fifth of the training images)", "", *lines, ""] if lines else []
-
-
-def _corruptions(results: Results) -> list[str]:
-    """Error under each corruption, mean over severities."""
-    errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
-    if not errors:
-        return []
-    names = next(iter(errors.values()))
-    rows = [[name, *(f"{fmean(own[name]):.3f}" for own in errors.values())] for name in names]
-    return [
-        "## Error under each corruption (mean over severities)",
-        "",
-        markdown_table(["corruption", *errors], rows),
-        "",
+def format_table(results: Results, show: Callable[[MetricValue], str]) -> str:
+    """Tabulate metrics down, backbones across, without rows of which nothing is shown; empty without rows."""
+    columns = [
+        {k: metric for result in own.values() for k, metric in result.metrics.items()} for own in results.values()
     ]
+    rows = []
+    for name in dict.fromkeys(name for own in columns for name in own):
+        metrics = [own.get(name) for own in columns]
+        if any(shown := [show(metric) if metric else "" for metric in metrics]):
+            over = next(metric.over for metric in metrics if metric)
+            rows.append([name, over, *(text or "-" for text in shown)])
+    return markdown_table(["metric", "over", *results], rows) if rows else ""
 
 
-def _worst_classes(results: Results) -> list[str]:
-    """Classes of lowest accuracy over all backbones and metrics."""
-    columns = list(_per_class(results))
-    totals: dict[str, list[int]] = {}
-    for _, _, classes in columns:
-        for label, pair in classes.items():
-            totals[label] = [sum(both) for both in zip(totals.get(label, (0, 0)), pair, strict=True)]
+def _worst_classes(per_class: Mapping[str, tuple[str, str, Mapping[str, tuple[int, int]]]]) -> str:
+    """Tabulate classes of lowest accuracy over all backbones and metrics; empty where nothing was counted."""
+    columns = [classes for _, _, classes in per_class.values()]
+    labels = dict.fromkeys(label for classes in columns for label in classes)
+    totals = {label: [sum(classes.get(label, (0, 0))[i] for classes in columns) for i in (0, 1)] for label in labels}
     worst = sorted((hit / count, label) for label, (hit, count) in totals.items() if count)[:NUM_WORST_CLASSES]
-    if not worst:
-        return []
     rows = []
     for _, label in worst:
-        pairs = [classes.get(label, (0, 0)) for _, _, classes in columns]
+        pairs = [classes.get(label, (0, 0)) for classes in columns]
         rows.append([label, *(f"{hit / count:.3f}" if count else "-" for hit, count in pairs)])
-    table = markdown_table(["class", *(f"{source}, {name}" for source, name, _ in columns)], rows)
-    return ["## Classes told apart worst (accuracy, or IoU; all of them are in per_class.csv)", "", table, ""]
+    return markdown_table(["class", *per_class], rows) if rows else ""
 
 
-def per_class_csv(results: Results) -> str:
-    """Write one line for each class, backbone and metric."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["backbone", "metric", "class", "correct", "of", "fraction"])
-    for source, name, classes in _per_class(results):
-        for label, (hit, count) in classes.items():
-            writer.writerow([source, name, label, hit, count, f"{hit / count:.6f}" if count else ""])
-    return text.getvalue()
+def tokenizer_metrics(m: Measures) -> dict[str, str]:
+    """Write each metric of a tokenizer: name -> value."""
+
+    def agreement(pair: Agreement) -> str:
+        return f"{pair.share:.1%} (chance {pair.chance:.1%}, kappa {pair.kappa:.2f})"
+
+    def information(value: Information) -> str:
+        return (
+            f"{value.bits:.3f} bits, {value.share:.1%} of all (chance {value.chance:.3f} ± {value.error:.3f} taken off)"
+        )
+
+    use, bag = m.usage, m.bag_of_tokens
+    told = {"token and neighbour": m.neighbour, "position and token": m.position, "token and class": m.label}
+    return {
+        "used codes": f"{use.used_codes:,} of {m.vocab_size:,}",
+        "dead codes": f"{use.dead_codes:,}",
+        "perplexity": f"{use.perplexity:.1f}",
+        "entropy": f"{use.entropy:.2f} bits",
+        "most frequent token": f"{use.commonest_share:.1%}",
+        "cover 50 %": f"{use.codes_for_half:.1%}",
+        "cover 90 %": f"{use.codes_for_most:.1%}",
+        **{f"same after: {name}": agreement(pair) for name, pair in m.stability.items()},
+        **{f"same as beside: {name}": agreement(pair) for name, pair in m.coherence.items()},
+        **{name: information(value) for name, value in told.items() if value is not None},
+        **({"bag-of-tokens probe": f"{bag.accuracy:.1%} (majority baseline: {bag.chance:.1%})"} if bag else {}),
+    }
 
 
-def _per_class(results: Results) -> Iterator[tuple[str, str, dict[str, tuple[int, int]]]]:
-    for source, own in results.items():
-        for result in own.values():
-            for name, classes in result.per_class.items():
-                yield source, name, classes
+def tokenizer_markdown(measures: Measures, warnings: Sequence[str], title: str) -> str:
+    """Render the metrics of a tokenizer: warnings in words, then each metric with what it means."""
+    values = tokenizer_metrics(measures)
+    return render("tokenizer_report.md", m=measures, warnings=warnings, title=title, values=values, changes=CHANGES)

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from mapet.errors import MapetError, option
-from mapet.reports.html import render_part
 from mapet.reports.page import RunView, page
+from mapet.reports.render import render_part
 from mapet.reports.run import RunFiles, span
 
 log = logging.getLogger("mapet")

@@ -10,8 +10,8 @@ from typing import Any
 from mapet import distributed
 from mapet.files import atomic
 from mapet.reports.history import thinned
-from mapet.reports.html import line_style, render_run
 from mapet.reports.images import ReportImage, embed_images, open_images
+from mapet.reports.render import line_style, render
 from mapet.reports.run import PLACES, RunFiles
 
 log = logging.getLogger("mapet")
@@ -126,8 +126,8 @@ def _render(content: Mapping[str, Any], live: bool) -> str:
         "live": live,
         "started": bool(runs[0]["config"]),
     }
-    return render_run(
-        live, data=data, **content, charts=CHARTS, looks=looks,
+    return render(
+        "run.html", live=live, data=data, **content, charts=CHARTS, looks=looks,
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs", status=runs[0]["status"] if len(runs) == 1 else ", ".join(names),
     )  # fmt: skip
 

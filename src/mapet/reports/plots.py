@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.files import atomic
 from mapet.models.objectives import Segment
-from mapet.reports.html import line_style
+from mapet.reports.render import line_style
 
 HIDDEN = 0.88
 """Grey of a patch that is not shown."""

@@ -12,9 +12,8 @@ from markupsafe import Markup
 
 from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
-from mapet.reports.blocks import Block, Bold, Bullets, Code, Curves, Heading, Paragraph, Table, to_markdown
-from mapet.reports.html import line_style, render_study
 from mapet.reports.plots import plot_seeds
+from mapet.reports.render import Bold, render
 from mapet.studies.statistics import (
     Difference,
     Study,
@@ -26,20 +25,6 @@ from mapet.studies.statistics import (
     paired_differences,
 )
 
-METHOD = [
-    "Accuracies are means over finished seeds (their number in brackets) ± half of a 95 % interval of that mean by Student's t.",
-    "A difference is taken seed by seed between runs alike in all else (paired), in percentage points; its interval and "
-    "its two-sided p are those of the paired t-test.",
-    "A difference over several settings is averaged over them for each seed first, then tested over seeds, for the "
-    "settings of a seed are not independent. Where a run is missing, that seed's mean is over the settings left to it.",
-    "p values are corrected by Holm's method over the tests of one budget and one measure: differences over several "
-    "settings among themselves, those of single settings among themselves. A difference is called higher "
-    "or lower where the corrected p is below 0.05. Intervals are not corrected, so that one may leave out nought and the "
-    "difference still be not told apart.",
-    "'Not told apart' is not 'equal': few seeds and many tests leave small differences unseen.",
-    "Where all seeds give the same difference there is no spread to test against, and no test.",
-    "Seeds stand for the chance in pre-training alone: images and test set stay the same.",
-]
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
 """Column -> attribute of a trial and unit."""
 CURVES = {"loss": "training loss", "logistic": "linear probe while training", "knn": "k-NN while training"}
@@ -49,33 +34,24 @@ AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 
 def write_report(study: Study, folder: Path) -> None:
     """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
-    blocks = _blocks(study)
-    texts = {"csv": _csv(study), "md": to_markdown(blocks), "html": _html(study, blocks)}
+    differences = paired_differences(study)
+    content = {
+        "study": study,
+        "findings": findings(study, differences),
+        "scores_head": [*study.other_factors, study.compare, *study.measures, *COSTS],
+        "scores": {budget: _scores(study, budget) for budget in study.budgets},
+        "curves": _curves(study),
+        "differences": [_difference(row) for row in differences],
+        "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
+        "tested": not of_one_seed(differences),
+    }
+    texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
     for kind, text in texts.items():
         with atomic(folder / f"report.{kind}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def _blocks(study: Study) -> list[Block]:
-    differences = paired_differences(study)
-    blocks: list[Block] = [Heading(study.title, 1), Code(study.command)]
-    blocks += [Bullets(study.notes)] if study.notes else []
-    blocks += [Heading("Findings"), Bullets(findings(study, differences))]
-    highest = f"Bold: the highest mean of the {study.compare} values in a setting; by itself no finding."
-    for budget in study.budgets:
-        blocks += [Heading(f"Accuracy and cost at {budget}"), _scores(study, budget), Paragraph(highest)]
-    if curves := [c for of in product(study.budgets, CURVES, AXES) if (c := _curves(study, *of)).panels]:
-        blocks += [Heading("Learning curves"), Paragraph("Thick: mean over seeds. Thin: single seeds."), *curves]
-    if differences:
-        blocks += [Heading("Paired differences"), _differences(differences)]
-    if missing := [[trial.name, trial.status, trial.reason] for trial in study.trials if trial.status != "finished"]:
-        blocks += [Heading("Runs without a result"), Table(["run", "status", "reason"], missing)]
-    if of_one_seed(differences):
-        return blocks
-    return [*blocks, Heading("What the intervals and tests are"), Bullets(METHOD)]
-
-
-def _scores(study: Study, budget: str) -> Table:
+def _scores(study: Study, budget: str) -> list[list[str]]:
     """Tabulate mean accuracies and costs, a row for each setting and compared value, then the baselines."""
     rows = []
     for setting in study.settings:
@@ -93,7 +69,7 @@ def _scores(study: Study, budget: str) -> Table:
     for name, known in study.baselines.items():
         accuracies = [f"{known[measure]:.3f}" if _known(known, measure) else "-" for measure in study.measures]
         rows.append([*[""] * len(study.other_factors), name, *accuracies, *["-"] * len(COSTS)])
-    return Table([*study.other_factors, study.compare, *study.measures, *COSTS], rows)
+    return rows
 
 
 def _accuracy(scores: list[float], rivals: list[float]) -> str:
@@ -107,49 +83,38 @@ def _accuracy(scores: list[float], rivals: list[float]) -> str:
 
 def _cost(trials: list[TrialResult], attribute: str, unit: float) -> str:
     """Mean over the runs that are done."""
-    values = [
-        value for trial in trials if trial.status == "finished" and (value := getattr(trial, attribute)) is not None
-    ]
+    values = [value for trial in trials if trial.finished and (value := getattr(trial, attribute)) is not None]
     mean = fmean(values) / unit if values else nan
     return "-" if not isfinite(mean) else f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
 
 
-def _differences(differences: list[Difference]) -> Table:
-    rows = []
-    for row in differences:
-        where = in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
-        low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
-        interval = "-" if row.half_width is None else f"{low:z.1f} to {high:z.1f}"
-        pair = [row.budget, row.measure, f"{row.first} - {row.second}", where, f"{100 * row.mean:z.1f}"]
-        rows.append([*pair, interval, str(row.seeds), p_value(row.p), p_value(row.p_holm), row.verdict])
-    head = [
-        "budget",
-        "measure",
-        "difference",
-        "setting",
-        "points",
-        "95 % interval",
-        "seeds",
-        "p",
-        "p (Holm)",
-        "verdict",
-    ]
-    return Table(head, rows)
+def _difference(row: Difference) -> list[str]:
+    """A row of the table of differences."""
+    where = in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
+    low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
+    interval = "-" if row.half_width is None else f"{low:z.1f} to {high:z.1f}"
+    pair = [row.budget, row.measure, f"{row.first} - {row.second}", where, f"{100 * row.mean:z.1f}"]
+    return [*pair, interval, str(row.seeds), p_value(row.p), p_value(row.p_holm), row.verdict]
 
 
-def _curves(study: Study, budget: str, measure: str, axis: str) -> Curves:
-    """Draw a panel for each setting that has a curve; all have the same heights."""
-    label, unit = AXES[axis]
-    found: dict[str, list[tuple[int, list[tuple[float, float]]]]] = {}
-    for setting, (i, value) in product(study.settings, enumerate(study.values)):
-        for trial in study.select(budget, setting, value):
-            line = sorted((point[axis] / unit, point[measure]) for point in trial.curve if _known(point, axis, measure))
-            if line and trial.status == "finished":
-                found.setdefault(in_words(setting), []).append((i, line))
-    heights = [y for lines in found.values() for _, line in lines for _, y in line]
-    name = CURVES[measure]
-    panels = {where: plot_seeds(lines, label, name, (min(heights), max(heights))) for where, lines in found.items()}
-    return Curves(f"{name[0].upper()}{name[1:]} against {label}, {budget}", study.values, panels)
+def _curves(study: Study) -> dict[str, dict[str, Markup]]:
+    """Draw learning curves: title -> setting -> SVG, of the same heights; ids get a prefix, for they are a page's."""
+    found: dict[str, dict[str, Markup]] = {}
+    for budget, (measure, name), (axis, (label, unit)) in product(study.budgets, CURVES.items(), AXES.items()):
+        panels: dict[str, list[tuple[int, list[tuple[float, float]]]]] = {}
+        for setting, (i, value) in product(study.settings, enumerate(study.values)):
+            for trial in study.select(budget, setting, value):
+                known = [point for point in trial.curve if _known(point, axis, measure)]
+                if known and trial.finished:
+                    line = sorted((point[axis] / unit, point[measure]) for point in known)
+                    panels.setdefault(in_words(setting), []).append((i, line))
+        ys = [y for lines in panels.values() for _, line in lines for _, y in line]
+        for where, lines in panels.items():
+            svg = plot_seeds(lines, label, name, (min(ys), max(ys)))
+            drawn = found.setdefault(f"{name[0].upper()}{name[1:]} against {label}, {budget}", {})
+            prefix = f"d{len(found)}-{len(drawn)}-"
+            drawn[where] = Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg))
+    return found
 
 
 def _known(numbers: dict[str, float], *keys: str) -> bool:
@@ -168,17 +133,3 @@ def _csv(study: Study) -> str:
         words = [trial.name, *(trial.factors[factor] for factor in factors), trial.seed, "; ".join(trial.budgets)]
         writer.writerow([*words, trial.status, trial.reason, *known])
     return "\ufeff" + file.getvalue()  # without this mark spreadsheets do not take it for UTF-8
-
-
-def _html(study: Study, blocks: list[Block]) -> str:
-    """Render blocks; ids in a drawing get a prefix, for they are a page's."""
-    shown: list[Block] = []
-    for number, block in enumerate(blocks):
-        if isinstance(block, Curves):
-            panels = {
-                where: Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{number}-{i}-", svg))
-                for i, (where, svg) in enumerate(block.panels.items())
-            }
-            block = block._replace(panels=panels)
-        shown.append(block)
-    return render_study(title=study.title, blocks=shown, looks=[line_style(i) for i in range(len(study.values))])

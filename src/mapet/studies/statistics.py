@@ -42,6 +42,10 @@ class TrialResult:
     seconds: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -98,9 +102,7 @@ class Study:
 
     def scores(self, budget: str, setting: Setting, value: str, measure: str) -> dict[int, float]:
         """Accuracy of each seed that is done, in the order of seeds."""
-        found = sorted(
-            (c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.status == "finished"
-        )
+        found = sorted((c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.finished)
         return {seed: score for seed, score in found if isfinite(score)}
 
 
@@ -197,7 +199,7 @@ def _mean_by_seed(scores: Collection[dict[int, float]]) -> list[float]:
 
 def findings(study: Study, differences: list[Difference]) -> list[str]:
     """What the study says, in sentences: pooled differences, those told apart in a setting, the best settings."""
-    if all(trial.status != "finished" for trial in study.trials):
+    if not any(trial.finished for trial in study.trials):
         return ["No run has finished: there is nothing to compare yet."]
     if not differences:
         pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]

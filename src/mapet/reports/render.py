@@ -1,0 +1,75 @@
+"""Jinja templates in web/: pages, which escape what they are given and hold their styles and scripts, and Markdown."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache, partial
+from importlib.metadata import version
+from importlib.resources import files
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's (2008), which the colour-blind can tell apart; the dashes help further."""
+DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
+
+
+class Bold(str):
+    """A table entry that stands out."""
+
+
+def line_style(i: int) -> tuple[str, tuple[int, ...]]:
+    """Return colour and dashes of the i-th line."""
+    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+
+
+def render(template: str, **content: object) -> str:
+    """Fill a template of web/."""
+    return _environment().get_template(template).render(**content).strip() + "\n"
+
+
+def render_part(macro: str, *arguments: object) -> str:
+    """Fill a macro of macros.html."""
+    return str(getattr(_environment().get_template("macros.html").module, macro)(*arguments))
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out text as a table."""
+    lines = [[*map(escape_markdown, head)], ["---"] * len(head), *([*map(escape_markdown, row)] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Put text on one line and escape what Markdown would take for its own."""
+    escaped = re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]<>|&]", r"\\\g<0>", " ".join(text.split()))
+    return f"**{escaped}**" if isinstance(text, Bold) else escaped
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("mapet.reports", "web"), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    made.globals |= {"inline": _inline, "source": _source, "line_style": line_style, "table": markdown_table}
+    made.globals |= {"version": version("mapet"), "now": datetime.now}
+    made.filters |= {"md": escape_markdown, "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)}
+    made.tests["bold"] = lambda text: isinstance(text, Bold)
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return made
+
+
+@cache
+def _inline(*names: str) -> Markup:
+    """Return files of this package, one after the other, as they may stand in a style or script element."""
+    text = "\n".join(files("mapet.reports").joinpath(name).read_text(encoding="utf-8") for name in names)
+    return Markup(text.replace("</script", "<\\/script").replace("</style", "<\\/style"))
+
+
+def _source(text: str) -> Markup:
+    """Name an inline script or style as a content security policy does."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
