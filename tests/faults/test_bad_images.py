@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.data.decode import read_image
-from mapet.data.readers.base import BadImage
+from mapet.data.readers import BadImage, open_image
 from mapet.data.sources import scan
 from mapet.errors import MapetError
 
@@ -25,7 +24,7 @@ def photo(photos) -> Image.Image:
 
 def reason(path: Path, channels: int = 3) -> str:
     with pytest.raises(BadImage) as caught:
-        read_image(path, channels)
+        open_image(path, channels).read()
     return str(caught.value)
 
 
@@ -51,7 +50,7 @@ def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
             mutated[rng.integers(len(data), size=8)] = rng.integers(256, size=8)
             (tmp_path / f"y.{format}").write_bytes(mutated.tobytes())
             with contextlib.suppress(BadImage):
-                assert read_image(tmp_path / f"y.{format}").shape[0] == 3
+                assert open_image(tmp_path / f"y.{format}").read().shape[0] == 3
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -73,37 +72,39 @@ def test_truncated_jpegs_are_judged_as_pillow_does(photo, tmp_path, progressive)
         except Exception:
             assert reason(path)
         else:
-            assert np.array_equal(read_image(path).permute(1, 2, 0), expected)
+            assert np.array_equal(open_image(path).read().permute(1, 2, 0), expected)
 
 
 def test_animated_gif_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert read_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
+    assert open_image(tmp_path / "a.gif").read()[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_sixteen_bit_png_keeps_the_upper_bits(tmp_path):
     values = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", 1).flatten().tolist() == [0, 0, 1, 255]
-    assert read_image(tmp_path / "a.png", 3).shape == (3, 1, 4)
+    assert open_image(tmp_path / "a.png", 1).read().flatten().tolist() == [0, 0, 1, 255]
+    assert open_image(tmp_path / "a.png", 3).read().shape == (3, 1, 4)
 
 
 def test_cmyk_palette_alpha_grey_and_bilevel(photo, tmp_path):
     photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
-    difference = read_image(tmp_path / "cmyk.jpg").float() - torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)
+    difference = open_image(tmp_path / "cmyk.jpg").read().float() - torch.from_numpy(np.asarray(photo).copy()).permute(
+        2, 0, 1
+    )
     assert difference.abs().mean() < 6
     rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     rgba.putpixel((1, 1), (0, 0, 255, 255))
     rgba.convert("P").save(tmp_path / "flat.png")
     rgba.quantize(4).save(tmp_path / "palette.png")
-    image = read_image(tmp_path / "palette.png")
+    image = open_image(tmp_path / "palette.png").read()
     assert image[:, 0, 0].tolist() == [255, 255, 255]  # transparent shows white
     assert image[:, 1, 1].tolist() == [0, 0, 255]
     for mode in ("L", "1", "LA", "RGBA", "P"):
         photo.convert(mode).save(tmp_path / f"{mode}.png")
-        assert read_image(tmp_path / f"{mode}.png").shape == (3, 60, 80)
-        assert read_image(tmp_path / f"{mode}.png", 1).shape == (1, 60, 80)
+        assert open_image(tmp_path / f"{mode}.png").read().shape == (3, 60, 80)
+        assert open_image(tmp_path / f"{mode}.png", 1).read().shape == (1, 60, 80)
 
 
 def test_exif_rotation_is_applied(photo, tmp_path):
@@ -111,7 +112,7 @@ def test_exif_rotation_is_applied(photo, tmp_path):
     exif[0x0112] = 6  # the camera lay on its side
     photo.save(tmp_path / "a.png", exif=exif)
     expected = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
-    assert torch.equal(read_image(tmp_path / "a.png"), torch.from_numpy(expected.copy()).permute(2, 0, 1))
+    assert torch.equal(open_image(tmp_path / "a.png").read(), torch.from_numpy(expected.copy()).permute(2, 0, 1))
 
 
 def test_enormous_dimensions_are_refused_before_decoding(tmp_path):
@@ -134,8 +135,8 @@ def test_arrays_of_many_channels(tmp_path):
     np.save(tmp_path / "b.npy", np.full((4, 5, 7), 513, dtype=np.uint16))
     np.save(tmp_path / "c.npy", np.ones((4, 5, 7)))
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert read_image(tmp_path / "a.npy", 7).shape == (7, 4, 5)
-    assert read_image(tmp_path / "b.npy", 7).unique().tolist() == [2]
+    assert open_image(tmp_path / "a.npy", 7).read().shape == (7, 4, 5)
+    assert open_image(tmp_path / "b.npy", 7).read().unique().tolist() == [2]
     assert "wanted (H, W, 3)" in reason(tmp_path / "a.npy", 3)
     assert "float64" in reason(tmp_path / "c.npy", 7)
     assert "damaged" in reason(tmp_path / "pickled.npy", 7)
@@ -175,7 +176,7 @@ def test_odd_names_and_link_loops(photo, tmp_path):
     )
     assert images.ignored == 1
     readable = [i for i in range(len(images)) if images.id(i) != "dangling.png"]
-    assert all(read_image(images[i]).shape == (3, 60, 80) for i in readable)
+    assert all(open_image(images[i]).read().shape == (3, 60, 80) for i in readable)
     store = mapet.tokenize(
         images=root, out=tmp_path / "tokens", workers=0,
         tokenizer=_fit(root, tmp_path / "tokenizer"),

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mapet.data.decode import open_image
-from mapet.data.readers.base import BadImage, Box
+from mapet.data.readers import BadImage, Box, open_image
 from tests.fuzz.mutate import mutations
 
 FORMATS = ["JPEG", "progressive", "PNG", "palette", "TIFF", "WebP", "GIF", "BMP", "npy"]

@@ -26,7 +26,7 @@ import mapet
 from mapet.cli import main
 from mapet.config.base import build, read_recipe
 from mapet.config.pretrain import PretrainConfig
-from mapet.data.readers.base import BadImage
+from mapet.data.readers import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
@@ -100,7 +100,7 @@ def make_list(folder: Path) -> None:
 def read_list(folder: Path, _: Any) -> list[bytes]:
     images = scan(folder / "list.txt")
     assert len({images.key(i) for i in range(len(images))}) <= len(images) and len(images.hash) == 64
-    return [images.id_bytes(i) for i in range(len(images))]
+    return [images.ids[i] for i in range(len(images))]
 
 
 class Net(nn.Module):
@@ -170,7 +170,7 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
 
     def pictures(folder: Path, _: Any) -> Any:
         found = scan(folder)
-        return [found.id_bytes(i) for i in range(len(found))], [found.open(i, 1).size for i in range(len(found))]
+        return [found.ids[i] for i in range(len(found))], [found.open(i, 1).size for i in range(len(found))]
 
     def backbone(folder: Path, _: Any) -> list[str]:
         return sorted(mapet.load_backbone(folder).state_dict())

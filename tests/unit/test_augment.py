@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import mapet
-from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.decode import read_image
+from mapet.data.readers import open_image
 from mapet.data.sources import scan
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, rand_augment, seeded
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, save_backbone
 
@@ -49,7 +48,7 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops):
 def test_unknown_policy_is_refused(crops):
     with pytest.raises(MapetError, match="'random' is not one of timm's"):
         rand_augment("random", (32, 32), (0.5, 0.5, 0.5))
-    assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(read_image(scan(crops)[0])).shape == (3, 48, 64)
+    assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(open_image(scan(crops)[0]).read()).shape == (3, 48, 64)
 
 
 def test_the_released_augmentations_train_and_repeat(crops, tmp_path):

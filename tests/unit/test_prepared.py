@@ -12,8 +12,7 @@ import mapet
 from mapet.cli import main
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.decode import read_image
-from mapet.data.readers.base import BadImage, Window
+from mapet.data.readers import BadImage, Window, open_image
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
@@ -45,11 +44,11 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
             continue
         picture = made.open(index, 3).read()
         if images.id(index) == "a/small.png":  # kept as it was
-            assert torch.equal(picture, read_image(images[index]))
+            assert torch.equal(picture, open_image(images[index]).read())
             continue
         assert picture.shape == (3, 64, 85)
         full = torch.nn.functional.interpolate(
-            read_image(images[index])[None].float(), (64, 85), mode="bicubic", antialias=True
+            open_image(images[index]).read()[None].float(), (64, 85), mode="bicubic", antialias=True
         )[0]
         assert (picture - full.clamp(0, 255)).abs().mean() < 6  # JPEG, of very detailed 64 x 85 px
     part = made.subset([4, 2])
@@ -106,7 +105,7 @@ def test_arrays_of_many_channels(tmp_path):
         )
     made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", short_side=16, channels=5))
     assert made.open(0, 5).read().shape == (5, 16, 16)
-    assert torch.equal(made.open(1, 5).read(), read_image(tmp_path / "arrays" / "b.npy", 5))
+    assert torch.equal(made.open(1, 5).read(), open_image(tmp_path / "arrays" / "b.npy", 5).read())
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
         found = made.open(index, 1).read()[0].float()
         assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
-    assert read_image(scans / "scans" / "large.png", 3, Window(0, 4095)).unique().numel() > 200
+    assert open_image(scans / "scans" / "large.png", 3, Window(0, 4095)).read().unique().numel() > 200
     small = scan(
         mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
     )

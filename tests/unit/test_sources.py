@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import mapet
 from mapet.config.base import build
 from mapet.config.check import CheckConfig
-from mapet.data import prepared, streamed, tar_shards
+from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.hugging_face import relative_to_root
-from mapet.data.readers.base import MAX_BYTES, BadImage
+from mapet.data.readers import MAX_BYTES, BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, draw_view
@@ -480,7 +480,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
     for number, source in enumerate(streams):
         whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", short_side=48, streaming=True)
         taken = []
-        take = streamed.StreamedImage.take
+        take = hugging_face.StreamedImage.take
 
         def breaks(row, taken=taken, take=take):
             taken.append(row)
@@ -488,7 +488,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
                 raise KeyboardInterrupt
             return take(row)
 
-        monkeypatch.setattr(streamed.StreamedImage, "take", breaks)
+        monkeypatch.setattr(hugging_face.StreamedImage, "take", breaks)
         monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
         out = tmp_path / f"made{number}"
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 
 import mapet
-from mapet.data.decode import open_image
+from mapet.data.readers import open_image
 from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError

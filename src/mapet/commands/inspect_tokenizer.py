@@ -102,8 +102,8 @@ def _labels(
         )  # fmt: skip
         return None, None
     held_out = split(data)[1].images
-    ids = {held_out.id_bytes(index) for index in range(len(held_out))}
-    test = torch.tensor([sample.id_bytes(int(index)) in ids for index in measured])
+    ids = {held_out.ids[index] for index in range(len(held_out))}
+    test = torch.tensor([sample.ids[int(index)] in ids for index in measured])
     return torch.from_numpy(data.labels)[measured], test
 
 

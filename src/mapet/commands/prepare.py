@@ -27,9 +27,9 @@ def prepare(config: PrepareConfig) -> Path:
     from tqdm import tqdm
 
     from mapet.data.dataset import Quarantine
+    from mapet.data.hugging_face import HFStream, write_streamed
     from mapet.data.prepared import write_prepared_dataset
     from mapet.data.sources import scan
-    from mapet.data.streamed import HFStream, write_streamed
     from mapet.files import MANIFEST, new_folder
 
     if not (config.resume and (config.out / MANIFEST).exists()):

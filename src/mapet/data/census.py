@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
-from mapet.data.readers.base import BadImage, DecodedImage
+from mapet.data.readers import BadImage, DecodedImage
 from mapet.errors import by, counted, option
 
 log = logging.getLogger("mapet")

@@ -14,12 +14,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mapet.data.augment import seeded
 from mapet.data.image_list import ImageList
-from mapet.data.order import OrderKind, draw_order
-from mapet.data.readers.base import BadImage
+from mapet.data.readers import BadImage
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec, draw_jitter, draw_view, render
+from mapet.data.views import OrderKind, ViewSpec, draw_jitter, draw_order, draw_view, render, seeded
 from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 

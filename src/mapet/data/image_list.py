@@ -3,16 +3,16 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from mapet.data.decode import open_image
-from mapet.data.readers.base import MAX_BYTES, BadImage, LazyImage, Window
+from mapet.data.readers import MAX_BYTES, BadImage, LazyImage, Window, open_image
 
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
@@ -54,8 +54,14 @@ class PackedStrings(Sequence[bytes]):
     def __iter__(self) -> Iterator[bytes]:
         return (self.block[start:end] for start, end in pairwise(self.ends.tolist()))
 
-    def take(self, indices: Int[np.ndarray, " m"]) -> "PackedStrings":
-        return PackedStrings.pack(self[index] for index in indices)
+
+def number_classes(texts: PackedStrings, key: Callable[[bytes], Any] | None = None) -> Labels | None:
+    """Return the classes, each image's given by a text, in the order of `key`; None if one has none, or all the same."""
+    classes = sorted(set(texts), key=key)
+    if len(classes) < 2 or b"" in classes:
+        return None
+    index = {text: number for number, text in enumerate(classes)}
+    return [os.fsdecode(text) for text in classes], np.fromiter(map(index.__getitem__, texts), np.int64, len(texts))
 
 
 class ImageReader(ABC):
@@ -72,16 +78,11 @@ class ImageReader(ABC):
     """
 
     def __init__(
-        self,
-        root: Path | str,
-        ids: Iterable[bytes],
-        file_sizes: Iterable[int],
-        labels: Labels | None = None,
-        ignored: int = 0,
+        self, root: Path | str, ids: Iterable[bytes], sizes: Any, labels: Labels | None = None, ignored: int = 0
     ) -> None:
         self.root, self.labels, self.ignored = root, labels, ignored
         self.ids = ids if isinstance(ids, PackedStrings) else PackedStrings.pack(ids)
-        self.file_sizes = np.asarray(file_sizes, np.int64)
+        self.file_sizes = np.asarray(sizes, np.int64)
 
     @abstractmethod
     def data(self, index: int) -> bytes:
@@ -99,11 +100,11 @@ class ImageReader(ABC):
 class ImageFiles(ImageReader):
     """Images that are files; ids are paths below `root`."""
 
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.ids[index]))
+    def path(self, index: int) -> Path:
+        return Path(self.root, os.fsdecode(self.ids[index]))
 
     def data(self, index: int) -> bytes:
-        return Path(self.path(index)).read_bytes()
+        return self.path(index).read_bytes()
 
     def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
         return open_image(self.path(index), channels, window)
@@ -121,18 +122,16 @@ class ImageList(Sequence[Path]):
     """
 
     def __init__(self, reader: ImageReader, indices: Int[np.ndarray, " n"] | None = None) -> None:
-        self.reader, self.indices = reader, indices
-        self.root, self.ignored = reader.root, reader.ignored
+        self.reader, self.root, self.ignored = reader, reader.root, reader.ignored
         self.ids, self.file_sizes, self.labels = reader.ids, reader.file_sizes, reader.labels
+        self._indices: Any = range(len(self.ids)) if indices is None else indices
         if indices is not None:
-            self.ids, self.file_sizes = self.ids.take(indices), self.file_sizes[indices]
+            self.ids = PackedStrings.pack(reader.ids[index] for index in indices)
+            self.file_sizes = self.file_sizes[indices]
             self.labels = self.labels and (self.labels[0], self.labels[1][indices])
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def id_bytes(self, index: int) -> bytes:
-        return self.ids[index]
 
     def id(self, index: int) -> str:
         """Return the id; bytes that are not UTF-8 are kept as surrogates, as `os.fsdecode` does."""
@@ -141,7 +140,7 @@ class ImageList(Sequence[Path]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         if not isinstance(self.reader, ImageFiles):
             raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
-        return Path(self.root) / self.id(index)
+        return self.reader.path(self._indices[index])
 
     def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
         """Open an image; see `open_image`.
@@ -151,14 +150,11 @@ class ImageList(Sequence[Path]):
         """
         if self.file_sizes[index] > MAX_BYTES:
             raise BadImage(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
-        return self.reader.open(self._index_in_reader(index), channels, window)
+        return self.reader.open(int(self._indices[index]), channels, window)
 
     def data(self, index: int) -> bytes:
         """Return the image's bytes as they are stored."""
-        return self.reader.data(self._index_in_reader(index))
-
-    def _index_in_reader(self, index: int) -> int:
-        return index if self.indices is None else int(self.indices[index])
+        return self.reader.data(int(self._indices[index]))
 
     def key(self, index: int) -> int:
         """Return a 64-bit hash of the id: it seeds an image's random draws wherever it stands in a list."""
@@ -171,28 +167,17 @@ class ImageList(Sequence[Path]):
     @cached_property
     def hash(self) -> str:
         """sha256 over ids and file sizes, in order."""
-        digest = hashlib.sha256(self.ids.ends.data)
-        digest.update(self.ids.block)
-        digest.update(np.ascontiguousarray(self.file_sizes).data)
+        digest = hashlib.sha256()
+        for part in (self.ids.ends.data, self.ids.block, np.ascontiguousarray(self.file_sizes).data):
+            digest.update(part)
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "ImageList":
         """Return a list of some of the images."""
-        kept = np.fromiter(indices, np.int64)
-        return ImageList(self.reader, kept if self.indices is None else self.indices[kept])
+        return ImageList(self.reader, np.fromiter((self._indices[index] for index in indices), np.int64))
 
     def classes(self) -> Labels | None:
         """Return the source's labels, else the first folders in the ids if every image is in one of 2 or more; None without."""
         if self.labels is not None:
             return self.labels
-        found: dict[bytes, int] = {}
-        labels = np.empty(len(self), np.int64)
-        for index, name in enumerate(self.ids):
-            folder, slash, _ = name.partition(b"/")
-            if not slash:
-                return None
-            labels[index] = found.setdefault(folder, len(found))
-        if len(found) < 2:
-            return None
-        names, numbers = zip(*sorted(found.items()), strict=True)
-        return [os.fsdecode(name) for name in names], np.argsort(numbers)[labels]
+        return number_classes(PackedStrings.pack(name[: max(0, name.find(b"/"))] for name in self.ids))

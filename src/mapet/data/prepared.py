@@ -1,12 +1,12 @@
 """A prepared data set: every image resized once, packed into a few large files that are mapped into memory."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -15,13 +15,11 @@ import torchvision.transforms.v2.functional as tvf
 from mapet.config.prepare import PrepareConfig
 from mapet.config.shared import automatic_workers
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.readers.base import BadImage, Box, LazyImage, Window
+from mapet.data.readers import REDUCTIONS, BadImage, Box, LazyImage, Window
 from mapet.errors import MapetError
 from mapet.files import MANIFEST, atomic, check_same_options, read_array, read_manifest, write_manifest
 
-T = TypeVar("T")
-IDS, LABELS, SIZES = "ids.bin", "labels.npy", "nbytes-{:05d}.npy"
-SHARD = "images-{:05d}.bin"
+IDS, LABELS, SHARD, SIZES = "ids.bin", "labels.npy", "images-{:05d}.bin", "nbytes-{:05d}.npy"
 KIND, FORMAT = "prepared data set", 1
 PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
@@ -51,9 +49,9 @@ class PreparedDataset(ImageReader):
         try:
             done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
             if done != total:
+                found = f"{done} of {total if total >= 0 else 'all'} images"
                 raise MapetError(
-                    f"{folder} is unfinished ({done} of {total if total >= 0 else 'all'} images): run the same "
-                    "`mapet prepare ... --resume` to finish it"
+                    f"{folder} is unfinished ({found}): run the same `mapet prepare ... --resume` to finish it"
                 )
             self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
             shards = range(-(-total // PER_SHARD))
@@ -98,12 +96,11 @@ def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int
     if short <= size and not picture.windowed:
         picture.read()  # bad ones are found now
         return stored()
-    target = height, width
-    if short > size:
-        target = max(1, round(height * size / short)), max(1, round(width * size / short))
-    room = next((r for r in (8, 4, 2) if min(height // target[0], width // target[1]) >= r), 1)
+    target = [max(1, round(side * min(size, short) / short)) for side in picture.size]
+    room = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
     box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
-    pixels = tvf.resize(picture.read(box, at_least=target), list(target), tvf.InterpolationMode.BICUBIC, antialias=True)
+    pixels = picture.read(box, at_least=(target[0], target[1]))
+    pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
     rows = pixels.movedim(0, -1).contiguous().numpy()
     if channels in (1, 3):
         return simplejpeg.encode_jpeg(rows, quality, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
@@ -123,7 +120,7 @@ class PreparedDatasetWriter:
     def __init__(
         self,
         config: PrepareConfig,
-        source: Mapping[str, Any],
+        source: dict[str, Any],
         on_bad: Callable[[int, str], None],
         on_image: Callable[[int], None],
     ) -> None:
@@ -140,22 +137,15 @@ class PreparedDatasetWriter:
         self.config, self.folder, self.on_bad, self.on_image = config, config.out, on_bad, on_image
         self.window = Window(*config.value_range) if config.value_range else None
         options = config.model_dump(mode="json", include={"short_side", "channels", "jpeg_quality", "value_range"})
-        wanted = {**source, **options}
+        wanted = source | options
         self.is_new = not (self.folder / MANIFEST).exists()
         self.manifest = wanted | {"num_done": 0, "unreadable": {}}
         if not self.is_new:
             self.manifest = read_manifest(self.folder, KIND, FORMAT)
             check_same_options(self.folder, {key: self.manifest.get(key) for key in wanted}, wanted)
-        self._pool = ThreadPoolExecutor(automatic_workers() + 1)
         on_image(self.num_done)
         for row, reason in self.manifest["unreadable"].items():
             on_bad(int(row), reason)
-
-    def __enter__(self) -> "PreparedDatasetWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
     @property
     def num_done(self) -> int:
@@ -175,19 +165,20 @@ class PreparedDatasetWriter:
         """Resize and encode an image; see `resize_and_encode`."""
         return resize_and_encode(image, stored, self.config.short_side, self.config.channels, self.config.jpeg_quality)
 
-    def add_shard(self, images: Iterable[T], encode: Callable[[T], bytes]) -> None:
+    def add_shard(self, images: Iterable[Any], encode: Callable[[Any], bytes]) -> None:
         """Encode images, several at a time, and write them as the next shard; `save` makes it count."""
-        shard, sizes, bad = self.num_done // PER_SHARD, list[int](), dict[str, str]()
+        shard, sizes, bad, images = self.num_done // PER_SHARD, list[int](), dict[str, str](), iter(images)
 
-        def attempt(image: T) -> bytes | str:
+        def attempt(image: Any) -> bytes | str:
             try:
                 return encode(image)
             except BadImage as error:
                 return str(error)
 
-        with atomic(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
-            for several in _batched(images, 256):  # a bounded number in memory
-                for result in self._pool.map(attempt, several):
+        pool = ThreadPoolExecutor(automatic_workers() + 1)
+        with pool, atomic(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
+            while several := list(islice(images, 256)):  # a bounded number in memory
+                for result in pool.map(attempt, several):
                     if isinstance(result, str):
                         index = self.num_done + len(sizes)
                         bad[str(index)] = result
@@ -211,20 +202,13 @@ def write_prepared_dataset(
     source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}
     if images.labels is not None:
         source["classes"] = images.labels[0]
-    with PreparedDatasetWriter(config, source, on_bad, on_image) as writer:
-
-        def encode(index: int) -> bytes:
-            return writer.encode(images.open(index, config.channels, writer.window), lambda: images.data(index))
-
-        if writer.is_new:
-            writer.describe(images.ids, images.labels)
-        while writer.num_done < len(images):
-            writer.add_shard(range(writer.num_done, min(writer.num_done + PER_SHARD, len(images))), encode)
-            writer.save()
+    writer = PreparedDatasetWriter(config, source, on_bad, on_image)
+    if writer.is_new:
+        writer.describe(images.ids, images.labels)
+    while writer.num_done < len(images):
+        writer.add_shard(
+            range(writer.num_done, min(writer.num_done + PER_SHARD, len(images))),
+            lambda index: writer.encode(images.open(index, config.channels, writer.window), lambda: images.data(index)),
+        )
+        writer.save()
     return PreparedDataset(config.out)
-
-
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

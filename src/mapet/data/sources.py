@@ -7,10 +7,10 @@ import stat
 from pathlib import Path
 
 from mapet.config.types import HUGGING_FACE, is_url
-from mapet.data.decode import EXTENSIONS
 from mapet.data.hugging_face import list_hf_images
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset
+from mapet.data.readers import EXTENSIONS
 from mapet.data.tar_shards import list_shards
 from mapet.errors import MapetError
 from mapet.files import MANIFEST

@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from mapet.config.types import is_url
-from mapet.data.decode import EXTENSIONS
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
+from mapet.data.readers import EXTENSIONS
 from mapet.errors import MapetError
 from mapet.files import atomic
 

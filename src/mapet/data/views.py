@@ -1,19 +1,30 @@
-"""Views of an image: which box of it, mirrored or not. A view is a small value, so that the same one can be rendered
-for the student and for the teacher at their own sizes, now or later, and tokens stay aligned with patches."""
+"""Random draws of an image: its view (which box of it, mirrored or not), colors, augmentations and the order of its patches.
 
+A view is a small value, so that the same one can be rendered for the student and for the teacher at their own sizes, now or
+later, and tokens stay aligned with patches.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from mapet.config.base import Config
-from mapet.data.readers.base import Box, LazyImage
-from mapet.data.readers.jpeg import REDUCTIONS
+from mapet.data.readers import REDUCTIONS, Box, LazyImage
+from mapet.errors import MapetError
 
-ViewKind = Literal["center", "center-flip", "random-crop"]
+OrderKind = Literal["random", "blockwise", "raster"]
+BLOCK_AREA = 16 / 196, 75 / 196
+"""Smallest and largest area of a block as a fraction of the image, and `ASPECT` its least height over its width: BEiT's."""
+ASPECT = 0.3
 
 
 class View(NamedTuple):
@@ -25,21 +36,17 @@ class View(NamedTuple):
     width: int
     flip: bool
 
-    @property
-    def box(self) -> Box:
-        return Box(*self[:4])
-
 
 class ViewSpec(Config):
     """How views are drawn. Stored with the tokens, so that student and teacher cannot disagree."""
 
-    kind: ViewKind = "center"
-    """center: largest centred box (the released recipe); flip: that, mirrored every other time; crop: a random box,
+    kind: Literal["center", "center-flip", "random-crop"] = "center"
+    """center: largest centered box (the released recipe); flip: that, mirrored every other time; crop: a random box,
     mirrored half the time."""
     image_size: tuple[int, int]
     """Height and width of the student's input, pixels; fixes the box's aspect ratio."""
     min_scale: float = 0.2
-    """crop: the smallest box, as a share of the centred box's area."""
+    """crop: the smallest box, as a fraction of the centered box's area."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -62,11 +69,9 @@ def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> V
     else:
         height, width = box
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        flip = spec.kind == "center-flip" and bool(
-            (key + number) % 2
-        )  # in turn, so that two stored views are both of them
+        flip = spec.kind == "center-flip" and (key + number) % 2 == 1  # in turn: two stored views are both of them
     room = min(height // target_height, width // target_width)
-    unit = next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
+    unit = next((r for r in REDUCTIONS if r <= room), 1)
     top, left, height, width = (edge // unit * unit for edge in (top, left, height, width))
     return View(top, left, height, width, flip)
 
@@ -76,7 +81,7 @@ def render(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tenso
 
     A pure function of its arguments, so that tokens made weeks ago are those of the pixels the teacher would see today.
     """
-    pixels = picture.read(view.box, at_least=size)
+    pixels = picture.read(Box(*view[:4]), at_least=size)
     if pixels.shape[1:] != size:
         # Rows of RGB, as decoded: torchvision has vector code for bytes in that layout.
         pixels = tvf.resize(pixels, list(size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
@@ -104,3 +109,73 @@ def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]
     gain = brightness * contrast
     offset = (gain * (1 - saturation)) * grey + brightness * (1 - contrast) * mean
     return images.mul_(gain * saturation).add_(offset).clamp_(0, 255)
+
+
+def draw_order(kind: OrderKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:
+    """The order in which an image's patches are revealed and then predicted: row-major indices, every patch once.
+
+    random: each order as likely. raster: left to right, top to bottom. blockwise: rectangles of BEiT's kind (arXiv
+    2106.08254, algorithm 1) are laid one over the other until they cover the image; the last p patches are those that the
+    first rectangles cover, rectangle after rectangle, in random order within each. So p patches are hidden exactly.
+    """
+    rows, columns = grid
+    count = rows * columns
+    if kind == "raster":
+        return np.arange(count)
+    if kind == "random":
+        return rng.permutation(count)
+    free = np.ones(grid, dtype=bool)
+    covered: list[np.ndarray] = []
+    while free.any() and len(covered) < count:
+        area = count * rng.uniform(*BLOCK_AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        block = np.zeros(grid, dtype=bool)
+        block[top : top + height, left : left + width] = True
+        covered.append(rng.permutation(np.flatnonzero(block & free)))
+        free &= ~block
+    covered.append(rng.permutation(np.flatnonzero(free)))
+    return np.concatenate(covered)[::-1].copy()
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """timm draws from the global generators of Python and NumPy: give them this seed for a while."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm's choice)
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+
+
+def rand_augment(
+    policy: str, size: tuple[int, int], mean: tuple[float, ...]
+) -> Callable[[UInt8[Tensor, "3 H W"]], UInt8[Tensor, "3 H W"]]:
+    """RandAugment (arXiv 1909.13719) of one RGB image, in timm's words: rand-m9-mstd0.5-inc1.
+
+    Args:
+        size: of the image; translations reach 45 % of its shorter side, as in timm's own training.
+        mean: of the pixels, 0 to 1: what fills the corners of a turned image.
+
+    Raises:
+        MapetError: timm does not know the policy.
+    """
+    from timm.data.auto_augment import rand_augment_transform
+
+    hparams = {"translate_const": int(min(size) * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}
+    try:
+        transform = rand_augment_transform(policy, hparams)
+    except (AssertionError, ValueError, KeyError):
+        raise MapetError(f"RandAugment policy '{policy}' is not one of timm's: write rand-m9-mstd0.5-inc1") from None
+
+    def apply(image: UInt8[Tensor, "3 H W"]) -> UInt8[Tensor, "3 H W"]:
+        picture = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
+        return torch.from_numpy(np.array(transform(picture))).movedim(-1, 0)
+
+    return apply

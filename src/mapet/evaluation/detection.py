@@ -15,7 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
-from mapet.data.readers.base import BadImage
+from mapet.data.readers import BadImage
 from mapet.errors import MapetError, how_to_install
 from mapet.evaluation.annotations import DetectionSet
 from mapet.evaluation.backbone_wrapper import BackboneWrapper

@@ -243,7 +243,7 @@ class Embeddings:
         for length in reversed(self.manifest["shape"]):
             column = pyarrow.FixedSizeListArray.from_arrays(column, length)
         ids = pyarrow.array(
-            [images.id_bytes(i).decode("utf-8", "backslashreplace") for i in index.tolist()], pyarrow.string()
+            [images.ids[i].decode("utf-8", "backslashreplace") for i in index.tolist()], pyarrow.string()
         )
         table = pyarrow.table({"id": ids, "features": column})
         number, within = divmod(self.num_done, self.manifest["shard_size"])

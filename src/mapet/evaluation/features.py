@@ -70,7 +70,7 @@ def labelled(images: ImageList) -> LabelledSet:
     found = images.classes()
     if found is not None:
         return LabelledSet(images, *found)
-    stray = [i for i in range(len(images)) if b"/" not in images.id_bytes(i)]
+    stray = [i for i in range(len(images)) if b"/" not in images.ids[i]]
     instead = (
         "" if len(stray) == len(images) else f"{images.id(stray[0])!r} lies in none" if stray else "they all lie in one"
     )

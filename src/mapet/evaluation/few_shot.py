@@ -27,7 +27,7 @@ def few_shot_split(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarra
     Raises:
         MapetError: a class has fewer images.
     """
-    numbers = np.fromiter((_number(data.images.id_bytes(i), seed) for i in range(len(data.labels))), np.uint64)
+    numbers = np.fromiter((_number(data.images.ids[i], seed) for i in range(len(data.labels))), np.uint64)
     kept = []
     for label, members in enumerate(data.by_class(np.lexsort((numbers, data.labels)))):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)

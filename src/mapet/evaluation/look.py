@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
-from mapet.data.order import OrderKind
-from mapet.data.views import ViewSpec
+from mapet.data.views import OrderKind, ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import must_be_finite_features, normalize

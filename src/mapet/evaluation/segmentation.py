@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mapet.data.readers.base import BadImage
+from mapet.data.readers import BadImage
 from mapet.data.views import View, render
 from mapet.errors import MapetError
 from mapet.evaluation.annotations import IGNORE_INDEX, SegmentationSet

@@ -69,10 +69,7 @@ PIM = Objective(
 )
 MIM = Objective(
     "mim",
-    attends_to={
-        "mask": {"mask": "all", "context": "all"},
-        "context": {"mask": "all", "context": "all"},
-    },
+    attends_to={"mask": {"mask": "all", "context": "all"}, "context": {"mask": "all", "context": "all"}},
     output_segment="mask",
 )
 BLIND_CONTENT = Objective(
@@ -96,18 +93,12 @@ SINGLE_STREAM = Objective(
 )
 CAUSAL = Objective(
     "causal",  # PIM in a single stream
-    attends_to={
-        "context": {"context": "all"},
-        "next": {"context": "all", "next": "up to"},
-    },
+    attends_to={"context": {"context": "all"}, "next": {"context": "all", "next": "up to"}},
     output_segment="next",
 )
 CAE = Objective(
     "cae",  # the latent regressor's table: `cae.py` has the rest
-    attends_to={
-        "context": {"context": "all"},
-        "mask": {"mask": "all", "context": "all"},
-    },
+    attends_to={"context": {"context": "all"}, "mask": {"mask": "all", "context": "all"}},
     output_segment="mask",
 )
 OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM, BLIND_CONTENT, SINGLE_STREAM, CAUSAL, CAE)}

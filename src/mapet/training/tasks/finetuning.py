@@ -14,9 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mapet.config.finetune import FinetuneConfig
-from mapet.data.augment import rand_augment, seeded
 from mapet.data.dataset import Batch, ViewDataset, in_order
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
