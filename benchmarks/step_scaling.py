@@ -16,7 +16,7 @@ from mapet.data.dataset import Batch
 from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
-from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.training.step import ForwardBackward
 
 BASE = {"batch": 4, "image_size": 224, "context": 49, "vocab_size": 8192, "num_predict": 147}
@@ -69,7 +69,7 @@ def measure(setting: dict[str, int]) -> Row:
         torch.arange(batch), torch.randn(batch, 3, size, size), targets=torch.randint(vocab_size, (batch, patches)),
         permutation=torch.rand(batch, patches).argsort(1),
     ).to(compute.device)  # fmt: skip
-    step: ForwardBackward[PreTrainingOutput] = ForwardBackward(model, compute, micro_batch=batch)
+    step = ForwardBackward(model, compute, micro_batch=batch)
     cuda = compute.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated if cuda else peak_memory
     before = peak()

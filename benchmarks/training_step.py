@@ -25,9 +25,9 @@ from mapet.data.dataset import Batch
 from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
-from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining
-from mapet.training.sizing import auto_micro_batch
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile
+from mapet.training.tasks.pretraining import auto_micro_batch
 
 VOCAB_SIZE = 8192
 REFERENCE_ROUNDS = 3
@@ -72,9 +72,7 @@ def compare(name: str, batch: int, compute: Compute, rounds: int, compile: bool,
     model = prepare_for_device(make_model(name), compute).train()
     inputs = make_batch(batch, compute.device)
     arguments = [values for values in (inputs.images, inputs.targets, inputs.permutation) if values is not None]
-    step: ForwardBackward[PreTrainingOutput] = ForwardBackward(
-        model, compute, auto_micro_batch(model, batch, compute), compile
-    )
+    step = ForwardBackward(model, compute, auto_micro_batch(model, batch, compute), compile)
     cuda = compute.device.type == "cuda"
     width, products = (8192, 10) if cuda else (4096, 1)
     side = torch.randn(width, width, dtype=compute.dtype, device=compute.device)
@@ -145,9 +143,7 @@ def largest_batch(name: str, compute: Compute, compile: bool) -> int:
     batch = 256
     while True:
         inputs = make_batch(batch * 2, compute.device)
-        step: ForwardBackward[PreTrainingOutput] = ForwardBackward(
-            prepare_for_device(make_model(name), compute), compute, batch * 2, compile
-        )
+        step = ForwardBackward(prepare_for_device(make_model(name), compute), compute, batch * 2, compile)
         step(inputs.to(compute.device))
         fits = step.micro_batch == batch * 2  # it halves where memory does not suffice
         del inputs, step

@@ -33,7 +33,7 @@ from mapet.errors import MapetError
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import KMeansConfig, KMeansState, load_state, save_state
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
-from mapet.training.optim import create_optimizer
+from mapet.training.step import create_optimizer
 from mapet.weights import read_weights
 from tests.conftest import all_rows
 from tests.fuzz.mutate import mutations

@@ -32,8 +32,8 @@ from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
 from mapet.tokenizers.codebook import load_tokenizer
-from mapet.training.build import load_run
 from mapet.training.step import ForwardBackward
+from mapet.training.tasks.pretraining import load_run
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 
 FIGURES = {

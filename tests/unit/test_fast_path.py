@@ -18,9 +18,9 @@ from mapet.models.losses import linear_cross_entropy
 from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM
 from mapet.models.packing import attention_mask, eager_attention, split_query_blocks
 from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining, drop_path_scales, residual_update
-from mapet.training import sizing
-from mapet.training.sizing import auto_micro_batch
 from mapet.training.step import ForwardBackward
+from mapet.training.tasks import pretraining as sizing
+from mapet.training.tasks.pretraining import auto_micro_batch
 from tests.conftest import make_batch
 
 FLOAT64 = Compute(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"

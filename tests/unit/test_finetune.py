@@ -201,7 +201,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     config = FinetuneConfig(
         backbone=str(vit), images=greys, test_images=greys, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
     )
-    tuned = trainer.train(finetuning.FinetuningTask(), config)
+    tuned = trainer.Trainer(finetuning.FinetuningTask(), config).fit()
 
     def number(name):
         return int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=8).digest(), "little")

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from mapet.training.progress import ProgressDisplay
+from mapet.training.metrics import ProgressDisplay
 from mapet.training.tasks.pretraining import PretrainingTask
 from mapet.training.trainer import is_log_step
 
@@ -27,7 +27,7 @@ def test_on_a_terminal(caplog, monkeypatch):
     with caplog.at_level("INFO", "mapet"):
         with ProgressDisplay(PretrainingTask(), 10, 4, screen) as panel:
             panel.update()
-            monkeypatch.setattr("mapet.training.progress.time.monotonic", lambda: panel._started + 10)
+            monkeypatch.setattr("mapet.training.metrics.time.monotonic", lambda: panel._started + 10)
             panel.log_scores(3, {"probe/logistic": 0.5, "probe/knn": 0.25})
             panel.log_metrics(METRICS, epoch_ended=True)
             shown = [line.desc for line in panel.lines]
@@ -43,7 +43,7 @@ def test_on_a_terminal(caplog, monkeypatch):
 def test_elsewhere(caplog, monkeypatch):
     plain = io.StringIO()
     with caplog.at_level("INFO", "mapet"), ProgressDisplay(PretrainingTask(), 1000, 0, plain) as panel:
-        monkeypatch.setattr("mapet.training.progress.time.monotonic", lambda: panel._started + 60)
+        monkeypatch.setattr("mapet.training.metrics.time.monotonic", lambda: panel._started + 60)
         for _ in range(100):
             panel.update()
         panel.log_metrics(METRICS, epoch_ended=False)

@@ -13,8 +13,8 @@ import mapet
 from mapet import distributed
 from mapet.cli import main
 from mapet.errors import Interrupted, MapetError
-from mapet.training import tracking
-from mapet.training.tracking import Session, Tracking
+from mapet.training import run_folder as tracking
+from mapet.training.run_folder import Session, Tracking
 from tests.conftest import PRETRAIN
 from tests.integration.test_pipeline import StopAt
 

@@ -85,7 +85,7 @@ class _Sample(NamedTuple):
 def _load_backbone(config: ExportConfig) -> "VisionTransformer":
     """Load the backbone with the options' sizes; of a run that isn't finished, that of its newest checkpoint."""
     from mapet.models.backbone import load_backbone, save_backbone
-    from mapet.training.build import load_run
+    from mapet.training.tasks.pretraining import load_run
 
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in sizes.items() if value is not None} | config.model_args

@@ -19,10 +19,10 @@ def pretrain(config: PretrainConfig) -> Path:
     from mapet.run_state import record_end
     from mapet.training.nonfinite import NonFiniteError
     from mapet.training.tasks.pretraining import PretrainingTask
-    from mapet.training.trainer import train
+    from mapet.training.trainer import Trainer
 
     try:
-        backbone = train(PretrainingTask(), config)
+        backbone = Trainer(PretrainingTask(), config).fit()
     except (Interrupted, NonFiniteError) as error:
         record_end(config.out, error)
         write_run_report(config.out)

@@ -81,16 +81,17 @@ def _inspect(config: ReportConfig, folder: Path) -> "tuple[list[ReportImage], di
     from mapet.evaluation.look import look_at
     from mapet.reports.figures import plot_run, step_through
     from mapet.reports.images import CAPTIONS, ReportImage
-    from mapet.training.build import load_run
+    from mapet.training.tasks.pretraining import load_run
 
     compute = Compute.choose(config.device, "float32")
-    run = load_run(folder, with_teacher=True, allow=config.trust_teacher).to(compute.device)
+    run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = scan(config.images or run.config.images)
-    look = look_at(run.model, run.tokenizer, images, compute, config.num_images, run.config.patch_order, config.seed)
+    model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
+    look = look_at(model, tokenizer, images, compute, config.num_images, run.config.patch_order, config.seed)
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
-    figures = plot_run(look, run.model, images, compute, config.num_workers)
+    figures = plot_run(look, model, images, compute, config.num_workers)
     drawn = [ReportImage.draw(name, figures[name]) for name in CAPTIONS if name in figures]
-    return drawn, step_through(look, names, run.model.objective)
+    return drawn, step_through(look, names, model.objective)
 
 
 def _write_figures(images: "Sequence[ReportImage]", step_through: dict[str, Any] | None, folder: Path) -> None:

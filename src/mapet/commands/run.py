@@ -54,7 +54,7 @@ def run(config: RunConfig) -> Path:
     """
     from mapet import distributed
     from mapet.reports.page import NAME, write_run_report
-    from mapet.training.tracking import require
+    from mapet.training.run_folder import require
 
     with spell_in_section("pretrain", RunConfig.model_fields):
         require(config.pretrain.track)  # before hours of tokenizing
@@ -146,7 +146,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
     """
     from mapet.data.sources import scan
     from mapet.evaluation.features import labelled, train_and_test
-    from mapet.training.build import check_model_config
+    from mapet.training.tasks.pretraining import check_model_config
 
     fitting, _, pretraining, evaluation, _ = stages
     assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)

@@ -65,7 +65,7 @@ def _check(config: StudyConfig, trials: "list[Trial]", num_images: int) -> None:
     from mapet.studies.grid import pretrain_config, trial_folder, with_budgets
     from mapet.studies.tokenizers import tokenizer_configs
     from mapet.studies.trials import check_same_trial, trial_config
-    from mapet.training.build import check_model_config
+    from mapet.training.tasks.pretraining import check_model_config
 
     fitting = {name: tokenizer_configs(config, name)[0] for name in config.tokenizers}
     train, _ = train_and_test(config.images, config.test_images)

@@ -15,6 +15,6 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
       mapet train-tokenizer runs/vqkd/config.yaml --resume
     """
     from mapet.training.tasks.vqkd import VQKDTask
-    from mapet.training.trainer import train
+    from mapet.training.trainer import Trainer
 
-    return train(VQKDTask(), config)
+    return Trainer(VQKDTask(), config).fit()

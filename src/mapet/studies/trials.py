@@ -30,7 +30,7 @@ from mapet.signals import stop_signals
 from mapet.studies.grid import Trial, pretrain_config, trial_folder
 from mapet.training.tasks.finetuning import FinetuningTask
 from mapet.training.tasks.pretraining import PretrainingTask
-from mapet.training.trainer import train
+from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
 EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
@@ -179,7 +179,7 @@ def run_trial(folder_name: str, device: str) -> int:
             with run_state(folder, "trial", config):
                 if not (run / "backbone").exists():
                     with run_state(run, "pretrain", pretraining):
-                        train(PretrainingTask(), pretraining)
+                        Trainer(PretrainingTask(), pretraining).fit()
                 scores = evaluate(config, device)
                 record(folder, results={"scores": scores, "epochs": pretraining.epochs, **learning_curve(config)})
         except (Interrupted, KeyboardInterrupt):
@@ -212,7 +212,8 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}
     for labels in config.labels_per_class:
         given = shared | {"labels_per_class": labels, "from_scratch": not pretrained}
-        tuned = train(FinetuningTask(), build(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given))
+        tuning = build(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given)
+        tuned = Trainer(FinetuningTask(), tuning).fit()
         scores[f"finetune, {f'{labels} labels a class' if labels else 'all labels'}"] = (
             tuned.num_correct / tuned.num_test
         )

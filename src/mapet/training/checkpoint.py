@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mapet.errors import MadeByNewer, MapetError, option
 from mapet.files import atomic, check_format, file_hash, read_sealed, write_sealed, write_tensors
@@ -22,17 +23,9 @@ STATE = "trainer_state.json"
 FORMAT = 1
 
 
-class Stateful(Protocol):
-    """Keeps all it needs to go on in named tensors."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
-
-
 def save_checkpoint(
     folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
-) -> Path:
+) -> None:
     """Write `folder/step-00000000` atomically, read it back, and only then remove all but the newest `keep`.
 
     Args:
@@ -42,22 +35,23 @@ def save_checkpoint(
     Raises:
         MapetError: the disk is full, or does not hold what was written; the checkpoints before are intact.
     """
-    target = folder / f"step-{step:08d}"
+    target, before = folder / f"step-{step:08d}", checkpoints(folder)
     if target.exists():
-        return target
-    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+        return
     try:
         with atomic(target) as temporary:
             temporary.mkdir()
+            digests = {}
             for name, tensors in parts.items():
-                write_tensors(temporary / f"{name}.safetensors", tensors)
-                _verify(temporary / f"{name}.safetensors", tensors)
-            digests = {f"{name}.safetensors": file_hash(temporary / f"{name}.safetensors") for name in parts}
+                file = temporary / f"{name}.safetensors"
+                write_tensors(file, tensors)
+                _verify(file, tensors)
+                digests[file.name] = file_hash(file)
             write_sealed(temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state})
     except (OSError, MapetError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        before = checkpoints(folder)
+        size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
         raise MapetError(
             f"cannot write checkpoint {target}: {error}. It takes {size:,} bytes, the disk has {shutil.disk_usage(folder).free:,} "
             f"free; {f'the last one, {before[0].name}, is intact' if before else 'there is none before it'}. Make room and go "
@@ -65,16 +59,27 @@ def save_checkpoint(
         ) from None
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
-    return target
 
 
-def checkpoint_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, **others: Stateful
-) -> dict[str, dict[str, Tensor]]:
-    """The parts of a checkpoint, to be saved by the first process; a collective call. `others` are one part, 'progress'."""
-    parts = {"model": full_state_dict(model), "optimizer": _flatten(optimizer)}
+def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises MapetError: the file does not hold the tensors, bit for bit (NaN equals itself)."""
+    written = load_file(path)
+    for name, tensor in tensors.items():
+        found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
+        if not found.equal(expected):
+            raise MapetError(f"{path.name} does not hold what was written, '{name}' differs: is the disk failing?")
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **others: Any) -> dict[str, dict[str, Tensor]]:
+    """The parts of a checkpoint, to be saved by the first process; a collective call.
+
+    Args:
+        others: whatever else has a state dict; they are one part.
+    """
+    steps = optimizer.state_dict()["state"].items()
+    moments = {f"{i}.{name}": full_tensor(torch.as_tensor(v)) for i, values in steps for name, v in values.items()}
     progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
-    return parts | ({"metrics_state": progress} if progress else {})
+    return {"model": full_state_dict(model), "optimizer": moments} | ({"metrics_state": progress} if progress else {})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -82,20 +87,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """What is known of the newest checkpoint that can be read, without its tensors; {} where there is none."""
+def check_fingerprints(folder: Path, now: Mapping[str, str]) -> None:
+    """Raise MapetError if the newest readable checkpoint in `folder` is of another tokenizer, or other images, than there are now."""
+    state: dict[str, Any] = {}
     for path in checkpoints(folder):
         with suppress(MapetError):
-            return read_sealed(path / STATE, "checkpoint")
-    return {}
-
-
-def check_fingerprints(state: Mapping[str, Any], now: Mapping[str, str], run: Path) -> None:
-    """Raise MapetError if a run was trained with another tokenizer, or on other images, than there are now; their hashes tell."""
+            state = state or read_sealed(path / STATE, "checkpoint")
     for name, digest in now.items():
         if state.get(name, digest) != digest:
             raise MapetError(
-                f"{run} was trained with other {name.removesuffix('_hash')} than are found now: their hash was "
+                f"{folder.parent} was trained with other {name.removesuffix('_hash')} than are found now: their hash was "
                 f"{state[name][:12]}, now it is {digest[:12]}. Has the run, or what it was made of, been moved or changed? Put "
                 "back what there was"
             )
@@ -107,7 +108,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **others: Stateful
+    folder: Path, model: nn.Module, optimizer: Optimizer | None = None, **others: Any
 ) -> dict[str, Any]:
     """Load the newest intact checkpoint of a run; a damaged one is passed over with a warning.
 
@@ -129,9 +130,8 @@ def load_checkpoint(
                 _restore(optimizer, parts["optimizer"])
             if "metrics_state" in parts:  # absent in what version 0.1 wrote
                 for name, other in others.items():
-                    prefix = f"{name}."
-                    own = {k.removeprefix(prefix): v for k, v in parts["metrics_state"].items() if k.startswith(prefix)}
-                    other.load_state_dict(own)
+                    progress, prefix = parts["metrics_state"].items(), f"{name}."
+                    other.load_state_dict({k.removeprefix(prefix): v for k, v in progress if k.startswith(prefix)})
             return state
         except MadeByNewer:  # the one before would silently lose what the newer version learned
             raise
@@ -152,25 +152,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
 
-def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises MapetError: the file does not hold the tensors, bit for bit."""
-    written = load_file(path)
-    for name, tensor in tensors.items():
-        if not _bits(written[name]).equal(_bits(tensor.cpu())):
-            raise MapetError(f"{path.name} does not hold what was written, '{name}' differs: is the disk failing?")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """NaN equals itself here."""
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": full_tensor(torch.as_tensor(v)) for i, values in state.items() for name, v in values.items()}
-
-
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():

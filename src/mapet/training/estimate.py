@@ -18,13 +18,13 @@ from mapet.errors import MapetError, counted, option
 from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
-from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import automatic_vocab_size
 from mapet.tokenizers.teacher import make_teacher
-from mapet.training.build import build_model
-from mapet.training.sizing import auto_batch_size, auto_micro_batch, bytes_per_image
+from mapet.training.metrics import format_duration
 from mapet.training.step import ForwardBackward
+from mapet.training.tasks.pretraining import auto_batch_size, auto_micro_batch, build_model, bytes_per_image
 
 TRIED = 16
 
@@ -63,7 +63,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     views = compute.to(batch.teacher_images)
     pixels = normalize(compute.to(batch.images), config.channels)
     batch = replace(batch, images=pixels, targets=tokens).to(compute.device)
-    step: ForwardBackward[PreTrainingOutput] = ForwardBackward(model, compute, auto_micro_batch(model, TRIED, compute))
+    step = ForwardBackward(model, compute, auto_micro_batch(model, TRIED, compute))
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
     training = _seconds(lambda: step(batch), compute) / TRIED
     batch_size = auto_batch_size(model, len(usable), compute)
@@ -75,13 +75,13 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     fitting = min(count, points / num_patches) * max(teaching, read)
     yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
-    yield f"  fit-tokenizer  about {_span(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them ({option('memory_gb')})"
+    yield f"  fit-tokenizer  about {format_duration(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them ({option('memory_gb')})"
     yield (
-        f"  tokenize       {1 / teaching:,.0f} images/s, about {_span(count * max(teaching, read))}, "
+        f"  tokenize       {1 / teaching:,.0f} images/s, about {format_duration(count * max(teaching, read))}, "
         f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"
     )
     yield (
-        f"  pretrain       {1 / training:,.0f} images/s, about {_span(epoch)} an epoch, {_span(config.epochs * epoch)} for "
+        f"  pretrain       {1 / training:,.0f} images/s, about {format_duration(epoch)} an epoch, {format_duration(config.epochs * epoch)} for "
         f"{counted(config.epochs, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 
@@ -121,12 +121,3 @@ def _seconds(work: Callable[[], Any], compute: Compute) -> float:
         if compute.device.type == "cuda":
             torch.cuda.synchronize()
     return time.monotonic() - started
-
-
-def _span(seconds: float) -> str:
-    """'12 s', '3 min', '5.0 h', '2.1 days'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

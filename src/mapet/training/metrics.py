@@ -1,19 +1,21 @@
-"""Metrics of a training run, kept on the device so that steps don't wait for them; skipped steps and loss spikes."""
+"""Metrics of a training run, kept on the device so that steps don't wait for them; skipped steps and loss spikes; progress."""
 
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from math import isfinite
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from mapet import distributed
 from mapet.data.image_list import ImageList
-from mapet.training.task import StepOutput
+from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
 T = TypeVar("T")
@@ -40,48 +42,28 @@ class MetricWindow(NamedTuple):
 
 
 class MetricLogger:
-    """Metrics of all ranks since the last `compute_and_reset`.
+    """Metrics of a task, of all ranks, since the last `compute_and_reset`.
 
-    Args:
-        mean_names, sum_names: of `StepOutput.means` and of what `Task.after_step` returns.
-        num_counts: K of `StepOutput.counts`, 0 for none.
+    Attributes:
+        started: when they began; what is no time of training is added.
     """
 
-    def __init__(
-        self, mean_names: Sequence[str], sum_names: Sequence[str], num_counts: int, device: torch.device
-    ) -> None:
-        self._mean_names, self._sum_names = mean_names, sum_names
-        self.total_counts = torch.zeros(num_counts, dtype=torch.int64)  # since the start, up to the last window
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self.skipped = 0  # since the start
-        self._counts = torch.zeros(num_counts, dtype=torch.int64, device=device)
+        self.total_counts = torch.zeros(task.num_counts, dtype=torch.int64)  # since the start, up to the last window
+        self._counts = torch.zeros(task.num_counts, dtype=torch.int64, device=task.compute.device)
         self._steps: list[Float[Tensor, " values"]] = []
-        self._device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps.clear()
-        self._counts.zero_()
         self._images: list[tuple[Tensor, Tensor]] = []
-        self._waited = 0.0
-        self._started = time.monotonic()
+        self._waited, self.started = 0.0, time.monotonic()
 
     def time_data(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass the batches on, counting the time spent waiting for them."""
-        iterator = iter(batches)
-        while True:
-            before = time.monotonic()
-            batch = next(iterator, None)
-            self._waited += time.monotonic() - before
-            if batch is None:
-                return
-            yield batch
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time spent within out of the training time."""
         before = time.monotonic()
-        yield
-        self._started += time.monotonic() - before
+        for batch in batches:
+            self._waited += time.monotonic() - before
+            yield batch
+            before = time.monotonic()
 
     def add(
         self, output: StepOutput, norm: Tensor, image_index: Tensor, num_images: int, sums: dict[str, Tensor]
@@ -95,55 +77,52 @@ class MetricLogger:
             sums: metrics to be added up, the same on all ranks.
         """
         zero, images = torch.zeros_like(output.loss), torch.full_like(output.loss, num_images)
-        shared = [norm, *(sums.get(name, zero) for name in self._sum_names)]
+        shared = [norm, *(sums.get(name, zero) for name in self._task.sum_names)]
         if distributed.rank():
             shared = [zero] * len(shared)
-        values = [output.loss, images, *(output.means[name] for name in self._mean_names), *shared]
+        values = [output.loss, images, *(output.means[name] for name in self._task.mean_names), *shared]
         self._steps.append(torch.stack([value.detach().float() for value in values]))
         if output.counts is not None and num_images:
             self._counts += output.counts
         self._images.append((image_index[:num_images], output.loss_per_image[:num_images]))
 
-    def compute_and_reset(self, summarize: Callable[[Tensor, Tensor], dict[str, float]]) -> MetricWindow:
+    def compute_and_reset(self) -> MetricWindow:
         """Return the metrics since the last call; means are over steps whose numbers were finite.
 
-        loss and the task's means, `summarize(counts, counts since the start)`, gradient_norm; skipped_steps: since the start,
-        whose loss or gradient was not finite; data_wait: fraction of time waiting for images.
+        loss and the task's means, what it makes of its counts, gradient_norm; skipped_steps: since the start, whose loss or
+        gradient was not finite; data_wait: fraction of time waiting for images.
         """
-        steps = self._all_steps()
-        elapsed = max(1e-9, time.monotonic() - self._started)
-        finite = steps.isfinite().all(dim=1)
-        loss, _, *values = steps[finite].mean(dim=0).tolist()
+        task, steps, counts = self._task, self._all_steps(), distributed.all_reduce(self._counts).cpu()
+        elapsed, finite = max(1e-9, time.monotonic() - self.started), steps.isfinite().all(dim=1)
+        columns = ["loss", "images", *task.mean_names, "gradient_norm", *task.sum_names]
+        mean = dict(zip(columns, steps[finite].mean(dim=0).tolist(), strict=True))
+        total = dict(zip(columns, steps[finite].sum(dim=0).tolist(), strict=True))
         self.skipped += int((~finite).sum())
-        counts = distributed.all_reduce(self._counts).cpu()
         self.total_counts += counts
-        num_means = len(self._mean_names)
-        totals = steps[finite].sum(dim=0)[3 + num_means :].tolist()
         metrics = {
-            "loss": loss,
-            **dict(zip(self._mean_names, values, strict=False)),
-            **summarize(counts, self.total_counts),
-            **dict(zip(self._sum_names, totals, strict=True)),
-            "gradient_norm": values[num_means],
+            **{name: mean[name] for name in ("loss", *task.mean_names)},
+            **task.summarize(counts, self.total_counts),
+            **{name: total[name] for name in task.sum_names},
+            "gradient_norm": mean["gradient_norm"],
             "skipped_steps": self.skipped,
             "images_per_second": float(steps[:, 1].sum()) / elapsed,
             "data_wait": self._waited / elapsed,
         }
-        losses = torch.where(finite, steps[:, 0], torch.nan).tolist()
-        window = MetricWindow(metrics, losses, self._images)
-        self._reset()
+        window = MetricWindow(metrics, torch.where(finite, steps[:, 0], torch.nan).tolist(), self._images)
+        self._counts.zero_()
+        self._steps, self._images, self._waited, self.started = [], [], 0.0, time.monotonic()
         return window
 
     def _all_steps(self) -> Float[Tensor, "steps values"]:
-        width = 3 + len(self._mean_names) + len(self._sum_names)
-        local = torch.stack(self._steps) if self._steps else torch.zeros(0, width, device=self._device)
+        width = 3 + len(self._task.mean_names) + len(self._task.sum_names)
+        local = torch.stack(self._steps) if self._steps else self._counts.new_zeros(0, width, dtype=torch.float32)
         return distributed.all_reduce(local).cpu().double()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs to write the same metrics; a collective call."""
         steps, counts = self._all_steps(), distributed.all_reduce(self._counts).cpu()
-        state = {"steps": steps, "counts": counts, "total_counts": self.total_counts}
-        return state | {"skipped": torch.tensor(self.skipped)}
+        totals = {"total_counts": self.total_counts, "skipped": torch.tensor(self.skipped)}
+        return {"steps": steps, "counts": counts} | totals
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the sums of all ranks, which go on in the first."""
@@ -153,8 +132,8 @@ class MetricLogger:
         if distributed.rank() > 0:
             steps, counts = torch.zeros_like(steps), torch.zeros_like(counts)
         self._counts.copy_(counts)
-        self._steps = list(steps.to(self._device))
-        self._images = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * len(steps)
+        self._steps = list(steps.to(self._counts.device))
+        self._images = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * len(self._steps)
 
 
 class LossMonitor:
@@ -193,15 +172,11 @@ class LossMonitor:
 
     def _worst(self, index: Tensor, losses: Tensor) -> str:
         """Name the images of the largest losses, of all ranks; those that are not finite first."""
-        values = torch.full((NUM_NAMED,), -torch.inf)
-        named = torch.zeros(NUM_NAMED, dtype=torch.int64)
-        order = losses.float().cpu().nan_to_num(torch.inf).sort(descending=True)
-        count = min(NUM_NAMED, len(order.values))
-        values[:count], named[:count] = order.values[:count], index[order.indices[:count]]
-        values, named = distributed.all_gather(values).flatten(), distributed.all_gather(named).flatten()
-        best = values.sort(descending=True).indices[:NUM_NAMED].tolist()
-        worst = [f"{self.images.id(int(named[i]))!r} ({float(values[i]):.3g})" for i in best if values[i] > -torch.inf]
-        return ", ".join(worst) or "unknown, they were before the run was resumed"
+        top = losses.float().cpu().nan_to_num(torch.inf).topk(min(NUM_NAMED, len(losses)))
+        local = list(zip(top.values.tolist(), index[top.indices].tolist(), strict=True))
+        worst = sorted(chain(*distributed.all_gather_object(local)), key=lambda pair: -pair[0])[:NUM_NAMED]
+        named = ", ".join(f"{self.images.id(image)!r} ({loss:.3g})" for loss, image in worst)
+        return named or "unknown, they were before the run was resumed"
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the history and the steps left out last."""
@@ -211,3 +186,82 @@ class LossMonitor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         self._losses, self.consecutive_skipped = state["losses"].tolist(), int(state["consecutive_skipped"])
+
+
+AVERAGED = ("loss", "token_accuracy")
+"""Metrics whose mean over the epoch is in its line."""
+
+
+class ProgressDisplay:
+    """Shows the time that is left, losses and accuracies beside their baselines, speed, the last scores.
+
+    A line of the log for each epoch, and on a terminal a bar and two lines below it.
+
+    Args:
+        task: says how its metrics are shown.
+        total, done: steps of the run, and those done before.
+        file: where the bar goes; the standard error if None. What is no terminal gets the log lines alone.
+    """
+
+    def __init__(self, task: Task, total: int, done: int = 0, file: Any = None) -> None:
+        self._task, self._total, self._first, self._done, self._shown = task, total, done, done, done
+        common: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "file": file}
+        self._bar = tqdm(total=total, initial=done, desc=task.command, unit="step", smoothing=0.05, **common)
+        positions = () if self._bar.disable else (1, 2)
+        self.lines = [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in positions]
+        self._epoch: list[dict[str, float]] = []
+        self._started, self._scores = time.monotonic(), ""
+
+    def __enter__(self) -> "ProgressDisplay":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for bar in [*reversed(self.lines), self._bar]:
+            bar.close()
+
+    def update(self) -> None:
+        """Count a step."""
+        self._done += 1
+        self._bar.update()
+
+    def log_metrics(self, metrics: dict[str, float], epoch_ended: bool) -> None:
+        """Show the metrics of the steps since the last ones; the line of an epoch has the means of all its steps."""
+        self._epoch.append(metrics | {"steps": self._done - self._shown})
+        self._shown = self._done
+        texts = self._task.format_metrics(metrics), _speed(metrics) + self._scores
+        for line, text in zip(self.lines, texts, strict=False):
+            line.set_description_str(f"  {text}")
+        if epoch_ended:
+            if round(metrics["epoch"]) % self._task.epochs_per_line == 0 or self._done == self._total:
+                self._log_epoch(metrics)
+            self._epoch.clear()
+
+    def _log_epoch(self, metrics: dict[str, float]) -> None:
+        seen, all_steps = sum(window["steps"] for window in self._epoch), round(self._done / metrics["epoch"])
+        part = f" (its last {seen} of {all_steps} steps)" if seen < all_steps else ""  # of an epoch that was resumed
+        for name in [name for name in AVERAGED if name in metrics]:
+            known = [window for window in self._epoch if isfinite(window[name])]
+            if steps := sum(window["steps"] for window in known):
+                metrics = metrics | {name: sum(window[name] * window["steps"] for window in known) / steps}
+        seconds = (time.monotonic() - self._started) / max(1, self._done - self._first) * (self._total - self._done)
+        left = f", {format_duration(seconds)} left" if self._done < self._total else ""
+        text = f"{self._task.format_metrics(metrics)}, {_speed(metrics)}{left}"
+        log.info("epoch %d%s: %s", round(metrics["epoch"]), part, text)
+
+    def log_scores(self, epoch: int, scores: dict[str, float]) -> None:
+        """Show scores; on a terminal they stay until the next."""
+        text = f"epoch {epoch}: {self._task.format_scores(scores)}"
+        self._scores = f"; {text}"
+        log.info("%s", text)
+
+
+def _speed(metrics: dict[str, float]) -> str:
+    """Return images a second, and whether the loader keeps up."""
+    return f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
+
+
+def format_duration(seconds: float) -> str:
+    """'12 s', '3 min', '5.0 h', '2.1 days'."""
+    if seconds < 100 * 60:
+        return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,8 +1,5 @@
 """A step whose numbers are not finite, kept so that it can be computed again."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
@@ -18,12 +16,10 @@ from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic, check_format, read_sealed, write_sealed, write_tensors
 from mapet.training.sharding import full_state_dict
 from mapet.training.step import ForwardBackward
-from mapet.training.task import LossModule, StepOutput, Task
+from mapet.training.task import LossModule, Task
 
 BUNDLE = "bundle.json"
 FORMAT = 1
-log = logging.getLogger("mapet")
-AnyTask = Task[Any, Any]
 
 
 class NonFiniteError(MapetError):
@@ -39,12 +35,11 @@ class NonFiniteError(MapetError):
         before = f". What was learned before: `{shell_command('export', '--backbone', config.out, '--out', 'NEW')}`, for {option('init_from')} NEW"
         super().__init__(
             f"{what}.{look} Then start again, in a new {option('out')}, with a lower {option('lr')} (now {config.lr:.2g}), "
-            f"{option('precision')} float32 or "
-            f"{option('max_rollbacks')} 1{before if kept else ''}"
+            f"{option('precision')} float32 or {option('max_rollbacks')} 1{before if kept else ''}"
         )
 
 
-def save_debug_bundle(task: AnyTask, sampler: EpochSampler, last_step: int, count: int) -> Path:
+def save_debug_bundle(task: Task, sampler: EpochSampler, last_step: int, count: int) -> Path:
     """Keep the weights, which those steps have left as they were, and the images of the `count` steps up to `last_step`.
 
     Steps are counted as the log does: the first is step 1.
@@ -61,8 +56,26 @@ def save_debug_bundle(task: AnyTask, sampler: EpochSampler, last_step: int, coun
     return folder
 
 
-def _images(task: AnyTask, sampler: EpochSampler, step: int) -> list[str]:
+def _images(task: Task, sampler: EpochSampler, step: int) -> list[str]:
     return [task.dataset.images.id(index) for _, index in sampler.batch(step - 1)]
+
+
+def load_debug_bundle(bundle: Path, task: Task, sampler: EpochSampler) -> list[int]:
+    """Put a bundle's weights into the model; returns its steps.
+
+    Raises:
+        MapetError: not a bundle, damaged, or of other images or another model.
+    """
+    content = read_sealed(bundle / BUNDLE, "replay bundle")
+    try:
+        check_format(content.get("format_version"), FORMAT, "replay bundle", bundle)
+        task.model.load_state_dict(load_file(bundle / "model.safetensors"))
+        for step, names in content["images"].items():
+            if _images(task, sampler, int(step)) != names:
+                raise ValueError(f"the images of step {step} are others now")
+        return [int(step) for step in content["images"]]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MapetError(f"{bundle}: cannot be replayed: {str(error).splitlines()[0]}") from None
 
 
 class StepReport(NamedTuple):
@@ -84,60 +97,26 @@ class StepReport(NamedTuple):
     parameters: list[str]
 
 
-def load_debug_bundle(bundle: Path, task: AnyTask, sampler: EpochSampler) -> list[int]:
-    """Put a bundle's weights into the model; returns its steps.
-
-    Raises:
-        MapetError: not a bundle, damaged, or of other images or another model.
-    """
-    content = read_sealed(bundle / BUNDLE, "replay bundle")
-    try:
-        check_format(content.get("format_version"), FORMAT, "replay bundle", bundle)
-        images = {int(step): names for step, names in content["images"].items()}
-        task.model.load_state_dict(load_file(bundle / "model.safetensors"))
-        for step, names in images.items():
-            if _images(task, sampler, step) != names:
-                raise ValueError(f"the images of step {step} are others now")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MapetError(f"{bundle}: cannot be replayed: {str(error).splitlines()[0]}") from None
-    return list(images)
-
-
-def debug_step(task: AnyTask, sampler: EpochSampler, step: int) -> StepReport:
+def debug_step(task: Task, sampler: EpochSampler, step: int) -> StepReport:
     """Compute a step's loss and gradient as the run did, without an update."""
-    model, config = task.model, task.config
+    model = task.model
     batch = task.dataset.batch(sampler.batch(step - 1))
     if not len(batch):
         raise MapetError(f"none of the {len(batch.bad)} images of step {step} can be read")
-    micro_batch = config.micro_batch_size or len(batch)
-    forward_backward: ForwardBackward[StepOutput] = ForwardBackward(LossModule(task), task.compute, micro_batch)
+    forward_backward = ForwardBackward(LossModule(task), task.compute, task.config.micro_batch_size or len(batch))
+    names, nonfinite = {module: name for name, module in model.named_modules() if name}, []
+
+    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module in names and isinstance(output, Tensor) and not output.isfinite().all():
+            nonfinite.append(names[module])
+
     model.zero_grad(set_to_none=True)
-    with detect_nonfinite(model) as modules:
+    with register_module_forward_hook(look):
         outputs = forward_backward(task.prepare(batch, step - 1), step - 1)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    parameters = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss, norm = sum(output.loss for output in outputs), torch.nn.utils.get_total_norm(gradients.values())
     each = torch.cat([output.loss_per_image for output in outputs])
     order = each.nan_to_num(torch.inf).argsort(descending=True).tolist()
     losses = [(task.dataset.images.id(int(batch.image_index[i])), float(each[i])) for i in order]
-    loss = float(sum(output.loss for output in outputs))
-    return StepReport(step, loss, float(norm), losses, modules[0] if modules else "", parameters)
-
-
-@contextmanager
-def detect_nonfinite(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of modules whose output was not finite, in the order of computation."""
-    found: list[str] = []
-
-    def hook(name: str) -> Any:
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
-
-        return look
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    parameters = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return StepReport(step, float(loss), float(norm), losses, next(iter(nonfinite), ""), parameters)

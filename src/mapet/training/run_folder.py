@@ -1,30 +1,36 @@
-"""A pre-training run's folder: resolved recipe, log, metrics, TensorBoard, checkpoints, backbone."""
+"""A run's folder: resolved config, log, metrics, TensorBoard, checkpoints; trackers that its metrics go to as well.
 
+Trackers (Weights & Biases, MLflow, Trackio) are sent `metrics.jsonl`, by a thread for each: training waits for none of them, and
+what one has missed, because it was slow or the run was killed or it was not asked for until now, is sent when the run goes on.
+"""
+
+import importlib.util
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import shutil
 import sys
 import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import timm
 import torch
-import torchvision
 
 from mapet import distributed
 from mapet.config.base import build, differences, read_recipe, to_yaml, write_recipe
 from mapet.config.shared import TrainerConfig
 from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, counted, option, shell_command
-from mapet.files import atomic, is_free, new_folder
-from mapet.run_state import CONFIG_FILE, parent_run, pretrain_folder, record
+from mapet.errors import MapetError, counted, how_to_install, option, shell_command
+from mapet.files import atomic, is_free, new_folder, read_json, write_json
+from mapet.run_state import CONFIG_FILE, PACKAGES, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
-from mapet.training.tracking import Tracking
 
 log = logging.getLogger("mapet")
 C = TypeVar("C", bound=TrainerConfig)
@@ -36,6 +42,12 @@ MUTABLE_ON_RESUME = frozenset(
 PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})
 """Of those, where things are, which may have moved; the checkpoint knows their hashes. It has the tokenizer and tokens if the run began
 with them."""
+NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
+"""A job that may be sent anew at any moment has one command."""
+PROJECT = "mapet"
+PATIENCE = 60.0
+"""Seconds that the end of a run waits for trackers to take what is left."""
+Metrics = dict[str, float]
 
 
 class RunFolder:
@@ -44,32 +56,29 @@ class RunFolder:
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/  tracking/
     """
 
-    def __init__(self, config: TrainerConfig, compute: Compute, stage: str = "pretrain") -> None:
+    def __init__(self, config: TrainerConfig, compute: Compute) -> None:
         assert config.out is not None
         self.path: Path = config.out
         self.checkpoints = self.path / "checkpoints"
-        self._open(config, compute, stage)
+        self._open(config, compute)
 
     @distributed.rank_zero_only
-    def _open(self, config: TrainerConfig, compute: Compute, stage: str) -> None:
+    def _open(self, config: TrainerConfig, compute: Compute) -> None:
+        recipe, fixed = self.path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
             new_folder(self.path, resume_hint=f", or go on with {option('resume', True)}")
-            write_recipe(config, self.path / "config.yaml")
-        elif differences(
-            build(type(config), read_recipe(self.path / "config.yaml")),
-            config,
-            frozenset(config.model_fields) - PATH_OPTIONS,
-        ):
-            write_recipe(config, self.path / "config.yaml")  # it, or what it is made of, has moved
+        if not config.resume or differences(build(type(config), read_recipe(recipe)), config, fixed):
+            write_recipe(config, recipe)  # of a new run, or it, or what it is made of, has moved
         for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
         record(self.path, config=config, device=str(compute))
         self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
-        self._log_file_only(
-            f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}system: {system_information(compute)}"
-        )
+        versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
+        begun = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
+        self._log_file_only(f"{begun}system: {compute}; {system}; {shlex.join(sys.argv)}")
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
         self._tracking = Tracking(self.path, config.track, config.model_dump(mode="json"))
@@ -88,10 +97,9 @@ class RunFolder:
             self._log_file_only(f"stopped: {type(error).__name__}: {error}")
         self._tracking.close(failed=error is not None)
         log.removeHandler(self._handler)
-        self._handler.close()
-        self._metrics.close()
-        if self._board:
-            self._board.close()
+        for file in (self._handler, self._metrics, self._board):
+            if file:
+                file.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
@@ -111,7 +119,7 @@ class RunFolder:
         self._metrics = path.open("a", encoding="utf-8")
 
     @distributed.rank_zero_only
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
         """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -137,7 +145,7 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def resolve_resume_config(config: C, stage: str = "pretrain", may_change: frozenset[str] = MUTABLE_ON_RESUME) -> C:
+def resolve_resume_config(config: C, stage: str, may_change: frozenset[str] = MUTABLE_ON_RESUME) -> C:
     """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
 
     Where there is nothing yet, the run starts: a job that may be sent anew at any moment has one command.
@@ -146,29 +154,24 @@ def resolve_resume_config(config: C, stage: str = "pretrain", may_change: frozen
         MapetError: there is something else, or an option that is given now differs from the run's.
     """
     assert config.out is not None
-    path = config.out / "config.yaml"
-    if is_free(path.parent):
-        log.warning(NOTHING_TO_RESUME, path.parent)
+    run, path = config.out, config.out / "config.yaml"
+    if is_free(run):
+        log.warning(NOTHING_TO_RESUME, run)
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(
-            f"nothing to resume in {path.parent}: it has no config.yaml. Leave out {option('resume', True)} to start"
+            f"nothing to resume in {run}: it has no config.yaml. Leave out {option('resume', True)} to start"
         )
     old = build(type(config), read_recipe(path), path)
     automatic = {name for name, value in config if value is None}
     moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
-    changed = differences(old, config, may_change | automatic | moved)
-    if changed:
-        restart = restart_hint(path.parent) if stage == "pretrain" else f"with new options: a new {option('out')}"
+    if changed := differences(old, config, may_change | automatic | moved):
+        restart = restart_hint(run) if stage == "pretrain" else f"with new options: a new {option('out')}"
         raise MapetError(
-            f"{path.parent} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command_to_resume(path.parent, stage)}; to start {restart}"
+            f"{run} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{command_to_resume(run, stage)}; to start {restart}"
         )
     return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
-
-
-NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
-"""A job that may be sent anew at any moment has one command."""
 
 
 def restart_hint(run: Path) -> str:
@@ -182,19 +185,180 @@ def restart_hint(run: Path) -> str:
     return f"with new options: {new_out}"
 
 
-def command_to_resume(folder: Path, stage: str = "pretrain") -> str:
+def command_to_resume(folder: Path, stage: str) -> str:
     """What a person types to go on with an interrupted run."""
     outer = parent_run(folder)
     command, folder = ("run", outer) if outer else (stage, folder)
     return shell_command(command, folder / CONFIG_FILE, "--resume")
 
 
-def interrupted_error(by: str, step: int, total_steps: int, folder: Path, stage: str = "pretrain") -> Interrupted:
-    """What is raised when a run has saved, for the signal `by`."""
-    return Interrupted(f"stopped by {by} at step {step} of {total_steps}, saved", command_to_resume(folder, stage))
+# ---- trackers
 
 
-def system_information(compute: Compute) -> str:
-    versions = f"mapet {version('mapet')}, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
-    place = f"Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
-    return f"{compute}; {versions}, {place}; {shlex.join(sys.argv)}"
+class Session(NamedTuple):
+    """A tracker that was reached.
+
+    Attributes:
+        run_id: what the tracker knows the run by.
+        where: a person finds it there.
+        send: takes (metrics, step=).
+        finish: takes whether the run failed.
+    """
+
+    run_id: str
+    where: str
+    send: Callable[..., Any]
+    finish: Callable[[bool], Any]
+
+
+class Tracking:
+    """Sends a run's `metrics.jsonl` to trackers. What goes wrong with one is a warning, and the others go on."""
+
+    def __init__(self, run: Path, trackers: Iterable[str], config: dict[str, Any]) -> None:
+        self._senders = [_Sender(tracker, run, config) for tracker in dict.fromkeys(trackers)]
+
+    def tell(self) -> None:
+        """There is a new line."""
+        for sender in self._senders:
+            sender.tell()
+
+    def close(self, failed: bool) -> None:
+        """There will be none; waits for what is left, but not for long."""
+        for sender in self._senders:
+            sender.tell(end=True, failed=failed)
+        until = time.monotonic() + PATIENCE
+        for sender in self._senders:
+            sender.join(max(0.0, until - time.monotonic()))
+            if sender.is_alive():
+                rest = f"{option('resume', True)} sends the rest"
+                log.warning("%s has not taken all figures in %.0f s: %s", sender.name, PATIENCE, rest)
+
+
+class _Sender(threading.Thread):
+    """One tracker's thread; `tracking/NAME.json` in the run's folder says how far it is."""
+
+    def __init__(self, tracker: str, run: Path, config: dict[str, Any]) -> None:
+        super().__init__(name=tracker, daemon=True)
+        self._run, self._config, self._state_file = run, config, run / "tracking" / f"{tracker}.json"
+        self._news, self._end, self._failed = threading.Event(), False, False
+
+    def tell(self, end: bool = False, failed: bool = False) -> None:
+        self._end, self._failed = end, failed
+        self._news.set()
+        if self.ident is None:
+            self.start()  # not before: a resumed run's file is rewound first
+
+    def run(self) -> None:
+        try:
+            file, lines, end = self._state_file, _lines(self._run / "metrics.jsonl"), False
+            state: dict[str, Any] = {"id": None, "sent": [-1, 0]}
+            if file.exists():
+                state = read_json(file, "tracker's state")
+            session = TRACKERS[self.name](self._run, state["id"], self._config)
+            state["id"] = session.run_id
+            write_json(file, state)
+            log.info("%s: %s", self.name, session.where)
+            while not end:
+                self._news.wait()
+                self._news.clear()
+                end = self._end  # asked before the file is read: its last line is in it
+                for number, metrics in iter(lines.__next__, None):
+                    if number > state["sent"]:
+                        session.send(metrics, step=number[0])
+                        state["sent"] = number
+                        write_json(file, state)
+            session.finish(self._failed)
+        except BaseException as error:  # whatever a tracker's library comes up with, also SystemExit
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rest = f"Training goes on; they are all in metrics.jsonl, and {option('resume', True)} sends them"
+            log.warning("%s gets no more figures: %s. %s", self.name, reason, rest)
+
+
+def _lines(path: Path) -> Iterator[tuple[list[int], Metrics] | None]:
+    """([step, number of the line among those of this step], metrics) of each line as it comes; None where there is no more yet.
+
+    A run that goes on writes the same lines again from its checkpoint, so they are known by this number.
+    """
+    last, count = -1, 0
+    with path.open(encoding="utf-8") as file:
+        while True:
+            start = file.tell()
+            line = file.readline()
+            if not line.endswith("\n"):  # none, or one that is being written
+                file.seek(start)
+                yield None
+                continue
+            content = json.loads(line)
+            step = content.pop("step")
+            last, count = step, count + 1 if step == last else 0
+            yield [step, count], {name: math.nan if value is None else value for name, value in content.items()}
+
+
+def require(trackers: Iterable[str]) -> None:
+    """Raises MapetError: a tracker's library is not installed."""
+    for tracker in trackers:
+        if not _is_installed(tracker):
+            raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {how_to_install('track')}")
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a folder of that name has none; wandb leaves one
+
+
+def _name(run: Path) -> str:
+    """The last two parts of a run's folder: of `mapet run` and `study` the last is always 'pretrain'."""
+    return "-".join(run.resolve().parts[-2:])
+
+
+def _wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
+    import wandb
+
+    (run / "tracking").mkdir(exist_ok=True)
+    # silent: it asks for no password either; console: it would take the output of the whole program.
+    settings = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE)
+    wandb.setup(settings)
+    session = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=os.environ.get("WANDB_NAME", _name(run)),
+        dir=os.environ.get("WANDB_DIR", run / "tracking"), id=run_id or uuid.uuid4().hex[:12], resume="allow",
+        config=config, allow_val_change=True, settings=settings,
+    )  # fmt: skip
+    where = f"offline; wandb sync {Path(session.dir).parent}" if session.offline else session.url or ""
+    return Session(session.id, where, session.log, lambda failed: session.finish(int(failed)))
+
+
+def _mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    client = MlflowClient()  # no fluent API: its active run is the program's
+    if run_id is None:
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = client.get_experiment_by_name(project)
+        number = experiment.experiment_id if experiment else client.create_experiment(project)
+        run_id = str(client.create_run(number, run_name=_name(run)).info.run_id)
+        client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in config.items()])
+    else:
+        client.update_run(run_id, status="RUNNING")
+
+    def send(metrics: Metrics, step: int) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def finish(failed: bool) -> None:
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    return Session(run_id, f"run {run_id} in {client.tracking_uri}", send, finish)
+
+
+def _trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
+    import trackio
+
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    run_id = run_id or f"{_name(run)}-{uuid.uuid4().hex[:6]}"  # it knows runs by their names
+    session = trackio.init(project=project, name=run_id, config=config, resume="allow", embed=False)
+    where = f"run {run_id}; trackio show --project {project}"
+    return Session(run_id, where, session.log, lambda failed: session.finish())
+
+
+TRACKERS = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}

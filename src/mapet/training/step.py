@@ -1,13 +1,16 @@
-"""Forward and backward pass of a step: products in the fast precision, micro-batches, gradients in float32."""
+"""A step: forward and backward pass in the fast precision, micro-batches, gradients in float32; timm's optimizers and schedule."""
 
 import importlib.util
+import inspect
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +21,6 @@ from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.training.sharding import is_sharded, set_gradient_sync
 
-O = TypeVar("O", bound=Any)  # noqa: E741
 log = logging.getLogger("mapet")
 MIN_COMPILE_STEPS = 1000
 """Steps after which a GPU has won back what compiling took."""
@@ -40,7 +42,7 @@ class LowPrecision(nn.Module):
         return functional_call(self.module, weights, args)
 
 
-class ForwardBackward(Generic[O]):
+class ForwardBackward:
     """Adds a batch's gradient to a float32 module's, summed over all ranks.
 
     Args:
@@ -54,24 +56,18 @@ class ForwardBackward(Generic[O]):
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        compute: Compute,
-        micro_batch: int,
-        compile: bool = False,
-        same_shapes: bool = True,
+        self, module: nn.Module, compute: Compute, micro_batch: int, compile: bool = False, same_shapes: bool = True
     ) -> None:
-        self.module, self.micro_batch = module, micro_batch
+        self.module, self.micro_batch, self._same_shapes = module, micro_batch, same_shapes
         self._sharded = is_sharded(module)
         if compile:
             module.compile()
         low = compute.dtype != torch.float32 and not self._sharded  # a sharded one makes its own copy
-        self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
-        self._same_shapes = same_shapes
+        self.compute_module: Any = LowPrecision(module, compute.dtype) if low else module
         self._replicated = distributed.world_size() > 1 and not self._sharded
         self._rehearsed = not self._replicated
 
-    def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[O]:
+    def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
         """Return the outputs of the micro-batches, their losses weighted so that they add up to `fraction` times the batch's.
 
         Args:
@@ -86,40 +82,44 @@ class ForwardBackward(Generic[O]):
                 if not self._rehearsed:
                     self._rehearse(batch, args)
                 with distributed.translate_comm_errors():
-                    return self._accumulate(batch, args, fraction, synchronize=True)
+                    return self._accumulate(batch, args, fraction)
             except RuntimeError as error:
-                if not _out_of_memory(error) or self._sharded or (self._replicated and self._rehearsed):
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not out_of_memory or self._sharded or (self._replicated and self._rehearsed):
                     raise
             self._halve(len(batch))  # here, where the failed pass no longer holds its memory
 
     def _rehearse(self, batch: Batch, args: tuple[Any, ...]) -> None:
-        """Make the first step without communication: running out of memory concerns this rank alone, and it shows which
-        parameters a pass uses."""
+        """Make the first step without communication, then let DistributedDataParallel sum gradients during the backward pass.
+
+        Running out of memory concerns this rank alone, and the step shows which parameters a pass uses. Weights and buffers
+        become those of rank 0, buffers before every pass.
+        """
         with torch.random.fork_rng():
-            self._accumulate(batch, args, 0.0, synchronize=False)
+            self._accumulate(batch, args, 0.0)
         unused = any(parameter.grad is None for parameter in self.module.parameters())
         self.module.zero_grad(set_to_none=True)
-        self.compute_module = replicate(self.compute_module, unused or not self._same_shapes)
-        self._rehearsed = True
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1 x 1 convolution
+        replicated = DistributedDataParallel(
+            self.compute_module, find_unused_parameters=unused or not self._same_shapes
+        )
+        replicated.register_comm_hook(None, _sum_bucket)  # losses are weighted by each rank's images: sums, not means
+        self.compute_module, self._rehearsed = replicated, True
 
-    def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float, synchronize: bool) -> list[O]:
-        outputs: list[O] = []
+    def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
+        """Make the passes of a step; gradients are summed over ranks in the last one, if this is not the rehearsal."""
+        outputs = []
         for start in range(0, len(batch), self.micro_batch):
             part = batch[start : start + self.micro_batch]
-            last = synchronize and start + self.micro_batch >= len(batch)
-            with self._gradient_sync(last):
+            last = self._rehearsed and start + self.micro_batch >= len(batch)
+            set_gradient_sync(self.module, last)
+            waits = isinstance(self.compute_module, DistributedDataParallel) and not last
+            with self.compute_module.no_sync() if waits else nullcontext():
                 output = self.compute_module(part, *args)
                 weight = fraction * len(part) / len(batch)
                 (output.loss * weight).backward()
             outputs.append(output._replace(loss=output.loss.detach() * weight))
         return outputs
-
-    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Sum gradients over ranks in this backward pass, or not."""
-        set_gradient_sync(self.module, enabled)
-        if isinstance(self.compute_module, DistributedDataParallel) and not enabled:
-            return self.compute_module.no_sync()
-        return nullcontext()
 
     def _halve(self, images: int) -> None:
         failed = min(self.micro_batch, images)
@@ -134,24 +134,8 @@ class ForwardBackward(Generic[O]):
             torch.cuda.empty_cache()
         log.warning(
             f"out of memory with %d images at a time: going on with {option('micro_batch_size')} %d (the batch and what is learned stay the same)",
-            failed,
-            self.micro_batch,
-        )
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def replicate(module: nn.Module, find_unused_parameters: bool = False) -> DistributedDataParallel:
-    """Wrap a float32 module so that gradients are summed over ranks, in float32, while the backward pass goes on.
-
-    Weights and buffers become those of rank 0, buffers before every pass.
-    """
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1 x 1 convolution
-    replicated = DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
-    replicated.register_comm_hook(None, _sum_bucket)  # losses are weighted by each rank's images: sums, not means
-    return replicated
+            failed, self.micro_batch,
+        )  # fmt: skip
 
 
 def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # has no stub
@@ -169,3 +153,44 @@ def auto_compile(requested: bool | None, compute: Compute, steps: int, same_shap
         return requested
     worth = compute.device.type == "cuda" and steps >= MIN_COMPILE_STEPS and same_shapes
     return worth and importlib.util.find_spec("triton") is not None
+
+
+def create_optimizer(
+    model: nn.Module, opt: str, lr: float, weight_decay: float, **options: Any
+) -> torch.optim.Optimizer:
+    """Create any of timm's optimizers; no decay on biases, norms, positions and tokens.
+
+    PyTorch's own are fused: their `found_inf` leaves out a step without the CPU having to know.
+
+    Args:
+        options: timm's, e.g. layer_decay; `betas` are for Adam and AdamW.
+
+    Raises:
+        MapetError: timm has no optimizer of this name.
+    """
+    try:
+        parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
+    except ValueError:
+        raise MapetError(
+            f"timm has no optimizer '{opt}' ({option('opt')}): e.g. adamw, lion, muon, lamb, sgd"
+        ) from None
+    if opt not in ("adam", "adamw"):
+        options.pop("betas", None)
+    if "fused" in parameters:
+        options["fused"] = True
+    return create_optimizer_v2(model, opt, lr=lr, weight_decay=weight_decay, **options)
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float
+) -> CosineLRScheduler:
+    """Create a linear warm-up, then one cosine to `min_lr`, neither of them above the peak.
+
+    Call `step_update(step)` before each step: the rate depends on it alone.
+    """
+    warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
+    steps = max(2, total_steps - warmup_steps)  # of 1 timm warns; the rate of its only step is the same
+    warmup = {"warmup_t": warmup_steps, "warmup_lr_init": min(1e-6, peak), "warmup_prefix": True}
+    schedule = CosineLRScheduler(optimizer, steps, lr_min=min(min_lr, peak), t_in_epochs=False, **warmup)
+    schedule.step_update(0)
+    return schedule

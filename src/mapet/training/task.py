@@ -1,7 +1,6 @@
 """What a training run learns: a task gives model, data and loss, the trainer does the rest."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, ViewDataset
+from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.training.checkpoint import Stateful
 
 C = TypeVar("C", bound=TrainerConfig)
 R = TypeVar("R")
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class StepOutput(NamedTuple):
@@ -32,9 +30,9 @@ class StepOutput(NamedTuple):
 
     loss: Float[Tensor, ""]
     loss_per_image: Float[Tensor, " B"]
-    means: Mapping[str, Float[Tensor, ""]] = NOTHING
+    means: Mapping[str, Float[Tensor, ""]] = {}
     counts: Int[Tensor, " K"] | None = None
-    rows: Mapping[str, Tensor] = NOTHING
+    rows: Mapping[str, Tensor] = {}
 
 
 class Task(Generic[C, R]):
@@ -52,7 +50,7 @@ class Task(Generic[C, R]):
         description: the run in one line.
 
     and may set others, which have defaults:
-        base_lr, base_batch_size, min_auto_lr: of the automatic learning rate, see `auto_lr`.
+        base_lr, base_batch_size, min_auto_lr: of the automatic learning rate, see `Trainer`.
         warmup_fraction: of the epochs.
         logs_per_epoch: lines of metrics.
         betas: of Adam and AdamW.
@@ -86,8 +84,13 @@ class Task(Generic[C, R]):
 
     def __init__(self) -> None:
         self.bad: dict[int, str] = {}
-        self.stateful: dict[str, Stateful] = {}
+        self.stateful: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
+
+    def view_spec(self, size: tuple[int, int]) -> ViewSpec:
+        """Return the views of this size, pixels, that the config asks for."""
+        config: Any = self.config
+        return ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
 
     def build(self, config: C, compute: Compute) -> None:
         """Open the data and build the model from its seed; a collective call."""
@@ -164,7 +167,7 @@ class Task(Generic[C, R]):
 class LossModule(nn.Module):
     """A task's loss as a module of its model's parameters, for DistributedDataParallel and low precision."""
 
-    def __init__(self, task: "Task[Any, Any]") -> None:
+    def __init__(self, task: "Task") -> None:
         super().__init__()
         self.model = task.model
         self._loss = task.loss
@@ -183,18 +186,12 @@ def merge_outputs(outputs: list[StepOutput], fraction: float) -> StepOutput:
     Args:
         fraction: of the step's images that are in this batch; loss and means are that fraction of the batch's.
     """
-    total = sum(len(output.loss_per_image) for output in outputs)
-    weights = [fraction * len(output.loss_per_image) / total for output in outputs]
-    first = outputs[0]
-    means = {
-        name: torch.stack([weight * output.means[name] for weight, output in zip(weights, outputs, strict=True)]).sum()
-        for name in first.means
+    loss, each, means, counts, rows = zip(*outputs, strict=True)
+    weights = [fraction * len(part) / sum(map(len, each)) for part in each]
+    mean = {
+        name: torch.stack([weight * part[name] for weight, part in zip(weights, means, strict=True)]).sum()
+        for name in means[0]
     }
-    counts = [output.counts for output in outputs if output.counts is not None]
-    return StepOutput(
-        torch.stack([output.loss for output in outputs]).sum(),
-        torch.cat([output.loss_per_image for output in outputs]),
-        means,
-        torch.stack(counts).sum(dim=0) if counts else None,
-        {name: torch.cat([output.rows[name] for output in outputs]) for name in first.rows},
-    )
+    count = None if counts[0] is None else torch.stack(counts).sum(dim=0)
+    row = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
+    return StepOutput(torch.stack(loss).sum(), torch.cat(each), mean, count, row)

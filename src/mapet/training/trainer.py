@@ -5,38 +5,26 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, make_loader
 from mapet.device import Compute
-from mapet.errors import MapetError, option
+from mapet.errors import Interrupted, MapetError, counted, option
 from mapet.run_state import record
 from mapet.signals import StopRequest, stop_signals
-from mapet.training.checkpoint import (
-    check_fingerprints,
-    checkpoint_step,
-    checkpoint_tensors,
-    checkpoints,
-    load_checkpoint,
-    read_trainer_state,
-    save_checkpoint,
-)
-from mapet.training.metrics import LossMonitor, MetricLogger
+from mapet.training import checkpoint
+from mapet.training.metrics import LossMonitor, MetricLogger, ProgressDisplay
 from mapet.training.nonfinite import NonFiniteError, save_debug_bundle
-from mapet.training.optim import auto_lr, create_optimizer, create_scheduler, effective_batch_size
-from mapet.training.progress import ProgressDisplay
-from mapet.training.run_folder import RunFolder, interrupted_error, resolve_resume_config
+from mapet.training.run_folder import RunFolder, command_to_resume, require, resolve_resume_config
 from mapet.training.sharding import apply_fsdp, full_state_dict, full_tensor
-from mapet.training.step import ForwardBackward, auto_compile
-from mapet.training.task import LossModule, StepOutput, Task, merge_outputs
-from mapet.training.tracking import require
+from mapet.training.step import ForwardBackward, auto_compile, create_optimizer, create_scheduler
+from mapet.training.task import LossModule, Task, merge_outputs
 
 log = logging.getLogger("mapet")
 R = TypeVar("R")
@@ -56,50 +44,47 @@ class Trainer(Generic[R]):
         """Build the task; a collective call."""
         require(config.track)
         self.task, self.step, self.num_rollbacks = task, 0, 0
-        requested_micro_batch = config.micro_batch_size
+        self.keeps_micro_batch = config.micro_batch_size is None
         if config.resume and config.out:
             config = resolve_resume_config(config, task.command)
             distributed.barrier()  # all have looked before one writes
         self.compute = Compute.choose(config.device, config.precision)
         task.build(config, self.compute)
-        config = task.config
-        assert config.batch_size is not None  # resolved by `build`
-        rank, world_size = distributed.rank(), distributed.world_size()
-        self.sampler = EpochSampler(
-            task.indices, config.batch_size, config.epochs, config.seed, rank=rank, processes=world_size
-        )
+        ranks = {"rank": distributed.rank(), "processes": distributed.world_size()}
+        self.sampler = EpochSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
         self.total_steps, self.steps_per_epoch = len(self.sampler), self.sampler.steps_per_epoch
         if config.fsdp:
             apply_fsdp(task.model, self.compute)
-        self.keeps_micro_batch = requested_micro_batch is None
-        task.config = self.config = config.model_copy(update=self._auto_values(config))
-        self._create_optimizer()
-        self.metrics = MetricLogger(task.mean_names, task.sum_names, task.num_counts, self.compute.device)
-        self.monitor = LossMonitor(task.dataset.images)
+        task.config = task.config.model_copy(update=self._auto_values(task.config))
+        resolved, options = task.config, {"layer_decay": task.layer_decay, "betas": task.betas}
+        self.optimizer = create_optimizer(task.model, config.opt, resolved.lr, config.weight_decay, **options)
+        warmup_steps = round(resolved.warmup_epochs * self.steps_per_epoch)
+        self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
+        self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.unreadable = Quarantine(task.dataset.images, config.max_unreadable, dict(task.bad))
 
-    def _auto_values(self, config: TrainerConfig) -> dict[str, Any]:
-        """Return the automatic values that depend on task and data."""
-        task, batch_size = self.task, config.batch_size or 1
+    def _auto_values(self, config: Any) -> dict[str, Any]:
+        """Return the automatic values that depend on task and data.
+
+        The learning rate grows with the square root of the batch: Adam's step does not grow with the gradient, so that its
+        rule is not SGD's linear one (Malladi et al., arXiv 2205.10287), which would starve small batches.
+        """
+        task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
+        if batch_size > num_images:
+            log.warning(
+                f"{option('batch_size')} {batch_size:,} is more than the {counted(num_images, 'image')} there are: every step sees all of "
+                "them, and the learning rate is for so many. Leave it out, or give less, for more steps"
+            )
         local_batch_size = -(-batch_size // distributed.world_size())
-        num_images = effective_batch_size(batch_size, len(task.indices))
+        lr = task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size)
         warmup = config.epochs * task.warmup_fraction if config.warmup_epochs is None else config.warmup_epochs
         return {
             "micro_batch_size": config.micro_batch_size or task.auto_micro_batch(local_batch_size),
-            "lr": config.lr or max(task.min_auto_lr, auto_lr(num_images, task.base_lr, task.base_batch_size)),
+            "lr": config.lr or max(task.min_auto_lr, lr),
             "warmup_epochs": warmup,
             "log_interval": config.log_interval or min(MAX_LOG_EVERY, -(-self.steps_per_epoch // task.logs_per_epoch)),
         }
-
-    def _create_optimizer(self) -> None:
-        task, config = self.task, self.config
-        assert config.lr is not None and config.warmup_epochs is not None
-        self.optimizer = create_optimizer(
-            task.model, config.opt, config.lr, config.weight_decay, task.layer_decay, task.betas
-        )
-        warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
-        self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
 
     def fit(self) -> R:
         """Train from the first step, or the one after the last checkpoint, to the last; returns the task's result.
@@ -108,52 +93,52 @@ class Trainer(Generic[R]):
             Interrupted: a signal asked to stop; what was learned is saved.
             NonFiniteError: too many steps in a row were not finite, or the result isn't.
         """
-        task, config = self.task, self.config
-        self.folder = RunFolder(config, self.compute, task.command) if config.out else None
+        task, config = self.task, self.task.config
+        self.folder = RunFolder(config, self.compute) if config.out else None
         with self.folder or nullcontext(), stop_signals() if config.out else nullcontext(StopRequest()) as self.stop:
-            if config.resume:
-                self._resume()
+            if config.resume and self.folder:
+                self._resume(self.folder)
             self._log_start()
             if self.step == 0:
                 on_rank_zero(task.start)
             compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
-            assert self.config.micro_batch_size is not None  # resolved, or that of the checkpoint
-            self.forward_backward: ForwardBackward[StepOutput] = ForwardBackward(
-                LossModule(task), self.compute, self.config.micro_batch_size, compile, task.same_shapes
+            self.forward_backward = ForwardBackward(
+                LossModule(task), self.compute, task.config.micro_batch_size, compile, task.same_shapes
             )
             self._loop()
-            return self._finish()
+            (unusable,) = any_rank(self._with_product(lambda module: not task.is_usable(module)) or False)
+            if unusable:
+                self._raise_nonfinite("the trained model gives numbers that are not finite, so that it is not saved")
+            return self._with_product(task.finish)  # type: ignore[return-value]  # None on other ranks
 
     def _log_start(self) -> None:
-        config, world_size = self.config, distributed.world_size()
+        task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
-        description = (
-            f"{self.task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
-        )
-        images, unreadable = self.task.dataset.images, len(self.task.bad)
-        counts = {"images": len(images), "unreadable": unreadable, "total_steps": self.total_steps}
-        hashes = {name.removesuffix("_hash"): digest for name, digest in self.task.hashes.items()}
-        record(config.out, description=description, counts=counts, hashes=hashes, results=self.task.facts)
-        log.info("%s, %s", description, self.compute)
+        text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
+        counts = {"images": len(task.dataset.images), "unreadable": len(task.bad), "total_steps": self.total_steps}
+        hashes = {name.removesuffix("_hash"): digest for name, digest in task.hashes.items()}
+        record(config.out, description=text, counts=counts, hashes=hashes, results=task.facts)
+        log.info("%s, %s", text, self.compute)
 
-    def _resume(self) -> None:
-        assert self.folder is not None
-        if checkpoints(self.folder.checkpoints):
-            check_fingerprints(read_trainer_state(self.folder.checkpoints), self.task.hashes, self.folder.path)
-            state = load_checkpoint(self.folder.checkpoints, self.task.model, self.optimizer, **self.stateful)
+    def _resume(self, folder: RunFolder) -> None:
+        task = self.task
+        if checkpoint.checkpoints(folder.checkpoints):
+            checkpoint.check_fingerprints(folder.checkpoints, task.hashes)
+            state = checkpoint.load_checkpoint(folder.checkpoints, task.model, self.optimizer, **self.stateful)
             self.step = self.sampler.first_step = state["step"]
             self.num_rollbacks = state.get("num_rollbacks", 0)
-            check_same_step(self.step, self.folder.checkpoints)
-            if self.keeps_micro_batch and state.get("micro_batch"):
-                self.config = self.task.config = self.config.model_copy(
-                    update={"micro_batch_size": state["micro_batch"]}
+            steps = distributed.all_gather(torch.tensor(self.step)).tolist()
+            if len(set(steps)) > 1:
+                raise MapetError(
+                    f"{folder.checkpoints} is not the same for all processes (steps {steps}): put {option('out')} where all of them see it"
                 )
-        self.folder.truncate_metrics(self.step)
+            if self.keeps_micro_batch and state.get("micro_batch"):
+                task.config = task.config.model_copy(update={"micro_batch_size": state["micro_batch"]})
+        folder.truncate_metrics(self.step)
         log.info("resumed at step %d of %d", self.step, self.total_steps)
 
     def _loop(self) -> None:
-        task, config = self.task, self.config
-        assert config.log_interval is not None
+        task, config = self.task, self.task.config
         self._saved_at = time.monotonic()
         pin_memory = self.compute.device.type == "cuda"
         loader = make_loader(task.dataset, self.sampler, config.num_workers, pin_memory=pin_memory)
@@ -166,20 +151,23 @@ class Trainer(Generic[R]):
                     self._log_metrics()
                 if self.step % self.steps_per_epoch == 0:
                     self._evaluate(self.step // self.steps_per_epoch)
-                self._save_if_due()
+                if self.folder:
+                    self._save_if_due(self.folder)
 
     def _train_step(self, batch: Batch) -> None:
-        task, step = self.task, self.step
-        local_images, counts = len(batch), self._global_image_counts(batch)
+        task, step, local_images = self.task, self.step, len(batch)
+        counts, bad = distributed.all_gather(torch.tensor([local_images, len(batch.bad)])).T.tolist()
+        for unreadable in distributed.all_gather_object(batch.bad) if any(bad) else []:
+            self.unreadable.add(unreadable)  # all ranks learn of all
         if not sum(counts):
             return
-        torch.manual_seed(step_seed(self.config.seed, step))  # what is drawn depends on the step alone
+        torch.manual_seed(step_seed(task.config.seed, step))  # what is drawn depends on the step alone
         self.schedule.step_update(step)
         fraction = local_images / sum(counts)
         if not local_images:  # takes part in all communication, with weight 0
             batch = task.dataset.placeholder(int(task.indices[0]))
         outputs = self.forward_backward(task.prepare(batch, step), step, fraction=fraction)
-        clip = self.config.clip_grad or math.inf
+        clip = task.config.clip_grad or math.inf
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(task.model.parameters(), clip)).detach()
         self._update(norm)
         output = merge_outputs(outputs, fraction)
@@ -195,117 +183,90 @@ class Trainer(Generic[R]):
 
         Fused optimizers leave it out by themselves, without the CPU having to know; for others it waits for the device.
         """
-        if self.optimizer.defaults.get("fused"):
+        fused = self.optimizer.defaults.get("fused")
+        if fused:
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif bool(norm.isfinite()):
+        if fused or bool(norm.isfinite()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _global_image_counts(self, batch: Batch) -> list[int]:
-        """Return how many images each rank has for this step; all ranks learn which ones could not be read."""
-        counts, bad = distributed.all_gather(torch.tensor([len(batch), len(batch.bad)])).unbind(1)
-        if bad.any():
-            for unreadable in distributed.all_gather_object(batch.bad):
-                self.unreadable.add(unreadable)
-        return counts.tolist()
-
     def _log_metrics(self) -> None:
-        window = self.metrics.compute_and_reset(self.task.summarize)
+        window = self.metrics.compute_and_reset()
         if not window.losses:  # no image could be read
             return
-        metrics = window.metrics | {
-            "epoch": self.step / self.steps_per_epoch,
-            "lr": self.optimizer.param_groups[-1]["lr"],
-        }
+        epoch, lr = self.step / self.steps_per_epoch, self.optimizer.param_groups[-1]["lr"]
+        metrics = window.metrics | {"epoch": epoch, "lr": lr}
         if self.folder:
             self.folder.log_metrics(self.step, metrics)
         self.display.log_metrics(metrics, self.step % self.steps_per_epoch == 0)
         self.monitor.update(window, self.step)
-        if self.monitor.consecutive_skipped >= self.config.max_skipped_steps:
+        if self.monitor.consecutive_skipped >= self.task.config.max_skipped_steps:
             self._roll_back_or_stop()
 
     def _roll_back_or_stop(self) -> None:
-        skipped, folder = self.monitor.consecutive_skipped, self.folder
-        saved = checkpoints(folder.checkpoints) if folder else []
-        before = [path for path in saved if checkpoint_step(path) <= self.step - skipped]
-        if self.num_rollbacks == self.config.max_rollbacks or not before:
+        skipped, folder, task = self.monitor.consecutive_skipped, self.folder, self.task
+        saved = checkpoint.checkpoints(folder.checkpoints) if folder else []
+        before = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - skipped]
+        if folder is None or self.num_rollbacks == task.config.max_rollbacks or not before:
             self._raise_nonfinite(f"loss or gradient was not finite in {skipped} steps in a row", kept=bool(before))
-        state = load_checkpoint(before[0], self.task.model, self.optimizer, **self.task.stateful)
+        state = checkpoint.load_checkpoint(before[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
         text = "rolled back to the weights of step %d, with the images from step %d on"
         log.warning(text, state["step"], self.step)
-        self._save()
+        self._save(folder)
 
-    def _raise_nonfinite(self, what: str, kept: bool = False) -> None:
+    def _raise_nonfinite(self, what: str, kept: bool = False) -> NoReturn:
         count = max(1, self.monitor.consecutive_skipped)
         bundle = save_debug_bundle(self.task, self.sampler, self.step, count) if self.folder else None
-        raise NonFiniteError(what, bundle, self.config, kept)
+        raise NonFiniteError(what, bundle, self.task.config, kept)
 
     def _evaluate(self, epoch: int) -> None:
-        with self.metrics.pause():
-            scores = self._with_product(lambda module: self._scores(module, epoch))
+        def evaluate(module: Any) -> dict[str, float]:
+            try:
+                return self.task.evaluate(module, epoch)
+            except MapetError as error:  # training goes on
+                log.warning("not evaluated after epoch %d: %s", epoch, error)
+                return {}
+
+        before = time.monotonic()
+        scores = self._with_product(evaluate)
+        self.metrics.started += time.monotonic() - before  # no time of training
         if scores:
             if self.folder:
                 self.folder.log_metrics(self.step, scores)
             self.display.log_scores(epoch, scores)
 
-    def _scores(self, module: nn.Module, epoch: int) -> dict[str, float]:
-        try:
-            return self.task.evaluate(module, epoch)
-        except MapetError as error:  # training goes on
-            log.warning("not evaluated after epoch %d: %s", epoch, error)
-            return {}
-
-    def _check_usable(self) -> None:
-        (unusable,) = any_rank(self._with_product(lambda module: not self.task.is_usable(module)) or False)
-        if unusable:
-            self._raise_nonfinite("the trained model gives numbers that are not finite, so that it is not saved")
-
-    def _save_if_due(self) -> None:
-        if self.folder is None:
-            return
-        due = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_interval_min
+    def _save_if_due(self, folder: RunFolder) -> None:
+        due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min
         stopping, due = any_rank(bool(self.stop.signal_name), due)
         if stopping or due or self.step == self.total_steps:
-            self._save()
+            self._save(folder)
             self._saved_at = time.monotonic()
         if stopping and self.step < self.total_steps:
-            signal_name = self.stop.signal_name or "another process"
-            raise interrupted_error(signal_name, self.step, self.total_steps, self.folder.path, self.task.command)
+            raise Interrupted(
+                f"stopped by {self.stop.signal_name or 'another process'} at step {self.step} of {self.total_steps}, saved",
+                command_to_resume(folder.path, self.task.command),
+            )
 
-    def _save(self) -> None:
-        assert self.folder is not None
-        tensors = checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
-        state = {
-            "epochs": self.config.epochs,
-            "num_rollbacks": self.num_rollbacks,
-            "micro_batch": self.forward_backward.micro_batch,
-            **self.task.hashes,
-        }
+    def _save(self, folder: RunFolder) -> None:
+        config, micro_batch = self.task.config, self.forward_backward.micro_batch
+        tensors = checkpoint.checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
+        state = {"epochs": config.epochs, "num_rollbacks": self.num_rollbacks, "micro_batch": micro_batch}
         if distributed.rank() == 0:
-            save_checkpoint(self.folder.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
-            record(self.config.out, counts={"steps": self.step})
+            state |= self.task.hashes
+            checkpoint.save_checkpoint(folder.checkpoints, self.step, tensors, state, config.keep_checkpoints)
+            record(config.out, counts={"steps": self.step})
         distributed.barrier()
-
-    def _finish(self) -> R:
-        self._check_usable()
-        return self._with_product(self.task.finish)  # type: ignore[return-value]  # None on other ranks
 
     def _with_product(self, function: Callable[[Any], T]) -> T | None:
         """Call a function of the trained module on rank 0; a collective call."""
         task, module = self.task, self.task.product_module
-        if self.config.fsdp:
+        if task.config.fsdp:
             weights = full_state_dict(module)
             if distributed.rank() == 0:
                 module = task.build_model()
                 module.load_state_dict(weights)
         return on_rank_zero(lambda: function(module))
-
-
-def train(task: Task[Any, R], config: TrainerConfig) -> R:
-    """Train a task; returns its result."""
-    return Trainer(task, config).fit()
 
 
 def on_rank_zero(function: Callable[[], T]) -> T | None:
@@ -342,15 +303,6 @@ def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
 def any_rank(*flags: bool) -> list[bool]:
     """Return each flag, if it is up on any rank."""
     return [count > 0 for count in distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()]
-
-
-def check_same_step(step: int, folder: Path) -> None:
-    """Raise MapetError if the ranks found different checkpoints."""
-    steps = distributed.all_gather(torch.tensor(step)).tolist()
-    if len(set(steps)) > 1:
-        raise MapetError(
-            f"{folder} is not the same for all processes (steps {steps}): put {option('out')} where all of them see it"
-        )
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.config.finetune import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset, in_order
-from mapet.data.views import ViewSpec, rand_augment, seeded
+from mapet.data.views import rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
@@ -25,7 +25,8 @@ from mapet.models.backbone import load_backbone, prepare_for_device, save_backbo
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
-MAX_AUTO_BATCH_SIZE = {"cpu": 128}
+MAX_CPU_BATCH_SIZE = 128
+"""Largest automatic batch there; elsewhere `base_batch_size`."""
 
 
 class FinetuneResult(NamedTuple):
@@ -63,20 +64,26 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         if self.model_ema is not None:
             self.stateful = {"model_ema": self.model_ema}
         size: tuple[int, int] = self.model.patch_embed.img_size
-        spec = ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
+        channels, augment = self.model.in_chans, None
+        if config.rand_augment is not None:
+            if channels != 3:
+                raise MapetError(
+                    f"{option('rand_augment')} is for RGB images, this ViT takes {channels} channels: leave it out"
+                )
+            augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
         self.dataset = ViewDataset(
             self.train.images,
-            spec,
-            self.model.in_chans,
-            image_size=size,
+            self.view_spec(size),
+            channels,
+            size,
             jitter=config.color_jitter,
-            augment=_augmentation(config, self.model),
+            augment=augment,
             seed=config.seed,
         )
         self.indices, self.labels = np.arange(len(self.train.labels)), torch.from_numpy(self.train.labels)
         self.hashes = {"images_hash": self.train.images.hash}
         num_images = len(self.indices)
-        most = MAX_AUTO_BATCH_SIZE.get(compute.device.type, self.base_batch_size)
+        most = MAX_CPU_BATCH_SIZE if compute.device.type == "cpu" else self.base_batch_size
         batch_size = config.batch_size or min(max(8, min(most, num_images // 10)), num_images)
         self.config = config.model_copy(update={"batch_size": batch_size})
         self.layer_decay = config.layer_decay
@@ -90,12 +97,8 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
     def build_model(self) -> VisionTransformer:
         """Load the backbone; the norm that pre-training learned stays, before the pooling."""
         config = self.config
-        options = config.model_args | {
-            "num_classes": len(self.train.classes),
-            "global_pool": "avg",
-            "fc_norm": False,
-            "drop_path_rate": config.drop_path,
-        }
+        head = {"num_classes": len(self.train.classes), "global_pool": "avg", "fc_norm": False}
+        options = config.model_args | head | {"drop_path_rate": config.drop_path}
         vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **options)
         return prepare_for_device(vit, self.compute)
 
@@ -173,26 +176,13 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
     return train, test
 
 
-def _augmentation(config: FinetuneConfig, vit: VisionTransformer) -> Any:
-    """Return RandAugment of the training images, or None."""
-    if config.rand_augment is None:
-        return None
-    if vit.in_chans != 3:
-        raise MapetError(
-            f"{option('rand_augment')} is for RGB images, this ViT takes {vit.in_chans} channels: leave it out"
-        )
-    return rand_augment(config.rand_augment, vit.patch_embed.img_size, input_mean_std(3)[0])
-
-
 @torch.inference_mode()
 def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
-    height, width = vit.patch_embed.img_size
-    labels = torch.from_numpy(data.labels)
-    num_correct = num_images = 0
-    order = in_order(len(labels), 256)
-    for index, images in centred_batches(data.images, (height, width), vit.in_chans, order, workers):
+    labels, num_correct, num_images = torch.from_numpy(data.labels), 0, 0
+    batches = in_order(len(labels), 256)
+    for index, images in centred_batches(data.images, vit.patch_embed.img_size, vit.in_chans, batches, workers):
         with compute.autocast():
             logits = vit(normalize(compute.to(images), vit.in_chans))
         num_correct += int((logits.argmax(1).cpu() == labels[index]).sum())

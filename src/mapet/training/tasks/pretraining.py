@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,27 +12,132 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet import distributed
+from mapet.config.base import build, read_recipe
+from mapet.config.fit_tokenizer import FitTokenizerConfig
 from mapet.config.pretrain import PretrainConfig
 from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec
-from mapet.device import Compute
+from mapet.device import Compute, free_memory
 from mapet.errors import by, option
 from mapet.evaluation.features import normalize
 from mapet.evaluation.online import OnlineProbe
-from mapet.models.backbone import format_num_params, prepare_for_device, save_backbone
+from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
+from mapet.models.cae import ContextAutoencoder
 from mapet.models.losses import normalized_patches
-from mapet.models.objectives import num_context_from_ratio
+from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
+from mapet.run_state import check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
-from mapet.training.build import build_model
-from mapet.training.sizing import auto_batch_size, auto_micro_batch
+from mapet.training.checkpoint import check_fingerprints, load_checkpoint
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
+CACHE = 6 << 20
+"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: python -m benchmarks training_step)."""
+
+
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> ViTForPreTraining:
+    """The ViT and its token head, with the weights that `seed` or `init_from` give.
+
+    Raises:
+        MapetError: unknown model or objective, sizes that don't fit, weights that can't be started from.
+    """
+    teacher, feature_size = tokenizer.description["teacher"], tokenizer.description["feature_size"]
+    sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
+    return _build_model(config, *sizes, tokenizer.vocab_size, feature_size)
+
+
+def check_model_config(config: PretrainConfig, fitting: FitTokenizerConfig) -> None:
+    """Raises MapetError as `build_model` does, for a tokenizer that `fit-tokenizer` is to make with the config `fitting`."""
+    _build_model(config, fitting.image_size, fitting.patch_size, fitting.channels, fitting.vocab_size or 2, 1)
+
+
+def _build_model(
+    config: PretrainConfig, image_size: tuple[int, int], patch_size: int, channels: int, vocab_size: int, features: int
+) -> ViTForPreTraining:
+    torch.manual_seed(config.seed)
+    args = {"init_values": config.layer_scale_init} if config.layer_scale_init else {}
+    vit = create_vit(config.model, image_size, patch_size, channels, args | config.model_args, config.drop_path)
+    num_patches, objective = vit.patch_embed.num_patches, get_objective(config.objective)
+    values = {"tokens": vocab_size, "pixels": channels * patch_size**2, "features": features}[config.target]
+    options: dict[str, Any] = {
+        "num_context": num_context_from_ratio(config.mask_ratio[1], num_patches),  # of a sampled ratio, the fewest
+        "num_predict": config.num_predict,
+        "target": config.target,
+        "separate_query_token": config.separate_query_token,
+    }
+    if objective is CAE:
+        model: ViTForPreTraining = ContextAutoencoder(vit, values, **options)
+    else:
+        model = ViTForPreTraining(vit, values, objective, **options)
+    if config.init_from:
+        init_from(vit, config.init_from)
+    return model
+
+
+class LoadedRun(NamedTuple):
+    """What a pre-training run folder holds; `model` has its newest weights."""
+
+    config: PretrainConfig
+    tokenizer: Tokenizer
+    model: ViTForPreTraining
+
+
+def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None) -> LoadedRun:
+    """Read a run folder of `pretrain`, or of `run`.
+
+    Raises:
+        MapetError: it isn't one, its tokenizer is gone or another one, or it has no usable checkpoint.
+    """
+    check_is_pretraining(folder)
+    folder = pretrain_folder(folder)
+    recipe = read_recipe(folder / "config.yaml")
+    found = {option: resolve_run_path(folder, recipe, option) for option in ("images", "tokenizer")}
+    config = build(PretrainConfig, recipe | found, folder / "config.yaml")
+    tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
+    check_fingerprints(folder / "checkpoints", {"tokenizer_hash": tokenizer.hash})
+    model = build_model(config, tokenizer)
+    load_checkpoint(folder / "checkpoints", model)
+    return LoadedRun(config, tokenizer, model.eval())
+
+
+def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:
+    """Activations kept for the backward pass of one image, a coarse count.
+
+    With plain attention about 34 numbers of width D a row and block (norms, qkv, attention output, MLP with GELU) and 3 of
+    each attention score; with a GPU's fused one no score, and 17 to 18 numbers (measured on ViT-T, S and B: docs/performance.md),
+    to which LayerScale adds two.
+    """
+    vit, rows = model.vit, sum(model.layout().segment_lengths.values())
+    numbers, scores = (20, 0) if compute.device.type == "cuda" else (34, 3)
+    per_block = numbers * rows * vit.embed_dim + scores * vit.blocks[0].attn.num_heads * rows * rows
+    return len(vit.blocks) * compute.dtype.itemsize * per_block
+
+
+def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute) -> int:
+    """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
+    if compute.device.type != "cpu":
+        return batch_size
+    rows = sum(model.layout().segment_lengths.values())
+    widest = rows * model.vit.blocks[0].mlp.fc1.out_features * compute.dtype.itemsize
+    return max(1, min(batch_size, CACHE // widest))
+
+
+def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: Compute, processes: int = 1) -> int:
+    """The largest power of two up to the paper's 2048 that takes at most 60 % of a GPU's free memory and leaves 20 steps an epoch.
+
+    Args:
+        processes: that share the batch, each with such a device.
+    """
+    most = max(1, min(2048, max(16, num_images // 20), num_images))
+    if compute.device.type == "cpu":
+        most = min(most, 256)  # more doesn't make it faster; what memory holds is up to the micro-batch
+    else:
+        fits = processes * (int(0.6 * free_memory(compute.device)) // bytes_per_image(model, compute))
+        most = max(1, min(most, fits))
+    return 1 << (most.bit_length() - 1)
 
 
 class PretrainingTask(Task[PretrainConfig, Path]):
@@ -49,41 +155,19 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         """Open images, tokenizer and tokens; automatic values that depend on them are resolved in `config`."""
         self.compute, images = compute, scan(config.images)
         needs_teacher = config.tokens is None or config.target == "features"
-        self.tokenizer = load_tokenizer(
-            config.tokenizer, with_teacher=needs_teacher, trusted_teacher=config.trust_teacher
-        )
-        self.tokenizer = self.tokenizer.to(compute.device)
-        store = None if config.tokens is None else TokenStore.open(config.tokens, images, self.tokenizer.hash)
+        tokenizer = load_tokenizer(config.tokenizer, needs_teacher, config.trust_teacher).to(compute.device)
+        store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         self.bad = dict(store.unreadable) if store else {}
-        self.model = prepare_for_device(build_model(config, self.tokenizer), compute)
+        self.tokenizer, self.model = tokenizer, prepare_for_device(build_model(config, tokenizer), compute)
         self.indices = np.setdiff1d(np.arange(len(images)), list(self.bad))
         auto = auto_batch_size(self.model, len(self.indices), compute, distributed.world_size())
         batch_size = config.batch_size or int(distributed.broadcast(torch.tensor(auto)))
         self.config = config = config.model_copy(update={"batch_size": batch_size})
-        self.dataset = self._views(images, store)
-        self.hashes = {"tokenizer_hash": self.tokenizer.hash, "images_hash": images.hash}
-        self.num_counts = self.tokenizer.vocab_size if config.target == "tokens" else 0
-        self.mean_names = ("token_accuracy",) if config.target == "tokens" else ()
-        self.same_shapes = not config.varies_context
-        self.probe = OnlineProbe.for_run(config, images, compute)
-        self.description, self.facts = self._describe(), {"tokenizer": self.tokenizer.description}
-        if store:
-            spec = store.view_spec
-            self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
-        if len(self.indices) < FEW_IMAGES:
-            log.warning("%s", few_images(len(self.indices)))
-        if config.tokens is None and config.target == "tokens":
-            log.info(
-                f"without {option('tokens')} the teacher runs in every step, on fresh views; `mapet tokenize` runs it once"
-            )
-
-    def _views(self, images: ImageList, store: TokenStore | None) -> ViewDataset:
-        config, vit, teacher = self.config, self.model.vit, self.tokenizer.teacher
+        vit, teacher = self.model.vit, tokenizer.teacher
         size: tuple[int, int] = tuple(vit.patch_embed.img_size)
-        spec = ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
-        return ViewDataset(
+        self.dataset = ViewDataset(
             images,
-            store.view_spec if store else spec,
+            store.view_spec if store else self.view_spec(size),
             channels=vit.in_chans,
             image_size=size,
             teacher_size=None if teacher is None else teacher.image_size,
@@ -94,6 +178,22 @@ class PretrainingTask(Task[PretrainConfig, Path]):
             num_branches=2 * len(vit.blocks) if config.drop_path else 0,
             seed=config.seed,
         )
+        self.hashes = {"tokenizer_hash": tokenizer.hash, "images_hash": images.hash}
+        if config.target == "tokens":
+            self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
+        self.same_shapes = not config.varies_context
+        self.probe = OnlineProbe.for_run(config, images, compute)
+        self.description, self.facts = self._describe(), {"tokenizer": tokenizer.description}
+        if store:
+            spec = store.view_spec
+            self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
+        if len(self.indices) < FEW_IMAGES:
+            log.warning("%s", few_images(len(self.indices)))
+        if config.tokens is None and config.target == "tokens":
+            without = option("tokens")
+            log.info(
+                "without %s the teacher runs in every step, on fresh views; `mapet tokenize` runs it once", without
+            )
 
     def _describe(self) -> str:
         config, model = self.config, self.model

@@ -53,51 +53,38 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         Raises:
             MapetError: fewer patches than codes.
         """
-        self.compute, images = compute, scan(config.images)
+        self.compute, self.config, images = compute, config, scan(config.images)
         self.teacher = make_teacher(
             config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
             config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
         ).to(compute.device)  # fmt: skip
-        spec = ViewSpec(
-            kind=config.views, image_size=config.image_size, min_scale=config.min_crop_scale, seed=config.seed
-        )
-        sizes = config.image_size, self.teacher.image_size
+        spec, sizes = self.view_spec(config.image_size), (config.image_size, self.teacher.image_size)
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
         self.indices, self.hashes = np.arange(len(images)), {"images_hash": images.hash}
         self.num_patches = math.prod(self.teacher.grid)
         total_patches = self.num_patches * len(images)
-        vocab_size = config.vocab_size or automatic_vocab_size(total_patches)
-        if vocab_size > total_patches:
-            raise MapetError(f"V = {vocab_size} codes for {total_patches:,} patches: lower {option('vocab_size')}")
-        self.config = config.model_copy(update={"vocab_size": vocab_size})
-        self.num_counts = vocab_size
+        self.num_counts = config.vocab_size or automatic_vocab_size(total_patches)
+        if self.num_counts > total_patches:
+            raise MapetError(f"V = {self.num_counts} codes for {total_patches:,} patches: lower {option('vocab_size')}")
+        self.config = config.model_copy(update={"vocab_size": self.num_counts})
         self.model = self.build_model()
         self.unreadable = Quarantine(images, config.max_unreadable)
         self.description = (
-            f"VQ-KD, {config.model} with {format_num_params(self.model)}, {vocab_size} codes, teacher {self.teacher.name}, "
+            f"VQ-KD, {config.model} with {format_num_params(self.model)}, {self.num_counts} codes, teacher {self.teacher.name}, "
             f"{len(images):,} images of {config.image_size[0]} px"
         )
 
     def build_model(self) -> VQKDForTraining:
         """Build the untrained model from its seed."""
         config = self.config
-        assert config.vocab_size is not None
         black = torch.zeros(1, config.channels, *self.teacher.image_size, dtype=torch.uint8)
         feature_size = self.teacher(self.compute.to(black)).shape[1]
         torch.manual_seed(config.seed)
-        encoder = create_vit(
-            config.model, config.image_size, config.patch_size, config.channels, config.model_args, config.drop_path
-        )
-        model = VQKDForTraining(
-            encoder,
-            config.vocab_size,
-            config.codebook_dim,
-            feature_size,
-            config.decoder_depth,
-            config.ema_decay,
-            config.dead_code_threshold,
-        )
-        return prepare_for_device(model, self.compute)
+        sizes = config.image_size, config.patch_size, config.channels
+        encoder = create_vit(config.model, *sizes, config.model_args, config.drop_path)
+        codebook = config.ema_decay, config.dead_code_threshold
+        options = self.num_counts, config.codebook_dim, feature_size, config.decoder_depth
+        return prepare_for_device(VQKDForTraining(encoder, *options, *codebook), self.compute)
 
     @torch.no_grad()
     def start(self) -> None:
