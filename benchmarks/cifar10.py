@@ -67,8 +67,8 @@ def pretrain(name: str, images: dict[str, Path], args: argparse.Namespace) -> Pa
 def from_scratch(backbone: Path, fraction: float, epochs: int, images: dict[str, Path]) -> float:
     """Accuracy of the whole ViT after supervised training on a fraction of the labels."""
     return mapet.finetune(
-        backbone=backbone, from_scratch=True, label_fraction=fraction, epochs=epochs, views="random-crop", min_crop_scale=0.5, lr=1e-3,
-        batch_size=64 if fraction < 0.1 else 128, **images,
+        backbone=backbone, from_scratch=True, labels_per_class=None if fraction == 1 else fraction, epochs=epochs,
+        views="random-crop", min_crop_scale=0.5, lr=1e-3, batch_size=64 if fraction < 0.1 else 128, **images,
     )  # fmt: skip
 
 

@@ -155,9 +155,9 @@ class Benchmark:
 
 
 def mapet(name: str, **options: object) -> list[object]:
-    """Words of a command that reads images in its own process."""
+    """Words of a command."""
     words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-    return [sys.executable, "-m", "mapet", name, "--workers", 0, *words]
+    return [sys.executable, "-m", "mapet", name, *words]
 
 
 def cpu_seconds(command: list[object], log: Path) -> float:
@@ -166,7 +166,10 @@ def cpu_seconds(command: list[object], log: Path) -> float:
     words = [str(word) for word in command]
     with log.open("a") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            words,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MAPET_WORKERS": "0"},
         )
         _, status, usage = os.wait4(process.pid, 0)
     if status:

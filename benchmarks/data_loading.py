@@ -9,6 +9,7 @@ normalized. mapet's are bytes with the jitter's factors: normalization and jitte
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -113,7 +114,8 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
 
 def read_by_workers(dataset: ViewDataset, count: int) -> int:
     """Read 2,048 images in batches of 32, so many that starting the workers counts little."""
-    return sum(1 for _ in make_loader(dataset, in_order(count, 32, number=0) * (2048 // count), workers=2))
+    os.environ["MAPET_WORKERS"] = "2"
+    return sum(1 for _ in make_loader(dataset, in_order(count, 32, number=0) * (2048 // count)))
 
 
 def make_tokens(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:

@@ -85,7 +85,7 @@ def patch_features(name: str, images: Path, compute: Compute, most: int) -> torc
     teacher = make_teacher(name, SIZE, 16, precision=compute.precision).to(compute.device)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
-    extractor = FeatureExtractor(teacher, dataset, Quarantine(listed, 0.05), compute, 32, 1)
+    extractor = FeatureExtractor(teacher, dataset, Quarantine(listed, 0.05), compute)
     for rows in extractor.patch_features(range(len(listed))):
         store.append(rows)
     return store.take(torch.arange(len(store)))

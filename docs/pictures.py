@@ -82,7 +82,7 @@ def words_of_photographs(photos: list[np.ndarray], folder: Path) -> Figure:
     for number, photo in enumerate(photos):
         Image.fromarray(photo).resize((320, 224)).crop((48, 0, 272, 224)).save(folder / f"{number}.png")
     mapet.fit_tokenizer(
-        images=folder, out=folder / "tokenizer", image_size=224, patch_size=8, vocab_size=24, workers=0, device="cpu"
+        images=folder, out=folder / "tokenizer", image_size=224, patch_size=8, vocab_size=24, device="cpu"
     )
     tokenizer = load_tokenizer(folder / "tokenizer")
     squares = [np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]

@@ -1,5 +1,6 @@
 """Real images for every test: scikit-learn's handwritten digits, and crops of its two photographs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from mapet.data.token_store import TokenStore
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 PRETRAIN: dict[str, Any] = {
-    "model_args": TINY, "epochs": 2, "batch_size": 100, "lr": 1e-3, "workers": 0, "probe_every": 0, "log_interval": 5, "device": "cpu",
+    "model_args": TINY, "epochs": 2, "batch_size": 100, "lr": 1e-3, "probe_every": 0, "log_interval": 5, "device": "cpu",
     "precision": "float32",
 }  # fmt: skip
 
 
+os.environ["MAPET_WORKERS"] = "0"  # images are read in the process that computes
 torch.set_num_threads(2)  # for what is made once for all tests
 
 
@@ -83,7 +85,7 @@ def few_digits(digits: Path) -> Path:
 def tokenizer_dir(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "tokenizer"
     mapet.fit_tokenizer(
-        images=few_digits, out=out, image_size=8, patch_size=2, channels=1, vocab_size=16, workers=0, kmeans_iters=5
+        images=few_digits, out=out, image_size=8, patch_size=2, channels=1, vocab_size=16, kmeans_iters=5
     )
     return out
 
@@ -91,7 +93,7 @@ def tokenizer_dir(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tokens_dir(few_digits: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenized") / "tokens"
-    mapet.tokenize(images=few_digits, tokenizer=tokenizer_dir, out=out, workers=0)
+    mapet.tokenize(images=few_digits, tokenizer=tokenizer_dir, out=out)
     return out
 
 

@@ -45,12 +45,22 @@ def descendants(process: int) -> list[int]:
     return [below for child in map(int, children) for below in [*descendants(child), child]]
 
 
+def read_one_by_one() -> None:
+    """Let frozen networks take one image at a time, so that there is time to be killed in."""
+    for module in list(sys.modules.values()):
+        if hasattr(module, "inference_batch_size"):
+            module.inference_batch_size = lambda _: 1
+
+
 if __name__ == "__main__":
     seed, kills, seconds, *argv = sys.argv[1:]
     for module in pkgutil.walk_packages(mapet.__path__, "mapet."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     import torch.utils.tensorboard  # noqa: F401
+
+    if argv[0] == "tokenize":
+        read_one_by_one()
 
     rng = random.Random(int(seed))
     killed, code = 0, None

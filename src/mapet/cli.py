@@ -106,6 +106,10 @@ def run_command(name: str, argv: list[str]) -> Any:
         if not word.startswith("--"):
             raise MapetError(f"unexpected word '{word}'; options are written --name value")
         given = word.split("=")[0].replace("_", "-")
+        if given[2:].replace("-", "_") in config_type.file_only:
+            raise MapetError(
+                f"{given} is for config files: `mapet {name} config.yaml` with `{given[2:].replace('-', '_')}: ...` in it"
+            )
         known = [option(known) for known, _ in fields(config_type)]
         raise MapetError(f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`")
     options = vars(namespace)

@@ -20,6 +20,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's mallopt(3)."""
 MEMINFO = Path("/proc/meminfo")
 """Linux tells there of its memory."""
+WORKERS = "MAPET_WORKERS"
+"""Environment variable: processes that read images, in every command."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -98,6 +100,19 @@ def _say_if_busy() -> None:
             "this machine is busy: %.0f programs want its %d cores. With OMP_NUM_THREADS=1 before the command small models may be "
             "several times faster", os.getloadavg()[0], cores,
         )  # fmt: skip
+
+
+def usable_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def num_workers() -> int:
+    """Return how many processes read images: MAPET_WORKERS, else one a usable core, less the one that computes, from 1 to 8."""
+    given = os.environ.get(WORKERS, "")
+    if given and not given.isdecimal():
+        raise MapetError(f"{WORKERS}={given}: must be the number of processes that read images")
+    return int(given) if given else max(1, min(8, usable_cores() - 1))
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:

@@ -178,16 +178,14 @@ def test_odd_names_and_link_loops(photo, tmp_path):
     readable = [i for i in range(len(images)) if images.id(i) != "dangling.png"]
     assert all(open_image(images[i]).read().shape == (3, 60, 80) for i in readable)
     store = mapet.tokenize(
-        images=root, out=tmp_path / "tokens", workers=0,
+        images=root, out=tmp_path / "tokens",
         tokenizer=_fit(root, tmp_path / "tokenizer"),
     )  # fmt: skip
     assert list(store.unreadable.values()) == ["No such file or directory"]
 
 
 def _fit(images: Path, out: Path) -> Path:
-    mapet.fit_tokenizer(
-        images=images, out=out, image_size=16, patch_size=4, vocab_size=4, workers=0, max_unreadable=0.5
-    )
+    mapet.fit_tokenizer(images=images, out=out, image_size=16, patch_size=4, vocab_size=4, max_unreadable=0.5)
     return out
 
 
@@ -196,13 +194,13 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
         (crops / name).write_bytes(b"broken")
     tokenizer = _fit(crops, tmp_path / "tokenizer")
     with pytest.raises(MapetError, match=r"2 of 15 images unreadable so far.*'a.png': not an image.*max_unreadable"):
-        mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens", workers=0)
-    store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", workers=0, max_unreadable=0.3)
+        mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens")
+    store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", max_unreadable=0.3)
     images = scan(crops)
     assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
     assert "bad image 'a.png': not an image Pillow knows" in caplog.text
     mapet.pretrain(
-        images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, workers=0, probe_every=0,
+        images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, probe_every=0,
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_unreadable=0.3,
     )  # fmt: skip
     assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
@@ -213,8 +211,8 @@ def test_one_image(photo, tmp_path):
     photo.save(tmp_path / "one" / "a.png")
     mapet.run(
         images=tmp_path / "one", out=tmp_path / "run",
-        fit_tokenizer={"image_size": 16, "patch_size": 4, "workers": 0}, tokenize={"workers": 0},
-        pretrain={"epochs": 2, "workers": 0, "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
+        fit_tokenizer={"image_size": 16, "patch_size": 4},
+        pretrain={"epochs": 2, "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
     )  # fmt: skip
     assert mapet.load_backbone(tmp_path / "run").embed_dim == 16
 

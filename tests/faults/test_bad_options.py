@@ -18,12 +18,12 @@ import mapet
 from mapet.cli import main
 from mapet.commands import COMMANDS
 from mapet.config.base import build
-from mapet.config.evaluate import EvaluateConfig
+from mapet.config.evaluation import EvaluateConfig
 from mapet.errors import shell_command
 from mapet.files import naming_the_cause
 from mapet.run_state import RunState
 
-TINY_FIT = ["--image-size", "16", "--patch-size", "4", "--workers", "0"]
+TINY_FIT = ["--image-size", "16", "--patch-size", "4"]
 
 
 def fails(capsys, *argv, code: int = 2) -> str:
@@ -57,8 +57,7 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
 def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
     """As `check` and `fit-tokenizer` spell them."""
     assert "unknown option '--epochs'; did you mean '--pretrain.epochs'? See" in fails(capsys, "run", "--epochs", "3")
-    line = fails(capsys, "run", "--workers", "2")
-    assert "'--fit-tokenizer.workers' or '--tokenize.workers' or '--pretrain.workers'" in line
+    assert "'--fit-tokenizer.precision' or '--pretrain.precision'" in fails(capsys, "run", "--precision", "float32")
     assert "did you mean '--tokenize.views'?" in fails(
         capsys, "run", "--pretrain.views", "random-crop"
     )  # the store's are used
@@ -198,16 +197,15 @@ def test_wrong_values(capsys, crops, tmp_path):
 
 def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     """Too little disk is said before anything is written, and nothing is left of a scratch file after an error."""
-    common = ["fit-tokenizer", "--images", crops, "--out", tmp_path / "x" / "t", *TINY_FIT, "--memory-gb", "1e-6"]
-    scratch = tmp_path / "scratch"
-    line = fails(capsys, *common, "--vocab-size", "100000", "--scratch-dir", scratch)
+    common = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--memory-gb", "1e-6", "--out"]
+    scratch = tmp_path / "x"
+    line = fails(capsys, *common, scratch / "t", "--vocab-size", "100000")
     assert "V = 100,000" in line and scratch.is_dir() and not list(scratch.iterdir())
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    line = fails(capsys, *common, "--scratch-dir", scratch)
-    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "--scratch-dir" in line
-    assert not list(scratch.iterdir()) and not (tmp_path / "x" / "t").exists()
-    assert "no scratch file in" in fails(capsys, *common, "--scratch-dir", crops / "crop000.png")
+    line = fails(capsys, *common, scratch / "t")
+    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "give --out on another disk" in line
+    assert not list(scratch.iterdir())
 
 
 def test_recipes(capsys, tmp_path):
@@ -254,9 +252,7 @@ def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer
         tmp_path / "a",
     )
     assert "another list of images" in line and "288 images" in line and "360" in line
-    mapet.fit_tokenizer(
-        images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17, workers=0
-    )
+    mapet.fit_tokenizer(images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17)
     line = fails(
         capsys,
         "pretrain",
@@ -298,8 +294,6 @@ def test_damaged_folders(capsys, few_digits, tokenizer_dir, tokens_dir, tmp_path
         tokenizer_dir,
         "--tokens",
         folder,
-        "--workers",
-        "0",
         "--epochs",
         "1",
         "--model-args",
@@ -362,8 +356,6 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
         tmp_path / "x",
         "--out",
         tmp_path / "tokens",
-        "--workers",
-        "0",
     ]
     assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
     assert main([*map(str, tokenize), "--trust-teacher", "test_bad_options:good_encoder"]) == 0
@@ -371,7 +363,7 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
 
 def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    common = ["fit-tokenizer", "--images", crops, "--patch-size", "4", "--workers", "0", "--vocab-size", "4", "--out"]
+    common = ["fit-tokenizer", "--images", crops, "--patch-size", "4", "--vocab-size", "4", "--out"]
     common += [tmp_path / "x", "--image-size", "16", "--teacher"]
     assert "gave a grid of 1 x 1 for views of 16 x 16 px, to be named on 4 x 4 patches" in fails(
         capsys, *common, "test_bad_options:pooled"
@@ -393,11 +385,15 @@ def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):
     fit = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", *teacher]
     assert main([*map(str, fit)]) == 0
     moved = weights["first"].rename(tmp_path / "moved.safetensors")
-    tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "t", "--workers", "0"]
+    tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "t"]
     line = fails(capsys, *tokenize)
-    assert f"{weights['first']}, is not there" in line and "--teacher-checkpoint" in line
-    assert "has other weights" in fails(capsys, *tokenize, "--teacher-checkpoint", weights["second"])
-    assert main([*map(str, tokenize), "--teacher-checkpoint", str(moved)]) == 0
+    assert f"{weights['first']}, is not there: put it, or a link to it, into {tmp_path / 'x'}" in line
+    here = tmp_path / "x" / "first.safetensors"
+    here.symlink_to(weights["second"])
+    assert "has other weights" in fails(capsys, *tokenize)
+    here.unlink()
+    here.symlink_to(moved)
+    assert main([*map(str, tokenize)]) == 0
 
 
 def test_teacher_weights_that_cannot_be_had(capsys, crops, tmp_path, monkeypatch):
@@ -465,7 +461,7 @@ sys.exit(main(sys.argv[1:]))
 def test_full_disk(stage, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     """A limit on file size gives the error that a full disk would: a line, nothing half-written under a final name."""
     out = tmp_path / "out"
-    argv = [stage, "--images", few_digits, "--out", out, "--workers", "0"]
+    argv = [stage, "--images", few_digits, "--out", out]
     if stage == "fit-tokenizer":
         argv += ["--image-size", "8", "--patch-size", "2", "--channels", "1", "--vocab-size", "200"]
     else:
@@ -507,7 +503,7 @@ def test_out_among_the_images_is_refused(capsys, crops, monkeypatch):
 
 def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
     run = ["run", "--images", crops, "--out", tmp_path / "run"]
-    small = ["--fit-tokenizer.image-size", "16", "--fit-tokenizer.patch-size", "16", "--fit-tokenizer.workers", "0"]
+    small = ["--fit-tokenizer.image-size", "16", "--fit-tokenizer.patch-size", "16"]
     line = fails(capsys, *run, *small, "--fit-tokenizer.vocab-size", "5000")
     assert "lower --fit-tokenizer.vocab-size" in line
     line = fails(capsys, *run, "--fit-tokenizer.vocab-size", "1")

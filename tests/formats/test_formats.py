@@ -52,7 +52,7 @@ def test_a_run_goes_on(files):
     mapet.pretrain(**write.PRETRAIN, resume=True)
     losses = [json.loads(line)["loss"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 4
-    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", workers=0, resume=True)
+    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", resume=True)
     mapet.embed(backbone="backbone", images="images", out="features", **write.SMALL, resume=True)
 
 

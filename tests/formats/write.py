@@ -20,9 +20,10 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.run_state import RunState
 from mapet.tokenizers.vqkd import vqkd_encoder
+from mapet.training import trainer
 
 HERE = Path(__file__).parent
-SMALL: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
+SMALL: dict[str, Any] = {"device": "cpu", "precision": "float32"}
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 1}
 PRETRAIN: dict[str, Any] = {
     "images": "images", "tokenizer": "tokenizer", "tokens": "tokens", "out": "run", "model_args": TINY, "epochs": 4, "batch_size": 12,
@@ -40,9 +41,10 @@ def main() -> None:
     mapet.fit_tokenizer(
         images="images", out="tokenizer", image_size=8, patch_size=2, channels=1, vocab_size=8, kmeans_iters=5, **SMALL
     )
-    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens", workers=0)
+    mapet.tokenize(images="images", tokenizer="tokenizer", out="tokens")
     mapet.prepare(images="images", out="prepared", short_side=4, channels=1)
-    mapet.pretrain(**PRETRAIN | {"checkpoint_interval_min": 1e-9, "keep_checkpoints": 4})
+    trainer.KEEP_CHECKPOINTS = 4
+    mapet.pretrain(**PRETRAIN | {"checkpoint_interval_min": 1e-9})
     mapet.embed(backbone="run", images="images", out="features", **SMALL)
     mapet.train_tokenizer(
         images="images", out="training", image_size=8, patch_size=2, channels=1, model_args=TINY, decoder_depth=1, vocab_size=8,

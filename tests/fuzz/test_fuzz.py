@@ -25,7 +25,7 @@ from torch import nn
 import mapet
 from mapet.cli import main
 from mapet.config.base import build, read_recipe
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.data.readers import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore

@@ -16,7 +16,7 @@ import mapet
 from mapet import cli
 from mapet.commands import COMMANDS
 from mapet.config.base import build, read_recipe
-from mapet.config.study import StudyConfig
+from mapet.config.pipeline import StudyConfig
 from mapet.evaluation.features import normalize
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit

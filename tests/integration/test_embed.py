@@ -20,7 +20,12 @@ from mapet.evaluation.features import labelled, normalize
 from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
 
-COMMON = {"workers": 0, "batch_size": 5, "device": "cpu", "precision": "float32"}
+COMMON = {"device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(embeddings, "inference_batch_size", lambda _: 5)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
 
 
 def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
-    mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **(COMMON | {"batch_size": 64}))
+    mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **COMMON)
     from mapet.device import Compute
 
     backbone = BackboneWrapper.load(str(run_dir), Compute.choose("cpu", "float32"))
@@ -81,7 +86,8 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
     if format == "parquet":
         pytest.importorskip("pyarrow")
     small_parts(monkeypatch)
-    options = {"backbone": vit_folder, "images": crops, "format": format, **COMMON, "batch_size": 3}
+    options = {"backbone": vit_folder, "images": crops, "format": format, **COMMON}
+    monkeypatch.setattr(embeddings, "inference_batch_size", lambda _: 3)
     whole = mapet.embed(out=tmp_path / "whole", **options)
     compute_features, calls = embeddings._compute_features, []
 
@@ -152,7 +158,7 @@ def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
 
 
 def test_command_line_and_half_precision(vit_folder, crops, tmp_path):
-    argv = ["--backbone", str(vit_folder), "--images", str(crops), "--out", str(tmp_path / "out"), "--workers", "0"]
+    argv = ["--backbone", str(vit_folder), "--images", str(crops), "--out", str(tmp_path / "out")]
     assert main(["embed", *argv, "--dtype", "float16", "--image-size", "24", "40", "--pool", "none"]) == 0
     features = np.load(tmp_path / "out" / "features.npy")
     assert features.dtype == np.float16 and features.shape == (12, 15, 32)

@@ -20,7 +20,7 @@ from mapet.evaluation.features import train_and_test
 from mapet.run_state import RunState
 from tests.conftest import save_crops
 
-QUICK = {"workers": 0, "device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2}
+QUICK = {"device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
 )
 def test_mistakes_are_told(words, message, untrained, small, tmp_path, capsys):
     argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--workers", "0", "--device", "cpu", *words]) == 2
+    assert main([*argv, "--device", "cpu", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -163,8 +163,6 @@ def command(backbone, out, words):
         str(backbone),
         "--out",
         str(out),
-        "--workers",
-        "0",
         "--device",
         "cpu",
         *words.split(),
@@ -304,7 +302,7 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     caplog.set_level("INFO", "mapet")
     accuracy = mapet.finetune(
         backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
-        workers=0, device="cpu", precision="float32", ema_decay=0.5,
+        device="cpu", precision="float32", ema_decay=0.5,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]

@@ -25,7 +25,7 @@ from tests.conftest import TINY
 from tests.unit.test_published_backbones import released, same, vit_of
 
 FINETUNE = {
-    "labels_per_class": 2, "epochs": 1, "batch_size": 10, "workers": 0, "device": "cpu", "precision": "float32",
+    "labels_per_class": 2, "epochs": 1, "batch_size": 10, "device": "cpu", "precision": "float32",
 }  # fmt: skip
 
 
@@ -228,7 +228,6 @@ def test_a_finetuned_model(digits, run_dir, tmp_path, caplog):
         "images": digits / "test",
         "epochs": 1,
         "batch_size": 64,
-        "workers": 0,
         "device": "cpu",
         "precision": "float32",
     }

@@ -12,7 +12,7 @@ from mapet.files import file_hash, read_sealed, write_sealed
 FIGURES = {"code_usage.png", "token_maps.png", "patches_by_code.png", "nearest_codes.png"}
 
 
-def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
+def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monkeypatch):
     """On labelled images, through the command line, the same each time and whatever the batch size."""
     caplog.set_level("INFO", "mapet")
     argv = [
@@ -23,8 +23,6 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
         digits / "train",
         "--sample",
         300,
-        "--workers",
-        0,
     ]
     assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == FIGURES | {
@@ -42,28 +40,27 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog):
     assert measures["bag_of_tokens"]["accuracy"] > 0.25 > 2 * measures["bag_of_tokens"]["chance"]
     page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
-    assert main([str(word) for word in [*argv, "--out", tmp_path / "b", "--batch-size", 7]]) == 0
+    monkeypatch.setattr("mapet.evaluation.token_views.inference_batch_size", lambda _: 7)
+    assert main([str(word) for word in [*argv, "--out", tmp_path / "b"]]) == 0
     assert (tmp_path / "b" / "tokenizer_metrics.json").read_text() == (
         tmp_path / "a" / "tokenizer_metrics.json"
     ).read_text()
 
 
 def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir, tmp_path, caplog):
-    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
-    paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a", workers=0)
+    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
+    paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a")
     assert {path.name for path in paths} == FIGURES | {"tokenizer_metrics.json", "tokenizer_report.md"}
     measures = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["measures"]
     assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbour"] is not None
     with caplog.at_level("INFO", "mapet"):
-        mapet.inspect_tokenizer(
-            tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20, workers=0
-        )
+        mapet.inspect_tokenizer(tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20)
     assert "too few to compare tokens with classes; sample=50 would do" in caplog.text
 
 
 def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
     """Tokens paired with the wrong images: hashes agree, only looking tells."""
-    options = {"tokenizer": tokenizer_dir, "images": few_digits, "sample": 100, "workers": 0}
+    options = {"tokenizer": tokenizer_dir, "images": few_digits, "sample": 100}
     mapet.inspect_tokenizer(**options, tokens=tokens_dir, out=tmp_path / "a")
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
     assert record["measures"]["stability"]["stored"]["share"] == 1
@@ -78,11 +75,9 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
 
 def test_words_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
     mapet.fit_tokenizer(
-        images=few_digits, out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=16, quantizer="lfq", workers=0
+        images=few_digits, out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=16, quantizer="lfq"
     )
-    paths = mapet.inspect_tokenizer(
-        tokenizer=tmp_path / "t", images=few_digits, out=tmp_path / "a", sample=100, workers=0
-    )
+    paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=few_digits, out=tmp_path / "a", sample=100)
     assert {path.name for path in paths} == FIGURES - {"nearest_codes.png"} | {
         "tokenizer_metrics.json",
         "tokenizer_report.md",
@@ -91,12 +86,8 @@ def test_words_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
 
 def test_words_that_are_poor_are_said_to_be(digits, tmp_path, caplog, capsys):
     """Two words, of which one takes nearly all patches of white digits on black: in words, and not as an error."""
-    mapet.fit_tokenizer(
-        images=digits / "train", out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=2, workers=0
-    )
-    mapet.inspect_tokenizer(
-        tokenizer=tmp_path / "t", images=digits / "train", out=tmp_path / "a", sample=300, workers=0
-    )
+    mapet.fit_tokenizer(images=digits / "train", out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=2)
+    mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=digits / "train", out=tmp_path / "a", sample=300)
     warned = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["warnings"]
     assert warned and all(line in caplog.text for line in warned)
     assert "**Warning:**" in (tmp_path / "a" / "tokenizer_report.md").read_text()
@@ -109,6 +100,6 @@ def test_bad_options(digits, tokenizer_dir, run_dir, tmp_path, capsys):
         (["--tokenizer", digits, "--images", digits / "train"], "visual_tokenizer.json"),
         (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], "does not exist"),
     ]:
-        assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o", "--workers", 0]]) != 0
+        assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o"]]) != 0
         assert message in capsys.readouterr().err
         assert not (tmp_path / "o").exists()

@@ -20,6 +20,7 @@ from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
 from mapet.files import read_sealed, write_sealed
 from mapet.run_state import RunState
+from mapet.training import trainer
 from mapet.training.metrics import MIN_HISTORY, LossMonitor, MetricWindow
 from mapet.training.tasks.pretraining import PretrainingTask
 from tests.conftest import PRETRAIN, all_rows
@@ -118,12 +119,12 @@ def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
 
 
 def tokenizing(images, out, **more):
-    options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64, "workers": 0}
+    options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64}
     return ["fit-tokenizer", *words(options | {"kmeans_iters": 40, "precision": "float32"} | more)[1:]]
 
 
 def naming(images, tokenizer, out, **more):
-    options = {"images": images, "tokenizer": tokenizer, "out": out, "batch_size": 2, "workers": 0} | more
+    options = {"images": images, "tokenizer": tokenizer, "out": out} | more
     return ["tokenize", *words(options)[1:]]
 
 
@@ -145,7 +146,7 @@ def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    argv = naming(few_digits, tokenizer_dir, tmp_path / "pieces", batch_size=1)
+    argv = naming(few_digits, tokenizer_dir, tmp_path / "pieces")
     assert killed([*argv, "--resume"], 2, kills, 0.25) == kills
     assert files(tokens_dir) == files(tmp_path / "pieces")
 
@@ -159,7 +160,6 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
         "checkpoint_interval_min": 1e-9,
         "ema_decay": 0.9,
         "drop_path": 0.3,
-        "workers": 0,
     }
     argv = {name: ["finetune", *words(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")}
     assert killed(argv["whole"], 3, 0, 0) == 0
@@ -193,7 +193,7 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     ]
     health = [{name: value for name, value in one.items() if value is not None} for one in told]  # lfq has no error
     assert told[0].keys() == told[1].keys() and health[1] == pytest.approx(health[0], rel=0.01)
-    whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole", workers=0)
+    whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
     subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300)  # fmt: skip
@@ -312,7 +312,8 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
 def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
     """Nothing of the optimiser moves in a step that is left out: the step after is Adam's first."""
     poisoned(monkeypatch, {0, 1, 2, 3, 4})
-    mapet.pretrain(**(options | {"max_skipped_steps": 6}))
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 6)
+    mapet.pretrain(**options)
     moments = newest(options["out"])["optimizer.safetensors"]
     assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {1.0}
 
@@ -320,8 +321,9 @@ def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
 def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         poisoned(patch, {2, 3, 4})
+        patch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
         with pytest.raises(MapetError, match="mapet debug-step") as error:
-            mapet.pretrain(**(options | {"max_skipped_steps": 2, "log_interval": 1}))
+            mapet.pretrain(**(options | {"log_interval": 1}))
         bundle = options["out"] / "debug" / "step-00000003"
         assert str(bundle) in str(error.value)
         looks = mapet.debug_step(bundle=bundle)
@@ -358,9 +360,8 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
 def test_roll_back(options, monkeypatch, caplog):
     """Back to the last checkpoint before, on with the images after, and to the end."""
     poisoned(monkeypatch, {3, 4})
-    mapet.pretrain(
-        **(options | {"max_skipped_steps": 2, "log_interval": 1, "max_rollbacks": 1, "checkpoint_interval_min": 1e-9})
-    )
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
+    mapet.pretrain(**(options | {"log_interval": 1, "max_rollbacks": 1, "checkpoint_interval_min": 1e-9}))
     assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
     state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "trainer_state.json").read_text())
     assert state["num_rollbacks"] == 1 and (options["out"] / "backbone").exists()
@@ -421,8 +422,9 @@ def test_a_dead_worker_is_reported_as_such(options, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(ViewDataset, "__getitems__", die)
-    with pytest.raises(MapetError, match=r"a process that reads images died.*fewer workers.*resume=True"):
-        mapet.pretrain(**(options | {"workers": 1}))
+    monkeypatch.setenv("MAPET_WORKERS", "1")
+    with pytest.raises(MapetError, match=r"a process that reads images died.*MAPET_WORKERS.*resume=True"):
+        mapet.pretrain(**options)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(options, monkeypatch):

@@ -43,7 +43,7 @@ def products(run_dir, tokenizer_dir, digits, tmp_path_factory):
     next((out / "PHOTOS").iterdir()).rename(out / "PHOTOS" / "photo.png")
     formats = [name for name, f in FORMATS.items() if all(importlib.util.find_spec(needed) for needed in f.requires)]
     mapet.export(backbone=run_dir, out=out / "backbone", format=formats)
-    mapet.embed(backbone=run_dir, images=out / "PHOTOS", out=out / "features", workers=0, device="cpu")
+    mapet.embed(backbone=run_dir, images=out / "PHOTOS", out=out / "features", device="cpu")
     return out
 
 

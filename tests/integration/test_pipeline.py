@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main, run_command
-from mapet.config.run import RunConfig
+from mapet.config.pipeline import RunConfig
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
@@ -169,8 +169,8 @@ def test_init_from_starts_a_new_run_from_the_weights(run_dir, few_digits, tokeni
 @pytest.mark.parametrize("views", ["center", "center-flip", "random-crop"])
 def test_stored_and_online_tokens_agree(views, crops, tmp_path):
     """The ids in the store are those that the teacher in the loop gives for the very view that the student sees."""
-    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
-    mapet.tokenize(images=crops, tokenizer=tmp_path / "t", out=tmp_path / "s", views=views, workers=0, batch_size=7)
+    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
+    mapet.tokenize(images=crops, tokenizer=tmp_path / "t", out=tmp_path / "s", views=views)
     images, tokenizer = scan(crops), load_tokenizer(tmp_path / "t")
     store = TokenStore.open(tmp_path / "s", images, tokenizer.hash)
     stored = ViewDataset(images, store.view_spec, image_size=(32, 32), teacher_size=(32, 32), store=store, seed=9)
@@ -190,8 +190,9 @@ def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tm
 
 
 def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
-    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32, workers=0)
-    options = {"images": crops, "tokenizer": tmp_path / "t", "workers": 0, "batch_size": 3}
+    mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
+    options = {"images": crops, "tokenizer": tmp_path / "t"}
+    monkeypatch.setattr("mapet.tokenizers.tokenize.inference_batch_size", lambda _: 3)
     whole = mapet.tokenize(out=tmp_path / "whole", **options)
     original = TokenStore.write
 
@@ -222,11 +223,12 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
         "--out",
         tmp_path / "run",
     ]
-    argv += ["--epochs", "10000", "--batch-size", "50", "--log-interval", "1", "--workers", "1", "--probe-every", "0"]
+    argv += ["--epochs", "10000", "--batch-size", "50", "--log-interval", "1", "--probe-every", "0"]
     argv += ["--model-args", "embed_dim=256", "depth=8", "num_heads=4"]  # a step takes longer than a process to die
     process = subprocess.Popen(
-        [sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-m", "mapet", *map(str, argv)], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"MAPET_WORKERS": "1"},
+    )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.stat().st_size:
@@ -241,12 +243,11 @@ def test_signals_save_a_real_process(name, to, few_digits, tokenizer_dir, tokens
 
 
 def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits):
-    common = ["--images", str(digits / "train"), "--test-images", str(digits / "test"), "--workers", "0"]
+    common = ["--images", str(digits / "train"), "--test-images", str(digits / "test")]
     backbones = [f"random:{run_dir}", str(run_dir)]
     assert main(["evaluate", "--backbone", *backbones, *common, "--protocols", "logistic", "knn"]) == 0
     accuracy = mapet.finetune(
-        backbone=run_dir, images=digits / "train", test_images=digits / "test", epochs=8, batch_size=64, views="center",
-        workers=0, lr=3e-3, drop_path=0.0,
+        backbone=run_dir, images=digits / "train", test_images=digits / "test", epochs=8, batch_size=64, views="center", lr=3e-3, drop_path=0.0,
         out=tmp_path / "tuned",
     )  # fmt: skip
     assert accuracy > 0.3
@@ -293,7 +294,7 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, ratio, num_co
         for number in range(8):
             bands = np.concatenate([photo[number * 20 : number * 20 + 40, 100:150] for photo in photos], axis=2)
             np.save(crops / f"{number}.npy", bands)
-    common = {"images": crops, "workers": 0}
+    common = {"images": crops}
     mapet.fit_tokenizer(
         out=tmp_path / "t", image_size=size, patch_size=patch, channels=channels, vocab_size=8, **common
     )
@@ -414,9 +415,9 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
     """Its recipe names a relative folder, where another run may lie since; so do its images, which move too; and all of it goes on."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits / "test", tmp_path / "images")
-    small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0, "workers": 0}
-    words = {"image_size": 8, "patch_size": 2, "channels": 1, "workers": 0}
-    options = {"pretrain": small, "tokenize": {"workers": 0}, "report": {"workers": 0}, "device": "cpu"}
+    small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0}
+    words = {"image_size": 8, "patch_size": 2, "channels": 1}
+    options = {"pretrain": small, "device": "cpu"}
     for moved, vocab_size in (("a", 16), ("b", 12)):
         mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": vocab_size}, **options)
         Path("run").rename(moved)
@@ -458,9 +459,7 @@ def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
     with pytest.raises(mapet.MapetError, match="was trained with other images than are found now: their hash was"):
         mapet.pretrain(**options | {"images": digits / "test"}, resume=True)
     shutil.rmtree(tokenizer)
-    mapet.fit_tokenizer(
-        images=few_digits, out=tokenizer, image_size=8, patch_size=2, channels=1, vocab_size=16, seed=5, workers=0
-    )
+    mapet.fit_tokenizer(images=few_digits, out=tokenizer, image_size=8, patch_size=2, channels=1, vocab_size=16, seed=5)
     for again in (lambda: mapet.pretrain(**options, resume=True), lambda: load_run(tmp_path / "run")):
         with pytest.raises(mapet.MapetError, match="was trained with other tokenizer than are found now"):
             again()
@@ -487,10 +486,10 @@ def test_an_option_is_spelled_where_the_user_is():
 def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
     """The report that ends it has pictures of images inside a prepared set, and what each is called."""
     made = mapet.prepare(images=save_crops(photos, tmp_path / "photos", 20, size=(32, 32)), out=tmp_path / "prepared")
-    small = {"model_args": TINY, "epochs": 1, "batch_size": 10, "workers": 0}
+    small = {"model_args": TINY, "epochs": 1, "batch_size": 10}
     mapet.run(
-        images=made, out=tmp_path / "run", device="cpu", pretrain=small, tokenize={"workers": 0}, report={"workers": 0},
-        fit_tokenizer={"image_size": 32, "patch_size": 8, "vocab_size": 8, "workers": 0},
+        images=made, out=tmp_path / "run", device="cpu", pretrain=small,
+        fit_tokenizer={"image_size": 32, "patch_size": 8, "vocab_size": 8},
     )  # fmt: skip
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES - {"confusion"}
     steps = json.loads((tmp_path / "run" / "figures" / "step_through.json").read_text())
@@ -570,7 +569,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, toke
 def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog
 ):
-    """Too few steps for `max_skipped_steps`: the folder stays readable, resuming says the same, and the report is written."""
+    """Too few steps for `MAX_SKIPPED_STEPS`: the folder stays readable, resuming says the same, and the report is written."""
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
@@ -583,8 +582,8 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     looks = mapet.debug_step(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with pytest.raises(mapet.MapetError, match="gives features that are not finite: try precision float32"):
-        mapet.report(run=run, figures_dir=tmp_path / "figures", workers=0)
-    assert mapet.report(run=run, out=tmp_path / "report.html", workers=0).exists()
+        mapet.report(run=run, figures_dir=tmp_path / "figures")
+    assert mapet.report(run=run, out=tmp_path / "report.html").exists()
     assert "no new figures: the backbone gives features that are not finite" in caplog.text
 
 
@@ -611,11 +610,11 @@ def test_a_small_learning_rate_never_rises(few_digits, tokenizer_dir, tokens_dir
 def test_learns_what_can_be_learned(digits, tmp_path):
     """A few epochs on real digits: far better than the commonest token and than the unigram entropy."""
     mapet.fit_tokenizer(
-        images=digits / "train", out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=64, workers=0
+        images=digits / "train", out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=64
     )
     mapet.pretrain(
         images=digits / "train", tokenizer=tmp_path / "t", out=tmp_path / "run", model_args={"embed_dim": 64, "depth": 2, "num_heads": 2},
-        epochs=8, batch_size=64, lr=2e-3, workers=0, probe_every=0, drop_path=0.0, color_jitter=0.0,
+        epochs=8, batch_size=64, lr=2e-3, probe_every=0, drop_path=0.0, color_jitter=0.0,
     )  # fmt: skip
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["loss"] < last["token_entropy"] - 0.7

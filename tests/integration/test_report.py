@@ -68,10 +68,6 @@ def report(run, digits, tmp_path_factory):
         out,
         "--images",
         digits / "test",
-        "--workers",
-        0,
-        "--num-images",
-        2,
         "--device",
         "cpu",
     ]

@@ -13,8 +13,8 @@ import yaml
 import mapet
 from mapet.cli import main
 from mapet.config.base import build
-from mapet.config.pretrain import PretrainConfig
-from mapet.config.study import StudyConfig
+from mapet.config.pipeline import StudyConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.studies import tokenizers
@@ -24,7 +24,7 @@ from tests.conftest import PRETRAIN
 
 PIXELS = {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16}
 SHARED = {name: value for name, value in PRETRAIN.items() if name != "device"} | {"lr": 3e-3}
-FINETUNE = {"epochs": 1, "batch_size": 32, "views": "center", "workers": 0}
+FINETUNE = {"epochs": 1, "batch_size": 32, "views": "center"}
 
 
 def recipe(images, out, **options):

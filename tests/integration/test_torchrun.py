@@ -10,7 +10,7 @@ from mapet.commands import COMMANDS
 
 TINY_MODEL = "--model-args embed_dim=16 depth=1 num_heads=1"
 TINY_IMAGES = "--image-size 8 --patch-size 2 --channels 1"
-LOADING = "--workers 0 --batch-size 100"
+LOADING = "--batch-size 100"
 ARGUMENTS = {
     "demo": None,  # it is `run` and `finetune`, for minutes
     "run": "--images FEW --fit-tokenizer.image-size 8 --fit-tokenizer.patch-size 2 --fit-tokenizer.channels 1 "
@@ -19,14 +19,14 @@ ARGUMENTS = {
     "prepare": "--images FEW --channels 1",
     "train-tokenizer": f"--images FEW --image-size 8 --patch-size 2 --channels 1 --epochs 1 --vocab-size 8 {LOADING} "
     "--model-args embed_dim=64 depth=1 num_heads=1 --decoder-depth 1",
-    "fit-tokenizer": f"--images FEW {TINY_IMAGES} --vocab-size 16 {LOADING}",
-    "tokenize": f"--images FEW --tokenizer TOKENIZER {LOADING}",
-    "pretrain": f"--images FEW --tokenizer TOKENIZER --tokens TOKENS --epochs 1 --workers 0 --probe-every 0 {TINY_MODEL}",
-    "evaluate": f"--images LABELED --backbone RUN --protocols logistic knn cluster few-shot {LOADING}",
+    "fit-tokenizer": f"--images FEW {TINY_IMAGES} --vocab-size 16",
+    "tokenize": "--images FEW --tokenizer TOKENIZER",
+    "pretrain": f"--images FEW --tokenizer TOKENIZER --tokens TOKENS --epochs 1 --probe-every 0 {TINY_MODEL}",
+    "evaluate": "--images LABELED --backbone RUN --protocols logistic knn cluster few-shot",
     "finetune": f"--images LABELED --backbone RUN --labels-per-class 2 --epochs 1 {LOADING}",
-    "inspect-tokenizer": f"TOKENIZER --images FEW {LOADING}",
+    "inspect-tokenizer": "TOKENIZER --images FEW",
     "report": "RUN --no-figures",
-    "embed": f"--images FEW --backbone RUN {LOADING}",
+    "embed": "--images FEW --backbone RUN",
     "export": "--backbone RUN",
     "study": None,  # each trial is a process of its own
 }

@@ -24,7 +24,7 @@ from mapet.training.nonfinite import NonFiniteError
 from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {
-    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "codebook_dim": 8, "epochs": 2, "batch_size": 100, "workers": 0,
+    "image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "codebook_dim": 8, "epochs": 2, "batch_size": 100,
     "lr": 1e-3, "decoder_depth": 1, "model_args": {"embed_dim": 64, "depth": 1, "num_heads": 1}, "drop_path": 0.2,
     "device": "cpu", "precision": "float32",
 }  # fmt: skip
@@ -96,7 +96,7 @@ def test_bfloat16(few_digits, tmp_path):
 def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     """The teacher brings its own words: nothing is clustered, and they are what the encoder and its codes say."""
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
-    common = {"images": few_digits, "workers": 0}
+    common = {"images": few_digits}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}
     with pytest.raises(MapetError, match="brings its own 16 words: leave out vocab_size and kmeans_n_init"):
         mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, kmeans_n_init=5, **given, **common)
@@ -128,7 +128,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **options)
     mapet.fit_tokenizer(
         images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
-        teacher_checkpoint=str(file), workers=0,
+        teacher_checkpoint=str(file),
     )  # fmt: skip
     told = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert told["interpolation"] is None

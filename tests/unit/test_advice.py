@@ -56,7 +56,7 @@ FIRES = {
     "loss_at_baseline": (subject(history(loss=3.39)), "3.390 against 3.400 nats"),
     "loss_rises": (subject(history(loss=lambda t: 2.0 if t < 0.7 else 2.6)), "The loss rose again: 2.600, after 2.000 before"),
     "skipped_steps": (subject(history(skipped_steps=lambda t: round(3 * t))), "3 of 400 steps were left out"),
-    "waits_for_images": (subject(history(data_wait=0.4)), "waits for images 40% of the time; try more workers"),
+    "waits_for_images": (subject(history(data_wait=0.4)), "waits for images 40% of the time; try more processes that read them"),
     "slower_than_it_was": (subject(history(images_per_second=lambda t: 400 if t < 0.7 else 100)), "from 400 to 100 images/s"),
     "mostly_clipped": (subject(history(gradient_norm=9.0)), "larger than clip_grad 3 in 100% of the later records (median norm 9)"),
     "probe_falls": (subject(probed(0.4, 0.6, 0.5)), "fell from 0.600 at step 160 to 0.500"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.config.evaluate import EvaluateConfig
+from mapet.config.evaluation import EvaluateConfig
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.annotations import detection_sets, read_instances
@@ -24,7 +24,7 @@ from mapet.models.backbone import create_vit, save_backbone
 from mapet.run_state import RunState
 from tests.conftest import TINY
 
-QUICK = {"workers": 0, "device": "cpu", "precision": "float32"}
+QUICK = {"device": "cpu", "precision": "float32"}
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ class Found(torch.nn.Module):
 @pytest.fixture
 def context(coco, vit, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images").subset(np.arange(8))
-    config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2, workers=0, batch_size=3)
+    config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2)
     encoder = BackboneWrapper.load(str(vit), Compute.choose("cpu", "float32"))
     sets = EvalData(unlabelled(data.images), unlabelled(data.images), boxes=(data, data))
     return EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path, 3), config)
@@ -239,7 +239,7 @@ def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
     encoder = BackboneWrapper("cells", Cells(), Compute.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
-    config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path, workers=0)
+    config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path)
     sets = EvalData(unlabelled(train.images), unlabelled(test.images), boxes=(train, test))
     figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert [figure.value for figure in figures.values()] == [pytest.approx(1.0)]

@@ -12,7 +12,7 @@ from mapet.config.base import Config, fields
 from mapet.errors import MapetError
 
 HIDDEN = ("debug-step",)
-MAX_OPTIONS = 300
+MAX_OPTIONS = 230
 
 
 class AddConfig(Config):

@@ -127,7 +127,8 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
 def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool, monkeypatch):
     """From images to a backbone; stopped in the middle and resumed it gives the same figures up to rounding."""
     torch._dynamo.reset()
-    common = {"images": few_digits, "workers": 2, "device": "cuda"}
+    common = {"images": few_digits, "device": "cuda"}
+    monkeypatch.setenv("MAPET_WORKERS", "2")
     tokenizer, tokens = tmp_path / "tokenizer", tmp_path / "tokens"
     mapet.fit_tokenizer(**common, out=tokenizer, image_size=16, patch_size=2, channels=1, vocab_size=32, kmeans_iters=5)
     mapet.tokenize(**common, tokenizer=tokenizer, out=tokens)

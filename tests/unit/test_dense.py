@@ -135,7 +135,8 @@ def test_intersection_over_union_by_hand():
 
 
 @pytest.mark.parametrize("layout", ["folders", "panoptic"])
-def test_heads_find_bright_blocks(layout, scenes, tmp_path):
+def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("mapet.evaluation.segmentation.MAX_BATCH", 8)
     torch.manual_seed(0)
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 48), 8, 3, TINY), tmp_path / "vit")
     data = {"images": write_folders(scenes, tmp_path / "data")}
@@ -144,7 +145,7 @@ def test_heads_find_bright_blocks(layout, scenes, tmp_path):
         data = {"images": root / "images", "seg_masks": root / "panoptic.json"}
     found = mapet.evaluate(
         backbone=[str(tmp_path / "vit")], **data, out=tmp_path / "out", protocols=["segmentation"], dense_epochs=12,
-        batch_size=8, workers=0, device="cpu", precision="float32",
+        device="cpu", precision="float32",
     )[str(tmp_path / "vit")]  # fmt: skip
     assert found["segmentation_linear_miou"] > 0.8, found
     assert found["segmentation_decoder_pixel_accuracy"] > 0.9, found

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main
-from mapet.config.finetune import FinetuneConfig
+from mapet.config.evaluation import FinetuneConfig
 from mapet.errors import Interrupted
 from mapet.evaluation.intervals import over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
@@ -21,7 +21,7 @@ from mapet.training import trainer
 from mapet.training.tasks import finetuning
 from tests.conftest import TINY
 
-ONE_STEP = {"epochs": 1, "batch_size": 12, "warmup_epochs": 0, "drop_path": 0.0, "weight_decay": 0.0, "workers": 0}
+ONE_STEP = {"epochs": 1, "batch_size": 12, "warmup_epochs": 0, "drop_path": 0.0, "weight_decay": 0.0}
 CPU = {"device": "cpu", "precision": "float32"}
 
 
@@ -194,7 +194,8 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "count"), [({"label_fraction": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"label_fraction": 0.01}, 1)]
+    ("options", "count"),
+    [({"labels_per_class": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"labels_per_class": 0.01}, 1)],
 )
 def test_labels_are_those_of_the_published_split(options, count, watched, vit, greys):
     """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""

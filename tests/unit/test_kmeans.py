@@ -314,7 +314,7 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
     from mapet.tokenizers import kmeans as module
 
     options = {
-        "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "workers": 0, "kmeans_metric": "cosine",
+        "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "kmeans_metric": "cosine",
         "kmeans_init": "k-means++", "kmeans_batch_size": 50, "kmeans_iters": 6,
     }  # fmt: skip
     whole = mapet.fit_tokenizer(out=tmp_path / "whole", **options)

@@ -55,17 +55,18 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(part)).open(1, 3).read(), made.open(2, 3).read())
 
 
-def test_loader_and_stages_take_it(folder, tmp_path):
+def test_loader_and_stages_take_it(folder, tmp_path, monkeypatch):
     made = mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     dataset = ViewDataset(
         scan(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
     )
-    a, b = ([batch.images for batch in make_loader(dataset, in_order(7, 4), workers)] for workers in (0, 2))
+    a = [batch.images for batch in make_loader(dataset, in_order(7, 4))]
+    with monkeypatch.context() as patch:
+        patch.setenv("MAPET_WORKERS", "2")
+        b = [batch.images for batch in make_loader(dataset, in_order(7, 4))]
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    mapet.fit_tokenizer(
-        images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, workers=0, max_unreadable=0.5
-    )
-    assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s", workers=0).unreadable) == [6]
+    mapet.fit_tokenizer(images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, max_unreadable=0.5)
+    assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s").unreadable) == [6]
 
 
 def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch):
@@ -79,7 +80,6 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
         return resize_and_encode(*image)
 
     monkeypatch.setattr(prepared, "resize_and_encode", stops)
-    monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
     with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
@@ -186,7 +186,7 @@ def test_eight_bits_stay_as_they_are(folder, tmp_path):
 
 
 def test_who_takes_no_census_is_warned(scans, photos, caplog):
-    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "channels": 1, "workers": 0}
+    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "channels": 1}
     mapet.fit_tokenizer(images=scans / "scans", out=scans / "dark", **words)
     assert "16-bit images hold values of about" in caplog.text and "16 of 256 levels" in caplog.text
     caplog.clear()
@@ -203,7 +203,7 @@ def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, capl
     caplog.set_level("INFO", "mapet")
     mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, max_unreadable=0.5)
     assert "6 images in" in caplog.text and "1 unreadable left out" in caplog.text
-    words = {"patch_size": 8, "vocab_size": 4, "workers": 0, "max_unreadable": 0.5}
+    words = {"patch_size": 8, "vocab_size": 4, "max_unreadable": 0.5}
     mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **words)
     assert "would be enlarged" not in caplog.text
     mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "small", image_size=96, **words)
@@ -212,7 +212,7 @@ def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, capl
 
 def test_grey_images_read_as_colour_are_told(photos, tmp_path, caplog):
     """Where all are; one in colour among them, and three channels are for something."""
-    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "workers": 0}
+    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4}
     told = "grey, and read as three equal channels: 1 channel would do"
     for i in range(4):
         Image.fromarray(photos[0][32 * i :, :, 1]).save(tmp_path / f"{i}.png")

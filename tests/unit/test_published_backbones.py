@@ -340,7 +340,7 @@ def refused(tmp_path, content, **options):
 
 def test_what_is_no_plain_vit(tmp_path):
     weights = vit_of().state_dict()
-    assert "give it, model_args num_heads=N" in refused(tmp_path, weights)
+    assert "give it to `mapet export` as model_args num_heads=N" in refused(tmp_path, weights)
     assert "not a ViT in a layout that is known" in refused(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
     less = {name: tensor for name, tensor in weights.items() if "attn.proj" not in name}
     assert "missing: blocks.0.attn.proj.bias" in refused(tmp_path, less, num_heads=2)
@@ -464,11 +464,14 @@ def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
     """A width that no published ViT has: the number of heads is to be given."""
     file = tmp_path / "weights.pth"
     torch.save(vit_of((8, 8), channels=1).state_dict(), file)
-    common = ["--images", str(digits / "test"), "--workers", "0", "--device", "cpu", "--precision", "float32"]
+    common = ["--images", str(digits / "test"), "--device", "cpu", "--precision", "float32"]
     for stage, *more in (
         ["finetune", "--labels-per-class", "2", "--epochs", "1"],
         ["evaluate", "--protocols", "knn"],
     ):
         argv = [stage, "--backbone", str(file), *common, *more]
-        assert main(argv) == 2 and "give it, --model-args num_heads=N" in capsys.readouterr().err
-        assert main([*argv, "--model-args", "num_heads=2"]) == 0
+        assert main(argv) == 2 and "give it to `mapet export` as --model-args num_heads=N" in capsys.readouterr().err
+        folder = tmp_path / stage
+        assert main(["export", "--backbone", str(file), "--out", str(folder), "--model-args", "num_heads=2"]) == 0
+        argv[2] = str(folder)
+        assert main(argv) == 0

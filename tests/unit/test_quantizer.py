@@ -117,7 +117,7 @@ def test_levels_make_the_words_they_promise():
 )
 def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_path):
     """Fitted, saved, loaded, stored; and again from the images."""
-    common = {"images": few_digits, "workers": 0}
+    common = {"images": few_digits}
     mapet.fit_tokenizer(out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **common, **options)
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
     tokenizer = load_tokenizer(tmp_path / "t")
@@ -163,9 +163,7 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
 )
 def test_impossible_options(options, message, few_digits, tmp_path):
     with pytest.raises(MapetError, match=message):
-        mapet.fit_tokenizer(
-            images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, workers=0, **options
-        )
+        mapet.fit_tokenizer(images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **options)
     assert not (tmp_path / "t").exists()
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from mapet.config.evaluate import EvaluateConfig
+from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
 from mapet.evaluation import probes, robustness
@@ -24,7 +24,7 @@ from mapet.evaluation.protocols import PROTOCOLS
 CPU = Compute(torch.device("cpu"), torch.float32)
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 LABELS = ("logistic", "knn", "linear-sgd", "attentive", "few-shot")
-QUICK = {"workers": 0, "batch_size": 8, "linear_epochs": 30, "num_seeds": 2, "few_shot": (1, 0.25)}
+QUICK = {"linear_epochs": 30, "num_seeds": 2, "few_shot": (1, 0.25)}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ PARTS = {"train": 12, "test": 6}
 def context_of(sets, folder, **options):
     encoder = BackboneWrapper("colours", Colours(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
     config = EvaluateConfig(backbone=["colours"], images=folder, out=folder, **(QUICK | options))
-    return EvalContext(encoder, sets, CacheConfig(1 << 24, folder, config.batch_size), config)
+    return EvalContext(encoder, sets, CacheConfig(1 << 24, folder, 8), config)
 
 
 def values(outcome):

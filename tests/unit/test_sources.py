@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.config.base import build
-from mapet.config.check import CheckConfig
+from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.hugging_face import relative_to_root
@@ -151,11 +151,11 @@ def test_tokens_and_resumed_weights_are_those_of_the_folder(digits, tmp_path, mo
         write_tar(tmp_path / "shards" / f"{number}.tar", members)
     sources = {"files": str(tmp_path / "digits"), "shards": str(tmp_path / "shards" / "{0..1}.tar")}
     mapet.fit_tokenizer(
-        images=sources["shards"], out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=8, workers=0
+        images=sources["shards"], out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=8
     )
     stores = {
         name: mapet.tokenize(
-            images=source, tokenizer=tmp_path / "t", out=tmp_path / f"{name}_tokens", views="center-flip", workers=0
+            images=source, tokenizer=tmp_path / "t", out=tmp_path / f"{name}_tokens", views="center-flip"
         )
         for name, source in sources.items()
     }
@@ -489,7 +489,6 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
             return take(row)
 
         monkeypatch.setattr(hugging_face.StreamedImage, "take", breaks)
-        monkeypatch.setattr("mapet.data.prepared.automatic_workers", lambda: 0)  # one thread
         out = tmp_path / f"made{number}"
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
             mapet.prepare(images=source, out=out, short_side=48, streaming=True)

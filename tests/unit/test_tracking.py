@@ -131,7 +131,7 @@ def test_one_that_hangs_slows_nothing(monkeypatch, tmp_path, warnings):
 
 
 def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
-    from mapet.config.pretrain import PretrainConfig
+    from mapet.config.pretraining import PretrainConfig
     from mapet.device import Compute
     from mapet.training.run_folder import RunFolder
 

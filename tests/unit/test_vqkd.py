@@ -364,7 +364,7 @@ def trained(photos, tmp_path_factory):
         )
     file = mapet.train_tokenizer(
         images=folder / "crops", out=folder / "run", image_size=16, patch_size=4, vocab_size=32, codebook_dim=8, epochs=20,
-        batch_size=50, lr=2e-3, decoder_depth=1, model_args={"embed_dim": 64, "depth": 1, "num_heads": 1}, workers=0,
+        batch_size=50, lr=2e-3, decoder_depth=1, model_args={"embed_dim": 64, "depth": 1, "num_heads": 1},
         device="cpu", precision="float32", log_interval=8,
     )  # fmt: skip
     return folder, file
@@ -394,7 +394,7 @@ def test_what_was_trained_is_a_teacher(trained, tmp_path):
     assert torch.equal(vqkd_encoder(tmp_path / "vqkd.pth")(images), model(images))
     tokenizer = mapet.fit_tokenizer(
         images=folder / "crops", out=tmp_path / "t", teacher="vqkd", teacher_checkpoint=str(file),
-        image_size=16, patch_size=4, workers=0,
+        image_size=16, patch_size=4,
     )  # fmt: skip
     assert torch.equal(tokenizer.centroids, model.codebook)
     about = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())["teacher_metadata"]

@@ -4,8 +4,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
-from mapet.config.check import CheckConfig
-from mapet.config.shared import BadImages, automatic_workers
+from mapet.config.data import CheckConfig
+from mapet.config.shared import BadImages
 
 if TYPE_CHECKING:
     from mapet.data.census import Census
@@ -23,10 +23,11 @@ def check(config: CheckConfig) -> "Census":
     """
     from mapet.data.census import take_census
     from mapet.data.sources import scan
+    from mapet.device import num_workers
     from mapet.files import atomic
 
     images = scan(config.images)
-    census = take_census(images, config.channels, automatic_workers() + 1)
+    census = take_census(images, config.channels, num_workers() + 1)
     for line in census.lines():
         log.info("%s", line)
     for line in census.doubts(config.image_size, BadImages().max_unreadable):

@@ -169,7 +169,7 @@ def _translate_dead_workers() -> Iterator[None]:
             raise
         raise MapetError(
             f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try fewer "
-            f"{option('workers')}. The last checkpoint is intact: resume with {option('resume', True)}"
+            f"of them (MAPET_WORKERS). The last checkpoint is intact: resume with {option('resume', True)}"
         ) from None
 
 

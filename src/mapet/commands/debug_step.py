@@ -4,11 +4,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
-from mapet.config.debug_step import DebugStepConfig
-from mapet.config.finetune import FinetuneConfig
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.evaluation import FinetuneConfig
+from mapet.config.pretraining import DebugStepConfig, PretrainConfig
 from mapet.config.shared import TrainerConfig
-from mapet.config.train_tokenizer import TrainTokenizerConfig
+from mapet.config.tokenizers import TrainTokenizerConfig
 
 if TYPE_CHECKING:
     from mapet.training.nonfinite import StepReport

@@ -7,7 +7,7 @@ from typing import Any
 from mapet.commands.command import command
 from mapet.commands.finetune import finetune
 from mapet.commands.run import run
-from mapet.config.demo import DemoConfig
+from mapet.config.pipeline import DemoConfig
 from mapet.errors import Interrupted, option, shell_command
 
 log = logging.getLogger("mapet")

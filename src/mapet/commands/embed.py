@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mapet.commands.command import command
-from mapet.config.embed import EmbedConfig
+from mapet.config.evaluation import EmbedConfig
 
 
 @command(EmbedConfig)

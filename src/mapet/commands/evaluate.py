@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
-from mapet.config.evaluate import EvaluateConfig
+from mapet.config.evaluation import EvaluateConfig
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """
     import torch
 
+    from mapet.data.dataset import inference_batch_size
     from mapet.device import Compute, free_memory
     from mapet.evaluation.backbone_wrapper import BackboneWrapper
     from mapet.evaluation.eval_context import EvalContext, load_eval_data
@@ -55,20 +56,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     names = choose_protocols(config, data)
     config = fit_few_shot(config, data, names)
     memory, scratch = free_memory(torch.device("cpu")) // 4, config.out or Path(tempfile.gettempdir())
-    cache = CacheConfig(memory, scratch, config.batch_size, config.num_workers)
-
-    def load(source: str) -> BackboneWrapper:
-        return BackboneWrapper.load(source, compute, config.seed, config.model_args)
-
     for source in config.backbone:  # what can't be loaded is told before hours of work
-        load(source)
+        BackboneWrapper.load(source, compute, config.seed)
     if config.out is not None:
         new_folder(config.out)
     info = describe_data(config, data) | {"machine": f"{platform.machine()}, {compute}, torch {torch.__version__}"}
     results: dict[str, dict[str, ProtocolResult]] = {}
     for source in config.backbone:
-        context = EvalContext(load(source), data, cache, config)
-        log.info("--- %s: %s, %d x %d px", source, type(context.backbone.model).__name__, *context.backbone.image_size)
+        backbone = BackboneWrapper.load(source, compute, config.seed)
+        cache = CacheConfig(memory, scratch, inference_batch_size(backbone.image_size))
+        context = EvalContext(backbone, data, cache, config)
+        log.info("--- %s: %s, %d x %d px", source, type(backbone.model).__name__, *backbone.image_size)
         results[source] = {}
         try:
             for name in names:

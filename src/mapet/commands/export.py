@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mapet.commands.command import command
-from mapet.config.export import ExportConfig
+from mapet.config.evaluation import ExportConfig
 from mapet.errors import MapetError, option
 from mapet.run_state import command_of, pretrain_folder, read_or_none
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from mapet.commands.command import command
 from mapet.config.base import write_recipe
-from mapet.config.finetune import FinetuneConfig
+from mapet.config.evaluation import FinetuneConfig
 from mapet.errors import option
 
 log = logging.getLogger("mapet")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
-from mapet.config.fit_tokenizer import FitTokenizerConfig
+from mapet.config.tokenizers import FitTokenizerConfig
 
 if TYPE_CHECKING:
     from mapet.tokenizers.codebook import Tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
-from mapet.config.inspect_tokenizer import InspectTokenizerConfig
+from mapet.config.tokenizers import InspectTokenizerConfig
 from mapet.errors import MapetError, option
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ STABILITY_IMAGES = 250
 """Of the sample; each goes through the teacher seven times. 250 images of 196 patches tell a share to better than 1 %."""
 IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
+SHOWN_IMAGES = 6
 SHOWN_CODES, NEAREST = 12, 8
 """Codes of the figure of nearest codes, and how many of each."""
 
@@ -40,14 +41,11 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     from mapet.files import new_folder
     from mapet.tokenizers.codebook import load_tokenizer
 
-    compute = Compute.choose(config.device, "float32")
+    compute = Compute.choose(precision="float32")
     new_folder(config.out, create=False)
-    tokenizer = load_tokenizer(
-        config.tokenizer, trusted_teacher=config.trust_teacher, checkpoint=config.teacher_checkpoint
-    )
-    tokenizer.to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     words, measures = _measure(config, tokenizer, compute)
-    return _write(config, tokenizer, measures, _plot(words, tokenizer, config.num_images))
+    return _write(config, tokenizer, measures, _plot(words, tokenizer))
 
 
 def _measure(config: InspectTokenizerConfig, tokenizer: "Tokenizer", compute: "Compute") -> "tuple[Words, Measures]":
@@ -61,12 +59,12 @@ def _measure(config: InspectTokenizerConfig, tokenizer: "Tokenizer", compute: "C
     from mapet.evaluation.tokens import measure
 
     images = scan(config.images)
-    chosen = np.random.default_rng(config.seed).permutation(len(images))[: config.sample]
+    chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
-    sampler = Sampler(tokenizer, compute, config.batch_size, config.num_workers)
+    sampler = Sampler(tokenizer, compute)
     patches = tokenizer.grid[0] * tokenizer.grid[1]
-    words = sampler.words(sample, enough_images(config.num_images, tokenizer.vocab_size, patches, len(sample)))
-    views = sampler.views(images.subset(few), config.seed)
+    words = sampler.words(sample, enough_images(SHOWN_IMAGES, tokenizer.vocab_size, patches, len(sample)))
+    views = sampler.views(images.subset(few))
     if config.tokens is not None:
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
@@ -76,7 +74,7 @@ def _measure(config: InspectTokenizerConfig, tokenizer: "Tokenizer", compute: "C
             ) from None
         views["stored"] = sampler.stored(images, store, few)
     labels, test = _labels(images, chosen, words.image_index)
-    return words, measure(words.ids, tokenizer.vocab_size, views, labels, test, config.seed)
+    return words, measure(words.ids, tokenizer.vocab_size, views, labels, test)
 
 
 def _labels(
@@ -107,14 +105,14 @@ def _labels(
     return torch.from_numpy(data.labels)[measured], test
 
 
-def _plot(words: "Words", tokenizer: "Tokenizer", num_images: int) -> "dict[str, Figure]":
+def _plot(words: "Words", tokenizer: "Tokenizer") -> "dict[str, Figure]":
     import torch
 
     from mapet.evaluation.tokens import nearest_codes
     from mapet.reports import plots
 
     vocab_size, tokens = tokenizer.vocab_size, words.ids.flatten(1)
-    shown, pictured = slice(0, num_images), tokens[: len(words.images)].flatten()
+    shown, pictured = slice(0, SHOWN_IMAGES), tokens[: len(words.images)].flatten()
     patches = plots.patchify(words.images, tokenizer.grid).flatten(0, 1)
     figures = {
         "code_usage": plots.plot_code_usage(torch.bincount(tokens.flatten(), minlength=vocab_size)),
@@ -151,7 +149,7 @@ def _write(
         log.warning("%s", line)
     if not poor:
         log.info("no warnings")
-    about = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images, "seed": config.seed}
+    about = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
     record = about | {"warnings": poor, "measures": asdict(measures)}
     texts = {
         TOKENIZER_METRICS: json.dumps(record, indent=2) + "\n",

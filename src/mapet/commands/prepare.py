@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from mapet.commands.command import command
-from mapet.config.prepare import PrepareConfig
+from mapet.config.data import PrepareConfig
 from mapet.errors import Interrupted, option
 
 log = logging.getLogger("mapet")

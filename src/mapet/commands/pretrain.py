@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mapet.commands.command import command
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.pretraining import PretrainConfig
 
 
 @command(PretrainConfig, distributed=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import command
-from mapet.config.report import ReportConfig
+from mapet.config.pretraining import ReportConfig
 from mapet.errors import MapetError, option
 from mapet.run_state import check_is_pretraining, command_of, pretrain_folder
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mapet.reports.images import ReportImage
 
 log = logging.getLogger("mapet")
+SHOWN_IMAGES = 6
 
 
 @command(ReportConfig)
@@ -27,7 +28,7 @@ def report(config: ReportConfig) -> Path | None:
       mapet report runs/photos --figures-dir figures
     """
     if config.serve:
-        _serve(config.run[0], config.port)
+        _serve(config.run[0])
         return None
     from mapet.files import atomic, new_folder
     from mapet.reports.page import RunView, page
@@ -87,9 +88,9 @@ def _inspect(config: ReportConfig, folder: Path) -> "tuple[list[ReportImage], di
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = scan(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
-    look = look_at(model, tokenizer, images, compute, config.num_images, run.config.patch_order, config.seed)
+    look = look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
-    figures = plot_run(look, model, images, compute, config.num_workers)
+    figures = plot_run(look, model, images, compute)
     drawn = [ReportImage.draw(name, figures[name]) for name in CAPTIONS if name in figures]
     return drawn, step_through(look, names, model.objective)
 
@@ -108,7 +109,7 @@ def _write_figures(images: "Sequence[ReportImage]", step_through: dict[str, Any]
     log.info("in %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{image.name}.png" for image in images)]))
 
 
-def _serve(folder: Path, port: int) -> None:
+def _serve(folder: Path) -> None:
     """Serve the live page of a run until Ctrl-C."""
     from mapet.files import is_free
     from mapet.reports.live import LiveServer
@@ -119,7 +120,7 @@ def _serve(folder: Path, port: int) -> None:
     may_start = not folder.exists() or is_free(folder) or command_of(folder) in ("run", "demo")  # before it pre-trains
     if not may_start:
         check_is_pretraining(folder)
-    with LiveServer(folder, port) as server:
+    with LiveServer(folder) as server:
         waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"
         log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, folder, waiting)
         try:

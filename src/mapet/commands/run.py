@@ -11,10 +11,10 @@ from mapet.commands.pretrain import pretrain
 from mapet.commands.report import report
 from mapet.commands.tokenize import tokenize
 from mapet.config.base import Config, build, differences, read_recipe, write_recipe
-from mapet.config.fit_tokenizer import FitTokenizerConfig
-from mapet.config.pretrain import PretrainConfig
-from mapet.config.run import RunConfig
+from mapet.config.pipeline import RunConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.config.shared import is_own_code
+from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
 from mapet.run_state import read_or_none, record
 from mapet.signals import RESUME_HINT
@@ -97,7 +97,7 @@ def _plan(config: RunConfig) -> list[Stage]:
 
     def stage(of: Command[..., Any, Any], begun: bool, done: bool, **given: Any) -> Stage:
         shared = {name: getattr(config, name) for name in SHARED if name in of.config_type.model_fields}
-        options = getattr(config, of.__name__, None)  # `evaluate` has none
+        options = getattr(config, of.__name__, None)  # `evaluate` and `report` have none
         section = options.model_dump(exclude_unset=True) if options else {}
         with spell_in_section(of.__name__, RunConfig.model_fields):
             return Stage(of, build(of.config_type, section | shared | given), begun, done)

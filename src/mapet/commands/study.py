@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
 from mapet.config.base import write_recipe
-from mapet.config.study import StudyConfig
+from mapet.config.pipeline import StudyConfig
 from mapet.errors import Interrupted, MapetError, option
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _check(config: StudyConfig, trials: "list[Trial]", num_images: int) -> None:
     train, _ = train_and_test(config.images, config.test_images)
     for folder in config.ood_images.values():
         train_and_test(config.images, folder)
-    for amount in config.labels_per_class:
+    for amount in (amount for amount in config.labels_per_class if amount != "all"):
         try:
             few_shot_split(train, amount, seed=0)
         except MapetError as error:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mapet.commands.command import command
-from mapet.config.tokenize import TokenizeConfig
+from mapet.config.tokenizers import TokenizeConfig
 
 if TYPE_CHECKING:
     from mapet.data.token_store import TokenStore

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mapet.commands.command import command
-from mapet.config.train_tokenizer import TrainTokenizerConfig
+from mapet.config.tokenizers import TrainTokenizerConfig
 
 
 @command(TrainTokenizerConfig, distributed=True)

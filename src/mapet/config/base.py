@@ -25,6 +25,8 @@ class Config(BaseModel):
     """The option that words without one are given to on the command line."""
     out_is_file: ClassVar[bool] = False
     """Whether `out`, if there is one, names a file; else it is a folder, which gets a run.json."""
+    file_only: ClassVar[frozenset[str]] = frozenset()
+    """Options that have no flag: Python and config files set them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -140,12 +142,12 @@ def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], boo
 
 
 def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted name, pydantic field) of every option, those of sections included."""
+    """Yield (dotted name, pydantic field) of every option of the command line, those of sections included."""
     inner = {name: kind for name, kind, by_name in sections(config_type) if not by_name}
     for name, field in config_type.model_fields.items():
         if name in inner:
             yield from fields(inner[name], f"{prefix}{name}.")
-        else:
+        elif name not in config_type.file_only:
             yield prefix + name, field
 
 

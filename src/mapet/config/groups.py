@@ -2,8 +2,8 @@
 
 GROUPS = {
     "Data": "images test_images ood_images channels max_unreadable value_range views min_crop_scale num_views "
-    "color_jitter seg_masks test_seg_masks ignore_labels annotations test_annotations short_side jpeg_quality streaming",
-    "Labels": "labels_per_class label_fraction finetune_all_labels num_seeds",
+    "color_jitter seg_masks test_seg_masks ignore_labels annotations test_annotations short_side streaming",
+    "Labels": "labels_per_class num_seeds",
     "Backbones": "backbone run bundle",
     "Tokens": "tokenizer tokens trust_teacher sample",
     "Teacher": "teacher teacher_checkpoint teacher_image_size teacher_layer teacher_final_norm",
@@ -15,14 +15,14 @@ GROUPS = {
     "K-means": "kmeans_init kmeans_iters kmeans_n_init kmeans_batch_size kmeans_metric",
     "Augmentation": "rand_augment mixup cutmix random_erasing",
     "Regularization": "label_smoothing layer_decay ema_decay",
-    "Protocols": "protocols linear_epochs knn_k few_shot",
+    "Protocols": "protocols linear_epochs few_shot",
     "Robustness": "eval_image_sizes",
     "Dense tasks": "dense_epochs",
     "Grid": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Optimization": "opt epochs warmup_epochs batch_size lr min_lr weight_decay clip_grad seed",
-    "Hardware": "device precision micro_batch_size compile fsdp workers memory_gb scratch_dir benchmark",
-    "Output": "out resume figures figures_dir num_images serve port",
-    "Checkpoints": "checkpoint_interval_min keep_checkpoints max_skipped_steps max_rollbacks",
+    "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
+    "Output": "out resume figures figures_dir serve",
+    "Checkpoints": "checkpoint_interval_min max_rollbacks",
     "Logging": "log_interval probe_every probe_images track",
 }
 """Heading -> its options, in order."""

@@ -1,24 +1,64 @@
-"""Options that several stages share."""
+"""Types of options, and the options that several commands share."""
 
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from mapet.config.base import Config
-from mapet.config.types import Size
 from mapet.errors import option
 
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _as_pair(value: Any) -> Any:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * 2 if len(values) == 1 else values
+
+
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_as_pair)]
+"""Height and width, pixels; one number means a square."""
+Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
+"""A range of fractions; one number means just that."""
 VocabSize = Annotated[int, Field(ge=2)]
-"""V, visual words: of one there is nothing to predict."""
+"""V, visual tokens: of one there is nothing to predict."""
+Precision = Literal["auto", "float32", "bfloat16"]
+HUGGING_FACE = "hf:"
+"""How names of Hugging Face's data sets begin."""
+
+
+def is_url(source: str) -> bool:
+    """Whether a source of images is a URL, perhaps of several parts, rather than a path."""
+    return "://" in source
+
+
+def _as_source(value: Any) -> Any:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    return text if not isinstance(text, str) or text.startswith(HUGGING_FACE) or is_url(text) else str(Path(text))
+
+
+Source = Annotated[str, BeforeValidator(_as_source)]
+"""Where images are: a path, a URL (of whose slashes a `Path` would lose one), or hf:NAME."""
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
 
 
-Precision = Literal["auto", "float32", "bfloat16"]
+def _fraction_or_count(amount: float) -> float:
+    if amount >= 1 and amount != int(amount):
+        raise ValueError(f"{amount} is neither a fraction below 1 nor a number of images")
+    return amount
+
+
+Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_count)]
+"""How many labelled images of each class: below 1 a fraction of them, else so many."""
 
 
 class Device(Config):
@@ -28,37 +68,41 @@ class Device(Config):
     """auto, cpu, cuda, cuda:1, mps."""
 
 
-class ModelArgs(Config):
-    """Of a backbone that is a weights file."""
+class BadImages(Config):
+    """What to do about images that can't be read."""
 
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """What a weights file doesn't tell of its ViT, e.g. num_heads=6."""
-
-
-class Loading(Config):
-    """Reading images in batches."""
-
-    batch_size: PositiveInt = 64
-    """Images at a time; changes speed and memory only."""
-    workers: NonNegativeInt | None = None
-    """Processes that read images; automatic: one a core, less one, at most 8."""
-
-    @property
-    def num_workers(self) -> int:
-        return automatic_workers() if self.workers is None else self.workers
+    max_unreadable: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
 
 
-class Tracked(Config):
-    """Where figures go besides metrics.jsonl and TensorBoard."""
+class Views(Config):
+    """Which views of an image are tokenized and shown to the student."""
 
-    track: Annotated[
-        list[Literal["wandb", "mlflow", "trackio"]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
-    ] = Field(default_factory=list)
-    """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
-    (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
+    views: Literal["center", "center-flip", "random-crop"] = "center"
+    """center: largest centred box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
+    half the time."""
+    min_crop_scale: float = Field(default=0.2, gt=0, le=1)
+    """Smallest random box, as a share of the centred one's area (for random-crop)."""
 
 
-class TrainerOptions(Tracked):
+LOOP_OPTIONS = frozenset(
+    [
+        "min_lr",
+        "precision",
+        "clip_grad",
+        "micro_batch_size",
+        "compile",
+        "fsdp",
+        "checkpoint_interval_min",
+        "max_rollbacks",
+        "log_interval",
+        "max_unreadable",
+    ]
+)
+"""Options of the training loop that are flags of `pretrain` alone; for the other trainers Python and config files set them."""
+
+
+class TrainerOptions(Config):
     """How the trainer trains, whatever is learned."""
 
     epochs: PositiveInt = 100
@@ -85,30 +129,18 @@ class TrainerOptions(Tracked):
     """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, if all have one shape."""
     fsdp: bool = False
     """Share weights, gradients and optimizer out over the processes (FSDP2), for a model that outgrows its device."""
-    workers: NonNegativeInt | None = None
-    """Processes that read images; automatic: one a core, less one, at most 8."""
     checkpoint_interval_min: PositiveFloat = 10
     """Time between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept."""
-    max_skipped_steps: PositiveInt = 5
-    """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
     max_rollbacks: NonNegativeInt = 0
-    """Instead of stopping then, so many times go back to the weights before and on with the images after."""
+    """Where too many steps in a row are left out, go so many times back to the weights before and on with the images after,
+    instead of stopping."""
     log_interval: PositiveInt | None = None
     """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: a line an epoch, at most 50 steps."""
-
-    @property
-    def num_workers(self) -> int:
-        """Processes that read images."""
-        return automatic_workers() if self.workers is None else self.workers
-
-
-class BadImages(Config):
-    """What to do about images that can't be read."""
-
-    max_unreadable: Share = 0.05
-    """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
+    track: Annotated[
+        list[Literal["wandb", "mlflow", "trackio"]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
+    ] = Field(default_factory=list)
+    """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
+    (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
 class TrainerConfig(TrainerOptions, BadImages, Device):
@@ -123,7 +155,7 @@ class TrainerConfig(TrainerOptions, BadImages, Device):
 
 
 class FrozenTeacher(Config):
-    """The encoder whose features become words."""
+    """The encoder whose features become visual tokens."""
 
     teacher: str = "pixels"
     """Frozen encoder: 'pixels', a timm model, or package.module:function."""
@@ -137,6 +169,15 @@ class FrozenTeacher(Config):
     """Which of the timm model's intermediate feature maps; -1 is the last."""
 
 
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+"""How names of timm models that are not in timm begin."""
+
+
+def is_own_code(teacher: str) -> bool:
+    """Whether the name is a person's own 'package.module:function'."""
+    return ":" in teacher and not teacher.startswith(HUBS)
+
+
 def changed(config: Config, options: Iterable[str]) -> list[str]:
     """Those that have another value than the default."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]
@@ -147,31 +188,3 @@ def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: st
     for name in changed(config, users):
         if kind not in users[name]:
             raise ValueError(f"{option(name)} is for {', '.join(users[name])}; {kind} has no use for it")
-
-
-HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
-"""How names of timm models that are not in timm begin."""
-
-
-def is_own_code(teacher: str) -> bool:
-    """Whether the name is a person's own 'package.module:function'."""
-    return ":" in teacher and not teacher.startswith(HUBS)
-
-
-def automatic_workers() -> int:
-    """One process a usable core, less the one that computes, from 1 to 8."""
-    return max(1, min(8, usable_cores() - 1))
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-class Views(Config):
-    """Which views of an image are tokenized and shown to the student."""
-
-    views: Literal["center", "center-flip", "random-crop"] = "center"
-    """center: largest centred box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
-    half the time."""
-    min_crop_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest random box, as a share of the centred one's area (for random-crop)."""

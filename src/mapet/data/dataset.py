@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.readers import BadImage
 from mapet.data.token_store import TokenStore
 from mapet.data.views import OrderKind, ViewSpec, draw_jitter, draw_order, draw_view, render, seeded
+from mapet.device import num_workers
 from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 
@@ -224,6 +226,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
 
 
+def inference_batch_size(image_size: tuple[int, int]) -> int:
+    """How many images a frozen network reads at a time: 64, fewer of images above 384 x 384 pixels."""
+    return max(1, min(64, 64 * 384**2 // math.prod(image_size)))
+
+
 def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
     """Batches of (number, index) for indices start .. count-1 in order."""
     return [
@@ -232,8 +239,9 @@ def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> li
     ]
 
 
-def make_loader(dataset: ViewDataset, batches: Any, workers: int, pin_memory: bool = False) -> Iterable[Batch]:
+def make_loader(dataset: ViewDataset, batches: Any, pin_memory: bool = False) -> Iterable[Batch]:
     """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
+    workers = num_workers()
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mapet.config.prepare import PrepareConfig
+from mapet.config.data import PrepareConfig
 from mapet.data import prepared
 from mapet.data.image_list import ImageFiles, ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.prepared import PreparedDataset, PreparedDatasetWriter

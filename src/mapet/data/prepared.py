@@ -12,15 +12,16 @@ import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
-from mapet.config.prepare import PrepareConfig
-from mapet.config.shared import automatic_workers
+from mapet.config.data import PrepareConfig
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.readers import REDUCTIONS, BadImage, Box, LazyImage, Window
+from mapet.device import num_workers
 from mapet.errors import MapetError
 from mapet.files import MANIFEST, atomic, check_same_options, read_array, read_manifest, write_manifest
 
 IDS, LABELS, SHARD, SIZES = "ids.bin", "labels.npy", "images-{:05d}.bin", "nbytes-{:05d}.npy"
 KIND, FORMAT = "prepared data set", 1
+JPEG_QUALITY = 90
 PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
 OPEN_AT_ONCE = 256
@@ -85,7 +86,7 @@ class PreparedDataset(ImageReader):
         return self._map(index // PER_SHARD)[start : start + int(self.file_sizes[index])].tobytes()
 
 
-def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int, channels: int, quality: int) -> bytes:
+def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int, channels: int) -> bytes:
     """An image with its short side at `size` pixels at most, encoded; what is `stored` where that needs no change.
 
     Raises:
@@ -103,7 +104,7 @@ def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int
     pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
     rows = pixels.movedim(0, -1).contiguous().numpy()
     if channels in (1, 3):
-        return simplejpeg.encode_jpeg(rows, quality, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
+        return simplejpeg.encode_jpeg(rows, JPEG_QUALITY, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
     buffer = io.BytesIO()
     np.save(buffer, rows)
     return buffer.getvalue()
@@ -136,8 +137,8 @@ class PreparedDatasetWriter:
         """
         self.config, self.folder, self.on_bad, self.on_image = config, config.out, on_bad, on_image
         self.window = Window(*config.value_range) if config.value_range else None
-        options = config.model_dump(mode="json", include={"short_side", "channels", "jpeg_quality", "value_range"})
-        wanted = source | options
+        options = config.model_dump(mode="json", include={"short_side", "channels", "value_range"})
+        wanted = source | options | {"jpeg_quality": JPEG_QUALITY}
         self.is_new = not (self.folder / MANIFEST).exists()
         self.manifest = wanted | {"num_done": 0, "unreadable": {}}
         if not self.is_new:
@@ -163,7 +164,7 @@ class PreparedDatasetWriter:
 
     def encode(self, image: LazyImage, stored: Callable[[], bytes]) -> bytes:
         """Resize and encode an image; see `resize_and_encode`."""
-        return resize_and_encode(image, stored, self.config.short_side, self.config.channels, self.config.jpeg_quality)
+        return resize_and_encode(image, stored, self.config.short_side, self.config.channels)
 
     def add_shard(self, images: Iterable[Any], encode: Callable[[Any], bytes]) -> None:
         """Encode images, several at a time, and write them as the next shard; `save` makes it count."""
@@ -175,7 +176,7 @@ class PreparedDatasetWriter:
             except BadImage as error:
                 return str(error)
 
-        pool = ThreadPoolExecutor(automatic_workers() + 1)
+        pool = ThreadPoolExecutor(num_workers() + 1)
         with pool, atomic(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
             while several := list(islice(images, 256)):  # a bounded number in memory
                 for result in pool.map(attempt, several):

@@ -6,7 +6,7 @@ import re
 import stat
 from pathlib import Path
 
-from mapet.config.types import HUGGING_FACE, is_url
+from mapet.config.shared import HUGGING_FACE, is_url
 from mapet.data.hugging_face import list_hf_images
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset

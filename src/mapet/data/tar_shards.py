@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from mapet.config.types import is_url
+from mapet.config.shared import is_url
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
 from mapet.data.readers import EXTENSIONS
 from mapet.errors import MapetError

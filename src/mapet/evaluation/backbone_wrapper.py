@@ -5,7 +5,6 @@ import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -47,32 +46,29 @@ class BackboneWrapper:
     classes: tuple[str, ...] = ()
 
     @classmethod
-    def load(
-        cls, source: str, compute: Compute, seed: int = 0, model_args: dict[str, Any] | None = None
-    ) -> "BackboneWrapper":
+    def load(cls, source: str, compute: Compute, seed: int = 0) -> "BackboneWrapper":
         """Load a run, a backbone folder, an export, a folder of `finetune`, a weights file, `timm:NAME` or `random:NAME`.
 
         `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
-        architecture knows by itself. `model_args` is what weights files don't tell of their ViT; other sources tell it all.
+        architecture knows by itself.
 
         Raises:
             MapetError: nothing of the kind.
         """
         classes: tuple[str, ...] = ()
         name = source.removeprefix(RANDOM)
-        args = model_args if model_args and Path(name).is_file() else {}
         torch.manual_seed(seed)
         model: nn.Module
         if source.startswith(HUB_PREFIXES):
             model = timm_model(source, True)
         elif source.startswith(RANDOM):
-            model = load_backbone(name, pretrained=False, **args) if Path(name).exists() else timm_model(name, False)
+            model = load_backbone(name, pretrained=False) if Path(name).exists() else timm_model(name, False)
         else:
             folder = Path(source)
             if (folder / "model").is_dir():
                 classes = tuple(RunState.read(folder).results["classes"])
                 folder = folder / "model"
-            model = load_backbone(folder, **args)
+            model = load_backbone(folder)
         model.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(model)
         channels, *size = data["input_size"]

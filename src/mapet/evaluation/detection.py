@@ -16,6 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 from mapet.data.readers import BadImage
+from mapet.device import num_workers
 from mapet.errors import MapetError, how_to_install
 from mapet.evaluation.annotations import DetectionSet
 from mapet.evaluation.backbone_wrapper import BackboneWrapper
@@ -185,7 +186,7 @@ def _batches(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     loader = DataLoader(
         DetectionDataset(data, backbone.channels), min(context.cache.batch_size, MAX_BATCH), shuffle=seed is not None,
-        generator=generator, num_workers=context.cache.workers, collate_fn=list,
+        generator=generator, num_workers=num_workers(), collate_fn=list,
     )  # fmt: skip
     for batch in loader:
         if pairs := [pair for pair in batch if pair is not None]:

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.config.embed import EmbedConfig
-from mapet.data.dataset import Quarantine, ViewDataset, make_loader
+from mapet.config.evaluation import EmbedConfig
+from mapet.data.dataset import Quarantine, ViewDataset, inference_batch_size, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
@@ -57,7 +57,7 @@ def embed(config: EmbedConfig) -> Path:
         )
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
-    options = config.model_args | ({"img_size": config.image_size} if config.image_size else {})
+    options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
     if config.pool == "token" and not vit.has_class_token:
         raise MapetError(f"this ViT has no class token: use {option('pool')} avg")
@@ -68,13 +68,13 @@ def embed(config: EmbedConfig) -> Path:
         _compute_features(config, vit, compute, first.images)  # what cannot be written is refused before anything is
     store = _open_store(config, images, vit, compute)
     unreadable = Quarantine(images, config.max_unreadable, dict(store.unreadable))
-    batches = store.batches_to_do(config.batch_size)
+    batches = store.batches_to_do(inference_batch_size(size))
     rows, index = [], []  # of the batches that are not yet on disk
     with (
         stop_signals("stopping after this batch") as stop,
         tqdm(total=len(images), initial=store.num_done, desc="embed", unit="img", disable=None) as bar,
     ):
-        for batch, positions in zip(make_loader(dataset, batches, config.num_workers), batches, strict=True):
+        for batch, positions in zip(make_loader(dataset, batches), batches, strict=True):
             unreadable.add(batch.bad)
             if batch.images is not None:
                 rows.append(_compute_features(config, vit, compute, batch.images))

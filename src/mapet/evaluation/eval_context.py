@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mapet.config.evaluate import EvaluateConfig
+from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
 from mapet.errors import MapetError, option
@@ -20,6 +20,8 @@ from mapet.evaluation.features import LabelledSet, labelled, split, train_and_te
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci
 from mapet.evaluation.probes import LogisticProbe, fit_logistic, nearest_neighbors
 
+NEIGHBORS = 20
+"""k of k-NN."""
 NUM_SHOWN = 8
 """Neighbors in the figure, at most."""
 
@@ -136,8 +138,7 @@ class EvalContext:
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
         """Similarities and rows of the training images nearest to each test image."""
-        k = max(self.options.knn_k, NUM_SHOWN)
-        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), k)
+        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), NEIGHBORS)
 
     @cached_property
     def logistic(self) -> LogisticProbe:

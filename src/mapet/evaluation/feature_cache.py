@@ -29,7 +29,6 @@ class CacheConfig:
     memory: int = 1 << 62
     scratch_dir: Path = Path()
     batch_size: int = 64
-    workers: int = 0
     progress: bool = True
 
 
@@ -76,7 +75,7 @@ class FeatureCache:
         show = "features" if config.progress else None
         for index, images in centred_batches(
             data.images, backbone.image_size, backbone.channels, shuffled_batches(len(data.images), config.batch_size),
-            config.workers, show,
+            show,
         ):  # fmt: skip
             parts = backbone.pooled_features(images, layers, pool)
             features = torch.cat(parts, 1).cpu()
@@ -152,7 +151,7 @@ class PatchTokenCache:
         self.store = FeatureStore(count, self.config.memory, self.config.scratch_dir) if fits else None
         for index, images in centred_batches(
             self.data.images, self.backbone.image_size, self.backbone.channels,
-            shuffled_batches(count, self.config.batch_size), self.config.workers, "tokens",
+            shuffled_batches(count, self.config.batch_size), "tokens",
         ):  # fmt: skip
             tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
             if self.store is not None:

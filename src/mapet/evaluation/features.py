@@ -20,6 +20,8 @@ from mapet.models.adapt import input_mean_std
 from mapet.models.checkpoint_conversion import MeanStd
 
 Pool = Literal["avg", "token", "both"]
+MAX_UNREADABLE = 0.5
+"""Largest fraction of a set's images that may be unreadable."""
 HELD_OUT = 0.2
 """Fraction of a set that is held out where no test set is given."""
 
@@ -174,11 +176,10 @@ def centred_batches(
     image_size: tuple[int, int],
     channels: int,
     batches: list[list[tuple[int, int]]],
-    workers: int = 0,
     show: str | None = None,
     **dataset: Any,
 ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
-    """Yield (indices, pixels) of the centred views; unreadable images are left out, up to half of all.
+    """Yield (indices, pixels) of the centred views; unreadable images are left out, up to `MAX_UNREADABLE`.
 
     Args:
         batches: of (number, index), see `in_order`.
@@ -187,8 +188,8 @@ def centred_batches(
     """
     options = {"spec": ViewSpec(image_size=image_size)} | dataset
     views = ViewDataset(images, channels=channels, image_size=image_size, **options)
-    quarantine = Quarantine(images, max_unreadable=0.5)
-    loader = make_loader(views, batches, workers)
+    quarantine = Quarantine(images, MAX_UNREADABLE)
+    loader = make_loader(views, batches)
     for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
         quarantine.add(batch.bad)
         if batch.images is not None:

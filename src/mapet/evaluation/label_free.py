@@ -84,7 +84,7 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
     views, index = [], []
     for rows, pixels in centred_batches(
         context.data.train.images.subset(few.numpy()), backbone.image_size, backbone.channels, batches,
-        context.cache.workers, "views", spec=ViewSpec(kind="random-crop", image_size=backbone.image_size),
+        "views", spec=ViewSpec(kind="random-crop", image_size=backbone.image_size),
     ):  # fmt: skip
         views.append(backbone.pooled_features(pixels, [backbone.num_layers], context.options.pool)[0].cpu())
         index.append(rows)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.device import Compute
@@ -25,7 +25,6 @@ class OnlineProbe:
     test: LabelledSet
     every: int
     compute: Compute
-    workers: int
 
     @classmethod
     def for_run(cls, config: PretrainConfig, images: ImageList, compute: Compute) -> "OnlineProbe | None":
@@ -34,7 +33,7 @@ class OnlineProbe:
             return None
         train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
         every = config.probe_every or max(1, config.epochs // 5)
-        return cls(train.sample(MAX_TRAIN), test.sample(MAX_TEST), every, compute, config.num_workers)
+        return cls(train.sample(MAX_TRAIN), test.sample(MAX_TEST), every, compute)
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Tell whether to probe after this epoch."""
@@ -47,6 +46,6 @@ class OnlineProbe:
 
     def __call__(self, vit: VisionTransformer) -> dict[str, float]:
         """Measure the accuracy of a ViT's frozen features."""
-        backbone, config = BackboneWrapper.of_vit(vit, self.compute), CacheConfig(workers=self.workers, progress=False)
+        backbone, config = BackboneWrapper.of_vit(vit, self.compute), CacheConfig(progress=False)
         train, test = (FeatureCache.extract(backbone, data, config) for data in (self.train, self.test))
         return {f"probe/{name}": value for name, value in probe_accuracy(train, test, C=ONLINE_C).items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mapet.evaluation.detection import detection, detection_finetune
-from mapet.evaluation.eval_context import EvalContext, ProtocolResult
+from mapet.evaluation.eval_context import NEIGHBORS, EvalContext, ProtocolResult
 from mapet.evaluation.feature_cache import PatchTokenCache
 from mapet.evaluation.few_shot import few_shot
 from mapet.evaluation.label_free import cluster, feature_rank, neighbors
@@ -26,7 +26,7 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
 def knn(context: EvalContext) -> ProtocolResult:
     """Evaluate weighted k-NN of the last layer's features."""
-    result, k = ProtocolResult(), min(context.options.knn_k, len(context.train))
+    result, k = ProtocolResult(), min(NEIGHBORS, len(context.train))
     votes = knn_scores(context.train, len(context.classes), *(part[:, :k] for part in context.test_neighbors))
     result.add_accuracy("knn", votes.argmax(1), context.test.labels, context.classes, f"k {k}")
     return result

@@ -36,7 +36,7 @@ class Retrieval(NamedTuple):
 
 
 def retrieve(
-    vit: VisionTransformer, images: ImageList, compute: Compute, workers: int = 0, queries: int = 6, nearest: int = 7
+    vit: VisionTransformer, images: ImageList, compute: Compute, queries: int = 6, nearest: int = 7
 ) -> Retrieval:
     """Run the backbone over the sample.
 
@@ -45,7 +45,7 @@ def retrieve(
     """
     train, test = split(labelled(images) if images.classes() else unlabelled(images))
     train, test = train.sample(MAX_TRAIN), test.sample(MAX_TEST)
-    backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(workers=workers, progress=False)
+    backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(progress=False)
     fit, check = (FeatureCache.extract(backbone, data, config) for data in (train, test))
     features, confusion = check.layer_features(), None
     if train.classes:

@@ -12,7 +12,7 @@ from mapet.data.dataset import in_order
 from mapet.errors import MapetError
 from mapet.evaluation.backbone_wrapper import BackboneWrapper
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, mean_corruption_error
-from mapet.evaluation.eval_context import EvalContext, ProtocolResult
+from mapet.evaluation.eval_context import NEIGHBORS, EvalContext, ProtocolResult
 from mapet.evaluation.features import LabelledSet, centred_batches
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci, bootstrap
 from mapet.evaluation.probes import knn_scores, nearest_neighbors
@@ -39,7 +39,7 @@ def ood(context: EvalContext) -> ProtocolResult:
             features.append(pooled.cpu())
             index.append(rows)
         labels = torch.from_numpy(data.labels)[torch.cat(index)]
-        found = nearest_neighbors(context.train.layer_blocks(), torch.cat(features), options.knn_k)
+        found = nearest_neighbors(context.train.layer_blocks(), torch.cat(features), NEIGHBORS)
         votes = knn_scores(context.train, len(classes), *found)
         for metric, scores, selected in (
             (own_or_probe, torch.cat(logits), context.classifier),
@@ -138,6 +138,4 @@ def _batches(
     context: EvalContext, data: LabelledSet, backbone: BackboneWrapper, **dataset: Any
 ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
     batches = in_order(len(data.images), context.cache.batch_size)
-    return centred_batches(
-        data.images, backbone.image_size, backbone.channels, batches, context.cache.workers, None, **dataset
-    )
+    return centred_batches(data.images, backbone.image_size, backbone.channels, batches, None, **dataset)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mapet.data.readers import BadImage
 from mapet.data.views import View, render
+from mapet.device import num_workers
 from mapet.errors import MapetError
 from mapet.evaluation.annotations import IGNORE_INDEX, SegmentationSet
 from mapet.evaluation.backbone_wrapper import BackboneWrapper
@@ -175,7 +176,7 @@ def _batches(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     loader = DataLoader(
         SegmentationDataset(data, backbone, training=seed is not None), min(context.cache.batch_size, MAX_BATCH),
-        shuffle=seed is not None, generator=generator, num_workers=context.cache.workers, collate_fn=list,
+        shuffle=seed is not None, generator=generator, num_workers=num_workers(), collate_fn=list,
     )  # fmt: skip
     for batch in loader:
         if pairs := [pair for pair in batch if pair is not None]:

@@ -11,11 +11,12 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, color_jitter
 from mapet.device import Compute
+from mapet.evaluation.features import MAX_UNREADABLE
 from mapet.evaluation.tokens import overlap
 from mapet.tokenizers.codebook import Tokenizer
 
@@ -45,12 +46,11 @@ class Sampler:
 
     Args:
         tokenizer: with its teacher, on `compute.device`.
-        batch_size, workers: of the loader; they change speed only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, compute: Compute, batch_size: int = 64, workers: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, compute: Compute) -> None:
         assert tokenizer.teacher is not None, "loaded without its teacher"
-        self.tokenizer, self.compute, self.batch_size, self.workers = tokenizer, compute, batch_size, workers
+        self.tokenizer, self.compute = tokenizer, compute
         self.channels: int = tokenizer.description["teacher"]["channels"]
         self.teacher_size = tokenizer.teacher.image_size
         self.spec = ViewSpec(image_size=tokenizer.student_size)
@@ -116,13 +116,10 @@ class Sampler:
         return _joined(pairs)
 
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
-        numbers = [
-            [(0, i) for i in indices[at : at + self.batch_size]] for at in range(0, len(indices), self.batch_size)
-        ]
-        quarantine = Quarantine(dataset.images, max_unreadable=0.5)
-        for batch in tqdm(
-            make_loader(dataset, numbers, self.workers), desc=title, unit="batch", disable=None, leave=False
-        ):
+        size = inference_batch_size(self.teacher_size)
+        batches = [[(0, i) for i in indices[at : at + size]] for at in range(0, len(indices), size)]
+        quarantine = Quarantine(dataset.images, MAX_UNREADABLE)
+        for batch in tqdm(make_loader(dataset, batches), desc=title, unit="batch", disable=None, leave=False):
             quarantine.add(batch.bad)
             if len(batch):
                 yield batch

@@ -160,7 +160,8 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
     if args["num_heads"] is None:
         raise MapetError(
             f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
-            f"{', '.join(map(str, NUM_HEADS))}): give it, {option('model_args')} num_heads=N, in Python num_heads=N"
+            f"{', '.join(map(str, NUM_HEADS))}): give it to `mapet export` as {option('model_args')} num_heads=N and use "
+            "what that writes, in Python load_backbone(..., num_heads=N)"
         )
     log.info(
         "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalized as ours",

@@ -97,8 +97,8 @@ def waits_for_images(run: Subject) -> str | None:
     if len(waiting) < RECORDS or (share := median(waiting[len(waiting) // 4 :])) < 0.25:
         return None
     return (
-        f"Training waits for images {share:.0%} of the time; try more {option('workers')}, and `mapet prepare` for images much larger "
-        "than the input"
+        f"Training waits for images {share:.0%} of the time; try more processes that read them (MAPET_WORKERS), and `mapet prepare` for images much "
+        "larger than the input"
     )
 
 

@@ -26,9 +26,7 @@ COLUMNS = 32
 MAX_HEADS = 6
 
 
-def plot_run(
-    look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute, workers: int = 0
-) -> dict[str, Figure]:
+def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute) -> dict[str, Figure]:
     """Draw what tokenizer and model make of a sample, and what the model's features find among all images."""
     grid, vocab_size, shown = look.grid, look.vocab_size, look.images[: look.shown]
     patches, tokens = plots.patchify(look.images, grid).flatten(0, 1), look.tokens.flatten()
@@ -50,7 +48,7 @@ def plot_run(
     title = "Principal components of the patches' features as colours"
     figures["features"] = plots.plot_maps(shown, {"features": colors}, title)
     try:
-        found = retrieve(model.vit, images, compute, workers)
+        found = retrieve(model.vit, images, compute)
     except MapetError as error:
         log.warning("no neighbours: %s", error)
         return figures

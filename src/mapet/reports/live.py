@@ -9,13 +9,12 @@ from shlex import quote
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from mapet.errors import MapetError, option
 from mapet.reports.page import RunView, page
 from mapet.reports.render import render_part
 from mapet.reports.run import RunFiles, span
 
 log = logging.getLogger("mapet")
-ADDRESS = "127.0.0.1"
+ADDRESS, PORT = "127.0.0.1", 6274
 HOSTS = ("localhost", ADDRESS)
 """What a browser may have asked for. Any other name that leads here is a page elsewhere trying to read (DNS rebinding)."""
 MOST_RECORDS = 20_000
@@ -94,23 +93,17 @@ class LiveServer(ThreadingHTTPServer):
     """Serves one run on 127.0.0.1.
 
     Args:
-        port: 0 takes a free one.
-
-    Raises:
-        MapetError: the port is taken, or not to be had.
+        port: another one is taken where this is not free.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, folder: Path, port: int = PORT) -> None:
         self.follower = RunFollower(folder)
         try:
             super().__init__((ADDRESS, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise MapetError(
-                f"cannot listen on port {port}: {reason}. Leave out {option('port')} to take a free one"
-            ) from None
+        except OSError:
+            super().__init__((ADDRESS, 0), _Handler)
 
     @property
     def url(self) -> str:

@@ -11,7 +11,7 @@ from statistics import median_high
 from typing import Any
 
 from mapet.config.base import meaning_of_none, read_recipe
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.errors import MapetError, counted, spell_as_flags, spell_in_section
 from mapet.reports.advice import Subject, not_judged, too_early, warnings
 from mapet.reports.history import History
@@ -56,7 +56,6 @@ PLACES = (
     "probe_images",
     "resume",
     "device",
-    "workers",
     "micro_batch_size",
     "log_interval",
 )

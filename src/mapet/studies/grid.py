@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mapet.config.base import build
-from mapet.config.pretrain import PretrainConfig, PretrainOptions
+from mapet.config.pipeline import StudyConfig
+from mapet.config.pretraining import PretrainConfig, PretrainOptions
 from mapet.config.shared import is_own_code
-from mapet.config.study import StudyConfig
 from mapet.errors import MapetError, did_you_mean, option
 from mapet.files import is_free
 from mapet.studies.tokenizers import tokenizer_folder

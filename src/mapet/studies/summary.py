@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from statistics import fmean
 
-from mapet.config.study import StudyConfig
+from mapet.config.pipeline import StudyConfig
 from mapet.errors import by
 from mapet.files import is_free
 from mapet.run_state import CONFIG_FILE, read_or_none, record

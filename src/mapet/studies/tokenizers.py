@@ -4,10 +4,9 @@ import logging
 from pathlib import Path
 
 from mapet.config.base import build, differences
-from mapet.config.fit_tokenizer import FitTokenizerConfig
+from mapet.config.pipeline import StudyConfig
 from mapet.config.shared import is_own_code
-from mapet.config.study import StudyConfig
-from mapet.config.tokenize import TokenizeConfig
+from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.errors import Interrupted, MapetError, option
 from mapet.files import is_free
 from mapet.run_state import read_or_none, run_state
@@ -15,10 +14,7 @@ from mapet.tokenizers.fit import fit_tokenizer
 from mapet.tokenizers.tokenize import tokenize
 
 log = logging.getLogger("mapet")
-FREE = frozenset(
-    {"workers", "batch_size", "memory_gb", "scratch_dir"}
-    | {"images", "out", "tokenizer", "device", "resume", "trust_teacher"}
-)
+FREE = frozenset({"memory_gb", "images", "out", "tokenizer", "device", "resume", "trust_teacher"})
 """Options that change no token: how fast, and where things are, whose hashes are compared elsewhere."""
 
 

@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from mapet.config.base import Config, build, differences, read_recipe, write_recipe
-from mapet.config.finetune import FinetuneConfig, FinetuneOptions
-from mapet.config.pretrain import PretrainConfig
-from mapet.config.shared import usable_cores
-from mapet.config.study import StudyConfig
-from mapet.device import Compute
+from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
+from mapet.config.pipeline import StudyConfig
+from mapet.config.pretraining import PretrainConfig
+from mapet.device import Compute, usable_cores
 from mapet.errors import Interrupted, MapetError, option
 from mapet.evaluation.backbone_wrapper import RANDOM, BackboneWrapper
 from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
@@ -34,7 +33,7 @@ from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
 EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
-FREE = frozenset({"images", "out", "tokenizer", "tokens", "device", "workers", "trust_teacher", "track"})
+FREE = frozenset({"images", "out", "tokenizer", "tokens", "device", "trust_teacher", "track"})
 """Options that may differ when a trial is resumed: the study may have moved, and trackers are only told."""
 
 
@@ -62,7 +61,7 @@ def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialCon
         finetune=config.finetune,
         test_images=config.test_images,
         ood_images=config.ood_images,
-        labels_per_class=[*config.labels_per_class, *([None] if config.finetune_all_labels else [])],
+        labels_per_class=[None if amount == "all" else amount for amount in config.labels_per_class],
         num_images=num_images,
         flops_per_epoch=trial.flops_per_image * num_images,
     )

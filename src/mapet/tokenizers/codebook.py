@@ -146,16 +146,13 @@ def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path)
         write_sealed(temporary / DESCRIPTION, tokenizer.description)
 
 
-def load_tokenizer(
-    folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None, checkpoint: str | None = None
-) -> Tokenizer:
-    """Read a tokenizer.
+def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None) -> Tokenizer:
+    """Read a tokenizer. A weights file of its teacher is taken from where it was, else from the tokenizer's folder.
 
     Args:
         with_teacher: also make the teacher, which `forward` needs.
         trusted_teacher: the 'package.module:function' that may be imported. A codebook from elsewhere could name any function,
             so a custom encoder runs only if its name is given again.
-        checkpoint: the teacher's weights, if they are no longer where they were.
 
     Raises:
         MapetError: not a tokenizer, damaged, its teacher is not to be had or has other weights than it was fitted with.
@@ -179,12 +176,12 @@ def load_tokenizer(
         raise MapetError(
             f"the tokenizer {folder} runs your own code '{name}'; to allow it, say {option('teacher')} {name}"
         )
-    settings["checkpoint"] = checkpoint or settings.get("checkpoint")
-    if settings["checkpoint"] and not Path(settings["checkpoint"]).exists() and not checkpoint:
-        raise MapetError(
-            f"the weights file of teacher '{name}' in {folder}, {settings['checkpoint']}, is not there; say where it is: "
-            f"{option('teacher_checkpoint')} FILE"
-        )
+    if (checkpoint := settings.get("checkpoint")) and not Path(checkpoint).exists():
+        settings["checkpoint"] = str(folder / Path(checkpoint).name)
+        if not Path(settings["checkpoint"]).exists():
+            raise MapetError(
+                f"the weights file of teacher '{name}' in {folder}, {checkpoint}, is not there: put it, or a link to it, into {folder}"
+            )
     try:
         teacher = make_teacher(**settings)
     except TypeError as error:
@@ -192,6 +189,6 @@ def load_tokenizer(
     if teacher.weights_hash != description["weights_hash"]:
         raise MapetError(
             f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted "
-            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Give the right {option('teacher_checkpoint')} or fit again"
+            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Put the right weights file there or fit again"
         )
     return Tokenizer(teacher, quantizer, description)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, make_loader
 from mapet.data.image_list import ImageList
 from mapet.device import Compute
 from mapet.errors import MapetError
@@ -47,14 +47,12 @@ class FeatureExtractor:
     dataset: ViewDataset
     unreadable: Quarantine
     compute: Compute
-    batch_size: int = 64
-    num_workers: int = 0
 
     def patch_features(self, indices: Sequence[int], title: str = "teacher features") -> Iterator[Float[Tensor, "n F"]]:
         """Yield the features of the images' patches, row-major, image after image; unreadable images have none."""
-        size = self.batch_size
+        size = inference_batch_size(self.teacher.image_size)
         batches = [[(0, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]
-        loader = make_loader(self.dataset, batches, self.num_workers)
+        loader = make_loader(self.dataset, batches)
         for batch in tqdm(loader, desc=title, unit="batch", disable=None):
             self.unreadable.add(batch.bad)
             if len(batch):

@@ -105,14 +105,14 @@ class FeatureStore:
             self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
             raise MapetError(
-                f"no scratch file in {self.scratch}: {error.strerror}; give a folder with {option('scratch_dir')}"
+                f"no scratch file in {self.scratch}: {error.strerror}; give another {option('out')} or more {option('memory_gb')}"
             ) from None
         free = shutil.disk_usage(self.scratch).free
         if size > free:
             raise MapetError(
                 f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} {self.memory / 1e9:.3g} "
-                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give another folder with {option('scratch_dir')}, "
-                f"more {option('memory_gb')}, or fewer {option('patches_per_code')}"
+                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give {option('out')} on another disk, more {option('memory_gb')} "
+                f"or fewer {option('patches_per_code')}"
             )
         reserve(self._file, size, self.scratch)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
@@ -151,9 +151,7 @@ class FeatureStore:
         assert self._file is not None
         self._file.seek(start * self.num_features * 2)
         if self._file.readinto(into.numpy().data) != into.nbytes:
-            raise MapetError(
-                f"the scratch file in {self.scratch} ends too early: is that disk in order? See {option('scratch_dir')}"
-            )
+            raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order?")
         return into
 
 

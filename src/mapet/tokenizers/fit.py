@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mapet import distributed
-from mapet.config.fit_tokenizer import QUANTIZER_OPTIONS, FitTokenizerConfig
 from mapet.config.shared import changed
+from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig
 from mapet.data.census import warn_of_unused
 from mapet.data.dataset import Quarantine, ViewDataset
 from mapet.data.image_list import ImageList
@@ -78,12 +78,11 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         images, ViewSpec(image_size=config.image_size), config.channels, teacher_size=teacher.image_size
     )
     unreadable = Quarantine(images, config.max_unreadable)
-    extractor = FeatureExtractor(teacher, dataset, unreadable, compute, config.batch_size, config.num_workers)
+    extractor = FeatureExtractor(teacher, dataset, unreadable, compute)
     if teacher.builtin_quantizer is not None:
         result = count_builtin_tokens(teacher.builtin_quantizer, extractor.patch_features(sample, "tokens"))
     else:
-        scratch = config.scratch_dir or config.out.parent
-        with FeatureStore(max_rows, _memory_limit(config, compute), scratch, compute.device) as points:
+        with FeatureStore(max_rows, _memory_limit(config, compute), config.out.parent, compute.device) as points:
             for rows in extractor.patch_features(sample):
                 points.append(rows)
             result = (

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from mapet import distributed
-from mapet.config.tokenize import TokenizeConfig
-from mapet.data.dataset import Batch, Quarantine, ViewDataset, make_loader
+from mapet.config.tokenizers import TokenizeConfig
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenShard, TokenStore
@@ -37,16 +37,13 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     """
     compute = Compute.choose(config.device, "float32")  # the teacher has the precision it was fitted with
     images = scan(config.images)
-    tokenizer = load_tokenizer(
-        config.tokenizer, trusted_teacher=config.trust_teacher, checkpoint=config.teacher_checkpoint
-    )
-    tokenizer = tokenizer.to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     store = _open_store(config, images, tokenizer)
     assert tokenizer.teacher is not None
     channels = tokenizer.description["teacher"]["channels"]
     dataset = ViewDataset(images, store.view_spec, channels, teacher_size=tokenizer.teacher.image_size)
     unreadable = Quarantine(images, config.max_unreadable, dict(store.unreadable))
-    work = _batches_to_do(store, max(1, config.batch_size // store.num_views))
+    work = _batches_to_do(store, max(1, inference_batch_size(tokenizer.teacher.image_size) // store.num_views))
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
     total, silent = sum(len(rows) for _, rows in work), None if work else True
@@ -55,7 +52,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         tqdm(total=total, desc=f"tokenize{several}", unit="img", disable=silent) as bar,
         store.autosave(),
     ):
-        loader = make_loader(dataset, batches, config.num_workers)
+        loader = make_loader(dataset, batches)
         for (shard, rows), batch in zip(work, loader, strict=True):
             unreadable.add(batch.bad)
             store.write(shard, _token_ids(tokenizer, batch, rows, store, images, compute), dict(batch.bad))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapet.config.check import CheckConfig
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.data import CheckConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
@@ -26,22 +26,21 @@ from mapet.training.metrics import format_duration
 from mapet.training.step import ForwardBackward
 from mapet.training.tasks.pretraining import auto_batch_size, auto_micro_batch, build_model, bytes_per_image
 
-TRIED = 16
+TRIED, EPOCHS = 16, PretrainConfig.model_fields["epochs"].default
 
 
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
-    compute = Compute.choose(config.device, config.precision)
+    compute = Compute.choose()
     vit = create_vit(config.model, config.image_size, config.patch_size, config.channels, config.model_args)
     num_patches = vit.patch_embed.num_patches
-    vocab_size = config.vocab_size or automatic_vocab_size(len(usable) * num_patches)
+    vocab_size = automatic_vocab_size(len(usable) * num_patches)
     teacher = make_teacher(
         config.teacher,
         config.image_size,
         config.patch_size,
         config.channels,
         config.teacher_checkpoint,
-        config.teacher_image_size,
         precision=compute.precision,
     ).to(compute.device)
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
@@ -81,8 +80,8 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"
     )
     yield (
-        f"  pretrain       {1 / training:,.0f} images/s, about {format_duration(epoch)} an epoch, {format_duration(config.epochs * epoch)} for "
-        f"{counted(config.epochs, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
+        f"  pretrain       {1 / training:,.0f} images/s, about {format_duration(epoch)} an epoch, {format_duration(EPOCHS * epoch)} for "
+        f"{counted(EPOCHS, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 
 

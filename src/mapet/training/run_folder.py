@@ -35,8 +35,17 @@ from mapet.training.checkpoint import checkpoints
 log = logging.getLogger("mapet")
 C = TypeVar("C", bound=TrainerConfig)
 MUTABLE_ON_RESUME = frozenset(
-    {"resume", "device", "workers", "checkpoint_interval_min", "keep_checkpoints", "log_interval", "out", "images"}
-    | {"micro_batch_size", "max_skipped_steps", "max_rollbacks", "fsdp", "track", "max_unreadable"}
+    {
+        "resume",
+        "device",
+        "checkpoint_interval_min",
+        "log_interval",
+        "out",
+        "images",
+        "micro_batch_size",
+        "max_rollbacks",
+    }
+    | {"fsdp", "track", "max_unreadable"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})

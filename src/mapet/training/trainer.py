@@ -30,6 +30,10 @@ log = logging.getLogger("mapet")
 R = TypeVar("R")
 T = TypeVar("T")
 MAX_LOG_EVERY = 50
+KEEP_CHECKPOINTS = 2
+"""Newest ones."""
+MAX_SKIPPED_STEPS = 5
+"""Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
 """Most steps between lines of metrics, where the option leaves it open."""
 
 
@@ -141,7 +145,7 @@ class Trainer(Generic[R]):
         task, config = self.task, self.task.config
         self._saved_at = time.monotonic()
         pin_memory = self.compute.device.type == "cuda"
-        loader = make_loader(task.dataset, self.sampler, config.num_workers, pin_memory=pin_memory)
+        loader = make_loader(task.dataset, self.sampler, pin_memory)
         with ProgressDisplay(task, self.total_steps, self.step) as self.display:
             for batch in self.metrics.time_data(loader):
                 self._train_step(batch)
@@ -200,7 +204,7 @@ class Trainer(Generic[R]):
             self.folder.log_metrics(self.step, metrics)
         self.display.log_metrics(metrics, self.step % self.steps_per_epoch == 0)
         self.monitor.update(window, self.step)
-        if self.monitor.consecutive_skipped >= self.task.config.max_skipped_steps:
+        if self.monitor.consecutive_skipped >= MAX_SKIPPED_STEPS:
             self._roll_back_or_stop()
 
     def _roll_back_or_stop(self) -> None:
@@ -254,7 +258,7 @@ class Trainer(Generic[R]):
         state = {"epochs": config.epochs, "num_rollbacks": self.num_rollbacks, "micro_batch": micro_batch}
         if distributed.rank() == 0:
             state |= self.task.hashes
-            checkpoint.save_checkpoint(folder.checkpoints, self.step, tensors, state, config.keep_checkpoints)
+            checkpoint.save_checkpoint(folder.checkpoints, self.step, tensors, state, KEEP_CHECKPOINTS)
             record(config.out, counts={"steps": self.step})
         distributed.barrier()
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from mapet.config.finetune import FinetuneConfig
+from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset, in_order
 from mapet.data.views import rand_augment, seeded
 from mapet.device import Compute
@@ -98,7 +98,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         """Load the backbone; the norm that pre-training learned stays, before the pooling."""
         config = self.config
         head = {"num_classes": len(self.train.classes), "global_pool": "avg", "fc_norm": False}
-        options = config.model_args | head | {"drop_path_rate": config.drop_path}
+        options = head | {"drop_path_rate": config.drop_path}
         vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **options)
         return prepare_for_device(vit, self.compute)
 
@@ -140,7 +140,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         last = epoch == self.config.epochs
         if not last and (self.config.out is None or epoch % self.epochs_per_test):
             return {}
-        result = compute_accuracy(self._averaged(module), self.test, self.compute, self.config.num_workers)
+        result = compute_accuracy(self._averaged(module), self.test, self.compute)
         module.train()
         self._final = result if last else None
         return {"epoch": epoch, "accuracy": result[0] / result[1]}
@@ -153,7 +153,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
     def finish(self, module: VisionTransformer) -> FinetuneResult:
         """Save the model, or its moving average, and measure its accuracy."""
         config, vit = self.config, self._averaged(module)
-        final = self._final or compute_accuracy(vit, self.test, self.compute, config.num_workers)
+        final = self._final or compute_accuracy(vit, self.test, self.compute)
         if config.out is not None:
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
@@ -165,9 +165,9 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
 def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
     """Return the training images that the options grant, and the test images."""
     train, test = train_and_test(config.images, config.test_images)
-    if config.labels_per_class or config.label_fraction < 1:
+    if config.labels_per_class:
         try:
-            train = train.subset(few_shot_split(train, config.labels_per_class or config.label_fraction, config.seed))
+            train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))
         except MapetError as error:
             held_out = (
                 f"; a fifth of {option('images')} is held out to test on, for there are no {option('test_images')}"
@@ -177,12 +177,12 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
 
 
 @torch.inference_mode()
-def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute, workers: int) -> tuple[int, int]:
+def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
     labels, num_correct, num_images = torch.from_numpy(data.labels), 0, 0
     batches = in_order(len(labels), 256)
-    for index, images in centred_batches(data.images, vit.patch_embed.img_size, vit.in_chans, batches, workers):
+    for index, images in centred_batches(data.images, vit.patch_embed.img_size, vit.in_chans, batches):
         with compute.autocast():
             logits = vit(normalize(compute.to(images), vit.in_chans))
         num_correct += int((logits.argmax(1).cpu() == labels[index]).sum())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mapet import distributed
 from mapet.config.base import build, read_recipe
-from mapet.config.fit_tokenizer import FitTokenizerConfig
-from mapet.config.pretrain import PretrainConfig
+from mapet.config.pretraining import PretrainConfig
+from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.sources import scan

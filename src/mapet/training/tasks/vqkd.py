@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet.config.train_tokenizer import TrainTokenizerConfig
+from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
@@ -101,7 +101,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         log.info("codebook started by k-means on %d batches", len(batches))
 
     def _batches(self, dataset: ViewDataset, batches: list[list[tuple[int, int]]], title: str) -> Any:
-        loader = make_loader(dataset, batches, self.config.num_workers)
+        loader = make_loader(dataset, batches)
         for batch in tqdm(loader, desc=title, unit="batch", disable=None, leave=False):
             self.unreadable.add(batch.bad)
             if len(batch):
@@ -193,7 +193,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
     def _metadata(self, reconstruction: float, stats: CodebookStats) -> dict[str, Any]:
         """Return the content of `vqkd.json`."""
         config, images = self.config, self.dataset.images
-        training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device", "workers"})
+        training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device"})
         return {
             "format_version": FORMAT,
             "image_size": list(config.image_size),

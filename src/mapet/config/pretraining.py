@@ -1,17 +1,11 @@
-"""Options of `pretrain`."""
+"""Options of `pretrain`, `report` and `debug-step`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.shared import (
-    BackboneSource,
-    TrainerConfig,
-    TrainerOptions,
-    Views,
-)
-from mapet.config.types import Ratio, Source
+from mapet.config.shared import BackboneSource, Device, Precision, Ratio, Source, TrainerConfig, TrainerOptions, Views
 from mapet.errors import option
 
 
@@ -100,3 +94,55 @@ class PretrainConfig(PretrainOptions, Views, TrainerConfig):
                 f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
             )
         return self
+
+
+class ReportConfig(Device):
+    """Options of `report`."""
+
+    positional: ClassVar[str | None] = "run"
+    out_is_file: ClassVar[bool] = True
+    run: list[Path] = Field(min_length=1, max_length=40)
+    """Run folders of `pretrain` or `run`; several are compared, with shared axes."""
+    out: Path | None = None
+    """New HTML file, under 5 MB; it opens from disk and connects to nothing."""
+    figures_dir: Path | None = None
+    """New folder for the figures (PNG) and the step-through (JSON) as files."""
+    serve: bool = False
+    """Show the page of one run in a browser on this machine, at port 6274 if that is free, and update it while the run trains; Ctrl-C
+    ends it. The run's folder need not exist yet."""
+    figures: bool = True
+    """Compute figures and the step-through from the newest weights; otherwise those in the run's folder are shown."""
+    images: Source | None = None
+    """Images for the figures; automatic: those the run was trained on."""
+    trust_teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_output(self) -> "ReportConfig":
+        if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
+            raise ValueError(
+                f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
+            )
+        if not self.serve and not self.out and not self.figures_dir:
+            raise ValueError(
+                f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
+            )
+        if self.figures_dir and (not self.figures or len(self.run) > 1):
+            raise ValueError(
+                f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
+            )
+        return self
+
+
+class DebugStepConfig(Device):
+    """Options of `debug-step`."""
+
+    positional: ClassVar[str | None] = "bundle"
+    bundle: Path
+    """Folder that a run left when it stopped: RUN/debug/step-*."""
+    images: Source | None = None
+    """Where the images are now; automatic: where they were."""
+    precision: Precision | None = None
+    """Precision to try it in; automatic: the run's."""
+    trust_teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""

@@ -1,16 +1,44 @@
-"""Options of `study`."""
+"""Options of `demo`, `run` and `study`."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mapet.config.base import Config
-from mapet.config.finetune import FinetuneOptions
-from mapet.config.fit_tokenizer import FitTokenizerOptions
-from mapet.config.pretrain import PretrainOptions
-from mapet.config.tokenize import TokenizeOptions
-from mapet.config.types import Source
+from mapet.config.evaluation import FinetuneOptions
+from mapet.config.pretraining import PretrainOptions
+from mapet.config.shared import BadImages, Device, Source
+from mapet.config.tokenizers import FitTokenizerOptions, TokenizeOptions
+
+
+class DemoConfig(Config):
+    """Options of `demo`."""
+
+    out: Path = Path("demo")
+    """New folder for the digits, the run and the pictures."""
+    seed: NonNegativeInt = 0
+    """Seed of everything."""
+    resume: bool = False
+    """Go on with a demo that was stopped."""
+
+
+class RunConfig(BadImages, Device):
+    """Options of `run`: where from and where to, and a section of options for each stage."""
+
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    out: Path
+    """New folder for everything: tokenizer, tokens, pre-training run, backbone, probe, figures, report.html."""
+    test_images: Source | None = None
+    """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
+    seed: NonNegativeInt = 0
+    """Seed of everything."""
+    resume: bool = False
+    """Go on with a run that was interrupted: finished stages are kept."""
+    fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()
+    tokenize: TokenizeOptions = TokenizeOptions()
+    pretrain: PretrainOptions = PretrainOptions()
 
 
 class StudyConfig(Config):
@@ -40,10 +68,8 @@ class StudyConfig(Config):
     """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""
     equal_compute: bool = True
     """Run cheaper values also for more epochs, until they cost as many operations as the dearest."""
-    labels_per_class: list[PositiveInt] = Field(default=[10])
-    """Fine-tune on so many labels of each class."""
-    finetune_all_labels: bool = False
-    """Fine-tune on all labels as well."""
+    labels_per_class: list[PositiveInt | Literal["all"]] = Field(default=[10])
+    """Fine-tune on so many labels of each class, or all."""
     devices: list[str] = Field(default=["auto"])
     """One process for each: auto, cuda:0, cuda:1, ...; cpu cpu: two that share the cores (faster, for small models)."""
     report_only: bool = False
