@@ -25,14 +25,13 @@ import torch
 from benchmarks.core import Result, Row, in_new_process, in_turns, median_ratio, median_seconds, peak_memory, timed
 from benchmarks.data import write_photos
 from benchmarks.tables import Table
-from mapet.data.dataset import Quarantine, ViewDataset
+from mapet.data.dataset import Quarantine, ViewDataset, in_order, readable_batches
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
-from mapet.tokenizers.extract import FeatureExtractor
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore
 from mapet.tokenizers.kmeans import assign, kmeans, kmeans_plusplus_init, random_init
-from mapet.tokenizers.teacher import Teacher, make_teacher
+from mapet.tokenizers.tokenizer import Teacher, make_teacher
 
 PROXY = "benchmarks.proxy_teacher:efficientnet_lite0"
 TIMM = ("resnet50_clip.openai", "vit_base_patch16_clip_224.openai")
@@ -85,9 +84,8 @@ def patch_features(name: str, images: Path, compute: Compute, most: int) -> torc
     teacher = make_teacher(name, SIZE, 16, precision=compute.precision).to(compute.device)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
-    extractor = FeatureExtractor(teacher, dataset, Quarantine(listed, 0.05), compute)
-    for rows in extractor.patch_features(range(len(listed))):
-        store.append(rows)
+    for batch in readable_batches(dataset, in_order(len(listed), 32), Quarantine(listed, 0.05), "teacher features"):
+        store.append(teacher.batch_features(batch, listed, compute).permute(0, 2, 3, 1).flatten(0, 2))
     return store.take(torch.arange(len(store)))
 
 

@@ -21,7 +21,7 @@ import mapet
 from mapet.models.objectives import MAPET, MIM, PIM, Objective
 from mapet.models.packing import attention_mask, segment_lengths
 from mapet.reports.plots import HIDDEN, patchify, plot_attention_mask, plot_token_maps, unpatchify
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4
 """Patches of the photograph and how many of them are given."""

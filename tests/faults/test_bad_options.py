@@ -134,7 +134,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizers.fit.make_teacher", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
     assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
     assert (
         f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err
@@ -451,7 +451,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
 FULL_DISK = """
 import resource, sys
 from mapet.cli import main
-import mapet.training.trainer, mapet.tokenizers.codebook  # import before files are limited
+import mapet.training.trainer, mapet.tokenizers.tokenizer  # import before files are limited
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(main(sys.argv[1:]))
 """

@@ -16,7 +16,7 @@ from mapet.errors import MadeByNewer, MapetError
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.files import check_format, read_sealed, write_json, write_sealed
 from mapet.run_state import RunState
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
 from mapet.training.checkpoint import load_checkpoint
 from tests.formats import write
@@ -125,13 +125,13 @@ def test_the_page_names_every_format():
     from mapet import run_state
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
-    from mapet.tokenizers import codebook, vqkd
+    from mapet.tokenizers import tokenizer, vqkd
     from mapet.training import checkpoint, nonfinite
 
     page = (HERE.parents[1] / "docs" / "formats.md").read_text()
     table = dict(re.findall(r"^\| [^|]*?`((?:[^`]*/)?[\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
     assert {name: int(number) for name, number in table.items()} == {
-        "FOLDER/run.json": run_state.SCHEMA_VERSION, "TOKENIZER/visual_tokenizer.json": codebook.FORMAT,
+        "FOLDER/run.json": run_state.SCHEMA_VERSION, "TOKENIZER/visual_tokenizer.json": tokenizer.FORMAT,
         "TOKENS/manifest.json": token_store.FORMAT, "PREPARED/manifest.json": prepared.FORMAT,
         "FEATURES/manifest.json": embeddings.FORMAT, "VQKD/vqkd.json": vqkd.FORMAT,
         "RUN/checkpoints/step-*/trainer_state.json": checkpoint.FORMAT, "RUN/debug/step-*/bundle.json": nonfinite.FORMAT,

@@ -30,8 +30,8 @@ from mapet.data.readers import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
-from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import KMeansConfig, KMeansState, load_state, save_state
+from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from mapet.training.step import create_optimizer
 from mapet.weights import read_weights

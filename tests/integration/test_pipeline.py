@@ -31,7 +31,7 @@ from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.step import ForwardBackward
 from mapet.training.tasks.pretraining import load_run
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops

@@ -17,7 +17,7 @@ from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
 from mapet.training import trainer
 from mapet.training.nonfinite import NonFiniteError

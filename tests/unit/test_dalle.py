@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.tokenizers.teacher import make_teacher
 from mapet.tokenizers.teachers import dalle
 from mapet.tokenizers.teachers.dalle import DalleEncoder, build
+from mapet.tokenizers.tokenizer import make_teacher
 
 
 def numbers(shape, number):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mapet.errors import MapetError
-from mapet.tokenizers.teacher import make_teacher
+from mapet.tokenizers.tokenizer import make_teacher
 
 MODELS = {
     "vit_base_patch16_clip_224.openai": "ViT-B-16",

@@ -13,11 +13,11 @@ from scipy.stats import norm
 
 import mapet
 from mapet.errors import MapetError
-from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.fit import fit_fsq
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
+from mapet.tokenizers.stages import fit_fsq
 from mapet.tokenizers.teachers.timm_model import TAKES_IMAGE_SIZE
+from mapet.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import all_rows
 
 

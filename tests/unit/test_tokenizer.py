@@ -16,10 +16,9 @@ from mapet.data.readers import open_image
 from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
-from mapet.tokenizers.codebook import CodebookStats, load_tokenizer
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import assign, automatic_vocab_size, kmeans
-from mapet.tokenizers.teacher import make_teacher
+from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer, make_teacher
 
 
 def blobs(seed=0):

@@ -27,7 +27,7 @@ from mapet.evaluation.tokens import (
     warnings,
 )
 from mapet.reports.evaluation import tokenizer_markdown
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 
 
 def draw(*shape, below, seed=0):

@@ -17,8 +17,7 @@ import mapet
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
 from mapet.tokenizers.kmeans import kmeans
-from mapet.tokenizers.vqkd import VQKD, nearest_code, vqkd_encoder
-from mapet.tokenizers.vqkd_training import PATIENCE, VQKDForTraining
+from mapet.tokenizers.vqkd import PATIENCE, VQKD, VQKDForTraining, nearest_code, vqkd_encoder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ from mapet.commands.command import command
 from mapet.config.tokenizers import FitTokenizerConfig
 
 if TYPE_CHECKING:
-    from mapet.tokenizers.codebook import Tokenizer
+    from mapet.tokenizers.tokenizer import Tokenizer
 
 
 @command(FitTokenizerConfig, distributed=True)
@@ -17,6 +17,6 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --kmeans-n-init 5
     """
-    from mapet.tokenizers import fit
+    from mapet.tokenizers import stages
 
-    return fit.fit_tokenizer(config)
+    return stages.fit_tokenizer(config)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mapet.device import Compute
     from mapet.evaluation.token_views import Words
     from mapet.evaluation.tokens import Measures
-    from mapet.tokenizers.codebook import Tokenizer
+    from mapet.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger("mapet")
 STABILITY_IMAGES = 250
@@ -39,7 +39,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """
     from mapet.device import Compute
     from mapet.files import new_folder
-    from mapet.tokenizers.codebook import load_tokenizer
+    from mapet.tokenizers.tokenizer import load_tokenizer
 
     compute = Compute.choose(precision="float32")
     new_folder(config.out, create=False)

@@ -17,6 +17,6 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
     """
-    from mapet.tokenizers import tokenize
+    from mapet.tokenizers import stages
 
-    return tokenize.tokenize(config)
+    return stages.tokenize(config)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
 from mapet.data.readers import BadImage
@@ -310,3 +311,13 @@ class Quarantine:
                     f"{option('max_unreadable')} {self.max_unreadable:g} allows "
                     f"({examples}). `mapet check` lists them all; remove them or raise {option('max_unreadable')}"
                 )
+
+
+def readable_batches(dataset: ViewDataset, batches: Any, unreadable: Quarantine, title: str | None) -> Iterator[Batch]:
+    """Yield batches of readable images; the others are counted. `title` names the progress bar; None shows none."""
+    for batch in tqdm(
+        make_loader(dataset, batches), desc=title, unit="batch", disable=None if title else True, leave=False
+    ):
+        unreadable.add(batch.bad)
+        if len(batch):
+            yield batch

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
-from mapet.data.dataset import Quarantine, ViewDataset, make_loader
+from mapet.data.dataset import Quarantine, ViewDataset, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
@@ -189,8 +188,6 @@ def centred_batches(
     options = {"spec": ViewSpec(image_size=image_size)} | dataset
     views = ViewDataset(images, channels=channels, image_size=image_size, **options)
     quarantine = Quarantine(images, MAX_UNREADABLE)
-    loader = make_loader(views, batches)
-    for batch in tqdm(loader, desc=show, unit="batch", disable=None if show else True, leave=False):
-        quarantine.add(batch.bad)
-        if batch.images is not None:
-            yield batch.image_index, batch.images
+    for batch in readable_batches(views, batches, quarantine, show):
+        assert batch.images is not None
+        yield batch.image_index, batch.images

@@ -15,7 +15,7 @@ from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.features import must_be_finite_features, normalize
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.tokenizers.codebook import Tokenizer
+from mapet.tokenizers.tokenizer import Tokenizer
 
 MOST = 2000
 """Images whose patches show what words mean."""

@@ -9,16 +9,15 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
-from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, make_loader
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, color_jitter
 from mapet.device import Compute
 from mapet.evaluation.features import MAX_UNREADABLE
 from mapet.evaluation.tokens import overlap
-from mapet.tokenizers.codebook import Tokenizer
+from mapet.tokenizers.tokenizer import Tokenizer
 
 JITTER = 0.1
 """Brightness, contrast and saturation are changed by up to a tenth."""
@@ -119,10 +118,7 @@ class Sampler:
         size = inference_batch_size(self.teacher_size)
         batches = [[(0, i) for i in indices[at : at + size]] for at in range(0, len(indices), size)]
         quarantine = Quarantine(dataset.images, MAX_UNREADABLE)
-        for batch in tqdm(make_loader(dataset, batches), desc=title, unit="batch", disable=None, leave=False):
-            quarantine.add(batch.bad)
-            if len(batch):
-                yield batch
+        return readable_batches(dataset, batches, quarantine, title)
 
     @torch.inference_mode()
     def _ids(self, images: Tensor | None) -> Int[Tensor, "B rows columns"]:

@@ -12,7 +12,7 @@ from mapet.studies.grid import Trial, compared_factor, trial_folder
 from mapet.studies.statistics import Study, TrialResult
 from mapet.studies.tokenizers import tokenizer_configs
 from mapet.studies.trials import evaluate, trial_config
-from mapet.tokenizers.codebook import load_tokenizer
+from mapet.tokenizers.tokenizer import load_tokenizer
 
 log = logging.getLogger("mapet")
 

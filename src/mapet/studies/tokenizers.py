@@ -10,8 +10,7 @@ from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.errors import Interrupted, MapetError, option
 from mapet.files import is_free
 from mapet.run_state import read_or_none, run_state
-from mapet.tokenizers.fit import fit_tokenizer
-from mapet.tokenizers.tokenize import tokenize
+from mapet.tokenizers.stages import fit_tokenizer, tokenize
 
 log = logging.getLogger("mapet")
 FREE = frozenset({"memory_gb", "images", "out", "tokenizer", "device", "resume", "trust_teacher"})

@@ -19,9 +19,8 @@ from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.tokenizers.codebook import load_tokenizer
 from mapet.tokenizers.kmeans import automatic_vocab_size
-from mapet.tokenizers.teacher import make_teacher
+from mapet.tokenizers.tokenizer import load_tokenizer, make_teacher
 from mapet.training.metrics import format_duration
 from mapet.training.step import ForwardBackward
 from mapet.training.tasks.pretraining import auto_batch_size, auto_micro_batch, build_model, bytes_per_image

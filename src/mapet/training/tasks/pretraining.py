@@ -29,7 +29,7 @@ from mapet.models.losses import normalized_patches
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.run_state import check_is_pretraining, pretrain_folder, resolve_run_path
-from mapet.tokenizers.codebook import Tokenizer, load_tokenizer
+from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import check_fingerprints, load_checkpoint
 from mapet.training.task import StepOutput, Task
 

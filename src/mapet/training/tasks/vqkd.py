@@ -11,22 +11,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, make_loader
+from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, readable_batches
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
-from mapet.tokenizers.codebook import CodebookStats
-from mapet.tokenizers.extract import teacher_features
 from mapet.tokenizers.kmeans import automatic_vocab_size
-from mapet.tokenizers.teacher import Teacher, make_teacher
-from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT
-from mapet.tokenizers.vqkd_training import VQKDForTraining, VQKDOutput
+from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
+from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
@@ -94,18 +90,11 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         count = -(-PATCHES_PER_CODE * self.num_counts // patches_per_batch)
         batches = list(islice(EpochSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
         vectors = []
-        for batch in self._batches(self.dataset, batches, "first codes"):
+        for batch in readable_batches(self.dataset, batches, self.unreadable, "first codes"):
             with self.compute.autocast():
                 vectors.append(model.tokenizer(self._pixels(batch)).movedim(1, -1).flatten(0, 2))
         model.init_codebook_kmeans(torch.cat(vectors), config.seed)
         log.info("codebook started by k-means on %d batches", len(batches))
-
-    def _batches(self, dataset: ViewDataset, batches: list[list[tuple[int, int]]], title: str) -> Any:
-        loader = make_loader(dataset, batches)
-        for batch in tqdm(loader, desc=title, unit="batch", disable=None, leave=False):
-            self.unreadable.add(batch.bad)
-            if len(batch):
-                yield batch
 
     def _pixels(self, batch: Batch) -> Float[Tensor, "B C H W"]:
         """Return the encoder's input, in [0, 1]."""
@@ -115,7 +104,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Compute the teacher's features of the same views."""
         # A clone: what inference made takes part in no backward pass.
-        targets = teacher_features(self.teacher, batch, self.dataset.images, self.compute).clone()
+        targets = self.teacher.batch_features(batch, self.dataset.images, self.compute).clone()
         return replace(batch.to(self.compute.device), images=self._pixels(batch), targets=targets)
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
@@ -158,7 +147,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
         counts = torch.zeros(self.num_counts, dtype=torch.int64)
         reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
-        for batch in self._batches(centered, batches, "evaluate"):
+        for batch in readable_batches(centered, batches, self.unreadable, "evaluate"):
             batch = self.prepare(batch, 0)
             with self.compute.autocast():
                 output: VQKDOutput = model(batch.images, batch.targets)
