@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.reports.advice import WARNINGS, Subject, not_judged, warnings
+from mapet.reports.advice import Subject, not_judged, warnings
 from mapet.reports.history import History
 
 STEPS = 40
@@ -68,31 +68,23 @@ FIRES = {
 }  # fmt: skip
 
 
-def test_each_rule_has_a_case():
-    assert {rule.__name__ for rule in WARNINGS} == set(FIRES)
+@pytest.mark.parametrize("name", FIRES)
+def test_fires(name):
+    run, sentence = FIRES[name]
+    assert any(sentence in found for found in warnings(run))
 
 
-@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
-def test_fires(rule):
-    run, sentence = FIRES[rule.__name__]
-    found = rule(run)
-    assert found is not None and sentence in found
-    assert found in warnings(run)
+def test_is_silent_on_a_run_that_goes_well():
+    assert warnings(subject(probed(0.4, 0.5, 0.6), probe=judged(0.25, 0.4))) == []
 
 
-@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
-def test_is_silent_on_a_run_that_goes_well(rule):
-    assert rule(subject(probed(0.4, 0.5, 0.6), probe=judged(0.25, 0.4))) is None
-
-
-@pytest.mark.parametrize("rule", WARNINGS, ids=lambda rule: rule.__name__)
-def test_is_silent_where_nothing_is_known(rule):
+def test_is_silent_where_nothing_is_known():
     empty = History(Path("metrics.jsonl"))
-    assert rule(Subject(empty, {}, {})) is None
+    assert warnings(Subject(empty, {}, {})) == []
     pixels = history()  # where pixels are predicted there are no words
     words = ("token_entropy", "token_accuracy", "commonest_token")
     records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
-    assert rule(Subject(History(pixels.path, records), {"epochs": 20}, {})) is None
+    assert warnings(Subject(History(pixels.path, records), {"epochs": 20}, {})) == []
 
 
 def test_too_few_steps_come_before_the_learning_rate():

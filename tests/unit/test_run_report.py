@@ -24,10 +24,14 @@ from mapet.reports.card import origin_of
 from mapet.reports.history import History, Series, thinned
 from mapet.reports.images import ReportImage, embed_images, open_images
 from mapet.reports.page import MOST_BYTES, RunView, comparison, distinct, page, page_content, write_run_report
+from mapet.reports.render import render_part
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
 
 LOSS = "loss, nats for words (mean of the last epoch)"
+STATS = {"num_used_codes": 60, "num_dead_codes": 4, "perplexity": 50.0, "top_code_fraction": 0.1, "num_patches": 1000}
+TOKENIZER = {"teacher": {"teacher": "pixels", "student_size": [8, 8]}, "grid": [4, 4], "vocab_size": 64, "hash": "c"}
+TOKENIZER |= {"codebook_stats": STATS | {"quantization_error": None}}
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;{{data}}\u2028'\""
 
 
@@ -59,6 +63,12 @@ def write_run(folder: Path, records: int = 20, **recipe) -> Path:
 def data_of(html: str):
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
     return json.loads(found)
+
+
+def facts_of(folder: Path) -> dict[str, str]:
+    """What the page says of a run at its top."""
+    html = render_part("facts_now", RunFiles.open(folder).data() | {"notes": []})
+    return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html))
 
 
 class Elements(HTMLParser):
@@ -132,15 +142,14 @@ def test_thinned_keeps_both_ends_and_the_mean():
 
 
 def test_what_a_run_says_of_itself(tmp_path):
-    told = RunFiles.open(write_run(tmp_path / "a")).data()
-    facts = dict(told["facts"])
+    told, facts = RunFiles.open(write_run(tmp_path / "a")).data(), facts_of(tmp_path / "a")
     assert facts["status"] == "running" and told["finished"] is False
     assert facts["images"] == "1,437 images in photos"
     assert facts["epochs"] == "20 of 2, 200 steps"
     assert facts["duration"] == "2 min 30 s, resumed 1 time"
     assert facts["resumed with"] == "mapet pretrain --resume"
     assert told["metrics"][LOSS] == "1"
-    assert told["log"] == ["bad image 'a.png'"] and told["early"] is False
+    assert told["state"].warnings == ["bad image 'a.png'"] and told["early"] is False
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_a_stopped_run_counts_the_steps_of_its_checkpoint(tmp_path):
     """It stopped between two records."""
     folder = write_run(tmp_path / "a", records=3, epochs=20)
     write_state(folder, status="stopped", counts={"steps": 34})
-    assert dict(RunFiles.open(folder).data()["facts"])["epochs"] == "3.4 of 20, 34 steps"
+    assert facts_of(folder)["epochs"] == "3.4 of 20, 34 steps"
 
 
 def test_time_left(tmp_path):
@@ -313,10 +322,9 @@ def test_losses_of_other_words_are_not_compared(first, second, objective, compar
     runs = []
     for name, content, task in (("a", first, "mapet"), ("b", second, objective)):
         folder = write_run(tmp_path / f"run-{name}", objective=task)
-        write_state(folder, results={"tokenizer": content})
+        write_state(folder, results={"tokenizer": TOKENIZER | content})
         runs.append(RunView(RunFiles.open(folder)))
-    note = page_content(runs)["comparison"]["note"]
-    assert ("cannot be compared" in note) is not comparable
+    assert ("losses and token accuracies cannot be compared" in page(runs)) is not comparable
 
 
 def test_names_are_told_apart():
@@ -329,7 +337,7 @@ def test_a_run_lacking_a_figure_has_a_dash():
         {"metrics": {"y": "2"}, "config": {}, "predicts": [], "data": {"images": "7 images in a", "V": "8"}},
     ]
     assert comparison(runs) == {
-        "note": "",
+        "comparable": True,
         "metrics": [["x", "1", "-"], ["y", "-", "2"]],
         "options": [["images", "9 images in a", "7 images in a"], ["lr", "1", "-"]],
     }

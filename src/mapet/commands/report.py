@@ -81,7 +81,7 @@ def _inspect(config: ReportConfig, folder: Path) -> "tuple[list[ReportImage], di
     from mapet.device import Compute
     from mapet.evaluation.look import look_at
     from mapet.reports.figures import plot_run, step_through
-    from mapet.reports.images import CAPTIONS, ReportImage
+    from mapet.reports.images import rasterize
     from mapet.training.tasks.pretraining import load_run
 
     compute = Compute.choose(config.device, "float32")
@@ -91,7 +91,7 @@ def _inspect(config: ReportConfig, folder: Path) -> "tuple[list[ReportImage], di
     look = look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
     figures = plot_run(look, model, images, compute)
-    drawn = [ReportImage.draw(name, figures[name]) for name in CAPTIONS if name in figures]
+    drawn = [rasterize(name, figure) for name, figure in figures.items()]
     return drawn, step_through(look, names, model.objective)
 
 

@@ -14,8 +14,8 @@ from mapet.models.adapt import input_mean_std
 from mapet.models.export_formats import FORMATS
 from mapet.models.pretrained import HUB_PREFIXES
 from mapet.reports.history import History
-from mapet.reports.render import render
-from mapet.reports.run import figures, number, with_views
+from mapet.reports.render import number, render
+from mapet.reports.run import figures, with_views
 from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
 LIBRARIES = ("mapet", "torch", "timm")

@@ -3,7 +3,7 @@
 import base64
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,57 +13,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger("mapet")
+ORDER = (
+    *("token_maps", "patches_by_code", "nearest_codes", "code_usage", "attention_mask", "predictions"),
+    *("cls_attention", "features", "neighbours", "confusion"),
+)
+"""Names of figures in the order of the report."""
 TINY = 64
 """Images of up to so many pixels squared are kept as they are."""
 SIDE = 384
 """Largest side of a photograph of the step-through."""
 STEPS = ((1.0, 84), (0.8, 78), (0.6, 72), (0.45, 66), (0.3, 60))
 """Scale and WebP quality, tried in turn."""
-CAPTIONS = {
-    "token_maps": "Images and their visual tokens: one colour a token. Tokens should follow what is shown, not the place alone.",
-    "patches_by_code": "Patches that share a token, for codes spread over the range of frequency. A row should look alike.",
-    "nearest_codes": "Mean patches of codes and of the codes nearest to them in the teacher's space.",
-    "code_usage": "How often each code comes, most frequent first, beside even use.",
-    "attention_mask": "The attention mask as the model learns: a row may attend to its dark columns. Context: the given patches; target: "
-    "the true patches to be predicted, each for those after it; mask: stand-ins for patches; query: what predicts.",
-    "predictions": "Masked patches predicted in random order: given patches, order, true tokens, predicted tokens, and the "
-    "probability of the true one, from 0 (dark) to the largest of the picture.",
-    "cls_attention": "Where the class token looks in the last block: the mean over heads, then single heads.",
-    "features": "Features of the patches: their first three principal components, over all images shown, as red, green and "
-    "blue. Patches of one colour mean the same to the model.",
-    "neighbours": "Images (left) and those whose features are nearest by cosine similarity. Where images have "
-    "labels, a green frame is the same class and a dashed red one another; without labels, judge by eye.",
-    "confusion": "Linear probe on frozen features: each row says what images of a class were taken for.",
-}
-"""Name -> what is to be seen, in the order of the report."""
 
 
 class ReportImage(NamedTuple):
-    """A raster image of a report, one of `CAPTIONS` or with its name as the caption."""
+    """A raster image of a report."""
 
     name: str
     image: Image.Image
-
-    @classmethod
-    def draw(cls, name: str, figure: "Figure") -> "ReportImage":
-        """Rasterize a figure."""
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=120)
-        return cls(name, Image.open(file).convert("RGB"))
-
-    @property
-    def caption(self) -> str:
-        return CAPTIONS.get(self.name, self.name)
 
 
 class EmbeddedImage(NamedTuple):
     """An image as the page has it; `src` is a data URI."""
 
     name: str
-    caption: str
     width: int
     height: int
     src: str
+
+
+def rasterize(name: str, figure: "Figure") -> ReportImage:
+    """Make an image of a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return ReportImage(name, Image.open(file).convert("RGB"))
 
 
 def open_images(paths: Iterable[Path]) -> list[ReportImage]:
@@ -75,34 +58,27 @@ def open_images(paths: Iterable[Path]) -> list[ReportImage]:
                 found.append(ReportImage(path.stem, image.convert("RGB")))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             log.warning("the report leaves out %s: %s", path, error)
-    order = {name: place for place, name in enumerate(CAPTIONS)}
-    return sorted(found, key=lambda image: order.get(image.name, len(order)))
+    return sorted(found, key=lambda image: [*ORDER, image.name].index(image.name))
 
 
-def embed_images(images: list[ReportImage], budget: int) -> tuple[list[EmbeddedImage], list[str]]:
+def embed_images(images: Sequence[ReportImage], budget: int) -> tuple[list[EmbeddedImage], list[str]]:
     """Encode images as large as `budget` bytes allow, leaving out the last first.
 
     Returns:
         images for the page, names of those left out.
     """
-    encoded: list[EmbeddedImage] = []
+    kept: list[EmbeddedImage] = []
     for scale, quality in STEPS:
-        encoded = [_encode(image, scale, quality) for image in images]
-        if sum(len(one.src) for one in encoded) <= budget:
-            return encoded, []
-    kept, size = [], 0
-    for one in encoded:
-        size += len(one.src)
-        if size <= budget:
-            kept.append(one)
-    return kept, [one.name for one in encoded if one not in kept]
-
-
-def _encode(picture: ReportImage, scale: float, quality: int) -> EmbeddedImage:
-    width, height = (max(1, round(scale * side)) for side in picture.image.size)
-    image = picture.image if scale == 1 else picture.image.resize((width, height), Image.Resampling.LANCZOS)
-    src = _uri(image, "webp", quality=quality, method=4)
-    return EmbeddedImage(picture.name, picture.caption, width, height, src)
+        kept = []
+        for name, image in images:
+            width, height = (max(1, round(scale * side)) for side in image.size)
+            shrunk = image if scale == 1 else image.resize((width, height), Image.Resampling.LANCZOS)
+            kept.append(EmbeddedImage(name, width, height, _uri(shrunk, "webp", quality=quality, method=4)))
+        if sum(len(one.src) for one in kept) <= budget:
+            break
+    while sum(len(one.src) for one in kept) > budget:
+        kept.pop()
+    return kept, [name for name, _ in images[len(kept) :]]
 
 
 def photo_uri(image: Image.Image) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from mapet.reports.page import RunView, page
-from mapet.reports.render import render_part
-from mapet.reports.run import RunFiles, span
+from mapet.reports.render import render_part, span
+from mapet.reports.run import RunFiles
 
 log = logging.getLogger("mapet")
 ADDRESS, PORT = "127.0.0.1", 6274

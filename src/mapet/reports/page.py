@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,8 @@ from mapet import distributed
 from mapet.files import atomic
 from mapet.reports.history import thinned
 from mapet.reports.images import ReportImage, embed_images, open_images
-from mapet.reports.render import line_style, render
-from mapet.reports.run import PLACES, RunFiles
+from mapet.reports.render import render
+from mapet.reports.run import RunFiles
 
 log = logging.getLogger("mapet")
 MOST_BYTES = 4_800_000
@@ -23,41 +24,9 @@ IMAGE_MARKUP = 1500
 """Bytes of HTML around an image, its caption twice, at most."""
 NAME = "report.html"
 """What a run folder's own report is called."""
-CHARTS = (
-    {
-        "title": "Loss",
-        "unit": "nats, where tokens are predicted",
-        "lines": {"loss": "loss", "token_entropy": "unigram baseline"},
-        "hint": "Nats are natural-log units: guessing evenly among K tokens costs ln K. Below the unigram baseline (guessing by "
-        "frequency), something is learned of the images.",
-    },
-    {
-        "title": "Token accuracy",
-        "unit": "of the masked patches",
-        "percent": True,
-        "lines": {"token_accuracy": "token accuracy", "commonest_token": "majority baseline"},
-        "hint": "The share of masked patches whose likeliest predicted token is the true one; the baseline always predicts the most "
-        "frequent token.",
-    },
-    {
-        "title": "Probes",
-        "unit": "accuracy of frozen features",
-        "lines": {"probe/logistic": "linear probe", "probe/knn": "k-NN"},
-        "hint": "On a small fixed sample of labelled images, held out from the probe.",
-    },
-    {"title": "Learning rate", "unit": "at each step", "lines": {"lr": "learning rate"}},
-    {"title": "Gradient norm", "unit": "before clipping", "lines": {"gradient_norm": "norm"}},
-    {"title": "Speed", "unit": "images/s", "lines": {"images_per_second": "images/s"}},
-    {"title": "Data wait", "unit": "of the time", "percent": True, "lines": {"data_wait": "waiting for images"}},
-    {"title": "Skipped steps", "unit": "since the start", "lines": {"skipped_steps": "skipped"}},
-)
-"""The charts; those of metrics that no run has are left out."""
-
-
-NOT_COMPARABLE = (
-    "These runs do not predict the same tokens from the same (their tokenizers, targets, objectives, orders or ratios differ): their "
-    "losses and token accuracies cannot be compared. Probes can, and what `mapet evaluate` measures."
-)
+WHERE = {"images", "out", "tokenizer", "tokens", "probe_images"}
+"""Options that say where, not what; images are told with their number."""
+HOW_FAST = {"resume", "device", "micro_batch_size", "log_interval"}
 
 
 @dataclass
@@ -82,30 +51,22 @@ class RunView:
 
 def page(runs: Sequence[RunView], live: bool = False) -> str:
     """Render HTML of at most `MOST_BYTES`; a live page asks its server for the curves."""
-    return _render(page_content(runs, live), live)
+    return render("run.html", **page_content(runs, live))
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
     """Gather what the page shows; where it is too much, leave out the step-through first, then shrink images."""
-    names = distinct([run.files.name for run in runs])
-    points = max(50, MOST_POINTS // len(runs))
-    views = [
-        run.files.data()
-        | {
-            "name": name,
-            "curves": {} if live else curves(run.files, points),
-            "notes": list(run.notes),
-            "steps": run.step_through,
-            "images": [],
-        }
-        for run, name in zip(runs, names, strict=True)
-    ]
-    content = {"runs": views, "comparison": comparison(views) if len(views) > 1 else None}
-    room = MOST_BYTES - len(_render(content, live))
+    views = []
+    for run, name in zip(runs, distinct([run.files.name for run in runs]), strict=True):
+        drawn = {"name": name, "steps": run.step_through, "steps_per_epoch": run.files.history.steps_per_epoch}
+        drawn["curves"] = {} if live else curves(run.files, max(50, MOST_POINTS // len(runs)))
+        views.append(run.files.data() | {"name": name, "notes": list(run.notes), "images": [], "drawn": drawn})
+    content = {"runs": views, "comparison": comparison(views) if len(views) > 1 else None, "live": live}
+    room = MOST_BYTES - len(render("run.html", **content))
     for view in views:
-        if room < 0 and view["steps"]:
-            room += len(json.dumps(view["steps"]))
-            view["steps"] = None
+        if room < 0 and view["drawn"]["steps"]:
+            room += len(json.dumps(view["drawn"]["steps"]))
+            view["drawn"]["steps"] = None
             view["notes"].append("The step-through of this run is left out to keep the page small.")
     for number, (run, view) in enumerate(zip(runs, views, strict=True)):
         view["images"], left_out = embed_images(run.images, max(0, room) // (len(views) - number))
@@ -115,59 +76,42 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
     return content
 
 
-def _render(content: Mapping[str, Any], live: bool) -> str:
-    runs = content["runs"]
-    names = [run["name"] for run in runs]
-    looks = [line_style(i) for i in range(24)]
-    data = {
-        "runs": [{key: run[key] for key in ("name", "curves", "steps", "steps_per_epoch")} for run in runs],
-        "charts": CHARTS,
-        "looks": looks,
-        "live": live,
-        "started": bool(runs[0]["config"]),
-    }
-    return render(
-        "run.html", live=live, data=data, **content, charts=CHARTS, looks=looks,
-        title=names[0] if len(runs) == 1 else f"{len(runs)} runs", status=runs[0]["status"] if len(runs) == 1 else ", ".join(names),
-    )  # fmt: skip
-
-
 def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
-    """Return metric -> [steps, values]."""
-    found = {}
-    for name in files.history.names:
-        series = thinned(files.history[name], points)
-        found[name] = [[_short(step) for step in series.steps], [_short(value) for value in series.values]]
-    return found
+    """Return metric -> [steps, values], rounded to six digits, more than a screen shows."""
+
+    def short(value: float) -> float:
+        return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
+
+    series = {name: thinned(files.history[name], points) for name in files.history.names}
+    return {name: [[short(value) for value in column] for column in columns] for name, columns in series.items()}
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compare final metrics and the options in which runs differ: rows of [name, a text for each run], and a note on them."""
-    metrics = dict.fromkeys(name for run in runs for name in run["metrics"])
-    made_of = [run["data"] | {name: text for name, text in run["config"].items() if name not in PLACES} for run in runs]
-    options = dict.fromkeys(name for one in made_of for name in one)
-    differing = [[name, *(one.get(name, "-") for one in made_of)] for name in options]
-    same = all(run["predicts"] == runs[0]["predicts"] for run in runs)
+    """Compare final metrics and the options in which runs differ: rows of [name, a text for each run]; and losses, if they can be."""
+
+    def rows(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+        names = dict.fromkeys(name for column in columns for name in column)
+        return [[name, *(column.get(name, "-") for column in columns)] for name in names]
+
+    made_of = [
+        run["data"] | {name: text for name, text in run["config"].items() if name not in WHERE | HOW_FAST}
+        for run in runs
+    ]
     return {
-        "note": "" if same else NOT_COMPARABLE,
-        "metrics": [[name, *(run["metrics"].get(name, "-") for run in runs)] for name in metrics],
-        "options": [row for row in differing if len(set(row[1:])) > 1],
+        "comparable": all(run["predicts"] == runs[0]["predicts"] for run in runs),
+        "metrics": rows([run["metrics"] for run in runs]),
+        "options": [row for row in rows(made_of) if len(set(row[1:])) > 1],
     }
 
 
 def distinct(names: Sequence[str]) -> list[str]:
     """Tell equal names apart: further ones get a number."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     found = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return found
-
-
-def _short(value: float) -> float:
-    """Round to six digits, more than a screen shows."""
-    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
 def write_run_report(folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.files import atomic
 from mapet.models.objectives import Segment
-from mapet.reports.render import line_style
+from mapet.reports.render import LOOKS
 
 HIDDEN = 0.88
 """Grey of a patch that is not shown."""
@@ -316,7 +316,7 @@ def plot_seeds(
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mapet", **colors}):
         figure, axis = one_axis(4, 2.8)
         for i in sorted({i for i, _ in lines}):
-            color, dashes = line_style(i)
+            color, dashes = LOOKS[i % len(LOOKS)]
             seeds = [np.array(line).T for number, line in lines if number == i]
             for x, y in seeds:
                 axis.plot(x, y, color=color, linewidth=0.7, alpha=0.4)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache, partial
 from importlib.metadata import version
@@ -16,15 +16,12 @@ from markupsafe import Markup
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's (2008), which the colour-blind can tell apart; the dashes help further."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
+LOOKS = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
+"""Colour and dashes of lines, taken in turn."""
 
 
 class Bold(str):
     """A table entry that stands out."""
-
-
-def line_style(i: int) -> tuple[str, tuple[int, ...]]:
-    """Return colour and dashes of the i-th line."""
-    return COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
 
 
 def render(template: str, **content: object) -> str:
@@ -49,15 +46,45 @@ def escape_markdown(text: str) -> str:
     return f"**{escaped}**" if isinstance(text, Bold) else escaped
 
 
+def number(value: float) -> str:
+    """'1,437', '0.8070', '34.2': as many digits as tell."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """'5.3%', as the terminal has it."""
+    return f"{value:.1%}"
+
+
+def span(seconds: float) -> str:
+    """'45 s', '3 min 20 s', '5 h 12 min'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def value_text(value: object) -> str:
+    """Write a value of a config or description as YAML has it, on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={value_text(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
 @cache
 def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("mapet.reports", "web"), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    made.globals |= {"inline": _inline, "source": _source, "line_style": line_style, "table": markdown_table}
+    made.globals |= {"inline": _inline, "source": _source, "looks": LOOKS, "table": markdown_table}
     made.globals |= {"version": version("mapet"), "now": datetime.now}
     made.filters |= {"md": escape_markdown, "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)}
+    made.filters |= {"number": number, "percent": percent, "span": span}
     made.tests["bold"] = lambda text: isinstance(text, Bold)
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return made
