@@ -4,8 +4,9 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,25 +44,29 @@ class Compute:
         try:
             place = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            kind = device.split(":")[0]
             reasons = {
                 "cuda": str(error).splitlines()[0].split(". ")[0],
                 "mps": "this machine, or its PyTorch, has none",
             }
-            why = reasons.get(kind, "mapet knows none of that name")
+            why = reasons.get(device.split(":")[0], "mapet knows none of that name")
             raise MapetError(
                 f"device '{device}' is not available: {why}. Use {option('device')} auto, cpu, cuda or mps"
             ) from None
         if place.type == "cuda" and distributed.world_size() > 1:
-            place = torch.device("cuda", distributed.local_rank())
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(place)
+        fast = False
+        if place.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         if place.type == "cpu":
             _keep_freed_memory()
-            _say_if_busy()
+            _warn_if_busy()
             # MKL's float32 products otherwise depend on where in memory their inputs lie: the same run would not end with the same bits.
             os.environ.setdefault("MKL_CBWR", "AUTO")  # read by MKL before its first product
-        dtype = _fast_dtype(place) if precision == "auto" else getattr(torch, precision)
-        return cls(place, dtype)
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if precision == "auto":
+            precision = "bfloat16" if fast else "float32"
+        return cls(place, getattr(torch, precision))
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -81,24 +86,20 @@ class Compute:
 
 def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one: pages taken anew from the system cost as much as the work on them."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @functools.cache
-def _say_if_busy() -> None:
+def _warn_if_busy() -> None:
     """Threads that wait for each other get nothing done while others have the cores."""
-    if (
-        hasattr(os, "getloadavg")
-        and torch.get_num_threads() > 1
-        and os.getloadavg()[0] > (cores := os.cpu_count() or 1)
-    ):
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if torch.get_num_threads() > 1 and load > cores:
         log.warning(
             "this machine is busy: %.0f programs want its %d cores. With OMP_NUM_THREADS=1 before the command small models may be "
-            "several times faster", os.getloadavg()[0], cores,
+            "several times faster", load, cores,
         )  # fmt: skip
 
 
@@ -115,30 +116,13 @@ def num_workers() -> int:
     return int(given) if given else max(1, min(8, usable_cores() - 1))
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        features = (
-            torch.backends.cpu.get_cpu_capability(),
-            torch.cpu._is_avx512_bf16_supported(),
-            torch.cpu._is_amx_tile_supported(),
-        )
-        return torch.bfloat16 if features[1] or features[2] else torch.float32
-    return torch.float32
-
-
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can be allocated."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):  # includes the file cache, which reading images fills
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
+    with suppress(OSError):  # includes the file cache, which reading images fills
+        if available := re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(), flags=re.MULTILINE):
+            return int(available[1]) * 1024
+    with suppress(ValueError, OSError):
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):
-        return 4 << 30
+    return 4 << 30

@@ -6,7 +6,6 @@
 import functools
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,10 +23,6 @@ log = logging.getLogger("mapet")
 _alone = False
 TIMEOUT = timedelta(hours=2)
 """Longest wait for the other ranks: the first may be evaluating, or writing to a slow disk."""
-
-
-class PeerLostError(MapetError):
-    """Another rank of the job ended."""
 
 
 @contextmanager
@@ -77,11 +72,6 @@ def rank() -> int:
     return dist.get_rank() if is_initialized() else 0
 
 
-def local_rank() -> int:
-    """Return which of this machine's devices is this rank's."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def rank_zero_only(function: Callable[P, None]) -> Callable[P, None]:
     """Decorate a function so that it does nothing in ranks other than 0."""
 
@@ -102,7 +92,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks; the result is the same to the bit in each.
 
     Raises:
-        PeerLostError: another rank is gone, here and in all other collectives.
+        MapetError: another rank is gone, here and in all other collectives.
     """
     return _collective(tensor, dist.all_reduce)
 
@@ -142,14 +132,14 @@ def _collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor
 
 @contextmanager
 def translate_comm_errors() -> Iterator[None]:
-    """Turn the RuntimeError of a collective whose peer is gone into a PeerLostError."""
+    """Turn the RuntimeError of a collective whose peer is gone into a MapetError."""
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise PeerLostError(
+        raise MapetError(
             f"rank {rank()} of {world_size()}: lost another rank ({reason}); see its own message. The last checkpoint is "
             f"intact: restart all ranks with {option('resume', True)}"
         ) from None

@@ -107,7 +107,7 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
 
 
 def test_newer_bundles_of_steps(tmp_path):
-    from mapet.training.nonfinite import BUNDLE, load_debug_bundle
+    from mapet.training.checkpoint import BUNDLE, load_debug_bundle
 
     write_sealed(tmp_path / BUNDLE, {"format_version": 2})
     with pytest.raises(MadeByNewer, match="of format 2"):
@@ -126,7 +126,7 @@ def test_the_page_names_every_format():
     from mapet.data import prepared, tar_shards, token_store
     from mapet.evaluation import embeddings
     from mapet.tokenizers import tokenizer, vqkd
-    from mapet.training import checkpoint, nonfinite
+    from mapet.training import checkpoint
 
     page = (HERE.parents[1] / "docs" / "formats.md").read_text()
     table = dict(re.findall(r"^\| [^|]*?`((?:[^`]*/)?[\w*.-]+)`[^|]*\| (\d+) \|", page, flags=re.M))
@@ -134,6 +134,6 @@ def test_the_page_names_every_format():
         "FOLDER/run.json": run_state.SCHEMA_VERSION, "TOKENIZER/visual_tokenizer.json": tokenizer.FORMAT,
         "TOKENS/manifest.json": token_store.FORMAT, "PREPARED/manifest.json": prepared.FORMAT,
         "FEATURES/manifest.json": embeddings.FORMAT, "VQKD/vqkd.json": vqkd.FORMAT,
-        "RUN/checkpoints/step-*/trainer_state.json": checkpoint.FORMAT, "RUN/debug/step-*/bundle.json": nonfinite.FORMAT,
+        "RUN/checkpoints/step-*/trainer_state.json": checkpoint.FORMAT, "RUN/debug/step-*/bundle.json": checkpoint.BUNDLE_FORMAT,
         "~/.cache/mapet/shards/*.safetensors": tar_shards.FORMAT,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
 from mapet.training import trainer
-from mapet.training.nonfinite import NonFiniteError
+from mapet.training.checkpoint import NonFiniteError
 from tests.conftest import PRETRAIN, all_rows
 
 OPTIONS = {

@@ -74,5 +74,5 @@ def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
 
 
 def test_rand_augment_needs_rgb(digits, run_dir):
-    with pytest.raises(MapetError, match="RGB images, this ViT takes 1"):
+    with pytest.raises(MapetError, match="RGB images, this ViT has 1"):
         mapet.finetune(backbone=run_dir, images=digits / "train", rand_augment=POLICY)

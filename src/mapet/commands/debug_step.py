@@ -10,7 +10,7 @@ from mapet.config.shared import TrainerConfig
 from mapet.config.tokenizers import TrainTokenizerConfig
 
 if TYPE_CHECKING:
-    from mapet.training.nonfinite import StepReport
+    from mapet.training.checkpoint import StepReport
 
 log = logging.getLogger("mapet")
 CONFIGS: dict[str, type[TrainerConfig]] = {
@@ -33,7 +33,7 @@ def debug_step(config: DebugStepConfig) -> "list[StepReport]":
     from mapet.device import Compute
     from mapet.errors import MapetError
     from mapet.run_state import command_of, pretrain_folder
-    from mapet.training.nonfinite import BUNDLE, debug_step, load_debug_bundle
+    from mapet.training.checkpoint import BUNDLE, debug_step, load_debug_bundle
     from mapet.training.task import Task
     from mapet.training.tasks.finetuning import FinetuningTask
     from mapet.training.tasks.pretraining import PretrainingTask

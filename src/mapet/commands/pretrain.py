@@ -17,7 +17,7 @@ def pretrain(config: PretrainConfig) -> Path:
     from mapet.errors import Interrupted
     from mapet.reports.page import write_run_report
     from mapet.run_state import record_end
-    from mapet.training.nonfinite import NonFiniteError
+    from mapet.training.checkpoint import NonFiniteError
     from mapet.training.tasks.pretraining import PretrainingTask
     from mapet.training.trainer import Trainer
 

@@ -30,54 +30,37 @@ TRIED, EPOCHS = 16, PretrainConfig.model_fields["epochs"].default
 
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
-    compute = Compute.choose()
-    vit = create_vit(config.model, config.image_size, config.patch_size, config.channels, config.model_args)
-    num_patches = vit.patch_embed.num_patches
-    vocab_size = automatic_vocab_size(len(usable) * num_patches)
-    teacher = make_teacher(
-        config.teacher,
-        config.image_size,
-        config.patch_size,
-        config.channels,
-        config.teacher_checkpoint,
-        precision=compute.precision,
-    ).to(compute.device)
+    compute, count = Compute.choose(), len(usable)
+    sizes = config.image_size, config.patch_size, config.channels
+    vit = create_vit(config.model, *sizes, config.model_args)
+    num_patches, grid = vit.patch_embed.num_patches, tuple(vit.patch_embed.grid_size)
+    vocab_size = automatic_vocab_size(count * num_patches)
+    teacher = make_teacher(config.teacher, *sizes, config.teacher_checkpoint, precision=compute.precision)
+    teacher = teacher.to(compute.device)
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
-
-    dataset = ViewDataset(
-        images,
-        ViewSpec(image_size=config.image_size),
-        config.channels,
-        config.image_size,
-        teacher.image_size,
-        grid=tuple(vit.patch_embed.grid_size),
-    )
+    spec = ViewSpec(image_size=config.image_size)
+    dataset = ViewDataset(images, spec, config.channels, config.image_size, teacher.image_size, grid=grid)
     started = time.monotonic()
     batch = dataset.batch([(0, index) for index in (usable * TRIED)[:TRIED]])
     read = (time.monotonic() - started) / TRIED
     if batch.images is None or batch.teacher_images is None:
         raise MapetError("the images of the dry run could not be read a second time: are they changing?")
-    tokens = torch.zeros(len(batch), num_patches, dtype=torch.int64)
-    views = compute.to(batch.teacher_images)
-    pixels = normalize(compute.to(batch.images), config.channels)
-    batch = replace(batch, images=pixels, targets=tokens).to(compute.device)
+    views, pixels = compute.to(batch.teacher_images), normalize(compute.to(batch.images), config.channels)
+    targets = torch.zeros(len(batch), num_patches, dtype=torch.int64)
+    batch = replace(batch, images=pixels, targets=targets).to(compute.device)
     step = ForwardBackward(model, compute, auto_micro_batch(model, TRIED, compute))
     teaching = _seconds(lambda: teacher(views), compute) / TRIED
     training = _seconds(lambda: step(batch), compute) / TRIED
-    batch_size = auto_batch_size(model, len(usable), compute)
-    memory = auto_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(model)
-    points = min(512 * vocab_size, len(usable) * num_patches)
     with torch.inference_mode():
         features = teacher(views[:1]).shape[1]
-    count, epoch = len(usable), len(usable) * max(training, read)
-    fitting = min(count, points / num_patches) * max(teaching, read)
+    batch_size, points = auto_batch_size(model, count, compute), min(512 * vocab_size, count * num_patches)
+    memory = auto_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(model)
+    fitting, tokenizing = (n * max(teaching, read) for n in (min(count, points / num_patches), count))
+    epoch = count * max(training, read)
     yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"
     yield f"  reading        {1 / read:,.0f} images/s a process"
     yield f"  fit-tokenizer  about {format_duration(fitting)} for features, {points * features * 2 / 1e9:.2f} GB of them ({option('memory_gb')})"
-    yield (
-        f"  tokenize       {1 / teaching:,.0f} images/s, about {format_duration(count * max(teaching, read))}, "
-        f"{count * num_patches * 2 / 1e6:,.1f} MB on disk"
-    )
+    yield f"  tokenize       {1 / teaching:,.0f} images/s, about {format_duration(tokenizing)}, {count * num_patches * 2 / 1e6:,.1f} MB on disk"
     yield (
         f"  pretrain       {1 / training:,.0f} images/s, about {format_duration(epoch)} an epoch, {format_duration(EPOCHS * epoch)} for "
         f"{counted(EPOCHS, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"

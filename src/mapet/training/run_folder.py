@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -122,9 +123,11 @@ class RunFolder:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        complete = re.finditer(
+            r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8")
+        )  # not one cut short by a crash
         with atomic(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(line[0] for line in complete if int(line[1]) <= step), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
     @distributed.rank_zero_only
@@ -145,13 +148,6 @@ class RunFolder:
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A log that can't be written (disk full) is no reason for a traceback: the console has the line too."""
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
 
 
 def resolve_resume_config(config: C, stage: str, may_change: frozenset[str] = MUTABLE_ON_RESUME) -> C:

@@ -20,7 +20,6 @@ from mapet.run_state import record
 from mapet.signals import StopRequest, stop_signals
 from mapet.training import checkpoint
 from mapet.training.metrics import LossMonitor, MetricLogger, ProgressDisplay
-from mapet.training.nonfinite import NonFiniteError, save_debug_bundle
 from mapet.training.run_folder import RunFolder, command_to_resume, require, resolve_resume_config
 from mapet.training.sharding import apply_fsdp, full_state_dict, full_tensor
 from mapet.training.step import ForwardBackward, auto_compile, create_optimizer, create_scheduler
@@ -221,8 +220,8 @@ class Trainer(Generic[R]):
 
     def _raise_nonfinite(self, what: str, kept: bool = False) -> NoReturn:
         count = max(1, self.monitor.consecutive_skipped)
-        bundle = save_debug_bundle(self.task, self.sampler, self.step, count) if self.folder else None
-        raise NonFiniteError(what, bundle, self.task.config, kept)
+        bundle = checkpoint.save_debug_bundle(self.task, self.sampler, self.step, count) if self.folder else None
+        raise checkpoint.NonFiniteError(what, bundle, self.task.config, kept)
 
     def _evaluate(self, epoch: int) -> None:
         def evaluate(module: Any) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -68,18 +68,11 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         if config.rand_augment is not None:
             if channels != 3:
                 raise MapetError(
-                    f"{option('rand_augment')} is for RGB images, this ViT takes {channels} channels: leave it out"
+                    f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: leave it out"
                 )
             augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
-        self.dataset = ViewDataset(
-            self.train.images,
-            self.view_spec(size),
-            channels,
-            size,
-            jitter=config.color_jitter,
-            augment=augment,
-            seed=config.seed,
-        )
+        options: dict[str, Any] = {"jitter": config.color_jitter, "augment": augment, "seed": config.seed}
+        self.dataset = ViewDataset(self.train.images, self.view_spec(size), channels, size, **options)
         self.indices, self.labels = np.arange(len(self.train.labels)), torch.from_numpy(self.train.labels)
         self.hashes = {"images_hash": self.train.images.hash}
         num_images = len(self.indices)

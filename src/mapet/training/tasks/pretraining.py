@@ -165,19 +165,11 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         self.config = config = config.model_copy(update={"batch_size": batch_size})
         vit, teacher = self.model.vit, tokenizer.teacher
         size: tuple[int, int] = tuple(vit.patch_embed.img_size)
-        self.dataset = ViewDataset(
-            images,
-            store.view_spec if store else self.view_spec(size),
-            channels=vit.in_chans,
-            image_size=size,
-            teacher_size=None if teacher is None else teacher.image_size,
-            store=store,
-            grid=tuple(vit.patch_embed.grid_size),
-            order=config.patch_order,
-            jitter=config.color_jitter,
-            num_branches=2 * len(vit.blocks) if config.drop_path else 0,
-            seed=config.seed,
-        )
+        spec = store.view_spec if store else self.view_spec(size)
+        sizes = vit.in_chans, size, None if teacher is None else teacher.image_size
+        drawn = tuple(vit.patch_embed.grid_size), config.patch_order, config.color_jitter
+        branches = 2 * len(vit.blocks) if config.drop_path else 0
+        self.dataset = ViewDataset(images, spec, *sizes, store, *drawn, num_branches=branches, seed=config.seed)
         self.hashes = {"tokenizer_hash": tokenizer.hash, "images_hash": images.hash}
         if config.target == "tokens":
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
@@ -185,7 +177,6 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         self.probe = OnlineProbe.for_run(config, images, compute)
         self.description, self.facts = self._describe(), {"tokenizer": tokenizer.description}
         if store:
-            spec = store.view_spec
             self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
         if len(self.indices) < FEW_IMAGES:
             log.warning("%s", few_images(len(self.indices)))
