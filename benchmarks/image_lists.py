@@ -22,7 +22,7 @@ from benchmarks.core import Result, Row, in_new_process, memory_now, peak_memory
 from benchmarks.tables import Table
 from mapet.data.sources import scan
 from mapet.data.tar_shards import list_shards
-from mapet.evaluation.features import labelled, split
+from mapet.evaluation.datasets import labelled, split
 
 PER_SHARD, BATCH = 10_000, 256
 

@@ -16,7 +16,7 @@ import torch
 from benchmarks.core import Result, peak_memory, timed
 from benchmarks.tables import Table
 from mapet.device import Compute
-from mapet.evaluation.feature_cache import FeatureCache
+from mapet.evaluation.features import FeatureCache
 from mapet.evaluation.probes import fit_linear_sgd
 from mapet.tokenizers.feature_store import FeatureStore
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> Result:
         columns = {layer: slice(i * WIDTH, (i + 1) * WIDTH) for i, layer in enumerate(LAYERS)}
         cache = FeatureCache(store, torch.arange(args.num_images), labels, columns)
         training, probes = timed(lambda: fit_linear_sgd(cache, args.classes, compute, epochs=1))
-        predicting, scores = timed(lambda: probes["linear_sgd"].predict(cache))
+        predicting, scores = timed(lambda: probes["linear_sgd"][0].predict(cache))
         row = {
             "features_GB": args.num_images * centers.shape[1] * 2 / 1e9, "in_memory": store.in_memory,
             "added_GB": (peak_memory() - before) / 1e9, "write_s": writing, "train_s": training, "predict_s": predicting,

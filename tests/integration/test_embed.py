@@ -13,10 +13,9 @@ from mapet.cli import main
 from mapet.data.sources import scan
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import embeddings
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.datasets import labelled
 from mapet.evaluation.embeddings import read_embeddings
-from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-from mapet.evaluation.features import labelled, normalize
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, normalize
 from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
 

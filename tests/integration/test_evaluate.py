@@ -14,9 +14,8 @@ from mapet.cli import main
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import probes, robustness
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
-from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-from mapet.evaluation.features import train_and_test
+from mapet.evaluation.datasets import train_and_test
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.run_state import RunState
 from tests.conftest import save_crops
 

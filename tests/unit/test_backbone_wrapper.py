@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.features import BackboneWrapper
 from mapet.models.backbone import save_backbone
 
 CPU = Compute(torch.device("cpu"), torch.float32)

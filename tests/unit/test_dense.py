@@ -11,8 +11,8 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.evaluation.annotations import IGNORE_INDEX, segmentation_sets
-from mapet.evaluation.segmentation import mean_iou, pixel_accuracy, pixel_counts
+from mapet.evaluation.datasets import IGNORE_INDEX, segmentation_sets
+from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
 from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 
@@ -88,7 +88,7 @@ def test_folders_are_read_and_split(scenes, tmp_path):
     assert beside.images.hash == train.images.hash
     with pytest.raises(MapetError, match="at least two"):
         segmentation_sets(tmp_path, None, None, None, ignore=[3])
-    with pytest.raises(MapetError, match=r"expected 00.png there"):
+    with pytest.raises(MapetError, match=r"expected .*00\.png, and so on"):
         segmentation_sets(tmp_path / "images", tmp_path, None, None)
 
 
@@ -126,17 +126,19 @@ def test_intersection_over_union_by_hand():
     guess = torch.tensor([[0, 1, 1, 2], [0, 0, 0, 1]])
     counts = pixel_counts(guess, truth, 4)
     assert counts.tolist() == [[3, 2, 0, 0], [5, 4, 0, 0], [4, 3, 0, 0]]
-    assert mean_iou(counts[None]) == pytest.approx((3 / 5 + 2 / 4) / 2)  # classes in no image don't count
-    assert pixel_accuracy(counts[None]) == pytest.approx(5 / 7)
+    assert mean_iou(counts[None], np.ones(1)) == pytest.approx((3 / 5 + 2 / 4) / 2)  # classes in no image don't count
+    assert pixel_accuracy(counts[None], np.ones(1)) == pytest.approx(5 / 7)
     perfect = pixel_counts(truth.clamp_min(0), truth, 4)
     both = np.stack([counts, perfect])
-    assert mean_iou(both) == pytest.approx(((3 + 4) / (5 + 4) + (2 + 3) / (4 + 3)) / 2)  # summed over images first
+    assert mean_iou(both, np.ones(2)) == pytest.approx(
+        ((3 + 4) / (5 + 4) + (2 + 3) / (4 + 3)) / 2
+    )  # summed over images first
     assert mean_iou(both, np.array([0.0, 2.0])) == 1
 
 
 @pytest.mark.parametrize("layout", ["folders", "panoptic"])
 def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("mapet.evaluation.segmentation.MAX_BATCH", 8)
+    monkeypatch.setattr("mapet.evaluation.dense.MAX_SEGMENTATION_BATCH", 8)
     torch.manual_seed(0)
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 48), 8, 3, TINY), tmp_path / "vit")
     data = {"images": write_folders(scenes, tmp_path / "data")}

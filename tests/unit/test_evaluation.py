@@ -9,9 +9,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mapet.data.sources import scan
 from mapet.errors import MapetError
-from mapet.evaluation.feature_cache import FeatureCache
-from mapet.evaluation.features import labelled, split, train_and_test
-from mapet.evaluation.few_shot import few_shot_split
+from mapet.evaluation.datasets import few_shot_split, labelled, split, train_and_test
+from mapet.evaluation.features import FeatureCache
 from mapet.evaluation.probes import fit_logistic, probe_accuracy
 from mapet.tokenizers.feature_store import FeatureStore
 

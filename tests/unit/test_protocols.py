@@ -11,13 +11,11 @@ import torch
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
-from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-from mapet.evaluation.features import LabelledSet, centred_batches, labelled, normalize
-from mapet.evaluation.few_shot import few_shot_split
+from mapet.evaluation.classification import average_precisions
+from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, centred_batches, normalize
 from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
 from mapet.evaluation.label_free import cluster_features, clustering_scores, entropy_rank, feature_stats
-from mapet.evaluation.multi_label import average_precisions
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
 from mapet.models.backbone import create_vit, save_backbone
 from mapet.tokenizers.feature_store import FeatureStore
@@ -111,11 +109,11 @@ def test_linear_probe_finds_the_layer_that_knows():
     noise[:, 4:8] += 4 * torch.nn.functional.one_hot(labels, 4)
     columns = {1: slice(0, 4), 2: slice(4, 8), 3: slice(8, 12)}
     fit, check = cache_of(noise[:400], labels[:400], columns), cache_of(noise[400:], labels[400:], columns)
-    for name, probe in fit_linear_sgd(fit, 3, CPU, epochs=15).items():
-        assert probe.classifier.layer == 2, name
+    for name, (probe, val_accuracy) in fit_linear_sgd(fit, 3, CPU, epochs=15).items():
+        assert probe.layer == 2, name
         logits = probe.predict(check)
         assert float((logits.argmax(1) == check.labels).float().mean()) > 0.9
-        assert probe.val_accuracy[2] > 0.9 > 0.6 > probe.val_accuracy[1]
+        assert val_accuracy[2] > 0.9 > 0.6 > val_accuracy[1]
 
 
 def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):
@@ -123,7 +121,7 @@ def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):
     features, labels = torch.randn(300, 6, generator=generator), torch.randint(2, (300,), generator=generator)
     banks = [cache_of(features, labels, {1: slice(0, 6)}, memory, tmp_path) for memory in (1 << 30, 100)]
     assert [bank.store.in_memory for bank in banks] == [True, False]
-    logits = [fit_linear_sgd(bank, 2, CPU, epochs=2)["linear_sgd"].predict(bank) for bank in banks]
+    logits = [fit_linear_sgd(bank, 2, CPU, epochs=2)["linear_sgd"][0].predict(bank) for bank in banks]
     assert torch.equal(*logits)
     banks[1].close()
 
@@ -150,7 +148,7 @@ def test_average_precision_by_hand():
     """Ranks of the positives 1, 3, 4 of five: (1/1 + 2/3 + 3/4) / 3."""
     scores = torch.tensor([[5.0, 1, 0], [4, 2, 0], [3, 3, 0], [2, 4, 0], [1, 5, 0]])
     targets = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 0, 0], [0, 0, 0]])
-    found = average_precisions(scores, targets)
+    found = average_precisions(scores, targets, np.ones(5))
     assert found[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert np.isnan(found[1])
     assert found[2] == pytest.approx(1 / 5)  # all equal: one rank, whatever the order
@@ -213,7 +211,8 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     )
     torch.testing.assert_close(cache.layer_features(), expected[cache.index], atol=2e-3, rtol=2e-3)
     assert cache.labels.tolist() == data.labels[cache.index].tolist()
-    assert not torch.allclose(cache.layer_features(layer=1), cache.layer_features(layer=2), atol=0.005)
+    first, last = (cache.store.take(torch.arange(30))[:, cache.columns[layer]] for layer in (1, 2))
+    assert torch.equal(last, cache.layer_features()) and not torch.allclose(first, last, atol=0.005)
     of_vit = FeatureCache.extract(
         BackboneWrapper.of_vit(vit.train(), CPU), data, CacheConfig(progress=False), pool=pool
     )

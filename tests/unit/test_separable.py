@@ -14,11 +14,9 @@ from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
 from mapet.evaluation import probes, robustness
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
+from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
 from mapet.evaluation.eval_context import EvalContext, EvalData
-from mapet.evaluation.feature_cache import CacheConfig
-from mapet.evaluation.features import LabelledSet, labelled
-from mapet.evaluation.few_shot import few_shot_split
+from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.protocols import PROTOCOLS
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -11,17 +11,16 @@ from torch import nn
 
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.token_views import Sampler
 from mapet.evaluation.tokens import (
+    Sampler,
     agreement,
     bag_of_tokens,
     bags_of_tokens,
     label_information,
     measure,
     nearest_codes,
-    neighbour_information,
-    neighbours,
-    overlap,
+    neighbor_information,
+    neighbors,
     position_information,
     usage,
     warnings,
@@ -76,22 +75,15 @@ def test_agreement_and_chance():
     assert abs(random.share - random.chance) < 3 * (1 / 8 * 7 / 8 / 20_000) ** 0.5
 
 
-def test_overlap_shows_the_same_content():
-    content = torch.arange(7 * 9).view(1, 7, 9)
-    first, second = content[:, :6, :7], content[:, 1:, 2:]
-    assert torch.equal(*overlap(first, second, 1, 2))
-    assert overlap(first, second, 1, 2)[0].shape == (1, 5, 5)
-
-
 def test_coherence_of_checkerboards_and_stripes():
-    board = {name: agreement(*pair) for name, pair in neighbours(checkerboard()).items()}
+    board = {name: agreement(*pair) for name, pair in neighbors(checkerboard()).items()}
     assert all(pair.share == 0 and pair.chance == pytest.approx(0.5) for pair in board.values())
-    assert neighbour_information(checkerboard()).bits == pytest.approx(1, abs=0.01)
+    assert neighbor_information(checkerboard()).bits == pytest.approx(1, abs=0.01)
     stripes = torch.arange(6).view(6, 1).expand(50, 6, 6)
-    assert agreement(*neighbours(stripes)["horizontal"]).share == 1
-    assert agreement(*neighbours(stripes)["vertical"]).share == 0
-    assert set(neighbours(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
-    assert neighbour_information(torch.zeros(2, 1, 1, dtype=torch.int64)) is None
+    assert agreement(*neighbors(stripes)["horizontal"]).share == 1
+    assert agreement(*neighbors(stripes)["vertical"]).share == 0
+    assert set(neighbors(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
+    assert neighbor_information(torch.zeros(2, 1, 1, dtype=torch.int64)) is None
 
 
 def test_position():
@@ -158,7 +150,7 @@ def test_numbers_of_the_codes_do_not_matter(seed, vocab_size, size):
         lambda ids: agreement(ids, ids.flip(-1)),
         lambda ids: label_information(ids, labels),
         lambda ids: position_information(ids),
-        lambda ids: neighbour_information(ids),
+        lambda ids: neighbor_information(ids),
     ):
         assert vars(function(words)) == pytest.approx(vars(function(renamed)), abs=1e-9)
 
@@ -170,7 +162,7 @@ def steady(words):
 def test_no_warning_for_good_words():
     words, labels, test = textures()
     found = measure(words, 64, steady(words), labels, test)
-    assert warnings(found) == []
+    assert list(warnings(found)) == []
     assert "No warnings" in tokenizer_markdown(found, [], "t") and found.label.share > 0.2
 
 
@@ -183,12 +175,12 @@ def poor():
     rare = torch.where(draw(400, 4, 4, below=100) < 85, 0, words)
     return {
         "dead": ((words, 1024), "960 of 1,024 codes are dead"),
-        "small sample": ((words, 2048), "only 6,400 patches for 2,048 words"),
-        "one word": ((torch.zeros_like(words), 64), "one word takes 100%"),
-        "one word of one": ((torch.zeros_like(words), 1), "one word takes 100%"),
-        "uneven": ((rare, 64), "a few words take most patches"),
-        "commonest": ((rare, 64), "one word takes 8"),
-        "jitter": ((words, 64, {"jitter": (words, other)}), "of the words change under a slight change of colours"),
+        "small sample": ((words, 2048), "only 6,400 patches for 2,048 codes"),
+        "one word": ((torch.zeros_like(words), 64), "one token takes 100%"),
+        "one word of one": ((torch.zeros_like(words), 1), "one token takes 100%"),
+        "uneven": ((rare, 64), "a few tokens take most patches"),
+        "commonest": ((rare, 64), "one token takes 8"),
+        "jitter": ((words, 64, {"jitter": (words, other)}), "of the tokens change under a slight change of colours"),
         "shift": ((words, 64, {"shift": (words, other)}), "they name the place"),
         "wrong store": ((words, 64, {"stored": (words, other)}), "the store belongs to other images"),
         "wrong images": ((words, 64, {}, labels.roll(1), test), "are tokens paired with the wrong images?"),
@@ -202,7 +194,7 @@ def poor():
 @pytest.mark.parametrize("name", poor())
 def test_poor_words_are_called_so(name):
     (words, vocab_size, *more), sentence = poor()[name]
-    lines = warnings(measure(words, vocab_size, *more))
+    lines = list(warnings(measure(words, vocab_size, *more)))
     assert any(sentence in line for line in lines), lines
 
 
@@ -223,7 +215,7 @@ class MeanColour(nn.Module):
 @pytest.mark.parametrize(("size", "grid"), [((32, 48), (4, 6)), ((36, 36), (8, 8))], ids=str)
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
-    monkeypatch.setattr("mapet.evaluation.token_views.inference_batch_size", lambda _: 5)
+    monkeypatch.setattr("mapet.evaluation.tokens.inference_batch_size", lambda _: 5)
     sampler = Sampler(MeanColour(size, grid), Compute.choose("cpu", "float32"))
     images = scan(crops)
     found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
@@ -234,7 +226,7 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     words = sampler.words(images, shown=7)
     assert words.images.shape == (7, 3, *size) and words.ids.shape == (12, *grid)
     in_fives = sampler.views(images)
-    monkeypatch.setattr("mapet.evaluation.token_views.inference_batch_size", lambda _: 12)
+    monkeypatch.setattr("mapet.evaluation.tokens.inference_batch_size", lambda _: 12)
     assert all(torch.equal(in_fives[name][1], pair[1]) for name, pair in sampler.views(images).items())
 
 

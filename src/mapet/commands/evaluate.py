@@ -35,9 +35,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
     from mapet.data.dataset import inference_batch_size
     from mapet.device import Compute, free_memory
-    from mapet.evaluation.backbone_wrapper import BackboneWrapper
     from mapet.evaluation.eval_context import EvalContext, load_eval_data
-    from mapet.evaluation.feature_cache import CacheConfig
+    from mapet.evaluation.features import BackboneWrapper, CacheConfig
     from mapet.evaluation.protocols import PROTOCOLS
     from mapet.evaluation.robustness import add_mce
     from mapet.files import new_folder
@@ -131,7 +130,7 @@ def choose_protocols(config: EvaluateConfig, data: "EvalData") -> list[str]:
         MapetError: one that is asked for lacks its data.
     """
     from mapet.data.sources import scan
-    from mapet.evaluation.features import labelled
+    from mapet.evaluation.datasets import labelled
     from mapet.evaluation.protocols import PROTOCOLS
 
     if not config.protocols:
@@ -177,10 +176,11 @@ def fit_few_shot(config: EvaluateConfig, data: "EvalData", protocols: list[str])
 
 def draw_neighbors(result: "ProtocolResult", context: "EvalContext", path: Path) -> None:
     """Draw the neighbors that a protocol found, if it did."""
-    from mapet.evaluation.retrieval import neighbor_rows
+    from mapet.evaluation.look import neighbor_rows
     from mapet.reports.plots import plot_neighbours, save_figure
 
     if "nearest" in result.details:
         data, details = context.data, result.details
-        rows = neighbor_rows(context.backbone, data.train, data.test, details["queries"], details["nearest"])
+        size, channels = context.backbone.image_size, context.backbone.channels
+        rows = neighbor_rows(size, channels, data.train, data.test, details["queries"], details["nearest"])
         save_figure(plot_neighbours(rows, labelled=bool(data.train.classes)), path)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from mapet.data.image_list import ImageList
     from mapet.device import Compute
-    from mapet.evaluation.token_views import Words
-    from mapet.evaluation.tokens import Measures
+    from mapet.evaluation.tokens import Measures, Words
     from mapet.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger("mapet")
@@ -55,8 +54,7 @@ def _measure(config: InspectTokenizerConfig, tokenizer: "Tokenizer", compute: "C
     from mapet.data.sources import scan
     from mapet.data.token_store import TokenStore
     from mapet.evaluation.look import enough_images
-    from mapet.evaluation.token_views import Sampler
-    from mapet.evaluation.tokens import measure
+    from mapet.evaluation.tokens import Sampler, measure
 
     images = scan(config.images)
     chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
@@ -84,7 +82,7 @@ def _labels(
     import numpy as np
     import torch
 
-    from mapet.evaluation.features import LabelledSet, split
+    from mapet.evaluation.datasets import LabelledSet, split
 
     found = images.classes()
     if found is None:
@@ -144,7 +142,7 @@ def _write(
 
     for name, value in tokenizer_metrics(measures).items():
         log.info("%-28s %s", name, value)
-    poor = warnings(measures)
+    poor = list(warnings(measures))
     for line in poor:
         log.warning("%s", line)
     if not poor:

@@ -119,7 +119,7 @@ def _plan(config: RunConfig) -> list[Stage]:
 
 def _with_baseline(found: dict[str, dict[str, float]] | None, config: RunConfig) -> dict[str, dict[str, float]]:
     """Name what `evaluate` found of random weights and of the backbone, beside the test images and the majority's accuracy."""
-    from mapet.evaluation.features import train_and_test
+    from mapet.evaluation.datasets import train_and_test
 
     _, test = train_and_test(config.images, config.test_images)
     data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
@@ -145,7 +145,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
         MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels, no tracker.
     """
     from mapet.data.sources import scan
-    from mapet.evaluation.features import labelled, train_and_test
+    from mapet.evaluation.datasets import labelled, train_and_test
     from mapet.training.tasks.pretraining import check_model_config
 
     fitting, _, pretraining, evaluation, _ = stages

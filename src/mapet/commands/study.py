@@ -60,8 +60,7 @@ def _check(config: StudyConfig, trials: "list[Trial]", num_images: int) -> None:
         MapetError: a tokenizer or a trial that was begun with other options; no such model or objective, sizes that don't fit, other
             classes in a test set, fewer labels than are asked for.
     """
-    from mapet.evaluation.features import train_and_test
-    from mapet.evaluation.few_shot import few_shot_split
+    from mapet.evaluation.datasets import few_shot_split, train_and_test
     from mapet.studies.grid import pretrain_config, trial_folder, with_budgets
     from mapet.studies.tokenizers import tokenizer_configs
     from mapet.studies.trials import check_same_trial, trial_config

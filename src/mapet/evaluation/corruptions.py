@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, signal
 from torch import Tensor
 
 Pixels = Float[np.ndarray, "H W C"]
@@ -150,7 +150,7 @@ def defocus_blur(x: Pixels, rng: np.random.Generator, radius: float, soften: flo
     rounds=SeverityRange((1, 1, 1, 2, 2), (2, 1, 3, 2, 2)),
 )
 def glass_blur(x: Pixels, rng: np.random.Generator, std: float, reach: float, rounds: float) -> Pixels:
-    x = _gaussian(x, std)
+    x = ndimage.gaussian_filter(x, (std, std, 0))
     height, width = x.shape[:2]
     far = max(1, round(reach))
     grid = np.indices((height, width)).reshape(2, -1).T
@@ -165,7 +165,7 @@ def glass_blur(x: Pixels, rng: np.random.Generator, std: float, reach: float, ro
             free = ~np.isin(a, b)
             a, b = a[free], b[free]
             place[a], place[b] = place[b], place[a]
-    return _gaussian(x.reshape(height * width, -1)[place].reshape(x.shape), std)
+    return ndimage.gaussian_filter(x.reshape(height * width, -1)[place].reshape(x.shape), (std, std, 0))
 
 
 @corruption(
@@ -249,14 +249,9 @@ def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth:
     moved = corners + rng.uniform(-affine, affine, (3, 2)) * side
     matrix = np.linalg.lstsq(np.c_[corners, np.ones(3)], moved, rcond=None)[0]
     rows, columns = np.mgrid[:height, :width].astype(float)
-    flow = [
-        side
-        * shift
-        * ndimage.gaussian_filter(rng.uniform(-1, 1, (height, width)), side * smooth, mode="reflect", truncate=3)
-        for _ in range(2)
-    ]
-    grid = np.stack([rows, columns, np.ones_like(rows)], -1) @ matrix
-    places = [grid[..., 0] + flow[0], grid[..., 1] + flow[1]]
+    draws, reach = rng.uniform(-1, 1, (2, height, width)), side * smooth
+    flow = side * shift * ndimage.gaussian_filter(draws, (0, reach, reach), mode="reflect", truncate=3)
+    places = np.tensordot(matrix.T, [rows, columns, np.ones_like(rows)], 1) + flow
     return _each(x, lambda channel: ndimage.map_coordinates(channel, places, order=1, mode="reflect"))
 
 
@@ -264,14 +259,12 @@ def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth:
 def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
     height, width = x.shape[:2]
     small = max(1, int(width * fraction)), max(1, int(height * fraction))
-    return _each(
-        x,
-        lambda channel: np.asarray(
-            Image.fromarray(channel.astype(np.float32))
-            .resize(small, Image.Resampling.BOX)
-            .resize((width, height), Image.Resampling.NEAREST)
-        ),
-    )
+
+    def coarse(channel: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(channel.astype(np.float32)).resize(small, Image.Resampling.BOX)
+        return np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
+
+    return _each(x, coarse)
 
 
 @corruption(quality=SeverityRange((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)))
@@ -287,44 +280,30 @@ def _each(x: Pixels, function: Callable[[np.ndarray], np.ndarray]) -> Pixels:
     return np.stack([function(x[..., channel]) for channel in range(x.shape[-1])], -1)
 
 
-def _gaussian(x: Pixels, std: float) -> Pixels:
-    return ndimage.gaussian_filter(x, (std, std, 0))
-
-
 def _filtered(x: Pixels, kernel: Float[np.ndarray, "h w"]) -> Pixels:
     """Convolved, mirrored at the edges; by FFT, for kernels may be wide."""
-    from scipy.signal import fftconvolve
-
     rows, columns = (side // 2 for side in kernel.shape)
-    padded = np.pad(
-        x,
-        ((rows, rows), (columns, columns), (0, 0)),
-        mode="reflect" if min(x.shape[:2]) > max(rows, columns) else "edge",
-    )
-    return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
+    mode = "reflect" if min(x.shape[:2]) > max(rows, columns) else "edge"
+    padded = np.pad(x, ((rows, rows), (columns, columns), (0, 0)), mode=mode)  # type: ignore[call-overload]
+    return signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 def _streak(radius: float, std: float, degrees: float) -> Float[np.ndarray, "h w"]:
     """A line from the middle in one direction, fading as a Gaussian."""
     reach = max(1, round(radius))
-    kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
-    along = np.arange(0, reach + 0.25, 0.25)
-    rows, columns = along * math.sin(math.radians(degrees)), along * math.cos(math.radians(degrees))
+    along, pixels = np.arange(0, reach + 0.25, 0.25), np.arange(-reach, reach + 1)
     weights = np.exp(-(along**2) / (2 * std**2))
-    for row, column, weight in zip(rows, columns, weights, strict=True):  # shared among the four pixels around
-        top, left = math.floor(row), math.floor(column)
-        for y, x in ((top, left), (top + 1, left), (top, left + 1), (top + 1, left + 1)):
-            if max(abs(y), abs(x)) <= reach:
-                kernel[y + reach, x + reach] += weight * (1 - abs(row - y)) * (1 - abs(column - x))
+    angle = math.radians(degrees)
+    # Each point of the line is shared among the four pixels around.
+    rows, columns = (np.clip(1 - np.abs(pixels[:, None] - along * f(angle)), 0, 1) for f in (math.sin, math.cos))
+    kernel = rows * weights @ columns.T
     return kernel / kernel.sum()
 
 
 def _zoomed(x: Pixels, factor: float) -> Pixels:
     """The middle, enlarged to the whole."""
-    height, width = x.shape[:2]
-    places = [(np.arange(side) - (side - 1) / 2) / factor + (side - 1) / 2 for side in (height, width)]
-    grid = np.meshgrid(*places, indexing="ij")
-    return _each(x, lambda channel: ndimage.map_coordinates(channel, grid, order=1, mode="nearest"))
+    step, start = [1 / factor, 1 / factor, 1], [(side - 1) / 2 * (1 - 1 / factor) for side in x.shape[:2]]
+    return ndimage.affine_transform(x, step, [*start, 0], order=1, mode="nearest")
 
 
 def _plasma(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> Float[np.ndarray, "H W"]:

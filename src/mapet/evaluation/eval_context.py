@@ -1,5 +1,6 @@
-"""What a protocol takes and returns: a backbone with the data it is evaluated on, and metrics."""
+"""What a protocol takes and returns: a backbone with the data it is evaluated on, and metrics; and the table of protocols."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,10 @@ from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
-from mapet.device import Compute
 from mapet.errors import MapetError, option
-from mapet.evaluation.annotations import DetectionSet, SegmentationSet, detection_sets, segmentation_sets
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
-from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-from mapet.evaluation.features import LabelledSet, labelled, split, train_and_test, unlabelled
+from mapet.evaluation import datasets
+from mapet.evaluation.datasets import DetectionSet, LabelledSet, SegmentationSet, labelled, unlabelled
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci
 from mapet.evaluation.probes import LogisticProbe, fit_logistic, nearest_neighbors
 
@@ -85,13 +84,13 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
         raise MapetError(f"{option('ood_images')} are matched by class folders, which {config.images} has not")
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
     if config.annotations is not None:
-        boxes = detection_sets(folder, config.annotations, test_folder, config.test_annotations)
-        train, test = (unlabelled(part.images) for part in boxes)
-        return EvalData(train, test, boxes=boxes)
-    masks = segmentation_sets(folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels)
+        boxes = datasets.detection_sets(folder, config.annotations, test_folder, config.test_annotations)
+        return EvalData(unlabelled(boxes[0].images), unlabelled(boxes[1].images), boxes=boxes)
+    masks = datasets.segmentation_sets(
+        folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels
+    )
     if masks is not None:
-        train, test = (unlabelled(part.images) for part in masks)
-        return EvalData(train, test, masks=masks)
+        return EvalData(unlabelled(masks[0].images), unlabelled(masks[1].images), masks=masks)
     if config.test_seg_masks is not None or config.ignore_labels:
         raise MapetError(
             f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {config.images} has none, and {option('seg_masks')} isn't given"
@@ -99,9 +98,9 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
     images = scan(config.images)
     if images.classes():
         ood = {name: labelled(scan(source)) for name, source in config.ood_images.items()}
-        return EvalData(*train_and_test(config.images, config.test_images), ood)
+        return EvalData(*datasets.train_and_test(config.images, config.test_images), ood)
     if config.test_images is None:
-        return EvalData(*split(unlabelled(images)))
+        return EvalData(*datasets.split(unlabelled(images)))
     return EvalData(unlabelled(images), unlabelled(scan(config.test_images)))
 
 
@@ -115,24 +114,21 @@ class EvalContext:
     options: EvaluateConfig
 
     @property
-    def compute(self) -> Compute:
-        return self.backbone.compute
-
-    @property
     def classes(self) -> list[str]:
         return self.data.train.classes
 
     @cached_property
     def train(self) -> FeatureCache:
         """Features of the training images, of four layers."""
-        return self._features(self.data.train, self.backbone.evenly_spaced_layers())
+        return self._extract(self.data.train)
 
     @cached_property
     def test(self) -> FeatureCache:
         """Features of the test images, of the same layers."""
-        return self._features(self.data.test, self.backbone.evenly_spaced_layers())
+        return self._extract(self.data.test)
 
-    def _features(self, data: LabelledSet, layers: list[int]) -> FeatureCache:
+    def _extract(self, data: LabelledSet) -> FeatureCache:
+        layers = self.backbone.evenly_spaced_layers()
         return FeatureCache.extract(self.backbone, data, self.cache, layers, self.options.pool)
 
     @cached_property
@@ -165,8 +161,7 @@ class EvalContext:
         if not backbone.classes:
             return self.logistic(backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0])
         place = {name: index for index, name in enumerate(backbone.classes)}
-        unknown = [name for name in self.classes if name not in place]
-        if unknown:
+        if unknown := [name for name in self.classes if name not in place]:
             raise MapetError(f"{backbone.name} was fine-tuned without the class '{unknown[0]}'")
         return backbone.logits(images)[:, [place[name] for name in self.classes]].cpu()
 
@@ -175,3 +170,37 @@ class EvalContext:
         for name in ("train", "test"):
             if name in self.__dict__:
                 self.__dict__[name].close()
+
+
+# ---- the table of protocols
+
+
+Run = Callable[[EvalContext], ProtocolResult]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A row of the table.
+
+    Attributes:
+        requires: 'labels', 'images', 'ood', 'masks', 'annotations': data it can't do without.
+        expensive: only run when asked for.
+    """
+
+    run: Run
+    requires: str
+    expensive: bool = False
+
+
+PROTOCOLS: dict[str, Protocol] = {}
+"""By name; `mapet.evaluation.protocols` has all of them."""
+
+
+def protocol(requires: str, expensive: bool = False) -> Callable[[Run], Run]:
+    """Register a function, few_shot say, as the protocol few-shot; see `Protocol`."""
+
+    def register(run: Run) -> Run:
+        PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, expensive)
+        return run
+
+    return register

@@ -1,130 +1,44 @@
-"""Labelled images, their pixels as a model's input, and pooled features of patch tokens."""
+"""Frozen features: of batches by any timm model, and of whole sets, computed once for all protocols and kept as float16."""
 
+import copy
+import inspect
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import timm
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int, UInt8
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from mapet.data.dataset import Quarantine, ViewDataset, readable_batches
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
 from mapet.data.views import ViewSpec, color_jitter
+from mapet.device import Compute
 from mapet.errors import MapetError, option
+from mapet.evaluation.datasets import LabelledSet
 from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import load_backbone, prepare_for_device
 from mapet.models.checkpoint_conversion import MeanStd
+from mapet.models.pretrained import HUB_PREFIXES, timm_model
+from mapet.run_state import RunState
+from mapet.tokenizers.feature_store import FeatureStore
 
 Pool = Literal["avg", "token", "both"]
+IndexedPixels = Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]
+"""Indices of images, and their pixels."""
+RANDOM = "random:"
 MAX_UNREADABLE = 0.5
 """Largest fraction of a set's images that may be unreadable."""
-HELD_OUT = 0.2
-"""Fraction of a set that is held out where no test set is given."""
-
-
-@dataclass
-class LabelledSet:
-    """Images with the class of each.
-
-    Attributes:
-        classes: names; `labels` are indices into them. Without labels there are none, and all labels are 0.
-    """
-
-    images: ImageList
-    classes: list[str]
-    labels: Int[np.ndarray, " n"]
-
-    def subset(self, indices: Int[np.ndarray, " m"]) -> "LabelledSet":
-        """Select images."""
-        return LabelledSet(self.images.subset(indices), self.classes, self.labels[indices])
-
-    def sample(self, count: int) -> "LabelledSet":
-        """Select at most `count` images by a hash of their ids: the same ones every time."""
-        if len(self.labels) <= count:
-            return self
-        return self.subset(np.sort(np.argsort(self.images.keys())[:count]))
-
-    def title(self, index: int) -> str:
-        """Name an image in a figure: by its class, without labels by the stem of its file."""
-        name = self.classes[self.labels[index]] if self.classes else Path(self.images.id(index)).stem
-        return name.encode(errors="replace").decode()
-
-    def by_class(self, order: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
-        """Split indices that are ordered by class into one piece for each class."""
-        return np.split(order, np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))[:-1])
-
-    @property
-    def majority_accuracy(self) -> float:
-        """Accuracy of always guessing the most frequent class."""
-        return float(np.bincount(self.labels).max() / len(self.labels))
-
-
-def labelled(images: ImageList) -> LabelledSet:
-    """Read the labels a data set gives, or those of class folders.
-
-    Raises:
-        MapetError: there are none, and the images do not lie in two or more class folders.
-    """
-    found = images.classes()
-    if found is not None:
-        return LabelledSet(images, *found)
-    stray = [i for i in range(len(images)) if b"/" not in images.ids[i]]
-    instead = (
-        "" if len(stray) == len(images) else f"{images.id(stray[0])!r} lies in none" if stray else "they all lie in one"
-    )
-    raise MapetError(
-        f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg"
-        f"{instead and f', but {instead}'}"
-    )
-
-
-def unlabelled(images: ImageList) -> LabelledSet:
-    """Take images without classes."""
-    return LabelledSet(images, [], np.zeros(len(images), np.int64))
-
-
-def train_and_test(train: str | Path, test: str | Path | None) -> tuple[LabelledSet, LabelledSet]:
-    """Open two labelled sets, or one split by image id, the same way every time.
-
-    Raises:
-        MapetError: no labels, or other classes in the two sets.
-    """
-    images = [scan(source) for source in (train, test) if source is not None]  # both exist, before labels are needed
-    everything, *others = map(labelled, images)
-    if not others:
-        return split(everything)
-    if others[0].classes != everything.classes:
-        odd = sorted(set(others[0].classes) ^ set(everything.classes))
-        raise MapetError(
-            f"{train} and {test} have different classes: {', '.join(odd[:5])} {'...' if len(odd) > 5 else ''}"
-        )
-    return everything, others[0]
-
-
-def split(everything: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
-    """Split into training and test set: see `held_out`."""
-    test = held_out(everything)
-    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
-
-
-def held_out(everything: LabelledSet) -> Bool[np.ndarray, " n"]:
-    """Hold out `HELD_OUT` of each class, chosen by a hash of the image id.
-
-    Raises:
-        MapetError: no class has a second image.
-    """
-    test = np.zeros(len(everything.labels), dtype=bool)
-    order = np.lexsort((everything.images.keys(), everything.labels))  # by class, then by key
-    for members in everything.by_class(order):
-        test[members[: max(1, round(HELD_OUT * len(members)))]] = True
-    if test.all():
-        raise MapetError(
-            f"{everything.images.root}: no class has a second image, so that none can be held out for the test; give {option('test_images')}"
-        )
-    return test
+BLOCK_BYTES = 256 << 20
+"""Float32 bytes of the rows that are read together."""
 
 
 def normalize(
@@ -170,15 +84,29 @@ def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> No
         )
 
 
+# ---- batches
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where features are kept, and how images are read.
+
+    Attributes:
+        memory: bytes that one set's features may take; more go to a file in `scratch_dir`.
+        progress: shows a progress bar.
+    """
+
+    memory: int = 1 << 62
+    scratch_dir: Path = Path()
+    batch_size: int = 64
+    progress: bool = True
+
+
 def centred_batches(
-    images: ImageList,
-    image_size: tuple[int, int],
-    channels: int,
-    batches: list[list[tuple[int, int]]],
-    show: str | None = None,
-    **dataset: Any,
-) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
-    """Yield (indices, pixels) of the centred views; unreadable images are left out, up to `MAX_UNREADABLE`.
+    images: ImageList, image_size: tuple[int, int], channels: int, batches: list[list[tuple[int, int]]],
+    show: str | None = None, **dataset: Any,
+) -> IndexedPixels:  # fmt: skip
+    """Yield (indices, pixels) of the centred views of those that can be read.
 
     Args:
         batches: of (number, index), see `in_order`.
@@ -187,7 +115,275 @@ def centred_batches(
     """
     options = {"spec": ViewSpec(image_size=image_size)} | dataset
     views = ViewDataset(images, channels=channels, image_size=image_size, **options)
-    quarantine = Quarantine(images, MAX_UNREADABLE)
-    for batch in readable_batches(views, batches, quarantine, show):
+    for batch in readable_batches(views, batches, Quarantine(images, MAX_UNREADABLE), show):
         assert batch.images is not None
         yield batch.image_index, batch.images
+
+
+# ---- the backbone
+
+
+@dataclass
+class BackboneWrapper:
+    """The model that is evaluated, frozen: uint8 pixels -> feature maps of any of its layers.
+
+    Attributes:
+        name: what the user called it.
+        image_size: (H, W) of its input.
+        mean, std: of each channel, in [0, 1], as it was trained.
+        classes: of its own classifier, in the order of its logits; none where it has none whose names are known.
+    """
+
+    name: str
+    model: nn.Module
+    compute: Compute
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, source: str, compute: Compute, seed: int = 0) -> "BackboneWrapper":
+        """Load a run, a backbone folder, an export, a folder of `finetune`, a weights file, `timm:NAME` or `random:NAME`.
+
+        `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
+        architecture knows by itself.
+
+        Raises:
+            MapetError: nothing of the kind.
+        """
+        classes: tuple[str, ...] = ()
+        name = source.removeprefix(RANDOM)
+        torch.manual_seed(seed)
+        model: nn.Module
+        if source.startswith(HUB_PREFIXES):
+            model = timm_model(source, True)
+        elif source.startswith(RANDOM):
+            model = load_backbone(name, pretrained=False) if Path(name).exists() else timm_model(name, False)
+        else:
+            folder = Path(source)
+            if (folder / "model").is_dir():
+                classes = tuple(RunState.read(folder).results["classes"])
+                folder = folder / "model"
+            model = load_backbone(folder)
+        model.eval().requires_grad_(False)
+        data = timm.data.resolve_model_data_config(model)
+        channels, *size = data["input_size"]
+        stats = tuple(data["mean"]), tuple(data["std"])
+        mean, std = (values if len(values) == channels else values[:1] * channels for values in stats)
+        return cls(source, prepare_for_device(model, compute), compute, tuple(size), channels, mean, std, classes)
+
+    @classmethod
+    def of_vit(cls, vit: VisionTransformer, compute: Compute) -> "BackboneWrapper":
+        """Wrap a ViT of mapet's, on its device already, as it is."""
+        size: tuple[int, int] = vit.patch_embed.img_size
+        return cls("the backbone", vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers to choose from: a ViT's blocks, the stages of other networks."""
+        return len(self.model.feature_info)  # type: ignore[arg-type]
+
+    def evenly_spaced_layers(self, count: int = 4) -> list[int]:
+        """Number `count` layers spread over the depth, from 1; the last is always among them."""
+        return sorted({round(self.num_layers * (i + 1) / count) or 1 for i in range(count)})
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels that sizes must be multiples of."""
+        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 32)
+        return size if isinstance(size, int) else int(max(size))
+
+    def batches(self, images: ImageList, config: CacheConfig, show: str | None = None, **dataset: Any) -> IndexedPixels:
+        """Yield (indices, pixels) at its size, in a random order that is always the same; see `centred_batches`."""
+        order = [(0, index) for index in np.random.default_rng(0).permutation(len(images)).tolist()]
+        batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+        show = show if config.progress else None
+        return centred_batches(images, self.image_size, self.channels, batches, show, **dataset)
+
+    def normalize(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Move pixels to the device and the model's own range."""
+        return normalize(self.compute.to(images), self.channels, mean_std=(self.mean, self.std))
+
+    def forward_intermediates(
+        self, images: Float[Tensor, "B C H W"], layers: list[int]
+    ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
+        """Compute the map of each layer, after the model's last norm, and its class and register tokens, of normalised pixels.
+
+        Both where timm gives them: Hiera's norm stands after the pooling, XCiT and CaiT get their class token after the layers.
+        """
+        extract = getattr(self.model, "forward_intermediates", None)
+        if extract is None:
+            raise MapetError(f"{self.name}: timm gives no features of layers for a {type(self.model).__name__}")
+        indices, norm = [layer - 1 for layer in layers], not isinstance(self.model, (Hiera, HieraDet))
+        has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
+        takes_prefix = "return_prefix_tokens" in inspect.signature(extract).parameters
+        prefix = {"return_prefix_tokens": True} if has_prefix and takes_prefix else {}
+        with self.compute.autocast():
+            found = extract(images, indices=indices, norm=norm, intermediates_only=True, **prefix)
+        return [part if isinstance(part, tuple) else (part, None) for part in found]
+
+    @torch.inference_mode()
+    def pooled_features(
+        self, images: UInt8[Tensor, "B C H W"], layers: list[int], pool: Pool
+    ) -> list[Float[Tensor, "B F"]]:
+        """Compute one float32 vector an image and layer: see `pool_tokens`."""
+        pooled = []
+        for grid, prefix in self.forward_intermediates(self.normalize(images), layers):
+            if not getattr(self.model, "has_class_token", True):
+                prefix = None
+            class_token = None if prefix is None else prefix[:, 0].float()
+            pooled.append(pool_tokens(grid.float().flatten(2).transpose(1, 2), class_token, pool))
+        return pooled
+
+    @torch.inference_mode()
+    def last_layer(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        """Compute the last layer's map, float32."""
+        return self.forward_intermediates(self.normalize(images), [self.num_layers])[0][0].float()
+
+    @cached_property
+    def map_shape(self) -> tuple[int, int, int]:
+        """(D, h, w) of the last layer's map."""
+        black = torch.zeros(1, self.channels, *self.image_size, dtype=torch.uint8)
+        depth, height, width = self.last_layer(black)[0].shape
+        return depth, height, width
+
+    @torch.inference_mode()
+    def logits(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Compute the logits of the model's own classifier."""
+        with self.compute.autocast():
+            return self.model(self.normalize(images)).float()
+
+    def with_image_size(self, size: tuple[int, int], copy_weights: bool = False) -> "BackboneWrapper":
+        """Make the same model for another input size: positions are interpolated; networks without positions stay as they are.
+
+        Args:
+            copy_weights: also where the size is the same, so that the copy may be trained.
+
+        Raises:
+            MapetError: the model can't take that size.
+        """
+        if size == self.image_size and not copy_weights:
+            return self
+        model = copy.deepcopy(self.model)
+        resize = getattr(model, "set_input_size", None)
+        try:
+            if resize is not None and size != self.image_size:
+                resize(img_size=size)
+            with torch.inference_mode(), self.compute.autocast():
+                model(torch.zeros(1, self.channels, *size, device=self.compute.device))
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise MapetError(f"{self.name} can't take {size[0]} x {size[1]} px: {str(error).splitlines()[0]}") from None
+        return replace(self, model=model, image_size=size)
+
+
+# ---- features of whole sets
+
+
+@dataclass
+class FeatureCache:
+    """Features of some layers of each image.
+
+    Rows lie in a random order (the same for every backbone), so that those that are read in turn are a random sample.
+
+    Attributes:
+        store: (n, sum of widths).
+        index: image of each row.
+        labels: class of each row.
+        columns: of each layer, by its number from 1.
+    """
+
+    store: FeatureStore
+    index: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    columns: dict[int, slice]
+
+    @classmethod
+    def extract(
+        cls, backbone: BackboneWrapper, data: LabelledSet, config: CacheConfig, layers: list[int] | None = None,
+        pool: Pool = "avg",
+    ) -> "FeatureCache":  # fmt: skip
+        """Run the backbone over the centred views.
+
+        Args:
+            layers: counted from 1; None takes the last.
+
+        Raises:
+            MapetError: features that aren't finite, no room, too many unreadable images.
+        """
+        layers = layers or [backbone.num_layers]
+        training = backbone.model.training
+        backbone.model.eval()
+        store = FeatureStore(len(data), config.memory, config.scratch_dir)
+        indices, ends = [], [0]
+        for index, images in backbone.batches(data.images, config, "features"):
+            parts = backbone.pooled_features(images, layers, pool)
+            features = torch.cat(parts, 1).cpu()
+            must_be_finite_features(features, backbone.name)
+            store.append(features)
+            indices.append(index)
+            ends = [0, *np.cumsum([part.shape[1] for part in parts]).tolist()]
+        backbone.model.train(training)
+        index = torch.cat(indices)
+        columns = {layer: slice(*ends[i : i + 2]) for i, layer in enumerate(layers)}
+        return cls(store, index, torch.from_numpy(data.labels)[index], columns)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def blocks(self) -> Iterator[tuple[int, Float[Tensor, "m W"]]]:
+        """Yield (first row, float32 rows of all layers) in order; each block overwrites the one before."""
+        yield from self.store.blocks(max(1024, BLOCK_BYTES // (4 * self.store.num_features)))
+
+    def batches(self, num_rows: int, size: int, seed: int) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b W"]]]:
+        """Yield (rows, their features) of the first rows in another random order for each seed; never a lone row of several."""
+        generator = torch.Generator().manual_seed(seed)
+        for start, block in self.blocks():
+            count = min(num_rows - start, len(block))
+            if count > 0:
+                for part in torch.randperm(count, generator=generator).split(size):
+                    if len(part) > 1 or count == 1:
+                        yield start + part, block[part]
+
+    def layer_blocks(self) -> Iterator[tuple[int, Float[Tensor, "m D"]]]:
+        """Yield the `blocks` of the deepest layer."""
+        for start, block in self.blocks():
+            yield start, block[:, self.columns[max(self.columns)]]
+
+    def layer_features(self, rows: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m D"]:
+        """Read the deepest layer's features into memory, of some rows or all."""
+        if rows is not None:
+            return self.store.take(rows)[:, self.columns[max(self.columns)]]
+        return torch.cat([block.clone() for _, block in self.layer_blocks()])
+
+    def close(self) -> None:
+        """Give memory and scratch file back."""
+        self.store.__exit__(None, None, None)
+
+
+@dataclass
+class PatchTokenCache:
+    """Patch tokens of the last layer, kept as float16 where they fit the memory, else computed anew for each epoch.
+
+    Images come in a random order, as in `FeatureCache`.
+    """
+
+    backbone: BackboneWrapper
+    data: LabelledSet
+    config: CacheConfig
+    kept: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
+
+    def epoch(self) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b N D"]]]:
+        """Yield (indices of images, their tokens), a batch at a time, once through."""
+        depth, height, width = self.backbone.map_shape
+        for index, store in self.kept:
+            yield index, store.take(torch.arange(len(store))).unflatten(1, (height * width, depth))
+        if self.kept:
+            return
+        fits = 2 * len(self.data) * math.prod(self.backbone.map_shape) <= self.config.memory
+        for index, images in self.backbone.batches(self.data.images, self.config, "tokens"):
+            tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
+            if fits:
+                self.kept.append((index, FeatureStore.of(tokens.flatten(1))))
+            yield index, tokens

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from mapet.data.views import ViewSpec
-from mapet.evaluation.eval_context import NUM_SHOWN, EvalContext, ProtocolResult
-from mapet.evaluation.feature_cache import shuffled_batches
-from mapet.evaluation.features import centred_batches
+from mapet.evaluation.eval_context import NUM_SHOWN, EvalContext, ProtocolResult, protocol
 from mapet.evaluation.intervals import MetricValue, over_seeds
 
 DEAD = 1e-3
@@ -75,17 +74,15 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
+@protocol("images")
 def feature_rank(context: EvalContext) -> ProtocolResult:
     """Measure rank, spread and collapse of the last layer's features; no labels."""
     train, backbone = context.train, context.backbone
     features = train.layer_features(torch.arange(min(MAX_RANK, len(train))))
-    few = train.index[:MAX_VIEWS]
-    batches = shuffled_batches(len(few), context.cache.batch_size)
+    few = context.data.train.images.subset(train.index[:MAX_VIEWS].numpy())
+    spec = ViewSpec(kind="random-crop", image_size=backbone.image_size)
     views, index = [], []
-    for rows, pixels in centred_batches(
-        context.data.train.images.subset(few.numpy()), backbone.image_size, backbone.channels, batches,
-        "views", spec=ViewSpec(kind="random-crop", image_size=backbone.image_size),
-    ):  # fmt: skip
+    for rows, pixels in backbone.batches(few, context.cache, "views", spec=spec):
         views.append(backbone.pooled_features(pixels, [backbone.num_layers], context.options.pool)[0].cpu())
         index.append(rows)
     found = feature_stats(features)
@@ -106,8 +103,6 @@ def clustering_scores(found: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"
     Accuracy: of the best one-to-one matching of clusters and classes (Hungarian). NMI: mutual information over the mean of
     both entropies. ARI: pairs, corrected for chance (Hubert & Arabie 1985).
     """
-    from scipy.optimize import linear_sum_assignment
-
     table = np.zeros((found.max() + 1, labels.max() + 1), np.int64)
     np.add.at(table, (found, labels), 1)
     rows, columns = linear_sum_assignment(table, maximize=True)
@@ -118,30 +113,22 @@ def clustering_scores(found: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"
     }
 
 
+@protocol("labels")
 def cluster(context: EvalContext) -> ProtocolResult:
     """Cluster the test features into as many clusters as classes: accuracy after matching, NMI, ARI."""
     features, labels = context.test.layer_features()[:MAX_CLUSTER], context.test.labels[:MAX_CLUSTER].numpy()
-    found = [
-        clustering_scores(cluster_features(features, len(context.classes), seed), labels)
-        for seed in range(context.options.num_seeds)
-    ]
-    return ProtocolResult(
-        {
-            f"cluster_{name}": over_seeds([one[name] for one in found], least=-0.5 if name == "ari" else 0.0)
-            for name in found[0]
-        }
-    )
+    clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
+    found = [clustering_scores(each, labels) for each in clusters]
+    least = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
+    return ProtocolResult({f"cluster_{k}": over_seeds([one[k] for one in found], low) for k, low in least.items()})
 
 
-def neighbors(context: EvalContext) -> ProtocolResult:
+@protocol("images")
+def nearest_neighbors(context: EvalContext) -> ProtocolResult:
     """Find the nearest training images of some test images, for a figure."""
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
     chosen = np.argsort(keys)[:NUM_QUERIES]
     similarity, rows = (part[chosen, :NUM_SHOWN] for part in context.test_neighbors)
-    return ProtocolResult(
-        details={
-            "queries": context.test.index[chosen].tolist(),
-            "nearest": context.train.index[rows].tolist(),
-            "similarity": [[round(value, 4) for value in row] for row in similarity.tolist()],
-        }
-    )
+    details = {"queries": context.test.index[chosen], "nearest": context.train.index[rows]}
+    details["similarity"] = similarity.double().round(decimals=4)
+    return ProtocolResult(details={name: values.tolist() for name, values in details.items()})

@@ -1,25 +1,29 @@
-"""What a pre-trained model makes of a sample of images: their words, what it predicts, where it looks, its features."""
+"""What a pre-trained model makes of a sample of images: tokens, predictions, attention, features, the nearest other images."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
-from mapet.data.views import OrderKind, ViewSpec
+from mapet.data.views import OrderKind, ViewSpec, draw_view, render
 from mapet.device import Compute
 from mapet.errors import MapetError
+from mapet.evaluation.datasets import LabelledSet, labelled, split, unlabelled
 from mapet.evaluation.features import must_be_finite_features, normalize
+from mapet.evaluation.probes import MAX_TEST, MAX_TRAIN, ONLINE_C, extract_sample, fit_logistic, nearest_neighbors
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer
 
-MOST = 2000
-"""Images whose patches show what words mean."""
-PATCHES_PER_WORD = 60
+MAX_IMAGES, PATCHES_PER_CODE = 2000, 60
+"""Images whose patches show what tokens mean: at most, and enough for about 60 patches of each code."""
+Titled = tuple[UInt8[Tensor, "C H W"], str]
+"""Pixels of a centred view, and the name of the image."""
 
 
 class Look(NamedTuple):
@@ -49,32 +53,26 @@ class Look(NamedTuple):
 
 @torch.inference_mode()
 def look_at(
-    model: ViTForPreTraining,
-    tokenizer: Tokenizer,
-    images: ImageList,
-    compute: Compute,
-    shown: int,
-    order: OrderKind = "random",
-    seed: int = 0,
-) -> Look:
+    model: ViTForPreTraining, tokenizer: Tokenizer, images: ImageList, compute: Compute, shown: int,
+    order: OrderKind = "random", seed: int = 0,
+) -> Look:  # fmt: skip
     """Draw images at random and run tokenizer and model over them.
 
     Args:
         model, tokenizer: on `compute.device`, the tokenizer with its teacher.
-        shown: images to predict words of; of others only words are made, enough for about 60 patches of each.
+        shown: images to predict tokens of; of others only tokens are made, enough for about 60 patches of each code.
 
     Raises:
         MapetError: none of the images can be read, or features are not finite.
     """
     assert tokenizer.teacher is not None, "loaded without its teacher"
     vit = model.vit
-    height, width = vit.patch_embed.img_size
+    size: tuple[int, int] = vit.patch_embed.img_size
     dataset = ViewDataset(
-        images, ViewSpec(image_size=(height, width)), vit.in_chans, (height, width), tokenizer.teacher.image_size,
-        grid=tokenizer.grid, order=order, seed=seed,
+        images, ViewSpec(image_size=size), vit.in_chans, size, tokenizer.teacher.image_size, grid=tokenizer.grid, order=order, seed=seed
     )  # fmt: skip
-    wanted = enough_images(shown, tokenizer.vocab_size, model.num_patches, len(images))
-    batch = dataset.batch([(0, int(i)) for i in np.random.default_rng(seed).permutation(len(images))[:wanted]])
+    count = enough_images(shown, tokenizer.vocab_size, model.num_patches, len(images))
+    batch = dataset.batch([(0, int(i)) for i in np.random.default_rng(seed).permutation(len(images))[:count]])
     if batch.images is None or batch.teacher_images is None or batch.permutation is None:
         raise MapetError(f"none of the images tried in {images.root} could be read; `mapet check` says why")
     tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_images.split(64)])
@@ -91,21 +89,21 @@ def look_at(
 
 
 def enough_images(shown: int, vocab_size: int, num_patches: int, available: int) -> int:
-    """Images whose patches show what a word means: about 60 of each word."""
-    return min(available, max(shown, -(-PATCHES_PER_WORD * vocab_size // num_patches)), MOST)
+    """Count images whose patches show what a token means."""
+    return min(available, max(shown, -(-PATCHES_PER_CODE * vocab_size // num_patches)), MAX_IMAGES)
 
 
-def attention_of_cls(vit: Any, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
+def attention_of_cls(vit: VisionTransformer, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
     """Attention weights of the class token to the patches in the last block."""
     found: list[Tensor] = []
-    block = vit.blocks[-1]
-    hook = block.attn.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
+    attention = vit.blocks[-1].attn
+    hook = attention.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
     try:
         vit.forward_features(images)
     finally:
         hook.remove()
-    attention, x = block.attn, found[0]
-    q, k, _ = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    qkv = attention.qkv(found[0]).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     scores = (attention.q_norm(q)[:, :, :1] * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
     return F.softmax(scores, dim=-1)[:, :, 0, vit.num_prefix_tokens :]
 
@@ -119,3 +117,48 @@ def principal_colors(features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 3"]
     scores = F.pad(scores, (0, 3 - scores.shape[1]))
     low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
     return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).view(*features.shape[:2], 3)
+
+
+def retrieve(
+    vit: VisionTransformer, images: ImageList, compute: Compute, queries: int = 6, nearest: int = 7
+) -> tuple[list[list[Titled]], list[str], Int[np.ndarray, "K K"] | None]:
+    """Find the images nearest to some of a fixed sample, a fifth of which is held out.
+
+    Returns:
+        Rows of a held-out image and the others nearest to it, best first; names of the classes, none without labels; images of
+        each true class (row) by the class that the linear probe gave them, None without labels.
+
+    Raises:
+        MapetError: too few images to hold some out, or too many that can't be read.
+    """
+    train, test = split(labelled(images) if images.classes() else unlabelled(images))
+    train, test = train.sample(MAX_TRAIN), test.sample(MAX_TEST)
+    fit, check = extract_sample(vit, train, test, compute)
+    features, confusion = check.layer_features(), None
+    if train.classes:
+        count = len(train.classes)
+        predicted = fit_logistic(fit.layer_features(), fit.labels, count, C=ONLINE_C)(features).argmax(1)
+        confusion = torch.bincount(check.labels * count + predicted, minlength=count**2).view(count, count).numpy()
+    order = check.index.argsort()
+    chosen = order[np.linspace(0, len(order) - 1, min(queries, len(order))).round().astype(int)]
+    _, found = nearest_neighbors(fit.layer_blocks(), features[chosen], nearest)
+    size, channels = vit.patch_embed.img_size, vit.in_chans
+    rows = neighbor_rows(size, channels, train, test, check.index[chosen].tolist(), fit.index[found].tolist())
+    return rows, train.classes, confusion
+
+
+def neighbor_rows(
+    size: tuple[int, int], channels: int, train: LabelledSet, test: LabelledSet, queries: list[int],
+    nearest: list[list[int]],
+) -> list[list[Titled]]:  # fmt: skip
+    """Show each query, a test image, and after it its nearest training images."""
+
+    def titled(data: LabelledSet, index: int) -> Titled:
+        picture = data.images.open(index, channels)
+        view = draw_view(ViewSpec(image_size=size), picture.size, data.images.key(index), 0)
+        return render(picture, view, size), data.title(index)
+
+    return [
+        [titled(test, query), *(titled(train, other) for other in others)]
+        for query, others in zip(queries, nearest, strict=True)
+    ]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,13 +12,17 @@ from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mapet.config.pretraining import PretrainConfig
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.feature_cache import FeatureCache, PatchTokenCache
-from mapet.evaluation.features import HELD_OUT
+from mapet.evaluation.datasets import HELD_OUT, LabelledSet, labelled, split
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
 """DINO's (arXiv 2104.14294, appendix F.1)."""
@@ -30,6 +34,8 @@ ATTENTIVE_LEARNING_RATES, ATTENTIVE_EPOCHS, HEAD_DIM = (3e-4, 1e-3, 3e-3), 30, 6
 """AdamW's; passes over the training images; width of an attention head."""
 MIN_IMAGES = 10
 """Training images that the probes with learning rates to choose need at least."""
+MAX_TRAIN, MAX_TEST, ONLINE_C = 2000, 1000, 0.1
+"""Of the online probe: images; C of its linear probe, fixed, for it is fitted again and again."""
 
 
 def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = None) -> dict[str, float]:
@@ -152,12 +158,9 @@ def knn_scores(
 
 
 def descend(
-    optimizer: torch.optim.Optimizer,
-    losses: Iterable[Tensor],
-    num_steps: int,
-    warmup_steps: int = 0,
+    optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], num_steps: int, warmup_steps: int = 0,
     clip_grad: float | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Take a step down each loss, which the iterator computes when it is asked for the next.
 
     The learning rate of each group rises linearly over the warmup, and falls on a half cosine to 0 over all steps.
@@ -174,6 +177,53 @@ def descend(
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
         optimizer.step()
         schedule.step()
+
+
+Batches = Iterable[tuple[Tensor, Int[Tensor, " B"]]]
+"""Features and classes of some images, on the device."""
+
+
+def _logits_and_losses(
+    probe: nn.Module, x: Tensor, y: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, "R B K"], Float[Tensor, " R"]]:
+    """Compute logits and mean cross-entropy of a probe, or of each of several that are one module."""
+    logits = probe(x)
+    logits = logits.view(-1, *logits.shape[-2:])
+    losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none")
+    return logits, losses.view(len(logits), -1).mean(1)
+
+
+def _train(
+    probes: Sequence[nn.Module], scales: Sequence[Tensor | float], optimizer: torch.optim.Optimizer, batches: Batches,
+    num_steps: int,
+) -> None:  # fmt: skip
+    """Train probes side by side, all on the same batches; `scales` are factors of their losses."""
+
+    def losses() -> Iterator[Tensor]:
+        for x, y in batches:
+            pairs = zip(probes, scales, strict=True)
+            yield torch.stack([(_logits_and_losses(probe, x, y)[1] * scale).sum() for probe, scale in pairs]).sum()
+
+    descend(optimizer, losses(), num_steps)
+
+
+@torch.inference_mode()
+def _held_out_scores(probes: Sequence[nn.Module], batches: Batches) -> list[list[tuple[float, float]]]:
+    """Measure accuracy and negative loss of each probe's classifiers; -inf where the learning rate was too high.
+
+    Summed as the batches go by: the logits of a million images would not fit.
+    """
+    sums: list[Tensor] = [torch.zeros(1, 2, dtype=torch.float64) for _ in nn.ModuleList(probes).eval()]
+    count = 0
+    for x, y in batches:
+        count += len(y)
+        for i, probe in enumerate(probes):
+            logits, losses = _logits_and_losses(probe, x, y)
+            sums[i] = sums[i] + torch.stack([(logits.argmax(2) == y).sum(1), -losses * len(y)], 1).cpu()
+    for total in sums:
+        total[~total.isfinite().all(1)] = -torch.inf
+        total[:, 0] /= count
+    return [[(accuracy, loss) for accuracy, loss in total.tolist()] for total in sums]
 
 
 def require_images(count: int, what: str) -> None:
@@ -204,112 +254,65 @@ class LinearClassifiers(nn.Module):
         x = self.norm(features[:, self.columns])
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
-    def losses(self, features: Float[Tensor, "B W"], labels: Int[Tensor, " B"]) -> Float[Tensor, " R"]:
-        """Compute each classifier's mean cross-entropy."""
-        logits = self(features)
-        each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-        return each.view(len(logits), -1).mean(1)
-
-
-@dataclass
-class LinearProbe:
-    """A trained linear classifier of one layer.
-
-    Attributes:
-        val_accuracy: best accuracy of each layer on the held-out fifth of the training images.
-    """
-
-    classifier: LinearClassifiers
-    val_accuracy: dict[int, float]
-
-    @property
-    def selected(self) -> str:
-        """Name what was chosen."""
-        return f"layer {self.classifier.layer}, lr {self.classifier.rates[0]:g}"
-
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
-        """Compute the logits of every row."""
-        device = self.classifier.weight.device
-        return torch.cat([self.classifier(block.to(device))[0].cpu() for _, block in cache.blocks()])
+        """Compute the first classifier's logits of every row."""
+        return torch.cat([self(block.to(self.weight.device))[0].cpu() for _, block in cache.blocks()])
 
 
 def fit_linear_sgd(
     cache: FeatureCache, num_classes: int, compute: Compute, epochs: int, seed: int = 0
-) -> dict[str, LinearProbe]:
+) -> dict[str, tuple[LinearClassifiers, dict[int, float]]]:
     """Train the field's linear probes by SGD, without batch norm ('linear_sgd') and with it ('linear_sgd_bn').
 
     All layers and learning rates are trained on four fifths of the rows and compared on the last fifth; the best of each kind
     (of equals, the one with the smaller loss there) is trained anew on all rows. Test images have no say. SGD with momentum 0.9,
     cosine decay, no weight decay.
 
+    Returns:
+        The probe, with one learning rate, and the best accuracy of each layer on the last fifth.
+
     Raises:
         MapetError: too few rows.
     """
     require_images(len(cache), "a linear probe")
-    num_train = len(cache) - max(1, round(HELD_OUT * len(cache)))
+
+    def train(probes: list[LinearClassifiers], num_rows: int) -> None:
+        size = min(1024, max(64, num_rows // 32))
+        # SGD's step is linear in the loss, so a factor of the loss is a learning rate of its own.
+        scales = [torch.tensor(probe.rates, device=compute.device) * size / 256 for probe in probes]
+        parameters = nn.ModuleList(probes).to(compute.device).train().parameters()
+        batches = (
+            (compute.to(features), compute.to(cache.labels[rows]))
+            for epoch in range(epochs)
+            for rows, features in cache.batches(num_rows, size, seed * 100_003 + epoch)
+        )
+        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
+        _train(probes, scales, optimizer, batches, epochs * math.ceil(num_rows / size))
+
+    first = len(cache) - max(1, round(HELD_OUT * len(cache)))
     candidates = [
         LinearClassifiers(layer, columns, num_classes, SGD_LEARNING_RATES, batch_norm)
         for (layer, columns), batch_norm in product(cache.columns.items(), (False, True))
     ]
-    _train_linear(candidates, cache, num_train, compute, epochs, seed)
-    scores = _val_scores(candidates, cache, num_train, compute)
+    train(candidates, first)
+    held_out = (
+        (compute.to(block[rows - start]), compute.to(cache.labels[rows]))
+        for start, block in cache.blocks()
+        for rows in torch.arange(max(start, first), max(start + len(block), first)).split(1024)
+        if len(rows)
+    )
+    scores = list(zip(candidates, _held_out_scores(candidates, held_out), strict=True))
     probes = {}
     for name, batch_norm in (("linear_sgd", False), ("linear_sgd_bn", True)):
-        own = {
-            (candidate.layer, rate): score
-            for candidate, row in zip(candidates, scores, strict=True)
-            for rate, score in zip(SGD_LEARNING_RATES, row, strict=True)
-            if candidate.batch_norm == batch_norm
+        found = {
+            one.layer: max(zip(row, one.rates, strict=True)) for one, row in scores if one.batch_norm == batch_norm
         }
-        layer, rate = max(own, key=own.__getitem__)
-        best = LinearClassifiers(layer, cache.columns[layer], num_classes, (rate,), batch_norm)
-        _train_linear([best], cache, len(cache), compute, epochs, seed)
-        by_layer = {layer: max(score for (at, _), (score, _) in own.items() if at == layer) for layer in cache.columns}
-        probes[name] = LinearProbe(best.eval(), by_layer)
+        layer = max(found, key=lambda layer: found[layer][0])
+        best = LinearClassifiers(layer, cache.columns[layer], num_classes, (found[layer][1],), batch_norm)
+        train([best], len(cache))
+        probes[name] = best.eval(), {layer: accuracy for layer, ((accuracy, _), _) in found.items()}
     return probes
-
-
-def _train_linear(
-    candidates: list[LinearClassifiers], cache: FeatureCache, num_rows: int, compute: Compute, epochs: int, seed: int
-) -> None:
-    """Train on the first rows, all candidates on the same batches."""
-    size = min(1024, max(64, num_rows // 32))
-    modules = nn.ModuleList(candidates).to(compute.device).train()
-    # SGD's step is linear in the loss, so a factor of the loss is a learning rate of its own.
-    rates = [torch.tensor(one.rates, device=compute.device) * size / 256 for one in candidates]
-
-    def losses() -> Iterator[Tensor]:
-        for epoch in range(epochs):
-            for index, features in cache.batches(num_rows, size, seed * 100_003 + epoch):
-                x, y = compute.to(features), compute.to(cache.labels[index])
-                yield torch.stack(
-                    [(one.losses(x, y) * r).sum() for one, r in zip(candidates, rates, strict=True)]
-                ).sum()
-
-    optimizer = torch.optim.SGD(modules.parameters(), lr=1.0, momentum=0.9)
-    descend(optimizer, losses(), epochs * math.ceil(num_rows / size))
-
-
-@torch.inference_mode()
-def _val_scores(
-    candidates: list[LinearClassifiers], cache: FeatureCache, first: int, compute: Compute
-) -> list[list[tuple[float, float]]]:
-    """Measure accuracy and negative loss of each classifier on the rows from `first` on; -inf where the learning rate was too high.
-
-    Summed as the rows go by: the logits of a million images would not fit.
-    """
-    nn.ModuleList(candidates).eval()
-    sums = torch.zeros(len(candidates), len(SGD_LEARNING_RATES), 2, dtype=torch.float64)
-    for start, block in cache.blocks():
-        for rows in torch.arange(max(start, first), max(start + len(block), first)).split(1024):
-            x, y = compute.to(block[rows - start]), compute.to(cache.labels[rows])
-            for total, candidate in zip(sums, candidates, strict=True):
-                total[:, 0] += (candidate(x).argmax(2) == y).sum(1).cpu()
-                total[:, 1] -= candidate.losses(x, y).cpu() * len(y)
-    sums[~sums.isfinite().all(2)] = -torch.inf
-    sums[..., 0] /= len(cache) - first
-    return [[(accuracy, loss) for accuracy, loss in row] for row in sums.tolist()]
 
 
 class AttentivePool(nn.Module):
@@ -339,15 +342,12 @@ class AttentivePool(nn.Module):
 
 
 def fit_attentive(
-    cache: PatchTokenCache, num_classes: int, compute: Compute, epochs: int | None = None, seed: int = 0
+    cache: PatchTokenCache, num_classes: int, compute: Compute, seed: int = 0
 ) -> tuple[AttentivePool, float]:
     """Train the attentive probe, and return it with its learning rate.
 
     The best of three learning rates on a fifth of the training images (of equals, the one with the smaller loss there) is
     trained anew on all. AdamW, weight decay 0.05, cosine decay.
-
-    Args:
-        epochs: None takes `ATTENTIVE_EPOCHS`.
 
     Raises:
         MapetError: too few images.
@@ -355,38 +355,67 @@ def fit_attentive(
     labels = torch.from_numpy(cache.data.labels)
     require_images(len(labels), "an attentive probe")
 
+    def batches(used: Bool[Tensor, " n"], epochs: int = 1, least: int = 1) -> Batches:
+        for _ in range(epochs):
+            for index, tokens in cache.epoch():
+                if int((keep := used[index]).sum()) >= least:
+                    yield compute.to(tokens[keep]), compute.to(labels[index[keep]])
+
     def train(used: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
-        probes = [AttentivePool(cache.backbone.map_shape[0], num_classes, seed).to(compute.device) for _ in rates]
+        width = cache.backbone.map_shape[0]
+        probes = [AttentivePool(width, num_classes, seed).to(compute.device) for _ in rates]
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
-
-        def losses() -> Iterator[Tensor]:
-            for _ in range(num_epochs):
-                for index, tokens in cache.epoch():
-                    keep = used[index]
-                    if int(keep.sum()) > 1:  # of one row there is no batch norm
-                        x, y = compute.to(tokens[keep]), compute.to(labels[index[keep]])
-                        yield torch.stack([F.cross_entropy(probe(x), y) for probe in probes]).sum()
-
-        num_steps = num_epochs * math.ceil(len(labels) / cache.config.batch_size)
-        descend(torch.optim.AdamW(groups, weight_decay=0.05), losses(), num_steps)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+        num_steps = ATTENTIVE_EPOCHS * math.ceil(len(labels) / cache.config.batch_size)
+        few = 2  # of one row there is no batch norm
+        _train(probes, [1.0] * len(probes), optimizer, batches(used, ATTENTIVE_EPOCHS, few), num_steps)
         return [probe.eval() for probe in probes]
 
-    num_epochs = epochs or ATTENTIVE_EPOCHS
-    held = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT
-    candidates = train(~held, ATTENTIVE_LEARNING_RATES)
-    scores = torch.zeros(len(candidates), 2, dtype=torch.float64)  # correct ones, and the negative sum of their losses
-    for row, probe in zip(scores, candidates, strict=True):
-        index, logits = attentive_logits(probe, cache, compute)
-        logits, y = logits[held[index]], labels[index[held[index]]]
-        row += torch.stack([(logits.argmax(1) == y).sum(), -F.cross_entropy(logits, y, reduction="sum")])
-    best = max(zip(scores.tolist(), ATTENTIVE_LEARNING_RATES, strict=True))[1]
-    return train(torch.ones_like(held), (best,))[0], best
+    held_out = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT
+    scores = _held_out_scores(train(~held_out, ATTENTIVE_LEARNING_RATES), batches(held_out))
+    best = max(zip(scores, ATTENTIVE_LEARNING_RATES, strict=True))[1]
+    return train(torch.ones_like(held_out), (best,))[0], best
 
 
-@torch.inference_mode()
-def attentive_logits(
-    probe: AttentivePool, cache: PatchTokenCache, compute: Compute
-) -> tuple[Int[Tensor, " n"], Float[Tensor, "n K"]]:
-    """Compute (indices of images, their logits)."""
-    found = [(index, probe(compute.to(tokens)).float().cpu()) for index, tokens in cache.epoch()]
-    return torch.cat([index for index, _ in found]), torch.cat([logits for _, logits in found])
+# ---- while pre-training
+
+
+def extract_sample(
+    vit: VisionTransformer, train: LabelledSet, test: LabelledSet, compute: Compute
+) -> tuple[FeatureCache, FeatureCache]:
+    """Compute a ViT's features, as it is, of training and test images."""
+    backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(progress=False)
+    return FeatureCache.extract(backbone, train, config), FeatureCache.extract(backbone, test, config)
+
+
+@dataclass
+class OnlineProbe:
+    """Is it learning at all? Linear probe and k-NN on a small fixed sample of labelled images, every few epochs."""
+
+    train: LabelledSet
+    test: LabelledSet
+    every: int
+    compute: Compute
+
+    @classmethod
+    def for_run(cls, config: PretrainConfig, images: ImageList, compute: Compute) -> "OnlineProbe | None":
+        """Make the probe that the config asks for: None when turned off or when there are no labels."""
+        if config.probe_every == 0 or (config.probe_images is None and images.classes() is None):
+            return None
+        train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
+        every = config.probe_every or max(1, config.epochs // 5)
+        return cls(train.sample(MAX_TRAIN), test.sample(MAX_TEST), every, compute)
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Tell whether to probe after this epoch."""
+        return epoch % self.every == 0 or epoch == epochs
+
+    @staticmethod
+    def line(scores: dict[str, float]) -> str:
+        """Format the scores for the log."""
+        return f"linear probe {scores['probe/logistic']:.3f}, k-NN {scores['probe/knn']:.3f}"
+
+    def __call__(self, vit: VisionTransformer) -> dict[str, float]:
+        """Measure the accuracy of a ViT's frozen features."""
+        caches = extract_sample(vit, self.train, self.test, self.compute)
+        return {f"probe/{name}": value for name, value in probe_accuracy(*caches, C=ONLINE_C).items()}

@@ -1,19 +1,18 @@
 """Images unlike those of training: another folder, corruptions, other sizes. The classifier stays as it was trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mapet.data.dataset import in_order
 from mapet.errors import MapetError
-from mapet.evaluation.backbone_wrapper import BackboneWrapper
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, mean_corruption_error
-from mapet.evaluation.eval_context import NEIGHBORS, EvalContext, ProtocolResult
-from mapet.evaluation.features import LabelledSet, centred_batches
+from mapet.evaluation.datasets import LabelledSet
+from mapet.evaluation.eval_context import NEIGHBORS, EvalContext, ProtocolResult, protocol
+from mapet.evaluation.features import BackboneWrapper
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci, bootstrap
 from mapet.evaluation.probes import knn_scores, nearest_neighbors
 
@@ -23,26 +22,25 @@ SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Input sizes that are tried, relative to the trained one."""
 
 
+@protocol("ood")
 def ood(context: EvalContext) -> ProtocolResult:
     """Measure accuracy on other labelled folders, on the classes they share with training; the choice is among those alone.
 
     So it is done for ImageNet-A and -R, which have 200 of the 1,000 classes.
     """
-    result, options, classes = ProtocolResult(), context.options, context.classes
-    own_or_probe = "own_classifier" if context.backbone.classes else "logistic"
+    result, options, classes, backbone = ProtocolResult(), context.options, context.classes, context.backbone
     for name, everything in context.data.ood.items():
         shared, data = shared_classes(everything, classes, name)
         logits, features, index = [], [], []
-        for rows, images in _batches(context, data, context.backbone):
+        for rows, images in backbone.batches(data.images, context.cache):
             logits.append(context.classify(images))
-            pooled = context.backbone.pooled_features(images, [context.backbone.num_layers], options.pool)[0]
-            features.append(pooled.cpu())
+            features.append(backbone.pooled_features(images, [backbone.num_layers], options.pool)[0].cpu())
             index.append(rows)
         labels = torch.from_numpy(data.labels)[torch.cat(index)]
         found = nearest_neighbors(context.train.layer_blocks(), torch.cat(features), NEIGHBORS)
         votes = knn_scores(context.train, len(classes), *found)
         for metric, scores, selected in (
-            (own_or_probe, torch.cat(logits), context.classifier),
+            ("own_classifier" if backbone.classes else "logistic", torch.cat(logits), context.classifier),
             ("knn", votes, f"k {found[1].shape[1]}"),
         ):
             scores[:, ~torch.from_numpy(shared)] = -torch.inf
@@ -68,31 +66,29 @@ def shared_classes(data: LabelledSet, names: list[str], what: str) -> tuple[Bool
     return np.isin(names, data.classes), LabelledSet(images, names, labels[labels >= 0])
 
 
+@protocol("labels", expensive=True)
 def corruptions(context: EvalContext) -> ProtocolResult:
     """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE."""
-    if context.backbone.channels not in (1, 3):
-        raise MapetError(
-            f"corruptions are of grey or RGB images, {context.backbone.name} takes {context.backbone.channels} channels"
-        )
-    data = context.data.test.sample(MAX_CORRUPTED)
-    clean, index = _is_correct(context, data, context.backbone)
-    totals = torch.zeros(len(data.labels))
-    errors: dict[str, list[float]] = {}
-    for number, name in enumerate(CORRUPTIONS):
-        errors[name] = []
-        for severity in SEVERITIES:
-            options = {"augment": Corruption(name, severity), "seed": number * 10 + severity}
-            correct, rows = _is_correct(context, data, context.backbone, **options)
-            totals[rows] += correct.float()
-            errors[name].append(1 - float(correct.float().mean()))
-    each = (totals[index] / (len(errors) * len(SEVERITIES))).numpy()
+    backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED)
+    if backbone.channels not in (1, 3):
+        raise MapetError(f"corruptions are of grey or RGB images, {backbone.name} takes {backbone.channels} channels")
+    clean = _is_correct(context, data, backbone)
+    readable = ~clean.isnan()
+    correct = {
+        name: [
+            _is_correct(context, data, backbone, augment=Corruption(name, severity), seed=number * 10 + severity)[
+                readable
+            ]
+            for severity in SEVERITIES
+        ]
+        for number, name in enumerate(CORRUPTIONS)
+    }
+    each = torch.stack([one for several in correct.values() for one in several]).mean(0).numpy()
     mean = bootstrap(lambda weight: float(weight @ each / weight.sum()), len(each), selected=context.classifier)
+    accuracy = accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)
     return ProtocolResult(
-        {
-            "corruption_clean": accuracy_with_ci(int(clean.sum()), len(clean), context.classifier),
-            "corruption_mean": mean,
-        },
-        details={"errors": errors},
+        {"corruption_clean": accuracy, "corruption_mean": mean},
+        details={"errors": {name: [1 - float(one.mean()) for one in several] for name, several in correct.items()}},
     )
 
 
@@ -106,6 +102,7 @@ def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
         result.details["corruption_errors"] = each
 
 
+@protocol("labels", expensive=True)
 def resolution(context: EvalContext) -> ProtocolResult:
     """Measure accuracy at other input sizes, positions interpolated."""
     result, backbone = ProtocolResult(), context.backbone
@@ -115,7 +112,8 @@ def resolution(context: EvalContext) -> ProtocolResult:
         (max(1, round(height * f / step)) * step, max(1, round(width * f / step)) * step) for f in SIZE_FACTORS
     ]
     for size in dict.fromkeys(sizes):
-        correct, _ = _is_correct(context, context.data.test, backbone.with_image_size(size))
+        correct = _is_correct(context, context.data.test, backbone.with_image_size(size))
+        correct = correct[~correct.isnan()]
         name = f"resolution_{size[0]}" if size[0] == size[1] else f"resolution_{size[0]}x{size[1]}"
         trained = " (trained size)" if size == backbone.image_size else ""
         result.metrics[name] = accuracy_with_ci(int(correct.sum()), len(correct), context.classifier + trained)
@@ -124,18 +122,9 @@ def resolution(context: EvalContext) -> ProtocolResult:
 
 def _is_correct(
     context: EvalContext, data: LabelledSet, backbone: BackboneWrapper, **dataset: Any
-) -> tuple[Bool[Tensor, " n"], Int[Tensor, " n"]]:
-    """Tell whether each readable image is classified correctly, and its index."""
-    correct, index = [], []
-    labels = torch.from_numpy(data.labels)
-    for rows, images in _batches(context, data, backbone, **dataset):
-        correct.append(context.classify(images, backbone).argmax(1) == labels[rows])
-        index.append(rows)
-    return torch.cat(correct), torch.cat(index)
-
-
-def _batches(
-    context: EvalContext, data: LabelledSet, backbone: BackboneWrapper, **dataset: Any
-) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
-    batches = in_order(len(data.images), context.cache.batch_size)
-    return centred_batches(data.images, backbone.image_size, backbone.channels, batches, None, **dataset)
+) -> Float[Tensor, " n"]:
+    """1 for each image that is classified correctly, else 0; NaN for unreadable ones."""
+    correct, labels = torch.full((len(data),), torch.nan, dtype=torch.float64), torch.from_numpy(data.labels)
+    for rows, images in backbone.batches(data.images, context.cache, **dataset):
+        correct[rows] = (context.classify(images, backbone).argmax(1) == labels[rows]).double()
+    return correct

@@ -1,21 +1,31 @@
-"""Are these visual words any good? Measures of token ids alone: tensors in, numbers out, and what they mean in words.
+"""Are these tokens any good? Measures of token ids, as they are and under changes that leave what the patches show the same.
 
 Entropies and information are in bits. Chance is always given beside a share, for a share alone says little: if one word
 takes 90 % of the patches, two patches drawn blindly agree 81 % of the time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log, sqrt
+from math import gcd, log, sqrt
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torchvision.transforms.v2.functional as tvf
+from jaxtyping import Float, Int, UInt8
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
+from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, readable_batches
+from mapet.data.image_list import ImageList
+from mapet.data.token_store import TokenStore
+from mapet.data.views import ViewSpec, color_jitter
+from mapet.device import Compute
 from mapet.errors import option
+from mapet.evaluation.features import MAX_UNREADABLE
 from mapet.evaluation.probes import fit_logistic
+from mapet.tokenizers.tokenizer import Tokenizer
 
 SHUFFLES = 20
 """Shuffled copies that tell what information chance alone would show; their spread is known to a sixth (1 / sqrt 38)."""
@@ -36,9 +46,12 @@ POSITION_SHARE = 0.5
 """Information on position over the word's entropy: past a half, most of a word could be had without looking."""
 COPYING = 0.9
 """Share of neighbours that agree: past nine in ten, copying the patch beside solves the task, and little is learned."""
-PATCHES_PER_WORD = 5
+PATCHES_PER_CODE = 5
 """Below that, rare words are missing by chance: of words used evenly exp(-5), 0.7 %, aren't seen; of rarer ones more."""
 
+JITTER, NOISE, JPEG_QUALITY = 0.1, 2.0, 75
+"""Changes of brightness, contrast and saturation, up to a tenth; standard deviation of the noise, of 255 grey levels: that of a
+good camera in good light; libjpeg's own default."""
 CHANGES = {
     "flip": "mirroring",
     "shift": "moving the window by whole patches",
@@ -169,35 +182,27 @@ def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreemen
     return Agreement(share, chance, 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0)
 
 
-def overlap(
-    first: Int[Tensor, "B rows columns"], second: Int[Tensor, "B rows columns"], down: int, right: int
-) -> tuple[Int[Tensor, "B r c"], Int[Tensor, "B r c"]]:
-    """The words of the same content in two windows, the second `down` and `right` patches further."""
-    rows, columns = first.shape[1:]
-    return first[:, down:, right:], second[:, : rows - down, : columns - right]
-
-
-def neighbours(ids: Int[Tensor, "B rows columns"]) -> dict[str, tuple[Tensor, Tensor]]:
+def neighbors(ids: Int[Tensor, "B rows columns"]) -> dict[str, tuple[Tensor, Tensor]]:
     """Pairs of patches side by side and one above the other; a grid of one column or row has no such pairs."""
     pairs = {"horizontal": (ids[:, :, :-1], ids[:, :, 1:]), "vertical": (ids[:, :-1], ids[:, 1:])}
     return {name: pair for name, pair in pairs.items() if pair[0].numel()}
 
 
-def mutual_information(
-    x: Int[Tensor, " n"], y: Int[Tensor, " n"], shuffled: Iterable[Int[Tensor, " n"]]
-) -> Information:
+def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], seed: int, together: int = 1) -> Information:
     """I(x; y) = H(x) + H(y) - H(x, y) in bits, its bias taken off.
 
     The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955), as
     those of one image are not. What it gives for shuffled pairings measures the bias without that assumption, as the
     adjusted mutual information does (Vinh et al. 2010, JMLR 11). It takes off too much where x says a lot and
-    pairs are few for the number of words, so that `bits` is then a lower estimate.
+    pairs are few for the number of tokens, so that `bits` is then a lower estimate.
 
     Args:
-        shuffled: copies of y that keep its own structure, but not its pairing with x; two or more.
+        together: so many of y in a row are shuffled as one.
     """
+    generator, groups = torch.Generator().manual_seed(seed), y.view(-1, together)
+    shuffled = (groups[torch.randperm(len(groups), generator=generator)].flatten() for _ in range(SHUFFLES))
     plain = torch.tensor([mutual_info_score(x, other) for other in (y, *shuffled)], dtype=torch.float64) / log(2)
-    chance, error = float(plain[1:].mean()), float(plain[1:].std()) * sqrt(1 + 1 / (len(plain) - 1))
+    chance, error = float(plain[1:].mean()), float(plain[1:].std()) * sqrt(1 + 1 / SHUFFLES)
     bits, bits_of_y = float(plain[0]) - chance, float(entropy(y.unique(return_counts=True)[1], base=2))
     return Information(bits, chance, error, bits / bits_of_y if bits_of_y > 0 else 0.0)
 
@@ -205,24 +210,21 @@ def mutual_information(
 def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], seed: int = 0) -> Information:
     """Measure what a token says about the class of its image. Labels are shuffled over whole images."""
     patches = ids[0].numel()
-    shuffled = (labels[order].repeat_interleave(patches) for order in _orders(len(labels), seed))
-    return mutual_information(ids.flatten(), labels.repeat_interleave(patches), shuffled)
+    return mutual_information(ids.flatten(), labels.repeat_interleave(patches), seed, patches)
 
 
 def position_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information:
     """Measure what a patch's position in the image says about its token."""
-    tokens = ids.flatten()
-    positions = torch.arange(ids[0].numel()).repeat(len(ids))
-    return mutual_information(positions, tokens, (tokens[order] for order in _orders(len(tokens), seed)))
+    return mutual_information(torch.arange(ids[0].numel()).repeat(len(ids)), ids.flatten(), seed)
 
 
-def neighbour_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information | None:
+def neighbor_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information | None:
     """Measure what a token says about the token beside or below it; None for a single patch."""
-    pairs = neighbours(ids).values()
+    pairs = neighbors(ids).values()
     if not pairs:
         return None
     x, y = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
-    return mutual_information(x, y, (y[order] for order in _orders(len(y), seed)))
+    return mutual_information(x, y, seed)
 
 
 def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float[Tensor, "B K"]:
@@ -278,86 +280,180 @@ def measure(
         views: change of view -> words of the same content, without it and with it.
         labels: class of each image, with `test`: (B,) bool, the images that the bag-of-tokens probe is tested on.
     """
-    known = labels is not None and test is not None
     return Measures(
         vocab_size=vocab_size,
         images=len(ids),
         usage=usage(ids, vocab_size),
         stability={name: agreement(*pair) for name, pair in views.items()},
-        coherence={name: agreement(*pair) for name, pair in neighbours(ids).items()},
-        neighbour=neighbour_information(ids, seed),
+        coherence={name: agreement(*pair) for name, pair in neighbors(ids).items()},
+        neighbour=neighbor_information(ids, seed),
         position=position_information(ids, seed),
-        label=label_information(ids, labels, seed) if known else None,  # type: ignore[arg-type]
-        bag_of_tokens=bag_of_tokens(ids, labels, test, vocab_size) if known else None,  # type: ignore[arg-type]
+        label=None if labels is None else label_information(ids, labels, seed),
+        bag_of_tokens=None if labels is None or test is None else bag_of_tokens(ids, labels, test, vocab_size),
     )
 
 
-def warnings(measures: Measures) -> list[str]:
-    """Say what is poor, in plain sentences; empty for tokens that look fit to learn from."""
-    return [*_usage_warnings(measures), *_stability_warnings(measures), *_information_warnings(measures)]
-
-
-def _usage_warnings(m: Measures) -> Iterator[str]:
+def warnings(m: Measures) -> Iterator[str]:
+    """Say what is poor, in plain sentences; nothing for tokens that look fit to learn from."""
     use, K = m.usage, m.vocab_size
-    if use.patches < PATCHES_PER_WORD * K:
+    if use.patches < PATCHES_PER_CODE * K:
+        enough = -(-PATCHES_PER_CODE * K * m.images // use.patches)
         yield (
-            f"only {use.patches:,} patches for {K:,} words: dead codes and perplexity are rough; a larger {option('sample')} "
-            f"(about {-(-PATCHES_PER_WORD * K * m.images // use.patches):,} images) tells more"
+            f"only {use.patches:,} patches for {K:,} codes: dead codes and perplexity are rough; a larger {option('sample')} "
+            f"(about {enough:,} images) tells more"
         )
     if use.used_codes < (1 - DEAD_SHARE) * use.reachable_codes:
         yield (
             f"{use.dead_codes:,} of {K:,} codes are dead, where even use would leave {K - use.reachable_codes:,.0f}: "
-            "the vocabulary is smaller than it says; fit fewer words, or to more varied images"
+            "the vocabulary is smaller than it says; fit fewer codes, or to more varied images"
         )
     if use.perplexity < PERPLEXITY_SHARE * use.reachable_codes:
-        yield (
-            f"perplexity {use.perplexity:.1f} of {K:,}: a few words take most patches, and as many even words would say as much"
-        )
+        yield f"perplexity {use.perplexity:.1f} of {K:,}: a few tokens take most patches, and as many even ones would say as much"
     if use.commonest_share > 1 / K + COMMONEST_SHARE * (1 - 1 / K) or K == 1:
-        yield (
-            f"one word takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
-        )
-
-
-def _stability_warnings(m: Measures) -> Iterator[str]:
+        yield f"one token takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
     for name, view in m.stability.items():
+        changed = 1 - view.share
         if name == "stored" and view.share < 1:
             yield (
-                f"{1 - view.share:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
+                f"{changed:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
                 "the store belongs to other images or another tokenizer; tokenize again"
             )
         elif name in ("jitter", "noise", "jpeg") and view.kappa < TINY_CHANGE:
             yield (
-                f"{1 - view.share:.0%} of the words change under {CHANGES[name]}, which a person hardly sees: "
-                "targets are mostly noise; fewer words or another teacher may be steadier"
+                f"{changed:.0%} of the tokens change under {CHANGES[name]}, which a person hardly sees: "
+                "targets are mostly noise; fewer codes or another teacher may be steadier"
             )
         elif name == "shift" and view.kappa < SHIFT:
-            yield (
-                f"{1 - view.share:.0%} of the words change when the window moves by whole patches: they name the place "
-                "in the image more than what is there"
-            )
-
-
-def _information_warnings(m: Measures) -> Iterator[str]:
+            yield f"{changed:.0%} of the tokens change when the window moves by whole patches: they name the place more than what is there"
     if m.position.share > POSITION_SHARE:
-        yield (f"position alone tells {m.position.share:.0%} of a word: much of the task can be done without looking")
-    agreeing = [pair.share for pair in m.coherence.values()]
-    if agreeing and min(agreeing) > COPYING:
-        yield f"{min(agreeing):.0%} of neighbouring patches share their word: copying the patch beside nearly solves the task"
-    if m.neighbour is not None and m.usage.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
-        yield "a word says nothing of the words beside it: nothing can be predicted from context (are tokens mixed up?)"
+        yield f"position alone tells {m.position.share:.0%} of a token: much of the task can be done without looking"
+    agreeing = min((pair.share for pair in m.coherence.values()), default=0.0)
+    if agreeing > COPYING:
+        yield f"{agreeing:.0%} of neighboring patches share their token: copying the patch beside nearly solves the task"
+    if m.neighbour is not None and use.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
+        yield "a token says nothing of the tokens beside it: nothing can be predicted from context (are tokens mixed up?)"
     if m.label is not None and m.label.bits <= ERRORS * m.label.error:
-        yield "a word says nothing of the class of its image (are tokens paired with the wrong images?)"
-    if m.bag_of_tokens is not None:
-        bag = m.bag_of_tokens
-        if bag.accuracy < bag.chance + ERRORS * sqrt(bag.chance * (1 - bag.chance) / bag.test_images):
-            yield (
-                f"from all words of an image its class is told no better than by chance ({bag.accuracy:.1%}, always guessing "
-                f"one class {bag.chance:.1%}, {bag.test_images} test images)"
-            )
+        yield "a token says nothing of the class of its image (are tokens paired with the wrong images?)"
+    bag = m.bag_of_tokens
+    if bag and bag.accuracy < bag.chance + ERRORS * sqrt(bag.chance * (1 - bag.chance) / bag.test_images):
+        yield (
+            f"from all tokens of an image its class is told no better than by chance ({bag.accuracy:.1%}, always guessing "
+            f"one class {bag.chance:.1%}, {bag.test_images} test images)"
+        )
 
 
-def _orders(count: int, seed: int) -> Iterator[Int[Tensor, " count"]]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(SHUFFLES):
-        yield torch.randperm(count, generator=generator)
+# ---- tokens of images
+
+
+class Words(NamedTuple):
+    """Words of the centred views of a sample.
+
+    Attributes:
+        image_index: of each image that could be read, in the list.
+        images: the first of them, at the student's size.
+    """
+
+    image_index: Int[Tensor, " n"]
+    ids: Int[Tensor, "n rows columns"]
+    images: UInt8[Tensor, "m C H W"]
+
+
+class Sampler:
+    """Runs a tokenizer over images.
+
+    Args:
+        tokenizer: with its teacher, on `compute.device`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, compute: Compute) -> None:
+        assert tokenizer.teacher is not None, "loaded without its teacher"
+        self.tokenizer, self.compute = tokenizer, compute
+        self.channels: int = tokenizer.description["teacher"]["channels"]
+        self.teacher_size = tokenizer.teacher.image_size
+        self.spec = ViewSpec(image_size=tokenizer.student_size)
+
+    def words(self, images: ImageList, shown: int) -> Words:
+        """Words of all images, and the pixels of the first `shown`.
+
+        Raises:
+            MapetError: more than half of the images cannot be read.
+        """
+        size = self.tokenizer.student_size
+        dataset = ViewDataset(images, self.spec, self.channels, size, self.teacher_size)
+        index, ids, pixels = [], [], []
+        for batch in self._batches(dataset, range(len(images)), "words"):
+            assert batch.images is not None
+            index.append(batch.image_index)
+            ids.append(self._ids(batch.teacher_images))
+            pixels.append(batch.images[: max(0, shown)])
+            shown -= len(batch.images)
+        return Words(torch.cat(index), torch.cat(ids), torch.cat(pixels))
+
+    def views(self, images: ImageList, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Change of view -> words of the same content, without it and with it; see `CHANGES`.
+
+        The shift is by whole patches that are whole pixels of the teacher's view, diagonally, between two windows of one
+        larger rendering: nothing is padded. Where only the whole grid is whole pixels, and for JPEG with neither 1 nor 3
+        channels, that view is left out.
+        """
+        (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
+        down, right = rows // gcd(rows, height), columns // gcd(columns, width)  # patches
+        below, beside = height // gcd(rows, height), width // gcd(columns, width)  # pixels
+        shifts = down < rows and right < columns
+        dataset = ViewDataset(
+            images, self.spec, self.channels, (height + below, width + beside) if shifts else None, self.teacher_size,
+            jitter=JITTER, seed=seed,
+        )  # fmt: skip
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for batch in self._batches(dataset, range(len(images)), "changed views"):
+            assert batch.teacher_images is not None and batch.jitter is not None
+            view = batch.teacher_images.contiguous()
+            words = self._ids(view)
+            pairs = {
+                "flip": (words.flip(-1), self._ids(view.flip(-1))),
+                "jitter": (words, self._ids(_bytes(color_jitter(view.float(), batch.jitter)))),
+                "noise": (words, self._ids(_bytes(view + self._noise(images, batch, seed)))),
+            }
+            if self.channels in (1, 3):
+                pairs["jpeg"] = words, self._ids(tvf.jpeg(view, JPEG_QUALITY))
+            if batch.images is not None:
+                here = self._ids(batch.images[..., :height, :width])[:, down:, right:]
+                there = self._ids(batch.images[..., below:, beside:])[:, : rows - down, : columns - right]
+                pairs["shift"] = here, there
+            for name, pair in pairs.items():
+                found.setdefault(name, []).append(pair)
+        return {name: _joined(pairs) for name, pairs in found.items()}
+
+    def stored(self, images: ImageList, store: TokenStore, chosen: Int[np.ndarray, " n"]) -> tuple[Tensor, Tensor]:
+        """Words of the chosen images' first views: those in the store, and those they have now."""
+        dataset = ViewDataset(images, store.view_spec, self.channels, teacher_size=self.teacher_size)
+        pairs = []
+        for batch in self._batches(dataset, chosen.tolist(), "stored words"):
+            ids = np.stack([store.read(int(index), 0) for index in batch.image_index])
+            pairs.append((torch.from_numpy(ids).long(), self._ids(batch.teacher_images).flatten(1)))
+        return _joined(pairs)
+
+    def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
+        size = inference_batch_size(self.teacher_size)
+        batches = [[(0, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
+        return readable_batches(dataset, batches, Quarantine(dataset.images, MAX_UNREADABLE), title)
+
+    @torch.inference_mode()
+    def _ids(self, images: Tensor | None) -> Int[Tensor, "B rows columns"]:
+        assert images is not None
+        return self.tokenizer(self.compute.to(images)).cpu()
+
+    def _noise(self, images: ImageList, batch: Batch, seed: int) -> Tensor:
+        """A function of the image alone, whatever the batch."""
+        generators = [np.random.default_rng([seed, images.key(int(index))]) for index in batch.image_index]
+        shape = (self.channels, *self.teacher_size)
+        return torch.from_numpy(np.stack([each.normal(0, NOISE, shape).astype(np.float32) for each in generators]))
+
+
+def _bytes(pixels: Tensor) -> UInt8[Tensor, "B C h w"]:
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    first, second = zip(*pairs, strict=True)
+    return torch.cat(first), torch.cat(second)

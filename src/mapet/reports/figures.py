@@ -13,8 +13,7 @@ from torch import Tensor
 from mapet.data.image_list import ImageList
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.look import Look, principal_colors
-from mapet.evaluation.retrieval import retrieve
+from mapet.evaluation.look import Look, principal_colors, retrieve
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots
@@ -48,13 +47,13 @@ def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: C
     title = "Principal components of the patches' features as colours"
     figures["features"] = plots.plot_maps(shown, {"features": colors}, title)
     try:
-        found = retrieve(model.vit, images, compute)
+        rows, classes, confusion = retrieve(model.vit, images, compute)
     except MapetError as error:
         log.warning("no neighbours: %s", error)
         return figures
-    figures["neighbours"] = plots.plot_neighbours(found.rows, labelled=bool(found.classes))
-    if found.confusion is not None:
-        figures["confusion"] = plots.plot_confusion(found.confusion, found.classes)
+    figures["neighbours"] = plots.plot_neighbours(rows, labelled=bool(classes))
+    if confusion is not None:
+        figures["confusion"] = plots.plot_confusion(confusion, classes)
     return figures
 
 

@@ -20,9 +20,8 @@ from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.device import Compute, usable_cores
 from mapet.errors import Interrupted, MapetError, option
-from mapet.evaluation.backbone_wrapper import RANDOM, BackboneWrapper
-from mapet.evaluation.feature_cache import CacheConfig, FeatureCache
-from mapet.evaluation.features import train_and_test
+from mapet.evaluation.datasets import train_and_test
+from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
 from mapet.run_state import CONFIG_FILE, RunState, read_or_none, record, run_state
 from mapet.signals import stop_signals

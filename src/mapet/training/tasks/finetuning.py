@@ -18,8 +18,8 @@ from mapet.data.dataset import Batch, ViewDataset, in_order
 from mapet.data.views import rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
-from mapet.evaluation.features import LabelledSet, centred_batches, normalize, train_and_test
-from mapet.evaluation.few_shot import few_shot_split
+from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
+from mapet.evaluation.features import centred_batches, normalize
 from mapet.models.adapt import input_mean_std
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.training.task import StepOutput, Task

@@ -22,7 +22,7 @@ from mapet.data.token_store import TokenStore
 from mapet.device import Compute, free_memory
 from mapet.errors import by, option
 from mapet.evaluation.features import normalize
-from mapet.evaluation.online import OnlineProbe
+from mapet.evaluation.probes import OnlineProbe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.cae import ContextAutoencoder
 from mapet.models.losses import normalized_patches
