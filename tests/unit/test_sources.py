@@ -492,7 +492,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
         out = tmp_path / f"made{number}"
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
             mapet.prepare(images=source, out=out, short_side=48, streaming=True)
-        with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*resume=True"):
+        with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
             scan(out)
         with pytest.raises(MapetError, match="short_side: 48 -> 32"):
             mapet.prepare(images=source, out=out, short_side=32, streaming=True, resume=True)
@@ -533,11 +533,11 @@ def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplo
                 resume=True,
             )
         assert not any((tmp_path / "out").glob("*.bin"))
-    with pytest.raises(MapetError, match=r"streaming is for hf:NAME, not "):
+    with pytest.raises(MapetError, match=r"streaming=True is for hf:NAME, not "):
         mapet.prepare(images=folder, out=tmp_path / "no", streaming=True)
     table = datasets.load_dataset(str(folder), split="train")
     table.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(MapetError, match="leave streaming out"):
+    with pytest.raises(MapetError, match="leave streaming=True out"):
         mapet.prepare(images=f"hf:{tmp_path}/saved", out=tmp_path / "no", streaming=True, resume=True)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
 from mapet.data.readers import BadImage
 from mapet.data.token_store import TokenStore
@@ -25,9 +26,8 @@ from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
-OF_ALL_IMAGES = {"of_all_images": True}
-"""Marks fields of `Batch` that are the same for every micro-batch."""
-
+OF_ALL_IMAGES = ("num_context", "target_indices", "bad")
+"""Fields of `Batch` that are the same for every micro-batch."""
 
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
 """Per-patch prediction target, row-major: token id or regression vector."""
@@ -59,9 +59,9 @@ class Batch:
     permutation: Int[Tensor, "B N"] | None = None
     jitter: Float[Tensor, "B 3"] | None = None
     drop_path_rand: DropPathRand | None = None
-    num_context: int | None = field(default=None, metadata=OF_ALL_IMAGES)
-    target_indices: Int[Tensor, " m"] | None = field(default=None, metadata=OF_ALL_IMAGES)
-    bad: list[tuple[int, str]] = field(default_factory=list, metadata=OF_ALL_IMAGES)
+    num_context: int | None = None
+    target_indices: Int[Tensor, " m"] | None = None
+    bad: list[tuple[int, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Return B."""
@@ -69,7 +69,7 @@ class Batch:
 
     def __getitem__(self, part: slice) -> "Batch":
         """Return a micro-batch: some of the images, and what holds for all of them."""
-        per_image = {f.name: getattr(self, f.name) for f in fields(self) if "of_all_images" not in f.metadata}
+        per_image = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_ALL_IMAGES}
         return replace(self, **{name: value[part] for name, value in per_image.items() if value is not None})
 
     def to(self, device: torch.device) -> "Batch":
@@ -81,16 +81,9 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **values)
-
-
-def _stack(values: list[Any]) -> Tensor:
-    if not isinstance(values[0], Tensor):
-        return torch.from_numpy(np.stack(values))
-    # Pixels lie as rows of RGB, and stay so: one copy of bytes.
-    return torch.stack([pixels.movedim(0, -1) for pixels in values]).movedim(-1, 1)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -136,24 +129,19 @@ class ViewDataset(Dataset[Batch]):
 
         In turn with decoders, the same draws take three times as long: each finds its code gone from the caches.
         """
-        samples, bad = [], []
+        bad, samples = list[tuple[int, str]](), []
         for position, (number, drawn) in zip(positions, [self._draw(*position) for position in positions], strict=True):
             try:
                 samples.append(drawn | self._pixels(position, number))
             except BadImage as error:
                 bad.append((position[1], str(error)))
-        if not samples:
-            return Batch(torch.zeros(0, dtype=torch.int64), bad=bad)
-        stacked: dict[str, Any] = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
-        return Batch(**stacked, bad=bad)
+        return _collate(samples, bad)
 
     def placeholder(self, index: int) -> Batch:
         """Return a batch of one black image with all that a batch has, for a rank that can read none of its own."""
         sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
         black = {name: torch.zeros(self.channels, *size, dtype=torch.uint8) for name, size in sizes.items() if size}
-        sample = self._draw(0, index)[1] | black
-        stacked: dict[str, Any] = {name: _stack([value]) for name, value in sample.items()}
-        return Batch(**stacked)
+        return _collate([self._draw(0, index)[1] | black], [])
 
     def _draw(self, number: int, index: int) -> tuple[int, dict[str, Any]]:
         """Return the index of a stored view, or `number`, and a sample without pixels: fields of `Batch`."""
@@ -184,6 +172,19 @@ class ViewDataset(Dataset[Batch]):
         return pixels
 
 
+def _collate(samples: list[dict[str, Any]], bad: list[tuple[int, str]]) -> Batch:
+    """Stack samples: fields of `Batch`, arrays or pixels."""
+    stacked: dict[str, Any] = {"image_index": torch.zeros(0, dtype=torch.int64)}
+    for name in samples[0] if samples else ():
+        values = [sample[name] for sample in samples]
+        if isinstance(values[0], Tensor):  # pixels lie as rows of RGB, and stay so: one copy of bytes
+            stacked[name] = torch.stack([pixels.movedim(0, -1) for pixels in values]).movedim(-1, 1)
+        else:
+            stacked[name] = torch.from_numpy(np.stack(values))
+    return Batch(**stacked, bad=bad)
+
+
+@dataclass(eq=False)
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), each epoch a fresh order that depends on (seed, epoch) alone; starts at any step.
 
@@ -194,19 +195,17 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         rank: of several `processes`, which: they deal out each batch among them, image by image.
     """
 
-    def __init__(
-        self,
-        indices: Int[np.ndarray, " n"],
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        first_step: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.indices, self.batch_size, self.epochs, self.seed = indices, batch_size, epochs, seed
-        self.first_step, self.rank, self.processes = first_step, rank, processes
-        self.steps_per_epoch = -(-len(indices) // batch_size)
+    indices: Int[np.ndarray, " n"]
+    batch_size: int
+    epochs: int
+    seed: int
+    first_step: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.first_step
@@ -234,25 +233,17 @@ def inference_batch_size(image_size: tuple[int, int]) -> int:
 
 def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
     """Batches of (number, index) for indices start .. count-1 in order."""
-    return [
-        [(number, index) for index in range(first, min(first + batch_size, count))]
-        for first in range(start, count, batch_size)
-    ]
+    positions = [(number, index) for index in range(start, count)]
+    return [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
 
 
 def make_loader(dataset: ViewDataset, batches: Any, pin_memory: bool = False) -> Iterable[Batch]:
     """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
     workers = num_workers()
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        prefetch_factor=4 if workers else None,
-        persistent_workers=False,
-    )
+        dataset, batch_sampler=batches, num_workers=workers, prefetch_factor=4 if workers else None,
+        collate_fn=_as_is, pin_memory=pin_memory, worker_init_fn=_start_worker,
+    )  # fmt: skip
 
 
 def _as_is(batch: Any) -> Any:
@@ -272,25 +263,18 @@ def _unless_left(kind: type[BaseException], error: BaseException, trace: Traceba
         sys.__excepthook__(kind, error, trace)
 
 
-class Named(Protocol):
-    def __len__(self) -> int: ...
-    def id(self, index: int) -> str: ...
-
-
 @dataclass
 class Quarantine:
     """Images that could not be read, with reasons; stops the stage when there are too many.
 
     Attributes:
-        images: the list, or what names and counts its images.
-        max_unreadable: the largest share of the list that may be bad; one bad image is always allowed.
-        on_new: called with (index, reason) of each newly found one.
+        images: the list, or the stream of them.
+        max_unreadable: the largest fraction of the list that may be bad; one bad image is always allowed.
     """
 
-    images: Named
+    images: ImageList | HFStream
     max_unreadable: float
     reasons: dict[int, str] = field(default_factory=dict)
-    on_new: Callable[[int, str], None] | None = None
 
     def add(self, bad: list[tuple[int, str]], quiet: bool = False) -> None:
         """Raises MapetError when there are too many. `quiet`: they have been named before."""
@@ -300,16 +284,12 @@ class Quarantine:
             self.reasons[index] = reason
             if not quiet:
                 log.warning("bad image %r: %s", self.images.id(index), reason)
-            if self.on_new:
-                self.on_new(index, reason)
-            if len(self.reasons) > max(1, self.max_unreadable * len(self.images)) or len(self.reasons) == len(
-                self.images
-            ):
+            num_bad, total = len(self.reasons), len(self.images)
+            if num_bad > max(1, self.max_unreadable * total) or num_bad == total:
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
                 raise MapetError(
-                    f"{len(self.reasons)} of {len(self.images)} images unreadable so far, more than "
-                    f"{option('max_unreadable')} {self.max_unreadable:g} allows "
-                    f"({examples}). `mapet check` lists them all; remove them or raise {option('max_unreadable')}"
+                    f"{num_bad} of {total} images unreadable so far, more than {option('max_unreadable')} {self.max_unreadable:g} "
+                    f"allows ({examples}). `mapet check` lists them all; remove them or raise {option('max_unreadable')}"
                 )
 
 

@@ -4,6 +4,7 @@ import heapq
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from mapet.config.shared import HUGGING_FACE, is_url
@@ -32,15 +33,16 @@ def scan(source: str | Path) -> ImageList:
     text = os.fspath(source)
     if text.startswith(HUGGING_FACE):
         return list_hf_images(text)
-    path = Path(text)
-    if is_url(text) or (names_shards(text) and not path.is_dir()):
+    path, manifest = Path(text), Path(text, MANIFEST)
+    if is_url(text) or (re.search(r"\.(tar|tgz)(\.\w+)?$", text) and not path.is_dir()):
         return list_shards(text)
-    if _has_manifest(path):
-        return ImageList(PreparedDataset(path))
+    with suppress(OSError):  # there is none; among images it may be anybody's
+        if b'"format_version"' in manifest.read_bytes() or (path / IDS).is_file():
+            return ImageList(PreparedDataset(path))
     if path.is_dir():
         found = _scan_folder(path)
         if not len(found) and any(path.glob("*.tar")):
-            return scan(path / "*.tar")
+            return list_shards(str(path / "*.tar"))
         if not len(found):
             endings = " ".join(sorted(EXTENSIONS))
             raise MapetError(f"no images in {path} ({found.ignored} other files); looked for names ending in {endings}")
@@ -48,23 +50,8 @@ def scan(source: str | Path) -> ImageList:
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
-    raise MapetError(
-        f"{path} does not exist{where}: give a folder of images, a text file of paths, .tar shards or hf:NAME"
-    )
-
-
-def _has_manifest(folder: Path) -> bool:
-    """Return whether a folder is data that mapet wrote; a manifest.json among images may be anybody's."""
-    try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError:
-        return False
-    return b'"format_version"' in content or (folder / IDS).is_file()
-
-
-def names_shards(text: str) -> bool:
-    """Whether a source spells tar files, rather than a list."""
-    return re.search(r"\.(tar|tgz)(\.\w+)?$", text) is not None
+    hint = "give a folder of images, a text file of paths, .tar shards or hf:NAME"
+    raise MapetError(f"{path} does not exist{where}: {hint}")
 
 
 def _scan_folder(root: Path) -> ImageList:
@@ -84,17 +71,13 @@ def _scan_folder(root: Path) -> ImageList:
         except PermissionError:
             raise MapetError(f"no permission to list the folder {os.fsdecode(folder)}") from None
         for entry in entries:
-            name = os.path.join(below, entry.name)
+            name, ending = os.path.join(below, entry.name), os.path.splitext(entry.name)[1].lower().decode("latin-1")
             if entry.name.startswith(b"."):
                 continue
             if entry.is_dir():
                 heapq.heappush(pending, (linked or entry.is_symlink(), name))
-            elif os.path.splitext(entry.name)[1].lower().decode("latin-1") in EXTENSIONS:
-                size = _size(entry)
-                if size is None:
-                    ignored += 1
-                else:
-                    found.append((name, size))
+            elif ending in EXTENSIONS and (size := _size(entry)) is not None:
+                found.append((name, size))
             else:
                 ignored += 1
     found.sort()

@@ -13,7 +13,8 @@ import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from mapet.config.shared import is_url
-from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
+from mapet.data.image_list import ImageList, ImageReader, PackedStrings, number_classes
 from mapet.data.readers import EXTENSIONS
 from mapet.errors import MapetError
 from mapet.files import atomic
@@ -72,7 +73,7 @@ class TarReader(ImageReader):
         self.first = np.cumsum([0, *(len(shard.names) for shard in shards[:-1])])
         self.offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
-        labels = _labels(PackedStrings.concatenate([shard.labels for shard in shards]))
+        labels = number_classes(PackedStrings.concatenate([shard.labels for shard in shards]), _numbers_in_order)
         super().__init__(source, names, sizes, labels, sum(shard.ignored for shard in shards))
 
     def data(self, index: int) -> bytes:
@@ -88,9 +89,8 @@ class TarReader(ImageReader):
                     raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
                 time.sleep(wait)
         if len(data) != size:
-            raise MapetError(
-                f"{path} has {len(data):,} of the {size:,} bytes of {os.fsdecode(self.ids[index])}: it has changed, so start again"
-            )
+            found = f"{len(data):,} of the {size:,} bytes of {os.fsdecode(self.ids[index])}"
+            raise MapetError(f"{path} has {found}: it has changed, so start again")
         return data
 
 
@@ -112,13 +112,14 @@ def list_shards(source: str) -> ImageList:
     """
     paths = _expand(source)
     with ThreadPoolExecutor(AT_ONCE if is_url(source) else 1) as pool:
-        found = pool.map(partial(_index, source), paths)
+        found = pool.map(lambda path: _index(source, path), paths)
         shards = list(tqdm(found, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
     names = PackedStrings.concatenate([shard.names for shard in shards])
     if not names:
+        others = f"{sum(shard.ignored for shard in shards)} other members"
+        endings = " ".join(sorted(EXTENSIONS))
         raise MapetError(
-            f"no images in the {len(paths)} shards of {source} ({sum(shard.ignored for shard in shards)} other members); "
-            f"looked for names ending in {' '.join(sorted(EXTENSIONS))}"
+            f"no images in the {len(paths)} shards of {source} ({others}); looked for names ending in {endings}"
         )
     if _any_twice(names):
         names = PackedStrings.pack(
@@ -143,10 +144,8 @@ def _expand(source: str) -> list[str]:
         paths += found
     for path in paths:
         if not path.partition("?")[0].endswith(".tar"):
-            raise MapetError(
-                f"{path} is no .tar file: a URL names tar shards, uncompressed, for only those give an image without all that "
-                "stands before it; unpack others (gunzip, zstd -d): images are compressed as they are"
-            )
+            hint = "a URL names tar shards, uncompressed, which give an image without all before it: gunzip, zstd -d others"
+            raise MapetError(f"{path} is no .tar file: {hint}")
     return paths
 
 
@@ -174,9 +173,10 @@ def _index(source: str, path: str) -> Shard:
         fs = _file_system(source, os.getpid())
         path = path if is_url(source) else os.path.realpath(path)
         about = json.dumps([FORMAT, fs.protocol, path, fs.info(path)], default=str)
-        kept = _cache() / f"{hashlib.sha256(about.encode()).hexdigest()}.safetensors"
-        if (shard := _read_index(kept)) is not None:
-            return shard
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapet" / "shards"
+        kept = cache / f"{hashlib.sha256(about.encode()).hexdigest()}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError, IndexError):  # there is none, or it is damaged
+            return _read_index(kept)
         with fs.open(path, "rb") as file:
             shard = read_headers(file, path)
     except MapetError:
@@ -185,32 +185,21 @@ def _index(source: str, path: str) -> Shard:
         raise MapetError(f"{path}: no such file") from None
     except Exception as error:  # each file system has errors of its own
         raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
+    arrays = {"offsets": shard.offsets, "sizes": shard.sizes, "ignored": np.array([shard.ignored])}
+    for name, strings in (("names", shard.names), ("labels", shard.labels)):
+        arrays |= {name: np.frombuffer(strings.block, np.uint8), f"{name}.ends": strings.ends}
     try:
-        _write_index(kept, shard)
+        with atomic(kept) as temporary:
+            save_file(arrays, temporary)
     except OSError as error:
         log.debug("the index of %s is not kept: %s", path, error)
     return shard
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapet" / "shards"
-
-
-def _write_index(path: Path, shard: Shard) -> None:
-    arrays = {"offsets": shard.offsets, "sizes": shard.sizes, "ignored": np.array([shard.ignored])}
-    for name, names in (("names", shard.names), ("labels", shard.labels)):
-        arrays |= {name: np.frombuffer(names.block, np.uint8), f"{name}.ends": names.ends}
-    with atomic(path) as temporary:
-        save_file(arrays, temporary)
-
-
-def _read_index(path: Path) -> Shard | None:
-    try:
-        arrays = load_file(path)
-        names, labels = (PackedStrings(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels"))
-        return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
-    except (OSError, SafetensorError, KeyError, IndexError):
-        return None
+def _read_index(path: Path) -> Shard:
+    arrays = load_file(path)
+    names, labels = (PackedStrings(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels"))
+    return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
 
 
 def read_headers(file: Any, path: str) -> Shard:
@@ -219,7 +208,7 @@ def read_headers(file: Any, path: str) -> Shard:
     Raises:
         MapetError: it is no tar file, is damaged or cut off, or one name comes twice.
     """
-    images: dict[bytes, tuple[int, int]] = {}
+    images: dict[bytes, tuple[int, int, bytes]] = {}
     labels: dict[bytes, bytes] = {}
     ignored = 0
     try:
@@ -232,10 +221,9 @@ def read_headers(file: Any, path: str) -> Shard:
             plain = member.isreg() and not member.issparse() and not hidden
             if plain and ending.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
-                    raise tarfile.ReadError(
-                        f"the name {member.name!r} {'comes twice' if name in images else 'is none'}"
-                    )
-                images[name] = member.offset_data, member.size
+                    wrong = "comes twice" if name in images else "is none"
+                    raise tarfile.ReadError(f"the name {member.name!r} {wrong}")
+                images[name] = member.offset_data, member.size, key
             elif plain and ending == b".cls" and member.size <= LONGEST_LABEL:
                 file.seek(member.offset_data)
                 labels[key] = file.read(member.size).strip()
@@ -250,12 +238,10 @@ def read_headers(file: Any, path: str) -> Shard:
                 f"no header where one should be, at byte {tar.offset:,}, or something after the end"
             )
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
-        raise MapetError(
-            f"the shard {path} is damaged or no uncompressed tar file: {error}. Make or copy it again"
-        ) from None
-    keys = (os.path.join(os.path.dirname(name), os.path.basename(name).split(b".")[0]) for name in images)
-    places = np.array(list(images.values()), np.int64).reshape(-1, 2)
-    texts = PackedStrings.pack(labels.get(key, b"") for key in keys)
+        found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
+        raise MapetError(f"{found}. Make or copy it again") from None
+    places = np.array([(offset, size) for offset, size, _ in images.values()], np.int64).reshape(-1, 2)
+    texts = PackedStrings.pack(labels.get(key, b"") for _, _, key in images.values())
     return Shard(PackedStrings.pack(images), places[:, 0].copy(), places[:, 1].copy(), texts, ignored)
 
 
@@ -284,18 +270,8 @@ class _SmallReads:
 
 
 def _any_twice(names: PackedStrings) -> bool:
-    hashes = np.fromiter(map(hash, names), np.int64, len(names))
-    order = np.argsort(hashes, kind="stable")
-    candidates = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    return any(names[order[i]] == names[order[i + 1]] for i in candidates)
-
-
-def _labels(texts: PackedStrings) -> Labels | None:
-    classes = sorted(set(texts), key=_numbers_in_order)
-    if len(classes) < 2 or b"" in classes:
-        return None
-    index = {text: number for number, text in enumerate(classes)}
-    return [os.fsdecode(text) for text in classes], np.fromiter(map(index.__getitem__, texts), np.int64, len(texts))
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))  # of most lists these tell, in little memory
+    return len(np.unique(hashes)) < len(names) and len(set(names)) < len(names)
 
 
 def _numbers_in_order(text: bytes) -> tuple[int, bytes]:

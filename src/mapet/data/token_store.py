@@ -105,26 +105,15 @@ class TokenStore:
 
     @classmethod
     def create(
-        cls,
-        folder: Path,
-        images: ImageList,
-        tokenizer_hash: str,
-        vocab_size: int,
-        grid: tuple[int, int],
-        view_spec: ViewSpec,
-        num_views: int,
-    ) -> "TokenStore":
+        cls, folder: Path, images: ImageList, tokenizer_hash: str, vocab_size: int, grid: tuple[int, int],
+        view_spec: ViewSpec, num_views: int,
+    ) -> "TokenStore":  # fmt: skip
         """Write the manifest of a store without rows. The folder must exist."""
         manifest = {
-            "tokenizer_hash": tokenizer_hash,
-            "images_hash": images.hash,
-            "num_images": len(images),
-            "num_views": num_views,
-            "view_spec": view_spec.model_dump(mode="json"),
-            "grid": list(grid),
-            "vocab_size": vocab_size,
+            "tokenizer_hash": tokenizer_hash, "images_hash": images.hash, "num_images": len(images), "num_views": num_views,
+            "view_spec": view_spec.model_dump(mode="json"), "grid": list(grid), "vocab_size": vocab_size,
             "shard_size": SHARD_SIZE,
-        }
+        }  # fmt: skip
         write_manifest(folder, KIND, FORMAT, manifest)
         (folder / "shards").mkdir(exist_ok=True)
         return cls(folder, manifest)
@@ -153,19 +142,17 @@ class TokenStore:
             raise MapetError(
                 f"the token store {folder} was made of another list of images: it has {manifest['num_images']} images with hash "
                 f"{manifest['images_hash'][:12]}, {images.root} has {len(images)} with hash {images.hash[:12]}. "
-                f"Put back what was added, removed or changed, or begin again: `mapet tokenize` into a new folder, `mapet "
-                f"run` with a new {option('out')}"
+                f"Put back what was added, removed or changed, or begin again with a new {option('out')}"
             )
-        if tokenizer_hash is not None and manifest["tokenizer_hash"] != tokenizer_hash:
+        if tokenizer_hash is not None and tokenizer_hash != manifest["tokenizer_hash"]:
             raise MapetError(
                 f"the token store {folder} was made with another codebook: its hash is {manifest['tokenizer_hash'][:12]}, the "
                 f"tokenizer's {tokenizer_hash[:12]}. Run `mapet tokenize` again into a new folder"
             )
         if store.num_done < len(store) and not writable:
-            raise MapetError(
-                f"the token store {folder} is unfinished ({store.num_done} of {len(store)} images): run the same `mapet tokenize "
-                f"... {option('resume', True)}` to finish it"
-            )
+            found = f"unfinished ({store.num_done} of {len(store)} images)"
+            again = f"run the same `mapet tokenize ... {option('resume', True)}` to finish it"
+            raise MapetError(f"the token store {folder} is {found}: {again}")
         return store
 
     def write(self, shard: TokenShard, ids: Int[np.ndarray, "n V N"], unreadable: dict[int, str]) -> None:
@@ -173,8 +160,9 @@ class TokenStore:
 
         Progress is saved at the end of a shard, after `SAVE_INTERVAL_S`, and by `autosave`.
         """
-        if not shard.num_done:
-            self._allocate(shard)
+        if not shard.num_done:  # new: reserve its disk space
+            create_array(shard.path, self.dtype, self._shape(shard))
+            self.save_progress(shard)
         self._map(shard, "r+")[shard.num_done : shard.num_done + len(ids)] = ids
         shard.unreadable |= unreadable
         shard.num_done += len(ids)
@@ -206,18 +194,12 @@ class TokenStore:
         shard = self.shards[row // self.manifest["shard_size"]]
         ids = self._map(shard)[row - shard.first, view].astype(np.int64)
         if ids.max(initial=0) >= self.vocab_size:
-            raise MapetError(
-                f"{shard.path}: row {row} has token {ids.max()} of a vocabulary of {self.vocab_size}: damaged"
-            )
+            found = f"token {ids.max()} of a vocabulary of {self.vocab_size}"
+            raise MapetError(f"{shard.path}: row {row} has {found}: damaged")
         return ids
 
     def _shape(self, shard: TokenShard) -> tuple[int, int, int]:
         return shard.count, self.num_views, self.grid[0] * self.grid[1]
-
-    def _allocate(self, shard: TokenShard) -> None:
-        """Create a new shard and reserve its disk space."""
-        create_array(shard.path, self.dtype, self._shape(shard))
-        self.save_progress(shard)
 
     def _map(self, shard: TokenShard, mode: Any = "r") -> np.memmap:
         """Map the rows of a shard into memory."""
