@@ -32,7 +32,7 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.evaluation.features import normalize
-from mapet.models.adapt import input_mean_std
+from mapet.models.checkpoint_conversion import input_mean_std
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 PLAIN = "Pillow + torchvision"

@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.models.adapt import input_mean_std
 from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
+from mapet.models.checkpoint_conversion import input_mean_std
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -201,7 +201,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
             timm.models.save_for_hf(beit, source, safe_serialization=True)
         else:
             source = "timm:beit_base_patch16_224"
-            monkeypatch.setattr("mapet.models.pretrained.timm_model", lambda *_: beit)
+            monkeypatch.setattr("mapet.models.backbone.timm_model", lambda *_: beit)
         block = beit.blocks[1]
         scale, linear, projection = block.gamma_2, block.mlp.fc1.weight, block.attn.qkv.weight[32:64]
         patches = beit.patch_embed.proj

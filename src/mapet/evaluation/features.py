@@ -24,10 +24,8 @@ from mapet.data.views import ViewSpec, color_jitter
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet
-from mapet.models.adapt import input_mean_std
-from mapet.models.backbone import load_backbone, prepare_for_device
-from mapet.models.checkpoint_conversion import MeanStd
-from mapet.models.pretrained import HUB_PREFIXES, timm_model
+from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
+from mapet.models.checkpoint_conversion import MeanStd, input_mean_std
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 

@@ -1,4 +1,4 @@
-"""Published ViT weights under anybody's names -> timm's names for a plain VisionTransformer, and its sizes.
+"""Published ViT weights under anybody's names -> a plain timm VisionTransformer: names, sizes, and what must be adapted.
 
 Known layouts, and what tells them (`docs/export.md` has the table):
 
@@ -17,10 +17,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.errors import MapetError, by
-from mapet.weights import first_names
+from mapet.weights import describe_mismatch, first_names
 
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel in [0, 1]."""
@@ -54,6 +58,7 @@ UNSUPPORTED = {
     "gated MLP (SwiGLU)": re.compile(r"^blocks\.\d+\.mlp\.(w12|w3|fc1_g|fc1_x|weights_in|weights_out)\."),
 }
 """Parts that a plain ViT lacks, though the weights were learned with them."""
+LAYER_SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 NUM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
 """Attention heads of the published widths: the weights themselves don't tell."""
 
@@ -84,7 +89,7 @@ class PretrainedViT(NamedTuple):
 def from_state_dict(
     weights: Mapping[str, Tensor],
     source: object,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] = {},
     img_size: tuple[int, int] | None = None,
 ) -> PretrainedViT:
     """Recognize the layout of a file's tensors, rename them and infer the ViT's sizes.
@@ -104,14 +109,12 @@ def from_state_dict(
         for name, tensor in weights.items():
             if name.endswith("relative_position_bias_table"):  # BEiT's: (distances, heads)
                 args["num_heads"] = tensor.shape[1]
-        grid = _infer_grid(encoder, args, dict(overrides or {}), img_size)
+        grid = _infer_grid(encoder, args, overrides, img_size)
     except KeyError as error:
         raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}") from None
     except ValueError as error:
         raise MapetError(f"{source}: {error}") from None
-    return PretrainedViT(
-        encoder, "vit_base_patch16_224", args, grid, unexpected_keys=unexpected, unsupported=unsupported
-    )
+    return PretrainedViT(encoder, "vit_base_patch16_224", args, grid, None, None, unexpected, unsupported)
 
 
 def remap_keys(
@@ -127,9 +130,8 @@ def remap_keys(
     """
     prefixes = [match[1] for name in weights if (match := PATCH_EMBED.fullmatch(name))]
     if not prefixes:
-        raise MapetError(
-            f"{source}: not a ViT in a layout that is known: it has no patch_embed.proj.weight, but {first_names(list(weights))}"
-        )
+        found = f"it has no patch_embed.proj.weight, but {first_names(list(weights))}"
+        raise MapetError(f"{source}: not a ViT in a layout that is known: {found}")
     prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])
     unexpected, unsupported = [name for name in weights if not name.startswith(prefix)], set()
     renamed = {}
@@ -177,27 +179,18 @@ def _infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
     ratio = hidden / width
     class_token, fc_norm = "cls_token" in weights, "fc_norm.weight" in weights
     return {
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": NUM_HEADS.get(width),
+        "embed_dim": width, "depth": depth, "num_heads": NUM_HEADS.get(width), "patch_size": patch, "in_chans": channels,
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # timm rounds down
-        "patch_size": patch,
-        "in_chans": channels,
-        "num_classes": 0,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights, "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
-        "class_token": class_token,
-        "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
-        "pre_norm": "norm_pre.weight" in weights,
-        "final_norm": "norm.weight" in weights or fc_norm,
-        "fc_norm": fc_norm,
-        "global_pool": "avg" if fc_norm or not class_token else "token",
-    }
+        "class_token": class_token, "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
+        "pre_norm": "norm_pre.weight" in weights, "final_norm": "norm.weight" in weights or fc_norm, "fc_norm": fc_norm,
+        "global_pool": "avg" if fc_norm or not class_token else "token", "num_classes": 0,
+    }  # fmt: skip
 
 
 def _infer_grid(
-    weights: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any], img_size: tuple[int, int] | None
+    weights: dict[str, Tensor], args: dict[str, Any], overrides: Mapping[str, Any], img_size: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Infer the (rows, columns) of patches, and add `overrides` and what positions tell to `args`.
 
@@ -219,9 +212,9 @@ def _infer_grid(
     if "img_size" not in args:
         fits = squares + fits
     if not fits:
+        wanted = f"grid of {by(known)}" if known else "square of patches"
         raise ValueError(
-            f"it has {count} positions, which fit no {f'grid of {by(known)}' if known else 'square of patches'}; "
-            "give the size in pixels that they are for: img_size"
+            f"it has {count} positions, which fit no {wanted}; give the size in pixels that they are for: img_size"
         )
     grid, embedded = fits[0]
     args |= {"img_size": (grid[0] * patch, grid[1] * patch), "no_embed_class": num_prefix > 0 and embedded == 0}
@@ -230,3 +223,142 @@ def _infer_grid(
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
         args["no_embed_class"] = True
     return grid
+
+
+def input_mean_std(channels: int) -> MeanStd:
+    """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
+    if channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.5,) * channels, (0.25,) * channels
+
+
+def adapt_state_dict(
+    checkpoint: PretrainedViT, vit: VisionTransformer, source: object
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Make the state dict with which `vit` computes what the pre-trained ViT does.
+
+    The ViT gets its input as all of mapet does, normalized with `input_mean_std`: another normalization goes into the patch
+    embedding. A classifier is kept where it fits.
+
+    Returns:
+        (state dict, notes on what was changed)
+
+    Raises:
+        MapetError: another network: width, depth, MLP or norms differ.
+    """
+    weights = {name: tensor.detach().float() for name, tensor in checkpoint.state_dict.items()}
+    own, notes = vit.state_dict(), list[str]()
+    _adapt_patch_embed(weights, checkpoint, vit, notes)
+    _adapt_pos_embed(weights, checkpoint, vit, notes)
+    if not any(map(LAYER_SCALE.fullmatch, own)) and any(map(LAYER_SCALE.fullmatch, weights)):
+        notes.append("LayerScale multiplied into the layers before it: the same function")
+        weights = fold_layer_scale(weights)
+    if missing := [name for name in own if LAYER_SCALE.fullmatch(name) and name not in weights]:
+        notes.append("LayerScale starts at 1, as the file has none: the same function")
+        weights |= {name: torch.ones_like(own[name]) for name in missing}
+    for name, tensor in own.items():
+        if name.endswith("attn.qkv.bias"):
+            weights.setdefault(name, torch.zeros_like(tensor))
+    for here, there, change in (("norm", "fc_norm", "after it to before"), ("fc_norm", "norm", "before it to after")):
+        if f"{here}.weight" in own and f"{there}.weight" in weights.keys() - own.keys():
+            weights |= {f"{here}.{part}": weights.pop(f"{there}.{part}") for part in ("weight", "bias")}
+            notes.append(f"the last norm moved relative to the pooling: from {change}")
+    for name in ("head.weight", "head.bias"):
+        kept = weights.pop(name, None)
+        if name in own:
+            weights[name] = kept if kept is not None and kept.shape == own[name].shape else own[name]
+    if mismatch := describe_mismatch(dict(sorted(weights.items())), dict(sorted(own.items()))):
+        args = checkpoint.model_args
+        size = f"width {args['embed_dim']}, depth {args['depth']}" if args else checkpoint.model
+        raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {mismatch}")
+    return weights, notes
+
+
+def _adapt_patch_embed(
+    weights: dict[str, Tensor], checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]
+) -> None:
+    """Fit the patch embedding to `vit`'s normalization, channels and patch size."""
+    weight = weights["patch_embed.proj.weight"]
+    if weight.shape[0] != vit.embed_dim:  # reported with the other shapes
+        return
+    before, after = weight.shape[1], vit.in_chans
+    mean, std = map(torch.tensor, checkpoint.mean_std or input_mean_std(before))
+    new_mean, new_std = map(torch.tensor, input_mean_std(after))
+    has_bias = vit.patch_embed.proj.bias is not None
+    if has_bias:
+        weights.setdefault("patch_embed.proj.bias", torch.zeros(len(weight)))
+    if before != after or not (torch.allclose(mean, new_mean) and torch.allclose(std, new_std)):
+        # w (x - m) / s = (w / s) x - w m / s: first for pixels as they are, then for those that we give it.
+        raw = weight / std.view(-1, 1, 1)
+        offset = -(raw.sum(dim=(2, 3)) * mean).sum(1)
+        raw = adapt_input_conv(after, raw, base_chans=before)
+        offset += (raw.sum(dim=(2, 3)) * new_mean).sum(1)
+        weight = raw * new_std.view(-1, 1, 1)
+        if has_bias:
+            weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
+        elif "pos_embed" in weights:
+            position = weights["pos_embed"].clone()
+            position[:, -math.prod(checkpoint.grid) :] += offset
+            weights["pos_embed"] = position
+        else:
+            raise MapetError("its patch embedding has no bias to take another normalization into")
+        notes.append(
+            f"patch embedding for {after} channels made of one for {before}"
+            if before != after
+            else "patch embedding takes pixels normalized with ImageNet's mean and standard deviation"
+        )
+    size = tuple(vit.patch_embed.patch_size)
+    if tuple(weight.shape[2:]) != size:
+        notes.append(f"patch embedding resampled from {by(weight.shape[2:])} to {by(size)} px")
+        weight = resample_patch_embed(weight, list(size))
+    weights["patch_embed.proj.weight"] = weight
+
+
+def _adapt_pos_embed(
+    weights: dict[str, Tensor], checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]
+) -> None:
+    """Fit class and register tokens and all positions; where `vit` has none for tokens, these are added to the tokens."""
+    own, positions = vit.state_dict(), weights.pop("pos_embed", None)
+    embedded = (
+        0 if positions is None else positions.shape[1] - math.prod(checkpoint.grid)
+    )  # prefix tokens with a position
+    start, prefix = 0, list[Tensor]()
+    for name, label in (("cls_token", "class token"), ("reg_token", "register tokens")):
+        token, new = weights.pop(name, None), own.get(name)
+        count = 0 if token is None else token.shape[1]
+        if new is None:
+            if count:
+                notes.append(f"{label} left out: this ViT has none")
+        elif token is None or count != new.shape[1]:
+            notes.append(f"{label} new: the file has {count or 'none'}")
+            weights[name] = new
+            prefix.append(torch.zeros_like(new))
+        else:
+            position = positions[:, start : start + count] if positions is not None and embedded else 0 * token
+            weights[name] = token + position if vit.no_embed_class else token
+            prefix.append(position)
+        start += count
+    if vit.pos_embed is None:
+        if positions is not None:
+            raise MapetError("the weights have learned positions and this ViT has no place for them")
+    elif positions is None:
+        weights["pos_embed"] = own["pos_embed"]
+        notes.append("positions are new: the file has none")
+    else:
+        old_grid, new_grid = checkpoint.grid, tuple(vit.patch_embed.grid_size)
+        if new_grid != old_grid:
+            notes.append(f"positions resampled from {by(old_grid)} to {by(new_grid)} patches")
+        patches = resample_abs_pos_embed(positions[:, embedded:], list(new_grid), list(old_grid), num_prefix_tokens=0)
+        weights["pos_embed"] = patches if vit.no_embed_class else torch.cat([*prefix, patches], dim=1)
+
+
+def fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of the same function without LayerScale: gamma goes into the linear layer before it."""
+    folded = dict(weights)
+    for name in weights:
+        if match := LAYER_SCALE.fullmatch(name):
+            gamma, layer = folded.pop(name), match[1] + {"1": "attn.proj", "2": "mlp.fc2"}[match[2]]
+            folded[f"{layer}.weight"] = weights[f"{layer}.weight"] * gamma[:, None]
+            if f"{layer}.bias" in weights:
+                folded[f"{layer}.bias"] = weights[f"{layer}.bias"] * gamma
+    return folded

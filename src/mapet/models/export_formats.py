@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, how_to_install, option
 from mapet.files import write_json, write_tensors
-from mapet.models.adapt import fold_layer_scale, input_mean_std
 from mapet.models.backbone import save_backbone
+from mapet.models.checkpoint_conversion import fold_layer_scale, input_mean_std
 
 OPSET = 20
 """Of ONNX: the first that has GELU."""

@@ -10,9 +10,9 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.files import file_hash
-from mapet.models.adapt import input_mean_std
+from mapet.models.backbone import HUB_PREFIXES
+from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.models.export_formats import FORMATS
-from mapet.models.pretrained import HUB_PREFIXES
 from mapet.reports.history import History
 from mapet.reports.render import number, render
 from mapet.reports.run import figures, with_views

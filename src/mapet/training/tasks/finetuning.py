@@ -20,8 +20,8 @@ from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
 from mapet.evaluation.features import centred_batches, normalize
-from mapet.models.adapt import input_mean_std
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
+from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
