@@ -36,17 +36,8 @@ from mapet.training.checkpoint import checkpoints
 log = logging.getLogger("mapet")
 C = TypeVar("C", bound=TrainerConfig)
 MUTABLE_ON_RESUME = frozenset(
-    {
-        "resume",
-        "device",
-        "checkpoint_interval_min",
-        "log_interval",
-        "out",
-        "images",
-        "micro_batch_size",
-        "max_rollbacks",
-    }
-    | {"fsdp", "track", "max_unreadable"}
+    {"resume", "device", "checkpoint_interval_min", "log_interval", "out", "images", "micro_batch_size"}
+    | {"max_rollbacks", "fsdp", "track", "max_unreadable"}
 )
 """Options that can't change what is learned, so they may differ on resuming."""
 PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})
@@ -94,7 +85,9 @@ class RunFolder:
         self._tracking = Tracking(self.path, config.track, config.model_dump(mode="json"))
 
     def __enter__(self) -> "RunFolder":
-        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+        # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
+        text = "TensorBoard's files, or a tracker's, are not complete: %s"
+        self._hook, threading.excepthook = threading.excepthook, lambda failure: log.warning(text, failure.exc_value)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -111,10 +104,6 @@ class RunFolder:
             if file:
                 file.close()
 
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
-        log.warning("TensorBoard's files, or a tracker's, are not complete: %s", failure.exc_value)
-
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
@@ -123,11 +112,11 @@ class RunFolder:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
-        complete = re.finditer(
+        lines = re.finditer(
             r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8")
-        )  # not one cut short by a crash
+        )  # a crash may cut the last one short
         with atomic(path) as temporary:
-            temporary.write_text("".join(line[0] for line in complete if int(line[1]) <= step), encoding="utf-8")
+            temporary.write_text("".join(line[0] for line in lines if int(line[1]) <= step), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
     @distributed.rank_zero_only

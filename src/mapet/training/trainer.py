@@ -29,11 +29,11 @@ log = logging.getLogger("mapet")
 R = TypeVar("R")
 T = TypeVar("T")
 MAX_LOG_EVERY = 50
+"""Most steps between lines of metrics, where the option leaves it open."""
 KEEP_CHECKPOINTS = 2
 """Newest ones."""
 MAX_SKIPPED_STEPS = 5
 """Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
-"""Most steps between lines of metrics, where the option leaves it open."""
 
 
 class Trainer(Generic[R]):
@@ -105,9 +105,8 @@ class Trainer(Generic[R]):
             if self.step == 0:
                 on_rank_zero(task.start)
             compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
-            self.forward_backward = ForwardBackward(
-                LossModule(task), self.compute, task.config.micro_batch_size, compile, task.same_shapes
-            )
+            passes = self.compute, task.config.micro_batch_size, compile, task.same_shapes
+            self.forward_backward = ForwardBackward(LossModule(task), *passes)
             self._loop()
             (unusable,) = any_rank(self._with_product(lambda module: not task.is_usable(module)) or False)
             if unusable:
@@ -141,16 +140,14 @@ class Trainer(Generic[R]):
         log.info("resumed at step %d of %d", self.step, self.total_steps)
 
     def _loop(self) -> None:
-        task, config = self.task, self.task.config
         self._saved_at = time.monotonic()
-        pin_memory = self.compute.device.type == "cuda"
-        loader = make_loader(task.dataset, self.sampler, pin_memory)
-        with ProgressDisplay(task, self.total_steps, self.step) as self.display:
+        loader = make_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
+        with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
             for batch in self.metrics.time_data(loader):
                 self._train_step(batch)
                 self.step += 1
                 self.display.update()
-                if is_log_step(self.step, self.steps_per_epoch, config.log_interval):
+                if is_log_step(self.step, self.steps_per_epoch, self.task.config.log_interval):
                     self._log_metrics()
                 if self.step % self.steps_per_epoch == 0:
                     self._evaluate(self.step // self.steps_per_epoch)
@@ -214,8 +211,7 @@ class Trainer(Generic[R]):
             self._raise_nonfinite(f"loss or gradient was not finite in {skipped} steps in a row", kept=bool(before))
         state = checkpoint.load_checkpoint(before[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
-        text = "rolled back to the weights of step %d, with the images from step %d on"
-        log.warning(text, state["step"], self.step)
+        log.warning("rolled back to the weights of step %d, with the images from step %d on", state["step"], self.step)
         self._save(folder)
 
     def _raise_nonfinite(self, what: str, kept: bool = False) -> NoReturn:

@@ -221,18 +221,13 @@ class PretrainingTask(Task[PretrainConfig, Path]):
             targets = self.tokenizer.teacher(batch.teacher_images).flatten(2).transpose(1, 2)
         elif targets is None:
             targets = self.tokenizer(batch.teacher_images).flatten(1)
-        num_context = self.sample_num_context(step)
+        num_context, (low, high) = model.num_context, self.config.mask_ratio
+        if low < high:  # drawn from (seed, step) alone
+            ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
+            num_context = num_context_from_ratio(ratio, model.num_patches)
         indices = model.sample_target_indices(num_context, seed=[self.config.seed, step, 2])
         indices = None if indices is None else self.compute.to(indices)
         return replace(batch, images=images, targets=targets, num_context=num_context, target_indices=indices)
-
-    def sample_num_context(self, step: int) -> int:
-        """Return c of a step: fixed, or drawn from (seed, step) alone."""
-        low, high = self.config.mask_ratio
-        if low == high:
-            return self.model.num_context
-        ratio = np.random.default_rng([self.config.seed, step, 1]).uniform(low, high)
-        return num_context_from_ratio(ratio, self.model.num_patches)
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
         """Compute the model's loss and, of tokens, accuracy and how often each occurs."""
@@ -258,13 +253,12 @@ class PretrainingTask(Task[PretrainConfig, Path]):
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
         """Return loss and accuracy, each beside its baseline."""
-        text = f"loss {metrics['loss']:.3f}"
+        text = "loss {loss:.3f}"
         if "token_entropy" in metrics:
             text += (
-                f" (by frequency {metrics['token_entropy']:.3f}), accuracy {metrics['token_accuracy']:.1%} "
-                f"(commonest {metrics['commonest_token']:.1%})"
+                " (by frequency {token_entropy:.3f}), accuracy {token_accuracy:.1%} (commonest {commonest_token:.1%})"
             )
-        return text
+        return text.format(**metrics)
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
         """Probe the frozen backbone with labeled images, about five times a run."""

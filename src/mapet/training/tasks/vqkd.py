@@ -5,7 +5,6 @@ import math
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +85,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
     def start(self) -> None:
         """Start the codebook by k-means on the encoder's outputs of the first batches."""
         config, model = self.config, self.model.eval()
-        patches_per_batch = self.num_patches * config.batch_size
-        count = -(-PATCHES_PER_CODE * self.num_counts // patches_per_batch)
+        count = -(-PATCHES_PER_CODE * self.num_counts // (self.num_patches * config.batch_size))
         batches = list(islice(EpochSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
         vectors = []
         for batch in readable_batches(self.dataset, batches, self.unreadable, "first codes"):
@@ -125,25 +123,23 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
 
         code_usage: fraction of the codes that a patch had. perplexity: exp of the entropy of the codes' frequencies, K at most.
         """
-        frequency = counts.double() / max(1, int(counts.sum()))
-        perplexity = float(torch.special.entr(frequency).sum().exp())
-        return {"code_usage": float((frequency > 0).double().mean()), "perplexity": perplexity}
+        stats = CodebookStats.from_counts(counts)
+        return {"code_usage": stats.num_used_codes / len(counts), "perplexity": stats.perplexity}
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
         """Return loss, reconstruction and the codes' use."""
-        return (
-            f"loss {metrics['loss']:.3f}, 1 - cosine {metrics['reconstruction']:.3f}, codes used {metrics['code_usage']:.0%}, "
-            f"perplexity {metrics['perplexity']:.0f}"
+        text = (
+            "loss {loss:.3f}, 1 - cosine {reconstruction:.3f}, codes used {code_usage:.0%}, perplexity {perplexity:.0f}"
         )
+        return text.format(**metrics)
 
     @torch.no_grad()
     def _statistics(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
         """Evaluate on the centered views of at most `MAX_EVALUATED` training images: 1 - cosine, and the codes' use."""
-        config, model, images = self.config, model.eval(), self.dataset.images
-        spec = ViewSpec(image_size=config.image_size)
-        centered = ViewDataset(images, spec, config.channels, config.image_size, self.teacher.image_size)
-        order = np.random.default_rng(config.seed).permutation(len(images))[:MAX_EVALUATED]
+        config, model = self.config, model.eval()
+        centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
+        order = np.random.default_rng(config.seed).permutation(len(centered))[:MAX_EVALUATED]
         batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
         counts = torch.zeros(self.num_counts, dtype=torch.int64)
         reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
@@ -168,31 +164,25 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         """Evaluate the tokenizer and save it; returns its safetensors file."""
         reconstruction, stats = self._statistics(module)
         log.info("VQ-KD tokenizer: 1 - cosine %.3f; %s", reconstruction, stats)
-        folder = self.config.out / "vqkd"
-        if not folder.exists():
-            with atomic(folder) as temporary:  # both or neither
-                temporary.mkdir()
-                write_tensors(temporary / "vqkd.safetensors", module.weights())
-                write_json(temporary / DESCRIPTION, self._metadata(reconstruction, stats))
-        file = folder / "vqkd.safetensors"
-        use = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
-        log.info("saved %s: %s", folder, use)
-        return file
-
-    def _metadata(self, reconstruction: float, stats: CodebookStats) -> dict[str, Any]:
-        """Return the content of `vqkd.json`."""
-        config, images = self.config, self.dataset.images
+        config, teacher, images, folder = self.config, self.teacher, self.dataset.images, self.config.out / "vqkd"
         training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device"})
-        return {
+        metadata = {
             "format_version": FORMAT,
-            "image_size": list(config.image_size),
-            "patch_size": config.patch_size,
-            "vocab_size": config.vocab_size,
+            **{name: training[name] for name in ("image_size", "patch_size", "vocab_size")},
             "code_dim": config.codebook_dim,
-            "teacher": self.teacher.settings,
-            "teacher_weights_hash": self.teacher.weights_hash,
-            "teacher_metadata": self.teacher.metadata,
+            "teacher": teacher.settings,
+            "teacher_weights_hash": teacher.weights_hash,
+            "teacher_metadata": teacher.metadata,
             "reconstruction": reconstruction,
             "codebook_stats": asdict(stats),
             "training": training | {"images_hash": images.hash, "num_images": len(images)},
         }
+        if not folder.exists():
+            with atomic(folder) as temporary:  # both or neither
+                temporary.mkdir()
+                write_tensors(temporary / "vqkd.safetensors", module.weights())
+                write_json(temporary / DESCRIPTION, metadata)
+        file = folder / "vqkd.safetensors"
+        use = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
+        log.info("saved %s: %s", folder, use)
+        return file
