@@ -154,14 +154,12 @@ def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, token
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path):
     options = {"backbone": run_dir, "images": digits / "test", "test_images": digits / "test", "labels_per_class": 3}
-    options |= {
-        "epochs": 10 * kills,
-        "batch_size": 10,
-        "checkpoint_interval_min": 1e-9,
-        "ema_decay": 0.9,
-        "drop_path": 0.3,
+    options |= {"epochs": 10 * kills, "batch_size": 10, "ema_decay": 0.9, "drop_path": 0.3}
+    recipe = tmp_path / "often.yaml"
+    recipe.write_text("checkpoint_interval_min: 1.0e-9\n")
+    argv = {
+        name: ["finetune", str(recipe), *words(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")
     }
-    argv = {name: ["finetune", *words(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")}
     assert killed(argv["whole"], 3, 0, 0) == 0
     assert killed([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")

@@ -44,7 +44,7 @@ def tune(config: FinetuneConfig) -> tuple[float, str]:
         log.info("%s is finished: accuracy %.3f", config.out, accuracy)
         return accuracy, ""
     trainer = Trainer(FinetuningTask(), config)
-    _, right, seen, train, guess = trainer.fit()
+    right, seen, train, guess = trainer.fit()
     score, (low, high) = right / seen, wilson(right, seen)
     log.info(
         "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",

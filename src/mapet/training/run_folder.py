@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -244,48 +244,43 @@ class _Sender(threading.Thread):
 
     def run(self) -> None:
         try:
-            file, lines, end = self._state_file, _lines(self._run / "metrics.jsonl"), False
             state: dict[str, Any] = {"id": None, "sent": [-1, 0]}
-            if file.exists():
-                state = read_json(file, "tracker's state")
+            if self._state_file.exists():
+                state = read_json(self._state_file, "tracker's state")
             session = TRACKERS[self.name](self._run, state["id"], self._config)
             state["id"] = session.run_id
-            write_json(file, state)
+            write_json(self._state_file, state)
             log.info("%s: %s", self.name, session.where)
-            while not end:
-                self._news.wait()
-                self._news.clear()
-                end = self._end  # asked before the file is read: its last line is in it
-                for number, metrics in iter(lines.__next__, None):
-                    if number > state["sent"]:
-                        session.send(metrics, step=number[0])
-                        state["sent"] = number
-                        write_json(file, state)
+            with (self._run / "metrics.jsonl").open(encoding="utf-8") as file:
+                self._send(file, session, state)
             session.finish(self._failed)
         except BaseException as error:  # whatever a tracker's library comes up with, also SystemExit
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rest = f"Training goes on; they are all in metrics.jsonl, and {option('resume', True)} sends them"
             log.warning("%s gets no more figures: %s. %s", self.name, reason, rest)
 
+    def _send(self, file: IO[str], session: Session, state: dict[str, Any]) -> None:
+        """Send each line as it comes, but those that the tracker has.
 
-def _lines(path: Path) -> Iterator[tuple[list[int], Metrics] | None]:
-    """([step, number of the line among those of this step], metrics) of each line as it comes; None where there is no more yet.
-
-    A run that goes on writes the same lines again from its checkpoint, so they are known by this number.
-    """
-    last, count = -1, 0
-    with path.open(encoding="utf-8") as file:
-        while True:
-            start = file.tell()
-            line = file.readline()
-            if not line.endswith("\n"):  # none, or one that is being written
-                file.seek(start)
-                yield None
-                continue
-            content = json.loads(line)
-            step = content.pop("step")
-            last, count = step, count + 1 if step == last else 0
-            yield [step, count], {name: math.nan if value is None else value for name, value in content.items()}
+        A run that goes on writes the same lines again from its checkpoint, so they are known by [step, number among those of
+        this step].
+        """
+        number, text, end = [-1, 0], "", False
+        while not end:
+            self._news.wait()
+            self._news.clear()
+            end = self._end  # asked before the file is read: its last line is in it
+            for part in file:
+                text += part
+                if not text.endswith("\n"):  # it is being written
+                    continue
+                metrics, text = json.loads(text), ""
+                step = metrics.pop("step")
+                number = [step, number[1] + 1 if step == number[0] else 0]
+                if number > state["sent"]:
+                    session.send({name: math.nan if v is None else v for name, v in metrics.items()}, step=step)
+                    state["sent"] = number
+                    write_json(self._state_file, state)
 
 
 def require(trackers: Iterable[str]) -> None:
@@ -339,10 +334,9 @@ def _mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
         now = int(time.time() * 1000)
         client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def finish(failed: bool) -> None:
-        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
-
-    return Session(run_id, f"run {run_id} in {client.tracking_uri}", send, finish)
+    end = {True: "FAILED", False: "FINISHED"}
+    where = f"run {run_id} in {client.tracking_uri}"
+    return Session(run_id, where, send, lambda failed: client.set_terminated(run_id, end[failed]))
 
 
 def _trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:

@@ -37,7 +37,6 @@ class FinetuneResult(NamedTuple):
         majority_accuracy: of always predicting the commonest class of the test images.
     """
 
-    vit: VisionTransformer
     num_correct: int
     num_test: int
     train: LabelledSet
@@ -152,7 +151,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
         majority = float(np.bincount(self.test.labels).max()) / len(self.test.labels)
-        return FinetuneResult(vit, *final, self.train, majority)
+        return FinetuneResult(*final, self.train, majority)
 
 
 def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
