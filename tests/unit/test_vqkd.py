@@ -238,7 +238,7 @@ def test_damaged_and_harmful_files(tmp_path, capsys):
 
 
 def test_another_image_size_is_refused():
-    with pytest.raises(MapetError, match="for images of 12 x 12 px, got 16 x 12"):
+    with pytest.raises(MapetError, match="for 12 x 12 px, got 16 x 12"):
         VQKD.from_weights(checkpoint())(torch.rand(1, 3, 16, 12))
 
 

@@ -374,13 +374,11 @@ def _worst_points(
 
     Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
     """
-    few = min(count, len(distances))
-    limit = distances.topk(few).values[-1:]
-    above = (distances > limit).nonzero().flatten()
-    worst = torch.cat([above, (distances == limit).nonzero().flatten()[: few - len(above)]]).sort().values
-    numbers = points.first + (worst if batch is None else points.local(batch)[worst.cpu()]).cpu()
-    padding = (0, count - few)
-    values = distributed.all_gather(pad(distances[worst].float(), padding, value=-torch.inf)).flatten()
+    own = distances.float().sort(descending=True, stable=True)
+    worst = own.indices[:count].cpu()
+    numbers = points.first + (worst if batch is None else points.local(batch)[worst])
+    padding = (0, count - len(worst))
+    values = distributed.all_gather(pad(own.values[:count], padding, value=-torch.inf)).flatten()
     order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
     return distributed.all_gather(pad(numbers, padding)).flatten()[order.cpu()]
 

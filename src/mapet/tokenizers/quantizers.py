@@ -15,15 +15,9 @@ from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import assign
 
 LEVELS = {
-    64: (8, 8),
-    240: (8, 6, 5),
-    512: (8, 8, 8),
-    1000: (8, 5, 5, 5),
-    4375: (7, 5, 5, 5, 5),
-    8192: (8, 8, 8, 4, 4),
-    15360: (8, 8, 8, 6, 5),
-    64000: (8, 8, 8, 5, 5, 5),
-}
+    64: (8, 8), 240: (8, 6, 5), 512: (8, 8, 8), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5),
+    8192: (8, 8, 8, 4, 4), 15360: (8, 8, 8, 6, 5), 64000: (8, 8, 8, 5, 5, 5),
+}  # fmt: skip
 """Levels of each dimension by the number of words they make: FSQ's (arXiv 2309.15505, section 4.1), and 64, 512 and 8192."""
 
 
@@ -39,6 +33,10 @@ class Quantizer(nn.Module):
 
     A word depends on the feature alone, not on the batch: projections are made in float64.
 
+    Attributes:
+        vocab_size: V, words.
+        num_features: F, of the features it takes.
+
     Args:
         settings: kind, and metric ('l2', 'cosine'), levels or vocab_size; goes into visual_tokenizer.json.
         tensors: centroids (K, d); mean (F,) and components (F, d) of the projection, if there is one.
@@ -53,32 +51,13 @@ class Quantizer(nn.Module):
         self.settings = dict(settings)
         for name in ("centroids", "mean", "components"):
             self.register_buffer(name, tensors.get(name))
-        kind = self.settings["kind"]
-        needed = {"nearest": ["centroids"], "scalar": ["mean", "components"], "argmax": []}[kind]
-        if missing := [name for name in needed if getattr(self, name) is None]:
-            raise ValueError(f"a quantizer of kind '{kind}' without {missing[0]}")
-
-    @property
-    def vocab_size(self) -> int:
-        if self.centroids is not None:
-            return len(self.centroids)
-        return math.prod(self.settings["levels"]) if "levels" in self.settings else int(self.settings["vocab_size"])
-
-    @property
-    def num_features(self) -> int:
-        """F, of the features it takes."""
+        if self.settings["kind"] == "nearest":
+            self.vocab_size, self.num_features = tensors["centroids"].shape
+        else:
+            levels = self.settings.get("levels")
+            self.vocab_size = self.num_features = math.prod(levels) if levels else int(self.settings["vocab_size"])
         if self.components is not None:
-            return len(self.components)
-        return self.vocab_size if self.centroids is None else self.centroids.shape[1]
-
-    def project(self, features: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
-        """Principal components, if there is a projection; of unit length, if the metric is cosine."""
-        cosine = self.settings.get("metric") == "cosine"
-        if self.components is None and not cosine:
-            return features
-        if self.components is not None and self.mean is not None:
-            features = project(features, self.mean, self.components)
-        return F.normalize(features.double(), dim=1).to(features.dtype) if cosine else features
+            self.num_features = len(self.components)
 
     @torch.inference_mode()
     def forward(self, features: Float[Tensor, "n F"]) -> Int[Tensor, " n"]:
@@ -91,11 +70,14 @@ class Quantizer(nn.Module):
             raise MapetError(f"the teacher gives {features.shape[1]} features, the codebook has {self.num_features}")
         if self.settings["kind"] == "argmax":
             return features.argmax(1)
-        projected = self.project(features)
+        if self.components is not None and self.mean is not None:
+            features = project(features, self.mean, self.components)
         if self.centroids is not None:
-            return assign(projected, self.centroids)[0]
+            if self.settings["metric"] == "cosine":
+                features = F.normalize(features.double(), dim=1).to(features.dtype)
+            return assign(features, self.centroids)[0]
         ids = torch.zeros(len(features), dtype=torch.int64, device=features.device)
-        for values, levels in zip(projected.T, self.settings["levels"], strict=True):
+        for values, levels in zip(features.T, self.settings["levels"], strict=True):
             share = torch.special.ndtr(values.double())  # 0 to 1, evenly for normal values
             ids = ids * levels + (share * levels).long().clamp_max(levels - 1)
         return ids
@@ -122,11 +104,9 @@ def principal_components(points: FeatureStore, dimensions: int, whiten: bool) ->
     width = points.num_features
     if dimensions > width:
         raise MapetError(f"{dimensions} principal components of features that are {width} wide: ask for fewer")
-    total = torch.zeros(width, dtype=torch.float64)
-    square = torch.zeros(width, width, dtype=torch.float64)
-    shift = distributed.broadcast(
-        points.take(torch.tensor([0]))[0].cpu().double()
-    )  # near the mean, against cancellation
+    total, square = (torch.zeros(*shape, dtype=torch.float64) for shape in [(width,), (width, width)])
+    first = points.take(torch.tensor([0]))[0].cpu().double()
+    shift = distributed.broadcast(first)  # near the mean, against cancellation
     for _, block in points.blocks(2048):
         rows = block.cpu().double() - shift
         total += rows.sum(0)

@@ -39,10 +39,7 @@ from mapet.tokenizers.tokenizer import (
 )
 
 log = logging.getLogger("mapet")
-RECORDED = {
-    "vocab_size", "quantizer", "pca_dim", "fsq_levels", "kmeans_iters", "kmeans_n_init", "patches_per_code", "seed",
-    "kmeans_init", "kmeans_batch_size", "kmeans_metric",
-}  # fmt: skip
+RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
 """Options that are stored with the tokenizer."""
 NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 """Default number of stored views."""

@@ -107,12 +107,11 @@ class Teacher(nn.Module):
         """
         assert batch.teacher_images is not None
         features: Tensor = self(compute.to(batch.teacher_images))
-        finite = features.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            first = int(batch.image_index[int((~finite).nonzero()[0])])
+        if not features.isfinite().all():
+            bad = batch.image_index[~features.isfinite().flatten(1).all(dim=1).cpu()]
             raise MapetError(
-                f"teacher '{self.name}' gave NaN or infinite features for {int((~finite).sum())} of {len(finite)} images, first "
-                f"{images.id(first)!r}: check its weights and the range of its input ([0, 1])"
+                f"teacher '{self.name}' gave NaN or infinite features for {len(bad)} of {len(batch)} images, first "
+                f"{images.id(int(bad[0]))!r}: check its weights and the range of its input ([0, 1])"
             )
         return features
 
@@ -162,21 +161,18 @@ def make_teacher(
 
 def _find_builder(teacher: str) -> Callable[..., nn.Module]:
     """Return `build` of the module that knows this name."""
-    modules = {module.name for module in pkgutil.iter_modules(teachers.__path__)} - {"custom", "timm_model"}
+    modules = sorted({module.name for module in pkgutil.iter_modules(teachers.__path__)} - {"custom", "timm_model"})
     known = timm.list_models()
     if is_own_code(teacher):
         name = "custom"
-    elif teacher in modules:
-        name = teacher
     elif teacher.startswith(HUBS) or teacher.split(".")[0] in known:
         name = "timm_model"
-    else:
+    elif (name := teacher) not in modules:
         raise MapetError(
-            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*sorted(modules), *known]) or '.'} "
-            f"Use {', '.join(map(repr, sorted(modules)))}, a timm model or package.module:function"
+            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*modules, *known]) or '.'} "
+            f"Use {', '.join(map(repr, modules))}, a timm model or package.module:function"
         )
-    build: Callable[..., nn.Module] = importlib.import_module(f"{teachers.__name__}.{name}").build
-    return build
+    return importlib.import_module(f"{teachers.__name__}.{name}").build
 
 
 @dataclass(frozen=True)
@@ -203,11 +199,9 @@ class CodebookStats:
     @classmethod
     def from_counts(cls, counts: Int[Tensor, " K"], quantization_error: float | None = None) -> "CodebookStats":
         """Compute them from the number of patches that have each code."""
-        fractions = counts.double() / counts.sum()
-        used = int((counts > 0).sum())
+        fractions, used = counts.double() / counts.sum(), int((counts > 0).sum())
         perplexity = float(torch.special.entr(fractions).sum().exp())
-        top = float(fractions.max())
-        return cls(used, len(counts) - used, perplexity, top, quantization_error, int(counts.sum()))
+        return cls(used, len(counts) - used, perplexity, float(fractions.max()), quantization_error, int(counts.sum()))
 
     def __str__(self) -> str:
         error = self.quantization_error

@@ -60,8 +60,7 @@ class VQKD(nn.Module):
         self.encoder = encoder
         self.encode_task_layer = task_layer(encoder.embed_dim, codebook.shape[1])
         self.register_buffer("codebook", F.normalize(codebook, dim=1))
-        height, width = encoder.patch_embed.img_size
-        self.image_size: tuple[int, int] = (height, width)
+        self.image_size: tuple[int, int] = tuple(encoder.patch_embed.img_size)
         half = [0.5] * encoder.in_chans
         self.metadata: dict[str, Any] = {"mean": half, "std": half, "prefix_tokens_dropped": encoder.num_prefix_tokens}
 
@@ -71,23 +70,13 @@ class VQKD(nn.Module):
         Raises:
             MapetError: images of another size.
         """
-        if tuple(images.shape[2:]) != self.image_size:
-            raise MapetError(
-                f"this VQ-KD tokenizer is for images of {by(self.image_size)} px, got {by(images.shape[2:])}"
-            )
+        if images.shape[2:] != self.image_size:
+            raise MapetError(f"this VQ-KD tokenizer is for {by(self.image_size)} px, got {by(images.shape[2:])}")
         tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
             features = self.encode_task_layer(tokens.to(self.encode_task_layer[0].weight.dtype))
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(features, dim=2).transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
-
-    def weights(self) -> dict[str, Tensor]:
-        """In the published layout; `from_weights` takes them back."""
-        return {
-            **prefixed("encoder", to_beit2_state_dict(self.encoder)),
-            **prefixed("encode_task_layer", self.encode_task_layer.state_dict()),
-            CODES: self.codebook,
-        }
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], source: object = "these weights") -> "VQKD":
@@ -101,18 +90,12 @@ class VQKD(nn.Module):
         """
         with torch.device("meta"):  # every number comes from the file
             model = cls(_empty_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
-        expected = model.weights()
-        given = {
-            name: tensor.float()
-            for name, tensor in weights.items()
-            if name in expected or not name.startswith(TRAINING_ONLY)
-        }
-        if mismatch := describe_mismatch(given, expected):
+        unused = {name for name in weights if name.startswith(TRAINING_ONLY) and name != CODES}
+        given = {name: tensor.float() for name, tensor in weights.items() if name not in unused}
+        if mismatch := describe_mismatch(given, to_published(model.state_dict())):
             raise MapetError(f"{source}: {NO_VQKD}: {mismatch}")
-        encoder = {name[8:]: tensor for name, tensor in given.items() if name.startswith("encoder.")}
-        state = {name: tensor for name, tensor in given.items() if name.startswith("encode_task_layer.")}
-        state |= prefixed("encoder", from_beit2_state_dict(encoder)) | {"codebook": F.normalize(given[CODES], dim=1)}
-        model.load_state_dict(state, assign=True)
+        given[CODES] = F.normalize(given[CODES], dim=1)
+        model.load_state_dict(from_published(given), assign=True)
         return model
 
 
@@ -158,33 +141,28 @@ def num_heads_for(width: int) -> int:
     return max(1, width // HEAD_WIDTH)
 
 
-def to_beit2_state_dict(vit: VisionTransformer) -> dict[str, Tensor]:
-    """A timm ViT's weights under the released code's names. A bias of the keys is left out: it changes no output."""
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a state dict the released code's names. A bias of the keys is left out: it changes no output."""
     weights: dict[str, Tensor] = {}
-    for name, tensor in vit.state_dict().items():
-        name = re.sub(r"^norm\.", "fc_norm.", name)
+    for name, tensor in state.items():
         if name.endswith("attn.qkv.bias"):
             q, _, v = tensor.chunk(3)
             weights |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
         else:
-            weights[name] = tensor
+            weights[CODES if name == "codebook" else re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name)] = tensor
     return weights
 
 
-def from_beit2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Invert `to_beit2_state_dict`."""
-    renamed = {}
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Invert `to_published`."""
+    state = {}
     for name, tensor in weights.items():
         if name.endswith("attn.q_bias"):
             v = weights[name.replace("q_bias", "v_bias")]
-            renamed[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(v), v])
+            state[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(v), v])
         elif not name.endswith("attn.v_bias"):
-            renamed[re.sub(r"^fc_norm\.", "norm.", name)] = tensor
-    return renamed
-
-
-def prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+            state["codebook" if name == CODES else re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name)] = tensor
+    return state
 
 
 def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransformer:
@@ -294,8 +272,7 @@ class VQKDForTraining(nn.Module):
         reconstruction = 1 - cosine.mean()
         loss = reconstruction + self.commitment_weight * commitment
         each = 1 - cosine.detach().flatten(1).mean(1) + self.commitment_weight * commitment.detach()
-        per_image = len(images), -1
-        flat, codes = flat.unflatten(0, per_image), codes.unflatten(0, per_image)
+        flat, codes = (rows.unflatten(0, (len(images), -1)) for rows in (flat, codes))
         return VQKDOutput(loss, reconstruction, commitment, each, flat, codes)
 
     def decode(self, quantized: Float[Tensor, "B d rows columns"]) -> Float[Tensor, "B F rows columns"]:
@@ -342,16 +319,12 @@ class VQKDForTraining(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """All of it under the released code's names, so that its own loading takes it too."""
-        codebook, usage = self.tokenizer.codebook, self.usage
-        return {
-            **self.tokenizer.weights(),
-            **prefixed("decoder", to_beit2_state_dict(self.decoder)),
-            **prefixed("decode_task_layer", self.decode_task_layer.state_dict()),
-            "quantize.cluster_size": usage,
-            "quantize.embedding.cluster_size": usage.clone(),
-            "quantize.embedding.embed_avg": codebook.clone(),
-            "quantize.embedding.initted": torch.ones(1, device=codebook.device),
-        }
+        state = {name.removeprefix("tokenizer."): tensor for name, tensor in self.state_dict().items()}
+        usage = state.pop("usage")
+        return to_published(state) | {
+            "quantize.cluster_size": usage, "quantize.embedding.cluster_size": usage.clone(),
+            "quantize.embedding.embed_avg": state["codebook"].clone(), "quantize.embedding.initted": torch.ones(1, device=usage.device),
+        }  # fmt: skip
 
 
 def _check_layout(tokenizer: VQKD) -> None:
@@ -364,7 +337,7 @@ def _check_layout(tokenizer: VQKD) -> None:
     if len(set(tokenizer.image_size)) > 1 or len(set(vit.patch_embed.patch_size)) > 1:
         raise MapetError(f"a VQ-KD tokenizer is for square images: give {option('image_size')} one number")
     try:
-        loaded = VQKD.from_weights(tokenizer.weights(), "the encoder")
+        loaded = VQKD.from_weights(to_published(tokenizer.state_dict()), "the encoder")
     except MapetError as error:
         raise MapetError(f"{kind}, as vit_tiny_patch16_224 is ({error})") from None
     image = torch.rand(1, vit.in_chans, *tokenizer.image_size, generator=torch.Generator().manual_seed(0))

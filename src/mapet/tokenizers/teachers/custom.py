@@ -2,10 +2,9 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mapet.errors import MapetError, did_you_mean
 
@@ -23,11 +22,10 @@ def build(teacher: str, checkpoint: str | None, teacher_size: tuple[int, int] | 
         raise MapetError(
             f"teacher '{teacher}': cannot import {module_name} ({error}); is it installed or on PYTHONPATH?"
         ) from None
-    if not hasattr(module, function_name):
-        raise MapetError(
-            f"teacher '{teacher}': {module_name} has no '{function_name}'{did_you_mean(function_name, vars(module))}"
-        )
-    function = getattr(module, function_name)
+    function = getattr(module, function_name, None)
+    if function is None:
+        near = did_you_mean(function_name, vars(module))
+        raise MapetError(f"teacher '{teacher}': {module_name} has no '{function_name}'{near}")
     try:
         inspect.signature(function).bind(checkpoint)
     except TypeError:
@@ -43,10 +41,6 @@ def build(teacher: str, checkpoint: str | None, teacher_size: tuple[int, int] | 
 class CallableModule(nn.Module):
     """A callable as a module."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Any) -> None:
         super().__init__()
-        self.function = function
-        self.image_size: Any = getattr(function, "image_size", None)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
+        self.forward, self.image_size = function, getattr(function, "image_size", None)

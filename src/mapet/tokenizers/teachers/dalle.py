@@ -35,18 +35,18 @@ class DalleEncoder(nn.Module):
             "mean": [-0.125] * 3,
             "std": [1.25] * 3,
         }  # of the input of `forward`, as other teachers give it
-        parts: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv(3, width, 7))
+        self.blocks = nn.Sequential(OrderedDict(input=_Conv(3, width, 7)))
         channels = width
         for group in range(GROUPS):
-            blocks: OrderedDict[str, nn.Module] = OrderedDict()
+            blocks = nn.Sequential()
             for block in range(BLOCKS):
-                blocks[f"block_{block + 1}"] = _Block(channels, width << group)
+                blocks.add_module(f"block_{block + 1}", _Block(channels, width << group))
                 channels = width << group
             if group < GROUPS - 1:
-                blocks["pool"] = nn.MaxPool2d(2)
-            parts[f"group_{group + 1}"] = nn.Sequential(blocks)
-        parts["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv(channels, vocab_size, 1)))
-        self.blocks = nn.Sequential(parts)
+                blocks.add_module("pool", nn.MaxPool2d(2))
+            self.blocks.add_module(f"group_{group + 1}", blocks)
+        output = OrderedDict(relu=nn.ReLU(), conv=_Conv(channels, vocab_size, 1))
+        self.blocks.add_module("output", nn.Sequential(output))
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B V h/8 w/8"]:
         return self.blocks(0.8 * images + 0.1)  # the logit-Laplace loss keeps pixels away from 0 and 1
@@ -59,12 +59,10 @@ class _Block(nn.Module):
         super().__init__()
         self.id_path = _Conv(channels, out, 1) if channels != out else nn.Identity()
         inner = out // 4
-        sizes = [(channels, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, out, 1)]
-        path: OrderedDict[str, nn.Module] = OrderedDict()
-        for number, size in enumerate(sizes, 1):
-            path[f"relu_{number}"] = nn.ReLU()
-            path[f"conv_{number}"] = _Conv(*size)
-        self.res_path = nn.Sequential(path)
+        self.res_path = nn.Sequential()
+        for number, size in enumerate([(channels, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, out, 1)], 1):
+            self.res_path.add_module(f"relu_{number}", nn.ReLU())
+            self.res_path.add_module(f"conv_{number}", _Conv(*size))
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B out h w"]:
         return self.id_path(x) + self.res_path(x) / (GROUPS * BLOCKS) ** 2
