@@ -1,6 +1,6 @@
 """The model card of an export: where the weights come from, what they leaned on, how to use them, what was checked."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,17 +14,11 @@ from mapet.models.backbone import HUB_PREFIXES
 from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.models.export_formats import FORMATS
 from mapet.reports.history import History
-from mapet.reports.render import number, render
+from mapet.reports.render import render
 from mapet.reports.run import figures, with_views
 from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
 LIBRARIES = ("mapet", "torch", "timm")
-USE = {
-    "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or mapet.load_backbone("FOLDER")',
-    "transformers": 'model = transformers.AutoModel.from_pretrained("FOLDER/transformers")',
-    "onnx": 'session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")  # pixel_values -> features',
-    "torch-export": 'module = torch.export.load("FOLDER/torch-export/model.pt2").module()',
-}
 
 
 @dataclass(frozen=True)
@@ -55,24 +49,19 @@ def origin_of(source: str | Path) -> Origin:
     for folder in (pretrain_folder(path), path.parent):  # the backbone's own folder lies in that of its run
         state = read_or_none(folder)
         if state and state.command == "finetune":
-            metrics = {key: value for key, value in state.results.items() if key not in ("provenance", "classes")}
             before = Origin(**state.results.get("provenance", {}))
-            metrics = before.metrics | {"fine-tuning": metrics}
+            tuned = {name: value for name, value in state.results.items() if name not in ("provenance", "classes")}
+            metrics = before.metrics | {"fine-tuning": tuned}
             return replace(before, metrics=metrics, classes=state.results.get("classes", ()))
         if state and state.command == "pretrain":
-            return _origin_of_run(folder, state)
+            metrics = {"pre-training": figures(History.read(folder / "metrics.jsonl"))}
+            if (run := parent_run(folder)) and (found := RunState.read(run).results.get("evaluation")):
+                metrics["evaluation"] = found
+            images = {"number": state.counts.get("images", 0), "hash": state.hashes.get("images", "")}
+            images |= {"unreadable": state.counts.get("unreadable", 0)}
+            recipe = _without_paths(with_views(state.config, state.results.get("views")))
+            return Origin(recipe, images if state.hashes else {}, state.results.get("tokenizer", {}), metrics)
     return Origin()
-
-
-def _origin_of_run(folder: Path, state: RunState) -> Origin:
-    metrics = {"pre-training": figures(History.read(folder / "metrics.jsonl"))}
-    run = parent_run(folder)
-    if run and (found := RunState.read(run).results.get("evaluation")):
-        metrics["evaluation"] = found
-    images = {"number": state.counts.get("images", 0), "hash": state.hashes.get("images", "")}
-    images |= {"unreadable": state.counts.get("unreadable", 0)}
-    recipe = _without_paths(with_views(state.config, state.results.get("views")))
-    return Origin(recipe, images if state.hashes else {}, state.results.get("tokenizer", {}), metrics)
 
 
 def origin_of_tuned(folder: Path, images: dict[str, Any]) -> Origin:
@@ -125,17 +114,11 @@ def model_card(
     }
     mean, std = input_mean_std(vit.in_chans)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    metrics = [
-        (of, name, value if isinstance(value, str) else number(value))
-        for of, values in origin.metrics.items()
-        for name, value in _flatten(values)
-        if isinstance(value, (int, float, str))
-    ]
     used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].requires)]
     return render(
-        "model_card.md", front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks, checked_on=checked_on,
-        tolerance=tolerance, classes=classes, mean=mean, std=std, metrics=metrics, lineage=_lineage(origin.tokenizer),
-        use="\n".join(USE[name] for name in formats), versions={name: version(name) for name in used if find_spec(name)},
+        "model_card.md", front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks,
+        checked_on=checked_on, tolerance=tolerance, classes=classes, mean=mean, std=std, lineage=_lineage(origin.tokenizer),
+        versions={name: version(name) for name in used if find_spec(name)},
         files=[(path.relative_to(folder), path.stat().st_size, file_hash(path)) for path in files],
     )  # fmt: skip
 
@@ -147,11 +130,3 @@ def _lineage(tokenizer: Mapping[str, Any]) -> list[str]:
         found.append(tokenizer["teacher"]["teacher"])
         tokenizer = (tokenizer.get("teacher_metadata") or {}).get("learned_from") or {}
     return found
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}, ")
-        else:
-            yield prefix + key, value

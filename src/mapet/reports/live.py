@@ -1,7 +1,6 @@
 """The page of a run while it goes on, served to browsers of this machine alone."""
 
 import json
-import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +12,6 @@ from mapet.reports.page import RunView, page
 from mapet.reports.render import render_part, span
 from mapet.reports.run import RunFiles
 
-log = logging.getLogger("mapet")
 ADDRESS, PORT = "127.0.0.1", 6274
 HOSTS = ("localhost", ADDRESS)
 """What a browser may have asked for. Any other name that leads here is a page elsewhere trying to read (DNS rebinding)."""
@@ -25,10 +23,9 @@ class RunFollower:
     """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self._lock = threading.Lock()
         self._files = RunFiles(folder)
-        self._known: tuple[Any, dict[str, str]] | None = None
+        self._shown: tuple[Any, dict[str, str]] = None, {}
 
     def page(self) -> str:
         with self._lock:
@@ -42,51 +39,39 @@ class RunFollower:
             files.refresh()
             first = have if generation == history.generation and 0 <= have <= len(history.records) else 0
             records = history.records[first : first + MOST_RECORDS]
+            state = history.generation, len(history.records), files.state, files.recipe, files.status, files.probe
+            if state != self._shown[0]:
+                run = files.data() | {"notes": []}
+                self._shown = (
+                    state,
+                    {part: render_part(f"{part}_now", run) for part in ("facts", "warnings", "metrics")},
+                )
             return {
                 "generation": history.generation,
                 "first": first,
                 "records": records,
                 "more": first + len(records) < len(history.records),
-                "status": self._status(),
+                "status": _status(files),
                 "started": bool(files.recipe),
                 "steps_per_epoch": history.steps_per_epoch,
-                "sections": self._sections(),
+                "sections": self._shown[1],
             }
 
-    def _status(self) -> str:
-        files = self._files
-        if not files.recipe:
-            return f"Waiting: no run in {self.folder} yet."
-        if files.finished:
-            more = (
-                "Reload this page for its figures."
-                if files.figures()
-                else f"`mapet report {quote(str(self.folder))} --out NEW.html` adds figures."
-            )
-            return f"Finished. {more}"
-        if files.ended_early:
-            return files.status
-        if not files.history.records:
-            return "Started; nothing recorded yet."
-        left = files.seconds_left
-        ends = f", about {span(left)} left" if files.status == "running" and left is not None else ""
-        return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
 
-    def _sections(self) -> dict[str, str]:
-        """Render the sections that change, only when something has changed."""
-        files = self._files
-        key = (
-            files.history.generation,
-            len(files.history.records),
-            files.state,
-            files.recipe,
-            files.status,
-            files.probe,
-        )
-        if self._known is None or self._known[0] != key:
-            run = files.data() | {"notes": []}
-            self._known = key, {name: render_part(f"{name}_now", run) for name in ("facts", "warnings", "metrics")}
-        return self._known[1]
+def _status(files: RunFiles) -> str:
+    if not files.recipe:
+        return f"Waiting: no run in {files.given} yet."
+    if files.finished and files.figures():
+        return "Finished. Reload this page for its figures."
+    if files.finished:
+        return f"Finished. `mapet report {quote(str(files.given))} --out NEW.html` adds figures."
+    if files.ended_early:
+        return files.status
+    if not files.history.records:
+        return "Started; nothing recorded yet."
+    left = files.seconds_left if files.status == "running" else None
+    ends = f", about {span(left)} left" if left is not None else ""
+    return f"{files.status.capitalize()}; last figures {span(files.age)} ago{ends}."
 
 
 class LiveServer(ThreadingHTTPServer):
@@ -119,31 +104,34 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
 
     def do_GET(self) -> None:
+        url, follower = urlsplit(self.path), self.server.follower
         if self.headers.get("Host", "").rpartition("@")[2].partition(":")[0] not in HOSTS:
-            return self._answer(403, "text/plain", "This server answers to localhost alone.\n")
-        url = urlsplit(self.path)
-        if url.path == "/":
-            return self._answer(200, "text/html", self.server.follower.page())
-        if url.path == "/updates":
-            asked = parse_qs(url.query)
-            generation, have = (_whole(asked.get(name, [""])[0]) for name in ("generation", "have"))
-            return self._answer(
-                200, "application/json", json.dumps(self.server.follower.updates(generation, have or 0))
-            )
-        return self._answer(404, "text/plain", "There is / and /updates.\n")
+            self._answer(403, "text/plain", "This server answers to localhost alone.\n")
+        elif url.path == "/":
+            self._answer(200, "text/html", follower.page())
+        elif url.path == "/updates":
+            asked = {name: values[0] for name, values in parse_qs(url.query).items()}
+            updates = follower.updates(_whole(asked.get("generation", "")), _whole(asked.get("have", "")) or 0)
+            self._answer(200, "application/json", json.dumps(updates))
+        else:
+            self._answer(404, "text/plain", "There is / and /updates.\n")
 
     def _answer(self, status: int, kind: str, text: str) -> None:
         body = text.encode()
         self.send_response(status)
-        headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), "Cache-Control": "no-store"}
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+        }
         headers |= {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
-        for name, value in headers.items():
-            self.send_header(name, str(value))
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *values: Any) -> None:
-        """Nothing: the terminal is the person's."""
+        """Nothing: the terminal is the user's."""
 
 
 def _whole(text: str) -> int | None:
