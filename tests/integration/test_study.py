@@ -17,8 +17,9 @@ from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
-from mapet.studies import tokenizers
-from mapet.studies.grid import COMPUTE, EPOCHS, grid_trials, with_budgets
+from mapet.studies import trials
+from mapet.studies.grid import grid_trials, with_budgets
+from mapet.studies.statistics import COMPUTE, EPOCHS
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 
@@ -125,7 +126,7 @@ def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monke
     def interrupted(_):
         raise Interrupted("stopped by SIGINT, saved")
 
-    monkeypatch.setattr(tokenizers, "tokenize", interrupted)
+    monkeypatch.setattr(trials, "tokenize", interrupted)
     with pytest.raises(Interrupted, match=r"stopped by SIGINT, saved\. Go on with: the same command$"):
         mapet.study(**recipe(few_digits, tmp_path / "study", seeds=[0]))
     assert (tmp_path / "study" / "tokenizers" / "pixels" / "tokenizer").exists()
@@ -163,7 +164,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": {}}, "the grid is empty"),
+        ({"grid": {}}, r"grid: must have at least 1, got \{\}"),
         ({"grid": {"objective": []}}, "'objective' has no values"),
         ({"grid": {"objective": ["mim", "mim"]}}, "'objective' has a value twice"),
         ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
@@ -172,9 +173,9 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "grid, .*lr: must be greater than 0"),
         ({"grid": {"tokenizer": ["pixel"]}, "compare_by": "tokenizer"}, "no tokenizer 'pixel'; did you mean 'pixels'"),
         ({"compare_by": "ratio"}, "compare_by: 'ratio' is not varied"),
-        ({"seeds": []}, "seeds: .* none"),
+        ({"seeds": []}, r"seeds: must have at least 1, got \[\]"),
         ({"seeds": [1, 1]}, "one twice"),
-        ({"tokenizers": {}}, "no tokenizers"),
+        ({"tokenizers": {}}, r"tokenizers: must have at least 1, got \{\}"),
         ({"grids": {}}, "unknown option 'grids'; did you mean 'grid'"),
         ({"tokenizers": {"a": {"vocab": 3}}}, "unknown option 'tokenizers.a.vocab'"),
         ({"grid": {"objective": ["mim", "mapett"]}}, "'mapett'.* did you mean 'mapet'"),

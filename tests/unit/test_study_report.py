@@ -15,7 +15,7 @@ from mapet.evaluation.intervals import mean_and_interval
 from mapet.reports.study import write_report
 from mapet.studies.statistics import (
     Study,
-    TrialResult,
+    Trial,
     best_values,
     holm,
     paired_differences,
@@ -27,8 +27,8 @@ from mapet.studies.statistics import (
 def cell(objective, seed, score, *, status="finished", budgets=("equal epochs",), curve=(), **others):
     factors = {"objective": objective, **others}
     scores = {} if score is None else {"logistic": score}
-    name = " ".join([objective, *others.values(), str(seed)])
-    return TrialResult(name, factors, seed, budgets, status, "out, of <memory>", scores, 10, 3e15, 90.0, list(curve))
+    came = {"scores": scores, "epochs": 10, "flops": 3e15, "seconds": 90.0, "curve": list(curve)}
+    return Trial(factors, seed, "", {"epochs": 10}, budgets, status=status, reason="out, of <memory>", **came)
 
 
 def study(cells, **changed):

@@ -10,7 +10,7 @@ from mapet.config.pipeline import StudyConfig
 from mapet.errors import Interrupted, MapetError, option
 
 if TYPE_CHECKING:
-    from mapet.studies.grid import Trial
+    from mapet.studies.statistics import Trial
 
 log = logging.getLogger("mapet")
 
@@ -28,9 +28,7 @@ def study(config: StudyConfig) -> Path:
     from mapet.data.sources import scan
     from mapet.reports.study import write_report
     from mapet.studies.grid import grid_trials, trial_folder, with_budgets
-    from mapet.studies.summary import summarize
-    from mapet.studies.tokenizers import make_tokenizers
-    from mapet.studies.trials import is_finished, run_trials
+    from mapet.studies.trials import is_finished, make_tokenizers, run_trials, summarize
 
     trials = grid_trials(config)
     num_images = len(scan(config.images))
@@ -61,9 +59,14 @@ def _check(config: StudyConfig, trials: "list[Trial]", num_images: int) -> None:
             classes in a test set, fewer labels than are asked for.
     """
     from mapet.evaluation.datasets import few_shot_split, train_and_test
-    from mapet.studies.grid import pretrain_config, trial_folder, with_budgets
-    from mapet.studies.tokenizers import tokenizer_configs
-    from mapet.studies.trials import check_same_trial, trial_config
+    from mapet.studies.grid import (
+        check_same_trial,
+        pretrain_config,
+        tokenizer_configs,
+        trial_config,
+        trial_folder,
+        with_budgets,
+    )
     from mapet.training.tasks.pretraining import check_model_config
 
     fitting = {name: tokenizer_configs(config, name)[0] for name in config.tokenizers}

@@ -54,15 +54,15 @@ class StudyConfig(Config):
     """Folder of the study; what is done in it already is not done again."""
     ood_images: dict[str, Source] = Field(default_factory=dict)
     """Further test sets of the same classes (out of distribution): name=folder."""
-    tokenizers: dict[str, FitTokenizerOptions]
+    tokenizers: dict[str, FitTokenizerOptions] = Field(min_length=1)
     """name -> options of `fit-tokenizer`: 'pixels={}' for all defaults, 'pixels={image_size: 32, patch_size: 4}'; quotes keep the
     shell off."""
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()
     finetune: FinetuneOptions = FinetuneOptions()
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]]
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(min_length=1)
     """What is varied: an option of `pretrain`, or `tokenizer`, with a list of values; or any name, with name -> options."""
-    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2])
+    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
     """Each trial is run with each: weights, order, views and permutations are those of the seed."""
     compare_by: str | None = None
     """The varied name whose values are compared in pairs, all else being equal; automatic: the only one, else objective."""

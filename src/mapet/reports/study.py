@@ -17,7 +17,7 @@ from mapet.reports.render import Bold, render
 from mapet.studies.statistics import (
     Difference,
     Study,
-    TrialResult,
+    Trial,
     findings,
     in_words,
     of_one_seed,
@@ -81,7 +81,7 @@ def _accuracy(scores: list[float], rivals: list[float]) -> str:
     return Bold(text) if len(rivals) > 1 and mean == max(rivals) else text
 
 
-def _cost(trials: list[TrialResult], attribute: str, unit: float) -> str:
+def _cost(trials: list[Trial], attribute: str, unit: float) -> str:
     """Mean over the runs that are done."""
     values = [value for trial in trials if trial.finished and (value := getattr(trial, attribute)) is not None]
     mean = fmean(values) / unit if values else nan

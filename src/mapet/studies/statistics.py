@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, product
 from math import isfinite, nan
 from statistics import fmean
+from typing import Any
 
 from mapet.errors import MapetError, option
 from mapet.evaluation.intervals import LEVEL, mean_and_interval
@@ -13,28 +15,34 @@ from mapet.evaluation.intervals import LEVEL, mean_and_interval
 NO_SPREAD = 1e-9
 """Accuracies nearer than this are the same: no test set is large enough to tell them from rounding."""
 
+EPOCHS, COMPUTE = "equal epochs", "equal compute"
+"""Budgets: what runs that are compared have alike."""
 Setting = tuple[tuple[str, str], ...]
 """(factor, value) of every factor but the compared one."""
 
 
 @dataclass(frozen=True)
-class TrialResult:
-    """One pre-training run of a study. Only runs that are done count in the statistics.
+class Trial:
+    """One pre-training run of a study, and what came of it. Only runs that are done count in the statistics.
 
     Attributes:
         factors: value of each factor but the seed; the same keys in all trials of a study.
-        budgets: the comparisons it belongs to: "equal epochs", "equal compute" or both.
+        tokenizer: its name in the study.
+        options: of `pretrain`.
+        budgets: the comparisons it belongs to.
         status: of its run.json ("finished", "failed", ...; `reason` says why), or "not run".
         scores: accuracy (0..1) of each measure.
         flops, seconds: of the whole pre-training; wall-clock.
         curve: points of "epoch", "flops", "seconds", and any of "loss", "logistic", "knn".
     """
 
-    name: str
     factors: dict[str, str]
     seed: int
-    budgets: tuple[str, ...]
-    status: str
+    tokenizer: str
+    options: dict[str, Any]
+    budgets: tuple[str, ...] = (EPOCHS,)
+    flops_per_image: float = 0.0
+    status: str = "not run"
     reason: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     epochs: int | None = None
@@ -43,8 +51,17 @@ class TrialResult:
     curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        parts = [*(value for _, value in sorted(self.factors.items())), f"seed {self.seed}"]
+        return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']} epochs"])
+
+    @property
     def finished(self) -> bool:
         return self.status == "finished"
+
+    def setting(self, compare: str) -> Setting:
+        """(factor, value) of every factor but the compared one."""
+        return tuple((factor, value) for factor, value in self.factors.items() if factor != compare)
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Study:
 
     title: str
     compare: str
-    trials: list[TrialResult]
+    trials: list[Trial]
     baselines: dict[str, dict[str, float]]
     notes: list[str]
     command: str
@@ -70,43 +87,41 @@ class Study:
         if twice := [key for key, count in keys.items() if count > 1]:  # pairs would be ambiguous
             raise MapetError(f"study '{self.title}' has more than one run of {twice[0]}")
 
-    @property
+    @cached_property
     def budgets(self) -> list[str]:
         return list(dict.fromkeys(budget for trial in self.trials for budget in trial.budgets))
 
-    @property
+    @cached_property
     def measures(self) -> list[str]:
         sources = [*(trial.scores for trial in self.trials), *self.baselines.values()]
         return list(dict.fromkeys(measure for scores in sources for measure in scores))
 
-    @property
+    @cached_property
     def values(self) -> list[str]:
         """Of the compared factor, in the order of the trials."""
         return list(dict.fromkeys(trial.factors[self.compare] for trial in self.trials))
 
-    @property
+    @cached_property
     def settings(self) -> list[Setting]:
-        return list(dict.fromkeys(self.setting(trial) for trial in self.trials))
+        return list(dict.fromkeys(trial.setting(self.compare) for trial in self.trials))
 
-    @property
+    @cached_property
     def other_factors(self) -> list[str]:
         return [factor for factor, _ in self.settings[0]] if self.trials else []
 
-    def setting(self, trial: TrialResult) -> Setting:
-        return tuple((factor, trial.factors[factor]) for factor in self.trials[0].factors if factor != self.compare)
-
-    def select(self, budget: str, setting: Setting, value: str) -> list[TrialResult]:
+    def select(self, budget: str, setting: Setting, value: str) -> list[Trial]:
         """The runs, one a seed, of one value in one setting."""
-        chosen = [trial for trial in self.trials if budget in trial.budgets and trial.factors[self.compare] == value]
-        return [trial for trial in chosen if self.setting(trial) == setting]
+        factors = {**dict(setting), self.compare: value}
+        return [trial for trial in self.trials if budget in trial.budgets and trial.factors == factors]
 
     def scores(self, budget: str, setting: Setting, value: str, measure: str) -> dict[int, float]:
         """Accuracy of each seed that is done, in the order of seeds."""
-        found = sorted((c.seed, c.scores.get(measure, nan)) for c in self.select(budget, setting, value) if c.finished)
-        return {seed: score for seed, score in found if isfinite(score)}
+        trials = sorted(self.select(budget, setting, value), key=lambda trial: trial.seed)
+        found = {trial.seed: trial.scores.get(measure, nan) for trial in trials if trial.finished}
+        return {seed: score for seed, score in found.items() if isfinite(score)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Difference:
     """Accuracy (0..1) of `first` minus that of `second`, over the seeds that both have.
 
@@ -178,16 +193,14 @@ def paired_differences(study: Study) -> list[Difference]:
             for settings in [*pooled, *((setting,) for setting in gaps)]:
                 values = _mean_by_seed([gaps[setting] for setting in settings])
                 (mean, width), p = mean_and_interval(values), paired_t_test(values)
-                headline = len(settings) == len(gaps)
+                pair, headline = (budget, measure, first, second), len(settings) == len(gaps)
                 width = None if p is None else width
-                family.append(
-                    Difference(budget, measure, first, second, settings, len(values), mean, width, p, headline)
-                )
-        corrected = {
-            headline: iter(holm([row.p for row in family if row.p is not None and row.headline == headline]))
-            for headline in (True, False)
-        }
-        found += [row if row.p is None else replace(row, p_holm=next(corrected[row.headline])) for row in family]
+                family.append(Difference(*pair, settings, len(values), mean, width, p, headline))
+        for headline in (True, False):
+            tested = [row for row in family if row.headline == headline and row.p is not None]
+            for row, p_holm in zip(tested, holm([row.p or 0.0 for row in tested]), strict=True):
+                row.p_holm = p_holm
+        found += family
     return found
 
 

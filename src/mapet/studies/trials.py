@@ -1,93 +1,66 @@
-"""Running a study's trials, each in a process of its own, and evaluating them all alike."""
+"""Running a study: its tokenizers, its trials, each in a process of its own and evaluated alike, and what came out of them."""
 
 import fcntl
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from statistics import fmean
+from typing import Any
 
 from tqdm import tqdm
 
-from mapet.config.base import Config, build, differences, read_recipe, write_recipe
-from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
+from mapet.config.base import build, read_recipe, write_recipe
+from mapet.config.evaluation import FinetuneConfig
 from mapet.config.pipeline import StudyConfig
-from mapet.config.pretraining import PretrainConfig
 from mapet.device import Compute, usable_cores
-from mapet.errors import Interrupted, MapetError, option
+from mapet.errors import Interrupted, MapetError, by
 from mapet.evaluation.datasets import train_and_test
 from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
+from mapet.files import is_free
 from mapet.run_state import CONFIG_FILE, RunState, read_or_none, record, run_state
 from mapet.signals import stop_signals
-from mapet.studies.grid import Trial, pretrain_config, trial_folder
+from mapet.studies.grid import TrialConfig, compared_factor, tokenizer_configs, trial_config, trial_folder
+from mapet.studies.statistics import Study, Trial
+from mapet.tokenizers.stages import fit_tokenizer, tokenize
+from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.tasks.finetuning import FinetuningTask
 from mapet.training.tasks.pretraining import PretrainingTask
 from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
-EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
-FREE = frozenset({"images", "out", "tokenizer", "tokens", "device", "trust_teacher", "track"})
-"""Options that may differ when a trial is resumed: the study may have moved, and trackers are only told."""
 
 
-class TrialConfig(Config):
-    """Everything that a trial's process needs to know.
-
-    Attributes:
-        labels_per_class: None means all.
-    """
-
-    resume: ClassVar[bool] = True
-    pretrain: PretrainConfig
-    finetune: FinetuneOptions
-    test_images: str
-    ood_images: dict[str, str]
-    labels_per_class: list[int | None]
-    num_images: int
-    flops_per_epoch: float
-
-
-def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:
-    """Return the config of a trial."""
-    return TrialConfig(
-        pretrain=pretrain_config(config, trial),
-        finetune=config.finetune,
-        test_images=config.test_images,
-        ood_images=config.ood_images,
-        labels_per_class=[None if amount == "all" else amount for amount in config.labels_per_class],
-        num_images=num_images,
-        flops_per_epoch=trial.flops_per_image * num_images,
-    )
+def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
+    """Fit each and store its tokens; return name -> reason for those that could not be made."""
+    broken = {}
+    for name in sorted(names):
+        fitting, tokenizing = tokenizer_configs(config, name)
+        try:
+            if is_free(fitting.out):
+                log.info("--- tokenizer %s", name)
+                with run_state(fitting.out, "fit-tokenizer", fitting):
+                    fit_tokenizer(fitting)
+            with run_state(tokenizing.out, "tokenize", tokenizing):
+                tokenize(tokenizing)
+        except Interrupted as error:
+            raise Interrupted(error.what, "the same command") from None
+        except MapetError as error:
+            broken[name] = str(error)
+            log.warning("tokenizer %s: %s", name, error)
+    return broken
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a trial was evaluated."""
     state = read_or_none(folder)
     return state is not None and state.status == "finished"
-
-
-def check_same_trial(folder: Path, now: TrialConfig) -> None:
-    """Check that a trial that was begun has the same options; how it is evaluated may change until it is.
-
-    Raises:
-        MapetError: its options are others.
-    """
-    state = read_or_none(folder)
-    if state is None or not (folder / "pretrain").exists():
-        return
-    old = build(TrialConfig, state.config)
-    free = frozenset({"pretrain", "flops_per_epoch"}) | (frozenset() if state.status == "finished" else EVALUATION)
-    changed = differences(old.pretrain, now.pretrain, FREE) + differences(old, now, free)
-    if changed:
-        raise MapetError(
-            f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new {option('out')}"
-        )
 
 
 def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
@@ -124,11 +97,10 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
                     running[index] = folder, _start(folder, device, threads)
                     bar.set_postfix_str("; ".join(folder.name for folder, _ in running.values()))
             time.sleep(0.2)
-            if stop.signal_name:
-                for _, process in running.values():
-                    process.send_signal(signal.SIGTERM)
-                for _, process in running.values():
-                    process.wait()
+            for _, process in running.values() if stop.signal_name else ():
+                process.terminate()
+            for _, process in running.values() if stop.signal_name else ():
+                process.wait()
             for index, (folder, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[index]
@@ -231,3 +203,57 @@ def learning_curve(config: TrialConfig) -> dict[str, Any]:
         named = {"loss": "loss", "probe/logistic": "logistic", "probe/knn": "knn"}
         points.append(point | {short: metrics[name] for name, short in named.items() if name in metrics})
     return {"flops": epoch * config.flops_per_epoch, "seconds": seconds, "curve": points}
+
+
+def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
+    """Return all trials, finished or not, and what to print with them.
+
+    Args:
+        measure: the baselines that are not there yet.
+    """
+    notes = [_describe_tokenizer(config, name) for name in config.tokenizers]
+    notes += [
+        f"The tokenizer '{name}' uses a pre-trained teacher ({options.teacher}): what that has seen, labels perhaps, goes into its results."
+        for name, options in config.tokenizers.items()
+        if options.teacher != "pixels"
+    ]
+    notes += [
+        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch.",
+        "Operations are the student's, forward and backward; minutes are of training alone, on this machine.",
+    ]
+    for name, section in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
+        shared = section.model_dump(mode="json", exclude_unset=True)
+        notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
+    results = []
+    for trial in trials:
+        state = read_or_none(trial_folder(config, trial))
+        found = state.results if state and state.status == "finished" else {}
+        results.append(replace(trial, status=state.status, reason=state.reason, **found) if state else trial)
+    title, command = (
+        f"Study of {Path(config.images).name}: {', '.join(config.grid)}",
+        f"mapet study {config.out / CONFIG_FILE}",
+    )
+    return Study(title, compared_factor(config), results, _baselines(config, trials, measure), notes, command)
+
+
+def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[str, dict[str, float]]:
+    """Evaluate each model of the grid untrained, frozen and fine-tuned from scratch: means over the seeds, kept in run.json."""
+    state = read_or_none(config.out)
+    found: dict[str, dict[str, float]] = dict(state.results.get("baselines", {})) if state else {}
+    for trial in trials:
+        model = ", ".join(value for name, value in trial.factors.items() if name in ("model", "model_args"))
+        name = f"untrained ViT {model}".strip()
+        if measure and name not in found and (trial_folder(config, trial) / "pretrain" / "backbone").exists():
+            log.info("--- %s, frozen and fine-tuned from scratch", name)
+            options = trial_config(config, trial, 0)
+            each = [evaluate(options, config.devices[0], seed, pretrained=False) for seed in config.seeds]
+            found[name] = {key: fmean(scores[key] for scores in each) for key in each[0]}
+            record(config.out, results={"baselines": found})
+    return found
+
+
+def _describe_tokenizer(config: StudyConfig, name: str) -> str:
+    fitting, _ = tokenizer_configs(config, name)
+    tokens = "no" if is_free(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
+    size = f"{by(fitting.image_size)} px in patches of {fitting.patch_size}"
+    return f"Tokenizer '{name}': teacher {fitting.teacher}, {size}, {tokens} tokens."
