@@ -3,13 +3,13 @@
 `torchrun` starts the processes and `process_group` connects them. Every rank calls a collective, in the same order.
 """
 
-import functools
 import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import ParamSpec, TypeVar, cast
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch import Tensor
 from mapet.errors import MapetError, option
 
 T = TypeVar("T")
-P = ParamSpec("P")
 log = logging.getLogger("mapet")
 _alone = False
 TIMEOUT = timedelta(hours=2)
@@ -72,17 +71,6 @@ def rank() -> int:
     return dist.get_rank() if is_initialized() else 0
 
 
-def rank_zero_only(function: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a function so that it does nothing in ranks other than 0."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        if rank() == 0:
-            function(*args, **kwargs)
-
-    return call
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     all_reduce(torch.zeros(1))
@@ -107,6 +95,15 @@ def all_gather(tensor: Tensor) -> Tensor:
     rows = tensor.new_zeros(world_size(), *tensor.shape)
     rows[rank()] = tensor
     return all_reduce(rows)
+
+
+def check_same(value: int, path: Path) -> None:
+    """Raise MapetError if the ranks have read different values from a path that all should see."""
+    values = all_gather(torch.tensor(value)).tolist()
+    if len(set(values)) > 1:
+        raise MapetError(
+            f"{path} is not the same for all processes ({values}): put it into a folder that all of them see"
+        )
 
 
 def all_gather_object(value: T) -> list[T]:

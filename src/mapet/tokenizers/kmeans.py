@@ -264,9 +264,10 @@ def _digest(points: DistributedPoints) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
 
 
-@distributed.rank_zero_only
 def save_state(path: Path, config: KMeansConfig, state: KMeansState) -> None:
     """Replace `path` by the state, as one safetensors file; rank 0 does."""
+    if distributed.rank() > 0:
+        return
     values = state._asdict()
     tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in values.items() if name not in tensors}
@@ -291,8 +292,7 @@ def load_state(path: Path, config: KMeansConfig, initial: KMeansState) -> KMeans
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to begin again") from None
         check_same_options(path, begun, config._asdict())
-    if len(set(distributed.all_gather(torch.tensor(state.rounds)).tolist())) > 1:
-        raise MapetError(f"{path} is not the same file for all processes: put it into a folder that all of them see")
+    distributed.check_same(state.rounds, path)
     return state
 
 

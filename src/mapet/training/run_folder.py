@@ -52,37 +52,35 @@ Metrics = dict[str, float]
 
 
 class RunFolder:
-    """Creates or reopens the folder and writes to its logs; a context manager. Of several processes the first does.
+    """Creates or reopens the folder and writes to its logs; a context manager.
 
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/  tracking/
     """
 
-    def __init__(self, config: TrainerConfig, compute: Compute) -> None:
-        assert config.out is not None
-        self.path: Path = config.out
-        self.checkpoints = self.path / "checkpoints"
-        self._open(config, compute)
+    @classmethod
+    def open(cls, config: TrainerConfig, compute: Compute) -> "RunFolder | None":
+        """Return the folder of a run that has one, in the first process, which alone writes to it."""
+        return cls(config.out, config, compute) if config.out and distributed.rank() == 0 else None
 
-    @distributed.rank_zero_only
-    def _open(self, config: TrainerConfig, compute: Compute) -> None:
-        recipe, fixed = self.path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
+    def __init__(self, path: Path, config: TrainerConfig, compute: Compute) -> None:
+        self.path, recipe, fixed = path, path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
-            new_folder(self.path, resume_hint=f", or go on with {option('resume', True)}")
+            new_folder(path, resume_hint=f", or go on with {option('resume', True)}")
         if not config.resume or differences(build(type(config), read_recipe(recipe)), config, fixed):
             write_recipe(config, recipe)  # of a new run, or it, or what it is made of, has moved
-        for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed as it wrote
+        for left in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
-        record(self.path, config=config, device=str(compute))
-        self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
+        record(path, config=config, device=str(compute))
+        self._handler = _LogFile(path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
         versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
         system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
         begun = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
         self._log_file_only(f"{begun}system: {compute}; {system}; {shlex.join(sys.argv)}")
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
-        self._tracking = Tracking(self.path, config.track, config.model_dump(mode="json"))
+        self._tracking = Tracking(path, config.track, config.model_dump(mode="json"))
 
     def __enter__(self) -> "RunFolder":
         # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
@@ -92,10 +90,6 @@ class RunFolder:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         threading.excepthook = self._hook
-        self._close(error)
-
-    @distributed.rank_zero_only
-    def _close(self, error: BaseException | None) -> None:
         if error is not None:
             self._log_file_only(f"stopped: {type(error).__name__}: {error}")
         self._tracking.close(failed=error is not None)
@@ -107,7 +101,6 @@ class RunFolder:
     def _log_file_only(self, text: str) -> None:
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
-    @distributed.rank_zero_only
     def truncate_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: the run goes on from there."""
         self._metrics.close()
@@ -119,7 +112,6 @@ class RunFolder:
             temporary.write_text("".join(line[0] for line in lines if int(line[1]) <= step), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
 
-    @distributed.rank_zero_only
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
         if self._board is None:

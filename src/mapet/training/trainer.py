@@ -65,6 +65,7 @@ class Trainer(Generic[R]):
         self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
+        self.checkpoints = task.config.out and task.config.out / "checkpoints"
         self.unreadable = Quarantine(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
@@ -80,14 +81,14 @@ class Trainer(Generic[R]):
                 "them, and the learning rate is for so many. Leave it out, or give less, for more steps"
             )
         local_batch_size = -(-batch_size // distributed.world_size())
-        lr = task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size)
-        warmup = config.epochs * task.warmup_fraction if config.warmup_epochs is None else config.warmup_epochs
-        return {
-            "micro_batch_size": config.micro_batch_size or task.auto_micro_batch(local_batch_size),
-            "lr": config.lr or max(task.min_auto_lr, lr),
-            "warmup_epochs": warmup,
-            "log_interval": config.log_interval or min(MAX_LOG_EVERY, -(-self.steps_per_epoch // task.logs_per_epoch)),
+        lr = max(task.min_auto_lr, task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size))
+        auto = {
+            "micro_batch_size": task.auto_micro_batch(local_batch_size),
+            "lr": lr,
+            "warmup_epochs": config.epochs * task.warmup_fraction,
+            "log_interval": min(MAX_LOG_EVERY, -(-self.steps_per_epoch // task.logs_per_epoch)),
         }
+        return {name: value for name, value in auto.items() if getattr(config, name) is None}
 
     def fit(self) -> R:
         """Train from the first step, or the one after the last checkpoint, to the last; returns the task's result.
@@ -97,10 +98,10 @@ class Trainer(Generic[R]):
             NonFiniteError: too many steps in a row were not finite, or the result isn't.
         """
         task, config = self.task, self.task.config
-        self.folder = RunFolder(config, self.compute) if config.out else None
+        self.folder = RunFolder.open(config, self.compute)
         with self.folder or nullcontext(), stop_signals() if config.out else nullcontext(StopRequest()) as self.stop:
-            if config.resume and self.folder:
-                self._resume(self.folder)
+            if config.resume and config.out:
+                self._resume()
             self._log_start()
             if self.step == 0:
                 on_rank_zero(task.start)
@@ -122,21 +123,18 @@ class Trainer(Generic[R]):
         record(config.out, description=text, counts=counts, hashes=hashes, results=task.facts)
         log.info("%s, %s", text, self.compute)
 
-    def _resume(self, folder: RunFolder) -> None:
-        task = self.task
-        if checkpoint.checkpoints(folder.checkpoints):
-            checkpoint.check_fingerprints(folder.checkpoints, task.hashes)
-            state = checkpoint.load_checkpoint(folder.checkpoints, task.model, self.optimizer, **self.stateful)
+    def _resume(self) -> None:
+        task, folder = self.task, self.checkpoints
+        if checkpoint.checkpoints(folder):
+            checkpoint.check_fingerprints(folder, task.hashes)
+            state = checkpoint.load_checkpoint(folder, task.model, self.optimizer, **self.stateful)
             self.step = self.sampler.first_step = state["step"]
             self.num_rollbacks = state.get("num_rollbacks", 0)
-            steps = distributed.all_gather(torch.tensor(self.step)).tolist()
-            if len(set(steps)) > 1:
-                raise MapetError(
-                    f"{folder.checkpoints} is not the same for all processes (steps {steps}): put {option('out')} where all of them see it"
-                )
+            distributed.check_same(self.step, folder)
             if self.keeps_micro_batch and state.get("micro_batch"):
                 task.config = task.config.model_copy(update={"micro_batch_size": state["micro_batch"]})
-        folder.truncate_metrics(self.step)
+        if self.folder:
+            self.folder.truncate_metrics(self.step)
         log.info("resumed at step %d of %d", self.step, self.total_steps)
 
     def _loop(self) -> None:
@@ -151,8 +149,8 @@ class Trainer(Generic[R]):
                     self._log_metrics()
                 if self.step % self.steps_per_epoch == 0:
                     self._evaluate(self.step // self.steps_per_epoch)
-                if self.folder:
-                    self._save_if_due(self.folder)
+                if self.checkpoints:
+                    self._save_if_due()
 
     def _train_step(self, batch: Batch) -> None:
         task, step, local_images = self.task, self.step, len(batch)
@@ -204,19 +202,19 @@ class Trainer(Generic[R]):
             self._roll_back_or_stop()
 
     def _roll_back_or_stop(self) -> None:
-        skipped, folder, task = self.monitor.consecutive_skipped, self.folder, self.task
-        saved = checkpoint.checkpoints(folder.checkpoints) if folder else []
+        skipped, task = self.monitor.consecutive_skipped, self.task
+        saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []
         before = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - skipped]
-        if folder is None or self.num_rollbacks == task.config.max_rollbacks or not before:
+        if self.num_rollbacks == task.config.max_rollbacks or not before:
             self._raise_nonfinite(f"loss or gradient was not finite in {skipped} steps in a row", kept=bool(before))
         state = checkpoint.load_checkpoint(before[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
         log.warning("rolled back to the weights of step %d, with the images from step %d on", state["step"], self.step)
-        self._save(folder)
+        self._save()
 
     def _raise_nonfinite(self, what: str, kept: bool = False) -> NoReturn:
         count = max(1, self.monitor.consecutive_skipped)
-        bundle = checkpoint.save_debug_bundle(self.task, self.sampler, self.step, count) if self.folder else None
+        bundle = checkpoint.save_debug_bundle(self.task, self.sampler, self.step, count) if self.checkpoints else None
         raise checkpoint.NonFiniteError(what, bundle, self.task.config, kept)
 
     def _evaluate(self, epoch: int) -> None:
@@ -235,25 +233,25 @@ class Trainer(Generic[R]):
                 self.folder.log_metrics(self.step, scores)
             self.display.log_scores(epoch, scores)
 
-    def _save_if_due(self, folder: RunFolder) -> None:
+    def _save_if_due(self) -> None:
         due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min
         stopping, due = any_rank(bool(self.stop.signal_name), due)
         if stopping or due or self.step == self.total_steps:
-            self._save(folder)
+            self._save()
             self._saved_at = time.monotonic()
         if stopping and self.step < self.total_steps:
             raise Interrupted(
                 f"stopped by {self.stop.signal_name or 'another process'} at step {self.step} of {self.total_steps}, saved",
-                command_to_resume(folder.path, self.task.command),
+                command_to_resume(self.task.config.out, self.task.command),
             )
 
-    def _save(self, folder: RunFolder) -> None:
+    def _save(self) -> None:
         config, micro_batch = self.task.config, self.forward_backward.micro_batch
         tensors = checkpoint.checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
         state = {"epochs": config.epochs, "num_rollbacks": self.num_rollbacks, "micro_batch": micro_batch}
         if distributed.rank() == 0:
             state |= self.task.hashes
-            checkpoint.save_checkpoint(folder.checkpoints, self.step, tensors, state, KEEP_CHECKPOINTS)
+            checkpoint.save_checkpoint(self.checkpoints, self.step, tensors, state, KEEP_CHECKPOINTS)
             record(config.out, counts={"steps": self.step})
         distributed.barrier()
 
