@@ -8,10 +8,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,8 +63,8 @@ class ForwardBackward:
             module.compile()
         low = compute.dtype != torch.float32 and not self._sharded  # a sharded one makes its own copy
         self.compute_module: Any = LowPrecision(module, compute.dtype) if low else module
-        self._replicated = distributed.world_size() > 1 and not self._sharded
-        self._rehearsed = not self._replicated
+        self._num_replicas = 1 if self._sharded else distributed.world_size()
+        self._rehearsed = self._num_replicas == 1
 
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
         """Return the outputs of the micro-batches, their losses weighted so that they add up to `fraction` times the batch's.
@@ -85,7 +84,7 @@ class ForwardBackward:
                     return self._accumulate(batch, args, fraction)
             except RuntimeError as error:
                 out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not out_of_memory or self._sharded or (self._replicated and self._rehearsed):
+                if not out_of_memory or self._sharded or (self._num_replicas > 1 and self._rehearsed):
                     raise
             self._halve(len(batch))  # here, where the failed pass no longer holds its memory
 
@@ -100,11 +99,9 @@ class ForwardBackward:
         unused = any(parameter.grad is None for parameter in self.module.parameters())
         self.module.zero_grad(set_to_none=True)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1 x 1 convolution
-        replicated = DistributedDataParallel(
-            self.compute_module, find_unused_parameters=unused or not self._same_shapes
-        )
-        replicated.register_comm_hook(None, _sum_bucket)  # losses are weighted by each rank's images: sums, not means
-        self.compute_module, self._rehearsed = replicated, True
+        unused = unused or not self._same_shapes
+        self.compute_module = DistributedDataParallel(self.compute_module, find_unused_parameters=unused)
+        self._rehearsed = True
 
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
         """Make the passes of a step; gradients are summed over ranks in the last one, if this is not the rehearsal."""
@@ -117,7 +114,7 @@ class ForwardBackward:
             with self.compute_module.no_sync() if waits else nullcontext():
                 output = self.compute_module(part, *args)
                 weight = fraction * len(part) / len(batch)
-                (output.loss * weight).backward()
+                (output.loss * weight * self._num_replicas).backward()  # DistributedDataParallel takes means, not sums
             outputs.append(output._replace(loss=output.loss.detach() * weight))
         return outputs
 
@@ -136,11 +133,6 @@ class ForwardBackward:
             f"out of memory with %d images at a time: going on with {option('micro_batch_size')} %d (the batch and what is learned stay the same)",
             failed, self.micro_batch,
         )  # fmt: skip
-
-
-def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # has no stub
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
 
 
 def auto_compile(requested: bool | None, compute: Compute, steps: int, same_shapes: bool = True) -> bool:
