@@ -9,11 +9,11 @@ import sys
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from mapet import distributed
+from mapet.config.shared import Precision
 from mapet.errors import MapetError, option
 
 log = logging.getLogger("mapet")
@@ -23,7 +23,6 @@ MEMINFO = Path("/proc/meminfo")
 """Linux tells there of its memory."""
 WORKERS = "MAPET_WORKERS"
 """Environment variable: processes that read images, in every command."""
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,8 @@ class Compute:
         try:
             place = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            reasons = {
-                "cuda": str(error).splitlines()[0].split(". ")[0],
-                "mps": "this machine, or its PyTorch, has none",
-            }
+            cuda = str(error).splitlines()[0].split(". ")[0]
+            reasons = {"cuda": cuda, "mps": "this machine, or its PyTorch, has none"}
             why = reasons.get(device.split(":")[0], "mapet knows none of that name")
             raise MapetError(
                 f"device '{device}' is not available: {why}. Use {option('device')} auto, cpu, cuda or mps"
@@ -55,9 +52,7 @@ class Compute:
         if place.type == "cuda" and distributed.world_size() > 1:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(place)
-        fast = False
-        if place.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if place.type == "cpu":
             _keep_freed_memory()
             _warn_if_busy()

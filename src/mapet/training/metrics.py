@@ -1,11 +1,11 @@
 """Metrics of a training run, kept on the device so that steps don't wait for them; skipped steps and loss spikes; progress."""
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -151,24 +151,19 @@ class LossMonitor:
     def update(self, window: MetricWindow, last_step: int) -> None:
         """Log what is remarkable about the steps up to `last_step`; a collective call."""
         first = last_step - len(window.losses) + 1
-        for step, loss, (index, losses) in zip(range(first, last_step + 1), window.losses, window.images, strict=True):
-            if loss != loss:
+        for step, loss, images in zip(range(first, last_step + 1), window.losses, window.images, strict=True):
+            if math.isnan(loss):
                 self.consecutive_skipped += 1
-                worst = self._worst(index, losses)
-                log.warning("step %d is left out: loss or gradient not finite; largest losses: %s", step, worst)
+                text = "step %d is left out: loss or gradient not finite; largest losses: %s"
+                log.warning(text, step, self._worst(*images))
                 continue
             self.consecutive_skipped = 0
-            if self._is_spike(loss):
-                usual, worst = statistics.median(self._losses), self._worst(index, losses)
-                log.warning("loss spike at step %d: %.3f, usually %.3f; largest losses: %s", step, loss, usual, worst)
+            usual = statistics.median(self._losses) if len(self._losses) >= MIN_HISTORY else math.inf
+            sigma = 1.4826 * statistics.median([abs(x - usual) for x in self._losses] or [0.0])  # if they are normal
+            if loss > usual + DEVIATIONS * max(sigma, 1e-3 * abs(usual)):
+                text = "loss spike at step %d: %.3f, usually %.3f; largest losses: %s"
+                log.warning(text, step, loss, usual, self._worst(*images))
             self._losses = [*self._losses, loss][-HISTORY:]
-
-    def _is_spike(self, loss: float) -> bool:
-        if len(self._losses) < MIN_HISTORY:
-            return False
-        usual = statistics.median(self._losses)
-        deviation = 1.4826 * statistics.median(abs(x - usual) for x in self._losses)  # a normal distribution's sigma
-        return loss > usual + DEVIATIONS * max(deviation, 1e-3 * abs(usual))
 
     def _worst(self, index: Tensor, losses: Tensor) -> str:
         """Name the images of the largest losses, of all ranks; those that are not finite first."""
@@ -240,7 +235,7 @@ class ProgressDisplay:
         seen, all_steps = sum(window["steps"] for window in self._epoch), round(self._done / metrics["epoch"])
         part = f" (its last {seen} of {all_steps} steps)" if seen < all_steps else ""  # of an epoch that was resumed
         for name in [name for name in AVERAGED if name in metrics]:
-            known = [window for window in self._epoch if isfinite(window[name])]
+            known = [window for window in self._epoch if math.isfinite(window[name])]
             if steps := sum(window["steps"] for window in known):
                 metrics = metrics | {name: sum(window[name] * window["steps"] for window in known) / steps}
         seconds = (time.monotonic() - self._started) / max(1, self._done - self._first) * (self._total - self._done)

@@ -175,7 +175,15 @@ class PretrainingTask(Task[PretrainConfig, Path]):
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
         self.same_shapes = not config.varies_context
         self.probe = OnlineProbe.for_run(config, images, compute)
-        self.description, self.facts = self._describe(), {"tokenizer": tokenizer.description}
+        hidden = (
+            f"{'up to ' if config.varies_context else ''}{self.model.num_hidden} of {self.model.num_patches} patches"
+        )
+        target = f"from {self.model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
+        self.description = (
+            f"{config.model}, {format_num_params(vit)}, {config.objective} on {len(self.indices):,} images of {by(size)} px, "
+            f"{hidden} predicted {target}"
+        )
+        self.facts = {"tokenizer": tokenizer.description}
         if store:
             self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
         if len(self.indices) < FEW_IMAGES:
@@ -185,15 +193,6 @@ class PretrainingTask(Task[PretrainConfig, Path]):
             log.info(
                 "without %s the teacher runs in every step, on fresh views; `mapet tokenize` runs it once", without
             )
-
-    def _describe(self) -> str:
-        config, model = self.config, self.model
-        upper = "up to " if config.varies_context else ""
-        target = f"from {model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
-        return (
-            f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {len(self.indices):,} images of "
-            f"{by(model.vit.patch_embed.img_size)} px, {upper}{model.num_hidden} of {model.num_patches} patches predicted {target}"
-        )
 
     @property
     def product_module(self) -> VisionTransformer:
