@@ -13,7 +13,7 @@ import mapet
 from mapet.cli import main
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError
-from mapet.evaluation import probes, robustness
+from mapet.evaluation import probes, protocols
 from mapet.evaluation.datasets import train_and_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.run_state import RunState
@@ -276,8 +276,8 @@ def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path,
         (tmp_path / "other" / name).symlink_to(small / "test" / name)
     (tmp_path / "other" / "x").symlink_to(small / "test" / "5")
     out, two = tmp_path / "out", ("contrast", "jpeg_compression")
-    monkeypatch.setattr(robustness, "CORRUPTIONS", {name: robustness.CORRUPTIONS[name] for name in two})
-    monkeypatch.setattr(robustness, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(protocols, "CORRUPTIONS", {name: protocols.CORRUPTIONS[name] for name in two})
+    monkeypatch.setattr(protocols, "SEVERITIES", (1, 5))
     found = mapet.evaluate(
         backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK,
         protocols=["ood", "corruptions", "resolution"], ood_images={"elsewhere": tmp_path / "other"}, eval_image_sizes=[8, 12],

@@ -11,12 +11,17 @@ import torch
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.classification import average_precisions
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, centred_batches, normalize
 from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
-from mapet.evaluation.label_free import cluster_features, clustering_scores, entropy_rank, feature_stats
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
+from mapet.evaluation.protocols import (
+    average_precisions,
+    cluster_features,
+    clustering_scores,
+    entropy_rank,
+    feature_stats,
+)
 from mapet.models.backbone import create_vit, save_backbone
 from mapet.tokenizers.feature_store import FeatureStore
 from tests.conftest import TINY

@@ -13,7 +13,7 @@ from torch import nn
 from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation import probes, robustness
+from mapet.evaluation import probes, protocols
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
@@ -186,8 +186,8 @@ def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
     parts = [
         labelled(scan(save(tmp_path / part, greys, n, seed, spread=5))) for seed, (part, n) in enumerate(PARTS.items())
     ]
-    monkeypatch.setattr(robustness, "CORRUPTIONS", {"brightness": robustness.CORRUPTIONS["brightness"]})
-    monkeypatch.setattr(robustness, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(protocols, "CORRUPTIONS", {"brightness": protocols.CORRUPTIONS["brightness"]})
+    monkeypatch.setattr(protocols, "SEVERITIES", (1, 5))
     monkeypatch.setattr(probes, "C_CANDIDATES", (1e3,))  # boundaries in the middle between greys
     context = context_of(EvalData(*parts), tmp_path)
     outcome = PROTOCOLS["corruptions"].run(context)

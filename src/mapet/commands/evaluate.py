@@ -37,8 +37,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     from mapet.device import Compute, free_memory
     from mapet.evaluation.eval_context import EvalContext, load_eval_data
     from mapet.evaluation.features import BackboneWrapper, CacheConfig
-    from mapet.evaluation.protocols import PROTOCOLS
-    from mapet.evaluation.robustness import add_mce
+    from mapet.evaluation.protocols import PROTOCOLS, add_mce
     from mapet.files import new_folder
     from mapet.reports.evaluation import format_metric, format_table, write_evaluation
     from mapet.run_state import record
