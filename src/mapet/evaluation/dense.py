@@ -6,7 +6,6 @@ import io
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from mapet.data.readers import BadImage
 from mapet.data.views import View, render
 from mapet.device import num_workers
 from mapet.errors import MapetError, how_to_install
-from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, ImageSet, SegmentationSet
+from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, SegmentationSet
 from mapet.evaluation.eval_context import EvalContext, ProtocolResult, protocol
 from mapet.evaluation.features import BackboneWrapper
 from mapet.evaluation.intervals import MetricValue, bootstrap
@@ -32,10 +31,10 @@ from mapet.evaluation.probes import descend
 
 WIDTH = 128
 """Channels of the decoder and of the pyramid."""
-HEAD_LEARNING_RATES, HEAD_WEIGHT_DECAY, MAX_SEGMENTATION_BATCH = {"linear": 1e-2, "decoder": 1e-3}, 1e-4, 16
-"""AdamW's for the heads of segmentation; images a step."""
-DETECTOR_LR, DETECTOR_WEIGHT_DECAY, MAX_DETECTION_BATCH = 5e-4, 0.05, 8
-"""AdamW's; images a step."""
+HEAD_LEARNING_RATES, HEAD_WEIGHT_DECAY = {"linear": 1e-2, "decoder": 1e-3}, 1e-4
+"""AdamW's for the heads of segmentation."""
+DETECTOR_LR, DETECTOR_WEIGHT_DECAY = 5e-4, 0.05
+"""AdamW's."""
 BOX_BATCH_SIZE_PER_IMAGE = 128
 """Proposals of an image that a step learns from: a quarter of torchvision's, for a short training."""
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -48,15 +47,21 @@ def _at_size(context: EvalContext, copy_weights: bool = False) -> BackboneWrappe
     return context.backbone.with_image_size((size, size) if size else context.backbone.image_size, copy_weights)
 
 
-@dataclass
-class _AnnotatedImages(Dataset[Any]):
-    """What `read` makes of each image; None in place of an unreadable one."""
+class AnnotatedImages(Dataset[Any]):
+    """What `read` makes of each image; None in place of an unreadable one.
 
-    read: Callable[[int], Any]
-    count: int
+    Attributes:
+        max_batch_size: images a step.
+    """
+
+    max_batch_size: int
+
+    def __init__(self, context: EvalContext, backbone: BackboneWrapper, data: Any) -> None:
+        self.data, self.size, self.channels = data, backbone.image_size, backbone.channels
+        self.options, self.batch_size = context.options, min(context.cache.batch_size, self.max_batch_size)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -64,41 +69,41 @@ class _AnnotatedImages(Dataset[Any]):
         except BadImage:
             return None
 
+    def read(self, index: int) -> Any:
+        """Read an image and what is known of it."""
+        raise NotImplementedError
 
-def _batches(
-    context: EvalContext, data: ImageSet, read: Callable[[int], Any], batch_size: int, seed: int | None = None
-) -> Iterator[list[Any]]:
-    """Yield what `read` makes of the images that can be read, in the order that a seed draws.
+    def batches(self, seed: int | None = None) -> Iterator[list[Any]]:
+        """Yield batches of the images that can be read, in the order that a seed draws.
 
-    Raises:
-        MapetError: no image can be read.
-    """
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        _AnnotatedImages(read, len(data)), batch_size, shuffle=seed is not None, generator=generator,
-        num_workers=num_workers(), collate_fn=list,
-    )  # fmt: skip
-    none_read = True
-    for batch in loader:
-        if readable := [one for one in batch if one is not None]:
-            none_read = False
-            yield readable
-    if none_read:
-        raise MapetError(f"none of the {len(data)} annotated images in {data.images.root} can be read")
+        Raises:
+            MapetError: none can be read.
+        """
+        shuffled, generator = seed is not None, None if seed is None else torch.Generator().manual_seed(seed)
+        options = {"shuffle": shuffled, "generator": generator, "num_workers": num_workers(), "collate_fn": list}
+        none_read = True
+        for batch in DataLoader(self, self.batch_size, **options):  # type: ignore[arg-type]
+            if readable := [one for one in batch if one is not None]:
+                none_read = False
+                yield readable
+        if none_read:
+            raise MapetError(f"none of the {len(self)} annotated images in {self.data.images.root} can be read")
 
+    def train(
+        self, optimizer: torch.optim.Optimizer, compute_loss: Callable[[list[Any]], Tensor], gently: bool = False
+    ) -> None:
+        """Take a step down the loss of each batch for `dense_epochs`; `gently`: with a warmup and clipped gradients."""
 
-def _losses(
-    context: EvalContext, data: ImageSet, read: Callable[[int], Any], batch_size: int,
-    compute_loss: Callable[[list[Any]], Tensor],
-) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the finite losses of all batches of all epochs."""
-    for epoch in range(context.options.dense_epochs):
-        seed = context.options.seed * 100_003 + epoch
-        torch.manual_seed(seed)  # of the detector's samples of anchors and boxes
-        for batch in _batches(context, data, read, batch_size, seed):
-            loss = compute_loss(batch)
-            if bool(loss.isfinite()):
-                yield loss
+        def losses() -> Iterator[Tensor]:
+            for epoch in range(self.options.dense_epochs):
+                seed = self.options.seed * 100_003 + epoch
+                torch.manual_seed(seed)  # of the detector's samples of anchors and boxes
+                for batch in self.batches(seed):
+                    if bool((loss := compute_loss(batch)).isfinite()):
+                        yield loss
+
+        num_steps = self.options.dense_epochs * math.ceil(len(self) / self.batch_size)
+        descend(optimizer, losses(), num_steps, num_steps // 20 if gently else 0, 1.0 if gently else None)
 
 
 # ---- segmentation
@@ -116,12 +121,16 @@ def make_heads(width: int, classes: int) -> dict[str, nn.Module]:
     return {"linear": linear, "decoder": nn.Sequential(*first, *up(), *up(), nn.Conv2d(WIDTH, classes, 1))}
 
 
-def _read_scene(
-    data: SegmentationSet, size: tuple[int, int], channels: int, index: int
-) -> tuple[UInt8[Tensor, "C H W"], Int[Tensor, "h w"]]:
-    """Read a whole image, stretched to `size`, and the class of each pixel, at the mask's own size."""
-    picture = data.images.open(index, channels)
-    return render(picture, View(0, 0, *picture.size, False), size), torch.from_numpy(data.class_map(index))
+class Scenes(AnnotatedImages):
+    """Whole images, stretched to the backbone's size, and the class of each pixel, at the mask's own size."""
+
+    max_batch_size = 16
+
+    def read(self, index: int) -> tuple[UInt8[Tensor, "C H W"], Int[Tensor, "h w"]]:
+        picture = self.data.images.open(index, self.channels)
+        height, width = picture.size
+        whole = View(0, 0, height, width, flip=False)
+        return render(picture, whole, self.size), torch.from_numpy(self.data.class_map(index))
 
 
 @protocol("masks")
@@ -182,11 +191,8 @@ def _train_heads(context: EvalContext, backbone: BackboneWrapper, data: Segmenta
         logits = [F.interpolate(head(features), size, mode="bilinear") for head in heads.values()]
         return torch.stack([F.cross_entropy(each, masks, ignore_index=IGNORE_INDEX) for each in logits]).sum()
 
-    batch_size = min(context.cache.batch_size, MAX_SEGMENTATION_BATCH)
-    num_steps = context.options.dense_epochs * math.ceil(len(data) / batch_size)
-    read = partial(_read_scene, data, size, backbone.channels)
     optimizer = torch.optim.AdamW(groups, weight_decay=HEAD_WEIGHT_DECAY)
-    descend(optimizer, _losses(context, data, read, batch_size, compute_loss), num_steps)
+    Scenes(context, backbone, data).train(optimizer, compute_loss)
     return {name: head.eval() for name, head in heads.items()}
 
 
@@ -196,8 +202,7 @@ def _count_pixels(
 ) -> list[Float[np.ndarray, "n 3 K"]]:
     """Compute `pixel_counts` of every test image, for each head."""
     found: list[list[np.ndarray]] = [[] for _ in heads]
-    read = partial(_read_scene, data, backbone.image_size, backbone.channels)
-    for batch in _batches(context, data, read, min(context.cache.batch_size, MAX_SEGMENTATION_BATCH)):
+    for batch in Scenes(context, backbone, data).batches():
         features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch]))
         for head, counts in zip(heads, found, strict=True):
             for logits, (_, truth) in zip(head(features), batch, strict=True):
@@ -249,22 +254,15 @@ def make_detector(backbone: BackboneWrapper, classes: int, trained: bool) -> Fas
     height, width = backbone.image_size
     cell = height / backbone.map_shape[1]
     torch.manual_seed(0)
-    pyramid = SimpleFeaturePyramid(backbone, trained)
     sizes = tuple((max(1, round(8 * cell * scale)),) for scale in (0.25, 0.5, 1, 2))
-    names = [str(index) for index in range(len(sizes))]
     return FasterRCNN(
-        pyramid,
-        classes + 1,  # 0 is the background
-        image_mean=list(backbone.mean),
-        image_std=list(backbone.std),
-        min_size=min(height, width),
-        max_size=max(height, width),
-        fixed_size=(width, height),
-        size_divisible=1,
+        SimpleFeaturePyramid(backbone, trained), classes + 1,  # 0 is the background
+        image_mean=list(backbone.mean), image_std=list(backbone.std),
+        min_size=min(height, width), max_size=max(height, width), fixed_size=(width, height), size_divisible=1,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         box_batch_size_per_image=BOX_BATCH_SIZE_PER_IMAGE,
-        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-    ).to(backbone.compute.device)
+        box_roi_pool=MultiScaleRoIAlign([str(index) for index in range(len(sizes))], output_size=7, sampling_ratio=2),
+    ).to(backbone.compute.device)  # fmt: skip
 
 
 @protocol("annotations", expensive=True)
@@ -304,9 +302,13 @@ def _measure_boxes(context: EvalContext, trained: bool) -> ProtocolResult:
     )
 
 
-def _read_picture(data: DetectionSet, channels: int, index: int) -> tuple[int, UInt8[Tensor, "C H W"]]:
-    """Read a whole image at its own size."""
-    return index, data.images.open(index, channels).read()
+class Pictures(AnnotatedImages):
+    """Indices and whole images at their own size."""
+
+    max_batch_size = 8
+
+    def read(self, index: int) -> tuple[int, UInt8[Tensor, "C H W"]]:
+        return index, self.data.images.open(index, self.channels).read()
 
 
 def _train_detector(context: EvalContext, detector: nn.Module, backbone: BackboneWrapper, data: DetectionSet) -> None:
@@ -320,12 +322,9 @@ def _train_detector(context: EvalContext, detector: nn.Module, backbone: Backbon
         ]
         return torch.stack(list(detector([to(pixels).float() / 255 for _, pixels in batch], targets).values())).sum()
 
-    batch_size = min(context.cache.batch_size, MAX_DETECTION_BATCH)
-    num_steps = context.options.dense_epochs * math.ceil(len(data) / batch_size)
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, DETECTOR_LR, weight_decay=DETECTOR_WEIGHT_DECAY)
-    losses = _losses(context, data, partial(_read_picture, data, backbone.channels), batch_size, compute_loss)
-    descend(optimizer, losses, num_steps, max(1, num_steps // 20), clip_grad=1.0)
+    Pictures(context, backbone, data).train(optimizer, compute_loss, gently=True)
 
 
 @torch.inference_mode()
@@ -334,8 +333,8 @@ def _detect(
 ) -> list[dict[str, Any]]:
     """Find boxes, in COCO's format of results."""
     detector.eval()
-    found, read = [], partial(_read_picture, data, backbone.channels)
-    for batch in _batches(context, data, read, min(context.cache.batch_size, MAX_DETECTION_BATCH)):
+    found = []
+    for batch in Pictures(context, backbone, data).batches():
         results = detector([backbone.compute.to(pixels).float() / 255 for _, pixels in batch])
         for (index, _), result in zip(batch, results, strict=True):
             boxes = box_convert(result["boxes"].double().cpu(), "xyxy", "xywh").tolist()

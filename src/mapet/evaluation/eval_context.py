@@ -14,13 +14,11 @@ from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import scan
 from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
-from mapet.evaluation.datasets import DetectionSet, LabelledSet, SegmentationSet, labelled, unlabelled
+from mapet.evaluation.datasets import DetectionSet, LabelledSet, SegmentationSet, unlabelled
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci
-from mapet.evaluation.probes import LogisticProbe, fit_logistic, nearest_neighbors
+from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
 
-NEIGHBORS = 20
-"""k of k-NN."""
 NUM_SHOWN = 8
 """Neighbors in the figure, at most."""
 
@@ -97,7 +95,7 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
         )
     images = scan(config.images)
     if images.classes():
-        ood = {name: labelled(scan(source)) for name, source in config.ood_images.items()}
+        ood = {name: datasets.labelled(scan(source)) for name, source in config.ood_images.items()}
         return EvalData(*datasets.train_and_test(config.images, config.test_images), ood)
     if config.test_images is None:
         return EvalData(*datasets.split(unlabelled(images)))
@@ -134,7 +132,7 @@ class EvalContext:
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
         """Similarities and rows of the training images nearest to each test image."""
-        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), NEIGHBORS)
+        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), KNN_K)
 
     @cached_property
     def logistic(self) -> LogisticProbe:

@@ -334,15 +334,21 @@ class FeatureCache:
         """Yield (first row, float32 rows of all layers) in order; each block overwrites the one before."""
         yield from self.store.blocks(max(1024, BLOCK_BYTES // (4 * self.store.num_features)))
 
-    def batches(self, num_rows: int, size: int, seed: int) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b W"]]]:
-        """Yield (rows, their features) of the first rows in another random order for each seed; never a lone row of several."""
-        generator = torch.Generator().manual_seed(seed)
+    def batches(
+        self, first: int, last: int, size: int, seed: int | None = None
+    ) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b W"]]]:
+        """Yield (rows, their features) of the rows from `first` up to `last`, with a seed in the random order that it draws.
+
+        In random order no row comes alone, for a batch norm, unless there is but one.
+        """
+        generator = torch.Generator().manual_seed(seed or 0)
         for start, block in self.blocks():
-            count = min(num_rows - start, len(block))
-            if count > 0:
-                for part in torch.randperm(count, generator=generator).split(size):
-                    if len(part) > 1 or count == 1:
-                        yield start + part, block[part]
+            rows = torch.arange(len(block))[max(0, first - start) : max(0, last - start)]
+            if seed is not None:
+                rows = rows[torch.randperm(len(rows), generator=generator)]
+            for part in rows.split(size):
+                if len(part) > 1 or len(rows) == 1 or (seed is None and len(part)):
+                    yield start + part, block[part]
 
     def layer_blocks(self) -> Iterator[tuple[int, Float[Tensor, "m D"]]]:
         """Yield the `blocks` of the deepest layer."""

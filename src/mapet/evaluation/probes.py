@@ -73,12 +73,9 @@ class LogisticProbe:
 
 
 def fit_logistic(
-    features: Float[Tensor, "n D"],
-    labels: Int[Tensor, " n"],
-    num_classes: int,
-    C: float | None = None,
+    features: Float[Tensor, "n D"], labels: Int[Tensor, " n"], num_classes: int, C: float | None = None,
     scaler: StandardScaler | None = None,
-) -> LogisticProbe:
+) -> LogisticProbe:  # fmt: skip
     """Fit the linear probe: multinomial logistic regression on standardized features.
 
     Args:
@@ -277,16 +274,16 @@ def fit_linear_sgd(
     """
     require_images(len(cache), "a linear probe")
 
+    def with_labels(batches: Iterable[tuple[Int[Tensor, " b"], Tensor]]) -> Batches:
+        return ((compute.to(features), compute.to(cache.labels[rows])) for rows, features in batches)
+
     def train(probes: list[LinearClassifiers], num_rows: int) -> None:
         size = min(1024, max(64, num_rows // 32))
         # SGD's step is linear in the loss, so a factor of the loss is a learning rate of its own.
         scales = [torch.tensor(probe.rates, device=compute.device) * size / 256 for probe in probes]
         parameters = nn.ModuleList(probes).to(compute.device).train().parameters()
-        batches = (
-            (compute.to(features), compute.to(cache.labels[rows]))
-            for epoch in range(epochs)
-            for rows, features in cache.batches(num_rows, size, seed * 100_003 + epoch)
-        )
+        seeds = range(seed * 100_003, seed * 100_003 + epochs)
+        batches = (batch for each in seeds for batch in with_labels(cache.batches(0, num_rows, size, each)))
         optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
         _train(probes, scales, optimizer, batches, epochs * math.ceil(num_rows / size))
 
@@ -296,12 +293,7 @@ def fit_linear_sgd(
         for (layer, columns), batch_norm in product(cache.columns.items(), (False, True))
     ]
     train(candidates, first)
-    held_out = (
-        (compute.to(block[rows - start]), compute.to(cache.labels[rows]))
-        for start, block in cache.blocks()
-        for rows in torch.arange(max(start, first), max(start + len(block), first)).split(1024)
-        if len(rows)
-    )
+    held_out = with_labels(cache.batches(first, len(cache), 1024))
     scores = list(zip(candidates, _held_out_scores(candidates, held_out), strict=True))
     probes = {}
     for name, batch_norm in (("linear_sgd", False), ("linear_sgd_bn", True)):
@@ -405,15 +397,6 @@ class OnlineProbe:
         train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
         every = config.probe_every or max(1, config.epochs // 5)
         return cls(train.sample(MAX_TRAIN), test.sample(MAX_TEST), every, compute)
-
-    def due(self, epoch: int, epochs: int) -> bool:
-        """Tell whether to probe after this epoch."""
-        return epoch % self.every == 0 or epoch == epochs
-
-    @staticmethod
-    def line(scores: dict[str, float]) -> str:
-        """Format the scores for the log."""
-        return f"linear probe {scores['probe/logistic']:.3f}, k-NN {scores['probe/knn']:.3f}"
 
     def __call__(self, vit: VisionTransformer) -> dict[str, float]:
         """Measure the accuracy of a ViT's frozen features."""

@@ -4,8 +4,7 @@ A protocol is a function from a backbone and data to metrics, registered where i
 """
 
 from collections.abc import Mapping
-from functools import partial
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,7 @@ from mapet.errors import MapetError
 from mapet.evaluation import dense, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, mean_corruption_error
 from mapet.evaluation.datasets import LabelledSet, few_shot_split
-from mapet.evaluation.eval_context import (
-    NEIGHBORS,
-    NUM_SHOWN,
-    PROTOCOLS,
-    EvalContext,
-    Protocol,
-    ProtocolResult,
-    protocol,
-)
+from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
 from mapet.evaluation.intervals import MetricValue, accuracy_with_ci, bootstrap, over_seeds
 
@@ -67,9 +58,9 @@ def logistic(context: EvalContext) -> ProtocolResult:
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
     """Evaluate weighted k-NN of the last layer's features."""
-    result, k = ProtocolResult(), min(NEIGHBORS, len(context.train))
-    votes = probes.knn_scores(context.train, len(context.classes), *(part[:, :k] for part in context.test_neighbors))
-    result.add_accuracy("knn", votes.argmax(1), context.test.labels, context.classes, f"k {k}")
+    result, (similarity, rows) = ProtocolResult(), context.test_neighbors
+    votes = probes.knn_scores(context.train, len(context.classes), similarity, rows)
+    result.add_accuracy("knn", votes.argmax(1), context.test.labels, context.classes, f"k {rows.shape[1]}")
     return result
 
 
@@ -90,13 +81,11 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 def attentive(context: EvalContext) -> ProtocolResult:
     """Evaluate the attentive probe of the last layer's patch tokens."""
     result, compute, test = ProtocolResult(), context.backbone.compute, context.data.test
-    train_tokens, test_tokens = (
-        PatchTokenCache(context.backbone, part, context.cache) for part in (context.data.train, test)
-    )
-    probe, lr = probes.fit_attentive(train_tokens, len(context.classes), compute, context.options.seed)
+    train = PatchTokenCache(context.backbone, context.data.train, context.cache)
+    probe, lr = probes.fit_attentive(train, len(context.classes), compute, context.options.seed)
     predicted, index = [], []
     with torch.inference_mode():
-        for rows, tokens in test_tokens.epoch():
+        for rows, tokens in PatchTokenCache(context.backbone, test, context.cache).epoch():
             predicted.append(probe(compute.to(tokens)).argmax(1).cpu())
             index.append(rows)
     labels = torch.from_numpy(test.labels)[torch.cat(index)]
@@ -116,9 +105,8 @@ def few_shot(context: EvalContext) -> ProtocolResult:
         for seed in range(context.options.num_seeds):
             rows = row_of[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
             rows = rows[rows >= 0]  # that could be read
-            probe = probes.fit_logistic(
-                train.layer_features(rows), train.labels[rows], len(context.classes), scaler=scaler
-            )
+            x, y = train.layer_features(rows), train.labels[rows]
+            probe = probes.fit_logistic(x, y, len(context.classes), scaler=scaler)
             scores.append(float((probe(features).argmax(1) == context.test.labels).double().mean()))
         name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
         result.metrics[name] = over_seeds(scores)
@@ -139,32 +127,25 @@ def average_precisions(
     return np.array(each)
 
 
-def mean_average_precision(
-    scores: Float[Tensor, "n K"], targets: Float[Tensor, "n K"], weights: Float[np.ndarray, " n"]
-) -> float:
-    """Average over the classes that some image has (macro mAP); 0 where none is."""
-    found = average_precisions(scores, targets, weights)
-    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
-
-
 @protocol("annotations")
 def multi_label(context: EvalContext) -> ProtocolResult:
     """Evaluate linear probes, one logistic regression a class, by mean average precision."""
     assert context.data.boxes is not None
     train, test = context.data.boxes
-    targets, truth = (
-        torch.from_numpy(part.image_labels)[cache.index]
-        for part, cache in ((train, context.train), (test, context.test))
-    )
+    targets = torch.from_numpy(train.image_labels)[context.train.index]
+    truth = torch.from_numpy(test.image_labels)[context.test.index]
     fit, check, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
     logits = [probes.fit_logistic(fit, target, 2, scaler=scaler)(check) for target in targets.T]
     # Infinite where training images show it all, or none.
     scores = torch.stack([own[:, 1] - own[:, 0] for own in logits], 1).nan_to_num()
-    each = zip(train.classes, average_precisions(scores, truth, np.ones(len(truth))), strict=True)
-    return ProtocolResult(
-        {"multi_label_map": bootstrap(partial(mean_average_precision, scores, truth), len(truth))},
-        details={"ap": {label: None if np.isnan(ap) else round(float(ap), 4) for label, ap in each}},
-    )
+
+    def macro_mean(weights: Float[np.ndarray, " n"]) -> float:
+        found = average_precisions(scores, truth, weights)
+        return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+    each = zip(train.classes, average_precisions(scores, truth, np.ones(len(truth))).tolist(), strict=True)
+    details = {"ap": {label: None if isnan(ap) else round(ap, 4) for label, ap in each}}
+    return ProtocolResult({"multi_label_map": bootstrap(macro_mean, len(truth))}, details=details)
 
 
 # ---- without labels
@@ -295,7 +276,7 @@ def ood(context: EvalContext) -> ProtocolResult:
             features.append(backbone.pooled_features(images, [backbone.num_layers], options.pool)[0].cpu())
             index.append(rows)
         labels = torch.from_numpy(data.labels)[torch.cat(index)]
-        found = probes.nearest_neighbors(context.train.layer_blocks(), torch.cat(features), NEIGHBORS)
+        found = probes.nearest_neighbors(context.train.layer_blocks(), torch.cat(features), probes.KNN_K)
         votes = probes.knn_scores(context.train, len(classes), *found)
         for metric, scores, selected in (
             ("own_classifier" if backbone.classes else "logistic", torch.cat(logits), context.classifier),
@@ -332,22 +313,17 @@ def corruptions(context: EvalContext) -> ProtocolResult:
         raise MapetError(f"corruptions are of grey or RGB images, {backbone.name} takes {backbone.channels} channels")
     clean = _is_correct(context, data, backbone)
     readable = ~clean.isnan()
-    correct = {
-        name: [
-            _is_correct(context, data, backbone, augment=Corruption(name, severity), seed=number * 10 + severity)[
-                readable
-            ]
-            for severity in SEVERITIES
-        ]
-        for number, name in enumerate(CORRUPTIONS)
-    }
-    each = torch.stack([one for several in correct.values() for one in several]).mean(0).numpy()
-    mean = bootstrap(lambda weight: float(weight @ each / weight.sum()), len(each), selected=context.classifier)
+
+    def under(name: str, severity: int) -> Float[Tensor, " m"]:
+        seed = list(CORRUPTIONS).index(name) * 10 + severity
+        return _is_correct(context, data, backbone, augment=Corruption(name, severity), seed=seed)[readable]
+
+    correct = {name: torch.stack([under(name, severity) for severity in SEVERITIES]) for name in CORRUPTIONS}
+    each = torch.cat(list(correct.values())).mean(0).numpy()
+    mean = bootstrap(lambda weights: float(weights @ each / weights.sum()), len(each), selected=context.classifier)
     accuracy = accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)
-    return ProtocolResult(
-        {"corruption_clean": accuracy, "corruption_mean": mean},
-        details={"errors": {name: [1 - float(one.mean()) for one in several] for name, several in correct.items()}},
-    )
+    errors = {name: (1 - rows.mean(1)).tolist() for name, rows in correct.items()}
+    return ProtocolResult({"corruption_clean": accuracy, "corruption_mean": mean}, details={"errors": errors})
 
 
 def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:

@@ -188,7 +188,7 @@ def neighbors(ids: Int[Tensor, "B rows columns"]) -> dict[str, tuple[Tensor, Ten
     return {name: pair for name, pair in pairs.items() if pair[0].numel()}
 
 
-def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], seed: int, together: int = 1) -> Information:
+def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], together: int = 1) -> Information:
     """I(x; y) = H(x) + H(y) - H(x, y) in bits, its bias taken off.
 
     The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955), as
@@ -199,7 +199,7 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], seed: int, to
     Args:
         together: so many of y in a row are shuffled as one.
     """
-    generator, groups = torch.Generator().manual_seed(seed), y.view(-1, together)
+    generator, groups = torch.Generator().manual_seed(0), y.view(-1, together)
     shuffled = (groups[torch.randperm(len(groups), generator=generator)].flatten() for _ in range(SHUFFLES))
     plain = torch.tensor([mutual_info_score(x, other) for other in (y, *shuffled)], dtype=torch.float64) / log(2)
     chance, error = float(plain[1:].mean()), float(plain[1:].std()) * sqrt(1 + 1 / SHUFFLES)
@@ -207,24 +207,24 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], seed: int, to
     return Information(bits, chance, error, bits / bits_of_y if bits_of_y > 0 else 0.0)
 
 
-def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], seed: int = 0) -> Information:
+def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"]) -> Information:
     """Measure what a token says about the class of its image. Labels are shuffled over whole images."""
     patches = ids[0].numel()
-    return mutual_information(ids.flatten(), labels.repeat_interleave(patches), seed, patches)
+    return mutual_information(ids.flatten(), labels.repeat_interleave(patches), together=patches)
 
 
-def position_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information:
+def position_information(ids: Int[Tensor, "B rows columns"]) -> Information:
     """Measure what a patch's position in the image says about its token."""
-    return mutual_information(torch.arange(ids[0].numel()).repeat(len(ids)), ids.flatten(), seed)
+    return mutual_information(torch.arange(ids[0].numel()).repeat(len(ids)), ids.flatten())
 
 
-def neighbor_information(ids: Int[Tensor, "B rows columns"], seed: int = 0) -> Information | None:
+def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> Information | None:
     """Measure what a token says about the token beside or below it; None for a single patch."""
     pairs = neighbors(ids).values()
     if not pairs:
         return None
     x, y = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
-    return mutual_information(x, y, seed)
+    return mutual_information(x, y)
 
 
 def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float[Tensor, "B K"]:
@@ -233,9 +233,8 @@ def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float
     The root keeps words that fill half an image (sky, black) from drowning the others: distances are then Hellinger's
     (Arandjelovic and Zisserman 2012, doi 10.1109/CVPR.2012.6248018).
     """
-    words = ids.flatten(1)
-    counts = torch.zeros(len(words), vocab_size).scatter_add_(1, words, torch.ones(words.shape))
-    return (counts / words.shape[1]).sqrt()
+    counts = torch.stack([torch.bincount(tokens, minlength=vocab_size) for tokens in ids.flatten(1)])
+    return (counts / ids[0].numel()).sqrt()
 
 
 def bag_of_tokens(
@@ -267,13 +266,9 @@ def nearest_codes(
 
 
 def measure(
-    ids: Int[Tensor, "B rows columns"],
-    vocab_size: int,
-    views: Mapping[str, tuple[Tensor, Tensor]] = {},
-    labels: Int[Tensor, " B"] | None = None,
-    test: Tensor | None = None,
-    seed: int = 0,
-) -> Measures:
+    ids: Int[Tensor, "B rows columns"], vocab_size: int, views: Mapping[str, tuple[Tensor, Tensor]] = {},
+    labels: Int[Tensor, " B"] | None = None, test: Tensor | None = None,
+) -> Measures:  # fmt: skip
     """Everything.
 
     Args:
@@ -286,22 +281,19 @@ def measure(
         usage=usage(ids, vocab_size),
         stability={name: agreement(*pair) for name, pair in views.items()},
         coherence={name: agreement(*pair) for name, pair in neighbors(ids).items()},
-        neighbour=neighbor_information(ids, seed),
-        position=position_information(ids, seed),
-        label=None if labels is None else label_information(ids, labels, seed),
+        neighbour=neighbor_information(ids),
+        position=position_information(ids),
+        label=None if labels is None else label_information(ids, labels),
         bag_of_tokens=None if labels is None or test is None else bag_of_tokens(ids, labels, test, vocab_size),
     )
 
 
 def warnings(m: Measures) -> Iterator[str]:
     """Say what is poor, in plain sentences; nothing for tokens that look fit to learn from."""
-    use, K = m.usage, m.vocab_size
+    use, K, bag = m.usage, m.vocab_size, m.bag_of_tokens
     if use.patches < PATCHES_PER_CODE * K:
-        enough = -(-PATCHES_PER_CODE * K * m.images // use.patches)
-        yield (
-            f"only {use.patches:,} patches for {K:,} codes: dead codes and perplexity are rough; a larger {option('sample')} "
-            f"(about {enough:,} images) tells more"
-        )
+        enough = option("sample", -(-PATCHES_PER_CODE * K * m.images // use.patches))
+        yield f"only {use.patches:,} patches for {K:,} codes: dead codes and perplexity are rough; {enough} tells more"
     if use.used_codes < (1 - DEAD_SHARE) * use.reachable_codes:
         yield (
             f"{use.dead_codes:,} of {K:,} codes are dead, where even use would leave {K - use.reachable_codes:,.0f}: "
@@ -312,19 +304,16 @@ def warnings(m: Measures) -> Iterator[str]:
     if use.commonest_share > 1 / K + COMMONEST_SHARE * (1 - 1 / K) or K == 1:
         yield f"one token takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
     for name, view in m.stability.items():
-        changed = 1 - view.share
+        share = f"{1 - view.share:.0%}"
         if name == "stored" and view.share < 1:
             yield (
-                f"{changed:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
+                f"{1 - view.share:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
                 "the store belongs to other images or another tokenizer; tokenize again"
             )
         elif name in ("jitter", "noise", "jpeg") and view.kappa < TINY_CHANGE:
-            yield (
-                f"{changed:.0%} of the tokens change under {CHANGES[name]}, which a person hardly sees: "
-                "targets are mostly noise; fewer codes or another teacher may be steadier"
-            )
+            yield f"{share} of the tokens change under {CHANGES[name]}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and view.kappa < SHIFT:
-            yield f"{changed:.0%} of the tokens change when the window moves by whole patches: they name the place more than what is there"
+            yield f"{share} of the tokens change as the window moves by whole patches: they name the place, hardly what is there"
     if m.position.share > POSITION_SHARE:
         yield f"position alone tells {m.position.share:.0%} of a token: much of the task can be done without looking"
     agreeing = min((pair.share for pair in m.coherence.values()), default=0.0)
@@ -334,12 +323,9 @@ def warnings(m: Measures) -> Iterator[str]:
         yield "a token says nothing of the tokens beside it: nothing can be predicted from context (are tokens mixed up?)"
     if m.label is not None and m.label.bits <= ERRORS * m.label.error:
         yield "a token says nothing of the class of its image (are tokens paired with the wrong images?)"
-    bag = m.bag_of_tokens
     if bag and bag.accuracy < bag.chance + ERRORS * sqrt(bag.chance * (1 - bag.chance) / bag.test_images):
-        yield (
-            f"from all tokens of an image its class is told no better than by chance ({bag.accuracy:.1%}, always guessing "
-            f"one class {bag.chance:.1%}, {bag.test_images} test images)"
-        )
+        found = f"{bag.accuracy:.1%}, majority baseline {bag.chance:.1%}, {bag.test_images} test images"
+        yield f"from all tokens of an image its class is told no better than by chance ({found})"
 
 
 # ---- tokens of images
@@ -370,7 +356,7 @@ class Sampler:
         self.tokenizer, self.compute = tokenizer, compute
         self.channels: int = tokenizer.description["teacher"]["channels"]
         self.teacher_size = tokenizer.teacher.image_size
-        self.spec = ViewSpec(image_size=tokenizer.student_size)
+        self.size: tuple[int, int] = tokenizer.student_size
 
     def words(self, images: ImageList, shown: int) -> Words:
         """Words of all images, and the pixels of the first `shown`.
@@ -378,8 +364,7 @@ class Sampler:
         Raises:
             MapetError: more than half of the images cannot be read.
         """
-        size = self.tokenizer.student_size
-        dataset = ViewDataset(images, self.spec, self.channels, size, self.teacher_size)
+        dataset = ViewDataset(images, ViewSpec(image_size=self.size), self.channels, self.size, self.teacher_size)
         index, ids, pixels = [], [], []
         for batch in self._batches(dataset, range(len(images)), "words"):
             assert batch.images is not None
@@ -389,7 +374,7 @@ class Sampler:
             shown -= len(batch.images)
         return Words(torch.cat(index), torch.cat(ids), torch.cat(pixels))
 
-    def views(self, images: ImageList, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    def views(self, images: ImageList) -> dict[str, tuple[Tensor, Tensor]]:
         """Change of view -> words of the same content, without it and with it; see `CHANGES`.
 
         The shift is by whole patches that are whole pixels of the teacher's view, diagonally, between two windows of one
@@ -399,11 +384,9 @@ class Sampler:
         (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
         down, right = rows // gcd(rows, height), columns // gcd(columns, width)  # patches
         below, beside = height // gcd(rows, height), width // gcd(columns, width)  # pixels
-        shifts = down < rows and right < columns
-        dataset = ViewDataset(
-            images, self.spec, self.channels, (height + below, width + beside) if shifts else None, self.teacher_size,
-            jitter=JITTER, seed=seed,
-        )  # fmt: skip
+        larger = (height + below, width + beside) if down < rows and right < columns else None
+        spec = ViewSpec(image_size=self.size)
+        dataset = ViewDataset(images, spec, self.channels, larger, self.teacher_size, jitter=JITTER)
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for batch in self._batches(dataset, range(len(images)), "changed views"):
             assert batch.teacher_images is not None and batch.jitter is not None
@@ -412,7 +395,7 @@ class Sampler:
             pairs = {
                 "flip": (words.flip(-1), self._ids(view.flip(-1))),
                 "jitter": (words, self._ids(_bytes(color_jitter(view.float(), batch.jitter)))),
-                "noise": (words, self._ids(_bytes(view + self._noise(images, batch, seed)))),
+                "noise": (words, self._ids(_bytes(view + self._noise(images, batch)))),
             }
             if self.channels in (1, 3):
                 pairs["jpeg"] = words, self._ids(tvf.jpeg(view, JPEG_QUALITY))
@@ -443,9 +426,9 @@ class Sampler:
         assert images is not None
         return self.tokenizer(self.compute.to(images)).cpu()
 
-    def _noise(self, images: ImageList, batch: Batch, seed: int) -> Tensor:
+    def _noise(self, images: ImageList, batch: Batch) -> Tensor:
         """A function of the image alone, whatever the batch."""
-        generators = [np.random.default_rng([seed, images.key(int(index))]) for index in batch.image_index]
+        generators = [np.random.default_rng([0, images.key(int(index))]) for index in batch.image_index]
         shape = (self.channels, *self.teacher_size)
         return torch.from_numpy(np.stack([each.normal(0, NOISE, shape).astype(np.float32) for each in generators]))
 

@@ -261,14 +261,13 @@ class PretrainingTask(Task[PretrainConfig, Path]):
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
         """Probe the frozen backbone with labeled images, about five times a run."""
-        if self.probe is None or not self.probe.due(epoch, self.config.epochs):
-            return {}
-        return self.probe(module)
+        due = self.probe is not None and (epoch % self.probe.every == 0 or epoch == self.config.epochs)
+        return self.probe(module) if self.probe is not None and due else {}
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
         """Return the scores of the online probe."""
-        return OnlineProbe.line(scores)
+        return f"linear probe {scores['probe/logistic']:.3f}, k-NN {scores['probe/knn']:.3f}"
 
     def infer(self, module: VisionTransformer, batch: Batch) -> list[Tensor]:
         """Return the backbone's features."""
