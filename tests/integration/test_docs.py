@@ -20,9 +20,8 @@ from mapet.config.pipeline import StudyConfig
 from mapet.evaluation.features import normalize
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit
-from mapet.models.cae import ContextAutoencoder
 from mapet.models.objectives import CAE, OBJECTIVES
-from mapet.models.pretraining import ViTForPreTraining
+from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
 from mapet.studies.grid import grid_trials
 from mapet.training.estimate import training_flops
 

@@ -100,7 +100,12 @@ def test_shards_are_the_folder_they_were_packed_from(spelling, folder, shards):
     assert part.classes()[0] == ["a", "b"] and part.classes()[1].tolist() == [1, 0]
 
 
-def test_shards_by_url(folder, shards):
+def batches_of(dataset, monkeypatch, workers):
+    monkeypatch.setenv("MAPET_WORKERS", str(workers))
+    return [batch.images for batch in make_loader(dataset, in_order(12, 4))]
+
+
+def test_shards_by_url(folder, shards, monkeypatch):
     memory = fsspec.filesystem("memory")
     for path in sorted(shards.iterdir()):
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
@@ -109,7 +114,7 @@ def test_shards_by_url(folder, shards):
             packed = scan(url)
             assert_same(scan(folder), packed)
         dataset = ViewDataset(scan("memory://bucket/*.tar"), ViewSpec(image_size=(16, 16)), image_size=(16, 16))
-        alone, forked = ([batch.images for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
+        alone, forked = (batches_of(dataset, monkeypatch, workers) for workers in (0, 2))
         assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
         images = scan("memory://bucket/*.tar")
         memory.rm("/bucket/000.tar")
@@ -377,7 +382,7 @@ def datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path):
+def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path, monkeypatch):
     (folder / "readme.txt").unlink()
     images = scan(folder)
     listed = scan(f"hf:{folder}:train")
@@ -400,7 +405,7 @@ def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path):
     made = scan(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", short_side=48))
     assert made.classes()[0] == ["a", "b"] and np.array_equal(made.keys(), scan(f"hf:{tmp_path}/x.parquet").keys())
     dataset = ViewDataset(rows, ViewSpec(image_size=(16, 16)), image_size=(16, 16))
-    alone, forked = ([batch.images for batch in make_loader(dataset, in_order(12, 4), n)] for n in (0, 2))
+    alone, forked = (batches_of(dataset, monkeypatch, workers) for workers in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
 
 

@@ -77,12 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, "n D"],
-    weight: Float[Tensor, "V D"],
-    bias: Float[Tensor, " V"],
-    targets: Int[Tensor, " n"],
+    x: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"], targets: Int[Tensor, " n"],
     cross_entropy: CrossEntropyFn = cross_entropy_with_grad,
-) -> LossOutput:
+) -> LossOutput:  # fmt: skip
     """Compute the mean `cross_entropy(linear(x, weight, bias), targets)` in nats with memory for one chunk of logits.
 
     Sums and softmax are in float32 at least, products in the dtype of `x`.
@@ -94,11 +91,8 @@ def linear_cross_entropy(
 
 
 def token_loss(
-    rows: Float[Tensor, "n D"],
-    head: nn.Linear,
-    tokens: Int[Tensor, " n"],
-    cross_entropy: CrossEntropyFn = cross_entropy_with_grad,
-) -> LossOutput:
+    rows: Float[Tensor, "n D"], head: nn.Linear, tokens: Int[Tensor, " n"], cross_entropy: CrossEntropyFn = cross_entropy_with_grad
+) -> LossOutput:  # fmt: skip
     """Compute the cross-entropy, nats (BEiT, MaPeT)."""
     return linear_cross_entropy(rows, head.weight, head.bias, tokens, cross_entropy)
 
@@ -124,10 +118,8 @@ def mean_loss(losses: Float[Tensor, " n"]) -> LossOutput:
 
 
 LOSSES: dict[TargetKind, Callable[[Tensor, nn.Linear, Tensor], LossOutput]] = {
-    "tokens": token_loss,
-    "pixels": pixel_loss,
-    "features": feature_loss,
-}
+    "tokens": token_loss, "pixels": pixel_loss, "features": feature_loss,
+}  # fmt: skip
 
 
 def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) -> Float[Tensor, "B N F"]:

@@ -48,67 +48,52 @@ class Objective:
         return tuple(self.attends_to)
 
 
-MAPET = Objective(
-    "mapet",
-    attends_to={
-        "mask": {"mask": "all", "context": "all"},
-        "context": {"mask": "all", "context": "all"},
-        "target": {"mask": "after", "context": "all", "target": "up to"},
-        "query": {"mask": "from", "context": "all", "target": "before"},
-    },
-    output_segment="query",
-)
-PIM = Objective(
-    "pim",
-    attends_to={
-        "context": {"context": "all"},
-        "target": {"context": "all", "target": "up to"},
-        "query": {"context": "all", "target": "before"},
-    },
-    output_segment="query",
-)
-MIM = Objective(
-    "mim",
-    attends_to={"mask": {"mask": "all", "context": "all"}, "context": {"mask": "all", "context": "all"}},
-    output_segment="mask",
-)
-BLIND_CONTENT = Objective(
-    "mapet_content_ignores_masks",  # ablation: only query tokens attend to the positions to come
-    attends_to={
-        "mask": {"mask": "all", "context": "all"},
-        "context": {"context": "all"},
-        "target": {"context": "all", "target": "up to"},
-        "query": {"mask": "from", "context": "all", "target": "before"},
-    },
-    output_segment="query",
-)
-SINGLE_STREAM = Objective(
-    "mapet_single_stream",
-    attends_to={
-        "mask": {"mask": "all", "context": "all"},
-        "context": {"mask": "all", "context": "all"},
-        "next": {"mask": "after", "context": "all", "next": "up to"},
-    },
-    output_segment="next",
-)
-CAUSAL = Objective(
-    "causal",  # PIM in a single stream
-    attends_to={"context": {"context": "all"}, "next": {"context": "all", "next": "up to"}},
-    output_segment="next",
-)
-CAE = Objective(
-    "cae",  # the latent regressor's table: `cae.py` has the rest
-    attends_to={"context": {"context": "all"}, "mask": {"mask": "all", "context": "all"}},
-    output_segment="mask",
-)
+# fmt: off
+MAPET = Objective("mapet", output_segment="query", attends_to={
+    "mask":    {"mask": "all", "context": "all"},
+    "context": {"mask": "all", "context": "all"},
+    "target":  {"mask": "after", "context": "all", "target": "up to"},
+    "query":   {"mask": "from", "context": "all", "target": "before"},
+})
+PIM = Objective("pim", output_segment="query", attends_to={
+    "context": {"context": "all"},
+    "target":  {"context": "all", "target": "up to"},
+    "query":   {"context": "all", "target": "before"},
+})
+MIM = Objective("mim", output_segment="mask", attends_to={
+    "mask":    {"mask": "all", "context": "all"},
+    "context": {"mask": "all", "context": "all"},
+})
+# ablation: only query tokens attend to the positions to come
+BLIND_CONTENT = Objective("mapet_content_ignores_masks", output_segment="query", attends_to={
+    "mask":    {"mask": "all", "context": "all"},
+    "context": {"context": "all"},
+    "target":  {"context": "all", "target": "up to"},
+    "query":   {"mask": "from", "context": "all", "target": "before"},
+})
+SINGLE_STREAM = Objective("mapet_single_stream", output_segment="next", attends_to={
+    "mask":    {"mask": "all", "context": "all"},
+    "context": {"mask": "all", "context": "all"},
+    "next":    {"mask": "after", "context": "all", "next": "up to"},
+})
+# PIM in a single stream
+CAUSAL = Objective("causal", output_segment="next", attends_to={
+    "context": {"context": "all"},
+    "next":    {"context": "all", "next": "up to"},
+})
+# the latent regressor's table: `pretraining.ContextAutoencoder` has the rest
+CAE = Objective("cae", output_segment="mask", attends_to={
+    "context": {"context": "all"},
+    "mask":    {"mask": "all", "context": "all"},
+})
+# fmt: on
 OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM, BLIND_CONTENT, SINGLE_STREAM, CAUSAL, CAE)}
 
 
 def get_objective(name: str) -> Objective:
     if name not in OBJECTIVES:
-        raise MapetError(
-            f"unknown objective '{name}'{did_you_mean(name, OBJECTIVES) or '.'} Known: {', '.join(OBJECTIVES)}"
-        )
+        hint = did_you_mean(name, OBJECTIVES) or "."
+        raise MapetError(f"unknown objective '{name}'{hint} Known: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
 
 

@@ -1,6 +1,5 @@
 """Packed segments: one sequence of tokens, one attention mask for the whole batch, and attention under that mask."""
 
-import functools
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.models.objectives import OBJECTIVES, Objective, Segment
+from mapet.models.objectives import Objective, Segment
 
 TargetIndices = Int[Tensor, " m"]
 """Which of the p hidden patches are predicted, ascending positions in the permutation's hidden part."""
@@ -54,7 +53,8 @@ class PackedLayout(NamedTuple):
         """
         lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
         mask = attention_mask(objective, num_prefix, num_context, num_hidden)
-        num_kv = num_kv_rows(objective, lengths)
+        attended = {column for columns in objective.attends_to.values() for column in columns}
+        num_kv = sum(length for segment, length in lengths.items() if segment in attended)
         ends = dict(zip(lengths, accumulate(lengths.values()), strict=True))
         stop = ends[objective.output_segment]
         output_rows = slice(stop - lengths[objective.output_segment], stop)
@@ -74,42 +74,24 @@ def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num
     return {s: num_prefix + num_context if s == "context" else num_hidden for s in objective.segments}
 
 
-def num_kv_rows(objective: Objective, lengths: dict[Segment, int]) -> int:
-    """Return C, how many of the packed rows are attended to."""
-    attended = {column for columns in objective.attends_to.values() for column in columns}
-    return sum(length for segment, length in lengths.items() if segment in attended)
-
-
-@functools.lru_cache(maxsize=64)
-def _attention_mask(name: str, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
-    objective = OBJECTIVES[name]
-    lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
-    i, j = torch.arange(num_hidden)[:, None], torch.arange(num_hidden)[None, :]
-    by_order = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
-    rows = []
-    for row in objective.segments:
-        columns = []
-        for column in objective.segments:
-            rule = objective.attends_to[row].get(column)
-            shape = lengths[row], lengths[column]
-            columns.append(by_order[rule] if rule in by_order else torch.full(shape, rule == "all"))
-        rows.append(torch.cat(columns, dim=1))
-    return torch.cat(rows)
-
-
 def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
     """Return True where the row's token attends to the column's. Rows and columns are the packed segments in order.
-
-    Cached: don't write to it.
 
     Raises:
         MapetError: a row attends to nothing at all (PIM's first query when there is no context and no prefix token).
     """
-    mask = _attention_mask(objective.name, num_prefix, num_context, num_hidden)
+    lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
+    i, j = torch.arange(num_hidden)[:, None], torch.arange(num_hidden)[None, :]
+    by_order = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
+
+    def part(row: Segment, column: Segment) -> Bool[Tensor, "r c"]:
+        rule = objective.attends_to[row].get(column)
+        return by_order[rule] if rule in by_order else torch.full((lengths[row], lengths[column]), rule == "all")
+
+    mask = torch.cat([torch.cat([part(row, column) for column in lengths], dim=1) for row in lengths])
     if not mask.any(dim=1).all():
-        raise MapetError(
-            f"objective '{objective.name}' needs at least one context patch or a class token: its first query sees nothing"
-        )
+        hint = "its first query sees nothing"
+        raise MapetError(f"objective '{objective.name}' needs at least one context patch or a class token: {hint}")
     return mask
 
 
@@ -135,22 +117,15 @@ def split_query_blocks(mask: Bool[Tensor, "R C"]) -> list[QueryBlock]:
 
 def truncate_blocks(blocks: list[QueryBlock], num_rows: int) -> list[QueryBlock]:
     """Return the blocks of the first rows."""
-    return [
-        QueryBlock(slice(block.queries.start, min(block.queries.stop, num_rows)), *block[1:])
-        for block in blocks
-        if block.queries.start < num_rows
-    ]
+    kept = [block for block in blocks if block.queries.start < num_rows]
+    return [block._replace(queries=slice(block.queries.start, min(block.queries.stop, num_rows))) for block in kept]
 
 
 def pack(
-    vit: VisionTransformer,
-    mask_token: Float[Tensor, "1 1 D"],
-    query_token: Float[Tensor, "1 1 D"] | None,
-    images: Float[Tensor, "B C H W"],
-    permutation: Int[Tensor, "B N"],
-    segment_lengths: dict[Segment, int],
-    target_indices: TargetIndices | None = None,
-) -> Float[Tensor, "B R D"]:
+    vit: VisionTransformer, mask_token: Float[Tensor, "1 1 D"], query_token: Float[Tensor, "1 1 D"] | None,
+    images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], segment_lengths: dict[Segment, int],
+    target_indices: TargetIndices | None,
+) -> Float[Tensor, "B R D"]:  # fmt: skip
     """Embed the segments in permutation order; `query` only for `target_indices` (None: all p).
 
     Args:
@@ -189,12 +164,9 @@ def gather_patches(values: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
 
 
 def two_stream_attention(
-    attn: Attention,
-    kv: Float[Tensor, "B C D"],
-    q: Float[Tensor, "B R D"],
-    attn_bias: Float[Tensor, "R C"],
+    attn: Attention, kv: Float[Tensor, "B C D"], q: Float[Tensor, "B R D"], attn_bias: Float[Tensor, "R C"],
     blocks: list[QueryBlock],
-) -> Float[Tensor, "B R D"]:
+) -> Float[Tensor, "B R D"]:  # fmt: skip
     """Compute a timm Attention in which not all rows that have a query have a key (XLNet's two streams, arXiv 1906.08237).
 
     Queries that attend to one contiguous key range run without a mask; the rest share one masked call.
@@ -213,17 +185,12 @@ def two_stream_attention(
     qkv_bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
     query, key, value = attn.q_norm(heads(q, 0)), attn.k_norm(heads(kv, 1)), heads(kv, 2)
     attention = F.scaled_dot_product_attention if attn.fused_attn else eager_attention
-    parts = [
-        attention(
-            query[:, :, queries],
-            key[:, :, keys],
-            value[:, :, keys],
-            attn_mask=attn_bias[queries, keys] if masked else None,
-            dropout_p=attn.attn_drop.p if attn.training else 0.0,
-            scale=attn.scale,
-        )
-        for queries, keys, masked in blocks
-    ]
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    parts = []
+    for queries, keys, masked in blocks:
+        mask = attn_bias[queries, keys] if masked else None
+        q_k_v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        parts.append(attention(*q_k_v, attn_mask=mask, dropout_p=dropout, scale=attn.scale))
     x = attn.norm(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
     if attn.gate is not None:
         x = x * attn.gate(q).sigmoid()
@@ -231,13 +198,9 @@ def two_stream_attention(
 
 
 def eager_attention(
-    q: Float[Tensor, "B h r d"],
-    k: Float[Tensor, "B h s d"],
-    v: Float[Tensor, "B h s d"],
-    attn_mask: Float[Tensor, "r s"] | None,
-    dropout_p: float,
-    scale: float,
-) -> Float[Tensor, "B h r d"]:
+    q: Float[Tensor, "B h r d"], k: Float[Tensor, "B h s d"], v: Float[Tensor, "B h s d"],
+    attn_mask: Float[Tensor, "r s"] | None, dropout_p: float, scale: float,
+) -> Float[Tensor, "B h r d"]:  # fmt: skip
     """Compute `scaled_dot_product_attention` as products and a softmax: faster than the fused one on CPUs in bfloat16."""
     scores = (q * scale) @ k.transpose(-2, -1)
     if attn_mask is not None:

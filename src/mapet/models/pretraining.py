@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from mapet.data.dataset import Batch, DropPathRand, Targets
 from mapet.errors import MapetError, option
-from mapet.models.losses import LOSSES, TargetKind, compiled_token_loss
-from mapet.models.objectives import Objective
+from mapet.models.losses import LOSSES, TargetKind, at_least_float32, compiled_token_loss
+from mapet.models.objectives import CAE, Objective
 from mapet.models.packing import (
     PackedLayout,
     QueryBlock,
@@ -24,6 +25,10 @@ from mapet.models.packing import (
     two_stream_attention,
 )
 
+REGRESSOR_DEPTH = 4
+"""Blocks of CAE's regressor, and of its decoder (the paper's for ViT-B)."""
+ALIGNMENT_WEIGHT = 2.0
+"""Weight of CAE's alignment loss."""
 DropPathScale = tuple[Float[Tensor, "B 1 1"] | None, Float[Tensor, "B 1 1"] | None]
 """What stochastic depth multiplies a block's two branches by: 0, or 1 / probability of being kept."""
 
@@ -65,36 +70,23 @@ class ViTForPreTraining(nn.Module):
     """
 
     def __init__(
-        self,
-        vit: VisionTransformer,
-        vocab_size: int,
-        objective: Objective,
-        num_context: int,
-        num_predict: int | None = None,
-        target: TargetKind = "tokens",
-        separate_query_token: bool = False,
-    ) -> None:
+        self, vit: VisionTransformer, vocab_size: int, objective: Objective, num_context: int, num_predict: int | None = None,
+        target: TargetKind = "tokens", separate_query_token: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
-            raise MapetError(
-                f"{num_context} context patches ({option('mask_ratio')}) out of range: an image has {num_patches} patches, so 0 to {num_patches - 1}"
-            )
+            reason = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
+            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) out of range: {reason}")
         if num_predict is not None and not 1 <= num_predict <= num_patches - num_context:
-            raise MapetError(
-                f"{num_predict} targets ({option('num_predict')}) out of range: {num_patches - num_context} patches are hidden, so 1 to that"
-            )
+            reason = f"{num_patches - num_context} patches are hidden, so 1 to that"
+            raise MapetError(f"{num_predict} targets ({option('num_predict')}) out of range: {reason}")
         if vit.pos_embed is None:
-            raise MapetError(
-                "the ViT has no learned position embedding, which mask tokens need; choose a model that has one"
-            )
+            raise MapetError("the ViT has no learned position embedding, which mask tokens need: choose one that has")
         if separate_query_token and "query" not in objective.segments:
             raise MapetError(f"objective '{objective.name}' has no query tokens to separate from mask tokens")
-        self.vit = vit
-        self.objective = objective
-        self.num_patches = num_patches
-        self.num_context = num_context
-        self.num_predict = num_predict
+        self.vit, self.objective = vit, objective
+        self.num_patches, self.num_context, self.num_predict = num_patches, num_context, num_predict
         self.target: TargetKind = target
         self._loss = LOSSES[target]
         self._pack, self._block, self._last_block = pack, block_forward, block_forward_queries
@@ -116,9 +108,8 @@ class ViTForPreTraining(nn.Module):
         """Return the packed rows for c (None: the model's own), on its device and in its dtype."""
         c = self.num_context if num_context is None else num_context
         if c not in self._layouts:
-            self._layouts[c] = PackedLayout.from_counts(
-                self.objective, self.vit.num_prefix_tokens, c, self.num_patches - c
-            )
+            counts = self.vit.num_prefix_tokens, c, self.num_patches - c
+            self._layouts[c] = PackedLayout.from_counts(self.objective, *counts)
         layout, like = self._layouts[c], self.mask_token
         if layout.attn_bias.dtype != like.dtype or layout.attn_bias.device != like.device:
             layout = self._layouts[c] = layout._replace(attn_bias=layout.attn_bias.to(like))
@@ -196,13 +187,9 @@ def run_block(function: Callable[..., Tensor], block: nn.Module, *args: Any) -> 
 
 
 def block_forward(
-    block: Block,
-    rows: Float[Tensor, "B R D"],
-    num_kv: int,
-    attn_bias: Float[Tensor, "R C"],
-    query_blocks: list[QueryBlock],
-    scale: DropPathScale,
-) -> Float[Tensor, "B R D"]:
+    block: Block, rows: Float[Tensor, "B R D"], num_kv: int, attn_bias: Float[Tensor, "R C"],
+    query_blocks: list[QueryBlock], scale: DropPathScale,
+) -> Float[Tensor, "B R D"]:  # fmt: skip
     """Run a timm Block in which all rows have queries and the first `num_kv` keys and values."""
     q = block.norm1(rows)
     kv = q[:, :num_kv].contiguous()  # as its products would make it, each time
@@ -210,14 +197,9 @@ def block_forward(
 
 
 def block_forward_queries(
-    block: Block,
-    rows: Float[Tensor, "B R D"],
-    num_kv: int,
-    query_rows: slice | Int[Tensor, " m"],
-    attn_bias: Float[Tensor, "m C"],
-    query_blocks: list[QueryBlock],
-    scale: DropPathScale,
-) -> Float[Tensor, "B m D"]:
+    block: Block, rows: Float[Tensor, "B R D"], num_kv: int, query_rows: slice | Int[Tensor, " m"],
+    attn_bias: Float[Tensor, "m C"], query_blocks: list[QueryBlock], scale: DropPathScale,
+) -> Float[Tensor, "B m D"]:  # fmt: skip
     """Run a timm Block of which only the outputs of `query_rows` are needed."""
     kv, rows = rows[:, :num_kv], rows[:, query_rows]
     attended = two_stream_attention(block.attn, block.norm1(kv), block.norm1(rows), attn_bias, query_blocks)
@@ -227,16 +209,11 @@ def block_forward_queries(
 def residual_update(
     block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], scale: DropPathScale = (None, None)
 ) -> Float[Tensor, "B R D"]:
-    """Do what timm's Block does after its attention."""
-    rows = rows + apply_drop_path(block.drop_path1, block.ls1(attended), scale[0])
-    return rows + apply_drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(rows))), scale[1])
-
-
-def apply_drop_path(
-    path: nn.Module, branch: Float[Tensor, "B R D"], scale: Float[Tensor, "B 1 1"] | None
-) -> Float[Tensor, "B R D"]:
-    """Scale a residual branch, or let timm's DropPath draw where there is no scale."""
-    return path(branch) if scale is None else branch * scale
+    """Do what timm's Block does after its attention; its DropPath draws where there is no scale."""
+    branch = block.ls1(attended)
+    rows = rows + (block.drop_path1(branch) if scale[0] is None else branch * scale[0])
+    branch = block.ls2(block.mlp(block.norm2(rows)))
+    return rows + (block.drop_path2(branch) if scale[1] is None else branch * scale[1])
 
 
 def drop_path_scales(
@@ -258,7 +235,97 @@ def drop_path_scales(
     if drop_path_rand is None:
         return [(None, None)] * len(vit.blocks)
     pairs = drop_path_rand.unflatten(1, (-1, 2)).permute(1, 2, 0)
-    return [
-        (scale(block.drop_path1, first), scale(block.drop_path2, second))
-        for block, (first, second) in zip(vit.blocks, pairs, strict=True)
-    ]
+    blocks = zip(vit.blocks, pairs, strict=True)
+    return [(scale(block.drop_path1, first), scale(block.drop_path2, second)) for block, (first, second) in blocks]
+
+
+# ---- CAE: its encoder runs on visible patches alone; a regressor predicts the latents of hidden ones, a decoder their tokens
+
+
+class ContextAutoencoder(ViTForPreTraining):
+    """Context autoencoder (arXiv 2202.03026, section 3) over an unmodified timm ViT.
+
+    Mask queries (mask token + position) pass through the latent regressor: blocks whose keys and values are the encoder's
+    latents of the visible patches and the queries themselves. The alignment loss is the mean squared difference of what
+    comes out from the encoder's latents of the hidden patches, without gradient; the decoder, blocks among those rows
+    alone, and the head give the logits. The paper adds positions in every block of regressor and decoder; here they are
+    added once.
+
+    Args: as `ViTForPreTraining`'s, without `num_predict`.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, vocab_size: int, num_context: int, num_predict: int | None = None,
+        target: TargetKind = "tokens", separate_query_token: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
+        if num_predict is not None:
+            raise MapetError(f"objective 'cae' predicts all hidden patches at once: leave out {option('num_predict')}")
+        self.regressor, self.decoder = _make_blocks(vit), _make_blocks(vit)
+        self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
+
+    def forward(self, batch: Batch) -> PreTrainingOutput:
+        """Compute the loss of the tokens plus `ALIGNMENT_WEIGHT` times that of the latents; see `ViTForPreTraining.forward`."""
+        rows, alignment = self.forward_latents(batch)
+        output = self.compute_loss(rows, self.hidden_targets(batch))
+        return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment)
+
+    def predict(self, batch: Batch) -> Float[Tensor, "B p V"]:
+        """Return the logits of the p hidden patches, in permutation order."""
+        return self.head(self.forward_latents(batch)[0])
+
+    def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
+        """Return what the head reads, and the alignment loss."""
+        assert batch.permutation is not None
+        c = self.num_context if batch.num_context is None else batch.num_context
+        context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
+        visible = self.encode_patches(batch, context)
+        with torch.no_grad():
+            target_latents = self.encode_patches(batch, hidden)[:, self.vit.num_prefix_tokens :]
+        positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(hidden), -1, -1)
+        rows = self.mask_token + gather_patches(positions, hidden)
+        for block in self.regressor:
+            rows = run_block(regress, block, rows, visible)
+        alignment = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
+        return self.decoder_norm(self.decoder(rows)), alignment
+
+    def encode_patches(self, batch: Batch, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B T D"]:
+        """Run the ViT's own pass over its prefix tokens and these patches alone."""
+        vit = self.vit
+        assert batch.images is not None
+        embedded = vit._pos_embed(vit.patch_embed(batch.images.to(self.mask_token.dtype)))
+        prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
+        rows = vit.norm_pre(torch.cat([prefix, gather_patches(patches, indices)], dim=1))
+        for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
+            rows = run_block(encode, block, rows, scale)
+        return vit.norm(rows)
+
+
+def encode(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
+    """Run a timm Block with the given draws of stochastic depth."""
+    return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
+
+
+def regress(block: Block, rows: Float[Tensor, "B p D"], visible: Float[Tensor, "B T D"]) -> Float[Tensor, "B p D"]:
+    """Run a timm Block in which the mask queries attend to the encoder's latents and to each other."""
+    q = block.norm1(rows)
+    kv = torch.cat([block.norm1(visible), q], dim=1)
+    unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
+    return residual_update(block, rows, two_stream_attention(block.attn, kv, q, rows.new_empty(0), unmasked))
+
+
+def _make_blocks(vit: VisionTransformer) -> nn.Sequential:
+    """Make `REGRESSOR_DEPTH` fresh blocks like the ViT's, without stochastic depth."""
+    first = vit.blocks[0]
+    options = {
+        "num_heads": first.attn.num_heads, "mlp_ratio": first.mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": first.attn.qkv.bias is not None, "norm_layer": type(first.norm1),
+        "init_values": float(first.ls1.gamma.detach()[0]) if hasattr(first.ls1, "gamma") else None,
+    }  # fmt: skip
+    blocks = nn.Sequential(*(Block(vit.embed_dim, **options) for _ in range(REGRESSOR_DEPTH)))
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            init_weights_vit_timm(module)
+        if isinstance(module, Block):
+            module.attn.fused_attn = first.attn.fused_attn
+    return blocks
