@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
@@ -22,7 +23,6 @@ from mapet.errors import MapetError
 STATE_DICT_KEYS = ("state_dict", "model", "module", "ema", "params", "teacher")
 """Keys of a training checkpoint that may hold its weights, in the order in which they are tried."""
 EXPORTED_GRAPHS = (".onnx", ".pt2")
-CONVERT_HINT = "convert it to safetensors where you trust it"
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
 """Bytes near the beginning of what torch.save wrote before version 1.6."""
 
@@ -46,9 +46,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             raise EOFError("it is empty")
         if path.suffix in EXPORTED_GRAPHS:
             raise ValueError("it is a graph for inference: give the run or the model folder that it was exported from")
-        content = (
-            load_file(path) if head[8:9] == b"{" else _read_torch(path, head)
-        )  # after safetensors' length of header
+        is_safetensors = head[8:9] == b"{"  # after the length of its header
+        content = load_file(path) if is_safetensors else _read_torch(path, head)
         weights = _find_state_dict(content)
         if not weights:
             entries = f" but {', '.join(map(str, content))[:200]}" if isinstance(content, dict) and content else ""
@@ -67,16 +66,11 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Name what `load_state_dict` would refuse, three names of each kind; '' if nothing."""
-    shapes = {
-        name: ["x".join(map(str, weights[name].shape)) for weights in (found, expected)]
-        for name in found.keys() & expected
-    }
+    has, wanted = ({name: "x".join(map(str, t.shape)) for name, t in weights.items()} for weights in (found, expected))
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{k} ({shapes[k][0]}, not {shapes[k][1]})" for k in expected if k in shapes and len(set(shapes[k])) > 1
-        ],
+        "missing": [name for name in wanted if name not in has],
+        "unexpected": [name for name in has if name not in wanted],
+        "of another shape": [f"{k} ({has[k]}, not {wanted[k]})" for k in wanted if k in has and has[k] != wanted[k]],
     }
     return "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
 
@@ -136,12 +130,12 @@ def _read_torch(path: Path, head: bytes) -> object:
         with suppress(Exception):
             return torch.load(path, map_location="cpu", weights_only=True)
         if LEGACY_MAGIC in head:  # given as a file, torch would try to unpack it as a tar archive too
-            return torch.load(io.BytesIO(path.read_bytes()), "cpu", _StubPickle, weights_only=False, encoding="latin1")
+            return torch.load(io.BytesIO(path.read_bytes()), "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
         if head[:2] != b"PK":
             raise ValueError("it is neither a safetensors nor a torch file")
         with tempfile.TemporaryFile() as copy:
             _copy_without_code(path, copy)
-            return torch.load(copy, "cpu", _StubPickle, weights_only=False, encoding="latin1")
+            return torch.load(copy, "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
 
 
 def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
@@ -173,9 +167,8 @@ class _StubType(type):
         if cls.path in IGNORED_CALLS:
             return _Stub.__new__(_Stub)
         if cls.path not in REPLACED_CALLS:
-            raise pickle.UnpicklingError(
-                f"it would run {cls.path}, which may do anything and was not done; {CONVERT_HINT}"
-            )
+            refused = f"it would run {cls.path}, which may do anything and was not done"
+            raise pickle.UnpicklingError(f"{refused}; convert it to safetensors where you trust it")
         return REPLACED_CALLS[cls.path](*args)
 
 
@@ -193,39 +186,30 @@ class _Stub(dict[Any, Any], metaclass=_StubType):
                 self.update(part)
 
 
-class _StubPickle:
-    """Stands in for the module `pickle` in torch.load."""
+class _StubUnpickler(pickle._Unpickler):  # C's would take memory for as many memo entries as a file claims
+    """Makes stubs of all globals, so that a pickle has nothing to run."""
 
-    class Unpickler(pickle._Unpickler):  # C's would take memory for as many memo entries as a file claims
-        """Makes stubs of all globals, so that a pickle has nothing to run."""
-
-        def find_class(self, module: str, name: str) -> Any:
-            if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-                return dtype
-            module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's, which protocol 2 writes
-            return _StubType(name, (_Stub,), {"path": f"{module}.{name}"})
-
-    @classmethod
-    def load(cls, file: IO[bytes], **options: Any) -> Any:
-        return cls.Unpickler(file, **options).load()
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's, which protocol 2 writes
+        return _StubType(name, (_Stub,), {"path": f"{module}.{name}"})
 
 
-def _rebuild_tensor(
-    storage: torch.TypedStorage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
+STUB_PICKLE = SimpleNamespace(Unpickler=_StubUnpickler, load=lambda file, **o: _StubUnpickler(file, **o).load())
+"""Stands in for the module `pickle` in torch.load."""
+
+
+def _rebuild_tensor(storage: torch.TypedStorage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     whole = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
     return whole.as_strided(size, stride, offset)  # raises where that leaves the storage
-
-
-def _return_first(value: Any, *_: Any) -> Any:
-    return value
 
 
 REPLACED_CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _return_first,
-    "torch._utils._rebuild_parameter_with_state": _return_first,
+    "torch._utils._rebuild_parameter": lambda value, *_: value,
+    "torch._utils._rebuild_parameter_with_state": lambda value, *_: value,
     "collections.OrderedDict": OrderedDict,
     "collections.Counter": OrderedDict,
     "collections.defaultdict": lambda *_: OrderedDict(),

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -61,11 +61,7 @@ class ExportWrapper(nn.Module):
 def compute_outputs(model: nn.Module, pixels: Float[Tensor, "B C H W"]) -> Outputs:
     """Compute the outputs that every format must give, of an `ExportWrapper` or a program made of one."""
     with torch.inference_mode():
-        return _name_outputs(model(pixels))
-
-
-def _name_outputs(values: Iterable[Tensor]) -> Outputs:
-    return dict(zip(OUTPUT_NAMES, values, strict=False))
+        return dict(zip(OUTPUT_NAMES, model(pixels), strict=False))
 
 
 def require_packages(name: str) -> None:
@@ -78,9 +74,8 @@ def require_packages(name: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MapetError(
-                f"{option('format')} {name} needs {module} ({error}): {how_to_install('export')}"
-            ) from None
+            hint = how_to_install("export")
+            raise MapetError(f"{option('format')} {name} needs {module} ({error}): {hint}") from None
 
 
 @contextmanager
@@ -149,24 +144,18 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
 
     kind: Architecture = "dinov2" if vit.num_classes and vit.global_pool == "avg" else "vit"
     if reasons := _list_unsupported(vit, kind):
-        raise MapetError(
-            f"transformers' ViT can't be this one, for it has {'; '.join(reasons)}. Choose other formats: timm, onnx, torch-export"
-        )
+        hint = "Choose other formats: timm, onnx, torch-export"
+        raise MapetError(f"transformers' ViT can't be this one, for it has {'; '.join(reasons)}. {hint}")
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
+    hidden = first.mlp.fc1.out_features
     options: dict[str, Any] = {
-        "hidden_size": vit.embed_dim,
-        "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": first.attn.num_heads,
-        "layer_norm_eps": vit.norm.eps,
-        "image_size": height if height == width else [height, width],
-        "patch_size": vit.patch_embed.patch_size[0],
-        "num_channels": vit.in_chans,
-        "qkv_bias": first.attn.qkv.bias is not None,
-    }
+        "hidden_size": vit.embed_dim, "num_hidden_layers": len(vit.blocks), "num_attention_heads": first.attn.num_heads,
+        "qkv_bias": first.attn.qkv.bias is not None, "layer_norm_eps": vit.norm.eps, "num_channels": vit.in_chans,
+        "image_size": height if height == width else [height, width], "patch_size": vit.patch_embed.patch_size[0],
+    }  # fmt: skip
     if vit.num_classes:
         names = classes or [f"LABEL_{index}" for index in range(vit.num_classes)]
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    hidden = first.mlp.fc1.out_features
     if kind == "vit":
         options["architectures"] = ["ViTForImageClassification" if vit.num_classes else "ViTModel"]
         config = transformers.ViTConfig(**options, intermediate_size=hidden, pooler_act="linear")
@@ -199,7 +188,7 @@ def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
     plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
     gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
-    odd_sizes = height != width or first.mlp.fc1.out_features % vit.embed_dim
+    odd = kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim)
     checks = {
         "no class token": not vit.has_class_token,
         "register tokens": vit.num_reg_tokens,
@@ -210,9 +199,7 @@ def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
         "another attention (norms of queries and keys, or more)": not plain_attention,
         f"the activation {type(first.mlp.act).__name__}": not gelu,
         f"a classifier of the pooling '{vit.global_pool}'": vit.num_classes and vit.global_pool not in ("token", "avg"),
-        "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width": (
-            kind == "dinov2" and odd_sizes
-        ),
+        "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width": odd,
     }
     return [reason for reason, holds in checks.items() if holds]
 
@@ -225,9 +212,8 @@ def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Te
     if kind == "vit":
         weights = fold_layer_scale(weights)
     else:
-        for index in range(len(vit.blocks)):
-            for part in (1, 2):
-                weights.setdefault(f"blocks.{index}.ls{part}.gamma", torch.ones(vit.embed_dim))
+        names = (f"blocks.{index}.ls{part}.gamma" for index in range(len(vit.blocks)) for part in (1, 2))
+        weights = {name: torch.ones(vit.embed_dim) for name in names} | weights
     out: dict[str, Tensor] = {}
     if vit.num_classes:
         head = weights.pop("head.weight")
@@ -267,22 +253,21 @@ def read_transformers(folder: Path) -> dict[str, Reader]:
 # ---- ONNX and torch.export
 
 
-def _export_args(vit: VisionTransformer) -> dict[str, Any]:
-    """Return what both exporters take: the model, an example of its input, and that the number of images is free."""
+def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **options: Any) -> Any:
+    """Let an exporter follow the ViT's computation; the number of images is free."""
     example = torch.zeros(2, vit.in_chans, *vit.patch_embed.img_size)
-    batch = ({0: torch.export.Dim("batch")},)
-    return {"args": (example,), "dynamic_shapes": batch}
+    with _suppress_output():
+        return export(
+            ExportWrapper(vit.eval()), (example,), *files, dynamic_shapes=({0: torch.export.Dim("batch")},), **options
+        )
 
 
 def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
     """Write model.onnx: `pixel_values` (batch, C, H, W), normalized -> `features`, `logits`; any batch, one image size."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _suppress_output():
-        torch.onnx.export(
-            ExportWrapper(vit.eval()), f=str(folder / "model.onnx"), **_export_args(vit), dynamo=True, external_data=False,
-            input_names=["pixel_values"], output_names=OUTPUT_NAMES[: 2 if vit.num_classes else 1],
-            opset_version=OPSET, verbose=False,
-        )  # fmt: skip
+    names = {"input_names": ["pixel_values"], "output_names": OUTPUT_NAMES[: 2 if vit.num_classes else 1]}
+    options = {"dynamo": True, "external_data": False, "opset_version": OPSET, "verbose": False}
+    _trace(vit, torch.onnx.export, folder / "model.onnx", **names, **options)
 
 
 def read_onnx(folder: Path) -> dict[str, Reader]:
@@ -291,7 +276,8 @@ def read_onnx(folder: Path) -> dict[str, Reader]:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
 
     def read(pixels: Tensor) -> Outputs:
-        return _name_outputs(map(torch.from_numpy, session.run(None, {"pixel_values": pixels.numpy()})))
+        values = session.run(None, {"pixel_values": pixels.numpy()})
+        return dict(zip(OUTPUT_NAMES, map(torch.from_numpy, values), strict=False))
 
     return {"onnxruntime": read}
 
@@ -300,7 +286,7 @@ def write_torch_export(vit: VisionTransformer, folder: Path, classes: list[str])
     """Write model.pt2: the program of `torch.export`, for any batch size; no Python class of ours or timm's is needed."""
     folder.mkdir(parents=True, exist_ok=True)
     with _suppress_output():
-        torch.export.save(torch.export.export(ExportWrapper(vit.eval()), **_export_args(vit)), folder / "model.pt2")
+        torch.export.save(_trace(vit, torch.export.export), folder / "model.pt2")
 
 
 def read_torch_export(folder: Path) -> dict[str, Reader]:
