@@ -31,6 +31,7 @@ log = logging.getLogger("mapet")
 
 PLAIN_HINT = "choose one of timm's vit_* or deit_* models"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+VITS = ["vit_*", "deit*"]
 HUB_PREFIXES = ("timm:", "hf-hub:", "hf_hub:")
 """How names of what timm loads begin."""
 SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME"
@@ -47,13 +48,9 @@ KEYWORDS = frozenset(inspect.signature(VisionTransformer.__init__).parameters) -
 
 
 def create_vit(
-    model: str,
-    image_size: tuple[int, int],
-    patch_size: int | None = None,
-    channels: int = 3,
-    model_args: dict[str, Any] | None = None,
-    drop_path: float = 0.0,
-) -> VisionTransformer:
+    model: str, image_size: tuple[int, int], patch_size: int | None = None, channels: int = 3,
+    model_args: dict[str, Any] | None = None, drop_path: float = 0.0,
+) -> VisionTransformer:  # fmt: skip
     """Create an untrained timm VisionTransformer without a classifier.
 
     Args:
@@ -67,7 +64,7 @@ def create_vit(
     Raises:
         MapetError: unknown model or keyword, not a plain ViT, or an image size the patch doesn't divide.
     """
-    check_model_name(model, timm.list_models(["vit_*", "deit*"]))
+    check_model_name(model, timm.list_models(VITS))
     args = dict(model_args or {})
     if unknown := [key for key in args if key not in KEYWORDS]:
         raise MapetError(f"unknown model argument '{unknown[0]}'{_suggest_keyword(unknown[0])}")
@@ -274,11 +271,6 @@ def _suggest_model(name: str, known: list[str], prefix: str = "") -> str:
     return did_you_mean(name, [prefix + candidate for candidate in usual or dict.fromkeys(known)])
 
 
-def _list_vits() -> list[str]:
-    """List timm's ViTs, by architecture and by weights."""
-    return [*timm.list_models(["vit_*", "deit*"]), *timm.list_models(["vit_*", "deit*"], pretrained=True)]
-
-
 def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     """Create any model of timm's by its name, 'timm:' before it or not, without a classifier.
 
@@ -287,7 +279,7 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     """
     name = name.removeprefix("timm:")
     if not name.startswith(("hf-hub:", "hf_hub:")):
-        check_model_name(name, [*timm.list_models(), *_list_vits()])
+        check_model_name(name, [*timm.list_models(), *timm.list_models(VITS, pretrained=True)])
     if pretrained:
         log.info("weights of %s: from this machine's cache, else from the Hub", name)
     try:
@@ -363,29 +355,24 @@ def find_backbone(path: Path) -> Path:
     for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS_FILES):
             return folder
-    raise MapetError(_explain_missing(path))
-
-
-def _explain_missing(path: Path) -> str:
-    """Say why there is no model folder at `path`, and how to get one."""
     if not path.exists():
-        hint = _suggest_model(path.name, _list_vits(), "timm:") if path.name == str(path) else ""
-        return f"{path} does not exist: expected {SOURCES}{hint}"
+        known = [*timm.list_models(VITS), *timm.list_models(VITS, pretrained=True)]
+        hint = _suggest_model(path.name, known, "timm:") if path.name == str(path) else ""
+        raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
+    reason = f"expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
         name, config = found
         export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
         bundles = sorted(config.parent.glob("debug/step-*")) or sorted(path.glob("pretrain/debug/step-*"))
         if bundles:
-            return (
-                f"{path} holds no backbone: the run stopped, for its numbers were not finite. See why with: "
-                f"{shell_command('debug-step', bundles[0])}. Start again with a lower {option('lr')}, or {export}, if that is from before"
+            reason = (
+                f"the run stopped, for its numbers were not finite. See why with: {shell_command('debug-step', bundles[0])}. "
+                f"Start again with a lower {option('lr')}, or {export}, if that is from before"
             )
-        resume = shell_command(name, config, "--resume")
-        return (
-            f"{path} holds no backbone: the run is not finished. Go on with: {resume}"
-            f"{f'; or {export}' if name != 'finetune' else ''}"
-        )
-    if seeds := sorted(path.glob("seed-*/model")):
-        return f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}"
-    return f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
+        else:
+            others = f"; or {export}" if name != "finetune" else ""
+            reason = f"the run is not finished. Go on with: {shell_command(name, config, '--resume')}{others}"
+    elif seeds := sorted(path.glob("seed-*/model")):
+        raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
+    raise MapetError(f"{path} holds no backbone: {reason}")
