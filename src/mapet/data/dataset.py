@@ -120,10 +120,6 @@ class ViewDataset(Dataset[Batch]):
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         return self.batch([position])
 
-    def __getitems__(self, positions: list[tuple[int, int]]) -> Batch:
-        """Return a batch, as `DataLoader` asks for it."""
-        return self.batch(positions)
-
     def batch(self, positions: list[tuple[int, int]]) -> Batch:
         """Return the views at (view index, image index): first all draws, then all pixels.
 
@@ -136,6 +132,8 @@ class ViewDataset(Dataset[Batch]):
             except BadImage as error:
                 bad.append((position[1], str(error)))
         return _collate(samples, bad)
+
+    __getitems__ = batch  # as `DataLoader` asks for it
 
     def placeholder(self, index: int) -> Batch:
         """Return a batch of one black image with all that a batch has, for a rank that can read none of its own."""

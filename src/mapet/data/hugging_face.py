@@ -232,6 +232,7 @@ class HFStream:
     """Rows of a data set, in order. Stands for their list, which is not known yet, where bad images are named and counted.
 
     Attributes:
+        table: the rows, as the library gives them.
         expected: rows, where the data set says so.
         classes: names of the classes, where it has some.
     """
@@ -243,17 +244,13 @@ class HFStream:
         info = (rows.info.splits or {}).get(str(rows.split))
         self.expected: int | None = getattr(info, "num_examples", None) or None
         self.classes: list[str] = list(rows.features[self._label].names) if self._label else []
-        self._rows = rows.select_columns([self._column, *filter(None, [self._label])])
+        self.table = rows.select_columns([self._column, *filter(None, [self._label])])
 
     def __len__(self) -> int:
         return self.expected or prepared.PER_SHARD
 
     def id(self, index: int) -> str:
         return f"row {index}"
-
-    def position(self) -> dict[str, Any]:
-        """After the last row that was given out; JSON can hold it."""
-        return self._rows.state_dict()
 
     def rows(self, first: int, position: dict[str, Any] | None) -> Iterator[StreamedImage]:
         """From row `first` on, whose position an earlier reading wrote down.
@@ -262,18 +259,16 @@ class HFStream:
             MapetError: the stream broke off.
         """
         if position is not None:
-            self._rows.load_state_dict(position)
-        iterator = enumerate(iter(self._rows), first)
-        while True:
-            try:
-                number, row = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:  # the library and its file systems have many kinds
-                hint = f"go on with {option('resume', True)}"
-                raise MapetError(f"{self.root} broke off ({first_line(error)}): {hint}") from None
-            label = row[self._label] if self._label else None
-            yield StreamedImage(row[self._column], label, self._allowed_roots, f"{self.root}, row {number}")
+            self.table.load_state_dict(position)
+        try:
+            for number, row in enumerate(self.table, first):
+                label = row[self._label] if self._label else None
+                yield StreamedImage(row[self._column], label, self._allowed_roots, f"{self.root}, row {number}")
+        except MapetError:
+            raise
+        except Exception as error:  # the library and its file systems have many kinds
+            hint = f"go on with {option('resume', True)}"
+            raise MapetError(f"{self.root} broke off ({first_line(error)}): {hint}") from None
 
 
 def write_streamed(
@@ -307,7 +302,7 @@ def write_streamed(
             if not rows:
                 break
             write_sealed(config.out / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]})
-            writer.manifest["position"] = stream.position()
+            writer.manifest["position"] = stream.table.state_dict()  # after the last row given out; JSON can hold it
             writer.save()
         _finish(writer, stream)
     for left in config.out.glob(ROWS.replace("{:05d}", "*")):

@@ -73,7 +73,8 @@ class TarReader(ImageReader):
         self.first = np.cumsum([0, *(len(shard.names) for shard in shards[:-1])])
         self.offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
-        labels = number_classes(PackedStrings.concatenate([shard.labels for shard in shards]), _numbers_in_order)
+        texts = PackedStrings.concatenate([shard.labels for shard in shards])
+        labels = number_classes(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
         super().__init__(source, names, sizes, labels, sum(shard.ignored for shard in shards))
 
     def data(self, index: int) -> bytes:
@@ -122,10 +123,9 @@ def list_shards(source: str) -> ImageList:
             f"no images in the {len(paths)} shards of {source} ({others}); looked for names ending in {endings}"
         )
     if _any_twice(names):
+        files = [b"@" + os.fsencode(os.path.basename(path)) for path in paths]
         names = PackedStrings.pack(
-            name + b"@" + os.fsencode(os.path.basename(path))
-            for path, shard in zip(paths, shards, strict=True)
-            for name in shard.names
+            name + file for file, shard in zip(files, shards, strict=True) for name in shard.names
         )
         if _any_twice(names):
             raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
@@ -176,7 +176,10 @@ def _index(source: str, path: str) -> Shard:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapet" / "shards"
         kept = cache / f"{hashlib.sha256(about.encode()).hexdigest()}.safetensors"
         with suppress(OSError, SafetensorError, KeyError, IndexError):  # there is none, or it is damaged
-            return _read_index(kept)
+            arrays = load_file(kept)
+            parts = [(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels")]
+            names, labels = (PackedStrings(*part) for part in parts)
+            return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
         with fs.open(path, "rb") as file:
             shard = read_headers(file, path)
     except MapetError:
@@ -194,12 +197,6 @@ def _index(source: str, path: str) -> Shard:
     except OSError as error:
         log.debug("the index of %s is not kept: %s", path, error)
     return shard
-
-
-def _read_index(path: Path) -> Shard:
-    arrays = load_file(path)
-    names, labels = (PackedStrings(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels"))
-    return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
 
 
 def read_headers(file: Any, path: str) -> Shard:
@@ -272,7 +269,3 @@ class _SmallReads:
 def _any_twice(names: PackedStrings) -> bool:
     hashes = np.fromiter(map(hash, names), np.int64, len(names))  # of most lists these tell, in little memory
     return len(np.unique(hashes)) < len(names) and len(set(names)) < len(names)
-
-
-def _numbers_in_order(text: bytes) -> tuple[int, bytes]:
-    return (len(text), text) if text.isdigit() else (0, text)

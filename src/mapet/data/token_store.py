@@ -72,6 +72,7 @@ class TokenStore:
         self.folder, self.manifest = folder, manifest
         self.view_spec = ViewSpec(**manifest["view_spec"])
         self.num_views, self.vocab_size = int(manifest["num_views"]), int(manifest["vocab_size"])
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         rows, columns = manifest["grid"]
         self.grid: tuple[int, int] = rows, columns
         total, size = int(manifest["num_images"]), int(manifest["shard_size"])
@@ -88,10 +89,6 @@ class TokenStore:
 
     def __len__(self) -> int:
         return int(self.manifest["num_images"])
-
-    @property
-    def dtype(self) -> type[np.unsignedinteger[Any]]:
-        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @property
     def num_done(self) -> int:
