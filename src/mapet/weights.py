@@ -196,7 +196,9 @@ class _StubUnpickler(pickle._Unpickler):  # C's would take memory for as many me
         return _StubType(name, (_Stub,), {"path": f"{module}.{name}"})
 
 
-STUB_PICKLE = SimpleNamespace(Unpickler=_StubUnpickler, load=lambda file, **o: _StubUnpickler(file, **o).load())
+STUB_PICKLE = SimpleNamespace(
+    __name__="stubs", Unpickler=_StubUnpickler, load=lambda file, **o: _StubUnpickler(file, **o).load()
+)
 """Stands in for the module `pickle` in torch.load."""
 
 

@@ -464,7 +464,7 @@ def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
     """A width that no published ViT has: the number of heads is to be given."""
     file = tmp_path / "weights.pth"
     torch.save(vit_of((8, 8), channels=1).state_dict(), file)
-    common = ["--images", str(digits / "test"), "--device", "cpu", "--precision", "float32"]
+    common = ["--images", str(digits / "test"), "--device", "cpu"]
     for stage, *more in (
         ["finetune", "--labels-per-class", "2", "--epochs", "1"],
         ["evaluate", "--protocols", "knn"],
