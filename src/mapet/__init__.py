@@ -12,29 +12,13 @@ from typing import TYPE_CHECKING, Any
 from mapet.errors import Interrupted, MapetError
 
 if TYPE_CHECKING:
-    from mapet.commands.check import check
-    from mapet.commands.debug_step import debug_step
-    from mapet.commands.demo import demo
-    from mapet.commands.embed import embed
-    from mapet.commands.evaluate import evaluate
-    from mapet.commands.export import export
-    from mapet.commands.finetune import finetune
-    from mapet.commands.fit_tokenizer import fit_tokenizer
-    from mapet.commands.inspect_tokenizer import inspect_tokenizer
-    from mapet.commands.prepare import prepare
-    from mapet.commands.pretrain import pretrain
-    from mapet.commands.report import report
-    from mapet.commands.run import run
-    from mapet.commands.study import study
-    from mapet.commands.tokenize import tokenize
-    from mapet.commands.train_tokenizer import train_tokenizer
+    from mapet.commands import *  # noqa: F403
     from mapet.models.backbone import load_backbone
 
 __version__ = "0.1.0"
 __all__ = [
-    "Interrupted", "MapetError", "__version__", "check", "debug_step", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",
-    "inspect_tokenizer",
-    "load_backbone", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",
+    "Interrupted", "MapetError", "__version__", "check", "debug_step", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",  # noqa: F405
+    "inspect_tokenizer", "load_backbone", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",  # noqa: F405
 ]  # fmt: skip
 
 

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import shtab
 import yaml
+from pydantic.fields import FieldInfo
 
 import mapet
 from mapet.commands import COMMANDS, GROUPS
-from mapet.commands.command import Command
-from mapet.config.base import build, fields, meaning_of_none, read_recipe
-from mapet.config.groups import BASIC, GROUP_OF, MAX_BASIC, RANK
+from mapet.commands.command import AnyCommand, name_of
+from mapet.config.base import Config, build, fields, meaning_of_none, merge, read_recipe, takes_several
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, spell_as_flags, way_out
-from mapet.run_state import CONFIG_FILE, check_resume_folder, command_of, find_config
+from mapet.run_state import CONFIG_FILE, command_of, find_config, is_first_rank
 from mapet.signals import RESUME_HINT
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -27,6 +27,30 @@ example:
   mapet run --images PHOTOS --out RUN     all of it with defaults
   mapet COMMAND --help                    options, defaults and an example
   source <(mapet completion bash)         let the shell complete commands and options (or zsh, fish, ...)"""
+HEADINGS = {
+    "Data": "run bundle images test_images ood_images channels max_unreadable value_range views min_crop_scale num_views color_jitter seg_masks "
+    "test_seg_masks ignore_labels annotations test_annotations short_side streaming labels_per_class num_seeds",
+    "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init "
+    "pool format dtype license",
+    "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_final_norm "
+    "quantizer vocab_size fsq_levels pca_dim patches_per_code codebook_dim dead_code_threshold",
+    "K-means": "kmeans_init kmeans_iters kmeans_n_init kmeans_batch_size kmeans_metric",
+    "Objective": "objective target mask_ratio patch_order num_predict separate_query_token",
+    "Optimization": "opt epochs warmup_epochs batch_size lr min_lr weight_decay clip_grad seed",
+    "Regularization": "rand_augment mixup cutmix random_erasing label_smoothing layer_decay ema_decay",
+    "Protocols": "protocols linear_epochs few_shot eval_image_sizes dense_epochs",
+    "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
+    "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
+    "Output": "out resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",
+}
+"""Heading -> its options, in the order of `--help`; the same for every command, since an option has one meaning everywhere."""
+HEADING_OF = {name: heading for heading, names in HEADINGS.items() for name in names.split()}
+RANK = {name: rank for rank, name in enumerate(HEADING_OF)}
+_BASIC = """images test_images backbone run tokenizer tokens teacher model image_size patch_size objective target mask_ratio quantizer
+vocab_size views protocols labels_per_class tokenizers grid epochs batch_size lr device out resume"""
+BASIC = frozenset(_BASIC.split())
+"""Options in the first `--help` of a command that has more than `MAX_BASIC`."""
+MAX_BASIC = 15
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run_command(name, argv[1:])
     except MapetError as error:
-        if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", 0))):  # one of several ranks says it
+        if is_first_rank() or not isinstance(error, Interrupted):  # one of several ranks says it
             print(f"mapet {name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -63,14 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def overview() -> str:
     """Return the text of `mapet --help`."""
-    lines = [
-        "usage: mapet COMMAND [config.yaml] [--option value ...]",
-        "",
-        (mapet.__doc__ or "").split("\n")[0][7:],
-        "",
-    ]
-    for heading, names in GROUPS.items():
-        lines += [f"{heading}:", *(f"  {name:<20}{_summary(COMMANDS[name])}" for name in names), ""]
+    about = (mapet.__doc__ or "").split("\n")[0].removeprefix("mapet: ")
+    lines = ["usage: mapet COMMAND [config.yaml] [--option value ...]", "", about, ""]
+    for heading, functions in GROUPS.items():
+        lines += [f"{heading}:", *(f"  {name_of(function):<20}{_summary(function)}" for function in functions), ""]
     return "\n".join([*lines, EPILOG])
 
 
@@ -80,92 +100,95 @@ def completion(shell: str) -> str:
     Raises:
         MapetError: unknown shell.
     """
-    if shell not in shtab.SUPPORTED_SHELLS:
-        known = shtab.SUPPORTED_SHELLS
+    if shell not in (known := shtab.SUPPORTED_SHELLS):
         raise MapetError(f"no completion for '{shell}'{did_you_mean(shell, known) or '.'} Shells: {', '.join(known)}")
     root = argparse.ArgumentParser(prog="mapet")
     commands = root.add_subparsers()
     for name, function in COMMANDS.items():
-        commands.add_parser(name, help=_summary(function), parents=[_parser(name, function)], add_help=False)
+        commands.add_parser(name, help=_summary(function), parents=[_parser(function)], add_help=False)
     return shtab.complete(root, shell)
 
 
 def run_command(name: str, argv: list[str]) -> Any:
     """Parse `argv` for one command and call it."""
     if name not in COMMANDS:
-        raise MapetError(
-            f"unknown command '{name}'{did_you_mean(name, COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}"
-        )
+        known = f"{did_you_mean(name, COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}"
+        raise MapetError(f"unknown command '{name}'{known}")
     function = COMMANDS[name]
-    config_type, parser = function.config_type, _parser(name, function)
-    if "--help-all" in argv or "-h" in argv or "--help" in argv:
-        print(_parser(name, function, hide="--help-all" not in argv).format_help(), end="")
+    config_type = function.config_type
+    if {"--help-all", "--help", "-h"} & set(argv):
+        print(_parser(function, hide="--help-all" not in argv).format_help(), end="")
         return None
-    namespace, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        if not word.startswith("--"):
-            raise MapetError(f"unexpected word '{word}'; options are written --name value")
-        given = word.split("=")[0].replace("_", "-")
-        if given[2:].replace("-", "_") in config_type.file_only:
-            raise MapetError(
-                f"{given} is for config files: `mapet {name} config.yaml` with `{given[2:].replace('-', '_')}: ...` in it"
-            )
-        known = [option(known) for known, _ in fields(config_type)]
-        raise MapetError(f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`")
+    namespace, unknown = _parser(function).parse_known_args(argv)
+    if unknown:
+        raise MapetError(_explain_unknown(name, unknown[0], config_type))
     options = vars(namespace)
     path = _take_words(name, options)
     typed: dict[str, Any] = {}
     for dotted, value in options.items():
-        *sections, last = dotted.split(".")
-        inner = typed
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
+        value = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value  # KEY=VALUE
+        for part in reversed(dotted.split(".")):
+            value = {part: value}
+        typed = merge(typed, value)
     if path and path.is_dir():
-        raise MapetError(f"{path} is a folder, not a config: {_way_in(name, path, 'resume' in typed)}")
+        raise MapetError(f"{path} is a folder, not a config: {_suggest_option(name, path, 'resume' in typed)}")
     if path and path.suffix.lower() not in CONFIG_SUFFIXES:
-        raise MapetError(
-            f"{path} is not a config, a file .yaml: options are written --name value, see `mapet {name} --help`"
-        )
+        raise MapetError(f"{path} is no config (.yaml): options are written --name value, see `mapet {name} --help`")
+    written_by = command_of(path.parent) if path and path.name == CONFIG_FILE else ""
     try:
         config = build(config_type, read_recipe(path) if path else {}, path, typed)
-    except MapetError as error:
-        other = command_of(path.parent) if path and path.name == CONFIG_FILE else None
-        if other not in (None, name):
-            raise MapetError(f"{path} is a config of `mapet {other}`, not of `mapet {name}`") from None
-        raise error
+    except MapetError:
+        if written_by not in ("", name):
+            raise MapetError(f"{path} is a config of `mapet {written_by}`, not of `mapet {name}`") from None
+        raise
     RESUME_HINT[0] = "the same command, and --resume if it had begun" if "resume" in config_type.model_fields else ""
-    if path and getattr(config, "resume", False):
-        check_resume_folder(path, config.out)  # type: ignore[attr-defined]
+    out = getattr(config, "out", None) if getattr(config, "resume", False) else None
+    if path and out and written_by and path.parent.resolve() != out.resolve():
+        raise MapetError(
+            f"{path} is the config of the run in its own folder, but {option('out')} is {out}, seen from {Path.cwd()}: go to the folder "
+            f"that the run was started in, or, if it was moved, give {option('out')} {quote(str(path.parent))}"
+        )
     return function(config)
+
+
+def _explain_unknown(name: str, word: str, config_type: type[Config]) -> str:
+    """Say what is wrong with a word that the parser does not know."""
+    if not word.startswith("--"):
+        return f"unexpected word '{word}'; options are written --name value"
+    given = word.split("=")[0].replace("_", "-")
+    if (field := given[2:].replace("-", "_")) in config_type.file_only:
+        return f"{given} is for config files: `mapet {name} config.yaml` with `{field}: ...` in it"
+    known = [option(known) for known, _ in fields(config_type)]
+    return f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`"
 
 
 def _take_words(name: str, options: dict[str, Any]) -> Path | None:
     """Give words without an option to the command's positional option; return the first if it is a config file."""
     words, config_type = options.pop("words", []), COMMANDS[name].config_type
-    positional = config_type.positional
-    is_config = bool(words) and (positional is None or Path(words[0]).suffix in CONFIG_SUFFIXES)
-    path, words = (Path(words[0]), words[1:]) if is_config else (None, words)
+    positional, path = config_type.positional, None
+    if words and (positional is None or Path(words[0]).suffix in CONFIG_SUFFIXES):
+        path, words = Path(words[0]), words[1:]
     if words and positional is None:
         raise MapetError(f"unexpected word '{words[0]}'; options are written --name value")
     if words and positional:
+        several = takes_several(config_type.model_fields[positional].annotation)
         if positional in options:
             raise MapetError(f"'{' '.join(words)}' and {option(positional)} are mutually exclusive")
-        several = "nargs" in _arguments(config_type.model_fields[positional].annotation)
         if len(words) > 1 and not several:
             raise MapetError(f"unexpected word '{words[1]}'; mapet {name} takes one {option(positional)}")
         options[positional] = words if several else words[0]
     return path
 
 
-def _way_in(name: str, folder: Path, resume: bool) -> str:
+def _suggest_option(name: str, folder: Path, resume: bool) -> str:
     """Return what the user may have meant by a folder in place of a config."""
     if found := find_config(folder, (name,)):
         return f"did you mean {found[1]}?"
-    options = ["tokenizer"] if (folder / "visual_tokenizer.json").is_file() else ["run", "backbone", "bundle", "images"]
-    options, known = ["out"] if resume else options, COMMANDS[name].config_type.model_fields
+    tokenizer = (folder / "visual_tokenizer.json").is_file()
+    likely = ["out"] if resume else ["tokenizer"] if tokenizer else ["run", "backbone", "bundle"]
+    known = COMMANDS[name].config_type.model_fields
     return (
-        f"give it as {option(next(name for name in [*options, 'images', 'out'] if name in known))} {quote(str(folder))}"
+        f"give it as {option(next(name for name in [*likely, 'images', 'out'] if name in known))} {quote(str(folder))}"
     )
 
 
@@ -174,13 +197,13 @@ class _Parser(argparse.ArgumentParser):
         raise MapetError(f"{message}. See `{self.prog} --help`")
 
 
-def _parser(name: str, function: Command[..., Any, Any], hide: bool = False) -> argparse.ArgumentParser:
+def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser:
     """Make the parser of a command.
 
     Args:
         hide: leave less usual options, and those of sections, out of the help.
     """
-    config_type = function.config_type
+    config_type, name = function.config_type, name_of(function)
     summary, _, example = (inspect.getdoc(function) or "").partition("Example:")
     words = f" [{config_type.positional.upper()} ...]" if config_type.positional else ""
     parser = _Parser(
@@ -189,17 +212,16 @@ def _parser(name: str, function: Command[..., Any, Any], hide: bool = False) -> 
         argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    own = [known for known, _ in fields(config_type) if "." not in known]
-    shown = {known for known in own if known in BASIC or config_type.model_fields[known].is_required()}
-    shown = set(own) if len(own) <= MAX_BASIC else shown
+    own = [(name, field) for name, field in fields(config_type) if "." not in name]
+    shown = [name for name, field in own if len(own) <= MAX_BASIC or name in BASIC or field.is_required()]
     groups: dict[str, Any] = {}
     for dotted, field in sorted(fields(config_type), key=_help_rank):
         section, _, last = dotted.rpartition(".")
-        heading = f"Options of {section.replace('_', '-')}" if section else GROUP_OF.get(last, "Other")
+        heading = f"Options of {section.replace('_', '-')}" if section else HEADING_OF.get(last, "Other")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        flag = f"--{dotted.replace('_', '-')}"
         help_text = argparse.SUPPRESS if hide and dotted not in shown else _help(field)
+        flag = f"--{dotted.replace('_', '-')}"
         groups[heading].add_argument(flag, dest=dotted, help=help_text, **_arguments(field.annotation))
     helps = parser.add_argument_group("Help")
     helps.add_argument("-h", "--help", action="help", help="the usual options")
@@ -207,67 +229,57 @@ def _parser(name: str, function: Command[..., Any, Any], hide: bool = False) -> 
     return parser
 
 
-def _help_rank(item: tuple[str, Any]) -> tuple[str, int]:
+def _help_rank(item: tuple[str, FieldInfo]) -> tuple[str, int]:
     section, _, last = item[0].rpartition(".")
     return section, RANK.get(last, len(RANK))
 
 
-def _help(field: Any) -> str:
+def _help(field: FieldInfo) -> str:
     """Return an option's description and default."""
     description = " ".join((field.description or "").split()).replace("%", "%%")
-    default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
     if field.is_required():
         return f"{description} (required)"
-    if default is None:
-        return f"{description} (default: {meaning_of_none(field)})"
+    default = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, (tuple, list, dict)):
         default = " ".join(map(str, default))
-    return (
-        f"{description} (default: {str(default).lower() if isinstance(default, bool) else default})"
-        if default != ""
-        else description
-    )
+    elif isinstance(default, bool):
+        default = str(default).lower()
+    default = meaning_of_none(field) if default is None else default
+    return description if default == "" else f"{description} (default: {default})"
 
 
-class _KeyValues(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        pairs = [word.partition("=") for word in values]
-        if not all(equals for _, equals, _ in pairs):
-            parser.error(f"{option_string} takes key=value pairs, got {' '.join(values)}")
-        found = {key: _value(value) for key, _, value in pairs}
-        for key, value in found.items():
-            if isinstance(value, dict) and any(inner is None and ":" in str(name) for name, inner in value.items()):
-                parser.error(f"{option_string} '{key}={{{', '.join(value)}}}': YAML wants a space after each colon")
-        setattr(namespace, self.dest, found)
-
-
-def _value(text: str) -> Any:
-    """Return what YAML makes of a text; the text if nothing."""
+def _key_value(word: str) -> tuple[str, Any]:
+    """Split KEY=VALUE; the value is what YAML makes of it, or the text if nothing."""
+    key, equals, text = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"takes key=value pairs, got {word}")
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        return text
+        return key, text
+    if isinstance(value, dict) and any(inner is None and ":" in str(name) for name, inner in value.items()):
+        raise argparse.ArgumentTypeError(f"'{word}': YAML wants a space after each colon")
+    return key, value
 
 
 def _arguments(annotation: Any) -> dict[str, Any]:
     """Return the keywords of `add_argument` for an option's type."""
     origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not NoneType]
-    none = {"type": lambda word: None if word == "none" else word} if NoneType in get_args(annotation) else {}
     if origin is Annotated:
         return _arguments(parts[0])
     if origin is Literal:
         return {"choices": [str(part) for part in parts], "metavar": "{" + ",".join(map(str, parts)) + "}"}
     if origin is dict:
-        return {"metavar": "KEY=VALUE", "nargs": "+", "action": _KeyValues}
+        return {"metavar": "KEY=VALUE", "nargs": "+", "type": _key_value}
     if origin in (tuple, list):
         return _arguments(parts[0]) | {"nargs": "+"}
-    if annotation is bool or parts == [bool]:
+    if bool in (annotation, *parts):
         return {"action": argparse.BooleanOptionalAction}
     if parts:  # of several types the first tells what to write
+        none = {"type": lambda word: None if word == "none" else word} if NoneType in get_args(annotation) else {}
         return _arguments(parts[0]) | none
-    names = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
-    return {"metavar": names.get(annotation, "VALUE")}
+    return {"metavar": {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}.get(annotation, "VALUE")}
 
 
-def _summary(function: Command[..., Any, Any]) -> str:
+def _summary(function: AnyCommand) -> str:
     return (inspect.getdoc(function) or "").split("\n")[0]

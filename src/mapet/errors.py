@@ -6,12 +6,10 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class _Spelling:
+class _Spelling(NamedTuple):
     """How options are written where the user is: keywords in Python, flags on the command line, with their section."""
 
     flags: bool = False
@@ -19,12 +17,12 @@ class _Spelling:
     outside: Collection[str] = ()
 
 
-_spelling: ContextVar[_Spelling] = ContextVar("spelling", default=_Spelling())  # noqa: B039 (it is frozen)
+_spelling = ContextVar("spelling", default=_Spelling())  # noqa: B039 (it is immutable)
 
 
 @contextmanager
-def _spell(**changes: Any) -> Iterator[None]:
-    token = _spelling.set(replace(_spelling.get(), **changes))
+def _spell(spelling: _Spelling) -> Iterator[None]:
+    token = _spelling.set(spelling)
     try:
         yield
     finally:
@@ -33,18 +31,16 @@ def _spell(**changes: Any) -> Iterator[None]:
 
 def spell_as_flags(flags: bool = True) -> AbstractContextManager[None]:
     """Write options as the command line does, `--lr`, until the context ends."""
-    return _spell(flags=flags)
+    return _spell(_spelling.get()._replace(flags=flags))
 
 
-@contextmanager
-def spell_in_section(section: str, outside: Collection[str] = ()) -> Iterator[None]:
+def spell_in_section(section: str, outside: Collection[str] = ()) -> AbstractContextManager[None]:
     """Write options with the section of the larger config that they are in, `--pretrain.lr`, until the context ends.
 
     Args:
         outside: options that the larger config has itself, which keep their names.
     """
-    with _spell(section=f"{_spelling.get().section}{section}.", outside=outside):
-        yield
+    return _spell(_spelling.get()._replace(section=f"{_spelling.get().section}{section}.", outside=outside))
 
 
 def option(name: str, *values: object) -> str:
@@ -53,15 +49,13 @@ def option(name: str, *values: object) -> str:
     >>> option("image_size", 32, 32)
     'image_size=(32, 32)'
     """
-    spelling = _spelling.get()
-    dotted = name if name in spelling.outside else spelling.section + name
-    if spelling.flags and values[:1] in ((True,), (False,)):
-        return f"--{'' if values[0] else 'no-'}{dotted.replace('_', '-')}"
-    if spelling.flags:
-        return " ".join([f"--{dotted.replace('_', '-')}", *map(str, values)])
-    if not values:
-        return dotted
-    return f"{dotted}={values[0]!r}" if len(values) == 1 else f"{dotted}={values!r}"
+    flags, section, outside = _spelling.get()
+    dotted = name if name in outside else section + name
+    if not flags:
+        return f"{dotted}={(values[0] if len(values) == 1 else values)!r}" if values else dotted
+    no = "no-" if values and values[0] is False else ""
+    shown = () if values and isinstance(values[0], bool) else values
+    return " ".join([f"--{no}{dotted.replace('_', '-')}", *map(str, shown)])
 
 
 class MapetError(Exception):
@@ -72,20 +66,18 @@ class MapetError(Exception):
     Attributes:
         field: the option that is wrong, as the config names it.
         value: what it was given.
+        expected: what it should have been, in words.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, field: str | None = None, value: object = None) -> None:
+    def __init__(self, message: str, *, field: str | None = None, value: object = None, expected: str = "") -> None:
         super().__init__(message)
-        self.field, self.value = field, value
-
-
-RESUME = "resume"
+        self.field, self.value, self.expected = field, value, expected
 
 
 class Interrupted(MapetError):
-    """A signal stopped a stage after it had saved its work.
+    """A signal stopped a command after it had saved its work.
 
     Attributes:
         what: what stopped it and what is saved; the message goes on with how to go on.
@@ -94,7 +86,7 @@ class Interrupted(MapetError):
     exit_code = 130
 
     def __init__(self, what: str, again: str = "") -> None:
-        super().__init__(f"{what}. Go on with: {again or f'the same command and {option(RESUME, True)}'}")
+        super().__init__(f"{what}. Go on with: {again or 'the same command and ' + option('resume', True)}")
         self.what = what
 
 
@@ -147,10 +139,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word, else the two shortest that
     contain it, else the nearest name in a section; or an empty string."""
     known, name = list(known), word.lstrip("-").rpartition(".")[2]
-    near = [option for option in known if option.lstrip("-").rpartition(".")[2] == name]
+    lasts = {option: option.lstrip("-").rpartition(".")[2] for option in known}
+    near = [option for option in known if lasts[option] == name]
     near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     near = near or sorted((option for option in known if len(name) > 2 and name in option), key=len)[:2]
-    lasts = [option.lstrip("-").rpartition(".")[2] for option in known]
-    close = difflib.get_close_matches(name, lasts, n=1, cutoff=0.75)
-    near = near or [option for option, last in zip(known, lasts, strict=True) if last in close]
+    close = difflib.get_close_matches(name, lasts.values(), n=1, cutoff=0.75)
+    near = near or [option for option in known if lasts[option] in close]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

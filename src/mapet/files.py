@@ -152,9 +152,7 @@ def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) ->
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{Path(path).name} is no array: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        raise ValueError(f"{Path(path).name} is no array: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -184,20 +182,16 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 
 def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises MapetError: work in `folder` was begun with other options; those that differ are named."""
-    changed = [
-        f"{key}: {abbreviate(before.get(key))} -> {abbreviate(now.get(key))}"
-        for key in {**now, **before}
-        if json.dumps(before.get(key)) != json.dumps(now.get(key))
-    ]
+
+    def shown(value: Any) -> str:  # of a hash its first digits
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+    pairs = {key: (before.get(key), now.get(key)) for key in {**now, **before}}
+    changed = [f"{key}: {shown(a)} -> {shown(b)}" for key, (a, b) in pairs.items() if json.dumps(a) != json.dumps(b)]
     if changed:
         raise MapetError(
             f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new {option('out')}"
         )
-
-
-def abbreviate(value: Any) -> str:
-    """Shorten a hash to its first digits."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def write_manifest(folder: Path, kind: str, version: int, content: dict[str, Any]) -> None:
@@ -247,11 +241,9 @@ def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
     Args:
         create: False only checks, for a stage that writes its folder `atomic`ally at its end.
     """
-    if path.is_dir() and not is_free(path):
-        raise MapetError(
-            f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
-        )
-    if path.exists() and not path.is_dir():
-        raise MapetError(f"{path} exists and is not a folder: choose another {option('out')}")
+    if not is_free(path):
+        what = "is not empty: nothing is overwritten" if path.is_dir() else "is not a folder"
+        hint = f"Choose another {option('out')}{resume_hint if path.is_dir() else ''}"
+        raise MapetError(f"{path} already exists and {what}. {hint}", field="out", value=path)
     if create:
         path.mkdir(parents=True, exist_ok=True)

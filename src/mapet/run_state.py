@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from mapet.config.base import Config
 from mapet.errors import Interrupted, MapetError, option
-from mapet.files import RUN_FILE, check_format, is_free, read_json, write_json
+from mapet.files import RUN_FILE, check_format, is_free, new_folder, read_json, write_json
 
 log = logging.getLogger("mapet")
 SCHEMA_VERSION = 1
@@ -34,6 +33,12 @@ MAX_WARNINGS = 12
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES} | {
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
 
 
 class RunState(BaseModel):
@@ -65,7 +70,7 @@ class RunState(BaseModel):
     description: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     argv: list[str] = Field(default_factory=lambda: list(sys.argv))
-    versions: dict[str, str] = Field(default_factory=lambda: _versions())
+    versions: dict[str, str] = Field(default_factory=_versions)
     device: str = ""
     started: datetime = Field(default_factory=_now)
     updated: datetime = Field(default_factory=_now)
@@ -92,7 +97,7 @@ class RunState(BaseModel):
         try:
             check_format(dict(content).get("schema_version"), SCHEMA_VERSION, "run state", path)
             state = cls.model_validate(content)
-        except (ValidationError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:  # pydantic's is a ValueError
             raise MapetError(f"{path}: not a readable run state ({' '.join(str(error).split())[:200]})") from None
         if state.status == "running" and not state._is_alive():
             state.status, state.reason = "interrupted", f"its process {state.pid} is gone"
@@ -100,21 +105,20 @@ class RunState(BaseModel):
 
     def _is_alive(self) -> bool:
         """Whether its process is there; taken to be where that can't be found out: on another host, on Windows."""
-        if self.host != socket.gethostname() or os.name == "nt":
-            return True
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's
-            return True
+            if self.host == socket.gethostname() and os.name != "nt":
+                os.kill(self.pid, 0)
+        except OSError as error:
+            return not isinstance(error, ProcessLookupError)  # else it is another user's
         return True
 
     def end(self, error: BaseException | None) -> None:
         """Set how the command ends: well, or by an error."""
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         self.status = "finished" if error is None else "stopped" if stopped else "failed"
-        self.reason = "" if error is None else _reason(error)
+        text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(getattr(error, "what", error or ""))
+        named = error is None or stopped or isinstance(error, MapetError)
+        self.reason = " ".join((text if named else f"{type(error).__name__}: {text}").split())
         self.ended = _now()
 
     def write(self, folder: Path) -> None:
@@ -122,13 +126,13 @@ class RunState(BaseModel):
         now = _now()
         self.seconds = round(self.seconds + (now - self.updated).total_seconds(), 3)
         self.updated = now
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_rank():
             write_json(folder / RUN_FILE, self.model_dump(mode="json"))
 
 
-def _versions() -> dict[str, str]:
-    python = {"python": platform.python_version(), "platform": platform.platform()}
-    return {package: version(package) for package in PACKAGES} | python
+def is_first_rank() -> bool:
+    """Whether this is the first of several processes of `torchrun`, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 _open: dict[Path, RunState] = {}
@@ -137,65 +141,68 @@ _open: dict[Path, RunState] = {}
 
 def record(
     folder: Path | None,
-    *,
     config: Config | None = None,
     description: str = "",
     device: str = "",
-    counts: Mapping[str, int] | None = None,
-    hashes: Mapping[str, str] | None = None,
-    results: Mapping[str, Any] | None = None,
+    **facts: Mapping[str, Any],
 ) -> None:
-    """Add facts to the run.json of a folder that a command of this process is writing; others of the same name are replaced.
+    """Add facts to the run.json of a folder that a command of this process is writing.
 
     Nothing happens outside a command: a function that is called by itself leaves no state.
+
+    Args:
+        facts: `counts`, `hashes` and `results`; others of the same name are replaced.
     """
     state = _open.get(folder.absolute()) if folder else None
     if folder is None or state is None:
         return
     state.config = config.model_dump(mode="json") if config else state.config
     state.description, state.device = description or state.description, device or state.device
-    state.counts |= counts or {}
-    state.hashes |= hashes or {}
-    state.results |= results or {}
+    for name, added in facts.items():
+        getattr(state, name).update(added)
     state.write(folder)
 
 
 @contextmanager
-def run_state(folder: Path, command: str, config: Config) -> Iterator[RunState]:
+def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     """Keep the run.json of a command's folder: `running` now, at the end `finished`, `stopped` or `failed` with the reason.
 
-    A folder that holds something and is not to be resumed stays as it is: the command refuses it. A command that is resumed
+    A folder that holds something and is not to be resumed is refused, and stays as it is. A command that is resumed
     keeps the earlier facts; if it was finished and the command fails (other options, say), it stays finished. A command that
-    ends early and has written nothing leaves no folder.
+    fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options.
     """
-    key, free = folder.absolute(), is_unused(folder, command)
-    state = RunState(command=command, config=config.model_dump(mode="json"))
-    if key in _open or not (free or getattr(config, "resume", False)):
-        yield _open.get(key, state)
+    key, free, existed = folder.absolute(), is_unused(folder, command), folder.exists()
+    resumed = getattr(config, "resume", False)
+    if key not in _open and not (free or resumed) and is_first_rank():
+        hint = f", or go on with {option('resume', True)}" if "resume" in type(config).model_fields else ""
+        new_folder(folder, hint, create=False)  # refuses it
+    if key in _open or not (free or resumed):
+        yield
         return
-    before = None if free else read_or_none(folder)
-    if before is not None and before.command == command:
+    state, before = RunState(command=command, config=config.model_dump(mode="json")), read_or_none(folder)
+    if not free and before is not None and before.command == command:
         kept = before.model_dump(include={"started", "seconds", "counts", "hashes", "results", "description", "device"})
         state = state.model_copy(update={**kept, "resumes": before.resumes + 1})
-    created = next((part for part in (folder, *folder.parents) if part.exists()), folder) != folder
     state.write(folder)
     _open[key] = state
     warnings = _Warnings(state)
     log.addHandler(warnings)
     try:
-        yield state
+        yield
         state.end(None)
     except BaseException as error:
-        refused = before is not None and before.status == "finished" and isinstance(error, MapetError)
+        refused = not free and before is not None and before.status == "finished" and isinstance(error, MapetError)
         state.end(None if refused else error)
         raise
     finally:
         log.removeHandler(warnings)
         del _open[key]
-        if state.status == "finished" or not is_free(folder):
+        if state.status != "failed" or not is_free(folder):
             state.write(folder)
-        elif int(os.environ.get("RANK", 0)) == 0:
-            _remove(folder, created)
+        elif is_first_rank():
+            (folder / RUN_FILE).unlink(missing_ok=True)
+            if not existed and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def record_end(folder: Path, error: BaseException | None = None) -> None:
@@ -203,20 +210,6 @@ def record_end(folder: Path, error: BaseException | None = None) -> None:
     if state := _open.get(folder.absolute()):
         state.end(error)
         state.write(folder)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    text = error.what if isinstance(error, Interrupted) else str(error)
-    return " ".join((text if isinstance(error, MapetError) else f"{type(error).__name__}: {text}").split())
-
-
-def _remove(folder: Path, created: bool) -> None:
-    """Take back the run.json of a command that wrote nothing else."""
-    (folder / RUN_FILE).unlink(missing_ok=True)
-    if created and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 class _Warnings(logging.Handler):
@@ -243,10 +236,10 @@ def read_or_none(folder: Path) -> RunState | None:
         return None
 
 
-def command_of(folder: Path) -> str | None:
-    """The command that wrote a folder, None if no readable run.json tells."""
+def command_of(folder: Path) -> str:
+    """The command that wrote a folder, '' if no readable run.json tells."""
     state = read_or_none(folder)
-    return state.command if state else None
+    return state.command if state else ""
 
 
 def is_unused(folder: Path, command: str) -> bool:
@@ -256,8 +249,7 @@ def is_unused(folder: Path, command: str) -> bool:
 
 def pretrain_folder(folder: Path) -> Path:
     """The folder of `mapet pretrain` in that of a `mapet run` or `mapet demo`, or the folder itself."""
-    inner = {"run": folder / "pretrain", "demo": folder / "run" / "pretrain"}
-    return inner.get(command_of(folder) or "", folder)
+    return folder / {"run": "pretrain", "demo": "run/pretrain"}.get(command_of(folder), "")
 
 
 def parent_run(folder: Path) -> Path | None:
@@ -269,7 +261,7 @@ def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | N
     """The first of `commands` that wrote a folder, or one in it, and the config.yaml that resumes it."""
     for path in (folder, pretrain_folder(folder)):
         if (command := command_of(path)) in commands and (path / CONFIG_FILE).is_file():
-            return str(command), path / CONFIG_FILE
+            return command, path / CONFIG_FILE
     return None
 
 
@@ -277,23 +269,8 @@ def check_is_pretraining(folder: Path) -> None:
     """Raises MapetError: it is no folder of `mapet run` or `mapet pretrain`, finished or not."""
     if not folder.exists():
         raise MapetError(f"{folder} does not exist: give the folder of a run")
-    written_by = RunState.read(pretrain_folder(folder)).command
-    if written_by != "pretrain":
+    if (written_by := RunState.read(pretrain_folder(folder)).command) != "pretrain":
         raise MapetError(f"{folder} is a folder of `mapet {written_by}`: give one of `mapet run` or `mapet pretrain`")
-
-
-def check_resume_folder(config_file: Path, out: Path) -> None:
-    """Check that a run's own config.yaml resumes that run: `out` in it is relative to where the run was started.
-
-    Raises:
-        MapetError: `out` is not the folder of the file.
-    """
-    folder = config_file.parent
-    if config_file.name == CONFIG_FILE and command_of(folder) and folder.resolve() != out.resolve():
-        raise MapetError(
-            f"{config_file} is the config of the run in its own folder, but {option('out')} is {out}, seen from {Path.cwd()}: go to the folder "
-            f"that the run was started in, or, if it was moved, give {option('out')} {quote(str(folder))}"
-        )
 
 
 def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str | None:
@@ -302,8 +279,7 @@ def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str
     The tokenizer and tokens in the folder of its `run` move with it, and another run may lie where they were. Other paths are
     relative to where the run was started, which the folder tells while it has not moved.
     """
-    named = options.get(name)
-    if named is None:
+    if (named := options.get(name)) is None:
         return None
     own, out, here = folder.parent / name, Path(str(options.get("out", ""))), folder.resolve()
     if name in ("tokenizer", "tokens") and parent_run(folder) and own.exists():

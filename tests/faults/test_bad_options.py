@@ -514,9 +514,7 @@ def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
 def test_what_is_no_recipe_of_this_stage(run_dir, capsys, tmp_path):
     line = fails(capsys, "run", run_dir / "config.yaml", "--out", tmp_path / "x")
     assert line.endswith(f"{run_dir / 'config.yaml'} is a config of `mapet pretrain`, not of `mapet run`")
-    assert "photo.JPEG is not a config, a file .yaml: options are written --name value" in fails(
-        capsys, "run", "photo.JPEG"
-    )
+    assert "photo.JPEG is no config (.yaml): options are written --name value" in fails(capsys, "run", "photo.JPEG")
     assert f"give it as --out {tmp_path}" in fails(capsys, "embed", tmp_path, "--resume")
     assert "did you mean '--pretrain.epochs'" in fails(capsys, "run", "--epocs", "3")
 

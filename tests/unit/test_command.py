@@ -60,7 +60,7 @@ def test_help_is_short_first_and_options_are_few():
     total = 0
     for name, function in COMMANDS.items():
         own = [option for option, _ in fields(function.config_type) if "." not in option]
-        first, every = (_parser(name, function, hide=hide).format_help() for hide in (True, False))
+        first, every = (_parser(function, hide).format_help() for hide in (True, False))
         assert first.count("\n  --") - 1 <= 15 and every.count("\n  --") >= len(own)
         assert "\nOther:" not in every
         total += 0 if name in HIDDEN else len(own)

@@ -139,7 +139,7 @@ def test_damaged_and_missing_ones(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(MapetError, match=r"run\.json"):
         read(tmp_path)
-    assert command_of(tmp_path) is None
+    assert command_of(tmp_path) == ""
 
 
 def test_newer_ones(tmp_path):

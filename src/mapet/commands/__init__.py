@@ -1,41 +1,251 @@
-"""One module a command: checks its options, plans, and calls the packages below.
+"""The commands, as Python and the command line know them: a config, a docstring, and the module that does it.
 
 Nothing heavy is imported until a command runs, so that `mapet --help` answers at once.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mapet.commands.check import check
-from mapet.commands.command import Command
-from mapet.commands.debug_step import debug_step
-from mapet.commands.demo import demo
-from mapet.commands.embed import embed
-from mapet.commands.evaluate import evaluate
-from mapet.commands.export import export
-from mapet.commands.finetune import finetune
-from mapet.commands.fit_tokenizer import fit_tokenizer
-from mapet.commands.inspect_tokenizer import inspect_tokenizer
-from mapet.commands.prepare import prepare
-from mapet.commands.pretrain import pretrain
-from mapet.commands.report import report
-from mapet.commands.run import run
-from mapet.commands.study import study
-from mapet.commands.tokenize import tokenize
-from mapet.commands.train_tokenizer import train_tokenizer
+from mapet.commands.command import AnyCommand, command, name_of
+from mapet.config import data, evaluation, pipeline, pretraining, tokenizers
 
-COMMANDS: dict[str, Command[..., Any, Any]] = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        demo, run, study, check, prepare, train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer, pretrain, report, evaluate,
-        finetune, embed, export, debug_step,
-    )
-}  # fmt: skip
-GROUPS = {
-    "Pipeline": ("demo", "run", "study"),
-    "Data": ("check", "prepare"),
-    "Tokenizer": ("train-tokenizer", "fit-tokenizer", "tokenize", "inspect-tokenizer"),
-    "Pre-training": ("pretrain", "report"),
-    "Evaluation": ("evaluate", "finetune"),
-    "Deployment": ("embed", "export"),
+if TYPE_CHECKING:
+    from mapet.data.census import Census
+    from mapet.data.token_store import TokenStore
+    from mapet.tokenizers.tokenizer import Tokenizer
+    from mapet.training.checkpoint import StepReport
+
+
+@command(pipeline.DemoConfig)
+def demo(config: pipeline.DemoConfig) -> dict[str, dict[str, float]]:
+    """Pre-train a small ViT on 1,437 real handwritten digits in about 2 minutes and test what it learned on 360 others.
+
+    Example:
+      mapet demo
+      mapet demo --out /tmp/digits --seed 1
+    """
+    from mapet.commands import pipelines
+
+    return pipelines.demo(config)
+
+
+@command(pipeline.RunConfig, distributed=True)
+def run(config: pipeline.RunConfig) -> Path:
+    """Tokenizer, tokens, pre-training, evaluation (if there are labels) and figures of a folder of images; returns the backbone's folder.
+
+    Example:
+      mapet run --images PHOTOS --out runs/photos
+      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
+      mapet run runs/photos/config.yaml --resume
+    """
+    from mapet.commands import pipelines
+
+    return pipelines.run(config)
+
+
+@command(pipeline.StudyConfig)
+def study(config: pipeline.StudyConfig) -> Path:
+    """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each trial, report; returns the report's folder.
+
+    Example:
+      mapet study --images PHOTOS --test-images TEST --out study --tokenizers 'pixels={}' --grid 'objective=[mim, pim, mapet]'
+      mapet study study.yaml
+      mapet study study.yaml --devices cuda:0 cuda:1
+      mapet study study.yaml --report-only
+    """
+    from mapet.commands import pipelines
+
+    return pipelines.study(config)
+
+
+@command(data.CheckConfig)
+def check(config: data.CheckConfig) -> "Census":
+    """Read every image, report what is there and what is wrong, and estimate what the next stages need.
+
+    Example:
+      mapet check --images PHOTOS
+      mapet check --images PHOTOS --model vit_base_patch16_224 --teacher resnet50x64_clip.openai
+    """
+    from mapet.commands import preparing
+
+    return preparing.check(config)
+
+
+@command(data.PrepareConfig)
+def prepare(config: data.PrepareConfig) -> Path:
+    """Resize every image once and pack them into a few files that are mapped into memory; returns the folder.
+
+    It pays when images are much larger than the input and are read many times (an epoch is one reading), when they are
+    many small files on a slow or shared disk, or when the resized ones fit into memory and the originals do not. For
+    images near the input's size it gains little.
+
+    Example:
+      mapet prepare --images PHOTOS --out PREPARED --short-side 256
+      mapet run --images PREPARED --out runs/photos
+      mapet prepare --images SCANS --out PREPARED --channels 1 --value-range 0 4095   # 12 bits in files of 16
+      mapet prepare --images hf:NAME:train --streaming --out PREPARED      # larger than this disk
+    """
+    from mapet.commands import preparing
+
+    return preparing.prepare(config)
+
+
+@command(tokenizers.TrainTokenizerConfig, distributed=True)
+def train_tokenizer(config: tokenizers.TrainTokenizerConfig) -> Path:
+    """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
+
+    Example:
+      mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vit_base_patch16_clip_224.openai
+      mapet train-tokenizer runs/vqkd/config.yaml --resume
+    """
+    from mapet.training.tasks.vqkd import VQKDTask
+    from mapet.training.trainer import Trainer
+
+    return Trainer(VQKDTask(), config).fit()
+
+
+@command(tokenizers.FitTokenizerConfig, distributed=True)
+def fit_tokenizer(config: tokenizers.FitTokenizerConfig) -> "Tokenizer":
+    """Cluster a frozen teacher's patch features into a codebook of visual tokens.
+
+    Example:
+      mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
+      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --kmeans-n-init 5
+    """
+    from mapet.tokenizers import stages
+
+    return stages.fit_tokenizer(config)
+
+
+@command(tokenizers.TokenizeConfig, distributed=True)
+def tokenize(config: tokenizers.TokenizeConfig) -> "TokenStore":
+    """Store the visual tokens of every image, bound to the codebook and the list of images.
+
+    Example:
+      mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
+      mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
+    """
+    from mapet.tokenizers import stages
+
+    return stages.tokenize(config)
+
+
+@command(tokenizers.InspectTokenizerConfig)
+def inspect_tokenizer(config: tokenizers.InspectTokenizerConfig) -> list[Path]:
+    """Measure a tokenizer: use of its codes, stability, what tokens say of neighbours, positions and classes; with figures.
+
+    Example:
+      mapet inspect-tokenizer runs/photos/tokenizer --images PHOTOS --out runs/tokenizer-report
+    """
+    from mapet.commands import reporting
+
+    return reporting.inspect_tokenizer(config)
+
+
+@command(pretraining.PretrainConfig, distributed=True)
+def pretrain(config: pretraining.PretrainConfig) -> Path:
+    """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
+
+    Example:
+      mapet pretrain --images PHOTOS --tokenizer runs/tokenizer --tokens runs/tokens --out runs/vit
+      mapet pretrain runs/vit/config.yaml --resume
+    """
+    from mapet.commands import training
+
+    return training.pretrain(config)
+
+
+@command(pretraining.ReportConfig)
+def report(config: pretraining.ReportConfig) -> Path | None:
+    """One HTML page of a run (curves, warnings in words, tokenizer, predictions step by step, figures), or of several.
+
+    Example:
+      mapet report runs/photos --out report.html
+      mapet report runs/a runs/b runs/c --out comparison.html --no-figures
+      mapet report runs/photos --serve
+      mapet report runs/photos --figures-dir figures
+    """
+    from mapet.commands import reporting
+
+    return reporting.report(config)
+
+
+@command(evaluation.EvaluateConfig)
+def evaluate(config: evaluation.EvaluateConfig) -> dict[str, dict[str, float]]:
+    """Evaluate backbones side by side: probes, k-NN, few-shot, clusters, rank, robustness, dense tasks; return backbone -> metric -> value.
+
+    Example:
+      mapet evaluate --backbone runs/photos random:runs/photos --images labelled/train --test-images labelled/test --protocols logistic knn
+      mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labelled/train --out evaluation
+    """
+    from mapet.commands import evaluating
+
+    return evaluating.evaluate(config)
+
+
+@command(evaluation.FinetuneConfig)
+def finetune(config: evaluation.FinetuneConfig) -> float:
+    """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
+
+    Example:
+      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views random-crop --out tuned
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5
+      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5 --from-scratch
+      mapet finetune tuned/config.yaml --resume
+    """
+    from mapet.commands import training
+
+    return training.finetune(config)
+
+
+@command(evaluation.EmbedConfig)
+def embed(config: evaluation.EmbedConfig) -> Path:
+    """Features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job can be resumed.
+
+    Example:
+      mapet embed --backbone runs/photos --images PHOTOS --out features
+      mapet embed --backbone timm:vit_small_patch16_224.augreg_in21k --images PHOTOS --out features --format parquet --pool token
+      mapet embed --backbone runs/photos --images PHOTOS --out features --resume
+    """
+    from mapet.evaluation import embeddings
+
+    return embeddings.embed(config)
+
+
+@command(evaluation.ExportConfig)
+def export(config: evaluation.ExportConfig) -> Path:
+    """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
+
+    Example:
+      mapet export --backbone runs/photos --out backbone
+      mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
+      mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
+    """
+    from mapet.commands import exporting
+
+    return exporting.export(config)
+
+
+@command(pretraining.DebugStepConfig)
+def debug_step(config: pretraining.DebugStepConfig) -> "list[StepReport]":
+    """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
+
+    Example:
+      mapet debug-step runs/vit/debug/step-00001200
+      mapet debug-step runs/vit/debug/step-00001200 --precision float32
+    """
+    from mapet.commands import training
+
+    return training.debug_step(config)
+
+
+GROUPS: dict[str, tuple[AnyCommand, ...]] = {
+    "Pipeline": (demo, run, study),
+    "Data": (check, prepare),
+    "Tokenizer": (train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer),
+    "Pre-training": (pretrain, report),
+    "Evaluation": (evaluate, finetune),
+    "Deployment": (embed, export),
 }
 """Heading -> commands, as `mapet --help` lists them; `debug-step`, for a crash, is not among them."""
+COMMANDS = {name_of(function): function for group in [*GROUPS.values(), (debug_step,)] for function in group}

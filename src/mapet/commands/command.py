@@ -13,38 +13,40 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from mapet.config.base import Config, build
 from mapet.errors import MapetError, option
-from mapet.run_state import run_state
+from mapet.run_state import is_first_rank, run_state
 
 P = ParamSpec("P")
 C = TypeVar("C")
 R = TypeVar("R")
-C_contra = TypeVar("C_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-TORCHRUN_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Its environment variables."""
 
 
-class Command(Protocol[P, C_contra, R_co]):
+class Command(Protocol[P, R_co]):
     """A command as Python calls it: with the config's fields as keywords, or with the config."""
 
     __name__: str
     config_type: type[Config]
 
     @overload
-    def __call__(self, config: C_contra, /) -> R_co: ...
+    def __call__(self, config: Config, /) -> R_co: ...
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
-def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, C, R]]:
+AnyCommand = Command[..., Any]
+
+
+def name_of(function: Callable[..., Any] | AnyCommand) -> str:
+    """The name of a command as it is typed."""
+    return function.__name__.replace("_", "-")
+
+
+def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, R]]:
     """Let a function of a config be called with the config's fields as keywords too.
+
+    A command whose `out` is a folder keeps a run.json there, and refuses one that holds something and is not resumed.
 
     Args:
         config_type: the config, whose fields become the keywords that mypy, `help()` and IDEs show.
@@ -53,14 +55,18 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
     >>> pretrain(images="photos", tokenizer="runs/tokenizer", out="run")      # doctest: +SKIP
     """
+    kind = cast(type[Config], config_type)
 
-    def decorate(function: Callable[[C], R]) -> Command[P, C, R]:
+    def decorate(function: Callable[[C], R]) -> Command[P, R]:
         @functools.wraps(function)
         def call(config: Any = None, /, **options: Any) -> R | None:
             if not isinstance(config, kind):
-                config = build(kind, _as_keywords(call.__name__, kind, config) | options)
+                if config is not None and kind.positional is None:
+                    example = f"{function.__name__}({_keywords(kind)[0]}={config!r}, ...)"
+                    raise TypeError(f"{function.__name__}() takes keywords: {example}")
+                config = build(kind, options if config is None else {str(kind.positional): config} | options)
             elif options:
-                raise TypeError(f"{call.__name__}() takes a config or keywords, not both")
+                raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
             _check_out_is_not_among_images(config)
             _set_up_logging()
             with _translate_dead_workers():
@@ -68,66 +74,46 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
         call.config_type = kind  # type: ignore[attr-defined]
         call.__signature__ = _signature(kind, inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
-        return cast(Command[P, C, R], call)
+        return cast(Command[P, R], call)
 
-    kind = cast(type[Config], config_type)
     return decorate
 
 
 def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
     """Call the function on every rank of `torchrun`, or on rank 0 alone."""
+    out, name = getattr(config, "out", None), name_of(function)
+    state = nullcontext() if out is None or config.out_is_file else run_state(out, name, config)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        with _state_of(function, config):
+        with state:
             return function(config)
     if not distributed:
-        return _run_on_rank_0(function, config)
+        return _run_on_rank_0(function, config, state)
     from mapet.distributed import barrier, process_group  # imports torch, which --help can do without
 
-    with _state_of(function, config), process_group():
+    with state, process_group():
         result = function(config)
         barrier()
         return result
 
 
-def _run_on_rank_0(function: Callable[[Any], R], config: Config) -> R | None:
+def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: AbstractContextManager[None]) -> R | None:
     """Call the function on rank 0, without a process group; within a distributed command the other ranks wait for it."""
     distributed = sys.modules.get("mapet.distributed")  # not imported: nothing is distributed yet
     in_group = distributed is not None and distributed.is_initialized()
     result = None
     if getattr(config, "serve", False):
-        raise MapetError(
-            f"{option('serve', True)} runs in one process: start it without torchrun", field="serve", value=True
-        )
-    if int(os.environ["RANK"]) == 0:
-        hidden = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
+        hint = f"{option('serve', True)} runs in one process: start it without torchrun"
+        raise MapetError(hint, field="serve", value=True)
+    if is_first_rank():
+        hidden = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
         try:
-            with _state_of(function, config), distributed.alone() if distributed else nullcontext():
+            with state, distributed.alone() if distributed else nullcontext():
                 result = function(config)
         finally:
             os.environ.update(hidden)
     if distributed is not None and in_group:
         distributed.barrier()
     return result
-
-
-def _state_of(function: Callable[..., object], config: Config) -> AbstractContextManager[object]:
-    """Return the run.json of the folder that a command writes, if it writes one."""
-    out = getattr(config, "out", None)
-    name = function.__name__.replace("_", "-")
-    return nullcontext() if out is None or config.out_is_file else run_state(out, name, config)
-
-
-def _as_keywords(name: str, config_type: type[Config], value: object) -> dict[str, object]:
-    """Give a positional argument to the option that takes it.
-
-    Raises:
-        TypeError: the command takes keywords only.
-    """
-    if value is None:
-        return {}
-    if config_type.positional is None:
-        raise TypeError(f"{name}() takes keywords: {name}({next(iter(_keywords(config_type)))}={value!r}, ...)")
-    return {config_type.positional: value}
 
 
 def _keywords(config_type: type[Config]) -> list[str]:
@@ -141,9 +127,8 @@ def _signature(config_type: type[Config], returns: object) -> inspect.Signature:
     for name in _keywords(config_type):
         field = config_type.model_fields[name]
         default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
-        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=types[name]))
     return inspect.Signature(parameters, return_annotation=returns)
 
 
@@ -183,7 +168,7 @@ class _ConsoleHandler(logging.Handler):
 
 def _set_up_logging() -> None:
     """Print what commands report, unless the program has set up logging of its own."""
-    if int(os.environ.get("RANK", 0)):
+    if not is_first_rank():
         os.environ["TQDM_DISABLE"] = "1"  # the first process shows how far all are
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:

@@ -1,4 +1,4 @@
-"""Stage configs: one typed class, filled from a YAML recipe, the command line or Python keywords.
+"""Options of a command: one typed class, filled from a YAML recipe, the command line or Python keywords.
 
 All three become one mapping that pydantic validates, so a value means the same wherever it was written.
 """
@@ -7,18 +7,20 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mapet.errors import MapetError, did_you_mean, option, spell_as_flags, spell_in_section
+from mapet.files import atomic
 
 
 class Config(BaseModel):
-    """Base of every stage's config. A field's docstring is its `--help` text and gives units."""
+    """Base of every command's config. A field's docstring is its `--help` text and gives units."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
     positional: ClassVar[str | None] = None
@@ -28,23 +30,20 @@ class Config(BaseModel):
     file_only: ClassVar[frozenset[str]] = frozenset()
     """Options that have no flag: Python and config files set them."""
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _one_of_several(cls, given: Any) -> Any:
+    def _one_of_several(cls, value: Any, info: ValidationInfo) -> Any:
         """Where several may be given, as on the command line, one needs no list around it."""
-        if not isinstance(given, Mapping):
-            return given
-        several = {name for name, field in cls.model_fields.items() if _takes_any_number(field.annotation)}
-        single = (str, int, float, os.PathLike)
-        return {key: [value] if key in several and isinstance(value, single) else value for key, value in given.items()}
+        several = takes_several(cls.model_fields[str(info.field_name)].annotation)
+        return [value] if several and isinstance(value, (str, int, float, os.PathLike)) else value
 
 
-def _takes_any_number(annotation: Any) -> bool:
-    """Whether it is a list, or a tuple of any length."""
+def takes_several(annotation: Any) -> bool:
+    """Whether it is a list, or a tuple of any length; or one of both and None."""
     arguments = get_args(annotation)
     if get_origin(annotation) is tuple:
         return Ellipsis in arguments
-    return get_origin(annotation) is list or any(map(_takes_any_number, arguments))
+    return get_origin(annotation) is list or any(map(takes_several, arguments))
 
 
 C = TypeVar("C", bound=Config)
@@ -64,7 +63,7 @@ def build(
         MapetError: options that are unknown, missing or wrong, on one line; it carries the first one's field and value.
     """
     typed = typed or {}
-    given = _merge(options, typed)
+    given = merge(options, typed)
     for name, inner, by_name in sections(config_type):
         if isinstance(section := given.get(name), Mapping):
             words = typed.get(name) or {}
@@ -76,9 +75,11 @@ def build(
         return config_type.model_validate(given)
     except ValidationError as error:
         problems = error.errors()
-        messages = [_explain(config_type, problem, path, typed) for problem in problems]
+        messages = dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems)
         field = ".".join(map(str, problems[0]["loc"])) or None
-        raise MapetError("; ".join(dict.fromkeys(messages)), field=field, value=problems[0]["input"]) from None
+        raise MapetError(
+            "; ".join(messages), field=field, value=problems[0]["input"], expected=_expected(problems[0])
+        ) from None
 
 
 def _build_each(
@@ -93,33 +94,37 @@ def _build_each(
     return built
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; values of `over` win."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
 EXPECTED = {
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "too_short": "must have at least {min_length}",
+    "greater_than": "must be greater than {gt:g}", "greater_than_equal": "must be at least {ge:g}",
+    "too_short": "must have at least {min_length}", "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:g}",
     "literal_error": "must be {expected}",
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
-    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
-    **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
-}
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"), **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
+}  # fmt: skip
 """Type of a pydantic error -> what it expected."""
+
+
+def _expected(problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    return (
+        str(context["error"]) if "error" in context else EXPECTED.get(problem["type"], problem["msg"]).format(**context)
+    )
 
 
 def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None, typed: Mapping[str, Any]) -> str:
     """Say what is wrong with an option, as the user wrote it: in the file, on the command line or in Python."""
-    place, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
+    place, kind = problem["loc"], problem["type"]
     in_file = path is not None and bool(place) and place[0] not in typed and kind != "missing"
     where = f" (in {path})" if in_file else ""
     with spell_as_flags(False) if in_file else nullcontext():
@@ -129,8 +134,11 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
         if kind == "missing":
             description = config_type.model_fields[str(place[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
-        message = str(context["error"]) if "error" in context else EXPECTED.get(kind, problem["msg"]).format(**context)
-        return f"{name}: {message}, got {problem['input']!r}{where}" if place else f"{message}{where}"
+        return (
+            f"{name}: {_expected(problem)}, got {problem['input']!r}{where}"
+            if place
+            else f"{_expected(problem)}{where}"
+        )
 
 
 def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
@@ -167,17 +175,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     except RecursionError:
         raise MapetError(f"{path} is not a recipe: it is nested too deeply") from None
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
+    if not isinstance(recipe, (dict, NoneType)):
         raise MapetError(f"{path} must be a mapping of options to values, not a {type(recipe).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+    return {str(key).replace("-", "_"): value for key, value in (recipe or {}).items()}
 
 
-def write_recipe(config: "Config", path: Path) -> None:
+def write_recipe(config: Config, path: Path) -> None:
     """Write all options as YAML, atomically."""
-    from mapet.files import atomic
-
     with atomic(path) as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
 

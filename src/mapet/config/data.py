@@ -2,32 +2,18 @@
 
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from mapet.config.base import Config
-from mapet.config.shared import HUGGING_FACE, BadImages, Size, Source
+from mapet.config import shared
 from mapet.errors import option
 
 
-class CheckConfig(Config):
+class CheckConfig(shared.Images, shared.Patches, shared.Encoder):
     """Options of `check`."""
 
     out_is_file: ClassVar[bool] = True
-
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
-    channels: PositiveInt = 3
-    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
-    model: str = "vit_tiny_patch16_224"
-    """timm VisionTransformer for the dry run."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
-    image_size: Size = (224, 224)
-    """Height and width of the student's input, pixels."""
-    patch_size: PositiveInt = 16
-    """Side of the student's patches, pixels."""
     teacher: str = "pixels"
     """Teacher for the dry run, as in fit-tokenizer."""
     teacher_checkpoint: str | None = None
@@ -38,11 +24,9 @@ class CheckConfig(Config):
     """Text file for the list of unreadable images, one `reason<TAB>path` a line."""
 
 
-class PrepareConfig(BadImages):
+class PrepareConfig(shared.Images, shared.BadImages):
     """Options of `prepare`."""
 
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the prepared images; give it to other stages as --images."""
     short_side: PositiveInt = 256
@@ -59,7 +43,7 @@ class PrepareConfig(BadImages):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "PrepareConfig":
-        if self.streaming and not self.images.startswith(HUGGING_FACE):
+        if self.streaming and not self.images.startswith(shared.HUGGING_FACE):
             raise ValueError(
                 f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
             )

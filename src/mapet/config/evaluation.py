@@ -3,42 +3,22 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mapet.config import shared
 from mapet.config.base import Config
-from mapet.config.shared import (
-    LOOP_OPTIONS,
-    BackboneSource,
-    BadImages,
-    Device,
-    Labels,
-    Precision,
-    Size,
-    Source,
-    TrainerConfig,
-    TrainerOptions,
-    Views,
-)  # fmt: skip
 from mapet.errors import option
 
 
-class EvaluateConfig(Device):
+class EvaluateConfig(shared.Device):
     """Options of `evaluate`."""
 
-    backbone: list[BackboneSource] = Field(min_length=1)
+    backbone: list[shared.BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for a timm
     model or a folder's architecture with random weights. The first is what the others' corruption errors are relative to."""
-    images: Source
+    images: shared.Source
     """Images to train on; CLASS/image.jpg for protocols that need labels."""
-    test_images: Source | None = None
+    test_images: shared.Source | None = None
     """Images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for evaluation.md, per_class.csv, figures and the results in run.json; automatic: only the table is printed."""
@@ -49,11 +29,11 @@ class EvaluateConfig(Device):
     """Feature of an image: mean of its patch tokens, the class token, or both concatenated."""
     linear_epochs: PositiveInt = 100
     """Epochs of the linear-sgd probe over the features."""
-    few_shot: tuple[Labels, ...] = (0.01, 0.1, 5)
+    few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
     """Few-shot splits: below 1 a fraction of each class, else so many images a class."""
     num_seeds: PositiveInt = 5
     """Seeds of few-shot splits and of clustering."""
-    ood_images: dict[str, Source] = Field(default_factory=dict)
+    ood_images: dict[str, shared.Source] = Field(default_factory=dict)
     """Further labelled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
     eval_image_sizes: list[PositiveInt] | None = None
     """Input sizes, pixels: resolution tests each (automatic: from half to twice the trained one), segmentation and detection take the
@@ -73,18 +53,13 @@ class EvaluateConfig(Device):
     """Epochs of the heads of segmentation and detection."""
     seed: NonNegativeInt = 0
     """Seed of probes and of random weights."""
-    precision: Precision = "auto"
+    precision: shared.Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
-
-    @field_validator("backbone")
-    @classmethod
-    def _differ(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value):
-            raise ValueError("the same one is given twice")
-        return value
 
     @model_validator(mode="after")
     def _belong_together(self) -> "EvaluateConfig":
+        if len(set(self.backbone)) < len(self.backbone):
+            raise ValueError(f"{option('backbone')}: the same one is given twice")
         if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
             raise ValueError(
                 f"{option('annotations')} and {option('seg_masks')} list images each in its own way: evaluate one after the other"
@@ -102,12 +77,10 @@ class EvaluateConfig(Device):
         return self
 
 
-class FinetuneOptions(TrainerOptions, Views):
+class FinetuneOptions(shared.TrainerOptions, shared.Views):
     """Options of `finetune` that say how to train; a section of `study`."""
 
-    file_only: ClassVar[frozenset[str]] = LOOP_OPTIONS
-    epochs: PositiveInt = 100
-    """Passes over the training images."""
+    file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS
     batch_size: PositiveInt | None = None
     """Images a step; automatic: a tenth of the images, from 8 to 512 (128 on a CPU)."""
     lr: PositiveFloat | None = None
@@ -136,14 +109,14 @@ class FinetuneOptions(TrainerOptions, Views):
     """Do it so often, with `seed` and those after it, in OUT/seed-*, for the mean accuracy and its interval (run.json)."""
 
 
-class FinetuneConfig(FinetuneOptions, TrainerConfig):
+class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     """Options of `finetune`."""
 
-    backbone: BackboneSource
+    backbone: shared.BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
-    images: Source
+    images: shared.Source
     """Labelled images, CLASS/image.jpg, to train on."""
-    test_images: Source | None = None
+    test_images: shared.Source | None = None
     """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model, its options (config.yaml), its accuracy and what is known of its backbone
@@ -151,7 +124,7 @@ class FinetuneConfig(FinetuneOptions, TrainerConfig):
     is kept but the accuracy."""
     from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
-    labels_per_class: Labels | None = None
+    labels_per_class: shared.Labels | None = None
     """Use only so many labelled images of each class, below 1 a fraction of them: the fixed split of `seed` that `evaluate` uses."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
@@ -163,12 +136,12 @@ class FinetuneConfig(FinetuneOptions, TrainerConfig):
         return self
 
 
-class EmbedConfig(BadImages, Device):
+class EmbedConfig(shared.BadImages, shared.Device):
     """Options of `embed`."""
 
-    backbone: BackboneSource
+    backbone: shared.BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
-    images: Source
+    images: shared.Source
     """Folder of images, or text file of paths."""
     out: Path
     """New folder for the features."""
@@ -178,9 +151,9 @@ class EmbedConfig(BadImages, Device):
     """npy: features.npy and ids.json; parquet: features.parquet, a folder of files with the columns id and features."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers on disk."""
-    image_size: Size | None = None
+    image_size: shared.Size | None = None
     """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
-    precision: Precision = "auto"
+    precision: shared.Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
     resume: bool = False
     """Go on with an interrupted job in `out`."""
@@ -189,14 +162,14 @@ class EmbedConfig(BadImages, Device):
 class ExportConfig(Config):
     """Options of `export`."""
 
-    backbone: BackboneSource
+    backbone: shared.BackboneSource
     """A run, finished or not (then its newest checkpoint is taken), a fine-tuned model, a model folder of timm or Hugging Face, a
     weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     out: Path
     """New folder: a timm model folder with its model card; other formats lie in folders of it."""
     format: tuple[Literal["timm", "transformers", "onnx", "torch-export"], ...] = ()
     """Formats beside timm's, several if wanted: transformers, onnx, torch-export."""
-    image_size: Size | None = None
+    image_size: shared.Size | None = None
     """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
     patch_size: PositiveInt | None = None
     """Side of a patch, pixels; the patch embedding is resampled; automatic: the backbone's own."""
@@ -204,7 +177,7 @@ class ExportConfig(Config):
     """Channels of the input; the patch embedding is adapted; automatic: the backbone's own."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """What a weights file doesn't tell of its ViT, e.g. num_heads=6; other commands then take the exported folder."""
-    images: Source | None = None
+    images: shared.Source | None = None
     """Images to check the formats on; automatic: the run's own."""
     license: str = "other"
     """Licence of the weights, for the model card, e.g. apache-2.0."""

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mapet.config import shared
 from mapet.config.base import Config
 from mapet.config.evaluation import FinetuneOptions
 from mapet.config.pretraining import PretrainOptions
-from mapet.config.shared import BadImages, Device, Source
 from mapet.config.tokenizers import FitTokenizerOptions, TokenizeOptions
 
 
@@ -23,14 +23,12 @@ class DemoConfig(Config):
     """Go on with a demo that was stopped."""
 
 
-class RunConfig(BadImages, Device):
+class RunConfig(shared.Images, shared.BadImages, shared.Device):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for everything: tokenizer, tokens, pre-training run, backbone, probe, figures, report.html."""
-    test_images: Source | None = None
+    test_images: shared.Source | None = None
     """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
     seed: NonNegativeInt = 0
     """Seed of everything."""
@@ -46,13 +44,13 @@ class StudyConfig(Config):
 
     resume: ClassVar[bool] = True
     """Always: what is done in `out` is not done again."""
-    images: Source
+    images: shared.Source
     """Labelled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
-    test_images: Source
+    test_images: shared.Source
     """Labelled images to test on."""
     out: Path
     """Folder of the study; what is done in it already is not done again."""
-    ood_images: dict[str, Source] = Field(default_factory=dict)
+    ood_images: dict[str, shared.Source] = Field(default_factory=dict)
     """Further test sets of the same classes (out of distribution): name=folder."""
     tokenizers: dict[str, FitTokenizerOptions] = Field(min_length=1)
     """name -> options of `fit-tokenizer`: 'pixels={}' for all defaults, 'pixels={image_size: 32, patch_size: 4}'; quotes keep the

@@ -1,27 +1,23 @@
 """Options of `pretrain`, `report` and `debug-step`."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mapet.config.shared import BackboneSource, Device, Precision, Ratio, Source, TrainerConfig, TrainerOptions, Views
+from mapet.config import shared
 from mapet.errors import option
 
 
-class PretrainOptions(TrainerOptions):
+class PretrainOptions(shared.TrainerOptions, shared.Encoder):
     """Options of `pretrain` that say how to train, not on what and where to; a section of `run` and `study`."""
 
-    model: str = "vit_tiny_patch16_224"
-    """Any timm VisionTransformer."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
     objective: str = "mapet"
     """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
     mapet_content_ignores_masks (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
     target: Literal["tokens", "pixels", "features"] = "tokens"
     """What is predicted of a patch: tokens; as controls its pixels (normalised), or features (the teacher's, by cosine)."""
-    mask_ratio: Ratio = (0.75, 0.75)
+    mask_ratio: shared.Ratio = (0.75, 0.75)
     """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them each step."""
     patch_order: Literal["random", "blockwise", "raster"] = "random"
     """In which patches are given and predicted: random; blockwise (what is hidden are rectangles, as in BEiT); raster."""
@@ -29,7 +25,7 @@ class PretrainOptions(TrainerOptions):
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_predict: PositiveInt | None = None
     """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
-    init_from: BackboneSource | None = None
+    init_from: shared.BackboneSource | None = None
     """Start from the weights of a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO,
     timm, ...) or timm:NAME, adapted to this grid, patch and channels (a new run; to go on with one, --resume)."""
 
@@ -55,7 +51,7 @@ class PretrainOptions(TrainerOptions):
     """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: 5 lines an epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
-    probe_images: Source | None = None
+    probe_images: shared.Source | None = None
     """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
 
     @property
@@ -71,11 +67,9 @@ class PretrainOptions(TrainerOptions):
         return self
 
 
-class PretrainConfig(PretrainOptions, Views, TrainerConfig):
+class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.TrainerConfig):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New run folder."""
     tokenizer: Path
@@ -84,8 +78,6 @@ class PretrainConfig(PretrainOptions, Views, TrainerConfig):
     """Store made by `tokenize`, whose views are used; without one the teacher runs in the loop on fresh views."""
     trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
-    seed: NonNegativeInt = 0
-    """Seed of weights, order, views and permutations."""
 
     @model_validator(mode="after")
     def _views_of_the_store(self) -> "PretrainConfig":
@@ -96,7 +88,7 @@ class PretrainConfig(PretrainOptions, Views, TrainerConfig):
         return self
 
 
-class ReportConfig(Device):
+class ReportConfig(shared.Device):
     """Options of `report`."""
 
     positional: ClassVar[str | None] = "run"
@@ -112,7 +104,7 @@ class ReportConfig(Device):
     ends it. The run's folder need not exist yet."""
     figures: bool = True
     """Compute figures and the step-through from the newest weights; otherwise those in the run's folder are shown."""
-    images: Source | None = None
+    images: shared.Source | None = None
     """Images for the figures; automatic: those the run was trained on."""
     trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
@@ -134,15 +126,15 @@ class ReportConfig(Device):
         return self
 
 
-class DebugStepConfig(Device):
+class DebugStepConfig(shared.Device):
     """Options of `debug-step`."""
 
     positional: ClassVar[str | None] = "bundle"
     bundle: Path
     """Folder that a run left when it stopped: RUN/debug/step-*."""
-    images: Source | None = None
+    images: shared.Source | None = None
     """Where the images are now; automatic: where they were."""
-    precision: Precision | None = None
+    precision: shared.Precision | None = None
     """Precision to try it in; automatic: the run's."""
     trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""

@@ -1,22 +1,14 @@
 """Types of options, and the options that several commands share."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from mapet.config.base import Config
-from mapet.errors import option
 
 
 def _as_pair(value: Any) -> Any:
@@ -61,6 +53,33 @@ Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_coun
 """How many labelled images of each class: below 1 a fraction of them, else so many."""
 
 
+class Images(Config):
+    """Images, labelled or not."""
+
+    images: Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+
+
+class Patches(Config):
+    """The student's input."""
+
+    image_size: Size = (224, 224)
+    """Height and width of the student's input, pixels."""
+    patch_size: PositiveInt = 16
+    """Side of the student's patches, pixels."""
+    channels: PositiveInt = 3
+    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
+
+
+class Encoder(Config):
+    """A ViT with random weights."""
+
+    model: str = "vit_tiny_patch16_224"
+    """Any timm VisionTransformer."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
+
+
 class Device(Config):
     """Where to compute."""
 
@@ -85,20 +104,9 @@ class Views(Config):
     """Smallest random box, as a share of the centred one's area (for random-crop)."""
 
 
-LOOP_OPTIONS = frozenset(
-    [
-        "min_lr",
-        "precision",
-        "clip_grad",
-        "micro_batch_size",
-        "compile",
-        "fsdp",
-        "checkpoint_interval_min",
-        "max_rollbacks",
-        "log_interval",
-        "max_unreadable",
-    ]
-)
+_LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval
+max_unreadable"""
+LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split())
 """Options of the training loop that are flags of `pretrain` alone; for the other trainers Python and config files set them."""
 
 
@@ -149,7 +157,7 @@ class TrainerConfig(TrainerOptions, BadImages, Device):
     out: Path | None = None
     """New run folder."""
     seed: NonNegativeInt = 0
-    """Seed of all that is drawn."""
+    """Seed of weights, order, views and all else that is drawn."""
     resume: bool = False
     """Go on with an interrupted run in `out`, exactly where it stopped."""
 
@@ -181,10 +189,3 @@ def is_own_code(teacher: str) -> bool:
 def changed(config: Config, options: Iterable[str]) -> list[str]:
     """Those that have another value than the default."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]
-
-
-def refuse_unused(config: Config, users: Mapping[str, tuple[str, ...]], kind: str) -> None:
-    """Raises ValueError for an option that was given and changes nothing: it would be written down as if it had."""
-    for name in changed(config, users):
-        if kind not in users[name]:
-            raise ValueError(f"{option(name)} is for {', '.join(users[name])}; {kind} has no use for it")

@@ -1,48 +1,26 @@
 """Options of `train-tokenizer`, `fit-tokenizer`, `tokenize` and `inspect-tokenizer`."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mapet.config import shared
 from mapet.config.base import Config
-from mapet.config.shared import (
-    LOOP_OPTIONS,
-    BadImages,
-    Device,
-    FrozenTeacher,
-    Precision,
-    Size,
-    Source,
-    TrainerConfig,
-    Views,
-    VocabSize,
-    refuse_unused,
-)  # fmt: skip
-from mapet.errors import must_be_divisible
+from mapet.errors import must_be_divisible, option
 
-QUANTIZER_OPTIONS = {
-    "fsq_levels": ("fsq",),
-    **dict.fromkeys(
-        ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric"), ("kmeans",)
-    ),
-}
-"""Option -> which quantizers use it."""
+KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
+QUANTIZER_OPTIONS = {"fsq_levels": "fsq", **dict.fromkeys(KMEANS_OPTIONS, "kmeans")}
+"""Option -> the quantizer that uses it."""
 
 
-class FitTokenizerOptions(FrozenTeacher):
+class FitTokenizerOptions(shared.FrozenTeacher, shared.Patches):
     """Options of `fit-tokenizer` that say how to fit, not on what and where to; a section of `run` and `study`."""
 
     teacher: str = "pixels"
     """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd
     (words of `train-tokenizer` or of BEiT v2), or package.module:function."""
-    image_size: Size = (224, 224)
-    """Height and width of the student's input, pixels."""
-    patch_size: PositiveInt = 16
-    """Side of the student's patches, pixels."""
-    channels: PositiveInt = 3
-    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
-    vocab_size: VocabSize | None = None
+    vocab_size: shared.VocabSize | None = None
     """V, number of visual words; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
     """How features become words: k-means; or, with no codebook to fit, principal components rounded to levels (fsq) or to
@@ -63,7 +41,7 @@ class FitTokenizerOptions(FrozenTeacher):
     """What nearest means: by distance, or by angle (spherical k-means)."""
     patches_per_code: PositiveInt = 512
     """Most patches for each visual word used in fitting."""
-    precision: Precision = "auto"
+    precision: shared.Precision = "auto"
     """Of the teacher's and k-means' matrix products; auto takes bfloat16 where it is fast. The teacher keeps it for good."""
     memory_gb: PositiveFloat | None = None
     """GB of memory (the device's) for features; more than that go to a scratch file beside `out`, with the same result; automatic:
@@ -72,15 +50,15 @@ class FitTokenizerOptions(FrozenTeacher):
     @model_validator(mode="after")
     def _fit_together(self) -> "FitTokenizerOptions":
         must_be_divisible(self.image_size, self.patch_size)
-        refuse_unused(self, QUANTIZER_OPTIONS, self.quantizer)
+        for name in shared.changed(self, QUANTIZER_OPTIONS):  # it would be written down as if it had changed something
+            if (user := QUANTIZER_OPTIONS[name]) != self.quantizer:
+                raise ValueError(f"{option(name)} is for {user}; {self.quantizer} has no use for it")
         return self
 
 
-class FitTokenizerConfig(FitTokenizerOptions, BadImages, Device):
+class FitTokenizerConfig(FitTokenizerOptions, shared.Images, shared.BadImages, shared.Device):
     """Options of `fit-tokenizer`."""
 
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the tokenizer."""
     seed: NonNegativeInt = 0
@@ -89,18 +67,16 @@ class FitTokenizerConfig(FitTokenizerOptions, BadImages, Device):
     """Go on with k-means where it was interrupted; features are computed again, and checked to be the same."""
 
 
-class TokenizeOptions(Views):
+class TokenizeOptions(shared.Views):
     """Options of `tokenize` that a larger config has as a section."""
 
     num_views: PositiveInt | None = None
     """Views stored of each image; automatic: 1 for center, 2 for center-flip, 8 for random-crop."""
 
 
-class TokenizeConfig(TokenizeOptions, BadImages, Device):
+class TokenizeConfig(TokenizeOptions, shared.Images, shared.BadImages, shared.Device):
     """Options of `tokenize`."""
 
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     tokenizer: Path
     """Folder made by `fit-tokenizer`."""
     out: Path
@@ -113,32 +89,24 @@ class TokenizeConfig(TokenizeOptions, BadImages, Device):
     """Go on with an unfinished store."""
 
 
-class TrainTokenizerConfig(FrozenTeacher, Views, TrainerConfig):
+class TrainTokenizerConfig(
+    shared.Images, shared.FrozenTeacher, shared.Patches, shared.Encoder, shared.Views, shared.TrainerConfig
+):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
 
-    file_only: ClassVar[frozenset[str]] = LOOP_OPTIONS
-    images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"
     """Frozen encoder whose features the codes are to keep: 'pixels' (label-free), a timm model (the paper's:
     vit_base_patch16_clip_224.openai), or package.module:function."""
-    image_size: Size = (224, 224)
-    """Side of the square input, pixels: the student's, and the tokenizer's from then on."""
-    patch_size: PositiveInt = 16
-    """Side of the student's patches, pixels."""
-    channels: PositiveInt = 3
-    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
 
     model: str = "vit_tiny_patch16_224"
     """The tokenizer's encoder, a plain timm ViT with 64 numbers a head; the released one is vit_base_patch16_224."""
-    model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=2."""
     decoder_depth: PositiveInt = 3
     """Blocks of the decoder, which is as wide as the encoder and not needed afterwards."""
-    vocab_size: VocabSize | None = None
+    vocab_size: shared.VocabSize | None = None
     """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
     codebook_dim: PositiveInt = 32
     """Numbers of a code."""
@@ -147,8 +115,6 @@ class TrainTokenizerConfig(FrozenTeacher, Views, TrainerConfig):
     dead_code_threshold: float = Field(default=0.05, ge=0, lt=1)
     """A code with less than this part of an even share of the patches is moved to where one is; 0 for never, as released."""
 
-    epochs: PositiveInt = 100
-    """Passes over the images."""
     batch_size: PositiveInt = 64
     """Images a step (released: 512)."""
     lr: PositiveFloat | None = None
@@ -161,8 +127,6 @@ class TrainTokenizerConfig(FrozenTeacher, Views, TrainerConfig):
     """center: largest centred box; center-flip: that and its mirror image; random-crop: random boxes, mirrored half the time."""
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest random box, as a share of the centred one's area (for random-crop)."""
-    seed: NonNegativeInt = 0
-    """Seed of weights, order, views and new codes."""
 
     @model_validator(mode="after")
     def _square(self) -> "TrainTokenizerConfig":
@@ -180,7 +144,7 @@ class InspectTokenizerConfig(Config):
     positional: ClassVar[str | None] = "tokenizer"
     tokenizer: Path
     """Folder made by `fit-tokenizer`."""
-    images: Source
+    images: shared.Source
     """Folder of images, text file of paths, .tar shards or hf:NAME. With labels (CLASS/image.jpg) tokens are compared with the classes,
     too."""
     out: Path

@@ -129,7 +129,7 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
     if config.resume:  # stopped before its first manifest: nothing to keep
         for name in (ROWS, IDS):
             (out / name).unlink(missing_ok=True)
-    files.new_folder(out, resume_hint=f", or go on with {option('resume', True)}")
+    files.new_folder(out)
     depth, height, width = backbone.map_shape
     shape = [height * width, depth] if config.pool == "none" else [depth]
     if config.format == "npy":

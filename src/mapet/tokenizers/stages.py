@@ -281,7 +281,7 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
     size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
     spec = ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
-        new_folder(config.out, resume_hint=f", or go on with {option('resume', True)}")
+        new_folder(config.out)
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)

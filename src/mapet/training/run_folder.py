@@ -65,7 +65,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainerConfig, compute: Compute) -> None:
         self.path, recipe, fixed = path, path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
-            new_folder(path, resume_hint=f", or go on with {option('resume', True)}")
+            new_folder(path)
         if not config.resume or differences(build(type(config), read_recipe(recipe)), config, fixed):
             write_recipe(config, recipe)  # of a new run, or it, or what it is made of, has moved
         for left in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed as it wrote

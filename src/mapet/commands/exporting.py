@@ -1,18 +1,28 @@
-"""Stage: the backbone in the formats of other libraries, checked on real images, with a model card."""
+"""The backbone in the formats of other libraries, checked on real images, with a model card."""
 
 import logging
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from mapet.commands.command import command
+import numpy as np
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
 from mapet.config.evaluation import ExportConfig
+from mapet.data.dataset import ViewDataset
+from mapet.data.sources import scan
+from mapet.data.views import ViewSpec
 from mapet.errors import MapetError, option
+from mapet.evaluation.features import must_be_finite_features, normalize
+from mapet.files import atomic
+from mapet.models.backbone import load_backbone, save_backbone
+from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
+from mapet.reports.card import model_card, origin_of
 from mapet.run_state import command_of, pretrain_folder, read_or_none
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
+from mapet.training.tasks.pretraining import load_run
 
 log = logging.getLogger("mapet")
 TOLERANCE = 1e-4
@@ -21,21 +31,8 @@ NUM_IMAGES = 8
 """Images of the check."""
 
 
-@command(ExportConfig)
 def export(config: ExportConfig) -> Path:
-    """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
-
-    Example:
-      mapet export --backbone runs/photos --out backbone
-      mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
-      mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
-    """
-    from mapet.evaluation.features import must_be_finite_features
-    from mapet.files import atomic, new_folder
-    from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
-    from mapet.reports.card import model_card, origin_of
-
-    new_folder(config.out, create=False)
+    """Write each format, load it again and compare its outputs; return the folder."""
     formats = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
         require_packages(name)
@@ -77,43 +74,33 @@ class _Sample(NamedTuple):
         description: how many and where they are from.
     """
 
-    views: "Tensor"
-    pixels: "Tensor"
+    views: Tensor
+    pixels: Tensor
     description: str
 
 
-def _load_backbone(config: ExportConfig) -> "VisionTransformer":
+def _load_backbone(config: ExportConfig) -> VisionTransformer:
     """Load the backbone with the options' sizes; of a run that isn't finished, that of its newest checkpoint."""
-    from mapet.models.backbone import load_backbone, save_backbone
-    from mapet.training.tasks.pretraining import load_run
-
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
-    run = Path(config.backbone)
-    inner = pretrain_folder(run)
+    inner = pretrain_folder(Path(config.backbone))
     if command_of(inner) != "pretrain" or (inner / "backbone").is_dir():
         return load_backbone(config.backbone, **options).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "vit"
-        save_backbone(load_run(run).model.vit, copy)
-        try:
-            return load_backbone(copy, **options).eval()
-        except MapetError as error:
-            raise MapetError(str(error).replace(str(copy), config.backbone)) from None
+    with tempfile.TemporaryDirectory(prefix=f"{Path(config.backbone).name}-newest-checkpoint-") as folder:
+        save_backbone(load_run(Path(config.backbone)).model.vit, Path(folder) / "backbone")
+        return load_backbone(Path(folder) / "backbone", **options).eval()
 
 
-def _make_sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
+def _make_sample(config: ExportConfig, vit: VisionTransformer) -> _Sample:
     """Read a few images as the ViT takes them; without `images`, generate some where the run's can't be read."""
-    import torch
-
-    from mapet.evaluation.features import normalize
-
-    folder = config.images or _images_of_run(config.backbone)
+    folders = (pretrain_folder(Path(config.backbone)), Path(config.backbone).parent)  # of pre-training, fine-tuning
+    states = [state for folder in folders if (state := read_or_none(folder))]
+    source = config.images or (states[0].config.get("images") if states else None)
     try:
-        if not folder:
+        if not source:
             raise MapetError("nothing beside the backbone says what images it was trained on")
-        views = _read_views(folder, vit)
-        description = f"{len(views)} images of {Path(folder).name}"
+        views = _read_views(source, vit)
+        description = f"{len(views)} images of {Path(source).name}"
     except (MapetError, OSError) as error:
         if config.images is not None:
             raise
@@ -124,57 +111,36 @@ def _make_sample(config: ExportConfig, vit: "VisionTransformer") -> _Sample:
     return _Sample(views, normalize(views, vit.in_chans), description)
 
 
-def _read_views(folder: str, vit: "VisionTransformer") -> "Tensor":
-    """Read a few images of a folder, spread over it, as (B, C, H, W) uint8.
+def _read_views(source: str, vit: VisionTransformer) -> Tensor:
+    """Read a few images, spread over all, as (B, C, H, W) uint8.
 
     Raises:
         MapetError: no images, or none that can be read.
     """
-    import numpy as np
-
-    from mapet.data.dataset import ViewDataset
-    from mapet.data.sources import scan
-    from mapet.data.views import ViewSpec
-
-    size = tuple(vit.patch_embed.img_size)
-    images = scan(folder)
+    size, images = tuple(vit.patch_embed.img_size), scan(source)
     dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
     chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
     views = dataset.batch([(0, int(index)) for index in chosen]).images
     if views is None:
         raise MapetError(
-            f"none of the images of {folder} that were tried can be read: give others with {option('images')}"
+            f"none of the images of {source} that were tried can be read: give others with {option('images')}"
         )
     return views
 
 
-def _images_of_run(source: str) -> str | None:
-    """Return where the images are that a run was trained on, pre-training or fine-tuning."""
-    folders = (pretrain_folder(Path(source)), Path(source).parent)
-    states = (state for folder in folders if (state := read_or_none(folder)))
-    return next((state.config.get("images") for state in states), None)
-
-
-def largest_difference(outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
+def _check(way: str, outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the largest difference of all outputs, each as a fraction of its own root mean square.
 
-    It is infinite if one is missing or of another shape.
-    """
-    if any(name not in outputs or outputs[name].shape != value.shape for name, value in expected.items()):
-        return float("inf")
-    fractions = [
-        float((outputs[name] - value).abs().max() / value.pow(2).mean().sqrt()) for name, value in expected.items()
-    ]
-    return max(fractions)
-
-
-def _check(way: str, outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]) -> float:
-    """Return the largest difference of outputs.
-
     Raises:
-        MapetError: it is more than `TOLERANCE`, or not a number.
+        MapetError: it is more than `TOLERANCE`, or not a number; an output is missing or of another shape.
     """
-    difference = largest_difference(outputs, expected)
+    differences = [
+        float((outputs[name] - value).abs().max() / value.pow(2).mean().sqrt())
+        if name in outputs and outputs[name].shape == value.shape
+        else float("inf")
+        for name, value in expected.items()
+    ]
+    difference = float(np.max(differences))  # NaN if one is
     if not difference <= TOLERANCE:
         raise MapetError(
             f"the export is not the backbone: loaded by {way} it differs by {difference:.1e} of the outputs' size, more than "
@@ -183,11 +149,9 @@ def _check(way: str, outputs: dict[str, "Tensor"], expected: dict[str, "Tensor"]
     return difference
 
 
-def _process(folder: Path, views: "Tensor") -> dict[str, "Tensor"]:
+def _process(folder: Path, views: Tensor) -> dict[str, Tensor]:
     """Let the exported image processor prepare views, which have the right size already, as pictures."""
-    import torch
-    from PIL import Image
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor  # an extra
 
     pictures = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in views]
     processed = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")

@@ -4,61 +4,42 @@ import logging
 import platform
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mapet.commands.command import command
+import numpy as np
+import torch
+
 from mapet.config.evaluation import EvaluateConfig
+from mapet.data.dataset import inference_batch_size
+from mapet.data.sources import scan
+from mapet.device import Compute, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
-
-if TYPE_CHECKING:
-    from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
+from mapet.evaluation.datasets import labelled
+from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult, load_eval_data
+from mapet.evaluation.features import BackboneWrapper, CacheConfig
+from mapet.evaluation.look import neighbor_rows
+from mapet.evaluation.protocols import PROTOCOLS, add_mce
+from mapet.reports.evaluation import format_metric, format_table, write_evaluation
+from mapet.reports.plots import plot_neighbours, save_figure
+from mapet.run_state import record
 
 log = logging.getLogger("mapet")
-HINTS = {
-    "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
-    "masks": "masks: --seg-masks, or a folder --images that holds images/ and masks/",
-    "annotations": "COCO annotations: --annotations instances.json",
-    "ood": "another labelled folder, --ood-images NAME=FOLDER, beside labels of --images",
-}
-"""What is missing where a protocol lacks its data."""
 
 
-@command(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """Evaluate backbones side by side: probes, k-NN, few-shot, clusters, rank, robustness, dense tasks; return backbone -> metric -> value.
-
-    Example:
-      mapet evaluate --backbone runs/photos random:runs/photos --images labelled/train --test-images labelled/test --protocols logistic knn
-      mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labelled/train --out evaluation
-    """
-    import torch
-
-    from mapet.data.dataset import inference_batch_size
-    from mapet.device import Compute, free_memory
-    from mapet.evaluation.eval_context import EvalContext, load_eval_data
-    from mapet.evaluation.features import BackboneWrapper, CacheConfig
-    from mapet.evaluation.protocols import PROTOCOLS, add_mce
-    from mapet.files import new_folder
-    from mapet.reports.evaluation import format_metric, format_table, write_evaluation
-    from mapet.run_state import record
-
+    """Run each protocol on each backbone; return backbone -> metric -> value."""
+    compute = Compute.choose(config.device, config.precision)
     for name in config.protocols or ():
         if name not in PROTOCOLS:
-            raise MapetError(
-                f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
-            )
-    if config.out is not None:
-        new_folder(config.out, create=False)
-    compute = Compute.choose(config.device, config.precision)
+            known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
+            raise MapetError(f"unknown protocol '{name}'{known}", field="protocols", value=name)
     data = load_eval_data(config)
-    names = choose_protocols(config, data)
-    config = fit_few_shot(config, data, names)
+    names = _choose_protocols(config, data)
+    config = _fit_few_shot(config, data, names)
     memory, scratch = free_memory(torch.device("cpu")) // 4, config.out or Path(tempfile.gettempdir())
     for source in config.backbone:  # what can't be loaded is told before hours of work
         BackboneWrapper.load(source, compute, config.seed)
-    if config.out is not None:
-        new_folder(config.out)
-    info = describe_data(config, data) | {"machine": f"{platform.machine()}, {compute}, torch {torch.__version__}"}
+    info = _describe_data(config, data) | {"machine": f"{platform.machine()}, {compute}, torch {torch.__version__}"}
     results: dict[str, dict[str, ProtocolResult]] = {}
     for source in config.backbone:
         backbone = BackboneWrapper.load(source, compute, config.seed)
@@ -73,16 +54,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                     log.info("%-28s %s  %s", row, format_metric(metric), metric.selected)
                 add_mce(results)
                 if config.out is not None:  # what is done is not lost
-                    draw_neighbors(result, context, config.out / "figures" / f"nearest-neighbors-{len(results)}.png")
+                    _draw_neighbors(result, context, config.out / "figures" / f"nearest-neighbors-{len(results)}.png")
                     write_evaluation(config.out, results, info)
-                    record(config.out, results={"backbones": as_json(results)})
+                    record(config.out, results={"backbones": _as_json(results)})
         except KeyboardInterrupt:
             if config.out is None or not any(results.values()):
                 raise
-            raise Interrupted(
-                f"interrupted; the protocols that had ended are in {config.out}",
-                f"the other {option('protocols')}, and a new {option('out')}",
-            ) from None
+            again = f"the other {option('protocols')}, and a new {option('out')}"
+            raise Interrupted(f"interrupted; the protocols that had ended are in {config.out}", again) from None
         finally:
             context.close()
     if len(results) > 1:
@@ -96,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def describe_data(config: EvaluateConfig, data: "EvalData") -> dict[str, str]:
+def _describe_data(config: EvaluateConfig, data: EvalData) -> dict[str, str]:
     """Describe what is evaluated on, for the report."""
     info = {
         "images": f"{config.images} ({len(data.train.images):,} images)",
@@ -108,36 +87,33 @@ def describe_data(config: EvaluateConfig, data: "EvalData") -> dict[str, str]:
     return info
 
 
-def as_json(results: "dict[str, dict[str, ProtocolResult]]") -> dict[str, Any]:
+def _as_json(results: dict[str, dict[str, ProtocolResult]]) -> dict[str, Any]:
     """Turn results into JSON: backbone -> protocol -> metrics and details; classes are in per_class.csv."""
-    return {
-        source: {
-            name: {
-                "metrics": {row: metric._asdict() for row, metric in result.metrics.items()},
-                "details": result.details,
-            }
-            for name, result in found.items()
-        }
-        for source, found in results.items()
-    }
+
+    def one(result: ProtocolResult) -> dict[str, Any]:
+        return {"metrics": {row: m._asdict() for row, m in result.metrics.items()}, "details": result.details}
+
+    return {source: {name: one(result) for name, result in found.items()} for source, found in results.items()}
 
 
-def choose_protocols(config: EvaluateConfig, data: "EvalData") -> list[str]:
+def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
     """Choose those asked for, or all that have their data and don't take long.
 
     Raises:
         MapetError: one that is asked for lacks its data.
     """
-    from mapet.data.sources import scan
-    from mapet.evaluation.datasets import labelled
-    from mapet.evaluation.protocols import PROTOCOLS
-
     if not config.protocols:
         cheap = {name: protocol for name, protocol in PROTOCOLS.items() if not protocol.expensive}
         if not data.has("labels") and data.masks is None and data.boxes is None:
             lacking = [name for name, protocol in cheap.items() if protocol.requires == "labels"]
             log.warning("%s has no class folders: %s are left out", config.images, ", ".join(lacking))
         return [name for name, protocol in cheap.items() if data.has(protocol.requires)]
+    hints = {
+        "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
+        "masks": f"masks: {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
+        "annotations": f"COCO annotations: {option('annotations')} instances.json",
+        "ood": f"another labelled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
+    }
     for name in config.protocols:
         requires = PROTOCOLS[name].requires
         if requires == "labels" and not data.has("labels"):
@@ -146,18 +122,16 @@ def choose_protocols(config: EvaluateConfig, data: "EvalData") -> list[str]:
             except MapetError as error:
                 raise MapetError(f"protocol '{name}' needs labels: {error}") from None
         if not data.has(requires):
-            raise MapetError(f"protocol '{name}' needs {HINTS[requires]}")
+            raise MapetError(f"protocol '{name}' needs {hints[requires]}", field="protocols", value=name)
     return list(dict.fromkeys(config.protocols))
 
 
-def fit_few_shot(config: EvaluateConfig, data: "EvalData", protocols: list[str]) -> EvaluateConfig:
+def _fit_few_shot(config: EvaluateConfig, data: EvalData, protocols: list[str]) -> EvaluateConfig:
     """Leave out those of the default few-shot splits that the smallest class is too small for.
 
     Raises:
         MapetError: it is too small for a split that was asked for.
     """
-    import numpy as np
-
     if "few-shot" not in protocols:
         return config
     smallest = int(np.bincount(data.train.labels).min())
@@ -166,20 +140,18 @@ def fit_few_shot(config: EvaluateConfig, data: "EvalData", protocols: list[str])
         return config
     if "few_shot" in config.model_fields_set or config.protocols:
         raise MapetError(
-            f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(config.few_shot):g} asked for"
-        )
+            f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(config.few_shot):g} asked for",
+            field="few_shot", value=config.few_shot,
+        )  # fmt: skip
     left_out = set(config.few_shot) - set(possible)
     log.warning("few-shot splits of %s left out: the smallest class has %d images", left_out, smallest)
     return config.model_copy(update={"few_shot": possible})
 
 
-def draw_neighbors(result: "ProtocolResult", context: "EvalContext", path: Path) -> None:
+def _draw_neighbors(result: ProtocolResult, context: EvalContext, path: Path) -> None:
     """Draw the neighbors that a protocol found, if it did."""
-    from mapet.evaluation.look import neighbor_rows
-    from mapet.reports.plots import plot_neighbours, save_figure
-
     if "nearest" in result.details:
-        data, details = context.data, result.details
-        size, channels = context.backbone.image_size, context.backbone.channels
-        rows = neighbor_rows(size, channels, data.train, data.test, details["queries"], details["nearest"])
+        data, details, backbone = context.data, result.details, context.backbone
+        shown = data.train, data.test, details["queries"], details["nearest"]
+        rows = neighbor_rows(backbone.image_size, backbone.channels, *shown)
         save_figure(plot_neighbours(rows, labelled=bool(data.train.classes)), path)

@@ -1,0 +1,254 @@
+"""Stages together: the whole pipeline, the demo, and a study, a grid of pre-training runs that are evaluated alike and compared."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mapet import commands, distributed
+from mapet.commands.command import AnyCommand
+from mapet.config.base import Config, build, differences, read_recipe, write_recipe
+from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
+from mapet.config.pretraining import PretrainConfig
+from mapet.config.shared import is_own_code
+from mapet.config.tokenizers import FitTokenizerConfig
+from mapet.data.digits import write_digits
+from mapet.data.sources import scan
+from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
+from mapet.evaluation.datasets import few_shot_split, labelled, train_and_test
+from mapet.files import is_free, new_folder, read_json
+from mapet.reports.page import NAME, write_run_report
+from mapet.reports.study import write_report
+from mapet.run_state import CONFIG_FILE, RunState, is_unused, read_or_none, record
+from mapet.signals import RESUME_HINT
+from mapet.studies import grid
+from mapet.studies.statistics import Trial
+from mapet.studies.trials import is_finished, make_tokenizers, run_trials, summarize
+from mapet.training.run_folder import NOTHING_TO_RESUME, require, restart_hint
+from mapet.training.tasks.pretraining import check_model_config
+
+log = logging.getLogger("mapet")
+SHARED = ("images", "seed", "device", "max_unreadable")
+"""Options of `run` that it hands to every stage which has them."""
+NUM_DEMO_TRAIN = 1437
+"""The first 1,437 of the 1,797 digits; the others were written by other people."""
+DEMO_RECIPE: dict[str, Any] = {
+    "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 64},
+    "pretrain": {
+        "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4}, "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
+        "layer_scale_init": None, "color_jitter": 0.0,
+    },
+}  # fmt: skip
+
+
+class Stage(NamedTuple):
+    """A command with its config.
+
+    Attributes:
+        begun: whether it has written something; until then its options may change.
+        done: whether it is finished.
+    """
+
+    command: AnyCommand
+    config: Config
+    begun: bool
+    done: bool
+
+    @property
+    def name(self) -> str:
+        """Its section of the options."""
+        return self.command.__name__
+
+
+def run(config: RunConfig) -> Path:
+    """Run all stages that are not done; return the backbone's folder."""
+    with spell_in_section("pretrain", RunConfig.model_fields):
+        require(config.pretrain.track)  # before hours of tokenizing
+    stages = _plan(config)
+    if distributed.rank() == 0:
+        _check_later_stages(config, stages)
+        _begin(config, stages)
+    distributed.barrier()  # all have looked before one writes
+    RESUME_HINT[0] = again = shell_command("run", config.out / CONFIG_FILE, "--resume")
+    for stage in stages:
+        if stage.done:
+            continue
+        log.info("--- %s", stage.name.replace("_", "-"))
+        try:
+            with spell_in_section(stage.name, RunConfig.model_fields):
+                result = stage.command(stage.config)
+        except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
+            raise Interrupted(getattr(error, "what", "interrupted"), again) from None
+        if stage.command is commands.evaluate:
+            _, test = train_and_test(config.images, config.test_images)
+            data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
+            found = dict(zip(("untrained", "pretrained"), (result or {}).values(), strict=False))
+            record(config.out, results={"evaluation": found | {"data": data}})
+    write_run_report(config.out)
+    backbone = config.out / "pretrain" / "backbone"
+    log.info("what came out of it, in one page: %s", config.out / NAME)
+    log.info(
+        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
+        backbone, str(config.out), backbone,
+    )  # fmt: skip
+    return backbone
+
+
+def _plan(config: RunConfig) -> list[Stage]:
+    """Build the config of every stage before anything is written: contradicting options are refused now."""
+    tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
+    backbone, figures = pretrained / "backbone", config.out / "figures"
+    trusted = config.fit_tokenizer.teacher if is_own_code(config.fit_tokenizer.teacher) else None
+    begun = (pretrained / CONFIG_FILE).exists()
+
+    def stage(of: AnyCommand, begun: bool, done: bool, **given: Any) -> Stage:
+        shared = {name: getattr(config, name) for name in SHARED if name in of.config_type.model_fields}
+        options = getattr(config, of.__name__, None)  # `evaluate` and `report` have none
+        section = options.model_dump(exclude_unset=True) if options else {}
+        with spell_in_section(of.__name__, RunConfig.model_fields):
+            return Stage(of, build(of.config_type, section | shared | given), begun, done)
+
+    made = {path: not is_free(path) for path in (tokenizer, tokens, backbone, figures)}
+    state = read_or_none(config.out)
+    evaluated = state is not None and "evaluation" in state.results
+    has_labels = config.test_images is not None or scan(config.images).classes() is not None
+    if not has_labels:
+        why = f"no labels (two class folders or more), and there are no {option('test_images')}"
+        log.info("--- not evaluated: %s has %s", config.images, why)
+    return [
+        stage(commands.fit_tokenizer, made[tokenizer], made[tokenizer], out=tokenizer, resume=True),
+        stage(commands.tokenize, made[tokens], False, out=tokens, tokenizer=tokenizer, trust_teacher=trusted, resume=True),
+        stage(commands.pretrain, begun, made[backbone], out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun),
+        stage(
+            commands.evaluate, evaluated, evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
+            test_images=config.test_images, protocols=["logistic", "knn"],
+        ),
+        stage(commands.report, made[figures], made[figures], run=[pretrained], figures_dir=figures, trust_teacher=trusted),
+    ]  # fmt: skip
+
+
+def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
+    """Refuse now what a later stage would refuse, perhaps after hours.
+
+    Raises:
+        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels, no tracker.
+    """
+    fitting, _, pretraining, evaluation, _ = stages
+    assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
+    if not pretraining.begun:
+        with spell_in_section("pretrain", RunConfig.model_fields):
+            check_model_config(pretraining.config, fitting.config)
+        if config.pretrain.probe_images is not None:
+            labelled(scan(config.pretrain.probe_images))
+    if config.test_images is not None and not evaluation.begun:
+        try:
+            train_and_test(config.images, config.test_images)
+        except MapetError as error:
+            raise MapetError(
+                f"{error}. {option('test_images')} are to test a probe on, which is trained on the labels of {option('images')}: "
+                "leave them out if there are none"
+            ) from None
+
+
+def _begin(config: RunConfig, stages: list[Stage]) -> None:
+    """Write the config into a new folder, or check that it is the old one's, but for stages that have made nothing yet."""
+    recipe = config.out / CONFIG_FILE
+    if is_unused(config.out, "run"):
+        images = scan(config.images)  # fail before anything is written
+        if config.resume:
+            log.warning(NOTHING_TO_RESUME, config.out)
+        log.info("%s images in %s", f"{len(images):,}", config.images)
+        return write_recipe(config, recipe)
+    if not recipe.exists():
+        new_folder(config.out)  # refuses it
+    old = build(RunConfig, read_recipe(recipe), recipe)
+    may_change = {"resume", "device", "max_unreadable", "out"} | {stage.name for stage in stages if not stage.begun}
+    may_change |= set() if stages[3].begun else {"test_images"}
+    fitted = config.out / "tokenizer" / "visual_tokenizer.json"
+    if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now
+        same = read_json(fitted, "tokenizer")["fit_config"].get("images_hash") == scan(config.images).hash
+        may_change |= {"images"} if same else set()
+    if changed := differences(old, config, frozenset(may_change)):
+        with spell_in_section("pretrain", RunConfig.model_fields):
+            restart = restart_hint(config.out)
+        raise MapetError(
+            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{shell_command('run', recipe, '--resume')}; to start {restart}"
+        )
+    write_recipe(config, recipe)
+
+
+def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
+    """Run the pipeline on scikit-learn's digits, and compare its backbone with random weights; return metrics of both."""
+    if not (config.resume and config.out.exists()):
+        new_folder(config.out)
+    started = time.monotonic()
+    train, test = write_digits(config.out / "digits", NUM_DEMO_TRAIN)
+    shared = {"images": train, "test_images": test, "seed": config.seed}
+    try:
+        backbone = commands.run(**shared, out=config.out / "run", resume=config.resume, **DEMO_RECIPE)
+    except Interrupted as error:
+        raise Interrupted(error.what, shell_command("demo", "--out", config.out, "--resume")) from None
+    results = RunState.read(config.out / "run").results["evaluation"]
+    log.info("--- finetune, 10 labels a class")
+    for name in ("untrained", "pretrained"):
+        results[name]["finetune"] = commands.finetune(
+            **shared, backbone=backbone, from_scratch=name == "untrained", labels_per_class=10, views="center", epochs=100, batch_size=32,
+            lr=2e-3, drop_path=0.0,
+        )  # fmt: skip
+    record(config.out, results=results)
+    rows = {"logistic": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
+    log.info("\n%-32s%10s%12s", "accuracy on 360 unseen digits", "untrained", "pretrained")
+    for key, title in rows.items():
+        log.info("%-32s%10.3f%12.3f", title, results["untrained"][key], results["pretrained"][key])
+    log.info("%-32s%10.3f\n", "(always guessing one digit)", results["data"]["majority_accuracy"])
+    log.info("figures in %s; %.0f s in all", config.out / "run" / "figures", time.monotonic() - started)
+    return {name: results[name] for name in ("untrained", "pretrained")}
+
+
+def study(config: StudyConfig) -> Path:
+    """Fit tokenizers, run and evaluate each trial, and report; return the report's folder."""
+    trials = grid.grid_trials(config)
+    num_images = len(scan(config.images))
+    _check_study(config, trials, num_images)
+    write_recipe(config, config.out / CONFIG_FILE)
+    stopped, broken = "", {}
+    if not config.report_only:
+        broken = make_tokenizers(config, {trial.tokenizer for trial in trials})
+    trials = grid.with_budgets(config, trials)
+    if not config.report_only:
+        stopped = run_trials(config, trials, broken, num_images)
+    report = config.out / "report"
+    write_report(summarize(config, trials, measure=not config.report_only and not stopped), report)
+    num_finished = sum(is_finished(grid.trial_folder(config, trial)) for trial in trials)
+    finished = f"{num_finished} of {len(trials)} trials are finished"
+    log.info("%s; report in %s", finished, report / "report.html")
+    if stopped:
+        raise Interrupted(f"stopped by {stopped}: {finished}, the others saved", "the same command")
+    return report
+
+
+def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> None:
+    """Refuse now, before anything is written, what a trial would refuse after hours.
+
+    Raises:
+        MapetError: a tokenizer or a trial that was begun with other options; no such model or objective, sizes that don't fit, other
+            classes in a test set, fewer labels than are asked for.
+    """
+    fitting = {name: grid.tokenizer_configs(config, name)[0] for name in config.tokenizers}
+    train, _ = train_and_test(config.images, config.test_images)
+    for folder in config.ood_images.values():
+        train_and_test(config.images, folder)
+    for amount in config.labels_per_class:
+        try:
+            few_shot_split(train, 1 if amount == "all" else amount, seed=0)
+        except MapetError as error:
+            raise MapetError(f"{option('labels_per_class')}: {error}", field="labels_per_class", value=amount) from None
+    for trial in grid.with_budgets(config, trials):
+        grid.check_same_trial(grid.trial_folder(config, trial), grid.trial_config(config, trial, num_images))
+    for trial in trials if not config.report_only else ():
+        if trial.seed == config.seeds[0] and not (grid.trial_folder(config, trial) / "pretrain").exists():
+            try:
+                check_model_config(grid.pretrain_config(config, trial), fitting[trial.tokenizer])
+            except MapetError as error:
+                raise MapetError(f"grid, {trial.factors}: {error}") from None

@@ -1,0 +1,209 @@
+"""Reports: of a run, or of several side by side, as a page, live or as files of its figures; and whether a tokenizer is any good."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mapet.config.pretraining import ReportConfig
+from mapet.config.tokenizers import InspectTokenizerConfig
+from mapet.data.image_list import ImageList
+from mapet.data.sources import scan
+from mapet.data.token_store import TokenStore
+from mapet.device import Compute
+from mapet.errors import MapetError, option
+from mapet.evaluation.datasets import LabelledSet, split
+from mapet.evaluation.look import enough_images, look_at
+from mapet.evaluation.tokens import Measures, Sampler, Words, measure, nearest_codes, warnings
+from mapet.files import atomic, is_free, new_folder
+from mapet.reports import plots
+from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
+from mapet.reports.figures import plot_run, step_through
+from mapet.reports.images import ReportImage, rasterize
+from mapet.reports.live import LiveServer
+from mapet.reports.page import RunView, page
+from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, RunFiles
+from mapet.run_state import check_is_pretraining, command_of, pretrain_folder
+from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from mapet.training.tasks.pretraining import load_run
+
+log = logging.getLogger("mapet")
+SHOWN_IMAGES = 6
+STABILITY_IMAGES = 250
+"""Of the sample; each goes through the teacher seven times. 250 images of 196 patches tell a share to better than 1 %."""
+IMAGES_PER_CLASS = 5
+"""Fewer, on average, and a class cannot be learned from its images."""
+SHOWN_CODES, NEAREST = 12, 8
+"""Codes of the figure of nearest codes, and how many of each."""
+
+
+def report(config: ReportConfig) -> Path | None:
+    """Write or serve the page, or write the figures."""
+    if config.serve:
+        _serve(config.run[0])
+        return None
+    out, figures_dir = config.out, config.figures_dir
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise MapetError(f"{option('out')} {out} must end in .html", field="out", value=out)
+    if out is not None and out.exists():
+        raise MapetError(f"{out} already exists: nothing is overwritten. Choose another {option('out')}")
+    if figures_dir is not None:
+        new_folder(figures_dir, create=False)
+    opened = [pretrain_folder(folder).resolve() for folder in config.run]
+    if twice := [str(given) for given, folder in zip(config.run, opened, strict=True) if opened.count(folder) > 1]:
+        raise MapetError(f"{' and '.join(twice)} are the same run: give each once", field="run", value=config.run)
+    views = [RunView.saved(RunFiles.open(folder)) for folder in config.run]
+    for view in views if config.figures else ():
+        try:
+            view.images, view.step_through = _draw_run(config, view.files.folder)
+        except MapetError as error:
+            if figures_dir is not None:
+                raise
+            log.warning("%s: no new figures: %s", view.files.given, error)
+            view.notes.append(f"No new figures: {error}")
+    if figures_dir is not None:
+        _write_figures(views[0].images, views[0].step_through, figures_dir)
+    if out is not None:
+        text = page(views)
+        with atomic(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        log.info("%s: %.2g MB", out, out.stat().st_size / 1e6)
+    return out or figures_dir
+
+
+def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], dict[str, Any]]:
+    """Draw the figures of a run and collect its step-through, from its newest weights.
+
+    Raises:
+        MapetError: no weights, or images that can't be read.
+    """
+    compute = Compute.choose(config.device, "float32")
+    run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
+    images = scan(config.images or run.config.images)
+    model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
+    look = look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
+    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
+    drawn = [rasterize(name, figure) for name, figure in plot_run(look, model, images, compute).items()]
+    return drawn, step_through(look, names, model.objective)
+
+
+def _write_figures(images: Sequence[ReportImage], steps: dict[str, Any] | None, folder: Path) -> None:
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        (temporary / STEP_THROUGH).write_text(json.dumps(steps) + "\n", encoding="utf-8")
+        for image in images:
+            image.image.save(temporary / f"{image.name}.png")
+    log.info("in %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{image.name}.png" for image in images)]))
+
+
+def _serve(folder: Path) -> None:
+    """Serve the live page of a run until Ctrl-C."""
+    if folder.is_file():
+        raise MapetError(f"{folder} is a file: give the run's folder")
+    may_start = is_free(folder) or command_of(folder) in ("run", "demo")  # before it pre-trains
+    if not may_start:
+        check_is_pretraining(folder)
+    with LiveServer(folder) as server:
+        waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"
+        log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, folder, waiting)
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            log.info("ended")
+
+
+def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
+    """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
+    compute = Compute.choose(precision="float32")
+    tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
+    words, measures = _measure(config, tokenizer, compute)
+    figures = _plot(words, tokenizer)
+    for name, value in tokenizer_metrics(measures).items():
+        log.info("%-28s %s", name, value)
+    poor = list(warnings(measures))
+    for line in poor:
+        log.warning("%s", line)
+    if not poor:
+        log.info("no warnings")
+    about = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
+    content = about | {"warnings": poor, "measures": asdict(measures)}
+    texts = {
+        TOKENIZER_METRICS: json.dumps(content, indent=2) + "\n",
+        "tokenizer_report.md": tokenizer_markdown(measures, poor, f"Tokenizer {config.tokenizer}"),
+    }
+    for name, text in texts.items():
+        with atomic(config.out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    for name, figure in figures.items():
+        plots.save_figure(figure, config.out / f"{name}.png")
+    paths = [config.out / name for name in [*texts, *(f"{name}.png" for name in figures)]]
+    log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
+    return paths
+
+
+def _measure(config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: Compute) -> tuple[Words, Measures]:
+    """Tokenize a sample of the images, as they are and changed a little, and measure the tokens."""
+    images = scan(config.images)
+    chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
+    sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
+    sampler = Sampler(tokenizer, compute)
+    patches = tokenizer.grid[0] * tokenizer.grid[1]
+    words = sampler.words(sample, enough_images(SHOWN_IMAGES, tokenizer.vocab_size, patches, len(sample)))
+    views = sampler.views(images.subset(few))
+    if config.tokens is not None:
+        try:
+            store = TokenStore.open(config.tokens, images, tokenizer.hash)
+        except MapetError as error:
+            hint = f"Or leave out {option('tokens')}: the tokenizer is measured all the same"
+            raise MapetError(f"{error}. {hint}") from None
+        views["stored"] = sampler.stored(images, store, few)
+    labels, test = _labels(images, chosen, words.image_index)
+    return words, measure(words.ids, tokenizer.vocab_size, views, labels, test)
+
+
+def _labels(
+    images: ImageList, chosen: Int[np.ndarray, " n"], measured: Int[Tensor, " m"]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the classes of measured images and which are to test on; (None, None) if there are too few of each class."""
+    if (found := images.classes()) is None:
+        return None, None
+    classes, labels = found
+    data = LabelledSet(sample := images.subset(chosen), classes, labels[chosen])
+    present = len(np.unique(data.labels))
+    if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
+        log.info(
+            "%d images of %d classes: too few to compare tokens with classes; %s would do",
+            len(sample), present, option("sample", IMAGES_PER_CLASS * len(classes)),
+        )  # fmt: skip
+        return None, None
+    held_out = split(data)[1].images
+    ids = {held_out.ids[index] for index in range(len(held_out))}
+    test = torch.tensor([sample.ids[int(index)] in ids for index in measured])
+    return torch.from_numpy(data.labels)[measured], test
+
+
+def _plot(words: Words, tokenizer: Tokenizer) -> dict[str, Figure]:
+    vocab_size, tokens = tokenizer.vocab_size, words.ids.flatten(1)
+    shown, pictured = slice(0, SHOWN_IMAGES), tokens[: len(words.images)].flatten()
+    patches = plots.patchify(words.images, tokenizer.grid).flatten(0, 1)
+    figures = {
+        "code_usage": plots.plot_code_usage(torch.bincount(tokens.flatten(), minlength=vocab_size)),
+        "token_maps": plots.plot_token_maps(words.images[shown], tokens[shown], tokenizer.grid, vocab_size),
+        "patches_by_code": plots.plot_patches_by_code(patches, pictured, vocab_size),
+    }
+    centroids = tokenizer.centroids  # codes that are no centroids (FSQ, LFQ) have none
+    if centroids is not None and vocab_size > 1:
+        counts = torch.bincount(pictured, minlength=vocab_size)
+        codes = plots.spread_of_codes(counts, SHOWN_CODES)
+        distances, nearest = nearest_codes(centroids.cpu(), codes, NEAREST)
+        prototypes = plots.mean_patches(patches, pictured, vocab_size)
+        figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
+    return figures
