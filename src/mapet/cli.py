@@ -215,8 +215,8 @@ def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser
     own = [(name, field) for name, field in fields(config_type) if "." not in name]
     shown = [name for name, field in own if len(own) <= MAX_BASIC or name in BASIC or field.is_required()]
     groups: dict[str, Any] = {}
-    for dotted, field in sorted(fields(config_type), key=_help_rank):
-        section, _, last = dotted.rpartition(".")
+    options = [(*dotted.rpartition(".")[::2], dotted, field) for dotted, field in fields(config_type)]
+    for section, last, dotted, field in sorted(options, key=lambda item: (item[0], RANK.get(item[1], len(RANK)))):
         heading = f"Options of {section.replace('_', '-')}" if section else HEADING_OF.get(last, "Other")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
@@ -227,11 +227,6 @@ def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser
     helps.add_argument("-h", "--help", action="help", help="the usual options")
     helps.add_argument("--help-all", action="help", help="all options, those of sections included")
     return parser
-
-
-def _help_rank(item: tuple[str, FieldInfo]) -> tuple[str, int]:
-    section, _, last = item[0].rpartition(".")
-    return section, RANK.get(last, len(RANK))
 
 
 def _help(field: FieldInfo) -> str:

@@ -3,10 +3,10 @@
 import logging
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -39,8 +39,9 @@ def export(config: ExportConfig) -> Path:
     vit = _load_backbone(config)
     origin = origin_of(config.backbone)
     classes = [str(name) for name in origin.classes] if vit.num_classes else []
-    sample = _make_sample(config, vit)
-    expected = compute_outputs(ExportWrapper(vit), sample.pixels)
+    views, description = _make_sample(config, vit)
+    pixels = normalize(views, vit.in_chans)
+    expected = compute_outputs(ExportWrapper(vit), pixels)
     for output in expected.values():
         must_be_finite_features(output, config.backbone)
     checks: dict[str, float] = {}
@@ -49,34 +50,20 @@ def export(config: ExportConfig) -> Path:
         for name, place in folders.items():
             FORMATS[name].write(vit, place, classes)
             for way, read in FORMATS[name].read(place).items():
-                checks[way] = _check(way, read(sample.pixels), expected)
+                checks[way] = _check(way, read(pixels), expected)
         if "transformers" in folders and (folders["transformers"] / "preprocessor_config.json").is_file():
             way = "transformers, image processor"
-            checks[way] = _check(way, _process(folders["transformers"], sample.views), {"pixels": sample.pixels})
+            checks[way] = _check(way, _process(folders["transformers"], views), {"pixels": pixels})
         for name in [name for name in folders if name in ("timm", "transformers")]:
             card = model_card(
-                config.out.name, folder, config.backbone, vit, origin, formats, checks, sample.description, TOLERANCE,
+                config.out.name, folder, config.backbone, vit, origin, formats, checks, description, TOLERANCE,
                 config.license, classes, name,
             )  # fmt: skip
             (folders[name] / "README.md").write_text(card, encoding="utf-8")
     for way, difference in checks.items():
         log.info("%-40s largest relative difference %.1e", way, difference)
-    log.info("exported to %s, checked on %s", config.out, sample.description)
+    log.info("exported to %s, checked on %s", config.out, description)
     return config.out
-
-
-class _Sample(NamedTuple):
-    """Images to check with.
-
-    Attributes:
-        views: (B, C, H, W) uint8.
-        pixels: the same, normalized.
-        description: how many and where they are from.
-    """
-
-    views: Tensor
-    pixels: Tensor
-    description: str
 
 
 def _load_backbone(config: ExportConfig) -> VisionTransformer:
@@ -91,8 +78,8 @@ def _load_backbone(config: ExportConfig) -> VisionTransformer:
         return load_backbone(Path(folder) / "backbone", **options).eval()
 
 
-def _make_sample(config: ExportConfig, vit: VisionTransformer) -> _Sample:
-    """Read a few images as the ViT takes them; without `images`, generate some where the run's can't be read."""
+def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Tensor, "B C H W"], str]:
+    """Read a few images as the ViT takes them, and describe them; without `images`, generate some where the run's can't be read."""
     folders = (pretrain_folder(Path(config.backbone)), Path(config.backbone).parent)  # of pre-training, fine-tuning
     states = [state for folder in folders if (state := read_or_none(folder))]
     source = config.images or (states[0].config.get("images") if states else None)
@@ -108,7 +95,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> _Sample:
         log.warning(f"checking on %s: %s; give some with {option('images')}", description, error)
         shape = (NUM_IMAGES, vit.in_chans, *vit.patch_embed.img_size)
         views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return _Sample(views, normalize(views, vit.in_chans), description)
+    return views, description
 
 
 def _read_views(source: str, vit: VisionTransformer) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapet import commands, distributed
-from mapet.commands.command import AnyCommand
+from mapet.commands.command import AnyCommand, name_of
 from mapet.config.base import Config, build, differences, read_recipe, write_recipe
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
@@ -54,11 +54,6 @@ class Stage(NamedTuple):
     begun: bool
     done: bool
 
-    @property
-    def name(self) -> str:
-        """Its section of the options."""
-        return self.command.__name__
-
 
 def run(config: RunConfig) -> Path:
     """Run all stages that are not done; return the backbone's folder."""
@@ -73,9 +68,9 @@ def run(config: RunConfig) -> Path:
     for stage in stages:
         if stage.done:
             continue
-        log.info("--- %s", stage.name.replace("_", "-"))
+        log.info("--- %s", name_of(stage.command))
         try:
-            with spell_in_section(stage.name, RunConfig.model_fields):
+            with spell_in_section(stage.command.__name__, RunConfig.model_fields):
                 result = stage.command(stage.config)
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             raise Interrupted(getattr(error, "what", "interrupted"), again) from None
@@ -162,7 +157,9 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
     if not recipe.exists():
         new_folder(config.out)  # refuses it
     old = build(RunConfig, read_recipe(recipe), recipe)
-    may_change = {"resume", "device", "max_unreadable", "out"} | {stage.name for stage in stages if not stage.begun}
+    may_change = {"resume", "device", "max_unreadable", "out"} | {
+        stage.command.__name__ for stage in stages if not stage.begun
+    }
     may_change |= set() if stages[3].begun else {"test_images"}
     fitted = config.out / "tokenizer" / "visual_tokenizer.json"
     if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,13 @@ def report(config: ReportConfig) -> Path | None:
             log.warning("%s: no new figures: %s", view.files.given, error)
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
-        _write_figures(views[0].images, views[0].step_through, figures_dir)
+        with atomic(figures_dir) as temporary:
+            temporary.mkdir()
+            (temporary / STEP_THROUGH).write_text(json.dumps(views[0].step_through) + "\n", encoding="utf-8")
+            for image in views[0].images:
+                image.image.save(temporary / f"{image.name}.png")
+        names = [STEP_THROUGH, *(f"{image.name}.png" for image in views[0].images)]
+        log.info("in %s: %s", figures_dir, ", ".join(names))
     if out is not None:
         text = page(views)
         with atomic(out) as temporary:
@@ -93,15 +98,6 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], di
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
     drawn = [rasterize(name, figure) for name, figure in plot_run(look, model, images, compute).items()]
     return drawn, step_through(look, names, model.objective)
-
-
-def _write_figures(images: Sequence[ReportImage], steps: dict[str, Any] | None, folder: Path) -> None:
-    with atomic(folder) as temporary:
-        temporary.mkdir()
-        (temporary / STEP_THROUGH).write_text(json.dumps(steps) + "\n", encoding="utf-8")
-        for image in images:
-            image.image.save(temporary / f"{image.name}.png")
-    log.info("in %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{image.name}.png" for image in images)]))
 
 
 def _serve(folder: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -36,6 +36,16 @@ class Config(BaseModel):
         """Where several may be given, as on the command line, one needs no list around it."""
         several = takes_several(cls.model_fields[str(info.field_name)].annotation)
         return [value] if several and isinstance(value, (str, int, float, os.PathLike)) else value
+
+    def problems(self) -> Iterator[str]:
+        """Say what of the options contradicts itself or each other."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
 
 
 def takes_several(annotation: Any) -> bool:

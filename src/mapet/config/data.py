@@ -1,10 +1,11 @@
 """Options of `check` and `prepare`."""
 
-from math import isfinite
+from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from mapet.config import shared
 from mapet.errors import option
@@ -24,7 +25,7 @@ class CheckConfig(shared.Images, shared.Patches, shared.Encoder):
     """Text file for the list of unreadable images, one `reason<TAB>path` a line."""
 
 
-class PrepareConfig(shared.Images, shared.BadImages):
+class PrepareConfig(shared.Images, shared.BadImages, shared.Resumable):
     """Options of `prepare`."""
 
     out: Path
@@ -38,17 +39,12 @@ class PrepareConfig(shared.Images, shared.BadImages):
     a CT; beyond is cut off, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, others are bad images."""
     streaming: bool = False
     """With hf:NAME: read it once as it comes, in order; its originals are never all on this disk."""
-    resume: bool = False
-    """Go on with an unfinished one."""
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "PrepareConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         if self.streaming and not self.images.startswith(shared.HUGGING_FACE):
-            raise ValueError(
-                f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
-            )
+            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
         if self.value_range is not None:
             low, high = self.value_range
-            if not (isfinite(low) and isfinite(high) and low < high):
-                raise ValueError(f"{option('value_range')} {low:g} {high:g}: the smaller first, e.g. 0 4095")
-        return self
+            if not -inf < low < high < inf:
+                yield f"{option('value_range')} {low:g} {high:g}: the smaller first, e.g. 0 4095"

@@ -1,16 +1,17 @@
 """Options of `evaluate`, `finetune`, `embed` and `export`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config import shared
 from mapet.config.base import Config
 from mapet.errors import option
 
 
-class EvaluateConfig(shared.Device):
+class EvaluateConfig(shared.Device, shared.Seeded):
     """Options of `evaluate`."""
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
@@ -51,30 +52,23 @@ class EvaluateConfig(shared.Device):
     """Of `test_images` (of `images`, without those); automatic: a fifth of the training images is tested on."""
     dense_epochs: PositiveInt = 10
     """Epochs of the heads of segmentation and detection."""
-    seed: NonNegativeInt = 0
-    """Seed of probes and of random weights."""
     precision: shared.Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
 
-    @model_validator(mode="after")
-    def _belong_together(self) -> "EvaluateConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         if len(set(self.backbone)) < len(self.backbone):
-            raise ValueError(f"{option('backbone')}: the same one is given twice")
+            yield f"{option('backbone')}: the same one is given twice"
         if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
-            raise ValueError(
-                f"{option('annotations')} and {option('seg_masks')} list images each in its own way: evaluate one after the other"
-            )
+            yield f"{option('annotations')} and {option('seg_masks')} list images each in its own way: evaluate one after the other"
         if self.ood_images and (self.annotations or self.seg_masks):
-            raise ValueError(
-                f"{option('ood_images')} are matched by class folders, which {option('annotations')} or {option('seg_masks')} take the place of"
-            )
+            yield f"{option('ood_images')} are matched by class folders, which {option('annotations')} or {option('seg_masks')} take the place of"
         for what in ("annotations", "seg_masks"):
             train, test = getattr(self, what), getattr(self, f"test_{what}")
             if train is not None and self.test_images is not None and test is None:
-                raise ValueError(f"{option('test_images')} with {option(what)} need {option(f'test_{what}')}")
+                yield f"{option('test_images')} with {option(what)} need {option(f'test_{what}')}"
         if self.test_annotations is not None and self.annotations is None:
-            raise ValueError(f"{option('test_annotations')} are for {option('annotations')}: give both")
-        return self
+            yield f"{option('test_annotations')} are for {option('annotations')}: give both"
 
 
 class FinetuneOptions(shared.TrainerOptions, shared.Views):
@@ -129,14 +123,13 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
 
-    @model_validator(mode="after")
-    def _resumes_a_folder(self) -> "FinetuneConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         if self.resume and self.out is None:
-            raise ValueError(f"{option('resume', True)} goes on in the folder of {option('out')}: give it")
-        return self
+            yield f"{option('resume', True)} goes on in the folder of {option('out')}: give it"
 
 
-class EmbedConfig(shared.BadImages, shared.Device):
+class EmbedConfig(shared.BadImages, shared.Device, shared.Resumable):
     """Options of `embed`."""
 
     backbone: shared.BackboneSource
@@ -155,8 +148,6 @@ class EmbedConfig(shared.BadImages, shared.Device):
     """Height and width of the input, pixels; positions are interpolated; automatic: the backbone's own."""
     precision: shared.Precision = "auto"
     """Of matrix products; auto takes bfloat16 where it is fast."""
-    resume: bool = False
-    """Go on with an interrupted job in `out`."""
 
 
 class ExportConfig(Config):

@@ -12,28 +12,20 @@ from mapet.config.pretraining import PretrainOptions
 from mapet.config.tokenizers import FitTokenizerOptions, TokenizeOptions
 
 
-class DemoConfig(Config):
+class DemoConfig(shared.Resumable, shared.Seeded):
     """Options of `demo`."""
 
     out: Path = Path("demo")
     """New folder for the digits, the run and the pictures."""
-    seed: NonNegativeInt = 0
-    """Seed of everything."""
-    resume: bool = False
-    """Go on with a demo that was stopped."""
 
 
-class RunConfig(shared.Images, shared.BadImages, shared.Device):
+class RunConfig(shared.Images, shared.BadImages, shared.Device, shared.Resumable, shared.Seeded):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
     out: Path
     """New folder for everything: tokenizer, tokens, pre-training run, backbone, probe, figures, report.html."""
     test_images: shared.Source | None = None
     """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
-    seed: NonNegativeInt = 0
-    """Seed of everything."""
-    resume: bool = False
-    """Go on with a run that was interrupted: finished stages are kept."""
     fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()

@@ -1,9 +1,10 @@
 """Options of `pretrain`, `report` and `debug-step`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config import shared
 from mapet.errors import option
@@ -59,15 +60,14 @@ class PretrainOptions(shared.TrainerOptions, shared.Encoder):
         """Whether the share of predicted patches is drawn anew for each step."""
         return self.mask_ratio[0] < self.mask_ratio[1]
 
-    @model_validator(mode="after")
-    def _one_ratio(self) -> "PretrainOptions":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
             given = " ".join(f"{share:g}" for share in dict.fromkeys(self.mask_ratio))
-            raise ValueError(f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9")
-        return self
+            yield f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
 
 
-class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.TrainerConfig):
+class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.TrainerConfig, shared.TrustTeacher):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
     out: Path
@@ -76,19 +76,15 @@ class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.Traine
     """Folder made by `fit-tokenizer`."""
     tokens: Path | None = None
     """Store made by `tokenize`, whose views are used; without one the teacher runs in the loop on fresh views."""
-    trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""
 
-    @model_validator(mode="after")
-    def _views_of_the_store(self) -> "PretrainConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
+        yield from super().problems()
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
-            raise ValueError(
-                f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
-            )
-        return self
+            yield f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
 
 
-class ReportConfig(shared.Device):
+class ReportConfig(shared.Device, shared.TrustTeacher):
     """Options of `report`."""
 
     positional: ClassVar[str | None] = "run"
@@ -106,27 +102,18 @@ class ReportConfig(shared.Device):
     """Compute figures and the step-through from the newest weights; otherwise those in the run's folder are shown."""
     images: shared.Source | None = None
     """Images for the figures; automatic: those the run was trained on."""
-    trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
 
-    @model_validator(mode="after")
-    def _one_kind_of_output(self) -> "ReportConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
-            raise ValueError(
-                f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
-            )
+            yield f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
         if not self.serve and not self.out and not self.figures_dir:
-            raise ValueError(
-                f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
-            )
+            yield f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
         if self.figures_dir and (not self.figures or len(self.run) > 1):
-            raise ValueError(
-                f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
-            )
-        return self
+            yield f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
 
 
-class DebugStepConfig(shared.Device):
+class DebugStepConfig(shared.Device, shared.TrustTeacher):
     """Options of `debug-step`."""
 
     positional: ClassVar[str | None] = "bundle"
@@ -136,5 +123,3 @@ class DebugStepConfig(shared.Device):
     """Where the images are now; automatic: where they were."""
     precision: shared.Precision | None = None
     """Precision to try it in; automatic: the run's."""
-    trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function in the loop: repeat its name to allow that."""

@@ -80,6 +80,27 @@ class Encoder(Config):
     """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
 
 
+class Seeded(Config):
+    """Random draws."""
+
+    seed: NonNegativeInt = 0
+    """Seed of all that is drawn."""
+
+
+class Resumable(Config):
+    """Work that can be interrupted."""
+
+    resume: bool = False
+    """Go on with what was interrupted in `out`; what is finished is kept."""
+
+
+class TrustTeacher(Config):
+    """Tokenizers of others."""
+
+    trust_teacher: str | None = None
+    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
+
+
 class Device(Config):
     """Where to compute."""
 
@@ -151,15 +172,11 @@ class TrainerOptions(Config):
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
-class TrainerConfig(TrainerOptions, BadImages, Device):
+class TrainerConfig(TrainerOptions, BadImages, Seeded, Resumable, Device):
     """What the trainer reads of a command's config."""
 
     out: Path | None = None
     """New run folder."""
-    seed: NonNegativeInt = 0
-    """Seed of weights, order, views and all else that is drawn."""
-    resume: bool = False
-    """Go on with an interrupted run in `out`, exactly where it stopped."""
 
 
 class FrozenTeacher(Config):

@@ -1,12 +1,12 @@
 """Options of `train-tokenizer`, `fit-tokenizer`, `tokenize` and `inspect-tokenizer`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from mapet.config import shared
-from mapet.config.base import Config
 from mapet.errors import must_be_divisible, option
 
 KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
@@ -47,24 +47,21 @@ class FitTokenizerOptions(shared.FrozenTeacher, shared.Patches):
     """GB of memory (the device's) for features; more than that go to a scratch file beside `out`, with the same result; automatic:
     half of what is free."""
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "FitTokenizerOptions":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         must_be_divisible(self.image_size, self.patch_size)
         for name in shared.changed(self, QUANTIZER_OPTIONS):  # it would be written down as if it had changed something
             if (user := QUANTIZER_OPTIONS[name]) != self.quantizer:
-                raise ValueError(f"{option(name)} is for {user}; {self.quantizer} has no use for it")
-        return self
+                yield f"{option(name)} is for {user}; {self.quantizer} has no use for it"
 
 
-class FitTokenizerConfig(FitTokenizerOptions, shared.Images, shared.BadImages, shared.Device):
+class FitTokenizerConfig(
+    FitTokenizerOptions, shared.Images, shared.BadImages, shared.Device, shared.Resumable, shared.Seeded
+):
     """Options of `fit-tokenizer`."""
 
     out: Path
     """New folder for the tokenizer."""
-    seed: NonNegativeInt = 0
-    """Seed of the sample of patches and of k-means."""
-    resume: bool = False
-    """Go on with k-means where it was interrupted; features are computed again, and checked to be the same."""
 
 
 class TokenizeOptions(shared.Views):
@@ -74,19 +71,21 @@ class TokenizeOptions(shared.Views):
     """Views stored of each image; automatic: 1 for center, 2 for center-flip, 8 for random-crop."""
 
 
-class TokenizeConfig(TokenizeOptions, shared.Images, shared.BadImages, shared.Device):
+class TokenizeConfig(
+    TokenizeOptions,
+    shared.Images,
+    shared.BadImages,
+    shared.Device,
+    shared.TrustTeacher,
+    shared.Resumable,
+    shared.Seeded,
+):
     """Options of `tokenize`."""
 
     tokenizer: Path
     """Folder made by `fit-tokenizer`."""
     out: Path
     """New folder for the token store."""
-    seed: NonNegativeInt = 0
-    """Seed of the views."""
-    trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
-    resume: bool = False
-    """Go on with an unfinished store."""
 
 
 class TrainTokenizerConfig(
@@ -128,17 +127,14 @@ class TrainTokenizerConfig(
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest random box, as a share of the centred one's area (for random-crop)."""
 
-    @model_validator(mode="after")
-    def _square(self) -> "TrainTokenizerConfig":
+    def problems(self) -> Iterator[str]:
+        """Say what contradicts itself or each other."""
         height, width = self.image_size
         if height != width or height % self.patch_size:
-            raise ValueError(
-                f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides"
-            )
-        return self
+            yield f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides"
 
 
-class InspectTokenizerConfig(Config):
+class InspectTokenizerConfig(shared.TrustTeacher):
     """Options of `inspect-tokenizer`."""
 
     positional: ClassVar[str | None] = "tokenizer"
@@ -153,5 +149,3 @@ class InspectTokenizerConfig(Config):
     """Store made by `tokenize` of these images, to be compared with what the tokenizer says now."""
     sample: PositiveInt = 1000
     """Images measured, drawn at random."""
-    trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
