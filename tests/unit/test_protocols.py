@@ -12,7 +12,7 @@ from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import scan
 from mapet.device import Compute
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
-from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, centred_batches, normalize
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, normalize
 from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
 from mapet.evaluation.protocols import (
@@ -204,7 +204,8 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     save_backbone(vit, tmp_path / "vit")
     data = labelled(scan(digits / "test"))
     data = data.subset(few_shot_split(data, 3, 0))
-    ((_, images),) = centred_batches(data.images, (8, 8), 1, [[(0, i) for i in range(30)]])
+    ((index, images),) = BackboneWrapper.of_vit(vit, CPU).batches(data.images, CacheConfig())
+    images = images[index.argsort()]
     with torch.inference_mode():
         tokens = vit.eval().forward_features(normalize(images, 1))
     expected = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)

@@ -19,6 +19,7 @@ from scipy import ndimage, signal
 from torch import Tensor
 
 Pixels = Float[np.ndarray, "H W C"]
+Bytes = UInt8[np.ndarray, "H W C"]
 SMALL, LARGE = 32, 224
 """Sides of the published sizes, pixels."""
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -62,19 +63,12 @@ CORRUPTIONS: dict[str, CorruptionKind] = {}
 """By ImageNet-C's names, in its order."""
 
 
-def corruption(**parameters: SeverityRange) -> Callable[[Callable[..., Pixels]], Callable[..., Pixels]]:
+def corruption(**parameters: SeverityRange) -> Callable[[Callable[..., Pixels]], None]:
     """Register a function of pixels under its name, with the published values of its parameters."""
-
-    def register(function: Callable[..., Pixels]) -> Callable[..., Pixels]:
-        CORRUPTIONS[function.__name__] = CorruptionKind(function, parameters)
-        return function
-
-    return register
+    return lambda function: CORRUPTIONS.update({function.__name__: CorruptionKind(function, parameters)})
 
 
-def corrupt(
-    image: UInt8[np.ndarray, "H W C"], name: str, severity: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, "H W C"]:
+def corrupt(image: Bytes, name: str, severity: int, rng: np.random.Generator) -> Bytes:
     """Make a corrupted copy.
 
     Args:
@@ -87,11 +81,11 @@ def corrupt(
     return (np.clip(changed, 0, 1) * 255).round().astype(np.uint8)
 
 
-class Corruption:
+class Corruption(NamedTuple):
     """`corrupt` as the `augment` of a `ViewDataset`, which seeds the draws by the image."""
 
-    def __init__(self, name: str, severity: int) -> None:
-        self.name, self.severity = name, severity
+    name: str
+    severity: int
 
     def __call__(self, image: UInt8[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:
         rng = np.random.default_rng(np.random.randint(2**31, size=4))  # noqa: NPY002  (the generator that is seeded)
@@ -252,19 +246,17 @@ def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth:
     draws, reach = rng.uniform(-1, 1, (2, height, width)), side * smooth
     flow = side * shift * ndimage.gaussian_filter(draws, (0, reach, reach), mode="reflect", truncate=3)
     places = np.tensordot(matrix.T, [rows, columns, np.ones_like(rows)], 1) + flow
-    return _each(x, lambda channel: ndimage.map_coordinates(channel, places, order=1, mode="reflect"))
+    channels = x.transpose(2, 0, 1)
+    return np.dstack([ndimage.map_coordinates(channel, places, order=1, mode="reflect") for channel in channels])
 
 
 @corruption(fraction=SeverityRange((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)))
 def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
     height, width = x.shape[:2]
     small = max(1, int(width * fraction)), max(1, int(height * fraction))
-
-    def coarse(channel: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(channel.astype(np.float32)).resize(small, Image.Resampling.BOX)
-        return np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
-
-    return _each(x, coarse)
+    channels = (Image.fromarray(channel.astype(np.float32)) for channel in x.transpose(2, 0, 1))
+    coarse = (channel.resize(small, Image.Resampling.BOX) for channel in channels)
+    return np.dstack([np.asarray(one.resize((width, height), Image.Resampling.NEAREST)) for one in coarse])
 
 
 @corruption(quality=SeverityRange((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)))
@@ -273,11 +265,6 @@ def jpeg_compression(x: Pixels, rng: np.random.Generator, quality: float) -> Pix
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "JPEG", quality=round(quality))
     return np.asarray(Image.open(buffer)).reshape(x.shape) / 255
-
-
-def _each(x: Pixels, function: Callable[[np.ndarray], np.ndarray]) -> Pixels:
-    """`function` of each channel."""
-    return np.stack([function(x[..., channel]) for channel in range(x.shape[-1])], -1)
 
 
 def _filtered(x: Pixels, kernel: Float[np.ndarray, "h w"]) -> Pixels:

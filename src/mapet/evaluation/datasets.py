@@ -137,9 +137,7 @@ def split(everything: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
     for members in _by_class(data.labels, len(data.classes), data.images.keys()):
         test[members[: max(1, round(HELD_OUT * len(members)))]] = True
     if test.all():
-        raise MapetError(
-            f"{data.images.root}: no class has a second image, so that none can be held out for the test; give {option('test_images')}"
-        )
+        raise MapetError(f"{data.images.root}: no class has a second image to hold out; give {option('test_images')}")
     return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
 
 
@@ -153,10 +151,8 @@ def _train_and_test(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple
         return split(sets[0])
     train, test = sets
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise MapetError(
-            f"{sources[0]} and {sources[1]} have different classes: {', '.join(odd[:5])} {'...' if len(odd) > 5 else ''}"
-        )
+        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+        raise MapetError(f"{sources[0]} and {sources[1]} have different classes: {odd}")
     return train, test
 
 
@@ -265,9 +261,8 @@ def detection_sets(
     Raises:
         MapetError: not such files, images that aren't there, other categories in the two.
     """
-    sets = [read_instances(annotations, images)]
-    if test_annotations is not None:
-        sets.append(read_instances(test_annotations, test_images or images))
+    pairs = (annotations, images), (test_annotations, test_images or images)
+    sets = [read_instances(path, folder) for path, folder in pairs if path is not None]
     return _train_and_test(sets, (annotations, test_annotations))
 
 
@@ -333,9 +328,7 @@ def segmentation_sets(
     ade = [images / folder for folder in ADE20K]
     if masks is None and all(folder.is_dir() for folder in ade):
         if test_images is not None or test_masks is not None:
-            raise MapetError(
-                f"{images} is ADE20K's folder, which is tested on its own validation images: leave out other ones"
-            )
+            raise MapetError(f"{images} is ADE20K's folder, tested on its own validation images: leave out other ones")
         images, masks, test_images, test_masks = ade
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
@@ -364,9 +357,7 @@ def _read_masks(sources: list[tuple[Path, Path]], ignored: set[int]) -> list[Seg
         found |= set(np.unique(read_mask(path)).tolist())
     ids = sorted(found - ignored)
     if len(ids) < 2:
-        raise MapetError(
-            f"the masks hold {len(ids)} classes beside {sorted(ignored)}, which don't count: at least two are needed"
-        )
+        raise MapetError(f"the masks hold {len(ids)} classes beside {sorted(ignored)}: at least two are needed")
     class_of = {id: index for index, id in enumerate(ids)}
     return [SegmentationSet(listed, [str(id) for id in ids], paths, [class_of] * len(paths)) for listed, paths in sets]
 

@@ -46,9 +46,7 @@ def embed(config: EmbedConfig) -> Path:
         MapetError: the folder is of other images or options; features are not finite, or too large for `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise MapetError(
-            f"{option('format')} parquet needs pyarrow: {how_to_install('export')}, or {option('format')} npy"
-        )
+        raise MapetError(f"{option('format')} parquet needs pyarrow: {how_to_install('export')}")
     compute = Compute.choose(config.device, config.precision)
     images = scan(config.images)
     options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
@@ -80,9 +78,8 @@ def embed(config: EmbedConfig) -> Path:
                 _write(config.out, images, manifest, rows, index, end)
                 rows, index = [], []
             if stop.signal_name and end < len(images):
-                raise Interrupted(
-                    f"stopped by {stop.signal_name}: features of {end:,} of {len(images):,} images are saved"
-                )
+                saved = f"features of {end:,} of {len(images):,} images are saved"
+                raise Interrupted(f"stopped by {stop.signal_name}: {saved}")
     shape, left_out = " x ".join(map(str, manifest["shape"])), len(unreadable.reasons)
     count = f"{len(images) - left_out:,}"
     log.info(
@@ -185,9 +182,8 @@ def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]
     """
     manifest = files.read_manifest(folder, KIND, FORMAT)
     if manifest["num_done"] < manifest["num_images"]:
-        raise MapetError(
-            f"{folder} is unfinished ({manifest['num_done']} of {manifest['num_images']} images): `mapet embed --resume`"
-        )
+        done = f"{manifest['num_done']} of {manifest['num_images']} images"
+        raise MapetError(f"{folder} is unfinished ({done}): `mapet embed --resume`")
     if manifest["file_format"] == "npy":
         good = [i for i in range(manifest["num_images"]) if str(i) not in manifest["unreadable"]]
         ids = json.loads((folder / IDS).read_text())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -90,9 +90,7 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
     if masks is not None:
         return EvalData(unlabelled(masks[0].images), unlabelled(masks[1].images), masks=masks)
     if config.test_seg_masks is not None or config.ignore_labels:
-        raise MapetError(
-            f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {config.images} has none, and {option('seg_masks')} isn't given"
-        )
+        raise MapetError(f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {option('seg_masks')}")
     images = scan(config.images)
     if images.classes():
         ood = {name: datasets.labelled(scan(source)) for name, source in config.ood_images.items()}
@@ -176,8 +174,7 @@ class EvalContext:
 Run = Callable[[EvalContext], ProtocolResult]
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """A row of the table.
 
     Attributes:

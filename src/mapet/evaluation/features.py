@@ -30,8 +30,6 @@ from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
 Pool = Literal["avg", "token", "both"]
-IndexedPixels = Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]
-"""Indices of images, and their pixels."""
 RANDOM = "random:"
 MAX_UNREADABLE = 0.5
 """Largest fraction of a set's images that may be unreadable."""
@@ -40,11 +38,9 @@ BLOCK_BYTES = 256 << 20
 
 
 def normalize(
-    images: UInt8[Tensor, "B C H W"],
-    channels: int,
-    jitter: Float[Tensor, "B 3"] | None = None,
+    images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None,
     mean_std: MeanStd | None = None,
-) -> Float[Tensor, "B C H W"]:
+) -> Float[Tensor, "B C H W"]:  # fmt: skip
     """Turn uint8 pixels into a model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation.
 
     Args:
@@ -58,21 +54,6 @@ def normalize(
     return pixels.div_(255).sub_(mean).div_(std)
 
 
-def pool_tokens(
-    patches: Float[Tensor, "B N D"], class_token: Float[Tensor, "B D"] | None, pool: Pool
-) -> Float[Tensor, "B F"]:
-    """Pool an image's tokens: the mean of its patches ('avg'), the class token ('token'), or the two concatenated ('both').
-
-    Raises:
-        MapetError: there is no class token.
-    """
-    if pool == "avg":
-        return patches.mean(dim=1)
-    if class_token is None:
-        raise MapetError(f"the backbone has no class token in its layers: use {option('pool')} avg")
-    return class_token if pool == "token" else torch.cat([class_token, patches.mean(dim=1)], 1)
-
-
 def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> None:
     """Raise MapetError for numbers that nothing can be learned from, and that no classifier takes."""
     if not bool(features.isfinite().all()):
@@ -80,9 +61,6 @@ def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> No
             f"{whose} gives features that are not finite: try {option('precision')} float32. If that changes nothing its weights are "
             "broken, by a training that diverged perhaps: train again with a lower learning rate"
         )
-
-
-# ---- batches
 
 
 @dataclass(frozen=True)
@@ -98,24 +76,6 @@ class CacheConfig:
     scratch_dir: Path = Path()
     batch_size: int = 64
     progress: bool = True
-
-
-def centred_batches(
-    images: ImageList, image_size: tuple[int, int], channels: int, batches: list[list[tuple[int, int]]],
-    show: str | None = None, **dataset: Any,
-) -> IndexedPixels:  # fmt: skip
-    """Yield (indices, pixels) of the centred views of those that can be read.
-
-    Args:
-        batches: of (number, index), see `in_order`.
-        show: name of the progress bar; None shows none.
-        dataset: further arguments of `ViewDataset`, such as `augment`.
-    """
-    options = {"spec": ViewSpec(image_size=image_size)} | dataset
-    views = ViewDataset(images, channels=channels, image_size=image_size, **options)
-    for batch in readable_batches(views, batches, Quarantine(images, MAX_UNREADABLE), show):
-        assert batch.images is not None
-        yield batch.image_index, batch.images
 
 
 # ---- the backbone
@@ -193,12 +153,23 @@ class BackboneWrapper:
         size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 32)
         return size if isinstance(size, int) else int(max(size))
 
-    def batches(self, images: ImageList, config: CacheConfig, show: str | None = None, **dataset: Any) -> IndexedPixels:
-        """Yield (indices, pixels) at its size, in a random order that is always the same; see `centred_batches`."""
+    def batches(
+        self, images: ImageList, config: CacheConfig, show: str | None = None, **dataset: Any
+    ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
+        """Yield (indices, pixels) of the centred views of those that can be read, in a random order that is always the same.
+
+        Args:
+            show: name of the progress bar; None shows none.
+            dataset: further arguments of `ViewDataset`, such as `augment`.
+        """
         order = [(0, index) for index in np.random.default_rng(0).permutation(len(images)).tolist()]
         batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+        options = {"spec": ViewSpec(image_size=self.image_size)} | dataset
+        views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **options)
         show = show if config.progress else None
-        return centred_batches(images, self.image_size, self.channels, batches, show, **dataset)
+        for batch in readable_batches(views, batches, Quarantine(images, MAX_UNREADABLE), show):
+            assert batch.images is not None
+            yield batch.image_index, batch.images
 
     def normalize(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Move pixels to the device and the model's own range."""
@@ -226,13 +197,20 @@ class BackboneWrapper:
     def pooled_features(
         self, images: UInt8[Tensor, "B C H W"], layers: list[int], pool: Pool
     ) -> list[Float[Tensor, "B F"]]:
-        """Compute one float32 vector an image and layer: see `pool_tokens`."""
+        """Compute one float32 vector an image and layer: the mean of its patches ('avg'), the class token ('token') or both.
+
+        Raises:
+            MapetError: there is no class token.
+        """
         pooled = []
         for grid, prefix in self.forward_intermediates(self.normalize(images), layers):
-            if not getattr(self.model, "has_class_token", True):
-                prefix = None
-            class_token = None if prefix is None else prefix[:, 0].float()
-            pooled.append(pool_tokens(grid.float().flatten(2).transpose(1, 2), class_token, pool))
+            average = grid.float().flatten(2).transpose(1, 2).mean(dim=1)
+            if pool == "avg":
+                pooled.append(average)
+            elif prefix is None or not getattr(self.model, "has_class_token", True):
+                raise MapetError(f"the backbone has no class token in its layers: use {option('pool')} avg")
+            else:
+                pooled.append(torch.cat([prefix[:, 0].float(), *([average] if pool == "both" else [])], 1))
         return pooled
 
     @torch.inference_mode()

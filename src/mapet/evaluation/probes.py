@@ -190,18 +190,11 @@ def _logits_and_losses(
     return logits, losses.view(len(logits), -1).mean(1)
 
 
-def _train(
-    probes: Sequence[nn.Module], scales: Sequence[Tensor | float], optimizer: torch.optim.Optimizer, batches: Batches,
-    num_steps: int,
-) -> None:  # fmt: skip
-    """Train probes side by side, all on the same batches; `scales` are factors of their losses."""
-
-    def losses() -> Iterator[Tensor]:
-        for x, y in batches:
-            pairs = zip(probes, scales, strict=True)
-            yield torch.stack([(_logits_and_losses(probe, x, y)[1] * scale).sum() for probe, scale in pairs]).sum()
-
-    descend(optimizer, losses(), num_steps)
+def _losses(probes: Sequence[nn.Module], scales: Sequence[Tensor | float], batches: Batches) -> Iterator[Tensor]:
+    """Yield the sum of the losses of probes that are trained side by side, all on the same batches, times their scales."""
+    for x, y in batches:
+        pairs = zip(probes, scales, strict=True)
+        yield torch.stack([(_logits_and_losses(probe, x, y)[1] * scale).sum() for probe, scale in pairs]).sum()
 
 
 @torch.inference_mode()
@@ -285,7 +278,7 @@ def fit_linear_sgd(
         seeds = range(seed * 100_003, seed * 100_003 + epochs)
         batches = (batch for each in seeds for batch in with_labels(cache.batches(0, num_rows, size, each)))
         optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
-        _train(probes, scales, optimizer, batches, epochs * math.ceil(num_rows / size))
+        descend(optimizer, _losses(probes, scales, batches), epochs * math.ceil(num_rows / size))
 
     first = len(cache) - max(1, round(HELD_OUT * len(cache)))
     candidates = [
@@ -359,8 +352,8 @@ def fit_attentive(
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
         num_steps = ATTENTIVE_EPOCHS * math.ceil(len(labels) / cache.config.batch_size)
-        few = 2  # of one row there is no batch norm
-        _train(probes, [1.0] * len(probes), optimizer, batches(used, ATTENTIVE_EPOCHS, few), num_steps)
+        steps = batches(used, ATTENTIVE_EPOCHS, least=2)  # of one row there is no batch norm
+        descend(optimizer, _losses(probes, [1.0] * len(probes), steps), num_steps)
         return [probe.eval() for probe in probes]
 
     held_out = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT

@@ -53,13 +53,9 @@ JITTER, NOISE, JPEG_QUALITY = 0.1, 2.0, 75
 """Changes of brightness, contrast and saturation, up to a tenth; standard deviation of the noise, of 255 grey levels: that of a
 good camera in good light; libjpeg's own default."""
 CHANGES = {
-    "flip": "mirroring",
-    "shift": "moving the window by whole patches",
-    "jitter": "a slight change of colours",
-    "noise": "slight noise",
-    "jpeg": "JPEG compression",
-    "stored": "reading the token store",
-}
+    "flip": "mirroring", "shift": "moving the window by whole patches", "jitter": "a slight change of colours",
+    "noise": "slight noise", "jpeg": "JPEG compression", "stored": "reading the token store",
+}  # fmt: skip
 """Name of a pair of views -> what was done to the second."""
 
 
@@ -275,17 +271,13 @@ def measure(
         views: change of view -> words of the same content, without it and with it.
         labels: class of each image, with `test`: (B,) bool, the images that the bag-of-tokens probe is tested on.
     """
-    return Measures(
-        vocab_size=vocab_size,
-        images=len(ids),
-        usage=usage(ids, vocab_size),
-        stability={name: agreement(*pair) for name, pair in views.items()},
-        coherence={name: agreement(*pair) for name, pair in neighbors(ids).items()},
-        neighbour=neighbor_information(ids),
-        position=position_information(ids),
-        label=None if labels is None else label_information(ids, labels),
-        bag_of_tokens=None if labels is None or test is None else bag_of_tokens(ids, labels, test, vocab_size),
+    stability, coherence = (
+        {name: agreement(*pair) for name, pair in pairs.items()} for pairs in (views, neighbors(ids))
     )
+    label = None if labels is None else label_information(ids, labels)
+    bag = None if labels is None or test is None else bag_of_tokens(ids, labels, test, vocab_size)
+    about = neighbor_information(ids), position_information(ids), label
+    return Measures(vocab_size, len(ids), usage(ids, vocab_size), stability, coherence, *about, bag)
 
 
 def warnings(m: Measures) -> Iterator[str]:

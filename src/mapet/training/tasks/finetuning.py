@@ -14,12 +14,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
-from mapet.data.dataset import Batch, ViewDataset, in_order
+from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.views import rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
-from mapet.evaluation.features import centred_batches, normalize
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, normalize
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.training.task import StepOutput, Task
@@ -172,11 +172,13 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
 def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
-    labels, num_correct, num_images = torch.from_numpy(data.labels), 0, 0
-    batches = in_order(len(labels), 256)
-    for index, images in centred_batches(data.images, vit.patch_embed.img_size, vit.in_chans, batches):
-        with compute.autocast():
-            logits = vit(normalize(compute.to(images), vit.in_chans))
-        num_correct += int((logits.argmax(1).cpu() == labels[index]).sum())
+    backbone, labels, num_correct, num_images = (
+        BackboneWrapper.of_vit(vit, compute),
+        torch.from_numpy(data.labels),
+        0,
+        0,
+    )
+    for index, images in backbone.batches(data.images, CacheConfig(batch_size=256, progress=False)):
+        num_correct += int((backbone.logits(images).argmax(1).cpu() == labels[index]).sum())
         num_images += len(index)
     return num_correct, num_images
