@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
@@ -211,7 +212,7 @@ class Tracking:
     def close(self, failed: bool) -> None:
         """There will be none; waits for what is left, but not for long."""
         for sender in self._senders:
-            sender.tell(end=True, failed=failed)
+            sender.tell(failed)
         until = time.monotonic() + PATIENCE
         for sender in self._senders:
             sender.join(max(0.0, until - time.monotonic()))
@@ -226,11 +227,11 @@ class _Sender(threading.Thread):
     def __init__(self, tracker: str, run: Path, config: dict[str, Any]) -> None:
         super().__init__(name=tracker, daemon=True)
         self._run, self._config, self._state_file = run, config, run / "tracking" / f"{tracker}.json"
-        self._news, self._end, self._failed = threading.Event(), False, False
+        self._news: SimpleQueue[bool | None] = SimpleQueue()
 
-    def tell(self, end: bool = False, failed: bool = False) -> None:
-        self._end, self._failed = end, failed
-        self._news.set()
+    def tell(self, failed: bool | None = None) -> None:
+        """There is a new line, or the run has ended."""
+        self._news.put(failed)
         if self.ident is None:
             self.start()  # not before: a resumed run's file is rewound first
 
@@ -245,23 +246,20 @@ class _Sender(threading.Thread):
             log.info("%s: %s", self.name, session.where)
             with (self._run / "metrics.jsonl").open(encoding="utf-8") as file:
                 self._send(file, session, state)
-            session.finish(self._failed)
         except BaseException as error:  # whatever a tracker's library comes up with, also SystemExit
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rest = f"Training goes on; they are all in metrics.jsonl, and {option('resume', True)} sends them"
             log.warning("%s gets no more figures: %s. %s", self.name, reason, rest)
 
     def _send(self, file: IO[str], session: Session, state: dict[str, Any]) -> None:
-        """Send each line as it comes, but those that the tracker has.
+        """Send each line as it comes, but those that the tracker has, until the run has ended.
 
         A run that goes on writes the same lines again from its checkpoint, so they are known by [step, number among those of
         this step].
         """
-        number, text, end = [-1, 0], "", False
-        while not end:
-            self._news.wait()
-            self._news.clear()
-            end = self._end  # asked before the file is read: its last line is in it
+        number, text, failed = [-1, 0], "", None
+        while failed is None:
+            failed = self._news.get()  # before the file is read: its last line is in it
             for part in file:
                 text += part
                 if not text.endswith("\n"):  # it is being written
@@ -273,6 +271,7 @@ class _Sender(threading.Thread):
                     session.send({name: math.nan if v is None else v for name, v in metrics.items()}, step=step)
                     state["sent"] = number
                     write_json(self._state_file, state)
+        session.finish(failed)
 
 
 def require(trackers: Iterable[str]) -> None:
