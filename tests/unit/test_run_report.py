@@ -67,7 +67,7 @@ def data_of(html: str):
 
 def facts_of(folder: Path) -> dict[str, str]:
     """What the page says of a run at its top."""
-    html = render_part("facts_now", RunFiles.open(folder).data() | {"notes": []})
+    html = render_part("macros.html", "facts_now", RunFiles.open(folder).data() | {"notes": []})
     return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html))
 
 

@@ -44,7 +44,7 @@ class RunFollower:
                 run = files.data() | {"notes": []}
                 self._shown = (
                     state,
-                    {part: render_part(f"{part}_now", run) for part in ("facts", "warnings", "metrics")},
+                    {part: render_part("macros.html", f"{part}_now", run) for part in ("facts", "warnings", "metrics")},
                 )
             return {
                 "generation": history.generation,

@@ -8,10 +8,13 @@ from datetime import datetime
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
+from shlex import quote
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+
+from mapet.errors import option
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's (2008), which the colour-blind can tell apart; the dashes help further."""
@@ -29,9 +32,9 @@ def render(template: str, **content: object) -> str:
     return _environment().get_template(template).render(**content).strip() + "\n"
 
 
-def render_part(macro: str, *arguments: object) -> str:
-    """Fill a macro of macros.html."""
-    return str(getattr(_environment().get_template("macros.html").module, macro)(*arguments))
+def render_part(template: str, macro: str, *arguments: object) -> str:
+    """Fill a macro of a template."""
+    return str(getattr(_environment().get_template(template).module, macro)(*arguments))
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,9 +85,9 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )  # fmt: skip
     made.globals |= {"inline": _inline, "source": _source, "looks": LOOKS, "table": markdown_table}
-    made.globals |= {"version": version("mapet"), "now": datetime.now}
+    made.globals |= {"version": version("mapet"), "now": datetime.now, "option": option}
     made.filters |= {"md": escape_markdown, "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)}
-    made.filters |= {"number": number, "percent": percent, "span": span}
+    made.filters |= {"number": number, "percent": percent, "span": span, "quote": quote}
     made.tests["bold"] = lambda text: isinstance(text, Bold)
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return made
