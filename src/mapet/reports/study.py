@@ -14,16 +14,8 @@ from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
 from mapet.reports.plots import plot_seeds
 from mapet.reports.render import Bold, render
-from mapet.studies.statistics import (
-    Difference,
-    Study,
-    Trial,
-    findings,
-    in_words,
-    of_one_seed,
-    p_value,
-    paired_differences,
-)
+from mapet.studies import statistics
+from mapet.studies.statistics import Difference, Study, Trial, in_words, p_value
 
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
 """Column -> attribute of a trial and unit."""
@@ -34,16 +26,16 @@ AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 
 def write_report(study: Study, folder: Path) -> None:
     """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
-    differences = paired_differences(study)
+    differences = statistics.paired_differences(study)
     content = {
         "study": study,
-        "findings": findings(study, differences),
+        "findings": statistics.findings(study, differences),
         "scores_head": [*study.other_factors, study.compare, *study.measures, *COSTS],
         "scores": {budget: _scores(study, budget) for budget in study.budgets},
         "curves": _curves(study),
         "differences": [_difference(row) for row in differences],
         "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
-        "tested": not of_one_seed(differences),
+        "tested": not statistics.of_one_seed(differences),
     }
     texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
     for kind, text in texts.items():

@@ -10,17 +10,21 @@ function number(value) {
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 
+/** Listen to controls; `action` gets the one that was used. */
+function on(root, selector, event, action) {
+  root.querySelectorAll(selector).forEach((control) => control.addEventListener(event, () => action(control)));
+}
+
 /** All charts of a page: the unit of the x axis, the part of it that is shown, the runs that are switched off. */
 class Charts {
   constructor(root, data) {
     Object.assign(this, { runs: data.runs, axis: "step", log: false, domain: null, hidden: new Set(), charts: [] });
     const sections = [...root.querySelectorAll(".chart")];
     this.charts = data.charts.map((chart, i) => new Chart(this, chart, data.looks, sections[i]));
-    const on = (selector, event, action) => root.querySelectorAll(selector).forEach((control) => control.addEventListener(event, () => action(control)));
-    on("[data-zoom]", "click", (button) => this.zoom(Number(button.dataset.zoom)));
-    on("[data-axis]", "change", (select) => this.rebuild({ axis: select.value }));
-    on("[data-log]", "change", (box) => this.rebuild({ log: box.checked }));
-    on("[data-run]", "change", (box) => {
+    on(root, "[data-zoom]", "click", (button) => this.zoom(Number(button.dataset.zoom)));
+    on(root, "[data-axis]", "change", (select) => this.rebuild({ axis: select.value, domain: null }));
+    on(root, "[data-log]", "change", (box) => this.rebuild({ log: box.checked }));
+    on(root, "[data-run]", "change", (box) => {
       this.hidden[box.checked ? "delete" : "add"](this.runs[box.dataset.run]);
       this.toggled();
     });
@@ -55,7 +59,7 @@ class Charts {
     this.show(factor ? [middle - (middle - low) * factor, middle + (high - middle) * factor] : null);
   }
   rebuild(changed) {
-    Object.assign(this, changed, "axis" in changed ? { domain: null } : {});
+    Object.assign(this, changed);
     this.charts.forEach((chart) => chart.build());
     this.draw();
   }
@@ -73,10 +77,10 @@ class Chart {
     this.text = spec.percent ? (value) => `${number(100 * value)}%` : number;
     this.lines = charts.runs.flatMap((run, i) => Object.entries(spec.lines).map(([key, name], j) =>
       new Line(run, key, charts.runs.length > 1 ? `${run.name}, ${name}` : name, looks[(charts.runs.length > 1 ? i : j) % looks.length], j > 0)));
-    root.querySelectorAll("[data-key]").forEach((box) => box.addEventListener("change", () => {
+    on(root, "[data-key]", "change", (box) => {
       this.off[box.checked ? "delete" : "add"](box.dataset.key);
       charts.toggled();
-    }));
+    });
     this.place.addEventListener("keydown", (event) => this.key(event));
     this.place.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     this.build();

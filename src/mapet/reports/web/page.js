@@ -5,12 +5,8 @@ const byId = (id) => document.getElementById(id);
 
 /** Links to all sections. */
 function navigation() {
-  byId("sections").replaceChildren(...[...document.querySelectorAll("main > section")].map((section) => {
-    const link = document.createElement("a");
-    link.href = `#${section.id}`;
-    link.textContent = section.querySelector("h2").textContent;
-    return link;
-  }));
+  byId("sections").replaceChildren(...[...document.querySelectorAll("main > section")].map((section) =>
+    Object.assign(document.createElement("a"), { href: `#${section.id}`, textContent: section.querySelector("h2").textContent })));
 }
 
 /** A button that switches between light and dark; until then the system decides. */
@@ -39,7 +35,13 @@ async function follow(run, charts) {
       const news = await answer.json();
       if (news.started && !DATA.started) return location.reload();
       if (news.first === 0) run.curves = {};
-      for (const record of news.records) append(run, record);
+      for (const { step, ...metrics } of news.records) {
+        for (const [name, value] of Object.entries(metrics)) {
+          const [steps, values] = (run.curves[name] ||= [[], []]);
+          steps.push(step);
+          values.push(value);
+        }
+      }
       [generation, have, more, run.steps_per_epoch] = [news.generation, news.first + news.records.length, news.more, news.steps_per_epoch];
       say(news.status);
       for (const [id, html] of Object.entries(news.sections)) renew(byId(id), html);
@@ -64,19 +66,9 @@ function renew(place, html) {
   navigation();
 }
 
-function append(run, { step, ...metrics }) {
-  for (const [name, value] of Object.entries(metrics)) {
-    const [steps, values] = (run.curves[name] ||= [[], []]);
-    steps.push(step);
-    values.push(value);
-  }
-}
-
 navigation();
 const charts = new Charts(byId("curves"), DATA);
 colorScheme(() => charts.redraw());
 for (const root of document.querySelectorAll(".step-through")) new StepThrough(DATA.runs[root.dataset.of].steps, root);
-for (const button of document.querySelectorAll(".figure button")) {
-  button.addEventListener("click", () => button.setAttribute("aria-pressed", String(button.classList.toggle("large"))));
-}
+on(document, ".figure button", "click", (button) => button.setAttribute("aria-pressed", String(button.classList.toggle("large"))));
 if (DATA.live) follow(DATA.runs[0], charts);

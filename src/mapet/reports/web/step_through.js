@@ -4,25 +4,22 @@ const CANVAS = 448; // pixels of the larger side
 
 class StepThrough {
   constructor(data, root) {
-    Object.assign(this, { data, root });
+    const picture = (src) => Object.assign(new Image(), { src }), find = (selector) => root.querySelector(selector);
+    this.data = data;
     this.atlas = picture(data.atlas.src);
     this.tile = new Map(data.atlas.codes.map((code, i) => [code, i]));
     this.images = data.images.map((image) => ({ ...image, pixels: picture(image.src) }));
     this.given = data.grid[0] * data.grid[1] - data.hidden;
     this.count = data.hidden || this.images[0].order.length;
     this.canvas = Object.fromEntries([...root.querySelectorAll("canvas")].map((canvas) => [canvas.dataset.shows, canvas]));
-    const find = (selector, event, action) => {
-      const control = root.querySelector(selector);
-      control.addEventListener(event, () => action(control));
-      return control;
-    };
-    find("select", "change", (select) => this.select(select.value));
-    this.slider = find("[data-slider]", "input", (slider) => this.go(Number(slider.value)));
-    this.opacity = find("[data-opacity]", "input", () => this.draw());
-    this.back = find("[data-back]", "click", () => this.go(this.at - 1));
-    this.next = find("[data-next]", "click", () => this.go(this.at + 1));
-    this.play = find("[data-play]", "click", () => this.toggle());
-    this.said = root.querySelector(".said");
+    [this.slider, this.opacity, this.back, this.next, this.play] = ["slider", "opacity", "back", "next", "play"].map((name) => find(`[data-${name}]`));
+    this.said = find(".said");
+    on(root, "select", "change", (select) => this.select(select.value));
+    on(root, "[data-slider]", "input", (slider) => this.go(Number(slider.value)));
+    on(root, "[data-opacity]", "input", () => this.draw());
+    on(root, "[data-back]", "click", () => this.go(this.at - 1));
+    on(root, "[data-next]", "click", () => this.go(this.at + 1));
+    on(root, "[data-play]", "click", () => this.playOrStop());
     root.addEventListener("keydown", (event) => this.key(event));
     this.slider.max = this.count;
     this.select(0);
@@ -33,7 +30,6 @@ class StepThrough {
     this.image = this.images[number];
     this.go(0);
   }
-
   go(step) {
     this.at = Math.min(this.count, Math.max(0, step));
     this.slider.value = this.at;
@@ -43,23 +39,17 @@ class StepThrough {
     this.slider.setAttribute("aria-valuetext", this.said.textContent);
     this.draw();
   }
-
-  /** Play all steps, or stop. */
-  toggle() {
-    if (this.timer) return this.stop();
-    if (this.at === this.count) this.go(0);
-    this.play.textContent = "Stop";
-    this.timer = setInterval(() => {
-      this.go(this.at + 1);
-      if (this.at === this.count) this.stop();
-    }, Math.max(40, Math.min(600, 12000 / this.count)));
-  }
-  stop() {
+  playOrStop(go = !this.timer) {
     clearInterval(this.timer);
     this.timer = null;
-    this.play.textContent = "Play";
+    this.play.textContent = go ? "Stop" : "Play";
+    if (!go) return;
+    if (this.at === this.count) this.go(0);
+    this.timer = setInterval(() => {
+      this.go(this.at + 1);
+      if (this.at === this.count) this.playOrStop(false);
+    }, Math.max(40, Math.min(600, 12000 / this.count)));
   }
-
   key(event) {
     if (event.target.tagName === "SELECT" || event.target.type === "range") return; // they use the arrows themselves
     const by = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
@@ -74,69 +64,62 @@ class StepThrough {
     if (!this.at) return `${this.given} patches are given; ${hidden} are to be predicted${sees_positions ? ", all of their positions known from the start" : ""}.`;
     const rank = this.at - 1, patch = order[this.given + rank], right = tokens[patch] === predicted[rank];
     const where = `Patch ${this.at} of ${hidden} (row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1})`;
-    const so_far = predicted.slice(0, this.at).filter((token, i) => token === tokens[order[this.given + i]]).length;
+    const soFar = predicted.slice(0, this.at).filter((token, i) => token === tokens[order[this.given + i]]).length;
     const verdict = right ? `right, with probability ${chance[rank]}` : `wrong: it is token ${tokens[patch]}, which got ${chance[rank]}`;
-    return `${where}: token ${predicted[rank]} (probability ${sure[rank]}), ${verdict}. So far ${so_far} of ${this.at} right.`;
+    return `${where}: token ${predicted[rank]} (probability ${sure[rank]}), ${verdict}. So far ${soFar} of ${this.at} right.`;
   }
 
   draw() {
     const { hidden, sees_targets, atlas } = this.data, { name, order, tokens, predicted } = this.image;
     const known = new Set(order.slice(0, hidden && !sees_targets ? this.given : this.given + Math.max(0, this.at - (hidden ? 1 : 0))));
     const now = this.at && hidden ? order[this.given + this.at - 1] : null;
-    const done = new Map(order.slice(this.given, this.given + this.at).map((patch, rank) => [patch, rank]));
-    const paint = (shows, label, now, fill) => this.paint(this.canvas[shows], label, now, fill);
-    paint("image", `The image ${name}`, null, (patch, box) => this.real(patch, box));
-    paint("seen", `${known.size} of ${order.length} patches of ${name} are seen`, now, (patch, box) => known.has(patch) && this.real(patch, box));
+    this.paint("image", `The image ${name}`, null, (box) => this.real(box));
+    this.paint("seen", `${known.size} of ${order.length} patches of ${name} are seen`, now, (box) => known.has(box.patch) && this.real(box));
     if (hidden) {
-      paint("predicted", `${this.at} predicted patches. ${this.said.textContent}`, now, (patch, box) =>
-        done.has(patch) ? this.token(predicted[done.get(patch)], box) : order.indexOf(patch) < this.given && this.real(patch, box));
-      paint("true", `True tokens of ${name}`, now, (patch, box) => this.token(tokens[patch], box));
+      this.paint("predicted", `${this.at} predicted patches. ${this.said.textContent}`, now, (box) => {
+        const rank = order.indexOf(box.patch) - this.given;
+        if (rank < 0) this.real(box);
+        else if (rank < this.at) this.token(predicted[rank], box);
+      });
+      this.paint("true", `True tokens of ${name}`, now, (box) => this.token(tokens[box.patch], box));
     }
-    paint("tokens", `Visual tokens of ${name}`, null, (patch, box) => {
-      this.real(patch, box);
+    this.paint("tokens", `Visual tokens of ${name}`, null, (box) => {
+      this.real(box);
       box.brush.globalAlpha = this.opacity.value / 100;
-      box.brush.fillStyle = atlas.colors[this.tile.get(tokens[patch])];
-      box.brush.fillRect(box.x, box.y, box.width, box.height);
+      box.brush.fillStyle = atlas.colors[this.tile.get(tokens[box.patch])];
+      box.brush.fillRect(...box.place);
       box.brush.globalAlpha = 1;
     });
   }
 
-  /** Every patch by `fill(patch, box)`; a frame around the one that is predicted now. */
-  paint(canvas, label, now, fill) {
-    canvas.setAttribute("aria-label", label);
-    const [rows, columns] = this.data.grid, [height, width] = this.data.size;
+  /** Every patch by `fill`; a frame around the one that is predicted now. */
+  paint(shows, label, now, fill) {
+    const canvas = this.canvas[shows], brush = canvas.getContext("2d"), [rows, columns] = this.data.grid, [height, width] = this.data.size;
     const scale = Math.max(1, Math.round(CANVAS / Math.max(height, width)));
+    canvas.setAttribute("aria-label", label);
     [canvas.width, canvas.height] = [width * scale, height * scale];
-    const brush = canvas.getContext("2d");
     brush.imageSmoothingEnabled = false;
     const w = canvas.width / columns, h = canvas.height / rows;
-    const place = (patch) => ({ row: Math.floor(patch / columns), column: patch % columns });
-    for (let patch = 0; patch < rows * columns; patch++) {
-      const { row, column } = place(patch);
-      fill(patch, { brush, row, column, x: column * w, y: row * h, width: w, height: h });
-    }
+    for (let patch = 0; patch < rows * columns; patch++) fill({ brush, patch, place: [(patch % columns) * w, Math.floor(patch / columns) * h, w, h] });
     if (now === null) return;
-    const { row, column } = place(now);
     brush.lineWidth = Math.max(3, canvas.width / 100);
     for (const [color, inset] of [["#ffffff", 0], ["#D55E00", brush.lineWidth / 2]]) {
       brush.strokeStyle = color;
-      brush.strokeRect(column * w + inset, row * h + inset, w - 2 * inset, h - 2 * inset);
+      brush.strokeRect((now % columns) * w + inset, Math.floor(now / columns) * h + inset, w - 2 * inset, h - 2 * inset);
     }
   }
-
-  real(patch, { brush, row, column, x, y, width, height }) {
+  /** The patch as it is. */
+  real(box) {
     const { pixels } = this.image, [rows, columns] = this.data.grid;
-    const w = pixels.naturalWidth / columns, h = pixels.naturalHeight / rows;
-    if (w) brush.drawImage(pixels, column * w, row * h, w, h, x, y, width, height);
+    this.tileOf(pixels, box.patch, columns, pixels.naturalWidth / columns, pixels.naturalHeight / rows, box);
   }
-  token(code, { brush, x, y, width, height }) {
-    const { atlas, grid, size } = this.data, i = this.tile.get(code), h = size[0] / grid[0], w = size[1] / grid[1];
-    if (this.atlas.naturalWidth) brush.drawImage(this.atlas, (i % atlas.columns) * w, Math.floor(i / atlas.columns) * h, w, h, x, y, width, height);
+  /** The mean patch of a token. */
+  token(code, box) {
+    const { atlas, grid, size } = this.data;
+    this.tileOf(this.atlas, this.tile.get(code), atlas.columns, size[1] / grid[1], size[0] / grid[0], box);
   }
-}
-
-function picture(source) {
-  const image = new Image();
-  image.src = source;
-  return image;
+  /** Draw tile i of a picture with so many columns of w x h pixels. */
+  tileOf(picture, i, columns, w, h, { brush, place }) {
+    if (picture.naturalWidth) brush.drawImage(picture, (i % columns) * w, Math.floor(i / columns) * h, w, h, ...place);
+  }
 }
