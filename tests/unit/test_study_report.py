@@ -12,15 +12,13 @@ from scipy import stats
 
 from mapet.errors import MapetError
 from mapet.evaluation.intervals import mean_and_interval
-from mapet.reports.study import write_report
+from mapet.reports.study import findings, sentence, write_report
 from mapet.studies.statistics import (
     Study,
     Trial,
-    best_values,
     holm,
     paired_differences,
     paired_t_test,
-    sentence,
 )
 
 
@@ -140,7 +138,8 @@ def test_sentences():
 
 def test_best_value_of_a_factor_is_over_what_all_its_values_share():
     scores = {("0.5", 0): 0.40, ("0.5", 1): 0.42, ("0.75", 0): 0.45, ("0.75", 1): 0.43, ("0.5", 2): 0.99}
-    (said,) = best_values(study([cell("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()]))
+    compared = study([cell("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()])
+    _, said = findings(compared, paired_differences(compared))
     assert said == (
         "At equal epochs, logistic: the ratio of highest mean is 0.75 (0.440; intervals overlap) for mapet."
     )

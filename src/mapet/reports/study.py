@@ -13,10 +13,19 @@ from markupsafe import Markup
 from mapet.evaluation.intervals import mean_and_interval
 from mapet.files import atomic
 from mapet.reports.plots import plot_seeds
-from mapet.reports.render import Bold, render
-from mapet.studies import statistics
-from mapet.studies.statistics import Difference, Study, Trial, in_words, p_value
+from mapet.reports.render import Bold, render, render_part
+from mapet.studies.statistics import (
+    Difference,
+    Study,
+    Trial,
+    best_values,
+    in_words,
+    of_one_seed,
+    p_value,
+    paired_differences,
+)
 
+SENTENCES = "study_sentences.md"
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
 """Column -> attribute of a trial and unit."""
 CURVES = {"loss": "training loss", "logistic": "linear probe while training", "knn": "k-NN while training"}
@@ -26,21 +35,46 @@ AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 
 def write_report(study: Study, folder: Path) -> None:
     """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
-    differences = statistics.paired_differences(study)
+    differences = paired_differences(study)
     content = {
         "study": study,
-        "findings": statistics.findings(study, differences),
+        "findings": findings(study, differences),
         "scores_head": [*study.other_factors, study.compare, *study.measures, *COSTS],
         "scores": {budget: _scores(study, budget) for budget in study.budgets},
         "curves": _curves(study),
         "differences": [_difference(row) for row in differences],
         "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
-        "tested": not statistics.of_one_seed(differences),
+        "tested": not of_one_seed(differences),
     }
     texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
     for kind, text in texts.items():
         with atomic(folder / f"report.{kind}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def findings(study: Study, differences: list[Difference]) -> list[str]:
+    """What the study says, in sentences: pooled differences, those told apart in a setting, the best values."""
+    if not any(trial.finished for trial in study.trials):
+        return ["No run has finished: there is nothing to compare yet."]
+    single = [row for row in differences if not row.headline]
+    told = [row for row in single if row.verdict in ("higher", "lower")]
+    if not differences:
+        said = [render_part(SENTENCES, "no_pairs", study.compare)]
+    elif of_one_seed(differences):
+        said = [render_part(SENTENCES, "one_seed", study.compare)]
+    else:
+        said = [sentence(row) for row in [*(row for row in differences if row.headline), *told]]
+        said += [render_part(SENTENCES, "told_apart", len(single), len(told))] if single else []
+    places = product(study.budgets, study.measures, study.other_factors)
+    return said + [
+        render_part(SENTENCES, "best", *place, best) for place in places if (best := best_values(study, *place))
+    ]
+
+
+def sentence(row: Difference) -> str:
+    """Write a difference in plain English."""
+    setting, p = in_words(row.settings[0]), p_value(row.p_holm, "= ")
+    return render_part(SENTENCES, "difference", row, setting, p).strip()
 
 
 def _scores(study: Study, budget: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Statistics of a study: intervals over seeds, paired differences of runs, and what may be said of them."""
+"""Statistics of a study: intervals over seeds, paired differences of runs, the best values."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -7,9 +7,9 @@ from functools import cached_property
 from itertools import combinations, product
 from math import isfinite, nan
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError
 from mapet.evaluation.intervals import LEVEL, mean_and_interval
 
 NO_SPREAD = 1e-9
@@ -210,46 +210,9 @@ def _mean_by_seed(scores: Collection[dict[int, float]]) -> list[float]:
     return [fmean(of_setting[seed] for of_setting in scores if seed in of_setting) for seed in seeds]
 
 
-def findings(study: Study, differences: list[Difference]) -> list[str]:
-    """What the study says, in sentences: pooled differences, those told apart in a setting, the best settings."""
-    if not any(trial.finished for trial in study.trials):
-        return ["No run has finished: there is nothing to compare yet."]
-    if not differences:
-        pairs = [f"No two values of {study.compare} share a finished seed and setting: there are no pairs to test."]
-        return pairs + best_values(study)
-    if of_one_seed(differences):
-        said = (
-            f"One seed: no interval and no test, so no difference between values of {study.compare} is told apart from chance. The table "
-            f"of differences has them; more {option('seeds')} would tell."
-        )
-        return [said, *best_values(study)]
-    single = [row for row in differences if not row.headline]
-    told = [sentence(row) for row in single if row.verdict in ("higher", "lower")]
-    count = f"Of {len(single)} differences in single settings {len(told)} can be told from nought; the table has all."
-    return [sentence(r) for r in differences if r.headline] + told + [count] * bool(single) + best_values(study)
-
-
 def of_one_seed(differences: list[Difference]) -> bool:
     """Whether there are differences, but without intervals and tests."""
     return bool(differences) and all(row.seeds == 1 for row in differences)
-
-
-def sentence(row: Difference) -> str:
-    """A difference in plain English; "points" are percentage points."""
-    sign = -1 if row.mean < 0 else 1
-    points = f"{100 * abs(row.mean):.1f}"
-    gap = "level with" if points == "0.0" else f"{points} points {'above' if sign > 0 else 'below'}"
-    where = f"over {len(row.settings)} settings" if len(row.settings) > 1 else f"with {in_words(row.settings[0])}"
-    where = f" {where}" if row.settings[0] else ""
-    start = f"At {row.budget}, {row.measure}: {row.first}"
-    if row.p_holm is None or row.half_width is None:
-        why = "One seed: no interval and" if row.seeds == 1 else f"The same in all {row.seeds} seeds: no spread and"
-        return f"{start} is {gap} {row.second}{where}. {why} no test."
-    low, high = (100 * (sign * row.mean + side * row.half_width) for side in (-1, 1))
-    facts = f"95 % interval {low:z.1f} to {high:z.1f}, {row.seeds} seeds, corrected p {p_value(row.p_holm, '= ')}"
-    if row.verdict == "not told apart":
-        return f"{start} and {row.second} cannot be told apart{where} ({row.first} is {gap} {row.second}; {facts})."
-    return f"{start} is {gap} {row.second}{where} ({facts})."
 
 
 def in_words(setting: Setting) -> str:
@@ -262,36 +225,40 @@ def p_value(p: float | None, equals: str = "") -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
-def best_values(study: Study) -> list[str]:
-    """Sentences on where each compared value does best, for each other factor that varies: a description, no test.
+class Best(NamedTuple):
+    """The levels of a factor at which a compared value has its highest mean: a description, no test.
+
+    Attributes:
+        overlap: whether its interval overlaps with another level's; None where there is one seed.
+    """
+
+    value: str
+    levels: list[str]
+    mean: float
+    overlap: bool | None
+
+
+def best_values(study: Study, budget: str, measure: str, factor: str) -> list[Best]:
+    """Where each compared value does best.
 
     Levels of a factor are compared on the seeds and remaining settings that they share, averaged as in pooling.
     """
-    sentences = []
-    for budget, measure, factor in product(study.budgets, study.measures, study.other_factors):
-        claims = []
-        for value in study.values:
-            levels: dict[str, dict[tuple[Setting, int], float]] = {}
-            for setting in study.settings:
-                rest = tuple(pair for pair in setting if pair[0] != factor)
-                for seed, score in study.scores(budget, setting, value, measure).items():
-                    levels.setdefault(dict(setting)[factor], {})[rest, seed] = score
-            shared = set.intersection(*map(set, levels.values())) if len(levels) > 1 else set()
-            if shared:
-                claims.append(f"{_highest(levels, shared)} for {value}")
-        if claims:
-            sentences.append(f"At {budget}, {measure}: the {factor} of highest mean is {'; '.join(claims)}.")
-    return sentences
-
-
-def _highest(levels: dict[str, dict[tuple[Setting, int], float]], shared: set[tuple[Setting, int]]) -> str:
-    """'0.75 (0.512; intervals overlap)'."""
     found = []
-    for level, scores in levels.items():
-        means = _mean_by_seed([{seed: scores[rest, seed]} for rest, seed in sorted(shared)])
-        found.append((*mean_and_interval(means), level))
-    highest, width, _ = max(found, key=lambda entry: entry[0])
-    top = [level for mean, _, level in found if mean > highest - NO_SPREAD]
-    reach = max(mean + (half or 0) for mean, half, level in found if level != top[0])
-    remark = "intervals overlap" if reach >= highest - (width or 0) else "intervals do not overlap"
-    return f"{' and '.join(top)} ({highest:.3f}; {'one seed, no interval' if width is None else remark})"
+    for value in study.values:
+        levels: dict[str, dict[tuple[Setting, int], float]] = {}
+        for setting in study.settings:
+            rest = tuple(pair for pair in setting if pair[0] != factor)
+            for seed, score in study.scores(budget, setting, value, measure).items():
+                levels.setdefault(dict(setting)[factor], {})[rest, seed] = score
+        shared = set.intersection(*map(set, levels.values())) if len(levels) > 1 else set()
+        if not shared:
+            continue
+        seeds = {
+            level: _mean_by_seed([{seed: of[rest, seed]} for rest, seed in shared]) for level, of in levels.items()
+        }
+        intervals = {level: mean_and_interval(means) for level, means in seeds.items()}
+        highest, width = max(intervals.values(), key=lambda interval: interval[0])
+        top = [level for level, (mean, _) in intervals.items() if mean > highest - NO_SPREAD]
+        reach = max(mean + (half or 0) for level, (mean, half) in intervals.items() if level != top[0])
+        found.append(Best(value, top, highest, None if width is None else reach >= highest - width))
+    return found
