@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FasterRCNN, anchor_utils
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 from mapet.data.readers import BadImage
@@ -259,7 +258,7 @@ def make_detector(backbone: BackboneWrapper, classes: int, trained: bool) -> Fas
         SimpleFeaturePyramid(backbone, trained), classes + 1,  # 0 is the background
         image_mean=list(backbone.mean), image_std=list(backbone.std),
         min_size=min(height, width), max_size=max(height, width), fixed_size=(width, height), size_divisible=1,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        rpn_anchor_generator=anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         box_batch_size_per_image=BOX_BATCH_SIZE_PER_IMAGE,
         box_roi_pool=MultiScaleRoIAlign([str(index) for index in range(len(sizes))], output_size=7, sampling_ratio=2),
     ).to(backbone.compute.device)  # fmt: skip

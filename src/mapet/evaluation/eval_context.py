@@ -38,13 +38,14 @@ class ProtocolResult:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add_accuracy(
-        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str = ""
-    ) -> None:
+        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str
+    ) -> "ProtocolResult":
         """Add top-1 accuracy with its interval, and the table of classes."""
         correct = predicted == labels
         self.metrics[name] = accuracy_with_ci(int(correct.sum()), len(labels), selected)
         counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[correct]))
         self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
+        return self
 
 
 @dataclass

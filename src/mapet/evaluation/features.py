@@ -13,9 +13,8 @@ import numpy as np
 import timm
 import torch
 from jaxtyping import Float, Int, UInt8
-from timm.models.hiera import Hiera
+from timm.models import Hiera, VisionTransformer
 from timm.models.hieradet_sam2 import HieraDet
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.data.dataset import Quarantine, ViewDataset, readable_batches

@@ -22,6 +22,8 @@ from mapet.tokenizers.tokenizer import Tokenizer
 
 MAX_IMAGES, PATCHES_PER_CODE = 2000, 60
 """Images whose patches show what tokens mean: at most, and enough for about 60 patches of each code."""
+NUM_QUERIES, NUM_NEAREST = 6, 7
+"""Held-out images whose nearest ones are shown, and how many of each."""
 Titled = tuple[UInt8[Tensor, "C H W"], str]
 """Pixels of a centred view, and the name of the image."""
 
@@ -53,9 +55,8 @@ class Look(NamedTuple):
 
 @torch.inference_mode()
 def look_at(
-    model: ViTForPreTraining, tokenizer: Tokenizer, images: ImageList, compute: Compute, shown: int,
-    order: OrderKind = "random", seed: int = 0,
-) -> Look:  # fmt: skip
+    model: ViTForPreTraining, tokenizer: Tokenizer, images: ImageList, compute: Compute, shown: int, order: OrderKind
+) -> Look:
     """Draw images at random and run tokenizer and model over them.
 
     Args:
@@ -68,11 +69,10 @@ def look_at(
     assert tokenizer.teacher is not None, "loaded without its teacher"
     vit = model.vit
     size: tuple[int, int] = vit.patch_embed.img_size
-    dataset = ViewDataset(
-        images, ViewSpec(image_size=size), vit.in_chans, size, tokenizer.teacher.image_size, grid=tokenizer.grid, order=order, seed=seed
-    )  # fmt: skip
+    sizes = vit.in_chans, size, tokenizer.teacher.image_size
+    dataset = ViewDataset(images, ViewSpec(image_size=size), *sizes, grid=tokenizer.grid, order=order)
     count = enough_images(shown, tokenizer.vocab_size, model.num_patches, len(images))
-    batch = dataset.batch([(0, int(i)) for i in np.random.default_rng(seed).permutation(len(images))[:count]])
+    batch = dataset.batch([(0, int(i)) for i in np.random.default_rng(0).permutation(len(images))[:count]])
     if batch.images is None or batch.teacher_images is None or batch.permutation is None:
         raise MapetError(f"none of the images tried in {images.root} could be read; `mapet check` says why")
     tokens = torch.cat([tokenizer(compute.to(part)).flatten(1).cpu() for part in batch.teacher_images.split(64)])
@@ -97,11 +97,8 @@ def attention_of_cls(vit: VisionTransformer, images: Float[Tensor, "B C H W"]) -
     """Attention weights of the class token to the patches in the last block."""
     found: list[Tensor] = []
     attention = vit.blocks[-1].attn
-    hook = attention.register_forward_hook(lambda module, inputs, output: found.append(inputs[0]))
-    try:
+    with attention.register_forward_hook(lambda module, inputs, output: found.append(inputs[0])):
         vit.forward_features(images)
-    finally:
-        hook.remove()
     qkv = attention.qkv(found[0]).unflatten(-1, (3, attention.num_heads, attention.head_dim))
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     scores = (attention.q_norm(q)[:, :, :1] * attention.scale) @ attention.k_norm(k).transpose(-2, -1)
@@ -120,7 +117,7 @@ def principal_colors(features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 3"]
 
 
 def retrieve(
-    vit: VisionTransformer, images: ImageList, compute: Compute, queries: int = 6, nearest: int = 7
+    vit: VisionTransformer, images: ImageList, compute: Compute
 ) -> tuple[list[list[Titled]], list[str], Int[np.ndarray, "K K"] | None]:
     """Find the images nearest to some of a fixed sample, a fifth of which is held out.
 
@@ -140,8 +137,8 @@ def retrieve(
         predicted = fit_logistic(fit.layer_features(), fit.labels, count, C=ONLINE_C)(features).argmax(1)
         confusion = torch.bincount(check.labels * count + predicted, minlength=count**2).view(count, count).numpy()
     order = check.index.argsort()
-    chosen = order[np.linspace(0, len(order) - 1, min(queries, len(order))).round().astype(int)]
-    _, found = nearest_neighbors(fit.layer_blocks(), features[chosen], nearest)
+    chosen = order[np.linspace(0, len(order) - 1, min(NUM_QUERIES, len(order))).round().astype(int)]
+    _, found = nearest_neighbors(fit.layer_blocks(), features[chosen], NUM_NEAREST)
     size, channels = vit.patch_embed.img_size, vit.in_chans
     rows = neighbor_rows(size, channels, train, test, check.index[chosen].tolist(), fit.index[found].tolist())
     return rows, train.classes, confusion

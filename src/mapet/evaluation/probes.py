@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mapet.config.pretraining import PretrainConfig
 from mapet.data.image_list import ImageList
@@ -166,7 +165,7 @@ def descend(
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
 
-    schedule = LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for loss in losses:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -373,23 +372,13 @@ def extract_sample(
     return FeatureCache.extract(backbone, train, config), FeatureCache.extract(backbone, test, config)
 
 
-@dataclass
 class OnlineProbe:
     """Is it learning at all? Linear probe and k-NN on a small fixed sample of labelled images, every few epochs."""
 
-    train: LabelledSet
-    test: LabelledSet
-    every: int
-    compute: Compute
-
-    @classmethod
-    def for_run(cls, config: PretrainConfig, images: ImageList, compute: Compute) -> "OnlineProbe | None":
-        """Make the probe that the config asks for: None when turned off or when there are no labels."""
-        if config.probe_every == 0 or (config.probe_images is None and images.classes() is None):
-            return None
+    def __init__(self, config: PretrainConfig, images: ImageList, compute: Compute) -> None:
         train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
-        every = config.probe_every or max(1, config.epochs // 5)
-        return cls(train.sample(MAX_TRAIN), test.sample(MAX_TEST), every, compute)
+        self.train, self.test, self.compute = train.sample(MAX_TRAIN), test.sample(MAX_TEST), compute
+        self.every = config.probe_every or max(1, config.epochs // 5)
 
     def __call__(self, vit: VisionTransformer) -> dict[str, float]:
         """Measure the accuracy of a ViT's frozen features."""

@@ -49,19 +49,16 @@ SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 @protocol("labels")
 def logistic(context: EvalContext) -> ProtocolResult:
     """Evaluate the linear probe: logistic regression on the last layer's standardized features."""
-    result, probe = ProtocolResult(), context.logistic
-    predicted = probe(context.test.layer_features()).argmax(1)
-    result.add_accuracy("logistic", predicted, context.test.labels, context.classes, f"C {probe.C:g}")
-    return result
+    predicted, selected = context.logistic(context.test.layer_features()).argmax(1), f"C {context.logistic.C:g}"
+    return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
 
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
     """Evaluate weighted k-NN of the last layer's features."""
-    result, (similarity, rows) = ProtocolResult(), context.test_neighbors
-    votes = probes.knn_scores(context.train, len(context.classes), similarity, rows)
-    result.add_accuracy("knn", votes.argmax(1), context.test.labels, context.classes, f"k {rows.shape[1]}")
-    return result
+    predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
+    selected = f"k {context.test_neighbors[1].shape[1]}"
+    return ProtocolResult().add_accuracy("knn", predicted, context.test.labels, context.classes, selected)
 
 
 @protocol("labels")
@@ -80,7 +77,7 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 @protocol("labels")
 def attentive(context: EvalContext) -> ProtocolResult:
     """Evaluate the attentive probe of the last layer's patch tokens."""
-    result, compute, test = ProtocolResult(), context.backbone.compute, context.data.test
+    compute, test = context.backbone.compute, context.data.test
     train = PatchTokenCache(context.backbone, context.data.train, context.cache)
     probe, lr = probes.fit_attentive(train, len(context.classes), compute, context.options.seed)
     predicted, index = [], []
@@ -89,8 +86,7 @@ def attentive(context: EvalContext) -> ProtocolResult:
             predicted.append(probe(compute.to(tokens)).argmax(1).cpu())
             index.append(rows)
     labels = torch.from_numpy(test.labels)[torch.cat(index)]
-    result.add_accuracy("attentive", torch.cat(predicted), labels, context.classes, f"lr {lr:g}")
-    return result
+    return ProtocolResult().add_accuracy("attentive", torch.cat(predicted), labels, context.classes, f"lr {lr:g}")
 
 
 @protocol("labels")

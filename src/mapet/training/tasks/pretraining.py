@@ -173,7 +173,8 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         if config.target == "tokens":
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
         self.same_shapes = not config.varies_context
-        self.probe = OnlineProbe.for_run(config, images, compute)
+        has_labels = config.probe_images is not None or images.classes() is not None
+        self.probe = OnlineProbe(config, images, compute) if config.probe_every != 0 and has_labels else None
         hidden = (
             f"{'up to ' if config.varies_context else ''}{self.model.num_hidden} of {self.model.num_patches} patches"
         )
