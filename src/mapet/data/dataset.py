@@ -293,9 +293,8 @@ class Quarantine:
 
 def readable_batches(dataset: ViewDataset, batches: Any, unreadable: Quarantine, title: str | None) -> Iterator[Batch]:
     """Yield batches of readable images; the others are counted. `title` names the progress bar; None shows none."""
-    for batch in tqdm(
-        make_loader(dataset, batches), desc=title, unit="batch", disable=None if title else True, leave=False
-    ):
+    loader = make_loader(dataset, batches)
+    for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):
         unreadable.add(batch.bad)
         if len(batch):
             yield batch

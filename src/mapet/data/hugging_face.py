@@ -5,7 +5,7 @@ They are listed like any others, or, too large for this disk, read once, in orde
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from mapet.config.data import PrepareConfig
 from mapet.data import prepared
 from mapet.data.image_list import ImageFiles, ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.prepared import PreparedDataset, PreparedDatasetWriter
+from mapet.data.prepared import OnBad, OnImage, PreparedDataset, PreparedDatasetWriter
 from mapet.data.readers import MAX_BYTES, BadImage, open_image
 from mapet.errors import MapetError, how_to_install, option
 from mapet.files import read_sealed, write_sealed
@@ -271,9 +271,7 @@ class HFStream:
             raise MapetError(f"{self.root} broke off ({first_line(error)}): {hint}") from None
 
 
-def write_streamed(
-    stream: HFStream, config: PrepareConfig, on_bad: Callable[[int, str], None], on_image: Callable[[int], None]
-) -> PreparedDataset:
+def write_streamed(stream: HFStream, config: PrepareConfig, on_bad: OnBad, on_image: OnImage) -> PreparedDataset:
     """Prepare a stream, or resume; its originals are never on disk.
 
     The data set is the one that `write_prepared_dataset` makes of the downloaded data set, file by file, but for `streamed`

@@ -26,6 +26,10 @@ PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
 OPEN_AT_ONCE = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
+OnBad = Callable[[int, str], None]
+"""Called with (index, reason) of each unreadable image; may raise to stop."""
+OnImage = Callable[[int], None]
+"""Called with the number of images done since the last call."""
 
 
 class PreparedDataset(ImageReader):
@@ -52,7 +56,7 @@ class PreparedDataset(ImageReader):
             if done != total:
                 found = f"{done} of {total if total >= 0 else 'all'} images"
                 raise MapetError(
-                    f"{folder} is unfinished ({found}): run the same `mapet prepare ... --resume` to finish it"
+                    f"{folder} is unfinished ({found}): finish it by the same `mapet prepare ... --resume`"
                 )
             self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
             shards = range(-(-total // PER_SHARD))
@@ -118,19 +122,11 @@ class PreparedDatasetWriter:
         window: of the values of images that are more than 8 bits.
     """
 
-    def __init__(
-        self,
-        config: PrepareConfig,
-        source: dict[str, Any],
-        on_bad: Callable[[int, str], None],
-        on_image: Callable[[int], None],
-    ) -> None:
+    def __init__(self, config: PrepareConfig, source: dict[str, Any], on_bad: OnBad, on_image: OnImage) -> None:
         """Begin one in `config.out`, or resume an unfinished one.
 
         Args:
             source: entries of the manifest that tell what is prepared.
-            on_bad: called with (index, reason) of each unreadable image; may raise to stop.
-            on_image: called with the number of images done since the last call.
 
         Raises:
             MapetError: the folder holds one begun with other images or options.
@@ -197,7 +193,7 @@ class PreparedDatasetWriter:
 
 
 def write_prepared_dataset(
-    images: ImageList, config: PrepareConfig, on_bad: Callable[[int, str], None], on_image: Callable[[int], None]
+    images: ImageList, config: PrepareConfig, on_bad: OnBad, on_image: OnImage
 ) -> PreparedDataset:
     """Prepare a list of images, or resume; see `PreparedDatasetWriter`."""
     source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}

@@ -153,8 +153,7 @@ class DecodedImage(LazyImage):
         if window is None and self.is_deep and (array.dtype.kind, array.dtype.itemsize) != ("u", 2):
             values = array[np.isfinite(array)]
             found = f"{values.min():g} to {values.max():g}" if values.size else "none of them finite"
-            hint = "`mapet prepare --value-range LOW HIGH` makes 8 bits of them"
-            raise BadImage(f"{array.dtype.name} pixels, {found}: {hint}")
+            raise BadImage(f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` takes them")
 
     def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         top, left, height, width = box or Box(0, 0, *self.size)

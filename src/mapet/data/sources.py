@@ -50,8 +50,7 @@ def scan(source: str | Path) -> ImageList:
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
-    hint = "give a folder of images, a text file of paths, .tar shards or hf:NAME"
-    raise MapetError(f"{path} does not exist{where}: {hint}")
+    raise MapetError(f"{path} does not exist{where}: give a folder of images, a list of paths, .tar shards or hf:NAME")
 
 
 def _scan_folder(root: Path) -> ImageList:

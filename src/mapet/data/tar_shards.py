@@ -118,10 +118,8 @@ def list_shards(source: str) -> ImageList:
     names = PackedStrings.concatenate([shard.names for shard in shards])
     if not names:
         others = f"{sum(shard.ignored for shard in shards)} other members"
-        endings = " ".join(sorted(EXTENSIONS))
-        raise MapetError(
-            f"no images in the {len(paths)} shards of {source} ({others}); looked for names ending in {endings}"
-        )
+        where, endings = f"the {len(paths)} shards of {source} ({others})", " ".join(sorted(EXTENSIONS))
+        raise MapetError(f"no images in {where}; looked for names ending in {endings}")
     if _any_twice(names):
         files = [b"@" + os.fsencode(os.path.basename(path)) for path in paths]
         names = PackedStrings.pack(
@@ -231,9 +229,8 @@ def read_headers(file: Any, path: str) -> Shard:
         if len(end) < HEADER:
             raise tarfile.ReadError("it ends without an end mark: it is cut off")
         if end.strip(b"\0"):
-            raise tarfile.ReadError(
-                f"no header where one should be, at byte {tar.offset:,}, or something after the end"
-            )
+            place = f"at byte {tar.offset:,}"
+            raise tarfile.ReadError(f"no header where one should be, {place}, or something after the end")
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
         found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
         raise MapetError(f"{found}. Make or copy it again") from None

@@ -286,8 +286,7 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
-        hint = "Without a network, give a file or folder that holds them"
-        raise MapetError(f"cannot load timm's weights of '{name}': {reason}. {hint}") from None
+        raise MapetError(f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file") from None
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
@@ -359,7 +358,6 @@ def find_backbone(path: Path) -> Path:
         known = [*timm.list_models(VITS), *timm.list_models(VITS, pretrained=True)]
         hint = _suggest_model(path.name, known, "timm:") if path.name == str(path) else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
-    reason = f"expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
     if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
         name, config = found
@@ -373,6 +371,9 @@ def find_backbone(path: Path) -> Path:
         else:
             others = f"; or {export}" if name != "finetune" else ""
             reason = f"the run is not finished. Go on with: {shell_command(name, config, '--resume')}{others}"
-    elif seeds := sorted(path.glob("seed-*/model")):
+        raise MapetError(f"{path} holds no backbone: {reason}")
+    if seeds := sorted(path.glob("seed-*/model")):
         raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
-    raise MapetError(f"{path} holds no backbone: {reason}")
+    raise MapetError(
+        f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
+    )

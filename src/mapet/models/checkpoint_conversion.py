@@ -26,6 +26,7 @@ from torch import Tensor
 from mapet.errors import MapetError, by
 from mapet.weights import describe_mismatch, first_names
 
+Weights = dict[str, Tensor]
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel in [0, 1]."""
 PATCH_EMBED = re.compile(r"(.*?)(?:embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.weight")
@@ -76,7 +77,7 @@ class PretrainedViT(NamedTuple):
         unsupported: parts of the encoder that a plain ViT lacks: without them it computes something else.
     """
 
-    state_dict: dict[str, Tensor]
+    state_dict: Weights
     model: str
     model_args: dict[str, Any]
     grid: tuple[int, int]
@@ -87,11 +88,9 @@ class PretrainedViT(NamedTuple):
 
 
 def from_state_dict(
-    weights: Mapping[str, Tensor],
-    source: object,
-    overrides: Mapping[str, Any] = {},
+    weights: Mapping[str, Tensor], source: object, overrides: Mapping[str, Any] = {},
     img_size: tuple[int, int] | None = None,
-) -> PretrainedViT:
+) -> PretrainedViT:  # fmt: skip
     """Recognize the layout of a file's tensors, rename them and infer the ViT's sizes.
 
     Args:
@@ -117,9 +116,7 @@ def from_state_dict(
     return PretrainedViT(encoder, "vit_base_patch16_224", args, grid, None, None, unexpected, unsupported)
 
 
-def remap_keys(
-    weights: Mapping[str, Tensor], source: object
-) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+def remap_keys(weights: Mapping[str, Tensor], source: object) -> tuple[Weights, tuple[str, ...], tuple[str, ...]]:
     """Return (the encoder's tensors under timm's names, unexpected keys, unsupported parts).
 
     Of several ViTs in a file (student and teacher) it takes the teacher.
@@ -153,7 +150,7 @@ def remap_keys(
     return encoder, tuple(sorted(unexpected)), tuple(sorted(unsupported))
 
 
-def _merge_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _merge_qkv(weights: Weights) -> Weights:
     """Concatenate queries, keys and values, as timm has them. Keys of BEiT have no bias: it would change no softmax."""
     merged = dict(weights)
     for name, query in weights.items():
@@ -166,7 +163,7 @@ def _merge_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
-def _infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
+def _infer_model_args(weights: Weights) -> dict[str, Any]:
     """Infer timm's keywords of the VisionTransformer that the weights are of, without its positions."""
     patches = weights["patch_embed.proj.weight"]
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
@@ -190,7 +187,7 @@ def _infer_model_args(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _infer_grid(
-    weights: dict[str, Tensor], args: dict[str, Any], overrides: Mapping[str, Any], img_size: tuple[int, int] | None
+    weights: Weights, args: dict[str, Any], overrides: Mapping[str, Any], img_size: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Infer the (rows, columns) of patches, and add `overrides` and what positions tell to `args`.
 
@@ -213,9 +210,8 @@ def _infer_grid(
         fits = squares + fits
     if not fits:
         wanted = f"grid of {by(known)}" if known else "square of patches"
-        raise ValueError(
-            f"it has {count} positions, which fit no {wanted}; give the size in pixels that they are for: img_size"
-        )
+        hint = "give the size in pixels that they are for: img_size"
+        raise ValueError(f"it has {count} positions, which fit no {wanted}; {hint}")
     grid, embedded = fits[0]
     args |= {"img_size": (grid[0] * patch, grid[1] * patch), "no_embed_class": num_prefix > 0 and embedded == 0}
     if args["reg_tokens"] and embedded == class_tokens == 1:
@@ -232,9 +228,7 @@ def input_mean_std(channels: int) -> MeanStd:
     return (0.5,) * channels, (0.25,) * channels
 
 
-def adapt_state_dict(
-    checkpoint: PretrainedViT, vit: VisionTransformer, source: object
-) -> tuple[dict[str, Tensor], list[str]]:
+def adapt_state_dict(checkpoint: PretrainedViT, vit: VisionTransformer, source: object) -> tuple[Weights, list[str]]:
     """Make the state dict with which `vit` computes what the pre-trained ViT does.
 
     The ViT gets its input as all of mapet does, normalized with `input_mean_std`: another normalization goes into the patch
@@ -274,9 +268,7 @@ def adapt_state_dict(
     return weights, notes
 
 
-def _adapt_patch_embed(
-    weights: dict[str, Tensor], checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]
-) -> None:
+def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]) -> None:
     """Fit the patch embedding to `vit`'s normalization, channels and patch size."""
     weight = weights["patch_embed.proj.weight"]
     if weight.shape[0] != vit.embed_dim:  # reported with the other shapes
@@ -302,11 +294,9 @@ def _adapt_patch_embed(
             weights["pos_embed"] = position
         else:
             raise MapetError("its patch embedding has no bias to take another normalization into")
-        notes.append(
-            f"patch embedding for {after} channels made of one for {before}"
-            if before != after
-            else "patch embedding takes pixels normalized with ImageNet's mean and standard deviation"
-        )
+        takes = "takes pixels normalized with ImageNet's mean and standard deviation"
+        made_of = f"for {after} channels made of one for {before}"
+        notes.append(f"patch embedding {made_of if before != after else takes}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
         notes.append(f"patch embedding resampled from {by(weight.shape[2:])} to {by(size)} px")
@@ -314,14 +304,11 @@ def _adapt_patch_embed(
     weights["patch_embed.proj.weight"] = weight
 
 
-def _adapt_pos_embed(
-    weights: dict[str, Tensor], checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]
-) -> None:
+def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]) -> None:
     """Fit class and register tokens and all positions; where `vit` has none for tokens, these are added to the tokens."""
     own, positions = vit.state_dict(), weights.pop("pos_embed", None)
-    embedded = (
-        0 if positions is None else positions.shape[1] - math.prod(checkpoint.grid)
-    )  # prefix tokens with a position
+    num_positions = 0 if positions is None else positions.shape[1]
+    embedded = max(0, num_positions - math.prod(checkpoint.grid))  # prefix tokens with a position
     start, prefix = 0, list[Tensor]()
     for name, label in (("cls_token", "class token"), ("reg_token", "register tokens")):
         token, new = weights.pop(name, None), own.get(name)
@@ -352,7 +339,7 @@ def _adapt_pos_embed(
         weights["pos_embed"] = patches if vit.no_embed_class else torch.cat([*prefix, patches], dim=1)
 
 
-def fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_layer_scale(weights: Weights) -> Weights:
     """Return weights of the same function without LayerScale: gamma goes into the linear layer before it."""
     folded = dict(weights)
     for name in weights:
