@@ -30,7 +30,7 @@ from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
 from mapet.device import Compute
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore
-from mapet.tokenizers.kmeans import assign, kmeans, kmeans_plusplus_init, random_init
+from mapet.tokenizers.kmeans import KMeans, assign, kmeans_plusplus_init, random_init
 from mapet.tokenizers.tokenizer import Teacher, make_teacher
 
 PROXY = "benchmarks.proxy_teacher:efficientnet_lite0"
@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> Result:
         points = {
             "features": f"{args.features.partition(':')[2] or args.features}, {len(features):,} x {features.shape[1]}"
         }
-        fit = functools.partial(kmeans, features, args.vocab_size, dtype=compute.dtype)
         if args.modes:
             rows = modes(features, args, compute)
         else:
@@ -67,7 +66,8 @@ def run(args: argparse.Namespace) -> Result:
             rows += [
                 product_rate(features, args.vocab_size, dtype, compute) for dtype in (torch.float32, torch.bfloat16)
             ]
-            codebook, part = fit(1).centroids, features[:16384]
+            kmeans = KMeans(args.vocab_size, 1, dtype=compute.dtype)
+            codebook, part = kmeans.fit(features).centroids, features[:16384]
             rate = len(part) / median_seconds(lambda: assign(part, codebook))
             rows.append({"what": "exact assignment, float32", "value": rate, "unit": "patches/s"})
         if args.features == PROXY and not args.modes:
@@ -120,7 +120,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
     centroids: dict[int, torch.Tensor] = {}
 
     def mapet(rounds: int) -> torch.Tensor:
-        centroids[rounds] = kmeans(features, args.vocab_size, rounds, dtype=compute.dtype).centroids
+        centroids[rounds] = KMeans(args.vocab_size, rounds, dtype=compute.dtype).fit(features).centroids
         return centroids[rounds]
 
     works: dict[int, Callable[[], Any]] = {args.iterations: functools.partial(mapet, args.iterations)}
@@ -155,7 +155,8 @@ def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, co
 def modes(features: torch.Tensor, args: argparse.Namespace, compute: Compute) -> list[Row]:
     """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
     rows: list[Row] = []
-    for metric in ("l2", "cosine"):
+    metrics: list[Literal["l2", "cosine"]] = ["l2", "cosine"]
+    for metric in metrics:
         points = DistributedPoints(FeatureStore.of(features), metric)
         clustered = points.take(torch.arange(len(points)))
         starts: dict[Literal["random", "k-means++"], Callable[..., torch.Tensor]] = {
@@ -165,10 +166,8 @@ def modes(features: torch.Tensor, args: argparse.Namespace, compute: Compute) ->
         for start, choose in starts.items():
             row: Row = {"mode": f"{metric}, {start}"}
             for batch in (None, len(points) // 4):
-                fit = functools.partial(
-                    kmeans, features, args.vocab_size, args.iterations, dtype=compute.dtype, init=start, metric=metric, batch_size=batch
-                )  # fmt: skip
-                spent, codebook = timed(fit)
+                kmeans = KMeans(args.vocab_size, args.iterations, 1, 0, compute.dtype, start, batch, metric)
+                spent, codebook = timed(functools.partial(kmeans.fit, features))
                 name = "part" if batch else "all"
                 row |= {f"{name}_error": error(clustered, codebook.centroids), f"{name}_seconds": spent}
             if has_faiss():
@@ -190,7 +189,7 @@ def peak_of_kmeans(count: int, in_memory: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch, FeatureStore(count, in_memory << 40, Path(scratch)) as store:
         for _ in range(count // 1000):
             store.append(torch.randn(1000, 2048))
-        kmeans(store, 128, 2, dtype=torch.bfloat16)
+        KMeans(128, 2, dtype=torch.bfloat16).fit(store)
     return peak_memory()
 
 

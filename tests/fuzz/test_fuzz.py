@@ -30,7 +30,7 @@ from mapet.data.readers import BadImage
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
-from mapet.tokenizers.kmeans import KMeansConfig, KMeansState, load_state, save_state
+from mapet.tokenizers.kmeans import KMeansState, load_state, save_state
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from mapet.training.step import create_optimizer
@@ -138,7 +138,7 @@ def read_named(folder: Path, _: Any) -> list[str]:
     return sorted(read_weights(folder / "weights.pth"))
 
 
-CALL = KMeansConfig(4, 20, 1, 0, "float32", "random", None, "l2", 1)
+CALL = {"vocab_size": 4, "seed": 0}
 
 
 def some_state() -> KMeansState:

@@ -16,7 +16,7 @@ from mapet.device import Compute
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.tokenizers.kmeans import assign, kmeans
+from mapet.tokenizers.kmeans import KMeans, assign
 from mapet.training import trainer
 from mapet.training.step import ForwardBackward
 from tests.conftest import make_batch
@@ -100,7 +100,7 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(200, 48, generator=generator) * 3
     points = centres.repeat(150, 1) + torch.randn(30_000, 48, generator=generator)
-    cpu, gpu = (kmeans(points.to(device), 300, 10, dtype=dtype) for device in ("cpu", "cuda"))
+    cpu, gpu = (KMeans(300, 10, dtype=dtype).fit(points.to(device)) for device in ("cpu", "cuda"))
     assert gpu.error == pytest.approx(cpu.error, rel=0.005)
     ids, distances = assign(points, cpu.centroids)
     found, far = assign(points.cuda(), cpu.centroids.cuda())

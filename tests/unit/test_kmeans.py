@@ -14,8 +14,9 @@ from torch import distributed, multiprocessing
 import mapet
 from mapet.errors import Interrupted, MapetError
 from mapet.files import write_tensors
+from mapet.tokenizers import kmeans
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, stratified_sample
-from mapet.tokenizers.kmeans import DEAD_AFTER, assign, kmeans, kmeans_plusplus_init, random_init
+from mapet.tokenizers.kmeans import DEAD_AFTER, KMeans, assign, kmeans_plusplus_init, random_init
 
 MODES = [
     {"init": start, "batch_size": batch, "metric": metric}
@@ -80,7 +81,7 @@ def plainly(points, vocab_size, iterations, seed=0, init="random", batch_size=No
 def test_as_a_plain_loop(mode, vocab_size):
     points = blobs()
     expected = plainly(points, vocab_size, 10, **mode)
-    found = kmeans(points, vocab_size, 10, **mode)
+    found = KMeans(vocab_size, 10, **mode).fit(points)
     assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
     assert found.counts.tolist() == expected[1].tolist()
     assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-4)
@@ -98,7 +99,7 @@ def test_any_setting_as_a_plain_loop(size, width, seed, vocab_size, iterations, 
     if width == 1 and mode["metric"] == "cosine":
         return  # two points
     expected = plainly(points, vocab_size, iterations, seed, **mode)
-    found = kmeans(points, vocab_size, iterations, seed=seed, **mode)
+    found = KMeans(vocab_size, iterations, seed=seed, **mode).fit(points)
     assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
     assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
 
@@ -109,18 +110,18 @@ def test_dead_centroids_of_mini_batches_start_again():
     points = points[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     mode = {"batch_size": 200}
     expected = plainly(points, 16, 25, **mode)
-    found = kmeans(points, 16, 25, **mode)
+    found = KMeans(16, 25, **mode).fit(points)
     assert (found.counts > 0).all()
     assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3)
-    assert found.mean_sq_dist <= 1.3 * kmeans(points, 16, 25, n_init=3).mean_sq_dist
+    assert found.mean_sq_dist <= 1.3 * KMeans(16, 25, n_init=3).fit(points).mean_sq_dist
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_mini_batches_are_nearly_as_good_as_all_points(metric):
     points = blobs(40, 200)
     options = {"n_init": 2, "metric": metric, "init": "k-means++"}
-    whole = kmeans(points, 40, 20, **options).mean_sq_dist
-    assert kmeans(points, 40, 20, batch_size=800, **options).mean_sq_dist <= 1.03 * whole
+    whole = KMeans(40, 20, **options).fit(points).mean_sq_dist
+    assert KMeans(40, 20, batch_size=800, **options).fit(points).mean_sq_dist <= 1.03 * whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,7 +131,7 @@ def test_spherical(dtype, batch_size):
     points = blobs(seed=3)
     lengths = 2.0 ** torch.randint(-2, 3, (len(points), 1), generator=torch.Generator().manual_seed(0))
     first, again = (
-        kmeans(x, 20, 10, dtype=dtype, metric="cosine", batch_size=batch_size) for x in (points, points * lengths)
+        KMeans(20, 10, dtype=dtype, metric="cosine", batch_size=batch_size).fit(x) for x in (points, points * lengths)
     )
     assert torch.allclose(first.centroids.norm(dim=1), torch.ones(20))
     assert torch.allclose(first.centroids, again.centroids, atol=1e-5)
@@ -140,7 +141,7 @@ def test_spherical(dtype, batch_size):
 
 
 def test_points_that_are_zero_have_no_angle():
-    found = kmeans(torch.cat([blobs(), torch.zeros(50, 6)]), 20, metric="cosine")
+    found = KMeans(20, metric="cosine").fit(torch.cat([blobs(), torch.zeros(50, 6)]))
     assert found.centroids.isfinite().all() and found.counts.sum() == 1850
 
 
@@ -217,18 +218,20 @@ def in_several_processes(rank, folder, world):
     found = {}
     for index, mode in enumerate(MODES):
         shard = points_for(mode).tensor_split([500])[rank]  # uneven
-        found[index] = tuple(kmeans(shard, 50, 8, 2, **mode))
+        found[index] = tuple(KMeans(50, 8, 2, **mode).fit(shard))
     shard = points_for(MODES[0]).tensor_split([500])[rank]
     checkpoint = folder / "state.safetensors"
-    with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
-        kmeans(shard, 50, 8, 2, checkpoint=checkpoint, progress=Stop(11))
-    found["resumed"] = tuple(kmeans(shard, 50, 8, 2, checkpoint=checkpoint))
+    with pytest.MonkeyPatch.context() as patch:
+        after_each_round(patch, Stop(11))
+        with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
+            KMeans(50, 8, 2).fit(shard, checkpoint)
+    found["resumed"] = tuple(KMeans(50, 8, 2).fit(shard, checkpoint))
     for case, mine in (("empty", shard[: 5 * rank]), ("few", shard[:5])):
         with pytest.raises(MapetError) as error:
-            kmeans(mine, 11)
+            KMeans(11).fit(mine)
         found[case] = str(error.value)
     with pytest.raises(MapetError) as error:
-        kmeans(shard, 50, 8, 2, checkpoint=folder / f"{rank}" / ("absent" if rank else "../state.safetensors"))
+        KMeans(50, 8, 2).fit(shard, folder / f"{rank}" / ("absent" if rank else "../state.safetensors"))
     found["elsewhere"] = str(error.value)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -239,7 +242,7 @@ def test_processes_agree_and_equal_one(tmp_path):
     multiprocessing.spawn(in_several_processes, (tmp_path, 2), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for index, mode in enumerate(MODES):
-        single = kmeans(points_for(mode), 50, 8, 2, **mode)
+        single = KMeans(50, 8, 2, **mode).fit(points_for(mode))
         for mine, theirs, alone in zip(one[index], other[index], single, strict=True):
             assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
             assert torch.allclose(torch.as_tensor(mine), torch.as_tensor(alone), rtol=1e-4, atol=1e-4), mode
@@ -249,6 +252,11 @@ def test_processes_agree_and_equal_one(tmp_path):
     assert one["empty"] == other["empty"] == "k-means needs at least one point in each process"
     assert "V = 11" in one["few"] and "there are 10" in other["few"]
     assert "not the same for all processes" in one["elsewhere"] and "not the same" in other["elsewhere"]
+
+
+def after_each_round(monkeypatch, action):
+    """Run `action`, once the round is counted and perhaps saved."""
+    monkeypatch.setattr(kmeans.tqdm, "update", lambda bar, n=1: action(bar))
 
 
 class Stop:
@@ -269,62 +277,65 @@ def same(one, other):
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_goes_on_to_the_bit(mode, dtype, tmp_path):
+def test_goes_on_to_the_bit(mode, dtype, tmp_path, monkeypatch):
     """Stopped in each round, between restarts and after the last; saved on Ctrl-C or, after a crash, by the round before."""
     points = torch.cat([blobs(), torch.zeros(300, 6)])
-    whole = kmeans(points, 40, 4, 3, 5, dtype, **mode)
+    whole = KMeans(40, 4, 3, 5, dtype, **mode).fit(points)
     for rounds in range(1, 13):
         checkpoint = tmp_path / f"{rounds}.safetensors"
         error, raised, every = (KeyboardInterrupt, Interrupted, 60) if rounds % 2 else (ZeroDivisionError,) * 2 + (0,)
+        monkeypatch.setattr(kmeans, "SAVE_EVERY_S", every)
+        after_each_round(monkeypatch, Stop(rounds, error))
         with pytest.raises(raised):
-            kmeans(points, 40, 4, 3, 5, dtype, Stop(rounds, error), checkpoint=checkpoint, save_every=every, **mode)
+            KMeans(40, 4, 3, 5, dtype, **mode).fit(points, checkpoint)
         done = []
-        again = kmeans(points, 40, 4, 3, 5, dtype, done.append, checkpoint=checkpoint, **mode)
+        after_each_round(monkeypatch, done.append)
+        again = KMeans(40, 4, 3, 5, dtype, **mode).fit(points, checkpoint)
         assert same(again, whole) and len(done) == 12 - rounds
     assert not list(tmp_path.glob(".*"))
 
 
-def test_checkpoints_of_other_calls_are_refused(tmp_path):
+def test_checkpoints_of_other_calls_are_refused(tmp_path, monkeypatch):
     points, checkpoint = blobs(), tmp_path / "state.safetensors"
-    with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
-        kmeans(points, 40, 4, progress=Stop(2), checkpoint=checkpoint)
+    with monkeypatch.context() as patch:
+        after_each_round(patch, Stop(2))
+        with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
+            KMeans(40, 4).fit(points, checkpoint)
     content = checkpoint.read_bytes()
     for setting in (
         {"seed": 1}, {"max_iter": 5}, {"n_init": 2}, {"metric": "cosine"}, {"init": "k-means++"}, {"batch_size": 100},
     ):  # fmt: skip
         name, value = next(iter(setting.items()))
         with pytest.raises(MapetError, match=rf"begun with .*{name}: .* -> {re.escape(str(value))}"):
-            kmeans(points, 40, **{"max_iter": 4} | setting, checkpoint=checkpoint)
+            KMeans(40, **{"max_iter": 4} | setting).fit(points, checkpoint)
     with pytest.raises(MapetError, match="vocab_size: 40 -> 41"):
-        kmeans(points, 41, 4, checkpoint=checkpoint)
+        KMeans(41, 4).fit(points, checkpoint)
     for other in (points.flip(0), points * 1.001, points[:-1]):
         with pytest.raises(MapetError, match=r"begun with .*points: \w+\.\.\. -> \w+\.\.\.\): use the same"):
-            kmeans(other, 40, 4, checkpoint=checkpoint)
+            KMeans(40, 4).fit(other, checkpoint)
     assert checkpoint.read_bytes() == content
     for damaged in (content[:-100], b"", b"{}" * 50):
         checkpoint.write_bytes(damaged)
         with pytest.raises(MapetError, match="damaged k-means checkpoint"):
-            kmeans(points, 40, 4, checkpoint=checkpoint)
+            KMeans(40, 4).fit(points, checkpoint)
     write_tensors(checkpoint, {"centroids": points})
     with pytest.raises(MapetError, match="damaged k-means checkpoint"):
-        kmeans(points, 40, 4, checkpoint=checkpoint)
+        KMeans(40, 4).fit(points, checkpoint)
 
 
 def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
-    from mapet.tokenizers import kmeans as module
-
     options = {
         "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "kmeans_metric": "cosine",
         "kmeans_init": "k-means++", "kmeans_batch_size": 50, "kmeans_iters": 6,
     }  # fmt: skip
     whole = mapet.fit_tokenizer(out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        plain, stop = module._next_round, Stop(4)
-        patch.setattr(module, "_next_round", lambda *given: (plain(*given), stop(None))[0])
+        plain, stop = KMeans._next_round, Stop(4)
+        patch.setattr(KMeans, "_next_round", lambda *given: (plain(*given), stop(None))[0])
         with pytest.raises(Interrupted, match="rounds of k-means are saved in"):
             mapet.fit_tokenizer(out=tmp_path / "t", **options)
     checkpoint = tmp_path / "t.kmeans.safetensors"
-    assert checkpoint.exists() and not (tmp_path / "t").exists()
+    assert checkpoint.exists() and not (tmp_path / "t" / "visual_tokenizer.json").exists()
     with pytest.raises(MapetError, match="holds an interrupted fit: go on with resume=True"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options)
     with pytest.raises(MapetError, match="seed: 0 -> 1"):

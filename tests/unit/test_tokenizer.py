@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans as PlainKMeans
 
 import mapet
 from mapet.data.readers import open_image
@@ -17,7 +17,7 @@ from mapet.data.sources import scan
 from mapet.data.views import View, render
 from mapet.errors import MapetError
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans import assign, automatic_vocab_size, kmeans
+from mapet.tokenizers.kmeans import KMeans, assign, automatic_vocab_size
 from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer, make_teacher
 
 
@@ -37,16 +37,16 @@ def test_assign_equals_all_distances():
 
 def test_kmeans_is_as_good_as_scikit_learn():
     points = blobs()
-    error = kmeans(points, 8, max_iter=20, n_init=10).mean_sq_dist
-    reference = KMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
+    error = KMeans(8, max_iter=20, n_init=10).fit(points).mean_sq_dist
+    reference = PlainKMeans(8, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
     assert error <= reference * 1.001
 
 
 def test_kmeans_repeats_and_keeps_the_best_restart():
     points = blobs()
-    first, again = (kmeans(points, 8, seed=3) for _ in range(2))
+    first, again = (KMeans(8, seed=3).fit(points) for _ in range(2))
     assert torch.equal(first.centroids, again.centroids)
-    assert kmeans(points, 8, n_init=5, seed=3).mean_sq_dist <= first.mean_sq_dist
+    assert KMeans(8, n_init=5, seed=3).fit(points).mean_sq_dist <= first.mean_sq_dist
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,7 +55,7 @@ def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
     points = torch.cat([torch.zeros(100, 2), torch.randn(30, 2)])  # starts fall on equal points: empty clusters
     with FeatureStore(len(points), memory, tmp_path) as store:
         store.append(points)
-        found = kmeans(store, 16, max_iter=20, dtype=dtype)
+        found = KMeans(16, max_iter=20, dtype=dtype).fit(store)
     assert (found.counts > 0).all() and found.counts.sum() == 130
     assert torch.equal(found.counts, torch.bincount(assign(points.half(), found.centroids)[0], minlength=16))
 
@@ -65,7 +65,7 @@ def test_bfloat16_k_means_is_as_good_as_float32(photos):
     pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
     points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
     points = torch.nn.functional.layer_norm(points, points.shape[1:])
-    exact, fast = (kmeans(points, 512, max_iter=10, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, fast = (KMeans(512, max_iter=10, dtype=dtype).fit(points) for dtype in (torch.float32, torch.bfloat16))
     assert fast.mean_sq_dist <= exact.mean_sq_dist * 1.001
     assert (
         fast.total_variance == exact.total_variance == pytest.approx(float(points.var(0, correction=0).sum()), rel=1e-3)
@@ -97,7 +97,7 @@ def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
                 store.append(part)
             assert store.in_memory == (memory > 0)
             assert not list(tmp_path.iterdir())  # the scratch file has no name
-            found.append(kmeans(store, 100, 5, restarts, dtype=torch.bfloat16))
+            found.append(KMeans(100, 5, restarts, dtype=torch.bfloat16).fit(store))
     assert torch.equal(found[0].centroids, found[1].centroids) and torch.equal(found[0].counts, found[1].counts)
     assert found[0][2:] == found[1][2:]
     assert found[0].mean_sq_dist == pytest.approx(float(assign(points, found[0].centroids)[1].mean()), rel=1e-3)
@@ -110,15 +110,15 @@ def test_streaming_needs_memory_for_a_block_only(tmp_path):
         import sys, torch
         from pathlib import Path
         from mapet.tokenizers.feature_store import FeatureStore
-        from mapet.tokenizers.kmeans import kmeans
+        from mapet.tokenizers.kmeans import KMeans
         def peak():  # not getrusage's, which is also that of the process that started this one
             return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-        kmeans(torch.randn(5000, 64), 20, 1)
+        KMeans(20, 1).fit(torch.randn(5000, 64))
         before = peak()
         with FeatureStore(60_000, 10_000_000, Path(sys.argv[1])) as store:
             for _ in range(60):
                 store.append(torch.randn(1000, 2000))
-            assert kmeans(store, 20, 1, 2).counts.sum() == 60_000
+            assert KMeans(20, 1, 2).fit(store).counts.sum() == 60_000
         print(peak() - before)
     """
     child = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
@@ -128,7 +128,7 @@ def test_streaming_needs_memory_for_a_block_only(tmp_path):
 @pytest.mark.parametrize("size", [1e-6, 1, 1e6])
 def test_features_of_any_size_fit_float16(size):
     points = blobs() * size
-    found = kmeans(points, 8, max_iter=20, n_init=5)
+    found = KMeans(8, max_iter=20, n_init=5).fit(points)
     assert found.mean_sq_dist == pytest.approx(float(assign(points, found.centroids)[1].mean()), rel=1e-2)
     assert found.centroids.isfinite().all()
 
@@ -142,7 +142,7 @@ def test_features_too_uneven_for_float16():
 
 def test_more_words_than_patches():
     with pytest.raises(MapetError, match=r"V = 500 .* but there are 400.*vocab_size"):
-        kmeans(blobs(), 500)
+        KMeans(500).fit(blobs())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 import mapet
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
-from mapet.tokenizers.kmeans import kmeans
+from mapet.tokenizers.kmeans import KMeans
 from mapet.tokenizers.vqkd import PATIENCE, VQKD, VQKDForTraining, nearest_code, vqkd_encoder
 
 
@@ -327,7 +327,7 @@ def test_the_codebook_starts_with_k_means():
     model = training(codes=4)
     features = F.normalize(torch.randn(200, 8), dim=1)
     model.init_codebook_kmeans(features, seed=3)
-    found = kmeans(features, 4, max_iter=10, seed=3)
+    found = KMeans(4, max_iter=10, seed=3).fit(features)
     assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
     assert torch.equal(model.usage, found.counts / 200)
     with pytest.raises(MapetError, match="lower vocab_size"):

@@ -6,9 +6,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ class FeatureStore:
         self.count = self.num_features = 0
         self.scale = 1.0
         self._rows: Tensor | None = None
-        self._file: FileIO | None = None
+        self._file: Any = None
 
     @classmethod
     def of(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
@@ -85,7 +84,6 @@ class FeatureStore:
         if self._rows is not None:
             self._rows[self.count : self.count + len(scaled)] = scaled
         else:
-            assert self._file is not None
             self._file.seek(self.count * self.num_features * 2)
             scaled.half().cpu().numpy().tofile(self._file)
         self.count += len(scaled)
@@ -148,7 +146,6 @@ class FeatureStore:
 
     def _read(self, start: int, into: Tensor) -> Tensor:
         """Rows from `start` on. Read, not mapped: a map of the whole file would count as this process's memory."""
-        assert self._file is not None
         self._file.seek(start * self.num_features * 2)
         if self._file.readinto(into.numpy().data) != into.nbytes:
             raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order?")

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,19 +13,21 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError, option
 from mapet.files import atomic, check_same_options, write_tensors
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, rows_at_once, stratified_sample
 
-Init = Literal["random", "k-means++"]
 COLUMNS = 128
 """Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
 TIE_TOLERANCE = 2.0**-18
 """Float32 products of other shapes may differ by this share of the norms; distances closer than that are told apart in float64."""
 SAMPLE = 16
 """DistributedPoints for each centroid that k-means++ chooses among."""
+SAVE_EVERY_S = 60
+"""Seconds between checkpoints."""
 DEAD_AFTER = 10
 """A mini-batch centroid is dead when so many times K points went by and it won none: one of average share wins so many."""
 
@@ -122,10 +124,8 @@ class NearestCentroid:
         return (table <= limit).to(torch.uint8).argmax(1).to(points.device)  # the first of those that are equal
 
 
-def assign(
-    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Nearest centroid of each point, and the squared distance to it; see `NearestCentroid`."""
+def assign(points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]) -> tuple[Tensor, Tensor]:
+    """(n,) nearest centroid of each point, and (n,) squared distances to it; see `NearestCentroid`."""
     return NearestCentroid(centroids)(points)
 
 
@@ -143,21 +143,6 @@ class KMeansResult(NamedTuple):
     counts: Tensor
     mean_sq_dist: float
     total_variance: float
-
-
-class KMeansConfig(NamedTuple):
-    """What a call of `kmeans` depends on; `points` is a digest of its points."""
-
-    vocab_size: int
-    max_iter: int
-    n_init: int
-    seed: int
-    precision: str
-    init: Init
-    batch_size: int | None
-    metric: str
-    world_size: int
-    points: str = ""
 
 
 class KMeansState(NamedTuple):
@@ -182,78 +167,129 @@ class KMeansState(NamedTuple):
     idle: Tensor
 
 
-def kmeans(
-    points: FeatureStore | Float[Tensor, "n F"],
-    num_clusters: int,
-    max_iter: int = 20,
-    n_init: int = 1,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    progress: Callable[[float], None] | None = None,
-    *,
-    init: Init = "random",
-    batch_size: int | None = None,
-    metric: Metric = "l2",
-    checkpoint: Path | None = None,
-    save_every: float = 60,
-) -> KMeansResult:
-    """Run Lloyd's algorithm or its mini-batch form `n_init` times; return the best.
+@dataclass(frozen=True)
+class KMeans:
+    """Lloyd's algorithm or its mini-batch form, run `n_init` times.
 
-    Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
-    points may be larger than memory.
-
-    In a process group each rank gives a shard of the points and makes the same call; all return the same clusters, those
-    of the points together.
-
-    Args:
+    Attributes:
+        vocab_size: K, clusters.
         max_iter: rounds of a run, at least one.
         dtype: of the products while centroids move; bfloat16 is faster, at an error up to 0.2 % higher. Sums and means are
             float32 (on CUDA added in no fixed order: repeats may differ in the last bits), counts and error those of the
             exact float32 assignment at the end.
-        progress: called after each round with the mean squared distance.
         init: 'random' points, or 'k-means++': see `kmeans_plusplus_init`.
         batch_size: how many points a round visits, of all ranks (Sculley 2010). The last round of a run visits all,
             which puts each centroid in the middle of its points and says what the run's error is. None: all rounds do.
         metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); distances
             are squared there, 2 - 2 cos.
-        checkpoint: file that rank 0 saves the state to, for the same call to resume bit-exactly; all ranks must see it. It
-            stays when the work is done.
-        save_every: seconds between saves; the state is also saved on Ctrl-C.
-
-    Raises:
-        MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
     """
-    if not int(distributed.all_gather(torch.tensor(len(points))).min()):
-        raise MapetError("k-means needs at least one point in each process")
-    data = DistributedPoints(points if isinstance(points, FeatureStore) else FeatureStore.of(points), metric)
-    if num_clusters > len(data):
-        raise MapetError(
-            f"V = {num_clusters:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
-        )
-    ranks = distributed.world_size()
-    config = KMeansConfig(num_clusters, max_iter, n_init, seed, str(dtype), init, batch_size, metric, ranks)
-    nowhere = torch.zeros(num_clusters, data.store.num_features, device=data.device)
-    none = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
-    state = KMeansState(0, torch.inf, torch.inf, nowhere, nowhere, none, none)
-    if checkpoint:
-        config = config._replace(points=_digest(data))
-        state = load_state(checkpoint, config, state)
-    saved = time.monotonic()
-    try:
-        while state.rounds < n_init * max_iter:
-            state = _next_round(data, state, config, dtype)
-            if checkpoint and time.monotonic() - saved >= save_every:
-                save_state(checkpoint, config, state)
-                saved = time.monotonic()
-            if progress:
-                progress(state.error)
-    except KeyboardInterrupt:
-        if checkpoint and state.rounds:
-            save_state(checkpoint, config, state)
-            rounds = f"{state.rounds} of {n_init * max_iter} rounds of k-means"
+
+    vocab_size: int
+    max_iter: int = 20
+    n_init: int = 1
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    init: Literal["random", "k-means++"] = "random"
+    batch_size: int | None = None
+    metric: Metric = "l2"
+
+    def fit(self, points: FeatureStore | Float[Tensor, "n F"], checkpoint: Path | None = None) -> KMeansResult:
+        """Return the clusters of the best run.
+
+        Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
+        points may be larger than memory. In a process group each rank gives a shard of the points and makes the same call;
+        all return the same clusters, those of the points together.
+
+        Args:
+            checkpoint: file that rank 0 saves the state to, each minute and on Ctrl-C, for the same call to resume
+                bit-exactly; all ranks must see it. It stays when the work is done.
+
+        Raises:
+            MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
+        """
+        if not int(distributed.all_gather(torch.tensor(len(points))).min()):
+            raise MapetError("k-means needs at least one point in each process")
+        data = DistributedPoints(points if isinstance(points, FeatureStore) else FeatureStore.of(points), self.metric)
+        if self.vocab_size > len(data):
+            raise MapetError(
+                f"V = {self.vocab_size:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
+            )
+        nowhere = torch.zeros(self.vocab_size, data.store.num_features, device=data.device)
+        none = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
+        state = KMeansState(0, torch.inf, torch.inf, nowhere, nowhere, none, none)
+        call = asdict(self) | {"world_size": distributed.world_size()}
+        call["precision"] = str(call.pop("dtype"))
+        if checkpoint:
+            call["points"] = _digest(data)
+            state = load_state(checkpoint, call, state)
+        saved, total = time.monotonic(), self.n_init * self.max_iter
+        try:
+            with tqdm(desc="k-means", total=total, initial=state.rounds, unit="round", disable=None) as bar:
+                while state.rounds < total:
+                    state = self._next_round(data, state)
+                    if checkpoint and time.monotonic() - saved >= SAVE_EVERY_S:
+                        save_state(checkpoint, call, state)
+                        saved = time.monotonic()
+                    bar.set_postfix(error=f"{state.error:.4g}", refresh=False)
+                    bar.update()
+        except KeyboardInterrupt:
+            if not checkpoint or not state.rounds:
+                raise
+            save_state(checkpoint, call, state)
+            rounds = f"{state.rounds} of {total} rounds of k-means"
             raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
-        raise
-    return _evaluate(data, state.best)
+        return _evaluate(data, state.best)
+
+    def _next_round(self, points: DistributedPoints, state: KMeansState) -> KMeansState:
+        """Move each centroid to its points, and those that win none to the worst served.
+
+        Of all points, centroids become their clusters' means; of a batch, the means of the points that they have won so far:
+        the v-th moves a centroid by 1 / v of the way (Sculley's rate). The error is that of all points to the new centroids,
+        or of a batch to the old ones. Random choices depend on the seed and the number of rounds alone.
+        """
+        mean, variance = points.moments
+        run, round_of_run = divmod(state.rounds, self.max_iter)
+        _, _, best_error, centroids, best, visits, idle = state
+        if round_of_run == 0:
+            choose = random_init if self.init == "random" else kmeans_plusplus_init
+            centroids = points.take(choose(points, self.vocab_size, self.seed, run)) - mean
+            visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
+        is_last, batch = round_of_run == self.max_iter - 1, None
+        if not is_last and self.batch_size is not None and self.batch_size < len(points):
+            random = np.random.default_rng([self.seed, run, round_of_run])
+            batch = stratified_sample(len(points), self.batch_size, random)
+        distances_to = Distances(centroids, self.dtype)
+        sums, counts = torch.zeros_like(centroids), torch.zeros_like(visits)
+        num_visited = len(points.store) if batch is None else len(points.local(batch))
+        half_sq_dist = torch.empty(num_visited, dtype=self.dtype, device=centroids.device)
+        for start, block in points.blocks(batch):
+            block -= mean
+            ids, half_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
+            sums.index_add_(0, ids, block)
+            counts += torch.bincount(ids, minlength=len(centroids))
+        sums, counts = distributed.all_reduce(sums), distributed.all_reduce(counts)
+        if batch is None:
+            moved = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
+            # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
+            explained = (2 * (sums * moved).sum(1) - counts * moved.square().sum(1)).sum() / len(points)
+            error = variance - float(distributed.broadcast(explained))
+            dead = counts == 0
+        else:
+            visits = visits + counts
+            moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
+            moved = points.project(moved + mean) - mean
+            error = 2 * float(distributed.all_reduce(half_sq_dist.float().sum())) / len(batch)
+            idle = torch.where(counts > 0, 0, idle + len(batch))
+            dead = idle >= DEAD_AFTER * len(centroids)
+        if num_dead := int(dead.sum()):
+            worst = _worst_points(points, half_sq_dist, num_dead, batch)
+            dead = dead.nonzero().flatten()[: len(worst)]
+            moved = moved.index_copy(0, dead, points.take(worst) - mean)
+            visits, idle = visits.index_fill(0, dead, 0), idle.index_fill(0, dead, 0)
+        centroids, error = distributed.broadcast(moved), max(0.0, error)
+        if is_last and error < best_error:
+            best_error, best = error, centroids
+        return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
 
 
 def _digest(points: DistributedPoints) -> str:
@@ -264,7 +300,7 @@ def _digest(points: DistributedPoints) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
 
 
-def save_state(path: Path, config: KMeansConfig, state: KMeansState) -> None:
+def save_state(path: Path, call: dict[str, Any], state: KMeansState) -> None:
     """Replace `path` by the state, as one safetensors file; rank 0 does."""
     if distributed.rank() > 0:
         return
@@ -272,10 +308,10 @@ def save_state(path: Path, config: KMeansConfig, state: KMeansState) -> None:
     tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in values.items() if name not in tensors}
     with atomic(path) as temporary:
-        write_tensors(temporary, tensors, {"config": json.dumps(config._asdict()), "numbers": json.dumps(numbers)})
+        write_tensors(temporary, tensors, {"config": json.dumps(call), "numbers": json.dumps(numbers)})
 
 
-def load_state(path: Path, config: KMeansConfig, initial: KMeansState) -> KMeansState:
+def load_state(path: Path, call: dict[str, Any], initial: KMeansState) -> KMeansState:
     """Return the state that `path` holds, or `initial` if there is none.
 
     Raises:
@@ -291,80 +327,9 @@ def load_state(path: Path, config: KMeansConfig, initial: KMeansState) -> KMeans
             state = KMeansState(**json.loads(metadata["numbers"]), **tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to begin again") from None
-        check_same_options(path, begun, config._asdict())
+        check_same_options(path, begun, call)
     distributed.check_same(state.rounds, path)
     return state
-
-
-def _next_round(points: DistributedPoints, state: KMeansState, config: KMeansConfig, dtype: torch.dtype) -> KMeansState:
-    """Do one round; its random choices depend on the seed and the number of rounds alone."""
-    run, round_of_run = divmod(state.rounds, config.max_iter)
-    _, _, best_error, centroids, best, visits, idle = state
-    if round_of_run == 0:
-        choose = random_init if config.init == "random" else kmeans_plusplus_init
-        centroids = points.take(choose(points, config.vocab_size, config.seed, run)) - points.moments[0]
-        visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
-    is_last = round_of_run == config.max_iter - 1
-    batch = None
-    if not is_last and config.batch_size is not None and config.batch_size < len(points):
-        random = np.random.default_rng([config.seed, run, round_of_run])
-        batch = stratified_sample(len(points), config.batch_size, random)
-    centroids, error, visits, idle = _move(points, centroids, visits, idle, dtype, batch)
-    if is_last and error < best_error:
-        best_error, best = error, centroids
-    return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
-
-
-def _move(
-    points: DistributedPoints,
-    centroids: Float[Tensor, "K F"],
-    visits: Int[Tensor, " K"],
-    idle: Int[Tensor, " K"],
-    dtype: torch.dtype,
-    batch: Int[Tensor, " b"] | None,
-) -> tuple[Float[Tensor, "K F"], float, Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """Move each centroid (less the points' mean) to its points, and those that win none to the worst served.
-
-    Of all points, centroids become their clusters' means; of a batch, the means of the points that they have won so far:
-    the v-th moves a centroid by 1 / v of the way (Sculley's rate).
-
-    Args:
-        visits: points that each centroid has won in batches.
-        idle: points of batches that went by since it won its last.
-
-    Returns:
-        centroids; mean squared distance, of all points to the new ones, of a batch's to the old; visits; idle.
-    """
-    mean, variance = points.moments
-    distances_to = Distances(centroids, dtype)
-    sums, counts = torch.zeros_like(centroids), torch.zeros_like(visits)
-    num_visited = len(points.store) if batch is None else len(points.local(batch))
-    half_sq_dist = torch.empty(num_visited, dtype=dtype, device=centroids.device)
-    for start, block in points.blocks(batch):
-        block -= mean
-        ids, half_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
-        sums.index_add_(0, ids, block)
-        counts += torch.bincount(ids, minlength=len(centroids))
-    sums, counts = distributed.all_reduce(sums), distributed.all_reduce(counts)
-    if batch is None:
-        moved = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
-        # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
-        explained = (2 * (sums * moved).sum(1) - counts * moved.square().sum(1)).sum() / len(points)
-        error = variance - float(distributed.broadcast(explained))
-        dead = counts == 0
-    else:
-        visits = visits + counts
-        moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
-        moved = points.project(moved + mean) - mean
-        error = 2 * float(distributed.all_reduce(half_sq_dist.float().sum())) / len(batch)
-        idle = torch.where(counts > 0, 0, idle + len(batch))
-        dead = idle >= DEAD_AFTER * len(centroids)
-    if num_dead := int(dead.sum()):
-        worst = _worst_points(points, half_sq_dist, num_dead, batch)
-        dead = dead.nonzero().flatten()[: len(worst)]
-        moved = moved.index_copy(0, dead, points.take(worst) - mean)
-        visits, idle = visits.index_fill(0, dead, 0), idle.index_fill(0, dead, 0)
-    return distributed.broadcast(moved), max(0.0, error), visits, idle
 
 
 def _worst_points(

@@ -26,17 +26,9 @@ from mapet.errors import Interrupted, MapetError, by, counted, option
 from mapet.files import MANIFEST, new_folder
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, rows_at_once
-from mapet.tokenizers.kmeans import automatic_vocab_size, kmeans
+from mapet.tokenizers.kmeans import KMeans, automatic_vocab_size
 from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.tokenizer import (
-    CodebookStats,
-    Teacher,
-    Tokenizer,
-    describe,
-    load_tokenizer,
-    make_teacher,
-    save_tokenizer,
-)
+from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_teacher, save_tokenizer
 
 log = logging.getLogger("mapet")
 RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
@@ -89,7 +81,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         "%s images, %s patches, teacher %s at %s px in %s, V = %s",
         f"{len(images):,}", f"{num_patches:,}", teacher.name, teacher.image_size, compute.precision, f"{vocab_size:,}",
     )  # fmt: skip
-    sample, max_rows = _local_sample(config, len(images), math.prod(teacher.grid), vocab_size)
+    sample, max_rows = _local_sample(config, teacher, len(images), vocab_size)
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
     unreadable = Quarantine(images, config.max_unreadable)
@@ -110,7 +102,15 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             result = (
                 fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute.dtype, checkpoint)
             )
-    return _save(config, images, teacher, result, checkpoint)
+    fit_config = {} if teacher.builtin_quantizer is not None else config.model_dump(mode="json", include=RECORDED)
+    fit_config |= {"images_hash": images.hash, "num_images": len(images), "num_patches": int(result.usage.sum())}
+    fit_config["mean_squared_distance"] = result.error
+    tokenizer = save_tokenizer(config.out, teacher, result.quantizer, result.usage, result.relative_error, fit_config)
+    if distributed.rank() == 0:
+        checkpoint.unlink(missing_ok=True)
+    _warn_if_interpolated(teacher)
+    log.info("saved %s", config.out)
+    return tokenizer
 
 
 def fit_kmeans(
@@ -119,25 +119,18 @@ def fit_kmeans(
     """Fit k-means centroids to the features, or to their first `config.pca_dim` principal components.
 
     Args:
-        dtype, checkpoint: as for `kmeans`.
+        dtype, checkpoint: as for `KMeans`.
     """
     projection = principal_components(points, config.pca_dim, whiten=False) if config.pca_dim else {}
-    with (
-        FeatureStore(len(points), points.memory, points.scratch, points.device) as projected,
-        tqdm(total=config.kmeans_n_init * config.kmeans_iters, desc="k-means", unit="round", disable=None) as bar,
-    ):
-
-        def show(distance: float) -> None:
-            bar.set_postfix(error=f"{distance:.4g}", refresh=False)
-            bar.update()
-
+    kmeans = KMeans(
+        vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, config.kmeans_init, config.kmeans_batch_size,
+        config.kmeans_metric,
+    )  # fmt: skip
+    with FeatureStore(len(points), points.memory, points.scratch, points.device) as projected:
         if projection:
             for _, block in points.blocks(rows_at_once(points.device)):
                 projected.append(project(block, **projection))
-        centroids, usage, error, variance = kmeans(
-            projected if projection else points, vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, show,
-            init=config.kmeans_init, batch_size=config.kmeans_batch_size, metric=config.kmeans_metric, checkpoint=checkpoint,
-        )  # fmt: skip
+        centroids, usage, error, variance = kmeans.fit(projected if projection else points, checkpoint)
     quantizer = Quantizer({"kind": "nearest", "metric": config.kmeans_metric}, {"centroids": centroids, **projection})
     return FitResult(quantizer, usage, error, error / variance if variance > 0 else 0.0)
 
@@ -181,15 +174,14 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     return math.prod(levels), levels
 
 
-def _local_sample(
-    config: FitTokenizerConfig, num_images: int, patches_per_image: int, vocab_size: int
-) -> tuple[list[int], int]:
+def _local_sample(config: FitTokenizerConfig, teacher: Teacher, images: int, vocab_size: int) -> tuple[list[int], int]:
     """Return this rank's images of the sample, and how many of their patches to keep.
 
     Ranks have consecutive parts, so that all points together are in the order that one process would give them.
     """
-    max_patches = min(config.patches_per_code * vocab_size, num_images * patches_per_image)
-    order = np.random.default_rng(config.seed).permutation(num_images).tolist()
+    patches_per_image = math.prod(teacher.grid)
+    max_patches = min(config.patches_per_code * vocab_size, images * patches_per_image)
+    order = np.random.default_rng(config.seed).permutation(images).tolist()
     sample = order[: -(-max_patches // patches_per_image)]
     rank, number = distributed.rank(), distributed.world_size()
     if len(sample) < number:
@@ -198,35 +190,16 @@ def _local_sample(
     return sample[first:last], min(max_patches, last * patches_per_image) - first * patches_per_image
 
 
-def _save(
-    config: FitTokenizerConfig, images: ImageList, teacher: Teacher, result: FitResult, checkpoint: Path
-) -> Tokenizer:
-    """Write the tokenizer (rank 0), remove the k-means checkpoint, and report."""
-    stats = CodebookStats.from_counts(result.usage, result.relative_error)
-    fit_config = {} if teacher.builtin_quantizer is not None else config.model_dump(mode="json", include=RECORDED)
-    fit_config |= {
-        "images_hash": images.hash, "num_images": len(images), "num_patches": stats.num_patches, "mean_squared_distance": result.error,
-    }  # fmt: skip
-    tokenizer = Tokenizer(teacher, result.quantizer, describe(teacher, result.quantizer, stats, fit_config))
-    if distributed.rank() == 0:
-        save_tokenizer(tokenizer, result.usage, config.out)
-        checkpoint.unlink(missing_ok=True)
-    if teacher.native_grid not in (None, teacher.grid):
-        # The size of the teacher's views that would give the student's grid, if there is one.
-        sides = list(zip(teacher.image_size, teacher.grid, teacher.native_grid, strict=True))
-        hint = ""
-        if not any(side * wanted % given for side, wanted, given in sides):
-            size = " ".join(str(side * wanted // given) for side, wanted, given in sides)
-            hint = f": {option('teacher_image_size')} {size} would do without, if the teacher takes it"
-        log.warning(
-            "the teacher's grid of %s is interpolated to the student's %s%s",
-            by(teacher.native_grid),
-            by(teacher.grid),
-            hint,
-        )
-    log.info("codebook: %s", stats)
-    log.info("saved %s", config.out)
-    return tokenizer
+def _warn_if_interpolated(teacher: Teacher) -> None:
+    """Name the size of the teacher's views that would give the student's grid, if there is one."""
+    if teacher.native_grid is None or teacher.native_grid == teacher.grid:
+        return
+    sides, hint = list(zip(teacher.image_size, teacher.grid, teacher.native_grid, strict=True)), ""
+    if not any(side * wanted % given for side, wanted, given in sides):
+        size = option("teacher_image_size", *(side * wanted // given for side, wanted, given in sides))
+        hint = f": {size} would do without, if the teacher takes it"
+    grids = by(teacher.native_grid), by(teacher.grid)
+    log.warning("the teacher's grid of %s is interpolated to the student's %s%s", *grids, hint)
 
 
 def tokenize(config: TokenizeConfig) -> TokenStore:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mapet import distributed
 from mapet.config.shared import HUBS, is_own_code
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
@@ -26,6 +28,7 @@ from mapet.tokenizers import teachers
 from mapet.tokenizers.quantizers import Quantizer
 from mapet.weights import hash_weights
 
+log = logging.getLogger("mapet")
 CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
@@ -251,10 +254,19 @@ class Tokenizer(nn.Module):
         return self.quantizer(flat.flatten(0, 2)).view(flat.shape[:3])
 
 
-def describe(
-    teacher: Teacher, quantizer: Quantizer, stats: CodebookStats, fit_config: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the content of `visual_tokenizer.json`; its hash is over what decides tokens."""
+def save_tokenizer(
+    folder: Path, teacher: Teacher, quantizer: Quantizer, usage: Tensor, error: float | None, fit_config: dict[str, Any]
+) -> Tokenizer:
+    """Write the quantizer's tensors, the usage of codes and the description, all or nothing, as a new folder; rank 0 does.
+
+    Args:
+        usage: (K,) patches that have each code.
+        error: see `CodebookStats.quantization_error`.
+        fit_config: what the description is to say of the fit.
+    """
+    stats = CodebookStats.from_counts(usage, error)
+    log.info("codebook: %s", stats)
+    # The hash is over what decides tokens.
     identity = {
         "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"},
         "weights_hash": teacher.weights_hash,
@@ -262,21 +274,19 @@ def describe(
         "quantizer_hash": hash_weights(quantizer.state_dict()),
     }
     interpolated = teacher.native_grid not in (None, teacher.grid)
-    return identity | {
+    description = identity | {
         "format_version": FORMAT, "hash": canonical_hash(identity), "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size), "teacher_grid": list(teacher.native_grid or teacher.grid),
         "interpolation": "bilinear, antialiased" if interpolated else None, "teacher_metadata": teacher.metadata,
         "grid": list(teacher.grid), "vocab_size": quantizer.vocab_size, "feature_size": quantizer.num_features,
         "fit_config": fit_config, "codebook_stats": asdict(stats),
     }  # fmt: skip
-
-
-def save_tokenizer(tokenizer: Tokenizer, usage: Int[Tensor, " K"], folder: Path) -> None:
-    """Write the quantizer's tensors, the usage of codes and the description, all or nothing, as a new folder."""
-    with atomic(folder) as temporary:
-        temporary.mkdir()
-        write_tensors(temporary / CODEBOOK, tokenizer.quantizer.state_dict() | {"usage": usage})
-        write_sealed(temporary / DESCRIPTION, tokenizer.description)
+    if distributed.rank() == 0:
+        with atomic(folder) as temporary:
+            temporary.mkdir()
+            write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": usage})
+            write_sealed(temporary / DESCRIPTION, description)
+    return Tokenizer(teacher, quantizer, description)
 
 
 def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None) -> Tokenizer:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, by, option
 from mapet.files import check_format, read_json
-from mapet.tokenizers.kmeans import kmeans
+from mapet.tokenizers.kmeans import KMeans
 from mapet.weights import describe_mismatch, first_names, read_weights
 
 FORMAT = 1
@@ -287,7 +287,7 @@ class VQKDForTraining(nn.Module):
         Raises:
             MapetError: fewer vectors than codes.
         """
-        found = kmeans(features.float(), len(self.usage), max_iter=10, seed=seed)
+        found = KMeans(len(self.usage), max_iter=10, seed=seed).fit(features.float())
         self.tokenizer.codebook.copy_(F.normalize(found.centroids, dim=1))
         self.usage.copy_(found.counts / len(features))
 
