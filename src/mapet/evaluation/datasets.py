@@ -242,14 +242,12 @@ def listed_images(folder: Path, names: Sequence[str], source: Path) -> ImageList
     Raises:
         MapetError: one is not there.
     """
-    sizes = []
-    for name in names:
-        try:
-            sizes.append((folder / name).stat().st_size)
-        except OSError as error:
-            raise MapetError(f"{source} names {name}, which is not in {folder}: {error.strerror}") from None
-    if not sizes:
+    if not names:
         raise MapetError(f"{source} names no images")
+    for name in names:
+        if not (folder / name).is_file():
+            raise MapetError(f"{source} names {name}, which is not in {folder}")
+    sizes = [(folder / name).stat().st_size for name in names]
     return ImageList(ImageFiles(folder, [os.fsencode(name) for name in names], sizes))
 
 
