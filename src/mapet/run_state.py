@@ -36,9 +36,8 @@ def _now() -> datetime:
 
 
 def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES} | {
-        "python": platform.python_version(), "platform": platform.platform(),
-    }  # fmt: skip
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {package: version(package) for package in PACKAGES} | system
 
 
 class RunState(BaseModel):

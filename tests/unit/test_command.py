@@ -34,6 +34,12 @@ def test_a_command_takes_keywords_or_a_config():
         add(AddConfig(first=1), second=2)
 
 
+def test_an_error_carries_the_option_its_value_and_what_was_expected():
+    with pytest.raises(MapetError, match="first: must be a whole number, got 'x'") as error:
+        add(first="x")
+    assert (error.value.field, error.value.value, error.value.expected) == ("first", "x", "must be a whole number")
+
+
 def test_signatures_show_keywords_types_and_defaults():
     assert str(inspect.signature(add)) == "(*, first: int, second: int = 2) -> int"
     for function in COMMANDS.values():

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
+from mapet.device import num_workers
+from mapet.errors import MapetError
+
 PRODUCTS = """
 import itertools
 import torch
@@ -29,3 +34,13 @@ def test_a_product_does_not_depend_on_where_its_numbers_lie(monkeypatch):
     monkeypatch.delenv("MKL_CBWR", raising=False)
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_images_are_read_by_as_many_processes_as_the_environment_says(monkeypatch):
+    monkeypatch.setenv("MAPET_WORKERS", "3")
+    assert num_workers() == 3
+    monkeypatch.setenv("MAPET_WORKERS", "")
+    assert 1 <= num_workers() <= 8
+    monkeypatch.setenv("MAPET_WORKERS", "-1")
+    with pytest.raises(MapetError, match="MAPET_WORKERS=-1: must be the number of processes"):
+        num_workers()

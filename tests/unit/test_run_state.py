@@ -84,6 +84,17 @@ def test_what_wrote_nothing_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_command_keeps_its_options_and_may_begin_again(tmp_path):
+    """A study compares them with its own: k-means had made nothing yet but a checkpoint beside the folder."""
+    out = tmp_path / "tokenizer"
+    with pytest.raises(KeyboardInterrupt), run_state(out, "fit-tokenizer", Options(out=out)):
+        raise KeyboardInterrupt
+    assert (read(out).status, read(out).config["epochs"]) == ("stopped", 3)
+    with run_state(out, "fit-tokenizer", Options(out=out, epochs=5)):
+        pass
+    assert (read(out).status, read(out).config["epochs"]) == ("finished", 5)
+
+
 def test_a_folder_that_is_not_to_be_resumed_stays_as_it_is(tmp_path):
     with run_state(tmp_path, "pretrain", Options(out=tmp_path)):
         (tmp_path / "backbone").mkdir()
