@@ -90,7 +90,7 @@ def test_step_through_is_what_the_model_predicts(report):
     (run,) = data_of(report.read_text())["runs"]
     steps = run["steps"]
     assert (steps["grid"], steps["hidden"], steps["sees_targets"], steps["sees_positions"]) == ([4, 4], 12, True, True)
-    assert len(steps["images"]) == 2
+    assert len(steps["images"]) == 6
     for image in steps["images"]:
         assert sorted(image["order"]) == list(range(16))
         hidden = [image["tokens"][patch] for patch in image["order"][4:]]
