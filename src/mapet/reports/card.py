@@ -18,8 +18,6 @@ from mapet.reports.render import render
 from mapet.reports.run import figures, with_views
 from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
-LIBRARIES = ("mapet", "torch", "timm")
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -114,7 +112,7 @@ def model_card(
     }
     mean, std = input_mean_std(vit.in_chans)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    used = [*LIBRARIES, *(module for name in formats for module in FORMATS[name].requires)]
+    used = ["mapet", "torch", "timm", *(module for name in formats for module in FORMATS[name].requires)]
     return render(
         "model_card.md", front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks,
         checked_on=checked_on, tolerance=tolerance, classes=classes, mean=mean, std=std, lineage=_lineage(origin.tokenizer),

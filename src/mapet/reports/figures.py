@@ -17,11 +17,13 @@ from mapet.evaluation.look import Look, principal_colors, retrieve
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots
-from mapet.reports.images import photo_uri, tiles_uri
+from mapet.reports.images import image_uri
 
 log = logging.getLogger("mapet")
 COLUMNS = 32
 """Mean patches in a row of the step-through's atlas."""
+SIDE = 384
+"""Largest side of its photographs."""
 MAX_HEADS = 6
 
 
@@ -65,7 +67,7 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
     hidden = 0 if look.logits is None else look.logits.shape[1]
     images: list[dict[str, Any]] = []
     for name, pixels, tokens, order in zip(names, look.images, look.tokens, look.permutation, strict=False):
-        one = {"name": name, "src": photo_uri(_image(pixels)), "order": order.tolist(), "tokens": tokens.tolist()}
+        one = {"name": name, "src": image_uri(_image(pixels), SIDE), "order": order.tolist(), "tokens": tokens.tolist()}
         if look.logits is not None:
             chance = look.logits[len(images)].float().softmax(-1)
             sure, best = chance.max(-1)
@@ -89,7 +91,7 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
         "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
         "sees_positions": "mask" in objective.attends_to,
         "images": images,
-        "atlas": {"src": tiles_uri(_atlas(means)), "columns": COLUMNS, "codes": codes, "colors": hexes},
+        "atlas": {"src": image_uri(_atlas(means)), "columns": COLUMNS, "codes": codes, "colors": hexes},
     }
 
 

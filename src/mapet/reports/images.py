@@ -20,8 +20,6 @@ ORDER = (
 """Names of figures in the order of the report."""
 TINY = 64
 """Images of up to so many pixels squared are kept as they are."""
-SIDE = 384
-"""Largest side of a photograph of the step-through."""
 STEPS = ((1.0, 84), (0.8, 78), (0.6, 72), (0.45, 66), (0.3, 60))
 """Scale and WebP quality, tried in turn."""
 
@@ -81,15 +79,10 @@ def embed_images(images: Sequence[ReportImage], budget: int) -> tuple[list[Embed
     return kept, [name for name, _ in images[len(kept) :]]
 
 
-def photo_uri(image: Image.Image) -> str:
-    """A photograph at no more than `SIDE`; a tiny image as it is."""
-    image = image.copy()
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return tiles_uri(image)
-
-
-def tiles_uri(image: Image.Image) -> str:
-    """At its own size; exact as long as that takes little."""
+def image_uri(image: Image.Image, side: int | None = None) -> str:
+    """Encode an image, at its own size or no larger than `side`; exact as long as that takes little."""
+    if side is not None:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
     if image.width * image.height <= TINY**2:
         return _uri(image, "png", optimize=True)
     return _uri(image, "webp", quality=84, method=4)

@@ -21,6 +21,8 @@ HIDDEN = 0.88
 """Grey of a patch that is not shown."""
 MAX_NUMBERED, MAX_NAMED = 20, 60
 """Classes of a confusion matrix up to which counts are written out, and names."""
+SHOWN_CODES, SHOWN_PATCHES = 12, 12
+"""Codes of the figure of patches by code, and patches of each, at most."""
 INK = "#010203"
 """What matplotlib draws in an SVG and the page shows in its own text colour, dark or light."""
 
@@ -134,13 +136,11 @@ def plot_code_usage(counts: Int[Tensor, " V"]) -> Figure:
     return figure
 
 
-def plot_patches_by_code(
-    patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int, rows: int = 12, columns: int = 12
-) -> Figure:
+def plot_patches_by_code(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int) -> Figure:
     """Draw patches that share a code, for codes spread over the range of frequency."""
     counts = torch.bincount(tokens, minlength=vocab_size)
-    chosen = spread_of_codes(counts, rows)
-    tiles = [[to_picture(patch) for patch in patches[tokens == code][:columns]] for code in chosen]
+    chosen = spread_of_codes(counts, SHOWN_CODES)
+    tiles = [[to_picture(patch) for patch in patches[tokens == code][:SHOWN_PATCHES]] for code in chosen]
     figure, _, _ = montage(tiles, _with_shares(chosen, counts), size=0.7)
     figure.suptitle("Patches that share a token (code and share of patches)")
     return figure

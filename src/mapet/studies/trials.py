@@ -184,9 +184,8 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
         given = shared | {"labels_per_class": labels, "from_scratch": not pretrained}
         tuning = build(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given)
         tuned = Trainer(FinetuningTask(), tuning).fit()
-        scores[f"finetune, {f'{labels} labels a class' if labels else 'all labels'}"] = (
-            tuned.num_correct / tuned.num_test
-        )
+        name = f"finetune, {labels} labels a class" if labels else "finetune, all labels"
+        scores[name] = tuned.num_correct / tuned.num_test
     return scores
 
 
@@ -212,15 +211,13 @@ def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
         measure: the baselines that are not there yet.
     """
     notes = [_describe_tokenizer(config, name) for name in config.tokenizers]
-    notes += [
-        f"The tokenizer '{name}' uses a pre-trained teacher ({options.teacher}): what that has seen, labels perhaps, goes into its results."
-        for name, options in config.tokenizers.items()
-        if options.teacher != "pixels"
-    ]
-    notes += [
-        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch.",
-        "Operations are the student's, forward and backward; minutes are of training alone, on this machine.",
-    ]
+    for name, teacher in ((name, options.teacher) for name, options in config.tokenizers.items()):
+        seen = f"({teacher}): what that has seen, labels perhaps, goes into its results."
+        notes += [f"The tokenizer '{name}' uses a pre-trained teacher {seen}"] if teacher != "pixels" else []
+    notes.append(
+        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch."
+    )
+    notes.append("Operations are the student's, forward and backward; minutes are of training alone, on this machine.")
     for name, section in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
         shared = section.model_dump(mode="json", exclude_unset=True)
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
@@ -229,11 +226,9 @@ def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
         state = read_or_none(trial_folder(config, trial))
         found = state.results if state and state.status == "finished" else {}
         results.append(replace(trial, status=state.status, reason=state.reason, **found) if state else trial)
-    title, command = (
-        f"Study of {Path(config.images).name}: {', '.join(config.grid)}",
-        f"mapet study {config.out / CONFIG_FILE}",
-    )
-    return Study(title, compared_factor(config), results, _baselines(config, trials, measure), notes, command)
+    title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
+    baselines, command = _baselines(config, trials, measure), f"mapet study {config.out / CONFIG_FILE}"
+    return Study(title, compared_factor(config), results, baselines, notes, command)
 
 
 def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[str, dict[str, float]]:
