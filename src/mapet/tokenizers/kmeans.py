@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -415,10 +415,8 @@ def _squared_distances(points: DistributedPoints, shift: Tensor, to: Int[Tensor,
     return 2 * distributed.all_reduce(half).cpu().double().index_fill_(0, to, 0)
 
 
-def _accepted(
-    drawn: Float[Tensor, "m F"], squared: Float[Tensor, " m"], random: np.random.Generator
-) -> Bool[Tensor, " m"]:
-    """Which of the points drawn in proportion to `squared` to take, one after the other."""
+def _accepted(drawn: Float[Tensor, "m F"], squared: Float[Tensor, " m"], random: np.random.Generator) -> Tensor:
+    """(m,) booleans: which of the points drawn in proportion to `squared` to take, one after the other."""
     rows = drawn.cpu().double()
     between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()  # equal points: 0
     left, accepted = squared.numpy().copy(), np.zeros(len(rows), dtype=bool)
