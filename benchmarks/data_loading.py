@@ -29,10 +29,8 @@ from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import Compute
-from mapet.evaluation.features import normalize
-from mapet.models.checkpoint_conversion import input_mean_std
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 PLAIN = "Pillow + torchvision"

@@ -17,7 +17,7 @@ from mapet import cli
 from mapet.commands import COMMANDS
 from mapet.config.base import build, read_recipe
 from mapet.config.pipeline import StudyConfig
-from mapet.evaluation.features import normalize
+from mapet.data.views import normalize
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit
 from mapet.models.objectives import CAE, OBJECTIVES

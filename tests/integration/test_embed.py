@@ -11,11 +11,12 @@ import torch
 import mapet
 from mapet.cli import main
 from mapet.data.sources import scan
+from mapet.data.views import normalize
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import embeddings
 from mapet.evaluation.datasets import labelled
 from mapet.evaluation.embeddings import read_embeddings
-from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, normalize
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
 

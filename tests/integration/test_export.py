@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import mapet
 import mapet.models.export_formats
 from mapet.cli import main
+from mapet.data.views import normalize
 from mapet.errors import MapetError
-from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs
 from mapet.run_state import RunState

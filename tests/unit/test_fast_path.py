@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from mapet import device
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.models import losses
+from mapet.models import pretraining
 from mapet.models.backbone import create_vit, prepare_for_device
-from mapet.models.losses import linear_cross_entropy
 from mapet.models.objectives import MAPET, MIM, OBJECTIVES, PIM
 from mapet.models.packing import attention_mask, eager_attention, split_query_blocks
-from mapet.models.pretraining import PreTrainingOutput, ViTForPreTraining, drop_path_scales, residual_update
+from mapet.models.pretraining import (
+    PreTrainingOutput,
+    ViTForPreTraining,
+    drop_path_scales,
+    linear_cross_entropy,
+    residual_update,
+)
 from mapet.training.step import ForwardBackward
 from mapet.training.tasks import pretraining as sizing
 from mapet.training.tasks.pretraining import auto_micro_batch
@@ -180,7 +185,7 @@ def test_eager_attention_equals_pytorch_s(masked):
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_chunked_cross_entropy(monkeypatch, rows, scale):
     """Loss, accuracy and gradients of PyTorch's, in any chunks, also where a softmax in one go would underflow."""
-    monkeypatch.setitem(losses.CHUNK_ROWS, "cpu", rows)
+    monkeypatch.setitem(pretraining.CHUNK_ROWS, "cpu", rows)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).requires_grad_()

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
-from mapet.models.losses import normalized_patches
 from mapet.models.objectives import OBJECTIVES, num_context_from_ratio
-from mapet.models.pretraining import ALIGNMENT_WEIGHT, REGRESSOR_DEPTH, ContextAutoencoder, ViTForPreTraining
+from mapet.models.pretraining import (
+    ALIGNMENT_WEIGHT,
+    REGRESSOR_DEPTH,
+    ContextAutoencoder,
+    ViTForPreTraining,
+    normalized_patches,
+)
 from tests.conftest import make_batch
 
 GRID, PATCH, WORDS, HEADS = (3, 4), 4, 7, 2

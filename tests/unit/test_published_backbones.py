@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mapet
 from mapet.cli import main
+from mapet.data.views import input_mean_std
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
-from mapet.models.checkpoint_conversion import input_mean_std
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 

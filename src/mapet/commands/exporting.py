@@ -14,9 +14,9 @@ from torch import Tensor
 from mapet.config.evaluation import ExportConfig
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, normalize
 from mapet.errors import MapetError, option
-from mapet.evaluation.features import must_be_finite_features, normalize
+from mapet.evaluation.features import must_be_finite_features
 from mapet.files import atomic
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages

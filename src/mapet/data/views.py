@@ -27,6 +27,10 @@ BLOCK_AREA = 16 / 196, 75 / 196
 ASPECT = 0.3
 
 
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel in [0, 1]."""
+
+
 class View(NamedTuple):
     """A box in pixels of the upright image, and whether it is mirrored left to right."""
 
@@ -109,6 +113,30 @@ def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]
     gain = brightness * contrast
     offset = (gain * (1 - saturation)) * grey + brightness * (1 - contrast) * mean
     return images.mul_(gain * saturation).add_(offset).clamp_(0, 255)
+
+
+def input_mean_std(channels: int) -> MeanStd:
+    """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
+    if channels == 3:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (0.5,) * channels, (0.25,) * channels
+
+
+def normalize(
+    images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None,
+    mean_std: MeanStd | None = None,
+) -> Float[Tensor, "B C H W"]:  # fmt: skip
+    """Turn uint8 pixels into a model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation.
+
+    Args:
+        mean_std: those of each channel; None takes mapet's own, `input_mean_std`.
+    """
+    stats = mean_std or input_mean_std(channels)
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in stats)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if jitter is not None:
+        pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def draw_order(kind: OrderKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:

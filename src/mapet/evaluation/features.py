@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from mapet.data.dataset import Quarantine, ViewDataset, readable_batches
 from mapet.data.image_list import ImageList
-from mapet.data.views import ViewSpec, color_jitter
+from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet
 from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
-from mapet.models.checkpoint_conversion import MeanStd, input_mean_std
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
@@ -34,23 +33,6 @@ MAX_UNREADABLE = 0.5
 """Largest fraction of a set's images that may be unreadable."""
 BLOCK_BYTES = 256 << 20
 """Float32 bytes of the rows that are read together."""
-
-
-def normalize(
-    images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None,
-    mean_std: MeanStd | None = None,
-) -> Float[Tensor, "B C H W"]:  # fmt: skip
-    """Turn uint8 pixels into a model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation.
-
-    Args:
-        mean_std: those of each channel; None takes mapet's own, `input_mean_std`.
-    """
-    stats = mean_std or input_mean_std(channels)
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in stats)
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    if jitter is not None:
-        pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))
-    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> None:

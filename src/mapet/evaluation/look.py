@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
-from mapet.data.views import OrderKind, ViewSpec, draw_view, render
+from mapet.data.views import OrderKind, ViewSpec, draw_view, normalize, render
 from mapet.device import Compute
 from mapet.errors import MapetError
 from mapet.evaluation.datasets import LabelledSet, labelled, split, unlabelled
-from mapet.evaluation.features import must_be_finite_features, normalize
+from mapet.evaluation.features import must_be_finite_features
 from mapet.evaluation.probes import MAX_TEST, MAX_TRAIN, ONLINE_C, extract_sample, fit_logistic, nearest_neighbors
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer

@@ -14,16 +14,11 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 
+from mapet.data.views import input_mean_std
 from mapet.device import Compute
 from mapet.errors import MapetError, by, did_you_mean, must_be_divisible, option, shell_command
 from mapet.files import atomic, naming_the_cause, read_json
-from mapet.models.checkpoint_conversion import (
-    NUM_HEADS,
-    PretrainedViT,
-    adapt_state_dict,
-    from_state_dict,
-    input_mean_std,
-)
+from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, adapt_state_dict, from_state_dict
 from mapet.run_state import find_config
 from mapet.weights import first_names, read_weights
 

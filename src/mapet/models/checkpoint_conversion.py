@@ -17,18 +17,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mapet.data.views import MeanStd, input_mean_std
 from mapet.errors import MapetError, by
 from mapet.weights import describe_mismatch, first_names
 
 Weights = dict[str, Tensor]
-MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel in [0, 1]."""
 PATCH_EMBED = re.compile(r"(.*?)(?:embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.weight")
 KEY_RENAMES = {
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
@@ -219,13 +217,6 @@ def _infer_grid(
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
         args["no_embed_class"] = True
     return grid
-
-
-def input_mean_std(channels: int) -> MeanStd:
-    """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
-    if channels == 3:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return (0.5,) * channels, (0.25,) * channels
 
 
 def adapt_state_dict(checkpoint: PretrainedViT, vit: VisionTransformer, source: object) -> tuple[Weights, list[str]]:

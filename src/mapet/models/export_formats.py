@@ -17,10 +17,11 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from mapet.data.views import input_mean_std
 from mapet.errors import MapetError, how_to_install, option
 from mapet.files import write_json, write_tensors
 from mapet.models.backbone import save_backbone
-from mapet.models.checkpoint_conversion import fold_layer_scale, input_mean_std
+from mapet.models.checkpoint_conversion import fold_layer_scale
 
 OPSET = 20
 """Of ONNX: the first that has GELU."""

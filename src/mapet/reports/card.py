@@ -9,9 +9,9 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from mapet.data.views import input_mean_std
 from mapet.files import file_hash
 from mapet.models.backbone import HUB_PREFIXES
-from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.models.export_formats import FORMATS
 from mapet.reports.history import History
 from mapet.reports.render import render

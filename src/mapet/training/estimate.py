@@ -12,10 +12,9 @@ from mapet.config.data import CheckConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
-from mapet.data.views import ViewSpec
+from mapet.data.views import ViewSpec, normalize
 from mapet.device import Compute
 from mapet.errors import MapetError, counted, option
-from mapet.evaluation.features import normalize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.views import rand_augment, seeded
+from mapet.data.views import input_mean_std, normalize, rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
-from mapet.evaluation.features import BackboneWrapper, CacheConfig, normalize
+from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
-from mapet.models.checkpoint_conversion import input_mean_std
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")

@@ -19,14 +19,13 @@ from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
+from mapet.data.views import normalize
 from mapet.device import Compute, free_memory
 from mapet.errors import by, option
-from mapet.evaluation.features import normalize
 from mapet.evaluation.probes import OnlineProbe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
-from mapet.models.losses import normalized_patches
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
-from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
+from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining, normalized_patches
 from mapet.run_state import check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import check_fingerprints, load_checkpoint
