@@ -281,7 +281,9 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
-        raise MapetError(f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file") from None
+        raise MapetError(
+            f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
+        ) from None
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
