@@ -54,13 +54,7 @@ def save_checkpoint(
             for name, tensors in parts.items():
                 file = temporary / f"{name}.safetensors"
                 write_tensors(file, tensors)
-                written = load_file(file)
-                for key, tensor in tensors.items():  # bit for bit: NaN equals itself
-                    found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[key], tensor.cpu()))
-                    if not found.equal(expected):
-                        raise MapetError(
-                            f"{file.name} does not hold what was written, '{key}' differs: is the disk failing?"
-                        )
+                _verify(file, tensors)
                 digests[file.name] = file_hash(file)
             write_sealed(temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state})
     except (OSError, MapetError) as error:
@@ -74,6 +68,15 @@ def save_checkpoint(
         ) from None
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
+
+
+def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises MapetError: the file does not hold the tensors, bit for bit (NaN equals itself)."""
+    written = load_file(path)
+    for name, tensor in tensors.items():
+        found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
+        if not found.equal(expected):
+            raise MapetError(f"{path.name} does not hold what was written, '{name}' differs: is the disk failing?")
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **others: Any) -> dict[str, dict[str, Tensor]]:
