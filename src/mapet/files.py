@@ -216,10 +216,15 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     return manifest
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def is_free(path: Path, but: str | None = None) -> bool:

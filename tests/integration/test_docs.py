@@ -22,7 +22,7 @@ from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit
 from mapet.models.objectives import CAE, OBJECTIVES
 from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
-from mapet.studies.grid import grid_trials
+from mapet.studies.trials import grid_trials
 from mapet.training.estimate import training_flops
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 
 import mapet
 from mapet.cli import main
-from mapet.reports.live import LiveServer
+from mapet.reports.page import LiveServer
 from mapet.run_state import RunState
 
 FIGURES = [

@@ -18,8 +18,8 @@ from mapet.config.pretraining import PretrainConfig
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.studies import trials
-from mapet.studies.grid import grid_trials, with_budgets
 from mapet.studies.statistics import COMPUTE, EPOCHS
+from mapet.studies.trials import grid_trials, with_budgets
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 

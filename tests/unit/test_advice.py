@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.reports.advice import Subject, not_judged, warnings
-from mapet.reports.history import History
+from mapet.reports.metrics import History, Subject, not_judged, warnings
 
 STEPS = 40
 

@@ -19,11 +19,22 @@ from PIL import Image
 
 import mapet
 from mapet.errors import MapetError
-from mapet.reports import live
 from mapet.reports.card import origin_of
-from mapet.reports.history import History, Series, thinned
-from mapet.reports.images import ReportImage, embed_images, open_images
-from mapet.reports.page import MOST_BYTES, RunView, comparison, distinct, page, page_content, write_run_report
+from mapet.reports.metrics import History, Series, thinned
+from mapet.reports.page import (
+    MOST_BYTES,
+    LiveServer,
+    ReportImage,
+    RunFollower,
+    RunView,
+    comparison,
+    distinct,
+    embed_images,
+    open_images,
+    page,
+    page_content,
+    write_run_report,
+)
 from mapet.reports.render import render_part
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
@@ -172,7 +183,7 @@ def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
     long_ago = time.time() - 5 * 3600
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     assert RunFiles.open(folder).status == "not finished"
-    assert live.RunFollower(folder).updates(None, 0)["status"] == "Not finished; last figures 5 h 0 min ago."
+    assert RunFollower(folder).updates(None, 0)["status"] == "Not finished; last figures 5 h 0 min ago."
 
 
 def test_a_stopped_run_counts_the_steps_of_its_checkpoint(tmp_path):
@@ -190,7 +201,7 @@ def test_time_left(tmp_path):
         "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
     )
     assert RunFiles.open(folder).seconds_left == 85
-    assert live.RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 1 min 25 s left.")
+    assert RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 1 min 25 s left.")
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
@@ -430,7 +441,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 @contextmanager
 def served(folder):
-    with live.LiveServer(folder) as server:
+    with LiveServer(folder) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -477,8 +488,8 @@ def test_server_sends_what_is_new(tmp_path):
 
 
 def test_long_histories_come_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "MOST_RECORDS", 8)
-    follower = live.RunFollower(write_run(tmp_path / "a", records=20))
+    monkeypatch.setattr("mapet.reports.page.MOST_RECORDS", 8)
+    follower = RunFollower(write_run(tmp_path / "a", records=20))
     got, news = [], {"generation": None, "more": True}
     while news["more"]:
         news = follower.updates(news["generation"], len(got))
@@ -504,5 +515,5 @@ def test_answers_to_this_machine_alone(tmp_path):
             assert answer.status == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
         assert ask(server, "/../config.yaml")[0].status == 404
         assert ask(server, "/updates?generation=x&have=-1")[0].status == 200
-        with live.LiveServer(tmp_path, server.server_address[1]) as other:
+        with LiveServer(tmp_path, server.server_address[1]) as other:
             assert other.server_address[1] != server.server_address[1]

@@ -21,9 +21,8 @@ from mapet.reports.page import NAME, write_run_report
 from mapet.reports.study import write_report
 from mapet.run_state import CONFIG_FILE, RunState, is_unused, read_or_none, record
 from mapet.signals import RESUME_HINT
-from mapet.studies import grid
+from mapet.studies import trials as trial_runs
 from mapet.studies.statistics import Trial
-from mapet.studies.trials import is_finished, make_tokenizers, run_trials, summarize
 from mapet.training.run_folder import NOTHING_TO_RESUME, require, restart_hint
 from mapet.training.tasks.pretraining import check_model_config
 
@@ -205,19 +204,19 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
 
 def study(config: StudyConfig) -> Path:
     """Fit tokenizers, run and evaluate each trial, and report; return the report's folder."""
-    trials = grid.grid_trials(config)
+    trials = trial_runs.grid_trials(config)
     num_images = len(scan(config.images))
     _check_study(config, trials, num_images)
     write_recipe(config, config.out / CONFIG_FILE)
     stopped, broken = "", {}
     if not config.report_only:
-        broken = make_tokenizers(config, {trial.tokenizer for trial in trials})
-    trials = grid.with_budgets(config, trials)
+        broken = trial_runs.make_tokenizers(config, {trial.tokenizer for trial in trials})
+    trials = trial_runs.with_budgets(config, trials)
     if not config.report_only:
-        stopped = run_trials(config, trials, broken, num_images)
+        stopped = trial_runs.run_trials(config, trials, broken, num_images)
     report = config.out / "report"
-    write_report(summarize(config, trials, measure=not config.report_only and not stopped), report)
-    num_finished = sum(is_finished(grid.trial_folder(config, trial)) for trial in trials)
+    write_report(trial_runs.summarize(config, trials, measure=not config.report_only and not stopped), report)
+    num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
     finished = f"{num_finished} of {len(trials)} trials are finished"
     log.info("%s; report in %s", finished, report / "report.html")
     if stopped:
@@ -232,7 +231,7 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
         MapetError: a tokenizer or a trial that was begun with other options; no such model or objective, sizes that don't fit, other
             classes in a test set, fewer labels than are asked for.
     """
-    fitting = {name: grid.tokenizer_configs(config, name)[0] for name in config.tokenizers}
+    fitting = {name: trial_runs.tokenizer_configs(config, name)[0] for name in config.tokenizers}
     train, _ = train_and_test(config.images, config.test_images)
     for folder in config.ood_images.values():
         train_and_test(config.images, folder)
@@ -241,11 +240,13 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
             few_shot_split(train, 1 if amount == "all" else amount, seed=0)
         except MapetError as error:
             raise MapetError(f"{option('labels_per_class')}: {error}", field="labels_per_class", value=amount) from None
-    for trial in grid.with_budgets(config, trials):
-        grid.check_same_trial(grid.trial_folder(config, trial), grid.trial_config(config, trial, num_images))
+    for trial in trial_runs.with_budgets(config, trials):
+        trial_runs.check_same_trial(
+            trial_runs.trial_folder(config, trial), trial_runs.trial_config(config, trial, num_images)
+        )
     for trial in trials if not config.report_only else ():
-        if trial.seed == config.seeds[0] and not (grid.trial_folder(config, trial) / "pretrain").exists():
+        if trial.seed == config.seeds[0] and not (trial_runs.trial_folder(config, trial) / "pretrain").exists():
             try:
-                check_model_config(grid.pretrain_config(config, trial), fitting[trial.tokenizer])
+                check_model_config(trial_runs.pretrain_config(config, trial), fitting[trial.tokenizer])
             except MapetError as error:
                 raise MapetError(f"grid, {trial.factors}: {error}") from None

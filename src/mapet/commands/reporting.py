@@ -22,13 +22,11 @@ from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet, split
 from mapet.evaluation.look import enough_images, look_at
 from mapet.evaluation.tokens import Measures, Sampler, Words, measure, nearest_codes, warnings
-from mapet.files import atomic, is_free, new_folder
+from mapet.files import atomic, is_free, new_folder, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
 from mapet.reports.figures import plot_run, step_through
-from mapet.reports.images import ReportImage, rasterize
-from mapet.reports.live import LiveServer
-from mapet.reports.page import RunView, page
+from mapet.reports.page import LiveServer, ReportImage, RunView, page, rasterize
 from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, RunFiles
 from mapet.run_state import check_is_pretraining, command_of, pretrain_folder
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -69,17 +67,15 @@ def report(config: ReportConfig) -> Path | None:
             log.warning("%s: no new figures: %s", view.files.given, error)
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
+        pictures = {f"{name}.png": image for name, image in views[0].images}
         with atomic(figures_dir) as temporary:
             temporary.mkdir()
             (temporary / STEP_THROUGH).write_text(json.dumps(views[0].step_through) + "\n", encoding="utf-8")
-            for image in views[0].images:
-                image.image.save(temporary / f"{image.name}.png")
-        names = [STEP_THROUGH, *(f"{image.name}.png" for image in views[0].images)]
-        log.info("in %s: %s", figures_dir, ", ".join(names))
+            for name, image in pictures.items():
+                image.save(temporary / name)
+        log.info("in %s: %s", figures_dir, ", ".join([STEP_THROUGH, *pictures]))
     if out is not None:
-        text = page(views)
-        with atomic(out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out, page(views))
         log.info("%s: %.2g MB", out, out.stat().st_size / 1e6)
     return out or figures_dir
 
@@ -104,8 +100,7 @@ def _serve(folder: Path) -> None:
     """Serve the live page of a run until Ctrl-C."""
     if folder.is_file():
         raise MapetError(f"{folder} is a file: give the run's folder")
-    may_start = is_free(folder) or command_of(folder) in ("run", "demo")  # before it pre-trains
-    if not may_start:
+    if not (is_free(folder) or command_of(folder) in ("run", "demo")):  # these may start to pre-train
         check_is_pretraining(folder)
     with LiveServer(folder) as server:
         waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"
@@ -131,16 +126,12 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
         log.info("no warnings")
     about = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
     content = about | {"warnings": poor, "measures": asdict(measures)}
-    texts = {
-        TOKENIZER_METRICS: json.dumps(content, indent=2) + "\n",
-        "tokenizer_report.md": tokenizer_markdown(measures, poor, f"Tokenizer {config.tokenizer}"),
-    }
-    for name, text in texts.items():
-        with atomic(config.out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    for name, figure in figures.items():
-        plots.save_figure(figure, config.out / f"{name}.png")
-    paths = [config.out / name for name in [*texts, *(f"{name}.png" for name in figures)]]
+    names = [TOKENIZER_METRICS, "tokenizer_report.md", *(f"{name}.png" for name in figures)]
+    metrics, markdown, *pictures = paths = [config.out / name for name in names]
+    write_json(metrics, content)
+    write_text(markdown, tokenizer_markdown(measures, poor, f"Tokenizer {config.tokenizer}"))
+    for path, figure in zip(pictures, figures.values(), strict=True):
+        plots.save_figure(figure, path)
     log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mapet.errors import MapetError, did_you_mean, option, spell_as_flags, spell_in_section
-from mapet.files import atomic
+from mapet.files import write_text
 
 
 class Config(BaseModel):
@@ -192,8 +192,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def write_recipe(config: Config, path: Path) -> None:
     """Write all options as YAML, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(to_yaml(config), encoding="utf-8")
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:

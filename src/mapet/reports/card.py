@@ -13,9 +13,9 @@ from mapet.data.views import input_mean_std
 from mapet.files import file_hash
 from mapet.models.backbone import HUB_PREFIXES
 from mapet.models.export_formats import FORMATS
-from mapet.reports.history import History
+from mapet.reports.metrics import History, figures
 from mapet.reports.render import render
-from mapet.reports.run import figures, with_views
+from mapet.reports.run import with_views
 from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from mapet.evaluation.eval_context import ProtocolResult
 from mapet.evaluation.intervals import MetricValue
 from mapet.evaluation.tokens import CHANGES, Agreement, Information, Measures
-from mapet.files import atomic
+from mapet.files import write_text
 from mapet.reports.render import markdown_table, render
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
@@ -33,8 +33,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
         selected=format_table(results, lambda metric: metric.selected), worst=_worst_classes(per_class),
         corruptions=markdown_table(["corruption", *errors], rows) if errors else "",
     )  # fmt: skip
-    with atomic(out / "evaluation.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "evaluation.md", text)
     if per_class:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
@@ -42,8 +41,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
         for source, name, classes in per_class.values():
             for label, (hit, count) in classes.items():
                 writer.writerow([source, name, label, hit, count, f"{hit / count:.6f}" if count else ""])
-        with atomic(out / "per_class.csv") as temporary:
-            temporary.write_text(file.getvalue(), encoding="utf-8")
+        write_text(out / "per_class.csv", file.getvalue())
 
 
 def format_metric(metric: MetricValue) -> str:

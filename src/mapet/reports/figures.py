@@ -17,7 +17,7 @@ from mapet.evaluation.look import Look, principal_colors, retrieve
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots
-from mapet.reports.images import image_uri
+from mapet.reports.page import image_uri
 
 log = logging.getLogger("mapet")
 COLUMNS = 32
@@ -67,19 +67,17 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
     hidden = 0 if look.logits is None else look.logits.shape[1]
     images: list[dict[str, Any]] = []
     for name, pixels, tokens, order in zip(names, look.images, look.tokens, look.permutation, strict=False):
-        one = {"name": name, "src": image_uri(_image(pixels), SIDE), "order": order.tolist(), "tokens": tokens.tolist()}
+        picture = _image(pixels)
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        one = {"name": name, "src": image_uri(picture), "order": order.tolist(), "tokens": tokens.tolist()}
         if look.logits is not None:
             chance = look.logits[len(images)].float().softmax(-1)
             sure, best = chance.max(-1)
             true = chance.gather(1, tokens[order[-hidden:], None]).flatten()
-            shares = {
-                "sure": sure.double().round(decimals=3).tolist(),
-                "chance": true.double().round(decimals=3).tolist(),
-            }
-            one |= {"predicted": best.tolist(), **shares}
+            shares = torch.stack([sure, true]).double().round(decimals=3).tolist()
+            one |= {"predicted": best.tolist(), "sure": shares[0], "chance": shares[1]}
         images.append(one)
-    used = {code for one in images for code in (*one["tokens"], *one.get("predicted", ()))}
-    codes = sorted(used)
+    codes = sorted({code for one in images for code in (*one["tokens"], *one.get("predicted", ()))})
     patches = plots.patchify(look.images, look.grid).flatten(0, 1)
     means = plots.mean_patches(patches, look.tokens.flatten(), look.vocab_size)[codes]
     colors = (255 * plots.code_colors(look.vocab_size)[codes]).round().astype(int)

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -79,15 +79,6 @@ def one_axis(width: float, height: float) -> tuple[Figure, Axes]:
     """Make a figure of one axis; sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def grid_of_axes(names: Sequence[str], columns: int) -> tuple[Figure, Shaped[np.ndarray, "R C"]]:
-    """Make named rows of square axes without ticks: an array of `Axes`."""
-    figure = Figure(figsize=(max(5.0, 1.5 * columns + 1), 1.5 * len(names) + 0.6), layout="constrained")
-    axes = figure.subplots(len(names), columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for row, name in zip(axes, names, strict=True):
-        row[0].set_ylabel(name)
-    return figure, axes
 
 
 def montage(
@@ -175,7 +166,11 @@ def plot_maps(
     images: UInt8[Tensor, "B C H W"], maps: Mapping[str, Float[np.ndarray, "B rows columns ..."]], title: str
 ) -> Figure:
     """Draw each image above its maps, by name: a colour a patch, or a value a patch (dark is low)."""
-    figure, axes = grid_of_axes(["image", *maps], len(images))
+    rows, columns = 1 + len(maps), len(images)
+    figure = Figure(figsize=(max(5.0, 1.5 * columns + 1), 1.5 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for axis, name in zip(axes[:, 0], ["image", *maps], strict=True):
+        axis.set_ylabel(name)
     for column, picture in enumerate(map(to_picture, images)):
         for axis, pixels in zip(axes[:, column], [picture, *(values[column] for values in maps.values())], strict=True):
             axis.imshow(pixels, cmap="inferno", interpolation="nearest")
@@ -221,28 +216,29 @@ def plot_predictions(
     Rows: the image; the context patches alone; the order of prediction; the true tokens; the likeliest tokens; the probability of
     the true token, from 0 (black) to the largest shown.
     """
-    num_context = permutation.shape[1] - logits.shape[1]
-    true = tokens.gather(1, permutation[:, num_context:])
-    chance = logits.float().softmax(-1).gather(2, true[..., None])[..., 0]
+    num_context, row = permutation.shape[1] - logits.shape[1], torch.arange(len(images))[:, None]
+    given, masked = permutation[:, :num_context], permutation[:, num_context:]
+    chance = logits.float().softmax(-1).gather(2, tokens[row, masked][..., None])[..., 0]
     largest = float(chance.max())  # of thousands of tokens even a likely one has a small probability
-    names = ["image", "context", "order", "true tokens", "predicted", f"p(true)\n0 to {largest:.2g}"]
-    figure, axes = grid_of_axes(names, len(images))
-    for b, image in enumerate(images):
-        given, masked = permutation[b, :num_context], permutation[b, num_context:]
-        truth = prototypes[tokens[b]]
-        context = torch.full_like(truth, HIDDEN * 255)
-        context[given] = patchify(image[None], grid)[0][given].float()
-        predicted = context.clone()
-        predicted[masked] = prototypes[logits[b].argmax(-1)]
-        rank, probability = torch.full((2, permutation.shape[1]), float("nan"))
-        rank[masked], probability[masked] = torch.arange(len(masked)).float(), chance[b]
-        axes[0][b].imshow(to_picture(image), interpolation="nearest")
-        for row, patches in ((1, context), (3, truth), (4, predicted)):
-            picture = unpatchify(patches.round().to(torch.uint8), grid)
-            axes[row][b].imshow(to_picture(picture), interpolation="nearest")
-        axes[2][b].imshow(rank.view(grid), cmap="viridis")
-        axes[5][b].imshow(probability.view(grid), cmap="magma", vmin=0, vmax=largest)
-    figure.suptitle("Masked patches, predicted in the order shown (dark first);\ntokens drawn as their mean patch")
+    truth = prototypes[tokens]
+    context = torch.full_like(truth, HIDDEN * 255)
+    context[row, given] = patchify(images, grid)[row, given].float()
+    predicted = context.clone()
+    predicted[row, masked] = prototypes[logits.argmax(-1)]
+    rank, probability = torch.full((2, *permutation.shape), float("nan"))
+    rank[row, masked], probability[row, masked] = torch.arange(masked.shape[1]).float(), chance
+
+    def pictures(patches: Float[Tensor, "B N C h w"]) -> Float[np.ndarray, "B H W 3"]:
+        return np.stack([to_picture(unpatchify(one.round().to(torch.uint8), grid)) for one in patches])
+
+    maps = {
+        "context": pictures(context), "order": rank.view(-1, *grid).numpy(), "true tokens": pictures(truth),
+        "predicted": pictures(predicted), f"p(true)\n0 to {largest:.2g}": probability.view(-1, *grid).numpy(),
+    }  # fmt: skip
+    title = "Masked patches, predicted in the order shown (dark first);\ntokens drawn as their mean patch"
+    figure = plot_maps(images, maps, title)
+    for axis in figure.axes[-len(images) :]:
+        axis.images[0].set_clim(0, largest)
     return figure
 
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from math import inf
 from pathlib import Path
@@ -13,32 +13,10 @@ from typing import Any
 from mapet.config.base import meaning_of_none, read_recipe
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import MapetError, spell_as_flags, spell_in_section
-from mapet.reports.advice import Subject, not_judged, warnings
-from mapet.reports.history import History
-from mapet.reports.render import number, percent, value_text
+from mapet.reports.metrics import History, Subject, figures, not_judged, warnings
+from mapet.reports.render import number, value_text
 from mapet.run_state import CONFIG_FILE, RunState, check_is_pretraining, parent_run, pretrain_folder, read_or_none
 
-
-def last(history: History, name: str) -> float:
-    return history[name].last
-
-
-def median(history: History, name: str) -> float:
-    return median_high(history[name].values)
-
-
-FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
-    "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
-    "token_entropy": ("loss of guessing by frequency, nats", last, number),
-    "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
-    "commonest_token": ("always guessing the commonest word", last, percent),
-    "probe/logistic": ("linear probe while pre-training (held-out part of the training images)", last, number),
-    "probe/knn": ("k-NN while pre-training (the same)", last, number),
-    "images_per_second": ("images a second (median)", median, number),
-    "data_wait": ("share of time waiting for images (median)", median, percent),
-    "skipped_steps": ("skipped steps", last, number),
-}
-"""Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
 QUIET = 3600
 """After so many seconds without a new metric a run that never said why it stopped is not taken to be running."""
 STEP_THROUGH = "step_through.json"
@@ -197,12 +175,6 @@ class RunFiles:
             if isinstance(value, (int, float))
         }
         return figures(self.history) | probes
-
-
-def figures(history: History) -> dict[str, str]:
-    """What a run came to, or has come to so far: name -> number in words."""
-    known = set(history.names)
-    return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
 
 
 def with_views(recipe: Mapping[str, Any], views: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from statistics import fmean
 from markupsafe import Markup
 
 from mapet.evaluation.intervals import mean_and_interval
-from mapet.files import atomic
+from mapet.files import write_text
 from mapet.reports.plots import plot_seeds
 from mapet.reports.render import Bold, render, render_part
 from mapet.studies.statistics import (
@@ -48,8 +48,7 @@ def write_report(study: Study, folder: Path) -> None:
     }
     texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
     for kind, text in texts.items():
-        with atomic(folder / f"report.{kind}") as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+        write_text(folder / f"report.{kind}", text)
 
 
 def findings(study: Study, differences: list[Difference]) -> list[str]:

@@ -30,7 +30,7 @@ from mapet.config.base import build, differences, read_recipe, to_yaml, write_re
 from mapet.config.shared import TrainerConfig
 from mapet.device import Compute
 from mapet.errors import MapetError, counted, how_to_install, option, shell_command
-from mapet.files import atomic, is_free, new_folder, read_json, write_json
+from mapet.files import is_free, new_folder, read_json, write_json, write_text
 from mapet.run_state import CONFIG_FILE, PACKAGES, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
 
@@ -109,8 +109,7 @@ class RunFolder:
         lines = re.finditer(
             r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8")
         )  # a crash may cut the last one short
-        with atomic(path) as temporary:
-            temporary.write_text("".join(line[0] for line in lines if int(line[1]) <= step), encoding="utf-8")
+        write_text(path, "".join(line[0] for line in lines if int(line[1]) <= step))
         self._metrics = path.open("a", encoding="utf-8")
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:

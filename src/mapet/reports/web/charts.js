@@ -75,8 +75,12 @@ class Chart {
   constructor(charts, spec, looks, root) {
     Object.assign(this, { charts, spec, root, off: new Set(), place: root.querySelector(".plot"), readout: root.querySelector(".readout") });
     this.text = spec.percent ? (value) => `${number(100 * value)}%` : number;
-    this.lines = charts.runs.flatMap((run, i) => Object.entries(spec.lines).map(([key, name], j) =>
-      new Line(run, key, charts.runs.length > 1 ? `${run.name}, ${name}` : name, looks[(charts.runs.length > 1 ? i : j) % looks.length], j > 0)));
+    const several = charts.runs.length > 1;
+    this.lines = charts.runs.flatMap((run, i) => Object.entries(spec.lines).map(([key, name], j) => ({
+      run, key, name: several ? `${run.name}, ${name}` : name, look: looks[(several ? i : j) % looks.length], thin: j > 0,
+      get steps() { return run.curves[key]?.[0] ?? []; }, // the run's own arrays, which a live run appends to
+      get values() { return run.curves[key]?.[1] ?? []; },
+    })));
     on(root, "[data-key]", "change", (box) => {
       this.off[box.checked ? "delete" : "add"](box.dataset.key);
       charts.toggled();
@@ -99,7 +103,7 @@ class Chart {
       width: this.width, height: HEIGHT, legend: { show: false }, padding: [10, 20, 0, 0],
       scales: { x: { time: false, range: () => this.charts.shown }, y: { distr: this.charts.log && positive ? 3 : 1 } },
       axes: [{ ...axis, values: toText(number), size: 26 }, { ...axis, values: toText(this.text), size: 56 }],
-      series: [{}, ...this.lines.map(({ color, dashes, thin }) => ({ stroke: color, dash: dashes, width: thin ? 1.2 : 2 }))],
+      series: [{}, ...this.lines.map(({ look: [stroke, dash], thin }) => ({ stroke, dash, width: thin ? 1.2 : 2 }))],
       cursor: {
         y: false, drag: { dist: 6, setScale: false }, hover: { skip: [undefined, null] }, bind: { dblclick: () => () => this.charts.show(null) },
         sync: { key: "charts", setSeries: false, scales: ["x", null], filters: { pub: (type) => ["mousemove", "mouseleave"].includes(type) } },
@@ -170,11 +174,4 @@ class Chart {
     this.plot.setCursor({ left: this.plot.valToPos(x, "x"), top: HEIGHT / 2 }, true, true);
     this.readout.setAttribute("aria-live", "polite");
   }
-}
-
-/** One line of a chart; its points are the run's own arrays, which a live run appends to. */
-class Line {
-  constructor(run, key, name, [color, dashes], thin) { Object.assign(this, { run, key, name, color, dashes, thin }); }
-  get steps() { return (this.run.curves[this.key] || [[], []])[0]; }
-  get values() { return (this.run.curves[this.key] || [[], []])[1]; }
 }
