@@ -30,8 +30,7 @@ example:
 HEADINGS = {
     "Data": "run bundle images test_images ood_images channels max_unreadable value_range views min_crop_scale num_views color_jitter seg_masks "
     "test_seg_masks ignore_labels annotations test_annotations short_side streaming labels_per_class num_seeds",
-    "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init "
-    "pool format dtype license",
+    "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init pool format dtype",
     "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_final_norm "
     "quantizer vocab_size fsq_levels pca_dim patches_per_code codebook_dim dead_code_threshold",
     "K-means": "kmeans_init kmeans_iters kmeans_n_init kmeans_batch_size kmeans_metric",
@@ -41,14 +40,13 @@ HEADINGS = {
     "Protocols": "protocols linear_epochs few_shot eval_image_sizes dense_epochs",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
-    "Output": "out resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",
+    "Output": "out license resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",
 }
 """Heading -> its options, in the order of `--help`; the same for every command, since an option has one meaning everywhere."""
 HEADING_OF = {name: heading for heading, names in HEADINGS.items() for name in names.split()}
 RANK = {name: rank for rank, name in enumerate(HEADING_OF)}
-_BASIC = """images test_images backbone run tokenizer tokens teacher model image_size patch_size objective target mask_ratio quantizer
+BASIC = """images test_images backbone run tokenizer tokens teacher model image_size patch_size objective target mask_ratio quantizer
 vocab_size views protocols labels_per_class tokenizers grid epochs batch_size lr device out resume"""
-BASIC = frozenset(_BASIC.split())
 """Options in the first `--help` of a command that has more than `MAX_BASIC`."""
 MAX_BASIC = 15
 
@@ -120,10 +118,18 @@ def run_command(name: str, argv: list[str]) -> Any:
         print(_parser(function, hide="--help-all" not in argv).format_help(), end="")
         return None
     namespace, unknown = _parser(function).parse_known_args(argv)
+    options = vars(namespace)
+    words, positional, path = options.pop("words", []), config_type.positional, None
+    several = positional is not None and takes_several(config_type.model_fields[positional].annotation)
+    if words and (positional is None or Path(words[0]).suffix in CONFIG_SUFFIXES):
+        path = Path(words.pop(0))
+    unknown += words if positional is None else [] if several else words[1:]
     if unknown:
         raise MapetError(_explain_unknown(name, unknown[0], config_type))
-    options = vars(namespace)
-    path = _take_words(name, options)
+    if words and positional in options:
+        raise MapetError(f"'{' '.join(words)}' and {option(positional)} are mutually exclusive")
+    if words and positional:
+        options[positional] = words if several else words[0]
     typed: dict[str, Any] = {}
     for dotted, value in options.items():
         value = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value  # KEY=VALUE
@@ -162,24 +168,6 @@ def _explain_unknown(name: str, word: str, config_type: type[Config]) -> str:
     return f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`"
 
 
-def _take_words(name: str, options: dict[str, Any]) -> Path | None:
-    """Give words without an option to the command's positional option; return the first if it is a config file."""
-    words, config_type = options.pop("words", []), COMMANDS[name].config_type
-    positional, path = config_type.positional, None
-    if words and (positional is None or Path(words[0]).suffix in CONFIG_SUFFIXES):
-        path, words = Path(words[0]), words[1:]
-    if words and positional is None:
-        raise MapetError(f"unexpected word '{words[0]}'; options are written --name value")
-    if words and positional:
-        several = takes_several(config_type.model_fields[positional].annotation)
-        if positional in options:
-            raise MapetError(f"'{' '.join(words)}' and {option(positional)} are mutually exclusive")
-        if len(words) > 1 and not several:
-            raise MapetError(f"unexpected word '{words[1]}'; mapet {name} takes one {option(positional)}")
-        options[positional] = words if several else words[0]
-    return path
-
-
 def _suggest_option(name: str, folder: Path, resume: bool) -> str:
     """Return what the user may have meant by a folder in place of a config."""
     if found := find_config(folder, (name,)):
@@ -187,9 +175,8 @@ def _suggest_option(name: str, folder: Path, resume: bool) -> str:
     tokenizer = (folder / "visual_tokenizer.json").is_file()
     likely = ["out"] if resume else ["tokenizer"] if tokenizer else ["run", "backbone", "bundle"]
     known = COMMANDS[name].config_type.model_fields
-    return (
-        f"give it as {option(next(name for name in [*likely, 'images', 'out'] if name in known))} {quote(str(folder))}"
-    )
+    likely = [option(name) for name in [*likely, "images", "out"] if name in known]
+    return f"give it as {likely[0]} {quote(str(folder))}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -213,11 +200,11 @@ def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser
     )  # fmt: skip
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     own = [(name, field) for name, field in fields(config_type) if "." not in name]
-    shown = [name for name, field in own if len(own) <= MAX_BASIC or name in BASIC or field.is_required()]
+    shown = [name for name, field in own if len(own) <= MAX_BASIC or name in BASIC.split() or field.is_required()]
     groups: dict[str, Any] = {}
     options = [(*dotted.rpartition(".")[::2], dotted, field) for dotted, field in fields(config_type)]
-    for section, last, dotted, field in sorted(options, key=lambda item: (item[0], RANK.get(item[1], len(RANK)))):
-        heading = f"Options of {section.replace('_', '-')}" if section else HEADING_OF.get(last, "Other")
+    for section, last, dotted, field in sorted(options, key=lambda item: (item[0], RANK[item[1]])):
+        heading = f"Options of {section.replace('_', '-')}" if section else HEADING_OF[last]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         help_text = argparse.SUPPRESS if hide and dotted not in shown else _help(field)
@@ -234,13 +221,10 @@ def _help(field: FieldInfo) -> str:
     description = " ".join((field.description or "").split()).replace("%", "%%")
     if field.is_required():
         return f"{description} (required)"
-    default = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, (tuple, list, dict)):
-        default = " ".join(map(str, default))
-    elif isinstance(default, bool):
-        default = str(default).lower()
-    default = meaning_of_none(field) if default is None else default
-    return description if default == "" else f"{description} (default: {default})"
+    default = meaning_of_none(field) if (value := field.get_default(call_default_factory=True)) is None else value
+    shown = " ".join(map(str, default)) if isinstance(default, (tuple, list, dict)) else str(default)
+    shown = shown.lower() if isinstance(default, bool) else shown
+    return f"{description} (default: {shown})" if shown else description
 
 
 def _key_value(word: str) -> tuple[str, Any]:

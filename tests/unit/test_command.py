@@ -68,7 +68,6 @@ def test_help_is_short_first_and_options_are_few():
         own = [option for option, _ in fields(function.config_type) if "." not in option]
         first, every = (_parser(function, hide).format_help() for hide in (True, False))
         assert first.count("\n  --") - 1 <= 15 and every.count("\n  --") >= len(own)
-        assert "\nOther:" not in every
         total += 0 if name in HIDDEN else len(own)
     assert total <= MAX_OPTIONS
 

@@ -58,11 +58,13 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
     kind = cast(type[Config], config_type)
 
     def decorate(function: Callable[[C], R]) -> Command[P, R]:
+        signature = _signature(kind, inspect.signature(function).return_annotation)
+
         @functools.wraps(function)
         def call(config: Any = None, /, **options: Any) -> R | None:
             if not isinstance(config, kind):
                 if config is not None and kind.positional is None:
-                    example = f"{function.__name__}({_keywords(kind)[0]}={config!r}, ...)"
+                    example = f"{function.__name__}({next(iter(signature.parameters))}={config!r}, ...)"
                     raise TypeError(f"{function.__name__}() takes keywords: {example}")
                 config = build(kind, options if config is None else {str(kind.positional): config} | options)
             elif options:
@@ -72,8 +74,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
             with _translate_dead_workers():
                 return _run(function, config, distributed)
 
-        call.config_type = kind  # type: ignore[attr-defined]
-        call.__signature__ = _signature(kind, inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
+        call.__dict__.update(config_type=kind, __signature__=signature)
         return cast(Command[P, R], call)
 
     return decorate
@@ -116,20 +117,12 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: Abstract
     return result
 
 
-def _keywords(config_type: type[Config]) -> list[str]:
-    """Names of the config's fields, required ones first."""
-    return sorted(config_type.model_fields, key=lambda name: not config_type.model_fields[name].is_required())
-
-
 def _signature(config_type: type[Config], returns: object) -> inspect.Signature:
-    """A signature with the config's fields as keywords: plain types (no validators), and defaults."""
-    types, parameters = typing.get_type_hints(config_type), []
-    for name in _keywords(config_type):
-        field = config_type.model_fields[name]
-        default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, kind, default=default, annotation=types[name]))
-    return inspect.Signature(parameters, return_annotation=returns)
+    """A signature with the config's fields as keywords, required ones first: plain types (no validators), and defaults."""
+    types, parameters = typing.get_type_hints(config_type), inspect.signature(config_type).parameters.values()
+    keywords = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
+    keywords.sort(key=lambda keyword: keyword.default is not keyword.empty)
+    return inspect.Signature(keywords, return_annotation=returns)
 
 
 def _check_out_is_not_among_images(config: Config) -> None:
@@ -172,7 +165,5 @@ def _set_up_logging() -> None:
         os.environ["TQDM_DISABLE"] = "1"  # the first process shows how far all are
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
-        handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(_ConsoleHandler())
         log.setLevel(logging.INFO)

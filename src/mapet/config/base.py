@@ -57,11 +57,10 @@ def takes_several(annotation: Any) -> bool:
 
 
 C = TypeVar("C", bound=Config)
+Options = Mapping[str, Any]
 
 
-def build(
-    config_type: type[C], options: Mapping[str, Any], path: Path | None = None, typed: Mapping[str, Any] | None = None
-) -> C:
+def build(config_type: type[C], options: Options, path: Path | None = None, typed: Options = {}) -> C:
     """Validate options into a config.
 
     Args:
@@ -72,39 +71,29 @@ def build(
     Raises:
         MapetError: options that are unknown, missing or wrong, on one line; it carries the first one's field and value.
     """
-    typed = typed or {}
     given = merge(options, typed)
     for name, inner, by_name in sections(config_type):
         if isinstance(section := given.get(name), Mapping):
-            words = typed.get(name) or {}
+            words = typed.get(name, {})
             with spell_in_section(name, config_type.model_fields):
-                given[name] = (
-                    _build_each(inner, section, path, words) if by_name else build(inner, section, path, words)
-                )
+                if not by_name:
+                    given[name] = build(inner, section, path, words)
+                    continue
+                given[name] = dict(section)
+                for key, one in section.items():
+                    if isinstance(one, Mapping):  # else pydantic refuses it
+                        with spell_in_section(key):
+                            given[name][key] = build(inner, one, path, words.get(key, {}))
     try:
         return config_type.model_validate(given)
     except ValidationError as error:
         problems = error.errors()
-        messages = dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems)
-        field = ".".join(map(str, problems[0]["loc"])) or None
-        raise MapetError(
-            "; ".join(messages), field=field, value=problems[0]["input"], expected=_expected(problems[0])
-        ) from None
+        text = "; ".join(dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems))
+        field, value = ".".join(map(str, problems[0]["loc"])) or None, problems[0]["input"]
+        raise MapetError(text, field=field, value=value, expected=_expected(problems[0])) from None
 
 
-def _build_each(
-    config_type: type[C], options: Mapping[str, Any], path: Path | None, typed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Validate a mapping of a user's names to configs; what is no mapping is left for pydantic to refuse."""
-    built = dict(options)
-    for name, section in options.items():
-        if isinstance(section, Mapping):
-            with spell_in_section(name):
-                built[name] = build(config_type, section, path, typed.get(name))
-    return built
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Options, over: Options) -> dict[str, Any]:
     """Merge nested mappings; values of `over` win."""
     merged = dict(base)
     for key, value in over.items():
@@ -127,12 +116,12 @@ EXPECTED = {
 
 def _expected(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
-    return (
-        str(context["error"]) if "error" in context else EXPECTED.get(problem["type"], problem["msg"]).format(**context)
-    )
+    if "error" in context:
+        return str(context["error"])
+    return EXPECTED.get(problem["type"], problem["msg"]).format(**context)
 
 
-def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None, typed: Mapping[str, Any]) -> str:
+def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None, typed: Options) -> str:
     """Say what is wrong with an option, as the user wrote it: in the file, on the command line or in Python."""
     place, kind = problem["loc"], problem["type"]
     in_file = path is not None and bool(place) and place[0] not in typed and kind != "missing"
@@ -144,11 +133,8 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
         if kind == "missing":
             description = config_type.model_fields[str(place[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
-        return (
-            f"{name}: {_expected(problem)}, got {problem['input']!r}{where}"
-            if place
-            else f"{_expected(problem)}{where}"
-        )
+        expected = _expected(problem)
+        return f"{name}: {expected}, got {problem['input']!r}{where}" if place else f"{expected}{where}"
 
 
 def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
@@ -181,10 +167,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MapetError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes that are no text, numbers that are none
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of bytes that are no text, numbers that are none
         raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
-    except RecursionError:
-        raise MapetError(f"{path} is not a recipe: it is nested too deeply") from None
     if not isinstance(recipe, (dict, NoneType)):
         raise MapetError(f"{path} must be a mapping of options to values, not a {type(recipe).__name__}")
     return {str(key).replace("-", "_"): value for key, value in (recipe or {}).items()}
@@ -206,7 +195,7 @@ def differences(old: Config, new: Config, ignore: frozenset[str] = frozenset()) 
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in a | b if a.get(key) != b.get(key)]
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(options: Options, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
