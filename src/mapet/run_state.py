@@ -152,8 +152,7 @@ def record(
     Args:
         facts: `counts`, `hashes` and `results`; others of the same name are replaced.
     """
-    state = _open.get(folder.absolute()) if folder else None
-    if folder is None or state is None:
+    if folder is None or (state := _open.get(folder.absolute())) is None:
         return
     state.config = config.model_dump(mode="json") if config else state.config
     state.description, state.device = description or state.description, device or state.device

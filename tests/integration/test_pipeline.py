@@ -498,10 +498,10 @@ def test_run_of_unlabelled_images_that_are_no_files(photos, tmp_path):
 
 def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, capsys):
     from mapet import commands
-    from mapet.commands import pipelines
+    from mapet.commands import pipeline
 
     quick = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "batch_size": 256}
-    monkeypatch.setitem(pipelines.DEMO_RECIPE, "pretrain", quick)
+    monkeypatch.setitem(pipeline.DEMO_RECIPE, "pretrain", quick)
     monkeypatch.setattr(commands, "finetune", lambda **_: 0.5)
     argv = ["demo", "--out", str(tmp_path / "demo")]
     with monkeypatch.context() as patch:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mapet.commands.command import AnyCommand, command, name_of
-from mapet.config import data, evaluation, pipeline, pretraining, tokenizers
+from mapet.config.data import CheckConfig, PrepareConfig
+from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig
+from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
+from mapet.config.pretraining import DebugStepConfig, PretrainConfig, ReportConfig
+from mapet.config.tokenizers import FitTokenizerConfig, InspectTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
 
 if TYPE_CHECKING:
     from mapet.data.census import Census
@@ -16,21 +20,21 @@ if TYPE_CHECKING:
     from mapet.training.checkpoint import StepReport
 
 
-@command(pipeline.DemoConfig)
-def demo(config: pipeline.DemoConfig) -> dict[str, dict[str, float]]:
+@command(DemoConfig)
+def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Pre-train a small ViT on 1,437 real handwritten digits in about 2 minutes and test what it learned on 360 others.
 
     Example:
       mapet demo
       mapet demo --out /tmp/digits --seed 1
     """
-    from mapet.commands import pipelines
+    from mapet.commands import pipeline
 
-    return pipelines.demo(config)
+    return pipeline.demo(config)
 
 
-@command(pipeline.RunConfig, distributed=True)
-def run(config: pipeline.RunConfig) -> Path:
+@command(RunConfig, distributed=True)
+def run(config: RunConfig) -> Path:
     """Tokenizer, tokens, pre-training, evaluation (if there are labels) and figures of a folder of images; returns the backbone's folder.
 
     Example:
@@ -38,13 +42,13 @@ def run(config: pipeline.RunConfig) -> Path:
       mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
       mapet run runs/photos/config.yaml --resume
     """
-    from mapet.commands import pipelines
+    from mapet.commands import pipeline
 
-    return pipelines.run(config)
+    return pipeline.run(config)
 
 
-@command(pipeline.StudyConfig)
-def study(config: pipeline.StudyConfig) -> Path:
+@command(StudyConfig)
+def study(config: StudyConfig) -> Path:
     """Compare objectives, tokenizers, ratios, models: run a grid, evaluate each trial, report; returns the report's folder.
 
     Example:
@@ -53,26 +57,26 @@ def study(config: pipeline.StudyConfig) -> Path:
       mapet study study.yaml --devices cuda:0 cuda:1
       mapet study study.yaml --report-only
     """
-    from mapet.commands import pipelines
+    from mapet.commands import pipeline
 
-    return pipelines.study(config)
+    return pipeline.study(config)
 
 
-@command(data.CheckConfig)
-def check(config: data.CheckConfig) -> "Census":
+@command(CheckConfig)
+def check(config: CheckConfig) -> "Census":
     """Read every image, report what is there and what is wrong, and estimate what the next stages need.
 
     Example:
       mapet check --images PHOTOS
       mapet check --images PHOTOS --model vit_base_patch16_224 --teacher resnet50x64_clip.openai
     """
-    from mapet.commands import preparing
+    from mapet.commands import data
 
-    return preparing.check(config)
+    return data.check(config)
 
 
-@command(data.PrepareConfig)
-def prepare(config: data.PrepareConfig) -> Path:
+@command(PrepareConfig)
+def prepare(config: PrepareConfig) -> Path:
     """Resize every image once and pack them into a few files that are mapped into memory; returns the folder.
 
     It pays when images are much larger than the input and are read many times (an epoch is one reading), when they are
@@ -85,13 +89,13 @@ def prepare(config: data.PrepareConfig) -> Path:
       mapet prepare --images SCANS --out PREPARED --channels 1 --value-range 0 4095   # 12 bits in files of 16
       mapet prepare --images hf:NAME:train --streaming --out PREPARED      # larger than this disk
     """
-    from mapet.commands import preparing
+    from mapet.commands import data
 
-    return preparing.prepare(config)
+    return data.prepare(config)
 
 
-@command(tokenizers.TrainTokenizerConfig, distributed=True)
-def train_tokenizer(config: tokenizers.TrainTokenizerConfig) -> Path:
+@command(TrainTokenizerConfig, distributed=True)
+def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
 
     Example:
@@ -104,8 +108,8 @@ def train_tokenizer(config: tokenizers.TrainTokenizerConfig) -> Path:
     return Trainer(VQKDTask(), config).fit()
 
 
-@command(tokenizers.FitTokenizerConfig, distributed=True)
-def fit_tokenizer(config: tokenizers.FitTokenizerConfig) -> "Tokenizer":
+@command(FitTokenizerConfig, distributed=True)
+def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
     """Cluster a frozen teacher's patch features into a codebook of visual tokens.
 
     Example:
@@ -117,8 +121,8 @@ def fit_tokenizer(config: tokenizers.FitTokenizerConfig) -> "Tokenizer":
     return stages.fit_tokenizer(config)
 
 
-@command(tokenizers.TokenizeConfig, distributed=True)
-def tokenize(config: tokenizers.TokenizeConfig) -> "TokenStore":
+@command(TokenizeConfig, distributed=True)
+def tokenize(config: TokenizeConfig) -> "TokenStore":
     """Store the visual tokens of every image, bound to the codebook and the list of images.
 
     Example:
@@ -130,8 +134,8 @@ def tokenize(config: tokenizers.TokenizeConfig) -> "TokenStore":
     return stages.tokenize(config)
 
 
-@command(tokenizers.InspectTokenizerConfig)
-def inspect_tokenizer(config: tokenizers.InspectTokenizerConfig) -> list[Path]:
+@command(InspectTokenizerConfig)
+def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer: use of its codes, stability, what tokens say of neighbours, positions and classes; with figures.
 
     Example:
@@ -142,8 +146,8 @@ def inspect_tokenizer(config: tokenizers.InspectTokenizerConfig) -> list[Path]:
     return reporting.inspect_tokenizer(config)
 
 
-@command(pretraining.PretrainConfig, distributed=True)
-def pretrain(config: pretraining.PretrainConfig) -> Path:
+@command(PretrainConfig, distributed=True)
+def pretrain(config: PretrainConfig) -> Path:
     """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
 
     Example:
@@ -155,8 +159,8 @@ def pretrain(config: pretraining.PretrainConfig) -> Path:
     return training.pretrain(config)
 
 
-@command(pretraining.ReportConfig)
-def report(config: pretraining.ReportConfig) -> Path | None:
+@command(ReportConfig)
+def report(config: ReportConfig) -> Path | None:
     """One HTML page of a run (curves, warnings in words, tokenizer, predictions step by step, figures), or of several.
 
     Example:
@@ -170,21 +174,21 @@ def report(config: pretraining.ReportConfig) -> Path | None:
     return reporting.report(config)
 
 
-@command(evaluation.EvaluateConfig)
-def evaluate(config: evaluation.EvaluateConfig) -> dict[str, dict[str, float]]:
+@command(EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """Evaluate backbones side by side: probes, k-NN, few-shot, clusters, rank, robustness, dense tasks; return backbone -> metric -> value.
 
     Example:
       mapet evaluate --backbone runs/photos random:runs/photos --images labelled/train --test-images labelled/test --protocols logistic knn
       mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labelled/train --out evaluation
     """
-    from mapet.commands import evaluating
+    from mapet.commands import evaluation
 
-    return evaluating.evaluate(config)
+    return evaluation.evaluate(config)
 
 
-@command(evaluation.FinetuneConfig)
-def finetune(config: evaluation.FinetuneConfig) -> float:
+@command(FinetuneConfig)
+def finetune(config: FinetuneConfig) -> float:
     """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
 
     Example:
@@ -198,8 +202,8 @@ def finetune(config: evaluation.FinetuneConfig) -> float:
     return training.finetune(config)
 
 
-@command(evaluation.EmbedConfig)
-def embed(config: evaluation.EmbedConfig) -> Path:
+@command(EmbedConfig)
+def embed(config: EmbedConfig) -> Path:
     """Features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job can be resumed.
 
     Example:
@@ -212,8 +216,8 @@ def embed(config: evaluation.EmbedConfig) -> Path:
     return embeddings.embed(config)
 
 
-@command(evaluation.ExportConfig)
-def export(config: evaluation.ExportConfig) -> Path:
+@command(ExportConfig)
+def export(config: ExportConfig) -> Path:
     """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
 
     Example:
@@ -226,8 +230,8 @@ def export(config: evaluation.ExportConfig) -> Path:
     return exporting.export(config)
 
 
-@command(pretraining.DebugStepConfig)
-def debug_step(config: pretraining.DebugStepConfig) -> "list[StepReport]":
+@command(DebugStepConfig)
+def debug_step(config: DebugStepConfig) -> "list[StepReport]":
     """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
 
     Example:

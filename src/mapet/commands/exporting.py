@@ -109,9 +109,7 @@ def _read_views(source: str, vit: VisionTransformer) -> Tensor:
     chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
     views = dataset.batch([(0, int(index)) for index in chosen]).images
     if views is None:
-        raise MapetError(
-            f"none of the images of {source} that were tried can be read: give others with {option('images')}"
-        )
+        raise MapetError(f"no image of {source} that was tried can be read: give others with {option('images')}")
     return views
 
 

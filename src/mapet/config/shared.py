@@ -165,9 +165,7 @@ class TrainerOptions(Config):
     instead of stopping."""
     log_interval: PositiveInt | None = None
     """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: a line an epoch, at most 50 steps."""
-    track: Annotated[
-        list[Literal["wandb", "mlflow", "trackio"]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
-    ] = Field(default_factory=list)
+    track: list[Literal["wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 

@@ -156,9 +156,8 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
     if not recipe.exists():
         new_folder(config.out)  # refuses it
     old = build(RunConfig, read_recipe(recipe), recipe)
-    may_change = {"resume", "device", "max_unreadable", "out"} | {
-        stage.command.__name__ for stage in stages if not stage.begun
-    }
+    may_change = {"resume", "device", "max_unreadable", "out"}
+    may_change |= {stage.command.__name__ for stage in stages if not stage.begun}
     may_change |= set() if stages[3].begun else {"test_images"}
     fitted = config.out / "tokenizer" / "visual_tokenizer.json"
     if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now
