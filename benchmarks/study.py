@@ -23,7 +23,7 @@ from benchmarks.core import ROOT, Result, Row
 from benchmarks.data import add_data, cifar10, first_of_each_class, ood_test_sets
 from benchmarks.tables import Table
 from mapet.config.base import read_recipe
-from mapet.evaluation.intervals import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_interval
 
 PROBE, KNN = "logistic", "knn"
 """Columns of a study's report.csv."""

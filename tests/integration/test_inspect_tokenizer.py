@@ -40,7 +40,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
     assert measures["bag_of_tokens"]["accuracy"] > 0.25 > 2 * measures["bag_of_tokens"]["chance"]
     page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
-    monkeypatch.setattr("mapet.evaluation.tokens.inference_batch_size", lambda _: 7)
+    monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 7)
     assert main([str(word) for word in [*argv, "--out", tmp_path / "b"]]) == 0
     assert (tmp_path / "b" / "tokenizer_metrics.json").read_text() == (
         tmp_path / "a" / "tokenizer_metrics.json"

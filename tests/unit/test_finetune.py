@@ -14,7 +14,7 @@ import mapet
 from mapet.cli import main
 from mapet.config.evaluation import FinetuneConfig
 from mapet.errors import Interrupted
-from mapet.evaluation.intervals import over_seeds
+from mapet.evaluation.eval_context import over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.run_state import RunState
 from mapet.training import trainer

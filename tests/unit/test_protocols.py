@@ -13,8 +13,8 @@ from mapet.data.sources import scan
 from mapet.data.views import normalize
 from mapet.device import Compute
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
+from mapet.evaluation.eval_context import bootstrap, over_seeds, wilson
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.intervals import bootstrap, over_seeds, wilson
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
 from mapet.evaluation.protocols import (
     average_precisions,

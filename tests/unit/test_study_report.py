@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mapet.errors import MapetError
-from mapet.evaluation.intervals import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_interval
 from mapet.reports.study import findings, sentence, write_report
 from mapet.studies.statistics import (
     Study,

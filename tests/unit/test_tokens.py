@@ -11,7 +11,7 @@ from torch import nn
 
 from mapet.data.sources import scan
 from mapet.device import Compute
-from mapet.evaluation.tokens import (
+from mapet.evaluation.inspection import (
     Sampler,
     agreement,
     bag_of_tokens,
@@ -215,7 +215,7 @@ class MeanColour(nn.Module):
 @pytest.mark.parametrize(("size", "grid"), [((32, 48), (4, 6)), ((36, 36), (8, 8))], ids=str)
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
-    monkeypatch.setattr("mapet.evaluation.tokens.inference_batch_size", lambda _: 5)
+    monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
     sampler = Sampler(MeanColour(size, grid), Compute.choose("cpu", "float32"))
     images = scan(crops)
     found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
@@ -226,7 +226,7 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     words = sampler.words(images, shown=7)
     assert words.images.shape == (7, 3, *size) and words.ids.shape == (12, *grid)
     in_fives = sampler.views(images)
-    monkeypatch.setattr("mapet.evaluation.tokens.inference_batch_size", lambda _: 12)
+    monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 12)
     assert all(torch.equal(in_fives[name][1], pair[1]) for name, pair in sampler.views(images).items())
 
 

@@ -17,7 +17,7 @@ from mapet.errors import Interrupted, MapetError, did_you_mean, option
 from mapet.evaluation.datasets import labelled
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult, load_eval_data
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
-from mapet.evaluation.look import neighbor_rows
+from mapet.evaluation.inspection import neighbor_rows
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
 from mapet.reports.plots import plot_neighbours, save_figure
@@ -56,7 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 if config.out is not None:  # what is done is not lost
                     _draw_neighbors(result, context, config.out / "figures" / f"nearest-neighbors-{len(results)}.png")
                     write_evaluation(config.out, results, info)
-                    record(config.out, results={"backbones": _as_json(results)})
+                    found = {source: {name: _as_json(r) for name, r in own.items()} for source, own in results.items()}
+                    record(config.out, results={"backbones": found})
         except KeyboardInterrupt:
             if config.out is None or not any(results.values()):
                 raise
@@ -87,13 +88,9 @@ def _describe_data(config: EvaluateConfig, data: EvalData) -> dict[str, str]:
     return info
 
 
-def _as_json(results: dict[str, dict[str, ProtocolResult]]) -> dict[str, Any]:
-    """Turn results into JSON: backbone -> protocol -> metrics and details; classes are in per_class.csv."""
-
-    def one(result: ProtocolResult) -> dict[str, Any]:
-        return {"metrics": {row: m._asdict() for row, m in result.metrics.items()}, "details": result.details}
-
-    return {source: {name: one(result) for name, result in found.items()} for source, found in results.items()}
+def _as_json(result: ProtocolResult) -> dict[str, Any]:
+    """Turn metrics and details into JSON; classes are in per_class.csv."""
+    return {"metrics": {row: metric._asdict() for row, metric in result.metrics.items()}, "details": result.details}
 
 
 def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:

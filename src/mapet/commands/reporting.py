@@ -19,9 +19,8 @@ from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
 from mapet.device import Compute
 from mapet.errors import MapetError, option
+from mapet.evaluation import inspection
 from mapet.evaluation.datasets import LabelledSet, split
-from mapet.evaluation.look import enough_images, look_at
-from mapet.evaluation.tokens import Measures, Sampler, Words, measure, nearest_codes, warnings
 from mapet.files import atomic, is_free, new_folder, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
@@ -90,7 +89,7 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], di
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = scan(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
-    look = look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
+    look = inspection.look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
     drawn = [rasterize(name, figure) for name, figure in plot_run(look, model, images, compute).items()]
     return drawn, step_through(look, names, model.objective)
@@ -119,7 +118,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     figures = _plot(words, tokenizer)
     for name, value in tokenizer_metrics(measures).items():
         log.info("%-28s %s", name, value)
-    poor = list(warnings(measures))
+    poor = list(inspection.warnings(measures))
     for line in poor:
         log.warning("%s", line)
     if not poor:
@@ -136,14 +135,16 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     return paths
 
 
-def _measure(config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: Compute) -> tuple[Words, Measures]:
+def _measure(
+    config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: Compute
+) -> tuple[inspection.Words, inspection.Measures]:
     """Tokenize a sample of the images, as they are and changed a little, and measure the tokens."""
     images = scan(config.images)
     chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
-    sampler = Sampler(tokenizer, compute)
+    sampler = inspection.Sampler(tokenizer, compute)
     patches = tokenizer.grid[0] * tokenizer.grid[1]
-    words = sampler.words(sample, enough_images(SHOWN_IMAGES, tokenizer.vocab_size, patches, len(sample)))
+    words = sampler.words(sample, inspection.enough_images(SHOWN_IMAGES, tokenizer.vocab_size, patches, len(sample)))
     views = sampler.views(images.subset(few))
     if config.tokens is not None:
         try:
@@ -153,7 +154,7 @@ def _measure(config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: Comp
             raise MapetError(f"{error}. {hint}") from None
         views["stored"] = sampler.stored(images, store, few)
     labels, test = _labels(images, chosen, words.image_index)
-    return words, measure(words.ids, tokenizer.vocab_size, views, labels, test)
+    return words, inspection.measure(words.ids, tokenizer.vocab_size, views, labels, test)
 
 
 def _labels(
@@ -177,7 +178,7 @@ def _labels(
     return torch.from_numpy(data.labels)[measured], test
 
 
-def _plot(words: Words, tokenizer: Tokenizer) -> dict[str, Figure]:
+def _plot(words: inspection.Words, tokenizer: Tokenizer) -> dict[str, Figure]:
     vocab_size, tokens = tokenizer.vocab_size, words.ids.flatten(1)
     shown, pictured = slice(0, SHOWN_IMAGES), tokens[: len(words.images)].flatten()
     patches = plots.patchify(words.images, tokenizer.grid).flatten(0, 1)
@@ -190,7 +191,7 @@ def _plot(words: Words, tokenizer: Tokenizer) -> dict[str, Figure]:
     if centroids is not None and vocab_size > 1:
         counts = torch.bincount(pictured, minlength=vocab_size)
         codes = plots.spread_of_codes(counts, SHOWN_CODES)
-        distances, nearest = nearest_codes(centroids.cpu(), codes, NEAREST)
+        distances, nearest = inspection.nearest_codes(centroids.cpu(), codes, NEAREST)
         prototypes = plots.mean_patches(patches, pictured, vocab_size)
         figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
     return figures

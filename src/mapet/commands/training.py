@@ -16,7 +16,7 @@ from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.data.dataset import EpochSampler
 from mapet.device import Compute
 from mapet.errors import Interrupted, MapetError, option
-from mapet.evaluation.intervals import over_seeds, wilson
+from mapet.evaluation.eval_context import over_seeds, wilson
 from mapet.files import new_folder
 from mapet.reports.card import origin_of_tuned
 from mapet.reports.page import write_run_report

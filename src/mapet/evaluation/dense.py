@@ -23,9 +23,8 @@ from mapet.data.views import View, render
 from mapet.device import num_workers
 from mapet.errors import MapetError, how_to_install
 from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, SegmentationSet
-from mapet.evaluation.eval_context import EvalContext, ProtocolResult, protocol
+from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap, protocol
 from mapet.evaluation.features import BackboneWrapper
-from mapet.evaluation.intervals import MetricValue, bootstrap
 from mapet.evaluation.probes import descend
 
 WIDTH = 128
@@ -265,19 +264,8 @@ def make_detector(backbone: BackboneWrapper, classes: int, trained: bool) -> Fas
 
 
 @protocol("annotations", expensive=True)
-def detection(context: EvalContext) -> ProtocolResult:
-    """Measure COCO's AP of boxes after a short training of the detector on the frozen backbone."""
-    return _measure_boxes(context, trained=False)
-
-
-@protocol("annotations", expensive=True)
-def detection_finetune(context: EvalContext) -> ProtocolResult:
-    """Measure COCO's AP of boxes where the backbone is trained with the detector."""
-    return _measure_boxes(context, trained=True)
-
-
-def _measure_boxes(context: EvalContext, trained: bool) -> ProtocolResult:
-    """Train the detector and measure COCO's AP.
+def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
+    """Measure COCO's AP of boxes after a short training of the detector on the frozen backbone.
 
     Args:
         trained: train a copy of the backbone, too.
@@ -286,9 +274,7 @@ def _measure_boxes(context: EvalContext, trained: bool) -> ProtocolResult:
         MapetError: pycocotools is not installed.
     """
     if importlib.util.find_spec("pycocotools") is None:
-        raise MapetError(
-            f"protocol 'detection' reports COCO's own metrics by pycocotools: {how_to_install('detection')}"
-        )
+        raise MapetError(f"protocol 'detection' needs pycocotools: {how_to_install('detection')}")
     assert context.data.boxes is not None
     (train, test), backbone = context.data.boxes, _at_size(context, copy_weights=True)
     detector = make_detector(backbone, len(train.classes), trained)
@@ -299,6 +285,12 @@ def _measure_boxes(context: EvalContext, trained: bool) -> ProtocolResult:
         {f"{prefix}_{name}": MetricValue(value, over=over) for name, value in coco_metrics(test, boxes).items()},
         details={"train_images": len(train), "boxes_found": len(boxes), "size": list(backbone.image_size)},
     )
+
+
+@protocol("annotations", expensive=True)
+def detection_finetune(context: EvalContext) -> ProtocolResult:
+    """Measure COCO's AP of boxes where the backbone is trained with the detector."""
+    return detection(context, trained=True)
 
 
 class Pictures(AnnotatedImages):

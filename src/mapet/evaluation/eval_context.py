@@ -1,11 +1,13 @@
-"""What a protocol takes and returns: a backbone with the data it is evaluated on, and metrics; and the table of protocols."""
+"""What a protocol takes and returns: a backbone with its data, and metrics with their intervals; and the table of protocols."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -16,11 +18,80 @@ from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
 from mapet.evaluation.datasets import DetectionSet, LabelledSet, SegmentationSet, unlabelled
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.intervals import MetricValue, accuracy_with_ci
 from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
 
 NUM_SHOWN = 8
 """Neighbors in the figure, at most."""
+LEVEL = 0.05
+"""Intervals cover 1 - LEVEL; corrected p below which two values are told apart."""
+
+
+# ---- metrics and their intervals
+
+
+class MetricValue(NamedTuple):
+    """A metric and its 95 % interval, where one is known.
+
+    Attributes:
+        over: what the interval counts over, e.g. '1,000 images', '5 seeds'.
+        selected: hyperparameters chosen to get it, e.g. 'layer 12, lr 0.1'.
+    """
+
+    value: float
+    ci_low: float | None = None
+    ci_high: float | None = None
+    over: str = ""
+    selected: str = ""
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % interval (1927) of a proportion; it stays within 0..1 and is not empty at 0 and 1."""
+    from scipy import stats
+
+    low, high = stats.binomtest(correct, count).proportion_ci(1 - LEVEL, method="wilson")
+    return float(low), float(high)
+
+
+def accuracy_with_ci(correct: int, count: int, selected: str = "") -> MetricValue:
+    """Make an accuracy over test images, with Wilson's interval."""
+    return MetricValue(correct / count, *wilson(correct, count), f"{count:,} images", selected)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Compute the mean and half the width of its 95 % interval by Student's t, for normal, independent values.
+
+    The width is None below two values: nothing is then known of the spread.
+    """
+    if len(values) < 2:
+        return fmean(values), None
+    from scipy import stats  # a second to import
+
+    return fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+
+
+def over_seeds(values: Sequence[float], least: float = 0.0) -> MetricValue:
+    """Average over seeds, with Student's interval cut off at the metric's range, `least` to 1."""
+    mean, width = mean_and_interval(values)
+    if width is None:
+        return MetricValue(mean, over="1 seed")
+    return MetricValue(mean, max(least, mean - width), min(1.0, mean + width), f"{len(values)} seeds")
+
+
+def bootstrap(
+    statistic: Callable[[Float[np.ndarray, " n"]], float], count: int, draws: int = 200, selected: str = ""
+) -> MetricValue:
+    """Compute a statistic of all test images, with the percentile interval over resampled ones (Efron, 1979).
+
+    Args:
+        statistic: takes how often each of the `count` images is drawn; all ones is the metric itself.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [statistic(rng.multinomial(count, np.full(count, 1 / count)).astype(float)) for _ in range(draws)]
+    low, high = np.nanquantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+    return MetricValue(float(statistic(np.ones(count))), float(low), float(high), f"{count:,} images", selected)
+
+
+# ---- what a protocol returns and takes
 
 
 @dataclass
@@ -143,10 +214,15 @@ class EvalContext:
         """What `classify` reads: the model's own classifier where it has one with names, else the linear probe."""
         return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
 
+    def pooled(self, images: UInt8[Tensor, "B C H W"], backbone: BackboneWrapper | None = None) -> Float[Tensor, "B F"]:
+        """Compute the last layer's features, on the CPU; `backbone`: the same model for another input size."""
+        backbone = backbone or self.backbone
+        return backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0].cpu()
+
     def classify(
         self, images: UInt8[Tensor, "B C H W"], backbone: BackboneWrapper | None = None
     ) -> Float[Tensor, "B K"]:
-        """Compute logits of the training images' classes.
+        """Compute logits of the training images' classes, on the CPU.
 
         Args:
             backbone: the same model for another input size.
@@ -156,7 +232,7 @@ class EvalContext:
         """
         backbone = backbone or self.backbone
         if not backbone.classes:
-            return self.logistic(backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0])
+            return self.logistic(self.pooled(images, backbone))
         place = {name: index for index, name in enumerate(backbone.classes)}
         if unknown := [name for name in self.classes if name not in place]:
             raise MapetError(f"{backbone.name} was fine-tuned without the class '{unknown[0]}'")
@@ -173,6 +249,7 @@ class EvalContext:
 
 
 Run = Callable[[EvalContext], ProtocolResult]
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class Protocol(NamedTuple):
@@ -192,10 +269,10 @@ PROTOCOLS: dict[str, Protocol] = {}
 """By name; `mapet.evaluation.protocols` has all of them."""
 
 
-def protocol(requires: str, expensive: bool = False) -> Callable[[Run], Run]:
+def protocol(requires: str, expensive: bool = False) -> Callable[[AnyRun], AnyRun]:
     """Register a function, few_shot say, as the protocol few-shot; see `Protocol`."""
 
-    def register(run: Run) -> Run:
+    def register(run: AnyRun) -> AnyRun:
         PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, expensive)
         return run
 

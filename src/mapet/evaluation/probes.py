@@ -98,15 +98,14 @@ def fit_logistic(
             weight[fitted], bias[fitted] = (torch.from_numpy(part).float() for part in (model.coef_, model.intercept_))
         return LogisticProbe(mean, scale, weight, bias, C)
 
-    everything = torch.arange(len(features))
     if C is None and len(features) < FEW_PER_CLASS * num_classes:
         C = C_FEW
-    if C is None:
+    elif C is None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
         held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
         probes = [fit(rest, candidate, max_iter=100) for candidate in C_CANDIDATES]
         C = max(probes, key=lambda probe: int((probe(features[held]).argmax(1) == labels[held]).sum())).C
-    return fit(everything, C)
+    return fit(torch.arange(len(features)), C)
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
@@ -314,9 +313,8 @@ class AttentivePool(nn.Module):
         self.query = nn.Parameter(torch.randn(heads, width, generator=generator) * 0.02)
         self.value = nn.Parameter(torch.randn(heads, width, width // heads, generator=generator) * width**-0.5)
         self.head = nn.Linear(width, num_classes)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randn(num_classes, width, generator=generator) * 0.01)
-            self.head.bias.zero_()
+        self.head.weight = nn.Parameter(torch.randn(num_classes, width, generator=generator) * 0.01)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
         x = self.norm(tokens.flatten(0, 1)).view_as(tokens)

@@ -14,16 +14,16 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, average_precision_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
-from mapet.evaluation import dense, probes
+from mapet.evaluation import dense, eval_context, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, mean_corruption_error
 from mapet.evaluation.datasets import LabelledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
-from mapet.evaluation.intervals import MetricValue, accuracy_with_ci, bootstrap, over_seeds
 
 __all__ = ["PROTOCOLS", "Protocol", "dense"]
 
@@ -80,13 +80,12 @@ def attentive(context: EvalContext) -> ProtocolResult:
     compute, test = context.backbone.compute, context.data.test
     train = PatchTokenCache(context.backbone, context.data.train, context.cache)
     probe, lr = probes.fit_attentive(train, len(context.classes), compute, context.options.seed)
-    predicted, index = [], []
+    tokens = PatchTokenCache(context.backbone, test, context.cache).epoch()
     with torch.inference_mode():
-        for rows, tokens in PatchTokenCache(context.backbone, test, context.cache).epoch():
-            predicted.append(probe(compute.to(tokens)).argmax(1).cpu())
-            index.append(rows)
-    labels = torch.from_numpy(test.labels)[torch.cat(index)]
-    return ProtocolResult().add_accuracy("attentive", torch.cat(predicted), labels, context.classes, f"lr {lr:g}")
+        found = [(index, probe(compute.to(part)).argmax(1).cpu()) for index, part in tokens]
+    index, predicted = map(torch.cat, zip(*found, strict=True))
+    labels = torch.from_numpy(test.labels)[index]
+    return ProtocolResult().add_accuracy("attentive", predicted, labels, context.classes, f"lr {lr:g}")
 
 
 @protocol("labels")
@@ -105,7 +104,7 @@ def few_shot(context: EvalContext) -> ProtocolResult:
             probe = probes.fit_logistic(x, y, len(context.classes), scaler=scaler)
             scores.append(float((probe(features).argmax(1) == context.test.labels).double().mean()))
         name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
-        result.metrics[name] = over_seeds(scores)
+        result.metrics[name] = eval_context.over_seeds(scores)
         result.details[name] = scores
     return result
 
@@ -141,7 +140,7 @@ def multi_label(context: EvalContext) -> ProtocolResult:
 
     each = zip(train.classes, average_precisions(scores, truth, np.ones(len(truth))).tolist(), strict=True)
     details = {"ap": {label: None if isnan(ap) else round(ap, 4) for label, ap in each}}
-    return ProtocolResult({"multi_label_map": bootstrap(macro_mean, len(truth))}, details=details)
+    return ProtocolResult({"multi_label_map": eval_context.bootstrap(macro_mean, len(truth))}, details=details)
 
 
 # ---- without labels
@@ -201,14 +200,14 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
     features = train.layer_features(torch.arange(min(MAX_RANK, len(train))))
     few = context.data.train.images.subset(train.index[:MAX_VIEWS].numpy())
     spec = ViewSpec(kind="random-crop", image_size=backbone.image_size)
-    views, index = [], []
-    for rows, pixels in backbone.batches(few, context.cache, "views", spec=spec):
-        views.append(backbone.pooled_features(pixels, [backbone.num_layers], context.options.pool)[0].cpu())
-        index.append(rows)
+    batches = backbone.batches(few, context.cache, "views", spec=spec)
+    index, views = map(torch.cat, zip(*((rows, context.pooled(pixels)) for rows, pixels in batches), strict=True))
     found = feature_stats(features)
-    found["alignment"] = feature_stats(features[torch.cat(index)], torch.cat(views))["alignment"]
+    found["alignment"] = feature_stats(features[index], views)["alignment"]
     over = f"{len(features):,} images"
-    return ProtocolResult({name: MetricValue(v, over=f"{over}{BETTER.get(name, '')}") for name, v in found.items()})
+    return ProtocolResult(
+        {name: eval_context.MetricValue(v, over=f"{over}{BETTER.get(name, '')}") for name, v in found.items()}
+    )
 
 
 def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
@@ -223,8 +222,7 @@ def clustering_scores(found: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"
     Accuracy: of the best one-to-one matching of clusters and classes (Hungarian). NMI: mutual information over the mean of
     both entropies. ARI: pairs, corrected for chance (Hubert & Arabie 1985).
     """
-    table = np.zeros((found.max() + 1, labels.max() + 1), np.int64)
-    np.add.at(table, (found, labels), 1)
+    table = contingency_matrix(found, labels)
     rows, columns = linear_sum_assignment(table, maximize=True)
     return {
         "accuracy": float(table[rows, columns].sum() / len(labels)),
@@ -240,7 +238,9 @@ def cluster(context: EvalContext) -> ProtocolResult:
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
     found = [clustering_scores(each, labels) for each in clusters]
     least = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
-    return ProtocolResult({f"cluster_{k}": over_seeds([one[k] for one in found], low) for k, low in least.items()})
+    return ProtocolResult(
+        {f"cluster_{k}": eval_context.over_seeds([one[k] for one in found], low) for k, low in least.items()}
+    )
 
 
 @protocol("images")
@@ -263,19 +263,17 @@ def ood(context: EvalContext) -> ProtocolResult:
 
     So it is done for ImageNet-A and -R, which have 200 of the 1,000 classes.
     """
-    result, options, classes, backbone = ProtocolResult(), context.options, context.classes, context.backbone
+    result, classes, backbone = ProtocolResult(), context.classes, context.backbone
     for name, everything in context.data.ood.items():
         shared, data = shared_classes(everything, classes, name)
-        logits, features, index = [], [], []
-        for rows, images in backbone.batches(data.images, context.cache):
-            logits.append(context.classify(images))
-            features.append(backbone.pooled_features(images, [backbone.num_layers], options.pool)[0].cpu())
-            index.append(rows)
-        labels = torch.from_numpy(data.labels)[torch.cat(index)]
-        found = probes.nearest_neighbors(context.train.layer_blocks(), torch.cat(features), probes.KNN_K)
+        batches = backbone.batches(data.images, context.cache)
+        parts = [(rows, context.classify(images), context.pooled(images)) for rows, images in batches]
+        index, logits, features = map(torch.cat, zip(*parts, strict=True))
+        labels = torch.from_numpy(data.labels)[index]
+        found = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
         votes = probes.knn_scores(context.train, len(classes), *found)
         for metric, scores, selected in (
-            ("own_classifier" if backbone.classes else "logistic", torch.cat(logits), context.classifier),
+            ("own_classifier" if backbone.classes else "logistic", logits, context.classifier),
             ("knn", votes, f"k {found[1].shape[1]}"),
         ):
             scores[:, ~torch.from_numpy(shared)] = -torch.inf
@@ -316,8 +314,10 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
     correct = {name: torch.stack([under(name, severity) for severity in SEVERITIES]) for name in CORRUPTIONS}
     each = torch.cat(list(correct.values())).mean(0).numpy()
-    mean = bootstrap(lambda weights: float(weights @ each / weights.sum()), len(each), selected=context.classifier)
-    accuracy = accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)
+    mean = eval_context.bootstrap(
+        lambda weights: float(weights @ each / weights.sum()), len(each), selected=context.classifier
+    )
+    accuracy = eval_context.accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)
     errors = {name: (1 - rows.mean(1)).tolist() for name, rows in correct.items()}
     return ProtocolResult({"corruption_clean": accuracy, "corruption_mean": mean}, details={"errors": errors})
 
@@ -328,8 +328,7 @@ def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
     for result in found:
         mean, each = mean_corruption_error(result.details["errors"], found[0].details["errors"])
         over = f"{result.metrics['corruption_mean'].over}, relative to the first"
-        result.metrics["mce"] = MetricValue(mean, over=over)
-        result.details["corruption_errors"] = each
+        result.metrics["mce"], result.details["corruption_errors"] = eval_context.MetricValue(mean, over=over), each
 
 
 @protocol("labels", expensive=True)
@@ -346,7 +345,9 @@ def resolution(context: EvalContext) -> ProtocolResult:
         correct = correct[~correct.isnan()]
         name = f"resolution_{size[0]}" if size[0] == size[1] else f"resolution_{size[0]}x{size[1]}"
         trained = " (trained size)" if size == backbone.image_size else ""
-        result.metrics[name] = accuracy_with_ci(int(correct.sum()), len(correct), context.classifier + trained)
+        result.metrics[name] = eval_context.accuracy_with_ci(
+            int(correct.sum()), len(correct), context.classifier + trained
+        )
     return result
 
 

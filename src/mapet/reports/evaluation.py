@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from mapet.evaluation.eval_context import ProtocolResult
-from mapet.evaluation.intervals import MetricValue
-from mapet.evaluation.tokens import CHANGES, Agreement, Information, Measures
+from mapet.evaluation.eval_context import MetricValue, ProtocolResult
+from mapet.evaluation.inspection import CHANGES, Agreement, Information, Measures
 from mapet.files import write_text
 from mapet.reports.render import markdown_table, render
 
@@ -86,9 +85,8 @@ def tokenizer_metrics(m: Measures) -> dict[str, str]:
         return f"{pair.share:.1%} (chance {pair.chance:.1%}, kappa {pair.kappa:.2f})"
 
     def information(value: Information) -> str:
-        return (
-            f"{value.bits:.3f} bits, {value.share:.1%} of all (chance {value.chance:.3f} ± {value.error:.3f} taken off)"
-        )
+        taken_off = f"chance {value.chance:.3f} ± {value.error:.3f} taken off"
+        return f"{value.bits:.3f} bits, {value.share:.1%} of all ({taken_off})"
 
     use, bag = m.usage, m.bag_of_tokens
     told = {"token and neighbour": m.neighbour, "position and token": m.position, "token and class": m.label}

@@ -13,7 +13,7 @@ from torch import Tensor
 from mapet.data.image_list import ImageList
 from mapet.device import Compute
 from mapet.errors import MapetError
-from mapet.evaluation.look import Look, principal_colors, retrieve
+from mapet.evaluation.inspection import Look, principal_colors, retrieve
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from mapet.evaluation.intervals import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_interval
 from mapet.files import write_text
 from mapet.reports.plots import plot_seeds
 from mapet.reports.render import Bold, render, render_part

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mapet.errors import MapetError
-from mapet.evaluation.intervals import LEVEL, mean_and_interval
+from mapet.evaluation.eval_context import LEVEL, mean_and_interval
 
 NO_SPREAD = 1e-9
 """Accuracies nearer than this are the same: no test set is large enough to tell them from rounding."""

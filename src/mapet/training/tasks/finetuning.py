@@ -149,8 +149,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
-        majority = float(np.bincount(self.test.labels).max()) / len(self.test.labels)
-        return FinetuneResult(*final, self.train, majority)
+        return FinetuneResult(*final, self.train, self.test.majority_accuracy)
 
 
 def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
@@ -160,9 +159,7 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))
         except MapetError as error:
-            held_out = (
-                f"; a fifth of {option('images')} is held out to test on, for there are no {option('test_images')}"
-            )
+            held_out = f"; a fifth of {option('images')} is held out to test on: there are no {option('test_images')}"
             raise MapetError(f"{error}{'' if config.test_images else held_out}") from None
     return train, test
 
@@ -171,13 +168,7 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
 def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
-    backbone, labels, num_correct, num_images = (
-        BackboneWrapper.of_vit(vit, compute),
-        torch.from_numpy(data.labels),
-        0,
-        0,
-    )
-    for index, images in backbone.batches(data.images, CacheConfig(batch_size=256, progress=False)):
-        num_correct += int((backbone.logits(images).argmax(1).cpu() == labels[index]).sum())
-        num_images += len(index)
-    return num_correct, num_images
+    backbone, labels = BackboneWrapper.of_vit(vit, compute), torch.from_numpy(data.labels)
+    batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))
+    correct = torch.cat([backbone.logits(images).argmax(1).cpu() == labels[index] for index, images in batches])
+    return int(correct.sum()), len(correct)
