@@ -247,8 +247,8 @@ def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
         create: False only checks, for a stage that writes its folder `atomic`ally at its end.
     """
     if not is_free(path):
-        what = "is not empty: nothing is overwritten" if path.is_dir() else "is not a folder"
-        hint = f"Choose another {option('out')}{resume_hint if path.is_dir() else ''}"
-        raise MapetError(f"{path} already exists and {what}. {hint}", field="out", value=path)
+        found = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
+        other = f"{path} is not a folder. Choose another {option('out')}"
+        raise MapetError(found if path.is_dir() else other, field="out", value=path)
     if create:
         path.mkdir(parents=True, exist_ok=True)
