@@ -123,8 +123,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     recipe = folder / CONFIG_FILE
     if not (recipe.is_file() and (config.bundle / checkpoint.BUNDLE).is_file()):
         kept = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
-        hint = "a run that stopped for numbers that are not finite has them, as debug/step-*"
-        hint = f"did you mean {kept[0]}?" if kept else hint
+        hint = f"did you mean {kept[0]}?" if kept else "a run whose numbers were not finite has them, as debug/step-*"
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {hint}")
     task_type, config_type = TASKS.get(command_of(folder), TASKS["pretrain"])
     task, run = task_type(), build(config_type, read_recipe(recipe), recipe)
