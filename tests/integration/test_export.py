@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import mapet
 import mapet.models.export_formats
 from mapet.cli import main
+from mapet.config.evaluation import ExportConfig
 from mapet.data.views import normalize
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
@@ -303,9 +304,8 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
             "hash": "a",
         }
         origin = Origin(tokenizer=tokenizer)
-        return model_card(
-            "a", tmp_path, "run", load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []
-        )
+        config = ExportConfig(backbone="run", out="a")
+        return model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
 
     assert "no labels and no pre-trained network" in card("vqkd", "pixels")
     assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "with a past" in card(
@@ -362,9 +362,8 @@ def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
     origin = replace(origin_of(run_dir), tokenizer=tokenizer)
     from mapet.reports.card import model_card
 
-    card = model_card(
-        "name", tmp_path, str(run_dir), load_backbone(run_dir), origin, ["timm"], {}, "nothing", 1e-4, "other", []
-    )
+    config = ExportConfig(backbone=str(run_dir), out="name")
+    card = model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
     assert "`resnet50x64_clip.openai`" in card and "**The teacher is a network with a past**" in card
     assert "no pre-trained network" not in card
 

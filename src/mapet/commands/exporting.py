@@ -33,7 +33,7 @@ NUM_IMAGES = 8
 
 def export(config: ExportConfig) -> Path:
     """Write each format, load it again and compare its outputs; return the folder."""
-    formats = list(dict.fromkeys(["timm", *config.format]))
+    formats: list[str] = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
         require_packages(name)
     vit = _load_backbone(config)
@@ -55,10 +55,7 @@ def export(config: ExportConfig) -> Path:
             way = "transformers, image processor"
             checks[way] = _check(way, _process(folders["transformers"], views), {"pixels": pixels})
         for name in [name for name in folders if name in ("timm", "transformers")]:
-            card = model_card(
-                config.out.name, folder, config.backbone, vit, origin, formats, checks, description, TOLERANCE,
-                config.license, classes, name,
-            )  # fmt: skip
+            card = model_card(config, folders, vit, origin, checks, description, TOLERANCE, name)
             (folders[name] / "README.md").write_text(card, encoding="utf-8")
     for way, difference in checks.items():
         log.info("%-40s largest relative difference %.1e", way, difference)

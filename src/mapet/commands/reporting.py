@@ -167,10 +167,10 @@ def _labels(
     data = LabelledSet(sample := images.subset(chosen), classes, labels[chosen])
     present = len(np.unique(data.labels))
     if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
+        enough = option("sample", IMAGES_PER_CLASS * len(classes))
         log.info(
-            "%d images of %d classes: too few to compare tokens with classes; %s would do",
-            len(sample), present, option("sample", IMAGES_PER_CLASS * len(classes)),
-        )  # fmt: skip
+            "%d images of %d classes: too few to compare tokens with classes; %s would do", len(sample), present, enough
+        )
         return None, None
     held_out = split(data)[1].images
     ids = {held_out.ids[index] for index in range(len(held_out))}

@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from mapet.config.evaluation import ExportConfig
 from mapet.data.views import input_mean_std
 from mapet.files import file_hash
 from mapet.models.backbone import HUB_PREFIXES
@@ -84,38 +85,29 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_card(
-    name: str,
-    folder: Path,
-    source: str,
+    config: ExportConfig,
+    folders: Mapping[str, Path],
     vit: VisionTransformer,
     origin: Origin,
-    formats: Sequence[str],
-    checks: dict[str, float],
+    checks: Mapping[str, float],
     checked_on: str,
     tolerance: float,
-    license: str,
-    classes: list[str],
     library: str = "timm",
 ) -> str:
     """Render Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        folder: the export, whose files are hashed.
+        folders: of each format; that of timm holds the others, and its files are hashed.
         checks: way of loading -> largest relative difference of its outputs.
         library: the `library_name` of the front matter.
     """
-    front = {
-        "license": license,
-        "library_name": library,
-        "pipeline_tag": "image-classification" if vit.num_classes else "image-feature-extraction",
-        "tags": ["mapet", "vision", "vit", *formats],
-    }
     mean, std = input_mean_std(vit.in_chans)
+    folder = folders["timm"]
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    used = ["mapet", "torch", "timm", *(module for name in formats for module in FORMATS[name].requires)]
+    used = ["mapet", "torch", "timm", *(module for name in folders for module in FORMATS[name].requires)]
     return render(
-        "model_card.md", front=front, name=name, source=_name(source), vit=vit, origin=origin, formats=formats, checks=checks,
-        checked_on=checked_on, tolerance=tolerance, classes=classes, mean=mean, std=std, lineage=_lineage(origin.tokenizer),
+        "model_card.md", config=config, source=_name(config.backbone), vit=vit, origin=origin, formats=list(folders), checks=checks,
+        checked_on=checked_on, tolerance=tolerance, library=library, mean=mean, std=std, lineage=_lineage(origin.tokenizer),
         versions={name: version(name) for name in used if find_spec(name)},
         files=[(path.relative_to(folder), path.stat().st_size, file_hash(path)) for path in files],
     )  # fmt: skip

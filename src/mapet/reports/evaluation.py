@@ -71,10 +71,8 @@ def _worst_classes(per_class: Mapping[str, tuple[str, str, Mapping[str, tuple[in
     labels = dict.fromkeys(label for classes in columns for label in classes)
     totals = {label: [sum(classes.get(label, (0, 0))[i] for classes in columns) for i in (0, 1)] for label in labels}
     worst = sorted((hit / count, label) for label, (hit, count) in totals.items() if count)[:NUM_WORST_CLASSES]
-    rows = []
-    for _, label in worst:
-        pairs = [classes.get(label, (0, 0)) for classes in columns]
-        rows.append([label, *(f"{hit / count:.3f}" if count else "-" for hit, count in pairs)])
+    pairs = {label: [classes.get(label, (0, 0)) for classes in columns] for _, label in worst}
+    rows = [[label, *(f"{hit / count:.3f}" if count else "-" for hit, count in own)] for label, own in pairs.items()]
     return markdown_table(["class", *per_class], rows) if rows else ""
 
 

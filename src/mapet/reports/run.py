@@ -132,12 +132,13 @@ class RunFiles:
             poor = warnings(subject)
         inspected = [path for folder in self.around for path in sorted(folder.glob(f"*/{TOKENIZER_METRICS}"))]
         inspection = _read(inspected[0]) if inspected else {}
-        measures = inspection.get("measures", {})
+        measures = [(name, text) for name, value in inspection.get("measures", {}).items() if (text := _measure(value))]
         count, hashed = self.state.counts.get("images"), self.tokenizer.get("hash", "")
         images = f"{f'{count:,} images in ' if count else ''}{value_text(self.recipe.get('images'))}"
         tokenizer = dict(self.tokenizer.get("teacher", {}))
         tokenizer |= {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
         tokenizer |= {"words (hash)": hashed[:12]} if hashed else {}
+        options = with_views(self.recipe, self.state.results.get("views"))
         return {
             "name": self.name,
             "status": self.status,
@@ -146,12 +147,7 @@ class RunFiles:
             "command": shlex.join(self.state.argv),
             "steps": self.steps,
             "epochs": value_text(self.recipe.get("epochs")),
-            "config": {
-                name: meaning_of_none(field)
-                if value is None and (field := PretrainConfig.model_fields.get(name))
-                else value_text(value)
-                for name, value in with_views(self.recipe, self.state.results.get("views")).items()
-            },
+            "config": {name: _option(name, value) for name, value in options.items()},
             "metrics": self.metrics(),
             "warnings": poor,
             "early": not subject.has_begun(self.history["loss"]),
@@ -159,10 +155,7 @@ class RunFiles:
             "predicts": [*map(self.recipe.get, ("target", "objective", "patch_order", "mask_ratio")), hashed],
             "data": {"images": images, **{f"tokenizer's {name}": value_text(part) for name, part in tokenizer.items()}},
             "tokenizer": self.tokenizer,
-            "inspection": {
-                "warnings": inspection.get("warnings", []),
-                "measures": [(name, text) for name, value in measures.items() if (text := _measure(value))],
-            },
+            "inspection": {"warnings": inspection.get("warnings", []), "measures": measures},
             "steps_per_epoch": self.history.steps_per_epoch,
         }
 
@@ -187,6 +180,11 @@ def with_views(recipe: Mapping[str, Any], views: Mapping[str, Any] | None) -> di
         return dict(recipe)
     shown = f"{views['kind']}, {views['number']} of each (token store)"
     return {**recipe, "views": shown, "min_crop_scale": views["min_scale"]}
+
+
+def _option(name: str, value: object) -> str:
+    field = PretrainConfig.model_fields.get(name)
+    return meaning_of_none(field) if value is None and field else value_text(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

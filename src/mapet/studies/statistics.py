@@ -253,9 +253,7 @@ def best_values(study: Study, budget: str, measure: str, factor: str) -> list[Be
         shared = set.intersection(*map(set, levels.values())) if len(levels) > 1 else set()
         if not shared:
             continue
-        seeds = {
-            level: _mean_by_seed([{seed: of[rest, seed]} for rest, seed in shared]) for level, of in levels.items()
-        }
+        seeds = {key: _mean_by_seed([{seed: of[rest, seed]} for rest, seed in shared]) for key, of in levels.items()}
         intervals = {level: mean_and_interval(means) for level, means in seeds.items()}
         highest, width = max(intervals.values(), key=lambda interval: interval[0])
         top = [level for level, (mean, _) in intervals.items() if mean > highest - NO_SPREAD]

@@ -134,15 +134,15 @@ def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     trials = [replace(trial, flops_per_image=costs[str(trial.factors)]) for trial in trials]
     if not config.equal_compute:
         return trials
-    most: dict[str, float] = {}
+    compare, result = compared_factor(config), []
     for trial in trials:
-        setting, cost = str(trial.setting(compared_factor(config))), trial.flops_per_image * trial.options["epochs"]
-        most[setting] = max(cost, most.get(setting, 0.0))
-    result = []
-    for trial in trials:
-        epochs = trial.options["epochs"]
+        epochs, rivals = (
+            trial.options["epochs"],
+            [one for one in trials if one.setting(compare) == trial.setting(compare)],
+        )
         if trial.flops_per_image:
-            epochs = round(most[str(trial.setting(compared_factor(config)))] / trial.flops_per_image)
+            most = max(rival.flops_per_image * rival.options["epochs"] for rival in rivals)
+            epochs = round(most / trial.flops_per_image)
         if epochs == trial.options["epochs"]:
             result.append(replace(trial, budgets=(EPOCHS, COMPUTE)))
         else:
@@ -246,8 +246,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a trial was evaluated."""
-    state = read_or_none(folder)
-    return state is not None and state.status == "finished"
+    return bool((state := read_or_none(folder)) and state.status == "finished")
 
 
 def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
@@ -363,8 +362,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     fit = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():
-        test = FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache)
-        found = probe_accuracy(fit, test)
+        found = probe_accuracy(fit, FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache))
         scores |= {f"{metric} on {name}" if name else metric: value for metric, value in found.items()}
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}
     for labels in config.labels_per_class:
@@ -398,13 +396,15 @@ def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
         measure: the baselines that are not there yet.
     """
     notes = [_describe_tokenizer(config, name) for name in config.tokenizers]
-    for name, teacher in ((name, options.teacher) for name, options in config.tokenizers.items()):
-        seen = f"({teacher}): what that has seen, labels perhaps, goes into its results."
-        notes += [f"The tokenizer '{name}' uses a pre-trained teacher {seen}"] if teacher != "pixels" else []
-    notes.append(
-        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch."
-    )
-    notes.append("Operations are the student's, forward and backward; minutes are of training alone, on this machine.")
+    seen = "what that has seen, labels perhaps, goes into its results."
+    taught = {name: options.teacher for name, options in config.tokenizers.items() if options.teacher != "pixels"}
+    notes += [
+        f"The tokenizer '{name}' uses a pre-trained teacher ({teacher}): {seen}" for name, teacher in taught.items()
+    ]
+    notes += [
+        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch.",
+        "Operations are the student's, forward and backward; minutes are of training alone, on this machine.",
+    ]
     for name, section in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
         shared = section.model_dump(mode="json", exclude_unset=True)
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
