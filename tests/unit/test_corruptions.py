@@ -9,7 +9,9 @@ import torch
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import scan
 from mapet.data.views import ViewSpec
-from mapet.evaluation.corruptions import CORRUPTIONS, Corruption, corrupt, mean_corruption_error
+from mapet.evaluation.corruptions import CORRUPTIONS, Corruption, corrupt
+from mapet.evaluation.eval_context import MetricValue, ProtocolResult
+from mapet.evaluation.protocols import add_mce
 
 UNEVEN = {"elastic_transform", "glass_blur", "pixelate", "frost", "snow", "fog"}
 """Kinds of several parameters, of which the published tables do not raise all at every step."""
@@ -101,7 +103,10 @@ def test_draws_depend_on_the_image_alone(crops):
 def test_mean_corruption_error_by_hand():
     errors = {"fog": [0.1, 0.3], "jpeg": [0.5, 0.5]}
     reference = {"fog": [0.4, 0.4], "jpeg": [0.2, 0.3]}
-    mean, each = mean_corruption_error(errors, reference)
-    assert each == pytest.approx({"fog": 0.4 / 0.8, "jpeg": 1.0 / 0.5})
-    assert mean == pytest.approx(1.25)
-    assert mean_corruption_error(reference, reference)[0] == pytest.approx(1)
+    first, second = (
+        ProtocolResult({"corruption_mean": MetricValue(0.5)}, details={"errors": own}) for own in (reference, errors)
+    )
+    add_mce({"first": {"corruptions": first}, "second": {"corruptions": second}})
+    assert second.details["corruption_errors"] == pytest.approx({"fog": 0.4 / 0.8, "jpeg": 1.0 / 0.5})
+    assert second.metrics["mce"].value == pytest.approx(1.25)
+    assert first.metrics["mce"].value == pytest.approx(1)

@@ -93,21 +93,6 @@ class Corruption(NamedTuple):
         return torch.from_numpy(changed).movedim(-1, 0)
 
 
-def mean_corruption_error(
-    errors: dict[str, list[float]], reference: dict[str, list[float]]
-) -> tuple[float, dict[str, float]]:
-    """Compute mCE of the paper's section 4.1, as a fraction (1 is as bad as the reference), and the CE of each corruption.
-
-    CE: errors summed over severities, over the same sum of the reference; a corruption under which the reference makes no
-    error has none.
-
-    Args:
-        errors, reference: of each corruption, at each severity, 0 to 1.
-    """
-    found = {name: sum(values) / sum(reference[name]) for name, values in errors.items() if sum(reference[name]) > 0}
-    return float(np.mean(list(found.values()))) if found else float("nan"), found
-
-
 @corruption(std=SeverityRange((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)))
 def gaussian_noise(x: Pixels, rng: np.random.Generator, std: float) -> Pixels:
     return x + rng.normal(0, std, x.shape)

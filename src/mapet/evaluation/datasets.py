@@ -176,9 +176,8 @@ def few_shot_split(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarra
     for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), numbers), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            raise MapetError(
-                f"class '{name}' has {counted(len(members), 'image')} to learn from, fewer than the {count:,} asked for"
-            )
+            there = counted(len(members), "image")
+            raise MapetError(f"class '{name}' has {there} to learn from, fewer than the {count:,} asked for")
         kept.append(members[:count])
     return np.sort(np.concatenate(kept))
 
@@ -196,9 +195,9 @@ def labelled(images: ImageList) -> LabelledSet:
         return LabelledSet(images, *found)
     stray = [i for i in range(len(images)) if b"/" not in images.ids[i]]
     instead = f", but {images.id(stray[0])!r} lies in none" if stray else ", but they all lie in one"
+    instead = "" if len(stray) == len(images) else instead
     raise MapetError(
-        f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg"
-        f"{'' if len(stray) == len(images) else instead}"
+        f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg{instead}"
     )
 
 

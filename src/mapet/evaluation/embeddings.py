@@ -81,10 +81,8 @@ def embed(config: EmbedConfig) -> Path:
                 saved = f"features of {end:,} of {len(images):,} images are saved"
                 raise Interrupted(f"stopped by {stop.signal_name}: {saved}")
     shape, left_out = " x ".join(map(str, manifest["shape"])), len(unreadable.reasons)
-    count = f"{len(images) - left_out:,}"
-    log.info(
-        "features of %s images in %s (%d unreadable left out), %s numbers each", count, config.out, left_out, shape
-    )
+    about = f"{len(images) - left_out:,} images in {config.out} ({left_out} unreadable left out)"
+    log.info("features of %s, %s numbers each", about, shape)
     return config.out
 
 

@@ -309,8 +309,10 @@ def warnings(m: Measures) -> Iterator[str]:
     for name, view in m.stability.items():
         share = f"{1 - view.share:.0%}"
         if name == "stored" and view.share < 1:
-            stored = f"{1 - view.share:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%})"
-            yield f"{stored}: the store belongs to other images or another tokenizer; tokenize again"
+            yield (
+                f"{1 - view.share:.1%} of the stored tokens are not those of their images (chance: {1 - view.chance:.1%}): "
+                "the store belongs to other images or another tokenizer; tokenize again"
+            )
         elif name in ("jitter", "noise", "jpeg") and view.kappa < TINY_CHANGE:
             yield f"{share} of the tokens change under {CHANGES[name]}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and view.kappa < SHIFT:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.evaluation import dense, eval_context, probes
-from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, mean_corruption_error
+from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mapet.evaluation.datasets import LabelledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
@@ -323,10 +323,17 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
 
 def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
-    """Add mCE to each backbone's corruptions: its errors over those of the first backbone (AlexNet's place in the paper)."""
+    """Add mCE (Hendrycks & Dietterich, section 4.1) to each backbone's corruptions, as a fraction (1 is as bad as the first backbone).
+
+    The CE of a corruption is the sum of errors over severities, over the same sum of the first backbone, which has AlexNet's
+    place in the paper; a corruption under which that makes no error has none.
+    """
     found = [own["corruptions"] for own in results.values() if "corruptions" in own]
     for result in found:
-        mean, each = mean_corruption_error(result.details["errors"], found[0].details["errors"])
+        totals = {name: sum(errors) for name, errors in found[0].details["errors"].items()}
+        own = result.details["errors"]
+        each = {name: sum(own[name]) / total for name, total in totals.items() if total > 0}
+        mean = float(np.mean(list(each.values()))) if each else float("nan")
         over = f"{result.metrics['corruption_mean'].over}, relative to the first"
         result.metrics["mce"], result.details["corruption_errors"] = eval_context.MetricValue(mean, over=over), each
 
