@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -80,6 +80,10 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
     codes = sorted({code for one in images for code in (*one["tokens"], *one.get("predicted", ()))})
     patches = plots.patchify(look.images, look.grid).flatten(0, 1)
     means = plots.mean_patches(patches, look.tokens.flatten(), look.vocab_size)[codes]
+    rows = -(-len(codes) // COLUMNS)
+    tiles = torch.full((rows * COLUMNS, *means.shape[1:]), plots.HIDDEN * 255)
+    tiles[: len(means)] = means
+    atlas = _image(plots.unpatchify(tiles, (rows, COLUMNS)).round().to(torch.uint8))
     colors = (255 * plots.code_colors(look.vocab_size)[codes]).round().astype(int)
     hexes = ["#{:02x}{:02x}{:02x}".format(*color) for color in colors.tolist()]
     return {
@@ -89,16 +93,8 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
         "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
         "sees_positions": "mask" in objective.attends_to,
         "images": images,
-        "atlas": {"src": image_uri(_atlas(means)), "columns": COLUMNS, "codes": codes, "colors": hexes},
+        "atlas": {"src": image_uri(atlas), "columns": COLUMNS, "codes": codes, "colors": hexes},
     }
-
-
-def _atlas(tiles: Float[Tensor, "n C h w"]) -> Image.Image:
-    """Lay tiles in rows of `COLUMNS`."""
-    rows = -(-len(tiles) // COLUMNS)
-    grid = torch.full((rows * COLUMNS, *tiles.shape[1:]), plots.HIDDEN * 255)
-    grid[: len(tiles)] = tiles
-    return _image(plots.unpatchify(grid, (rows, COLUMNS)).round().to(torch.uint8))
 
 
 def _image(pixels: UInt8[Tensor, "C H W"]) -> Image.Image:

@@ -14,16 +14,8 @@ from mapet.evaluation.eval_context import mean_and_interval
 from mapet.files import write_text
 from mapet.reports.plots import plot_seeds
 from mapet.reports.render import Bold, render, render_part
-from mapet.studies.statistics import (
-    Difference,
-    Study,
-    Trial,
-    best_values,
-    in_words,
-    of_one_seed,
-    p_value,
-    paired_differences,
-)
+from mapet.studies import statistics
+from mapet.studies.statistics import Difference, Study, Trial
 
 SENTENCES = "study_sentences.md"
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
@@ -35,7 +27,7 @@ AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
 
 def write_report(study: Study, folder: Path) -> None:
     """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
-    differences = paired_differences(study)
+    differences = statistics.paired_differences(study)
     content = {
         "study": study,
         "findings": findings(study, differences),
@@ -44,7 +36,7 @@ def write_report(study: Study, folder: Path) -> None:
         "curves": _curves(study),
         "differences": [_difference(row) for row in differences],
         "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
-        "tested": not of_one_seed(differences),
+        "tested": not statistics.of_one_seed(differences),
     }
     texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
     for kind, text in texts.items():
@@ -59,20 +51,22 @@ def findings(study: Study, differences: list[Difference]) -> list[str]:
     told = [row for row in single if row.verdict in ("higher", "lower")]
     if not differences:
         said = [render_part(SENTENCES, "no_pairs", study.compare)]
-    elif of_one_seed(differences):
+    elif statistics.of_one_seed(differences):
         said = [render_part(SENTENCES, "one_seed", study.compare)]
     else:
         said = [sentence(row) for row in [*(row for row in differences if row.headline), *told]]
         said += [render_part(SENTENCES, "told_apart", len(single), len(told))] if single else []
     places = product(study.budgets, study.measures, study.other_factors)
     return said + [
-        render_part(SENTENCES, "best", *place, best) for place in places if (best := best_values(study, *place))
+        render_part(SENTENCES, "best", *place, best)
+        for place in places
+        if (best := statistics.best_values(study, *place))
     ]
 
 
 def sentence(row: Difference) -> str:
     """Write a difference in plain English."""
-    setting, p = in_words(row.settings[0]), p_value(row.p_holm, "= ")
+    setting, p = statistics.in_words(row.settings[0]), statistics.p_value(row.p_holm, "= ")
     return render_part(SENTENCES, "difference", row, setting, p).strip()
 
 
@@ -115,11 +109,11 @@ def _cost(trials: list[Trial], attribute: str, unit: float) -> str:
 
 def _difference(row: Difference) -> list[str]:
     """A row of the table of differences."""
-    where = in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
+    where = statistics.in_words(row.settings[0]) if len(row.settings) == 1 else f"mean of {len(row.settings)} settings"
     low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
     interval = "-" if row.half_width is None else f"{low:z.1f} to {high:z.1f}"
     pair = [row.budget, row.measure, f"{row.first} - {row.second}", where, f"{100 * row.mean:z.1f}"]
-    return [*pair, interval, str(row.seeds), p_value(row.p), p_value(row.p_holm), row.verdict]
+    return [*pair, interval, str(row.seeds), statistics.p_value(row.p), statistics.p_value(row.p_holm), row.verdict]
 
 
 def _curves(study: Study) -> dict[str, dict[str, Markup]]:
@@ -132,7 +126,7 @@ def _curves(study: Study) -> dict[str, dict[str, Markup]]:
                 known = [point for point in trial.curve if _known(point, axis, measure)]
                 if known and trial.finished:
                     line = sorted((point[axis] / unit, point[measure]) for point in known)
-                    panels.setdefault(in_words(setting), []).append((i, line))
+                    panels.setdefault(statistics.in_words(setting), []).append((i, line))
         ys = [y for lines in panels.values() for _, line in lines for _, y in line]
         for where, lines in panels.items():
             svg = plot_seeds(lines, label, name, (min(ys), max(ys)))
