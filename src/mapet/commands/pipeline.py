@@ -207,12 +207,10 @@ def study(config: StudyConfig) -> Path:
     num_images = len(scan(config.images))
     _check_study(config, trials, num_images)
     write_recipe(config, config.out / CONFIG_FILE)
-    stopped, broken = "", {}
-    if not config.report_only:
-        broken = trial_runs.make_tokenizers(config, {trial.tokenizer for trial in trials})
+    names = {trial.tokenizer for trial in trials}
+    broken = {} if config.report_only else trial_runs.make_tokenizers(config, names)
     trials = trial_runs.with_budgets(config, trials)
-    if not config.report_only:
-        stopped = trial_runs.run_trials(config, trials, broken, num_images)
+    stopped = "" if config.report_only else trial_runs.run_trials(config, trials, broken, num_images)
     report = config.out / "report"
     write_report(trial_runs.summarize(config, trials, measure=not config.report_only and not stopped), report)
     num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
