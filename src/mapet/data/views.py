@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.config.base import Config
+from mapet.config.shared import Views
 from mapet.data.readers import REDUCTIONS, Box, LazyImage
 from mapet.errors import MapetError
 
@@ -53,6 +54,11 @@ class ViewSpec(Config):
     """crop: the smallest box, as a fraction of the centered box's area."""
     seed: int = 0
     """Seed of the draws."""
+
+    @classmethod
+    def from_config(cls, config: Views, image_size: tuple[int, int], seed: int) -> "ViewSpec":
+        """Make the views that a command's options ask for."""
+        return cls(kind=config.views, image_size=image_size, min_scale=config.min_crop_scale, seed=seed)
 
 
 def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> View:

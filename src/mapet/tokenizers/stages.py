@@ -252,7 +252,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
 def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer) -> TokenStore:
     """Open the store to write to; rank 0 creates it, unless an unfinished one is resumed."""
     size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
-    spec = ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
+    spec = ViewSpec.from_config(config, size, config.seed)
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
         new_folder(config.out)
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.views import ViewSpec
 from mapet.device import Compute
 
 C = TypeVar("C", bound=TrainerConfig)
@@ -86,11 +85,6 @@ class Task(Generic[C, R]):
         self.bad: dict[int, str] = {}
         self.stateful: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
-
-    def view_spec(self, size: tuple[int, int]) -> ViewSpec:
-        """Return the views of this size, pixels, that the config asks for."""
-        config: Any = self.config
-        return ViewSpec(kind=config.views, image_size=size, min_scale=config.min_crop_scale, seed=config.seed)
 
     def build(self, config: C, compute: Compute) -> None:
         """Open the data and build the model from its seed; a collective call."""

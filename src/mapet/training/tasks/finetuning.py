@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.views import input_mean_std, normalize, rand_augment, seeded
+from mapet.data.views import ViewSpec, input_mean_std, normalize, rand_augment, seeded
 from mapet.device import Compute
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
@@ -70,7 +70,9 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
                 )
             augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
         options: dict[str, Any] = {"jitter": config.color_jitter, "augment": augment, "seed": config.seed}
-        self.dataset = ViewDataset(self.train.images, self.view_spec(size), channels, size, **options)
+        self.dataset = ViewDataset(
+            self.train.images, ViewSpec.from_config(config, size, config.seed), channels, size, **options
+        )
         self.indices, self.labels = np.arange(len(self.train.labels)), torch.from_numpy(self.train.labels)
         self.hashes = {"images_hash": self.train.images.hash}
         num_images = len(self.indices)

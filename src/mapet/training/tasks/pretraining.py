@@ -19,7 +19,7 @@ from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.sources import scan
 from mapet.data.token_store import TokenStore
-from mapet.data.views import normalize
+from mapet.data.views import ViewSpec, normalize
 from mapet.device import Compute, free_memory
 from mapet.errors import by, option
 from mapet.evaluation.probes import OnlineProbe
@@ -163,7 +163,7 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         self.config = config = config.model_copy(update={"batch_size": batch_size})
         vit, teacher = self.model.vit, tokenizer.teacher
         size: tuple[int, int] = tuple(vit.patch_embed.img_size)
-        spec = store.view_spec if store else self.view_spec(size)
+        spec = store.view_spec if store else ViewSpec.from_config(config, size, config.seed)
         sizes = vit.in_chans, size, None if teacher is None else teacher.image_size
         drawn = tuple(vit.patch_embed.grid_size), config.patch_order, config.color_jitter
         branches = 2 * len(vit.blocks) if config.drop_path else 0

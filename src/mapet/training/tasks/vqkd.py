@@ -53,7 +53,10 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
             config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
             config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
         ).to(compute.device)  # fmt: skip
-        spec, sizes = self.view_spec(config.image_size), (config.image_size, self.teacher.image_size)
+        spec, sizes = (
+            ViewSpec.from_config(config, config.image_size, config.seed),
+            (config.image_size, self.teacher.image_size),
+        )
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
         self.indices, self.hashes = np.arange(len(images)), {"images_hash": images.hash}
         self.num_patches = math.prod(self.teacher.grid)
