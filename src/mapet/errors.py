@@ -127,9 +127,8 @@ def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
     if any(side < patch_size or side % patch_size for side in image_size):
         fits = [max(1, round(side / patch_size)) * patch_size for side in image_size]
-        wrong = f"image size {by(image_size)} is not divisible by the patch size {patch_size}"
-        nearest = f"the nearest that is: {option('image_size', *fits)}"
-        raise MapetError(f"{wrong}; {nearest}", field="image_size", value=image_size)
+        wrong = f"image size {by(image_size)} is not divisible by the patch size {patch_size}; the nearest that is: {option('image_size', *fits)}"
+        raise MapetError(wrong, field="image_size", value=image_size)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
