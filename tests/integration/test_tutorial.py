@@ -99,5 +99,5 @@ def test_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     api = Path(tmp_path / "site" / "api.html").read_text()
-    for option in ("mask_ratio", "drop_path", "max_unreadable", "teacher_size"):  # own and inherited fields
+    for option in ("mask_ratio", "drop_path", "max_unreadable", "teacher_image_size"):  # own and inherited fields
         assert f">{option}<" in api or f"{option}:" in re.sub("<[^>]+>", "", api), option
