@@ -15,7 +15,7 @@ import mapet
 from benchmarks.core import ROOT, Result, Row, cached
 from benchmarks.data import add_data, cifar10
 from benchmarks.tables import Table
-from mapet.config.base import read_recipe
+from mapet.config.base import read_config
 
 PROXY = {"teacher": "benchmarks.proxy_teacher:efficientnet_lite0", "teacher_image_size": 128}
 TEACHERS = {"pixels": {}, "proxy teacher": PROXY}
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def pretrain(name: str, images: dict[str, Path], args: argparse.Namespace) -> Path:
-    recipe = read_recipe(ROOT / "recipes" / "cifar10.yaml")
+    recipe = read_config(ROOT / "recipes" / "cifar10.yaml")
     recipe["fit_tokenizer"] |= TEACHERS[name]
     if args.epochs:
         recipe["pretrain"]["epochs"] = args.epochs

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from mapet.data.digits import write_digits
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def write_photos(photos: Path | None, folder: Path, count: int, size: tuple[int,
     """Write `count` photographs as JPEGs of quality 90 and (width, height) `size`; without `photos` crops of scikit-learn's two."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    images = None if photos is None else scan(photos)
+    images = None if photos is None else list_images(photos)
     samples = [Image.fromarray(image) for image in load_sample_images().images]
     for index in range(count):
         if images is None:

@@ -27,10 +27,10 @@ from benchmarks.data import write_photos
 from benchmarks.tables import Table
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, input_mean_std, normalize
-from mapet.device import Compute
+from mapet.device import ComputeContext
 
 SIZE, JITTER, GRID = (224, 224), 0.4, (14, 14)
 PLAIN = "Pillow + torchvision"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     torch.set_num_threads(1)
-    Compute.choose("cpu")  # as every command does: memory that is freed is kept
+    ComputeContext.choose("cpu")  # as every command does: memory that is freed is kept
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args.photos, args.num_images, args.rounds)
     return Result(rows, f"{args.num_images} photographs of {args.photos or 'scikit-learn'}")
@@ -55,7 +55,7 @@ def measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list[
     write_photos(photos, folder / "photos", count)
     preparing, _ = timed(lambda: mapet.prepare(images=folder / "photos", out=folder / "prepared"))
     size = sum(file.stat().st_size for file in (folder / "prepared").iterdir()) / count
-    sources = {name: scan(folder / name) for name in ("photos", "prepared")}
+    sources = {name: list_images(folder / name) for name in ("photos", "prepared")}
     rows: dict[str, Row] = {}
     for kind in ("center", "random-crop"):
         spec = ViewSpec(kind=kind, image_size=SIZE)

@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.core import Result, Row, in_new_process, memory_now, peak_memory, timed
 from benchmarks.tables import Table
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.tar_shards import list_shards
-from mapet.evaluation.datasets import labelled, split
+from mapet.evaluation.datasets import labeled, split
 
 PER_SHARD, BATCH = 10_000, 256
 
@@ -72,10 +72,10 @@ def folder(count: int) -> list[Row]:
             path.touch()
         seconds, kept, peak = in_new_process(listing, temporary)
         rows = [cost("scan of a folder", count, seconds, kept, peak)]
-        images = scan(Path(temporary))
+        images = list_images(Path(temporary))
         works: dict[str, Callable[[], Any]] = {
             "subset of half": lambda: images.subset(np.arange(0, len(images), 2)),
-            "split into training and test set": lambda: split(labelled(images)),
+            "split into training and test set": lambda: split(labeled(images)),
         }
         return rows + [cost(f"folder: {name}", count, timed(work)[0]) for name, work in works.items()]
 
@@ -94,7 +94,7 @@ def listing(pattern: str) -> tuple[float, int, int]:
     if "*" in pattern:
         list_shards(pattern.replace("*", "shard-00000"))  # imports, and what does not grow with the images
     before = memory_now()
-    seconds, images = timed(lambda: list_shards(pattern) if "*" in pattern else scan(pattern))
+    seconds, images = timed(lambda: list_shards(pattern) if "*" in pattern else list_images(pattern))
     assert len(images)
     return seconds, memory_now() - before, peak_memory() - before
 

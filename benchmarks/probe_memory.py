@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.core import Result, peak_memory, timed
 from benchmarks.tables import Table
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.evaluation.features import FeatureCache
 from mapet.evaluation.probes import fit_linear_sgd
 from mapet.tokenizers.feature_store import FeatureStore
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    compute = Compute.choose("cpu", "float32")
+    compute = ComputeContext.choose("cpu", "float32")
     torch.manual_seed(0)
     centers = torch.randn(args.classes, len(LAYERS) * WIDTH) * 0.05
     labels = torch.randint(args.classes, (args.num_images,))

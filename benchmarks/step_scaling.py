@@ -13,7 +13,7 @@ from benchmarks.core import Result, Row, in_new_process, median_seconds, peak_me
 from benchmarks.flops import Shape, training_flops
 from benchmarks.tables import Table
 from mapet.data.dataset import Batch
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
 from mapet.models.pretraining import ViTForPreTraining
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def measure(setting: dict[str, int]) -> Row:
     """Milliseconds, GFLOP and peak memory of a step."""
-    compute = Compute.choose()
+    compute = ComputeContext.choose()
     size, batch, vocab_size = setting["image_size"], setting["batch"], setting["vocab_size"]
     vit = create_vit("vit_tiny_patch16_224", (size, size))
     patches = (size // 16) ** 2

@@ -22,17 +22,17 @@ import mapet
 from benchmarks.core import ROOT, Result, Row
 from benchmarks.data import add_data, cifar10, first_of_each_class, ood_test_sets
 from benchmarks.tables import Table
-from mapet.config.base import read_recipe
+from mapet.config.base import read_config
 from mapet.evaluation.eval_context import mean_and_interval
 
 PROBE, KNN = "logistic", "knn"
 """Columns of a study's report.csv."""
 METRICS = {
     "entropy": ("usage", "entropy"),
-    "majority": ("usage", "commonest_share"),
+    "majority": ("usage", "top_code_fraction"),
     "noise": ("stability", "noise", "kappa"),
     "shift": ("stability", "shift", "kappa"),
-    "neighbor": ("neighbour", "bits"),
+    "neighbor": ("neighbor", "bits"),
     "position": ("position", "share"),
     "class": ("label", "bits"),
     "bag": ("bag_of_tokens", "accuracy"),
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    data, recipe = cifar10(args.data, args.out), read_recipe(ROOT / "recipes" / f"study_{args.recipe}.yaml")
+    data, recipe = cifar10(args.data, args.out), read_config(ROOT / "recipes" / f"study_{args.recipe}.yaml")
     recipe["seeds"] = args.seeds or recipe["seeds"]
     recipe["grid"]["tokenizer"] = args.tokenizers or recipe["grid"]["tokenizer"]
     recipe["tokenizers"] = {name: recipe["tokenizers"][name] for name in recipe["grid"]["tokenizer"]}

@@ -25,10 +25,10 @@ import torch
 from benchmarks.core import Result, Row, in_new_process, in_turns, median_ratio, median_seconds, peak_memory, timed
 from benchmarks.data import write_photos
 from benchmarks.tables import Table
-from mapet.data.dataset import Quarantine, ViewDataset, in_order, readable_batches
-from mapet.data.sources import scan
+from mapet.data.dataset import UnreadableImages, ViewDataset, in_order, readable_batches
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore
 from mapet.tokenizers.kmeans import KMeans, assign, kmeans_plusplus_init, random_init
 from mapet.tokenizers.tokenizer import Teacher, make_teacher
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Streaming and teachers only with the proxy teacher's features."""
-    compute = Compute.choose()
+    compute = ComputeContext.choose()
     with tempfile.TemporaryDirectory() as folder:
         photos = args.photos or Path(folder) / "photos"
         if args.photos is None:
@@ -78,13 +78,15 @@ def run(args: argparse.Namespace) -> Result:
     )
 
 
-def patch_features(name: str, images: Path, compute: Compute, most: int) -> torch.Tensor:
+def patch_features(name: str, images: Path, compute: ComputeContext, most: int) -> torch.Tensor:
     """Up to `most` patch features of a teacher."""
-    listed = scan(images)
+    listed = list_images(images)
     teacher = make_teacher(name, SIZE, 16, precision=compute.precision).to(compute.device)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
-    for batch in readable_batches(dataset, in_order(len(listed), 32), Quarantine(listed, 0.05), "teacher features"):
+    for batch in readable_batches(
+        dataset, in_order(len(listed), 32), UnreadableImages(listed, 0.05), "teacher features"
+    ):
         store.append(teacher.batch_features(batch, listed, compute).permute(0, 2, 3, 1).flatten(0, 2))
     return store.take(torch.arange(len(store)))
 
@@ -115,7 +117,7 @@ def has_faiss() -> bool:
     return True
 
 
-def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Compute) -> list[Row]:
+def clustering(features: torch.Tensor, args: argparse.Namespace, compute: ComputeContext) -> list[Row]:
     """K-means of mapet and faiss in turns; a second row of mapet with as few rounds as reach faiss's error."""
     centroids: dict[int, torch.Tensor] = {}
 
@@ -142,7 +144,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
     ]
 
 
-def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, compute: Compute) -> Row:
+def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, compute: ComputeContext) -> Row:
     """Rate of the matrix product that a round consists of."""
     x = features[:2048].to(dtype)
     centroids = torch.randn(features.shape[1], vocab_size, dtype=dtype, device=compute.device)
@@ -152,7 +154,7 @@ def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, co
     return {"what": f"matrix product of 2048 points, {dtype}", "value": rate, "unit": "GFLOP/s"}
 
 
-def modes(features: torch.Tensor, args: argparse.Namespace, compute: Compute) -> list[Row]:
+def modes(features: torch.Tensor, args: argparse.Namespace, compute: ComputeContext) -> list[Row]:
     """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
     rows: list[Row] = []
     metrics: list[Literal["l2", "cosine"]] = ["l2", "cosine"]
@@ -193,9 +195,9 @@ def peak_of_kmeans(count: int, in_memory: bool) -> int:
     return peak_memory()
 
 
-def teacher_rates(images: Path, compute: Compute) -> list[Row]:
+def teacher_rates(images: Path, compute: ComputeContext) -> list[Row]:
     """Images a second of teachers, in float32 and in this machine's precision."""
-    listed = scan(images)
+    listed = list_images(images)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     batch = dataset.batch([(0, index % len(listed)) for index in range(16)]).teacher_images
     assert batch is not None

@@ -22,7 +22,7 @@ from benchmarks.flops import Shape, forward, reference_training_flops, training_
 from benchmarks.reference import reference_loss
 from benchmarks.tables import Table
 from mapet.data.dataset import Batch
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
 from mapet.models.pretraining import ViTForPreTraining
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """One row a model, and with `largest` one more at the largest batch that fits the GPU."""
-    compute = Compute.choose(args.device)
+    compute = ComputeContext.choose(args.device)
     compiled = auto_compile(args.compile, compute, MIN_COMPILE_STEPS)
     rows = []
     for name in args.models:
@@ -67,7 +67,7 @@ def make_batch(size: int, device: torch.device) -> Batch:
     return Batch(torch.arange(size), images, targets=tokens, permutation=torch.rand(size, 196).argsort(1))
 
 
-def compare(name: str, batch: int, compute: Compute, rounds: int, compile: bool, kernels: bool = False) -> Row:
+def compare(name: str, batch: int, compute: ComputeContext, rounds: int, compile: bool, kernels: bool = False) -> Row:
     """Time mapet's step, the reference's and a product in turns."""
     model = prepare_for_device(make_model(name), compute).train()
     inputs = make_batch(batch, compute.device)
@@ -138,7 +138,7 @@ def _largest_part(reference: Callable[[int], torch.Tensor], batch: int, model: V
             torch.cuda.empty_cache()
 
 
-def largest_batch(name: str, compute: Compute, compile: bool) -> int:
+def largest_batch(name: str, compute: ComputeContext, compile: bool) -> int:
     """Largest power of two that fits the GPU."""
     batch = 256
     while True:

@@ -54,7 +54,7 @@ def what_predicts_sees(photo: Float[Tensor, "3 H W"], permutation: list[int]) ->
             shown[content] = patches[content]
             axis.imshow(unpatchify(shown, GRID).permute(1, 2, 0).numpy() / 255)
             for patch in positions:
-                _write(axis, patch, side, "?", "dimgrey")
+                _write(axis, patch, side, "?", "dimgray")
             current = permutation[CONTEXT + rank]
             if current not in positions:
                 _write(axis, current, side, "?", "tab:red")

@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 import mapet
 from mapet.commands import COMMANDS, GROUPS
 from mapet.commands.command import AnyCommand, name_of
-from mapet.config.base import Config, build, fields, meaning_of_none, merge, read_recipe, takes_several
-from mapet.errors import Interrupted, MapetError, did_you_mean, option, spell_as_flags, way_out
+from mapet.config.base import Config, build, fields, meaning_of_none, merge, read_config, takes_several
+from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
 from mapet.run_state import CONFIG_FILE, command_of, find_config, is_first_rank
 from mapet.signals import RESUME_HINT
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # disk full, permission denied, ...: the system's own message names the file
-        text = f"{error.strerror or error} ({error.filename or 'while writing'}){way_out(error.errno)}"
+        text = f"{error.strerror or error} ({error.filename or 'while writing'}){os_error_hint(error.errno)}"
         print(f"mapet {name}: {text}", file=sys.stderr)
         return 2
     return 0
@@ -142,7 +142,7 @@ def run_command(name: str, argv: list[str]) -> Any:
         raise MapetError(f"{path} is no config (.yaml): options are written --name value, see `mapet {name} --help`")
     written_by = command_of(path.parent) if path and path.name == CONFIG_FILE else ""
     try:
-        config = build(config_type, read_recipe(path) if path else {}, path, typed)
+        config = build(config_type, read_config(path) if path else {}, path, typed)
     except MapetError:
         if written_by not in ("", name):
             raise MapetError(f"{path} is a config of `mapet {written_by}`, not of `mapet {name}`") from None

@@ -26,14 +26,14 @@ WORKERS = "MAPET_WORKERS"
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeContext:
     """A device and the precision of matrix products on it (parameters stay float32)."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def choose(cls, device: str = "auto", precision: Precision = "auto") -> "Compute":
+    def choose(cls, device: str = "auto", precision: Precision = "auto") -> "ComputeContext":
         """'auto' takes the first of CUDA, MPS, CPU, and bfloat16 where the device has fast products in it.
 
         Of several processes on a machine each takes a CUDA device of its own.

@@ -90,7 +90,7 @@ class Interrupted(MapetError):
         self.what = what
 
 
-class MadeByNewer(MapetError):
+class NewerFormatError(MapetError):
     """Files of a format that only a newer mapet reads."""
 
 
@@ -104,12 +104,12 @@ def by(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """'1 epoch', '1,437 images'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def way_out(number: int | None) -> str:
+def os_error_hint(number: int | None) -> str:
     """What to do about an error of the system, by its number; empty where it says it itself."""
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ": you may not read or write there; give another folder, or change its permissions"
@@ -118,12 +118,12 @@ def way_out(number: int | None) -> str:
     return ""
 
 
-def how_to_install(extra: str) -> str:
+def install_hint(extra: str) -> str:
     """mapet is on no index, where its name could be anybody's."""
     return f"pip install '.[{extra}]' in mapet's folder"
 
 
-def must_be_divisible(image_size: tuple[int, int], patch_size: int) -> None:
+def check_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
     if any(side < patch_size or side % patch_size for side in image_size):
         fits = [max(1, round(side / patch_size)) * patch_size for side in image_size]

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from mapet.errors import MadeByNewer, MapetError, option, way_out
+from mapet.errors import MapetError, NewerFormatError, option, os_error_hint
 
 
 def canonical_hash(value: Any) -> str:
@@ -39,8 +39,8 @@ def read_json(path: Path, what: str) -> Any:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
 
 
-def read_sealed(path: Path, what: str) -> dict[str, Any]:
-    """What `write_sealed` wrote.
+def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:
+    """What `write_checksummed_json` wrote.
 
     Raises:
         MapetError: it is missing, or not as it was written.
@@ -59,13 +59,13 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
         known: the newest that this version writes.
 
     Raises:
-        MadeByNewer: it is newer.
+        NewerFormatError: it is newer.
         ValueError: it is no such number.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ValueError(f"its format is {found!r}, not a number")
     if found > known:
-        raise MadeByNewer(
+        raise NewerFormatError(
             f"{place} was made by a newer mapet: a {what} of format {found}, while mapet {version('mapet')} reads formats up to "
             f"{known}. Update mapet, or make it again with this one"
         )
@@ -77,11 +77,11 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
 """What a command did to its folder (`mapet.run_state`)."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names that `atomic` gives."""
+"""Names that `atomic_write` gives."""
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
 
     Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder takes the place of
@@ -93,7 +93,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
-        if temporary.is_dir() and path.is_dir() and is_free(path):
+        if temporary.is_dir() and path.is_dir() and is_empty_dir(path):
             if (path / RUN_FILE).exists():
                 os.replace(path / RUN_FILE, temporary / RUN_FILE)
             shutil.rmtree(path)
@@ -122,7 +122,7 @@ def naming_the_cause(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise MapetError(f"cannot write {path}: {error}{way_out(int(number[1]) if number else None)}") from None
+        raise MapetError(f"cannot write {path}: {error}{os_error_hint(int(number[1]) if number else None)}") from None
 
 
 def reserve(file: IO[bytes], size: int, path: Path) -> None:
@@ -173,7 +173,7 @@ def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in place; call it inside `atomic`."""
+    """Write a safetensors file in place; call it inside `atomic_write`."""
     from safetensors.torch import save_file
 
     with naming_the_cause(path):
@@ -196,17 +196,17 @@ def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str
 
 def write_manifest(folder: Path, kind: str, version: int, content: dict[str, Any]) -> None:
     """Write FOLDER/manifest.json of a folder of data, with its kind and format version, checksummed."""
-    write_sealed(folder / MANIFEST, {"kind": kind, "format_version": version, **content})
+    write_checksummed_json(folder / MANIFEST, {"kind": kind, "format_version": version, **content})
 
 
 def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     """Read what `write_manifest` wrote; `kind` names the data, e.g. 'token store'.
 
     Raises:
-        MadeByNewer: its format version is above `version`.
+        NewerFormatError: its format version is above `version`.
         MapetError: it is missing, changed, or of another kind.
     """
-    manifest = read_sealed(folder / MANIFEST, kind)
+    manifest = read_checksummed_json(folder / MANIFEST, kind)
     if manifest.get("kind") != kind:
         raise MapetError(f"{folder} is not a {kind} but a {manifest.get('kind')}")
     try:
@@ -218,7 +218,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 atomically."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
@@ -227,26 +227,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def is_free(path: Path, but: str | None = None) -> bool:
+def is_empty_dir(path: Path, but: str | None = None) -> bool:
     """Whether nothing is there, or nothing but a run.json, what a killed process left half-written, and a file named `but`."""
     if not path.is_dir():
         return not path.exists()
     return all(TEMPORARY.fullmatch(file.name) or file.name in (RUN_FILE, but) for file in path.iterdir())
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_checksummed_json(path: Path, content: dict[str, Any]) -> None:
     """`write_json` with a hash of all of it, for files whose damage would go unnoticed."""
     content = json.loads(json.dumps(content))  # keys become text
     write_json(path, {**content, SEAL: canonical_hash(content)})
 
 
-def new_folder(path: Path, resume_hint: str = "", create: bool = True) -> None:
+def create_output_dir(path: Path, resume_hint: str = "", create: bool = True) -> None:
     """Create the output folder of a stage; refuse one that already holds something.
 
     Args:
-        create: False only checks, for a stage that writes its folder `atomic`ally at its end.
+        create: False only checks, for a stage that writes its folder `atomic_write`ally at its end.
     """
-    if not is_free(path):
+    if not is_empty_dir(path):
         found = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
         other = f"{path} is not a folder. Choose another {option('out')}"
         raise MapetError(found if path.is_dir() else other, field="out", value=path)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from mapet.config.base import Config
 from mapet.errors import Interrupted, MapetError, option
-from mapet.files import RUN_FILE, check_format, is_free, new_folder, read_json, write_json
+from mapet.files import RUN_FILE, check_format, create_output_dir, is_empty_dir, read_json, write_json
 
 log = logging.getLogger("mapet")
 SCHEMA_VERSION = 1
@@ -88,7 +88,7 @@ class RunState(BaseModel):
         """Read the state of a command's folder.
 
         Raises:
-            MadeByNewer: a newer mapet wrote it.
+            NewerFormatError: a newer mapet wrote it.
             MapetError: it is missing or damaged.
         """
         path = folder / RUN_FILE
@@ -173,7 +173,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     resumed = getattr(config, "resume", False)
     if key not in _open and not (free or resumed) and is_first_rank():
         hint = f", or go on with {option('resume', True)}" if "resume" in type(config).model_fields else ""
-        new_folder(folder, hint, create=False)  # refuses it
+        create_output_dir(folder, hint, create=False)  # refuses it
     if key in _open or not (free or resumed):
         yield
         return
@@ -195,7 +195,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     finally:
         log.removeHandler(warnings)
         del _open[key]
-        if state.status != "failed" or not is_free(folder):
+        if state.status != "failed" or not is_empty_dir(folder):
             state.write(folder)
         elif is_first_rank():
             (folder / RUN_FILE).unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def command_of(folder: Path) -> str:
 
 def is_unused(folder: Path, command: str) -> bool:
     """Whether `command` may begin in a folder: it holds nothing, or the options of one that failed before it made anything."""
-    return is_free(folder) or (is_free(folder, but=CONFIG_FILE) and command_of(folder) == command)
+    return is_empty_dir(folder) or (is_empty_dir(folder, but=CONFIG_FILE) and command_of(folder) == command)
 
 
 def pretrain_folder(folder: Path) -> Path:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.data.readers import BadImage, open_image
-from mapet.data.sources import scan
+from mapet.data.readers import ImageDecodeError, open_image
+from mapet.data.sources import list_images
 from mapet.errors import MapetError
 
 
@@ -23,7 +23,7 @@ def photo(photos) -> Image.Image:
 
 
 def reason(path: Path, channels: int = 3) -> str:
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(ImageDecodeError) as caught:
         open_image(path, channels).read()
     return str(caught.value)
 
@@ -49,7 +49,7 @@ def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
             mutated = data.copy()
             mutated[rng.integers(len(data), size=8)] = rng.integers(256, size=8)
             (tmp_path / f"y.{format}").write_bytes(mutated.tobytes())
-            with contextlib.suppress(BadImage):
+            with contextlib.suppress(ImageDecodeError):
                 assert open_image(tmp_path / f"y.{format}").read().shape[0] == 3
 
 
@@ -88,7 +88,7 @@ def test_sixteen_bit_png_keeps_the_upper_bits(tmp_path):
     assert open_image(tmp_path / "a.png", 3).read().shape == (3, 1, 4)
 
 
-def test_cmyk_palette_alpha_grey_and_bilevel(photo, tmp_path):
+def test_cmyk_palette_alpha_gray_and_bilevel(photo, tmp_path):
     photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
     difference = open_image(tmp_path / "cmyk.jpg").read().float() - torch.from_numpy(np.asarray(photo).copy()).permute(
         2, 0, 1
@@ -170,7 +170,7 @@ def test_odd_names_and_link_loops(photo, tmp_path):
     (root / "loop").symlink_to(root)
     (root / "nested dir" / "up").symlink_to("..")
     (root / "dangling.png").symlink_to("nowhere.png")
-    images = scan(root)
+    images = list_images(root)
     assert sorted(images.id(i) for i in range(len(images))) == sorted(
         [*names, "dangling.png", os.fsdecode(b"latin-\xe9.png")]
     )
@@ -196,7 +196,7 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
     with pytest.raises(MapetError, match=r"2 of 15 images unreadable so far.*'a.png': not an image.*max_unreadable"):
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens")
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", max_unreadable=0.3)
-    images = scan(crops)
+    images = list_images(crops)
     assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
     assert "bad image 'a.png': not an image Pillow knows" in caplog.text
     mapet.pretrain(
@@ -228,14 +228,14 @@ def test_folder_without_images(tmp_path):
 def test_check_reports_all_of_it(crops, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    census = mapet.check(
+    stats = mapet.check(
         images=crops,
         image_size=32,
         patch_size=8,
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 1},
         out=tmp_path / "bad.txt",
     )
-    assert list(census.bad) == ["bad.jpg"]
+    assert list(stats.bad) == ["bad.jpg"]
     assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
     for words in (
         "13 images",

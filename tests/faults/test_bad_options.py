@@ -165,7 +165,7 @@ def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told,
 
 
 @pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
-def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
+def test_errors_of_the_system(number, os_error_hint, capsys, monkeypatch):
     """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""
 
     def fail(config):
@@ -174,7 +174,7 @@ def test_errors_of_the_system(number, way_out, capsys, monkeypatch):
     fail.config_type = COMMANDS["demo"].config_type
     monkeypatch.setitem(COMMANDS, "demo", fail)
     line = fails(capsys, "demo")
-    assert f"{os.strerror(number)} (some/file): " in line and way_out in line
+    assert f"{os.strerror(number)} (some/file): " in line and os_error_hint in line
     with (
         pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{way_out}"),
         naming_the_cause(Path("some/file")),

@@ -10,11 +10,11 @@ import torch
 
 import mapet
 from mapet.data.prepared import PreparedDataset
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.errors import MadeByNewer, MapetError
+from mapet.errors import MapetError, NewerFormatError
 from mapet.evaluation.embeddings import read_embeddings
-from mapet.files import check_format, read_sealed, write_json, write_sealed
+from mapet.files import check_format, read_checksummed_json, write_checksummed_json, write_json
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.tokenizers.vqkd import vqkd_encoder
@@ -40,7 +40,7 @@ def test_all_is_read_as_it_was(files):
         assert found[name] == expected[name], name
     for name in ("features", "logits", "vqkd"):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
-    images, tokenizer = scan("images"), load_tokenizer(Path("tokenizer"))
+    images, tokenizer = list_images("images"), load_tokenizer(Path("tokenizer"))
     store = TokenStore.open(Path("tokens"), images, tokenizer.hash)
     pixels = torch.stack([images.open(row, 1).read() for row in range(len(images))])
     assert tokenizer(pixels).flatten(1).tolist() == [store.read(row, 0).tolist() for row in range(len(store))]
@@ -67,13 +67,13 @@ def test_this_version_has_files_or_is_not_released():
 def newer(path):
     sealed = "checksum" in json.loads(path.read_text())
     key = "schema_version" if path.name == "run.json" else "format_version"
-    content = read_sealed(path, "file") if sealed else json.loads(path.read_text())
-    (write_sealed if sealed else write_json)(path, content | {key: 99})
+    content = read_checksummed_json(path, "file") if sealed else json.loads(path.read_text())
+    (write_checksummed_json if sealed else write_json)(path, content | {key: 99})
 
 
 OPEN = {
     "tokenizer/visual_tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
-    "tokens/manifest.json": lambda: TokenStore.open(Path("tokens"), scan("images")),
+    "tokens/manifest.json": lambda: TokenStore.open(Path("tokens"), list_images("images")),
     "prepared/manifest.json": lambda: PreparedDataset(Path("prepared")),
     "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
     "features/manifest.json": lambda: read_embeddings(Path("features")),
@@ -87,7 +87,7 @@ OPEN = {
 @pytest.mark.parametrize("file", OPEN)
 def test_newer_ones_are_refused(file, files):
     newer(files / file)
-    with pytest.raises(MadeByNewer) as error:
+    with pytest.raises(NewerFormatError) as error:
         OPEN[file]()
     message = str(error.value)
     assert "made by a newer mapet" in message and "of format 99" in message and "\n" not in message
@@ -98,9 +98,9 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
     """As a damaged one is: the newer version's work would be lost."""
     last = files / "run" / "checkpoints" / "step-00000003"
     shutil.copytree(last.with_name("step-00000002"), last)
-    write_sealed(
+    write_checksummed_json(
         last / "trainer_state.json",
-        read_sealed(last / "trainer_state.json", "checkpoint") | {"step": 3, "format_version": 2},
+        read_checksummed_json(last / "trainer_state.json", "checkpoint") | {"step": 3, "format_version": 2},
     )
     with pytest.raises(MapetError, match="made by a newer mapet"):
         mapet.pretrain(**write.PRETRAIN, resume=True)
@@ -109,8 +109,8 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
 def test_newer_bundles_of_steps(tmp_path):
     from mapet.training.checkpoint import BUNDLE, load_debug_bundle
 
-    write_sealed(tmp_path / BUNDLE, {"format_version": 2})
-    with pytest.raises(MadeByNewer, match="of format 2"):
+    write_checksummed_json(tmp_path / BUNDLE, {"format_version": 2})
+    with pytest.raises(NewerFormatError, match="of format 2"):
         load_debug_bundle(tmp_path, None, None)
 
 

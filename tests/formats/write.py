@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import mapet
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.run_state import RunState
 from mapet.tokenizers.vqkd import vqkd_encoder
@@ -74,7 +74,7 @@ def write_images() -> None:
 
 def measure() -> dict[str, Any]:
     """What the files in the working folder give."""
-    images = scan("images")
+    images = list_images("images")
     store = TokenStore.open(Path("tokens"), images)
     losses = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     backbone = next(path for path in (Path("backbone"), Path("run/backbone")) if path.exists())
@@ -96,7 +96,7 @@ def fixed_image() -> torch.Tensor:
 
 
 def images_of(source: str, row: int) -> list[int]:
-    return scan(source).open(row, 1).read().flatten().tolist()
+    return list_images(source).open(row, 1).read().flatten().tolist()
 
 
 @torch.no_grad()

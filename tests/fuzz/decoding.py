@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mapet.data.readers import BadImage, Box, open_image
+from mapet.data.readers import Box, ImageDecodeError, open_image
 from tests.fuzz.mutate import mutations
 
 FORMATS = ["JPEG", "progressive", "PNG", "palette", "TIFF", "WebP", "GIF", "BMP", "npy"]
@@ -56,7 +56,7 @@ if __name__ == "__main__":
                 pixels = picture.read(Box(0, 0, height, width), at_least=(8, 8))
                 assert pixels.shape[0] == 3 and str(pixels.dtype) == "torch.uint8"
                 tally["read"] += 1
-            except BadImage as error:
+            except ImageDecodeError as error:
                 assert str(error)
                 tally["refused"] += 1
             slowest = max(slowest, time.monotonic() - started)

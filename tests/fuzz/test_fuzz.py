@@ -24,10 +24,10 @@ from torch import nn
 
 import mapet
 from mapet.cli import main
-from mapet.config.base import build, read_recipe
+from mapet.config.base import build, read_config
 from mapet.config.pretraining import PretrainConfig
-from mapet.data.readers import BadImage
-from mapet.data.sources import scan
+from mapet.data.readers import ImageDecodeError
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
 from mapet.tokenizers.kmeans import KMeansState, load_state, save_state
@@ -86,9 +86,9 @@ def make_recipe(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(text)
 
 
-def read_config(folder: Path, _: Any) -> str:
+def read_recipe(folder: Path, _: Any) -> str:
     file = folder / "recipe.yaml"
-    return build(PretrainConfig, read_recipe(file), file).model_dump_json()
+    return build(PretrainConfig, read_config(file), file).model_dump_json()
 
 
 def make_list(folder: Path) -> None:
@@ -98,7 +98,7 @@ def make_list(folder: Path) -> None:
 
 
 def read_list(folder: Path, _: Any) -> list[bytes]:
-    images = scan(folder / "list.txt")
+    images = list_images(folder / "list.txt")
     assert len({images.key(i) for i in range(len(images))}) <= len(images) and len(images.hash) == 64
     return [images.ids[i] for i in range(len(images))]
 
@@ -155,7 +155,7 @@ def read_state(folder: Path, _: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) -> dict[str, Target]:
-    images = scan(few_digits)
+    images = list_images(few_digits)
     prepared = tmp_path_factory.mktemp("made") / "prepared"
     subset = few_digits.parent / "dozen.txt"
     subset.write_text("\n".join(few_digits.read_text().splitlines()[:12]) + "\n")
@@ -169,14 +169,14 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         return tokenizer.description, dict(tokenizer.quantizer.state_dict())
 
     def pictures(folder: Path, _: Any) -> Any:
-        found = scan(folder)
+        found = list_images(folder)
         return [found.ids[i] for i in range(len(found))], [found.open(i, 1).size for i in range(len(found))]
 
     def backbone(folder: Path, _: Any) -> list[str]:
         return sorted(mapet.load_backbone(folder).state_dict())
 
     return {
-        "recipe": Target(make_recipe, read_config, strict=False),
+        "recipe": Target(make_recipe, read_recipe, strict=False),
         "image list": Target(make_list, read_list, strict=False),
         "checkpoint": Target(make_checkpoints, read_checkpoints, strict=False),
         "weights (zip)": Target(make_zip, read_named, strict=False),
@@ -213,7 +213,7 @@ def attack(name: str, target: Target, folder: Path, count: int) -> None:
             try:
                 with at_most(SECONDS):
                     content = target.read(folder, known)
-            except (MapetError, BadImage) as error:
+            except (MapetError, ImageDecodeError) as error:
                 assert str(error) and len(str(error)) < 3000
                 tally["error"] += 1
             else:

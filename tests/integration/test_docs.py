@@ -15,7 +15,7 @@ from PIL import Image
 import mapet
 from mapet import cli
 from mapet.commands import COMMANDS
-from mapet.config.base import build, read_recipe
+from mapet.config.base import build, read_config
 from mapet.config.pipeline import StudyConfig
 from mapet.data.views import normalize
 from mapet.evaluation.protocols import PROTOCOLS
@@ -79,7 +79,7 @@ def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog)
     (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
     monkeypatch.chdir(tmp_path)
     Path("PHOTOS").symlink_to(digits / "test")
-    Path("LABELLED").symlink_to(digits)
+    Path("LABELED").symlink_to(digits)
     ran = []
     for line in block.splitlines():
         _, name, *words = shlex.split(line, comments=True)
@@ -103,7 +103,7 @@ def test_every_recipe_builds(recipe):
     name = recipe.stem.partition("_")[0]
     stage = name if name in COMMANDS else "fit-tokenizer" if name == "tokenizer" else "run"
     more = {"finetune": {"backbone": "c"}, "study": {"test_images": "c"}}.get(stage, {})
-    build(COMMANDS[stage].config_type, read_recipe(recipe), recipe, {"images": "a", "out": "b"} | more)
+    build(COMMANDS[stage].config_type, read_config(recipe), recipe, {"images": "a", "out": "b"} | more)
 
 
 def test_readme_python(run_dir, digits, monkeypatch, tmp_path):

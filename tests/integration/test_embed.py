@@ -10,11 +10,11 @@ import torch
 
 import mapet
 from mapet.cli import main
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import normalize
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import embeddings
-from mapet.evaluation.datasets import labelled
+from mapet.evaluation.datasets import labeled
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.models.backbone import load_backbone, save_backbone
@@ -57,7 +57,7 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
     ids, features = read_back(out)
     assert ids == [path.name for path in sorted(crops.iterdir())]
     vit = load_backbone(vit_folder).eval()
-    images = scan(crops)
+    images = list_images(crops)
     from PIL import Image
 
     view = mapet_view(Image.open(images[7]), (32, 32), tmp_path)
@@ -73,10 +73,10 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
 
 def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
     mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **COMMON)
-    from mapet.device import Compute
+    from mapet.device import ComputeContext
 
-    backbone = BackboneWrapper.load(str(run_dir), Compute.choose("cpu", "float32"))
-    cache = FeatureCache.extract(backbone, labelled(scan(digits / "test")), CacheConfig())
+    backbone = BackboneWrapper.load(str(run_dir), ComputeContext.choose("cpu", "float32"))
+    cache = FeatureCache.extract(backbone, labeled(list_images(digits / "test")), CacheConfig())
     expected = cache.layer_features().numpy()  # float16
     assert np.allclose(np.load(tmp_path / "out" / "features.npy")[cache.index], expected, atol=1e-3, rtol=1e-3)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mapet
 from mapet.cli import main
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import probes, protocols
 from mapet.evaluation.datasets import train_and_test
@@ -69,7 +69,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
     data = train_and_test(small / "train", small / "test")
-    backbone = BackboneWrapper.of_vit(mapet.load_backbone(run_dir), Compute.choose("cpu", "float32"))
+    backbone = BackboneWrapper.of_vit(mapet.load_backbone(run_dir), ComputeContext.choose("cpu", "float32"))
     alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
     assert alone == {name: figures[name] for name in ("logistic", "knn")}  # what `run` and studies measure
     assert max(figures["linear_sgd"], figures["linear_sgd_bn"]) >= 0.17  # after 6 steps; chance is 0.1
@@ -96,7 +96,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
+def test_unlabeled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     crops = save_crops(photos, tmp_path / "photos", 20, size=(32, 32))
     if prepared:  # images that are no files of their own
         crops = mapet.prepare(images=crops, out=tmp_path / "prepared")
@@ -116,7 +116,7 @@ def test_unlabelled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
         (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
         (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
         (["--few-shot", "30", "--protocols", "few-shot"], "fewer than the 30 asked for"),
-        (["--protocols", "ood"], "needs another labelled folder, --ood-images"),
+        (["--protocols", "ood"], "needs another labeled folder, --ood-images"),
         (
             ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
             "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",

@@ -69,7 +69,7 @@ def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
         "no labels and no pre-trained network" in card
         and "| pre-training | loss, nats for words (mean of the last epoch) |" in card
     )
-    assert "turned grey" in card and "three times" not in card
+    assert "turned gray" in card and "three times" not in card
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
     assert str(few_digits.parent) not in card and str(run_dir.parent) not in card
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.S)[1])
@@ -87,7 +87,7 @@ def test_released_weights_for_timm(crops, tmp_path):
     assert torch.equal(made.forward_features(pixels), vit.forward_features(pixels))
     card = (tmp_path / "timm" / "README.md").read_text()
     assert "converted from `vit_standard_tiny_patch16_224.tar`" in card and "label-free" not in card
-    assert "Grey images have their one channel three times." in card
+    assert "Gray images have their one channel three times." in card
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
         whole = Image.open(next(crops.iterdir())).convert(mode)
         mapets = mapet_view(whole, size, tmp_path)
         theirs = processor(whole, return_tensors="pt")["pixel_values"][0]
-        grey_levels = 255 * (0.25 if channels == 1 else 0.226)
-        assert (theirs - normalize(mapets[None], channels)[0]).abs().mean() * grey_levels < 3
+        gray_levels = 255 * (0.25 if channels == 1 else 0.226)
+        assert (theirs - normalize(mapets[None], channels)[0]).abs().mean() * gray_levels < 3
     card = (out / "transformers" / "README.md").read_text()
     assert front_matter(card)["library_name"] == "transformers" and "transformers, image processor" in card
     assert ("squeezes the whole image" in card) == (size[0] != size[1])
@@ -125,13 +125,15 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
 
 def mapet_view(picture, size, tmp_path):
     from mapet.data.dataset import ViewDataset
-    from mapet.data.sources import scan
+    from mapet.data.sources import list_images
     from mapet.data.views import ViewSpec
 
     (tmp_path / "one").mkdir()
     picture.save(tmp_path / "one" / "one.png")
     channels = 1 if picture.mode == "L" else 3
-    return ViewDataset(scan(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[0, 0].images[0]
+    return ViewDataset(list_images(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[
+        0, 0
+    ].images[0]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_finetuned_model(digits, run_dir, tmp_path, caplog):
     assert "converted from" not in card and "8 images of test" in card and str(run_dir.parent) not in card
     assert "288 images without labels" in card and "hash of the tokenizer" in card
     assert "no labels and no pre-trained network" in card and "| pre-training" in card
-    assert "From the backbone `run`, on 50 labelled images of 10 classes" in card and "trained on labels" in card
+    assert "From the backbone `run`, on 50 labeled images of 10 classes" in card and "trained on labels" in card
     recipes = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", card, flags=re.S)]
     assert recipes[0]["labels_per_class"] == 5 and recipes[0]["lr"] > 0 and recipes[1]["objective"] == "mapet"
 

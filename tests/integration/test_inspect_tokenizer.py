@@ -7,13 +7,13 @@ import numpy as np
 
 import mapet
 from mapet.cli import main
-from mapet.files import file_hash, read_sealed, write_sealed
+from mapet.files import file_hash, read_checksummed_json, write_checksummed_json
 
 FIGURES = {"code_usage.png", "token_maps.png", "patches_by_code.png", "nearest_codes.png"}
 
 
 def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monkeypatch):
-    """On labelled images, through the command line, the same each time and whatever the batch size."""
+    """On labeled images, through the command line, the same each time and whatever the batch size."""
     caplog.set_level("INFO", "mapet")
     argv = [
         "inspect-tokenizer",
@@ -52,7 +52,7 @@ def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir,
     paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a")
     assert {path.name for path in paths} == FIGURES | {"tokenizer_metrics.json", "tokenizer_report.md"}
     measures = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["measures"]
-    assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbour"] is not None
+    assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbor"] is not None
     with caplog.at_level("INFO", "mapet"):
         mapet.inspect_tokenizer(tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20)
     assert "too few to compare tokens with classes; sample=50 would do" in caplog.text
@@ -67,8 +67,8 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     shutil.copytree(tokens_dir, tmp_path / "tokens")
     file = tmp_path / "tokens" / "shards" / "00000.npy"
     np.save(file, np.roll(np.load(file), 1, axis=0))
-    progress = read_sealed(file.with_suffix(".json"), "token store")
-    write_sealed(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
+    progress = read_checksummed_json(file.with_suffix(".json"), "token store")
+    write_checksummed_json(file.with_suffix(".json"), progress | {"sha256": file_hash(file)})
     mapet.inspect_tokenizer(**options, tokens=tmp_path / "tokens", out=tmp_path / "b")
     assert "the store belongs to other images" in caplog.text
 

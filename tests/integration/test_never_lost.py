@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.errors import Interrupted, MapetError
-from mapet.files import read_sealed, write_sealed
+from mapet.files import read_checksummed_json, write_checksummed_json
 from mapet.run_state import RunState
 from mapet.training import trainer
 from mapet.training.metrics import MIN_HISTORY, LossMonitor, MetricWindow
@@ -27,7 +27,7 @@ from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("images_per_second", "data_wait")
+TIMES = ("images_per_second", "data_time_fraction")
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
     subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=300)  # fmt: skip
-    store = TokenStore.open(tmp_path / "shared", scan(crops))
+    store = TokenStore.open(tmp_path / "shared", list_images(crops))
     assert len(store.shards) == 3 and store.num_done == len(store)
     assert (all_rows(store) == all_rows(whole)).all()
 
@@ -308,7 +308,7 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
 
 
 def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
-    """Nothing of the optimiser moves in a step that is left out: the step after is Adam's first."""
+    """Nothing of the optimizer moves in a step that is left out: the step after is Adam's first."""
     poisoned(monkeypatch, {0, 1, 2, 3, 4})
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 6)
     mapet.pretrain(**options)
@@ -346,8 +346,8 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
         mapet.debug_step(bundle=tmp_path)
     with pytest.raises(MapetError, match=rf"run is not the replay bundle of a run: did you mean {bundle}\?"):
         mapet.debug_step(bundle=options["out"])
-    content = read_sealed(bundle / "bundle.json", "replay bundle")
-    write_sealed(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
+    content = read_checksummed_json(bundle / "bundle.json", "replay bundle")
+    write_checksummed_json(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
     with pytest.raises(MapetError, match="the images of step 1 are others now"):
         mapet.debug_step(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)
@@ -366,7 +366,7 @@ def test_roll_back(options, monkeypatch, caplog):
 
 
 def test_spikes_are_logged_with_their_images(few_digits, caplog):
-    watch = LossMonitor(scan(few_digits))
+    watch = LossMonitor(list_images(few_digits))
     images = (torch.tensor([7, 8, 9]), torch.tensor([1.0, 30.0, 2.0]))
     usual = [2.0 + 0.01 * (step % 5) for step in range(MIN_HISTORY)]
     watch.update(MetricWindow({}, [*usual, 2.05, 9.0], [images] * (MIN_HISTORY + 2)), last_step=MIN_HISTORY + 2)

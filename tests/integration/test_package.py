@@ -104,8 +104,8 @@ def test_the_wheel_holds_the_package_and_no_more(built):
         if p.suffix in (".py", ".typed", ".html", ".css", ".js") or p.parent.name in ("vendor", "web")
     }
     assert "mapet/py.typed" in package
-    for licence in ("LICENSE", "src/mapet/reports/vendor/LICENSE"):
-        assert any(name.endswith(f".dist-info/licenses/{licence}") for name in names)
+    for license in ("LICENSE", "src/mapet/reports/vendor/LICENSE"):
+        assert any(name.endswith(f".dist-info/licenses/{license}") for name in names)
     assert metadata["Version"] == mapet.__version__ and metadata["License-Expression"] == "Apache-2.0 AND MIT"
     assert set(metadata.get_all("Provides-Extra")) == set(EXTRAS)
     assert metadata["Description-Content-Type"] == "text/markdown" and "mapet" in metadata.get_payload()

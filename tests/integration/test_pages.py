@@ -50,7 +50,7 @@ def products(run_dir, tokenizer_dir, digits, tmp_path_factory):
 @pytest.fixture
 def place(run_dir, tokenizer_dir, digits, products, tmp_path, monkeypatch):
     """A folder with the names that the pages use."""
-    names = {"LABELLED": digits} | {name: products / name for name in ("PHOTOS", "backbone", "features")}
+    names = {"LABELED": digits} | {name: products / name for name in ("PHOTOS", "backbone", "features")}
     for run in ("photos", "digits"):
         names |= {f"runs/{run}/pretrain": run_dir, f"runs/{run}/tokenizer": tokenizer_dir}
     for name, target in names.items():

@@ -25,7 +25,7 @@ FIGURES = [
     "predictions",
     "cls_attention",
     "features",
-    "neighbours",
+    "neighbors",
     "confusion",
 ]
 
@@ -40,8 +40,8 @@ def longer(run, folder):
     shutil.copytree(run, folder)
     lines = [
         {
-            "step": 10 * i, "epoch": i, "loss": 3.5 - i / 60, "token_entropy": 3.4, "token_accuracy": i / 200, "commonest_token": 0.1,
-            "gradient_norm": 1.0, "skipped_steps": 0, "images_per_second": 400.0, "data_wait": 0.05, "lr": 1e-3 * (1 - i / 100),
+            "step": 10 * i, "epoch": i, "loss": 3.5 - i / 60, "unigram_entropy": 3.4, "token_accuracy": i / 200, "majority_token_accuracy": 0.1,
+            "gradient_norm": 1.0, "skipped_steps": 0, "images_per_second": 400.0, "data_time_fraction": 0.05, "lr": 1e-3 * (1 - i / 100),
         }
         for i in range(1, 101)
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def run(run_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(run, digits, tmp_path_factory):
-    """The report of a run, its pictures of labelled images."""
+    """The report of a run, its pictures of labeled images."""
     out = tmp_path_factory.mktemp("report") / "report.html"
     words = [
         "report",
@@ -231,7 +231,7 @@ def test_curves_in_a_browser(screen, report):
 
 
 @pytest.mark.slow
-def test_step_through_and_colours_in_a_browser(screen, report):
+def test_step_through_and_colors_in_a_browser(screen, report):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import mapet
 from mapet.cli import main
 from mapet.data.dataset import ViewDataset
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
@@ -101,10 +101,14 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
     with pytest.raises(MapetError, match="brings its own 16 words: leave out vocab_size and kmeans_n_init"):
         mapet.fit_tokenizer(out=tmp_path / "t", vocab_size=8, kmeans_n_init=5, **given, **common)
     fitted = mapet.fit_tokenizer(out=tmp_path / "t", precision="float32", **given, **common)
-    assert fitted.vocab_size == 16 and fitted.description["codebook_stats"]["num_patches"] == 16 * len(scan(few_digits))
+    assert fitted.vocab_size == 16 and fitted.description["codebook_stats"]["num_patches"] == 16 * len(
+        list_images(few_digits)
+    )
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
     tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
-    batch = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8)).batch([(0, i) for i in range(9)])
+    batch = ViewDataset(list_images(few_digits), store.view_spec, 1, teacher_size=(8, 8)).batch(
+        [(0, i) for i in range(9)]
+    )
     ids = tokenizer(batch.teacher_images).flatten(1)
     assert np.array_equal(ids.numpy(), all_rows(store)[:9, 0])
     with torch.inference_mode():

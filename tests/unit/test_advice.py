@@ -13,13 +13,13 @@ def history(**figures):
     """A run of 40 records over 20 epochs that learns, with some figures replaced: numbers or functions of the record's place, 0 to 1."""
     well = {
         "loss": lambda t: 3.0 - 1.5 * t,
-        "token_entropy": 3.4,
+        "unigram_entropy": 3.4,
         "token_accuracy": lambda t: 0.1 + 0.4 * t,
-        "commonest_token": 0.1,
+        "majority_token_accuracy": 0.1,
         "gradient_norm": 1.0,
         "skipped_steps": 0,
         "images_per_second": 400,
-        "data_wait": 0.03,
+        "data_time_fraction": 0.03,
     }
     records = []
     for i in range(STEPS):
@@ -55,7 +55,7 @@ FIRES = {
     "loss_at_baseline": (subject(history(loss=3.39)), "3.390 against 3.400 nats"),
     "loss_rises": (subject(history(loss=lambda t: 2.0 if t < 0.7 else 2.6)), "The loss rose again: 2.600, after 2.000 before"),
     "skipped_steps": (subject(history(skipped_steps=lambda t: round(3 * t))), "3 of 400 steps were left out"),
-    "waits_for_images": (subject(history(data_wait=0.4)), "waits for images 40% of the time; try more processes that read them"),
+    "waits_for_images": (subject(history(data_time_fraction=0.4)), "waits for images 40% of the time; try more processes that read them"),
     "slower_than_it_was": (subject(history(images_per_second=lambda t: 400 if t < 0.7 else 100)), "from 400 to 100 images/s"),
     "mostly_clipped": (subject(history(gradient_norm=9.0)), "larger than clip_grad 3 in 100% of the later records (median norm 9)"),
     "probe_falls": (subject(probed(0.4, 0.6, 0.5)), "fell from 0.600 at step 160 to 0.500"),
@@ -81,7 +81,7 @@ def test_is_silent_where_nothing_is_known():
     empty = History(Path("metrics.jsonl"))
     assert warnings(Subject(empty, {}, {})) == []
     pixels = history()  # where pixels are predicted there are no words
-    words = ("token_entropy", "token_accuracy", "commonest_token")
+    words = ("unigram_entropy", "token_accuracy", "majority_token_accuracy")
     records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
     assert warnings(Subject(History(pixels.path, records), {"epochs": 20}, {})) == []
 
@@ -118,7 +118,7 @@ def test_the_first_tenth_of_a_run_may_be_at_the_baseline():
 
 def test_many_words_leave_a_small_baseline_early():
     """Of 8,192 words the commonest has half a per cent: 0.9 % is no longer guessing."""
-    assert warnings(subject(history(token_accuracy=0.009, commonest_token=0.005))) == []
+    assert warnings(subject(history(token_accuracy=0.009, majority_token_accuracy=0.005))) == []
 
 
 def test_many_test_images_tell_a_small_gain():

@@ -11,7 +11,7 @@ import torch
 import mapet
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.readers import open_image
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, rand_augment, seeded
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, save_backbone
@@ -34,12 +34,12 @@ def test_seeded_leaves_the_generators_as_they_were():
 
 def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypatch):
     augment = rand_augment(POLICY, (32, 32), (0.5, 0.5, 0.5))
-    dataset = ViewDataset(scan(crops), ViewSpec(image_size=(32, 32)), image_size=(32, 32), augment=augment)
+    dataset = ViewDataset(list_images(crops), ViewSpec(image_size=(32, 32)), image_size=(32, 32), augment=augment)
     batches = []
     for epoch, workers in ((0, "0"), (0, "2"), (1, "0")):
         monkeypatch.setenv("MAPET_WORKERS", workers)
         batches.append(torch.cat([batch.images for batch in make_loader(dataset, in_order(12, 5, number=epoch))]))
-    plain = ViewDataset(scan(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
+    plain = ViewDataset(list_images(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], plain)
     assert batches[0].dtype == torch.uint8 and batches[0].shape == plain.shape
@@ -48,21 +48,25 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
 def test_unknown_policy_is_refused(crops):
     with pytest.raises(MapetError, match="'random' is not one of timm's"):
         rand_augment("random", (32, 32), (0.5, 0.5, 0.5))
-    assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(open_image(scan(crops)[0]).read()).shape == (3, 48, 64)
+    assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(open_image(list_images(crops)[0]).read()).shape == (
+        3,
+        48,
+        64,
+    )
 
 
 def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
     """Odd batches too, of which Mixup takes pairs."""
     for number, path in enumerate(sorted(crops.iterdir())):
-        (tmp_path / "labelled" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / "labelled" / "ab"[number % 2])
+        (tmp_path / "labeled" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "labeled" / "ab"[number % 2])
     save_backbone(
         create_vit("vit_tiny_patch16_224", (32, 32), 8, 3, {"embed_dim": 16, "depth": 2, "num_heads": 2}),
         tmp_path / "vit",
     )
     options = {
         "backbone": tmp_path / "vit",
-        "images": tmp_path / "labelled",
+        "images": tmp_path / "labeled",
         "epochs": 2,
         "batch_size": 5,
     }

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError
 from mapet.evaluation.features import BackboneWrapper
 from mapet.models.backbone import save_backbone
 
-CPU = Compute(torch.device("cpu"), torch.float32)
+CPU = ComputeContext(torch.device("cpu"), torch.float32)
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 HALF, ODD, NONE = ((0.5,) * 3, (0.5,) * 3), ((0.5, 0.4, 0.3), (0.5, 0.6, 0.2)), ((0.0,) * 3, (1.0,) * 3)
 
@@ -69,7 +69,7 @@ def mae(vit):
 
 
 def test_a_weights_file(tmp_path):
-    """Of MAE's and of timm's layout: they say nothing of pixels, which are taken to be normalised with ImageNet's."""
+    """Of MAE's and of timm's layout: they say nothing of pixels, which are taken to be normalized with ImageNet's."""
     vit = original()
     torch.save(mae(vit), tmp_path / "mae_pretrain.pth")
     save_file(vit.state_dict() | {"head.weight": torch.ones(5, 192)}, tmp_path / "model.safetensors")
@@ -176,7 +176,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_timm(name):
-    """Layers are timm's own, of pixels normalised as the model's, the last norm taken where timm takes it."""
+    """Layers are timm's own, of pixels normalized as the model's, the last norm taken where timm takes it."""
     layers, first, last = FAMILIES[name]
     encoder = BackboneWrapper.load(f"random:{name}", CPU)
     assert encoder.num_layers == layers and encoder.evenly_spaced_layers()[-1] == layers

@@ -11,9 +11,9 @@ from PIL import Image
 
 import mapet
 from mapet.config.evaluation import EvaluateConfig
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import detection_sets, read_instances, unlabelled
+from mapet.evaluation.datasets import detection_sets, read_instances, unlabeled
 from mapet.evaluation.dense import _detect, _train_detector, coco_metrics, make_detector
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
@@ -181,8 +181,8 @@ class Found(torch.nn.Module):
 def context(coco, vit, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images").subset(np.arange(8))
     config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2)
-    encoder = BackboneWrapper.load(str(vit), Compute.choose("cpu", "float32"))
-    sets = EvalData(unlabelled(data.images), unlabelled(data.images), boxes=(data, data))
+    encoder = BackboneWrapper.load(str(vit), ComputeContext.choose("cpu", "float32"))
+    sets = EvalData(unlabeled(data.images), unlabeled(data.images), boxes=(data, data))
     return EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path, 3), config)
 
 
@@ -237,13 +237,15 @@ def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
     """A network that sees how red and how green each cell is: average precisions are 1, and chance if labels move a row."""
     data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
-    encoder = BackboneWrapper("cells", Cells(), Compute.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3)
+    encoder = BackboneWrapper(
+        "cells", Cells(), ComputeContext.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3
+    )
     config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path)
-    sets = EvalData(unlabelled(train.images), unlabelled(test.images), boxes=(train, test))
+    sets = EvalData(unlabeled(train.images), unlabeled(test.images), boxes=(train, test))
     figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert [figure.value for figure in figures.values()] == [pytest.approx(1.0)]
     moved = replace(test, image_labels=np.roll(test.image_labels, 1, axis=0))
-    sets = EvalData(unlabelled(train.images), unlabelled(test.images), boxes=(train, moved))
+    sets = EvalData(unlabeled(train.images), unlabeled(test.images), boxes=(train, moved))
     figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert all(figure.value < 0.8 for figure in figures.values())
 

@@ -11,9 +11,9 @@ from mapet.errors import MapetError
 PRODUCTS = """
 import itertools
 import torch
-from mapet.device import Compute
+from mapet.device import ComputeContext
 
-Compute.choose("cpu")
+ComputeContext.choose("cpu")
 torch.set_num_threads(1)
 torch.manual_seed(0)
 

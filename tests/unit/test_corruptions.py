@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mapet.data.dataset import ViewDataset
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.evaluation.corruptions import CORRUPTIONS, Corruption, corrupt
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
@@ -44,8 +44,8 @@ def test_what_the_kinds_are(photos):
     rng = np.random.default_rng
 
     def noise(kind, severity):
-        grey = np.full((200, 200, 3), 128, np.uint8)
-        return corrupt(grey, kind, severity, rng(0)).astype(float) / 255
+        gray = np.full((200, 200, 3), 128, np.uint8)
+        return corrupt(gray, kind, severity, rng(0)).astype(float) / 255
 
     side, severity = 200, 2
     deviation = CORRUPTIONS["gaussian_noise"].parameters["std"].at(side, severity)
@@ -86,7 +86,7 @@ def test_parameters_are_the_published_ones_at_their_sizes_and_between():
 
 
 def test_draws_depend_on_the_image_alone(crops):
-    images = scan(crops)
+    images = list_images(crops)
 
     def of(listed):
         spec = ViewSpec(image_size=(32, 32))

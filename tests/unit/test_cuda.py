@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import mapet
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import CAUSAL, MAPET, MIM, PIM
 from mapet.models.pretraining import ViTForPreTraining
@@ -64,8 +64,8 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     rand = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
     indices = exact.sample_target_indices(20, [0])
     model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
-    (wanted,) = ForwardBackward(exact, Compute(torch.device("cpu"), torch.float32), 16)(batch)
-    compute = Compute.choose("cuda", precision)
+    (wanted,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
+    compute = ComputeContext.choose("cuda", precision)
     step = ForwardBackward(prepare_for_device(model, compute), compute, 8, compile)
     found = step(batch.to(compute.device))
     assert float(sum(output.loss for output in found)) == pytest.approx(
@@ -87,7 +87,7 @@ def test_compiled_blocks_are_compiled_once():
     torch._dynamo.reset()
     counters.clear()
     model = make(MAPET, drop_path=0.2, depth=12)
-    compute = Compute.choose("cuda", "bfloat16")
+    compute = ComputeContext.choose("cuda", "bfloat16")
     step = ForwardBackward(prepare_for_device(model, compute), compute, 16, compile=True)
     for _ in range(2):
         step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
@@ -98,8 +98,8 @@ def test_compiled_blocks_are_compiled_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codebook_and_tokens_are_the_cpu_s(dtype):
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(200, 48, generator=generator) * 3
-    points = centres.repeat(150, 1) + torch.randn(30_000, 48, generator=generator)
+    centers = torch.randn(200, 48, generator=generator) * 3
+    points = centers.repeat(150, 1) + torch.randn(30_000, 48, generator=generator)
     cpu, gpu = (KMeans(300, 10, dtype=dtype).fit(points.to(device)) for device in ("cpu", "cuda"))
     assert gpu.error == pytest.approx(cpu.error, rel=0.005)
     ids, distances = assign(points, cpu.centroids)
@@ -109,7 +109,7 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
 
 
 def test_out_of_memory_goes_on_with_fewer_images(caplog):
-    compute = Compute.choose("cuda", "bfloat16")
+    compute = ComputeContext.choose("cuda", "bfloat16")
     torch.cuda.empty_cache()
     model = prepare_for_device(make(MAPET, embed_dim=384, depth=12), compute)
     step = ForwardBackward(model, compute, 512)

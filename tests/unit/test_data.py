@@ -11,9 +11,9 @@ from PIL import Image
 from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.data.views import View, ViewSpec, color_jitter, draw_jitter, draw_order, draw_view, render
+from mapet.data.views import View, ViewSpec, color_jitter, render, sample_jitter, sample_permutation, sample_view
 from mapet.errors import MapetError
 from tests.conftest import all_rows
 
@@ -22,29 +22,29 @@ def test_list_of_paths_and_folder_agree(crops):
     listing = crops / "list.txt"
     names = [path.name for path in sorted(crops.glob("*.png"))]
     listing.write_text("\n".join(names) + "\n\n")
-    from_list, from_folder = scan(listing), scan(crops)
+    from_list, from_folder = list_images(listing), list_images(crops)
     assert [from_list.id(i) for i in range(12)] == names
     assert from_list.hash == from_folder.hash
     assert from_folder.ignored == 1
     (crops / names[0]).write_bytes(b"replaced")
-    assert scan(crops).hash != from_folder.hash
+    assert list_images(crops).hash != from_folder.hash
 
 
 def test_missing_entry_of_a_list_is_named(crops):
     (crops / "list.txt").write_text("crop000.png\nabsent.png\n")
     with pytest.raises(MapetError, match=r"entry 2: absent.png: No such file"):
-        scan(crops / "list.txt")
+        list_images(crops / "list.txt")
 
 
 def test_class_folders(digits, crops):
-    names, labels = scan(digits / "test").classes()
+    names, labels = list_images(digits / "test").classes()
     assert names == list("0123456789")
     assert len(labels) == 360
-    assert scan(crops).classes() is None
+    assert list_images(crops).classes() is None
 
 
 def test_key_depends_on_the_id_alone(crops):
-    images = scan(crops)
+    images = list_images(crops)
     assert images.subset([7]).key(0) == images.key(7)
     assert len({images.key(i) for i in range(12)}) == 12
 
@@ -63,17 +63,17 @@ sides = st.integers(1, 300)
 )
 def test_views_lie_inside_and_repeat(kind, height, width, target_height, target_width, key, number):
     spec = ViewSpec(kind=kind, image_size=(target_height, target_width), min_scale=0.1)
-    view = draw_view(spec, (height, width), key, number)
+    view = sample_view(spec, (height, width), key, number)
     assert 0 <= view.top <= view.top + view.height <= height
     assert 0 <= view.left <= view.left + view.width <= width
     assert view.height >= 1 and view.width >= 1
-    assert view == draw_view(spec, (height, width), key, number)
+    assert view == sample_view(spec, (height, width), key, number)
 
 
 def test_two_flip_views_are_an_image_and_its_mirror():
     spec = ViewSpec(kind="center-flip", image_size=(8, 8))
     for key in range(4):
-        assert {draw_view(spec, (8, 8), key, number).flip for number in (0, 1)} == {False, True}
+        assert {sample_view(spec, (8, 8), key, number).flip for number in (0, 1)} == {False, True}
 
 
 def test_a_view_of_its_own_size_is_untouched_and_mirrored():
@@ -93,7 +93,7 @@ def test_a_view_of_its_own_size_is_untouched_and_mirrored():
 def test_edges_of_large_views_suit_the_reduction(kind, height, width, key):
     """Where a box is r times the student's size its edges are multiples of r, and it is smaller by under a student's pixel."""
     spec = ViewSpec(kind=kind, image_size=(64, 32), min_scale=0.1)
-    view = draw_view(spec, (height, width), key, 0)
+    view = sample_view(spec, (height, width), key, 0)
     unit = next((r for r in (8, 4, 2) if r <= min(view.height // 64, view.width // 32)), 1)
     assert all(edge % unit == 0 for edge in view[:4])
     if kind == "center":
@@ -136,12 +136,12 @@ def test_jpegs_equal_pillows_to_the_byte(photos, tmp_path, size, orientation):
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("size", [(427, 640), (854, 1281), (1000, 750)])
 def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientation):
-    """Student and teacher, at their own sizes, show the full decode's box: 2.5 of 255 grey levels apart
+    """Student and teacher, at their own sizes, show the full decode's box: 2.5 of 255 gray levels apart
     on average at most, and less than for a box that is off by one pixel of the result."""
     upright = DecodedImage(save_jpeg(photos[1], tmp_path / "a.jpg", size, orientation, subsampling=0), "test")
     picture = open_image(tmp_path / "a.jpg")
     for kind, number in (("center", 0), ("random-crop", 0), ("random-crop", 1)):
-        view = draw_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
+        view = sample_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
         for side in (32, 64, 96):
             seen, expected = (render(p, view, (side, side)).float() for p in (picture, upright))
             assert (seen - expected).abs().mean() < 2.5
@@ -156,20 +156,20 @@ def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientatio
 
 def test_a_rendering_does_not_depend_on_what_else_was_rendered(photos, tmp_path):
     save_jpeg(photos[0], tmp_path / "a.jpg", (1000, 1500))
-    view = draw_view(ViewSpec(kind="random-crop", image_size=(64, 64)), (1000, 1500), 5, 1)
+    view = sample_view(ViewSpec(kind="random-crop", image_size=(64, 64)), (1000, 1500), 5, 1)
     shared = open_image(tmp_path / "a.jpg")
     for size in ((64, 64), (448, 448), (100, 100)):
         assert torch.equal(render(shared, view, size), render(open_image(tmp_path / "a.jpg"), view, size))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_jitter_changes_colours_only(channels):
+def test_jitter_changes_colors_only(channels):
     images = torch.randint(0, 256, (2, channels, 8, 8)).float()
     assert torch.allclose(color_jitter(images.clone(), torch.ones(2, 3)), images, atol=1e-4)
     jittered = color_jitter(images.clone(), torch.tensor([[1.3, 0.7, 0.6], [1.0, 1.0, 1.0]]))
     assert jittered.min() >= 0 and jittered.max() <= 255
     assert not torch.allclose(jittered[0], images[0]) and torch.allclose(jittered[1], images[1], atol=1e-4)
-    assert np.array_equal(*(draw_jitter(0.4, np.random.default_rng(3)) for _ in range(2)))
+    assert np.array_equal(*(sample_jitter(0.4, np.random.default_rng(3)) for _ in range(2)))
 
 
 @given(st.permutations(["brightness", "contrast", "saturation"]), st.integers(0, 1000))
@@ -177,13 +177,13 @@ def test_jitter_is_torchvisions_in_any_order(order, seed):
     """Where nothing has to be clamped on the way."""
     images = 0.4 + 0.2 * torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     factors = dict(
-        zip(("brightness", "contrast", "saturation"), draw_jitter(0.2, np.random.default_rng(seed)), strict=True)
+        zip(("brightness", "contrast", "saturation"), sample_jitter(0.2, np.random.default_rng(seed)), strict=True)
     )
     expected = images
     for name in order:
         expected = getattr(tvf, f"adjust_{name}")(expected, float(factors[name]))
     fused = color_jitter(images * 255, torch.tensor([list(factors.values())])) / 255
-    assert torch.allclose(fused, expected, atol=2e-4)  # torchvision rounds the weights of grey
+    assert torch.allclose(fused, expected, atol=2e-4)  # torchvision rounds the weights of gray
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4), st.integers(0, 5))
@@ -206,7 +206,7 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
 
 def test_batches_do_not_depend_on_workers(crops, monkeypatch):
     dataset = ViewDataset(
-        scan(crops),
+        list_images(crops),
         ViewSpec(kind="random-crop", image_size=(16, 16)),
         image_size=(16, 16),
         teacher_size=(32, 32),
@@ -227,7 +227,10 @@ def test_batches_do_not_depend_on_workers(crops, monkeypatch):
 def test_teacher_and_student_see_the_same_view(crops):
     """At the same size both renderings are one picture: crop and mirror agree."""
     dataset = ViewDataset(
-        scan(crops), ViewSpec(kind="random-crop", image_size=(16, 16)), image_size=(16, 16), teacher_size=(16, 16)
+        list_images(crops),
+        ViewSpec(kind="random-crop", image_size=(16, 16)),
+        image_size=(16, 16),
+        teacher_size=(16, 16),
     )
     for number in range(10):
         sample = dataset[number, number]
@@ -250,7 +253,7 @@ def finish(store, ids, bad=None):
 def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
     """By whichever process, interrupted in the middle of any."""
     monkeypatch.setattr("mapet.data.token_store.SHARD_SIZE", 5)
-    images = scan(crops)
+    images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     assert [(part.first, part.count) for part in store.shards] == [(0, 5), (5, 5), (10, 2)]
     for number, count in ((2, 2), (0, 3)):
@@ -273,7 +276,7 @@ def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_store_round_trip(crops, tmp_path, vocab, dtype):
-    images = scan(crops)
+    images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images, vocab=vocab)
     finish(store, ids, {3: "broken"})
     again = TokenStore.open(tmp_path / "s", images, "codebook")
@@ -284,7 +287,7 @@ def test_store_round_trip(crops, tmp_path, vocab, dtype):
 
 
 def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
-    images = scan(crops)
+    images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     finish(store, ids[:5])
     with pytest.raises(MapetError, match="unfinished \\(5 of 12"):
@@ -296,7 +299,7 @@ def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
 
 
 def test_store_of_other_images_or_codebook_names_both_sides(crops, tmp_path):
-    images = scan(crops)
+    images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     finish(store, ids)
     reordered = images.subset(range(11, -1, -1))
@@ -307,7 +310,7 @@ def test_store_of_other_images_or_codebook_names_both_sides(crops, tmp_path):
 
 
 def test_out_of_range_token_is_noticed(crops, tmp_path):
-    images = scan(crops)
+    images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     ids[4, 0, 0] = 100
     finish(store, ids)
@@ -325,15 +328,15 @@ def test_a_million_paths_stay_compact():
 
 
 def test_images_are_read_as_files_have_them(crops, photos):
-    image = open_image(scan(crops)[0]).read()
+    image = open_image(list_images(crops)[0]).read()
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8
 
 
 @given(st.sampled_from(["random", "raster", "blockwise"]), st.integers(1, 15), st.integers(1, 15), st.integers(0, 9))
 def test_every_patch_comes_once_in_an_order(kind, rows, columns, seed):
-    order = draw_order(kind, (rows, columns), np.random.default_rng(seed))
+    order = sample_permutation(kind, (rows, columns), np.random.default_rng(seed))
     assert sorted(order) == list(range(rows * columns))
-    assert np.array_equal(order, draw_order(kind, (rows, columns), np.random.default_rng(seed)))
+    assert np.array_equal(order, sample_permutation(kind, (rows, columns), np.random.default_rng(seed)))
 
 
 def test_blockwise_order_hides_rectangles():
@@ -343,15 +346,15 @@ def test_blockwise_order_hides_rectangles():
         found = []
         for seed in range(100):
             hidden = np.zeros(196, dtype=int)
-            hidden[draw_order(kind, (14, 14), np.random.default_rng(seed))[-p:]] = 1
+            hidden[sample_permutation(kind, (14, 14), np.random.default_rng(seed))[-p:]] = 1
             hidden = hidden.reshape(14, 14)
             found.append(np.abs(np.diff(hidden, axis=0)).sum() + np.abs(np.diff(hidden, axis=1)).sum())
         return np.mean(found)
 
-    assert border("random") > 170  # 364 pairs of neighbours, half of them unlike
+    assert border("random") > 170  # 364 pairs of neighbors, half of them unlike
     assert border("blockwise") < 0.4 * border("random")
     for seed in range(50):
-        order = draw_order("blockwise", (14, 14), np.random.default_rng(seed))
+        order = sample_permutation("blockwise", (14, 14), np.random.default_rng(seed))
         first = min(  # the smallest number of last patches, 16 at least or nearly so, that is a rectangle
             (p for p in range(12, 90) if np.prod(np.ptp(np.divmod(order[-p:], 14), axis=1) + 1) == p), default=None
         )

@@ -117,7 +117,7 @@ def test_panoptic_layout(scenes, tmp_path):
 def test_rgb_masks_are_refused(scenes, tmp_path):
     write_folders(scenes[:2], tmp_path)
     Image.fromarray(scenes[0][0]).save(tmp_path / "masks" / "00.png")
-    with pytest.raises(MapetError, match="grey or palette PNG, this one is RGB"):
+    with pytest.raises(MapetError, match="gray or palette PNG, this one is RGB"):
         segmentation_sets(tmp_path, None, None, None)
 
 

@@ -1,4 +1,4 @@
-"""Classifiers and labelled sets."""
+"""Classifiers and labeled sets."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import few_shot_split, labelled, split, train_and_test
+from mapet.evaluation.datasets import few_shot_split, labeled, split, train_and_test
 from mapet.evaluation.features import FeatureCache
 from mapet.evaluation.probes import fit_logistic, probe_accuracy
 from mapet.tokenizers.feature_store import FeatureStore
@@ -59,7 +59,7 @@ def test_linear_probe_is_scikit_learns_logistic_regression(present):
 
 
 def test_split_is_fixed_and_stratified(digits):
-    data = labelled(scan(digits / "train"))
+    data = labeled(list_images(digits / "train"))
     train, test = split(data)
     assert len(train.labels) + len(test.labels) == 1437
     assert np.abs(np.bincount(test.labels) / np.bincount(data.labels) - 0.2).max() < 0.01
@@ -68,7 +68,7 @@ def test_split_is_fixed_and_stratified(digits):
 
 
 def test_few_labels(digits):
-    data = labelled(scan(digits / "train"))
+    data = labeled(list_images(digits / "train"))
     ten, other = (few_shot_split(data, 10, seed) for seed in (0, 1))
     assert np.bincount(data.subset(ten).labels).tolist() == [10] * 10
     assert ten.tolist() != other.tolist()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet import device
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError
 from mapet.models import pretraining
 from mapet.models.backbone import create_vit, prepare_for_device
@@ -28,7 +28,7 @@ from mapet.training.tasks import pretraining as sizing
 from mapet.training.tasks.pretraining import auto_micro_batch
 from tests.conftest import make_batch
 
-FLOAT64 = Compute(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"
+FLOAT64 = ComputeContext(torch.device("cpu"), torch.float32)  # "no lower precision than the model's own"
 
 
 def make(objective=MAPET, c=5, num_predict=None, drop_path=0.0, dtype=torch.float64, **args):
@@ -87,8 +87,8 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     model = make(objective, dtype=torch.float32)
     low = deepcopy(model)
     batch = draw(32, torch.float32)
-    exact = joined(ForwardBackward(model, Compute(torch.device("cpu"), torch.float32), 32)(batch))
-    compute = Compute(torch.device("cpu"), torch.bfloat16)
+    exact = joined(ForwardBackward(model, ComputeContext(torch.device("cpu"), torch.float32), 32)(batch))
+    compute = ComputeContext(torch.device("cpu"), torch.bfloat16)
     rough = joined(ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch))
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
@@ -240,13 +240,13 @@ def test_targets_out_of_range(m):
 def test_micro_batch_of_a_cpu_fits_its_cache_and_of_a_gpu_is_the_batch():
     vit = create_vit("vit_tiny_patch16_224", (224, 224))
     model = ViTForPreTraining(vit, 10, MAPET, 49)
-    assert auto_micro_batch(model, 64, Compute(torch.device("cpu"), torch.bfloat16)) == 8
-    assert auto_micro_batch(model, 64, Compute(torch.device("cpu"), torch.float32)) == 4
-    assert auto_micro_batch(model, 64, Compute(torch.device("meta"), torch.bfloat16)) == 64
+    assert auto_micro_batch(model, 64, ComputeContext(torch.device("cpu"), torch.bfloat16)) == 8
+    assert auto_micro_batch(model, 64, ComputeContext(torch.device("cpu"), torch.float32)) == 4
+    assert auto_micro_batch(model, 64, ComputeContext(torch.device("meta"), torch.bfloat16)) == 64
 
 
 def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(monkeypatch, tmp_path):
-    cpu = Compute(torch.device("cpu"), torch.float32)
+    cpu = ComputeContext(torch.device("cpu"), torch.float32)
     before = sizing.auto_batch_size(make(), 10_000, cpu)
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  500 kB\n")
     monkeypatch.setattr(device, "MEMINFO", tmp_path / "meminfo")
@@ -260,7 +260,7 @@ def test_a_full_cache_of_files_is_free_memory_and_does_not_shrink_a_cpu_s_batch(
 def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
     """Peak GB at batch 256, on an H100 (docs/performance.md): never more than counted, and not much less."""
     model = ViTForPreTraining(create_vit(f"vit_{name}_patch16_224", (224, 224)), 8192, MAPET, 49)
-    compute = Compute(torch.device("cuda"), torch.bfloat16)
+    compute = ComputeContext(torch.device("cuda"), torch.bfloat16)
     assert 1 < 256 * sizing.bytes_per_image(model, compute) / (peak * 1e9) < 1.25
 
 

@@ -1,4 +1,4 @@
-"""What fine-tuning's options do, on pictures of one grey each: no view and no flip changes them, and a step can be worked out."""
+"""What fine-tuning's options do, on pictures of one gray each: no view and no flip changes them, and a step can be worked out."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ def one_thread(two_threads):
 
 
 @pytest.fixture(scope="module")
-def greys(tmp_path_factory):
+def grays(tmp_path_factory):
     """Six pictures of each of two classes: a is black and b white."""
-    root = tmp_path_factory.mktemp("greys")
-    for name, grey in (("a", 0), ("b", 255)):
+    root = tmp_path_factory.mktemp("grays")
+    for name, gray in (("a", 0), ("b", 255)):
         (root / name).mkdir()
         for number in range(6):
-            Image.fromarray(np.full((8, 8), grey, np.uint8)).save(root / name / f"{number}.png")
+            Image.fromarray(np.full((8, 8), gray, np.uint8)).save(root / name / f"{number}.png")
     return root
 
 
@@ -68,12 +68,12 @@ def its_classifier(vit, monkeypatch):
     monkeypatch.setattr(finetuning, "load_backbone", with_classifier)
 
 
-def tune(vit, greys, out, **options):
+def tune(vit, grays, out, **options):
     """Returns the weights that are saved and the rows of metrics.jsonl."""
-    mapet.finetune(backbone=vit, images=greys, test_images=greys, out=out, **(ONE_STEP | CPU | options))
+    mapet.finetune(backbone=vit, images=grays, test_images=grays, out=out, **(ONE_STEP | CPU | options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [
-        {name: value for name, value in line.items() if name not in ("images_per_second", "data_wait")}
+        {name: value for name, value in line.items() if name not in ("images_per_second", "data_time_fraction")}
         for line in lines
     ]
     return load_file(out / "model" / "model.safetensors"), rows
@@ -81,16 +81,16 @@ def tune(vit, greys, out, **options):
 
 @torch.no_grad()
 def log_chances(vit, whiteness):
-    """Of the classes, by the backbone as it starts, of pictures of a grey each."""
+    """Of the classes, by the backbone as it starts, of pictures of a gray each."""
     model = load_backbone(vit, global_pool="avg", fc_norm=False).eval()
     pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return model(pixels).log_softmax(1)
 
 
 @pytest.mark.parametrize("decay", [0.5, None])
-def test_layer_decay_scales_the_first_step(decay, vit, greys, tmp_path):
+def test_layer_decay_scales_the_first_step(decay, vit, grays, tmp_path):
     """AdamW's first step moves every weight by the learning rate, whatever its gradient: BEiT's factor of each block shows."""
-    after, _ = tune(vit, greys, tmp_path / "out", lr=1e-3, min_lr=0.0, layer_decay=decay)
+    after, _ = tune(vit, grays, tmp_path / "out", lr=1e-3, min_lr=0.0, layer_decay=decay)
     before = load_file(vit / "model.safetensors")
     steps = {name: float((after[name] - before[name]).abs().max()) / 1e-3 for name in before}
     depth, decay = 3, decay or 1.0
@@ -110,9 +110,9 @@ def test_layer_decay_scales_the_first_step(decay, vit, greys, tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, greys, tmp_path):
+def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, grays, tmp_path):
     """(1 - s) of the target is the class, s is spread over all."""
-    _, rows = tune(vit, greys, tmp_path / "out", label_smoothing=smoothing)
+    _, rows = tune(vit, grays, tmp_path / "out", label_smoothing=smoothing)
     chances = log_chances(vit, torch.tensor([0.0, 1.0]))
     right, all_classes = -chances.diag(), -chances.mean(1)
     expected = ((1 - smoothing) * right + smoothing * all_classes).mean()
@@ -138,9 +138,9 @@ def of(seen, training):
     return torch.cat([pixels for while_training, pixels in seen if while_training == training])
 
 
-def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, greys, tmp_path):
-    """Of black and white the grey tells how much of each class the target is; it is smoothed as well."""
-    _, rows = tune(vit, greys, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
+def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, tmp_path):
+    """Of black and white the gray tells how much of each class the target is; it is smoothed as well."""
+    _, rows = tune(vit, grays, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
     trained, judged = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
     assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
     assert sorted(judged.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
@@ -152,15 +152,15 @@ def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, greys, t
 @pytest.mark.parametrize(
     ("options", "share"), [({"random_erasing": 1.0}, 0.6), ({"cutmix": 1.0, "seed": 1}, 0.1), ({}, 0.0)]
 )
-def test_boxes_are_erased_and_swapped_in_training_alone(options, share, watched, vit, greys, tmp_path):
-    tune(vit, greys, tmp_path / "out", **(options | {"epochs": 3}))
+def test_boxes_are_erased_and_swapped_in_training_alone(options, share, watched, vit, grays, tmp_path):
+    tune(vit, grays, tmp_path / "out", **(options | {"epochs": 3}))
     uneven = [(of(watched[0], training).std((1, 2, 3)) > 0.01).float().mean() for training in (True, False)]
     assert len(of(watched[0], True)) == 36 and uneven[1] == 0
     assert uneven[0] >= share if share else uneven[0] == 0
 
 
-def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, greys, tmp_path):
-    tune(vit, greys, tmp_path / "out", drop_path=0.4)
+def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, grays, tmp_path):
+    tune(vit, grays, tmp_path / "out", drop_path=0.4)
     (model,) = watched[1]
     rates = [
         getattr(layer, "drop_prob", 0.0) for block in model.blocks for layer in (block.drop_path1, block.drop_path2)
@@ -170,7 +170,7 @@ def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, greys,
     assert not any(hasattr(block.drop_path1, "drop_prob") for block in saved.blocks)
 
 
-def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
+def test_moving_average_is_judged_and_saved(monkeypatch, vit, grays, tmp_path):
     """The same training twice: judged are the weights of each step, and with `ema` their average, worked out here."""
     weights = []
 
@@ -180,10 +180,10 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
 
     original = finetuning.compute_accuracy
     monkeypatch.setattr(finetuning, "compute_accuracy", judge)
-    tune(vit, greys, tmp_path / "raw", epochs=6, lr=0.03)
+    tune(vit, grays, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
-    saved, _ = tune(vit, greys, tmp_path / "out", epochs=6, lr=0.03, ema_decay=0.5)
+    saved, _ = tune(vit, grays, tmp_path / "out", epochs=6, lr=0.03, ema_decay=0.5)
     average = raw[0]
     for step, own in enumerate(raw):
         decay = 0.0 if step < 2 else min(0.5, 1 - step ** (-2 / 3))  # a warm-up, so that the first weights don't linger
@@ -197,10 +197,10 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, greys, tmp_path):
     ("options", "count"),
     [({"labels_per_class": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"labels_per_class": 0.01}, 1)],
 )
-def test_labels_are_those_of_the_published_split(options, count, watched, vit, greys):
+def test_labels_are_those_of_the_published_split(options, count, watched, vit, grays):
     """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""
     config = FinetuneConfig(
-        backbone=str(vit), images=greys, test_images=greys, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
+        backbone=str(vit), images=grays, test_images=grays, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
     )
     tuned = trainer.Trainer(finetuning.FinetuningTask(), config).fit()
 
@@ -233,48 +233,48 @@ def interrupt(monkeypatch, at):
 
 
 @pytest.mark.parametrize("at", [0, 4, 5, 11])
-def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, greys, tmp_path, monkeypatch):
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, grays, tmp_path, monkeypatch):
     """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, to the bit."""
     options = ALL_THAT_IS_DRAWN
-    whole = tune(vit, greys, tmp_path / "whole", **options)
+    whole = tune(vit, grays, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         interrupt(patch, at)
         if at < 11:
             with pytest.raises(
                 Interrupted, match=rf"SIGTERM at step {at + 1} of 12, saved.*parts/config.yaml --resume"
             ):
-                tune(vit, greys, tmp_path / "parts", **options)
+                tune(vit, grays, tmp_path / "parts", **options)
             assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == [f"step-{at + 1:08d}"]
-            parts = tune(vit, greys, tmp_path / "parts", **options, resume=True)
+            parts = tune(vit, grays, tmp_path / "parts", **options, resume=True)
         else:  # nothing is left to do
-            parts = tune(vit, greys, tmp_path / "parts", **options)
+            parts = tune(vit, grays, tmp_path / "parts", **options)
     assert parts[1] == whole[1]
     assert all(torch.equal(parts[0][name], value) for name, value in whole[0].items())
     assert not (tmp_path / "parts" / "checkpoints").exists()
-    assert tune(vit, greys, tmp_path / "parts", **options, resume=True)[1] == whole[1]  # it is finished
+    assert tune(vit, grays, tmp_path / "parts", **options, resume=True)[1] == whole[1]  # it is finished
 
 
-def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, greys, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         with pytest.raises(Interrupted):
-            tune(vit, greys, tmp_path / "out", **ALL_THAT_IS_DRAWN)
-    for argv in (["export"], ["evaluate", "--images", str(greys)]):
+            tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN)
+    for argv in (["export"], ["evaluate", "--images", str(grays)]):
         assert main([*argv, "--backbone", str(tmp_path / "out"), "--out", str(tmp_path / "x")]) == 2
         told = capsys.readouterr().err
         assert (
             f"Go on with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
         )
-    assert main(["finetune", "--backbone", str(vit), "--images", str(greys), "--resume"]) == 2
+    assert main(["finetune", "--backbone", str(vit), "--images", str(grays), "--resume"]) == 2
     assert "give it" in capsys.readouterr().err
     with pytest.raises(mapet.MapetError, match=r"started with another recipe.*lr"):
-        tune(vit, greys, tmp_path / "out", **ALL_THAT_IS_DRAWN | {"lr": 0.5}, resume=True)
+        tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN | {"lr": 0.5}, resume=True)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
     assert (tmp_path / "out" / "model").is_dir()
 
 
-def test_several_seeds_have_a_mean_and_an_interval(vit, greys, tmp_path, monkeypatch, capsys):
-    options = ONE_STEP | CPU | {"backbone": vit, "images": greys, "test_images": greys}
+def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeypatch, capsys):
+    options = ONE_STEP | CPU | {"backbone": vit, "images": grays, "test_images": grays}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
     judged = iter([3, 6, 12])
     monkeypatch.setattr(finetuning, "compute_accuracy", lambda *_: (next(judged), 12))

@@ -32,10 +32,10 @@ def one_thread(two_threads):
     torch.set_num_threads(1)
 
 
-def blobs(centres=30, each=60, width=6, spread=12.0, seed=0):
+def blobs(centers=30, each=60, width=6, spread=12.0, seed=0):
     """DistributedPoints that float16 holds exactly, so that a plain loop clusters the very same."""
     rng = np.random.default_rng(seed)
-    points = rng.normal(size=(centres, width)).repeat(each, 0) * spread + rng.normal(size=(centres * each, width))
+    points = rng.normal(size=(centers, width)).repeat(each, 0) * spread + rng.normal(size=(centers * each, width))
     return torch.tensor(rng.permutation(points), dtype=torch.float16).float()
 
 
@@ -165,16 +165,16 @@ def test_plus_plus_chooses_as_the_paper_says():
 
 def test_plus_plus_spreads():
     """The theorem: on average at most 8 (ln K + 2) times the best; random points miss blobs, which costs far more."""
-    centres, width = 64, 6
-    points = blobs(centres, 50, width, spread=1000.0)
+    centers, width = 64, 6
+    points = blobs(centers, 50, width, spread=1000.0)
     ideal = width  # each blob's own variance
 
     def potential(choose, seed):
-        return float(assign(points, points[choose(points_of(points), centres, seed)])[1].mean())
+        return float(assign(points, points[choose(points_of(points), centers, seed)])[1].mean())
 
     spread = np.mean([potential(kmeans_plusplus_init, seed) for seed in range(10)])
     luck = np.mean([potential(random_init, seed) for seed in range(10)])
-    assert spread <= 8 * (np.log(centres) + 2) * ideal
+    assert spread <= 8 * (np.log(centers) + 2) * ideal
     assert luck > 100 * spread
 
 

@@ -12,8 +12,8 @@ import mapet
 from mapet.cli import main
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.readers import BadImage, Window, open_image
-from mapet.data.sources import scan
+from mapet.data.readers import ImageDecodeError, Window, open_image
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
 
@@ -32,14 +32,14 @@ def folder(photos, tmp_path, monkeypatch):
 
 
 def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
-    images, made = scan(folder), scan(mapet.prepare(images=folder, out=tmp_path / "made", short_side=64))
+    images, made = list_images(folder), list_images(mapet.prepare(images=folder, out=tmp_path / "made", short_side=64))
     assert [made.id(i) for i in range(7)] == [images.id(i) for i in range(7)]
     assert np.array_equal(made.keys(), images.keys())
     assert made.classes()[0] == ["a", "b"] and np.array_equal(made.classes()[1], images.classes()[1])
     assert made.hash != images.hash  # other pixels: the originals' tokens are not theirs
     for index in range(len(images)):
         if images.id(index) == "b/broken.jpg":
-            with pytest.raises(BadImage):
+            with pytest.raises(ImageDecodeError):
                 made.open(index, 3)
             continue
         picture = made.open(index, 3).read()
@@ -58,7 +58,7 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
 def test_loader_and_stages_take_it(folder, tmp_path, monkeypatch):
     made = mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     dataset = ViewDataset(
-        scan(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
+        list_images(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
     )
     a = [batch.images for batch in make_loader(dataset, in_order(7, 4))]
     with monkeypatch.context() as patch:
@@ -83,7 +83,7 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
     with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     with pytest.raises(MapetError, match=r"unfinished \(3 of 7 images\).*--resume"):
-        scan(tmp_path / "made")
+        list_images(tmp_path / "made")
     with pytest.raises(MapetError, match="short_side: 64 -> 32"):
         mapet.prepare(images=folder, out=tmp_path / "made", short_side=32, resume=True)
     mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, resume=True)
@@ -93,7 +93,7 @@ def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch
     with (tmp_path / "made" / "images-00001.bin").open("ab") as file:
         file.write(b"x")
     with pytest.raises(MapetError, match="damaged"):
-        scan(tmp_path / "made")
+        list_images(tmp_path / "made")
 
 
 def test_arrays_of_many_channels(tmp_path):
@@ -103,7 +103,7 @@ def test_arrays_of_many_channels(tmp_path):
             tmp_path / "arrays" / f"{name}.npy",
             np.random.default_rng(0).integers(256, size=(side, side, 5), dtype=np.uint8),
         )
-    made = scan(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", short_side=16, channels=5))
+    made = list_images(mapet.prepare(images=tmp_path / "arrays", out=tmp_path / "made", short_side=16, channels=5))
     assert made.open(0, 5).read().shape == (5, 16, 16)
     assert torch.equal(made.open(1, 5).read(), open_image(tmp_path / "arrays" / "b.npy", 5).read())
 
@@ -111,14 +111,14 @@ def test_arrays_of_many_channels(tmp_path):
 @pytest.fixture
 def scans(photos, tmp_path):
     """A photograph of 300 x 320 px as 12 bits in files of 16, and as a CT keeps it."""
-    grey = photos[0][:300, :320].mean(-1)
-    twelve = (grey * 4095 / 255).astype(np.uint16)
+    gray = photos[0][:300, :320].mean(-1)
+    twelve = (gray * 4095 / 255).astype(np.uint16)
     (tmp_path / "scans").mkdir()
     Image.fromarray(twelve).save(tmp_path / "scans" / "large.png")
     Image.fromarray(twelve[:40, :48]).save(tmp_path / "scans" / "small.tif")
     np.save(tmp_path / "scans" / "swapped.npy", twelve[:40, :48].astype(">u2"))
     (tmp_path / "ct").mkdir()
-    hounsfield = grey * 8 - 1000
+    hounsfield = gray * 8 - 1000
     hounsfield[0, :3] = np.nan, np.inf, -np.inf
     np.save(tmp_path / "ct" / "a.npy", hounsfield.astype(np.float32))
     Image.fromarray(np.where(np.isfinite(hounsfield), hounsfield, 0).astype(np.int32)).save(tmp_path / "ct" / "b.tif")
@@ -133,23 +133,23 @@ def test_a_window_is_linear_and_cuts_off():
 
 
 def test_of_twelve_bits_all_levels_are_kept(scans, photos):
-    """Without a range an image of 12 bits has 16 levels of grey: its upper 8 bits are nearly all dark."""
-    plain = scan(mapet.prepare(images=scans / "scans", out=scans / "plain", short_side=400, channels=1))
-    made = scan(
+    """Without a range an image of 12 bits has 16 levels of gray: its upper 8 bits are nearly all dark."""
+    plain = list_images(mapet.prepare(images=scans / "scans", out=scans / "plain", short_side=400, channels=1))
+    made = list_images(
         mapet.prepare(images=scans / "scans", out=scans / "made", short_side=400, channels=1, value_range=(0, 4095))
     )
-    grey = torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
+    gray = torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     assert [made.id(i) for i in range(3)] == ["large.png", "small.tif", "swapped.npy"]
     for index, rows in enumerate((slice(None), slice(40), slice(40))):
-        wanted = grey if index == 0 else grey[rows, :48]
+        wanted = gray if index == 0 else gray[rows, :48]
         found = made.open(index, 1).read()[0].float()
         assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
     assert open_image(scans / "scans" / "large.png", 3, Window(0, 4095)).read().unique().numel() > 200
-    small = scan(
+    small = list_images(
         mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
     )
-    found, wanted = small.open(0, 1).read()[0].float(), torch.nn.functional.adaptive_avg_pool2d(grey[None], (30, 32))[0]
+    found, wanted = small.open(0, 1).read()[0].float(), torch.nn.functional.adaptive_avg_pool2d(gray[None], (30, 32))[0]
     assert found.shape == (30, 32) and (found - wanted).abs().mean() < 8
 
 
@@ -168,9 +168,9 @@ def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
         "400",
     ]
     assert main([*argv, "--value-range", "-1000", "1040"]) == 0
-    made, grey = scan(scans / "made"), torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
+    made, gray = list_images(scans / "made"), torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     for index in range(2):
-        assert (made.open(index, 1).read()[0].float() - grey).abs().mean() < 3
+        assert (made.open(index, 1).read()[0].float() - gray).abs().mean() < 3
     assert main([*argv, "--value-range", "5", "5", "--resume"]) == 2
     assert "--value-range 5 5: the smaller first" in capsys.readouterr().err
     assert main([*argv, "--value-range", "-1000", "400", "--resume"]) == 2
@@ -196,7 +196,7 @@ def test_who_takes_no_census_is_warned(scans, photos, caplog):
     mapet.fit_tokenizer(images=scans / "wide", out=scans / "light", **words)
     made = mapet.prepare(images=scans / "scans", out=scans / "made", channels=1, value_range=(0, 4095))
     mapet.fit_tokenizer(images=made, out=scans / "eight", **words)
-    assert "16-bit" not in caplog.text and "grey" not in caplog.text
+    assert "16-bit" not in caplog.text and "gray" not in caplog.text
 
 
 def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, caplog):
@@ -210,20 +210,20 @@ def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, capl
     assert "100% of 6 images looked at are smaller than the input, 96 x 96 px, and would be enlarged" in caplog.text
 
 
-def test_grey_images_read_as_colour_are_told(photos, tmp_path, caplog):
-    """Where all are; one in colour among them, and three channels are for something."""
+def test_gray_images_read_as_color_are_told(photos, tmp_path, caplog):
+    """Where all are; one in color among them, and three channels are for something."""
     words = {"image_size": 32, "patch_size": 8, "vocab_size": 4}
-    told = "grey, and read as three equal channels: 1 channel would do"
+    told = "gray, and read as three equal channels: 1 channel would do"
     for i in range(4):
         Image.fromarray(photos[0][32 * i :, :, 1]).save(tmp_path / f"{i}.png")
     assert f"note: all are {told}" in mapet.check(images=tmp_path, image_size=32).lines()
-    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "grey-words", **words)
+    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "gray-words", **words)
     assert f"all 4 images looked at are {told}" in caplog.text
     caplog.clear()
     Image.fromarray(photos[0]).save(tmp_path / "4.png")
     assert told not in "".join(mapet.check(images=tmp_path, image_size=32).lines())
     mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "words", **words)
-    assert "grey" not in caplog.text
+    assert "gray" not in caplog.text
 
 
 def test_check_tells_the_range(scans):

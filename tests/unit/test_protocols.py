@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mapet.data.image_list import ImageFiles, ImageList
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import normalize
-from mapet.device import Compute
-from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
+from mapet.device import ComputeContext
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, labeled
 from mapet.evaluation.eval_context import bootstrap, over_seeds, wilson
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
@@ -27,7 +27,7 @@ from mapet.models.backbone import create_vit, save_backbone
 from mapet.tokenizers.feature_store import FeatureStore
 from tests.conftest import TINY
 
-CPU = Compute(torch.device("cpu"), torch.float32)
+CPU = ComputeContext(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +67,8 @@ def test_few_label_splits_are_the_documented_function():
     """Written out as docs/evaluation.md says it; nested; another image moves none."""
     ids = [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
 
-    def of(names: list[str]) -> LabelledSet:
-        return labelled(ImageList(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names))))
+    def of(names: list[str]) -> LabeledSet:
+        return labeled(ImageList(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names))))
 
     def number(name: str, seed: int) -> int:
         return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
@@ -91,7 +91,7 @@ def test_few_label_splits_are_the_documented_function():
     assert before < after
 
 
-def test_neighbours_over_blocks_are_those_of_the_whole():
+def test_neighbors_over_blocks_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(500, 8, generator=generator), torch.randn(30, 8, generator=generator)
     similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20)
@@ -203,7 +203,7 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (8, 8), 2, 1, TINY)
     save_backbone(vit, tmp_path / "vit")
-    data = labelled(scan(digits / "test"))
+    data = labeled(list_images(digits / "test"))
     data = data.subset(few_shot_split(data, 3, 0))
     ((index, images),) = BackboneWrapper.of_vit(vit, CPU).batches(data.images, CacheConfig())
     images = images[index.argsort()]

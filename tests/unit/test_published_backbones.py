@@ -174,7 +174,7 @@ def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_pat
 
 @pytest.mark.parametrize("kind", ["timm folder", "timm name", "transformers"])
 def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch, caplog):
-    """Written by timm and transformers themselves: heads and normalisation are known, relative positions have no place."""
+    """Written by timm and transformers themselves: heads and normalization are known, relative positions have no place."""
     caplog.set_level(logging.INFO, "mapet")
     source, stats = str(tmp_path / "beit"), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     if kind == "transformers":
@@ -226,7 +226,7 @@ def save_timm_folder(vit, folder, mean, std):
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_another_normalisation_goes_into_the_patch_embedding(pre_norm, tmp_path):
+def test_another_normalization_goes_into_the_patch_embedding(pre_norm, tmp_path):
     """Also where it has no bias: then into the positions."""
     vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY | {"pre_norm": pre_norm}).eval()
     mean, std = [0.5, 0.4, 0.3], [0.5, 0.6, 0.2]
@@ -241,15 +241,15 @@ def test_another_normalisation_goes_into_the_patch_embedding(pre_norm, tmp_path)
 
 
 @pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), input_mean_std(3)])
-def test_one_channel_sees_what_rgb_saw_of_grey_pictures(stats, tmp_path):
+def test_one_channel_sees_what_rgb_saw_of_gray_pictures(stats, tmp_path):
     vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY).eval()
     save_timm_folder(vit, tmp_path / "vit", *map(list, stats))
-    grey = images(channels=1).sigmoid()
+    gray = images(channels=1).sigmoid()
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in stats)
-    of_rgb = vit.forward_features((grey.expand(-1, 3, -1, -1) - mean) / std)
+    of_rgb = vit.forward_features((gray.expand(-1, 3, -1, -1) - mean) / std)
     for channels in (1, 6):  # six equal bands: three times the mean of two
         loaded = load_backbone(tmp_path / "vit", in_chans=channels).eval()
-        assert same(loaded.forward_features((grey.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
+        assert same(loaded.forward_features((gray.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
 
 
 @pytest.mark.parametrize(("size", "patch"), [((24, 40), 4), ((16, 16), 8), ((20, 30), 5)])
@@ -421,7 +421,7 @@ def test_hugging_face_folders(kind, tmp_path):
 
 
 def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
-    """RGB at another grid, without LayerScale, into a run on grey digits."""
+    """RGB at another grid, without LayerScale, into a run on gray digits."""
     from tests.conftest import PRETRAIN
 
     caplog.set_level(logging.INFO, "mapet")

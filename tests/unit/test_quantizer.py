@@ -32,9 +32,9 @@ def test_principal_components_are_those_of_numpy(whiten):
     points = cloud()
     found = principal_components(FeatureStore.of(points), 4, whiten)
     stored = points.half().double().numpy()
-    centred = stored - stored.mean(0)
-    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
-    expected = centred @ directions[:4].T / (spread[:4] / len(points) ** 0.5 if whiten else 1)
+    centered = stored - stored.mean(0)
+    _, spread, directions = np.linalg.svd(centered, full_matrices=False)
+    expected = centered @ directions[:4].T / (spread[:4] / len(points) ** 0.5 if whiten else 1)
     got = project(points.half().float(), **found).double().numpy()
     assert np.allclose(np.abs(got), np.abs(expected), atol=0.02 if whiten else 0.1)  # features are kept as float16
     signs = found["components"].gather(0, found["components"].abs().argmax(0, keepdim=True))
@@ -125,9 +125,9 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
     settings = tokenizer.description["quantizer"]
     assert settings["kind"] == ("nearest" if "pca_dim" in options else "scalar")
     from mapet.data.dataset import ViewDataset
-    from mapet.data.sources import scan
+    from mapet.data.sources import list_images
 
-    dataset = ViewDataset(scan(few_digits), store.view_spec, 1, teacher_size=(8, 8))
+    dataset = ViewDataset(list_images(few_digits), store.view_spec, 1, teacher_size=(8, 8))
     batch = dataset.batch([(0, i) for i in range(7)])
     assert np.array_equal(tokenizer(batch.teacher_images).flatten(1).numpy(), all_rows(store)[:7, 0])
 

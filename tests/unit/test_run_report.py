@@ -47,7 +47,9 @@ HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&am
 
 
 def record(step, **figures):
-    return json.dumps({"step": step, "epoch": step / 10, "loss": 3 - step / 100, "token_entropy": 3.4} | figures) + "\n"
+    return (
+        json.dumps({"step": step, "epoch": step / 10, "loss": 3 - step / 100, "unigram_entropy": 3.4} | figures) + "\n"
+    )
 
 
 def write_state(folder: Path, command: str = "pretrain", **facts) -> None:
@@ -131,7 +133,7 @@ def test_final_figures_are_of_the_last_epoch(tmp_path):
     """Records at steps 3, 6 and 7 of epochs of 7 steps: the last is of one step, and counts as one of seven."""
     folder = write_run(tmp_path / "a")
     lines = [
-        {"step": step, "epoch": step / 7, "loss": loss, "token_accuracy": loss / 10, "data_wait": 0.034}
+        {"step": step, "epoch": step / 7, "loss": loss, "token_accuracy": loss / 10, "data_time_fraction": 0.034}
         for step, loss in ((3, 9.0), (6, 9.0), (7, 9.0), (10, 2.0), (13, 3.0), (14, 9.0))
     ]
     lines.append({"step": 14, "probe/logistic": 0.26})

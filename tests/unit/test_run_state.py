@@ -12,8 +12,8 @@ import pytest
 
 from mapet.commands.command import command
 from mapet.config.base import Config
-from mapet.errors import Interrupted, MadeByNewer, MapetError
-from mapet.files import atomic, new_folder
+from mapet.errors import Interrupted, MapetError, NewerFormatError
+from mapet.files import atomic_write, create_output_dir
 from mapet.run_state import RunState, command_of, find_config, parent_run, pretrain_folder, record, run_state
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_to_be_resumed_stays_as_it_is(tmp_path):
         (tmp_path / "backbone").mkdir()
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(MapetError, match="not empty"), run_state(tmp_path, "pretrain", Options(out=tmp_path)):
-        new_folder(tmp_path)
+        create_output_dir(tmp_path)
     assert (tmp_path / "run.json").read_bytes() == before
 
 
@@ -155,7 +155,7 @@ def test_damaged_and_missing_ones(tmp_path, text):
 
 def test_newer_ones(tmp_path):
     (tmp_path / "run.json").write_text('{"schema_version": 99, "command": "run"}')
-    with pytest.raises(MadeByNewer):
+    with pytest.raises(NewerFormatError):
         read(tmp_path)
 
 
@@ -176,8 +176,8 @@ def test_which_folder_is_what(tmp_path):
 @command(Options)
 def make_folder(config: Options) -> None:
     """Writes its folder at its end, as many commands do."""
-    new_folder(config.out, create=False)
-    with atomic(config.out) as folder:
+    create_output_dir(config.out, create=False)
+    with atomic_write(config.out) as folder:
         folder.mkdir()
         (folder / "product").touch()
         assert read(config.out).status == "running"

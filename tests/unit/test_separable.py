@@ -1,4 +1,4 @@
-"""Protocols on a network that sees nothing but colours, of pictures of one colour each: what they must find is known."""
+"""Protocols on a network that sees nothing but colors, of pictures of one color each: what they must find is known."""
 
 from types import SimpleNamespace
 
@@ -11,16 +11,16 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from mapet.config.evaluation import EvaluateConfig
-from mapet.data.sources import scan
-from mapet.device import Compute
+from mapet.data.sources import list_images
+from mapet.device import ComputeContext
 from mapet.evaluation import probes, protocols
-from mapet.evaluation.datasets import LabelledSet, few_shot_split, labelled
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, labeled
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.protocols import PROTOCOLS
 
-CPU = Compute(torch.device("cpu"), torch.float32)
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+CPU = ComputeContext(torch.device("cpu"), torch.float32)
+COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 LABELS = ("logistic", "knn", "linear-sgd", "attentive", "few-shot")
 QUICK = {"linear_epochs": 30, "num_seeds": 2, "few_shot": (1, 0.25)}
 
@@ -30,8 +30,8 @@ def one_thread(two_threads):
     torch.set_num_threads(1)
 
 
-class Colours(nn.Module):
-    """Two layers: the brightness, which tells no classes, and the colour of each cell of 4 px. At other sizes than 8 px colours go round."""
+class Colors(nn.Module):
+    """Two layers: the brightness, which tells no classes, and the color of each cell of 4 px. At other sizes than 8 px colors go round."""
 
     def __init__(self):
         super().__init__()
@@ -51,28 +51,28 @@ class Colours(nn.Module):
         return images
 
 
-def save(folder, colours, count, seed=0, spread=15):
-    """`count` pictures of each class, 8 x 8 px, each of one colour near the class's."""
+def save(folder, colors, count, seed=0, spread=15):
+    """`count` pictures of each class, 8 x 8 px, each of one color near the class's."""
     rng = np.random.default_rng(seed)
-    for name, colour in colours.items():
+    for name, color in colors.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            pixel = np.clip(np.array(colour) + rng.integers(-spread, spread + 1, 3), 0, 255).astype(np.uint8)
+            pixel = np.clip(np.array(color) + rng.integers(-spread, spread + 1, 3), 0, 255).astype(np.uint8)
             Image.fromarray(np.tile(pixel, (8, 8, 1))).save(folder / name / f"{seed}-{number:03d}.png")
     return folder
 
 
-def colours_of(data):
+def colors_of(data):
     """(n, 3) in [0, 1], read by other means."""
     return np.stack([np.asarray(Image.open(path))[0, 0] / 255 for path in data.images])
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """12 training and 6 test pictures of each colour."""
-    root = tmp_path_factory.mktemp("colours")
+    """12 training and 6 test pictures of each color."""
+    root = tmp_path_factory.mktemp("colors")
     return EvalData(
-        *(labelled(scan(save(root / part, COLOURS, n, seed))) for seed, (part, n) in enumerate(PARTS.items()))
+        *(labeled(list_images(save(root / part, COLORS, n, seed))) for seed, (part, n) in enumerate(PARTS.items()))
     )
 
 
@@ -80,8 +80,8 @@ PARTS = {"train": 12, "test": 6}
 
 
 def context_of(sets, folder, **options):
-    encoder = BackboneWrapper("colours", Colours(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
-    config = EvaluateConfig(backbone=["colours"], images=folder, out=folder, **(QUICK | options))
+    encoder = BackboneWrapper("colors", Colors(), CPU, (8, 8), 3, (0.0,) * 3, (1.0,) * 3)
+    config = EvaluateConfig(backbone=["colors"], images=folder, out=folder, **(QUICK | options))
     return EvalContext(encoder, sets, CacheConfig(1 << 24, folder, 8), config)
 
 
@@ -94,35 +94,35 @@ def test_what_is_separable_is_told_apart(name, sets, tmp_path):
     """And test labels that are one class further are all missed: so it is those that figures are of."""
     found = values(PROTOCOLS[name].run(context_of(sets, tmp_path)))
     assert found and set(found.values()) == {1.0}, found
-    wrong = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
+    wrong = LabeledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
     found = values(PROTOCOLS[name].run(context_of(EvalData(sets.train, wrong), tmp_path)))
     assert found and set(found.values()) == {0.0}, found
 
 
 def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
     expected = {"cluster_accuracy": 1.0, "cluster_nmi": 1.0, "cluster_ari": 1.0}
-    turned = LabelledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
+    turned = LabeledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
     for test in (sets.test, turned):
         assert values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, test), tmp_path))) == pytest.approx(
             expected
         )
-    mixed = LabelledSet(sets.test.images, sets.test.classes, np.arange(18) % 3)
+    mixed = LabeledSet(sets.test.images, sets.test.classes, np.arange(18) % 3)
     found = values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, mixed), tmp_path)))
     assert found["cluster_accuracy"] == pytest.approx(1 / 3) and found["cluster_nmi"] == pytest.approx(0, abs=1e-6)
 
 
 def test_views_of_one_picture_are_alike(sets, tmp_path):
-    """Random boxes of one colour have that colour: the alignment is 0, to the float16 of features."""
+    """Random boxes of one color have that color: the alignment is 0, to the float16 of features."""
     found = values(PROTOCOLS["feature-rank"].run(context_of(sets, tmp_path)))
     assert found["alignment"] < 1e-5 and found["dimensions"] == 3 and 1 < found["rankme"] < 3
-    cosines = F.normalize(torch.from_numpy(colours_of(sets.train)), dim=1)
+    cosines = F.normalize(torch.from_numpy(colors_of(sets.train)), dim=1)
     others = ~torch.eye(36, dtype=torch.bool)
     assert found["mean_cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
 
 
-def test_neighbours_are_the_nearest_colours(sets, tmp_path):
+def test_neighbors_are_the_nearest_colors(sets, tmp_path):
     details = PROTOCOLS["nearest-neighbors"].run(context_of(sets, tmp_path)).details
-    train, test = (F.normalize(torch.from_numpy(colours_of(part)), dim=1) for part in (sets.train, sets.test))
+    train, test = (F.normalize(torch.from_numpy(colors_of(part)), dim=1) for part in (sets.train, sets.test))
     assert len(set(details["queries"])) == 10
     for query, nearest, similarity in zip(*(details[k] for k in ("queries", "nearest", "similarity")), strict=True):
         expected = (train @ test[query]).topk(8).values.tolist()
@@ -131,11 +131,11 @@ def test_neighbours_are_the_nearest_colours(sets, tmp_path):
 
 
 def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
-    """C = 0.1 below 10 images a class; standardised by all training images, of which only the split's labels are read."""
+    """C = 0.1 below 10 images a class; standardized by all training images, of which only the split's labels are read."""
     close = {"a": (150, 110, 110), "b": (110, 150, 110), "c": (110, 110, 150)}
-    parts = [labelled(scan(save(tmp_path / part, close, 40, seed, spread=60))) for seed, part in enumerate(PARTS)]
+    parts = [labeled(list_images(save(tmp_path / part, close, 40, seed, spread=60))) for seed, part in enumerate(PARTS)]
     found = PROTOCOLS["few-shot"].run(context_of(EvalData(*parts), tmp_path, few_shot=(2,), num_seeds=5))
-    train, test = map(colours_of, parts)
+    train, test = map(colors_of, parts)
     mean, deviation = train.mean(0), train.std(0)
     scores = []
     for seed in range(5):
@@ -151,7 +151,7 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
 def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
     """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
-    other = labelled(scan(save(tmp_path / "other", reddish, 5, spread=5)))
+    other = labeled(list_images(save(tmp_path / "other", reddish, 5, spread=5)))
     outcome = PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"dusk": other}), tmp_path))
     assert values(outcome) == {"ood_dusk_logistic": 1.0, "ood_dusk_knn": 1.0}
     assert outcome.details["dusk"] == {"classes": 2, "images": 10}
@@ -160,7 +160,7 @@ def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
         ("green", (5, 5)),
         ("red", (0, 0)),
     }
-    reds = labelled(scan(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5)))
+    reds = labeled(list_images(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5)))
     assert (
         values(PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"one": reds}), tmp_path)))[
             "ood_one_logistic"
@@ -170,7 +170,7 @@ def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
 
 
 def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
-    """At 12 px all colours are one further, so all are missed; the network itself stays as it was."""
+    """At 12 px all colors are one further, so all are missed; the network itself stays as it was."""
     context = context_of(sets, tmp_path, eval_image_sizes=[12, 8])
     assert values(PROTOCOLS["resolution"].run(context)) == {"resolution_12": 0.0, "resolution_8": 1.0}
     assert context.backbone.image_size == (8, 8) and context.backbone.model.turned == 0
@@ -180,15 +180,16 @@ def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
 
 
 def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
-    """Three greys, 70 apart: brightness adds 0.05 of white at severity 1, which changes no class, and 0.3 at 5, which makes
+    """Three grays, 70 apart: brightness adds 0.05 of white at severity 1, which changes no class, and 0.3 at 5, which makes
     each the next one."""
-    greys = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
+    grays = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
     parts = [
-        labelled(scan(save(tmp_path / part, greys, n, seed, spread=5))) for seed, (part, n) in enumerate(PARTS.items())
+        labeled(list_images(save(tmp_path / part, grays, n, seed, spread=5)))
+        for seed, (part, n) in enumerate(PARTS.items())
     ]
     monkeypatch.setattr(protocols, "CORRUPTIONS", {"brightness": protocols.CORRUPTIONS["brightness"]})
     monkeypatch.setattr(protocols, "SEVERITIES", (1, 5))
-    monkeypatch.setattr(probes, "C_CANDIDATES", (1e3,))  # boundaries in the middle between greys
+    monkeypatch.setattr(probes, "C_CANDIDATES", (1e3,))  # boundaries in the middle between grays
     context = context_of(EvalData(*parts), tmp_path)
     outcome = PROTOCOLS["corruptions"].run(context)
     assert outcome.details["errors"] == {"brightness": pytest.approx([0, 2 / 3])}

@@ -23,12 +23,12 @@ from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, in_order, make_loader
 from mapet.data.hugging_face import relative_to_root
-from mapet.data.readers import MAX_BYTES, BadImage
-from mapet.data.sources import scan
+from mapet.data.readers import MAX_BYTES, ImageDecodeError
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.data.views import ViewSpec, draw_view
+from mapet.data.views import ViewSpec, sample_view
 from mapet.errors import Interrupted, MapetError
-from mapet.files import read_sealed
+from mapet.files import read_checksummed_json
 from mapet.training import trainer
 from tests.conftest import PRETRAIN, all_rows, save_crops
 
@@ -85,12 +85,12 @@ def assert_same(images, others) -> None:
     for i in range(len(images)):
         picture, other = images.open(i, 3), others.open(i, 3)
         assert torch.equal(picture.read(), other.read()) and images.data(i) == others.data(i)
-        assert draw_view(spec, picture.size, images.key(i), 3) == draw_view(spec, other.size, others.key(i), 3)
+        assert sample_view(spec, picture.size, images.key(i), 3) == sample_view(spec, other.size, others.key(i), 3)
 
 
 @pytest.mark.parametrize("spelling", ["{000..002}.tar", "*.tar", ""])
 def test_shards_are_the_folder_they_were_packed_from(spelling, folder, shards):
-    images, packed = scan(folder), scan(shards / spelling)
+    images, packed = list_images(folder), list_images(shards / spelling)
     assert_same(images, packed)
     assert packed.ignored == images.ignored == 1
     with pytest.raises(TypeError, match="not files of their own"):
@@ -111,12 +111,12 @@ def test_shards_by_url(folder, shards, monkeypatch):
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     try:
         for url in ("memory://bucket/{000..002}.tar", "memory://bucket/*.tar", "simplecache::memory://bucket/*.tar"):
-            packed = scan(url)
-            assert_same(scan(folder), packed)
-        dataset = ViewDataset(scan("memory://bucket/*.tar"), ViewSpec(image_size=(16, 16)), image_size=(16, 16))
+            packed = list_images(url)
+            assert_same(list_images(folder), packed)
+        dataset = ViewDataset(list_images("memory://bucket/*.tar"), ViewSpec(image_size=(16, 16)), image_size=(16, 16))
         alone, forked = (batches_of(dataset, monkeypatch, workers) for workers in (0, 2))
         assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
-        images = scan("memory://bucket/*.tar")
+        images = list_images("memory://bucket/*.tar")
         memory.rm("/bucket/000.tar")
         with pytest.raises(
             MapetError, match=r"cannot read /bucket/000.tar"
@@ -132,7 +132,7 @@ def _pixels(images, queue):
 
 @pytest.mark.slow
 def test_spawned_workers_read_shards(shards):
-    images = scan(shards)
+    images = list_images(shards)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_pixels, args=(images, queue))
@@ -165,7 +165,7 @@ def test_tokens_and_resumed_weights_are_those_of_the_folder(digits, tmp_path, mo
         for name, source in sources.items()
     }
     assert np.array_equal(all_rows(stores["files"]), all_rows(stores["shards"]))
-    TokenStore.open(tmp_path / "files_tokens", scan(sources["shards"]))  # one stands for the other
+    TokenStore.open(tmp_path / "files_tokens", list_images(sources["shards"]))  # one stands for the other
 
     options = PRETRAIN | {"batch_size": 50, "epochs": 1, "tokenizer": tmp_path / "t"}
     mapet.pretrain(images=sources["files"], tokens=tmp_path / "files_tokens", out=tmp_path / "whole", **options)
@@ -190,9 +190,9 @@ def test_prepared_from_shards_keeps_ids_and_labels(tmp_path):
     members = {
         f"{n}.{kind}": png(n) if kind == "png" else b"%d\n" % (n % 3 * 5) for n in range(6) for kind in ("png", "cls")
     }
-    images = scan(write_tar(tmp_path / "x.tar", members))
+    images = list_images(write_tar(tmp_path / "x.tar", members))
     assert images.classes()[0] == ["0", "5", "10"] and images.classes()[1].tolist() == [0, 1, 2, 0, 1, 2]
-    made = scan(mapet.prepare(images=tmp_path / "x.tar", out=tmp_path / "made", short_side=8))
+    made = list_images(mapet.prepare(images=tmp_path / "x.tar", out=tmp_path / "made", short_side=8))
     assert_same(images, made)
     part = made.subset([4, 2])
     assert part.classes()[1].tolist() == [1, 2]
@@ -201,24 +201,24 @@ def test_prepared_from_shards_keeps_ids_and_labels(tmp_path):
 def test_names_that_come_in_several_shards_are_told_apart(tmp_path):
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", {"a/0.png": png(number), "b/1.png": png(9)})
-    images = scan(tmp_path / "*.tar")
+    images = list_images(tmp_path / "*.tar")
     assert [images.id(i) for i in range(4)] == ["a/0.png@0.tar", "b/1.png@0.tar", "a/0.png@1.tar", "b/1.png@1.tar"]
     assert images.classes()[0] == ["a", "b"]
-    assert scan(tmp_path / "1.tar").id(0) == "a/0.png"
+    assert list_images(tmp_path / "1.tar").id(0) == "a/0.png"
 
 
 def test_headers_are_read_once_and_again_when_a_shard_changes(shards, cache, monkeypatch):
     read, count = tar_shards.read_headers, []
     monkeypatch.setattr(tar_shards, "read_headers", lambda *args: count.append(1) or read(*args))
-    first = scan(shards)
+    first = list_images(shards)
     assert len(count) == 3 == len(list(cache.iterdir()))
-    assert_same(first, scan(shards))
+    assert_same(first, list_images(shards))
     assert len(count) == 3
     write_tar(shards / "001.tar", {"a/new.png": png()})
-    assert len(scan(shards)) == len(first) - 5 + 1 and len(count) == 4
+    assert len(list_images(shards)) == len(first) - 5 + 1 and len(count) == 4
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-40])  # damaged
-    assert len(scan(shards)) == len(first) - 4 and len(count) == 7
+    assert len(list_images(shards)) == len(first) - 4 and len(count) == 7
     with pytest.raises(MapetError, match="it has changed"):
         first.data(9)
 
@@ -260,7 +260,7 @@ GOOD = header("good.png", size=len(png())) + png() + bytes(-len(png()) % 512)
 def test_hostile_shards_are_refused_by_name(data, why, tmp_path):
     (tmp_path / "bad.tar").write_bytes(data)
     with pytest.raises(MapetError, match=rf"(?s)bad\.tar.*{why}"):
-        scan(tmp_path / "bad.tar")
+        list_images(tmp_path / "bad.tar")
 
 
 def test_members_are_only_names(tmp_path):
@@ -274,7 +274,7 @@ def test_members_are_only_names(tmp_path):
             link = tarfile.TarInfo(f"kind{kind.decode()}.png")
             link.type, link.linkname = kind, "/etc/passwd"
             tar.addfile(link)
-    images = scan(inside / "x.tar")
+    images = list_images(inside / "x.tar")
     assert [images.id(i) for i in range(len(images))] == odd and images.ignored == 7
     assert all(images.open(i, 3).size == (8, 8) for i in range(len(images)))
     mapet.prepare(images=inside / "x.tar", out=tmp_path / "made", short_side=8)
@@ -292,7 +292,7 @@ def test_members_are_only_names(tmp_path):
 def test_compressed_shards_are_refused_with_a_way_out(name, tmp_path):
     write_tar(tmp_path / name, {"0.png": png()})
     with pytest.raises(MapetError, match=r"uncompressed.*gunzip"):
-        scan(tmp_path / name)
+        list_images(tmp_path / name)
 
 
 def test_sources_that_are_not_there(tmp_path):
@@ -306,7 +306,7 @@ def test_sources_that_are_not_there(tmp_path):
         "hf:": "expected hf:NAME",
     }.items():
         with pytest.raises(MapetError, match=why):
-            scan(source)
+            list_images(source)
 
 
 def bomb(side: int) -> bytes:
@@ -328,15 +328,15 @@ def test_bombs_and_giants_are_bad_images_wherever_they_are(tmp_path, monkeypatch
         (tmp_path / "photos" / name).write_bytes(data)
     write_tar(tmp_path / "x.tar", bad)
     for source in (tmp_path / "photos", tmp_path / "x.tar"):
-        images = scan(source)
+        images = list_images(source)
         for i in range(len(images)):
-            with pytest.raises(BadImage, match=r"pixels|damaged"):
+            with pytest.raises(ImageDecodeError, match=r"pixels|damaged"):
                 images.open(i, 3)
     with open(tmp_path / "photos" / "giant.jpg", "wb") as file:
         file.write(b"\xff\xd8")
         file.truncate(MAX_BYTES + 1)  # a hole: no bytes on disk
-    with pytest.raises(BadImage, match="bytes are more than"):
-        scan(tmp_path / "photos").open(2, 3)
+    with pytest.raises(ImageDecodeError, match="bytes are more than"):
+        list_images(tmp_path / "photos").open(2, 3)
 
 
 def test_links_are_followed_out_of_the_folder_and_end(folder, tmp_path):
@@ -350,7 +350,7 @@ def test_links_are_followed_out_of_the_folder_and_end(folder, tmp_path):
     (root / "file.png").symlink_to(folder / "b" / "crop005.png")
     (folder / "back").symlink_to(root)
     os.mkfifo(root / "pipe.png")  # to open it is to wait
-    images = scan(root)
+    images = list_images(root)
     ids = [images.id(i) for i in range(len(images))]
     expected = [f"y_out/{name}/crop{number:03d}.png" for name in "ab" for number in range(6)]
     assert ids == sorted(["own/0.png", "file.png", *expected])
@@ -384,26 +384,28 @@ def datasets(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path, monkeypatch):
     (folder / "readme.txt").unlink()
-    images = scan(folder)
-    listed = scan(f"hf:{folder}:train")
+    images = list_images(folder)
+    listed = list_images(f"hf:{folder}:train")
     assert_same(images, listed)  # ids are the paths below the folder
     table = datasets.load_dataset(str(folder), split="train")
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(MapetError, match="no split 'val'; it has train, test"):
-        scan(f"hf:{tmp_path}/saved:val")
+        list_images(f"hf:{tmp_path}/saved:val")
     loaded = datasets.load_from_disk(str(tmp_path / "saved"))["train"]
     loaded.to_parquet(str(tmp_path / "x.parquet"))
     loaded.rename_column("image", "picture").to_parquet(str(tmp_path / "other.parquet"))
     for source in (f"hf:{tmp_path}/saved:test", f"hf:{tmp_path}/x.parquet", f"hf:{tmp_path}/other.parquet:train"):
-        rows = scan(source)
+        rows = list_images(source)
         assert rows.id(11) == "000000011"  # its rows know the names alone, and those come twice
         assert np.array_equal(rows.classes()[1], images.classes()[1]) and rows.classes()[0] == ["a", "b"]
         assert all(torch.equal(rows.open(i, 3).read(), images.open(i, 3).read()) for i in range(12))
     part = pickle.loads(pickle.dumps(rows.subset([9, 1])))
     assert part.data(0) == rows.data(9) and part.classes()[1].tolist() == [1, 0]
-    assert [scan(f"hf:{folder}:train[6:8]").id(i) for i in range(2)] == ["b/crop000.png", "b/crop001.png"]
-    made = scan(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", short_side=48))
-    assert made.classes()[0] == ["a", "b"] and np.array_equal(made.keys(), scan(f"hf:{tmp_path}/x.parquet").keys())
+    assert [list_images(f"hf:{folder}:train[6:8]").id(i) for i in range(2)] == ["b/crop000.png", "b/crop001.png"]
+    made = list_images(mapet.prepare(images=f"hf:{tmp_path}/x.parquet", out=tmp_path / "made", short_side=48))
+    assert made.classes()[0] == ["a", "b"] and np.array_equal(
+        made.keys(), list_images(f"hf:{tmp_path}/x.parquet").keys()
+    )
     dataset = ViewDataset(rows, ViewSpec(image_size=(16, 16)), image_size=(16, 16))
     alone, forked = (batches_of(dataset, monkeypatch, workers) for workers in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
@@ -426,15 +428,15 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
     sneaky = {"bytes": None, "path": f"{tmp_path}/hf/../secret.png"}
     for name, image in {"out.parquet": outside, "up.parquet": sneaky}.items():
         with pytest.raises(MapetError, match=r"row 1 names the file .*secret\.png, which is not of the data set"):
-            scan(save(name, image=image))
+            list_images(save(name, image=image))
     for name, image, why in (
         ("none.parquet", None, "no image in this row"),
         ("lost.parquet", {"bytes": None, "path": "gone.png"}, "no bytes in this row"),
         ("bomb.parquet", {"bytes": bomb(14_000), "path": None}, "pixels"),
     ):
-        images = scan(save(name, image=image))
+        images = list_images(save(name, image=image))
         assert images.open(0, 3).size == (8, 8)
-        with pytest.raises(BadImage, match=why):
+        with pytest.raises(ImageDecodeError, match=why):
             images.open(1, 3)
     (tmp_path / "both").mkdir()
     for name in ("numbers", "both/train", "both/test"):
@@ -446,7 +448,7 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
         f"hf:{tmp_path}/nowhere": "nowhere",
     }.items():
         with pytest.raises(MapetError, match=why):
-            scan(source)
+            list_images(source)
 
 
 @pytest.fixture
@@ -470,11 +472,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
     for number, source in enumerate(streams):
-        downloaded = scan(mapet.prepare(images=source, out=tmp_path / f"downloaded{number}", short_side=48))
-        streamed = scan(mapet.prepare(images=source, out=tmp_path / f"streamed{number}", short_side=48, streaming=True))
+        downloaded = list_images(mapet.prepare(images=source, out=tmp_path / f"downloaded{number}", short_side=48))
+        streamed = list_images(
+            mapet.prepare(images=source, out=tmp_path / f"streamed{number}", short_side=48, streaming=True)
+        )
         assert_same(downloaded, streamed)
         assert files_of(downloaded.root) == files_of(streamed.root)
-        whole, manifest = (read_sealed(made.root / "manifest.json", "") for made in (downloaded, streamed))
+        whole, manifest = (read_checksummed_json(made.root / "manifest.json", "") for made in (downloaded, streamed))
         assert manifest.pop("streamed") == source
         assert manifest == whole
         assert streamed.classes()[0] == ["a", "b"]
@@ -498,7 +502,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
         with pytest.raises(Interrupted, match=r"interrupted; what was done is kept in .* resume=True"):
             mapet.prepare(images=source, out=out, short_side=48, streaming=True)
         with pytest.raises(MapetError, match=r"unfinished \(5 of all images\).*--resume"):
-            scan(out)
+            list_images(out)
         with pytest.raises(MapetError, match="short_side: 48 -> 32"):
             mapet.prepare(images=source, out=out, short_side=32, streaming=True, resume=True)
         mapet.prepare(images=source, out=out, short_side=48, streaming=True, resume=True)
@@ -522,11 +526,13 @@ def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplo
         return f"hf:{tmp_path / name}"
 
     bad = [None, {"bytes": None, "path": "gone.png"}, {"bytes": bomb(14_000), "path": None}]
-    made = scan(mapet.prepare(images=save("bad.parquet", *bad), out=tmp_path / "bad", streaming=True, max_unreadable=1))
+    made = list_images(
+        mapet.prepare(images=save("bad.parquet", *bad), out=tmp_path / "bad", streaming=True, max_unreadable=1)
+    )
     assert made.id(3) == "000000003" and made.open(0, 3).size == (8, 8)
     for row, why in enumerate(["no image in this row", "no bytes in this row", "pixels"], 1):
         assert f"bad image 'row {row}': " in caplog.text
-        with pytest.raises(BadImage, match=why):
+        with pytest.raises(ImageDecodeError, match=why):
             made.open(row, 3)
     (tmp_path / "secret.png").write_bytes(png())
     for path in (str(tmp_path / "secret.png"), "http://127.0.0.1/secret.png", "hf://datasets/other/name@main/x.png"):
@@ -559,4 +565,4 @@ def test_files_of_the_hub_keep_their_names_from_revision_to_revision():
 def test_hugging_face_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MapetError, match=r"pip install '.\[datasets\]'"):
-        scan("hf:any")
+        list_images("hf:any")

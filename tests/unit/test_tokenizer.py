@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans as PlainKMeans
 
 import mapet
 from mapet.data.readers import open_image
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import View, render
 from mapet.errors import MapetError
 from mapet.tokenizers.feature_store import FeatureStore
@@ -23,8 +23,8 @@ from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer, make_teach
 
 def blobs(seed=0):
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(8, 5)) * 10
-    return torch.tensor(centres.repeat(50, 0) + rng.normal(size=(400, 5)), dtype=torch.float32)
+    centers = rng.normal(size=(8, 5)) * 10
+    return torch.tensor(centers.repeat(50, 0) + rng.normal(size=(400, 5)), dtype=torch.float32)
 
 
 def test_assign_equals_all_distances():
@@ -61,7 +61,7 @@ def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
 
 
 def test_bfloat16_k_means_is_as_good_as_float32(photos):
-    """Real patches, their contrast normalised: flat ones would start as empty clusters, whose fate is luck."""
+    """Real patches, their contrast normalized: flat ones would start as empty clusters, whose fate is luck."""
     pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
     points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
     points = torch.nn.functional.layer_norm(points, points.shape[1:])
@@ -243,7 +243,7 @@ def test_layer_of_a_network_of_stages(layer, tmp_path):
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
 def test_a_teacher_of_other_channels(name, channels, tmp_path):
-    """timm sums the filters of RGB for grey pictures, and goes round them for more channels, at three quarters for four."""
+    """timm sums the filters of RGB for gray pictures, and goes round them for more channels, at three quarters for four."""
     model, path = small_teacher(tmp_path, name)
     teacher = make_teacher(name, (160, 160), 16, checkpoint=path, channels=channels)
     images = torch.randint(0, 256, (2, channels, 160, 160), dtype=torch.uint8)
@@ -259,7 +259,7 @@ def test_a_teacher_of_other_channels(name, channels, tmp_path):
 
 
 def test_options_of_the_teacher_reach_it(crops, tmp_path):
-    """Through the stage, on grey pictures."""
+    """Through the stage, on gray pictures."""
     _, path = small_teacher(tmp_path)
     tokenizer = mapet.fit_tokenizer(
         images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, kmeans_iters=1,
@@ -283,7 +283,7 @@ def test_the_paper_s_teacher(tmp_path):
 def test_saved_tokenizer_gives_the_same_ids(crops, tmp_path):
     fitted = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=10)
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)])
     assert torch.equal(fitted(images), loaded(images))
     description = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert description["grid"] == [4, 4] and description["vocab_size"] == 10
@@ -327,7 +327,7 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     about = description["teacher_metadata"]
     assert about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and about["prefix_tokens_dropped"] == 0
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in list_images(crops)])
     ids = fitted(images)
     assert torch.equal(torch.cat([loaded(image[None]) for image in images]), ids)
     with torch.autocast("cpu", torch.bfloat16):  # as in a training loop
@@ -349,7 +349,7 @@ def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
 def test_flipped_pixels_are_other_words(crops, tmp_path):
     """Why a mirrored view is stored, not derived by mirroring the grid: the words are not the same."""
     tokenizer = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in scan(crops)])
+    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)])
     different = tokenizer(images.flip(-1)) != tokenizer(images).flip(-1)
     assert different.float().mean() > 0.05
 

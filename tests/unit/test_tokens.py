@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mapet.data.sources import scan
-from mapet.device import Compute
+from mapet.data.sources import list_images
+from mapet.device import ComputeContext
 from mapet.evaluation.inspection import (
     Sampler,
     agreement,
@@ -39,7 +39,7 @@ def checkerboard(images=50, size=6):
 
 
 def textures(images=400, size=4, classes=4, seed=0):
-    """Words fit to learn from: 16 a class, mostly of the image's class, and those of neighbouring rows alike."""
+    """Words fit to learn from: 16 a class, mostly of the image's class, and those of neighboring rows alike."""
     labels = draw(images, below=classes, seed=seed)
     words = draw(images, 1, size, below=16, seed=seed + 1).expand(-1, size, -1)
     noise = draw(images, size, size, below=16 * classes, seed=seed + 2)
@@ -51,10 +51,10 @@ def test_usage_of_even_words_and_of_one_word():
     even = usage(torch.arange(64).repeat(25).view(100, 4, 4), 64)
     assert (even.used_codes, even.dead_codes, even.patches) == (64, 0, 1600)
     assert even.perplexity == pytest.approx(64) and even.entropy == pytest.approx(6)
-    assert even.commonest_share == 1 / 64 and even.codes_for_half == 0.5
+    assert even.top_code_fraction == 1 / 64 and even.codes_for_half == 0.5
     assert even.codes_for_most == 58 / 64  # the first number of words with 9/10 of the patches
     one = usage(torch.full((10, 4, 4), 3), 64)
-    assert (one.used_codes, one.dead_codes, one.commonest_share) == (1, 63, 1.0)
+    assert (one.used_codes, one.dead_codes, one.top_code_fraction) == (1, 63, 1.0)
     assert one.perplexity == 1 and one.codes_for_half == one.codes_for_most == 1 / 64
     assert usage(torch.tensor([0, 0, 1, 2]), 4).entropy == pytest.approx(1.5)
 
@@ -180,7 +180,7 @@ def poor():
         "one word of one": ((torch.zeros_like(words), 1), "one token takes 100%"),
         "uneven": ((rare, 64), "a few tokens take most patches"),
         "commonest": ((rare, 64), "one token takes 8"),
-        "jitter": ((words, 64, {"jitter": (words, other)}), "of the tokens change under a slight change of colours"),
+        "jitter": ((words, 64, {"jitter": (words, other)}), "of the tokens change under a slight change of colors"),
         "shift": ((words, 64, {"shift": (words, other)}), "they name the place"),
         "wrong store": ((words, 64, {"stored": (words, other)}), "the store belongs to other images"),
         "wrong images": ((words, 64, {}, labels.roll(1), test), "are tokens paired with the wrong images?"),
@@ -198,8 +198,8 @@ def test_poor_words_are_called_so(name):
     assert any(sentence in line for line in lines), lines
 
 
-class MeanColour(nn.Module):
-    """Names a patch by its mean grey, in 8 steps: commutes with flips, and sees nothing but the patch."""
+class MeanColor(nn.Module):
+    """Names a patch by its mean gray, in 8 steps: commutes with flips, and sees nothing but the patch."""
 
     def __init__(self, size, grid):
         super().__init__()
@@ -216,8 +216,8 @@ class MeanColour(nn.Module):
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
-    sampler = Sampler(MeanColour(size, grid), Compute.choose("cpu", "float32"))
-    images = scan(crops)
+    sampler = Sampler(MeanColor(size, grid), ComputeContext.choose("cpu", "float32"))
+    images = list_images(crops)
     found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
     assert set(found) == {"flip", "shift", "jitter", "noise", "jpeg"}
     assert found["shift"].share == 1 and found["flip"].share == 1
@@ -231,13 +231,13 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
 
 
 def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
-    sampler = Sampler(MeanColour((33, 33), (5, 5)), Compute.choose("cpu", "float32"))
-    assert set(sampler.views(scan(crops))) == {"flip", "jitter", "noise", "jpeg"}
+    sampler = Sampler(MeanColor((33, 33), (5, 5)), ComputeContext.choose("cpu", "float32"))
+    assert set(sampler.views(list_images(crops))) == {"flip", "jitter", "noise", "jpeg"}
 
 
 def test_pixel_words_of_digits_survive_a_shift(tokenizer_dir, digits):
-    sampler = Sampler(load_tokenizer(tokenizer_dir), Compute.choose("cpu", "float32"))
-    found = sampler.views(scan(digits / "test").subset(range(0, 360, 4)))
+    sampler = Sampler(load_tokenizer(tokenizer_dir), ComputeContext.choose("cpu", "float32"))
+    found = sampler.views(list_images(digits / "test").subset(range(0, 360, 4)))
     assert torch.equal(*found["shift"])
     assert 0.5 < agreement(*found["jitter"]).share < 1
     assert log2(16) > usage(found["flip"][0], 16).entropy > 2

@@ -132,13 +132,13 @@ def test_one_that_hangs_slows_nothing(monkeypatch, tmp_path, warnings):
 
 def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
     from mapet.config.pretraining import PretrainConfig
-    from mapet.device import Compute
+    from mapet.device import ComputeContext
     from mapet.training.run_folder import RunFolder
 
     fake = Fake(monkeypatch)
     config = PretrainConfig(images="a", tokenizer=tokenizer_dir, out=tmp_path / "run", track=["wandb"])
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert RunFolder.open(config, Compute.choose("cpu", "float32")) is None
+    assert RunFolder.open(config, ComputeContext.choose("cpu", "float32")) is None
     assert not fake.configs and not (tmp_path / "run").exists()
 
 

@@ -63,7 +63,7 @@ def test_state_dicts(zipped, tmp_path):
 
 class Preference:  # of a training run, unknown to whoever reads its checkpoint
     def __init__(self):
-        self.colour = "red"
+        self.color = "red"
 
 
 def beside():

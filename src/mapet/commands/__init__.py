@@ -14,7 +14,7 @@ from mapet.config.pretraining import DebugStepConfig, PretrainConfig, ReportConf
 from mapet.config.tokenizers import FitTokenizerConfig, InspectTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
 
 if TYPE_CHECKING:
-    from mapet.data.census import Census
+    from mapet.data.dataset_stats import DatasetStats
     from mapet.data.token_store import TokenStore
     from mapet.tokenizers.tokenizer import Tokenizer
     from mapet.training.checkpoint import StepReport
@@ -63,7 +63,7 @@ def study(config: StudyConfig) -> Path:
 
 
 @command(CheckConfig)
-def check(config: CheckConfig) -> "Census":
+def check(config: CheckConfig) -> "DatasetStats":
     """Read every image, report what is there and what is wrong, and estimate what the next stages need.
 
     Example:
@@ -136,7 +136,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
 
 @command(InspectTokenizerConfig)
 def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
-    """Measure a tokenizer: use of its codes, stability, what tokens say of neighbours, positions and classes; with figures.
+    """Measure a tokenizer: use of its codes, stability, what tokens say of neighbors, positions and classes; with figures.
 
     Example:
       mapet inspect-tokenizer runs/photos/tokenizer --images PHOTOS --out runs/tokenizer-report
@@ -179,8 +179,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """Evaluate backbones side by side: probes, k-NN, few-shot, clusters, rank, robustness, dense tasks; return backbone -> metric -> value.
 
     Example:
-      mapet evaluate --backbone runs/photos random:runs/photos --images labelled/train --test-images labelled/test --protocols logistic knn
-      mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labelled/train --out evaluation
+      mapet evaluate --backbone runs/photos random:runs/photos --images labeled/train --test-images labeled/test --protocols logistic knn
+      mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labeled/train --out evaluation
     """
     from mapet.commands import evaluation
 
@@ -189,12 +189,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
 @command(FinetuneConfig)
 def finetune(config: FinetuneConfig) -> float:
-    """Fine-tune a backbone on labelled images; returns (and prints) top-1 accuracy on the test images.
+    """Fine-tune a backbone on labeled images; returns (and prints) top-1 accuracy on the test images.
 
     Example:
-      mapet finetune --backbone runs/photos --images labelled/train --test-images labelled/test --views random-crop --out tuned
-      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5
-      mapet finetune --backbone runs/photos --images labelled/train --labels-per-class 10 --num-seeds 5 --from-scratch
+      mapet finetune --backbone runs/photos --images labeled/train --test-images labeled/test --views random-crop --out tuned
+      mapet finetune --backbone runs/photos --images labeled/train --labels-per-class 10 --num-seeds 5
+      mapet finetune --backbone runs/photos --images labeled/train --labels-per-class 10 --num-seeds 5 --from-scratch
       mapet finetune tuned/config.yaml --resume
     """
     from mapet.commands import training

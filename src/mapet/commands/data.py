@@ -6,45 +6,45 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mapet.config.data import CheckConfig, PrepareConfig
-from mapet.config.shared import BadImages
-from mapet.data.census import Census, take_census
-from mapet.data.dataset import Quarantine
+from mapet.config.shared import UnreadableImageOptions
+from mapet.data.dataset import UnreadableImages
+from mapet.data.dataset_stats import DatasetStats, compute_dataset_stats
 from mapet.data.hugging_face import HFStream, write_streamed
 from mapet.data.prepared import write_prepared_dataset
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.device import num_workers
 from mapet.errors import Interrupted
-from mapet.files import MANIFEST, atomic, new_folder
+from mapet.files import MANIFEST, atomic_write, create_output_dir
 from mapet.training.estimate import estimate
 
 log = logging.getLogger("mapet")
 
 
-def check(config: CheckConfig) -> Census:
+def check(config: CheckConfig) -> DatasetStats:
     """Read every image, report, and estimate costs."""
-    images = scan(config.images)
-    census = take_census(images, config.channels, num_workers() + 1)
-    for line in census.lines():
+    images = list_images(config.images)
+    stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
+    for line in stats.lines():
         log.info("%s", line)
-    for line in census.doubts(config.image_size, BadImages().max_unreadable):
+    for line in stats.doubts(config.image_size, UnreadableImageOptions().max_unreadable):
         log.warning("%s", line)
     if config.out:
-        lines = "".join(f"{why}\t{name}\n" for name, why in census.bad.items())
-        with atomic(config.out) as temporary:
+        lines = "".join(f"{why}\t{name}\n" for name, why in stats.bad.items())
+        with atomic_write(config.out) as temporary:
             temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
         log.info("list of unreadable images in %s", config.out)
-    if config.benchmark and len(census.bad) < len(images):
-        for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in census.bad]):
+    if config.benchmark and len(stats.bad) < len(images):
+        for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in stats.bad]):
             log.info("%s", line)
-    return census
+    return stats
 
 
 def prepare(config: PrepareConfig) -> Path:
     """Resize and pack images; return the folder."""
     if not (config.resume and (config.out / MANIFEST).exists()):
-        new_folder(config.out)
-    source = HFStream(config.images) if config.streaming else scan(config.images)
-    unreadable = Quarantine(source, config.max_unreadable)
+        create_output_dir(config.out)
+    source = HFStream(config.images) if config.streaming else list_images(config.images)
+    unreadable = UnreadableImages(source, config.max_unreadable)
 
     def on_bad(index: int, reason: str) -> None:
         unreadable.add([(index, reason)])

@@ -11,16 +11,16 @@ import torch
 
 from mapet.config.evaluation import EvaluateConfig
 from mapet.data.dataset import inference_batch_size
-from mapet.data.sources import scan
-from mapet.device import Compute, free_memory
+from mapet.data.sources import list_images
+from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
-from mapet.evaluation.datasets import labelled
+from mapet.evaluation.datasets import labeled
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult, load_eval_data
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.inspection import neighbor_rows
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
-from mapet.reports.plots import plot_neighbours, save_figure
+from mapet.reports.plots import plot_neighbors, save_figure
 from mapet.run_state import record
 
 log = logging.getLogger("mapet")
@@ -28,7 +28,7 @@ log = logging.getLogger("mapet")
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """Run each protocol on each backbone; return backbone -> metric -> value."""
-    compute = Compute.choose(config.device, config.precision)
+    compute = ComputeContext.choose(config.device, config.precision)
     for name in config.protocols or ():
         if name not in PROTOCOLS:
             known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
@@ -109,13 +109,13 @@ def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
         "labels": "labels: every image in one of two or more class folders, CLASS/image.jpg",
         "masks": f"masks: {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
         "annotations": f"COCO annotations: {option('annotations')} instances.json",
-        "ood": f"another labelled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
+        "ood": f"another labeled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
     }
     for name in config.protocols:
         requires = PROTOCOLS[name].requires
         if requires == "labels" and not data.has("labels"):
             try:
-                labelled(scan(config.images))
+                labeled(list_images(config.images))
             except MapetError as error:
                 raise MapetError(f"protocol '{name}' needs labels: {error}") from None
         if not data.has(requires):
@@ -151,4 +151,4 @@ def _draw_neighbors(result: ProtocolResult, context: EvalContext, path: Path) ->
         data, details, backbone = context.data, result.details, context.backbone
         shown = data.train, data.test, details["queries"], details["nearest"]
         rows = neighbor_rows(backbone.image_size, backbone.channels, *shown)
-        save_figure(plot_neighbours(rows, labelled=bool(data.train.classes)), path)
+        save_figure(plot_neighbors(rows, labeled=bool(data.train.classes)), path)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mapet.config.evaluation import ExportConfig
 from mapet.data.dataset import ViewDataset
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.errors import MapetError, option
-from mapet.evaluation.features import must_be_finite_features
-from mapet.files import atomic
+from mapet.evaluation.features import check_finite_features
+from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
 from mapet.reports.card import model_card, origin_of
@@ -43,9 +43,9 @@ def export(config: ExportConfig) -> Path:
     pixels = normalize(views, vit.in_chans)
     expected = compute_outputs(ExportWrapper(vit), pixels)
     for output in expected.values():
-        must_be_finite_features(output, config.backbone)
+        check_finite_features(output, config.backbone)
     checks: dict[str, float] = {}
-    with atomic(config.out) as folder:
+    with atomic_write(config.out) as folder:
         folders = {name: folder if name == "timm" else folder / name for name in formats}
         for name, place in folders.items():
             FORMATS[name].write(vit, place, classes)
@@ -101,7 +101,7 @@ def _read_views(source: str, vit: VisionTransformer) -> Tensor:
     Raises:
         MapetError: no images, or none that can be read.
     """
-    size, images = tuple(vit.patch_embed.img_size), scan(source)
+    size, images = tuple(vit.patch_embed.img_size), list_images(source)
     dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
     chosen = np.unique(np.linspace(0, len(images) - 1, NUM_IMAGES).round().astype(int))
     views = dataset.batch([(0, int(index)) for index in chosen]).images

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 from mapet import commands, distributed
 from mapet.commands.command import AnyCommand, name_of
-from mapet.config.base import Config, build, differences, read_recipe, write_recipe
+from mapet.config.base import Config, build, differences, read_config, write_config
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
-from mapet.config.shared import is_own_code
+from mapet.config.shared import is_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.digits import write_digits
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
-from mapet.evaluation.datasets import few_shot_split, labelled, train_and_test
-from mapet.files import is_free, new_folder, read_json
+from mapet.evaluation.datasets import few_shot_split, labeled, train_and_test
+from mapet.files import create_output_dir, is_empty_dir, read_json
 from mapet.reports.page import NAME, write_run_report
 from mapet.reports.study import write_report
 from mapet.run_state import CONFIG_FILE, RunState, is_unused, read_or_none, record
@@ -92,7 +92,7 @@ def _plan(config: RunConfig) -> list[Stage]:
     """Build the config of every stage before anything is written: contradicting options are refused now."""
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
     backbone, figures = pretrained / "backbone", config.out / "figures"
-    trusted = config.fit_tokenizer.teacher if is_own_code(config.fit_tokenizer.teacher) else None
+    trusted = config.fit_tokenizer.teacher if is_custom_teacher(config.fit_tokenizer.teacher) else None
     begun = (pretrained / CONFIG_FILE).exists()
 
     def stage(of: AnyCommand, begun: bool, done: bool, **given: Any) -> Stage:
@@ -102,10 +102,10 @@ def _plan(config: RunConfig) -> list[Stage]:
         with spell_in_section(of.__name__, RunConfig.model_fields):
             return Stage(of, build(of.config_type, section | shared | given), begun, done)
 
-    made = {path: not is_free(path) for path in (tokenizer, tokens, backbone, figures)}
+    made = {path: not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)}
     state = read_or_none(config.out)
     evaluated = state is not None and "evaluation" in state.results
-    has_labels = config.test_images is not None or scan(config.images).classes() is not None
+    has_labels = config.test_images is not None or list_images(config.images).classes() is not None
     if not has_labels:
         why = f"no labels (two class folders or more), and there are no {option('test_images')}"
         log.info("--- not evaluated: %s has %s", config.images, why)
@@ -125,7 +125,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
     """Refuse now what a later stage would refuse, perhaps after hours.
 
     Raises:
-        MapetError: no such model or objective, sizes that don't fit together, labelled images that have no labels, no tracker.
+        MapetError: no such model or objective, sizes that don't fit together, labeled images that have no labels, no tracker.
     """
     fitting, _, pretraining, evaluation, _ = stages
     assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
@@ -133,7 +133,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
         with spell_in_section("pretrain", RunConfig.model_fields):
             check_model_config(pretraining.config, fitting.config)
         if config.pretrain.probe_images is not None:
-            labelled(scan(config.pretrain.probe_images))
+            labeled(list_images(config.pretrain.probe_images))
     if config.test_images is not None and not evaluation.begun:
         try:
             train_and_test(config.images, config.test_images)
@@ -148,20 +148,20 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
     """Write the config into a new folder, or check that it is the old one's, but for stages that have made nothing yet."""
     recipe = config.out / CONFIG_FILE
     if is_unused(config.out, "run"):
-        images = scan(config.images)  # fail before anything is written
+        images = list_images(config.images)  # fail before anything is written
         if config.resume:
             log.warning(NOTHING_TO_RESUME, config.out)
         log.info("%s images in %s", f"{len(images):,}", config.images)
-        return write_recipe(config, recipe)
+        return write_config(config, recipe)
     if not recipe.exists():
-        new_folder(config.out)  # refuses it
-    old = build(RunConfig, read_recipe(recipe), recipe)
+        create_output_dir(config.out)  # refuses it
+    old = build(RunConfig, read_config(recipe), recipe)
     may_change = {"resume", "device", "max_unreadable", "out"}
     may_change |= {stage.command.__name__ for stage in stages if not stage.begun}
     may_change |= set() if stages[3].begun else {"test_images"}
     fitted = config.out / "tokenizer" / "visual_tokenizer.json"
     if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now
-        same = read_json(fitted, "tokenizer")["fit_config"].get("images_hash") == scan(config.images).hash
+        same = read_json(fitted, "tokenizer")["fit_config"].get("images_hash") == list_images(config.images).hash
         may_change |= {"images"} if same else set()
     if changed := differences(old, config, frozenset(may_change)):
         with spell_in_section("pretrain", RunConfig.model_fields):
@@ -170,13 +170,13 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
             f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
             f"{shell_command('run', recipe, '--resume')}; to start {restart}"
         )
-    write_recipe(config, recipe)
+    write_config(config, recipe)
 
 
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Run the pipeline on scikit-learn's digits, and compare its backbone with random weights; return metrics of both."""
     if not (config.resume and config.out.exists()):
-        new_folder(config.out)
+        create_output_dir(config.out)
     started = time.monotonic()
     train, test = write_digits(config.out / "digits", NUM_DEMO_TRAIN)
     shared = {"images": train, "test_images": test, "seed": config.seed}
@@ -204,9 +204,9 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
 def study(config: StudyConfig) -> Path:
     """Fit tokenizers, run and evaluate each trial, and report; return the report's folder."""
     trials = trial_runs.grid_trials(config)
-    num_images = len(scan(config.images))
+    num_images = len(list_images(config.images))
     _check_study(config, trials, num_images)
-    write_recipe(config, config.out / CONFIG_FILE)
+    write_config(config, config.out / CONFIG_FILE)
     names = {trial.tokenizer for trial in trials}
     broken = {} if config.report_only else trial_runs.make_tokenizers(config, names)
     trials = trial_runs.with_budgets(config, trials)

@@ -15,13 +15,13 @@ from torch import Tensor
 from mapet.config.pretraining import ReportConfig
 from mapet.config.tokenizers import InspectTokenizerConfig
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation import inspection
-from mapet.evaluation.datasets import LabelledSet, split
-from mapet.files import atomic, is_free, new_folder, write_json, write_text
+from mapet.evaluation.datasets import LabeledSet, split
+from mapet.files import atomic_write, create_output_dir, is_empty_dir, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
 from mapet.reports.figures import plot_run, step_through
@@ -52,7 +52,7 @@ def report(config: ReportConfig) -> Path | None:
     if out is not None and out.exists():
         raise MapetError(f"{out} already exists: nothing is overwritten. Choose another {option('out')}")
     if figures_dir is not None:
-        new_folder(figures_dir, create=False)
+        create_output_dir(figures_dir, create=False)
     opened = [pretrain_folder(folder).resolve() for folder in config.run]
     if twice := [str(given) for given, folder in zip(config.run, opened, strict=True) if opened.count(folder) > 1]:
         raise MapetError(f"{' and '.join(twice)} are the same run: give each once", field="run", value=config.run)
@@ -67,7 +67,7 @@ def report(config: ReportConfig) -> Path | None:
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
         pictures = {f"{name}.png": image for name, image in views[0].images}
-        with atomic(figures_dir) as temporary:
+        with atomic_write(figures_dir) as temporary:
             temporary.mkdir()
             (temporary / STEP_THROUGH).write_text(json.dumps(views[0].step_through) + "\n", encoding="utf-8")
             for name, image in pictures.items():
@@ -85,9 +85,9 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], di
     Raises:
         MapetError: no weights, or images that can't be read.
     """
-    compute = Compute.choose(config.device, "float32")
+    compute = ComputeContext.choose(config.device, "float32")
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
-    images = scan(config.images or run.config.images)
+    images = list_images(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
     look = inspection.look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
     names = [images.id(int(i)) for i in look.image_index[: look.shown]]
@@ -99,7 +99,7 @@ def _serve(folder: Path) -> None:
     """Serve the live page of a run until Ctrl-C."""
     if folder.is_file():
         raise MapetError(f"{folder} is a file: give the run's folder")
-    if not (is_free(folder) or command_of(folder) in ("run", "demo")):  # these may start to pre-train
+    if not (is_empty_dir(folder) or command_of(folder) in ("run", "demo")):  # these may start to pre-train
         check_is_pretraining(folder)
     with LiveServer(folder) as server:
         waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"
@@ -112,7 +112,7 @@ def _serve(folder: Path) -> None:
 
 def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
-    compute = Compute.choose(precision="float32")
+    compute = ComputeContext.choose(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     words, measures = _measure(config, tokenizer, compute)
     figures = _plot(words, tokenizer)
@@ -136,10 +136,10 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
 
 
 def _measure(
-    config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: Compute
-) -> tuple[inspection.Words, inspection.Measures]:
+    config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: ComputeContext
+) -> tuple[inspection.Words, inspection.TokenMetrics]:
     """Tokenize a sample of the images, as they are and changed a little, and measure the tokens."""
-    images = scan(config.images)
+    images = list_images(config.images)
     chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
     sampler = inspection.Sampler(tokenizer, compute)
@@ -164,7 +164,7 @@ def _labels(
     if (found := images.classes()) is None:
         return None, None
     classes, labels = found
-    data = LabelledSet(sample := images.subset(chosen), classes, labels[chosen])
+    data = LabeledSet(sample := images.subset(chosen), classes, labels[chosen])
     present = len(np.unique(data.labels))
     if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
         enough = option("sample", IMAGES_PER_CLASS * len(classes))

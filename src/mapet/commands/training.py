@@ -8,16 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mapet.config.base import build, read_recipe, write_recipe
+from mapet.config.base import build, read_config, write_config
 from mapet.config.evaluation import FinetuneConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig
 from mapet.config.shared import TrainerConfig
 from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.data.dataset import EpochSampler
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
 from mapet.evaluation.eval_context import over_seeds, wilson
-from mapet.files import new_folder
+from mapet.files import create_output_dir
 from mapet.reports.card import origin_of_tuned
 from mapet.reports.page import write_run_report
 from mapet.reports.plots import plot_learning_curve, save_figure
@@ -93,8 +93,8 @@ def _tune_each(config: FinetuneConfig) -> float:
     again = command_to_resume(out, "finetune") if out else ""
     if out:
         if not config.resume:
-            new_folder(out)
-        write_recipe(config, out / CONFIG_FILE)
+            create_output_dir(out)
+        write_config(config, out / CONFIG_FILE)
     scores: dict[str, float] = {}
     last = config.seed + config.num_seeds - 1
     for seed in range(config.seed, last + 1):
@@ -126,10 +126,10 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
         hint = f"did you mean {kept[0]}?" if kept else "a run whose numbers were not finite has them, as debug/step-*"
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {hint}")
     task_type, config_type = TASKS.get(command_of(folder), TASKS["pretrain"])
-    task, run = task_type(), build(config_type, read_recipe(recipe), recipe)
+    task, run = task_type(), build(config_type, read_config(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
-    task.build(run, Compute.choose(run.device, run.precision))
+    task.build(run, ComputeContext.choose(run.device, run.precision))
     sampler = EpochSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
     reports = []
     for step in checkpoint.load_debug_bundle(config.bundle, task, sampler):

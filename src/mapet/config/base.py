@@ -161,7 +161,7 @@ def meaning_of_none(field: FieldInfo) -> str:
     return "automatic" if "automatic" in (field.description or "") else "none"
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML recipe: a mapping of option names to values."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in (recipe or {}).items()}
 
 
-def write_recipe(config: Config, path: Path) -> None:
+def write_config(config: Config, path: Path) -> None:
     """Write all options as YAML, atomically."""
     write_text(path, to_yaml(config))
 

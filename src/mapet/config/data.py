@@ -25,7 +25,7 @@ class CheckConfig(shared.Images, shared.Patches, shared.Encoder):
     """Text file for the list of unreadable images, one `reason<TAB>path` a line."""
 
 
-class PrepareConfig(shared.Images, shared.BadImages, shared.Resumable):
+class PrepareConfig(shared.Images, shared.UnreadableImageOptions, shared.Resumable):
     """Options of `prepare`."""
 
     out: Path
@@ -33,7 +33,7 @@ class PrepareConfig(shared.Images, shared.BadImages, shared.Resumable):
     short_side: PositiveInt = 256
     """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
     channels: PositiveInt = 3
-    """Channels: 1 grey, 3 RGB, others from .npy arrays."""
+    """Channels: 1 gray, 3 RGB, others from .npy arrays."""
     value_range: tuple[float, float] | None = None
     """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in
     a CT; beyond is cut off, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, others are bad images."""

@@ -35,7 +35,7 @@ class EvaluateConfig(shared.Device, shared.Seeded):
     num_seeds: PositiveInt = 5
     """Seeds of few-shot splits and of clustering."""
     ood_images: dict[str, shared.Source] = Field(default_factory=dict)
-    """Further labelled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
+    """Further labeled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
     eval_image_sizes: list[PositiveInt] | None = None
     """Input sizes, pixels: resolution tests each (automatic: from half to twice the trained one), segmentation and detection take the
     largest (automatic: the trained one)."""
@@ -109,9 +109,9 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     backbone: shared.BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
     images: shared.Source
-    """Labelled images, CLASS/image.jpg, to train on."""
+    """Labeled images, CLASS/image.jpg, to train on."""
     test_images: shared.Source | None = None
-    """Labelled images to test on; automatic: a fifth of `images`, chosen by image name."""
+    """Labeled images to test on; automatic: a fifth of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model, its options (config.yaml), its accuracy and what is known of its backbone
     (run.json), its curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: nothing
@@ -119,7 +119,7 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: shared.Labels | None = None
-    """Use only so many labelled images of each class, below 1 a fraction of them: the fixed split of `seed` that `evaluate` uses."""
+    """Use only so many labeled images of each class, below 1 a fraction of them: the fixed split of `seed` that `evaluate` uses."""
     seed: NonNegativeInt = 0
     """Seed of the head, order, views and of which labels are used."""
 
@@ -129,7 +129,7 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
             yield f"{option('resume', True)} goes on in the folder of {option('out')}: give it"
 
 
-class EmbedConfig(shared.BadImages, shared.Device, shared.Resumable):
+class EmbedConfig(shared.UnreadableImageOptions, shared.Device, shared.Resumable):
     """Options of `embed`."""
 
     backbone: shared.BackboneSource
@@ -171,4 +171,4 @@ class ExportConfig(Config):
     images: shared.Source | None = None
     """Images to check the formats on; automatic: the run's own."""
     license: str = "other"
-    """Licence of the weights, for the model card, e.g. apache-2.0."""
+    """License of the weights, for the model card, e.g. apache-2.0."""

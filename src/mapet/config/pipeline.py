@@ -19,13 +19,13 @@ class DemoConfig(shared.Resumable, shared.Seeded):
     """New folder for the digits, the run and the pictures."""
 
 
-class RunConfig(shared.Images, shared.BadImages, shared.Device, shared.Resumable, shared.Seeded):
+class RunConfig(shared.Images, shared.UnreadableImageOptions, shared.Device, shared.Resumable, shared.Seeded):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
     out: Path
     """New folder for everything: tokenizer, tokens, pre-training run, backbone, probe, figures, report.html."""
     test_images: shared.Source | None = None
-    """Labelled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
+    """Labeled images to test the features on; automatic: a fifth of `images`, if those are in class folders."""
     fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()
@@ -37,9 +37,9 @@ class StudyConfig(Config):
     resume: ClassVar[bool] = True
     """Always: what is done in `out` is not done again."""
     images: shared.Source
-    """Labelled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
+    """Labeled images, in class folders or as .tar shards or hf:NAME: to pre-train on (without labels) and to train probes on."""
     test_images: shared.Source
-    """Labelled images to test on."""
+    """Labeled images to test on."""
     out: Path
     """Folder of the study; what is done in it already is not done again."""
     ood_images: dict[str, shared.Source] = Field(default_factory=dict)

@@ -17,7 +17,7 @@ class PretrainOptions(shared.TrainerOptions, shared.Encoder):
     """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
     mapet_content_ignores_masks (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
     target: Literal["tokens", "pixels", "features"] = "tokens"
-    """What is predicted of a patch: tokens; as controls its pixels (normalised), or features (the teacher's, by cosine)."""
+    """What is predicted of a patch: tokens; as controls its pixels (normalized), or features (the teacher's, by cosine)."""
     mask_ratio: shared.Ratio = (0.75, 0.75)
     """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them each step."""
     patch_order: Literal["random", "blockwise", "raster"] = "random"
@@ -53,7 +53,7 @@ class PretrainOptions(shared.TrainerOptions, shared.Encoder):
     probe_every: NonNegativeInt | None = None
     """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
     probe_images: shared.Source | None = None
-    """Labelled images for those probes; automatic: `images`, if they lie in class folders."""
+    """Labeled images for those probes; automatic: `images`, if they lie in class folders."""
 
     @property
     def varies_context(self) -> bool:

@@ -50,11 +50,11 @@ def _fraction_or_count(amount: float) -> float:
 
 
 Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_count)]
-"""How many labelled images of each class: below 1 a fraction of them, else so many."""
+"""How many labeled images of each class: below 1 a fraction of them, else so many."""
 
 
 class Images(Config):
-    """Images, labelled or not."""
+    """Images, labeled or not."""
 
     images: Source
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
@@ -68,7 +68,7 @@ class Patches(Config):
     patch_size: PositiveInt = 16
     """Side of the student's patches, pixels."""
     channels: PositiveInt = 3
-    """Channels of the images: 1 grey, 3 RGB, others from .npy arrays."""
+    """Channels of the images: 1 gray, 3 RGB, others from .npy arrays."""
 
 
 class Encoder(Config):
@@ -108,7 +108,7 @@ class Device(Config):
     """auto, cpu, cuda, cuda:1, mps."""
 
 
-class BadImages(Config):
+class UnreadableImageOptions(Config):
     """What to do about images that can't be read."""
 
     max_unreadable: float = Field(default=0.05, ge=0, le=1)
@@ -119,10 +119,10 @@ class Views(Config):
     """Which views of an image are tokenized and shown to the student."""
 
     views: Literal["center", "center-flip", "random-crop"] = "center"
-    """center: largest centred box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
+    """center: largest centered box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
     half the time."""
     min_crop_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest random box, as a share of the centred one's area (for random-crop)."""
+    """Smallest random box, as a share of the centered one's area (for random-crop)."""
 
 
 _LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval
@@ -170,7 +170,7 @@ class TrainerOptions(Config):
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
-class TrainerConfig(TrainerOptions, BadImages, Seeded, Resumable, Device):
+class TrainerConfig(TrainerOptions, UnreadableImageOptions, Seeded, Resumable, Device):
     """What the trainer reads of a command's config."""
 
     out: Path | None = None
@@ -196,7 +196,7 @@ HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names of timm models that are not in timm begin."""
 
 
-def is_own_code(teacher: str) -> bool:
+def is_custom_teacher(teacher: str) -> bool:
     """Whether the name is a person's own 'package.module:function'."""
     return ":" in teacher and not teacher.startswith(HUBS)
 

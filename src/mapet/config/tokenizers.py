@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from mapet.config import shared
-from mapet.errors import must_be_divisible, option
+from mapet.errors import check_divisible, option
 
 KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
 QUANTIZER_OPTIONS = {"fsq_levels": "fsq", **dict.fromkeys(KMEANS_OPTIONS, "kmeans")}
@@ -49,14 +49,14 @@ class FitTokenizerOptions(shared.FrozenTeacher, shared.Patches):
 
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""
-        must_be_divisible(self.image_size, self.patch_size)
+        check_divisible(self.image_size, self.patch_size)
         for name in shared.changed(self, QUANTIZER_OPTIONS):  # it would be written down as if it had changed something
             if (user := QUANTIZER_OPTIONS[name]) != self.quantizer:
                 yield f"{option(name)} is for {user}; {self.quantizer} has no use for it"
 
 
 class FitTokenizerConfig(
-    FitTokenizerOptions, shared.Images, shared.BadImages, shared.Device, shared.Resumable, shared.Seeded
+    FitTokenizerOptions, shared.Images, shared.UnreadableImageOptions, shared.Device, shared.Resumable, shared.Seeded
 ):
     """Options of `fit-tokenizer`."""
 
@@ -74,7 +74,7 @@ class TokenizeOptions(shared.Views):
 class TokenizeConfig(
     TokenizeOptions,
     shared.Images,
-    shared.BadImages,
+    shared.UnreadableImageOptions,
     shared.Device,
     shared.TrustTeacher,
     shared.Resumable,
@@ -123,9 +123,9 @@ class TrainTokenizerConfig(
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth of the encoder's last block."""
     views: Literal["center", "center-flip", "random-crop"] = "random-crop"
-    """center: largest centred box; center-flip: that and its mirror image; random-crop: random boxes, mirrored half the time."""
+    """center: largest centered box; center-flip: that and its mirror image; random-crop: random boxes, mirrored half the time."""
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest random box, as a share of the centred one's area (for random-crop)."""
+    """Smallest random box, as a share of the centered one's area (for random-crop)."""
 
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
-from mapet.data.readers import BadImage
+from mapet.data.readers import ImageDecodeError
 from mapet.data.token_store import TokenStore
-from mapet.data.views import OrderKind, ViewSpec, draw_jitter, draw_order, draw_view, render, seeded
+from mapet.data.views import PermutationKind, ViewSpec, render, sample_jitter, sample_permutation, sample_view, seeded
 from mapet.device import num_workers
 from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
@@ -95,7 +95,7 @@ class ViewDataset(Dataset[Batch]):
         teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None leaves it out.
         store: token ids, the targets; then the view drawn is one of the stored ones.
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
-        jitter: strength of colour jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
+        jitter: strength of color jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
             they are applied with normalization, on the device: see `evaluation.features.normalize`.
         num_branches: residual branches of the student whose stochastic depth is to be drawn with the sample.
         augment: changes `Batch.images` further; draws from the global generators, which are seeded for it.
@@ -108,7 +108,7 @@ class ViewDataset(Dataset[Batch]):
     teacher_size: tuple[int, int] | None = None
     store: TokenStore | None = None
     grid: tuple[int, int] | None = None
-    order: OrderKind = "random"
+    order: PermutationKind = "random"
     jitter: float = 0.0
     num_branches: int = 0
     augment: Callable[[Tensor], Tensor] | None = None
@@ -129,7 +129,7 @@ class ViewDataset(Dataset[Batch]):
         for position, (number, drawn) in zip(positions, [self._draw(*position) for position in positions], strict=True):
             try:
                 samples.append(drawn | self._pixels(position, number))
-            except BadImage as error:
+            except ImageDecodeError as error:
                 bad.append((position[1], str(error)))
         return _collate(samples, bad)
 
@@ -148,9 +148,9 @@ class ViewDataset(Dataset[Batch]):
         if self.store is not None:
             number = int(rng.integers(self.store.num_views))
         if self.grid is not None:
-            sample["permutation"] = draw_order(self.order, self.grid, rng)
+            sample["permutation"] = sample_permutation(self.order, self.grid, rng)
         if self.jitter:
-            sample["jitter"] = draw_jitter(self.jitter, rng)
+            sample["jitter"] = sample_jitter(self.jitter, rng)
         if self.num_branches:
             sample["drop_path_rand"] = rng.random(self.num_branches, dtype=np.float32)
         if self.store is not None:
@@ -158,10 +158,10 @@ class ViewDataset(Dataset[Batch]):
         return number, sample
 
     def _pixels(self, position: tuple[int, int], number: int) -> dict[str, Tensor]:
-        """Raises BadImage: the image can't be read."""
+        """Raises ImageDecodeError: the image can't be read."""
         key = self.images.key(position[1])
         picture = self.images.open(position[1], self.channels)
-        view = draw_view(self.spec, picture.size, key, number)
+        view = sample_view(self.spec, picture.size, key, number)
         sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
         pixels = {name: render(picture, view, size) for name, size in sizes.items() if size}
         if self.augment is not None and "images" in pixels:
@@ -262,7 +262,7 @@ def _unless_left(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 @dataclass
-class Quarantine:
+class UnreadableImages:
     """Images that could not be read, with reasons; stops the stage when there are too many.
 
     Attributes:
@@ -291,7 +291,9 @@ class Quarantine:
                 )
 
 
-def readable_batches(dataset: ViewDataset, batches: Any, unreadable: Quarantine, title: str | None) -> Iterator[Batch]:
+def readable_batches(
+    dataset: ViewDataset, batches: Any, unreadable: UnreadableImages, title: str | None
+) -> Iterator[Batch]:
     """Yield batches of readable images; the others are counted. `title` names the progress bar; None shows none."""
     loader = make_loader(dataset, batches)
     for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):

@@ -15,10 +15,10 @@ import numpy as np
 from mapet.config.data import PrepareConfig
 from mapet.data import prepared
 from mapet.data.image_list import ImageFiles, ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.prepared import OnBad, OnImage, PreparedDataset, PreparedDatasetWriter
-from mapet.data.readers import MAX_BYTES, BadImage, open_image
-from mapet.errors import MapetError, how_to_install, option
-from mapet.files import read_sealed, write_sealed
+from mapet.data.prepared import OnImage, OnUnreadable, PreparedDataset, PreparedDatasetWriter
+from mapet.data.readers import MAX_BYTES, ImageDecodeError, open_image
+from mapet.errors import MapetError, install_hint, option
+from mapet.files import read_checksummed_json, write_checksummed_json
 
 SAVED = ("state.json", "dataset_dict.json")
 """One of these is in a folder made by `save_to_disk`."""
@@ -42,9 +42,9 @@ def open_rows(source: str, streaming: bool = False) -> tuple[Any, str, str | Non
         import datasets
         import huggingface_hub
     except ImportError as error:
-        raise MapetError(f"hf:NAME needs the package `datasets`: {how_to_install('datasets')} ({error})") from None
+        raise MapetError(f"hf:NAME needs the package `datasets`: {install_hint('datasets')} ({error})") from None
     if int(datasets.__version__.split(".")[0]) < 4:
-        hint = f"{how_to_install('datasets')} brings 4 or newer"
+        hint = f"{install_hint('datasets')} brings 4 or newer"
         raise MapetError(f"datasets {datasets.__version__} may run a data set's own code: {hint}")
     name = match[1]
     try:
@@ -96,14 +96,14 @@ def read_row(image: dict[str, Any] | None, file: str | None) -> bytes:
     """Return the bytes that a row holds, or those of the file or URL that it names.
 
     Raises:
-        BadImage: there are none.
+        ImageDecodeError: there are none.
     """
     if image is None:
-        raise BadImage("no image in this row")
+        raise ImageDecodeError("no image in this row")
     if image["bytes"] is not None:
         return image["bytes"]
     if file is None:
-        raise BadImage(f"no bytes in this row, nor a file: {image['path']!r}")
+        raise ImageDecodeError(f"no bytes in this row, nor a file: {image['path']!r}")
     try:
         if "://" not in file:
             return Path(file).read_bytes()
@@ -112,7 +112,7 @@ def read_row(image: dict[str, Any] | None, file: str | None) -> bytes:
         with fsspec.open(file) as stream:
             return stream.read()
     except Exception as error:  # of many kinds, by protocol
-        raise BadImage(first_line(error)) from None
+        raise ImageDecodeError(first_line(error)) from None
 
 
 def relative_to_root(file: str, allowed_roots: list[str], where: str) -> str:
@@ -218,13 +218,13 @@ class StreamedImage:
         """The bytes, which are forgotten: a shard's images don't stay in memory.
 
         Raises:
-            BadImage: there are none.
+            ImageDecodeError: there are none.
         """
         (image, self._image), file = (self._image, None), self._file
         data = read_row(image, file)
         self.size = len(data)
         if self.size > MAX_BYTES:
-            raise BadImage(f"{self.size:,} bytes are more than {MAX_BYTES:,}")
+            raise ImageDecodeError(f"{self.size:,} bytes are more than {MAX_BYTES:,}")
         return data
 
 
@@ -271,7 +271,7 @@ class HFStream:
             raise MapetError(f"{self.root} broke off ({first_line(error)}): {hint}") from None
 
 
-def write_streamed(stream: HFStream, config: PrepareConfig, on_bad: OnBad, on_image: OnImage) -> PreparedDataset:
+def write_streamed(stream: HFStream, config: PrepareConfig, on_bad: OnUnreadable, on_image: OnImage) -> PreparedDataset:
     """Prepare a stream, or resume; its originals are never on disk.
 
     The data set is the one that `write_prepared_dataset` makes of the downloaded data set, file by file, but for `streamed`
@@ -299,7 +299,9 @@ def write_streamed(stream: HFStream, config: PrepareConfig, on_bad: OnBad, on_im
             writer.add_shard(recorded(islice(incoming, size)), encode)
             if not rows:
                 break
-            write_sealed(config.out / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]})
+            write_checksummed_json(
+                config.out / ROWS.format(shard), {"rows": [[row.path, row.size, row.label] for row in rows]}
+            )
             writer.manifest["position"] = stream.table.state_dict()  # after the last row given out; JSON can hold it
             writer.save()
         _finish(writer, stream)
@@ -311,7 +313,9 @@ def write_streamed(stream: HFStream, config: PrepareConfig, on_bad: OnBad, on_im
 def _finish(writer: PreparedDatasetWriter, stream: HFStream) -> None:
     """Write ids, labels and hash, now that all rows are known."""
     shards = range(-(-writer.num_done // prepared.PER_SHARD))
-    rows = [row for s in shards for row in read_sealed(writer.folder / ROWS.format(s), "rows of a shard")["rows"]]
+    rows = [
+        row for s in shards for row in read_checksummed_json(writer.folder / ROWS.format(s), "rows of a shard")["rows"]
+    ]
     if not rows:
         raise MapetError(f"{stream.root} has no rows")
     paths, sizes, values = zip(*rows, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mapet.data.readers import MAX_BYTES, BadImage, LazyImage, Window, open_image
+from mapet.data.readers import MAX_BYTES, ImageDecodeError, LazyImage, Window, open_image
 
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
@@ -89,7 +89,7 @@ class ImageReader(ABC):
         """Return the image's bytes as they are stored.
 
         Raises:
-            BadImage: with the reason.
+            ImageDecodeError: with the reason.
         """
 
     def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
@@ -146,10 +146,10 @@ class ImageList(Sequence[Path]):
         """Open an image; see `open_image`.
 
         Raises:
-            BadImage: with the reason.
+            ImageDecodeError: with the reason.
         """
         if self.file_sizes[index] > MAX_BYTES:
-            raise BadImage(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
+            raise ImageDecodeError(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
         return self.reader.open(int(self._indices[index]), channels, window)
 
     def data(self, index: int) -> bytes:

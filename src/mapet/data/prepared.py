@@ -14,10 +14,10 @@ import torchvision.transforms.v2.functional as tvf
 
 from mapet.config.data import PrepareConfig
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.readers import REDUCTIONS, BadImage, Box, LazyImage, Window
+from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, LazyImage, Window
 from mapet.device import num_workers
 from mapet.errors import MapetError
-from mapet.files import MANIFEST, atomic, check_same_options, read_array, read_manifest, write_manifest
+from mapet.files import MANIFEST, atomic_write, check_same_options, read_array, read_manifest, write_manifest
 
 IDS, LABELS, SHARD, SIZES = "ids.bin", "labels.npy", "images-{:05d}.bin", "nbytes-{:05d}.npy"
 KIND, FORMAT = "prepared data set", 1
@@ -26,7 +26,7 @@ PER_SHARD = 10_000
 """Images in one file: about 300 MB at 256 px."""
 OPEN_AT_ONCE = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
-OnBad = Callable[[int, str], None]
+OnUnreadable = Callable[[int, str], None]
 """Called with (index, reason) of each unreadable image; may raise to stop."""
 OnImage = Callable[[int], None]
 """Called with the number of images done since the last call."""
@@ -82,7 +82,7 @@ class PreparedDataset(ImageReader):
 
     def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
         if index in self._unreadable:
-            raise BadImage(self._unreadable[index])  # it was so when the set was made
+            raise ImageDecodeError(self._unreadable[index])  # it was so when the set was made
         return super().open(index, channels, window)
 
     def data(self, index: int) -> bytes:
@@ -94,7 +94,7 @@ def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int
     """An image with its short side at `size` pixels at most, encoded; what is `stored` where that needs no change.
 
     Raises:
-        BadImage: with the reason.
+        ImageDecodeError: with the reason.
     """
     height, width = picture.size
     short = min(height, width)
@@ -122,7 +122,7 @@ class PreparedDatasetWriter:
         window: of the values of images that are more than 8 bits.
     """
 
-    def __init__(self, config: PrepareConfig, source: dict[str, Any], on_bad: OnBad, on_image: OnImage) -> None:
+    def __init__(self, config: PrepareConfig, source: dict[str, Any], on_bad: OnUnreadable, on_image: OnImage) -> None:
         """Begin one in `config.out`, or resume an unfinished one.
 
         Args:
@@ -151,10 +151,10 @@ class PreparedDatasetWriter:
 
     def describe(self, ids: PackedStrings, labels: Labels | None) -> None:
         """Write what is known of all images, and the manifest that counts them."""
-        with atomic(self.folder / IDS) as temporary:
+        with atomic_write(self.folder / IDS) as temporary:
             temporary.write_bytes(b"".join(name + b"\0" for name in ids))
         if labels is not None:
-            with atomic(self.folder / LABELS) as temporary, temporary.open("wb") as file:
+            with atomic_write(self.folder / LABELS) as temporary, temporary.open("wb") as file:
                 np.save(file, labels[1])
         self.save()
 
@@ -169,11 +169,11 @@ class PreparedDatasetWriter:
         def attempt(image: Any) -> bytes | str:
             try:
                 return encode(image)
-            except BadImage as error:
+            except ImageDecodeError as error:
                 return str(error)
 
         pool = ThreadPoolExecutor(num_workers() + 1)
-        with pool, atomic(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
+        with pool, atomic_write(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
             while several := list(islice(images, 256)):  # a bounded number in memory
                 for result in pool.map(attempt, several):
                     if isinstance(result, str):
@@ -182,7 +182,7 @@ class PreparedDatasetWriter:
                         self.on_bad(index, result)
                     sizes.append(0 if isinstance(result, str) else file.write(result))
                 self.on_image(len(several))
-        with atomic(self.folder / SIZES.format(shard)) as temporary, temporary.open("wb") as file:
+        with atomic_write(self.folder / SIZES.format(shard)) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(sizes, np.int64))
         self.manifest["unreadable"] |= bad
         self.manifest["num_done"] += len(sizes)
@@ -193,7 +193,7 @@ class PreparedDatasetWriter:
 
 
 def write_prepared_dataset(
-    images: ImageList, config: PrepareConfig, on_bad: OnBad, on_image: OnImage
+    images: ImageList, config: PrepareConfig, on_bad: OnUnreadable, on_image: OnImage
 ) -> PreparedDataset:
     """Prepare a list of images, or resume; see `PreparedDatasetWriter`."""
     source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}

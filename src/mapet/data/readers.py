@@ -1,4 +1,4 @@
-"""One image file -> uint8 pixels of any box of it, or a `BadImage` that says why not.
+"""One image file -> uint8 pixels of any box of it, or a `ImageDecodeError` that says why not.
 
 A format is a branch of `open_image`. A reader that cannot give the pixels as they are stored must raise: an image is never
 misread silently.
@@ -38,7 +38,7 @@ REDUCTIONS = (8, 4, 2)
 for these only: at 5/8 it takes longer than at full size."""
 
 
-class BadImage(Exception):
+class ImageDecodeError(Exception):
     """An image that cannot be used; the message is the reason."""
 
 
@@ -86,23 +86,23 @@ class LazyImage(ABC):
                 factor, to this size or more; the box they show is exactly the same.
 
         Raises:
-            BadImage: with the reason.
+            ImageDecodeError: with the reason.
         """
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn whatever a decoder raises into a `BadImage` with the reason."""
+    """Turn whatever a decoder raises into a `ImageDecodeError` with the reason."""
     try:
         yield
-    except BadImage:
+    except ImageDecodeError:
         raise
     except PermissionError:
-        raise BadImage("no permission to read it") from None
+        raise ImageDecodeError("no permission to read it") from None
     except OSError as error:
-        raise BadImage(error.strerror or str(error)) from None
+        raise ImageDecodeError(error.strerror or str(error)) from None
     except Exception as error:  # parsers raise anything on damaged files (struct, tokenize, recursion, ...)
-        raise BadImage(f"damaged: {error or type(error).__name__}") from None
+        raise ImageDecodeError(f"damaged: {error or type(error).__name__}") from None
 
 
 def open_image(file: ImageFile, channels: int = 3, window: Window | None = None) -> LazyImage:
@@ -116,13 +116,13 @@ def open_image(file: ImageFile, channels: int = 3, window: Window | None = None)
         window: what of 16-bit, integer and floating-point values is kept; without one the upper 8 of 16 bits.
 
     Raises:
-        BadImage: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
+        ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
             A JPEG's pixels are not decoded yet: reading them can still fail.
     """
     with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
         head = stream.read(HEAD_BYTES)
         if not head:
-            raise BadImage("zero bytes")
+            raise ImageDecodeError("zero bytes")
         if head.startswith(b"\x93NUMPY") or (not isinstance(file, bytes) and str(file).lower().endswith(".npy")):
             return open_array(file, channels, window)
         if head.startswith(b"\xff\xd8"):
@@ -131,9 +131,9 @@ def open_image(file: ImageFile, channels: int = 3, window: Window | None = None)
 
 
 def check_pixel_count(height: int, width: int) -> None:
-    """Raises BadImage for an image of too many pixels."""
+    """Raises ImageDecodeError for an image of too many pixels."""
     if height * width > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+        raise ImageDecodeError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
 
 
 class DecodedImage(LazyImage):
@@ -143,7 +143,7 @@ class DecodedImage(LazyImage):
         is_deep: whether its values are others than 8 bits.
 
     Raises:
-        BadImage: values that need a window.
+        ImageDecodeError: values that need a window.
     """
 
     def __init__(self, array: np.ndarray, kind: str, window: Window | None = None) -> None:
@@ -153,7 +153,9 @@ class DecodedImage(LazyImage):
         if window is None and self.is_deep and (array.dtype.kind, array.dtype.itemsize) != ("u", 2):
             values = array[np.isfinite(array)]
             found = f"{values.min():g} to {values.max():g}" if values.size else "none of them finite"
-            raise BadImage(f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` takes them")
+            raise ImageDecodeError(
+                f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` takes them"
+            )
 
     def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         top, left, height, width = box or Box(0, 0, *self.size)
@@ -172,10 +174,10 @@ def open_array(file: ImageFile, channels: int, window: Window | None) -> Decoded
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
-        raise BadImage(f"array of shape {array.shape}, wanted (H, W, {channels})")
+        raise ImageDecodeError(f"array of shape {array.shape}, wanted (H, W, {channels})")
     check_pixel_count(*array.shape[:2])
     if array.dtype.kind not in "uif":
-        raise BadImage(f"array of {array.dtype}, wanted numbers")
+        raise ImageDecodeError(f"array of {array.dtype}, wanted numbers")
     return DecodedImage(array, f"NPY {array.dtype.name}", window)
 
 
@@ -186,7 +188,7 @@ def _view(data: bytes) -> np.ndarray:
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(stream)
     if dtype.hasobject:
-        raise BadImage("array of Python objects")
+        raise ImageDecodeError("array of Python objects")
     return np.frombuffer(data, dtype, math.prod(shape), stream.tell()).reshape(shape, order="F" if fortran else "C")
 
 
@@ -197,7 +199,7 @@ def _view(data: bytes) -> np.ndarray:
 def open_with_pillow(file: ImageFile, channels: int, window: Window | None) -> DecodedImage:
     """Decode an image: EXIF rotation is applied, the first frame of an animation taken, transparency laid on white."""
     if channels not in (1, 3):
-        raise BadImage(f"{option('channels')} {channels} needs .npy arrays; pictures give 1 or 3")
+        raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; pictures give 1 or 3")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of half the size it refuses, and of odd EXIF
@@ -207,9 +209,9 @@ def open_with_pillow(file: ImageFile, channels: int, window: Window | None) -> D
                 stored.load()
                 image = ImageOps.exif_transpose(stored)
     except UnidentifiedImageError:
-        raise BadImage("not an image Pillow knows") from None
+        raise ImageDecodeError("not an image Pillow knows") from None
     except Image.DecompressionBombError as error:
-        raise BadImage(str(error)) from None
+        raise ImageDecodeError(str(error)) from None
     if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
         values = np.asarray(image)
         if values.dtype.kind != "f" and values.min(initial=0) >= 0 and values.max(initial=0) <= 65535:
@@ -240,7 +242,7 @@ def open_jpeg(data: bytes, channels: int, window: Window | None) -> LazyImage:
 class LazyJpeg(LazyImage):
     """A JPEG with 8 bits a channel, gray or YCbCr: libjpeg-turbo decodes it when a box is read, as small as will do.
 
-    Pillow reads those that libjpeg-turbo finds fault with, so what is bad and why is one decoder's judgement.
+    Pillow reads those that libjpeg-turbo finds fault with, so what is bad and why is one decoder's judgment.
     """
 
     def __init__(self, data: bytes, channels: int, height: int, width: int, kind: str) -> None:

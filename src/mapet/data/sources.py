@@ -17,7 +17,7 @@ from mapet.errors import MapetError
 from mapet.files import MANIFEST
 
 
-def scan(source: str | Path) -> ImageList:
+def list_images(source: str | Path) -> ImageList:
     """List the images of a folder, a text file, tar shards or a data set of Hugging Face.
 
     folder: searched to any depth; hidden names and what is not a regular file are left out. Symbolic links are followed,

@@ -29,7 +29,7 @@ from mapet.config.shared import is_url
 from mapet.data.image_list import ImageList, ImageReader, PackedStrings, number_classes
 from mapet.data.readers import EXTENSIONS
 from mapet.errors import MapetError
-from mapet.files import atomic
+from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
 FORMAT = 1
@@ -86,7 +86,7 @@ class TarReader(ImageReader):
                 break
             except Exception as error:  # each file system has errors of its own
                 if wait == TRIES or isinstance(error, FileNotFoundError) or not is_url(self.source):
-                    # No BadImage: an image would be left out for good, for the sake of a network.
+                    # No ImageDecodeError: an image would be left out for good, for the sake of a network.
                     raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
                 time.sleep(wait)
         if len(data) != size:
@@ -190,7 +190,7 @@ def _index(source: str, path: str) -> Shard:
     for name, strings in (("names", shard.names), ("labels", shard.labels)):
         arrays |= {name: np.frombuffer(strings.block, np.uint8), f"{name}.ends": strings.ends}
     try:
-        with atomic(kept) as temporary:
+        with atomic_write(kept) as temporary:
             save_file(arrays, temporary)
     except OSError as error:
         log.debug("the index of %s is not kept: %s", path, error)

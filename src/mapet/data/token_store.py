@@ -13,7 +13,15 @@ from jaxtyping import Int
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
 from mapet.errors import MapetError, option
-from mapet.files import create_array, file_hash, read_array, read_manifest, read_sealed, write_manifest, write_sealed
+from mapet.files import (
+    create_array,
+    file_hash,
+    read_array,
+    read_checksummed_json,
+    read_manifest,
+    write_checksummed_json,
+    write_manifest,
+)
 
 KIND, FORMAT = "token store", 1
 SHARD_SIZE = 16_384
@@ -44,7 +52,7 @@ class TokenShard:
 
     def read_progress(self) -> None:
         """Raises ValueError: it speaks of rows that the shard does not have."""
-        progress = read_sealed(self.path.with_suffix(".json"), KIND)
+        progress = read_checksummed_json(self.path.with_suffix(".json"), KIND)
         self.num_done, self.sha256 = progress["num_done"], progress["sha256"]
         self.unreadable = {int(row): reason for row, reason in progress["unreadable"].items()}
         rows = range(self.first, self.first + self.count)
@@ -55,7 +63,7 @@ class TokenShard:
         """Write how far it is, with a hash once it is done."""
         self.sha256 = file_hash(self.path) if self.is_done else None
         progress = {"num_done": self.num_done, "unreadable": self.unreadable, "sha256": self.sha256}
-        write_sealed(self.path.with_suffix(".json"), progress)
+        write_checksummed_json(self.path.with_suffix(".json"), progress)
 
 
 class TokenStore:

@@ -22,7 +22,7 @@ from mapet.config.shared import Views
 from mapet.data.readers import REDUCTIONS, Box, LazyImage
 from mapet.errors import MapetError
 
-OrderKind = Literal["random", "blockwise", "raster"]
+PermutationKind = Literal["random", "blockwise", "raster"]
 BLOCK_AREA = 16 / 196, 75 / 196
 """Smallest and largest area of a block as a fraction of the image, and `ASPECT` its least height over its width: BEiT's."""
 ASPECT = 0.3
@@ -61,7 +61,7 @@ class ViewSpec(Config):
         return cls(kind=config.views, image_size=image_size, min_scale=config.min_crop_scale, seed=seed)
 
 
-def draw_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> View:
+def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> View:
     """View `number` of the image with stable key `key` and (height, width) `size`: a pure function of its arguments.
 
     Where the box is at least r times `image_size`, r = 2, 4 or 8, its edges lie on multiples of r pixels: so a JPEG that
@@ -98,7 +98,7 @@ def render(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tenso
     return pixels.movedim(0, -1).flip(1).movedim(-1, 0) if view.flip else pixels
 
 
-def draw_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+def sample_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
     """Factors of brightness, contrast and saturation in 1 +- strength, none below 0."""
     return rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).astype(np.float32)
 
@@ -106,18 +106,18 @@ def draw_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, 
 def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]) -> Float[Tensor, "B C h w"]:
     """Brightness, contrast and (for RGB) saturation of pixels in 0..255, in place, each image by its own three factors.
 
-    Saturation mixes a pixel with its grey, contrast with the image's mean grey, brightness with black. As affine maps of
-    RGB the three commute, so they are one, clamped once at its end. Changes colours only, so the tokens of the
+    Saturation mixes a pixel with its gray, contrast with the image's mean gray, brightness with black. As affine maps of
+    RGB the three commute, so they are one, clamped once at its end. Changes colors only, so the tokens of the
     unjittered view stay those of the student's patches.
     """
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     if images.shape[1] == 3:
-        grey = 0.299 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
+        gray = 0.299 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
     else:
-        grey, saturation = images.mean(dim=1, keepdim=True), torch.ones_like(saturation)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+        gray, saturation = images.mean(dim=1, keepdim=True), torch.ones_like(saturation)
+    mean = gray.mean(dim=(1, 2, 3), keepdim=True)
     gain = brightness * contrast
-    offset = (gain * (1 - saturation)) * grey + brightness * (1 - contrast) * mean
+    offset = (gain * (1 - saturation)) * gray + brightness * (1 - contrast) * mean
     return images.mul_(gain * saturation).add_(offset).clamp_(0, 255)
 
 
@@ -132,7 +132,7 @@ def normalize(
     images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None,
     mean_std: MeanStd | None = None,
 ) -> Float[Tensor, "B C H W"]:  # fmt: skip
-    """Turn uint8 pixels into a model's input: colour jitter if given, [0, 1], then each channel's mean and standard deviation.
+    """Turn uint8 pixels into a model's input: color jitter if given, [0, 1], then each channel's mean and standard deviation.
 
     Args:
         mean_std: those of each channel; None takes mapet's own, `input_mean_std`.
@@ -145,7 +145,7 @@ def normalize(
     return pixels.div_(255).sub_(mean).div_(std)
 
 
-def draw_order(kind: OrderKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:
+def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:
     """The order in which an image's patches are revealed and then predicted: row-major indices, every patch once.
 
     random: each order as likely. raster: left to right, top to bottom. blockwise: rectangles of BEiT's kind (arXiv

@@ -72,7 +72,7 @@ def corrupt(image: Bytes, name: str, severity: int, rng: np.random.Generator) ->
     """Make a corrupted copy.
 
     Args:
-        image: grey or RGB; colour means brightness in the HSV sense where the paper says so.
+        image: gray or RGB; color means brightness in the HSV sense where the paper says so.
         severity: 1 to 5.
     """
     function, ranges = CORRUPTIONS[name]

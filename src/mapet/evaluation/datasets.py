@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mapet.data.image_list import ImageFiles, ImageList
-from mapet.data.sources import scan
-from mapet.errors import MapetError, counted, option
+from mapet.data.sources import list_images
+from mapet.errors import MapetError, option, pluralize
 from mapet.files import read_json
 
 HELD_OUT = 0.2
@@ -49,13 +49,13 @@ class ImageSet:
 
 
 @dataclass
-class LabelledSet(ImageSet):
+class LabeledSet(ImageSet):
     """Images with the class of each. Without labels there are no classes, and all labels are 0."""
 
     PER_IMAGE = ("labels",)
     labels: Int[np.ndarray, " n"]
 
-    def sample(self, count: int) -> "LabelledSet":
+    def sample(self, count: int) -> "LabeledSet":
         """Select at most `count` images by a hash of their ids: the same ones every time."""
         return self if len(self) <= count else self.subset(np.sort(np.argsort(self.images.keys())[:count]))
 
@@ -127,13 +127,13 @@ def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndar
 
 
 def split(everything: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
-    """Split into training and test set: `HELD_OUT` of each class of labelled images, chosen by a hash of the image id.
+    """Split into training and test set: `HELD_OUT` of each class of labeled images, chosen by a hash of the image id.
 
     Raises:
         MapetError: no class has a second image.
     """
     test = np.zeros(len(everything), dtype=bool)
-    data = everything if isinstance(everything, LabelledSet) else unlabelled(everything.images)
+    data = everything if isinstance(everything, LabeledSet) else unlabeled(everything.images)
     for members in _by_class(data.labels, len(data.classes), data.images.keys()):
         test[members[: max(1, round(HELD_OUT * len(members)))]] = True
     if test.all():
@@ -156,7 +156,7 @@ def _train_and_test(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple
     return train, test
 
 
-def few_shot_split(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
+def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
     """Select the images of a few-shot split: their sorted indices.
 
     It is the same for everybody: a function of the images' ids and a seed, in any language. An image's number is the first 8
@@ -176,7 +176,7 @@ def few_shot_split(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarra
     for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), numbers), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            there = counted(len(members), "image")
+            there = pluralize(len(members), "image")
             raise MapetError(f"class '{name}' has {there} to learn from, fewer than the {count:,} asked for")
         kept.append(members[:count])
     return np.sort(np.concatenate(kept))
@@ -185,14 +185,14 @@ def few_shot_split(data: LabelledSet, amount: float, seed: int) -> Int[np.ndarra
 # ---- labels
 
 
-def labelled(images: ImageList) -> LabelledSet:
+def labeled(images: ImageList) -> LabeledSet:
     """Read the labels a data set gives, or those of class folders.
 
     Raises:
         MapetError: there are none, and the images do not lie in two or more class folders.
     """
     if (found := images.classes()) is not None:
-        return LabelledSet(images, *found)
+        return LabeledSet(images, *found)
     stray = [i for i in range(len(images)) if b"/" not in images.ids[i]]
     instead = f", but {images.id(stray[0])!r} lies in none" if stray else ", but they all lie in one"
     instead = "" if len(stray) == len(images) else instead
@@ -201,19 +201,21 @@ def labelled(images: ImageList) -> LabelledSet:
     )
 
 
-def unlabelled(images: ImageList) -> LabelledSet:
+def unlabeled(images: ImageList) -> LabeledSet:
     """Take images without classes."""
-    return LabelledSet(images, [], np.zeros(len(images), np.int64))
+    return LabeledSet(images, [], np.zeros(len(images), np.int64))
 
 
-def train_and_test(train: str | Path, test: str | Path | None) -> tuple[LabelledSet, LabelledSet]:
-    """Open two labelled sets, or one split by image id, the same way every time.
+def train_and_test(train: str | Path, test: str | Path | None) -> tuple[LabeledSet, LabeledSet]:
+    """Open two labeled sets, or one split by image id, the same way every time.
 
     Raises:
         MapetError: no labels, or other classes in the two sets.
     """
-    images = [scan(source) for source in (train, test) if source is not None]  # both exist, before labels are needed
-    return _train_and_test([labelled(one) for one in images], (train, test))
+    images = [
+        list_images(source) for source in (train, test) if source is not None
+    ]  # both exist, before labels are needed
+    return _train_and_test([labeled(one) for one in images], (train, test))
 
 
 # ---- boxes
@@ -290,7 +292,7 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
 
 
 def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
-    """Read class ids of a grey or palette PNG, or segment ids R + 256 G + 256^2 B of a panoptic one.
+    """Read class ids of a gray or palette PNG, or segment ids R + 256 G + 256^2 B of a panoptic one.
 
     Raises:
         MapetError: not a readable image, or of another kind.
@@ -300,7 +302,7 @@ def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
             if panoptic:
                 return np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1, 256, 256 * 256])
             if image.mode not in ("L", "P", "I", "I;16", "1"):
-                raise MapetError(f"{path}: a mask of class ids is a grey or palette PNG, this one is {image.mode}")
+                raise MapetError(f"{path}: a mask of class ids is a gray or palette PNG, this one is {image.mode}")
             return np.asarray(image).astype(np.int64)
     except OSError as error:
         raise MapetError(f"cannot read the mask {path}: {error.strerror or error}") from None
@@ -344,7 +346,7 @@ def _read_masks(sources: list[tuple[Path, Path]], ignored: set[int]) -> list[Seg
     """Pair the images of each folder that have a mask with it. All masks are read once: classes are the ids that occur."""
     sets, found = [], set[int]()
     for images, masks in sources:
-        listed = scan(images)
+        listed = list_images(images)
         paths = [masks / f"{os.path.splitext(listed.id(index))[0]}.png" for index in range(len(listed))]
         kept = [index for index, path in enumerate(paths) if path.is_file()]
         if not kept:

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import FasterRCNN, anchor_utils
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
-from mapet.data.readers import BadImage
+from mapet.data.readers import ImageDecodeError
 from mapet.data.views import View, render
 from mapet.device import num_workers
-from mapet.errors import MapetError, how_to_install
+from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, SegmentationSet
 from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap, protocol
 from mapet.evaluation.features import BackboneWrapper
@@ -64,7 +64,7 @@ class AnnotatedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.read(index)
-        except BadImage:
+        except ImageDecodeError:
             return None
 
     def read(self, index: int) -> Any:
@@ -108,7 +108,7 @@ class AnnotatedImages(Dataset[Any]):
 
 
 def make_heads(width: int, classes: int) -> dict[str, nn.Module]:
-    """Make a linear classifier of standardised patches, and a decoder: two 3 x 3 convolutions, each at twice the size before."""
+    """Make a linear classifier of standardized patches, and a decoder: two 3 x 3 convolutions, each at twice the size before."""
 
     def up() -> list[nn.Module]:
         convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
@@ -159,7 +159,7 @@ def mean_iou(counts: Float[np.ndarray, "n 3 K"], weights: Float[np.ndarray, " n"
 
 
 def pixel_accuracy(counts: Float[np.ndarray, "n 3 K"], weights: Float[np.ndarray, " n"]) -> float:
-    """Compute the fraction of pixels that are labelled correctly, of those that count."""
+    """Compute the fraction of pixels that are labeled correctly, of those that count."""
     intersection, _, truth = np.tensordot(weights, counts, 1)
     return float(intersection.sum() / max(truth.sum(), 1))
 
@@ -274,7 +274,7 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
         MapetError: pycocotools is not installed.
     """
     if importlib.util.find_spec("pycocotools") is None:
-        raise MapetError(f"protocol 'detection' needs pycocotools: {how_to_install('detection')}")
+        raise MapetError(f"protocol 'detection' needs pycocotools: {install_hint('detection')}")
     assert context.data.boxes is not None
     (train, test), backbone = context.data.boxes, _at_size(context, copy_weights=True)
     detector = make_detector(backbone, len(train.classes), trained)

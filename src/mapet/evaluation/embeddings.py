@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from mapet import files
 from mapet.config.evaluation import EmbedConfig
-from mapet.data.dataset import Quarantine, ViewDataset, in_order, inference_batch_size, make_loader
+from mapet.data.dataset import UnreadableImages, ViewDataset, in_order, inference_batch_size, make_loader
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
-from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, how_to_install, option
-from mapet.evaluation.features import BackboneWrapper, must_be_finite_features
+from mapet.device import ComputeContext
+from mapet.errors import Interrupted, MapetError, install_hint, option
+from mapet.evaluation.features import BackboneWrapper, check_finite_features
 from mapet.models.backbone import load_backbone, prepare_for_device
 from mapet.signals import stop_signals
 from mapet.weights import hash_weights
@@ -46,9 +46,9 @@ def embed(config: EmbedConfig) -> Path:
         MapetError: the folder is of other images or options; features are not finite, or too large for `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise MapetError(f"{option('format')} parquet needs pyarrow: {how_to_install('export')}")
-    compute = Compute.choose(config.device, config.precision)
-    images = scan(config.images)
+        raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
+    compute = ComputeContext.choose(config.device, config.precision)
+    images = list_images(config.images)
     options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
     backbone = replace(BackboneWrapper.of_vit(vit, compute), name=str(config.backbone))
@@ -57,7 +57,9 @@ def embed(config: EmbedConfig) -> Path:
     if first.images is not None:
         _compute_features(config, backbone, first.images)  # what cannot be written is refused before anything is
     manifest = _open_manifest(config, images, backbone)
-    unreadable = Quarantine(images, config.max_unreadable, {int(i): why for i, why in manifest["unreadable"].items()})
+    unreadable = UnreadableImages(
+        images, config.max_unreadable, {int(i): why for i, why in manifest["unreadable"].items()}
+    )
     size, num_done, batch_size = manifest["shard_size"], manifest["num_done"], inference_batch_size(backbone.image_size)
     edges = [num_done, *range((num_done // size + 1) * size, len(images), size), len(images)]
     batches = [batch for start, end in pairwise(edges) for batch in in_order(end, batch_size, start)]
@@ -99,7 +101,7 @@ def _compute_features(
         features = backbone.last_layer(pixels).flatten(2).transpose(1, 2)
     else:
         features = backbone.pooled_features(pixels, [backbone.num_layers], config.pool)[0]
-    must_be_finite_features(features, backbone.name)
+    check_finite_features(features, backbone.name)
     if config.dtype == "float16" and float(features.abs().max()) > torch.finfo(torch.float16).max:
         raise MapetError(f"{backbone.name} gives features beyond float16's range: {option('dtype')} float32 holds them")
     return features.cpu().numpy().astype(config.dtype)
@@ -124,7 +126,7 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
     if config.resume:  # stopped before its first manifest: nothing to keep
         for name in (ROWS, IDS):
             (out / name).unlink(missing_ok=True)
-    files.new_folder(out)
+    files.create_output_dir(out)
     depth, height, width = backbone.map_shape
     shape = [height * width, depth] if config.pool == "none" else [depth]
     if config.format == "npy":
@@ -166,7 +168,7 @@ def _write(
         table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "features": column})
         number, within = divmod(start, manifest["shard_size"])
         name = f"part-{number:05d}{f'_{within:09d}' if within else ''}.parquet"  # in this order by name, too
-        with files.atomic(folder / SHARDS / name) as temporary:
+        with files.atomic_write(folder / SHARDS / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
     manifest["num_done"] = end
     files.write_manifest(folder, KIND, FORMAT, manifest)

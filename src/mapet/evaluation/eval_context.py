@@ -13,10 +13,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
-from mapet.evaluation.datasets import DetectionSet, LabelledSet, SegmentationSet, unlabelled
+from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet, unlabeled
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
 
@@ -124,14 +124,14 @@ class EvalData:
     """The images. Without class folders `classes` is empty and all labels are 0.
 
     Attributes:
-        ood: further labelled test sets, by name.
+        ood: further labeled test sets, by name.
         masks: training and test images with a class for every pixel.
         boxes: training and test images with COCO annotations.
     """
 
-    train: LabelledSet
-    test: LabelledSet
-    ood: dict[str, LabelledSet] = field(default_factory=dict)
+    train: LabeledSet
+    test: LabeledSet
+    ood: dict[str, LabeledSet] = field(default_factory=dict)
     masks: tuple[SegmentationSet, SegmentationSet] | None = None
     boxes: tuple[DetectionSet, DetectionSet] | None = None
 
@@ -150,26 +150,26 @@ def load_eval_data(config: EvaluateConfig) -> EvalData:
     Raises:
         MapetError: options that have no use for these images.
     """
-    if config.ood_images and not scan(config.images).classes():
+    if config.ood_images and not list_images(config.images).classes():
         raise MapetError(f"{option('ood_images')} are matched by class folders, which {config.images} has not")
     folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
     if config.annotations is not None:
         boxes = datasets.detection_sets(folder, config.annotations, test_folder, config.test_annotations)
-        return EvalData(unlabelled(boxes[0].images), unlabelled(boxes[1].images), boxes=boxes)
+        return EvalData(unlabeled(boxes[0].images), unlabeled(boxes[1].images), boxes=boxes)
     masks = datasets.segmentation_sets(
         folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels
     )
     if masks is not None:
-        return EvalData(unlabelled(masks[0].images), unlabelled(masks[1].images), masks=masks)
+        return EvalData(unlabeled(masks[0].images), unlabeled(masks[1].images), masks=masks)
     if config.test_seg_masks is not None or config.ignore_labels:
         raise MapetError(f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {option('seg_masks')}")
-    images = scan(config.images)
+    images = list_images(config.images)
     if images.classes():
-        ood = {name: datasets.labelled(scan(source)) for name, source in config.ood_images.items()}
+        ood = {name: datasets.labeled(list_images(source)) for name, source in config.ood_images.items()}
         return EvalData(*datasets.train_and_test(config.images, config.test_images), ood)
     if config.test_images is None:
-        return EvalData(*datasets.split(unlabelled(images)))
-    return EvalData(unlabelled(images), unlabelled(scan(config.test_images)))
+        return EvalData(*datasets.split(unlabeled(images)))
+    return EvalData(unlabeled(images), unlabeled(list_images(config.test_images)))
 
 
 @dataclass
@@ -195,7 +195,7 @@ class EvalContext:
         """Features of the test images, of the same layers."""
         return self._extract(self.data.test)
 
-    def _extract(self, data: LabelledSet) -> FeatureCache:
+    def _extract(self, data: LabeledSet) -> FeatureCache:
         layers = self.backbone.evenly_spaced_layers()
         return FeatureCache.extract(self.backbone, data, self.cache, layers, self.options.pool)
 

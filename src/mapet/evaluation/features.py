@@ -17,12 +17,12 @@ from timm.models import Hiera, VisionTransformer
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
-from mapet.data.dataset import Quarantine, ViewDataset, readable_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
-from mapet.evaluation.datasets import LabelledSet
+from mapet.evaluation.datasets import LabeledSet
 from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
@@ -35,7 +35,7 @@ BLOCK_BYTES = 256 << 20
 """Float32 bytes of the rows that are read together."""
 
 
-def must_be_finite_features(features: Tensor, whose: str = "the backbone") -> None:
+def check_finite_features(features: Tensor, whose: str = "the backbone") -> None:
     """Raise MapetError for numbers that nothing can be learned from, and that no classifier takes."""
     if not bool(features.isfinite().all()):
         raise MapetError(
@@ -75,7 +75,7 @@ class BackboneWrapper:
 
     name: str
     model: nn.Module
-    compute: Compute
+    compute: ComputeContext
     image_size: tuple[int, int]
     channels: int
     mean: tuple[float, ...]
@@ -83,7 +83,7 @@ class BackboneWrapper:
     classes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, source: str, compute: Compute, seed: int = 0) -> "BackboneWrapper":
+    def load(cls, source: str, compute: ComputeContext, seed: int = 0) -> "BackboneWrapper":
         """Load a run, a backbone folder, an export, a folder of `finetune`, a weights file, `timm:NAME` or `random:NAME`.
 
         `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
@@ -114,7 +114,7 @@ class BackboneWrapper:
         return cls(source, prepare_for_device(model, compute), compute, tuple(size), channels, mean, std, classes)
 
     @classmethod
-    def of_vit(cls, vit: VisionTransformer, compute: Compute) -> "BackboneWrapper":
+    def of_vit(cls, vit: VisionTransformer, compute: ComputeContext) -> "BackboneWrapper":
         """Wrap a ViT of mapet's, on its device already, as it is."""
         size: tuple[int, int] = vit.patch_embed.img_size
         return cls("the backbone", vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
@@ -137,7 +137,7 @@ class BackboneWrapper:
     def batches(
         self, images: ImageList, config: CacheConfig, show: str | None = None, **dataset: Any
     ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
-        """Yield (indices, pixels) of the centred views of those that can be read, in a random order that is always the same.
+        """Yield (indices, pixels) of the centered views of those that can be read, in a random order that is always the same.
 
         Args:
             show: name of the progress bar; None shows none.
@@ -148,7 +148,7 @@ class BackboneWrapper:
         options = {"spec": ViewSpec(image_size=self.image_size)} | dataset
         views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **options)
         show = show if config.progress else None
-        for batch in readable_batches(views, batches, Quarantine(images, MAX_UNREADABLE), show):
+        for batch in readable_batches(views, batches, UnreadableImages(images, MAX_UNREADABLE), show):
             assert batch.images is not None
             yield batch.image_index, batch.images
 
@@ -159,7 +159,7 @@ class BackboneWrapper:
     def forward_intermediates(
         self, images: Float[Tensor, "B C H W"], layers: list[int]
     ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
-        """Compute the map of each layer, after the model's last norm, and its class and register tokens, of normalised pixels.
+        """Compute the map of each layer, after the model's last norm, and its class and register tokens, of normalized pixels.
 
         Both where timm gives them: Hiera's norm stands after the pooling, XCiT and CaiT get their class token after the layers.
         """
@@ -258,10 +258,10 @@ class FeatureCache:
 
     @classmethod
     def extract(
-        cls, backbone: BackboneWrapper, data: LabelledSet, config: CacheConfig, layers: list[int] | None = None,
+        cls, backbone: BackboneWrapper, data: LabeledSet, config: CacheConfig, layers: list[int] | None = None,
         pool: Pool = "avg",
     ) -> "FeatureCache":  # fmt: skip
-        """Run the backbone over the centred views.
+        """Run the backbone over the centered views.
 
         Args:
             layers: counted from 1; None takes the last.
@@ -277,7 +277,7 @@ class FeatureCache:
         for index, images in backbone.batches(data.images, config, "features"):
             parts = backbone.pooled_features(images, layers, pool)
             features = torch.cat(parts, 1).cpu()
-            must_be_finite_features(features, backbone.name)
+            check_finite_features(features, backbone.name)
             store.append(features)
             indices.append(index)
             ends = [0, *np.cumsum([part.shape[1] for part in parts]).tolist()]
@@ -333,7 +333,7 @@ class PatchTokenCache:
     """
 
     backbone: BackboneWrapper
-    data: LabelledSet
+    data: LabeledSet
     config: CacheConfig
     kept: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
 

@@ -21,14 +21,14 @@ from sklearn.metrics import mutual_info_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.data.dataset import Batch, Quarantine, ViewDataset, inference_batch_size, readable_batches
+from mapet.data.dataset import Batch, UnreadableImages, ViewDataset, inference_batch_size, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
-from mapet.data.views import OrderKind, ViewSpec, color_jitter, draw_view, normalize, render
-from mapet.device import Compute
+from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, render, sample_view
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
-from mapet.evaluation.datasets import LabelledSet, labelled, split, unlabelled
-from mapet.evaluation.features import MAX_UNREADABLE, must_be_finite_features
+from mapet.evaluation.datasets import LabeledSet, labeled, split, unlabeled
+from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
 from mapet.evaluation.probes import MAX_TEST, MAX_TRAIN, ONLINE_C, extract_sample, fit_logistic, nearest_neighbors
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ DEAD_SHARE = 0.2
 """Dead codes: a fifth of the output head is never trained, and the vocabulary is a fifth larger than it says."""
 PERPLEXITY_SHARE = 0.25
 """Perplexity over K: below a quarter, two bits of each patch's log2 K are lost; K / 4 even words would say as much."""
-COMMONEST_SHARE = 0.5
+MAX_TOP_CODE_FRACTION = 0.5
 """Commonest word, from 1 / K (even) to 1 (no other): past the middle, a model that always guesses it scores well."""
 TINY_CHANGE = 0.5
 """Kappa under changes that a person hardly sees: below a half more words change than stay, so targets are mostly noise."""
@@ -51,15 +51,15 @@ SHIFT = 0.25
 POSITION_SHARE = 0.5
 """Information on position over the word's entropy: past a half, most of a word could be had without looking."""
 COPYING = 0.9
-"""Share of neighbours that agree: past nine in ten, copying the patch beside solves the task, and little is learned."""
+"""Share of neighbors that agree: past nine in ten, copying the patch beside solves the task, and little is learned."""
 PATCHES_PER_CODE = 5
 """Below that, rare words are missing by chance: of words used evenly exp(-5), 0.7 %, aren't seen; of rarer ones more."""
 
 JITTER, NOISE, JPEG_QUALITY = 0.1, 2.0, 75
-"""Changes of brightness, contrast and saturation, up to a tenth; standard deviation of the noise, of 255 grey levels: that of a
+"""Changes of brightness, contrast and saturation, up to a tenth; standard deviation of the noise, of 255 gray levels: that of a
 good camera in good light; libjpeg's own default."""
 CHANGES = {
-    "flip": "mirroring", "shift": "moving the window by whole patches", "jitter": "a slight change of colours",
+    "flip": "mirroring", "shift": "moving the window by whole patches", "jitter": "a slight change of colors",
     "noise": "slight noise", "jpeg": "JPEG compression", "stored": "reading the token store",
 }  # fmt: skip
 """Name of a pair of views -> what was done to the second."""
@@ -69,7 +69,7 @@ MAX_IMAGES, PATCHES_SHOWN = 2000, 60
 NUM_QUERIES, NUM_NEAREST = 6, 7
 """Held-out images whose nearest ones are shown, and how many of each."""
 Titled = tuple[UInt8[Tensor, "C H W"], str]
-"""Pixels of a centred view, and the name of the image."""
+"""Pixels of a centered view, and the name of the image."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Usage:
         reachable_codes: codes that so many patches would show if all were equally common, K (1 - (1 - 1/K)^n).
         entropy: -sum p log2 p, bits a patch; at most log2 K.
         perplexity: 2 to the entropy: as many equally common codes would be as hard to guess (VQ-VAE, arXiv 1711.00937).
-        commonest_share: share of patches that have the commonest code.
+        top_code_fraction: share of patches that have the commonest code.
         codes_for_half, codes_for_most: share of the codes, commonest first, that cover 50 % and 90 % of the patches.
         patches: how many patches it was measured on.
     """
@@ -92,7 +92,7 @@ class Usage:
     reachable_codes: float
     entropy: float
     perplexity: float
-    commonest_share: float
+    top_code_fraction: float
     codes_for_half: float
     codes_for_most: float
     patches: int
@@ -114,7 +114,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Information:
+class MutualInformation:
     """What one thing says about another, bits a patch.
 
     Attributes:
@@ -146,15 +146,15 @@ class BagOfTokens:
 
 
 @dataclass(frozen=True)
-class Measures:
+class TokenMetrics:
     """Everything measured of one tokenizer's words.
 
     Attributes:
         vocab_size: K.
         images: in the sample.
         stability: change of view -> how often the word of the same content stays the same.
-        coherence: 'horizontal', 'vertical' -> how often neighbouring patches have the same word.
-        neighbour: what a patch's word says about its neighbour's.
+        coherence: 'horizontal', 'vertical' -> how often neighboring patches have the same word.
+        neighbor: what a patch's word says about its neighbor's.
         position: what a patch's place in the image says about its word.
         label: what a patch's word says about the image's class; None without labels.
         bag_of_tokens: what all words of an image say about its class; None without labels.
@@ -165,9 +165,9 @@ class Measures:
     usage: Usage
     stability: Mapping[str, Agreement]
     coherence: Mapping[str, Agreement]
-    neighbour: Information | None
-    position: Information
-    label: Information | None = None
+    neighbor: MutualInformation | None
+    position: MutualInformation
+    label: MutualInformation | None = None
     bag_of_tokens: BagOfTokens | None = None
 
 
@@ -197,7 +197,7 @@ def neighbors(ids: Int[Tensor, "B rows columns"]) -> dict[str, tuple[Tensor, Ten
     return {name: pair for name, pair in pairs.items() if pair[0].numel()}
 
 
-def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], together: int = 1) -> Information:
+def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], together: int = 1) -> MutualInformation:
     """I(x; y) = H(x) + H(y) - H(x, y) in bits, its bias taken off.
 
     The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955), as
@@ -213,21 +213,21 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], together: int
     plain = torch.tensor([mutual_info_score(x, other) for other in (y, *shuffled)], dtype=torch.float64) / log(2)
     chance, error = float(plain[1:].mean()), float(plain[1:].std()) * sqrt(1 + 1 / SHUFFLES)
     bits, bits_of_y = float(plain[0]) - chance, float(entropy(y.unique(return_counts=True)[1], base=2))
-    return Information(bits, chance, error, bits / bits_of_y if bits_of_y > 0 else 0.0)
+    return MutualInformation(bits, chance, error, bits / bits_of_y if bits_of_y > 0 else 0.0)
 
 
-def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"]) -> Information:
+def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"]) -> MutualInformation:
     """Measure what a token says about the class of its image. Labels are shuffled over whole images."""
     patches = ids[0].numel()
     return mutual_information(ids.flatten(), labels.repeat_interleave(patches), together=patches)
 
 
-def position_information(ids: Int[Tensor, "B rows columns"]) -> Information:
+def position_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformation:
     """Measure what a patch's position in the image says about its token."""
     return mutual_information(torch.arange(ids[0].numel()).repeat(len(ids)), ids.flatten())
 
 
-def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> Information | None:
+def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformation | None:
     """Measure what a token says about the token beside or below it; None for a single patch."""
     pairs = neighbors(ids).values()
     if not pairs:
@@ -277,7 +277,7 @@ def nearest_codes(
 def measure(
     ids: Int[Tensor, "B rows columns"], vocab_size: int, views: Mapping[str, tuple[Tensor, Tensor]] = {},
     labels: Int[Tensor, " B"] | None = None, test: Tensor | None = None,
-) -> Measures:  # fmt: skip
+) -> TokenMetrics:  # fmt: skip
     """Everything.
 
     Args:
@@ -290,10 +290,10 @@ def measure(
     label = None if labels is None else label_information(ids, labels)
     bag = None if labels is None or test is None else bag_of_tokens(ids, labels, test, vocab_size)
     about = neighbor_information(ids), position_information(ids), label
-    return Measures(vocab_size, len(ids), usage(ids, vocab_size), stability, coherence, *about, bag)
+    return TokenMetrics(vocab_size, len(ids), usage(ids, vocab_size), stability, coherence, *about, bag)
 
 
-def warnings(m: Measures) -> Iterator[str]:
+def warnings(m: TokenMetrics) -> Iterator[str]:
     """Say what is poor, in plain sentences; nothing for tokens that look fit to learn from."""
     use, K, bag = m.usage, m.vocab_size, m.bag_of_tokens
     if use.patches < PATCHES_PER_CODE * K:
@@ -304,8 +304,8 @@ def warnings(m: Measures) -> Iterator[str]:
         yield f"{use.dead_codes:,} of {K:,} codes are dead ({even} would be by even use): fit fewer codes, or to more varied images"
     if use.perplexity < PERPLEXITY_SHARE * use.reachable_codes:
         yield f"perplexity {use.perplexity:.1f} of {K:,}: a few tokens take most patches, and as many even ones would say as much"
-    if use.commonest_share > 1 / K + COMMONEST_SHARE * (1 - 1 / K) or K == 1:
-        yield f"one token takes {use.commonest_share:.0%} of the patches: always guessing it is already a good prediction"
+    if use.top_code_fraction > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:
+        yield f"one token takes {use.top_code_fraction:.0%} of the patches: always guessing it is already a good prediction"
     for name, view in m.stability.items():
         share = f"{1 - view.share:.0%}"
         if name == "stored" and view.share < 1:
@@ -322,7 +322,7 @@ def warnings(m: Measures) -> Iterator[str]:
     agreeing = min((pair.share for pair in m.coherence.values()), default=0.0)
     if agreeing > COPYING:
         yield f"{agreeing:.0%} of neighboring patches share their token: copying the patch beside nearly solves the task"
-    if m.neighbour is not None and use.used_codes > 1 and m.neighbour.bits <= ERRORS * m.neighbour.error:
+    if m.neighbor is not None and use.used_codes > 1 and m.neighbor.bits <= ERRORS * m.neighbor.error:
         yield "a token says nothing of the tokens beside it: nothing can be predicted from context (are tokens mixed up?)"
     if m.label is not None and m.label.bits <= ERRORS * m.label.error:
         yield "a token says nothing of the class of its image (are tokens paired with the wrong images?)"
@@ -335,7 +335,7 @@ def warnings(m: Measures) -> Iterator[str]:
 
 
 class Words(NamedTuple):
-    """Words of the centred views of a sample.
+    """Words of the centered views of a sample.
 
     Attributes:
         image_index: of each image that could be read, in the list.
@@ -354,7 +354,7 @@ class Sampler:
         tokenizer: with its teacher, on `compute.device`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, compute: Compute) -> None:
+    def __init__(self, tokenizer: Tokenizer, compute: ComputeContext) -> None:
         assert tokenizer.teacher is not None, "loaded without its teacher"
         self.tokenizer, self.compute = tokenizer, compute
         self.channels: int = tokenizer.description["teacher"]["channels"]
@@ -420,7 +420,7 @@ class Sampler:
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
         size = inference_batch_size(self.teacher_size)
         batches = [[(0, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
-        return readable_batches(dataset, batches, Quarantine(dataset.images, MAX_UNREADABLE), title)
+        return readable_batches(dataset, batches, UnreadableImages(dataset.images, MAX_UNREADABLE), title)
 
     @torch.inference_mode()
     def _ids(self, images: Tensor | None) -> Int[Tensor, "B rows columns"]:
@@ -447,7 +447,7 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class Look(NamedTuple):
-    """Centred views of a sample and what tokenizer and model say of them. n images, of which the first s are shown.
+    """Centered views of a sample and what tokenizer and model say of them. n images, of which the first s are shown.
 
     Attributes:
         image_index: of each image in the list.
@@ -473,7 +473,12 @@ class Look(NamedTuple):
 
 @torch.inference_mode()
 def look_at(
-    model: ViTForPreTraining, tokenizer: Tokenizer, images: ImageList, compute: Compute, shown: int, order: OrderKind
+    model: ViTForPreTraining,
+    tokenizer: Tokenizer,
+    images: ImageList,
+    compute: ComputeContext,
+    shown: int,
+    order: PermutationKind,
 ) -> Look:
     """Draw images at random and run tokenizer and model over them.
 
@@ -500,7 +505,7 @@ def look_at(
     logits = model.predict(pretrain_batch).cpu() if model.target == "tokens" else None
     attention = attention_of_cls(vit, normal).cpu() if vit.has_class_token else None
     features = vit.forward_features(normal)[:, vit.num_prefix_tokens :].float().cpu()
-    must_be_finite_features(features)
+    check_finite_features(features)
     return Look(
         batch.image_index, batch.images, tokens, permutation, logits, attention, features, tokenizer.grid, tokenizer.vocab_size
     )  # fmt: skip
@@ -526,16 +531,16 @@ def attention_of_cls(vit: VisionTransformer, images: Float[Tensor, "B C H W"]) -
 def principal_colors(features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 3"]:
     """The first three principal components of all patches together, each stretched to [0, 1] between its 1 % and 99 % points."""
     flat = features.flatten(0, 1)
-    centred = flat - flat.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    scores = centred @ directions[:3].T
+    centered = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(centered, full_matrices=False)
+    scores = centered @ directions[:3].T
     scores = F.pad(scores, (0, 3 - scores.shape[1]))
     low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
     return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).view(*features.shape[:2], 3)
 
 
 def retrieve(
-    vit: VisionTransformer, images: ImageList, compute: Compute
+    vit: VisionTransformer, images: ImageList, compute: ComputeContext
 ) -> tuple[list[list[Titled]], list[str], Int[np.ndarray, "K K"] | None]:
     """Find the images nearest to some of a fixed sample, a fifth of which is held out.
 
@@ -546,7 +551,7 @@ def retrieve(
     Raises:
         MapetError: too few images to hold some out, or too many that can't be read.
     """
-    train, test = split(labelled(images) if images.classes() else unlabelled(images))
+    train, test = split(labeled(images) if images.classes() else unlabeled(images))
     train, test = train.sample(MAX_TRAIN), test.sample(MAX_TEST)
     fit, check = extract_sample(vit, train, test, compute)
     features, confusion = check.layer_features(), None
@@ -563,14 +568,14 @@ def retrieve(
 
 
 def neighbor_rows(
-    size: tuple[int, int], channels: int, train: LabelledSet, test: LabelledSet, queries: list[int],
+    size: tuple[int, int], channels: int, train: LabeledSet, test: LabeledSet, queries: list[int],
     nearest: list[list[int]],
 ) -> list[list[Titled]]:  # fmt: skip
     """Show each query, a test image, and after it its nearest training images."""
 
-    def titled(data: LabelledSet, index: int) -> Titled:
+    def titled(data: LabeledSet, index: int) -> Titled:
         picture = data.images.open(index, channels)
-        view = draw_view(ViewSpec(image_size=size), picture.size, data.images.key(index), 0)
+        view = sample_view(ViewSpec(image_size=size), picture.size, data.images.key(index), 0)
         return render(picture, view, size), data.title(index)
 
     return [

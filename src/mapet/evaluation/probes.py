@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mapet.config.pretraining import PretrainConfig
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
-from mapet.device import Compute
+from mapet.data.sources import list_images
+from mapet.device import ComputeContext
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import HELD_OUT, LabelledSet, labelled, split
+from mapet.evaluation.datasets import HELD_OUT, LabeledSet, labeled, split
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
@@ -223,7 +223,7 @@ def require_images(count: int, what: str) -> None:
 class LinearClassifiers(nn.Module):
     """Linear classifiers of one layer's features, side by side: one for each learning rate.
 
-    With `batch_norm` features are standardised first, without scale and shift, as in MAE (arXiv 2111.06377, appendix A.1).
+    With `batch_norm` features are standardized first, without scale and shift, as in MAE (arXiv 2111.06377, appendix A.1).
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class LinearClassifiers(nn.Module):
 
 
 def fit_linear_sgd(
-    cache: FeatureCache, num_classes: int, compute: Compute, epochs: int, seed: int = 0
+    cache: FeatureCache, num_classes: int, compute: ComputeContext, epochs: int, seed: int = 0
 ) -> dict[str, tuple[LinearClassifiers, dict[int, float]]]:
     """Train the field's linear probes by SGD, without batch norm ('linear_sgd') and with it ('linear_sgd_bn').
 
@@ -301,7 +301,7 @@ def fit_linear_sgd(
 class AttentivePool(nn.Module):
     """One query in several heads attends to the patches of an image (CAE, arXiv 2202.03026; AIM, arXiv 2401.08541, section 4).
 
-    Tokens are standardised, keys and values are linear maps of them. A lone query makes the key's map redundant
+    Tokens are standardized, keys and values are linear maps of them. A lone query makes the key's map redundant
     (q . W x = (W'q) . x), and values may be mapped after pooling: the same functions, at a cost of one product a token.
     """
 
@@ -324,7 +324,7 @@ class AttentivePool(nn.Module):
 
 
 def fit_attentive(
-    cache: PatchTokenCache, num_classes: int, compute: Compute, seed: int = 0
+    cache: PatchTokenCache, num_classes: int, compute: ComputeContext, seed: int = 0
 ) -> tuple[AttentivePool, float]:
     """Train the attentive probe, and return it with its learning rate.
 
@@ -363,7 +363,7 @@ def fit_attentive(
 
 
 def extract_sample(
-    vit: VisionTransformer, train: LabelledSet, test: LabelledSet, compute: Compute
+    vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext
 ) -> tuple[FeatureCache, FeatureCache]:
     """Compute a ViT's features, as it is, of training and test images."""
     backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(progress=False)
@@ -371,10 +371,10 @@ def extract_sample(
 
 
 class OnlineProbe:
-    """Is it learning at all? Linear probe and k-NN on a small fixed sample of labelled images, every few epochs."""
+    """Is it learning at all? Linear probe and k-NN on a small fixed sample of labeled images, every few epochs."""
 
-    def __init__(self, config: PretrainConfig, images: ImageList, compute: Compute) -> None:
-        train, test = split(labelled(images if config.probe_images is None else scan(config.probe_images)))
+    def __init__(self, config: PretrainConfig, images: ImageList, compute: ComputeContext) -> None:
+        train, test = split(labeled(images if config.probe_images is None else list_images(config.probe_images)))
         self.train, self.test, self.compute = train.sample(MAX_TRAIN), test.sample(MAX_TEST), compute
         self.every = config.probe_every or max(1, config.epochs // 5)
 

@@ -21,7 +21,7 @@ from mapet.data.views import ViewSpec
 from mapet.errors import MapetError
 from mapet.evaluation import dense, eval_context, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from mapet.evaluation.datasets import LabelledSet, few_shot_split
+from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
 
@@ -150,7 +150,7 @@ def feature_stats(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"] | 
     """Measure rank, spread and collapse of features.
 
     RankMe: exp of the entropy of the singular values' fractions (Garrido et al. 2023, arXiv 2210.02885), of the features as
-    they are. Effective rank: the same of the centred ones (Roy & Vetterli 2007), which a common offset does not lower. Both are at most
+    they are. Effective rank: the same of the centered ones (Roy & Vetterli 2007), which a common offset does not lower. Both are at most
     min(n, D).
     Spread: mean standard deviation of the dimensions of length-1 features times sqrt(D): near 1 where directions are used evenly, 0 where all
     features point one way (SimSiam, arXiv 2011.10566, section 4.1).
@@ -211,7 +211,7 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
 
 
 def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Assign each row to a cluster by k-means++ of the centred features' directions, the best of 3 starts."""
+    """Assign each row to a cluster by k-means++ of the centered features' directions, the best of 3 starts."""
     unit = F.normalize(features - features.mean(0), dim=1)
     return KMeans(num_clusters, n_init=3, max_iter=30, random_state=seed).fit_predict(unit.numpy())
 
@@ -259,7 +259,7 @@ def nearest_neighbors(context: EvalContext) -> ProtocolResult:
 
 @protocol("ood")
 def ood(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy on other labelled folders, on the classes they share with training; the choice is among those alone.
+    """Measure accuracy on other labeled folders, on the classes they share with training; the choice is among those alone.
 
     So it is done for ImageNet-A and -R, which have 200 of the 1,000 classes.
     """
@@ -282,8 +282,8 @@ def ood(context: EvalContext) -> ProtocolResult:
     return result
 
 
-def shared_classes(data: LabelledSet, names: list[str], what: str) -> tuple[Bool[np.ndarray, " K"], LabelledSet]:
-    """Find which of `names` the data has, and its images of those, labelled by their place in `names`.
+def shared_classes(data: LabeledSet, names: list[str], what: str) -> tuple[Bool[np.ndarray, " K"], LabeledSet]:
+    """Find which of `names` the data has, and its images of those, labeled by their place in `names`.
 
     Raises:
         MapetError: none is shared.
@@ -296,7 +296,7 @@ def shared_classes(data: LabelledSet, names: list[str], what: str) -> tuple[Bool
             f"beside {', '.join(names[:3])} ...; folders of one class need one name"
         )
     images = data.images.subset(np.flatnonzero(labels >= 0))
-    return np.isin(names, data.classes), LabelledSet(images, names, labels[labels >= 0])
+    return np.isin(names, data.classes), LabeledSet(images, names, labels[labels >= 0])
 
 
 @protocol("labels", expensive=True)
@@ -304,7 +304,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE."""
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED)
     if backbone.channels not in (1, 3):
-        raise MapetError(f"corruptions are of grey or RGB images, {backbone.name} takes {backbone.channels} channels")
+        raise MapetError(f"corruptions are of gray or RGB images, {backbone.name} takes {backbone.channels} channels")
     clean = _is_correct(context, data, backbone)
     readable = ~clean.isnan()
 
@@ -359,7 +359,7 @@ def resolution(context: EvalContext) -> ProtocolResult:
 
 
 def _is_correct(
-    context: EvalContext, data: LabelledSet, backbone: BackboneWrapper, **dataset: Any
+    context: EvalContext, data: LabeledSet, backbone: BackboneWrapper, **dataset: Any
 ) -> Float[Tensor, " n"]:
     """1 for each image that is classified correctly, else 0; NaN for unreadable ones."""
     correct, labels = torch.full((len(data),), torch.nan, dtype=torch.float64), torch.from_numpy(data.labels)

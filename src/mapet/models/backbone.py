@@ -15,9 +15,9 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 
 from mapet.data.views import input_mean_std
-from mapet.device import Compute
-from mapet.errors import MapetError, by, did_you_mean, must_be_divisible, option, shell_command
-from mapet.files import atomic, naming_the_cause, read_json
+from mapet.device import ComputeContext
+from mapet.errors import MapetError, by, check_divisible, did_you_mean, option, shell_command
+from mapet.files import atomic_write, naming_the_cause, read_json
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, adapt_state_dict, from_state_dict
 from mapet.run_state import find_config
 from mapet.weights import first_names, read_weights
@@ -64,7 +64,7 @@ def create_vit(
     if unknown := [key for key in args if key not in KEYWORDS]:
         raise MapetError(f"unknown model argument '{unknown[0]}'{_suggest_keyword(unknown[0])}")
     if patch_size is not None:
-        must_be_divisible(image_size, patch_size)
+        check_divisible(image_size, patch_size)
         args["patch_size"] = patch_size
     if args.get("class_token") is False:
         # Mean pooling; `fc_norm=False` keeps the final norm where pre-training learns it.
@@ -81,7 +81,7 @@ def create_vit(
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
         raise MapetError(f"the blocks of '{model}' are not plain pre-norm attention and MLP; {PLAIN_HINT}")
-    must_be_divisible(image_size, vit.patch_embed.patch_size[0])
+    check_divisible(image_size, vit.patch_embed.patch_size[0])
     return vit
 
 
@@ -89,7 +89,7 @@ def _suggest_keyword(key: str) -> str:
     return did_you_mean(KEYWORD_ALIASES.get(key, key), KEYWORDS)
 
 
-def prepare_for_device(model: Model, compute: Compute) -> Model:
+def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
     """Move a ViT, or a model that holds one, to its device, with the attention that is fastest there.
 
     On CPUs PyTorch's fused attention is up to 3x slower in bfloat16, for the short sequences here, than plain
@@ -108,7 +108,7 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`.
     """
     data = _data_config(vit)
-    with atomic(folder) as temporary, naming_the_cause(folder):
+    with atomic_write(folder) as temporary, naming_the_cause(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
         config = json.loads((temporary / "config.json").read_text())
         for key in DROPPED_CFG_KEYS:
@@ -155,7 +155,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
         raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}{next(hints, '')}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
-    must_be_divisible(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
+    check_divisible(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     for module in vit.modules():
         if isinstance(module, torch.nn.LayerNorm) and checkpoint.eps is not None:
             module.eps = checkpoint.eps

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.data.views import input_mean_std
-from mapet.errors import MapetError, how_to_install, option
+from mapet.errors import MapetError, install_hint, option
 from mapet.files import write_json, write_tensors
 from mapet.models.backbone import save_backbone
 from mapet.models.checkpoint_conversion import fold_layer_scale
@@ -75,7 +75,7 @@ def require_packages(name: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            hint = how_to_install("export")
+            hint = install_hint("export")
             raise MapetError(f"{option('format')} {name} needs {module} ({error}): {hint}") from None
 
 

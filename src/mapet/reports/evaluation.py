@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
-from mapet.evaluation.inspection import CHANGES, Agreement, Information, Measures
+from mapet.evaluation.inspection import CHANGES, Agreement, MutualInformation, TokenMetrics
 from mapet.files import write_text
 from mapet.reports.render import markdown_table, render
 
@@ -76,24 +76,24 @@ def _worst_classes(per_class: Mapping[str, tuple[str, str, Mapping[str, tuple[in
     return markdown_table(["class", *per_class], rows) if rows else ""
 
 
-def tokenizer_metrics(m: Measures) -> dict[str, str]:
+def tokenizer_metrics(m: TokenMetrics) -> dict[str, str]:
     """Write each metric of a tokenizer: name -> value."""
 
     def agreement(pair: Agreement) -> str:
         return f"{pair.share:.1%} (chance {pair.chance:.1%}, kappa {pair.kappa:.2f})"
 
-    def information(value: Information) -> str:
+    def information(value: MutualInformation) -> str:
         taken_off = f"chance {value.chance:.3f} ± {value.error:.3f} taken off"
         return f"{value.bits:.3f} bits, {value.share:.1%} of all ({taken_off})"
 
     use, bag = m.usage, m.bag_of_tokens
-    told = {"token and neighbour": m.neighbour, "position and token": m.position, "token and class": m.label}
+    told = {"token and neighbor": m.neighbor, "position and token": m.position, "token and class": m.label}
     return {
         "used codes": f"{use.used_codes:,} of {m.vocab_size:,}",
         "dead codes": f"{use.dead_codes:,}",
         "perplexity": f"{use.perplexity:.1f}",
         "entropy": f"{use.entropy:.2f} bits",
-        "most frequent token": f"{use.commonest_share:.1%}",
+        "most frequent token": f"{use.top_code_fraction:.1%}",
         "cover 50 %": f"{use.codes_for_half:.1%}",
         "cover 90 %": f"{use.codes_for_most:.1%}",
         **{f"same after: {name}": agreement(pair) for name, pair in m.stability.items()},
@@ -103,7 +103,7 @@ def tokenizer_metrics(m: Measures) -> dict[str, str]:
     }
 
 
-def tokenizer_markdown(measures: Measures, warnings: Sequence[str], title: str) -> str:
+def tokenizer_markdown(measures: TokenMetrics, warnings: Sequence[str], title: str) -> str:
     """Render the metrics of a tokenizer: warnings in words, then each metric with what it means."""
     values = tokenizer_metrics(measures)
     return render("tokenizer_report.md", m=measures, warnings=warnings, title=title, values=values, changes=CHANGES)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.data.image_list import ImageList
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError
 from mapet.evaluation.inspection import Look, principal_colors, retrieve
 from mapet.models.objectives import Objective
@@ -27,7 +27,7 @@ SIDE = 384
 MAX_HEADS = 6
 
 
-def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: Compute) -> dict[str, Figure]:
+def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: ComputeContext) -> dict[str, Figure]:
     """Draw what tokenizer and model make of a sample, and what the model's features find among all images."""
     grid, vocab_size, shown = look.grid, look.vocab_size, look.images[: look.shown]
     patches, tokens = plots.patchify(look.images, grid).flatten(0, 1), look.tokens.flatten()
@@ -46,21 +46,21 @@ def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: C
         title = "Attention of the class token to the patches, last block"
         figures["cls_attention"] = plots.plot_maps(shown, {"mean": attention.mean(1), **heads}, title)
     colors = principal_colors(look.features).unflatten(1, grid).numpy()
-    title = "Principal components of the patches' features as colours"
+    title = "Principal components of the patches' features as colors"
     figures["features"] = plots.plot_maps(shown, {"features": colors}, title)
     try:
         rows, classes, confusion = retrieve(model.vit, images, compute)
     except MapetError as error:
-        log.warning("no neighbours: %s", error)
+        log.warning("no neighbors: %s", error)
         return figures
-    figures["neighbours"] = plots.plot_neighbours(rows, labelled=bool(classes))
+    figures["neighbors"] = plots.plot_neighbors(rows, labeled=bool(classes))
     if confusion is not None:
         figures["confusion"] = plots.plot_confusion(confusion, classes)
     return figures
 
 
 def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict[str, Any]:
-    """JSON of the shown images: pixels, order, tokens, predictions; and the mean patch and colour of each token among them.
+    """JSON of the shown images: pixels, order, tokens, predictions; and the mean patch and color of each token among them.
 
     `atlas.codes` are the tokens; the i-th is tile i of the picture, row by row. Predictions are in order of rank.
     """

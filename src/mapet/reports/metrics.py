@@ -111,7 +111,7 @@ def _record(line: bytes) -> Record | None:
 
 
 def thinned(series: Series, most: int) -> Series:
-    """At most `most` points, each the mean of as many neighbours; the first and the last stay as they are."""
+    """At most `most` points, each the mean of as many neighbors; the first and the last stay as they are."""
     inner, buckets = len(series.steps) - 2, most - 2
     if inner <= buckets:
         return series
@@ -133,13 +133,13 @@ def middle(history: History, name: str) -> float:
 
 FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
     "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
-    "token_entropy": ("loss of guessing by frequency, nats", last, number),
+    "unigram_entropy": ("loss of guessing by frequency, nats", last, number),
     "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
-    "commonest_token": ("always guessing the commonest word", last, percent),
+    "majority_token_accuracy": ("always guessing the commonest word", last, percent),
     "probe/logistic": ("linear probe while pre-training (held-out part of the training images)", last, number),
     "probe/knn": ("k-NN while pre-training (the same)", last, number),
     "images_per_second": ("images a second (median)", middle, number),
-    "data_wait": ("share of time waiting for images (median)", middle, percent),
+    "data_time_fraction": ("share of time waiting for images (median)", middle, percent),
     "skipped_steps": ("skipped steps", last, number),
 }
 """Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
@@ -194,7 +194,7 @@ def _findings(run: Subject) -> Iterator[tuple[str, tuple[Any, ...]]]:
     history = run.history
     # guessing the most frequent token, or by frequency, would do as well
     accuracy, loss = history["token_accuracy"], history["loss"]
-    majority, unigram = history["commonest_token"], history["token_entropy"]
+    majority, unigram = history["majority_token_accuracy"], history["unigram_entropy"]
     few_steps = loss.steps[-1] if loss.steps and loss.steps[-1] < FEW_STEPS else None
     if run.has_begun(accuracy) and majority.values:
         now, guess = history.over_last_epoch("token_accuracy"), majority.last
@@ -218,7 +218,7 @@ def _findings(run: Subject) -> Iterator[tuple[str, tuple[Any, ...]]]:
         if (share := fmean(norm > limit for norm in late)) >= 0.5:
             yield "mostly_clipped", (limit, share, median(late))
     # the loader is slower than the model, or the last quarter less than half as fast as what was before
-    waiting, speed = history["data_wait"].values, history["images_per_second"].values
+    waiting, speed = history["data_time_fraction"].values, history["images_per_second"].values
     if len(waiting) >= RECORDS and (share := median(waiting[len(waiting) // 4 :])) >= 0.25:
         yield "waits_for_images", (share,)
     if len(speed) >= 4 * RECORDS:

@@ -37,7 +37,7 @@ WHERE = {"images", "out", "tokenizer", "tokens", "probe_images"}
 HOW_FAST = {"resume", "device", "micro_batch_size", "log_interval"}
 ORDER = (
     *("token_maps", "patches_by_code", "nearest_codes", "code_usage", "attention_mask", "predictions"),
-    *("cls_attention", "features", "neighbours", "confusion"),
+    *("cls_attention", "features", "neighbors", "confusion"),
 )
 """Names of figures in the order of the report."""
 TINY = 64

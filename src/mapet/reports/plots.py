@@ -13,25 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from mapet.files import atomic
+from mapet.files import atomic_write
 from mapet.models.objectives import Segment
 from mapet.reports.render import LOOKS
 
 HIDDEN = 0.88
-"""Grey of a patch that is not shown."""
+"""Gray of a patch that is not shown."""
 MAX_NUMBERED, MAX_NAMED = 20, 60
 """Classes of a confusion matrix up to which counts are written out, and names."""
 SHOWN_CODES, SHOWN_PATCHES = 12, 12
 """Codes of the figure of patches by code, and patches of each, at most."""
 INK = "#010203"
-"""What matplotlib draws in an SVG and the page shows in its own text colour, dark or light."""
+"""What matplotlib draws in an SVG and the page shows in its own text color, dark or light."""
 
 
 # ---- images and patches
 
 
 def to_picture(image: UInt8[Tensor, "C H W"]) -> Float[np.ndarray, "H W 3"]:
-    """Convert to values in 0..1: the first three channels, or grey."""
+    """Convert to values in 0..1: the first three channels, or gray."""
     channels = image if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     return channels[:3].permute(1, 2, 0).float().numpy() / 255
 
@@ -53,7 +53,7 @@ def unpatchify(patches: Float[Tensor, "N C h w"], grid: tuple[int, int]) -> Floa
 def mean_patches(
     patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int
 ) -> Float[Tensor, "V C h w"]:
-    """Average the patches of each code; grey for a code without patches."""
+    """Average the patches of each code; gray for a code without patches."""
     flat = patches.flatten(1).float()
     sums = torch.zeros(vocab_size, flat.shape[1]).index_add_(0, tokens, flat)
     counts = torch.bincount(tokens, minlength=vocab_size)[:, None]
@@ -62,7 +62,7 @@ def mean_patches(
 
 
 def code_colors(vocab_size: int) -> Float[np.ndarray, "V 3"]:
-    """Return a fixed colour for each code."""
+    """Return a fixed color for each code."""
     return np.random.default_rng(7).uniform(0.05, 1.0, (vocab_size, 3))
 
 
@@ -87,23 +87,23 @@ def montage(
     """Draw rows of named tiles, each 1 x 1 on one axis (matplotlib takes seconds for an axis per tile), with room above.
 
     Returns:
-        the figure, its axis, and the y of each row's centre.
+        the figure, its axis, and the y of each row's center.
     """
     columns, step = max(map(len, tiles)), 1.2
     figure, axis = one_axis(size * columns + 1, size * step * len(tiles) + 0.6)
-    centres = [step * row + 0.7 for row in range(len(tiles))]
-    for y, row in zip(centres, tiles, strict=True):
+    centers = [step * row + 0.7 for row in range(len(tiles))]
+    for y, row in zip(centers, tiles, strict=True):
         for x, tile in enumerate(row):
             axis.imshow(tile, interpolation="nearest", extent=(x + 0.04, x + 0.96, y + 0.46, y - 0.46))
     axis.set(xlim=(0, columns), ylim=(step * len(tiles) + 0.2, 0), aspect="equal", xticks=[], frame_on=False)
-    axis.set_yticks(centres, names, fontsize=7)
+    axis.set_yticks(centers, names, fontsize=7)
     axis.tick_params(length=0)
-    return figure, axis, centres
+    return figure, axis, centers
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write PNG atomically."""
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
@@ -116,7 +116,7 @@ def plot_code_usage(counts: Int[Tensor, " V"]) -> Figure:
     used = int((counts > 0).sum())
     figure, axis = one_axis(6, 4)
     axis.loglog(np.arange(1, used + 1), shares[:used].numpy(), marker=".", label=f"{used:,} used codes")
-    axis.axhline(1 / len(counts), color="grey", linestyle="--", label=f"even use of {len(counts):,}")
+    axis.axhline(1 / len(counts), color="gray", linestyle="--", label=f"even use of {len(counts):,}")
     covered = shares.cumsum(0)
     for share, style in ((0.5, ":"), (0.9, "-.")):
         rank = int((covered < share - 1e-12).sum()) + 1
@@ -141,14 +141,14 @@ def plot_nearest_codes(
     prototypes: Float[Tensor, "V C h w"],
     counts: Int[Tensor, " V"],
     codes: Int[Tensor, " n"],
-    neighbours: Int[Tensor, "n k"],
+    neighbors: Int[Tensor, "n k"],
     distances: Float[Tensor, "n k"],
 ) -> Figure:
-    """Draw a row a code: its mean patch, then those of the codes with the nearest centroids; an unused code stays grey."""
-    order = torch.cat([codes[:, None], neighbours], 1).tolist()
+    """Draw a row a code: its mean patch, then those of the codes with the nearest centroids; an unused code stays gray."""
+    order = torch.cat([codes[:, None], neighbors], 1).tolist()
     tiles = [[to_picture(prototypes[code].round().to(torch.uint8)) for code in row] for row in order]
-    figure, axis, centres = montage(tiles, _with_shares(codes, counts), size=0.8)
-    for y, near, far in zip(centres, neighbours.tolist(), distances.tolist(), strict=True):
+    figure, axis, centers = montage(tiles, _with_shares(codes, counts), size=0.8)
+    for y, near, far in zip(centers, neighbors.tolist(), distances.tolist(), strict=True):
         for column, (code, distance) in enumerate(zip(near, far, strict=True), 1):
             axis.text(column + 0.5, y - 0.47, f"{code}: {distance:.2g}", fontsize=6, ha="center", va="bottom")
     figure.suptitle("Mean patches of codes and of their nearest codes (code: distance)", fontsize=9)
@@ -165,7 +165,7 @@ def _with_shares(codes: Int[Tensor, " n"], counts: Int[Tensor, " V"]) -> list[st
 def plot_maps(
     images: UInt8[Tensor, "B C H W"], maps: Mapping[str, Float[np.ndarray, "B rows columns ..."]], title: str
 ) -> Figure:
-    """Draw each image above its maps, by name: a colour a patch, or a value a patch (dark is low)."""
+    """Draw each image above its maps, by name: a color a patch, or a value a patch (dark is low)."""
     rows, columns = 1 + len(maps), len(images)
     figure = Figure(figsize=(max(5.0, 1.5 * columns + 1), 1.5 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
@@ -181,9 +181,9 @@ def plot_maps(
 def plot_token_maps(
     images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], grid: tuple[int, int], vocab_size: int
 ) -> Figure:
-    """Draw each image above its token map, one colour a token."""
+    """Draw each image above its token map, one color a token."""
     colors = code_colors(vocab_size)[tokens.view(-1, *grid).numpy()]
-    return plot_maps(images, {"tokens": colors}, "Images and their visual tokens (one colour a token)")
+    return plot_maps(images, {"tokens": colors}, "Images and their visual tokens (one color a token)")
 
 
 def plot_attention_mask(mask: Bool[Tensor, "R R"], lengths: Mapping[Segment, int], name: str) -> Figure:
@@ -245,17 +245,17 @@ def plot_predictions(
 # ---- evaluation and fine-tuning
 
 
-def plot_neighbours(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]], labelled: bool) -> Figure:
+def plot_neighbors(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]], labeled: bool) -> Figure:
     """Draw rows of (image, name): a test image, then the training images nearest to it, best first.
 
     Args:
-        labelled: names are classes; images of the row's first class get a green frame, others a dashed red one.
+        labeled: names are classes; images of the row's first class get a green frame, others a dashed red one.
     """
     tiles = [[to_picture(image) for image, _ in row] for row in rows]
-    figure, axis, centres = montage(tiles, [""] * len(rows), size=0.9)
-    for y, row in zip(centres, rows, strict=True):
+    figure, axis, centers = montage(tiles, [""] * len(rows), size=0.9)
+    for y, row in zip(centers, rows, strict=True):
         for x, (_, name) in enumerate(row):
-            if labelled and x:
+            if labeled and x:
                 color, style = ("tab:green", "-") if name == row[0][1] else ("tab:red", "--")
                 axis.add_patch(Rectangle((x + 0.04, y - 0.46), 0.92, 0.92, fill=False, ec=color, lw=2.5, ls=style))
             axis.text(x + 0.5, y - 0.49, name[:14], fontsize=7, ha="center", va="bottom", parse_math=False)

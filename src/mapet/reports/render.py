@@ -17,10 +17,10 @@ from markupsafe import Markup
 from mapet.errors import option
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's (2008), which the colour-blind can tell apart; the dashes help further."""
+"""Okabe and Ito's (2008), which the color-blind can tell apart; the dashes help further."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 LOOKS = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
-"""Colour and dashes of lines, taken in turn."""
+"""Color and dashes of lines, taken in turn."""
 
 
 class Bold(str):

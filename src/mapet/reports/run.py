@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from mapet.config.base import meaning_of_none, read_recipe
+from mapet.config.base import meaning_of_none, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import MapetError, spell_as_flags, spell_in_section
 from mapet.reports.metrics import History, Subject, figures, not_judged, warnings
@@ -47,7 +47,7 @@ class RunFiles:
         self.parent = parent_run(self.folder)
         self.around = [self.folder, *([self.parent] if self.parent else [])]
         try:
-            self.recipe = read_recipe(self.folder / CONFIG_FILE)
+            self.recipe = read_config(self.folder / CONFIG_FILE)
         except MapetError:
             self.recipe = {}
         unknown = RunState(command="", status="interrupted", pid=0)

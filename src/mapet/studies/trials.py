@@ -17,18 +17,18 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from mapet.config.base import Config, build, differences, read_recipe, write_recipe
+from mapet.config.base import Config, build, differences, read_config, write_config
 from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
-from mapet.config.shared import is_own_code
+from mapet.config.shared import is_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
-from mapet.device import Compute, usable_cores
+from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, by, did_you_mean, option
 from mapet.evaluation.datasets import train_and_test
 from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
-from mapet.files import is_free
+from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, read_or_none, record, run_state
 from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Study, Trial
@@ -129,7 +129,7 @@ def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     costs: dict[str, float] = {}
     for trial in trials:
         if str(trial.factors) not in costs:
-            made = not is_free(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
+            made = not is_empty_dir(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
             costs[str(trial.factors)] = flops_per_image(pretrain_config(config, trial)) if made else 0.0
     trials = [replace(trial, flops_per_image=costs[str(trial.factors)]) for trial in trials]
     if not config.equal_compute:
@@ -170,7 +170,7 @@ def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfi
         fitting = build(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
     except MapetError as error:
         raise MapetError(f"tokenizer '{name}': {error}") from None
-    teacher = fitting.teacher if is_own_code(fitting.teacher) else None
+    teacher = fitting.teacher if is_custom_teacher(fitting.teacher) else None
     given = {"out": folder / "tokens", "tokenizer": fitting.out, "trust_teacher": teacher}
     tokenizing = build(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | given)
     for now in (fitting, tokenizing):
@@ -192,7 +192,9 @@ def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
     folder, teacher = tokenizer_folder(config, trial.tokenizer), config.tokenizers[trial.tokenizer].teacher
     given = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
     given |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
-    return build(PretrainConfig, trial.options | given | {"trust_teacher": teacher if is_own_code(teacher) else None})
+    return build(
+        PretrainConfig, trial.options | given | {"trust_teacher": teacher if is_custom_teacher(teacher) else None}
+    )
 
 
 def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:
@@ -230,7 +232,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
     for name in sorted(names):
         fitting, tokenizing = tokenizer_configs(config, name)
         try:
-            if is_free(fitting.out):
+            if is_empty_dir(fitting.out):
                 log.info("--- tokenizer %s", name)
                 with run_state(fitting.out, "fit-tokenizer", fitting):
                     fit_tokenizer(fitting)
@@ -267,7 +269,7 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
             reason = f"tokenizer {trial.tokenizer}: {broken[trial.tokenizer]}"
             RunState(command="trial", status="failed", reason=reason).write(folder)
         else:
-            write_recipe(trial_config(config, trial, num_images), folder / CONFIG_FILE)
+            write_config(trial_config(config, trial, num_images), folder / CONFIG_FILE)
             waiting.append(folder)
     log.info("%d trials, %d of them to run, log of each in its folder in %s", len(trials), len(waiting), config.out)
     running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}  # by index of the device
@@ -327,7 +329,7 @@ def run_trial(folder_name: str, device: str) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this trial may be running still
         if is_finished(folder):
             return 0
-        config = build(TrialConfig, read_recipe(folder / CONFIG_FILE))
+        config = build(TrialConfig, read_config(folder / CONFIG_FILE))
         run = config.pretrain.out
         resume = (run / CONFIG_FILE).exists()
         pretraining = config.pretrain.model_copy(update={"device": device, "resume": resume})
@@ -358,7 +360,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     """
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
-    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", Compute.choose(device), seed)
+    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", ComputeContext.choose(device), seed)
     fit = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():
@@ -436,6 +438,6 @@ def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[
 
 def _describe_tokenizer(config: StudyConfig, name: str) -> str:
     fitting, _ = tokenizer_configs(config, name)
-    tokens = "no" if is_free(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
+    tokens = "no" if is_empty_dir(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
     size = f"{by(fitting.image_size)} px in patches of {fitting.patch_size}"
     return f"Tokenizer '{name}': teacher {fitting.teacher}, {size}, {tokens} tokens."

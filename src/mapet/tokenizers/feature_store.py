@@ -79,7 +79,7 @@ class FeatureStore:
         if scaled.numel() and float(scaled.abs().max()) > torch.finfo(torch.float16).max:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
-                f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalise the encoder's output"
+                f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalize the encoder's output"
             )
         if self._rows is not None:
             self._rows[self.count : self.count + len(scaled)] = scaled
@@ -227,7 +227,7 @@ class DistributedPoints:
 def stratified_sample(num_points: int, size: int, random: np.random.Generator) -> Int[Tensor, " size"]:
     """Numbers of `size` different points, ascending: one at random from each of as many equal stretches.
 
-    Patches of an image are neighbours, and much alike: so few come from one image. All points if `size` is larger.
+    Patches of an image are neighbors, and much alike: so few come from one image. All points if `size` is larger.
     """
     size = min(size, num_points)
     ends = np.arange(size + 1) * num_points // size

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError, option
-from mapet.files import atomic, check_same_options, write_tensors
+from mapet.files import atomic_write, check_same_options, write_tensors
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, rows_at_once, stratified_sample
 
 COLUMNS = 128
@@ -307,7 +307,7 @@ def save_state(path: Path, call: dict[str, Any], state: KMeansState) -> None:
     values = state._asdict()
     tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in values.items() if name not in tensors}
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, {"config": json.dumps(call), "numbers": json.dumps(numbers)})
 
 

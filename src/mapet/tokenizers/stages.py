@@ -15,15 +15,15 @@ from tqdm import tqdm
 from mapet import distributed
 from mapet.config.shared import changed
 from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig
-from mapet.data.census import warn_of_unused
-from mapet.data.dataset import Quarantine, ViewDataset, inference_batch_size, make_loader, readable_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, inference_batch_size, make_loader, readable_batches
+from mapet.data.dataset_stats import warn_of_unused
 from mapet.data.image_list import ImageList
-from mapet.data.sources import scan
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
-from mapet.device import Compute, free_memory
-from mapet.errors import Interrupted, MapetError, by, counted, option
-from mapet.files import MANIFEST, new_folder
+from mapet.device import ComputeContext, free_memory
+from mapet.errors import Interrupted, MapetError, by, option, pluralize
+from mapet.files import MANIFEST, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, rows_at_once
 from mapet.tokenizers.kmeans import KMeans, automatic_vocab_size
@@ -60,15 +60,15 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     Raises:
         MapetError: options that contradict each other, an output folder in use, images or weights that cannot be had.
     """
-    new_folder(config.out, create=False)
+    create_output_dir(config.out, create=False)
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
         raise MapetError(
             f"{checkpoint} holds an interrupted fit: go on with {option('resume', True)}, or delete it to begin again"
         )
     distributed.barrier()  # all have looked before one writes
-    compute = Compute.choose(config.device, config.precision)
-    images = scan(config.images)
+    compute = ComputeContext.choose(config.device, config.precision)
+    images = list_images(config.images)
     if distributed.rank() == 0:
         warn_of_unused(images, config.channels, config.image_size)
     teacher = make_teacher(
@@ -84,7 +84,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     sample, max_rows = _local_sample(config, teacher, len(images), vocab_size)
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
-    unreadable = Quarantine(images, config.max_unreadable)
+    unreadable = UnreadableImages(images, config.max_unreadable)
     size = inference_batch_size(teacher.image_size)
     batches = [[(0, index) for index in sample[start : start + size]] for start in range(0, len(sample), size)]
     features = (
@@ -211,14 +211,14 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         Interrupted: a signal came; what is done is saved.
         MapetError: the store is of other images, another tokenizer or other views; too many images are unreadable.
     """
-    compute = Compute.choose(config.device, "float32")  # the teacher has the precision it was fitted with
-    images = scan(config.images)
+    compute = ComputeContext.choose(config.device, "float32")  # the teacher has the precision it was fitted with
+    images = list_images(config.images)
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     teacher = tokenizer.teacher
     assert teacher is not None
     store = _open_store(config, images, tokenizer)
     dataset = ViewDataset(images, store.view_spec, teacher.settings["channels"], teacher_size=teacher.image_size)
-    unreadable = Quarantine(images, config.max_unreadable, dict(store.unreadable))
+    unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))
     work = _batches_to_do(store, max(1, inference_batch_size(teacher.image_size) // store.num_views))
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
@@ -241,10 +241,10 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
                 raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
-    Quarantine(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
+    UnreadableImages(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
     log.info(
         "tokens of %s x %s in %s (%d unreadable left out)",
-        counted(len(images) - len(store.unreadable), "image"), counted(store.num_views, "view"), config.out, len(store.unreadable),
+        pluralize(len(images) - len(store.unreadable), "image"), pluralize(store.num_views, "view"), config.out, len(store.unreadable),
     )  # fmt: skip
     return store
 
@@ -254,7 +254,7 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
     size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
     spec = ViewSpec.from_config(config, size, config.seed)
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
-        new_folder(config.out)
+        create_output_dir(config.out)
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)

@@ -18,12 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet import distributed
-from mapet.config.shared import HUBS, is_own_code
+from mapet.config.shared import HUBS, is_custom_teacher
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, by, did_you_mean, option
-from mapet.files import atomic, canonical_hash, check_format, read_sealed, write_sealed, write_tensors
+from mapet.files import (
+    atomic_write,
+    canonical_hash,
+    check_format,
+    read_checksummed_json,
+    write_checksummed_json,
+    write_tensors,
+)
 from mapet.tokenizers import teachers
 from mapet.tokenizers.quantizers import Quantizer
 from mapet.weights import hash_weights
@@ -63,7 +70,7 @@ class Teacher(nn.Module):
         self.image_size = int(height), int(width)
         self.native_grid: tuple[int, int] | None = None
         self.weights_hash = hash_weights(encoder.state_dict())
-        self.metadata: dict[str, Any] = {} if is_own_code(self.name) else getattr(encoder, "metadata", {})
+        self.metadata: dict[str, Any] = {} if is_custom_teacher(self.name) else getattr(encoder, "metadata", {})
         self.builtin_quantizer: Quantizer | None = None
         if num_logits := getattr(encoder, "num_logits", 0):
             self.builtin_quantizer = Quantizer({"kind": "argmax", "vocab_size": int(num_logits)}, {})
@@ -102,7 +109,9 @@ class Teacher(nn.Module):
             features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
         return features
 
-    def batch_features(self, batch: Batch, images: ImageList, compute: Compute) -> Float[Tensor, "B F rows columns"]:
+    def batch_features(
+        self, batch: Batch, images: ImageList, compute: ComputeContext
+    ) -> Float[Tensor, "B F rows columns"]:
         """Compute the features of a batch's teacher views.
 
         Raises:
@@ -166,7 +175,7 @@ def _find_builder(teacher: str) -> Callable[..., nn.Module]:
     """Return `build` of the module that knows this name."""
     modules = sorted({module.name for module in pkgutil.iter_modules(teachers.__path__)} - {"custom", "timm_model"})
     known = timm.list_models()
-    if is_own_code(teacher):
+    if is_custom_teacher(teacher):
         name = "custom"
     elif teacher.startswith(HUBS) or teacher.split(".")[0] in known:
         name = "timm_model"
@@ -282,10 +291,10 @@ def save_tokenizer(
         "fit_config": fit_config, "codebook_stats": asdict(stats),
     }  # fmt: skip
     if distributed.rank() == 0:
-        with atomic(folder) as temporary:
+        with atomic_write(folder) as temporary:
             temporary.mkdir()
             write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": usage})
-            write_sealed(temporary / DESCRIPTION, description)
+            write_checksummed_json(temporary / DESCRIPTION, description)
     return Tokenizer(teacher, quantizer, description)
 
 
@@ -300,7 +309,7 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
     Raises:
         MapetError: not a tokenizer, damaged, its teacher is not to be had or has other weights than it was fitted with.
     """
-    description = read_sealed(folder / DESCRIPTION, "tokenizer")
+    description = read_checksummed_json(folder / DESCRIPTION, "tokenizer")
     try:
         check_format(description["format_version"], FORMAT, "tokenizer", folder)
         tensors = load_file(folder / CODEBOOK)
@@ -314,7 +323,7 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
     if not with_teacher:
         return tokenizer
-    if is_own_code(name) and name != trusted_teacher:
+    if is_custom_teacher(name) and name != trusted_teacher:
         raise MapetError(
             f"the tokenizer {folder} runs your own code '{name}'; to allow it, say {option('teacher')} {name}"
         )

@@ -251,7 +251,7 @@ class VQKDForTraining(nn.Module):
         self.decay, self.dead_code_threshold, self.commitment_weight = decay, dead_code_threshold, commitment_weight
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimisers leave as it is, beside biases and norms."""
+        """What timm's optimizers leave as it is, beside biases and norms."""
         return {f"{vit}.{name}" for vit in ("tokenizer.encoder", "decoder") for name in ("cls_token", "pos_embed")}
 
     def forward(self, images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B F rows columns"]) -> VQKDOutput:

@@ -21,8 +21,15 @@ from torch.optim import Optimizer
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import EpochSampler
-from mapet.errors import MadeByNewer, MapetError, option, shell_command
-from mapet.files import atomic, check_format, file_hash, read_sealed, write_sealed, write_tensors
+from mapet.errors import MapetError, NewerFormatError, option, shell_command
+from mapet.files import (
+    atomic_write,
+    check_format,
+    file_hash,
+    read_checksummed_json,
+    write_checksummed_json,
+    write_tensors,
+)
 from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 from mapet.training.step import ForwardBackward
 from mapet.training.task import LossModule, Task
@@ -48,7 +55,7 @@ def save_checkpoint(
     if target.exists():
         return
     try:
-        with atomic(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.mkdir()
             digests = {}
             for name, tensors in parts.items():
@@ -56,7 +63,9 @@ def save_checkpoint(
                 write_tensors(file, tensors)
                 _verify(file, tensors)
                 digests[file.name] = file_hash(file)
-            write_sealed(temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state})
+            write_checksummed_json(
+                temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state}
+            )
     except (OSError, MapetError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -101,7 +110,7 @@ def check_fingerprints(folder: Path, now: Mapping[str, str]) -> None:
     state: dict[str, Any] = {}
     for path in checkpoints(folder):
         with suppress(MapetError):
-            state = state or read_sealed(path / STATE, "checkpoint")
+            state = state or read_checksummed_json(path / STATE, "checkpoint")
     for name, digest in now.items():
         if state.get(name, digest) != digest:
             raise MapetError(
@@ -142,7 +151,7 @@ def load_checkpoint(
                     progress, prefix = parts["metrics_state"].items(), f"{name}."
                     other.load_state_dict({k.removeprefix(prefix): v for k, v in progress if k.startswith(prefix)})
             return state
-        except MadeByNewer:  # the one before would silently lose what the newer version learned
+        except NewerFormatError:  # the one before would silently lose what the newer version learned
             raise
         except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
@@ -151,7 +160,7 @@ def load_checkpoint(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Raises ValueError and its like: a file is damaged."""
-    state = read_sealed(path / STATE, "checkpoint")
+    state = read_checksummed_json(path / STATE, "checkpoint")
     check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
         raise ValueError(f"{STATE} says step {state['step']}")
@@ -200,11 +209,11 @@ def save_debug_bundle(task: Task, sampler: EpochSampler, last_step: int, count: 
     folder: Path = task.config.out / "debug" / f"step-{first:08d}"
     weights = full_state_dict(task.model)
     if distributed.rank() == 0 and not folder.exists():
-        with atomic(folder) as temporary:
+        with atomic_write(folder) as temporary:
             temporary.mkdir()
             write_tensors(temporary / "model.safetensors", weights)
             images = {str(step): _images(task, sampler, step) for step in range(first, last_step + 1)}
-            write_sealed(
+            write_checksummed_json(
                 temporary / BUNDLE, {"format_version": BUNDLE_FORMAT, "seed": task.config.seed, "images": images}
             )
     return folder
@@ -220,7 +229,7 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochSampler) -> list[i
     Raises:
         MapetError: not a bundle, damaged, or of other images or another model.
     """
-    content = read_sealed(bundle / BUNDLE, "replay bundle")
+    content = read_checksummed_json(bundle / BUNDLE, "replay bundle")
     try:
         check_format(content.get("format_version"), BUNDLE_FORMAT, "replay bundle", bundle)
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))

@@ -13,8 +13,8 @@ from mapet.config.pretraining import PretrainConfig
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, normalize
-from mapet.device import Compute
-from mapet.errors import MapetError, counted, option
+from mapet.device import ComputeContext
+from mapet.errors import MapetError, option, pluralize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
@@ -29,7 +29,7 @@ TRIED, EPOCHS = 16, PretrainConfig.model_fields["epochs"].default
 
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
-    compute, count = Compute.choose(), len(usable)
+    compute, count = ComputeContext.choose(), len(usable)
     sizes = config.image_size, config.patch_size, config.channels
     vit = create_vit(config.model, *sizes, config.model_args)
     num_patches, grid = vit.patch_embed.num_patches, tuple(vit.patch_embed.grid_size)
@@ -62,7 +62,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     yield f"  tokenize       {1 / teaching:,.0f} images/s, about {format_duration(tokenizing)}, {count * num_patches * 2 / 1e6:,.1f} MB on disk"
     yield (
         f"  pretrain       {1 / training:,.0f} images/s, about {format_duration(epoch)} an epoch, {format_duration(EPOCHS * epoch)} for "
-        f"{counted(EPOCHS, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
+        f"{pluralize(EPOCHS, 'epoch')}; automatic batch {batch_size}, about {memory / 1e9:.1f} GB"
     )
 
 
@@ -93,7 +93,7 @@ def training_flops(model: ViTForPreTraining, contexts: list[int]) -> float:
     return counter.get_total_flops() / len(contexts)
 
 
-def _seconds(work: Callable[[], Any], compute: Compute) -> float:
+def _seconds(work: Callable[[], Any], compute: ComputeContext) -> float:
     """Time of the second call."""
     for _ in range(2):
         started = time.monotonic()

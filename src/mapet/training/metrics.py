@@ -90,7 +90,7 @@ class MetricLogger:
         """Return the metrics since the last call; means are over steps whose numbers were finite.
 
         loss and the task's means, what it makes of its counts, gradient_norm; skipped_steps: since the start, whose loss or
-        gradient was not finite; data_wait: fraction of time waiting for images.
+        gradient was not finite; data_time_fraction: fraction of time waiting for images.
         """
         task, steps, counts = self._task, self._all_steps(), distributed.all_reduce(self._counts).cpu()
         elapsed, finite = max(1e-9, time.monotonic() - self.started), steps.isfinite().all(dim=1)
@@ -106,7 +106,7 @@ class MetricLogger:
             "gradient_norm": mean["gradient_norm"],
             "skipped_steps": self.skipped,
             "images_per_second": float(steps[:, 1].sum()) / elapsed,
-            "data_wait": self._waited / elapsed,
+            "data_time_fraction": self._waited / elapsed,
         }
         window = MetricWindow(metrics, torch.where(finite, steps[:, 0], torch.nan).tolist(), self._images)
         self._counts.zero_()
@@ -252,7 +252,7 @@ class ProgressDisplay:
 
 def _speed(metrics: dict[str, float]) -> str:
     """Return images a second, and whether the loader keeps up."""
-    return f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_wait']:.0%}"
+    return f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_time_fraction']:.0%}"
 
 
 def format_duration(seconds: float) -> str:

@@ -26,11 +26,11 @@ from typing import IO, Any, NamedTuple, TypeVar
 import torch
 
 from mapet import distributed
-from mapet.config.base import build, differences, read_recipe, to_yaml, write_recipe
+from mapet.config.base import build, differences, read_config, to_yaml, write_config
 from mapet.config.shared import TrainerConfig
-from mapet.device import Compute
-from mapet.errors import MapetError, counted, how_to_install, option, shell_command
-from mapet.files import is_free, new_folder, read_json, write_json, write_text
+from mapet.device import ComputeContext
+from mapet.errors import MapetError, install_hint, option, pluralize, shell_command
+from mapet.files import create_output_dir, is_empty_dir, read_json, write_json, write_text
 from mapet.run_state import CONFIG_FILE, PACKAGES, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
 
@@ -59,16 +59,16 @@ class RunFolder:
     """
 
     @classmethod
-    def open(cls, config: TrainerConfig, compute: Compute) -> "RunFolder | None":
+    def open(cls, config: TrainerConfig, compute: ComputeContext) -> "RunFolder | None":
         """Return the folder of a run that has one, in the first process, which alone writes to it."""
         return cls(config.out, config, compute) if config.out and distributed.rank() == 0 else None
 
-    def __init__(self, path: Path, config: TrainerConfig, compute: Compute) -> None:
+    def __init__(self, path: Path, config: TrainerConfig, compute: ComputeContext) -> None:
         self.path, recipe, fixed = path, path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
-            new_folder(path)
-        if not config.resume or differences(build(type(config), read_recipe(recipe)), config, fixed):
-            write_recipe(config, recipe)  # of a new run, or it, or what it is made of, has moved
+            create_output_dir(path)
+        if not config.resume or differences(build(type(config), read_config(recipe)), config, fixed):
+            write_config(config, recipe)  # of a new run, or it, or what it is made of, has moved
         for left in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
         record(path, config=config, device=str(compute))
@@ -76,7 +76,7 @@ class RunFolder:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
         versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {counted(torch.get_num_threads(), 'thread')}"
+        system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {pluralize(torch.get_num_threads(), 'thread')}"
         begun = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
         self._log_file_only(f"{begun}system: {compute}; {system}; {shlex.join(sys.argv)}")
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -141,14 +141,14 @@ def resolve_resume_config(config: C, stage: str, may_change: frozenset[str] = MU
     """
     assert config.out is not None
     run, path = config.out, config.out / "config.yaml"
-    if is_free(run):
+    if is_empty_dir(run):
         log.warning(NOTHING_TO_RESUME, run)
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(
             f"nothing to resume in {run}: it has no config.yaml. Leave out {option('resume', True)} to start"
         )
-    old = build(type(config), read_recipe(path), path)
+    old = build(type(config), read_config(path), path)
     automatic = {name for name, value in config if value is None}
     moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
     if changed := differences(old, config, may_change | automatic | moved):
@@ -277,7 +277,7 @@ def require(trackers: Iterable[str]) -> None:
     """Raises MapetError: a tracker's library is not installed."""
     for tracker in trackers:
         if not _is_installed(tracker):
-            raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {how_to_install('track')}")
+            raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {install_hint('track')}")
 
 
 def _is_installed(module: str) -> bool:

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mapet import distributed
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 
 
-def apply_fsdp(model: nn.Module, compute: Compute) -> None:
+def apply_fsdp(model: nn.Module, compute: ComputeContext) -> None:
     """Let each process hold its part of weights, gradients and optimizer, in place.
 
     Each transformer block is a group of its own: its weights are gathered, in the precision of products, while the block before

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mapet import distributed
 from mapet.data.dataset import Batch
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.training.sharding import is_sharded, set_gradient_sync
 
@@ -55,7 +55,12 @@ class ForwardBackward:
     """
 
     def __init__(
-        self, module: nn.Module, compute: Compute, micro_batch: int, compile: bool = False, same_shapes: bool = True
+        self,
+        module: nn.Module,
+        compute: ComputeContext,
+        micro_batch: int,
+        compile: bool = False,
+        same_shapes: bool = True,
     ) -> None:
         self.module, self.micro_batch, self._same_shapes = module, micro_batch, same_shapes
         self._sharded = is_sharded(module)
@@ -135,7 +140,7 @@ class ForwardBackward:
         )  # fmt: skip
 
 
-def auto_compile(requested: bool | None, compute: Compute, steps: int, same_shapes: bool = True) -> bool:
+def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, same_shapes: bool = True) -> bool:
     """Return whether to compile: by default on CUDA in runs of `MIN_COMPILE_STEPS`, if Triton is there (docs/performance.md).
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.device import Compute
+from mapet.device import ComputeContext
 
 C = TypeVar("C", bound=TrainerConfig)
 R = TypeVar("R")
@@ -74,7 +74,7 @@ class Task(Generic[C, R]):
     same_shapes: bool = True
 
     config: C
-    compute: Compute
+    compute: ComputeContext
     model: nn.Module
     dataset: ViewDataset
     indices: Int[np.ndarray, " n"]
@@ -86,7 +86,7 @@ class Task(Generic[C, R]):
         self.stateful: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
 
-    def build(self, config: C, compute: Compute) -> None:
+    def build(self, config: C, compute: ComputeContext) -> None:
         """Open the data and build the model from its seed; a collective call."""
         raise NotImplementedError
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
-from mapet.data.dataset import Batch, EpochSampler, Quarantine, make_loader
-from mapet.device import Compute
-from mapet.errors import Interrupted, MapetError, counted, option
+from mapet.data.dataset import Batch, EpochSampler, UnreadableImages, make_loader
+from mapet.device import ComputeContext
+from mapet.errors import Interrupted, MapetError, option, pluralize
 from mapet.run_state import record
 from mapet.signals import StopRequest, stop_signals
 from mapet.training import checkpoint
@@ -51,7 +51,7 @@ class Trainer(Generic[R]):
         if config.resume and config.out:
             config = resolve_resume_config(config, task.command)
             distributed.barrier()  # all have looked before one writes
-        self.compute = Compute.choose(config.device, config.precision)
+        self.compute = ComputeContext.choose(config.device, config.precision)
         task.build(config, self.compute)
         ranks = {"rank": distributed.rank(), "processes": distributed.world_size()}
         self.sampler = EpochSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
@@ -66,7 +66,7 @@ class Trainer(Generic[R]):
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
-        self.unreadable = Quarantine(task.dataset.images, config.max_unreadable, dict(task.bad))
+        self.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
         """Return the automatic values that depend on task and data.
@@ -77,7 +77,7 @@ class Trainer(Generic[R]):
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
         if batch_size > num_images:
             log.warning(
-                f"{option('batch_size')} {batch_size:,} is more than the {counted(num_images, 'image')} there are: every step sees all of "
+                f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} there are: every step sees all of "
                 "them, and the learning rate is for so many. Leave it out, or give less, for more steps"
             )
         local_batch_size = -(-batch_size // distributed.world_size())

@@ -53,9 +53,9 @@ class Charts {
     this.domain = domain;
     this.charts.forEach((chart) => chart.rescale());
   }
-  /** Show `factor` times as much, leaving `centre` where it is; a factor of 0 shows all. */
-  zoom(factor, centre = null) {
-    const [low, high] = this.shown, middle = centre ?? (low + high) / 2;
+  /** Show `factor` times as much, leaving `center` where it is; a factor of 0 shows all. */
+  zoom(factor, center = null) {
+    const [low, high] = this.shown, middle = center ?? (low + high) / 2;
     this.show(factor ? [middle - (middle - low) * factor, middle + (high - middle) * factor] : null);
   }
   rebuild(changed) {

@@ -1,4 +1,4 @@
-// The page of a run, or of several: colour scheme, charts, step-through, figures at full size, updates of a live page.
+// The page of a run, or of several: color scheme, charts, step-through, figures at full size, updates of a live page.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
@@ -16,7 +16,7 @@ function colorScheme(redraw) {
   const show = () => {
     document.documentElement.style.colorScheme = dark === system.matches ? "" : dark ? "dark" : "light";
     button.textContent = dark ? "Light" : "Dark";
-    button.setAttribute("aria-label", `Switch to ${dark ? "light" : "dark"} colours`);
+    button.setAttribute("aria-label", `Switch to ${dark ? "light" : "dark"} colors`);
     redraw();
   };
   button.addEventListener("click", () => { dark = !dark; show(); });

@@ -16,9 +16,9 @@ from torch import Tensor
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.views import ViewSpec, input_mean_std, normalize, rand_augment, seeded
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
-from mapet.evaluation.datasets import LabelledSet, few_shot_split, train_and_test
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, train_and_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.training.task import StepOutput, Task
@@ -38,7 +38,7 @@ class FinetuneResult(NamedTuple):
 
     num_correct: int
     num_test: int
-    train: LabelledSet
+    train: LabeledSet
     majority_accuracy: float
 
 
@@ -52,7 +52,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
     model: VisionTransformer
     _final: tuple[int, int] | None = None
 
-    def build(self, config: FinetuneConfig, compute: Compute) -> None:
+    def build(self, config: FinetuneConfig, compute: ComputeContext) -> None:
         """Read the labels, and load the backbone with a new head."""
         self.compute, self.config = compute, config
         self.train, self.test = _labeled_images(config)
@@ -154,7 +154,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         return FinetuneResult(*final, self.train, self.test.majority_accuracy)
 
 
-def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
+def _labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
     """Return the training images that the options grant, and the test images."""
     train, test = train_and_test(config.images, config.test_images)
     if config.labels_per_class:
@@ -167,7 +167,7 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabelledSet, LabelledSet]:
 
 
 @torch.inference_mode()
-def compute_accuracy(vit: VisionTransformer, data: LabelledSet, compute: Compute) -> tuple[int, int]:
+def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
     backbone, labels = BackboneWrapper.of_vit(vit, compute), torch.from_numpy(data.labels)

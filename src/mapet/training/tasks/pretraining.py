@@ -12,15 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet import distributed
-from mapet.config.base import build, read_recipe
+from mapet.config.base import build, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
-from mapet.data.census import FEW_IMAGES, few_images
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.sources import scan
+from mapet.data.dataset_stats import FEW_IMAGES, few_images
+from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
-from mapet.device import Compute, free_memory
+from mapet.device import ComputeContext, free_memory
 from mapet.errors import by, option
 from mapet.evaluation.probes import OnlineProbe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
@@ -91,7 +91,7 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     """
     check_is_pretraining(folder)
     folder = pretrain_folder(folder)
-    recipe = read_recipe(folder / "config.yaml")
+    recipe = read_config(folder / "config.yaml")
     found = {option: resolve_run_path(folder, recipe, option) for option in ("images", "tokenizer")}
     config = build(PretrainConfig, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
@@ -101,7 +101,7 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     return LoadedRun(config, tokenizer, model.eval())
 
 
-def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:
+def bytes_per_image(model: ViTForPreTraining, compute: ComputeContext) -> int:
     """Activations kept for the backward pass of one image, a coarse count.
 
     With plain attention about 34 numbers of width D a row and block (norms, qkv, attention output, MLP with GELU) and 3 of
@@ -114,7 +114,7 @@ def bytes_per_image(model: ViTForPreTraining, compute: Compute) -> int:
     return len(vit.blocks) * compute.dtype.itemsize * per_block
 
 
-def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute) -> int:
+def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: ComputeContext) -> int:
     """Images at a time within a step: all on a GPU; on a CPU so many that the widest activation stays in its cache."""
     if compute.device.type != "cpu":
         return batch_size
@@ -123,7 +123,7 @@ def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute
     return max(1, min(batch_size, CACHE // widest))
 
 
-def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: Compute, processes: int = 1) -> int:
+def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: ComputeContext, processes: int = 1) -> int:
     """The largest power of two up to the paper's 2048 that takes at most 60 % of a GPU's free memory and leaves 20 steps an epoch.
 
     Args:
@@ -149,9 +149,9 @@ class PretrainingTask(Task[PretrainConfig, Path]):
     tokenizer: Tokenizer
     probe: OnlineProbe | None
 
-    def build(self, config: PretrainConfig, compute: Compute) -> None:
+    def build(self, config: PretrainConfig, compute: ComputeContext) -> None:
         """Open images, tokenizer and tokens; automatic values that depend on them are resolved in `config`."""
-        self.compute, images = compute, scan(config.images)
+        self.compute, images = compute, list_images(config.images)
         needs_teacher = config.tokens is None or config.target == "features"
         tokenizer = load_tokenizer(config.tokenizer, needs_teacher, config.trust_teacher).to(compute.device)
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
@@ -239,23 +239,21 @@ class PretrainingTask(Task[PretrainConfig, Path]):
     def summarize(self, counts: Int[Tensor, " V"], total_counts: Int[Tensor, " V"]) -> dict[str, float]:
         """Return the baselines over all targets so far.
 
-        commonest_token: the token accuracy of always predicting the commonest token. token_entropy: the loss of predicting by
+        majority_token_accuracy: the token accuracy of always predicting the commonest token. unigram_entropy: the loss of predicting by
         frequency alone, nats.
         """
         if not total_counts.any():
             return {}
         frequency = total_counts.double() / total_counts.sum()
         entropy = float(-(frequency * frequency.clamp_min(1e-12).log()).sum())
-        return {"commonest_token": float(frequency.max()), "token_entropy": entropy}
+        return {"majority_token_accuracy": float(frequency.max()), "unigram_entropy": entropy}
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
         """Return loss and accuracy, each beside its baseline."""
         text = "loss {loss:.3f}"
-        if "token_entropy" in metrics:
-            text += (
-                " (by frequency {token_entropy:.3f}), accuracy {token_accuracy:.1%} (commonest {commonest_token:.1%})"
-            )
+        if "unigram_entropy" in metrics:
+            text += " (by frequency {unigram_entropy:.3f}), accuracy {token_accuracy:.1%} (commonest {majority_token_accuracy:.1%})"
         return text.format(**metrics)
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import Batch, EpochSampler, Quarantine, ViewDataset, in_order, readable_batches
-from mapet.data.sources import scan
+from mapet.data.dataset import Batch, EpochSampler, UnreadableImages, ViewDataset, in_order, readable_batches
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
-from mapet.device import Compute
+from mapet.device import ComputeContext
 from mapet.errors import MapetError, option, shell_command
-from mapet.files import atomic, write_json, write_tensors
+from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.tokenizers.kmeans import automatic_vocab_size
 from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
@@ -42,13 +42,13 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
     model: VQKDForTraining
     teacher: Teacher
 
-    def build(self, config: TrainTokenizerConfig, compute: Compute) -> None:
+    def build(self, config: TrainTokenizerConfig, compute: ComputeContext) -> None:
         """Open images and teacher, and build the untrained model.
 
         Raises:
             MapetError: fewer patches than codes.
         """
-        self.compute, self.config, images = compute, config, scan(config.images)
+        self.compute, self.config, images = compute, config, list_images(config.images)
         self.teacher = make_teacher(
             config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
             config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
@@ -66,7 +66,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
             raise MapetError(f"V = {self.num_counts} codes for {total_patches:,} patches: lower {option('vocab_size')}")
         self.config = config.model_copy(update={"vocab_size": self.num_counts})
         self.model = self.build_model()
-        self.unreadable = Quarantine(images, config.max_unreadable)
+        self.unreadable = UnreadableImages(images, config.max_unreadable)
         self.description = (
             f"VQ-KD, {config.model} with {format_num_params(self.model)}, {self.num_counts} codes, teacher {self.teacher.name}, "
             f"{len(images):,} images of {config.image_size[0]} px"
@@ -181,7 +181,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
             "training": training | {"images_hash": images.hash, "num_images": len(images)},
         }
         if not folder.exists():
-            with atomic(folder) as temporary:  # both or neither
+            with atomic_write(folder) as temporary:  # both or neither
                 temporary.mkdir()
                 write_tensors(temporary / "vqkd.safetensors", module.weights())
                 write_json(temporary / DESCRIPTION, metadata)

@@ -11,15 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
-from mapet.data.readers import BadImage, DecodedImage
-from mapet.errors import by, counted, option
+from mapet.data.readers import DecodedImage, ImageDecodeError
+from mapet.errors import by, option, pluralize
 
 log = logging.getLogger("mapet")
 NUM_SHOWN = 10
 FEW_IMAGES = 100
 FEW_LEVELS = 128
 """Of 256: fewer, and pictures look flat."""
-ONE_CHANNEL = "grey, and read as three equal channels: 1 channel would do"
+ONE_CHANNEL = "gray, and read as three equal channels: 1 channel would do"
 
 
 class Facts(NamedTuple):
@@ -39,7 +39,7 @@ class Facts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Census:
+class DatasetStats:
     """Facts of the readable images of a list, in its order, and the others: id -> reason."""
 
     images: ImageList = field(repr=False)
@@ -96,7 +96,7 @@ class Census:
 
 def few_images(count: int) -> str:
     """A warning."""
-    are = f"{counted(count, 'image')} {'is' if count == 1 else 'are'}"
+    are = f"{pluralize(count, 'image')} {'is' if count == 1 else 'are'}"
     hint = "expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
     return f"{are} very few to learn from: {hint}"
 
@@ -124,7 +124,7 @@ def count_levels(facts: list[Facts]) -> tuple[int, str]:
 
 
 def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
-    """Warn, from a sample, about pixels, levels or channels that say nothing, for those who take no census."""
+    """Warn, from a sample, about pixels, levels or channels that say nothing, for those who do not run `check`."""
     sample = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images)))
     facts = [fact for i in sample if isinstance(fact := _read_facts(images, int(i), channels), Facts)]
     levels, note = count_levels(facts)
@@ -136,13 +136,13 @@ def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]
         log.warning("%s", warning)
 
 
-def take_census(images: ImageList, channels: int, threads: int) -> Census:
+def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> DatasetStats:
     """Decode every image."""
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda index: _read_facts(images, index, channels), range(len(images)))
         every = list(tqdm(found, total=len(images), desc="check", unit="img", disable=None))
     bad = {images.id(index): reason for index, reason in enumerate(every) if isinstance(reason, str)}
-    return Census(images, [facts for facts in every if isinstance(facts, Facts)], bad)
+    return DatasetStats(images, [facts for facts in every if isinstance(facts, Facts)], bad)
 
 
 def _read_facts(images: ImageList, index: int, channels: int) -> Facts | str:
@@ -150,7 +150,7 @@ def _read_facts(images: ImageList, index: int, channels: int) -> Facts | str:
     try:
         picture = images.open(index, channels)
         pixels = picture.read()
-    except BadImage as error:
+    except ImageDecodeError as error:
         return str(error)
     values = None
     if isinstance(picture, DecodedImage) and picture.is_deep:
