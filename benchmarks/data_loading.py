@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     torch.set_num_threads(1)
-    ComputeContext.choose("cpu")  # as every command does: memory that is freed is kept
+    ComputeContext.from_options("cpu")  # as every command does: memory that is freed is kept
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args.photos, args.num_images, args.rounds)
     return Result(rows, f"{args.num_images} photographs of {args.photos or 'scikit-learn'}")

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    compute = ComputeContext.choose("cpu", "float32")
+    compute = ComputeContext.from_options("cpu", "float32")
     torch.manual_seed(0)
     centers = torch.randn(args.classes, len(LAYERS) * WIDTH) * 0.05
     labels = torch.randint(args.classes, (args.num_images,))

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def measure(setting: dict[str, int]) -> Row:
     """Milliseconds, GFLOP and peak memory of a step."""
-    compute = ComputeContext.choose()
+    compute = ComputeContext.from_options()
     size, batch, vocab_size = setting["image_size"], setting["batch"], setting["vocab_size"]
     vit = create_vit("vit_tiny_patch16_224", (size, size))
     patches = (size // 16) ** 2

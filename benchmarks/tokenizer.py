@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Streaming and teachers only with the proxy teacher's features."""
-    compute = ComputeContext.choose()
+    compute = ComputeContext.from_options()
     with tempfile.TemporaryDirectory() as folder:
         photos = args.photos or Path(folder) / "photos"
         if args.photos is None:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """One row a model, and with `largest` one more at the largest batch that fits the GPU."""
-    compute = ComputeContext.choose(args.device)
+    compute = ComputeContext.from_options(args.device)
     compiled = auto_compile(args.compile, compute, MIN_COMPILE_STEPS)
     rows = []
     for name in args.models:

@@ -33,10 +33,16 @@ class ComputeContext:
     dtype: torch.dtype
 
     @classmethod
-    def choose(cls, device: str = "auto", precision: Precision = "auto") -> "ComputeContext":
-        """'auto' takes the first of CUDA, MPS, CPU, and bfloat16 where the device has fast products in it.
+    def from_options(cls, device: str = "auto", precision: Precision = "auto") -> "ComputeContext":
+        """Resolve a device and a precision, and set this process up to compute there.
 
-        Of several processes on a machine each takes a CUDA device of its own.
+        Args:
+            device: 'auto' (the first available of CUDA, MPS, CPU), 'cpu', 'cuda', 'cuda:1' or 'mps'. Where torchrun has started
+                several ranks, each takes the CUDA device of its local rank.
+            precision: 'float32', 'bfloat16', or 'auto': bfloat16 where the hardware accelerates it.
+
+        Raises:
+            MapetError: the device is not available.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

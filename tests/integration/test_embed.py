@@ -75,7 +75,7 @@ def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
     mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **COMMON)
     from mapet.device import ComputeContext
 
-    backbone = BackboneWrapper.load(str(run_dir), ComputeContext.choose("cpu", "float32"))
+    backbone = BackboneWrapper.load(str(run_dir), ComputeContext.from_options("cpu", "float32"))
     cache = FeatureCache.extract(backbone, labeled(list_images(digits / "test")), CacheConfig())
     expected = cache.layer_features().numpy()  # float16
     assert np.allclose(np.load(tmp_path / "out" / "features.npy")[cache.index], expected, atol=1e-3, rtol=1e-3)

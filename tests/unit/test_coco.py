@@ -181,7 +181,7 @@ class Found(torch.nn.Module):
 def context(coco, vit, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images").subset(np.arange(8))
     config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2)
-    encoder = BackboneWrapper.load(str(vit), ComputeContext.choose("cpu", "float32"))
+    encoder = BackboneWrapper.load(str(vit), ComputeContext.from_options("cpu", "float32"))
     sets = EvalData(unlabeled(data.images), unlabeled(data.images), boxes=(data, data))
     return EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path, 3), config)
 
@@ -238,7 +238,7 @@ def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
     encoder = BackboneWrapper(
-        "cells", Cells(), ComputeContext.choose("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3
+        "cells", Cells(), ComputeContext.from_options("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3
     )
     config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path)
     sets = EvalData(unlabeled(train.images), unlabeled(test.images), boxes=(train, test))

@@ -13,7 +13,7 @@ import itertools
 import torch
 from mapet.device import ComputeContext
 
-ComputeContext.choose("cpu")
+ComputeContext.from_options("cpu")
 torch.set_num_threads(1)
 torch.manual_seed(0)
 

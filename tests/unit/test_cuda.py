@@ -65,7 +65,7 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     indices = exact.sample_target_indices(20, [0])
     model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
     (wanted,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
-    compute = ComputeContext.choose("cuda", precision)
+    compute = ComputeContext.from_options("cuda", precision)
     step = ForwardBackward(prepare_for_device(model, compute), compute, 8, compile)
     found = step(batch.to(compute.device))
     assert float(sum(output.loss for output in found)) == pytest.approx(
@@ -87,7 +87,7 @@ def test_compiled_blocks_are_compiled_once():
     torch._dynamo.reset()
     counters.clear()
     model = make(MAPET, drop_path=0.2, depth=12)
-    compute = ComputeContext.choose("cuda", "bfloat16")
+    compute = ComputeContext.from_options("cuda", "bfloat16")
     step = ForwardBackward(prepare_for_device(model, compute), compute, 16, compile=True)
     for _ in range(2):
         step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
@@ -109,7 +109,7 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
 
 
 def test_out_of_memory_goes_on_with_fewer_images(caplog):
-    compute = ComputeContext.choose("cuda", "bfloat16")
+    compute = ComputeContext.from_options("cuda", "bfloat16")
     torch.cuda.empty_cache()
     model = prepare_for_device(make(MAPET, embed_dim=384, depth=12), compute)
     step = ForwardBackward(model, compute, 512)

@@ -216,7 +216,7 @@ class MeanColor(nn.Module):
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
-    sampler = Sampler(MeanColor(size, grid), ComputeContext.choose("cpu", "float32"))
+    sampler = Sampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
     images = list_images(crops)
     found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
     assert set(found) == {"flip", "shift", "jitter", "noise", "jpeg"}
@@ -231,12 +231,12 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
 
 
 def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
-    sampler = Sampler(MeanColor((33, 33), (5, 5)), ComputeContext.choose("cpu", "float32"))
+    sampler = Sampler(MeanColor((33, 33), (5, 5)), ComputeContext.from_options("cpu", "float32"))
     assert set(sampler.views(list_images(crops))) == {"flip", "jitter", "noise", "jpeg"}
 
 
 def test_pixel_words_of_digits_survive_a_shift(tokenizer_dir, digits):
-    sampler = Sampler(load_tokenizer(tokenizer_dir), ComputeContext.choose("cpu", "float32"))
+    sampler = Sampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
     found = sampler.views(list_images(digits / "test").subset(range(0, 360, 4)))
     assert torch.equal(*found["shift"])
     assert 0.5 < agreement(*found["jitter"]).share < 1

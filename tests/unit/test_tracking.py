@@ -138,7 +138,7 @@ def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, t
     fake = Fake(monkeypatch)
     config = PretrainConfig(images="a", tokenizer=tokenizer_dir, out=tmp_path / "run", track=["wandb"])
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert RunFolder.open(config, ComputeContext.choose("cpu", "float32")) is None
+    assert RunFolder.open(config, ComputeContext.from_options("cpu", "float32")) is None
     assert not fake.configs and not (tmp_path / "run").exists()
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger("mapet")
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """Run each protocol on each backbone; return backbone -> metric -> value."""
-    compute = ComputeContext.choose(config.device, config.precision)
+    compute = ComputeContext.from_options(config.device, config.precision)
     for name in config.protocols or ():
         if name not in PROTOCOLS:
             known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"

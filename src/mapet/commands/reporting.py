@@ -85,7 +85,7 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], di
     Raises:
         MapetError: no weights, or images that can't be read.
     """
-    compute = ComputeContext.choose(config.device, "float32")
+    compute = ComputeContext.from_options(config.device, "float32")
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = list_images(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
@@ -112,7 +112,7 @@ def _serve(folder: Path) -> None:
 
 def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
-    compute = ComputeContext.choose(precision="float32")
+    compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     words, measures = _measure(config, tokenizer, compute)
     figures = _plot(words, tokenizer)

@@ -129,7 +129,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     task, run = task_type(), build(config_type, read_config(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
-    task.build(run, ComputeContext.choose(run.device, run.precision))
+    task.build(run, ComputeContext.from_options(run.device, run.precision))
     sampler = EpochSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
     reports = []
     for step in checkpoint.load_debug_bundle(config.bundle, task, sampler):

@@ -47,7 +47,7 @@ def embed(config: EmbedConfig) -> Path:
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
-    compute = ComputeContext.choose(config.device, config.precision)
+    compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
     options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()

@@ -360,7 +360,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     """
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
-    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", ComputeContext.choose(device), seed)
+    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", ComputeContext.from_options(device), seed)
     fit = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():

@@ -67,7 +67,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             f"{checkpoint} holds an interrupted fit: go on with {option('resume', True)}, or delete it to begin again"
         )
     distributed.barrier()  # all have looked before one writes
-    compute = ComputeContext.choose(config.device, config.precision)
+    compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
     if distributed.rank() == 0:
         warn_of_unused(images, config.channels, config.image_size)
@@ -211,7 +211,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         Interrupted: a signal came; what is done is saved.
         MapetError: the store is of other images, another tokenizer or other views; too many images are unreadable.
     """
-    compute = ComputeContext.choose(config.device, "float32")  # the teacher has the precision it was fitted with
+    compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
     images = list_images(config.images)
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     teacher = tokenizer.teacher

@@ -29,7 +29,7 @@ TRIED, EPOCHS = 16, PretrainConfig.model_fields["epochs"].default
 
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Lines of the report, for a resolved `CheckConfig` and the indices of the readable images."""
-    compute, count = ComputeContext.choose(), len(usable)
+    compute, count = ComputeContext.from_options(), len(usable)
     sizes = config.image_size, config.patch_size, config.channels
     vit = create_vit(config.model, *sizes, config.model_args)
     num_patches, grid = vit.patch_embed.num_patches, tuple(vit.patch_embed.grid_size)

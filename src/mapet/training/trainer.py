@@ -51,7 +51,7 @@ class Trainer(Generic[R]):
         if config.resume and config.out:
             config = resolve_resume_config(config, task.command)
             distributed.barrier()  # all have looked before one writes
-        self.compute = ComputeContext.choose(config.device, config.precision)
+        self.compute = ComputeContext.from_options(config.device, config.precision)
         task.build(config, self.compute)
         ranks = {"rank": distributed.rank(), "processes": distributed.world_size()}
         self.sampler = EpochSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
