@@ -23,7 +23,7 @@ from benchmarks.core import ROOT, Result, Row
 from benchmarks.data import add_data, cifar10, first_of_each_class, ood_test_sets
 from benchmarks.tables import Table
 from mapet.config.base import read_config
-from mapet.evaluation.eval_context import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_margin
 
 PROBE, KNN = "logistic", "knn"
 """Columns of a study's report.csv."""
@@ -82,7 +82,7 @@ def scores(runs: list[dict[str, str]]) -> list[Row]:
     for (budget, tokenizer, ratio, objective), members in groups.items():
         row: Row = {"budget": budget, "tokenizer": tokenizer, "mask_ratio": float(ratio), "objective": objective}
         for key, column in (("logistic", PROBE), ("knn", KNN)):
-            row[key], row[f"{key}_ci95"] = mean_and_interval([float(run[column]) for run in members])
+            row[key], row[f"{key}_ci95"] = mean_and_margin([float(run[column]) for run in members])
         rows.append(row)
     return rows
 
@@ -109,7 +109,7 @@ def forecasts(runs: list[dict[str, str]], metrics: dict[str, Row]) -> list[Row]:
     """A row for each tokenizer, with its probe, and one of the rank correlations with the probe."""
     rows = []
     for name, row in metrics.items():
-        mean, _ = mean_and_interval([float(run[PROBE]) for run in runs if run["tokenizer"] == name])
+        mean, _ = mean_and_margin([float(run[PROBE]) for run in runs if run["tokenizer"] == name])
         rows.append({"tokenizer": name, **row, "probe": mean})
     probes = [row["probe"] for row in rows]
     ranks = {key: float(spearmanr([row[key] for row in rows], probes).statistic) for key in METRICS}

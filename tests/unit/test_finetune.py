@@ -14,7 +14,7 @@ import mapet
 from mapet.cli import main
 from mapet.config.evaluation import FinetuneConfig
 from mapet.errors import Interrupted
-from mapet.evaluation.eval_context import over_seeds
+from mapet.evaluation.eval_context import mean_over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.run_state import RunState
 from mapet.training import trainer
@@ -287,7 +287,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
     told = RunState.read(tmp_path / "out").results
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
-    figure = over_seeds(list(scores.values()))
+    figure = mean_over_seeds(list(scores.values()))
     assert told == {"accuracy": figure.value, "ci95_low": figure.ci_low, "ci95_high": figure.ci_high, "seeds": scores}
     splits = {
         RunState.read(tmp_path / "out" / name).results["provenance"]["tuned"][0]["images"]["hash"] for name in scores

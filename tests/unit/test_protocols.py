@@ -13,7 +13,7 @@ from mapet.data.sources import list_images
 from mapet.data.views import normalize
 from mapet.device import ComputeContext
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, labeled
-from mapet.evaluation.eval_context import bootstrap, over_seeds, wilson
+from mapet.evaluation.eval_context import bootstrap_ci, mean_over_seeds, wilson_interval
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
 from mapet.evaluation.protocols import (
@@ -38,27 +38,27 @@ def one_thread(two_threads):
 
 def test_wilson_interval_of_published_numbers():
     """Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3: 81/263, 15/148, 0/20, 1/29."""
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
 def test_interval_over_seeds_is_students():
-    figure = over_seeds([0.1, 0.2, 0.3])
+    figure = mean_over_seeds([0.1, 0.2, 0.3])
     assert (figure.value, figure.ci_high) == pytest.approx((0.2, 0.2 + 4.302653 * 0.1 / 3**0.5))
-    assert over_seeds([0.1]).ci_low is None
+    assert mean_over_seeds([0.1]).ci_low is None
 
 
 def test_intervals_of_shares_are_shares():
-    assert over_seeds([0.0, 0.5, 0.2])[1:3] == (0.0, pytest.approx(0.2333 + 0.6252, abs=1e-3))
-    assert over_seeds([1.0, 0.9])[1:3] == (pytest.approx(0.95 - 0.6353, abs=1e-3), 1.0)
-    assert over_seeds([-0.1, 0.1], least=-0.5).ci_low == -0.5  # the adjusted Rand index can be below 0
+    assert mean_over_seeds([0.0, 0.5, 0.2])[1:3] == (0.0, pytest.approx(0.2333 + 0.6252, abs=1e-3))
+    assert mean_over_seeds([1.0, 0.9])[1:3] == (pytest.approx(0.95 - 0.6353, abs=1e-3), 1.0)
+    assert mean_over_seeds([-0.1, 0.1], least=-0.5).ci_low == -0.5  # the adjusted Rand index can be below 0
 
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = np.random.default_rng(1).normal(size=400)
-    figure = bootstrap(lambda w: float((w * values).sum() / w.sum()), 400, draws=1000)
+    figure = bootstrap_ci(lambda w: float((w * values).sum() / w.sum()), 400, draws=1000)
     assert figure.value == pytest.approx(values.mean())
     assert figure.ci_high - figure.ci_low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.12)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mapet.errors import MapetError
-from mapet.evaluation.eval_context import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_margin
 from mapet.reports.study import findings, sentence, write_report
 from mapet.studies.statistics import (
     Study,
@@ -81,7 +81,7 @@ class Reader(HTMLParser):
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
 def test_interval_is_students(values):
-    mean, half_width = mean_and_interval(values)
+    mean, half_width = mean_and_margin(values)
     assert mean == pytest.approx(np.mean(values), abs=1e-12)
     if np.std(values) > 1e-6:
         low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -90,9 +90,9 @@ def test_interval_is_students(values):
 
 def test_interval_and_p_by_hand():
     # 0.1, 0.2, 0.3: standard error 0.1 / sqrt 3, t(0.975; 2) = 4.30265; t = 3.4641, p = 1 - t / sqrt(t^2 + 2)
-    assert mean_and_interval([0.1, 0.2, 0.3]) == pytest.approx((0.2, 0.248414), abs=1e-6)
+    assert mean_and_margin([0.1, 0.2, 0.3]) == pytest.approx((0.2, 0.248414), abs=1e-6)
     assert paired_t_test([0.1, 0.2, 0.3]) == pytest.approx(1 - 3.464102 / 14**0.5, abs=1e-6)
-    assert mean_and_interval([0.4]) == (0.4, None)
+    assert mean_and_margin([0.4]) == (0.4, None)
     assert paired_t_test([0.4]) is None and paired_t_test([0.3 - 0.2, 0.4 - 0.3]) is None
 
 

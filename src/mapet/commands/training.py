@@ -16,7 +16,7 @@ from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.data.dataset import EpochSampler
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
-from mapet.evaluation.eval_context import over_seeds, wilson
+from mapet.evaluation.eval_context import mean_over_seeds, wilson_interval
 from mapet.files import create_output_dir
 from mapet.reports.card import origin_of_tuned
 from mapet.reports.page import write_run_report
@@ -66,7 +66,7 @@ def _tune(config: FinetuneConfig) -> tuple[float, str]:
         return accuracy, ""
     trainer = Trainer(FinetuningTask(), config)
     right, seen, train, guess = trainer.fit()
-    score, (low, high) = right / seen, wilson(right, seen)
+    score, (low, high) = right / seen, wilson_interval(right, seen)
     log.info(
         "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",
         score, low, high, f"{seen:,}", guess, f"{len(train.labels):,}", len(train.classes),
@@ -109,7 +109,7 @@ def _tune_each(config: FinetuneConfig) -> float:
         if stopped and seed < last:
             raise Interrupted(f"stopped by {stopped} after seed {seed}, saved", again)
         scores[f"seed-{seed}"] = score
-    mean = over_seeds(list(scores.values()))
+    mean = mean_over_seeds(list(scores.values()))
     few = "; two seeds tell little" if config.num_seeds == 2 else ""
     log.info("accuracy %.3f (%.3f to %.3f over %s%s)", mean.value, mean.ci_low, mean.ci_high, mean.over, few)
     interval = {"ci95_low": mean.ci_low, "ci95_high": mean.ci_high}

@@ -23,7 +23,7 @@ from mapet.data.views import View, render
 from mapet.device import num_workers
 from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, SegmentationSet
-from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap, protocol
+from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap_ci, protocol
 from mapet.evaluation.features import BackboneWrapper
 from mapet.evaluation.probes import descend
 
@@ -140,7 +140,7 @@ def segmentation(context: EvalContext) -> ProtocolResult:
     result = ProtocolResult()
     for name, counts in zip(heads, _count_pixels(context, backbone, list(heads.values()), test), strict=True):
         for metric, of in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
-            result.metrics[f"segmentation_{name}_{metric}"] = bootstrap(partial(of, counts), len(counts))
+            result.metrics[f"segmentation_{name}_{metric}"] = bootstrap_ci(partial(of, counts), len(counts))
         areas = counts[:, :2].sum(0).astype(int).T.tolist()
         result.per_class[f"segmentation_{name}"] = dict(zip(test.classes, map(tuple, areas), strict=True))
     result.details = {"train_images": len(train), "test_images": len(test), "size": list(backbone.image_size)}

@@ -104,7 +104,7 @@ def few_shot(context: EvalContext) -> ProtocolResult:
             probe = probes.fit_logistic(x, y, len(context.classes), scaler=scaler)
             scores.append(float((probe(features).argmax(1) == context.test.labels).double().mean()))
         name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
-        result.metrics[name] = eval_context.over_seeds(scores)
+        result.metrics[name] = eval_context.mean_over_seeds(scores)
         result.details[name] = scores
     return result
 
@@ -140,7 +140,7 @@ def multi_label(context: EvalContext) -> ProtocolResult:
 
     each = zip(train.classes, average_precisions(scores, truth, np.ones(len(truth))).tolist(), strict=True)
     details = {"ap": {label: None if isnan(ap) else round(ap, 4) for label, ap in each}}
-    return ProtocolResult({"multi_label_map": eval_context.bootstrap(macro_mean, len(truth))}, details=details)
+    return ProtocolResult({"multi_label_map": eval_context.bootstrap_ci(macro_mean, len(truth))}, details=details)
 
 
 # ---- without labels
@@ -239,7 +239,7 @@ def cluster(context: EvalContext) -> ProtocolResult:
     found = [clustering_scores(each, labels) for each in clusters]
     least = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
     return ProtocolResult(
-        {f"cluster_{k}": eval_context.over_seeds([one[k] for one in found], low) for k, low in least.items()}
+        {f"cluster_{k}": eval_context.mean_over_seeds([one[k] for one in found], low) for k, low in least.items()}
     )
 
 
@@ -314,7 +314,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
     correct = {name: torch.stack([under(name, severity) for severity in SEVERITIES]) for name in CORRUPTIONS}
     each = torch.cat(list(correct.values())).mean(0).numpy()
-    mean = eval_context.bootstrap(
+    mean = eval_context.bootstrap_ci(
         lambda weights: float(weights @ each / weights.sum()), len(each), selected=context.classifier
     )
     accuracy = eval_context.accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from mapet.evaluation.eval_context import mean_and_interval
+from mapet.evaluation.eval_context import mean_and_margin
 from mapet.files import write_text
 from mapet.reports.plots import plot_seeds
 from mapet.reports.render import Bold, render, render_part
@@ -95,7 +95,7 @@ def _accuracy(scores: list[float], rivals: list[float]) -> str:
     """'0.512 ± 0.010 (3)', bold if the highest of several rivals, its own mean among them."""
     if not scores:
         return "-"
-    mean, width = mean_and_interval(scores)
+    mean, width = mean_and_margin(scores)
     text = f"{mean:.3f}{'' if width is None else f' ± {width:.3f}'} ({len(scores)})"
     return Bold(text) if len(rivals) > 1 and mean == max(rivals) else text
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from mapet.errors import MapetError
-from mapet.evaluation.eval_context import LEVEL, mean_and_interval
+from mapet.evaluation.eval_context import ALPHA, mean_and_margin
 
 NO_SPREAD = 1e-9
 """Accuracies nearer than this are the same: no test set is large enough to tell them from rounding."""
@@ -147,7 +147,7 @@ class Difference:
     def verdict(self) -> str:
         if self.p_holm is None:
             return "no test"
-        return "not told apart" if self.p_holm >= LEVEL else "higher" if self.mean > 0 else "lower"
+        return "not told apart" if self.p_holm >= ALPHA else "higher" if self.mean > 0 else "lower"
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
@@ -192,7 +192,7 @@ def paired_differences(study: Study) -> list[Difference]:
             pooled = [tuple(gaps)] if len(gaps) > 1 else []
             for settings in [*pooled, *((setting,) for setting in gaps)]:
                 values = _mean_by_seed([gaps[setting] for setting in settings])
-                (mean, width), p = mean_and_interval(values), paired_t_test(values)
+                (mean, width), p = mean_and_margin(values), paired_t_test(values)
                 pair, headline = (budget, measure, first, second), len(settings) == len(gaps)
                 width = None if p is None else width
                 family.append(Difference(*pair, settings, len(values), mean, width, p, headline))
@@ -254,7 +254,7 @@ def best_values(study: Study, budget: str, measure: str, factor: str) -> list[Be
         if not shared:
             continue
         seeds = {key: _mean_by_seed([{seed: of[rest, seed]} for rest, seed in shared]) for key, of in levels.items()}
-        intervals = {level: mean_and_interval(means) for level, means in seeds.items()}
+        intervals = {level: mean_and_margin(means) for level, means in seeds.items()}
         highest, width = max(intervals.values(), key=lambda interval: interval[0])
         top = [level for level, (mean, _) in intervals.items() if mean > highest - NO_SPREAD]
         reach = max(mean + (half or 0) for level, (mean, half) in intervals.items() if level != top[0])
