@@ -235,7 +235,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 1},
         out=tmp_path / "bad.txt",
     )
-    assert list(stats.bad) == ["bad.jpg"]
+    assert list(stats.unreadable) == ["bad.jpg"]
     assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
     for words in (
         "13 images",

@@ -53,7 +53,7 @@ if __name__ == "__main__":
             try:
                 picture = open_image(file)
                 height, width = picture.size
-                pixels = picture.read(Box(0, 0, height, width), at_least=(8, 8))
+                pixels = picture.read(Box(0, 0, height, width), min_size=(8, 8))
                 assert pixels.shape[0] == 3 and str(pixels.dtype) == "torch.uint8"
                 tally["read"] += 1
             except ImageDecodeError as error:

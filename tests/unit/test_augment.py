@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import mapet
-from mapet.data.dataset import ViewDataset, in_order, make_loader
+from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
-from mapet.data.views import ViewSpec, rand_augment, seeded
+from mapet.data.views import ViewSpec, fork_rng, rand_augment
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, save_backbone
 
@@ -25,9 +25,9 @@ def test_seeded_leaves_the_generators_as_they_were():
     expected = np.random.rand(2)
     np.random.seed(3)
     first = np.random.rand()
-    with seeded(1, 2):
+    with fork_rng(1, 2):
         a = np.random.rand()
-    with seeded(1, 2):
+    with fork_rng(1, 2):
         assert np.random.rand() == a
     assert [first, np.random.rand()] == expected.tolist()
 
@@ -38,7 +38,9 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
     batches = []
     for epoch, workers in ((0, "0"), (0, "2"), (1, "0")):
         monkeypatch.setenv("MAPET_WORKERS", workers)
-        batches.append(torch.cat([batch.images for batch in make_loader(dataset, in_order(12, 5, number=epoch))]))
+        batches.append(
+            torch.cat([batch.images for batch in create_loader(dataset, sequential_batches(12, 5, view_index=epoch))])
+        )
     plain = ViewDataset(list_images(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], plain)

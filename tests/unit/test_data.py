@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mapet.data.dataset import EpochSampler, ViewDataset, in_order, make_loader
+from mapet.data.dataset import EpochBatchSampler, ViewDataset, create_loader, sequential_batches
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.data.views import View, ViewSpec, color_jitter, render, sample_jitter, sample_permutation, sample_view
+from mapet.data.views import View, ViewSpec, color_jitter, render_view, sample_jitter, sample_permutation, sample_view
 from mapet.errors import MapetError
 from tests.conftest import all_rows
 
@@ -79,9 +79,9 @@ def test_two_flip_views_are_an_image_and_its_mirror():
 def test_a_view_of_its_own_size_is_untouched_and_mirrored():
     image = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
     picture = DecodedImage(image.permute(1, 2, 0).numpy(), "test")
-    assert torch.equal(render(picture, View(2, 1, 8, 8, False), (8, 8)), image[:, 2:10, 1:9])
-    assert torch.equal(render(picture, View(2, 1, 8, 8, True), (8, 8)), image[:, 2:10, 1:9].flip(-1))
-    assert render(picture, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
+    assert torch.equal(render_view(picture, View(2, 1, 8, 8, False), (8, 8)), image[:, 2:10, 1:9])
+    assert torch.equal(render_view(picture, View(2, 1, 8, 8, True), (8, 8)), image[:, 2:10, 1:9].flip(-1))
+    assert render_view(picture, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
 
 
 @given(
@@ -129,7 +129,7 @@ def test_jpegs_equal_pillows_to_the_byte(photos, tmp_path, size, orientation):
     for _ in range(5):
         height, width = (int(rng.integers(side)) + 1 for side in picture.size)
         top, left = (int(rng.integers(a - b + 1)) for a, b in zip(picture.size, (height, width), strict=True))
-        part = picture.read(Box(top, left, height, width), at_least=(height, width))
+        part = picture.read(Box(top, left, height, width), min_size=(height, width))
         assert np.array_equal(part.permute(1, 2, 0), upright[top : top + height, left : left + width])
 
 
@@ -143,7 +143,7 @@ def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientatio
     for kind, number in (("center", 0), ("random-crop", 0), ("random-crop", 1)):
         view = sample_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
         for side in (32, 64, 96):
-            seen, expected = (render(p, view, (side, side)).float() for p in (picture, upright))
+            seen, expected = (render_view(p, view, (side, side)).float() for p in (picture, upright))
             assert (seen - expected).abs().mean() < 2.5
             inner = seen[:, 1:-1, 1:-1]
             errors = {
@@ -159,7 +159,7 @@ def test_a_rendering_does_not_depend_on_what_else_was_rendered(photos, tmp_path)
     view = sample_view(ViewSpec(kind="random-crop", image_size=(64, 64)), (1000, 1500), 5, 1)
     shared = open_image(tmp_path / "a.jpg")
     for size in ((64, 64), (448, 448), (100, 100)):
-        assert torch.equal(render(shared, view, size), render(open_image(tmp_path / "a.jpg"), view, size))
+        assert torch.equal(render_view(shared, view, size), render_view(open_image(tmp_path / "a.jpg"), view, size))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -188,7 +188,7 @@ def test_jitter_is_torchvisions_in_any_order(order, seed):
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4), st.integers(0, 5))
 def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epochs, seed):
-    sampler = EpochSampler(np.arange(count), batch_size, epochs, seed)
+    sampler = EpochBatchSampler(np.arange(count), batch_size, epochs, seed)
     batches = list(sampler)
     assert len(batches) == len(sampler) == epochs * sampler.steps_per_epoch
     for epoch in range(epochs):
@@ -197,8 +197,8 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
         assert {number for batch in part for number, _ in batch} == {epoch}
         assert max(map(len, part)) <= batch_size and max(map(len, part)) - min(map(len, part)) <= 1
     middle = len(batches) // 2
-    assert list(EpochSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
-    shares = [list(EpochSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
+    assert list(EpochBatchSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
+    shares = [list(EpochBatchSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
     for whole, *parts in zip(batches, *shares, strict=True):  # dealt out in turn
         dealt = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
         assert dealt == whole
@@ -217,7 +217,7 @@ def test_batches_do_not_depend_on_workers(crops, monkeypatch):
     results = []
     for workers in "02":
         monkeypatch.setenv("MAPET_WORKERS", workers)
-        results.append(list(make_loader(dataset, in_order(12, 5, number=3))))
+        results.append(list(create_loader(dataset, sequential_batches(12, 5, view_index=3))))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.teacher_images, b.teacher_images)
         assert torch.equal(a.permutation, b.permutation) and torch.equal(a.image_index, b.image_index)

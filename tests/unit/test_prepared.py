@@ -11,8 +11,8 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.data import prepared
-from mapet.data.dataset import ViewDataset, in_order, make_loader
-from mapet.data.readers import ImageDecodeError, Window, open_image
+from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
+from mapet.data.readers import ImageDecodeError, IntensityWindow, open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted, MapetError
@@ -60,10 +60,10 @@ def test_loader_and_stages_take_it(folder, tmp_path, monkeypatch):
     dataset = ViewDataset(
         list_images(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
     )
-    a = [batch.images for batch in make_loader(dataset, in_order(7, 4))]
+    a = [batch.images for batch in create_loader(dataset, sequential_batches(7, 4))]
     with monkeypatch.context() as patch:
         patch.setenv("MAPET_WORKERS", "2")
-        b = [batch.images for batch in make_loader(dataset, in_order(7, 4))]
+        b = [batch.images for batch in create_loader(dataset, sequential_batches(7, 4))]
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     mapet.fit_tokenizer(images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, max_unreadable=0.5)
     assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s").unreadable) == [6]
@@ -127,9 +127,9 @@ def scans(photos, tmp_path):
 
 def test_a_window_is_linear_and_cuts_off():
     values = np.array([-7, 0, 10, 25, 50, 51, 900], np.int16)
-    assert Window(0, 50).apply(values).tolist() == [0, 0, 51, 128, 255, 255, 255]
+    assert IntensityWindow(0, 50).apply(values).tolist() == [0, 0, 51, 128, 255, 255, 255]
     values = np.array([np.nan, -np.inf, -1000, -300, 400, np.inf], np.float32)
-    assert Window(-1000, 400).apply(values).tolist() == [0, 0, 0, 128, 255, 255]
+    assert IntensityWindow(-1000, 400).apply(values).tolist() == [0, 0, 0, 128, 255, 255]
 
 
 def test_of_twelve_bits_all_levels_are_kept(scans, photos):
@@ -145,7 +145,7 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
         found = made.open(index, 1).read()[0].float()
         assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
-    assert open_image(scans / "scans" / "large.png", 3, Window(0, 4095)).read().unique().numel() > 200
+    assert open_image(scans / "scans" / "large.png", 3, IntensityWindow(0, 4095)).read().unique().numel() > 200
     small = list_images(
         mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
     )

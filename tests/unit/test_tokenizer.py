@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans as PlainKMeans
 import mapet
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
-from mapet.data.views import View, render
+from mapet.data.views import View, render_view
 from mapet.errors import MapetError
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import KMeans, assign, automatic_vocab_size
@@ -283,7 +283,9 @@ def test_the_paper_s_teacher(tmp_path):
 def test_saved_tokenizer_gives_the_same_ids(crops, tmp_path):
     fitted = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=10)
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)])
+    images = torch.stack(
+        [render_view(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)]
+    )
     assert torch.equal(fitted(images), loaded(images))
     description = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert description["grid"] == [4, 4] and description["vocab_size"] == 10
@@ -327,7 +329,9 @@ def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
     about = description["teacher_metadata"]
     assert about["mean"] == pytest.approx([0.485, 0.456, 0.406]) and about["prefix_tokens_dropped"] == 0
     loaded = load_tokenizer(tmp_path / "t")
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in list_images(crops)])
+    images = torch.stack(
+        [render_view(open_image(path), View(0, 0, 48, 48, False), (64, 64)) for path in list_images(crops)]
+    )
     ids = fitted(images)
     assert torch.equal(torch.cat([loaded(image[None]) for image in images]), ids)
     with torch.autocast("cpu", torch.bfloat16):  # as in a training loop
@@ -349,7 +353,9 @@ def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
 def test_flipped_pixels_are_other_words(crops, tmp_path):
     """Why a mirrored view is stored, not derived by mirroring the grid: the words are not the same."""
     tokenizer = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
-    images = torch.stack([render(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)])
+    images = torch.stack(
+        [render_view(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)]
+    )
     different = tokenizer(images.flip(-1)) != tokenizer(images).flip(-1)
     assert different.float().mean() > 0.05
 

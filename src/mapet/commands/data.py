@@ -26,15 +26,15 @@ def check(config: CheckConfig) -> DatasetStats:
     stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
     for line in stats.lines():
         log.info("%s", line)
-    for line in stats.doubts(config.image_size, UnreadableImageOptions().max_unreadable):
+    for line in stats.warnings(config.image_size, UnreadableImageOptions().max_unreadable):
         log.warning("%s", line)
     if config.out:
-        lines = "".join(f"{why}\t{name}\n" for name, why in stats.bad.items())
+        lines = "".join(f"{why}\t{name}\n" for name, why in stats.unreadable.items())
         with atomic_write(config.out) as temporary:
             temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
         log.info("list of unreadable images in %s", config.out)
-    if config.benchmark and len(stats.bad) < len(images):
-        for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in stats.bad]):
+    if config.benchmark and len(stats.unreadable) < len(images):
+        for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in stats.unreadable]):
             log.info("%s", line)
     return stats
 

@@ -13,7 +13,7 @@ from mapet.config.evaluation import FinetuneConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig
 from mapet.config.shared import TrainerConfig
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import EpochSampler
+from mapet.data.dataset import EpochBatchSampler
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
 from mapet.evaluation.eval_context import mean_over_seeds, wilson_interval
@@ -130,7 +130,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
     task.build(run, ComputeContext.from_options(run.device, run.precision))
-    sampler = EpochSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
+    sampler = EpochBatchSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
     reports = []
     for step in checkpoint.load_debug_bundle(config.bundle, task, sampler):
         report = checkpoint.debug_step(task, sampler, step)

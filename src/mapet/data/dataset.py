@@ -20,13 +20,21 @@ from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
 from mapet.data.readers import ImageDecodeError
 from mapet.data.token_store import TokenStore
-from mapet.data.views import PermutationKind, ViewSpec, render, sample_jitter, sample_permutation, sample_view, seeded
+from mapet.data.views import (
+    PermutationKind,
+    ViewSpec,
+    fork_rng,
+    render_view,
+    sample_jitter,
+    sample_permutation,
+    sample_view,
+)
 from mapet.device import num_workers
 from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
-OF_ALL_IMAGES = ("num_context", "target_indices", "bad")
+OF_ALL_IMAGES = ("num_context", "target_indices", "unreadable")
 """Fields of `Batch` that are the same for every micro-batch."""
 
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
@@ -49,7 +57,7 @@ class Batch:
         drop_path_rand: what stochastic depth decides by; None: it draws for itself.
         num_context: c of the step; None: the model's own.
         target_indices: which of the p = N - c hidden patches are predicted, ascending; None: all.
-        bad: images that could not be read, as (index in the list, reason); the tensors leave them out.
+        unreadable: images that could not be read, as (index in the list, reason); the tensors leave them out.
     """
 
     image_index: Int[Tensor, " B"]
@@ -61,7 +69,7 @@ class Batch:
     drop_path_rand: DropPathRand | None = None
     num_context: int | None = None
     target_indices: Int[Tensor, " m"] | None = None
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Return B."""
@@ -163,9 +171,9 @@ class ViewDataset(Dataset[Batch]):
         picture = self.images.open(position[1], self.channels)
         view = sample_view(self.spec, picture.size, key, number)
         sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
-        pixels = {name: render(picture, view, size) for name, size in sizes.items() if size}
+        pixels = {name: render_view(picture, view, size) for name, size in sizes.items() if size}
         if self.augment is not None and "images" in pixels:
-            with seeded(self.seed, key, position[0]):
+            with fork_rng(self.seed, key, position[0]):
                 pixels["images"] = self.augment(pixels["images"])
         return pixels
 
@@ -179,18 +187,18 @@ def _collate(samples: list[dict[str, Any]], bad: list[tuple[int, str]]) -> Batch
             stacked[name] = torch.stack([pixels.movedim(0, -1) for pixels in values]).movedim(-1, 1)
         else:
             stacked[name] = torch.from_numpy(np.stack(values))
-    return Batch(**stacked, bad=bad)
+    return Batch(**stacked, unreadable=bad)
 
 
 @dataclass(eq=False)
-class EpochSampler(Sampler[list[tuple[int, int]]]):
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), each epoch a fresh order that depends on (seed, epoch) alone; starts at any step.
 
     Every image comes once an epoch; where `batch_size` doesn't divide their number, an epoch's batches are a little
     smaller, all about equal, rather than one of them tiny.
 
     Args:
-        rank: of several `processes`, which: they deal out each batch among them, image by image.
+        rank: index of this process among `world_size`, which split each batch between them, image by image.
     """
 
     indices: Int[np.ndarray, " n"]
@@ -199,7 +207,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     seed: int
     first_step: int = 0
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,10 +218,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.epochs * self.steps_per_epoch):
-            yield self.batch(step)[self.rank :: self.processes]
+            yield self.batch(step)[self.rank :: self.world_size]
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The batch of a step, counted from 0, of all processes."""
+        """The batch of a step, counted from 0, for all ranks."""
         epoch, number = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         first, last = (len(order) * n // self.steps_per_epoch for n in (number, number + 1))
@@ -229,13 +237,13 @@ def inference_batch_size(image_size: tuple[int, int]) -> int:
     return max(1, min(64, 64 * 384**2 // math.prod(image_size)))
 
 
-def in_order(count: int, batch_size: int, start: int = 0, number: int = 0) -> list[list[tuple[int, int]]]:
-    """Batches of (number, index) for indices start .. count-1 in order."""
-    positions = [(number, index) for index in range(start, count)]
+def sequential_batches(count: int, batch_size: int, start: int = 0, view_index: int = 0) -> list[list[tuple[int, int]]]:
+    """Return batches of (view_index, image index) for the images start .. count-1 in order."""
+    positions = [(view_index, index) for index in range(start, count)]
     return [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
 
 
-def make_loader(dataset: ViewDataset, batches: Any, pin_memory: bool = False) -> Iterable[Batch]:
+def create_loader(dataset: ViewDataset, batches: Any, pin_memory: bool = False) -> Iterable[Batch]:
     """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
     workers = num_workers()
     return DataLoader(
@@ -295,8 +303,8 @@ def readable_batches(
     dataset: ViewDataset, batches: Any, unreadable: UnreadableImages, title: str | None
 ) -> Iterator[Batch]:
     """Yield batches of readable images; the others are counted. `title` names the progress bar; None shows none."""
-    loader = make_loader(dataset, batches)
+    loader = create_loader(dataset, batches)
     for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):
-        unreadable.add(batch.bad)
+        unreadable.add(batch.unreadable)
         if len(batch):
             yield batch

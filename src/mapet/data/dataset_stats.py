@@ -22,7 +22,7 @@ FEW_LEVELS = 128
 ONE_CHANNEL = "gray, and read as three equal channels: 1 channel would do"
 
 
-class Facts(NamedTuple):
+class ImageInfo(NamedTuple):
     """What a readable image is.
 
     Attributes:
@@ -40,11 +40,11 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Facts of the readable images of a list, in its order, and the others: id -> reason."""
+    """ImageInfo of the readable images of a list, in its order, and the others: id -> reason."""
 
     images: ImageList = field(repr=False)
-    facts: list[Facts] = field(repr=False)
-    bad: dict[str, str]
+    facts: list[ImageInfo] = field(repr=False)
+    unreadable: dict[str, str]
 
     @property
     def modes(self) -> Counter[str]:
@@ -71,20 +71,20 @@ class DatasetStats:
                 yield f"note: {note}"
             if all(fact.gray for fact in self.facts):
                 yield f"note: all are {ONE_CHANNEL}"
-        yield f"unreadable: {len(self.bad):,}"
-        for name, reason in list(self.bad.items())[:NUM_SHOWN]:
+        yield f"unreadable: {len(self.unreadable):,}"
+        for name, reason in list(self.unreadable.items())[:NUM_SHOWN]:
             yield f"  {name!r}: {reason}"
-        if len(self.bad) > NUM_SHOWN:
-            yield f"  ... and {len(self.bad) - NUM_SHOWN} more; {option('out')} FILE lists them all"
+        if len(self.unreadable) > NUM_SHOWN:
+            yield f"  ... and {len(self.unreadable) - NUM_SHOWN} more; {option('out')} FILE lists them all"
 
-    def doubts(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
+    def warnings(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
         """What will make other stages refuse these images, or make little of them.
 
         Args:
             image_size: height and width of the student's input.
             max_unreadable: the fraction of unreadable images that other stages allow by default.
         """
-        count, bad = len(self.images), len(self.bad)
+        count, bad = len(self.images), len(self.unreadable)
         if bad > max(1, max_unreadable * count):
             refused = f"other commands refuse more than {max_unreadable:.0%}"
             yield f"{bad:,} of {count:,} are unreadable: {refused}; remove them or raise {option('max_unreadable')}"
@@ -101,7 +101,7 @@ def few_images(count: int) -> str:
     return f"{are} very few to learn from: {hint}"
 
 
-def find_enlarged(facts: list[Facts], image_size: tuple[int, int], which: str = "") -> str:
+def find_enlarged(facts: list[ImageInfo], image_size: tuple[int, int], which: str = "") -> str:
     """Warn if most images are smaller than the input; '' otherwise. `which` says of what images they are a fraction."""
     fraction = np.mean([fact.size[0] < image_size[0] or fact.size[1] < image_size[1] for fact in facts] or [False])
     return "" if fraction <= 0.5 else (
@@ -110,7 +110,7 @@ def find_enlarged(facts: list[Facts], image_size: tuple[int, int], which: str = 
     )  # fmt: skip
 
 
-def count_levels(facts: list[Facts]) -> tuple[int, str]:
+def count_levels(facts: list[ImageInfo]) -> tuple[int, str]:
     """How many of 256 levels the upper 8 bits of 16-bit images tell apart, and a note on it; (256, '') without such images."""
     ranges = np.array([fact.range for fact in facts if fact.range is not None])
     if not len(ranges):
@@ -126,7 +126,7 @@ def count_levels(facts: list[Facts]) -> tuple[int, str]:
 def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
     """Warn, from a sample, about pixels, levels or channels that say nothing, for those who do not run `check`."""
     sample = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images)))
-    facts = [fact for i in sample if isinstance(fact := _read_facts(images, int(i), channels), Facts)]
+    facts = [fact for i in sample if isinstance(fact := _read_image_info(images, int(i), channels), ImageInfo)]
     levels, note = count_levels(facts)
     if levels < FEW_LEVELS:
         log.warning("%s", note)
@@ -139,13 +139,13 @@ def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]
 def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> DatasetStats:
     """Decode every image."""
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda index: _read_facts(images, index, channels), range(len(images)))
+        found = pool.map(lambda index: _read_image_info(images, index, channels), range(len(images)))
         every = list(tqdm(found, total=len(images), desc="check", unit="img", disable=None))
     bad = {images.id(index): reason for index, reason in enumerate(every) if isinstance(reason, str)}
-    return DatasetStats(images, [facts for facts in every if isinstance(facts, Facts)], bad)
+    return DatasetStats(images, [facts for facts in every if isinstance(facts, ImageInfo)], bad)
 
 
-def _read_facts(images: ImageList, index: int, channels: int) -> Facts | str:
+def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo | str:
     """Read an image's facts; or the reason why it can't be read."""
     try:
         picture = images.open(index, channels)
@@ -158,4 +158,4 @@ def _read_facts(images: ImageList, index: int, channels: int) -> Facts | str:
         values = int(low), int(high)
     # of a few pixels first, which is enough for most in color
     gray = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
-    return Facts(picture.size, picture.kind, values, gray)
+    return ImageInfo(picture.size, picture.kind, values, gray)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mapet.data.readers import MAX_BYTES, ImageDecodeError, LazyImage, Window, open_image
+from mapet.data.readers import MAX_BYTES, ImageDecodeError, IntensityWindow, LazyImage, open_image
 
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
@@ -92,7 +92,7 @@ class ImageReader(ABC):
             ImageDecodeError: with the reason.
         """
 
-    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
         """Open the image; see `open_image`."""
         return open_image(self.data(index), channels, window)
 
@@ -106,7 +106,7 @@ class ImageFiles(ImageReader):
     def data(self, index: int) -> bytes:
         return self.path(index).read_bytes()
 
-    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
         return open_image(self.path(index), channels, window)
 
 
@@ -142,7 +142,7 @@ class ImageList(Sequence[Path]):
             raise TypeError(f"the images of {self.root} are not files of their own: use open() or data()")
         return self.reader.path(self._indices[index])
 
-    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
         """Open an image; see `open_image`.
 
         Raises:

@@ -14,7 +14,7 @@ import torchvision.transforms.v2.functional as tvf
 
 from mapet.config.data import PrepareConfig
 from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, LazyImage, Window
+from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, IntensityWindow, LazyImage
 from mapet.device import num_workers
 from mapet.errors import MapetError
 from mapet.files import MANIFEST, atomic_write, check_same_options, read_array, read_manifest, write_manifest
@@ -41,7 +41,7 @@ class PreparedDataset(ImageReader):
 
     Attributes:
         manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable, perhaps classes
-            and streamed (the data set's name), value_range (of the `Window` that its images were read through).
+            and streamed (the data set's name), value_range (of the `IntensityWindow` that its images were read through).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ class PreparedDataset(ImageReader):
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedDataset, (self.folder,)  # loader workers map the files again
 
-    def open(self, index: int, channels: int, window: Window | None = None) -> LazyImage:
+    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
         if index in self._unreadable:
             raise ImageDecodeError(self._unreadable[index])  # it was so when the set was made
         return super().open(index, channels, window)
@@ -104,7 +104,7 @@ def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int
     target = [max(1, round(side * min(size, short) / short)) for side in picture.size]
     room = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
     box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
-    pixels = picture.read(box, at_least=(target[0], target[1]))
+    pixels = picture.read(box, min_size=(target[0], target[1]))
     pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
     rows = pixels.movedim(0, -1).contiguous().numpy()
     if channels in (1, 3):
@@ -132,7 +132,7 @@ class PreparedDatasetWriter:
             MapetError: the folder holds one begun with other images or options.
         """
         self.config, self.folder, self.on_bad, self.on_image = config, config.out, on_bad, on_image
-        self.window = Window(*config.value_range) if config.value_range else None
+        self.window = IntensityWindow(*config.value_range) if config.value_range else None
         options = config.model_dump(mode="json", include={"short_side", "channels", "value_range"})
         wanted = source | options | {"jpeg_quality": JPEG_QUALITY}
         self.is_new = not (self.folder / MANIFEST).exists()

@@ -51,7 +51,7 @@ class Box(NamedTuple):
     width: int
 
 
-class Window(NamedTuple):
+class IntensityWindow(NamedTuple):
     """Values that become 0 and 255 of 8 bits, as radiology's window does it: linear between, cut off beyond. NaN becomes 0."""
 
     low: float
@@ -70,7 +70,7 @@ class LazyImage(ABC):
     Attributes:
         size: height and width, upright.
         kind: format and mode, e.g. 'JPEG RGB'.
-        windowed: whether it is read through a `Window`, so that its pixels are others than those stored.
+        windowed: whether it is read through a `IntensityWindow`, so that its pixels are others than those stored.
     """
 
     size: tuple[int, int]
@@ -78,11 +78,11 @@ class LazyImage(ABC):
     windowed = False
 
     @abstractmethod
-    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+    def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         """Read the pixels of `box` (all, without one).
 
         Args:
-            at_least: the height and width that will be made of it: with those, the pixels may come reduced by a whole
+            min_size: the height and width that will be made of it: with those, the pixels may come reduced by a whole
                 factor, to this size or more; the box they show is exactly the same.
 
         Raises:
@@ -105,7 +105,7 @@ def translate_errors() -> Iterator[None]:
         raise ImageDecodeError(f"damaged: {error or type(error).__name__}") from None
 
 
-def open_image(file: ImageFile, channels: int = 3, window: Window | None = None) -> LazyImage:
+def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | None = None) -> LazyImage:
     """Open an image file, or the bytes of one, to read `channels` channels of 8 bits, upright.
 
     EXIF rotation is applied; of an animation the first frame counts; transparency is laid on white; CMYK, palette and
@@ -146,7 +146,7 @@ class DecodedImage(LazyImage):
         ImageDecodeError: values that need a window.
     """
 
-    def __init__(self, array: np.ndarray, kind: str, window: Window | None = None) -> None:
+    def __init__(self, array: np.ndarray, kind: str, window: IntensityWindow | None = None) -> None:
         self.array, self.kind, self.size, self.window = array, kind, (array.shape[0], array.shape[1]), window
         self.is_deep = array.dtype != np.uint8
         self.windowed = window is not None and self.is_deep
@@ -157,7 +157,7 @@ class DecodedImage(LazyImage):
                 f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` takes them"
             )
 
-    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+    def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         top, left, height, width = box or Box(0, 0, *self.size)
         pixels = self.array[top : top + height, left : left + width]
         if self.is_deep:
@@ -168,7 +168,7 @@ class DecodedImage(LazyImage):
 # ---- arrays (H, W) or (H, W, C) of any number of channels, as `numpy.save` writes them
 
 
-def open_array(file: ImageFile, channels: int, window: Window | None) -> DecodedImage:
+def open_array(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
     """Open an array; of a file on disk, only the box that is asked for is read."""
     array = _view(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
     if array.ndim == 2:
@@ -196,7 +196,7 @@ def _view(data: bytes) -> np.ndarray:
 
 
 @translate_errors()
-def open_with_pillow(file: ImageFile, channels: int, window: Window | None) -> DecodedImage:
+def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
     """Decode an image: EXIF rotation is applied, the first frame of an animation taken, transparency laid on white."""
     if channels not in (1, 3):
         raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; pictures give 1 or 3")
@@ -227,7 +227,7 @@ def open_with_pillow(file: ImageFile, channels: int, window: Window | None) -> D
 # ---- JPEG, by libjpeg-turbo: decoded when a box is read, reduced as far as that box allows
 
 
-def open_jpeg(data: bytes, channels: int, window: Window | None) -> LazyImage:
+def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> LazyImage:
     """Open a JPEG; Pillow reads those of other colors than gray and YCbCr, and those that libjpeg-turbo finds fault with."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -251,14 +251,14 @@ class LazyJpeg(LazyImage):
         self.size = (width, height) if self.orientation.transpose else (height, width)
         self._decoded: dict[tuple[int, bool], np.ndarray] = {}  # so that student and teacher share it
 
-    def read(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+    def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         box = box or Box(0, 0, *self.size)
         stored = self.orientation.stored(box, self.size)
         reduction, fast = 1, False
-        if at_least is not None:
-            room = min(box.height // at_least[0], box.width // at_least[1])
+        if min_size is not None:
+            room = min(box.height // min_size[0], box.width // min_size[1])
             reduction = next((r for r in REDUCTIONS if r <= room and not any(edge % r for edge in stored)), 1)
-            fast = box.height > at_least[0] and box.width > at_least[1]
+            fast = box.height > min_size[0] and box.width > min_size[1]
         try:
             array = self._decode(reduction, fast)
         except ValueError:

@@ -86,12 +86,12 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) ->
     return View(top, left, height, width, flip)
 
 
-def render(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
+def render_view(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
     """The view's pixels at (height, width) `size`: antialiased bicubic; untouched where the box has that size.
 
     A pure function of its arguments, so that tokens made weeks ago are those of the pixels the teacher would see today.
     """
-    pixels = picture.read(Box(*view[:4]), at_least=size)
+    pixels = picture.read(Box(*view[:4]), min_size=size)
     if pixels.shape[1:] != size:
         # Rows of RGB, as decoded: torchvision has vector code for bytes in that layout.
         pixels = tvf.resize(pixels, list(size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
@@ -175,7 +175,7 @@ def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.ran
 
 
 @contextmanager
-def seeded(*seed: int) -> Iterator[None]:
+def fork_rng(*seed: int) -> Iterator[None]:
     """timm draws from the global generators of Python and NumPy: give them this seed for a while."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm's choice)
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -19,7 +19,7 @@ from torchvision.models.detection import FasterRCNN, anchor_utils
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 from mapet.data.readers import ImageDecodeError
-from mapet.data.views import View, render
+from mapet.data.views import View, render_view
 from mapet.device import num_workers
 from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, DetectionSet, SegmentationSet
@@ -128,7 +128,7 @@ class Scenes(AnnotatedImages):
         picture = self.data.images.open(index, self.channels)
         height, width = picture.size
         whole = View(0, 0, height, width, flip=False)
-        return render(picture, whole, self.size), torch.from_numpy(self.data.class_map(index))
+        return render_view(picture, whole, self.size), torch.from_numpy(self.data.class_map(index))
 
 
 @protocol("masks")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mapet import files
 from mapet.config.evaluation import EmbedConfig
-from mapet.data.dataset import UnreadableImages, ViewDataset, in_order, inference_batch_size, make_loader
+from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, sequential_batches
 from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
@@ -62,14 +62,14 @@ def embed(config: EmbedConfig) -> Path:
     )
     size, num_done, batch_size = manifest["shard_size"], manifest["num_done"], inference_batch_size(backbone.image_size)
     edges = [num_done, *range((num_done // size + 1) * size, len(images), size), len(images)]
-    batches = [batch for start, end in pairwise(edges) for batch in in_order(end, batch_size, start)]
+    batches = [batch for start, end in pairwise(edges) for batch in sequential_batches(end, batch_size, start)]
     rows, index = [], []  # of the batches that are not yet on disk
     with (
         stop_signals("stopping after this batch") as stop,
         tqdm(total=len(images), initial=num_done, desc="embed", unit="img", disable=None) as bar,
     ):
-        for batch, positions in zip(make_loader(dataset, batches), batches, strict=True):
-            unreadable.add(batch.bad)
+        for batch, positions in zip(create_loader(dataset, batches), batches, strict=True):
+            unreadable.add(batch.unreadable)
             if batch.images is not None:
                 rows.append(_compute_features(config, backbone, batch.images))
                 index.append(batch.image_index.numpy())

@@ -24,7 +24,7 @@ from torch import Tensor
 from mapet.data.dataset import Batch, UnreadableImages, ViewDataset, inference_batch_size, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
-from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, render, sample_view
+from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, render_view, sample_view
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabeledSet, labeled, split, unlabeled
@@ -576,7 +576,7 @@ def neighbor_rows(
     def titled(data: LabeledSet, index: int) -> Titled:
         picture = data.images.open(index, channels)
         view = sample_view(ViewSpec(image_size=size), picture.size, data.images.key(index), 0)
-        return render(picture, view, size), data.title(index)
+        return render_view(picture, view, size), data.title(index)
 
     return [
         [titled(test, query), *(titled(train, other) for other in others)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mapet import distributed
 from mapet.config.shared import changed
 from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig
-from mapet.data.dataset import UnreadableImages, ViewDataset, inference_batch_size, make_loader, readable_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, readable_batches
 from mapet.data.dataset_stats import warn_of_unused
 from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
@@ -228,14 +228,14 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         tqdm(total=total, desc=f"tokenize{several}", unit="img", disable=silent) as bar,
         store.autosave(),
     ):
-        for (shard, rows), batch in zip(work, make_loader(dataset, batches), strict=True):
-            unreadable.add(batch.bad)
+        for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
+            unreadable.add(batch.unreadable)
             tokens = torch.zeros(len(rows), store.num_views, math.prod(store.grid), dtype=torch.int64)
             if len(batch):  # without the unreadable images, whose ids stay 0
                 ids = tokenizer.quantize(teacher.batch_features(batch, images, compute)).flatten(1).cpu()
                 for index in batch.image_index.unique():
                     tokens[index - rows.start] = ids[batch.image_index == index]
-            store.write(shard, tokens.numpy(), dict(batch.bad))
+            store.write(shard, tokens.numpy(), dict(batch.unreadable))
             bar.update(len(rows))
             if stop.signal_name:
                 raise Interrupted(f"stopped by {stop.signal_name}, saved")

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
-from mapet.data.dataset import EpochSampler
+from mapet.data.dataset import EpochBatchSampler
 from mapet.errors import MapetError, NewerFormatError, option, shell_command
 from mapet.files import (
     atomic_write,
@@ -200,7 +200,7 @@ class NonFiniteError(MapetError):
         )
 
 
-def save_debug_bundle(task: Task, sampler: EpochSampler, last_step: int, count: int) -> Path:
+def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, count: int) -> Path:
     """Keep the weights, which those steps have left as they were, and the images of the `count` steps up to `last_step`.
 
     Steps are counted as the log does: the first is step 1.
@@ -219,11 +219,11 @@ def save_debug_bundle(task: Task, sampler: EpochSampler, last_step: int, count: 
     return folder
 
 
-def _images(task: Task, sampler: EpochSampler, step: int) -> list[str]:
+def _images(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
     return [task.dataset.images.id(index) for _, index in sampler.batch(step - 1)]
 
 
-def load_debug_bundle(bundle: Path, task: Task, sampler: EpochSampler) -> list[int]:
+def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> list[int]:
     """Put a bundle's weights into the model; returns its steps.
 
     Raises:
@@ -260,12 +260,12 @@ class StepReport(NamedTuple):
     parameters: list[str]
 
 
-def debug_step(task: Task, sampler: EpochSampler, step: int) -> StepReport:
+def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
     """Compute a step's loss and gradient as the run did, without an update."""
     model = task.model
     batch = task.dataset.batch(sampler.batch(step - 1))
     if not len(batch):
-        raise MapetError(f"none of the {len(batch.bad)} images of step {step} can be read")
+        raise MapetError(f"none of the {len(batch.unreadable)} images of step {step} can be read")
     forward_backward = ForwardBackward(LossModule(task), task.compute, task.config.micro_batch_size or len(batch))
     names, nonfinite = {module: name for name, module in model.named_modules() if name}, []
 

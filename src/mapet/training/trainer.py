@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mapet import distributed
 from mapet.config.shared import TrainerConfig
-from mapet.data.dataset import Batch, EpochSampler, UnreadableImages, make_loader
+from mapet.data.dataset import Batch, EpochBatchSampler, UnreadableImages, create_loader
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option, pluralize
 from mapet.run_state import record
@@ -53,8 +53,8 @@ class Trainer(Generic[R]):
             distributed.barrier()  # all have looked before one writes
         self.compute = ComputeContext.from_options(config.device, config.precision)
         task.build(config, self.compute)
-        ranks = {"rank": distributed.rank(), "processes": distributed.world_size()}
-        self.sampler = EpochSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
+        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        self.sampler = EpochBatchSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
         self.total_steps, self.steps_per_epoch = len(self.sampler), self.sampler.steps_per_epoch
         if config.fsdp:
             apply_fsdp(task.model, self.compute)
@@ -139,7 +139,7 @@ class Trainer(Generic[R]):
 
     def _loop(self) -> None:
         self._saved_at = time.monotonic()
-        loader = make_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
+        loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
         with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
             for batch in self.metrics.time_data(loader):
                 self._train_step(batch)
@@ -154,8 +154,8 @@ class Trainer(Generic[R]):
 
     def _train_step(self, batch: Batch) -> None:
         task, step, local_images = self.task, self.step, len(batch)
-        counts, bad = distributed.all_gather(torch.tensor([local_images, len(batch.bad)])).T.tolist()
-        for unreadable in distributed.all_gather_object(batch.bad) if any(bad) else []:
+        counts, bad = distributed.all_gather(torch.tensor([local_images, len(batch.unreadable)])).T.tolist()
+        for unreadable in distributed.all_gather_object(batch.unreadable) if any(bad) else []:
             self.unreadable.add(unreadable)  # all ranks learn of all
         if not sum(counts):
             return

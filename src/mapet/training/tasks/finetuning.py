@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.views import ViewSpec, input_mean_std, normalize, rand_augment, seeded
+from mapet.data.views import ViewSpec, fork_rng, input_mean_std, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, train_and_test
@@ -101,7 +101,7 @@ class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
         batch = batch.to(self.compute.device)
         assert batch.images is not None
         images, targets = normalize(batch.images, self.model.in_chans, batch.jitter), self.compute.to(labels)
-        with seeded(config.seed, step):
+        with fork_rng(config.seed, step):
             if config.random_erasing:
                 images = self.erase(images)
             if (config.mixup or config.cutmix) and len(images) > 1:  # in pairs

@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import Batch, EpochSampler, UnreadableImages, ViewDataset, in_order, readable_batches
+from mapet.data.dataset import (
+    Batch,
+    EpochBatchSampler,
+    UnreadableImages,
+    ViewDataset,
+    readable_batches,
+    sequential_batches,
+)
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -89,7 +96,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         """Start the codebook by k-means on the encoder's outputs of the first batches."""
         config, model = self.config, self.model.eval()
         count = -(-PATCHES_PER_CODE * self.num_counts // (self.num_patches * config.batch_size))
-        batches = list(islice(EpochSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
+        batches = list(islice(EpochBatchSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
         vectors = []
         for batch in readable_batches(self.dataset, batches, self.unreadable, "first codes"):
             with self.compute.autocast():
@@ -143,7 +150,9 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         config, model = self.config, model.eval()
         centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
         order = np.random.default_rng(config.seed).permutation(len(centered))[:MAX_EVALUATED]
-        batches = [[(0, int(order[i])) for _, i in batch] for batch in in_order(len(order), config.batch_size)]
+        batches = [
+            [(0, int(order[i])) for _, i in batch] for batch in sequential_batches(len(order), config.batch_size)
+        ]
         counts = torch.zeros(self.num_counts, dtype=torch.int64)
         reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
         for batch in readable_batches(centered, batches, self.unreadable, "evaluate"):
