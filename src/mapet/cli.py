@@ -15,10 +15,18 @@ from pydantic.fields import FieldInfo
 
 import mapet
 from mapet.commands import COMMANDS, GROUPS
-from mapet.commands.command import AnyCommand, name_of
-from mapet.config.base import Config, build, fields, meaning_of_none, merge, read_config, takes_several
+from mapet.commands.command import AnyCommand, command_name
+from mapet.config.base import (
+    Config,
+    build_config,
+    format_none,
+    is_multi_valued,
+    iter_options,
+    merge_options,
+    read_config,
+)
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
-from mapet.run_state import CONFIG_FILE, command_of, find_config, is_first_rank
+from mapet.run_state import CONFIG_FILE, find_config, is_first_rank, read_command
 from mapet.signals import RESUME_HINT
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -88,7 +96,7 @@ def overview() -> str:
     about = (mapet.__doc__ or "").split("\n")[0].removeprefix("mapet: ")
     lines = ["usage: mapet COMMAND [config.yaml] [--option value ...]", "", about, ""]
     for heading, functions in GROUPS.items():
-        lines += [f"{heading}:", *(f"  {name_of(function):<20}{_summary(function)}" for function in functions), ""]
+        lines += [f"{heading}:", *(f"  {command_name(function):<20}{_summary(function)}" for function in functions), ""]
     return "\n".join([*lines, EPILOG])
 
 
@@ -120,7 +128,7 @@ def run_command(name: str, argv: list[str]) -> Any:
     namespace, unknown = _parser(function).parse_known_args(argv)
     options = vars(namespace)
     words, positional, path = options.pop("words", []), config_type.positional, None
-    several = positional is not None and takes_several(config_type.model_fields[positional].annotation)
+    several = positional is not None and is_multi_valued(config_type.model_fields[positional].annotation)
     if words and (positional is None or Path(words[0]).suffix in CONFIG_SUFFIXES):
         path = Path(words.pop(0))
     unknown += words if positional is None else [] if several else words[1:]
@@ -135,14 +143,14 @@ def run_command(name: str, argv: list[str]) -> Any:
         value = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value  # KEY=VALUE
         for part in reversed(dotted.split(".")):
             value = {part: value}
-        typed = merge(typed, value)
+        typed = merge_options(typed, value)
     if path and path.is_dir():
         raise MapetError(f"{path} is a folder, not a config: {_suggest_option(name, path, 'resume' in typed)}")
     if path and path.suffix.lower() not in CONFIG_SUFFIXES:
         raise MapetError(f"{path} is no config (.yaml): options are written --name value, see `mapet {name} --help`")
-    written_by = command_of(path.parent) if path and path.name == CONFIG_FILE else ""
+    written_by = read_command(path.parent) if path and path.name == CONFIG_FILE else ""
     try:
-        config = build(config_type, read_config(path) if path else {}, path, typed)
+        config = build_config(config_type, read_config(path) if path else {}, path, typed)
     except MapetError:
         if written_by not in ("", name):
             raise MapetError(f"{path} is a config of `mapet {written_by}`, not of `mapet {name}`") from None
@@ -164,7 +172,7 @@ def _explain_unknown(name: str, word: str, config_type: type[Config]) -> str:
     given = word.split("=")[0].replace("_", "-")
     if (field := given[2:].replace("-", "_")) in config_type.file_only:
         return f"{given} is for config files: `mapet {name} config.yaml` with `{field}: ...` in it"
-    known = [option(known) for known, _ in fields(config_type)]
+    known = [option(known) for known, _ in iter_options(config_type)]
     return f"unknown option '{given}'{did_you_mean(given, known) or '.'} See `mapet {name} --help`"
 
 
@@ -190,7 +198,7 @@ def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser
     Args:
         hide: leave less usual options, and those of sections, out of the help.
     """
-    config_type, name = function.config_type, name_of(function)
+    config_type, name = function.config_type, command_name(function)
     summary, _, example = (inspect.getdoc(function) or "").partition("Example:")
     words = f" [{config_type.positional.upper()} ...]" if config_type.positional else ""
     parser = _Parser(
@@ -199,10 +207,10 @@ def _parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser
         argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    own = [(name, field) for name, field in fields(config_type) if "." not in name]
+    own = [(name, field) for name, field in iter_options(config_type) if "." not in name]
     shown = [name for name, field in own if len(own) <= MAX_BASIC or name in BASIC.split() or field.is_required()]
     groups: dict[str, Any] = {}
-    options = [(*dotted.rpartition(".")[::2], dotted, field) for dotted, field in fields(config_type)]
+    options = [(*dotted.rpartition(".")[::2], dotted, field) for dotted, field in iter_options(config_type)]
     for section, last, dotted, field in sorted(options, key=lambda item: (item[0], RANK[item[1]])):
         heading = f"Options of {section.replace('_', '-')}" if section else HEADING_OF[last]
         if heading not in groups:
@@ -221,7 +229,7 @@ def _help(field: FieldInfo) -> str:
     description = " ".join((field.description or "").split()).replace("%", "%%")
     if field.is_required():
         return f"{description} (required)"
-    default = meaning_of_none(field) if (value := field.get_default(call_default_factory=True)) is None else value
+    default = format_none(field) if (value := field.get_default(call_default_factory=True)) is None else value
     shown = " ".join(map(str, default)) if isinstance(default, (tuple, list, dict)) else str(default)
     shown = shown.lower() if isinstance(default, bool) else shown
     return f"{description} (default: {shown})" if shown else description

@@ -46,7 +46,7 @@ def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:
         MapetError: it is missing, or not as it was written.
     """
     content = read_json(path, what)
-    if not isinstance(content, dict) or content.pop(SEAL, None) != canonical_hash(content):
+    if not isinstance(content, dict) or content.pop(CHECKSUM_KEY, None) != canonical_hash(content):
         raise MapetError(f"{path}: not a readable {what} (it was changed after it was written: its seal does not fit)")
     return content
 
@@ -71,7 +71,7 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
         )
 
 
-SEAL = "checksum"
+CHECKSUM_KEY = "checksum"
 MANIFEST = "manifest.json"
 """What a folder of data holds: a token store, a prepared data set, features."""
 RUN_FILE = "run.json"
@@ -116,7 +116,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def naming_the_cause(path: Path) -> Iterator[None]:
+def translate_write_errors(path: Path) -> Iterator[None]:
     """safetensors wraps the system's error (disk full, ...) in one of its own: give it the file's name."""
     try:
         yield
@@ -125,7 +125,7 @@ def naming_the_cause(path: Path) -> Iterator[None]:
         raise MapetError(f"cannot write {path}: {error}{os_error_hint(int(number[1]) if number else None)}") from None
 
 
-def reserve(file: IO[bytes], size: int, path: Path) -> None:
+def preallocate(file: IO[bytes], size: int, path: Path) -> None:
     """Give `file` its disk space now: a hole in it would fail when the disk is full, and end the process (SIGBUS) if mapped.
 
     Args:
@@ -166,7 +166,7 @@ def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     try:
         with open(path, "r+b") as file:
-            reserve(file, os.fstat(file.fileno()).st_size, path)
+            preallocate(file, os.fstat(file.fileno()).st_size, path)
     except MapetError:
         path.unlink()
         raise
@@ -176,7 +176,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
     """Write a safetensors file in place; call it inside `atomic_write`."""
     from safetensors.torch import save_file
 
-    with naming_the_cause(path):
+    with translate_write_errors(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
@@ -237,7 +237,7 @@ def is_empty_dir(path: Path, but: str | None = None) -> bool:
 def write_checksummed_json(path: Path, content: dict[str, Any]) -> None:
     """`write_json` with a hash of all of it, for files whose damage would go unnoticed."""
     content = json.loads(json.dumps(content))  # keys become text
-    write_json(path, {**content, SEAL: canonical_hash(content)})
+    write_json(path, {**content, CHECKSUM_KEY: canonical_hash(content)})
 
 
 def create_output_dir(path: Path, resume_hint: str = "", create: bool = True) -> None:

@@ -134,7 +134,7 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-_open: dict[Path, RunState] = {}
+_active_states: dict[Path, RunState] = {}
 """Folders that commands of this process are writing now."""
 
 
@@ -152,7 +152,7 @@ def record(
     Args:
         facts: `counts`, `hashes` and `results`; others of the same name are replaced.
     """
-    if folder is None or (state := _open.get(folder.absolute())) is None:
+    if folder is None or (state := _active_states.get(folder.absolute())) is None:
         return
     state.config = config.model_dump(mode="json") if config else state.config
     state.description, state.device = description or state.description, device or state.device
@@ -169,20 +169,20 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     keeps the earlier facts; if it was finished and the command fails (other options, say), it stays finished. A command that
     fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options.
     """
-    key, free, existed = folder.absolute(), is_unused(folder, command), folder.exists()
+    key, free, existed = folder.absolute(), can_start_in(folder, command), folder.exists()
     resumed = getattr(config, "resume", False)
-    if key not in _open and not (free or resumed) and is_first_rank():
+    if key not in _active_states and not (free or resumed) and is_first_rank():
         hint = f", or go on with {option('resume', True)}" if "resume" in type(config).model_fields else ""
         create_output_dir(folder, hint, create=False)  # refuses it
-    if key in _open or not (free or resumed):
+    if key in _active_states or not (free or resumed):
         yield
         return
-    state, before = RunState(command=command, config=config.model_dump(mode="json")), read_or_none(folder)
+    state, before = RunState(command=command, config=config.model_dump(mode="json")), try_read_state(folder)
     if not free and before is not None and before.command == command:
         kept = before.model_dump(include={"started", "seconds", "counts", "hashes", "results", "description", "device"})
         state = state.model_copy(update={**kept, "resumes": before.resumes + 1})
     state.write(folder)
-    _open[key] = state
+    _active_states[key] = state
     warnings = _Warnings(state)
     log.addHandler(warnings)
     try:
@@ -194,7 +194,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(warnings)
-        del _open[key]
+        del _active_states[key]
         if state.status != "failed" or not is_empty_dir(folder):
             state.write(folder)
         elif is_first_rank():
@@ -205,7 +205,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
 
 def record_end(folder: Path, error: BaseException | None = None) -> None:
     """Say now how a command ends, for a report that it writes as its last act."""
-    if state := _open.get(folder.absolute()):
+    if state := _active_states.get(folder.absolute()):
         state.end(error)
         state.write(folder)
 
@@ -226,7 +226,7 @@ class _Warnings(logging.Handler):
 # ---- which folder is what
 
 
-def read_or_none(folder: Path) -> RunState | None:
+def try_read_state(folder: Path) -> RunState | None:
     """The state of a folder, None where it is missing, damaged or newer."""
     try:
         return RunState.read(folder)
@@ -234,31 +234,31 @@ def read_or_none(folder: Path) -> RunState | None:
         return None
 
 
-def command_of(folder: Path) -> str:
+def read_command(folder: Path) -> str:
     """The command that wrote a folder, '' if no readable run.json tells."""
-    state = read_or_none(folder)
+    state = try_read_state(folder)
     return state.command if state else ""
 
 
-def is_unused(folder: Path, command: str) -> bool:
+def can_start_in(folder: Path, command: str) -> bool:
     """Whether `command` may begin in a folder: it holds nothing, or the options of one that failed before it made anything."""
-    return is_empty_dir(folder) or (is_empty_dir(folder, but=CONFIG_FILE) and command_of(folder) == command)
+    return is_empty_dir(folder) or (is_empty_dir(folder, but=CONFIG_FILE) and read_command(folder) == command)
 
 
 def pretrain_folder(folder: Path) -> Path:
     """The folder of `mapet pretrain` in that of a `mapet run` or `mapet demo`, or the folder itself."""
-    return folder / {"run": "pretrain", "demo": "run/pretrain"}.get(command_of(folder), "")
+    return folder / {"run": "pretrain", "demo": "run/pretrain"}.get(read_command(folder), "")
 
 
 def parent_run(folder: Path) -> Path | None:
     """The folder of the `mapet run` that a command's folder is part of: the one to resume."""
-    return folder.parent if command_of(folder.parent) == "run" else None
+    return folder.parent if read_command(folder.parent) == "run" else None
 
 
 def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | None:
     """The first of `commands` that wrote a folder, or one in it, and the config.yaml that resumes it."""
     for path in (folder, pretrain_folder(folder)):
-        if (command := command_of(path)) in commands and (path / CONFIG_FILE).is_file():
+        if (command := read_command(path)) in commands and (path / CONFIG_FILE).is_file():
             return command, path / CONFIG_FILE
     return None
 

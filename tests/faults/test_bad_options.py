@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 import mapet
 from mapet.cli import main
 from mapet.commands import COMMANDS
-from mapet.config.base import build
+from mapet.config.base import build_config
 from mapet.config.evaluation import EvaluateConfig
 from mapet.errors import shell_command
-from mapet.files import naming_the_cause
+from mapet.files import translate_write_errors
 from mapet.run_state import RunState
 
 TINY_FIT = ["--image-size", "16", "--patch-size", "4"]
@@ -177,7 +177,7 @@ def test_errors_of_the_system(number, os_error_hint, capsys, monkeypatch):
     assert f"{os.strerror(number)} (some/file): " in line and os_error_hint in line
     with (
         pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{way_out}"),
-        naming_the_cause(Path("some/file")),
+        translate_write_errors(Path("some/file")),
     ):
         raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
 
@@ -521,7 +521,9 @@ def test_what_is_no_recipe_of_this_stage(run_dir, capsys, tmp_path):
 
 def test_one_of_several_needs_no_list(run_dir, capsys, tmp_path):
     """In Python as on the command line; and what takes keywords alone says so."""
-    config = build(EvaluateConfig, {"backbone": run_dir, "images": "a", "out": "b", "protocols": "knn", "few_shot": 5})
+    config = build_config(
+        EvaluateConfig, {"backbone": run_dir, "images": "a", "out": "b", "protocols": "knn", "few_shot": 5}
+    )
     assert (config.backbone, config.protocols, config.few_shot) == ([str(run_dir)], ["knn"], (5,))
     with pytest.raises(TypeError, match=r"run\(\) takes keywords: run\(images='photos', \.\.\.\)"):
         mapet.run("photos")

@@ -24,7 +24,7 @@ from torch import nn
 
 import mapet
 from mapet.cli import main
-from mapet.config.base import build, read_config
+from mapet.config.base import build_config, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.data.readers import ImageDecodeError
 from mapet.data.sources import list_images
@@ -88,7 +88,7 @@ def make_recipe(folder: Path) -> None:
 
 def read_recipe(folder: Path, _: Any) -> str:
     file = folder / "recipe.yaml"
-    return build(PretrainConfig, read_config(file), file).model_dump_json()
+    return build_config(PretrainConfig, read_config(file), file).model_dump_json()
 
 
 def make_list(folder: Path) -> None:
@@ -285,7 +285,7 @@ options = st.dictionaries(st.sampled_from(sorted(PretrainConfig.model_fields)), 
 def test_any_value_of_any_option(values):
     """A config, or an error that names the option."""
     try:
-        build(PretrainConfig, {"images": "a", "out": "b", "tokenizer": "c"} | values)
+        build_config(PretrainConfig, {"images": "a", "out": "b", "tokenizer": "c"} | values)
     except MapetError as error:
         assert any(name.replace("_", "-") in str(error) or name in str(error) for name in values)
 

@@ -15,7 +15,7 @@ from PIL import Image
 import mapet
 from mapet import cli
 from mapet.commands import COMMANDS
-from mapet.config.base import build, read_config
+from mapet.config.base import build_config, read_config
 from mapet.config.pipeline import StudyConfig
 from mapet.data.views import normalize
 from mapet.evaluation.protocols import PROTOCOLS
@@ -103,7 +103,7 @@ def test_every_recipe_builds(recipe):
     name = recipe.stem.partition("_")[0]
     stage = name if name in COMMANDS else "fit-tokenizer" if name == "tokenizer" else "run"
     more = {"finetune": {"backbone": "c"}, "study": {"test_images": "c"}}.get(stage, {})
-    build(COMMANDS[stage].config_type, read_config(recipe), recipe, {"images": "a", "out": "b"} | more)
+    build_config(COMMANDS[stage].config_type, read_config(recipe), recipe, {"images": "a", "out": "b"} | more)
 
 
 def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
@@ -126,7 +126,7 @@ def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
 def test_readme_study():
     """The README's study file is one."""
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    cells = grid_trials(build(StudyConfig, yaml.safe_load(text)))
+    cells = grid_trials(build_config(StudyConfig, yaml.safe_load(text)))
     assert len(cells) == 3 * 3 * 3
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import mapet
 from mapet.cli import main
-from mapet.config.base import build
+from mapet.config.base import build_config
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import Interrupted, MapetError
@@ -136,7 +136,7 @@ def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monke
 def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tokenizer_dir):
     options = recipe(few_digits, tmp_path, seeds=[0, 1])
     options["grid"] = {"objective": ["mim", "mapet"], "mask_ratio": [0.5, [0.5, 0.9]]}
-    config = build(StudyConfig, options)
+    config = build_config(StudyConfig, options)
     cells = grid_trials(config)
     assert len({cell.name for cell in cells}) == 8 and [cell.seed for cell in cells] == [0] * 4 + [1] * 4
     assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
@@ -151,7 +151,7 @@ def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tok
 def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_path):
     """MIM of 16 patches and a class token, counted by hand: linear layers, attention, head; the pixels need no gradient."""
     given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "mask_ratio": 0.75, "objective": "mim"}
-    config = build(PretrainConfig, PRETRAIN | given)
+    config = build_config(PretrainConfig, PRETRAIN | given)
     width, depth = config.model_args["embed_dim"], config.model_args["depth"]
     words = json.loads((tokenizer_dir / "visual_tokenizer.json").read_text())["vocab_size"]
     block = 17 * 12 * width**2 + 2 * 17 * 17 * width
@@ -250,7 +250,7 @@ def test_operations_of_drawn_ratios_and_fewer_targets(few_digits, tokenizer_dir,
     given = PRETRAIN | {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir}
 
     def cost(**options):
-        return flops_per_image(build(PretrainConfig, given | options))
+        return flops_per_image(build_config(PretrainConfig, given | options))
 
     assert cost(mask_ratio=0.5) < cost(mask_ratio=[0.5, 0.9]) < cost(mask_ratio=0.9)
     assert cost(num_predict=3) < cost(num_predict=6) < cost()

@@ -8,7 +8,7 @@ import mapet
 from mapet.cli import _parser
 from mapet.commands import COMMANDS
 from mapet.commands.command import command
-from mapet.config.base import Config, fields
+from mapet.config.base import Config, iter_options
 from mapet.errors import MapetError
 
 HIDDEN = ("debug-step",)
@@ -65,7 +65,7 @@ def test_help_is_short_first_and_options_are_few():
     """At most 15 options at first, each under a heading; those of sections are counted where they are defined."""
     total = 0
     for name, function in COMMANDS.items():
-        own = [option for option, _ in fields(function.config_type) if "." not in option]
+        own = [option for option, _ in iter_options(function.config_type) if "." not in option]
         first, every = (_parser(function, hide).format_help() for hide in (True, False))
         assert first.count("\n  --") - 1 <= 15 and every.count("\n  --") >= len(own)
         total += 0 if name in HIDDEN else len(own)

@@ -14,7 +14,7 @@ from mapet.commands.command import command
 from mapet.config.base import Config
 from mapet.errors import Interrupted, MapetError, NewerFormatError
 from mapet.files import atomic_write, create_output_dir
-from mapet.run_state import RunState, command_of, find_config, parent_run, pretrain_folder, record, run_state
+from mapet.run_state import RunState, find_config, parent_run, pretrain_folder, read_command, record, run_state
 
 
 class Options(Config):
@@ -150,7 +150,7 @@ def test_damaged_and_missing_ones(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(MapetError, match=r"run\.json"):
         read(tmp_path)
-    assert command_of(tmp_path) == ""
+    assert read_command(tmp_path) == ""
 
 
 def test_newer_ones(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
-from mapet.config.base import build
+from mapet.config.base import build_config
 from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
@@ -364,9 +364,9 @@ def test_urls_keep_their_slashes_and_paths_are_tidied():
         "photos/": "photos",
         Path("a") / "b": "a/b",
     }.items():
-        assert build(CheckConfig, {"images": given}).images == kept
+        assert build_config(CheckConfig, {"images": given}).images == kept
     with pytest.raises(MapetError, match="images"):
-        build(CheckConfig, {"images": 3})
+        build_config(CheckConfig, {"images": 3})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Nothing heavy is imported until a command runs, so that `mapet --help` answers a
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mapet.commands.command import AnyCommand, command, name_of
+from mapet.commands.command import AnyCommand, command, command_name
 from mapet.config.data import CheckConfig, PrepareConfig
 from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
@@ -252,4 +252,4 @@ GROUPS: dict[str, tuple[AnyCommand, ...]] = {
     "Deployment": (embed, export),
 }
 """Heading -> commands, as `mapet --help` lists them; `debug-step`, for a crash, is not among them."""
-COMMANDS = {name_of(function): function for group in [*GROUPS.values(), (debug_step,)] for function in group}
+COMMANDS = {command_name(function): function for group in [*GROUPS.values(), (debug_step,)] for function in group}

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from mapet.config.base import Config, build
+from mapet.config.base import Config, build_config
 from mapet.errors import MapetError, option
 from mapet.run_state import is_first_rank, run_state
 
@@ -38,7 +38,7 @@ class Command(Protocol[P, R_co]):
 AnyCommand = Command[..., Any]
 
 
-def name_of(function: Callable[..., Any] | AnyCommand) -> str:
+def command_name(function: Callable[..., Any] | AnyCommand) -> str:
     """The name of a command as it is typed."""
     return function.__name__.replace("_", "-")
 
@@ -66,7 +66,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
                 if config is not None and kind.positional is None:
                     example = f"{function.__name__}({next(iter(signature.parameters))}={config!r}, ...)"
                     raise TypeError(f"{function.__name__}() takes keywords: {example}")
-                config = build(kind, options if config is None else {str(kind.positional): config} | options)
+                config = build_config(kind, options if config is None else {str(kind.positional): config} | options)
             elif options:
                 raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
             _check_out_is_not_among_images(config)
@@ -82,7 +82,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
 def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
     """Call the function on every rank of `torchrun`, or on rank 0 alone."""
-    out, name = getattr(config, "out", None), name_of(function)
+    out, name = getattr(config, "out", None), command_name(function)
     state = nullcontext() if out is None or config.out_is_file else run_state(out, name, config)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with state:

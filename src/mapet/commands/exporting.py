@@ -21,7 +21,7 @@ from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
 from mapet.reports.card import model_card, origin_of
-from mapet.run_state import command_of, pretrain_folder, read_or_none
+from mapet.run_state import pretrain_folder, read_command, try_read_state
 from mapet.training.tasks.pretraining import load_run
 
 log = logging.getLogger("mapet")
@@ -68,7 +68,7 @@ def _load_backbone(config: ExportConfig) -> VisionTransformer:
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
     inner = pretrain_folder(Path(config.backbone))
-    if command_of(inner) != "pretrain" or (inner / "backbone").is_dir():
+    if read_command(inner) != "pretrain" or (inner / "backbone").is_dir():
         return load_backbone(config.backbone, **options).eval()
     with tempfile.TemporaryDirectory(prefix=f"{Path(config.backbone).name}-newest-checkpoint-") as folder:
         save_backbone(load_run(Path(config.backbone)).model.vit, Path(folder) / "backbone")
@@ -78,7 +78,7 @@ def _load_backbone(config: ExportConfig) -> VisionTransformer:
 def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Tensor, "B C H W"], str]:
     """Read a few images as the ViT takes them, and describe them; without `images`, generate some where the run's can't be read."""
     folders = (pretrain_folder(Path(config.backbone)), Path(config.backbone).parent)  # of pre-training, fine-tuning
-    states = [state for folder in folders if (state := read_or_none(folder))]
+    states = [state for folder in folders if (state := try_read_state(folder))]
     source = config.images or (states[0].config.get("images") if states else None)
     try:
         if not source:

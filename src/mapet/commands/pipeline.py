@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapet import commands, distributed
-from mapet.commands.command import AnyCommand, name_of
-from mapet.config.base import Config, build, differences, read_config, write_config
+from mapet.commands.command import AnyCommand, command_name
+from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.shared import is_custom_teacher
@@ -19,7 +19,7 @@ from mapet.evaluation.datasets import few_shot_split, labeled, train_and_test
 from mapet.files import create_output_dir, is_empty_dir, read_json
 from mapet.reports.page import NAME, write_run_report
 from mapet.reports.study import write_report
-from mapet.run_state import CONFIG_FILE, RunState, is_unused, read_or_none, record
+from mapet.run_state import CONFIG_FILE, RunState, can_start_in, record, try_read_state
 from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
 from mapet.studies.statistics import Trial
@@ -67,7 +67,7 @@ def run(config: RunConfig) -> Path:
     for stage in stages:
         if stage.done:
             continue
-        log.info("--- %s", name_of(stage.command))
+        log.info("--- %s", command_name(stage.command))
         try:
             with spell_in_section(stage.command.__name__, RunConfig.model_fields):
                 result = stage.command(stage.config)
@@ -100,10 +100,10 @@ def _plan(config: RunConfig) -> list[Stage]:
         options = getattr(config, of.__name__, None)  # `evaluate` and `report` have none
         section = options.model_dump(exclude_unset=True) if options else {}
         with spell_in_section(of.__name__, RunConfig.model_fields):
-            return Stage(of, build(of.config_type, section | shared | given), begun, done)
+            return Stage(of, build_config(of.config_type, section | shared | given), begun, done)
 
     made = {path: not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)}
-    state = read_or_none(config.out)
+    state = try_read_state(config.out)
     evaluated = state is not None and "evaluation" in state.results
     has_labels = config.test_images is not None or list_images(config.images).classes() is not None
     if not has_labels:
@@ -147,7 +147,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
 def _begin(config: RunConfig, stages: list[Stage]) -> None:
     """Write the config into a new folder, or check that it is the old one's, but for stages that have made nothing yet."""
     recipe = config.out / CONFIG_FILE
-    if is_unused(config.out, "run"):
+    if can_start_in(config.out, "run"):
         images = list_images(config.images)  # fail before anything is written
         if config.resume:
             log.warning(NOTHING_TO_RESUME, config.out)
@@ -155,7 +155,7 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
         return write_config(config, recipe)
     if not recipe.exists():
         create_output_dir(config.out)  # refuses it
-    old = build(RunConfig, read_config(recipe), recipe)
+    old = build_config(RunConfig, read_config(recipe), recipe)
     may_change = {"resume", "device", "max_unreadable", "out"}
     may_change |= {stage.command.__name__ for stage in stages if not stage.begun}
     may_change |= set() if stages[3].begun else {"test_images"}
@@ -163,7 +163,7 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
     if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now
         same = read_json(fitted, "tokenizer")["fit_config"].get("images_hash") == list_images(config.images).hash
         may_change |= {"images"} if same else set()
-    if changed := differences(old, config, frozenset(may_change)):
+    if changed := diff_configs(old, config, frozenset(may_change)):
         with spell_in_section("pretrain", RunConfig.model_fields):
             restart = restart_hint(config.out)
         raise MapetError(

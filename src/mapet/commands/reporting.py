@@ -27,7 +27,7 @@ from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
 from mapet.reports.figures import plot_run, step_through
 from mapet.reports.page import LiveServer, ReportImage, RunView, page, rasterize
 from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, RunFiles
-from mapet.run_state import check_is_pretraining, command_of, pretrain_folder
+from mapet.run_state import check_is_pretraining, pretrain_folder, read_command
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.tasks.pretraining import load_run
 
@@ -99,7 +99,7 @@ def _serve(folder: Path) -> None:
     """Serve the live page of a run until Ctrl-C."""
     if folder.is_file():
         raise MapetError(f"{folder} is a file: give the run's folder")
-    if not (is_empty_dir(folder) or command_of(folder) in ("run", "demo")):  # these may start to pre-train
+    if not (is_empty_dir(folder) or read_command(folder) in ("run", "demo")):  # these may start to pre-train
         check_is_pretraining(folder)
     with LiveServer(folder) as server:
         waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mapet.config.base import build, read_config, write_config
+from mapet.config.base import build_config, read_config, write_config
 from mapet.config.evaluation import FinetuneConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig
 from mapet.config.shared import TrainerConfig
@@ -21,7 +21,7 @@ from mapet.files import create_output_dir
 from mapet.reports.card import origin_of_tuned
 from mapet.reports.page import write_run_report
 from mapet.reports.plots import plot_learning_curve, save_figure
-from mapet.run_state import CONFIG_FILE, RunState, command_of, pretrain_folder, record, record_end, run_state
+from mapet.run_state import CONFIG_FILE, RunState, pretrain_folder, read_command, record, record_end, run_state
 from mapet.training import checkpoint
 from mapet.training.run_folder import MUTABLE_ON_RESUME, command_to_resume, resolve_resume_config
 from mapet.training.task import Task
@@ -125,8 +125,8 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
         kept = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
         hint = f"did you mean {kept[0]}?" if kept else "a run whose numbers were not finite has them, as debug/step-*"
         raise MapetError(f"{config.bundle} is not the replay bundle of a run: {hint}")
-    task_type, config_type = TASKS.get(command_of(folder), TASKS["pretrain"])
-    task, run = task_type(), build(config_type, read_config(recipe), recipe)
+    task_type, config_type = TASKS.get(read_command(folder), TASKS["pretrain"])
+    task, run = task_type(), build_config(config_type, read_config(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
     task.build(run, ComputeContext.from_options(run.device, run.precision))

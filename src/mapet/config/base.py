@@ -34,7 +34,7 @@ class Config(BaseModel):
     @classmethod
     def _one_of_several(cls, value: Any, info: ValidationInfo) -> Any:
         """Where several may be given, as on the command line, one needs no list around it."""
-        several = takes_several(cls.model_fields[str(info.field_name)].annotation)
+        several = is_multi_valued(cls.model_fields[str(info.field_name)].annotation)
         return [value] if several and isinstance(value, (str, int, float, os.PathLike)) else value
 
     def problems(self) -> Iterator[str]:
@@ -48,19 +48,19 @@ class Config(BaseModel):
         return self
 
 
-def takes_several(annotation: Any) -> bool:
+def is_multi_valued(annotation: Any) -> bool:
     """Whether it is a list, or a tuple of any length; or one of both and None."""
     arguments = get_args(annotation)
     if get_origin(annotation) is tuple:
         return Ellipsis in arguments
-    return get_origin(annotation) is list or any(map(takes_several, arguments))
+    return get_origin(annotation) is list or any(map(is_multi_valued, arguments))
 
 
 C = TypeVar("C", bound=Config)
 Options = Mapping[str, Any]
 
 
-def build(config_type: type[C], options: Options, path: Path | None = None, typed: Options = {}) -> C:
+def build_config(config_type: type[C], options: Options, path: Path | None = None, typed: Options = {}) -> C:
     """Validate options into a config.
 
     Args:
@@ -71,19 +71,19 @@ def build(config_type: type[C], options: Options, path: Path | None = None, type
     Raises:
         MapetError: options that are unknown, missing or wrong, on one line; it carries the first one's field and value.
     """
-    given = merge(options, typed)
-    for name, inner, by_name in sections(config_type):
+    given = merge_options(options, typed)
+    for name, inner, by_name in iter_sections(config_type):
         if isinstance(section := given.get(name), Mapping):
             words = typed.get(name, {})
             with spell_in_section(name, config_type.model_fields):
                 if not by_name:
-                    given[name] = build(inner, section, path, words)
+                    given[name] = build_config(inner, section, path, words)
                     continue
                 given[name] = dict(section)
                 for key, one in section.items():
                     if isinstance(one, Mapping):  # else pydantic refuses it
                         with spell_in_section(key):
-                            given[name][key] = build(inner, one, path, words.get(key, {}))
+                            given[name][key] = build_config(inner, one, path, words.get(key, {}))
     try:
         return config_type.model_validate(given)
     except ValidationError as error:
@@ -93,12 +93,12 @@ def build(config_type: type[C], options: Options, path: Path | None = None, type
         raise MapetError(text, field=field, value=value, expected=_expected(problems[0])) from None
 
 
-def merge(base: Options, over: Options) -> dict[str, Any]:
+def merge_options(base: Options, over: Options) -> dict[str, Any]:
     """Merge nested mappings; values of `over` win."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
+        merged[key] = merge_options(merged[key], value) if both else value
     return merged
 
 
@@ -129,7 +129,7 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
     with spell_as_flags(False) if in_file else nullcontext():
         name = option(".".join(map(str, place)))
         if kind == "extra_forbidden":
-            return f"unknown option '{name}'{where}{did_you_mean(name, [option(known) for known, _ in fields(config_type)])}"
+            return f"unknown option '{name}'{where}{did_you_mean(name, [option(known) for known, _ in iter_options(config_type)])}"
         if kind == "missing":
             description = config_type.model_fields[str(place[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
@@ -137,7 +137,7 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
         return f"{name}: {expected}, got {problem['input']!r}{where}" if place else f"{expected}{where}"
 
 
-def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
+def iter_sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
     """Yield (name, config type, whether it is a mapping of names to such configs) of the fields that hold configs."""
     for name, field in config_type.model_fields.items():
         by_name = get_origin(field.annotation) is dict
@@ -146,17 +146,17 @@ def sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], boo
             yield name, kind, by_name
 
 
-def fields(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def iter_options(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield (dotted name, pydantic field) of every option of the command line, those of sections included."""
-    inner = {name: kind for name, kind, by_name in sections(config_type) if not by_name}
+    inner = {name: kind for name, kind, by_name in iter_sections(config_type) if not by_name}
     for name, field in config_type.model_fields.items():
         if name in inner:
-            yield from fields(inner[name], f"{prefix}{name}.")
+            yield from iter_options(inner[name], f"{prefix}{name}.")
         elif name not in config_type.file_only:
             yield prefix + name, field
 
 
-def meaning_of_none(field: FieldInfo) -> str:
+def format_none(field: FieldInfo) -> str:
     """Return what None means for an option: 'automatic' where its help says what is chosen then, else 'none'."""
     return "automatic" if "automatic" in (field.description or "") else "none"
 
@@ -189,7 +189,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:
+def diff_configs(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:
     """'key: old -> new' for every option that differs, those of a section as 'section.key'; None is what isn't given."""
     a, b = (dict(_flat(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new))
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in a | b if a.get(key) != b.get(key)]

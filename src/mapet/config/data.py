@@ -11,7 +11,7 @@ from mapet.config import shared
 from mapet.errors import option
 
 
-class CheckConfig(shared.Images, shared.Patches, shared.Encoder):
+class CheckConfig(shared.ImageOptions, shared.InputOptions, shared.EncoderOptions):
     """Options of `check`."""
 
     out_is_file: ClassVar[bool] = True
@@ -25,7 +25,7 @@ class CheckConfig(shared.Images, shared.Patches, shared.Encoder):
     """Text file for the list of unreadable images, one `reason<TAB>path` a line."""
 
 
-class PrepareConfig(shared.Images, shared.UnreadableImageOptions, shared.Resumable):
+class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.ResumeOptions):
     """Options of `prepare`."""
 
     out: Path
@@ -42,7 +42,7 @@ class PrepareConfig(shared.Images, shared.UnreadableImageOptions, shared.Resumab
 
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""
-        if self.streaming and not self.images.startswith(shared.HUGGING_FACE):
+        if self.streaming and not self.images.startswith(shared.HF_PREFIX):
             yield f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
         if self.value_range is not None:
             low, high = self.value_range

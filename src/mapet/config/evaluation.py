@@ -11,7 +11,7 @@ from mapet.config.base import Config
 from mapet.errors import option
 
 
-class EvaluateConfig(shared.Device, shared.Seeded):
+class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
@@ -71,7 +71,7 @@ class EvaluateConfig(shared.Device, shared.Seeded):
             yield f"{option('test_annotations')} are for {option('annotations')}: give both"
 
 
-class FinetuneOptions(shared.TrainerOptions, shared.Views):
+class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     """Options of `finetune` that say how to train; a section of `study`."""
 
     file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS
@@ -129,7 +129,7 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
             yield f"{option('resume', True)} goes on in the folder of {option('out')}: give it"
 
 
-class EmbedConfig(shared.UnreadableImageOptions, shared.Device, shared.Resumable):
+class EmbedConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
     """Options of `embed`."""
 
     backbone: shared.BackboneSource

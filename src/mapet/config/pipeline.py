@@ -12,14 +12,16 @@ from mapet.config.pretraining import PretrainOptions
 from mapet.config.tokenizers import FitTokenizerOptions, TokenizeOptions
 
 
-class DemoConfig(shared.Resumable, shared.Seeded):
+class DemoConfig(shared.ResumeOptions, shared.SeedOptions):
     """Options of `demo`."""
 
     out: Path = Path("demo")
     """New folder for the digits, the run and the pictures."""
 
 
-class RunConfig(shared.Images, shared.UnreadableImageOptions, shared.Device, shared.Resumable, shared.Seeded):
+class RunConfig(
+    shared.ImageOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions, shared.SeedOptions
+):
     """Options of `run`: where from and where to, and a section of options for each stage."""
 
     out: Path

@@ -10,7 +10,7 @@ from mapet.config import shared
 from mapet.errors import option
 
 
-class PretrainOptions(shared.TrainerOptions, shared.Encoder):
+class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     """Options of `pretrain` that say how to train, not on what and where to; a section of `run` and `study`."""
 
     objective: str = "mapet"
@@ -67,7 +67,9 @@ class PretrainOptions(shared.TrainerOptions, shared.Encoder):
             yield f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
 
 
-class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.TrainerConfig, shared.TrustTeacher):
+class PretrainConfig(
+    PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions
+):
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
     out: Path
@@ -84,7 +86,7 @@ class PretrainConfig(PretrainOptions, shared.Images, shared.Views, shared.Traine
             yield f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
 
 
-class ReportConfig(shared.Device, shared.TrustTeacher):
+class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     """Options of `report`."""
 
     positional: ClassVar[str | None] = "run"
@@ -113,7 +115,7 @@ class ReportConfig(shared.Device, shared.TrustTeacher):
             yield f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
 
 
-class DebugStepConfig(shared.Device, shared.TrustTeacher):
+class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     """Options of `debug-step`."""
 
     positional: ClassVar[str | None] = "bundle"

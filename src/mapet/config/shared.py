@@ -23,7 +23,7 @@ Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 VocabSize = Annotated[int, Field(ge=2)]
 """V, visual tokens: of one there is nothing to predict."""
 Precision = Literal["auto", "float32", "bfloat16"]
-HUGGING_FACE = "hf:"
+HF_PREFIX = "hf:"
 """How names of Hugging Face's data sets begin."""
 
 
@@ -34,7 +34,7 @@ def is_url(source: str) -> bool:
 
 def _as_source(value: Any) -> Any:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
-    return text if not isinstance(text, str) or text.startswith(HUGGING_FACE) or is_url(text) else str(Path(text))
+    return text if not isinstance(text, str) or text.startswith(HF_PREFIX) or is_url(text) else str(Path(text))
 
 
 Source = Annotated[str, BeforeValidator(_as_source)]
@@ -53,14 +53,14 @@ Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_coun
 """How many labeled images of each class: below 1 a fraction of them, else so many."""
 
 
-class Images(Config):
+class ImageOptions(Config):
     """Images, labeled or not."""
 
     images: Source
     """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
 
 
-class Patches(Config):
+class InputOptions(Config):
     """The student's input."""
 
     image_size: Size = (224, 224)
@@ -71,7 +71,7 @@ class Patches(Config):
     """Channels of the images: 1 gray, 3 RGB, others from .npy arrays."""
 
 
-class Encoder(Config):
+class EncoderOptions(Config):
     """A ViT with random weights."""
 
     model: str = "vit_tiny_patch16_224"
@@ -80,28 +80,28 @@ class Encoder(Config):
     """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
 
 
-class Seeded(Config):
+class SeedOptions(Config):
     """Random draws."""
 
     seed: NonNegativeInt = 0
     """Seed of all that is drawn."""
 
 
-class Resumable(Config):
+class ResumeOptions(Config):
     """Work that can be interrupted."""
 
     resume: bool = False
     """Go on with what was interrupted in `out`; what is finished is kept."""
 
 
-class TrustTeacher(Config):
+class TrustTeacherOptions(Config):
     """Tokenizers of others."""
 
     trust_teacher: str | None = None
     """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
 
 
-class Device(Config):
+class DeviceOptions(Config):
     """Where to compute."""
 
     device: str = "auto"
@@ -115,7 +115,7 @@ class UnreadableImageOptions(Config):
     """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
 
 
-class Views(Config):
+class ViewOptions(Config):
     """Which views of an image are tokenized and shown to the student."""
 
     views: Literal["center", "center-flip", "random-crop"] = "center"
@@ -170,14 +170,14 @@ class TrainerOptions(Config):
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
-class TrainerConfig(TrainerOptions, UnreadableImageOptions, Seeded, Resumable, Device):
+class TrainerConfig(TrainerOptions, UnreadableImageOptions, SeedOptions, ResumeOptions, DeviceOptions):
     """What the trainer reads of a command's config."""
 
     out: Path | None = None
     """New run folder."""
 
 
-class FrozenTeacher(Config):
+class TeacherOptions(Config):
     """The encoder whose features become visual tokens."""
 
     teacher: str = "pixels"
@@ -192,15 +192,15 @@ class FrozenTeacher(Config):
     """Which of the timm model's intermediate feature maps; -1 is the last."""
 
 
-HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names of timm models that are not in timm begin."""
 
 
 def is_custom_teacher(teacher: str) -> bool:
     """Whether the name is a person's own 'package.module:function'."""
-    return ":" in teacher and not teacher.startswith(HUBS)
+    return ":" in teacher and not teacher.startswith(HUB_PREFIXES)
 
 
-def changed(config: Config, options: Iterable[str]) -> list[str]:
+def non_default_options(config: Config, options: Iterable[str]) -> list[str]:
     """Those that have another value than the default."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]

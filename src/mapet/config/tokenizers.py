@@ -14,7 +14,7 @@ QUANTIZER_OPTIONS = {"fsq_levels": "fsq", **dict.fromkeys(KMEANS_OPTIONS, "kmean
 """Option -> the quantizer that uses it."""
 
 
-class FitTokenizerOptions(shared.FrozenTeacher, shared.Patches):
+class FitTokenizerOptions(shared.TeacherOptions, shared.InputOptions):
     """Options of `fit-tokenizer` that say how to fit, not on what and where to; a section of `run` and `study`."""
 
     teacher: str = "pixels"
@@ -50,13 +50,20 @@ class FitTokenizerOptions(shared.FrozenTeacher, shared.Patches):
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""
         check_divisible(self.image_size, self.patch_size)
-        for name in shared.changed(self, QUANTIZER_OPTIONS):  # it would be written down as if it had changed something
+        for name in shared.non_default_options(
+            self, QUANTIZER_OPTIONS
+        ):  # it would be written down as if it had changed something
             if (user := QUANTIZER_OPTIONS[name]) != self.quantizer:
                 yield f"{option(name)} is for {user}; {self.quantizer} has no use for it"
 
 
 class FitTokenizerConfig(
-    FitTokenizerOptions, shared.Images, shared.UnreadableImageOptions, shared.Device, shared.Resumable, shared.Seeded
+    FitTokenizerOptions,
+    shared.ImageOptions,
+    shared.UnreadableImageOptions,
+    shared.DeviceOptions,
+    shared.ResumeOptions,
+    shared.SeedOptions,
 ):
     """Options of `fit-tokenizer`."""
 
@@ -64,7 +71,7 @@ class FitTokenizerConfig(
     """New folder for the tokenizer."""
 
 
-class TokenizeOptions(shared.Views):
+class TokenizeOptions(shared.ViewOptions):
     """Options of `tokenize` that a larger config has as a section."""
 
     num_views: PositiveInt | None = None
@@ -73,12 +80,12 @@ class TokenizeOptions(shared.Views):
 
 class TokenizeConfig(
     TokenizeOptions,
-    shared.Images,
+    shared.ImageOptions,
     shared.UnreadableImageOptions,
-    shared.Device,
-    shared.TrustTeacher,
-    shared.Resumable,
-    shared.Seeded,
+    shared.DeviceOptions,
+    shared.TrustTeacherOptions,
+    shared.ResumeOptions,
+    shared.SeedOptions,
 ):
     """Options of `tokenize`."""
 
@@ -89,7 +96,12 @@ class TokenizeConfig(
 
 
 class TrainTokenizerConfig(
-    shared.Images, shared.FrozenTeacher, shared.Patches, shared.Encoder, shared.Views, shared.TrainerConfig
+    shared.ImageOptions,
+    shared.TeacherOptions,
+    shared.InputOptions,
+    shared.EncoderOptions,
+    shared.ViewOptions,
+    shared.TrainerConfig,
 ):
     """Options of `train-tokenizer`. Defaults are the released recipe's (BEiT v2, arXiv 2208.06366) unless they say
     otherwise."""
@@ -134,7 +146,7 @@ class TrainTokenizerConfig(
             yield f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides"
 
 
-class InspectTokenizerConfig(shared.TrustTeacher):
+class InspectTokenizerConfig(shared.TrustTeacherOptions):
     """Options of `inspect-tokenizer`."""
 
     positional: ClassVar[str | None] = "tokenizer"

@@ -7,7 +7,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from mapet.config.shared import HUGGING_FACE, is_url
+from mapet.config.shared import HF_PREFIX, is_url
 from mapet.data.hugging_face import list_hf_images
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset
@@ -31,7 +31,7 @@ def list_images(source: str | Path) -> ImageList:
         MapetError: the source is missing or unreadable, or holds no image.
     """
     text = os.fspath(source)
-    if text.startswith(HUGGING_FACE):
+    if text.startswith(HF_PREFIX):
         return list_hf_images(text)
     path, manifest = Path(text), Path(text, MANIFEST)
     if is_url(text) or (re.search(r"\.(tar|tgz)(\.\w+)?$", text) and not path.is_dir()):

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.config.base import Config
-from mapet.config.shared import Views
+from mapet.config.shared import ViewOptions
 from mapet.data.readers import REDUCTIONS, Box, LazyImage
 from mapet.errors import MapetError
 
@@ -56,7 +56,7 @@ class ViewSpec(Config):
     """Seed of the draws."""
 
     @classmethod
-    def from_config(cls, config: Views, image_size: tuple[int, int], seed: int) -> "ViewSpec":
+    def from_config(cls, config: ViewOptions, image_size: tuple[int, int], seed: int) -> "ViewSpec":
         """Make the views that a command's options ask for."""
         return cls(kind=config.views, image_size=image_size, min_scale=config.min_crop_scale, seed=seed)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mapet.data.views import input_mean_std
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, by, check_divisible, did_you_mean, option, shell_command
-from mapet.files import atomic_write, naming_the_cause, read_json
+from mapet.files import atomic_write, read_json, translate_write_errors
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, adapt_state_dict, from_state_dict
 from mapet.run_state import find_config
 from mapet.weights import first_names, read_weights
@@ -108,7 +108,7 @@ def save_backbone(vit: VisionTransformer, folder: Path) -> None:
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`.
     """
     data = _data_config(vit)
-    with atomic_write(folder) as temporary, naming_the_cause(folder):
+    with atomic_write(folder) as temporary, translate_write_errors(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
         config = json.loads((temporary / "config.json").read_text())
         for key in DROPPED_CFG_KEYS:

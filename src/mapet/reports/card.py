@@ -17,7 +17,7 @@ from mapet.models.export_formats import FORMATS
 from mapet.reports.metrics import History, figures
 from mapet.reports.render import render
 from mapet.reports.run import with_views
-from mapet.run_state import RunState, parent_run, pretrain_folder, read_or_none
+from mapet.run_state import RunState, parent_run, pretrain_folder, try_read_state
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def origin_of(source: str | Path) -> Origin:
     """Read the run.json around a backbone. Nothing that is missing is an error: a card says what is known."""
     path = Path(source)
     for folder in (pretrain_folder(path), path.parent):  # the backbone's own folder lies in that of its run
-        state = read_or_none(folder)
+        state = try_read_state(folder)
         if state and state.command == "finetune":
             before = Origin(**state.results.get("provenance", {}))
             tuned = {name: value for name, value in state.results.items() if name not in ("provenance", "classes")}

@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from mapet.config.base import meaning_of_none, read_config
+from mapet.config.base import format_none, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import MapetError, spell_as_flags, spell_in_section
 from mapet.reports.metrics import History, Subject, figures, not_judged, warnings
 from mapet.reports.render import number, value_text
-from mapet.run_state import CONFIG_FILE, RunState, check_is_pretraining, parent_run, pretrain_folder, read_or_none
+from mapet.run_state import CONFIG_FILE, RunState, check_is_pretraining, parent_run, pretrain_folder, try_read_state
 
 QUIET = 3600
 """After so many seconds without a new metric a run that never said why it stopped is not taken to be running."""
@@ -51,8 +51,8 @@ class RunFiles:
         except MapetError:
             self.recipe = {}
         unknown = RunState(command="", status="interrupted", pid=0)
-        self.state = read_or_none(self.folder) or unknown
-        around = read_or_none(self.parent) if self.parent else None
+        self.state = try_read_state(self.folder) or unknown
+        around = try_read_state(self.parent) if self.parent else None
         self.probe: Mapping[str, Any] = (around or unknown).results.get("evaluation", {})
         self.tokenizer: Mapping[str, Any] = self.state.results.get("tokenizer", {})
         if self.history.path != (path := self.folder / "metrics.jsonl"):
@@ -184,7 +184,7 @@ def with_views(recipe: Mapping[str, Any], views: Mapping[str, Any] | None) -> di
 
 def _option(name: str, value: object) -> str:
     field = PretrainConfig.model_fields.get(name)
-    return meaning_of_none(field) if value is None and field else value_text(value)
+    return format_none(field) if value is None and field else value_text(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from mapet.config.base import Config, build, differences, read_config, write_config
+from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
 from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
@@ -29,7 +29,7 @@ from mapet.evaluation.datasets import train_and_test
 from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
-from mapet.run_state import CONFIG_FILE, RunState, read_or_none, record, run_state
+from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
 from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Study, Trial
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
@@ -91,7 +91,7 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
         if tokenizer not in config.tokenizers:
             raise MapetError(f"grid: no tokenizer '{tokenizer}'{did_you_mean(tokenizer, config.tokenizers)}")
         try:
-            resolved = build(PretrainOptions, options).model_dump_json() + tokenizer
+            resolved = build_config(PretrainOptions, options).model_dump_json() + tokenizer
         except MapetError as error:
             raise MapetError(f"grid, {factors}: {error}") from None
         if resolved in trials:
@@ -167,15 +167,15 @@ def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfi
     folder, options = tokenizer_folder(config, name), config.tokenizers[name].model_dump(exclude_unset=True)
     shared = {"images": config.images, "device": config.devices[0], "resume": True}
     try:
-        fitting = build(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
+        fitting = build_config(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
     except MapetError as error:
         raise MapetError(f"tokenizer '{name}': {error}") from None
     teacher = fitting.teacher if is_custom_teacher(fitting.teacher) else None
     given = {"out": folder / "tokens", "tokenizer": fitting.out, "trust_teacher": teacher}
-    tokenizing = build(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | given)
+    tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | given)
     for now in (fitting, tokenizing):
-        state = read_or_none(now.out)
-        if state and (changed := differences(build(type(now), state.config), now, SAME_TOKENS)):
+        state = try_read_state(now.out)
+        if state and (changed := diff_configs(build_config(type(now), state.config), now, SAME_TOKENS)):
             raise MapetError(
                 f"{folder} was made with other options ({'; '.join(changed)}): use the same, another name for it, or a new {option('out')}"
             )
@@ -192,7 +192,7 @@ def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
     folder, teacher = tokenizer_folder(config, trial.tokenizer), config.tokenizers[trial.tokenizer].teacher
     given = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
     given |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
-    return build(
+    return build_config(
         PretrainConfig, trial.options | given | {"trust_teacher": teacher if is_custom_teacher(teacher) else None}
     )
 
@@ -212,12 +212,12 @@ def check_same_trial(folder: Path, now: TrialConfig) -> None:
     Raises:
         MapetError: its options are others.
     """
-    state = read_or_none(folder)
+    state = try_read_state(folder)
     if state is None or not (folder / "pretrain").exists():
         return
-    old = build(TrialConfig, state.config)
+    old = build_config(TrialConfig, state.config)
     free = frozenset({"pretrain", "flops_per_epoch"}) | (frozenset() if state.status == "finished" else EVALUATION)
-    if changed := differences(old.pretrain, now.pretrain, SAME_TRIAL) + differences(old, now, free):
+    if changed := diff_configs(old.pretrain, now.pretrain, SAME_TRIAL) + diff_configs(old, now, free):
         raise MapetError(
             f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new {option('out')}"
         )
@@ -248,7 +248,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a trial was evaluated."""
-    return bool((state := read_or_none(folder)) and state.status == "finished")
+    return bool((state := try_read_state(folder)) and state.status == "finished")
 
 
 def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
@@ -310,7 +310,7 @@ def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:
 
 def _log_end(folder: Path, exit_status: int) -> None:
     """Log how a trial ended; one whose process was killed has failed."""
-    state = read_or_none(folder) or RunState(command="trial", status="interrupted")
+    state = try_read_state(folder) or RunState(command="trial", status="interrupted")
     if state.status == "interrupted":
         end = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
         state.status, state.reason = "failed", f"its process ended with {end}; see {folder / 'trial.log'}"
@@ -329,7 +329,7 @@ def run_trial(folder_name: str, device: str) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this trial may be running still
         if is_finished(folder):
             return 0
-        config = build(TrialConfig, read_config(folder / CONFIG_FILE))
+        config = build_config(TrialConfig, read_config(folder / CONFIG_FILE))
         run = config.pretrain.out
         resume = (run / CONFIG_FILE).exists()
         pretraining = config.pretrain.model_copy(update={"device": device, "resume": resume})
@@ -369,7 +369,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}
     for labels in config.labels_per_class:
         given = shared | {"labels_per_class": labels, "from_scratch": not pretrained}
-        tuning = build(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given)
+        tuning = build_config(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given)
         tuned = Trainer(FinetuningTask(), tuning).fit()
         name = f"finetune, {labels} labels a class" if labels else "finetune, all labels"
         scores[name] = tuned.num_correct / tuned.num_test
@@ -412,7 +412,7 @@ def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
     results = []
     for trial in trials:
-        state = read_or_none(trial_folder(config, trial))
+        state = try_read_state(trial_folder(config, trial))
         found = state.results if state and state.status == "finished" else {}
         results.append(replace(trial, status=state.status, reason=state.reason, **found) if state else trial)
     title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
@@ -422,7 +422,7 @@ def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
 
 def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[str, dict[str, float]]:
     """Evaluate each model of the grid untrained, frozen and fine-tuned from scratch: means over the seeds, kept in run.json."""
-    state = read_or_none(config.out)
+    state = try_read_state(config.out)
     found: dict[str, dict[str, float]] = dict(state.results.get("baselines", {})) if state else {}
     for trial in trials:
         model = ", ".join(value for name, value in trial.factors.items() if name in ("model", "model_args"))

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from mapet import distributed
 from mapet.errors import MapetError, option
-from mapet.files import reserve
+from mapet.files import preallocate
 
 log = logging.getLogger("mapet")
 HEADROOM = 64
@@ -112,7 +112,7 @@ class FeatureStore:
                 f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give {option('out')} on another disk, more {option('memory_gb')} "
                 f"or fewer {option('patches_per_code')}"
             )
-        reserve(self._file, size, self.scratch)
+        preallocate(self._file, size, self.scratch)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:

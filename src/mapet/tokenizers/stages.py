@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mapet import distributed
-from mapet.config.shared import changed
+from mapet.config.shared import non_default_options
 from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig
 from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, readable_batches
 from mapet.data.dataset_stats import warn_of_unused
@@ -158,7 +158,7 @@ def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches
     """
     if teacher.builtin_quantizer is not None:
         words = teacher.builtin_quantizer.vocab_size
-        if unused := changed(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
+        if unused := non_default_options(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
             flags = " and ".join(option(name) for name in unused)
             raise MapetError(f"teacher '{config.teacher}' brings its own {words} words: leave out {flags}")
         return words, None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet import distributed
-from mapet.config.shared import HUBS, is_custom_teacher
+from mapet.config.shared import HUB_PREFIXES, is_custom_teacher
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
@@ -177,7 +177,7 @@ def _find_builder(teacher: str) -> Callable[..., nn.Module]:
     known = timm.list_models()
     if is_custom_teacher(teacher):
         name = "custom"
-    elif teacher.startswith(HUBS) or teacher.split(".")[0] in known:
+    elif teacher.startswith(HUB_PREFIXES) or teacher.split(".")[0] in known:
         name = "timm_model"
     elif (name := teacher) not in modules:
         raise MapetError(

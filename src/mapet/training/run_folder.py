@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 import torch
 
 from mapet import distributed
-from mapet.config.base import build, differences, read_config, to_yaml, write_config
+from mapet.config.base import build_config, diff_configs, read_config, to_yaml, write_config
 from mapet.config.shared import TrainerConfig
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, install_hint, option, pluralize, shell_command
@@ -67,7 +67,7 @@ class RunFolder:
         self.path, recipe, fixed = path, path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
             create_output_dir(path)
-        if not config.resume or differences(build(type(config), read_config(recipe)), config, fixed):
+        if not config.resume or diff_configs(build_config(type(config), read_config(recipe)), config, fixed):
             write_config(config, recipe)  # of a new run, or it, or what it is made of, has moved
         for left in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed as it wrote
             shutil.rmtree(left, ignore_errors=True)
@@ -148,10 +148,10 @@ def resolve_resume_config(config: C, stage: str, may_change: frozenset[str] = MU
         raise MapetError(
             f"nothing to resume in {run}: it has no config.yaml. Leave out {option('resume', True)} to start"
         )
-    old = build(type(config), read_config(path), path)
+    old = build_config(type(config), read_config(path), path)
     automatic = {name for name, value in config if value is None}
     moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
-    if changed := differences(old, config, may_change | automatic | moved):
+    if changed := diff_configs(old, config, may_change | automatic | moved):
         restart = restart_hint(run) if stage == "pretrain" else f"with new options: a new {option('out')}"
         raise MapetError(
             f"{run} was started with another recipe ({'; '.join(changed)}). To go on as it was: "

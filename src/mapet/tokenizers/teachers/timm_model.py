@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapet.config.shared import HUBS, Size
+from mapet.config.shared import HUB_PREFIXES, Size
 from mapet.errors import MapetError, option
 from mapet.weights import read_weights
 
@@ -78,7 +78,7 @@ build = TimmFeatures
 
 def _create(teacher: str, checkpoint: str | None, channels: int, size: Size | None) -> Any:
     """Create the model with its pre-trained weights, or those of a local file."""
-    on_hub = teacher.startswith(HUBS)
+    on_hub = teacher.startswith(HUB_PREFIXES)
     default_size = None if on_hub else tuple(timm.models.get_pretrained_cfg(teacher).input_size[1:])
     resize = size not in (None, default_size) and teacher.startswith(TAKES_IMAGE_SIZE)
     options: dict[str, Any] = {"in_chans": channels} | ({"img_size": size} if resize else {})

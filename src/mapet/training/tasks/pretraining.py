@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet import distributed
-from mapet.config.base import build, read_config
+from mapet.config.base import build_config, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.dataset import Batch, ViewDataset
@@ -93,7 +93,7 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     folder = pretrain_folder(folder)
     recipe = read_config(folder / "config.yaml")
     found = {option: resolve_run_path(folder, recipe, option) for option in ("images", "tokenizer")}
-    config = build(PretrainConfig, recipe | found, folder / "config.yaml")
+    config = build_config(PretrainConfig, recipe | found, folder / "config.yaml")
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
     check_fingerprints(folder / "checkpoints", {"tokenizer_hash": tokenizer.hash})
     model = build_model(config, tokenizer)
