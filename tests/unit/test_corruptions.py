@@ -48,12 +48,12 @@ def test_what_the_kinds_are(photos):
         return corrupt(gray, kind, severity, rng(0)).astype(float) / 255
 
     side, severity = 200, 2
-    deviation = CORRUPTIONS["gaussian_noise"].parameters["std"].at(side, severity)
+    deviation = CORRUPTIONS["gaussian_noise"].parameters["std"].interpolate(side, severity)
     assert noise("gaussian_noise", severity).std() == pytest.approx(deviation, rel=0.02)
-    photons = CORRUPTIONS["shot_noise"].parameters["photons"].at(side, severity)
+    photons = CORRUPTIONS["shot_noise"].parameters["photons"].interpolate(side, severity)
     assert noise("shot_noise", severity).std() == pytest.approx((0.502 / photons) ** 0.5, rel=0.02)
     hit = noise("impulse_noise", severity)
-    share = CORRUPTIONS["impulse_noise"].parameters["fraction"].at(side, severity)
+    share = CORRUPTIONS["impulse_noise"].parameters["fraction"].interpolate(side, severity)
     assert np.isin(hit, [0.0, 1.0]).mean() == pytest.approx(share, rel=0.05)
 
     def detail(picture):
@@ -78,11 +78,11 @@ def test_parameters_are_the_published_ones_at_their_sizes_and_between():
         CORRUPTIONS["gaussian_noise"].parameters["std"],
         CORRUPTIONS["defocus_blur"].parameters["radius"],
     )
-    assert (deviation.at(32, 5), deviation.at(224, 5)) == pytest.approx((0.10, 0.38))
+    assert (deviation.interpolate(32, 5), deviation.interpolate(224, 5)) == pytest.approx((0.10, 0.38))
     middle = round((32 * 224) ** 0.5)
-    assert deviation.at(middle, 5) == pytest.approx((0.10 * 0.38) ** 0.5, rel=0.01)
-    assert deviation.at(448, 5) == deviation.at(224, 5)  # a strength stays
-    assert radius.at(448, 3) == 12 and radius.at(16, 5) == 0.75  # a length goes with the image
+    assert deviation.interpolate(middle, 5) == pytest.approx((0.10 * 0.38) ** 0.5, rel=0.01)
+    assert deviation.interpolate(448, 5) == deviation.interpolate(224, 5)  # a strength stays
+    assert radius.interpolate(448, 3) == 12 and radius.interpolate(16, 5) == 0.75  # a length goes with the image
 
 
 def test_draws_depend_on_the_image_alone(crops):
