@@ -1,4 +1,4 @@
-"""Where and in which precision to compute."""
+"""Device and precision of the computation, and the resources of this machine: cores, memory, data-loading workers."""
 
 import ctypes
 import functools
@@ -18,16 +18,28 @@ from mapet.errors import MapetError, option
 
 log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of glibc's mallopt(3)."""
+"""Parameters of glibc's mallopt(3)."""
+MAX_MMAP_THRESHOLD = 32 << 20
+"""Bytes: the largest allocation that glibc can serve from its heap."""
+NEVER_TRIM = 2**31 - 1
+"""Bytes at the end of glibc's heap that may be free before they are returned to the system: the largest value there is."""
 MEMINFO = Path("/proc/meminfo")
-"""Linux tells there of its memory."""
+"""Linux's file about its memory."""
+DEFAULT_FREE_MEMORY = 4 << 30
+"""Bytes assumed to be free where the system doesn't say."""
 WORKERS = "MAPET_WORKERS"
-"""Environment variable: processes that read images, in every command."""
+"""Environment variable: number of data-loading workers, in every command."""
+MAX_AUTO_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class ComputeContext:
-    """A device and the precision of matrix products on it (parameters stay float32)."""
+    """A device and the precision of matrix products on it.
+
+    Attributes:
+        device: where tensors are.
+        dtype: of matrix products under `autocast`, float32 or bfloat16; parameters stay float32.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -47,29 +59,30 @@ class ComputeContext:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            place = torch.empty(0, device=device).device
+            resolved = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            cuda = str(error).splitlines()[0].split(". ")[0]
-            reasons = {"cuda": cuda, "mps": "this machine, or its PyTorch, has none"}
-            why = reasons.get(device.split(":")[0], "mapet knows none of that name")
+            torch_reason = str(error).splitlines()[0].split(". ")[0]
+            reasons = {"cuda": torch_reason, "mps": "this machine or this build of PyTorch has no MPS"}
+            reason = reasons.get(device.split(":")[0], "mapet knows no device of that name")
             raise MapetError(
-                f"device '{device}' is not available: {why}. Use {option('device')} auto, cpu, cuda or mps"
+                f"device '{device}' is not available: {reason}. Use {option('device')} auto, cpu, cuda or mps"
             ) from None
-        if place.type == "cuda" and distributed.world_size() > 1:
-            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(place)
-        fast = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if place.type == "cpu":
-            _keep_freed_memory()
-            _warn_if_busy()
-            # MKL's float32 products otherwise depend on where in memory their inputs lie: the same run would not end with the same bits.
-            os.environ.setdefault("MKL_CBWR", "AUTO")  # read by MKL before its first product
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if resolved.type == "cuda" and distributed.world_size() > 1:
+            resolved = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(resolved)
+        fast_bfloat16 = resolved.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if resolved.type == "cpu":
+            _tune_malloc()
+            _warn_if_oversubscribed()
+            # MKL's float32 products otherwise depend on the alignment of their inputs, and a run would not be bit-exact.
+            os.environ.setdefault("MKL_CBWR", "AUTO")  # MKL reads it before its first product
+            fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if precision == "auto":
-            precision = "bfloat16" if fast else "float32"
-        return cls(place, getattr(torch, precision))
+            precision = "bfloat16" if fast_bfloat16 else "float32"
+        return cls(resolved, getattr(torch, precision))
 
     def autocast(self) -> AbstractContextManager:
+        """Return torch's autocast to `dtype`, disabled for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @property
@@ -78,52 +91,72 @@ class ComputeContext:
         return str(self.dtype).removeprefix("torch.")
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Move a tensor to the device; the copy to a GPU is asynchronous."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def __str__(self) -> str:
+        """Return device and precision for logs: 'cpu, float32', 'NVIDIA H100 80GB HBM3, bfloat16'."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return f"{name}, {self.precision}"
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: pages taken anew from the system cost as much as the work on them."""
+def _tune_malloc() -> None:
+    """Make glibc keep the memory that a step frees, for the next step; no effect with other C libraries.
+
+    Pages that are requested from the system again at every step cost as much time as the computation on them.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes from its heap
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
 
 
 @functools.cache
-def _warn_if_busy() -> None:
-    """Threads that wait for each other get nothing done while others have the cores."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+def _warn_if_oversubscribed() -> None:
+    """Warn, once per process, if the load average of the last minute exceeds the number of CPU cores.
+
+    PyTorch's threads wait for each other, so one whose core is taken by another program delays all of them.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = os.cpu_count() or 1
     if torch.get_num_threads() > 1 and load > cores:
         log.warning(
-            "this machine is busy: %.0f programs want its %d cores. With OMP_NUM_THREADS=1 before the command small models may be "
-            "several times faster", load, cores,
+            "CPU oversubscribed: load average %.0f on %d cores. Small models may be several times faster with OMP_NUM_THREADS=1 "
+            "before the command", load, cores,
         )  # fmt: skip
 
 
 def usable_cores() -> int:
-    """Return the CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def num_workers() -> int:
-    """Return how many processes read images: MAPET_WORKERS, else one a usable core, less the one that computes, from 1 to 8."""
-    given = os.environ.get(WORKERS, "")
-    if given and not given.isdecimal():
-        raise MapetError(f"{WORKERS}={given}: must be the number of processes that read images")
-    return int(given) if given else max(1, min(8, usable_cores() - 1))
+    """Return the number of data-loading workers: MAPET_WORKERS if set, else usable cores - 1, from 1 to `MAX_AUTO_WORKERS`.
+
+    0 means that images are read by the process that computes.
+
+    Raises:
+        MapetError: MAPET_WORKERS is not a whole number.
+    """
+    value = os.environ.get(WORKERS, "")
+    if value and not value.isdecimal():
+        raise MapetError(
+            f"{WORKERS}={value}: must be the number of processes that read images, a whole number from 0; set it so, or unset it"
+        )
+    return int(value) if value else max(1, min(MAX_AUTO_WORKERS, usable_cores() - 1))
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can be allocated."""
+    """Return the bytes that can still be allocated on a device, of any other than CUDA the machine's main memory.
+
+    On Linux this includes the memory of the file cache, which the system gives back on demand: reading images fills it.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with suppress(OSError):  # includes the file cache, which reading images fills
+    with suppress(OSError):
         if available := re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(), flags=re.MULTILINE):
             return int(available[1]) * 1024
     with suppress(ValueError, OSError):
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return 4 << 30
+    return DEFAULT_FREE_MEMORY

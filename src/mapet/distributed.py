@@ -19,16 +19,18 @@ from mapet.errors import MapetError, option
 
 T = TypeVar("T")
 log = logging.getLogger("mapet")
-_alone = False
+_collectives_disabled = False
 TIMEOUT = timedelta(hours=2)
-"""Longest wait for the other ranks: the first may be evaluating, or writing to a slow disk."""
+"""Longest wait for the other ranks: rank 0 may be evaluating, or writing to a slow disk."""
+MAX_REASON_CHARS = 200
+"""Characters of torch's own error that are quoted."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Initialize torch's default process group and destroy it at the end; does nothing where there is one.
+    """Initialize torch's default process group from torchrun's environment variables, and destroy it when the context ends.
 
-    Ranks other than the first log from warnings upwards, with their rank.
+    Does nothing if a group is initialized already. Ranks other than 0 log warnings and errors only, prefixed by their rank.
     """
     if is_initialized():
         yield
@@ -46,68 +48,82 @@ def process_group() -> Iterator[None]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Let this rank work while the others wait: collectives return their input unchanged."""
-    global _alone
-    _alone = True
+def disable_collectives() -> Iterator[None]:
+    """Make this module behave as in a single process until the context ends, for work that one rank does while the others wait.
+
+    Within the context collectives return their input unchanged, `world_size()` is 1 and `rank()` is 0.
+    """
+    global _collectives_disabled
+    _collectives_disabled = True
     try:
         yield
     finally:
-        _alone = False
+        _collectives_disabled = False
 
 
 def is_initialized() -> bool:
-    """Return whether there is a process group."""
-    return not _alone and dist.is_available() and dist.is_initialized()
+    """Return whether there is a process group, and collectives are not disabled."""
+    return not _collectives_disabled and dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Return how many ranks there are."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if is_initialized() else 1
 
 
 def rank() -> int:
-    """Return this process's rank, from 0."""
+    """Return the rank of this process, from 0; 0 without a process group."""
     return dist.get_rank() if is_initialized() else 0
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks have called this."""
     all_reduce(torch.zeros(1))
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks; the result is the same to the bit in each.
+    """Return the sum of a tensor over all ranks, bit-identical on each of them; `tensor` itself is not changed.
 
     Raises:
-        MapetError: another rank is gone, here and in all other collectives.
+        MapetError: another rank has died. This holds for every collective of this module.
     """
-    return _collective(tensor, dist.all_reduce)
+    return _apply_collective(tensor, dist.all_reduce)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Return rank 0's tensor, where equal inputs may be rounded differently by different processors."""
-    return _collective(tensor, lambda shared: dist.broadcast(shared, 0))
+    """Return rank 0's tensor on every rank: processors of different kinds may round the same computation differently."""
+    return _apply_collective(tensor, lambda shared: dist.broadcast(shared, 0))
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """All-gather equally shaped tensors into (world_size, ...)."""
+    """All-gather equally shaped tensors into (world_size, ...), ordered by rank.
+
+    It is the sum over ranks of a tensor that is zero except for the rank's own row.
+    """
     rows = tensor.new_zeros(world_size(), *tensor.shape)
     rows[rank()] = tensor
     return all_reduce(rows)
 
 
 def check_same(value: int, path: Path) -> None:
-    """Raise MapetError if the ranks have read different values from a path that all should see."""
+    """Check that all ranks have read the same value from a path.
+
+    Args:
+        value: what this rank has read, e.g. a number of files or the step of a checkpoint.
+        path: file or folder that the value comes from, named by the error.
+
+    Raises:
+        MapetError: the values differ, so the path is not on a file system that all ranks share.
+    """
     values = all_gather(torch.tensor(value)).tolist()
     if len(set(values)) > 1:
         raise MapetError(
-            f"{path} is not the same for all processes ({values}): put it into a folder that all of them see"
+            f"{path} differs between ranks (by rank, they read {values} from it): put it on a file system that all ranks share"
         )
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Gather small values of all ranks, which are pickled on the way, by rank."""
+    """Return the values of all ranks, ordered by rank. They are pickled for the transfer, so they should be small."""
     if not is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -116,8 +132,16 @@ def all_gather_object(value: T) -> list[T]:
     return cast(list[T], values)
 
 
-def _collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor:
-    """Apply an in-place operation to a copy on a device that the backend can communicate from."""
+def _apply_collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor:
+    """Apply a collective to a copy of the tensor, on a device that the backend can communicate from.
+
+    Args:
+        tensor: on any device; it is not changed, and it is returned itself if there is no process group.
+        operation: a collective of torch.distributed that works in place.
+
+    Returns:
+        the result, on the device of `tensor`.
+    """
     if not is_initialized():
         return tensor
     gpu_only = dist.get_backend() == "nccl" and tensor.device.type != "cuda"
@@ -129,14 +153,14 @@ def _collective(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor
 
 @contextmanager
 def translate_comm_errors() -> Iterator[None]:
-    """Turn the RuntimeError of a collective whose peer is gone into a MapetError."""
+    """Translate the RuntimeError of a collective that has lost another rank into a MapetError; other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS]
         raise MapetError(
-            f"rank {rank()} of {world_size()}: lost another rank ({reason}); see its own message. The last checkpoint is "
+            f"rank {rank()} of {world_size()}: lost another rank ({reason}); see that rank's own message. The last checkpoint is "
             f"intact: restart all ranks with {option('resume', True)}"
         ) from None

@@ -1,4 +1,4 @@
-"""Errors that a user can put right, and the words for them."""
+"""Errors that the user can correct, and the formatting of what their messages contain."""
 
 import difflib
 import errno
@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 
 class _Spelling(NamedTuple):
-    """How options are written where the user is: keywords in Python, flags on the command line, with their section."""
+    """How messages write options.
+
+    Attributes:
+        flags: as flags of the command line, `--lr`; else as Python keywords, `lr`.
+        section: prefix that ends in a dot, e.g. 'pretrain.', or ''.
+        outside: options that are written without the section.
+    """
 
     flags: bool = False
     section: str = ""
@@ -22,6 +28,7 @@ _spelling = ContextVar("spelling", default=_Spelling())  # noqa: B039 (it is imm
 
 @contextmanager
 def _spell(spelling: _Spelling) -> Iterator[None]:
+    """Make `option` use a spelling until the context ends."""
     token = _spelling.set(spelling)
     try:
         yield
@@ -30,43 +37,50 @@ def _spell(spelling: _Spelling) -> Iterator[None]:
 
 
 def spell_as_flags(flags: bool = True) -> AbstractContextManager[None]:
-    """Write options as the command line does, `--lr`, until the context ends."""
+    """Make `option` write `--lr`, as the command line does (`flags=False`: `lr`), until the context ends."""
     return _spell(_spelling.get()._replace(flags=flags))
 
 
 def spell_in_section(section: str, outside: Collection[str] = ()) -> AbstractContextManager[None]:
-    """Write options with the section of the larger config that they are in, `--pretrain.lr`, until the context ends.
+    """Make `option` prefix names with a section of a config, `--pretrain.lr`, until the context ends; sections nest.
 
     Args:
-        outside: options that the larger config has itself, which keep their names.
+        section: name of the section, e.g. 'pretrain'.
+        outside: options that the enclosing config has itself: they are written without the section.
     """
     return _spell(_spelling.get()._replace(section=f"{_spelling.get().section}{section}.", outside=outside))
 
 
 def option(name: str, *values: object) -> str:
-    """Spell an option where the user sets it: `lr` in Python, `--lr` on the command line, `--pretrain.lr` in a section.
+    """Return an option as the user writes it: `lr` in Python, `--lr` on the command line, `--pretrain.lr` in a section.
 
-    >>> option("image_size", 32, 32)
-    'image_size=(32, 32)'
+    With values it is the whole assignment: `image_size=(32, 32)`, `--image-size 32 32`; booleans are `resume=True`,
+    `--resume`, `--no-resume`.
+
+    Args:
+        name: of the config's field.
+        values: none, one, or the items of a sequence.
     """
     flags, section, outside = _spelling.get()
     dotted = name if name in outside else section + name
     if not flags:
-        return f"{dotted}={(values[0] if len(values) == 1 else values)!r}" if values else dotted
-    no = "no-" if values and values[0] is False else ""
-    shown = () if values and isinstance(values[0], bool) else values
-    return " ".join([f"--{no}{dotted.replace('_', '-')}", *map(str, shown)])
+        value = values[0] if len(values) == 1 else values
+        return f"{dotted}={value!r}" if values else dotted
+    flag = dotted.replace("_", "-")
+    if values and isinstance(values[0], bool):
+        return f"--{flag}" if values[0] else f"--no-{flag}"
+    return " ".join([f"--{flag}", *map(str, values)])
 
 
 class MapetError(Exception):
-    """Something that a user can put right: the message says what is wrong, where, and what to do.
+    """An error that the user can correct: the message says what is wrong, where, and what to do.
 
     The command line prints it on one line without a traceback and exits with `exit_code`.
 
     Attributes:
-        field: the option that is wrong, as the config names it.
-        value: what it was given.
-        expected: what it should have been, in words.
+        field: the wrong option's name in its config; None if the error is not about one option.
+        value: the option's value.
+        expected: what the value must be, as text for the user; '' if unknown.
     """
 
     exit_code = 2
@@ -77,68 +91,98 @@ class MapetError(Exception):
 
 
 class Interrupted(MapetError):
-    """A signal stopped a command after it had saved its work.
+    """A signal has stopped a command, which had saved its work.
 
     Attributes:
-        what: what stopped it and what is saved; the message goes on with how to go on.
+        what: what has stopped it and what is saved; the message adds how to resume.
     """
 
     exit_code = 130
 
-    def __init__(self, what: str, again: str = "") -> None:
-        super().__init__(f"{what}. Go on with: {again or 'the same command and ' + option('resume', True)}")
+    def __init__(self, what: str, command: str = "") -> None:
+        """Make the error.
+
+        Args:
+            what: see the class.
+            command: what resumes the work; '': the same command with the option `resume`.
+        """
+        super().__init__(f"{what}. Resume with: {command or 'the same command and ' + option('resume', True)}")
         self.what = what
 
 
 class NewerFormatError(MapetError):
-    """Files of a format that only a newer mapet reads."""
+    """Files have a format that only a newer mapet can read."""
 
 
-def shell_command(*words: object) -> str:
-    """'mapet ...' as a person can paste it, whatever is in its paths."""
-    return shlex.join(["mapet", *map(str, words)])
+def shell_command(*args: object) -> str:
+    """Return the shell command 'mapet ARGS', quoted so that it can be pasted."""
+    return shlex.join(["mapet", *map(str, args)])
 
 
-def by(size: Sequence[int]) -> str:
-    """'224 x 224'."""
+def format_size(size: Sequence[int]) -> str:
+    """Format a height and a width: '224 x 224'."""
     return f"{size[0]} x {size[1]}"
 
 
 def pluralize(number: int, noun: str) -> str:
-    """'1 epoch', '1,437 images'."""
+    """Format a count and its noun: '1 epoch', '1,437 images'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def os_error_hint(number: int | None) -> str:
-    """What to do about an error of the system, by its number; empty where it says it itself."""
+    """Return ': ' and what to do about an error of the system, or '' if its own text suffices.
+
+    Args:
+        number: the `errno` of the OSError.
+    """
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ": you may not read or write there; give another folder, or change its permissions"
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return ": make room, or give a folder on another disk; what was saved is whole"
+        return ": make room, or give a folder on another disk; what was saved before is intact"
     return ""
 
 
 def install_hint(extra: str) -> str:
-    """mapet is on no index, where its name could be anybody's."""
+    """Return how to install an optional dependency group (extra) of mapet.
+
+    The command installs from mapet's own folder: mapet is on no package index, where another project may take its name.
+    """
     return f"pip install '.[{extra}]' in mapet's folder"
 
 
 def check_divisible(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raises MapetError for sizes, in pixels, that patches don't fill; it names the nearest that they do."""
+    """Check that patches fill an image.
+
+    Args:
+        image_size: (H, W) pixels.
+        patch_size: pixels of a side.
+
+    Raises:
+        MapetError: a side is no multiple of the patch size; the message names the nearest size that is.
+    """
     if any(side < patch_size or side % patch_size for side in image_size):
-        fits = [max(1, round(side / patch_size)) * patch_size for side in image_size]
-        wrong = f"image size {by(image_size)} is not divisible by the patch size {patch_size}; the nearest that is: {option('image_size', *fits)}"
-        raise MapetError(wrong, field="image_size", value=image_size)
+        nearest = [max(1, round(side / patch_size)) * patch_size for side in image_size]
+        found = f"image size {format_size(image_size)} is not divisible by the patch size {patch_size}"
+        raise MapetError(
+            f"{found}; the nearest that is: {option('image_size', *nearest)}", field="image_size", value=image_size
+        )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the options of that name in any section, else the nearest known word, else the two shortest that
-    contain it, else the nearest name in a section; or an empty string."""
-    known, name = list(known), word.lstrip("-").rpartition(".")[2]
-    lasts = {option: option.lstrip("-").rpartition(".")[2] for option in known}
-    near = [option for option in known if lasts[option] == name]
-    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    near = near or sorted((option for option in known if len(name) > 2 and name in option), key=len)[:2]
-    close = difflib.get_close_matches(name, lasts.values(), n=1, cutoff=0.75)
-    near = near or [option for option in known if lasts[option] in close]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest known names similar to an unknown one: "; did you mean 'x'?", "; did you mean 'x' or 'y'?", or '' if none is.
+
+    Names may be options with sections, '--pretrain.lr', whose last part is 'lr'. The first rule that finds any decides:
+    names with the same last part; the most similar name; the two shortest names that contain the last part; names whose last
+    part is the most similar.
+    """
+    last_parts = {candidate: candidate.lstrip("-").rpartition(".")[2] for candidate in known}
+    last_part = name.lstrip("-").rpartition(".")[2]
+    containing = [candidate for candidate in last_parts if len(last_part) > 2 and last_part in candidate]
+    closest_parts = difflib.get_close_matches(last_part, last_parts.values(), n=1, cutoff=0.75)
+    similar = (
+        [candidate for candidate, part in last_parts.items() if part == last_part]
+        or difflib.get_close_matches(name, last_parts, n=1, cutoff=0.6)
+        or sorted(containing, key=len)[:2]
+        or [candidate for candidate, part in last_parts.items() if part in closest_parts]
+    )
+    return f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: it saves first."""
+"""Handlers of the signals that stop a command: it saves first."""
 
 import logging
 import os
@@ -13,43 +13,49 @@ from types import FrameType
 log = logging.getLogger("mapet")
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""Ctrl-C, `kill`, a terminal that closes, and what schedulers send before they take a machine back."""
+"""Sent by Ctrl-C, by `kill`, by a terminal that closes, and (the last two) by schedulers before they end a job."""
 REPEAT_GRACE_S = 2.0
-"""Seconds in which a repeated signal is ignored: torchrun sends its processes again what a terminal has sent to all."""
+"""Seconds in which a repeated signal is ignored: torchrun forwards a signal that the terminal has sent to all processes already."""
 RESUME_HINT = [""]
-"""The command that resumes, shown to a user who interrupts while libraries are loaded."""
+"""One item, which commands replace: the command that resumes, printed if Ctrl-C comes while libraries are imported."""
+EXIT_CODE = 130
+"""What shells report for a program that Ctrl-C has ended: 128 + SIGINT."""
 
 
 @dataclass
 class StopRequest:
-    """Name of the signal that asked the command to stop, '' while none has."""
+    """What `stop_signals` yields.
+
+    Attributes:
+        signal_name: the signal that has asked the command to stop, e.g. 'SIGTERM'; '' while none has.
+    """
 
     signal_name: str = ""
 
 
 @contextmanager
-def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
-    """Turn the first of `STOP_SIGNALS` into a request to stop.
+def stop_signals(action: str = "saving after this step") -> Iterator[StopRequest]:
+    """Record the first of `STOP_SIGNALS` in the request that is yielded, which the caller polls; restore the handlers at the end.
 
-    A second one is ignored within `REPEAT_GRACE_S`, and raises KeyboardInterrupt after that. Signals that the process
-    ignores (nohup) stay ignored; outside the main thread the caller handles them.
+    A second signal is ignored within `REPEAT_GRACE_S` of the first, and raises KeyboardInterrupt after that. Signals that the
+    process ignores (nohup) stay ignored. Outside the main thread, where Python allows no handlers, no signal is recorded.
 
     Args:
-        then: what the command does before it stops, for the log.
+        action: what the command does before it stops, for the log.
     """
     request = StopRequest()
-    received = 0.0
+    received_at = 0.0  # seconds, of time.monotonic()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received
+        nonlocal received_at
         if not request.signal_name:
-            request.signal_name, received = signal.Signals(number).name, time.monotonic()
-            log.info("%s: %s (again to stop at once)", request.signal_name, then)
-        elif time.monotonic() - received > REPEAT_GRACE_S:
+            request.signal_name, received_at = signal.Signals(number).name, time.monotonic()
+            log.info("%s: %s (send it again to stop at once)", request.signal_name, action)
+        elif time.monotonic() - received_at > REPEAT_GRACE_S:
             raise KeyboardInterrupt
 
-    numbers = _available_signals() if threading.current_thread() is threading.main_thread() else []
-    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in _available_signals() if in_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
@@ -59,39 +65,40 @@ def stop_signals(then: str = "saving after this step") -> Iterator[StopRequest]:
 
 
 def exit_on_sigint_during_import() -> None:
-    """Let Ctrl-C end the process at once while modules are imported, when there is nothing to save.
+    """Install a handler with which Ctrl-C exits at once while a module is imported, when there is nothing to save.
 
-    As an exception it can be swallowed by a callback of the import system or of a library, and the program would go on with
-    half a library. At any other time it is Python's KeyboardInterrupt.
+    A KeyboardInterrupt could be swallowed there by a callback of the import system or of a library, and the program would
+    continue with half a library. At any other time the handler raises Python's KeyboardInterrupt. Where SIGINT has another
+    handler, or is ignored (nohup), nothing is installed.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         caller = frame
-        while caller is not None:
+        while caller is not None:  # importing is a frame of the import system somewhere up the stack
             if caller.f_code.co_filename.startswith("<frozen importlib"):
-                hint = f". Go on with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
+                hint = f". Resume with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
                 os.write(2, f"mapet: interrupted while loading libraries{hint}\n".encode())
-                os._exit(130)
+                os._exit(EXIT_CODE)
             caller = caller.f_back
         signal.default_int_handler(number, frame)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored (nohup)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, handle)
 
 
 def ignore_signals_in_worker() -> None:
-    """Leave what a terminal or a service sends to all processes of a job to the main process.
+    """Ignore `STOP_SIGNALS` in a data-loading worker: terminals and schedulers send them to all processes, and the main one saves.
 
-    A second SIGTERM still ends the worker: that is how the main process gets rid of one that hangs.
+    A second SIGTERM still ends the worker: the main process ends workers that hang with it.
     """
 
-    def die_next_time(number: int, frame: FrameType | None) -> None:
+    def restore_default(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in _available_signals():
-        signal.signal(number, die_next_time if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, restore_default if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def _available_signals() -> list[signal.Signals]:
-    """List those of `STOP_SIGNALS` that this system has: Windows knows two."""
+    """Return those of `STOP_SIGNALS` that this system has: Windows has only SIGINT and SIGTERM."""
     return [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]

@@ -137,7 +137,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
     assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
     assert (
-        f"mapet run: interrupted. Go on with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err
+        f"mapet run: interrupted. Resume with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err
     )
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
         (
             "RESUME_HINT[0] = 'mapet run x'; import swallows",
             130,
-            "interrupted while loading libraries. Go on with: mapet run x\n",
+            "interrupted while loading libraries. Resume with: mapet run x\n",
         ),
         ("os.kill(os.getpid(), signal.SIGINT)", -2, "KeyboardInterrupt"),
         ("signal.signal(signal.SIGINT, signal.SIG_IGN); exit_on_sigint_during_import(); import swallows", 0, ""),
@@ -164,8 +164,8 @@ def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told,
     assert told or not ended.stderr
 
 
-@pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
-def test_errors_of_the_system(number, os_error_hint, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
+def test_errors_of_the_system(number, hint, capsys, monkeypatch):
     """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""
 
     def fail(config):
@@ -174,9 +174,9 @@ def test_errors_of_the_system(number, os_error_hint, capsys, monkeypatch):
     fail.config_type = COMMANDS["demo"].config_type
     monkeypatch.setitem(COMMANDS, "demo", fail)
     line = fails(capsys, "demo")
-    assert f"{os.strerror(number)} (some/file): " in line and os_error_hint in line
+    assert f"{os.strerror(number)} (some/file): " in line and hint in line
     with (
-        pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{way_out}"),
+        pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{hint}"),
         translate_write_errors(Path("some/file")),
     ):
         raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
@@ -423,7 +423,7 @@ def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
     run = tmp_path / "photos" / "pretrain"
     shutil.copytree(run_dir, run, ignore=shutil.ignore_patterns("backbone"))
     line = fails(capsys, "evaluate", "--protocols", "knn", "--backbone", run, "--images", digits / "train")
-    assert f"Go on with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
+    assert f"Resume with: mapet pretrain {run / 'config.yaml'} --resume; or take its newest checkpoint" in line
     assert f"mapet export --backbone {run} --out NEW" in line
     assert main(["export", "--backbone", str(run), "--out", str(tmp_path / "new")]) == 0
     RunState(command="run").write(run.parent)

@@ -100,7 +100,7 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "_compute_features", stop_within_the_second_part)
         with pytest.raises(
-            Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Go on with: .* resume=True"
+            Interrupted, match=r"stopped by SIGINT: features of 7 of 12 images are saved\. Resume with: .* resume=True"
         ):
             mapet.embed(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "manifest.json").read_text())["num_done"] == 7

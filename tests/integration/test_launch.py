@@ -76,5 +76,5 @@ def test_ctrl_c_under_torchrun_saves(options):  # noqa: F811
     wait_for(lambda: (options["out"] / "metrics.jsonl").exists() and len(metrics(options["out"])) > 3)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=90)
-    assert error.count("stopped by SIGINT at step") == 1 and "saved. Go on with" in error
+    assert error.count("stopped by SIGINT at step") == 1 and "saved. Resume with" in error
     assert list((options["out"] / "checkpoints").glob("step-*/trainer_state.json"))

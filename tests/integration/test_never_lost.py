@@ -251,7 +251,7 @@ def stop_after(steps, argv, processes, folder):
     process.terminate()
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert error.count("Go on with: mapet pretrain") == 1, error
+    assert error.count("Resume with: mapet pretrain") == 1, error
 
 
 def wait_for(condition, seconds=90):

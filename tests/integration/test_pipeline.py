@@ -109,7 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         StopAt(patch, stop_at)
         with pytest.raises(
             Interrupted,
-            match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet pretrain .*config.yaml --resume",
+            match=f"SIGINT at step {stop_at} of 6, saved. Resume with: mapet pretrain .*config.yaml --resume",
         ):
             mapet.pretrain(**options)
     assert not (tmp_path / "run" / "backbone").exists()
@@ -128,7 +128,7 @@ def test_part_of_a_run_names_that_and_has_its_report(few_digits, tokenizer_dir, 
         StopAt(patch, 3)
         with pytest.raises(Interrupted) as stopped:
             mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=folder, **PRETRAIN)
-    command = f"Go on with: mapet run {tmp_path / 'digits' / 'config.yaml'} --resume"
+    command = f"Resume with: mapet run {tmp_path / 'digits' / 'config.yaml'} --resume"
     assert str(stopped.value).endswith(command) and command in (folder / "train.log").read_text()
     assert RunFiles.open(tmp_path / "digits").status == "stopped by SIGINT at step 3 of 6, saved"
     assert (tmp_path / "digits" / "report.html").is_file() and not (folder / "report.html").exists()
@@ -507,7 +507,7 @@ def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         StopAt(patch, 2)
         assert main(argv) == 130
-    assert f"Go on with: mapet {' '.join(argv)} --resume" in capsys.readouterr().err
+    assert f"Resume with: mapet {' '.join(argv)} --resume" in capsys.readouterr().err
     assert main(argv) == 2 and "go on with --resume" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     results = RunState.read(tmp_path / "demo").results

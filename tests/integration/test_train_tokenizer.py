@@ -58,7 +58,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "step_seed", seed)
         with pytest.raises(
-            Interrupted, match=f"SIGINT at step {stop_at} of 6, saved. Go on with: mapet train-tokenizer .*config.yaml"
+            Interrupted, match=f"SIGINT at step {stop_at} of 6, saved. Resume with: mapet train-tokenizer .*config.yaml"
         ):
             mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS)
     assert not (out / "vqkd").exists()

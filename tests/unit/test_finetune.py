@@ -263,7 +263,7 @@ def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monke
         assert main([*argv, "--backbone", str(tmp_path / "out"), "--out", str(tmp_path / "x")]) == 2
         told = capsys.readouterr().err
         assert (
-            f"Go on with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
+            f"Resume with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
         )
     assert main(["finetune", "--backbone", str(vit), "--images", str(grays), "--resume"]) == 2
     assert "give it" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
     judged = iter([3, 6, 12])
     monkeypatch.setattr(finetuning, "compute_accuracy", lambda *_: (next(judged), 12))
-    go_on = f"saved. Go on with: mapet finetune {tmp_path}/out/config.yaml --resume"
+    go_on = f"saved. Resume with: mapet finetune {tmp_path}/out/config.yaml --resume"
     for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
         with monkeypatch.context() as patch:
             interrupt(patch, at)

@@ -108,7 +108,7 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: Abstract
     if is_first_rank():
         hidden = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
         try:
-            with state, distributed.alone() if distributed else nullcontext():
+            with state, distributed.disable_collectives() if distributed else nullcontext():
                 result = function(config)
         finally:
             os.environ.update(hidden)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
 from mapet.data.readers import DecodedImage, ImageDecodeError
-from mapet.errors import by, option, pluralize
+from mapet.errors import format_size, option, pluralize
 
 log = logging.getLogger("mapet")
 NUM_SHOWN = 10
@@ -105,7 +105,7 @@ def find_enlarged(facts: list[ImageInfo], image_size: tuple[int, int], which: st
     """Warn if most images are smaller than the input; '' otherwise. `which` says of what images they are a fraction."""
     fraction = np.mean([fact.size[0] < image_size[0] or fact.size[1] < image_size[1] for fact in facts] or [False])
     return "" if fraction <= 0.5 else (
-        f"{fraction:.0%}{which} are smaller than the input, {by(image_size)} px, and would be enlarged, which takes time and shows "
+        f"{fraction:.0%}{which} are smaller than the input, {format_size(image_size)} px, and would be enlarged, which takes time and shows "
         f"nothing new: choose a smaller {option('image_size')}, with a {option('patch_size')} that divides it"
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mapet.data.views import input_mean_std
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, by, check_divisible, did_you_mean, option, shell_command
+from mapet.errors import MapetError, check_divisible, did_you_mean, format_size, option, shell_command
 from mapet.files import atomic_write, read_json, translate_write_errors
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, adapt_state_dict, from_state_dict
 from mapet.run_state import find_config
@@ -337,7 +337,7 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
         )
     log.info(
         "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalized as ours",
-        path, args["embed_dim"], args["depth"], args["num_heads"], by(args["img_size"]), args["patch_size"],
+        path, args["embed_dim"], args["depth"], args["num_heads"], format_size(args["img_size"]), args["patch_size"],
     )  # fmt: skip
     return vit
 
@@ -367,7 +367,7 @@ def find_backbone(path: Path) -> Path:
             )
         else:
             others = f"; or {export}" if name != "finetune" else ""
-            reason = f"the run is not finished. Go on with: {shell_command(name, config, '--resume')}{others}"
+            reason = f"the run is not finished. Resume with: {shell_command(name, config, '--resume')}{others}"
         raise MapetError(f"{path} holds no backbone: {reason}")
     if seeds := sorted(path.glob("seed-*/model")):
         raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")

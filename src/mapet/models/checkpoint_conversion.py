@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.data.views import MeanStd, input_mean_std
-from mapet.errors import MapetError, by
+from mapet.errors import MapetError, format_size
 from mapet.weights import describe_mismatch, first_names
 
 Weights = dict[str, Tensor]
@@ -207,7 +207,7 @@ def _infer_grid(
     if "img_size" not in args:
         fits = squares + fits
     if not fits:
-        wanted = f"grid of {by(known)}" if known else "square of patches"
+        wanted = f"grid of {format_size(known)}" if known else "square of patches"
         hint = "give the size in pixels that they are for: img_size"
         raise ValueError(f"it has {count} positions, which fit no {wanted}; {hint}")
     grid, embedded = fits[0]
@@ -290,7 +290,7 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         notes.append(f"patch embedding {made_of if before != after else takes}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
-        notes.append(f"patch embedding resampled from {by(weight.shape[2:])} to {by(size)} px")
+        notes.append(f"patch embedding resampled from {format_size(weight.shape[2:])} to {format_size(size)} px")
         weight = resample_patch_embed(weight, list(size))
     weights["patch_embed.proj.weight"] = weight
 
@@ -325,7 +325,7 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
     else:
         old_grid, new_grid = checkpoint.grid, tuple(vit.patch_embed.grid_size)
         if new_grid != old_grid:
-            notes.append(f"positions resampled from {by(old_grid)} to {by(new_grid)} patches")
+            notes.append(f"positions resampled from {format_size(old_grid)} to {format_size(new_grid)} patches")
         patches = resample_abs_pos_embed(positions[:, embedded:], list(new_grid), list(old_grid), num_prefix_tokens=0)
         weights["pos_embed"] = patches if vit.no_embed_class else torch.cat([*prefix, patches], dim=1)
 

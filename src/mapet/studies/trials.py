@@ -24,7 +24,7 @@ from mapet.config.pretraining import PretrainConfig, PretrainOptions
 from mapet.config.shared import is_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
-from mapet.errors import Interrupted, MapetError, by, did_you_mean, option
+from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
 from mapet.evaluation.datasets import train_and_test
 from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
@@ -439,5 +439,5 @@ def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[
 def _describe_tokenizer(config: StudyConfig, name: str) -> str:
     fitting, _ = tokenizer_configs(config, name)
     tokens = "no" if is_empty_dir(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
-    size = f"{by(fitting.image_size)} px in patches of {fitting.patch_size}"
+    size = f"{format_size(fitting.image_size)} px in patches of {fitting.patch_size}"
     return f"Tokenizer '{name}': teacher {fitting.teacher}, {size}, {tokens} tokens."

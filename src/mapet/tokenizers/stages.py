@@ -22,7 +22,7 @@ from mapet.data.sources import list_images
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import Interrupted, MapetError, by, option, pluralize
+from mapet.errors import Interrupted, MapetError, format_size, option, pluralize
 from mapet.files import MANIFEST, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, rows_at_once
@@ -198,7 +198,7 @@ def _warn_if_interpolated(teacher: Teacher) -> None:
     if not any(side * wanted % given for side, wanted, given in sides):
         size = option("teacher_image_size", *(side * wanted // given for side, wanted, given in sides))
         hint = f": {size} would do without, if the teacher takes it"
-    grids = by(teacher.native_grid), by(teacher.grid)
+    grids = format_size(teacher.native_grid), format_size(teacher.grid)
     log.warning("the teacher's grid of %s is interpolated to the student's %s%s", *grids, hint)
 
 

@@ -22,7 +22,7 @@ from mapet.config.shared import HUB_PREFIXES, is_custom_teacher
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, by, did_you_mean, option
+from mapet.errors import MapetError, did_you_mean, format_size, option
 from mapet.files import (
     atomic_write,
     canonical_hash,
@@ -102,7 +102,7 @@ class Teacher(nn.Module):
         if single or not 0.5 < (rows / columns) / (height / width) < 2:
             raise MapetError(
                 f"teacher '{self.name}' gave a grid of {rows} x {columns} for views of {height} x {width} px, to be named on "
-                f"{by(self.grid)} patches: it must be a map (batch, features, rows, columns) of the view"
+                f"{format_size(self.grid)} patches: it must be a map (batch, features, rows, columns) of the view"
             )
         features = features.float()
         if self.native_grid != self.grid:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError, by, option
+from mapet.errors import MapetError, format_size, option
 from mapet.files import check_format, read_json
 from mapet.tokenizers.kmeans import KMeans
 from mapet.weights import describe_mismatch, first_names, read_weights
@@ -71,7 +71,9 @@ class VQKD(nn.Module):
             MapetError: images of another size.
         """
         if images.shape[2:] != self.image_size:
-            raise MapetError(f"this VQ-KD tokenizer is for {by(self.image_size)} px, got {by(images.shape[2:])}")
+            raise MapetError(
+                f"this VQ-KD tokenizer is for {format_size(self.image_size)} px, got {format_size(images.shape[2:])}"
+            )
         tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
             features = self.encode_task_layer(tokens.to(self.encode_task_layer[0].weight.dtype))

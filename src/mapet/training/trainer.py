@@ -270,7 +270,7 @@ def on_rank_zero(function: Callable[[], T]) -> T | None:
     """Call a function on rank 0, as if there were no other ranks; they wait and get None."""
     result = None
     if distributed.rank() == 0:
-        with distributed.alone():
+        with distributed.disable_collectives():
             result = function()
     distributed.barrier()
     return result

@@ -21,7 +21,7 @@ from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import by, option
+from mapet.errors import format_size, option
 from mapet.evaluation.probes import OnlineProbe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
@@ -179,7 +179,7 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         )
         target = f"from {self.model.head.out_features} words" if config.target == "tokens" else f"as {config.target}"
         self.description = (
-            f"{config.model}, {format_num_params(vit)}, {config.objective} on {len(self.indices):,} images of {by(size)} px, "
+            f"{config.model}, {format_num_params(vit)}, {config.objective} on {len(self.indices):,} images of {format_size(size)} px, "
             f"{hidden} predicted {target}"
         )
         self.facts = {"tokenizer": tokenizer.description}
