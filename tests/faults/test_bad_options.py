@@ -497,7 +497,7 @@ def test_out_among_the_images_is_refused(capsys, crops, monkeypatch):
     for stage, images, out in (("run", crops, crops / "run"), ("fit-tokenizer", crops, crops), ("run", ".", "run")):
         monkeypatch.chdir(crops)
         line = fails(capsys, stage, "--images", images, "--out", out)
-        assert f"--out {out} lies in --images {images}: what is written there would be taken for images" in line
+        assert f"--out {out} must not be inside --images {images}" in line
     assert not (crops / "run").exists()
 
 

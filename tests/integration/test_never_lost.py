@@ -421,7 +421,7 @@ def test_a_dead_worker_is_reported_as_such(options, monkeypatch):
 
     monkeypatch.setattr(ViewDataset, "__getitems__", die)
     monkeypatch.setenv("MAPET_WORKERS", "1")
-    with pytest.raises(MapetError, match=r"a process that reads images died.*MAPET_WORKERS.*resume=True"):
+    with pytest.raises(MapetError, match=r"worker died.*MAPET_WORKERS.*resume=True"):
         mapet.pretrain(**options)
 
 

@@ -1,10 +1,11 @@
-"""The commands, as Python and the command line know them: a config, a docstring, and the module that does it.
+"""The commands of Python and of the command line: for each its config, its docstring (also the help text) and the function that does it.
 
-Nothing heavy is imported until a command runs, so that `mapet --help` answers at once.
+A command imports that function's module when it runs, so that `mapet --help` does not wait for torch.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import AnyCommand, command, command_name
 from mapet.config.data import CheckConfig, PrepareConfig
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from mapet.training.checkpoint import StepReport
 
 
+def _load(module: str) -> Any:
+    """Import `mapet.MODULE`, with torch and all that it needs, when a command runs."""
+    return import_module(f"mapet.{module}")
+
+
 @command(DemoConfig)
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Pre-train a small ViT on 1,437 real handwritten digits in about 2 minutes and test what it learned on 360 others.
@@ -28,9 +34,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
       mapet demo
       mapet demo --out /tmp/digits --seed 1
     """
-    from mapet.commands import pipeline
-
-    return pipeline.demo(config)
+    return _load("commands.pipeline").demo(config)
 
 
 @command(RunConfig, distributed=True)
@@ -42,9 +46,7 @@ def run(config: RunConfig) -> Path:
       mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
       mapet run runs/photos/config.yaml --resume
     """
-    from mapet.commands import pipeline
-
-    return pipeline.run(config)
+    return _load("commands.pipeline").run(config)
 
 
 @command(StudyConfig)
@@ -57,9 +59,7 @@ def study(config: StudyConfig) -> Path:
       mapet study study.yaml --devices cuda:0 cuda:1
       mapet study study.yaml --report-only
     """
-    from mapet.commands import pipeline
-
-    return pipeline.study(config)
+    return _load("commands.pipeline").study(config)
 
 
 @command(CheckConfig)
@@ -70,9 +70,7 @@ def check(config: CheckConfig) -> "DatasetStats":
       mapet check --images PHOTOS
       mapet check --images PHOTOS --model vit_base_patch16_224 --teacher resnet50x64_clip.openai
     """
-    from mapet.commands import data
-
-    return data.check(config)
+    return _load("commands.data").check(config)
 
 
 @command(PrepareConfig)
@@ -89,9 +87,7 @@ def prepare(config: PrepareConfig) -> Path:
       mapet prepare --images SCANS --out PREPARED --channels 1 --value-range 0 4095   # 12 bits in files of 16
       mapet prepare --images hf:NAME:train --streaming --out PREPARED      # larger than this disk
     """
-    from mapet.commands import data
-
-    return data.prepare(config)
+    return _load("commands.data").prepare(config)
 
 
 @command(TrainTokenizerConfig, distributed=True)
@@ -102,10 +98,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
       mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vit_base_patch16_clip_224.openai
       mapet train-tokenizer runs/vqkd/config.yaml --resume
     """
-    from mapet.training.tasks.vqkd import VQKDTask
-    from mapet.training.trainer import Trainer
-
-    return Trainer(VQKDTask(), config).fit()
+    return _load("commands.training").train_tokenizer(config)
 
 
 @command(FitTokenizerConfig, distributed=True)
@@ -116,9 +109,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --kmeans-n-init 5
     """
-    from mapet.tokenizers import stages
-
-    return stages.fit_tokenizer(config)
+    return _load("tokenizers.stages").fit_tokenizer(config)
 
 
 @command(TokenizeConfig, distributed=True)
@@ -129,9 +120,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
     """
-    from mapet.tokenizers import stages
-
-    return stages.tokenize(config)
+    return _load("tokenizers.stages").tokenize(config)
 
 
 @command(InspectTokenizerConfig)
@@ -141,22 +130,18 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     Example:
       mapet inspect-tokenizer runs/photos/tokenizer --images PHOTOS --out runs/tokenizer-report
     """
-    from mapet.commands import reporting
-
-    return reporting.inspect_tokenizer(config)
+    return _load("commands.reporting").inspect_tokenizer(config)
 
 
 @command(PretrainConfig, distributed=True)
 def pretrain(config: PretrainConfig) -> Path:
-    """Pre-train a timm ViT to predict visual words (MaPeT); returns the folder of the exported backbone.
+    """Pre-train a timm ViT by masked and permuted visual-token prediction (MaPeT); returns the folder of the exported backbone.
 
     Example:
       mapet pretrain --images PHOTOS --tokenizer runs/tokenizer --tokens runs/tokens --out runs/vit
       mapet pretrain runs/vit/config.yaml --resume
     """
-    from mapet.commands import training
-
-    return training.pretrain(config)
+    return _load("commands.training").pretrain(config)
 
 
 @command(ReportConfig)
@@ -169,9 +154,7 @@ def report(config: ReportConfig) -> Path | None:
       mapet report runs/photos --serve
       mapet report runs/photos --figures-dir figures
     """
-    from mapet.commands import reporting
-
-    return reporting.report(config)
+    return _load("commands.reporting").report(config)
 
 
 @command(EvaluateConfig)
@@ -182,9 +165,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
       mapet evaluate --backbone runs/photos random:runs/photos --images labeled/train --test-images labeled/test --protocols logistic knn
       mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labeled/train --out evaluation
     """
-    from mapet.commands import evaluation
-
-    return evaluation.evaluate(config)
+    return _load("commands.evaluation").evaluate(config)
 
 
 @command(FinetuneConfig)
@@ -197,9 +178,7 @@ def finetune(config: FinetuneConfig) -> float:
       mapet finetune --backbone runs/photos --images labeled/train --labels-per-class 10 --num-seeds 5 --from-scratch
       mapet finetune tuned/config.yaml --resume
     """
-    from mapet.commands import training
-
-    return training.finetune(config)
+    return _load("commands.training").finetune(config)
 
 
 @command(EmbedConfig)
@@ -211,9 +190,7 @@ def embed(config: EmbedConfig) -> Path:
       mapet embed --backbone timm:vit_small_patch16_224.augreg_in21k --images PHOTOS --out features --format parquet --pool token
       mapet embed --backbone runs/photos --images PHOTOS --out features --resume
     """
-    from mapet.evaluation import embeddings
-
-    return embeddings.embed(config)
+    return _load("evaluation.embeddings").embed(config)
 
 
 @command(ExportConfig)
@@ -225,9 +202,7 @@ def export(config: ExportConfig) -> Path:
       mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
       mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
     """
-    from mapet.commands import exporting
-
-    return exporting.export(config)
+    return _load("commands.exporting").export(config)
 
 
 @command(DebugStepConfig)
@@ -238,9 +213,7 @@ def debug_step(config: DebugStepConfig) -> "list[StepReport]":
       mapet debug-step runs/vit/debug/step-00001200
       mapet debug-step runs/vit/debug/step-00001200 --precision float32
     """
-    from mapet.commands import training
-
-    return training.debug_step(config)
+    return _load("commands.training").debug_step(config)
 
 
 GROUPS: dict[str, tuple[AnyCommand, ...]] = {

@@ -19,8 +19,16 @@ P = ParamSpec("P")
 C = TypeVar("C")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Its environment variables."""
+TORCHRUN_VARIABLES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+]
+"""Environment variables by which `torchrun` tells a process its rank and where the others are."""
 
 
 class Command(Protocol[P, R_co]):
@@ -39,19 +47,25 @@ AnyCommand = Command[..., Any]
 
 
 def command_name(function: Callable[..., Any] | AnyCommand) -> str:
-    """The name of a command as it is typed."""
+    """Return the name of a command on the command line: 'fit-tokenizer' for the function `fit_tokenizer`."""
     return function.__name__.replace("_", "-")
 
 
 def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, R]]:
-    """Let a function of a config be called with the config's fields as keywords too.
+    """Return a decorator that turns a function of one config into a command, which also takes the config's fields as keywords.
 
-    A command whose `out` is a folder keeps a run.json there, and refuses one that holds something and is not resumed.
+    Around each call the command validates keywords into a config, refuses an `out` folder inside `images`, sets up logging, and,
+    where `out` is a folder, keeps a run.json there (`run_state`, which refuses a folder that is in use and not to be resumed).
 
     Args:
-        config_type: the config, whose fields become the keywords that mypy, `help()` and IDEs show.
-        distributed: under `torchrun`, share the work over the ranks. Otherwise rank 0 works alone, without a process group, and
-            the other ranks return None at once.
+        config_type: the config class; its fields become the keywords that mypy, `help()` and IDEs show.
+        distributed: whether all ranks of `torchrun` run the function, in a process group. If not, rank 0 runs it alone, without
+            a process group, and the other ranks return None.
+
+    Returns:
+        The decorator. The command has the attributes `__name__`, `__doc__`, `config_type` and a `__signature__` of keywords. It is
+        called as `pretrain(config)`, `pretrain(images=..., out=...)` or, if its config has a `positional` option,
+        `evaluate("runs/photos", images=...)`.
 
     >>> pretrain(images="photos", tokenizer="runs/tokenizer", out="run")      # doctest: +SKIP
     """
@@ -62,14 +76,16 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
         @functools.wraps(function)
         def call(config: Any = None, /, **options: Any) -> R | None:
-            if not isinstance(config, kind):
-                if config is not None and kind.positional is None:
-                    example = f"{function.__name__}({next(iter(signature.parameters))}={config!r}, ...)"
-                    raise TypeError(f"{function.__name__}() takes keywords: {example}")
-                config = build_config(kind, options if config is None else {str(kind.positional): config} | options)
-            elif options:
+            if isinstance(config, kind) and options:
                 raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
-            _check_out_is_not_among_images(config)
+            if not isinstance(config, kind):
+                if config is not None:  # the value of the one option that needs no name
+                    if kind.positional is None:
+                        example = f"{function.__name__}({next(iter(signature.parameters))}={config!r}, ...)"
+                        raise TypeError(f"{function.__name__}() takes keywords: {example}")
+                    options[kind.positional] = config
+                config = build_config(kind, options)
+            _check_out_is_not_inside_images(config)
             _set_up_logging()
             with _translate_dead_workers():
                 return _run(function, config, distributed)
@@ -81,9 +97,13 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
 
 def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
-    """Call the function on every rank of `torchrun`, or on rank 0 alone."""
-    out, name = getattr(config, "out", None), command_name(function)
-    state = nullcontext() if out is None or config.out_is_file else run_state(out, name, config)
+    """Call a command's function with a run.json in the config's `out` folder, if it has one.
+
+    Without `torchrun` it is called here; under `torchrun` on every rank, in a process group, if it is `distributed`, else on rank 0.
+    Returns its result, None on ranks that did not call it.
+    """
+    out = getattr(config, "out", None)
+    state = nullcontext() if out is None or config.out_is_file else run_state(out, command_name(function), config)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with state:
             return function(config)
@@ -98,71 +118,88 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R |
 
 
 def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: AbstractContextManager[None]) -> R | None:
-    """Call the function on rank 0, without a process group; within a distributed command the other ranks wait for it."""
-    distributed = sys.modules.get("mapet.distributed")  # not imported: nothing is distributed yet
-    in_group = distributed is not None and distributed.is_initialized()
-    result = None
+    """Call a function on rank 0 of `torchrun` as if it were the only process, and return its result; on other ranks return None.
+
+    The variables of `torchrun` are hidden from it meanwhile. If a distributed command called this one, so that a process group
+    exists, all ranks wait until rank 0 is done.
+
+    Raises:
+        MapetError: the config asks to serve a page, which the other ranks would wait for.
+    """
     if getattr(config, "serve", False):
         hint = f"{option('serve', True)} runs in one process: start it without torchrun"
         raise MapetError(hint, field="serve", value=True)
+    distributed = sys.modules.get("mapet.distributed")  # None: not imported, so there is no process group
+    result = None
     if is_first_rank():
-        hidden = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
+        hidden = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
         try:
             with state, distributed.disable_collectives() if distributed else nullcontext():
                 result = function(config)
         finally:
             os.environ.update(hidden)
-    if distributed is not None and in_group:
-        distributed.barrier()
+    if distributed is not None:
+        distributed.barrier()  # returns at once without a process group
     return result
 
 
 def _signature(config_type: type[Config], returns: object) -> inspect.Signature:
-    """A signature with the config's fields as keywords, required ones first: plain types (no validators), and defaults."""
+    """Return the signature of a command: the config's fields as keywords, required ones first, with their types and defaults.
+
+    Types are shown without pydantic's validators, e.g. `int` for `Annotated[int, Field(ge=2)]`.
+
+    Args:
+        returns: the annotation of what the command returns.
+    """
     types, parameters = typing.get_type_hints(config_type), inspect.signature(config_type).parameters.values()
     keywords = [parameter.replace(annotation=types[parameter.name]) for parameter in parameters]
     keywords.sort(key=lambda keyword: keyword.default is not keyword.empty)
     return inspect.Signature(keywords, return_annotation=returns)
 
 
-def _check_out_is_not_among_images(config: Config) -> None:
-    """Raise MapetError if what the command writes would be listed as images from then on."""
+def _check_out_is_not_inside_images(config: Config) -> None:
+    """Raise MapetError if `out` is `images` or lies in it: files written there would later be listed as images."""
     images, out = getattr(config, "images", None), getattr(config, "out", None)
     if images is None or out is None or config.out_is_file:
         return
     folder, target = Path(images).resolve(), Path(out).resolve()
     if folder.is_dir() and folder in (target, *target.parents):
         raise MapetError(
-            f"{option('out')} {out} lies in {option('images')} {images}: what is written there would be taken for images. Choose a folder outside"
-        )
+            f"{option('out')} {out} must not be inside {option('images')} {images}, where its files would be listed as images. "
+            "Choose a folder outside",
+            field="out", value=out,
+        )  # fmt: skip
 
 
 @contextmanager
 def _translate_dead_workers() -> Iterator[None]:
-    """Turn the RuntimeError by which PyTorch reports a dead loader worker, at any line, into a MapetError."""
+    """Turn the RuntimeError that PyTorch raises, wherever the main process is, when a data-loading worker dies into a MapetError."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise MapetError(
-            f"a process that reads images died: {str(error).splitlines()[0]} If it was killed, memory may have run out: try fewer "
-            f"of them (MAPET_WORKERS). The last checkpoint is intact: resume with {option('resume', True)}"
+            f"a data-loading worker died: {str(error).splitlines()[0]} If it was killed, memory may have run out: set the environment "
+            f"variable MAPET_WORKERS to fewer workers. The last checkpoint is intact: resume with {option('resume', True)}"
         ) from None
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print above a progress bar, not into it."""
+        """Print a log record to stdout, above a progress bar if one is shown."""
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stdout)
 
 
 def _set_up_logging() -> None:
-    """Print what commands report, unless the program has set up logging of its own."""
+    """Print log records of level INFO and above to stdout, unless the program has set up logging of its own.
+
+    On ranks other than 0 it also turns progress bars off: rank 0 shows one for all.
+    """
     if not is_first_rank():
-        os.environ["TQDM_DISABLE"] = "1"  # the first process shows how far all are
+        os.environ["TQDM_DISABLE"] = "1"
     log = logging.getLogger("mapet")
     if not log.handlers and not logging.getLogger().handlers:
         log.addHandler(_ConsoleHandler())

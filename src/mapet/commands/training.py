@@ -51,6 +51,11 @@ def pretrain(config: PretrainConfig) -> Path:
     return backbone
 
 
+def train_tokenizer(config: TrainTokenizerConfig) -> Path:
+    """Train a VQ-KD tokenizer; return its safetensors file."""
+    return Trainer(VQKDTask(), config).fit()
+
+
 def finetune(config: FinetuneConfig) -> float:
     """Fine-tune with one seed or several; return the (mean) accuracy."""
     return _tune(config)[0] if config.num_seeds == 1 else _tune_each(config)
