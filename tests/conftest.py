@@ -1,6 +1,7 @@
 """Real images for every test: scikit-learn's handwritten digits, and crops of its two photographs."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ PRETRAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts background jobs with SIGINT ignored, which children inherit
 os.environ["MAPET_WORKERS"] = "0"  # images are read in the process that computes
 torch.set_num_threads(2)  # for what is made once for all tests
 

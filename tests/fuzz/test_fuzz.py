@@ -37,6 +37,7 @@ from mapet.training.step import create_optimizer
 from mapet.weights import read_weights
 from tests.conftest import all_rows
 from tests.fuzz.mutate import mutations
+from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 20
@@ -268,7 +269,7 @@ def test_a_pickle_may_not_number_its_memo_beyond_its_length(tmp_path):
     """C's unpickler would take the memory for all numbers up to the one it is told: 32 GB for these five bytes."""
     magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
     (tmp_path / "weights.pth").write_bytes(magic + b"\x80\x02K\x01r\x00\x00\x00\x80.")
-    with at_most(SECONDS), pytest.raises(MapetError, match="cannot read weights from"):
+    with at_most(SECONDS), refused("weights"):
         read_weights(tmp_path / "weights.pth")
 
 

@@ -19,6 +19,7 @@ from mapet.evaluation.embeddings import read_embeddings
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.models.backbone import load_backbone, save_backbone
 from tests.integration.test_export import mapet_view, save_vit
+from tests.refused import refused
 
 COMMON = {"device": "cpu", "precision": "float32"}
 
@@ -104,7 +105,7 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
         ):
             mapet.embed(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "manifest.json").read_text())["num_done"] == 7
-    with pytest.raises(MapetError, match="unfinished"):
+    with refused("unfinished"):
         read_embeddings(tmp_path / "parts")
     mapet.embed(out=tmp_path / "parts", resume=True, **options)
     (ids, features), (same_ids, same) = map(read_embeddings, (whole, tmp_path / "parts"))
@@ -126,22 +127,22 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
     assert set(json.loads((out / "manifest.json").read_text())["unreadable"]) == {"4", "5", "6", "7"}
     if format == "npy":
         assert np.isnan(np.load(out / "features.npy")[4:8]).all()
-    with pytest.raises(MapetError, match=r"more than max_unreadable 0.05 allows"):
+    with refused("max_unreadable", 0.05):
         mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "strict", format=format, **COMMON)
 
 
 def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
     mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", **COMMON)
     options = {"backbone": vit_folder, "images": crops, "out": tmp_path / "out"} | COMMON
-    with pytest.raises(MapetError, match=r"not empty: nothing is overwritten.*resume=True"):
+    with refused("not empty", "resume=True"):
         mapet.embed(**options)
-    with pytest.raises(MapetError, match=r"begun with other images or options .*pool: avg -> token"):
+    with refused("pool", "avg", "token"):
         mapet.embed(**(options | {"pool": "token", "resume": True}))
     save_vit(tmp_path / "other", depth=1)
-    with pytest.raises(MapetError, match=r"begun with other images or options .*backbone: "):
+    with refused("backbone"):
         mapet.embed(**(options | {"backbone": tmp_path / "other", "resume": True}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MapetError, match=r"needs pyarrow: pip install '.\[export\]'"):
+    with refused("pyarrow", "[export]"):
         mapet.embed(**(options | {"format": "parquet", "out": tmp_path / "new"}))
 
 

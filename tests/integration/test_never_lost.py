@@ -25,6 +25,7 @@ from mapet.training.metrics import MIN_HISTORY, LossMonitor, MetricWindow
 from mapet.training.tasks.pretraining import PretrainingTask
 from tests.conftest import PRETRAIN, all_rows
 from tests.integration.test_pipeline import StopAt
+from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("images_per_second", "data_time_fraction")
@@ -320,7 +321,7 @@ def test_after_a_few_in_a_row_the_run_stops_and_can_be_looked_at(options, monkey
     with monkeypatch.context() as patch:
         poisoned(patch, {2, 3, 4})
         patch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
-        with pytest.raises(MapetError, match="mapet debug-step") as error:
+        with refused("mapet debug-step") as error:
             mapet.pretrain(**(options | {"log_interval": 1}))
         bundle = options["out"] / "debug" / "step-00000003"
         assert str(bundle) in str(error.value)
@@ -342,13 +343,13 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
         with pytest.raises(MapetError):
             mapet.pretrain(**options)
     bundle = next((options["out"] / "debug").iterdir())
-    with pytest.raises(MapetError, match="not the replay bundle of a run"):
+    with refused("run"):
         mapet.debug_step(bundle=tmp_path)
-    with pytest.raises(MapetError, match=rf"run is not the replay bundle of a run: did you mean {bundle}\?"):
+    with refused(bundle):
         mapet.debug_step(bundle=options["out"])
     content = read_checksummed_json(bundle / "bundle.json", "replay bundle")
     write_checksummed_json(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
-    with pytest.raises(MapetError, match="the images of step 1 are others now"):
+    with refused("step 1"):
         mapet.debug_step(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(MapetError, match="cannot be replayed"):
@@ -409,7 +410,7 @@ def test_not_even_one_image_fits(options, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(ViTForPreTraining, "encode", encode)
-    with pytest.raises(MapetError, match="out of memory with one image at a time: take a smaller model"):
+    with refused("out of memory"):
         mapet.pretrain(**options)
 
 
@@ -455,6 +456,6 @@ def test_what_the_disk_garbles_is_noticed(options, monkeypatch):
         original(path, {name: value + 1 if name == "head.bias" else value for name, value in tensors.items()})
 
     monkeypatch.setattr(checkpoint, "write_tensors", garbled)
-    with pytest.raises(MapetError, match=r"'head\.bias' differs: is the disk failing"):
+    with refused("head.bias"):
         mapet.pretrain(**options)
     assert not list((options["out"] / "checkpoints").glob("*"))

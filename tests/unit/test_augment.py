@@ -5,7 +5,6 @@
 import shutil
 
 import numpy as np
-import pytest
 import torch
 
 import mapet
@@ -13,8 +12,8 @@ from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, fork_rng, rand_augment
-from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, save_backbone
+from tests.refused import refused
 
 POLICY = "rand-m9-mstd0.5-inc1"
 RELEASED = {"rand_augment": POLICY, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "layer_decay": 0.65}
@@ -48,7 +47,7 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
 
 
 def test_unknown_policy_is_refused(crops):
-    with pytest.raises(MapetError, match="'random' is not one of timm's"):
+    with refused("'random'", "timm"):
         rand_augment("random", (32, 32), (0.5, 0.5, 0.5))
     assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(open_image(list_images(crops)[0]).read()).shape == (
         3,
@@ -80,5 +79,5 @@ def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
 
 
 def test_rand_augment_needs_rgb(digits, run_dir):
-    with pytest.raises(MapetError, match="RGB images, this ViT has 1"):
+    with refused("RGB", 1):
         mapet.finetune(backbone=run_dir, images=digits / "train", rand_augment=POLICY)

@@ -11,9 +11,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
 from mapet.device import ComputeContext
-from mapet.errors import MapetError
 from mapet.evaluation.features import BackboneWrapper
 from mapet.models.backbone import save_backbone
+from tests.refused import refused
 
 CPU = ComputeContext(torch.device("cpu"), torch.float32)
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -197,7 +197,7 @@ def test_families_of_timm(name):
 
 def test_a_class_token_that_timm_does_not_give():
     encoder = BackboneWrapper.load("random:xcit_nano_12_p8_224", CPU)
-    with pytest.raises(MapetError, match="pool avg"):
+    with refused("pool", "avg"):
         encoder.pooled_features(some_images(encoder.image_size)[:1], [1], "token")
 
 
@@ -214,5 +214,5 @@ def test_families_at_other_sizes(name, size):
 
 
 def test_a_size_that_a_network_cannot_take():
-    with pytest.raises(MapetError, match=r"random:mixer_s32_224 can't take 96 x 96 px: Input height"):
+    with refused("random:mixer_s32_224", "96 x 96"):
         BackboneWrapper.load("random:mixer_s32_224", CPU).with_image_size((96, 96))

@@ -12,7 +12,6 @@ from PIL import Image
 import mapet
 from mapet.config.evaluation import EvaluateConfig
 from mapet.device import ComputeContext
-from mapet.errors import MapetError
 from mapet.evaluation.datasets import detection_sets, read_instances, unlabeled
 from mapet.evaluation.dense import _detect, _train_detector, coco_metrics, make_detector
 from mapet.evaluation.eval_context import EvalContext, EvalData
@@ -21,6 +20,7 @@ from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit, save_backbone
 from mapet.run_state import RunState
 from tests.conftest import TINY
+from tests.refused import refused
 
 QUICK = {"device": "cpu", "precision": "float32"}
 
@@ -93,9 +93,9 @@ def test_annotations_are_read(coco):
 
 def test_wrong_annotations_are_told(coco, tmp_path):
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}], "annotations": [], "categories": []}')
-    with pytest.raises(MapetError, match="not COCO annotations of instances"):
+    with refused("COCO"):
         read_instances(tmp_path / "a.json", coco / "images")
-    with pytest.raises(MapetError, match=r"names 0+\.jpg, which is not in"):
+    with refused(".jpg"):
         read_instances(coco / "instances.json", tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_multi_label(coco, vit, tmp_path):
 
 def test_detection_without_its_library(coco, vit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(MapetError, match=r"pip install '.\[detection\]'"):
+    with refused("[detection]"):
         mapet.evaluate(
             backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=tmp_path / "out",
             protocols=["detection"], **QUICK,

@@ -10,6 +10,7 @@ from mapet.commands import COMMANDS
 from mapet.commands.command import command
 from mapet.config.base import Config, iter_options
 from mapet.errors import MapetError
+from tests.refused import refused
 
 HIDDEN = ("debug-step",)
 MAX_OPTIONS = 230
@@ -28,14 +29,14 @@ def add(config: AddConfig) -> int:
 
 def test_a_command_takes_keywords_or_a_config():
     assert add(first=1) == 3 and add(AddConfig(first=1, second=5)) == 6
-    with pytest.raises(TypeError, match=r"add\(\) takes keywords: add\(first=1, \.\.\.\)"):
+    with refused("add(first=1", kind=TypeError):
         add(1)
     with pytest.raises(TypeError, match="not both"):
         add(AddConfig(first=1), second=2)
 
 
 def test_an_error_carries_the_option_its_value_and_what_was_expected():
-    with pytest.raises(MapetError, match="first: must be a whole number, got 'x'") as error:
+    with refused(field="first", value="x") as error:
         add(first="x")
     assert (error.value.field, error.value.value, error.value.expected) == ("first", "x", "must be a whole number")
 

@@ -14,8 +14,8 @@ from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import View, ViewSpec, color_jitter, render_view, sample_jitter, sample_permutation, sample_view
-from mapet.errors import MapetError
 from tests.conftest import all_rows
+from tests.refused import refused
 
 
 def test_list_of_paths_and_folder_agree(crops):
@@ -32,7 +32,7 @@ def test_list_of_paths_and_folder_agree(crops):
 
 def test_missing_entry_of_a_list_is_named(crops):
     (crops / "list.txt").write_text("crop000.png\nabsent.png\n")
-    with pytest.raises(MapetError, match=r"entry 2: absent.png: No such file"):
+    with refused("entry 2", "absent.png"):
         list_images(crops / "list.txt")
 
 
@@ -270,7 +270,7 @@ def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
     data = bytearray((tmp_path / "s" / "shards" / "00001.npy").read_bytes())
     data[-3] ^= 1  # a valid token still
     (tmp_path / "s" / "shards" / "00001.npy").write_bytes(data)
-    with pytest.raises(MapetError, match=r"00001.npy has changed since it was made"):
+    with refused("00001.npy"):
         TokenStore.open(tmp_path / "s", images)
 
 
@@ -290,7 +290,7 @@ def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
     images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     finish(store, ids[:5])
-    with pytest.raises(MapetError, match="unfinished \\(5 of 12"):
+    with refused("unfinished", "5 of 12"):
         TokenStore.open(tmp_path / "s", images)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
     store.write(store.shards[0], ids[5:], {})
@@ -303,9 +303,9 @@ def test_store_of_other_images_or_codebook_names_both_sides(crops, tmp_path):
     store, ids = store_of(tmp_path / "s", images)
     finish(store, ids)
     reordered = images.subset(range(11, -1, -1))
-    with pytest.raises(MapetError, match=f"{images.hash[:12]}.*{reordered.hash[:12]}"):
+    with refused(images.hash[:12], reordered.hash[:12]):
         TokenStore.open(tmp_path / "s", reordered)
-    with pytest.raises(MapetError, match=r"codebook.*other"):
+    with refused("other"):
         TokenStore.open(tmp_path / "s", images, "other")
 
 
@@ -314,7 +314,7 @@ def test_out_of_range_token_is_noticed(crops, tmp_path):
     store, ids = store_of(tmp_path / "s", images)
     ids[4, 0, 0] = 100
     finish(store, ids)
-    with pytest.raises(MapetError, match="row 4 has token 100 of a vocabulary of 100"):
+    with refused("row 4", "token 100"):
         store.read(4, 0)
 
 

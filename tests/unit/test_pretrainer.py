@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.objectives import MAPET, MIM, PIM
 from mapet.models.pretraining import ViTForPreTraining
 from tests.conftest import make_batch
+from tests.refused import refused
 
 VOCAB = 11
 
@@ -189,12 +189,12 @@ def test_export_is_free(args, channels, tmp_path):
 
 @pytest.mark.parametrize("c", [-1, 15, 100])
 def test_context_out_of_range(c):
-    with pytest.raises(MapetError, match=f"{c} context patches .*out of range.*0 to 14"):
+    with refused(c, "0 to 14"):
         make(MAPET, c)
 
 
 def test_positions_are_required():
-    with pytest.raises(MapetError, match="position embedding"):
+    with refused("position embedding"):
         make(MAPET, 5, pos_embed="none")
 
 

@@ -18,6 +18,7 @@ from mapet.cli import main
 from mapet.data.views import input_mean_std
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
+from tests.refused import refused
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -159,9 +160,7 @@ def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_pat
     caplog.set_level(logging.INFO, "mapet")
     beit, file = published_beit(positions=False)
     torch.save(file, tmp_path / "beit.pth")
-    with pytest.raises(
-        MapetError, match=r"beit.pth has relative position bias, which a plain ViT has not.*--init-from"
-    ):
+    with refused("beit.pth", "relative position bias", "--init-from"):
         load_backbone(tmp_path / "beit.pth", num_heads=2)
     vit = vit_of(init_values=0.1)
     positions = vit.pos_embed.clone()
@@ -214,7 +213,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
     pixels = images().sigmoid()
     assert same(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
     assert "has relative position bias" in caplog.text
-    with pytest.raises(MapetError, match="--init-from` can start from the rest of it"):
+    with refused("--init-from"):
         load_backbone(source)
 
 
@@ -272,7 +271,7 @@ def test_other_grids_and_patches_as_timm_resamples_them(kind, size, patch, tmp_p
 def test_positions_that_tell_no_grid(tmp_path):
     vit = vit_of(size=(12, 24))
     torch.save(vit.state_dict(), tmp_path / "wide.pth")
-    with pytest.raises(MapetError, match=r"wide.pth: it has 19 positions, which fit no square of patches.*img_size"):
+    with refused("wide.pth", 19, "img_size"):
         load_backbone(tmp_path / "wide.pth", num_heads=2, in_chans=3)
     loaded = load_backbone(tmp_path / "wide.pth", num_heads=2, img_size=(12, 24)).eval()
     assert torch.equal(loaded.forward_features(images((12, 24))), vit.forward_features(images((12, 24))))
@@ -324,13 +323,13 @@ def test_another_network(change, reason, tmp_path):
 
 def test_heads_and_activation_are_compared_where_they_are_known(tmp_path):
     save_backbone(create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY), tmp_path / "vit")
-    with pytest.raises(MapetError, match="attention heads: 2 there, 4 here"):
+    with refused("attention heads", 2, 4):
         init_from(vit_of(num_heads=4), tmp_path / "vit")
-    with pytest.raises(MapetError, match="the activation: GELU there, ReLU here"):
+    with refused("GELU", "ReLU"):
         init_from(vit_of(act_layer=torch.nn.ReLU), tmp_path / "vit")
 
 
-def refused(tmp_path, content, **options):
+def refused_reason(tmp_path, content, **options):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(MapetError) as error:
         load_backbone(tmp_path / "file.pth", **options)
@@ -340,37 +339,41 @@ def refused(tmp_path, content, **options):
 
 def test_what_is_no_plain_vit(tmp_path):
     weights = vit_of().state_dict()
-    assert "give it to `mapet export` as model_args num_heads=N" in refused(tmp_path, weights)
-    assert "not a ViT in a layout that is known" in refused(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
+    assert "give it to `mapet export` as model_args num_heads=N" in refused_reason(tmp_path, weights)
+    assert "not a ViT in a layout that is known" in refused_reason(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
     less = {name: tensor for name, tensor in weights.items() if "attn.proj" not in name}
-    assert "missing: blocks.0.attn.proj.bias" in refused(tmp_path, less, num_heads=2)
+    assert "missing: blocks.0.attn.proj.bias" in refused_reason(tmp_path, less, num_heads=2)
     q_alone = {name: tensor for name, tensor in split(weights, {"q": 1, "kv": 2}).items() if ".kv." not in name}
-    assert "not the weights of a whole ViT: it has no blocks.0.attn.k." in refused(tmp_path, q_alone, num_heads=2)
-    assert "distillation token" in refused(tmp_path, weights | {"dist_token": torch.zeros(1, 1, 32)}, num_heads=2)
-    assert "gated MLP" in refused(tmp_path, weights | {"blocks.0.mlp.w12.weight": torch.zeros(9, 32)}, num_heads=2)
-    assert "rotary" in refused(tmp_path, weights | {"rope_embed.periods": torch.zeros(9)}, num_heads=2)
-    with pytest.raises(MapetError, match=r"holds no backbone: expected a run, .*timm:NAME"):
+    assert "not the weights of a whole ViT: it has no blocks.0.attn.k." in refused_reason(
+        tmp_path, q_alone, num_heads=2
+    )
+    assert "distillation token" in refused_reason(
+        tmp_path, weights | {"dist_token": torch.zeros(1, 1, 32)}, num_heads=2
+    )
+    assert "gated MLP" in refused_reason(
+        tmp_path, weights | {"blocks.0.mlp.w12.weight": torch.zeros(9, 32)}, num_heads=2
+    )
+    assert "rotary" in refused_reason(tmp_path, weights | {"rope_embed.periods": torch.zeros(9)}, num_heads=2)
+    with refused("timm:NAME"):
         load_backbone(tmp_path)
 
 
 def test_timm_names_offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        MapetError, match=r"cannot load timm's weights of 'vit_tiny_patch16_224.augreg_in21k': .*a file or folder"
-    ):
+    with refused("vit_tiny_patch16_224.augreg_in21k"):
         load_backbone("timm:vit_tiny_patch16_224.augreg_in21k")
     for keyword, meant in (("num_clases", "num_classes"), ("width", "embed_dim")):
-        with pytest.raises(MapetError, match=f"unexpected keyword argument '{keyword}'; did you mean '{meant}'"):
+        with refused(f"'{keyword}'", f"'{meant}'"):
             load_backbone("timm:vit_tiny_patch16_224", pretrained=False, **{keyword: 7})
     for name, meant in (
         ("vit_tiny", "timm:vit_tiny_patch16_224"), ("mae", "timm:vit_base_patch16_224.mae"), ("dinov2", "timm:vit_base_patch14_dinov2"),
     ):  # fmt: skip
-        with pytest.raises(MapetError, match=f"{name} does not exist: .*did you mean '{meant}'"):
+        with refused(name, f"'{meant}'"):
             load_backbone(name)
-    with pytest.raises(MapetError, match=r"nowhere/vit does not exist: [^;]*$"):
+    with refused("nowhere/vit"):
         load_backbone("nowhere/vit")
-    with pytest.raises(MapetError, match=r"unknown model 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'"):
+    with refused("'vit_tinny_patch16_224'", "'vit_tiny_patch16_224'"):
         load_backbone("timm:vit_tinny_patch16_224")
 
 

@@ -12,11 +12,12 @@ import pytest
 import mapet
 from mapet import distributed
 from mapet.cli import main
-from mapet.errors import Interrupted, MapetError
+from mapet.errors import Interrupted
 from mapet.training import run_folder as tracking
 from mapet.training.run_folder import Session, Tracking
 from tests.conftest import PRETRAIN
 from tests.integration.test_pipeline import StopAt
+from tests.refused import refused
 
 ROWS = [{"step": 5, "loss": 2.5, "lr": 0.1}, {"step": 10, "loss": None}, {"step": 10, "probe/knn": 0.25}]
 
@@ -156,7 +157,7 @@ def test_what_is_not_installed_is_said_before_anything(stage, tmp_path, monkeypa
 def test_a_folder_of_that_name_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "empty_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MapetError, match="needs the library empty_folder"):
+    with refused("empty_folder"):
         tracking.require(["empty_folder"])
 
 

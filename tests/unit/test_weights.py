@@ -16,6 +16,7 @@ from torch import nn
 
 from mapet.errors import MapetError
 from mapet.weights import read_weights
+from tests.refused import refused
 
 
 @pytest.fixture(params=["zip", "legacy"])
@@ -228,7 +229,7 @@ def test_a_pickle_can_t_alter_the_reader(tmp_path):
         path = tmp_path / "built.pth"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("built/data.pkl", b"\x80\x02" + target + b"(N}X\x01\x00\x00\x00aK\x01stb.")
-        with pytest.raises(MapetError, match="cannot read weights from"):
+        with refused("weights"):
             read_weights(path)
     assert not hasattr(OrderedDict, "a")
 
@@ -307,7 +308,7 @@ def test_cut_off(make, cut, zipped, tmp_path):
         del content["none"]  # of no bytes: where it comes last in a legacy file, a cut may lose nothing
     path = save(content, tmp_path / "weights.pth", zipped)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(MapetError, match=r"cannot read weights from [^\n]*: [^\n]+$"):
+    with refused("weights"):
         read_weights(path)
 
 
@@ -319,12 +320,12 @@ def test_damaged_bytes_are_noticed(tmp_path):
         name, extra = np.frombuffer(data, "<u2", 2, entry.header_offset + 26)
     data[entry.header_offset + 30 + name + extra] ^= 1
     path.write_bytes(data)
-    with pytest.raises(MapetError, match="Bad CRC-32"):
+    with refused("CRC-32"):
         read_weights(path)
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(MapetError, match=r"missing\.pt: No such file or directory"):
+    with refused("missing.pt"):
         read_weights(tmp_path / "missing.pt")
-    with pytest.raises(MapetError, match="is a folder, not a file of weights"):
+    with refused("folder"):
         read_weights(tmp_path)
