@@ -11,19 +11,19 @@ from torch import nn
 
 from mapet.data.sources import list_images
 from mapet.device import ComputeContext
-from mapet.evaluation.inspection import (
-    Sampler,
+from mapet.evaluation.inspection import TokenSampler
+from mapet.evaluation.token_metrics import (
     agreement,
-    bag_of_tokens,
+    bag_of_tokens_probe,
     bags_of_tokens,
+    code_usage,
+    compute_token_metrics,
     label_information,
-    measure,
     nearest_codes,
     neighbor_information,
-    neighbors,
+    neighbor_pairs,
     position_information,
-    usage,
-    warnings,
+    token_warnings,
 )
 from mapet.reports.evaluation import tokenizer_markdown
 from mapet.tokenizers.tokenizer import load_tokenizer
@@ -48,20 +48,20 @@ def textures(images=400, size=4, classes=4, seed=0):
 
 
 def test_usage_of_even_words_and_of_one_word():
-    even = usage(torch.arange(64).repeat(25).view(100, 4, 4), 64)
+    even = code_usage(torch.arange(64).repeat(25).view(100, 4, 4), 64)
     assert (even.used_codes, even.dead_codes, even.patches) == (64, 0, 1600)
     assert even.perplexity == pytest.approx(64) and even.entropy == pytest.approx(6)
     assert even.top_code_fraction == 1 / 64 and even.codes_for_half == 0.5
     assert even.codes_for_most == 58 / 64  # the first number of words with 9/10 of the patches
-    one = usage(torch.full((10, 4, 4), 3), 64)
+    one = code_usage(torch.full((10, 4, 4), 3), 64)
     assert (one.used_codes, one.dead_codes, one.top_code_fraction) == (1, 63, 1.0)
     assert one.perplexity == 1 and one.codes_for_half == one.codes_for_most == 1 / 64
-    assert usage(torch.tensor([0, 0, 1, 2]), 4).entropy == pytest.approx(1.5)
+    assert code_usage(torch.tensor([0, 0, 1, 2]), 4).entropy == pytest.approx(1.5)
 
 
 def test_codes_that_a_small_sample_can_reach():
     """The expectation of used codes is what evenly drawn words show."""
-    seen = [usage(draw(500, below=300, seed=seed), 300) for seed in range(50)]
+    seen = [code_usage(draw(500, below=300, seed=seed), 300) for seed in range(50)]
     mean = sum(one.used_codes for one in seen) / 50
     assert mean == pytest.approx(seen[0].reachable_codes, abs=3 * 7 / 50**0.5)  # one draw spreads by about 7
 
@@ -76,13 +76,13 @@ def test_agreement_and_chance():
 
 
 def test_coherence_of_checkerboards_and_stripes():
-    board = {name: agreement(*pair) for name, pair in neighbors(checkerboard()).items()}
+    board = {name: agreement(*pair) for name, pair in neighbor_pairs(checkerboard()).items()}
     assert all(pair.share == 0 and pair.chance == pytest.approx(0.5) for pair in board.values())
     assert neighbor_information(checkerboard()).bits == pytest.approx(1, abs=0.01)
     stripes = torch.arange(6).view(6, 1).expand(50, 6, 6)
-    assert agreement(*neighbors(stripes)["horizontal"]).share == 1
-    assert agreement(*neighbors(stripes)["vertical"]).share == 0
-    assert set(neighbors(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
+    assert agreement(*neighbor_pairs(stripes)["horizontal"]).share == 1
+    assert agreement(*neighbor_pairs(stripes)["vertical"]).share == 0
+    assert set(neighbor_pairs(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
     assert neighbor_information(torch.zeros(2, 1, 1, dtype=torch.int64)) is None
 
 
@@ -123,15 +123,15 @@ def test_bags():
     bags = bags_of_tokens(torch.tensor([[[0, 0], [0, 2]]]), 4)
     assert torch.allclose(bags, torch.tensor([[0.75, 0, 0.25, 0]]).sqrt())
     words, labels, test = textures()
-    good = bag_of_tokens(words, labels, test, 64)
+    good = bag_of_tokens_probe(words, labels, test, 64)
     assert good.accuracy > 0.9 and good.test_images == 80
-    poor = bag_of_tokens(words[torch.randperm(400)], labels, test, 64)
+    poor = bag_of_tokens_probe(words[torch.randperm(400)], labels, test, 64)
     assert abs(poor.accuracy - 0.25) < 0.2
     # Words of their own in each image leave nothing to train on; words new in the test set are left out.
-    own = bag_of_tokens(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
+    own = bag_of_tokens_probe(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
     assert own.accuracy == own.chance
     new = torch.where(test[:, None, None] & (words == 5), 64, words)
-    assert bag_of_tokens(new, labels, test, 65).accuracy > 0.85
+    assert bag_of_tokens_probe(new, labels, test, 65).accuracy > 0.85
 
 
 def test_nearest_codes():
@@ -146,7 +146,7 @@ def test_numbers_of_the_codes_do_not_matter(seed, vocab_size, size):
     words, labels = draw(30, size, size, below=vocab_size, seed=seed), draw(30, below=3, seed=seed)
     renamed = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[words]
     for function in (
-        lambda ids: usage(ids, vocab_size),
+        lambda ids: code_usage(ids, vocab_size),
         lambda ids: agreement(ids, ids.flip(-1)),
         lambda ids: label_information(ids, labels),
         lambda ids: position_information(ids),
@@ -161,8 +161,8 @@ def steady(words):
 
 def test_no_warning_for_good_words():
     words, labels, test = textures()
-    found = measure(words, 64, steady(words), labels, test)
-    assert list(warnings(found)) == []
+    found = compute_token_metrics(words, 64, steady(words), labels, test)
+    assert list(token_warnings(found)) == []
     assert "No warnings" in tokenizer_markdown(found, [], "t") and found.label.share > 0.2
 
 
@@ -181,20 +181,20 @@ def poor():
         "uneven": ((rare, 64), "a few tokens take most patches"),
         "commonest": ((rare, 64), "one token takes 8"),
         "jitter": ((words, 64, {"jitter": (words, other)}), "of the tokens change under a slight change of colors"),
-        "shift": ((words, 64, {"shift": (words, other)}), "they name the place"),
+        "shift": ((words, 64, {"shift": (words, other)}), "they tell the position"),
         "wrong store": ((words, 64, {"stored": (words, other)}), "the store belongs to other images"),
-        "wrong images": ((words, 64, {}, labels.roll(1), test), "are tokens paired with the wrong images?"),
-        "no class from the bag": ((words, 64, {}, labels.roll(1), test), "no better than by chance"),
+        "wrong images": ((words, 64, {}, labels.roll(1), test), "are labels paired with the wrong images?"),
+        "no class from the bag": ((words, 64, {}, labels.roll(1), test), "no better than chance"),
         "mixed up": ((mixed, 64), "are tokens mixed up?"),
         "place": ((board, 16), "position alone tells"),
-        "copying": ((labels[:, None, None].expand(-1, 4, 4), 4), "copying the patch beside"),
+        "copying": ((labels[:, None, None].expand(-1, 4, 4), 4), "copying nearly solves the task"),
     }
 
 
 @pytest.mark.parametrize("name", poor())
 def test_poor_words_are_called_so(name):
     (words, vocab_size, *more), sentence = poor()[name]
-    lines = list(warnings(measure(words, vocab_size, *more)))
+    lines = list(token_warnings(compute_token_metrics(words, vocab_size, *more)))
     assert any(sentence in line for line in lines), lines
 
 
@@ -216,28 +216,30 @@ class MeanColor(nn.Module):
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
-    sampler = Sampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
+    sampler = TokenSampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
     images = list_images(crops)
-    found = {name: agreement(*pair) for name, pair in sampler.views(images).items()}
+    found = {name: agreement(*pair) for name, pair in sampler.sample_perturbed(images, range(12)).items()}
     assert set(found) == {"flip", "shift", "jitter", "noise", "jpeg"}
     assert found["shift"].share == 1 and found["flip"].share == 1
     assert all(found[name].share > 0.6 for name in found)
     assert found["jitter"].share < 1
-    words = sampler.words(images, shown=7)
+    words = sampler.sample(images, range(12), num_pixels=7)
     assert words.images.shape == (7, 3, *size) and words.ids.shape == (12, *grid)
-    in_fives = sampler.views(images)
+    in_fives = sampler.sample_perturbed(images, range(12))
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 12)
-    assert all(torch.equal(in_fives[name][1], pair[1]) for name, pair in sampler.views(images).items())
+    assert all(
+        torch.equal(in_fives[name][1], pair[1]) for name, pair in sampler.sample_perturbed(images, range(12)).items()
+    )
 
 
 def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
-    sampler = Sampler(MeanColor((33, 33), (5, 5)), ComputeContext.from_options("cpu", "float32"))
-    assert set(sampler.views(list_images(crops))) == {"flip", "jitter", "noise", "jpeg"}
+    sampler = TokenSampler(MeanColor((33, 33), (5, 5)), ComputeContext.from_options("cpu", "float32"))
+    assert set(sampler.sample_perturbed(list_images(crops), range(12))) == {"flip", "jitter", "noise", "jpeg"}
 
 
 def test_pixel_words_of_digits_survive_a_shift(tokenizer_dir, digits):
-    sampler = Sampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
-    found = sampler.views(list_images(digits / "test").subset(range(0, 360, 4)))
+    sampler = TokenSampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
+    found = sampler.sample_perturbed(list_images(digits / "test"), range(0, 360, 4))
     assert torch.equal(*found["shift"])
     assert 0.5 < agreement(*found["jitter"]).share < 1
-    assert log2(16) > usage(found["flip"][0], 16).entropy > 2
+    assert log2(16) > code_usage(found["flip"][0], 16).entropy > 2

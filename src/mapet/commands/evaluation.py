@@ -17,7 +17,7 @@ from mapet.errors import Interrupted, MapetError, did_you_mean, option
 from mapet.evaluation.datasets import labeled
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult, load_eval_data
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
-from mapet.evaluation.inspection import neighbor_rows
+from mapet.evaluation.inspection import render_neighbors
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
 from mapet.reports.plots import plot_neighbors, save_figure
@@ -150,5 +150,5 @@ def _draw_neighbors(result: ProtocolResult, context: EvalContext, path: Path) ->
     if "nearest" in result.details:
         data, details, backbone = context.data, result.details, context.backbone
         shown = data.train, data.test, details["queries"], details["nearest"]
-        rows = neighbor_rows(backbone.image_size, backbone.channels, *shown)
+        rows = render_neighbors(backbone.image_size, backbone.channels, *shown)
         save_figure(plot_neighbors(rows, labeled=bool(data.train.classes)), path)

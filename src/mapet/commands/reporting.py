@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,11 +20,13 @@ from mapet.data.token_store import TokenStore
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation import inspection
-from mapet.evaluation.datasets import LabeledSet, split
+from mapet.evaluation.datasets import LabeledSet, heldout_mask
+from mapet.evaluation.inspection import TokenSample
+from mapet.evaluation.token_metrics import TokenMetrics, compute_token_metrics, nearest_codes, token_warnings
 from mapet.files import atomic_write, create_output_dir, is_empty_dir, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
-from mapet.reports.figures import plot_run, step_through
+from mapet.reports.figures import patches_and_tokens, plot_run, plot_tokens, step_through
 from mapet.reports.page import LiveServer, ReportImage, RunView, page, rasterize
 from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, RunFiles
 from mapet.run_state import check_is_pretraining, pretrain_folder, read_command
@@ -89,10 +91,11 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], di
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = list_images(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
-    look = inspection.look_at(model, tokenizer, images, compute, SHOWN_IMAGES, run.config.patch_order)
-    names = [images.id(int(i)) for i in look.image_index[: look.shown]]
-    drawn = [rasterize(name, figure) for name, figure in plot_run(look, model, images, compute).items()]
-    return drawn, step_through(look, names, model.objective)
+    order = run.config.patch_order
+    inspected = inspection.inspect_model(model, tokenizer, images, compute, SHOWN_IMAGES, order)
+    names = [images.id(index) for index in inspected.sample.image_index[:SHOWN_IMAGES].tolist()]
+    drawn = [rasterize(name, figure) for name, figure in plot_run(inspected, model, images, compute).items()]
+    return drawn, step_through(inspected, names, model.objective)
 
 
 def _serve(folder: Path) -> None:
@@ -114,11 +117,11 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
     compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
-    words, measures = _measure(config, tokenizer, compute)
-    figures = _plot(words, tokenizer)
+    sample, measures = _measure(config, tokenizer, compute)
+    figures = _plot(sample, tokenizer)
     for name, value in tokenizer_metrics(measures).items():
         log.info("%-28s %s", name, value)
-    poor = list(inspection.warnings(measures))
+    poor = list(token_warnings(measures))
     for line in poor:
         log.warning("%s", line)
     if not poor:
@@ -137,61 +140,62 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
 
 def _measure(
     config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: ComputeContext
-) -> tuple[inspection.Words, inspection.TokenMetrics]:
-    """Tokenize a sample of the images, as they are and changed a little, and measure the tokens."""
+) -> tuple[TokenSample, TokenMetrics]:
+    """Tokenize a sample of the images, and a part of it under perturbations; return its tokens and their metrics."""
     images = list_images(config.images)
-    chosen = np.random.default_rng(0).permutation(len(images))[: config.sample]
-    sample, few = images.subset(chosen), chosen[:STABILITY_IMAGES]
-    sampler = inspection.Sampler(tokenizer, compute)
-    patches = tokenizer.grid[0] * tokenizer.grid[1]
-    words = sampler.words(sample, inspection.enough_images(SHOWN_IMAGES, tokenizer.vocab_size, patches, len(sample)))
-    views = sampler.views(images.subset(few))
+    drawn = np.random.default_rng(0).permutation(len(images))[: config.sample]
+    sampler = inspection.TokenSampler(tokenizer, compute)
+    num_patches = tokenizer.grid[0] * tokenizer.grid[1]
+    num_pixels = inspection.num_images_for_figures(SHOWN_IMAGES, tokenizer.vocab_size, num_patches)
+    sample = sampler.sample(images, drawn.tolist(), num_pixels)
+    few = drawn[:STABILITY_IMAGES].tolist()
+    pairs = sampler.sample_perturbed(images, few)
     if config.tokens is not None:
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
         except MapetError as error:
             hint = f"Or leave out {option('tokens')}: the tokenizer is measured all the same"
             raise MapetError(f"{error}. {hint}") from None
-        views["stored"] = sampler.stored(images, store, few)
-    labels, test = _labels(images, chosen, words.image_index)
-    return words, inspection.measure(words.ids, tokenizer.vocab_size, views, labels, test)
+        pairs["stored"] = sampler.compare_stored(images, store, few)
+    labels, is_test = _labels(images, drawn, sample.image_index)
+    return sample, compute_token_metrics(sample.ids, tokenizer.vocab_size, pairs, labels, is_test)
 
 
 def _labels(
-    images: ImageList, chosen: Int[np.ndarray, " n"], measured: Int[Tensor, " m"]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the classes of measured images and which are to test on; (None, None) if there are too few of each class."""
+    images: ImageList, drawn: Int[np.ndarray, " n"], readable: Int[Tensor, " m"]
+) -> tuple[Int[Tensor, " m"] | None, Bool[Tensor, " m"] | None]:
+    """Return the classes of the readable ones of the images drawn, and which of them are test images.
+
+    Returns:
+        (None, None) without labels, or with fewer than `IMAGES_PER_CLASS` images per class drawn.
+    """
     if (found := images.classes()) is None:
         return None, None
     classes, labels = found
-    data = LabeledSet(sample := images.subset(chosen), classes, labels[chosen])
-    present = len(np.unique(data.labels))
-    if present <= 1 or len(sample) < IMAGES_PER_CLASS * present:
+    num_present = len(np.unique(labels[drawn]))
+    if num_present <= 1 or len(drawn) < IMAGES_PER_CLASS * num_present:
         enough = option("sample", IMAGES_PER_CLASS * len(classes))
         log.info(
-            "%d images of %d classes: too few to compare tokens with classes; %s would do", len(sample), present, enough
-        )
+            "%d images of %d classes: too few to compare tokens with classes; %s would do",
+            len(drawn), num_present, enough,
+        )  # fmt: skip
         return None, None
-    held_out = split(data)[1].images
-    ids = {held_out.ids[index] for index in range(len(held_out))}
-    test = torch.tensor([sample.ids[int(index)] in ids for index in measured])
-    return torch.from_numpy(data.labels)[measured], test
+    is_test = np.zeros(len(images), dtype=bool)
+    is_test[drawn] = heldout_mask(LabeledSet(images, classes, labels).subset(drawn))
+    return torch.from_numpy(labels)[readable], torch.from_numpy(is_test)[readable]
 
 
-def _plot(words: inspection.Words, tokenizer: Tokenizer) -> dict[str, Figure]:
-    vocab_size, tokens = tokenizer.vocab_size, words.ids.flatten(1)
-    shown, pictured = slice(0, SHOWN_IMAGES), tokens[: len(words.images)].flatten()
-    patches = plots.patchify(words.images, tokenizer.grid).flatten(0, 1)
-    figures = {
-        "code_usage": plots.plot_code_usage(torch.bincount(tokens.flatten(), minlength=vocab_size)),
-        "token_maps": plots.plot_token_maps(words.images[shown], tokens[shown], tokenizer.grid, vocab_size),
-        "patches_by_code": plots.plot_patches_by_code(patches, pictured, vocab_size),
-    }
+def _plot(sample: TokenSample, tokenizer: Tokenizer) -> dict[str, Figure]:
+    """Draw the use of codes, token maps, patches by code and, where codes are centroids, the nearest codes; by name."""
+    vocab_size = tokenizer.vocab_size
+    figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
+    figures |= plot_tokens(sample, SHOWN_IMAGES)
     centroids = tokenizer.centroids  # codes that are no centroids (FSQ, LFQ) have none
     if centroids is not None and vocab_size > 1:
-        counts = torch.bincount(pictured, minlength=vocab_size)
+        patches, tokens = patches_and_tokens(sample)
+        counts = torch.bincount(tokens, minlength=vocab_size)
         codes = plots.spread_of_codes(counts, SHOWN_CODES)
-        distances, nearest = inspection.nearest_codes(centroids.cpu(), codes, NEAREST)
-        prototypes = plots.mean_patches(patches, pictured, vocab_size)
+        distances, nearest = nearest_codes(centroids.cpu(), codes, NEAREST)
+        prototypes = plots.mean_patches(patches, tokens, vocab_size)
         figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
     return figures

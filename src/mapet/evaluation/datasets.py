@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tqdm import tqdm
 
@@ -126,19 +126,25 @@ def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndar
     return np.split(np.lexsort((keys, labels)), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
 
 
-def split(everything: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
-    """Split into training and test set: `HELD_OUT` of each class of labeled images, chosen by a hash of the image id.
+def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
+    """Choose the images to hold out: `HELD_OUT` of each class of labeled images, at least one, by a hash of the image id."""
+    mask = np.zeros(len(data), dtype=bool)
+    labels = data.labels if isinstance(data, LabeledSet) else np.zeros(len(data), np.int64)
+    for members in _by_class(labels, len(data.classes), data.images.keys()):
+        mask[members[: max(1, round(HELD_OUT * len(members)))]] = True
+    return mask
+
+
+def split(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
+    """Split into training and test set, by `heldout_mask`: the same way every time.
 
     Raises:
         MapetError: no class has a second image.
     """
-    test = np.zeros(len(everything), dtype=bool)
-    data = everything if isinstance(everything, LabeledSet) else unlabeled(everything.images)
-    for members in _by_class(data.labels, len(data.classes), data.images.keys()):
-        test[members[: max(1, round(HELD_OUT * len(members)))]] = True
-    if test.all():
+    held_out = heldout_mask(data)
+    if held_out.all():
         raise MapetError(f"{data.images.root}: no class has a second image to hold out; give {option('test_images')}")
-    return everything.subset(np.flatnonzero(~test)), everything.subset(np.flatnonzero(test))
+    return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 
 def _train_and_test(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[AnyImageSet, AnyImageSet]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
-from mapet.evaluation.inspection import CHANGES, Agreement, MutualInformation, TokenMetrics
+from mapet.evaluation.token_metrics import PERTURBATIONS, Agreement, MutualInformation, TokenMetrics
 from mapet.files import write_text
 from mapet.reports.render import markdown_table, render
 
@@ -106,4 +106,6 @@ def tokenizer_metrics(m: TokenMetrics) -> dict[str, str]:
 def tokenizer_markdown(measures: TokenMetrics, warnings: Sequence[str], title: str) -> str:
     """Render the metrics of a tokenizer: warnings in words, then each metric with what it means."""
     values = tokenizer_metrics(measures)
-    return render("tokenizer_report.md", m=measures, warnings=warnings, title=title, values=values, changes=CHANGES)
+    return render(
+        "tokenizer_report.md", m=measures, warnings=warnings, title=title, values=values, changes=PERTURBATIONS
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
 from mapet.errors import MapetError
-from mapet.evaluation.inspection import Look, principal_colors, retrieve
+from mapet.evaluation.inspection import ModelInspection, TokenSample, pca_colors, retrieve_images
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots
@@ -27,29 +27,43 @@ SIDE = 384
 MAX_HEADS = 6
 
 
-def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: ComputeContext) -> dict[str, Figure]:
-    """Draw what tokenizer and model make of a sample, and what the model's features find among all images."""
-    grid, vocab_size, shown = look.grid, look.vocab_size, look.images[: look.shown]
-    patches, tokens = plots.patchify(look.images, grid).flatten(0, 1), look.tokens.flatten()
-    layout = model.layout()
-    figures = {
-        "token_maps": plots.plot_token_maps(shown, look.tokens[: look.shown], grid, vocab_size),
-        "patches_by_code": plots.plot_patches_by_code(patches, tokens, vocab_size),
-        "attention_mask": plots.plot_attention_mask(layout.attn_mask, layout.segment_lengths, model.objective.name),
+def patches_and_tokens(sample: TokenSample) -> tuple[UInt8[Tensor, "n C h w"], Int[Tensor, " n"]]:
+    """Return all patches whose pixels a sample keeps, and their tokens."""
+    patches = plots.patchify(sample.images, sample.grid).flatten(0, 1)
+    return patches, sample.ids[: len(sample.images)].flatten()
+
+
+def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
+    """Draw the token maps of the first `num_shown` images, and patches that share a token."""
+    tokens = sample.ids[:num_shown].flatten(1)
+    return {
+        "token_maps": plots.plot_token_maps(sample.images[:num_shown], tokens, sample.grid, sample.vocab_size),
+        "patches_by_code": plots.plot_patches_by_code(*patches_and_tokens(sample), sample.vocab_size),
     }
+
+
+def plot_run(
+    look: ModelInspection, model: ViTForPreTraining, images: ImageList, compute: ComputeContext
+) -> dict[str, Figure]:
+    """Draw what tokenizer and model make of a sample, and what the model's features find among all images."""
+    grid, shown, layout = look.sample.grid, look.images, model.layout()
+    figures = plot_tokens(look.sample, len(shown))
+    figures["attention_mask"] = plots.plot_attention_mask(
+        layout.attn_mask, layout.segment_lengths, model.objective.name
+    )
     if look.logits is not None:
-        prototypes, sample = plots.mean_patches(patches, tokens, vocab_size), look.tokens[: look.shown]
-        figures["predictions"] = plots.plot_predictions(shown, sample, look.permutation, look.logits, prototypes, grid)
+        means = plots.mean_patches(*patches_and_tokens(look.sample), look.sample.vocab_size)
+        figures["predictions"] = plots.plot_predictions(shown, look.tokens, look.permutation, look.logits, means, grid)
     if look.attention is not None:
         attention = look.attention.unflatten(2, grid).numpy()
         heads = {f"head {head}": attention[:, head] for head in range(min(attention.shape[1], MAX_HEADS))}
         title = "Attention of the class token to the patches, last block"
         figures["cls_attention"] = plots.plot_maps(shown, {"mean": attention.mean(1), **heads}, title)
-    colors = principal_colors(look.features).unflatten(1, grid).numpy()
+    colors = pca_colors(look.features).reshape(len(shown), *grid, 3)
     title = "Principal components of the patches' features as colors"
     figures["features"] = plots.plot_maps(shown, {"features": colors}, title)
     try:
-        rows, classes, confusion = retrieve(model.vit, images, compute)
+        rows, classes, confusion = retrieve_images(model.vit, images, compute)
     except MapetError as error:
         log.warning("no neighbors: %s", error)
         return figures
@@ -59,7 +73,7 @@ def plot_run(look: Look, model: ViTForPreTraining, images: ImageList, compute: C
     return figures
 
 
-def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict[str, Any]:
+def step_through(look: ModelInspection, names: Sequence[str], objective: Objective) -> dict[str, Any]:
     """JSON of the shown images: pixels, order, tokens, predictions; and the mean patch and color of each token among them.
 
     `atlas.codes` are the tokens; the i-th is tile i of the picture, row by row. Predictions are in order of rank.
@@ -78,16 +92,16 @@ def step_through(look: Look, names: Sequence[str], objective: Objective) -> dict
             one |= {"predicted": best.tolist(), "sure": shares[0], "chance": shares[1]}
         images.append(one)
     codes = sorted({code for one in images for code in (*one["tokens"], *one.get("predicted", ()))})
-    patches = plots.patchify(look.images, look.grid).flatten(0, 1)
-    means = plots.mean_patches(patches, look.tokens.flatten(), look.vocab_size)[codes]
+    vocab_size = look.sample.vocab_size
+    means = plots.mean_patches(*patches_and_tokens(look.sample), vocab_size)[codes]
     rows = -(-len(codes) // COLUMNS)
     tiles = torch.full((rows * COLUMNS, *means.shape[1:]), plots.HIDDEN * 255)
     tiles[: len(means)] = means
     atlas = _image(plots.unpatchify(tiles, (rows, COLUMNS)).round().to(torch.uint8))
-    colors = (255 * plots.code_colors(look.vocab_size)[codes]).round().astype(int)
+    colors = (255 * plots.code_colors(vocab_size)[codes]).round().astype(int)
     hexes = ["#{:02x}{:02x}{:02x}".format(*color) for color in colors.tolist()]
     return {
-        "grid": list(look.grid),
+        "grid": list(look.sample.grid),
         "size": list(look.images.shape[2:]),
         "hidden": hidden,
         "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
