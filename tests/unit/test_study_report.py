@@ -31,7 +31,7 @@ def cell(objective, seed, score, *, status="finished", budgets=("equal epochs",)
 
 def study(cells, **changed):
     known = {"title": "A study", "baselines": {}, "notes": [], "command": "mapet study x.yaml"}
-    return Study(compare="objective", trials=cells, **(known | changed))
+    return Study(compared_factor="objective", trials=cells, **(known | changed))
 
 
 def simulated(count, seeds=3, effect=0.0, *, rng):
@@ -118,7 +118,7 @@ def test_pairs_are_of_shared_seeds_and_pooled_by_seed():
     assert x.p == pytest.approx(stats.ttest_rel(a["x"][:3], b["x"]).pvalue) and x.seeds == 3
     means = [np.mean([a["x"][:3], a["y"]], axis=0), np.mean([b["x"], b["y"]], axis=0)]
     assert pooled.p == pytest.approx(stats.ttest_rel(*means).pvalue)
-    assert pooled.seeds == 3 and len(pooled.settings) == 2 and pooled.headline and not x.headline
+    assert pooled.seeds == 3 and len(pooled.conditions) == 2 and pooled.is_primary and not x.is_primary
     assert [pooled.p_holm, x.p_holm, y.p_holm] == pytest.approx([pooled.p, *holm([x.p, y.p])])
 
 
@@ -153,7 +153,7 @@ def test_false_verdicts_are_as_rare_as_promised(count):
     for _ in range(400):
         rows = paired_differences(simulated(count, rng=rng))
         for headline in wrong:
-            wrong[headline] += any(r.verdict in ("higher", "lower") for r in rows if r.headline == headline)
+            wrong[headline] += any(r.verdict in ("higher", "lower") for r in rows if r.is_primary == headline)
     assert max(wrong.values()) / 400 <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
     assert paired_differences(simulated(count, 8, effect=0.05, rng=rng))[0].verdict == "higher"
 

@@ -138,7 +138,7 @@ def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     for trial in trials:
         epochs, rivals = (
             trial.options["epochs"],
-            [one for one in trials if one.setting(compare) == trial.setting(compare)],
+            [one for one in trials if one.condition(compare) == trial.condition(compare)],
         )
         if trial.flops_per_image:
             most = max(rival.flops_per_image * rival.options["epochs"] for rival in rivals)
