@@ -139,7 +139,7 @@ def test_intersection_over_union_by_hand():
 
 @pytest.mark.parametrize("layout", ["folders", "panoptic"])
 def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("mapet.evaluation.dense.Scenes.max_batch_size", 8)
+    monkeypatch.setattr("mapet.evaluation.dense.SegmentationImages.max_batch_size", 8)
     torch.manual_seed(0)
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 48), 8, 3, TINY), tmp_path / "vit")
     data = {"images": write_folders(scenes, tmp_path / "data")}
