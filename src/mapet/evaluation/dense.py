@@ -86,7 +86,8 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         options = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
-        loader = DataLoader(range(len(self.data)), self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore[arg-type]
+        indices = range(len(self.data))
+        loader = DataLoader[int](indices, self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore[arg-type]
         batches = filter(None, loader)
         first = next(batches, None)
         if first is None:
