@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mapet.data.dataset import EpochBatchSampler, ViewDataset, create_loader, sequential_batches
-from mapet.data.image_list import ImageFiles, ImageList
+from mapet.data.image_list import ImageFiles
 from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
@@ -321,7 +321,7 @@ def test_out_of_range_token_is_noticed(crops, tmp_path):
 def test_a_million_paths_stay_compact():
     """One block of bytes: about 40 bytes a path, not a Python string each."""
     ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
-    images = ImageList(ImageFiles(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids)))
+    images = ImageFiles(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids))
     size = len(images.ids.block) + images.ids.ends.nbytes + images.file_sizes.nbytes
     assert size / len(ids) < 45
     assert images[99_999] == scan_root / "folder999/image_0099999.jpg"

@@ -22,7 +22,7 @@ from tests.refused import refused
 @pytest.fixture
 def folder(photos, tmp_path, monkeypatch):
     """Two classes: 5 photographs larger than 64 px, one small PNG, one broken file. Three images a shard."""
-    monkeypatch.setattr(prepared, "PER_SHARD", 3)
+    monkeypatch.setattr(prepared, "SHARD_SIZE", 3)
     for number in range(5):
         (tmp_path / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(photos[number % 2]).crop((40 * number, 0, 40 * number + 333, 251))

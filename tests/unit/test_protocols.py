@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mapet.data.image_list import ImageFiles, ImageList
+from mapet.data.image_list import ImageFiles
 from mapet.data.sources import list_images
 from mapet.data.views import normalize
 from mapet.device import ComputeContext
@@ -68,7 +68,7 @@ def test_few_label_splits_are_the_documented_function():
     ids = [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
 
     def of(names: list[str]) -> LabeledSet:
-        return labeled(ImageList(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names))))
+        return labeled(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names)))
 
     def number(name: str, seed: int) -> int:
         return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")

@@ -22,7 +22,7 @@ from mapet.config.base import build_config
 from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
-from mapet.data.hugging_face import relative_to_root
+from mapet.data.hugging_face import locate_file
 from mapet.data.readers import MAX_BYTES, ImageDecodeError
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
@@ -453,7 +453,7 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
 @pytest.fixture
 def streams(datasets, folder, tmp_path, monkeypatch):
     """The same 12 images as a folder and as three parquet files with images within; 5 a shard."""
-    monkeypatch.setattr(prepared, "PER_SHARD", 5)
+    monkeypatch.setattr(prepared, "SHARD_SIZE", 5)
     (folder / "readme.txt").unlink()
     datasets.load_dataset(str(folder), split="train").save_to_disk(str(tmp_path / "saved"))  # which puts images within
     table = datasets.load_from_disk(str(tmp_path / "saved"))
@@ -509,7 +509,7 @@ def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeyp
         assert files_of(whole) == files_of(out)
         mapet.prepare(images=source, out=out, short_side=48, streaming=True, resume=True)  # nothing to do
         monkeypatch.undo()
-        monkeypatch.setattr(prepared, "PER_SHARD", 5)
+        monkeypatch.setattr(prepared, "SHARD_SIZE", 5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -558,7 +558,7 @@ def test_files_of_the_hub_keep_their_names_from_revision_to_revision():
         "hf://datasets/u/n@0a1b/train/a/1.png",
         "hf://datasets/u/n/train/a/1.png",
     ):
-        assert relative_to_root(file, inside, "row 0") == "train/a/1.png"
+        assert locate_file(file, inside, "row 0") == (file, "train/a/1.png")
 
 
 def test_hugging_face_without_the_library(monkeypatch):

@@ -9,7 +9,7 @@ from mapet.config.data import CheckConfig, PrepareConfig
 from mapet.config.shared import UnreadableImageOptions
 from mapet.data.dataset import UnreadableImages
 from mapet.data.dataset_stats import DatasetStats, compute_dataset_stats
-from mapet.data.hugging_face import HFStream, write_streamed
+from mapet.data.hugging_face import HFStream
 from mapet.data.prepared import write_prepared_dataset
 from mapet.data.sources import list_images
 from mapet.device import num_workers
@@ -49,13 +49,10 @@ def prepare(config: PrepareConfig) -> Path:
     def on_bad(index: int, reason: str) -> None:
         unreadable.add([(index, reason)])
 
-    total = source.expected if isinstance(source, HFStream) else len(source)
+    total = source.num_rows if isinstance(source, HFStream) else len(source)
     try:
         with tqdm(desc="prepare", unit="img", total=total, disable=None) as bar:
-            if isinstance(source, HFStream):
-                made = write_streamed(source, config, on_bad, bar.update)
-            else:
-                made = write_prepared_dataset(source, config, on_bad, bar.update)
+            made = write_prepared_dataset(source, config, on_bad, bar.update)
     except KeyboardInterrupt:
         if not (config.out / MANIFEST).exists():
             raise

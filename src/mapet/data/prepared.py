@@ -6,42 +6,48 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
 
+from mapet import files
 from mapet.config.data import PrepareConfig
-from mapet.data.image_list import ImageList, ImageReader, Labels, PackedStrings
-from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, IntensityWindow, LazyImage
+from mapet.data.hugging_face import HFStream, StreamedImage, ids_from_paths, labels_from_column
+from mapet.data.image_list import ImageFiles, ImageList, PackedStrings, join_terminated
+from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, IntensityWindow, LazyImage, open_image
 from mapet.device import num_workers
 from mapet.errors import MapetError
-from mapet.files import MANIFEST, atomic_write, check_same_options, read_array, read_manifest, write_manifest
 
 IDS, LABELS, SHARD, SIZES = "ids.bin", "labels.npy", "images-{:05d}.bin", "nbytes-{:05d}.npy"
+STREAMED_ROWS = ".rows-{:05d}.json"
+"""[path, bytes, class] of each row of a streamed shard, until all rows are known."""
 KIND, FORMAT = "prepared data set", 1
 JPEG_QUALITY = 90
-PER_SHARD = 10_000
+SHARD_SIZE = 10_000
 """Images in one file: about 300 MB at 256 px."""
-OPEN_AT_ONCE = 256
+ENCODE_BATCH = 256
+"""Images that are in memory at a time while a shard is written."""
+MAX_OPEN_SHARDS = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
 OnUnreadable = Callable[[int, str], None]
 """Called with (index, reason) of each unreadable image; may raise to stop."""
-OnImage = Callable[[int], None]
+OnImages = Callable[[int], object]
 """Called with the number of images done since the last call."""
+Item = TypeVar("Item")
 
 
-class PreparedDataset(ImageReader):
+class PreparedDataset(ImageList):
     """Images of a folder made by `mapet prepare`.
 
     `ids.bin` holds the ids in order, each ended by a zero byte; `images-*.bin` the images one after another, as JPEG (as they
     were where they were small enough already; as arrays where JPEG can't hold them); `nbytes-*.npy` their sizes, 0 for an
-    unreadable one; `labels.npy` the classes, where the source gave them otherwise than by folders; `manifest.json` says the rest.
+    unreadable one; `labels.npy` the classes, where the source gave them otherwise than by folders; `manifest.json` the rest.
 
     Attributes:
-        manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable, perhaps classes
-            and streamed (the data set's name), value_range (of the `IntensityWindow` that its images were read through).
+        manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable (index as text -> reason);
+            perhaps classes (names), streamed (the data set's name), value_range (of the `IntensityWindow`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,61 +56,70 @@ class PreparedDataset(ImageReader):
         Raises:
             MapetError: damaged or unfinished.
         """
-        self.folder, self.manifest = folder, read_manifest(folder, KIND, FORMAT)
+        self.folder, self.manifest = folder, files.read_manifest(folder, KIND, FORMAT)
         try:
-            done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
-            if done != total:
-                found = f"{done} of {total if total >= 0 else 'all'} images"
+            num_done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
+            if num_done != total:  # the number of images of a stream is known at its end
+                found = f"{num_done} of {total if total >= 0 else 'all'} images"
                 raise MapetError(
-                    f"{folder} is unfinished ({found}): finish it by the same `mapet prepare ... --resume`"
+                    f"{folder} is unfinished ({found}): run the same `mapet prepare ... --resume` to finish it"
                 )
             self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
-            shards = range(-(-total // PER_SHARD))
-            sizes = [read_array(folder / SIZES.format(shard)) for shard in shards]
-            labels = (self.manifest["classes"], read_array(folder / LABELS)) if "classes" in self.manifest else None
+            shards = range(-(-total // SHARD_SIZE))
+            sizes = [files.read_array(folder / SIZES.format(shard)) for shard in shards]
+            labels = (
+                (self.manifest["classes"], files.read_array(folder / LABELS)) if "classes" in self.manifest else None
+            )
             if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
                 raise ValueError(f"labels of shape {labels[1].shape}")
-            super().__init__(folder, PackedStrings.split((folder / IDS).read_bytes()), np.concatenate(sizes), labels)
+            ids = PackedStrings.from_terminated((folder / IDS).read_bytes())
+            super().__init__(folder, ids, np.concatenate(sizes), labels)
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)
             if len(self.file_sizes) != total or len(self.ids) != total or packed != self.file_sizes.sum():
                 found = f"{len(self.file_sizes)} of {packed:,}"
                 raise ValueError(f"{total} images of {self.file_sizes.sum():,} bytes, found {found}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
-        self._starts = np.concatenate([np.cumsum(part) - part for part in sizes])
+        self._starts = np.concatenate([np.cumsum(part) - part for part in sizes])  # byte in its shard, by row
 
     @cached_property
-    def _map(self) -> Callable[[int], np.ndarray]:
-        return lru_cache(OPEN_AT_ONCE)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
+    def _map_shard(self) -> Callable[[int], np.ndarray]:
+        """Function from the index of a shard to its bytes, mapped into memory; it keeps the last `MAX_OPEN_SHARDS`."""
+        return lru_cache(MAX_OPEN_SHARDS)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PreparedDataset, (self.folder,)  # loader workers map the files again
-
-    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
-        if index in self._unreadable:
-            raise ImageDecodeError(self._unreadable[index])  # it was so when the set was made
-        return super().open(index, channels, window)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_map_shard"}  # workers map files again
 
     def data(self, index: int) -> bytes:
-        start = int(self._starts[index])
-        return self._map(index // PER_SHARD)[start : start + int(self.file_sizes[index])].tobytes()
+        row = int(self.rows[index])
+        if row in self._unreadable:
+            raise ImageDecodeError(self._unreadable[row])  # the reason when the data set was made
+        start = int(self._starts[row])
+        return self._map_shard(row // SHARD_SIZE)[start : start + int(self.file_sizes[index])].tobytes()
 
 
-def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int, channels: int) -> bytes:
-    """An image with its short side at `size` pixels at most, encoded; what is `stored` where that needs no change.
+def resize_and_encode(image: LazyImage, stored: Callable[[], bytes], short_side: int, channels: int) -> bytes:
+    """Reduce an image to a short side, and encode it as JPEG or, if it has not 1 or 3 channels, as .npy array.
+
+    Args:
+        image: open, with `channels` channels.
+        stored: returns the image file's bytes, which are kept as they are if the image is small enough and of 8 bits.
+        short_side: pixels; smaller images are not enlarged.
 
     Raises:
-        ImageDecodeError: with the reason.
+        ImageDecodeError: the image cannot be read, with the reason.
     """
-    height, width = picture.size
-    short = min(height, width)
-    if short <= size and not picture.windowed:
-        picture.read()  # bad ones are found now
+    height, width = image.size
+    current = min(height, width)
+    if current <= short_side and not image.windowed:
+        image.read()  # an unreadable one is found now
         return stored()
-    target = [max(1, round(side * min(size, short) / short)) for side in picture.size]
-    room = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
-    box = Box(0, 0, height // room * room, width // room * room)  # so that a JPEG may be decoded reduced
-    pixels = picture.read(box, min_size=(target[0], target[1]))
+    target = [max(1, round(side * min(short_side, current) / current)) for side in image.size]
+    reduction = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
+    box = Box(
+        0, 0, height // reduction * reduction, width // reduction * reduction
+    )  # a JPEG of it can be decoded reduced
+    pixels = image.read(box, min_size=(target[0], target[1]))
     pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
     rows = pixels.movedim(0, -1).contiguous().numpy()
     if channels in (1, 3):
@@ -115,97 +130,162 @@ def resize_and_encode(picture: LazyImage, stored: Callable[[], bytes], size: int
 
 
 class PreparedDatasetWriter:
-    """A prepared data set being made: shard by shard, each whole or not there.
+    """Writes a prepared data set shard by shard; each is complete or not there, so that writing can be resumed.
 
     Attributes:
-        manifest: what is done so far.
-        window: of the values of images that are more than 8 bits.
+        manifest: of the data set, as far as it is known; `save` writes it.
+        is_new: nothing of it has been written yet.
+        window: maps values of more than 8 bits; None: the upper 8 of 16 bits are taken.
     """
 
-    def __init__(self, config: PrepareConfig, source: dict[str, Any], on_bad: OnUnreadable, on_image: OnImage) -> None:
-        """Begin one in `config.out`, or resume an unfinished one.
+    def __init__(
+        self, config: PrepareConfig, source: dict[str, Any], on_unreadable: OnUnreadable, on_images: OnImages
+    ) -> None:
+        """Start a data set in `config.out`, or resume an unfinished one and report what is done of it to the callbacks.
 
         Args:
-            source: entries of the manifest that tell what is prepared.
+            config: of the command.
+            source: entries of the manifest that say what is prepared.
+            on_unreadable, on_images: called from the thread that calls `add_shard`.
 
         Raises:
-            MapetError: the folder holds one begun with other images or options.
+            MapetError: the folder holds a data set of other images or options.
         """
-        self.config, self.folder, self.on_bad, self.on_image = config, config.out, on_bad, on_image
+        self.config, self.folder, self.on_unreadable, self.on_images = config, config.out, on_unreadable, on_images
         self.window = IntensityWindow(*config.value_range) if config.value_range else None
         options = config.model_dump(mode="json", include={"short_side", "channels", "value_range"})
-        wanted = source | options | {"jpeg_quality": JPEG_QUALITY}
-        self.is_new = not (self.folder / MANIFEST).exists()
-        self.manifest = wanted | {"num_done": 0, "unreadable": {}}
+        expected = source | options | {"jpeg_quality": JPEG_QUALITY}
+        self.is_new = not (self.folder / files.MANIFEST).exists()
+        self.manifest = expected | {"num_done": 0, "unreadable": {}}
         if not self.is_new:
-            self.manifest = read_manifest(self.folder, KIND, FORMAT)
-            check_same_options(self.folder, {key: self.manifest.get(key) for key in wanted}, wanted)
-        on_image(self.num_done)
-        for row, reason in self.manifest["unreadable"].items():
-            on_bad(int(row), reason)
+            self.manifest = files.read_manifest(self.folder, KIND, FORMAT)
+            files.check_same_options(self.folder, {key: self.manifest.get(key) for key in expected}, expected)
+        on_images(self.num_done)
+        for index, reason in self.manifest["unreadable"].items():
+            on_unreadable(int(index), reason)
 
     @property
     def num_done(self) -> int:
-        """Images in whole shards."""
+        """Number of images in complete shards."""
         return self.manifest["num_done"]
 
-    def describe(self, ids: PackedStrings, labels: Labels | None) -> None:
-        """Write what is known of all images, and the manifest that counts them."""
-        with atomic_write(self.folder / IDS) as temporary:
-            temporary.write_bytes(b"".join(name + b"\0" for name in ids))
-        if labels is not None:
-            with atomic_write(self.folder / LABELS) as temporary, temporary.open("wb") as file:
-                np.save(file, labels[1])
+    def describe(self, images: ImageList) -> None:
+        """Write the ids and labels of all images, and the manifest with their hash and number."""
+        self.manifest |= {"images_hash": images.hash, "num_images": len(images)}
+        with files.atomic_write(self.folder / IDS) as temporary:
+            temporary.write_bytes(join_terminated(images.ids))
+        if images.labels is not None:
+            self.manifest["classes"] = images.labels[0]
+            self._write_array(LABELS, images.labels[1])
         self.save()
 
     def encode(self, image: LazyImage, stored: Callable[[], bytes]) -> bytes:
         """Resize and encode an image; see `resize_and_encode`."""
         return resize_and_encode(image, stored, self.config.short_side, self.config.channels)
 
-    def add_shard(self, images: Iterable[Any], encode: Callable[[Any], bytes]) -> None:
-        """Encode images, several at a time, and write them as the next shard; `save` makes it count."""
-        shard, sizes, bad, images = self.num_done // PER_SHARD, list[int](), dict[str, str](), iter(images)
+    def add_shard(self, items: Iterable[Item], encode: Callable[[Item], bytes]) -> list[Item]:
+        """Encode images in threads and write them as the next shard, which counts once `save` was called.
 
-        def attempt(image: Any) -> bytes | str:
+        Args:
+            items: one for each image, at most `SHARD_SIZE`: whatever `encode` takes.
+            encode: returns the image's bytes or raises ImageDecodeError; called in any thread.
+
+        Returns:
+            The items.
+        """
+        shard, iterator = self.num_done // SHARD_SIZE, iter(items)
+        sizes: list[int] = []
+        done: list[Item] = []
+
+        def encode_or_reason(item: Item) -> bytes | str:
             try:
-                return encode(image)
+                return encode(item)
             except ImageDecodeError as error:
                 return str(error)
 
         pool = ThreadPoolExecutor(num_workers() + 1)
-        with pool, atomic_write(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
-            while several := list(islice(images, 256)):  # a bounded number in memory
-                for result in pool.map(attempt, several):
+        with pool, files.atomic_write(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:
+            while batch := list(islice(iterator, ENCODE_BATCH)):
+                for result in pool.map(encode_or_reason, batch):
                     if isinstance(result, str):
                         index = self.num_done + len(sizes)
-                        bad[str(index)] = result
-                        self.on_bad(index, result)
+                        self.manifest["unreadable"][str(index)] = result
+                        self.on_unreadable(index, result)
                     sizes.append(0 if isinstance(result, str) else file.write(result))
-                self.on_image(len(several))
-        with atomic_write(self.folder / SIZES.format(shard)) as temporary, temporary.open("wb") as file:
-            np.save(file, np.array(sizes, np.int64))
-        self.manifest["unreadable"] |= bad
+                done += batch
+                self.on_images(len(batch))
+        self._write_array(SIZES.format(shard), np.array(sizes, np.int64))
         self.manifest["num_done"] += len(sizes)
+        return done
 
     def save(self) -> None:
         """Write the manifest: what it counts is on disk."""
-        write_manifest(self.folder, KIND, FORMAT, self.manifest)
+        files.write_manifest(self.folder, KIND, FORMAT, self.manifest)
+
+    def _write_array(self, name: str, values: np.ndarray) -> None:
+        with files.atomic_write(self.folder / name) as temporary, temporary.open("wb") as file:
+            np.save(file, values)
 
 
 def write_prepared_dataset(
-    images: ImageList, config: PrepareConfig, on_bad: OnUnreadable, on_image: OnImage
+    images: ImageList | HFStream, config: PrepareConfig, on_unreadable: OnUnreadable, on_images: OnImages
 ) -> PreparedDataset:
-    """Prepare a list of images, or resume; see `PreparedDatasetWriter`."""
+    """Prepare images, or resume; see `PreparedDatasetWriter` for arguments and errors.
+
+    From a stream comes the same data set, file by file, as from the downloaded one, but for `streamed` in the manifest.
+    """
+    if isinstance(images, HFStream):
+        writer = PreparedDatasetWriter(config, {"streamed": images.source}, on_unreadable, on_images)
+        if "num_images" not in writer.manifest:
+            _write_stream(images, writer)
+        for file in config.out.glob(STREAMED_ROWS.replace("{:05d}", "*")):
+            file.unlink()
+        return PreparedDataset(config.out)
     source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}
     if images.labels is not None:
         source["classes"] = images.labels[0]
-    writer = PreparedDatasetWriter(config, source, on_bad, on_image)
+    writer = PreparedDatasetWriter(config, source, on_unreadable, on_images)
     if writer.is_new:
-        writer.describe(images.ids, images.labels)
+        writer.describe(images)
     while writer.num_done < len(images):
         writer.add_shard(
-            range(writer.num_done, min(writer.num_done + PER_SHARD, len(images))),
+            range(writer.num_done, min(writer.num_done + SHARD_SIZE, len(images))),
             lambda index: writer.encode(images.open(index, config.channels, writer.window), lambda: images.data(index)),
         )
         writer.save()
     return PreparedDataset(config.out)
+
+
+def _write_stream(stream: HFStream, writer: PreparedDatasetWriter) -> None:
+    """Write the shards that a stream still has, then the ids, labels and hash of all its rows; originals are never on disk.
+
+    The manifest keeps the position in the stream, and a file per shard (`STREAMED_ROWS`) what is known of its rows.
+
+    Raises:
+        MapetError: the stream was interrupted, or is empty.
+    """
+
+    def encode(row: StreamedImage) -> bytes:
+        data = row.take()
+        return writer.encode(open_image(data, writer.config.channels, writer.window), lambda: data)
+
+    rows_file = f"{writer.folder}/{STREAMED_ROWS}"
+    rows = stream.read(writer.num_done, writer.manifest.get("position"))
+    while writer.num_done % SHARD_SIZE == 0:  # after a shard that is not full the stream has ended
+        shard = writer.num_done // SHARD_SIZE
+        done = writer.add_shard(islice(rows, SHARD_SIZE), encode)
+        if not done:
+            break
+        known = [[row.path, row.size, row.label] for row in done]
+        files.write_checksummed_json(Path(rows_file.format(shard)), {"rows": known})
+        writer.manifest["position"] = stream.rows.state_dict()  # of the next row; JSON can hold it
+        writer.save()
+    all_rows: list[tuple[str | None, int, int]] = []
+    for shard in range(-(-writer.num_done // SHARD_SIZE)):
+        all_rows += files.read_checksummed_json(Path(rows_file.format(shard)), "list of the rows of a shard")["rows"]
+    if not all_rows:
+        raise MapetError(f"{stream.source} has no rows: choose another data set or split")
+    paths, sizes, values = zip(*all_rows, strict=True)
+    labels = labels_from_column(stream.class_names, np.array(values, np.int64))
+    del writer.manifest["position"]
+    writer.describe(ImageFiles(stream.source, ids_from_paths(list(paths)), sizes, labels))

@@ -1,4 +1,4 @@
-"""One image file -> uint8 pixels of any box of it, or a `ImageDecodeError` that says why not.
+"""Read one image file as uint8 pixels of any box of it, or raise an `ImageDecodeError` with the reason.
 
 A format is a branch of `open_image`. A reader that cannot give the pixels as they are stored must raise: an image is never
 misread silently.
@@ -27,23 +27,24 @@ ImageFile = str | Path | bytes
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 PILLOW_EXTENSIONS = (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
 EXTENSIONS = frozenset((".npy", *JPEG_EXTENSIONS, *PILLOW_EXTENSIONS))
-"""Names by which folders are searched."""
+"""Extensions, in lower case, of the files that count as images in folders and archives."""
 HEAD_BYTES = 256
+"""What is read of a file to recognize its format."""
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs (the limit of Pillow, 0.5 GB as RGB)."""
 MAX_BYTES = 4 << 30
-"""Larger files are refused too: they would be read into memory to find out what they are."""
+"""Larger files are refused: they would be read into memory to find out what they are."""
 REDUCTIONS = (8, 4, 2)
-"""Factors that a JPEG can be reduced by while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
+"""Factors by which a JPEG can be reduced while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
 for these only: at 5/8 it takes longer than at full size."""
 
 
 class ImageDecodeError(Exception):
-    """An image that cannot be used; the message is the reason."""
+    """An image that cannot be read; the message is the reason, e.g. 'zero bytes'."""
 
 
 class Box(NamedTuple):
-    """A part of the upright image, in its pixels."""
+    """A rectangle of the upright image, in its pixels."""
 
     top: int
     left: int
@@ -52,15 +53,15 @@ class Box(NamedTuple):
 
 
 class IntensityWindow(NamedTuple):
-    """Values that become 0 and 255 of 8 bits, as radiology's window does it: linear between, cut off beyond. NaN becomes 0."""
+    """Values that become 0 and 255 of 8 bits, as in radiology: linear between, clipped beyond; NaN becomes 0."""
 
     low: float
     high: float
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Map any numbers to uint8."""
-        full = values.astype(np.promote_types(values.dtype, np.float32))
-        scaled = ((full - self.low) * (255 / (self.high - self.low))).clip(0, 255)
+        """Map an array of any real numeric type to uint8 of the same shape."""
+        floats = values.astype(np.promote_types(values.dtype, np.float32))
+        scaled = ((floats - self.low) * (255 / (self.high - self.low))).clip(0, 255)
         return np.nan_to_num(scaled).round().astype(np.uint8)
 
 
@@ -68,9 +69,9 @@ class LazyImage(ABC):
     """An open image: its size and kind are known, its pixels may still be encoded.
 
     Attributes:
-        size: height and width, upright.
+        size: height and width of the upright image, pixels.
         kind: format and mode, e.g. 'JPEG RGB'.
-        windowed: whether it is read through a `IntensityWindow`, so that its pixels are others than those stored.
+        windowed: whether an `IntensityWindow` maps its values, so that `read` gives others than those stored.
     """
 
     size: tuple[int, int]
@@ -79,20 +80,21 @@ class LazyImage(ABC):
 
     @abstractmethod
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
-        """Read the pixels of `box` (all, without one).
+        """Read the pixels of a box.
 
         Args:
-            min_size: the height and width that will be made of it: with those, the pixels may come reduced by a whole
-                factor, to this size or more; the box they show is exactly the same.
+            box: None: the whole image.
+            min_size: height and width that the caller will resize the box to. The pixels may then come reduced by a
+                factor of `REDUCTIONS`, but no smaller than this; they show exactly the same box. None: not reduced.
 
         Raises:
-            ImageDecodeError: with the reason.
+            ImageDecodeError: with the reason why the image cannot be read.
         """
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn whatever a decoder raises into a `ImageDecodeError` with the reason."""
+    """Turn whatever a decoder raises in the context into an `ImageDecodeError` with the reason."""
     try:
         yield
     except ImageDecodeError:
@@ -106,14 +108,15 @@ def translate_errors() -> Iterator[None]:
 
 
 def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | None = None) -> LazyImage:
-    """Open an image file, or the bytes of one, to read `channels` channels of 8 bits, upright.
+    """Open an image file to read 8-bit channels of the upright image.
 
-    EXIF rotation is applied; of an animation the first frame counts; transparency is laid on white; CMYK, palette and
-    other modes are converted. `.npy` arrays of shape (H, W) or (H, W, C) carry any number of channels; other formats give
-    1 (gray) or 3 (RGB).
+    EXIF rotation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, palette and
+    other modes are converted.
 
     Args:
-        window: what of 16-bit, integer and floating-point values is kept; without one the upper 8 of 16 bits.
+        file: its path or its bytes.
+        channels: 1 (gray) or 3 (RGB); `.npy` arrays of shape (H, W) or (H, W, C) may have any number, which must be this.
+        window: maps 16-bit, integer and floating-point values to 8 bits; None: the upper 8 of 16 bits, others are refused.
 
     Raises:
         ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
@@ -131,22 +134,22 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
 
 
 def check_pixel_count(height: int, width: int) -> None:
-    """Raises ImageDecodeError for an image of too many pixels."""
+    """Raise ImageDecodeError if an image has more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
         raise ImageDecodeError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
 
 
 class DecodedImage(LazyImage):
-    """Pixels that are decoded already: (H, W, C). Without a window the upper 8 of 16 bits count.
+    """An image whose pixels are decoded already.
 
     Attributes:
+        array: (H, W, C) upright pixels.
+        window: maps its values to 8 bits, if they are others; None: the upper 8 of 16 bits are taken.
         is_deep: whether its values are others than 8 bits.
-
-    Raises:
-        ImageDecodeError: values that need a window.
     """
 
     def __init__(self, array: np.ndarray, kind: str, window: IntensityWindow | None = None) -> None:
+        """Keep the pixels; raise ImageDecodeError if they need a window and there is none."""
         self.array, self.kind, self.size, self.window = array, kind, (array.shape[0], array.shape[1]), window
         self.is_deep = array.dtype != np.uint8
         self.windowed = window is not None and self.is_deep
@@ -154,7 +157,7 @@ class DecodedImage(LazyImage):
             values = array[np.isfinite(array)]
             found = f"{values.min():g} to {values.max():g}" if values.size else "none of them finite"
             raise ImageDecodeError(
-                f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` takes them"
+                f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` maps them to 8 bits"
             )
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
@@ -169,20 +172,27 @@ class DecodedImage(LazyImage):
 
 
 def open_array(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
-    """Open an array; of a file on disk, only the box that is asked for is read."""
-    array = _view(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
+    """Open an array (H, W) or (H, W, C); of a file on disk, only the boxes that are asked for are read.
+
+    Raises:
+        ImageDecodeError: it has another shape, another number of channels, too many pixels, or no real numbers.
+    """
+    array = _array_from_bytes(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != channels or 0 in array.shape:
-        raise ImageDecodeError(f"array of shape {array.shape}, wanted (H, W, {channels})")
+        raise ImageDecodeError(f"array of shape {array.shape}, expected (H, W, {channels})")
     check_pixel_count(*array.shape[:2])
     if array.dtype.kind not in "uif":
-        raise ImageDecodeError(f"array of {array.dtype}, wanted numbers")
+        raise ImageDecodeError(f"array of {array.dtype}, expected integers or floating-point numbers")
     return DecodedImage(array, f"NPY {array.dtype.name}", window)
 
 
-def _view(data: bytes) -> np.ndarray:
-    """View bytes as an array, without a copy: `np.load` would first take the memory that their header asks for."""
+def _array_from_bytes(data: bytes) -> np.ndarray:
+    """View the bytes of an .npy file as an array, without a copy.
+
+    `np.load` would first take as much memory as the header claims to need.
+    """
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -197,12 +207,18 @@ def _view(data: bytes) -> np.ndarray:
 
 @translate_errors()
 def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
-    """Decode an image: EXIF rotation is applied, the first frame of an animation taken, transparency laid on white."""
+    """Decode an image with Pillow; see `open_image` for what becomes of rotation, animation and transparency.
+
+    Gray images of more than 8 bits keep their values, for `DecodedImage` and its window to map.
+
+    Raises:
+        ImageDecodeError: with the reason: Pillow does not know the format, it is damaged, too large, ...
+    """
     if channels not in (1, 3):
-        raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; pictures give 1 or 3")
+        raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; other formats give 1 or 3")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of half the size it refuses, and of odd EXIF
+            warnings.simplefilter("ignore")  # Pillow warns from half the size that it refuses, and about odd EXIF
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as stored:
                 check_pixel_count(stored.height, stored.width)
                 kind = f"{stored.format} {stored.mode}{' animated' if getattr(stored, 'is_animated', False) else ''}"
@@ -214,6 +230,7 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
         raise ImageDecodeError(str(error)) from None
     if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
         values = np.asarray(image)
+        # Pillow widens 16 bits to 32 in some formats and modes: without a window their upper 8 bits are taken, too.
         if values.dtype.kind != "f" and values.min(initial=0) >= 0 and values.max(initial=0) <= 65535:
             values = values.astype(np.uint16)
         return DecodedImage(np.broadcast_to(values[:, :, None], (*values.shape, channels)), kind, window)
@@ -228,7 +245,7 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
 
 
 def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> LazyImage:
-    """Open a JPEG; Pillow reads those of other colors than gray and YCbCr, and those that libjpeg-turbo finds fault with."""
+    """Open a JPEG without decoding it, if it is gray or YCbCr; otherwise, and if its header is damaged, decode it with Pillow."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -240,35 +257,50 @@ def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> Laz
 
 
 class LazyJpeg(LazyImage):
-    """A JPEG with 8 bits a channel, gray or YCbCr: libjpeg-turbo decodes it when a box is read, as small as will do.
+    """A JPEG with 8 bits per channel, gray or YCbCr: libjpeg-turbo decodes it when a box is read, reduced as far as possible.
 
-    Pillow reads those that libjpeg-turbo finds fault with, so what is bad and why is one decoder's judgment.
+    Pillow reads those that libjpeg-turbo cannot decode without warnings, so one decoder decides what is unreadable and why.
+
+    Attributes:
+        data: the file's bytes.
+        stored_size: height and width before EXIF rotation; `size` is that after it.
     """
 
     def __init__(self, data: bytes, channels: int, height: int, width: int, kind: str) -> None:
         self.data, self.channels, self.stored_size, self.kind = data, channels, (height, width), kind
-        self.orientation = _orientation(data)
+        self.orientation = _read_orientation(data)
         self.size = (width, height) if self.orientation.transpose else (height, width)
         self._decoded: dict[tuple[int, bool], np.ndarray] = {}  # so that student and teacher share it
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         box = box or Box(0, 0, *self.size)
-        stored = self.orientation.stored(box, self.size)
         reduction, fast = 1, False
         if min_size is not None:
-            room = min(box.height // min_size[0], box.width // min_size[1])
-            reduction = next((r for r in REDUCTIONS if r <= room and not any(edge % r for edge in stored)), 1)
+            max_reduction = min(box.height // min_size[0], box.width // min_size[1])
+            # Pixels of the reduced image are blocks of the stored one, so the box must consist of whole blocks; and so must
+            # a side that is flipped, whose last block would otherwise be a smaller one and come first.
+            flipped = self.size[0] * self.orientation.flip_rows, self.size[1] * self.orientation.flip_columns
+            whole = [r for r in REDUCTIONS if not any(edge % r for edge in (*box, *flipped))]
+            reduction = next((r for r in whole if r <= max_reduction), 1)
             fast = box.height > min_size[0] and box.width > min_size[1]
         try:
-            array = self._decode(reduction, fast)
+            upright = self.orientation.apply(self._decode(reduction, fast))
         except ValueError:
             return open_with_pillow(self.data, self.channels, None).read(box)
-        top, left, height, width = (edge // reduction for edge in stored)
-        pixels = np.ascontiguousarray(array[top : top + height, left : left + width])
-        return self.orientation.upright(torch.from_numpy(pixels).permute(2, 0, 1))
+        top, left, height, width = (edge // reduction for edge in box)
+        pixels = upright[top : top + height, left : left + width].copy()
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _decode(self, reduction: int, fast: bool) -> np.ndarray:
-        """The whole image, reduced. `fast` interpolates color roughly, which does not show in smaller pictures."""
+    def _decode(self, reduction: int, fast: bool) -> UInt8[np.ndarray, "h w C"]:
+        """Decode the whole stored image, or return it if it was decoded the same way before.
+
+        Args:
+            reduction: factor that divides both sides, rounded up; 1 or one of `REDUCTIONS`.
+            fast: interpolate color roughly, which does not show in images that are resized to be smaller.
+
+        Raises:
+            ValueError: libjpeg-turbo finds the data damaged.
+        """
         key = reduction, fast
         if key not in self._decoded:
             height, width = (-(-side // reduction) for side in self.stored_size)
@@ -280,28 +312,18 @@ class LazyJpeg(LazyImage):
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become upright ones: transposed, then turned upside down, then mirrored."""
+    """How stored pixels become upright: rows and columns are exchanged, then rows reversed, then columns reversed."""
 
-    transpose: bool
-    flip_rows: bool
-    flip_columns: bool
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
 
-    def stored(self, box: Box, size: tuple[int, int]) -> Box:
-        """Where a box of the upright image of that size lies in the stored one."""
-        top, left, height, width = box
-        if self.flip_rows:
-            top = size[0] - top - height
-        if self.flip_columns:
-            left = size[1] - left - width
-        return Box(left, top, width, height) if self.transpose else Box(top, left, height, width)
-
-    def upright(self, image: UInt8[Tensor, "C h w"]) -> UInt8[Tensor, "C H W"]:
-        axes = [axis for axis, flip in ((1, self.flip_rows), (2, self.flip_columns)) if flip]
-        image = image.transpose(1, 2) if self.transpose else image
-        return image.flip(axes) if axes else image
+    def apply(self, stored: UInt8[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W C"]:
+        """Return an upright view of stored pixels, without a copy."""
+        upright = stored.transpose(1, 0, 2) if self.transpose else stored
+        return upright[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
-UPRIGHT = Orientation(False, False, False)
 ORIENTATIONS = {  # by EXIF's number
     2: Orientation(False, False, True), 3: Orientation(False, True, True), 4: Orientation(False, True, False),
     5: Orientation(True, False, False), 6: Orientation(True, False, True), 7: Orientation(True, True, True),
@@ -309,11 +331,12 @@ ORIENTATIONS = {  # by EXIF's number
 }  # fmt: skip
 
 
-def _orientation(data: bytes) -> Orientation:
+def _read_orientation(data: bytes) -> Orientation:
+    """Return how a JPEG is to be turned, as its EXIF data says; upright without."""
     header = data[: data.find(b"\xff\xda")]  # up to the first scan
-    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # so it is with most files of a data set
-        return UPRIGHT
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # most files of a data set have neither
+        return Orientation()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
-            return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), UPRIGHT)
+            return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), Orientation())

@@ -1,4 +1,4 @@
-"""What a person may name as images (a folder, a list, shards, prepared images, a data set of Hugging Face), listed."""
+"""List the images of any source: a folder, a text file of paths, tar shards, prepared images, a Hugging Face data set."""
 
 import heapq
 import os
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mapet.config.shared import HF_PREFIX, is_url
-from mapet.data.hugging_face import list_hf_images
+from mapet.data.hugging_face import HFImageList
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.readers import EXTENSIONS
@@ -18,92 +18,111 @@ from mapet.files import MANIFEST
 
 
 def list_images(source: str | Path) -> ImageList:
-    """List the images of a folder, a text file, tar shards or a data set of Hugging Face.
+    """List the images of a source, whose kind follows from what it is.
 
-    folder: searched to any depth; hidden names and what is not a regular file are left out. Symbolic links are followed,
-        also out of the folder; what several of them lead to comes once, so that those which lead back end.
-    folder made by `mapet prepare`: lists what it was made of.
-    text file: names one image on each line, relative to the file's own folder or absolute.
-    .tar files: see `tar_shards.list_shards`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
-    hf:NAME: see `hugging_face.list_hf_images`.
+    Args:
+        source: one of these, tried in this order:
+            hf:NAME: a data set of Hugging Face; see `HFImageList`.
+            .tar files: see `list_shards`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
+            folder made by `mapet prepare`: lists the images that it was made from, under their old ids.
+            folder: searched to any depth; hidden names and what is not a regular file are left out. Symbolic links are
+                followed, also out of the folder; a folder that several of them lead to comes once, so loops end.
+            text file: names one image on each line, relative to the file's own folder or absolute.
 
     Raises:
         MapetError: the source is missing or unreadable, or holds no image.
     """
     text = os.fspath(source)
     if text.startswith(HF_PREFIX):
-        return list_hf_images(text)
-    path, manifest = Path(text), Path(text, MANIFEST)
+        return HFImageList(text)
+    path = Path(text)
     if is_url(text) or (re.search(r"\.(tar|tgz)(\.\w+)?$", text) and not path.is_dir()):
         return list_shards(text)
-    with suppress(OSError):  # there is none; among images it may be anybody's
-        if b'"format_version"' in manifest.read_bytes() or (path / IDS).is_file():
-            return ImageList(PreparedDataset(path))
+    with suppress(OSError):  # no such file; and a folder of images may hold any other program's manifest.json
+        if b'"format_version"' in (path / MANIFEST).read_bytes() or (path / IDS).is_file():
+            return PreparedDataset(path)
     if path.is_dir():
-        found = _scan_folder(path)
-        if not len(found) and any(path.glob("*.tar")):
+        images = _scan_folder(path)
+        if not len(images) and any(path.glob("*.tar")):
             return list_shards(str(path / "*.tar"))
-        if not len(found):
+        if not len(images):
             endings = " ".join(sorted(EXTENSIONS))
-            raise MapetError(f"no images in {path} ({found.ignored} other files); looked for names ending in {endings}")
-        return found
+            raise MapetError(
+                f"no images in {path} ({images.ignored} other files); looked for names ending in {endings}"
+            )
+        return images
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     raise MapetError(f"{path} does not exist{where}: give a folder of images, a list of paths, .tar shards or hf:NAME")
 
 
-def _scan_folder(root: Path) -> ImageList:
-    found: list[tuple[bytes, int]] = []
+def _scan_folder(root: Path) -> ImageFiles:
+    """List the image files below a folder, sorted by their path below it.
+
+    Folders are visited in an order that does not depend on the file system (real folders before links to folders, each by
+    name), so a folder that can be reached in several ways always gives the same ids.
+
+    Raises:
+        MapetError: a folder may not be listed.
+    """
+    files: list[tuple[bytes, int]] = []  # path below root, size
     ignored = 0
-    seen: set[tuple[int, int]] = set()
-    pending = [(False, b"")]  # real folders before links, each in order of names: the same ids on every file system
+    visited: set[tuple[int, int]] = set()  # device and inode
+    pending = [(False, b"")]  # heap of (whether a link leads there, path below root)
     while pending:
-        linked, below = heapq.heappop(pending)
-        folder = os.path.join(os.fsencode(root), below)
+        linked, subfolder = heapq.heappop(pending)
+        folder = os.path.join(os.fsencode(root), subfolder)
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         try:
             entries = list(os.scandir(folder))
         except PermissionError:
-            raise MapetError(f"no permission to list the folder {os.fsdecode(folder)}") from None
+            raise MapetError(
+                f"no permission to list the folder {os.fsdecode(folder)}: change its permissions, or move it out of {root}"
+            ) from None
         for entry in entries:
-            name, ending = os.path.join(below, entry.name), os.path.splitext(entry.name)[1].lower().decode("latin-1")
             if entry.name.startswith(b"."):
                 continue
+            path, extension = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
-                heapq.heappush(pending, (linked or entry.is_symlink(), name))
-            elif ending in EXTENSIONS and (size := _size(entry)) is not None:
-                found.append((name, size))
+                heapq.heappush(pending, (linked or entry.is_symlink(), path))
+            elif extension.decode("latin-1") in EXTENSIONS and (size := _file_size(entry)) is not None:
+                files.append((path, size))
             else:
                 ignored += 1
-    found.sort()
-    return ImageList(ImageFiles(root, [name for name, _ in found], [size for _, size in found], ignored=ignored))
+    files.sort()
+    return ImageFiles(root, [path for path, _ in files], [size for _, size in files], ignored=ignored)
 
 
-def _size(entry: "os.DirEntry[bytes]") -> int | None:
-    """Bytes of a file; None of what is no file: to open a pipe is to wait for its writer."""
+def _file_size(entry: "os.DirEntry[bytes]") -> int | None:
+    """Return the bytes of a file, -1 if that is unknown, and None if it is no regular file (to open a pipe would wait)."""
     try:
         status = entry.stat()
-    except OSError:  # a dangling link: reported as a bad image when it is read
+    except OSError:  # a dangling link, or no permission: reported as unreadable when it is read
         return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _read_list(file: Path) -> ImageList:
+def _read_list(file: Path) -> ImageFiles:
+    """List the image files that a text file names, in its order; empty lines do not count.
+
+    Raises:
+        MapetError: it is no text file, names no image, or names one that does not exist.
+    """
     data = file.read_bytes()
-    if b"\0" in data[:4096]:
+    if b"\0" in data:
         raise MapetError(f"{file} is not a text file of paths; give a folder or a list with one path on each line")
     ids = [line.rstrip(b"\r") for line in data.split(b"\n") if line.strip()]
     if not ids:
-        raise MapetError(f"{file} lists no images")
+        raise MapetError(f"{file} lists no images: write one path on each line")
     root = os.fsencode(file.parent)
     sizes = []
-    for number, name in enumerate(ids, 1):
+    for number, path in enumerate(ids, 1):
         try:
-            sizes.append(os.stat(os.path.join(root, name)).st_size)
+            sizes.append(os.stat(os.path.join(root, path)).st_size)
         except OSError as error:
-            raise MapetError(f"{file}, entry {number}: {os.fsdecode(name)}: {error.strerror}") from None
-    return ImageList(ImageFiles(file.parent, ids, sizes))
+            raise MapetError(f"{file}, entry {number}: {os.fsdecode(path)}: {error.strerror}") from None
+    return ImageFiles(file.parent, ids, sizes)

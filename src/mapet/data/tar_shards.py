@@ -1,12 +1,12 @@
-"""Tar shards (WebDataset), read at random: their headers are read once, then an image is a range of bytes.
+"""Read images of tar shards (WebDataset) in any order: the headers are read once, then an image is a range of bytes.
 
-Nothing is ever unpacked: a member's name is an id and no path.
+Nothing is ever unpacked: a member's name is an id, never a path to write to.
 """
 
 import hashlib
-import itertools
 import json
 import logging
+import operator
 import os
 import re
 import tarfile
@@ -15,95 +15,105 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from itertools import chain, product, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from fsspec.core import url_to_fs
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from mapet.config.shared import is_url
-from mapet.data.image_list import ImageList, ImageReader, PackedStrings, number_classes
+from mapet.data.image_list import ImageList, PackedStrings, join_terminated, labels_from_texts
 from mapet.data.readers import EXTENSIONS
 from mapet.errors import MapetError
 from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
-FORMAT = 1
-AT_ONCE = 16
+INDEX_FORMAT = 2
+"""Version of the cached indices: another version is not found in the cache, and the headers are read again."""
+NUM_INDEX_THREADS = 16
 """Distant shards whose headers are read at a time; near ones keep one thread busy, and more would scatter memory."""
-HEADER, LONGEST_HEADER = 512, 1 << 20
-LONGEST_LABEL = 256
-TRIES = 3
-"""How often a distant range is asked for, with 1 and 2 seconds between."""
+BLOCK_BYTES = tarfile.BLOCKSIZE
+MAX_HEADER_BYTES = 1 << 20
+MAX_LABEL_BYTES = 256
+NUM_TRIES = 3
+"""How often a distant range is requested, with 1 and 2 seconds between."""
 
 
-class Shard(NamedTuple):
-    """The images of one tar file.
+class ShardIndex(NamedTuple):
+    """Where the images of one tar file are: arrays, as the cache stores them.
 
     Attributes:
-        names: of the members.
-        offsets: (n,) where their bytes begin.
-        sizes: (n,) how many there are.
-        labels: the text of the `.cls` member of the same key; empty without.
-        ignored: other members.
+        names: uint8, the members' names, each followed by a zero byte.
+        offsets: (n,) byte at which each member's content begins.
+        sizes: (n,) bytes of each member's content.
+        labels: uint8, the text of each image's `.cls` member (empty without one), each followed by a zero byte.
+        num_ignored: (1,) number of other members.
     """
 
-    names: PackedStrings
+    names: UInt8[np.ndarray, " bytes"]
     offsets: Int[np.ndarray, " n"]
     sizes: Int[np.ndarray, " n"]
-    labels: PackedStrings
-    ignored: int
+    labels: UInt8[np.ndarray, " bytes"]
+    num_ignored: Int[np.ndarray, "1"]
 
 
-class TarReader(ImageReader):
-    """Images by ranges of bytes of files that fsspec can open: local ones, or URLs.
+class TarImageList(ImageList):
+    """Images that are ranges of bytes of files which fsspec can open: local ones, or URLs.
 
     Attributes:
-        source: tells the file system.
-        paths: of the shards there.
-        first: (shards,) the row of each one's first image.
+        paths: of the shards, as their file system names them; `root` is the path or URL that selects that file system.
+        first_rows: (shards,) row of each shard's first image.
+        offsets: (n,) byte in its shard at which each image begins, by row.
     """
 
-    def __init__(self, source: str, paths: list[str], shards: list[Shard], names: PackedStrings) -> None:
-        self.source, self.paths = source, paths
-        self.first = np.cumsum([0, *(len(shard.names) for shard in shards[:-1])])
+    def __init__(self, source: str, paths: list[str], shards: list[ShardIndex], ids: PackedStrings) -> None:
+        self.paths = paths
+        self.first_rows = np.cumsum([0, *(len(shard.offsets) for shard in shards[:-1])])
         self.offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
-        texts = PackedStrings.concatenate([shard.labels for shard in shards])
-        labels = number_classes(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
-        super().__init__(source, names, sizes, labels, sum(shard.ignored for shard in shards))
+        texts = PackedStrings.from_terminated(b"".join(shard.labels.tobytes() for shard in shards))
+        labels = labels_from_texts(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
+        super().__init__(source, ids, sizes, labels, sum(int(shard.num_ignored[0]) for shard in shards))
 
     def data(self, index: int) -> bytes:
-        path = self.paths[int(np.searchsorted(self.first, index, "right")) - 1]
-        start, size = int(self.offsets[index]), int(self.file_sizes[index])
-        for wait in range(1, TRIES + 1):
+        """Read the image's range of bytes, if the shard is distant up to `NUM_TRIES` times.
+
+        Raises:
+            MapetError: it cannot be read, or the shard is shorter now. (An ImageDecodeError would exclude the image for
+                good because of a network failure.)
+        """
+        row = self.rows[index]
+        path = self.paths[int(np.searchsorted(self.first_rows, row, "right")) - 1]
+        start, size = int(self.offsets[row]), int(self.file_sizes[index])
+        for attempt in range(1, NUM_TRIES + 1):
             try:
-                data = _file_system(self.source, os.getpid()).cat_file(path, start, start + size)
+                data = _file_system(str(self.root), os.getpid()).cat_file(path, start, start + size)
                 break
             except Exception as error:  # each file system has errors of its own
-                if wait == TRIES or isinstance(error, FileNotFoundError) or not is_url(self.source):
-                    # No ImageDecodeError: an image would be left out for good, for the sake of a network.
-                    raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
-                time.sleep(wait)
+                if attempt == NUM_TRIES or isinstance(error, FileNotFoundError) or not is_url(str(self.root)):
+                    hint = "check the shard and the connection, then run the command again"
+                    raise MapetError(f"cannot read {path}: {error or type(error).__name__}; {hint}") from None
+                time.sleep(attempt)
         if len(data) != size:
-            found = f"{len(data):,} of the {size:,} bytes of {os.fsdecode(self.ids[index])}"
-            raise MapetError(f"{path} has {found}: it has changed, so start again")
+            found = f"{len(data):,} of the {size:,} bytes of {self.id(index)}"
+            raise MapetError(f"{path} has {found}: it has changed since it was listed; run the command again")
         return data
 
 
-def list_shards(source: str) -> ImageList:
-    """The images of tar shards: members with an image's ending that are regular files and not hidden.
+def list_shards(source: str) -> TarImageList:
+    """List the images of tar shards: members with an image's extension that are regular files and not hidden.
 
-    The id of an image is its member's name, so it stays the same when shards are moved or cut anew, and is that of the file
-    which was packed; `name@shard.tar` if names come in several shards. Labels are the texts of `.cls` members, if every
-    image has one, else folders in the names.
+    The id of an image is its member's name, so it stays the same when shards are moved or cut differently, and is that of
+    the file which was packed; `name@shard.tar` if several shards have a member of one name. Labels are the texts of `.cls`
+    members, if every image has one, else folders in the names.
 
-    The headers are read once; what they say is kept in ~/.cache/mapet/shards and read anew if a shard's size, time or ETag
-    changes. (Those files may be deleted at any time.)
+    The headers are read once and cached in ~/.cache/mapet/shards, which may be deleted at any time; they are read again
+    when a shard's size, time or ETag changes.
 
     Args:
         source: path or URL of `.tar` files; `{000..012}` and `*` stand for several.
@@ -111,73 +121,84 @@ def list_shards(source: str) -> ImageList:
     Raises:
         MapetError: a shard is missing, compressed, damaged or cut off (naming it), or there are no images.
     """
-    paths = _expand(source)
-    with ThreadPoolExecutor(AT_ONCE if is_url(source) else 1) as pool:
-        found = pool.map(lambda path: _index(source, path), paths)
-        shards = list(tqdm(found, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
-    names = PackedStrings.concatenate([shard.names for shard in shards])
+    paths = _expand_pattern(source)
+    with ThreadPoolExecutor(NUM_INDEX_THREADS if is_url(source) else 1) as pool:
+        indices = pool.map(lambda path: _index_shard(source, path), paths)
+        shards = list(tqdm(indices, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
+    names = PackedStrings.from_terminated(b"".join(shard.names.tobytes() for shard in shards))
     if not names:
-        others = f"{sum(shard.ignored for shard in shards)} other members"
-        where, endings = f"the {len(paths)} shards of {source} ({others})", " ".join(sorted(EXTENSIONS))
-        raise MapetError(f"no images in {where}; looked for names ending in {endings}")
-    if _any_twice(names):
-        files = [b"@" + os.fsencode(os.path.basename(path)) for path in paths]
-        names = PackedStrings.pack(
-            name + file for file, shard in zip(files, shards, strict=True) for name in shard.names
+        num_ignored = sum(int(shard.num_ignored[0]) for shard in shards)
+        where, endings = (
+            f"the {len(paths)} shards of {source} ({num_ignored} other members)",
+            " ".join(sorted(EXTENSIONS)),
         )
-        if _any_twice(names):
+        raise MapetError(f"no images in {where}; looked for names ending in {endings}")
+    if _has_duplicates(names):
+        files = [b"@" + os.fsencode(os.path.basename(path)) for path in paths]
+        file_of_image = chain.from_iterable(repeat(f, len(s.offsets)) for f, s in zip(files, shards, strict=True))
+        names = PackedStrings.from_strings(map(operator.add, names, file_of_image))
+        if _has_duplicates(names):
             raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
-    return ImageList(TarReader(source, paths, shards, names))
+    return TarImageList(source, paths, shards, names)
 
 
-def _expand(source: str) -> list[str]:
-    """The paths that a pattern stands for, in order, on the file system it names."""
+def _expand_pattern(source: str) -> list[str]:
+    """Return the paths of the `.tar` files that a pattern stands for, in order, as the file system it selects names them.
+
+    Raises:
+        MapetError: there is no such file, or one that is no `.tar` file.
+    """
     fs = _file_system(source, os.getpid())
     paths: list[str] = []
-    for pattern in _braces(source):
+    for pattern in _expand_braces(source):
         path = url_to_fs(pattern)[1]
-        found = sorted(map(str, fs.glob(path))) if "*" in path else [path]
-        if not found:
+        matches = sorted(map(str, fs.glob(path))) if "*" in path else [path]
+        if not matches:
             raise MapetError(f"{pattern}: no such file")
-        paths += found
+        paths += matches
     for path in paths:
-        if not path.partition("?")[0].endswith(".tar"):
-            hint = "a URL names tar shards, uncompressed, which give an image without all before it: gunzip, zstd -d others"
+        if not path.partition("?")[0].endswith(".tar"):  # a URL may have a query
+            hint = "a URL names tar shards, uncompressed, so that any image can be read alone: gunzip, zstd -d others"
             raise MapetError(f"{path} is no .tar file: {hint}")
     return paths
 
 
-def _braces(source: str) -> list[str]:
-    """'a{08..10}b' -> a08b, a09b, a10b; also several of them."""
+def _expand_braces(source: str) -> list[str]:
+    """Return the texts that ranges in braces stand for: 'a{08..10}b' -> a08b, a09b, a10b; there may be several ranges."""
     text, *rest = re.split(r"\{(\d+)\.\.(\d+)\}", source)
-    parts = [[text]]
+    choices = [[text]]
     for first, last, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        parts += [[f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)], [text]]
-    return list(map("".join, itertools.product(*parts)))
+        choices += [[f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)], [text]]
+    return list(map("".join, product(*choices)))
 
 
 @lru_cache(64)
-def _file_system(source: str, process: int) -> Any:
-    """The file system of a URL or path; another one for each process, for connections don't outlive a fork."""
+def _file_system(source: str, process_id: int) -> Any:
+    """Return fsspec's file system of a URL or path; one for each process, as connections do not survive a fork."""
     try:
         return url_to_fs(source)[0]
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
         raise MapetError(f"{source}: {error}") from None
 
 
-def _index(source: str, path: str) -> Shard:
-    """Of one shard, from the cache if it is there."""
+def _index_shard(source: str, path: str) -> ShardIndex:
+    """Return the index of one shard: from the cache if it is there and intact, else from the shard's headers.
+
+    Args:
+        source: path or URL that selects the file system.
+        path: the shard there.
+
+    Raises:
+        MapetError: the shard is missing, unreadable or damaged.
+    """
     try:
         fs = _file_system(source, os.getpid())
         path = path if is_url(source) else os.path.realpath(path)
-        about = json.dumps([FORMAT, fs.protocol, path, fs.info(path)], default=str)
+        version = json.dumps([INDEX_FORMAT, fs.protocol, path, fs.info(path)], default=str)  # with its time or ETag
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapet" / "shards"
-        kept = cache / f"{hashlib.sha256(about.encode()).hexdigest()}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError, IndexError):  # there is none, or it is damaged
-            arrays = load_file(kept)
-            parts = [(arrays[name].tobytes(), arrays[f"{name}.ends"]) for name in ("names", "labels")]
-            names, labels = (PackedStrings(*part) for part in parts)
-            return Shard(names, arrays["offsets"], arrays["sizes"], labels, int(arrays["ignored"][0]))
+        cached = cache / f"{hashlib.sha256(version.encode()).hexdigest()}.safetensors"
+        with suppress(OSError, SafetensorError, TypeError):  # there is none, or it is damaged
+            return ShardIndex(**load_file(cached))
         with fs.open(path, "rb") as file:
             shard = read_headers(file, path)
     except MapetError:
@@ -186,47 +207,51 @@ def _index(source: str, path: str) -> Shard:
         raise MapetError(f"{path}: no such file") from None
     except Exception as error:  # each file system has errors of its own
         raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
-    arrays = {"offsets": shard.offsets, "sizes": shard.sizes, "ignored": np.array([shard.ignored])}
-    for name, strings in (("names", shard.names), ("labels", shard.labels)):
-        arrays |= {name: np.frombuffer(strings.block, np.uint8), f"{name}.ends": strings.ends}
     try:
-        with atomic_write(kept) as temporary:
-            save_file(arrays, temporary)
+        with atomic_write(cached) as temporary:
+            save_file(shard._asdict(), temporary)
     except OSError as error:
-        log.debug("the index of %s is not kept: %s", path, error)
+        log.debug("the index of %s is not cached: %s", path, error)
     return shard
 
 
-def read_headers(file: Any, path: str) -> Shard:
-    """The images of an open tar file, by its headers alone.
+def read_headers(file: BinaryIO, path: str) -> ShardIndex:
+    """Index the images of an open tar file by its headers alone; of the contents only `.cls` members are read.
+
+    Members that are neither images nor `.cls` files count as ignored, folders do not count at all.
+
+    Args:
+        file: open for reading, at its beginning.
+        path: what errors name.
 
     Raises:
         MapetError: it is no tar file, is damaged or cut off, or one name comes twice.
     """
-    images: dict[bytes, tuple[int, int, bytes]] = {}
-    labels: dict[bytes, bytes] = {}
-    ignored = 0
+    images: dict[bytes, tuple[int, int, bytes]] = {}  # name -> offset, size, key
+    labels: dict[bytes, bytes] = {}  # key -> text
+    num_ignored = 0
     try:
-        tar = tarfile.open(fileobj=cast(BinaryIO, _SmallReads(file)), mode="r:")  # noqa: SIM115
-        for member in _members(tar):
+        tar = tarfile.open(fileobj=cast(BinaryIO, _BoundedReads(file)), mode="r:")  # noqa: SIM115
+        for member in _iterate_members(tar):
             name = os.fsencode(member.name.removeprefix("./"))
             folder, _, base = name.rpartition(b"/")
-            key, ending = os.path.join(folder, base.split(b".")[0]), os.path.splitext(base)[1].lower()
-            hidden = any(part.startswith(b".") and part != b".." for part in name.split(b"/"))
-            plain = member.isreg() and not member.issparse() and not hidden
-            if plain and ending.decode("latin-1") in EXTENSIONS:
+            # WebDataset's key, which an image shares with its label: the path up to the first dot of the file's name.
+            key, extension = os.path.join(folder, base.split(b".")[0]), os.path.splitext(base)[1].lower()
+            is_hidden = any(part.startswith(b".") and part != b".." for part in name.split(b"/"))
+            is_plain = member.isreg() and not member.issparse() and not is_hidden
+            if is_plain and extension.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
-                    wrong = "comes twice" if name in images else "is none"
-                    raise tarfile.ReadError(f"the name {member.name!r} {wrong}")
+                    fault = "comes twice" if name in images else "holds a zero byte"
+                    raise tarfile.ReadError(f"the name {member.name!r} {fault}")
                 images[name] = member.offset_data, member.size, key
-            elif plain and ending == b".cls" and member.size <= LONGEST_LABEL:
+            elif is_plain and extension == b".cls" and member.size <= MAX_LABEL_BYTES:
                 file.seek(member.offset_data)
-                labels[key] = file.read(member.size).strip()
+                labels[key] = file.read(member.size).replace(b"\0", b"").strip()
             else:
-                ignored += not member.isdir()
+                num_ignored += not member.isdir()
         file.seek(tar.offset)
-        end = file.read(tarfile.RECORDSIZE + HEADER)
-        if len(end) < HEADER:
+        end = file.read(tarfile.RECORDSIZE + BLOCK_BYTES)  # of zeros: at least one block, at most filled up to a record
+        if len(end) < BLOCK_BYTES:
             raise tarfile.ReadError("it ends without an end mark: it is cut off")
         if end.strip(b"\0"):
             place = f"at byte {tar.offset:,}"
@@ -234,35 +259,44 @@ def read_headers(file: Any, path: str) -> Shard:
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
         found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
         raise MapetError(f"{found}. Make or copy it again") from None
-    places = np.array([(offset, size) for offset, size, _ in images.values()], np.int64).reshape(-1, 2)
-    texts = PackedStrings.pack(labels.get(key, b"") for _, _, key in images.values())
-    return Shard(PackedStrings.pack(images), places[:, 0].copy(), places[:, 1].copy(), texts, ignored)
+    offsets, sizes = np.array([image[:2] for image in images.values()], np.int64).reshape(-1, 2).T.copy()
+    names = np.frombuffer(join_terminated(images), np.uint8)
+    texts = np.frombuffer(join_terminated(labels.get(key, b"") for _, _, key in images.values()), np.uint8)
+    return ShardIndex(names, offsets, sizes, texts, np.array([num_ignored]))
 
 
-def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
-    """Those of a tar file in order, none kept; tarfile itself would keep 1 kB of each."""
-    last = -1
+def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file in order and forget them; tarfile itself would keep 1 kB of each.
+
+    Raises:
+        tarfile.ReadError: a member's size is negative, or leads back to one before: reading would never end.
+    """
+    last_offset = -1
     while (member := tar.next()) is not None:
-        tar.members.clear()
-        if member.size < 0 or member.offset <= last:  # it would turn in a circle
+        tar.members.clear()  # type: ignore[attr-defined]
+        if member.size < 0 or member.offset <= last_offset:
             raise tarfile.ReadError(f"the member {member.name!r} says it has {member.size:,} bytes")
-        last = member.offset
+        last_offset = member.offset
         yield member
 
 
-class _SmallReads:
-    """A file of which headers are read: one that claims to be of many bytes is not believed."""
+class _BoundedReads:
+    """A file for tarfile to read headers from, which refuses to read one of more than `MAX_HEADER_BYTES`.
 
-    def __init__(self, file: Any) -> None:
+    tarfile would first take as much memory as a header claims to need.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= LONGEST_HEADER:
+        if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self.file.read(size)
 
 
-def _any_twice(names: PackedStrings) -> bool:
-    hashes = np.fromiter(map(hash, names), np.int64, len(names))  # of most lists these tell, in little memory
+def _has_duplicates(names: PackedStrings) -> bool:
+    """Return whether a name comes twice; hashes, in little memory, rule that out for most lists."""
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))
     return len(np.unique(hashes)) < len(names) and len(set(names)) < len(names)

@@ -255,7 +255,7 @@ def listed_images(folder: Path, names: Sequence[str], source: Path) -> ImageList
         if not (folder / name).is_file():
             raise MapetError(f"{source} names {name}, which is not in {folder}")
     sizes = [(folder / name).stat().st_size for name in names]
-    return ImageList(ImageFiles(folder, [os.fsencode(name) for name in names], sizes))
+    return ImageFiles(folder, [os.fsencode(name) for name in names], sizes)
 
 
 def detection_sets(
