@@ -25,7 +25,7 @@ from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, AnyImageSet, DetectionSet, SegmentationSet
 from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap_ci, protocol
 from mapet.evaluation.features import BackboneWrapper
-from mapet.evaluation.probes import descend
+from mapet.evaluation.probes import minimize
 
 WIDTH = 128
 """Channels of the segmentation decoder and of the detector's pyramid."""
@@ -114,7 +114,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
                 yield from filter(torch.isfinite, map(compute_loss, self.batches(seed)))
 
         num_steps = self.options.dense_epochs * math.ceil(len(self.data) / self.batch_size)
-        descend(optimizer, losses(), num_steps, int(num_steps * warmup_fraction), clip_grad)
+        minimize(optimizer, losses(), num_steps, int(num_steps * warmup_fraction), clip_grad)
 
 
 # ---- segmentation

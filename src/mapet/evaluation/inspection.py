@@ -16,19 +16,11 @@ from torch import Tensor
 from mapet.data.dataset import Batch, UnreadableImages, ViewDataset, inference_batch_size, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
-from mapet.data.views import (
-    PermutationKind,
-    ViewSpec,
-    color_jitter,
-    normalize,
-    render_view,
-    sample_permutation,
-    sample_view,
-)
+from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, sample_permutation
 from mapet.device import ComputeContext
-from mapet.evaluation.datasets import LabeledSet, labeled, split, unlabeled
+from mapet.evaluation.datasets import LabeledSet, labeled, unlabeled
 from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
-from mapet.evaluation.probes import MAX_TEST, MAX_TRAIN, ONLINE_C, extract_sample, fit_logistic, nearest_neighbors
+from mapet.evaluation.probes import ONLINE_C, extract_features, fit_logistic, nearest_neighbors, sample_for_probe
 from mapet.evaluation.token_metrics import TokenPair
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer
@@ -285,9 +277,8 @@ def retrieve_images(
     Raises:
         MapetError: too few images to hold some out, too many unreadable ones, or features that are NaN or infinite.
     """
-    train, test = split(labeled(images) if images.classes() else unlabeled(images))
-    train, test = train.sample(MAX_TRAIN), test.sample(MAX_TEST)
-    train_cache, test_cache = extract_sample(vit, train, test, compute)
+    train, test = sample_for_probe(labeled(images) if images.classes() else unlabeled(images))
+    train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
     features, confusion = test_cache.layer_features(), None
     if train.classes:
         num_classes = len(train.classes)
@@ -315,12 +306,11 @@ def render_neighbors(
         nearest: of each query, indices of training images.
     """
 
-    def render_titled(data: LabeledSet, index: int) -> TitledImage:
-        picture = data.images.open(index, channels)
-        view = sample_view(ViewSpec(image_size=size), picture.size, data.images.key(index), 0)
-        return render_view(picture, view, size), data.title(index)
+    def render_titled(data: LabeledSet, indices: Sequence[int]) -> list[TitledImage]:
+        views = ViewDataset(data.images, ViewSpec(image_size=size), channels, size).batch([(0, i) for i in indices])
+        assert views.images is not None
+        return [(image, data.title(index)) for image, index in zip(views.images, indices, strict=True)]
 
     return [
-        [render_titled(test, query), *(render_titled(train, index) for index in row)]
-        for query, row in zip(queries, nearest, strict=True)
+        render_titled(test, [query]) + render_titled(train, row) for query, row in zip(queries, nearest, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,34 +15,44 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.config.pretraining import PretrainConfig
-from mapet.data.image_list import ImageList
-from mapet.data.sources import list_images
 from mapet.device import ComputeContext
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import HELD_OUT, LabeledSet, labeled, split
+from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
-"""DINO's (arXiv 2104.14294, appendix F.1)."""
+"""Neighbors, and temperature of their votes: DINO's (arXiv 2104.14294, appendix F.1)."""
 C_CANDIDATES, C_FEW, FEW_PER_CLASS = (0.01, 0.1, 1.0), 0.1, 10
 """Values of C that logistic regression chooses from, and the one it takes below `FEW_PER_CLASS` training images per class."""
-SGD_LEARNING_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""For batches of 256, in proportion for others."""
-ATTENTIVE_LEARNING_RATES, ATTENTIVE_EPOCHS, HEAD_DIM = (3e-4, 1e-3, 3e-3), 30, 64
-"""AdamW's; passes over the training images; width of an attention head."""
+LOGISTIC_ITERATIONS, CHOICE_ITERATIONS = 300, 100
+"""Most iterations of logistic regression, and of one that is fitted only to choose C."""
+SGD_LEARNING_RATES, SGD_BASE_BATCH_SIZE = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0), 256
+"""Learning rates that SGD probes choose from, for that batch size; they are scaled in proportion to the batch size."""
+MIN_BATCH_SIZE, MAX_BATCH_SIZE, MIN_STEPS_PER_EPOCH = 64, 1024, 32
+"""Batches of SGD probes: as large as leaves `MIN_STEPS_PER_EPOCH`, within these bounds."""
+ATTENTIVE_LEARNING_RATES, ATTENTIVE_WEIGHT_DECAY, ATTENTIVE_EPOCHS = (3e-4, 1e-3, 3e-3), 0.05, 30
+"""AdamW's, of the attentive probe."""
+HEAD_DIM = 64
+"""Width of an attention head of the attentive probe."""
 MIN_IMAGES = 10
-"""Training images that the probes with learning rates to choose need at least."""
+"""Training images that the probes that choose a learning rate need at least."""
 MAX_TRAIN, MAX_TEST, ONLINE_C = 2000, 1000, 0.1
-"""Of the online probe: images; C of its linear probe, fixed, for it is fitted again and again."""
+"""Images of the online probe, at most; C of its linear probe, fixed so that it is fitted once."""
 
 
 def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = None) -> dict[str, float]:
-    """Measure frozen features: top-1 of the linear probe ('logistic', see `fit_logistic`) and of weighted k-NN ('knn')."""
-    features, count = test.layer_features(), int(train.labels.max()) + 1
+    """Measure the top-1 accuracy of the linear probe and of weighted k-NN on the deepest layer's features.
+
+    Args:
+        C: of the linear probe; see `fit_logistic`.
+
+    Returns:
+        'logistic' and 'knn' -> accuracy, 0 to 1.
+    """
+    features, num_classes = test.layer_features(), int(train.labels.max()) + 1
     scores = {
-        "logistic": fit_logistic(train.layer_features(), train.labels, count, C)(features),
-        "knn": knn_scores(train, count, *nearest_neighbors(train.layer_blocks(), features, KNN_K)),
+        "logistic": fit_logistic(train.layer_features(), train.labels, num_classes, C)(features),
+        "knn": knn_scores(train, num_classes, *nearest_neighbors(train.layer_blocks(), features, KNN_K)),
     }
     return {name: float((score.argmax(1) == test.labels).double().mean()) for name, score in scores.items()}
 
@@ -52,10 +62,10 @@ def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = No
 
 @dataclass(frozen=True)
 class LogisticProbe:
-    """Multinomial logistic regression on standardized features, as one linear map of K classes.
+    """Multinomial logistic regression on standardized features, as one linear map to K classes.
 
     Attributes:
-        mean, scale: (D,) of the features that it was standardized with.
+        mean, scale: mean and standard deviation that features are standardized with.
         weight: (K, D); zero for classes without training images, whose bias is -inf.
         C: inverse strength of the L2 penalty.
     """
@@ -78,14 +88,17 @@ def fit_logistic(
     """Fit the linear probe: multinomial logistic regression on standardized features.
 
     Args:
-        C: scikit-learn's; None takes the best of `C_CANDIDATES` on a held-out fifth of the rows (never on test images), or
-            `C_FEW` below `FEW_PER_CLASS` rows per class.
-        scaler: fitted on more images than these; None fits one on these.
+        C: inverse strength of the L2 penalty, as in scikit-learn; None chooses the best of `C_CANDIDATES` by accuracy on a fifth of the
+            rows, which is held out for that, or takes `C_FEW` below `FEW_PER_CLASS` rows per class.
+        scaler: fitted on other features, as all training images where only some have labels; None fits one on these.
+
+    Returns:
+        The probe fitted on all rows.
     """
     scaler = scaler or StandardScaler().fit(features.numpy())
     mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
 
-    def fit(rows: Int[Tensor, " m"], C: float, max_iter: int = 300) -> LogisticProbe:
+    def fit(rows: Int[Tensor, " m"] | slice, C: float, max_iter: int = LOGISTIC_ITERATIONS) -> LogisticProbe:
         x, y = (features[rows] - mean) / scale, labels[rows]
         weight, bias = torch.zeros(num_classes, x.shape[1]), torch.full((num_classes,), -torch.inf)
         classes = y.unique()
@@ -94,7 +107,7 @@ def fit_logistic(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model = LogisticRegression(C=C, max_iter=max_iter).fit(x.numpy(), y.numpy())
-            fitted = classes[-len(model.coef_) :]  # of two classes scikit-learn has the second's logit alone
+            fitted = classes[-len(model.coef_) :]  # of two classes scikit-learn gives one logit, that of the second
             weight[fitted], bias[fitted] = (torch.from_numpy(part).float() for part in (model.coef_, model.intercept_))
         return LogisticProbe(mean, scale, weight, bias, C)
 
@@ -102,14 +115,15 @@ def fit_logistic(
         C = C_FEW
     elif C is None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
-        probes = [fit(rest, candidate, max_iter=100) for candidate in C_CANDIDATES]
-        C = max(probes, key=lambda probe: int((probe(features[held]).argmax(1) == labels[held]).sum())).C
-    return fit(torch.arange(len(features)), C)
+        fifth = len(order) // 5
+        val, rest = order[: max(1, fifth)], order[fifth:]
+        candidates = [fit(rest, candidate, CHOICE_ITERATIONS) for candidate in C_CANDIDATES]
+        C = max(candidates, key=lambda probe: int((probe(features[val]).argmax(1) == labels[val]).sum())).C
+    return fit(slice(None), C)
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
-    """Measure mean and standard deviation of the deepest layer's features, a block at a time."""
+    """Measure mean and standard deviation of the deepest layer's features, block by block."""
     scaler = StandardScaler()
     for _, block in cache.layer_blocks():
         scaler.partial_fit(block.numpy())
@@ -120,31 +134,39 @@ def fit_scaler(cache: FeatureCache) -> StandardScaler:
 
 
 def nearest_neighbors(
-    bank: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int
+    blocks: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Find the `k` nearest rows of a bank by cosine similarity: similarities and indices, nearest first (fewer, if it has fewer).
+    """Find the `k` rows nearest to each query by cosine similarity, among rows that may be more than memory holds.
 
     Args:
-        bank: (index of the first row, rows), a block at a time: the bank may be larger than memory.
+        blocks: (index of the block's first row, its rows).
+
+    Returns:
+        Similarities and row indices, nearest first; fewer than `k` where there are fewer rows.
     """
     queries = F.normalize(queries, dim=1)
-    best, found = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    for start, block in bank:
+    similarity, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for first_row, block in blocks:
         block = F.normalize(block, dim=1)
-        merged = []
-        for part, old, old_index in zip(queries.split(1024), best.split(1024), found.split(1024), strict=True):
-            similarity, index = (part @ block.T).topk(min(k, len(block)), dim=1)
-            similarity, index = torch.cat([old, similarity], 1), torch.cat([old_index, index + start], 1)
-            top, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            merged.append((top, index.gather(1, place)))
-        best, found = (torch.cat(parts) for parts in zip(*merged, strict=True))
-    return best, found
+        # In parts, for the similarities of all queries and rows may be more than memory holds.
+        nearest = [(part @ block.T).topk(min(k, len(block)), dim=1) for part in queries.split(1024)]
+        similarity = torch.cat([similarity, torch.cat([part.values for part in nearest])], 1)
+        index = torch.cat([index, torch.cat([part.indices for part in nearest]) + first_row], 1)
+        similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        index = index.gather(1, best)
+    return similarity, index
 
 
 def knn_scores(
     train: FeatureCache, num_classes: int, similarity: Float[Tensor, "m k"], rows: Int[Tensor, "m k"]
 ) -> Float[Tensor, "m K"]:
-    """Sum the neighbors' votes for each class, weighted by exp(s / T)."""
+    """Sum the neighbors' votes for each class, weighted by exp(similarity / `KNN_TEMPERATURE`).
+
+    Args:
+        train: has the label of each row.
+        similarity: cosine similarities to the neighbors, as `nearest_neighbors` returns them.
+        rows: rows of the neighbors in `train`.
+    """
     votes = torch.zeros(len(similarity), num_classes)
     return votes.scatter_add_(1, train.labels[rows], (similarity / KNN_TEMPERATURE).exp())
 
@@ -152,19 +174,29 @@ def knn_scores(
 # ---- probes trained by gradient descent
 
 
-def descend(
+Batches = Iterable[tuple[Tensor, Int[Tensor, " B"]]]
+"""Features and classes of some images, on the device."""
+
+
+def minimize(
     optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], num_steps: int, warmup_steps: int = 0,
     clip_grad: float | None = None,
 ) -> None:  # fmt: skip
-    """Take a step down each loss, which the iterator computes when it is asked for the next.
+    """Take an optimizer step for each loss.
 
-    The learning rate of each group rises linearly over the warmup, and falls on a half cosine to 0 over all steps.
+    The learning rate of each parameter group rises linearly over the warmup, and falls on a half cosine to 0 over all steps.
+
+    Args:
+        losses: scalars with a gradient; each is computed when the iterator is asked for it, after the step before.
+        num_steps: number of losses, or a little more.
+        clip_grad: largest norm of the gradient of all parameters; None does not clip.
     """
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+    def lr_factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     for loss in losses:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -174,63 +206,64 @@ def descend(
         schedule.step()
 
 
-Batches = Iterable[tuple[Tensor, Int[Tensor, " B"]]]
-"""Features and classes of some images, on the device."""
-
-
 def _logits_and_losses(
-    probe: nn.Module, x: Tensor, y: Int[Tensor, " B"]
-) -> tuple[Float[Tensor, "R B K"], Float[Tensor, " R"]]:
-    """Compute logits and mean cross-entropy of a probe, or of each of several that are one module."""
-    logits = probe(x)
-    logits = logits.view(-1, *logits.shape[-2:])
-    losses = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none")
-    return logits, losses.view(len(logits), -1).mean(1)
+    probes: Sequence[nn.Module], x: Tensor, y: Int[Tensor, " B"]
+) -> tuple[list[Float[Tensor, "r B K"]], Float[Tensor, " R"]]:
+    """Compute the logits and mean cross-entropies of probes on one batch.
 
+    Args:
+        probes: their logits are (B, K), or (r, B, K) of r classifiers side by side.
 
-def _losses(probes: Sequence[nn.Module], scales: Sequence[Tensor | float], batches: Batches) -> Iterator[Tensor]:
-    """Yield the sum of the losses of probes that are trained side by side, all on the same batches, times their scales."""
-    for x, y in batches:
-        pairs = zip(probes, scales, strict=True)
-        yield torch.stack([(_logits_and_losses(probe, x, y)[1] * scale).sum() for probe, scale in pairs]).sum()
+    Returns:
+        The logits of each probe, and the losses of the R classifiers of all probes.
+    """
+    logits = [output.view(-1, *output.shape[-2:]) for output in (probe(x) for probe in probes)]
+    losses = [F.cross_entropy(part.flatten(0, 1), y.repeat(len(part)), reduction="none") for part in logits]
+    return logits, torch.cat([loss.view(-1, len(y)).mean(1) for loss in losses])
 
 
 @torch.inference_mode()
-def _held_out_scores(probes: Sequence[nn.Module], batches: Batches) -> list[list[tuple[float, float]]]:
-    """Measure accuracy and negative loss of each probe's classifiers; -inf where the learning rate was too high.
+def _val_scores(probes: Sequence[nn.Module], batches: Batches) -> list[tuple[float, float]]:
+    """Measure (accuracy, negative loss) of each classifier of all probes; both are -inf where training has diverged.
 
-    Summed as the batches go by: the logits of a million images would not fit.
+    The better classifier has the larger pair: the accuracy decides, and of equal ones the loss.
     """
-    sums: list[Tensor] = [torch.zeros(1, 2, dtype=torch.float64) for _ in nn.ModuleList(probes).eval()]
-    count = 0
+    nn.ModuleList(probes).eval()
+    sums, count = torch.zeros(1, 2, dtype=torch.float64), 0
     for x, y in batches:
+        logits, losses = _logits_and_losses(probes, x, y)
+        correct = torch.cat([(part.argmax(2) == y).sum(1) for part in logits])
+        sums = sums + torch.stack([correct, -losses * len(y)], 1).cpu()
         count += len(y)
-        for i, probe in enumerate(probes):
-            logits, losses = _logits_and_losses(probe, x, y)
-            sums[i] = sums[i] + torch.stack([(logits.argmax(2) == y).sum(1), -losses * len(y)], 1).cpu()
-    for total in sums:
-        total[~total.isfinite().all(1)] = -torch.inf
-        total[:, 0] /= count
-    return [[(accuracy, loss) for accuracy, loss in total.tolist()] for total in sums]
+    scores = sums / count
+    scores[~scores.isfinite().all(1)] = -torch.inf
+    return [(accuracy, negative_loss) for accuracy, negative_loss in scores.tolist()]
 
 
-def require_images(count: int, what: str) -> None:
-    """Raise MapetError where a fifth of the images is no basis for a choice."""
+def _check_enough_images(count: int, probe: str) -> None:
+    """Raise MapetError if a fifth of the images is too few to choose a learning rate by; `probe` names it in the message."""
     if count < MIN_IMAGES:
-        raise MapetError(f"{count} training images are too few for {what} and its choices: {MIN_IMAGES} at least")
+        raise MapetError(
+            f"{count} training images are too few for {probe}, which needs {MIN_IMAGES}: add images, or leave it out"
+        )
 
 
 class LinearClassifiers(nn.Module):
-    """Linear classifiers of one layer's features, side by side: one for each learning rate.
+    """Linear classifiers of one layer's features, side by side: one for each of R learning rates.
 
     With `batch_norm` features are standardized first, without scale and shift, as in MAE (arXiv 2111.06377, appendix A.1).
+
+    Args:
+        layer: number of the layer, from 1.
+        columns: the layer's columns in a row of features of all layers.
+        rates: learning rates, for a batch of `SGD_BASE_BATCH_SIZE`.
     """
 
     def __init__(
         self, layer: int, columns: slice, num_classes: int, rates: tuple[float, ...], batch_norm: bool
     ) -> None:
         super().__init__()
-        self.layer, self.columns, self.rates, self.batch_norm = layer, columns, rates, batch_norm
+        self.layer, self.columns, self.rates = layer, columns, rates
         width = columns.stop - columns.start
         self.norm: nn.Module = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
         generator = torch.Generator().manual_seed(0)
@@ -238,75 +271,84 @@ class LinearClassifiers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(rates), 1, num_classes))
 
     def forward(self, features: Float[Tensor, "B W"]) -> Float[Tensor, "R B K"]:
-        """Compute each classifier's logits of the features of all layers."""
+        """Compute each classifier's logits from the features of all layers."""
         x = self.norm(features[:, self.columns])
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
-        """Compute the first classifier's logits of every row."""
+        """Compute the first classifier's logits of every row, on the CPU."""
         return torch.cat([self(block.to(self.weight.device))[0].cpu() for _, block in cache.blocks()])
 
 
 def fit_linear_sgd(
     cache: FeatureCache, num_classes: int, compute: ComputeContext, epochs: int, seed: int = 0
 ) -> dict[str, tuple[LinearClassifiers, dict[int, float]]]:
-    """Train the field's linear probes by SGD, without batch norm ('linear_sgd') and with it ('linear_sgd_bn').
+    """Train linear probes by SGD, as published methods do: without batch norm ('linear_sgd') and with it ('linear_sgd_bn').
 
-    All layers and learning rates are trained on four fifths of the rows and compared on the last fifth; the best of each kind
-    (of equals, the one with the smaller loss there) is trained anew on all rows. Test images have no say. SGD with momentum 0.9,
-    cosine decay, no weight decay.
+    Probes of all layers and learning rates are trained on four fifths of the rows and compared on the last fifth. Then the best
+    layer and learning rate of each kind is trained on all rows. SGD with momentum 0.9, cosine decay, no weight decay.
+
+    Args:
+        cache: features of training images; rows are in random order.
+        epochs: passes over the rows.
+        seed: of the order of the rows.
 
     Returns:
-        The probe, with one learning rate, and the best accuracy of each layer on the last fifth.
+        'linear_sgd' and 'linear_sgd_bn' -> the probe, of one learning rate, and the accuracy on the last fifth of each layer's
+        best learning rate.
 
     Raises:
         MapetError: too few rows.
     """
-    require_images(len(cache), "a linear probe")
+    _check_enough_images(len(cache), "a linear probe")
 
-    def with_labels(batches: Iterable[tuple[Int[Tensor, " b"], Tensor]]) -> Batches:
-        return ((compute.to(features), compute.to(cache.labels[rows])) for rows, features in batches)
+    def batches(first: int, last: int, size: int, seeds: Iterable[int | None]) -> Batches:
+        for order_seed in seeds:
+            for rows, features in cache.batches(first, last, size, order_seed):
+                yield compute.to(features), compute.to(cache.labels[rows])
 
     def train(probes: list[LinearClassifiers], num_rows: int) -> None:
-        size = min(1024, max(64, num_rows // 32))
-        # SGD's step is linear in the loss, so a factor of the loss is a learning rate of its own.
-        scales = [torch.tensor(probe.rates, device=compute.device) * size / 256 for probe in probes]
-        parameters = nn.ModuleList(probes).to(compute.device).train().parameters()
-        seeds = range(seed * 100_003, seed * 100_003 + epochs)
-        batches = (batch for each in seeds for batch in with_labels(cache.batches(0, num_rows, size, each)))
-        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
-        descend(optimizer, _losses(probes, scales, batches), epochs * math.ceil(num_rows / size))
+        size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, num_rows // MIN_STEPS_PER_EPOCH))
+        optimizer = torch.optim.SGD(nn.ModuleList(probes).to(compute.device).train().parameters(), lr=1.0, momentum=0.9)
+        # SGD's step is linear in the loss: a factor of a classifier's loss is its learning rate.
+        rates = [rate for probe in probes for rate in probe.rates]
+        scales = torch.tensor(rates, device=compute.device) * size / SGD_BASE_BATCH_SIZE
+        first_seed = seed * 100_003  # so that no two seeds share an epoch's order
+        steps = batches(0, num_rows, size, range(first_seed, first_seed + epochs))
+        losses = ((_logits_and_losses(probes, x, y)[1] * scales).sum() for x, y in steps)
+        minimize(optimizer, losses, epochs * math.ceil(num_rows / size))
 
-    first = len(cache) - max(1, round(HELD_OUT * len(cache)))
+    first_val = len(cache) - max(1, round(HELD_OUT * len(cache)))
+    kinds = {"linear_sgd": False, "linear_sgd_bn": True}
     candidates = [
         LinearClassifiers(layer, columns, num_classes, SGD_LEARNING_RATES, batch_norm)
-        for (layer, columns), batch_norm in product(cache.columns.items(), (False, True))
+        for (layer, columns), batch_norm in product(cache.columns.items(), kinds.values())
     ]
-    train(candidates, first)
-    held_out = with_labels(cache.batches(first, len(cache), 1024))
-    scores = list(zip(candidates, _held_out_scores(candidates, held_out), strict=True))
+    train(candidates, first_val)
+    scores = _val_scores(candidates, batches(first_val, len(cache), MAX_BATCH_SIZE, [None]))
+    by_choice = dict(zip(product(cache.columns, kinds.values(), SGD_LEARNING_RATES), scores, strict=True))
     probes = {}
-    for name, batch_norm in (("linear_sgd", False), ("linear_sgd_bn", True)):
-        found = {
-            one.layer: max(zip(row, one.rates, strict=True)) for one, row in scores if one.batch_norm == batch_norm
-        }
-        layer = max(found, key=lambda layer: found[layer][0])
-        best = LinearClassifiers(layer, cache.columns[layer], num_classes, (found[layer][1],), batch_norm)
-        train([best], len(cache))
-        probes[name] = best.eval(), {layer: accuracy for layer, ((accuracy, _), _) in found.items()}
+    for name, batch_norm in kinds.items():
+        own = {(layer, rate): score for (layer, bn, rate), score in by_choice.items() if bn == batch_norm}
+        layer, rate = max(own, key=lambda choice: own[choice])
+        probe = LinearClassifiers(layer, cache.columns[layer], num_classes, (rate,), batch_norm)
+        train([probe], len(cache))
+        accuracies = {layer: max(own[layer, rate] for rate in SGD_LEARNING_RATES)[0] for layer in cache.columns}
+        probes[name] = probe.eval(), accuracies
     return probes
 
 
 class AttentivePool(nn.Module):
     """One query in several heads attends to the patches of an image (CAE, arXiv 2202.03026; AIM, arXiv 2401.08541, section 4).
 
-    Tokens are standardized, keys and values are linear maps of them. A lone query makes the key's map redundant
-    (q . W x = (W'q) . x), and values may be mapped after pooling: the same functions, at a cost of one product a token.
+    Tokens are standardized; keys and values are linear maps of them. With a single query the key map is redundant
+    (q . W x = (W'q) . x), and values may be mapped after pooling: the same functions, at the cost of one product per token.
     """
 
     def __init__(self, width: int, num_classes: int, seed: int = 0) -> None:
         super().__init__()
+        # As many heads of about HEAD_DIM as divide the width.
         heads = next(h for h in range(max(1, width // HEAD_DIM), 0, -1) if width % h == 0)
         generator = torch.Generator().manual_seed(seed)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
@@ -317,8 +359,9 @@ class AttentivePool(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
+        """Compute logits from patch tokens."""
         x = self.norm(tokens.flatten(0, 1)).view_as(tokens)
-        attention = (x @ self.query.T).softmax(dim=1)  # (B, N, h)
+        attention = (x @ self.query.T).softmax(dim=1)  # (B, N, heads)
         pooled = torch.einsum("bnh,bnd->bhd", attention, x)
         return self.head(torch.einsum("bhd,hde->bhe", pooled, self.value).flatten(1))
 
@@ -326,59 +369,68 @@ class AttentivePool(nn.Module):
 def fit_attentive(
     cache: PatchTokenCache, num_classes: int, compute: ComputeContext, seed: int = 0
 ) -> tuple[AttentivePool, float]:
-    """Train the attentive probe, and return it with its learning rate.
+    """Train the attentive probe on patch tokens, by AdamW with cosine decay.
 
-    The best of three learning rates on a fifth of the training images (of equals, the one with the smaller loss there) is
-    trained anew on all. AdamW, weight decay 0.05, cosine decay.
+    Each of `ATTENTIVE_LEARNING_RATES` is trained on about four fifths of the images, and compared on the others; the best one is trained
+    on all images.
+
+    Args:
+        seed: of the initial weights and of the split.
+
+    Returns:
+        The probe and its learning rate.
 
     Raises:
         MapetError: too few images.
     """
     labels = torch.from_numpy(cache.data.labels)
-    require_images(len(labels), "an attentive probe")
+    _check_enough_images(len(labels), "an attentive probe")
 
-    def batches(used: Bool[Tensor, " n"], epochs: int = 1, least: int = 1) -> Batches:
+    def batches(used: Bool[Tensor, " n"], epochs: int = 1, min_images: int = 1) -> Batches:
+        """Yield the tokens and classes of used images, without batches of fewer than `min_images` of them."""
         for _ in range(epochs):
             for index, tokens in cache.epoch():
-                if int((keep := used[index]).sum()) >= least:
+                if int((keep := used[index]).sum()) >= min_images:
                     yield compute.to(tokens[keep]), compute.to(labels[index[keep]])
 
     def train(used: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
+        """Train a probe for each learning rate on the used images, all on the same batches."""
         width = cache.backbone.map_shape[0]
         probes = [AttentivePool(width, num_classes, seed).to(compute.device) for _ in rates]
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-        num_steps = ATTENTIVE_EPOCHS * math.ceil(len(labels) / cache.config.batch_size)
-        steps = batches(used, ATTENTIVE_EPOCHS, least=2)  # of one row there is no batch norm
-        descend(optimizer, _losses(probes, [1.0] * len(probes), steps), num_steps)
+        optimizer = torch.optim.AdamW(groups, weight_decay=ATTENTIVE_WEIGHT_DECAY)
+        steps = batches(used, ATTENTIVE_EPOCHS, min_images=2)  # batch norm needs two images
+        losses = (_logits_and_losses(probes, x, y)[1].sum() for x, y in steps)
+        minimize(optimizer, losses, ATTENTIVE_EPOCHS * math.ceil(len(labels) / cache.config.batch_size))
         return [probe.eval() for probe in probes]
 
-    held_out = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT
-    scores = _held_out_scores(train(~held_out, ATTENTIVE_LEARNING_RATES), batches(held_out))
-    best = max(zip(scores, ATTENTIVE_LEARNING_RATES, strict=True))[1]
-    return train(torch.ones_like(held_out), (best,))[0], best
+    is_val = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < HELD_OUT
+    scores = _val_scores(train(~is_val, ATTENTIVE_LEARNING_RATES), batches(is_val))
+    _, best_rate = max(zip(scores, ATTENTIVE_LEARNING_RATES, strict=True))
+    return train(torch.ones_like(is_val), (best_rate,))[0], best_rate
 
 
 # ---- while pre-training
 
 
-def extract_sample(
+def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
+    """Choose at most `MAX_TRAIN` training and `MAX_TEST` test images, by their ids: the same ones every time.
+
+    Raises:
+        MapetError: no class has a second image.
+    """
+    train, test = split(data)
+    return train.sample(MAX_TRAIN), test.sample(MAX_TEST)
+
+
+def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
+    """Compute a ViT's features of the images, in evaluation mode, without a progress bar."""
+    return FeatureCache.extract(BackboneWrapper.of_vit(vit, compute), data, CacheConfig(progress=False))
+
+
+def online_probe(
     vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext
-) -> tuple[FeatureCache, FeatureCache]:
-    """Compute a ViT's features, as it is, of training and test images."""
-    backbone, config = BackboneWrapper.of_vit(vit, compute), CacheConfig(progress=False)
-    return FeatureCache.extract(backbone, train, config), FeatureCache.extract(backbone, test, config)
-
-
-class OnlineProbe:
-    """Is it learning at all? Linear probe and k-NN on a small fixed sample of labeled images, every few epochs."""
-
-    def __init__(self, config: PretrainConfig, images: ImageList, compute: ComputeContext) -> None:
-        train, test = split(labeled(images if config.probe_images is None else list_images(config.probe_images)))
-        self.train, self.test, self.compute = train.sample(MAX_TRAIN), test.sample(MAX_TEST), compute
-        self.every = config.probe_every or max(1, config.epochs // 5)
-
-    def __call__(self, vit: VisionTransformer) -> dict[str, float]:
-        """Measure the accuracy of a ViT's frozen features."""
-        caches = extract_sample(vit, self.train, self.test, self.compute)
-        return {f"probe/{name}": value for name, value in probe_accuracy(*caches, C=ONLINE_C).items()}
+) -> dict[str, float]:
+    """Measure a ViT's frozen features while it is trained: 'probe/logistic' and 'probe/knn' -> accuracy, 0 to 1."""
+    train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
+    return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache, ONLINE_C).items()}

@@ -22,7 +22,8 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import format_size, option
-from mapet.evaluation.probes import OnlineProbe
+from mapet.evaluation.datasets import LabeledSet, labeled
+from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining, normalized_patches
@@ -147,7 +148,7 @@ class PretrainingTask(Task[PretrainConfig, Path]):
     logs_per_epoch = 5
     model: ViTForPreTraining
     tokenizer: Tokenizer
-    probe: OnlineProbe | None
+    probe_sets: tuple[LabeledSet, LabeledSet] | None = None
 
     def build(self, config: PretrainConfig, compute: ComputeContext) -> None:
         """Open images, tokenizer and tokens; automatic values that depend on them are resolved in `config`."""
@@ -172,8 +173,9 @@ class PretrainingTask(Task[PretrainConfig, Path]):
         if config.target == "tokens":
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
         self.same_shapes = not config.varies_context
-        has_labels = config.probe_images is not None or images.classes() is not None
-        self.probe = OnlineProbe(config, images, compute) if config.probe_every != 0 and has_labels else None
+        if config.probe_every != 0 and (config.probe_images is not None or images.classes() is not None):
+            probe_images = images if config.probe_images is None else list_images(config.probe_images)
+            self.probe_sets = sample_for_probe(labeled(probe_images))
         hidden = (
             f"{'up to ' if config.varies_context else ''}{self.model.num_hidden} of {self.model.num_patches} patches"
         )
@@ -258,8 +260,10 @@ class PretrainingTask(Task[PretrainConfig, Path]):
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
         """Probe the frozen backbone with labeled images, about five times a run."""
-        due = self.probe is not None and (epoch % self.probe.every == 0 or epoch == self.config.epochs)
-        return self.probe(module) if self.probe is not None and due else {}
+        every = self.config.probe_every or max(1, self.config.epochs // 5)
+        if self.probe_sets is None or (epoch % every and epoch != self.config.epochs):
+            return {}
+        return online_probe(module, *self.probe_sets, self.compute)
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
