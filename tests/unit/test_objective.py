@@ -1,4 +1,4 @@
-"""The visibility table against its definition (method: arXiv 2306.07346, figure 1), for random sizes."""
+"""The attention mask against its definition (method: arXiv 2306.07346, figure 1), for random sizes."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_mim_is_a_closed_part_of_mapet(size):
 def test_pim_is_mapet_without_mask_columns(size):
     prefix, c, p = size
     if prefix + c == 0:
-        with pytest.raises(MapetError, match="sees nothing"):
+        with pytest.raises(MapetError, match="attends to nothing"):
             attention_mask(PIM, prefix, c, p)
         return
     whole, part = blocks(MAPET, prefix, c, p), blocks(PIM, prefix, c, p)

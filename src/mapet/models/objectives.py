@@ -1,7 +1,8 @@
 """Pre-training objectives as a table: which segments are packed, what each attends to, which outputs predict.
 
 Patches are first gathered into permutation order, so that the attention mask depends on positions in the permutation alone and is
-one constant for the whole batch (MaPeT: arXiv 2306.07346, section 3 and figure 1). `packing.py` makes sequence and mask of a row.
+one constant for the whole batch (MaPeT: arXiv 2306.07346, section 3 and figure 1). `packing.py` makes the packed sequence and
+its attention mask from an `Objective`.
 
 Segments, with N patches, c context patches and p = N - c predicted ones:
 
@@ -9,14 +10,14 @@ Segments, with N patches, c context patches and p = N - c predicted ones:
     context  prefix tokens (CLS, registers) and the first c patches   embedded content + position
     target   the other p patches                                      embedded content + position
     query    p query tokens                                           the same as `mask`
-    next     p patches, each the one before in the order              embedded content + its position + the next one's
+    next     p patches, each the one before in the permutation        embedded content + its position + the next one's
 
-Nothing attends to query tokens: they have no column. In this order every row attends to one contiguous range of columns
-(position i: the masks after i, the context, the targets up to i), so attention needs few or no masks.
+Nothing attends to query tokens: they have no column. In this order of segments every row attends to one contiguous range of
+columns (position i: the masks after i, the context, the targets up to i), so attention needs few or no masks.
 
-`next` makes one stream of `target` and `query`: its row i holds the content of the patch before position i, knows where
-patch i is and predicts it (positions of the target in a causal row: RAR, arXiv 2411.00776; in raster order this is AIM's and
-iGPT's causal model). Position 0 comes after the last context patch, or after a mask token if there is none.
+`next` merges `target` and `query` into one stream: its row i holds the content of the patch before position i and the position
+embedding of patch i, and predicts patch i (position embedding of the target in a causal row: RAR, arXiv 2411.00776; in raster
+order this is AIM's and iGPT's causal model). Before position 0 is the last context patch, or a mask token if there is none.
 """
 
 from dataclasses import dataclass
@@ -26,17 +27,18 @@ from mapet.errors import MapetError, did_you_mean
 
 Segment = Literal["context", "target", "mask", "query", "next"]
 OrderRule = Literal["all", "before", "up to", "from", "after"]
-"""Which positions j of the permutation a row of position i attends to: all; j < i; j <= i; j >= i; j > i."""
+"""Which positions j of a column segment a row at position i attends to: all; j < i; j <= i; j >= i; j > i."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table of objectives.
+    """A pre-training objective.
 
     Attributes:
-        attends_to: row segment -> {column segment: which positions of it}. Its keys, in order, are the packed segments; those
-            that nothing attends to come last.
-        output_segment: the segment whose outputs predict the tokens of the p patches.
+        name: value of the option `objective`.
+        attends_to: row segment -> {column segment: which positions of it the row attends to}. Its keys, in order, are the
+            packed segments; those that nothing attends to come last.
+        output_segment: the segment of p rows whose outputs predict the p patches.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Objective:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
+        """Packed segments, in packing order."""
         return tuple(self.attends_to)
 
 
@@ -64,7 +67,7 @@ MIM = Objective("mim", output_segment="mask", attends_to={
     "mask":    {"mask": "all", "context": "all"},
     "context": {"mask": "all", "context": "all"},
 })
-# ablation: only query tokens attend to the positions to come
+# Ablation: of context, target and query tokens, only query tokens attend to the positions of patches not yet predicted.
 BLIND_CONTENT = Objective("mapet_content_ignores_masks", output_segment="query", attends_to={
     "mask":    {"mask": "all", "context": "all"},
     "context": {"context": "all"},
@@ -76,12 +79,12 @@ SINGLE_STREAM = Objective("mapet_single_stream", output_segment="next", attends_
     "context": {"mask": "all", "context": "all"},
     "next":    {"mask": "after", "context": "all", "next": "up to"},
 })
-# PIM in a single stream
+# PIM in a single stream.
 CAUSAL = Objective("causal", output_segment="next", attends_to={
     "context": {"context": "all"},
     "next":    {"context": "all", "next": "up to"},
 })
-# the latent regressor's table: `pretraining.ContextAutoencoder` has the rest
+# Of the latent regressor; `pretraining.ContextAutoencoder` has the rest of the model.
 CAE = Objective("cae", output_segment="mask", attends_to={
     "context": {"context": "all"},
     "mask":    {"mask": "all", "context": "all"},
@@ -91,6 +94,11 @@ OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM, BLIND
 
 
 def get_objective(name: str) -> Objective:
+    """Return the objective of a name.
+
+    Raises:
+        MapetError: unknown; the message suggests a similar name and lists all.
+    """
     if name not in OBJECTIVES:
         hint = did_you_mean(name, OBJECTIVES) or "."
         raise MapetError(f"unknown objective '{name}'{hint} Known: {', '.join(OBJECTIVES)}")
@@ -98,5 +106,10 @@ def get_objective(name: str) -> Objective:
 
 
 def num_context_from_ratio(mask_ratio: float, num_patches: int) -> int:
-    """Return c for a fraction of patches to predict; at least one is predicted."""
+    """Return the number of context patches, c.
+
+    Args:
+        mask_ratio: fraction of the patches that is predicted, rounded to whole patches and at least one.
+        num_patches: N.
+    """
     return min(num_patches - 1, num_patches - round(mask_ratio * num_patches))

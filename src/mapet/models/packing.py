@@ -1,4 +1,8 @@
-"""Packed segments: one sequence of tokens, one attention mask for the whole batch, and attention under that mask."""
+"""Packed segments: one sequence of tokens, one attention mask for the whole batch, and attention under that mask.
+
+Sizes: B images of N patches, of which the first c of the permutation are context and p = N - c are hidden (predicted); R rows
+in the packed sequence, of which the first C have keys and values; D = h x d embedding dimensions in h heads.
+"""
 
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -9,15 +13,21 @@ from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.models.objectives import Objective, Segment
 
 TargetIndices = Int[Tensor, " m"]
-"""Which of the p hidden patches are predicted, ascending positions in the permutation's hidden part."""
+"""Which of the p hidden patches are predicted: ascending indices, 0 to p - 1, in permutation order."""
 
 
 class QueryBlock(NamedTuple):
-    """Consecutive queries, the range of keys that any of them attends to, and whether some attend only to part of it."""
+    """Consecutive queries that share one call of attention.
+
+    Attributes:
+        queries: their rows.
+        keys: contiguous range of columns that covers all that any of them attends to.
+        masked: whether the call needs the attention mask: some of them attend to a part of `keys` only.
+    """
 
     queries: slice
     keys: slice
@@ -28,12 +38,13 @@ class PackedLayout(NamedTuple):
     """The packed sequence of R rows for one c.
 
     Attributes:
-        segment_lengths: rows of each segment, in packing order.
+        segment_lengths: number of rows of each segment, in packing order.
         attn_mask: True where a row attends to a column.
-        num_kv: C, rows that are attended to: the first ones, the columns of attention.
-        output_rows: the rows that predict.
+        num_kv: C: the first C rows are attended to, and are the columns of attention; the others are queries only.
+        output_rows: the p rows that predict.
         attn_bias: 0 where a row attends to a column, -inf elsewhere.
-        blocks: of all rows; `output_blocks` of those that predict.
+        blocks: calls of attention that compute all R rows.
+        output_blocks: those that compute the output rows alone, numbered from 0.
     """
 
     segment_lengths: dict[Segment, int]
@@ -46,7 +57,13 @@ class PackedLayout(NamedTuple):
 
     @classmethod
     def from_counts(cls, objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> "PackedLayout":
-        """Lay out an objective's segments for c context and p hidden patches.
+        """Lay out an objective's segments.
+
+        Args:
+            objective: its segments are packed.
+            num_prefix: class and register tokens of the ViT.
+            num_context: c.
+            num_hidden: p.
 
         Raises:
             MapetError: see `attention_mask`.
@@ -65,50 +82,58 @@ class PackedLayout(NamedTuple):
 
     @property
     def queries_only(self) -> bool:
-        """Whether nothing attends to the output rows, so that only those of the predicted patches are packed."""
+        """Whether nothing attends to the output rows, so that those of patches that aren't predicted may be left out."""
         return self.output_rows.start >= self.num_kv
 
 
 def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> dict[Segment, int]:
-    """Return the rows of each packed segment, in packing order."""
-    return {s: num_prefix + num_context if s == "context" else num_hidden for s in objective.segments}
+    """Return the number of rows of each packed segment, in packing order; see `PackedLayout.from_counts`."""
+    return {name: num_prefix + num_context if name == "context" else num_hidden for name in objective.segments}
 
 
 def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
-    """Return True where the row's token attends to the column's. Rows and columns are the packed segments in order.
+    """Return the attention mask: True where the row's token attends to the column's.
+
+    Rows and columns are the packed segments in order, so there are columns also of tokens that nothing attends to.
+
+    Args:
+        objective, num_prefix, num_context, num_hidden: see `PackedLayout.from_counts`.
 
     Raises:
         MapetError: a row attends to nothing at all (PIM's first query when there is no context and no prefix token).
     """
     lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
     i, j = torch.arange(num_hidden)[:, None], torch.arange(num_hidden)[None, :]
-    by_order = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
+    ordered = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
 
-    def part(row: Segment, column: Segment) -> Bool[Tensor, "r c"]:
-        rule = objective.attends_to[row].get(column)
-        return by_order[rule] if rule in by_order else torch.full((lengths[row], lengths[column]), rule == "all")
+    def segment_mask(row: Segment, column: Segment) -> Bool[Tensor, "r c"]:
+        rule = objective.attends_to[row].get(column)  # None: it attends to no position of this segment
+        return ordered[rule] if rule in ordered else torch.full((lengths[row], lengths[column]), rule == "all")
 
-    mask = torch.cat([torch.cat([part(row, column) for column in lengths], dim=1) for row in lengths])
+    mask = torch.cat([torch.cat([segment_mask(row, column) for column in lengths], dim=1) for row in lengths])
     if not mask.any(dim=1).all():
-        hint = "its first query sees nothing"
-        raise MapetError(f"objective '{objective.name}' needs at least one context patch or a class token: {hint}")
+        raise MapetError(
+            f"objective '{objective.name}' needs at least one context patch or a class token, or its first query attends to "
+            f"nothing: give a {option('mask_ratio')} below 1 or a model with a class token"
+        )
     return mask
 
 
 def split_query_blocks(mask: Bool[Tensor, "R C"]) -> list[QueryBlock]:
-    """Cut an attention mask so that as much as possible of it is plain attention over a contiguous range of keys.
+    """Split the rows of an attention mask into consecutive blocks, so that as many as possible need no mask.
 
-    For MaPeT these are two blocks: mask and context rows over mask and context columns, without a mask; target and query
-    rows over all columns, with one.
+    Consecutive rows that attend to the same keys are a block of their own; rows that each differ from the row before are
+    merged into one block. For MaPeT there are two: mask and context rows over mask and context columns, without a mask;
+    target and query rows over all columns, with one.
     """
-    starts = [0, *((mask[1:] != mask[:-1]).any(dim=1).nonzero().flatten() + 1).tolist(), len(mask)]
+    row_changes = (mask[1:] != mask[:-1]).any(dim=1).nonzero().flatten() + 1
     blocks: list[QueryBlock] = []
-    complete = False  # whether the last block may not grow: its rows all attend to the same keys
-    for start, stop in pairwise(starts):
-        same = stop - start > 1
-        if blocks and not same and not complete:
+    can_grow = False  # whether the last block is of rows that differ
+    for start, stop in pairwise([0, *row_changes.tolist(), len(mask)]):
+        is_single_row = stop - start == 1
+        if is_single_row and can_grow:
             start = blocks.pop().queries.start
-        complete = same
+        can_grow = is_single_row
         attended = mask[start:stop].any(dim=0).nonzero()
         keys = slice(int(attended.min()), int(attended.max()) + 1)
         blocks.append(QueryBlock(slice(start, stop), keys, not bool(mask[start:stop, keys].all())))
@@ -116,9 +141,12 @@ def split_query_blocks(mask: Bool[Tensor, "R C"]) -> list[QueryBlock]:
 
 
 def truncate_blocks(blocks: list[QueryBlock], num_rows: int) -> list[QueryBlock]:
-    """Return the blocks of the first rows."""
-    kept = [block for block in blocks if block.queries.start < num_rows]
-    return [block._replace(queries=slice(block.queries.start, min(block.queries.stop, num_rows))) for block in kept]
+    """Return the blocks of the first `num_rows` queries: the others are dropped, the last one is shortened."""
+    return [
+        block._replace(queries=slice(block.queries.start, min(block.queries.stop, num_rows)))
+        for block in blocks
+        if block.queries.start < num_rows
+    ]
 
 
 def pack(
@@ -126,40 +154,46 @@ def pack(
     images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], segment_lengths: dict[Segment, int],
     target_indices: TargetIndices | None,
 ) -> Float[Tensor, "B R D"]:  # fmt: skip
-    """Embed the segments in permutation order; `query` only for `target_indices` (None: all p).
+    """Embed the images and assemble the packed sequence: the ViT's `norm_pre` of all segments, in packing order.
 
     Args:
-        query_token: what query tokens start as; None: as mask tokens.
+        vit: its patch embedding, prefix tokens and position embeddings are used, as in fine-tuning.
+        mask_token: its vector is at all mask tokens, to which positions are added.
+        query_token: the same for query tokens; None: `mask_token`.
+        images: normalized.
+        permutation: patch indices of each image; the first c are context.
+        segment_lengths: the segments, in packing order; that of 'context' tells c.
+        target_indices: query tokens of these hidden patches only are packed, m instead of p; None: of all.
     """
     num_patches = permutation.shape[1]
     c = segment_lengths["context"] - vit.num_prefix_tokens
-    embedded = vit._pos_embed(vit.patch_embed(images))  # prefix tokens and patches, with positions, as in fine-tuning
+    embedded = vit._pos_embed(vit.patch_embed(images))
     prefix, patches = embedded.split([vit.num_prefix_tokens, num_patches], dim=1)
-    positions = gather_patches(vit.pos_embed[:, -num_patches:].expand_as(patches), permutation[:, c:])
+    hidden_positions = gather_patches(vit.pos_embed[:, -num_patches:].expand_as(patches), permutation[:, c:])
     content = gather_patches(patches, permutation)
 
-    def at_hidden_positions(token: Tensor) -> Tensor:
-        return vit.pos_drop(token + positions).to(content.dtype)
+    def add_hidden_positions(tokens: Float[Tensor, "#B #p D"]) -> Float[Tensor, "B p D"]:
+        return vit.pos_drop(tokens + hidden_positions).to(content.dtype)
 
-    parts: dict[Segment, Tensor] = {}
-    for segment in segment_lengths:
-        if segment == "context":
-            part = torch.cat([prefix, content[:, :c]], dim=1)
-        elif segment == "target":
-            part = content[:, c:]
-        elif segment == "next":
+    segments: dict[Segment, Tensor] = {}
+    for name in segment_lengths:
+        if name == "context":
+            rows = torch.cat([prefix, content[:, :c]], dim=1)
+        elif name == "target":
+            rows = content[:, c:]
+        elif name == "next":
             start = content[:, c - 1 : c] if c else mask_token.expand(len(content), -1, -1)
-            part = at_hidden_positions(torch.cat([start, content[:, c:-1]], dim=1))
-        elif segment == "query" and query_token is not None:
-            part = at_hidden_positions(query_token)
-        else:
-            part = parts["mask"] if "mask" in parts else at_hidden_positions(mask_token)
-        parts[segment] = part if target_indices is None or segment != "query" else part[:, target_indices]
-    return vit.norm_pre(torch.cat(list(parts.values()), dim=1))
+            rows = add_hidden_positions(torch.cat([start, content[:, c:-1]], dim=1))
+        elif name == "query" and query_token is not None:
+            rows = add_hidden_positions(query_token)
+        else:  # mask tokens, or query tokens that are the same as these
+            rows = segments["mask"] if "mask" in segments else add_hidden_positions(mask_token)
+        segments[name] = rows[:, target_indices] if name == "query" and target_indices is not None else rows
+    return vit.norm_pre(torch.cat(list(segments.values()), dim=1))
 
 
 def gather_patches(values: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
-    """Gather (B, N, ...) at each image's patch indices into (B, n, ...)."""
+    """Gather each image's patches: (B, N) or (B, N, D) at `indices` -> (B, n) or (B, n, D)."""
     return values.gather(1, indices if values.ndim == 2 else indices[:, :, None].expand(-1, -1, values.shape[2]))
 
 
@@ -172,26 +206,30 @@ def two_stream_attention(
     Queries that attend to one contiguous key range run without a mask; the rest share one masked call.
 
     Args:
-        kv, q: normalized rows, of which keys and values, and queries are made.
-        attn_bias: 0 where a row attends to a column, -inf elsewhere.
-        blocks: of all rows of `q`.
+        attn: with its qkv projection, norms, dropout, gate and output projection; `fused_attn` chooses PyTorch's fused
+            attention or `eager_attention`.
+        kv: normalized rows that keys and values are projected from.
+        q: normalized rows that queries are projected from.
+        attn_bias: 0 where a row of `q` attends to a row of `kv`, -inf elsewhere.
+        blocks: of all rows of `q`, consecutive.
     """
 
-    def heads(rows: Float[Tensor, "B n D"], part: int) -> Float[Tensor, "B h n d"]:
+    def project(rows: Float[Tensor, "B n D"], part: int) -> Float[Tensor, "B h n d"]:
+        """Project rows to queries (part 0), keys (1) or values (2) of each head."""
         projected = F.linear(rows, weights[part], None if qkv_bias is None else qkv_bias[part])
         return projected.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
 
     weights = attn.qkv.weight.chunk(3)
     qkv_bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    query, key, value = attn.q_norm(heads(q, 0)), attn.k_norm(heads(kv, 1)), heads(kv, 2)
+    query, key, value = attn.q_norm(project(q, 0)), attn.k_norm(project(kv, 1)), project(kv, 2)
     attention = F.scaled_dot_product_attention if attn.fused_attn else eager_attention
     dropout = attn.attn_drop.p if attn.training else 0.0
-    parts = []
+    outputs = []
     for queries, keys, masked in blocks:
         mask = attn_bias[queries, keys] if masked else None
         q_k_v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        parts.append(attention(*q_k_v, attn_mask=mask, dropout_p=dropout, scale=attn.scale))
-    x = attn.norm(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
+        outputs.append(attention(*q_k_v, attn_mask=mask, dropout_p=dropout, scale=attn.scale))
+    x = attn.norm(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
     if attn.gate is not None:
         x = x * attn.gate(q).sigmoid()
     return attn.proj_drop(attn.proj(x))
@@ -201,7 +239,13 @@ def eager_attention(
     q: Float[Tensor, "B h r d"], k: Float[Tensor, "B h s d"], v: Float[Tensor, "B h s d"],
     attn_mask: Float[Tensor, "r s"] | None, dropout_p: float, scale: float,
 ) -> Float[Tensor, "B h r d"]:  # fmt: skip
-    """Compute `scaled_dot_product_attention` as products and a softmax: faster than the fused one on CPUs in bfloat16."""
+    """Compute `F.scaled_dot_product_attention` as matmul, softmax, matmul: on CPUs in bfloat16 that is faster than fused.
+
+    Args:
+        attn_mask: added to the scores: 0 or -inf; None: every query attends to every key.
+        dropout_p: dropout probability of attention weights.
+        scale: factor of the scores.
+    """
     scores = (q * scale) @ k.transpose(-2, -1)
     if attn_mask is not None:
         scores += attn_mask

@@ -1,5 +1,10 @@
-"""A timm VisionTransformer that learns an objective: pack the segments, run its blocks under the attention mask, predict."""
+"""A timm VisionTransformer that learns an objective: pack the segments, run its blocks under the attention mask, predict.
 
+Sizes: B images, N patches, c context and p = N - c hidden ones, of which m are predicted; V tokens, D embedding dimensions,
+F values of a regression target; R rows in the packed sequence, of which the first C have keys and values.
+"""
+
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,89 +33,122 @@ from mapet.models.packing import (
 REGRESSOR_DEPTH = 4
 """Blocks of CAE's regressor, and of its decoder (the paper's for ViT-B)."""
 ALIGNMENT_WEIGHT = 2.0
-"""Weight of CAE's alignment loss."""
+"""Weight of CAE's alignment loss (the paper's)."""
+INIT_STD = 0.02
+"""Standard deviation of the first mask token and head weights (BEiT's)."""
+VARIANCE_EPS = 1e-6
+"""Added to a patch's variance before pixels are divided by its root (MAE's)."""
 TargetKind = Literal["tokens", "pixels", "features"]
 CHUNK_ROWS = {"cpu": 512, "gpu": 8192}
-"""Rows of logits at once: few enough for a CPU's cache, enough to fill a GPU; not so few that adding up the weight's
-gradient, once a chunk, costs more than the logits."""
+"""Maximum rows of logits in memory at once: few enough for a CPU's cache, enough to fill a GPU; not so few that summing the
+weight's gradient, once per chunk, costs more than the logits."""
 CrossEntropyFn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-DropPathScale = tuple[Float[Tensor, "B 1 1"] | None, Float[Tensor, "B 1 1"] | None]
-"""What stochastic depth multiplies a block's two branches by: 0, or 1 / probability of being kept."""
+"""`cross_entropy_with_grad`, or that function compiled."""
+DropPathScale = Float[Tensor, "2 B 1 1"] | None
+"""Factors of a block's two residual branches for each image: 0 if dropped, else 1 / keep probability; None: the block draws."""
 
 
 # ---- losses of a patch's prediction: its visual token, or, as controls, its pixels or its teacher's feature
 
 
 class LossOutput(NamedTuple):
-    """A mean loss, how many rows have their token as the likeliest (None where there are no tokens), each row's loss."""
+    """Loss of n predicted patches.
+
+    Attributes:
+        loss: mean, with gradient.
+        num_correct: rows whose most likely token is the target; None where targets are regression vectors.
+        loss_per_row: without gradient.
+    """
 
     loss: Float[Tensor, ""]
     num_correct: Int[Tensor, ""] | None
-    losses: Float[Tensor, " n"]
+    loss_per_row: Float[Tensor, " n"]
 
 
 def cross_entropy_with_grad(
     product: Float[Tensor, "n V"], bias: Float[Tensor, " V"], target: Int[Tensor, "n 1"]
 ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n 1"], Int[Tensor, ""]]:
-    """Return the loss's gradient by logits = product + bias (softmax less one-hot, in the dtype of `product`), the loss of each
-    row, and how many rows have their target as the likeliest token.
+    """Compute the cross-entropy of the logits `product + bias`, and its gradient.
 
-    Written so that torch.compile makes one pass of it; as it stands it reads and writes the logits in turn.
+    torch.compile fuses it into one pass over the logits; uncompiled, each operation reads and writes them.
+
+    Args:
+        product: rows times weight, in any floating dtype; softmax and losses are computed in float32 at least.
+        bias: of the linear layer.
+        target: token id of each row.
+
+    Returns:
+        (gradient of each row's loss by its logits, in the dtype of `product`; loss of each row, nats; number of rows whose
+        most likely token is the target)
     """
-    full = torch.promote_types(product.dtype, torch.float32)
-    logits = product.to(full).add_(bias.to(full))  # on CPUs sums of two dtypes are slow: convert first
-    highest, likeliest = logits.max(dim=1, keepdim=True)
+    wide = torch.promote_types(product.dtype, torch.float32)
+    logits = product.to(wide).add_(bias.to(wide))  # on CPUs sums of two dtypes are slow: convert first
+    max_logit, predicted = logits.max(dim=1, keepdim=True)
     probability = logits.softmax(dim=1)
-    # log-sum-exp = highest - log of its probability
-    losses = highest - logits.gather(1, target) - probability.gather(1, likeliest).log()
-    gradient = probability.scatter_add_(1, target, -torch.ones_like(highest)).to(product.dtype)
-    return gradient, losses, (likeliest == target).sum()
+    log_sum_exp = max_logit - probability.gather(1, predicted).log()
+    losses = log_sum_exp - logits.gather(1, target)
+    # softmax - one-hot, in the memory of `probability`
+    gradient = probability.scatter_add_(1, target, -torch.ones_like(max_logit)).to(product.dtype)
+    return gradient, losses, (predicted == target).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Linear layer and cross-entropy in one, in chunks: the (rows, V) logits never exist as a whole.
+    """Linear layer and mean cross-entropy in one, in chunks of rows: the (n, V) logits are never in memory as a whole.
 
-    The gradients are made in the forward pass, while a chunk's logits are at hand (as in Liger, arXiv 2410.10989).
+    The gradients are computed in the forward pass, while a chunk's logits are in memory (as in Liger, arXiv 2410.10989).
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cross_entropy: CrossEntropyFn
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = len(x)
-        full = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
-        chunks = -(-rows // CHUNK_ROWS["cpu" if x.device.type == "cpu" else "gpu"])
-        chunk = -(-rows // chunks)  # about the same size each
+        """Return (mean loss, number of correct rows, loss of each row), and save the gradients of the summed loss.
+
+        Args:
+            ctx: autograd's context.
+            x, weight, bias, targets, cross_entropy: see `linear_cross_entropy`.
+        """
+        num_rows = len(x)
+        wide = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
+        num_chunks = math.ceil(num_rows / CHUNK_ROWS["cpu" if x.device.type == "cpu" else "gpu"])
+        chunk_size = math.ceil(num_rows / num_chunks)  # all chunks have about the same size
         dx = torch.empty_like(x)
-        dweight, dbias = (torch.zeros_like(parameter, dtype=full) for parameter in (weight, bias))
-        losses, num_correct = x.new_empty(rows, dtype=full), targets.new_zeros(())
-        parts = (x, dx, targets[:, None], losses[:, None])
-        for part, dpart, target, loss in zip(*(tensor.split(chunk) for tensor in parts), strict=True):
-            gradient, loss[:], correct = cross_entropy(part @ weight.T, bias, target)
+        dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
+        losses, num_correct = x.new_empty(num_rows, dtype=wide), targets.new_zeros(())
+        chunks = (tensor.split(chunk_size) for tensor in (x, dx, targets[:, None], losses[:, None]))
+        for x_chunk, dx_chunk, target, loss in zip(
+            *chunks, strict=True
+        ):  # dx_chunk and loss are views, written in place
+            gradient, loss[:], correct = cross_entropy(x_chunk @ weight.T, bias, target)
             num_correct += correct
-            torch.mm(gradient, weight, out=dpart)
-            dweight += (gradient.T @ part).to(full)
-            dbias += gradient.sum(dim=0, dtype=full)
+            torch.mm(gradient, weight, out=dx_chunk)
+            dweight += (gradient.T @ x_chunk).to(wide)
+            dbias += gradient.sum(dim=0, dtype=wide)
         ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
-        ctx.rows = rows
+        ctx.num_rows = num_rows
         ctx.mark_non_differentiable(num_correct, losses)
-        return losses.sum() / rows, num_correct, losses
+        return losses.sum() / num_rows, num_correct, losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _num_correct: None, _losses: None) -> tuple[Tensor | None, ...]:
-        return *(saved * (gradient / ctx.rows).to(saved.dtype) for saved in ctx.saved_tensors), None, None
+        """Return the gradients of x, weight and bias, which are saved, times that of the mean loss; targets have none."""
+        return *(saved * (gradient / ctx.num_rows).to(saved.dtype) for saved in ctx.saved_tensors), None, None
 
 
 def linear_cross_entropy(
     x: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"], targets: Int[Tensor, " n"],
     cross_entropy: CrossEntropyFn = cross_entropy_with_grad,
 ) -> LossOutput:  # fmt: skip
-    """Compute the mean `cross_entropy(linear(x, weight, bias), targets)` in nats with memory for one chunk of logits.
+    """Compute `F.cross_entropy(F.linear(x, weight, bias), targets)`, nats, with memory for one chunk of logits.
 
-    Sums and softmax are in float32 at least, products in the dtype of `x`.
+    Softmax and sums are in float32 at least, matrix products in the dtype of `x`.
 
     Args:
-        cross_entropy: `cross_entropy_with_grad`, or that compiled.
+        x: inputs of the linear layer.
+        weight: of the linear layer.
+        bias: of the linear layer.
+        targets: token id of each row, 0 to V - 1.
+        cross_entropy: `cross_entropy_with_grad`, or that function compiled.
     """
     return LossOutput(*_LinearCrossEntropy.apply(x, weight, bias, targets, cross_entropy))
 
@@ -118,27 +156,22 @@ def linear_cross_entropy(
 def token_loss(
     rows: Float[Tensor, "n D"], head: nn.Linear, tokens: Int[Tensor, " n"], cross_entropy: CrossEntropyFn = cross_entropy_with_grad
 ) -> LossOutput:  # fmt: skip
-    """Compute the cross-entropy, nats (BEiT, MaPeT)."""
+    """Compute the cross-entropy of the head's logits for visual tokens, nats (BEiT, MaPeT)."""
     return linear_cross_entropy(rows, head.weight, head.bias, tokens, cross_entropy)
 
 
-def compiled_token_loss() -> Callable[[Tensor, nn.Linear, Tensor], LossOutput]:
-    """Return a `token_loss` that makes one pass over the logits."""
-    return partial(token_loss, cross_entropy=torch.compile(cross_entropy_with_grad, dynamic=False))
-
-
 def pixel_loss(rows: Float[Tensor, "n D"], head: nn.Linear, patches: Float[Tensor, "n F"]) -> LossOutput:
-    """Compute the mean squared error of `normalized_patches` (MAE, arXiv 2111.06377): 1 for always predicting the mean."""
+    """Compute the mean squared error from `normalized_patches` (MAE, arXiv 2111.06377); predicting 0 everywhere costs about 1."""
     return mean_loss((at_least_float32(head(rows)) - patches).square().mean(dim=1))
 
 
 def feature_loss(rows: Float[Tensor, "n D"], head: nn.Linear, features: Float[Tensor, "n F"]) -> LossOutput:
-    """Compute 1 - cosine similarity with the teacher's feature (MVP, arXiv 2203.05175; EVA, arXiv 2211.07636)."""
+    """Compute 1 - cosine similarity with the teacher's features (MVP, arXiv 2203.05175; EVA, arXiv 2211.07636)."""
     return mean_loss(1 - F.cosine_similarity(at_least_float32(head(rows)), features, dim=1))
 
 
 def mean_loss(losses: Float[Tensor, " n"]) -> LossOutput:
-    """Average the losses of rows that have no token."""
+    """Return the loss of rows whose targets are regression vectors: the mean over rows."""
     return LossOutput(losses.mean(), None, losses.detach())
 
 
@@ -148,14 +181,22 @@ LOSSES: dict[TargetKind, Callable[[Tensor, nn.Linear, Tensor], LossOutput]] = {
 
 
 def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) -> Float[Tensor, "B N F"]:
-    """Return the pixels of each patch, row-major, less their mean and divided by their standard deviation (MAE)."""
-    patches = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1)).permute(0, 2, 4, 1, 3, 5)
-    flat = patches.flatten(3).flatten(1, 2)
-    return (flat - flat.mean(2, keepdim=True)) / (flat.var(2, keepdim=True) + 1e-6).sqrt()
+    """Return the pixels of each patch, normalized to mean 0 and variance 1 within the patch (MAE).
+
+    Args:
+        images: of any normalization.
+        grid: (rows, columns) of patches, N in all.
+
+    Returns:
+        patches in row-major order, each with its values in (channel, row, column) order.
+    """
+    blocks = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, C, rows, height, columns, width)
+    patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + VARIANCE_EPS).sqrt()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Convert half precision to float32: losses are never in less."""
+    """Convert half precision to float32, in which losses are computed; wider types are kept."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -166,10 +207,10 @@ class PreTrainingOutput(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        loss: mean over the m predicted patches of each image; nats for tokens.
-        num_correct: predicted tokens that are right; None where targets are regression vectors.
-        targets: of the predicted patches.
-        loss_per_image: without gradient.
+        loss: mean over all images and their m predicted patches, with gradient; nats for tokens.
+        num_correct: patches whose most likely token is the target; None where targets are regression vectors.
+        targets: of the predicted patches, in permutation order.
+        loss_per_image: mean over the image's predicted patches, without gradient.
     """
 
     loss: Float[Tensor, ""]
@@ -179,23 +220,23 @@ class PreTrainingOutput(NamedTuple):
 
 
 class ViTForPreTraining(nn.Module):
-    """MaPeT (or another row of the objective table) over an unmodified timm ViT (arXiv 2306.07346, section 3).
+    """A timm ViT with the mask token and prediction head of MaPeT (arXiv 2306.07346, section 3) or another objective.
 
-    The ViT owns everything that fine-tuning needs; only the mask token and the prediction head are added here, so the
-    backbone is exported by saving `vit.state_dict()`.
+    The ViT itself is not modified and owns all that fine-tuning needs, so the backbone is exported by saving
+    `vit.state_dict()`.
 
     Args:
         vit: with learned absolute positions; any prefix tokens, norms, LayerScale, stochastic depth.
-        vocab_size: V, the number of visual tokens.
-        objective: a row of `mapet.models.objectives`.
-        num_context: c, from 0 to N - 1, where a batch doesn't say otherwise.
-        num_predict: m; in training predict so many of the p = N - c hidden patches, those of `sample_target_indices`: an
-            unbiased estimate of the same loss from fewer query rows. None: all of them.
-        target: what is predicted of a patch; `vocab_size` is the number of outputs of the head.
-        separate_query_token: give query tokens a parameter of their own (it starts as the mask token).
+        vocab_size: number of outputs of the head: V for tokens, F for the other targets.
+        objective: see `mapet.models.objectives`.
+        num_context: c, from 0 to N - 1, of batches whose `num_context` is None.
+        num_predict: m: `sample_target_indices` draws so many of the p hidden patches for a training step, an unbiased
+            estimate of the same loss from fewer rows. None: all are predicted.
+        target: what is predicted of a patch.
+        separate_query_token: give query tokens a parameter of their own, which starts as a copy of the mask token.
 
     Raises:
-        MapetError: c or m out of range, or the ViT lacks something the objective needs.
+        MapetError: c or m is out of range, or the ViT or the objective lacks what another argument needs.
     """
 
     def __init__(
@@ -205,36 +246,45 @@ class ViTForPreTraining(nn.Module):
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
-            reason = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
-            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) out of range: {reason}")
-        if num_predict is not None and not 1 <= num_predict <= num_patches - num_context:
-            reason = f"{num_patches - num_context} patches are hidden, so 1 to that"
-            raise MapetError(f"{num_predict} targets ({option('num_predict')}) out of range: {reason}")
+            expected = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
+            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) out of range: {expected}")
+        num_hidden = num_patches - num_context
+        if num_predict is not None and not 1 <= num_predict <= num_hidden:
+            expected = f"{num_hidden} patches are hidden, so 1 to {num_hidden}"
+            raise MapetError(f"{num_predict} targets ({option('num_predict')}) out of range: {expected}")
         if vit.pos_embed is None:
-            raise MapetError("the ViT has no learned position embedding, which mask tokens need: choose one that has")
+            raise MapetError(
+                f"the ViT has no learned position embedding, which mask tokens need: choose another {option('model')}"
+            )
         if separate_query_token and "query" not in objective.segments:
-            raise MapetError(f"objective '{objective.name}' has no query tokens to separate from mask tokens")
+            raise MapetError(
+                f"objective '{objective.name}' has no query tokens: leave out {option('separate_query_token', True)}"
+            )
         self.vit, self.objective = vit, objective
         self.num_patches, self.num_context, self.num_predict = num_patches, num_context, num_predict
         self.target: TargetKind = target
         self._loss = LOSSES[target]
-        self._pack, self._block, self._last_block = pack, block_forward, block_forward_queries
+        self._pack, self._block_forward = pack, block_forward
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
         self.query_token = nn.Parameter(self.mask_token.detach().clone()) if separate_query_token else None
         self._layouts: dict[int, PackedLayout] = {}
-        self.layout()  # an impossible one is refused now
+        self.layout()  # raises now if a row would attend to nothing
 
     @property
     def num_hidden(self) -> int:
-        """p = N - c."""
+        """p = N - c, for the model's own c."""
         return self.num_patches - self.num_context
 
     def layout(self, num_context: int | None = None) -> PackedLayout:
-        """Return the packed rows for c (None: the model's own), on its device and in its dtype."""
+        """Return the packed layout for c context patches, on the model's device and in its dtype; layouts are cached by c.
+
+        Args:
+            num_context: c; None: the model's own.
+        """
         c = self.num_context if num_context is None else num_context
         if c not in self._layouts:
             counts = self.vit.num_prefix_tokens, c, self.num_patches - c
@@ -245,11 +295,11 @@ class ViTForPreTraining(nn.Module):
         return layout
 
     def forward(self, batch: Batch) -> PreTrainingOutput:
-        """Compute the mean loss over the B x m predicted patches: for tokens the cross-entropy.
+        """Compute the loss of a batch.
 
         Args:
-            batch: with normalized images, targets and permutations: the first c patches of each are context, the others
-                are predicted in this order.
+            batch: normalized `images`, `targets` and `permutation`; the first c patches of a permutation are context, the
+                others are predicted in this order. Optional: `num_context`, `target_indices`, `drop_path_rand`.
         """
         return self.compute_loss(self.encode(batch), self.hidden_targets(batch))
 
@@ -261,20 +311,30 @@ class ViTForPreTraining(nn.Module):
         return targets if batch.target_indices is None else targets[:, batch.target_indices]
 
     def compute_loss(self, rows: Float[Tensor, "B m D"], targets: Targets) -> PreTrainingOutput:
-        """Compare the head's predictions from the rows with the targets of the same patches."""
-        loss, num_correct, losses = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
-        return PreTrainingOutput(loss, num_correct, targets, losses.unflatten(0, rows.shape[:2]).mean(dim=1))
+        """Compute the loss of the head's predictions from final rows, as `encode` returns them.
+
+        Args:
+            rows: of the m predicted patches.
+            targets: of the same patches, as `hidden_targets` returns them.
+        """
+        loss, num_correct, loss_per_row = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
+        loss_per_image = loss_per_row.unflatten(0, rows.shape[:2]).mean(dim=1)
+        return PreTrainingOutput(loss, num_correct, targets, loss_per_image)
 
     def compile(self) -> None:
-        """Compile, at the first step, what takes a step's time: packing, a block (once for all of them), the cross-entropy."""
-        self._pack, self._block, self._last_block = (
-            torch.compile(function, dynamic=False) for function in (pack, block_forward, block_forward_queries)
-        )
+        """Make the first step compile what takes a step's time: packing, a block (once for all of them), the cross-entropy."""
+        self._pack = torch.compile(pack, dynamic=False)
+        self._block_forward = torch.compile(block_forward, dynamic=False)
         if self.target == "tokens":
-            self._loss = compiled_token_loss()
+            self._loss = partial(token_loss, cross_entropy=torch.compile(cross_entropy_with_grad, dynamic=False))
 
     def sample_target_indices(self, num_context: int, seed: list[int]) -> TargetIndices | None:
-        """Draw a step's m target indices, ascending, on the CPU; None where all patches are predicted."""
+        """Draw which m of the p hidden patches a step predicts, on the CPU; None where all are predicted.
+
+        Args:
+            num_context: c of the step.
+            seed: of NumPy's generator; equal seeds draw equal indices.
+        """
         if self.num_predict is None:
             return None
         order = np.random.default_rng(seed).permutation(self.num_patches - num_context)
@@ -285,87 +345,102 @@ class ViTForPreTraining(nn.Module):
         return self.head(self.encode(batch))
 
     def encode(self, batch: Batch) -> Float[Tensor, "B m D"]:
-        """Return the final outputs of the rows that predict.
+        """Return the ViT's final output of the m predicted patches, in permutation order.
 
-        Rows that are attended to go through all blocks but the last, where they have keys and values only.
+        All rows go through all blocks but the last, of which only the outputs of these patches are computed.
         """
         assert batch.images is not None and batch.permutation is not None
         layout, indices = self.layout(batch.num_context), batch.target_indices
-        num_kv, output_rows = layout.num_kv, layout.output_rows
         images, tokens = batch.images.to(self.mask_token.dtype), (self.mask_token, self.query_token)
         rows = self._pack(self.vit, *tokens, images, batch.permutation, layout.segment_lengths, indices)
-        bias, output_bias, query_rows = layout.attn_bias, layout.attn_bias[output_rows], output_rows
+        attn_bias, output_bias = layout.attn_bias, layout.attn_bias[layout.output_rows]
+        output_rows: slice | Tensor = layout.output_rows
         if indices is not None:
             output_bias = output_bias[indices]
-            if layout.queries_only:
-                bias = torch.cat([bias[:num_kv], output_bias])
+            if layout.queries_only:  # behind the first C rows only these m are packed
+                attn_bias = torch.cat([attn_bias[: layout.num_kv], output_bias])
             else:
-                query_rows = output_rows.start + indices
-        (*blocks, last), (*scales, last_scale) = self.vit.blocks, drop_path_scales(self.vit, batch.drop_path_rand, rows)
-        query_blocks = truncate_blocks(layout.blocks, len(bias))
-        for block, scale in zip(blocks, scales, strict=True):
-            rows = run_block(self._block, block, rows, num_kv, bias, query_blocks, scale)
+                output_rows = layout.output_rows.start + indices
+        *scales, last_scale = drop_path_scales(self.vit, batch.drop_path_rand, rows)
+        forward, num_kv = self._block_forward, layout.num_kv
+        query_blocks = truncate_blocks(layout.blocks, len(attn_bias))
+        for block, scale in zip(self.vit.blocks[:-1], scales, strict=True):
+            rows = run_block(forward, block, rows, num_kv, slice(None), attn_bias, query_blocks, scale)
         query_blocks = truncate_blocks(layout.output_blocks, len(output_bias))
-        rows = run_block(self._last_block, last, rows, num_kv, query_rows, output_bias, query_blocks, last_scale)
+        rows = run_block(forward, self.vit.blocks[-1], rows, num_kv, output_rows, output_bias, query_blocks, last_scale)
         return self.vit.norm(rows)
 
 
 def run_block(function: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
-    """Call `function(block, ...)`; FSDP2, which gathers a block's weights for its methods only, gives blocks a method `run`."""
+    """Return `function(block, *args)`, called through the block's method `run` if `apply_fsdp` has added one.
+
+    FSDP2 gathers a block's sharded weights only while a method of the block runs.
+    """
     return block.run(function, *args) if hasattr(block, "run") else function(block, *args)  # type: ignore[operator]
 
 
 def block_forward(
-    block: Block, rows: Float[Tensor, "B R D"], num_kv: int, attn_bias: Float[Tensor, "R C"],
-    query_blocks: list[QueryBlock], scale: DropPathScale,
-) -> Float[Tensor, "B R D"]:  # fmt: skip
-    """Run a timm Block in which all rows have queries and the first `num_kv` keys and values."""
-    q = block.norm1(rows)
-    kv = q[:, :num_kv].contiguous()  # as its products would make it, each time
-    return residual_update(block, rows, two_stream_attention(block.attn, kv, q, attn_bias, query_blocks), scale)
+    block: Block, rows: Float[Tensor, "B R D"], num_kv: int, query_rows: slice | Int[Tensor, " r"],
+    attn_bias: Float[Tensor, "r C"], query_blocks: list[QueryBlock], scale: DropPathScale,
+) -> Float[Tensor, "B r D"]:  # fmt: skip
+    """Run a timm Block under an attention mask, and return the outputs of some rows.
 
-
-def block_forward_queries(
-    block: Block, rows: Float[Tensor, "B R D"], num_kv: int, query_rows: slice | Int[Tensor, " m"],
-    attn_bias: Float[Tensor, "m C"], query_blocks: list[QueryBlock], scale: DropPathScale,
-) -> Float[Tensor, "B m D"]:  # fmt: skip
-    """Run a timm Block of which only the outputs of `query_rows` are needed."""
-    kv, rows = rows[:, :num_kv], rows[:, query_rows]
-    attended = two_stream_attention(block.attn, block.norm1(kv), block.norm1(rows), attn_bias, query_blocks)
-    return residual_update(block, rows, attended, scale)
+    Args:
+        block: of the ViT.
+        rows: inputs of the block.
+        num_kv: C: keys and values are those of the first C rows.
+        query_rows: the r rows whose queries and outputs are computed; `slice(None)`: all.
+        attn_bias: 0 where a row of `query_rows` attends to a column, -inf elsewhere.
+        query_blocks: how attention is split up; of the r rows.
+        scale: see `residual_update`.
+    """
+    normalized = block.norm1(rows)
+    kv = normalized[:, :num_kv].contiguous()  # once, as both its projections need it
+    attended = two_stream_attention(block.attn, kv, normalized[:, query_rows], attn_bias, query_blocks)
+    return residual_update(block, rows[:, query_rows], attended, scale)
 
 
 def residual_update(
-    block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], scale: DropPathScale = (None, None)
+    block: Block, rows: Float[Tensor, "B R D"], attended: Float[Tensor, "B R D"], scale: DropPathScale = None
 ) -> Float[Tensor, "B R D"]:
-    """Do what timm's Block does after its attention; its DropPath draws where there is no scale."""
+    """Compute what follows attention in timm's Block: add its output to the rows, then the MLP's.
+
+    Args:
+        block: with its LayerScale, DropPath, norm and MLP.
+        rows: inputs of the block.
+        attended: outputs of its attention.
+        scale: factors of the two branches, in place of the block's DropPath, which draws if they are None.
+    """
     branch = block.ls1(attended)
-    rows = rows + (block.drop_path1(branch) if scale[0] is None else branch * scale[0])
+    rows = rows + (block.drop_path1(branch) if scale is None else branch * scale[0])
     branch = block.ls2(block.mlp(block.norm2(rows)))
-    return rows + (block.drop_path2(branch) if scale[1] is None else branch * scale[1])
+    return rows + (block.drop_path2(branch) if scale is None else branch * scale[1])
 
 
 def drop_path_scales(
     vit: VisionTransformer, drop_path_rand: DropPathRand | None, rows: Float[Tensor, "B R D"]
 ) -> list[DropPathScale]:
-    """Return the factors of each block's two branches, in the dtype of `rows`.
+    """Return the factors of the residual branches of each block, in the dtype of `rows`.
 
-    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose number in `drop_path_rand` is below the branch's
-    probability; given from outside, the draws don't depend on which images are computed together.
+    Stochastic depth (arXiv 1603.09382) keeps a branch for the images whose random number is below the branch's keep
+    probability. As the numbers come with the images, the result doesn't depend on which images are computed together.
+
+    Args:
+        vit: its blocks' DropPath says the probability; no DropPath, as in the first block, is probability 1.
+        drop_path_rand: uniform random numbers, two per block; None: every block draws for itself.
+        rows: any tensor of the right dtype.
+
+    Returns:
+        for each block its factors; None where it draws for itself, or drops nothing because it is in evaluation mode.
     """
-
-    def scale(path: nn.Module, rand: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1"] | None:
-        if not path.training:
-            return None
-        # That of the first block is 1; it is multiplied by nevertheless, so that its compiled block is the others'.
-        keep_prob = 1 - path.drop_prob if isinstance(path, DropPath) else 1
-        return ((rand < keep_prob).to(rows.dtype) / keep_prob)[:, None, None]
-
-    if drop_path_rand is None:
-        return [(None, None)] * len(vit.blocks)
-    pairs = drop_path_rand.unflatten(1, (-1, 2)).permute(1, 2, 0)
-    blocks = zip(vit.blocks, pairs, strict=True)
-    return [(scale(block.drop_path1, first), scale(block.drop_path2, second)) for block, (first, second) in blocks]
+    if drop_path_rand is None or not vit.training:
+        return [None] * len(vit.blocks)
+    scales: list[DropPathScale] = []
+    for block, rand in zip(vit.blocks, drop_path_rand.T.unflatten(0, (-1, 2)), strict=True):
+        # Factors of 1 are multiplied by as well, so that all blocks share one compiled function.
+        keep_prob = 1 - block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 1
+        scales.append(((rand < keep_prob).to(rows.dtype) / keep_prob)[:, :, None, None])
+    return scales
 
 
 # ---- CAE: its encoder runs on visible patches alone; a regressor predicts the latents of hidden ones, a decoder their tokens
@@ -375,12 +450,15 @@ class ContextAutoencoder(ViTForPreTraining):
     """Context autoencoder (arXiv 2202.03026, section 3) over an unmodified timm ViT.
 
     Mask queries (mask token + position) pass through the latent regressor: blocks whose keys and values are the encoder's
-    latents of the visible patches and the queries themselves. The alignment loss is the mean squared difference of what
-    comes out from the encoder's latents of the hidden patches, without gradient; the decoder, blocks among those rows
-    alone, and the head give the logits. The paper adds positions in every block of regressor and decoder; here they are
-    added once.
+    latents of the visible patches and the queries themselves. The alignment loss is the mean squared difference between the
+    regressor's output and the encoder's latents of the hidden patches, which get no gradient. The decoder, blocks in which the
+    regressor's output rows attend to each other, and the head give the logits. The paper adds positions in every block of
+    regressor and decoder; here they are added once.
 
-    Args: as `ViTForPreTraining`'s, without `num_predict`.
+    Args: those of `ViTForPreTraining` without `objective`; `num_predict` must be None.
+
+    Raises:
+        MapetError: `num_predict` is given, or see `ViTForPreTraining`.
     """
 
     def __init__(
@@ -394,57 +472,64 @@ class ContextAutoencoder(ViTForPreTraining):
         self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
 
     def forward(self, batch: Batch) -> PreTrainingOutput:
-        """Compute the loss of the tokens plus `ALIGNMENT_WEIGHT` times that of the latents; see `ViTForPreTraining.forward`."""
-        rows, alignment = self.forward_latents(batch)
+        """Compute the loss of the targets plus `ALIGNMENT_WEIGHT` times the alignment loss; see `ViTForPreTraining.forward`."""
+        rows, alignment_loss = self.forward_latents(batch)
         output = self.compute_loss(rows, self.hidden_targets(batch))
-        return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment)
+        return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment_loss)
 
-    def predict(self, batch: Batch) -> Float[Tensor, "B p V"]:
-        """Return the logits of the p hidden patches, in permutation order."""
-        return self.head(self.forward_latents(batch)[0])
+    def encode(self, batch: Batch) -> Float[Tensor, "B p D"]:
+        """Return the decoder's normalized output of the p hidden patches, in permutation order."""
+        return self.forward_latents(batch)[0]
 
     def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
-        """Return what the head reads, and the alignment loss."""
+        """Return (the decoder's normalized output of the p hidden patches, in permutation order; the alignment loss)."""
         assert batch.permutation is not None
         c = self.num_context if batch.num_context is None else batch.num_context
         context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
-        visible = self.encode_patches(batch, context)
+        context_latents = self.encode_patches(batch, context)
         with torch.no_grad():
             target_latents = self.encode_patches(batch, hidden)[:, self.vit.num_prefix_tokens :]
         positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(hidden), -1, -1)
         rows = self.mask_token + gather_patches(positions, hidden)
         for block in self.regressor:
-            rows = run_block(regress, block, rows, visible)
-        alignment = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
-        return self.decoder_norm(self.decoder(rows)), alignment
+            rows = run_block(regressor_block_forward, block, rows, context_latents)
+        alignment_loss = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
+        return self.decoder_norm(self.decoder(rows)), alignment_loss
 
-    def encode_patches(self, batch: Batch, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B T D"]:
-        """Run the ViT's own pass over its prefix tokens and these patches alone."""
+    def encode_patches(self, batch: Batch, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B prefix+n D"]:
+        """Return the ViT's final output of its prefix tokens and some patches, which attend to nothing else.
+
+        Args:
+            batch: its `images`, and `drop_path_rand` if given.
+            indices: of each image's patches, row-major.
+        """
         vit = self.vit
         assert batch.images is not None
         embedded = vit._pos_embed(vit.patch_embed(batch.images.to(self.mask_token.dtype)))
         prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
         rows = vit.norm_pre(torch.cat([prefix, gather_patches(patches, indices)], dim=1))
         for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
-            rows = run_block(encode, block, rows, scale)
+            rows = run_block(encoder_block_forward, block, rows, scale)
         return vit.norm(rows)
 
 
-def encode(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
-    """Run a timm Block with the given draws of stochastic depth."""
+def encoder_block_forward(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
+    """Run a timm Block in which all rows attend to all; `scale`: see `residual_update`."""
     return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
 
 
-def regress(block: Block, rows: Float[Tensor, "B p D"], visible: Float[Tensor, "B T D"]) -> Float[Tensor, "B p D"]:
-    """Run a timm Block in which the mask queries attend to the encoder's latents and to each other."""
+def regressor_block_forward(
+    block: Block, rows: Float[Tensor, "B p D"], context_latents: Float[Tensor, "B T D"]
+) -> Float[Tensor, "B p D"]:
+    """Run a timm Block in which the mask queries `rows` attend to the context's latents and to each other."""
     q = block.norm1(rows)
-    kv = torch.cat([block.norm1(visible), q], dim=1)
+    kv = torch.cat([block.norm1(context_latents), q], dim=1)
     unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
     return residual_update(block, rows, two_stream_attention(block.attn, kv, q, rows.new_empty(0), unmasked))
 
 
 def _make_blocks(vit: VisionTransformer) -> nn.Sequential:
-    """Make `REGRESSOR_DEPTH` fresh blocks like the ViT's, without stochastic depth."""
+    """Make `REGRESSOR_DEPTH` newly initialized blocks of the same sizes as the ViT's, without stochastic depth."""
     first = vit.blocks[0]
     options = {
         "num_heads": first.attn.num_heads, "mlp_ratio": first.mlp.fc1.out_features / vit.embed_dim,
