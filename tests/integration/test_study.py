@@ -19,7 +19,7 @@ from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.studies import trials
 from mapet.studies.statistics import COMPUTE, EPOCHS
-from mapet.studies.trials import grid_trials, with_budgets
+from mapet.studies.trials import add_equal_compute, grid_trials
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 from tests.refused import refused
@@ -66,7 +66,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     recorded = (out / "config.yaml").read_bytes()
     for changed, message in (
-        ({"pretrain": SHARED | {"lr": 0.1}}, r"was run with other options \(lr: 0.003 -> 0.1\)"),
+        ({"pretrain": SHARED | {"lr": 0.1}}, r"was made with other options \(lr: 0.003 -> 0.1\)"),
         (
             {"tokenizers": {"pixels": PIXELS | {"vocab_size": 8}}},
             r"pixels was made with other options \(vocab_size: 16 -> 8\)",
@@ -143,7 +143,7 @@ def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tok
     assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
     (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
     (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
-    budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in with_budgets(config, cells)}
+    budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in add_equal_compute(config, cells)}
     assert budgets["0.5, mapet, seed 0", 2] == (EPOCHS, COMPUTE)  # the dearest of its comparison
     assert budgets["0.5, mim, seed 0", 2] == (EPOCHS,)
     assert budgets["0.5, mim, seed 0, 3 epochs", 3] == (COMPUTE,)

@@ -10,7 +10,7 @@ from mapet.commands.command import AnyCommand, command_name
 from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
-from mapet.config.shared import is_custom_teacher
+from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.digits import write_digits
 from mapet.data.sources import list_images
@@ -92,7 +92,7 @@ def _plan(config: RunConfig) -> list[Stage]:
     """Build the config of every stage before anything is written: contradicting options are refused now."""
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
     backbone, figures = pretrained / "backbone", config.out / "figures"
-    trusted = config.fit_tokenizer.teacher if is_custom_teacher(config.fit_tokenizer.teacher) else None
+    trusted = get_custom_teacher(config.fit_tokenizer.teacher)
     begun = (pretrained / CONFIG_FILE).exists()
 
     def stage(of: AnyCommand, begun: bool, done: bool, **given: Any) -> Stage:
@@ -209,10 +209,12 @@ def study(config: StudyConfig) -> Path:
     write_config(config, config.out / CONFIG_FILE)
     names = {trial.tokenizer for trial in trials}
     broken = {} if config.report_only else trial_runs.make_tokenizers(config, names)
-    trials = trial_runs.with_budgets(config, trials)
+    trials = trial_runs.add_equal_compute(config, trials)
     stopped = "" if config.report_only else trial_runs.run_trials(config, trials, broken, num_images)
     report = config.out / "report"
-    write_report(trial_runs.summarize(config, trials, measure=not config.report_only and not stopped), report)
+    write_report(
+        trial_runs.collect_results(config, trials, evaluate_baselines=not config.report_only and not stopped), report
+    )
     num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
     finished = f"{num_finished} of {len(trials)} trials are finished"
     log.info("%s; report in %s", finished, report / "report.html")
@@ -237,7 +239,7 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
             few_shot_split(train, 1 if amount == "all" else amount, seed=0)
         except MapetError as error:
             raise MapetError(f"{option('labels_per_class')}: {error}", field="labels_per_class", value=amount) from None
-    for trial in trial_runs.with_budgets(config, trials):
+    for trial in trial_runs.add_equal_compute(config, trials):
         trial_runs.check_same_trial(
             trial_runs.trial_folder(config, trial), trial_runs.trial_config(config, trial, num_images)
         )

@@ -201,6 +201,11 @@ def is_custom_teacher(teacher: str) -> bool:
     return ":" in teacher and not teacher.startswith(HUB_PREFIXES)
 
 
+def get_custom_teacher(teacher: str) -> str | None:
+    """Return the name of a teacher if it is the user's own code, which `trust_teacher` then allows to run, else None."""
+    return teacher if is_custom_teacher(teacher) else None
+
+
 def non_default_options(config: Config, options: Iterable[str]) -> list[str]:
     """Those that have another value than the default."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]

@@ -1,4 +1,4 @@
-"""Statistics of a study: intervals over seeds, paired differences of runs, the best values."""
+"""Statistics of a study: intervals over seeds, paired differences of compared values, the levels at which each does best."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -13,27 +13,30 @@ from mapet.errors import MapetError
 from mapet.evaluation.eval_context import ALPHA, mean_and_margin
 
 MIN_SPREAD = 1e-9
-"""Accuracies nearer than this are the same: no test set is large enough to tell them from rounding."""
+"""Accuracies that differ by less count as equal: one image of any real test set is more, so this is rounding."""
 
 EPOCHS, COMPUTE = "equal epochs", "equal compute"
-"""Budgets: what runs that are compared have alike."""
+"""Budgets: what the compared runs have in common."""
 Condition = tuple[tuple[str, str], ...]
-"""(factor, value) of every factor but the compared one."""
+"""(factor, level) of every factor but the compared one."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One pre-training run of a study, and what came of it. Only runs that are done count in the statistics.
+    """One pre-training run of a study and its results. Only finished runs count in the statistics.
 
     Attributes:
-        factors: value of each factor but the seed; the same keys in all trials of a study.
-        tokenizer: its name in the study.
-        options: of `pretrain`.
-        budgets: the comparisons it belongs to.
-        status: of its run.json ("finished", "failed", ...; `reason` says why), or "not run".
-        scores: accuracy (0..1) of each metric.
-        flops, seconds: of the whole pre-training; wall-clock.
-        curve: points of "epoch", "flops", "seconds", and any of "loss", "logistic", "knn".
+        factors: name of each factor (the seed is none) -> its level here; all trials of a study have the same keys.
+        tokenizer: name of its tokenizer in the study.
+        options: options of `pretrain`, `epochs` among them.
+        budgets: the comparisons that it belongs to, of `EPOCHS` and `COMPUTE`.
+        flops_per_image: FLOPs of training on one image; 0 while its tokenizer is not there.
+        status: that of its run.json ("finished", "failed", ...), or "not run".
+        reason: why it failed or stopped; else ''.
+        scores: metric -> accuracy (0..1).
+        flops: of the whole pre-training; None until it is finished, as `epochs` and `seconds` are.
+        seconds: training time, without start-up and evaluation.
+        curve: learning curve; each point has "epoch", "flops", "seconds", and any of "loss", "logistic", "knn".
     """
 
     factors: dict[str, str]
@@ -52,27 +55,28 @@ class Trial:
 
     @property
     def name(self) -> str:
-        parts = [*(value for _, value in sorted(self.factors.items())), f"seed {self.seed}"]
+        """Levels in the order of their factors' names, the seed, and, of a run that was added for equal compute, the epochs."""
+        parts = [*(level for _, level in sorted(self.factors.items())), f"seed {self.seed}"]
         return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']} epochs"])
 
     @property
     def finished(self) -> bool:
         return self.status == "finished"
 
-    def condition(self, compare: str) -> Condition:
-        """(factor, value) of every factor but the compared one."""
-        return tuple((factor, value) for factor, value in self.factors.items() if factor != compare)
+    def condition(self, compared_factor: str) -> Condition:
+        """Return (factor, level) of every factor but the compared one."""
+        return tuple((factor, level) for factor, level in self.factors.items() if factor != compared_factor)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs, and what to print with it.
+    """The trials of a study and what its report prints with them.
 
     Attributes:
-        compared_factor: the factor whose values are compared in pairs.
-        baselines: accuracies of what was not pre-trained here, by name and metric.
-        notes: sentences to print at the top.
-        command: what repeats the study.
+        compared_factor: the factor whose levels ("values") are compared in pairs.
+        baselines: name of a model that was not pre-trained here -> metric -> accuracy (0..1).
+        notes: sentences for the top of the report.
+        command: the shell command that repeats the study.
     """
 
     title: str
@@ -83,9 +87,13 @@ class Study:
     command: str
 
     def __post_init__(self) -> None:
-        keys = Counter((budget, *sorted(c.factors.items()), c.seed) for c in self.trials for budget in c.budgets)
-        if twice := [key for key, count in keys.items() if count > 1]:  # pairs would be ambiguous
-            raise MapetError(f"study '{self.title}' has more than one run of {twice[0]}")
+        """Raise MapetError if two runs of a budget have the same factors and seed: pairs would be ambiguous."""
+        keys = Counter((budget, *sorted(t.factors.items()), t.seed) for t in self.trials for budget in t.budgets)
+        for key, count in keys.items():
+            if count > 1:
+                raise MapetError(
+                    f"study '{self.title}' has more than one run of {key}: give each its own value or seed"
+                )
 
     @cached_property
     def budgets(self) -> list[str]:
@@ -98,7 +106,7 @@ class Study:
 
     @cached_property
     def values(self) -> list[str]:
-        """Of the compared factor, in the order of the trials."""
+        """Levels of the compared factor, in the order of the trials."""
         return list(dict.fromkeys(trial.factors[self.compared_factor] for trial in self.trials))
 
     @cached_property
@@ -110,25 +118,28 @@ class Study:
         return [factor for factor, _ in self.conditions[0]] if self.trials else []
 
     def select(self, budget: str, condition: Condition, value: str) -> list[Trial]:
-        """The runs, one a seed, of one value in one condition."""
+        """Return the runs, one per seed, of one compared value in one condition."""
         factors = {**dict(condition), self.compared_factor: value}
         return [trial for trial in self.trials if budget in trial.budgets and trial.factors == factors]
 
     def scores(self, budget: str, condition: Condition, value: str, metric: str) -> dict[int, float]:
-        """Accuracy of each seed that is done, in the order of seeds."""
+        """Return seed -> accuracy (0..1) of the finished runs that have the metric, in ascending order of seeds."""
         trials = sorted(self.select(budget, condition, value), key=lambda trial: trial.seed)
-        found = {trial.seed: trial.scores.get(metric, nan) for trial in trials if trial.finished}
-        return {seed: score for seed, score in found.items() if isfinite(score)}
+        scores = {trial.seed: trial.scores.get(metric, nan) for trial in trials if trial.finished}
+        return {seed: score for seed, score in scores.items() if isfinite(score)}
 
 
 @dataclass
 class Difference:
-    """Accuracy (0..1) of `first` minus that of `second`, over the seeds that both have.
+    """Mean accuracy (0..1) of `first` minus that of `second`, over the seeds that both have.
 
     Attributes:
-        conditions: the one it holds for, or all those it is the mean of ("pooled").
-        half_width, p, p_holm: None where there is no test: one seed, or no spread between the seeds.
-        is_primary: pooled, or of the only condition of its pair.
+        conditions: the condition that it was measured in, or all those that it is averaged over.
+        seeds: how many seeds.
+        half_width: half the width of the 95 % interval of `mean`.
+        p: of the paired t-test. It and `half_width` are None without a test: one seed, or no spread between the seeds.
+        is_primary: whether it is averaged over all conditions of its pair, or the pair has only this one.
+        p_holm: `p`, corrected for the other tests of its budget, metric and kind (primary or not).
     """
 
     budget: str
@@ -145,94 +156,112 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """'higher' or 'lower' where the corrected p is below `ALPHA`, else 'not significant', or 'no test'."""
         if self.p_holm is None:
             return "no test"
-        return "not significant" if self.p_holm >= ALPHA else "higher" if self.mean > 0 else "lower"
+        if self.p_holm >= ALPHA:
+            return "not significant"
+        return "higher" if self.mean > 0 else "lower"
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's paired t-test that the mean difference is nought.
+    """Return the two-sided p of Student's paired t-test that the mean difference is zero.
 
-    None below two pairs, and None where all differences are the same: t is then 0/0 or infinite, and p = 0 would claim
-    more than two or three runs that agree to the digit can show.
+    None for fewer than two pairs, and where all differences are equal: t is then 0/0 or infinite, and p = 0 would claim more
+    than a few runs that agree to the last digit can show.
     """
     if len(differences) < 2 or max(differences) - min(differences) < MIN_SPREAD:
         return None
-    from scipy import stats
+    from scipy import stats  # a second to import
 
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for testing all of them (Holm, 1979: a simple sequentially rejective multiple test procedure)."""
+    """Return p values corrected for testing all of them (Holm, 1979: a simple sequentially rejective multiple test procedure).
+
+    The i-th smallest of n (from 0) is multiplied by n - i, and at least as large as those before it; the order of `p` is kept.
+    """
     corrected, highest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        corrected[i] = highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+    for i, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        corrected[index] = highest = max(highest, min(1.0, (len(p) - i) * p[index]))
     return corrected
 
 
 def paired_differences(study: Study) -> list[Difference]:
-    """Every pair of compared values, pooled and in each condition.
+    """Compare every pair of values of the compared factor, for each budget and metric: over all conditions, then in each.
 
-    Corrected over the tests of a budget and metric: the pooled rows (the questions a study is made for) among
+    p values are corrected over the tests of a budget and metric: primary ones (the questions a study is made for) among
     themselves, those of single conditions among themselves.
-
-    Pooled: the mean difference over the conditions first, seed by seed, so that the conditions of a seed do not count as
-    independent. A pair with one condition has no pooled row: it would be the same test twice.
     """
-    found = []
+    differences = []
     for budget, metric in product(study.budgets, study.metrics):
-        family = []
+        rows = []
         for first, second in combinations(study.values, 2):
-            gaps = {}
-            for condition in study.conditions:
-                a, b = (study.scores(budget, condition, value, metric) for value in (first, second))
-                if shared := [seed for seed in a if seed in b]:
-                    gaps[condition] = {seed: a[seed] - b[seed] for seed in shared}
-            pooled = [tuple(gaps)] if len(gaps) > 1 else []
-            for conditions in [*pooled, *((condition,) for condition in gaps)]:
-                values = _mean_by_seed([gaps[condition] for condition in conditions])
-                (mean, width), p = mean_and_margin(values), paired_t_test(values)
-                pair, is_primary = (budget, metric, first, second), len(conditions) == len(gaps)
-                width = None if p is None else width
-                family.append(Difference(*pair, conditions, len(values), mean, width, p, is_primary))
+            rows += _compare_pair(study, budget, metric, first, second)
         for is_primary in (True, False):
-            tested = [row for row in family if row.is_primary == is_primary and row.p is not None]
-            for row, p_holm in zip(tested, holm([row.p or 0.0 for row in tested]), strict=True):
+            tested = [(row, row.p) for row in rows if row.is_primary == is_primary and row.p is not None]
+            for (row, _), p_holm in zip(tested, holm([p for _, p in tested]), strict=True):
                 row.p_holm = p_holm
-        found += family
-    return found
+        differences += rows
+    return differences
 
 
-def _mean_by_seed(scores: Collection[dict[int, float]]) -> list[float]:
-    """Mean over conditions for each seed that any of them has."""
-    seeds = sorted({seed for scores_of_condition in scores for seed in scores_of_condition})
-    return [
-        fmean(scores_of_condition[seed] for scores_of_condition in scores if seed in scores_of_condition)
-        for seed in seeds
-    ]
+def _compare_pair(study: Study, budget: str, metric: str, first: str, second: str) -> list[Difference]:
+    """Compare two values seed by seed: one row over all conditions, if there are several, then one for each condition.
+
+    Over several conditions the difference is averaged over them first, for each seed, so that the conditions of a seed do not
+    count as independent. `p_holm` is left None.
+    """
+    by_condition: dict[Condition, dict[int, float]] = {}  # -> seed -> difference
+    for condition in study.conditions:
+        scores, others = (study.scores(budget, condition, value, metric) for value in (first, second))
+        if paired := {seed: scores[seed] - others[seed] for seed in scores if seed in others}:
+            by_condition[condition] = paired
+    groups: list[tuple[Condition, ...]] = [(condition,) for condition in by_condition]
+    if len(by_condition) > 1:
+        groups.insert(0, tuple(by_condition))
+    rows = []
+    for conditions in groups:
+        values = _mean_by_seed([by_condition[condition] for condition in conditions])
+        (mean, half_width), p = mean_and_margin(values), paired_t_test(values)
+        half_width = None if p is None else half_width
+        is_primary = len(conditions) == len(by_condition)
+        rows.append(Difference(budget, metric, first, second, conditions, len(values), mean, half_width, p, is_primary))
+    return rows
+
+
+def _mean_by_seed(by_condition: Collection[dict[int, float]]) -> list[float]:
+    """Average seed -> score over conditions, for each seed that any condition has; in ascending order of seeds."""
+    seeds = sorted({seed for scores in by_condition for seed in scores})
+    return [fmean(scores[seed] for scores in by_condition if seed in scores) for seed in seeds]
 
 
 def has_single_seed(differences: list[Difference]) -> bool:
-    """Whether there are differences, but without intervals and tests."""
+    """Return whether there are differences, all of one seed, so that none has an interval or a test."""
     return bool(differences) and all(row.seeds == 1 for row in differences)
 
 
 def format_condition(condition: Condition) -> str:
-    """'tokenizer pixels, ratio 0.75'."""
-    return ", ".join(f"{factor} {value}" for factor, value in condition)
+    """Write 'tokenizer pixels, ratio 0.75'."""
+    return ", ".join(f"{factor} {level}" for factor, level in condition)
 
 
 def format_p_value(p: float | None, equals: str = "") -> str:
-    """Three digits, '< 0.001', or '-' where there was no test."""
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+    """Write three digits after `equals`, '< 0.001' below that, or '-' where there was no test."""
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 class BestLevels(NamedTuple):
     """The levels of a factor at which a compared value has its highest mean: a description, no test.
 
     Attributes:
-        overlap: whether its interval overlaps with another level's; None where there is one seed.
+        value: the compared value.
+        levels: usually one; several whose means are equal.
+        mean: the highest mean accuracy (0..1).
+        overlap: whether its 95 % interval overlaps with another level's; None with one seed.
     """
 
     value: str
@@ -242,24 +271,27 @@ class BestLevels(NamedTuple):
 
 
 def find_best_levels(study: Study, budget: str, metric: str, factor: str) -> list[BestLevels]:
-    """Where each compared value does best.
+    """Find the levels of `factor` at which each compared value is best.
 
-    Levels of a factor are compared on the seeds and remaining conditions that they share, averaged as in pooling.
+    Levels are compared on the seeds and remaining factors that all of them have, averaged as in `_compare_pair`; a value with
+    fewer than two levels, or with nothing in common between them, is left out.
     """
-    found = []
+    best = []
     for value in study.values:
-        levels: dict[str, dict[tuple[Condition, int], float]] = {}
+        by_level: dict[str, dict[tuple[Condition, int], float]] = {}  # -> (other factors, seed) -> score
         for condition in study.conditions:
-            rest = tuple(pair for pair in condition if pair[0] != factor)
+            other_factors = tuple(pair for pair in condition if pair[0] != factor)
             for seed, score in study.scores(budget, condition, value, metric).items():
-                levels.setdefault(dict(condition)[factor], {})[rest, seed] = score
-        shared = set.intersection(*map(set, levels.values())) if len(levels) > 1 else set()
+                by_level.setdefault(dict(condition)[factor], {})[other_factors, seed] = score
+        shared = set.intersection(*map(set, by_level.values())) if len(by_level) > 1 else set()
         if not shared:
             continue
-        seeds = {key: _mean_by_seed([{seed: of[rest, seed]} for rest, seed in shared]) for key, of in levels.items()}
-        intervals = {level: mean_and_margin(means) for level, means in seeds.items()}
-        highest, width = max(intervals.values(), key=lambda interval: interval[0])
-        top = [level for level, (mean, _) in intervals.items() if mean > highest - MIN_SPREAD]
-        reach = max(mean + (half or 0) for level, (mean, half) in intervals.items() if level != top[0])
-        found.append(BestLevels(value, top, highest, None if width is None else reach >= highest - width))
-    return found
+        intervals = {}
+        for level, scores in by_level.items():
+            intervals[level] = mean_and_margin(_mean_by_seed([{key[1]: scores[key]} for key in shared]))
+        highest, half_width = max(intervals.values(), key=lambda interval: interval[0])
+        levels = [level for level, (mean, _) in intervals.items() if mean > highest - MIN_SPREAD]
+        upper_ends = [mean + (width or 0) for level, (mean, width) in intervals.items() if level != levels[0]]
+        overlap = None if half_width is None else max(upper_ends) >= highest - half_width
+        best.append(BestLevels(value, levels, highest, overlap))
+    return best

@@ -1,4 +1,4 @@
-"""A study: its grid of trials, its tokenizers, each trial in a process of its own and evaluated alike, and what came out of them."""
+"""The trials of a study: their grid and configs, running each in a process of its own, evaluating all alike, and their results."""
 
 import fcntl
 import itertools
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ from mapet.config.base import Config, build_config, diff_configs, read_config, w
 from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
-from mapet.config.shared import is_custom_teacher
+from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
@@ -31,7 +32,7 @@ from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
 from mapet.signals import stop_signals
-from mapet.studies.statistics import COMPUTE, EPOCHS, Study, Trial
+from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.estimate import flops_per_image
@@ -41,19 +42,24 @@ from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
 SAME_TOKENS = frozenset({"memory_gb", "images", "out", "tokenizer", "device", "resume", "trust_teacher"})
-"""Options that change no token: how fast, and where things are, whose hashes are compared elsewhere."""
+"""Options that change no token: speed, and paths, whose contents are compared by hash when they are opened."""
 SAME_TRIAL = frozenset({"images", "out", "tokenizer", "tokens", "device", "trust_teacher", "track"})
-"""Options that may differ when a trial is resumed: the study may have moved, and trackers are only told."""
+"""Options that may differ when a trial is resumed: paths, for the study may have moved, and trackers."""
 EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
-Axes = dict[str, dict[str, dict[str, Any]]]
-"""Name of a factor -> name of a value -> the options that it stands for."""
+"""Fields of `TrialConfig` that may change until the trial is evaluated."""
+POLL_INTERVAL_S = 0.2
+Levels = dict[str, dict[str, Any]]
+"""Name of a factor's level -> the options of `pretrain` (or `tokenizer`) that it stands for."""
 
 
 class TrialConfig(Config):
-    """Everything that a trial's process needs to know.
+    """All that a trial's process reads.
 
     Attributes:
-        labels_per_class: None means all.
+        ood_images: name -> labeled images of a further test set.
+        labels_per_class: numbers of labels to fine-tune with; None means all.
+        num_images: training images.
+        flops_per_epoch: FLOPs of pre-training.
     """
 
     resume: ClassVar[bool] = True
@@ -70,23 +76,23 @@ class TrialConfig(Config):
 
 
 def grid_trials(config: StudyConfig) -> list[Trial]:
-    """Return every combination with every seed, at equal epochs; all of one seed first.
+    """Return a trial for every combination of the grid's levels and every seed, at equal epochs, seed by seed.
 
     Raises:
-        MapetError: a doubled value, an unknown name, options that `pretrain` refuses.
+        MapetError: a level or seed that is given twice, an unknown name, options that `pretrain` refuses.
     """
-    axes = _axes(config)
-    if (name := compared_factor(config)) not in axes:
-        known = f"{option('compare_by')} takes one of {', '.join(axes)}"
-        raise MapetError(f"compare_by: '{name}' is not varied{did_you_mean(name, axes)}; {known}")
+    grid = {name: _parse_levels(name, values) for name, values in config.grid.items()}
+    if (compared := get_compared_factor(config)) not in grid:
+        known = f"{option('compare_by')} takes one of {', '.join(grid)}"
+        raise MapetError(f"compare_by: '{compared}' is not varied{did_you_mean(compared, grid)}; {known}")
     if len(set(config.seeds)) < len(config.seeds):
-        raise MapetError(f"seeds: {config.seeds} has one twice")
-    trials: dict[str, Trial] = {}
-    for names in itertools.product(*axes.values()):
-        factors = dict(zip(axes, names, strict=True))
-        options: dict[str, Any] = {"epochs": PretrainConfig.model_fields["epochs"].default}
-        for chosen in [config.pretrain.model_dump(exclude_unset=True), *(axes[axis][factors[axis]] for axis in axes)]:
-            options |= chosen
+        raise MapetError(f"seeds: {config.seeds} has one twice: each trial runs once per seed")
+    shared = {"epochs": PretrainConfig.model_fields["epochs"].default, **config.pretrain.model_dump(exclude_unset=True)}
+    trials: dict[str, Trial] = {}  # by their options, defaults included
+    for levels in itertools.product(*grid.values()):
+        factors, options = dict(zip(grid, levels, strict=True)), dict(shared)
+        for factor, level in factors.items():
+            options |= grid[factor][level]
         tokenizer = str(options.pop("tokenizer", next(iter(config.tokenizers))))
         if tokenizer not in config.tokenizers:
             raise MapetError(f"grid: no tokenizer '{tokenizer}'{did_you_mean(tokenizer, config.tokenizers)}")
@@ -95,54 +101,60 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
         except MapetError as error:
             raise MapetError(f"grid, {factors}: {error}") from None
         if resolved in trials:
-            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial")
+            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial: leave one out")
         trials[resolved] = Trial(factors, 0, tokenizer, options)
     return [replace(trial, seed=seed) for seed in config.seeds for trial in trials.values()]
 
 
-def _axes(config: StudyConfig) -> Axes:
+def _parse_levels(name: str, values: list[Any] | Levels) -> Levels:
+    """Return the levels of one entry of the grid: those given, or, for a list of values of an option, one level for each value.
+
+    Raises:
+        MapetError: an empty entry, a value that is given twice, or a list for something that is no option.
+    """
     known = [*PretrainOptions.model_fields, "tokenizer"]
-    axes: Axes = {}
-    for name, values in config.grid.items():
-        if isinstance(values, list) and name not in known:
-            raise MapetError(
-                f"grid: '{name}' is no option of `pretrain`{did_you_mean(name, known)}; options that vary together are "
-                f"written {name}: {{NAME: {{option: value}}}}"
-            )
-        if isinstance(values, dict):
-            axes[name] = values
-        else:
-            words = [" to ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
-            axes[name] = {word: {name: value} for word, value in zip(words, values, strict=True)}
-        if not values or len(axes[name]) < len(values):
-            raise MapetError(f"grid: '{name}' has {f'a value twice: {values}' if values else 'no values'}")
-    return axes
+    if isinstance(values, dict):
+        levels = values
+    elif name in known:
+        texts = [" to ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
+        levels = {text: {name: value} for text, value in zip(texts, values, strict=True)}
+    else:
+        raise MapetError(
+            f"grid: '{name}' is no option of `pretrain`{did_you_mean(name, known)}; options that vary together are "
+            f"written {name}: {{NAME: {{option: value}}}}"
+        )
+    if not values or len(levels) < len(values):
+        raise MapetError(f"grid: '{name}' has {f'a value twice: {values}' if values else 'no values: give a list'}")
+    return levels
 
 
-def compared_factor(config: StudyConfig) -> str:
-    """Return the varied name whose values are compared."""
+def get_compared_factor(config: StudyConfig) -> str:
+    """Return the factor whose levels are compared: `compare_by`, else the only one of the grid, else 'objective'."""
     return config.compare_by or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
 
 
-def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
-    """Return the trials with their cost, and longer ones that cost as much as the most expensive of their comparison."""
-    costs: dict[str, float] = {}
+def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
+    """Return the trials with their FLOPs per image, and further ones of more epochs for the comparison at equal compute.
+
+    A trial that is compared with more expensive ones is run a second time, for as many epochs as cost what the most expensive
+    one costs. Until its tokenizer is fitted, which decides the size of the model's head, a trial costs 0 and gets no second run.
+    """
+    costs: dict[Condition, float] = {}  # by all factors: building the model of each takes a while, and seeds cost alike
     for trial in trials:
-        if str(trial.factors) not in costs:
-            made = not is_empty_dir(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
-            costs[str(trial.factors)] = flops_per_image(pretrain_config(config, trial)) if made else 0.0
-    trials = [replace(trial, flops_per_image=costs[str(trial.factors)]) for trial in trials]
+        if (factors := trial.condition("")) not in costs:
+            fitted = not is_empty_dir(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
+            costs[factors] = flops_per_image(pretrain_config(config, trial)) if fitted else 0.0
+    trials = [replace(trial, flops_per_image=costs[trial.condition("")]) for trial in trials]
     if not config.equal_compute:
         return trials
-    compare, result = compared_factor(config), []
+    compared, max_flops, result = get_compared_factor(config), defaultdict[Condition, float](float), []
     for trial in trials:
-        epochs, rivals = (
-            trial.options["epochs"],
-            [one for one in trials if one.condition(compare) == trial.condition(compare)],
-        )
+        flops = trial.flops_per_image * trial.options["epochs"]
+        max_flops[trial.condition(compared)] = max(max_flops[trial.condition(compared)], flops)
+    for trial in trials:
+        epochs = trial.options["epochs"]
         if trial.flops_per_image:
-            most = max(rival.flops_per_image * rival.options["epochs"] for rival in rivals)
-            epochs = round(most / trial.flops_per_image)
+            epochs = round(max_flops[trial.condition(compared)] / trial.flops_per_image)
         if epochs == trial.options["epochs"]:
             result.append(replace(trial, budgets=(EPOCHS, COMPUTE)))
         else:
@@ -150,19 +162,19 @@ def with_budgets(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     return result
 
 
-# ---- options of the commands
+# ---- configs of the commands
 
 
 def tokenizer_folder(config: StudyConfig, name: str) -> Path:
-    """Return the folder that holds `tokenizer` and `tokens`."""
+    """Return the folder that holds `tokenizer` and `tokens` of one tokenizer."""
     return config.out / "tokenizers" / name
 
 
 def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfig, TokenizeConfig]:
-    """Return what `fit-tokenizer` and `tokenize` are called with.
+    """Return the configs of `fit-tokenizer` and `tokenize` for one tokenizer.
 
     Raises:
-        MapetError: options that contradict each other, or other options than those it was made with.
+        MapetError: options that contradict each other, or that differ from those it was made with.
     """
     folder, options = tokenizer_folder(config, name), config.tokenizers[name].model_dump(exclude_unset=True)
     shared = {"images": config.images, "device": config.devices[0], "resume": True}
@@ -170,35 +182,29 @@ def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfi
         fitting = build_config(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
     except MapetError as error:
         raise MapetError(f"tokenizer '{name}': {error}") from None
-    teacher = fitting.teacher if is_custom_teacher(fitting.teacher) else None
-    given = {"out": folder / "tokens", "tokenizer": fitting.out, "trust_teacher": teacher}
-    tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | given)
-    for now in (fitting, tokenizing):
-        state = try_read_state(now.out)
-        if state and (changed := diff_configs(build_config(type(now), state.config), now, SAME_TOKENS)):
-            raise MapetError(
-                f"{folder} was made with other options ({'; '.join(changed)}): use the same, another name for it, or a new {option('out')}"
-            )
+    own = {"out": folder / "tokens", "tokenizer": fitting.out, "trust_teacher": get_custom_teacher(fitting.teacher)}
+    tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | own)
+    for new in (fitting, tokenizing):
+        if state := try_read_state(new.out):
+            _check_unchanged(folder, diff_configs(build_config(type(new), state.config), new, SAME_TOKENS))
     return fitting, tokenizing
 
 
 def trial_folder(config: StudyConfig, trial: Trial) -> Path:
-    """Return where a trial's run.json, trial.log and pre-training run lie."""
+    """Return the folder of a trial's run.json, config.yaml, trial.log and pre-training run."""
     return config.out / "trials" / re.sub(r"[^\w.=+-]+", "_", trial.name)
 
 
 def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
-    """Return what `pretrain` is called with."""
+    """Return the config of a trial's `pretrain`."""
     folder, teacher = tokenizer_folder(config, trial.tokenizer), config.tokenizers[trial.tokenizer].teacher
-    given = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
-    given |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
-    return build_config(
-        PretrainConfig, trial.options | given | {"trust_teacher": teacher if is_custom_teacher(teacher) else None}
-    )
+    own = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
+    own |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
+    return build_config(PretrainConfig, trial.options | own | {"trust_teacher": get_custom_teacher(teacher)})
 
 
 def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:
-    """Return what a trial's process is called with."""
+    """Return the config of a trial's process; `num_images` is the number of training images."""
     return TrialConfig(
         pretrain=pretrain_config(config, trial), finetune=config.finetune, test_images=config.test_images,
         ood_images=config.ood_images, num_images=num_images, flops_per_epoch=trial.flops_per_image * num_images,
@@ -206,28 +212,32 @@ def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialCon
     )  # fmt: skip
 
 
-def check_same_trial(folder: Path, now: TrialConfig) -> None:
-    """Check that a trial that was begun has the same options; how it is evaluated may change until it is.
+def check_same_trial(folder: Path, new: TrialConfig) -> None:
+    """Check that a trial which has been started has the options it was started with; those of its evaluation may change before that.
 
     Raises:
-        MapetError: its options are others.
+        MapetError: its options differ.
     """
     state = try_read_state(folder)
     if state is None or not (folder / "pretrain").exists():
         return
     old = build_config(TrialConfig, state.config)
-    free = frozenset({"pretrain", "flops_per_epoch"}) | (frozenset() if state.status == "finished" else EVALUATION)
-    if changed := diff_configs(old.pretrain, now.pretrain, SAME_TRIAL) + diff_configs(old, now, free):
-        raise MapetError(
-            f"{folder} was run with other options ({'; '.join(changed)}): use the same, or a new {option('out')}"
-        )
+    mutable = frozenset({"pretrain", "flops_per_epoch"}) | (frozenset() if state.status == "finished" else EVALUATION)
+    _check_unchanged(folder, diff_configs(old.pretrain, new.pretrain, SAME_TRIAL) + diff_configs(old, new, mutable))
+
+
+def _check_unchanged(folder: Path, changed: list[str]) -> None:
+    """Raise MapetError if there are changed options; it lists them ('lr: 0.1 -> 0.2')."""
+    if changed:
+        wrong = f"{folder} was made with other options ({'; '.join(changed)})"
+        raise MapetError(f"{wrong}: use the same, another name for it, or a new {option('out')}")
 
 
 # ---- running
 
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
-    """Fit each and store its tokens; return name -> reason for those that could not be made."""
+    """Fit tokenizers and store their tokens, where that is not done; return name -> reason of those that could not be made."""
     broken = {}
     for name in sorted(names):
         fitting, tokenizing = tokenizer_configs(config, name)
@@ -247,15 +257,19 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a trial was evaluated."""
-    return bool((state := try_read_state(folder)) and state.status == "finished")
+    """Return whether the trial of this folder is pre-trained and evaluated."""
+    state = try_read_state(folder)
+    return state is not None and state.status == "finished"
 
 
 def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
-    """Run each in a process of its own, one at a time on each device.
+    """Run each unfinished trial in a process of its own, one at a time on each device.
+
+    A signal to stop is passed on to the running processes, which save; their trials are resumed by the next call.
 
     Args:
-        broken: name of a tokenizer -> why it could not be made.
+        broken: name of a tokenizer -> why it could not be made; its trials are recorded as failed.
+        num_images: training images.
 
     Returns:
         The name of the signal that stopped them, or ''.
@@ -271,45 +285,58 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
         else:
             write_config(trial_config(config, trial, num_images), folder / CONFIG_FILE)
             waiting.append(folder)
-    log.info("%d trials, %d of them to run, log of each in its folder in %s", len(trials), len(waiting), config.out)
-    running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}  # by index of the device
-    threads = max(1, usable_cores() // len(config.devices))
+    log.info(
+        "%d trials, %d of them to run; each logs to trial.log in its folder in %s",
+        len(trials),
+        len(waiting),
+        config.out,
+    )
+    free_devices, running = list(config.devices), list[tuple[str, Path, subprocess.Popen[bytes]]]()
+    num_threads = max(1, usable_cores() // len(config.devices))
     with (
         stop_signals("stopping: the running trials are saved") as stop,
         tqdm(total=len(waiting), desc="study", unit="trial", disable=None, dynamic_ncols=True) as bar,
     ):
-        while (waiting and not stop.signal_name) or running:
-            for index, device in enumerate(config.devices):
-                if index not in running and waiting and not stop.signal_name:
-                    folder = waiting.pop(0)
-                    running[index] = folder, _start(folder, device, threads)
-                    bar.set_postfix_str("; ".join(folder.name for folder, _ in running.values()))
-            time.sleep(0.2)
-            for _, process in running.values() if stop.signal_name else ():
-                process.terminate()
-            for _, process in running.values() if stop.signal_name else ():
-                process.wait()
-            for index, (folder, process) in list(running.items()):
+        while running or (waiting and not stop.signal_name):
+            while free_devices and waiting and not stop.signal_name:
+                device, folder = free_devices.pop(0), waiting.pop(0)
+                running.append((device, folder, _start_process(folder, device, num_threads)))
+                bar.set_postfix_str("; ".join(folder.name for _, folder, _ in running))
+            time.sleep(POLL_INTERVAL_S)
+            if stop.signal_name:
+                for _, _, process in running:
+                    process.terminate()
+                for _, _, process in running:
+                    process.wait()
+            for device, folder, process in list(running):
                 if process.poll() is not None:
-                    del running[index]
+                    running.remove((device, folder, process))
+                    free_devices.append(device)
                     bar.update()
                     _log_end(folder, process.returncode)
     return stop.signal_name
 
 
-def _start(folder: Path, device: str, threads: int) -> subprocess.Popen[bytes]:
-    """Start `run_trial` in a new session: Ctrl-C reaches the study alone, which asks each process once to save."""
+def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Popen[bytes]:
+    """Start `run_trial` in a process of its own, whose output goes to trial.log.
+
+    It gets a session of its own too, so that Ctrl-C reaches only the study, which passes it on once.
+    """
     code = "import sys; from mapet.studies.trials import run_trial; sys.exit(run_trial(*sys.argv[1:]))"
     with (folder / "trial.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-c", code, str(folder), device],
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},  # scikit-learn's threads too, or they fight
+            env=os.environ | {"OMP_NUM_THREADS": str(num_threads)},  # scikit-learn's threads too compete for the cores
         )  # fmt: skip
 
 
 def _log_end(folder: Path, exit_status: int) -> None:
-    """Log how a trial ended; one whose process was killed has failed."""
+    """Log how a trial ended, from its run.json; one whose process died before it wrote its end is recorded as failed.
+
+    Args:
+        exit_status: of the process; negative for the signal that killed it.
+    """
     state = try_read_state(folder) or RunState(command="trial", status="interrupted")
     if state.status == "interrupted":
         end = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
@@ -323,10 +350,16 @@ def _log_end(folder: Path, exit_status: int) -> None:
 
 
 def run_trial(folder_name: str, device: str) -> int:
-    """Pre-train and evaluate, with scores or the reason of a failure in run.json; return the process's exit status."""
+    """Pre-train and evaluate the trial of a folder, as its config.yaml says; what is done already is kept.
+
+    Scores, or the reason of a failure, go to the folder's run.json.
+
+    Returns:
+        The process's exit status: 0 finished, 1 failed, `Interrupted.exit_code` stopped.
+    """
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of a study that was killed, this trial may be running still
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a study that was killed may have left a process that runs this trial
         if is_finished(folder):
             return 0
         config = build_config(TrialConfig, read_config(folder / CONFIG_FILE))
@@ -342,17 +375,17 @@ def run_trial(folder_name: str, device: str) -> int:
                 record(folder, results={"scores": scores, "epochs": pretraining.epochs, **learning_curve(config)})
         except (Interrupted, KeyboardInterrupt):
             return Interrupted.exit_code
-        except Exception:  # the other trials go on: the report says which failed and why
+        except Exception:  # whatever it is: the report says which trial failed and why, and the others run
             traceback.print_exc()
             return 1
     return 0
 
 
 def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrained: bool = True) -> dict[str, float]:
-    """Evaluate frozen features by linear probe and k-NN on every test set, and fine-tuning.
+    """Evaluate a trial's frozen features, by logistic regression and k-NN on every test set, and its fine-tuning.
 
     Args:
-        seed: other than the trial's.
+        seed: of random weights and fine-tuning; None means the trial's.
         pretrained: False for the same ViT with random weights.
 
     Returns:
@@ -361,82 +394,97 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
     wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", ComputeContext.from_options(device), seed)
-    fit = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
+    train = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():
-        found = probe_accuracy(fit, FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache))
-        scores |= {f"{metric} on {name}" if name else metric: value for metric, value in found.items()}
+        test = FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache)
+        suffix = f" on {name}" if name else ""
+        scores |= {metric + suffix: accuracy for metric, accuracy in probe_accuracy(train, test).items()}
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}
+    shared |= config.finetune.model_dump(exclude_unset=True) | {"from_scratch": not pretrained}
     for labels in config.labels_per_class:
-        given = shared | {"labels_per_class": labels, "from_scratch": not pretrained}
-        tuning = build_config(FinetuneConfig, config.finetune.model_dump(exclude_unset=True) | given)
-        tuned = Trainer(FinetuningTask(), tuning).fit()
+        finetuning = build_config(FinetuneConfig, shared | {"labels_per_class": labels})
+        result = Trainer(FinetuningTask(), finetuning).fit()
         name = f"finetune, {labels} labels a class" if labels else "finetune, all labels"
-        scores[name] = tuned.num_correct / tuned.num_test
+        scores[name] = result.num_correct / result.num_test
     return scores
 
 
 def learning_curve(config: TrialConfig) -> dict[str, Any]:
-    """Return cost and learning curve of a finished run, from its metrics; seconds count training alone."""
+    """Return cost and learning curve of a finished pre-training run, from its metrics.jsonl.
+
+    Returns:
+        "flops" and "seconds" of the run, the latter without start-up and evaluation; "curve", a list of points as in `Trial`.
+    """
     points: list[dict[str, float]] = []
     seconds, epoch = 0.0, 0.0
     for line in (config.pretrain.out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
-        if "loss" in metrics:
+        if "loss" in metrics:  # a line of training; others are of probes
             seconds += (metrics["epoch"] - epoch) * config.num_images / metrics["images_per_second"]
             epoch = metrics["epoch"]
         point = {"epoch": epoch, "flops": epoch * config.flops_per_epoch, "seconds": seconds}
-        named = {"loss": "loss", "probe/logistic": "logistic", "probe/knn": "knn"}
-        points.append(point | {short: metrics[name] for name, short in named.items() if name in metrics})
+        renamed = {"loss": "loss", "probe/logistic": "logistic", "probe/knn": "knn"}
+        points.append(point | {short: metrics[name] for name, short in renamed.items() if name in metrics})
     return {"flops": epoch * config.flops_per_epoch, "seconds": seconds, "curve": points}
 
 
-def summarize(config: StudyConfig, trials: list[Trial], measure: bool) -> Study:
-    """Return all trials, finished or not, and what to print with them.
+# ---- results
+
+
+def collect_results(config: StudyConfig, trials: list[Trial], evaluate_baselines: bool) -> Study:
+    """Return all trials with their results, finished or not, and what the report prints with them.
 
     Args:
-        measure: the baselines that are not there yet.
+        evaluate_baselines: whether to evaluate untrained models that are not evaluated yet.
     """
     notes = [_describe_tokenizer(config, name) for name in config.tokenizers]
-    seen = "what that has seen, labels perhaps, goes into its results."
-    taught = {name: options.teacher for name, options in config.tokenizers.items() if options.teacher != "pixels"}
-    notes += [
-        f"The tokenizer '{name}' uses a pre-trained teacher ({teacher}): {seen}" for name, teacher in taught.items()
-    ]
+    for name, options in config.tokenizers.items():
+        if options.teacher != "pixels":
+            inherits = "tokens inherit what it was trained on, labels perhaps"
+            notes.append(f"The tokenizer '{name}' uses a pre-trained teacher ({options.teacher}): its {inherits}.")
     notes += [
         "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch.",
-        "Operations are the student's, forward and backward; minutes are of training alone, on this machine.",
+        "FLOPs are the student's, forward and backward; minutes are of training alone, on this machine.",
     ]
     for name, section in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
         shared = section.model_dump(mode="json", exclude_unset=True)
         notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
-    results = []
+    completed = []
     for trial in trials:
-        state = try_read_state(trial_folder(config, trial))
-        found = state.results if state and state.status == "finished" else {}
-        results.append(replace(trial, status=state.status, reason=state.reason, **found) if state else trial)
+        if state := try_read_state(trial_folder(config, trial)):
+            results = state.results if state.status == "finished" else {}
+            trial = replace(trial, status=state.status, reason=state.reason, **results)
+        completed.append(trial)
     title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
-    baselines, command = _baselines(config, trials, measure), f"mapet study {config.out / CONFIG_FILE}"
-    return Study(title, compared_factor(config), results, baselines, notes, command)
+    baselines, command = _baselines(config, trials, evaluate_baselines), f"mapet study {config.out / CONFIG_FILE}"
+    return Study(title, get_compared_factor(config), completed, baselines, notes, command)
 
 
-def _baselines(config: StudyConfig, trials: list[Trial], measure: bool) -> dict[str, dict[str, float]]:
-    """Evaluate each model of the grid untrained, frozen and fine-tuned from scratch: means over the seeds, kept in run.json."""
+def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool) -> dict[str, dict[str, float]]:
+    """Return the scores of each model of the grid untrained (frozen, and fine-tuned from scratch), averaged over the seeds.
+
+    They are kept in the study's run.json. A model is evaluated once one of its trials is pre-trained, if `evaluate_missing`.
+
+    Returns:
+        'untrained ViT MODEL' -> metric -> accuracy (0..1).
+    """
     state = try_read_state(config.out)
-    found: dict[str, dict[str, float]] = dict(state.results.get("baselines", {})) if state else {}
+    baselines: dict[str, dict[str, float]] = dict(state.results.get("baselines", {})) if state else {}
     for trial in trials:
-        model = ", ".join(value for name, value in trial.factors.items() if name in ("model", "model_args"))
+        model = ", ".join(level for factor, level in trial.factors.items() if factor in ("model", "model_args"))
         name = f"untrained ViT {model}".strip()
-        if measure and name not in found and (trial_folder(config, trial) / "pretrain" / "backbone").exists():
+        if evaluate_missing and name not in baselines and (trial_folder(config, trial) / "pretrain/backbone").exists():
             log.info("--- %s, frozen and fine-tuned from scratch", name)
             options = trial_config(config, trial, 0)
-            each = [evaluate(options, config.devices[0], seed, pretrained=False) for seed in config.seeds]
-            found[name] = {key: fmean(scores[key] for scores in each) for key in each[0]}
-            record(config.out, results={"baselines": found})
-    return found
+            by_seed = [evaluate(options, config.devices[0], seed, pretrained=False) for seed in config.seeds]
+            baselines[name] = {metric: fmean(scores[metric] for scores in by_seed) for metric in by_seed[0]}
+            record(config.out, results={"baselines": baselines})
+    return baselines
 
 
 def _describe_tokenizer(config: StudyConfig, name: str) -> str:
+    """Write a tokenizer's teacher, image and patch size and number of tokens ('no' before it is fitted) in a sentence."""
     fitting, _ = tokenizer_configs(config, name)
     tokens = "no" if is_empty_dir(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
     size = f"{format_size(fitting.image_size)} px in patches of {fitting.patch_size}"
