@@ -25,7 +25,7 @@ import torch
 from benchmarks.core import Result, Row, in_new_process, in_turns, median_ratio, median_seconds, peak_memory, timed
 from benchmarks.data import write_photos
 from benchmarks.tables import Table
-from mapet.data.dataset import UnreadableImages, ViewDataset, readable_batches, sequential_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, readable_batches
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -85,7 +85,7 @@ def patch_features(name: str, images: Path, compute: ComputeContext, most: int) 
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
     for batch in readable_batches(
-        dataset, sequential_batches(len(listed), 32), UnreadableImages(listed, 0.05), "teacher features"
+        dataset, position_batches(range(len(listed)), 32), UnreadableImages(listed, 0.05), "teacher features"
     ):
         store.append(teacher.batch_features(batch, listed, compute).permute(0, 2, 3, 1).flatten(0, 2))
     return store.take(torch.arange(len(store)))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import mapet
-from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
+from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, fork_rng, rand_augment
@@ -38,7 +38,9 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
     for epoch, workers in ((0, "0"), (0, "2"), (1, "0")):
         monkeypatch.setenv("MAPET_WORKERS", workers)
         batches.append(
-            torch.cat([batch.images for batch in create_loader(dataset, sequential_batches(12, 5, view_index=epoch))])
+            torch.cat(
+                [batch.images for batch in create_loader(dataset, position_batches(range(12), 5, view_index=epoch))]
+            )
         )
     plain = ViewDataset(list_images(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
     assert torch.equal(batches[0], batches[1])

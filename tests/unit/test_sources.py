@@ -21,7 +21,7 @@ import mapet
 from mapet.config.base import build_config
 from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
-from mapet.data.dataset import ViewDataset, create_loader, sequential_batches
+from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.hugging_face import locate_file
 from mapet.data.readers import MAX_BYTES, ImageDecodeError
 from mapet.data.sources import list_images
@@ -103,7 +103,7 @@ def test_shards_are_the_folder_they_were_packed_from(spelling, folder, shards):
 
 def batches_of(dataset, monkeypatch, workers):
     monkeypatch.setenv("MAPET_WORKERS", str(workers))
-    return [batch.images for batch in create_loader(dataset, sequential_batches(12, 4))]
+    return [batch.images for batch in create_loader(dataset, position_batches(range(12), 4))]
 
 
 def test_shards_by_url(folder, shards, monkeypatch):

@@ -237,9 +237,9 @@ def inference_batch_size(image_size: tuple[int, int]) -> int:
     return max(1, min(64, 64 * 384**2 // math.prod(image_size)))
 
 
-def sequential_batches(count: int, batch_size: int, start: int = 0, view_index: int = 0) -> list[list[tuple[int, int]]]:
-    """Return batches of (view_index, image index) for the images start .. count-1 in order."""
-    positions = [(view_index, index) for index in range(start, count)]
+def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 0) -> list[list[tuple[int, int]]]:
+    """Return batches of positions (view_index, image index), in the order of the image indices."""
+    positions = [(view_index, int(index)) for index in indices]
     return [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mapet import files
 from mapet.config.evaluation import EmbedConfig
-from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, sequential_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, position_batches
 from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
@@ -62,7 +62,7 @@ def embed(config: EmbedConfig) -> Path:
     )
     size, num_done, batch_size = manifest["shard_size"], manifest["num_done"], inference_batch_size(backbone.image_size)
     edges = [num_done, *range((num_done // size + 1) * size, len(images), size), len(images)]
-    batches = [batch for start, end in pairwise(edges) for batch in sequential_batches(end, batch_size, start)]
+    batches = [batch for start, end in pairwise(edges) for batch in position_batches(range(start, end), batch_size)]
     rows, index = [], []  # of the batches that are not yet on disk
     with (
         stop_signals("stopping after this batch") as stop,

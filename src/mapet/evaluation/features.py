@@ -17,7 +17,7 @@ from timm.models import Hiera, VisionTransformer
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
-from mapet.data.dataset import UnreadableImages, ViewDataset, readable_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import ComputeContext
@@ -143,8 +143,7 @@ class BackboneWrapper:
             show: name of the progress bar; None shows none.
             dataset: further arguments of `ViewDataset`, such as `augment`.
         """
-        order = [(0, index) for index in np.random.default_rng(0).permutation(len(images)).tolist()]
-        batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+        batches = position_batches(np.random.default_rng(0).permutation(len(images)), config.batch_size)
         options = {"spec": ViewSpec(image_size=self.image_size)} | dataset
         views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **options)
         show = show if config.progress else None

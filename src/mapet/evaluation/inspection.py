@@ -13,7 +13,14 @@ from sklearn.decomposition import PCA
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.data.dataset import Batch, UnreadableImages, ViewDataset, inference_batch_size, readable_batches
+from mapet.data.dataset import (
+    Batch,
+    UnreadableImages,
+    ViewDataset,
+    inference_batch_size,
+    position_batches,
+    readable_batches,
+)
 from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, sample_permutation
@@ -142,9 +149,7 @@ class TokenSampler:
 
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
         """Yield batches of view 0 of the images at `indices` that can be read, under a progress bar of that title."""
-        size = inference_batch_size(self.teacher_size)
-        positions = [(0, int(index)) for index in indices]
-        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        batches = position_batches(indices, inference_batch_size(self.teacher_size))
         return readable_batches(dataset, batches, UnreadableImages(dataset.images, MAX_UNREADABLE), title)
 
     @torch.inference_mode()

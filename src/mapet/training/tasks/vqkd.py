@@ -17,8 +17,8 @@ from mapet.data.dataset import (
     EpochBatchSampler,
     UnreadableImages,
     ViewDataset,
+    position_batches,
     readable_batches,
-    sequential_batches,
 )
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
@@ -150,9 +150,7 @@ class VQKDTask(Task[TrainTokenizerConfig, Path]):
         config, model = self.config, model.eval()
         centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
         order = np.random.default_rng(config.seed).permutation(len(centered))[:MAX_EVALUATED]
-        batches = [
-            [(0, int(order[i])) for _, i in batch] for batch in sequential_batches(len(order), config.batch_size)
-        ]
+        batches = position_batches(order, config.batch_size)
         counts = torch.zeros(self.num_counts, dtype=torch.int64)
         reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
         for batch in readable_batches(centered, batches, self.unreadable, "evaluate"):
