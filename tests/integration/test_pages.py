@@ -135,9 +135,11 @@ def test_export_page_has_every_format():
         assert re.search(rf"^\| `?{name}`? ", (DOCS / "export.md").read_text(), flags=re.M), name
 
 
-def test_figures_of_how_much_are_those_of_the_pages_linked():
+def test_figures_of_requirements_are_those_of_the_pages_linked():
     """Every number with a point, of each row that links to a page."""
-    rows = [line for line in (DOCS / "how_much.md").read_text().splitlines() if line.startswith("|") and ".md" in line]
+    rows = [
+        line for line in (DOCS / "requirements.md").read_text().splitlines() if line.startswith("|") and ".md" in line
+    ]
     assert len(rows) > 10
     for row in rows:
         pages = "".join((DOCS / name).read_text() for name in re.findall(r"\]\((\w+\.md)", row))
@@ -179,9 +181,9 @@ def test_messages_of_troubleshooting_are_in_the_source():
         assert any(pattern.search(text) for text in texts), message
 
 
-def test_pictures_of_concepts_show_what_each_objective_sees():
-    """The panels of docs/pictures.py against the words of the method, and each picture of the page is drawn by it."""
-    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+def test_figures_of_concepts_show_what_each_objective_attends_to():
+    """The panels of docs/figures.py against the method, and each figure of the page is drawn by it."""
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
     p = pictures.PREDICTED
@@ -193,9 +195,9 @@ def test_pictures_of_concepts_show_what_each_objective_sees():
             "mapet": {"target": before, "mask": after},
         }
         for objective in (pictures.MIM, pictures.PIM, pictures.MAPET):
-            seen = {segment: rows.tolist() for segment, rows in pictures.seen_by(objective, rank).items()}
+            seen = {segment: rows.tolist() for segment, rows in pictures.attended_patches(objective, rank).items()}
             assert seen.pop("context") == [True] * (1 + pictures.CONTEXT)
             assert seen == wanted[objective.name], (objective.name, rank)
-    source = (DOCS / "pictures.py").read_text()
+    source = (DOCS / "figures.py").read_text()
     for name in re.findall(r"\(images/([\w-]+)\.png\)", (DOCS / "concepts.md").read_text()):
-        assert name in source or name.removeprefix("visibility-") in wanted
+        assert name in source or name.removeprefix("attention-mask-") in wanted

@@ -97,7 +97,7 @@ class DatasetStats:
 def few_images(count: int) -> str:
     """A warning."""
     are = f"{pluralize(count, 'image')} {'is' if count == 1 else 'are'}"
-    hint = "expect little, and hundreds of passes (see how much data and time, in docs/how_much.md)"
+    hint = "expect little, and hundreds of passes (see how much data and time, in docs/requirements.md)"
     return f"{are} very few to learn from: {hint}"
 
 

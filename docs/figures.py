@@ -1,6 +1,6 @@
-"""The pictures of docs/concepts.md, drawn from the objectives' own tables and a tokenizer of two photographs.
+"""The figures of docs/concepts.md, drawn from the objectives' own tables and a tokenizer of two photographs.
 
-python docs/pictures.py --out docs/images
+python docs/figures.py --out docs/images
 """
 
 import argparse
@@ -24,14 +24,14 @@ from mapet.reports.plots import HIDDEN, patchify, plot_attention_mask, plot_toke
 from mapet.tokenizers.tokenizer import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4
-"""Patches of the photograph and how many of them are given."""
+"""Patches of the photograph and how many of them are context."""
 PREDICTED = GRID[0] * GRID[1] - CONTEXT
 SHOWN = (0, 3, 7, 11)
-"""Ranks whose prediction is drawn."""
+"""Indices of the masked patches whose prediction is drawn."""
 
 
-def seen_by(objective: Objective, rank: int) -> dict[str, Bool[Tensor, " p"]]:
-    """Segment -> which of its p patches the row sees that predicts rank `rank`; all of them for the context."""
+def attended_patches(objective: Objective, rank: int) -> dict[str, Bool[Tensor, " p"]]:
+    """Return segment -> which of its p patches the query of patch `index` of the permutation attends to; all of the context."""
     lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
     table = attention_mask(objective, 1, CONTEXT, PREDICTED)
     starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
@@ -39,16 +39,16 @@ def seen_by(objective: Objective, rank: int) -> dict[str, Bool[Tensor, " p"]]:
     return {segment: row[start : start + lengths[segment]] for segment, start in starts.items() if segment != "query"}
 
 
-def what_predicts_sees(photo: Float[Tensor, "3 H W"], permutation: list[int]) -> Figure:
-    """A row an objective, a column a predicted patch: the content that is seen, the positions that are seen, the rest."""
+def plot_attended_patches(photo: Float[Tensor, "3 H W"], permutation: list[int]) -> Figure:
+    """Draw a row per objective, a column per predicted patch: patches attended to, positions attended to (?), the rest white."""
     patches = patchify(photo[None].to(torch.uint8), GRID)[0].float()
     figure, axes = plt.subplots(3, len(SHOWN), figsize=(2 * len(SHOWN) + 0.4, 6.6), layout="constrained")
     side = patches.shape[-1]
     for row, objective in zip(axes, (MIM, PIM, MAPET), strict=True):
         for axis, rank in zip(row, SHOWN, strict=True):
-            seen = seen_by(objective, rank)
-            content = [*permutation[:CONTEXT], *_chosen(permutation, seen.get("target"))]
-            positions = _chosen(permutation, seen.get("mask"))
+            attended = attended_patches(objective, rank)
+            content = [*permutation[:CONTEXT], *_chosen(permutation, attended.get("target"))]
+            positions = _chosen(permutation, attended.get("mask"))
             shown = torch.full_like(patches, 255)
             shown[positions] = HIDDEN * 255
             shown[content] = patches[content]
@@ -64,12 +64,12 @@ def what_predicts_sees(photo: Float[Tensor, "3 H W"], permutation: list[int]) ->
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel({"mim": "MIM", "pim": "PIM", "mapet": "MaPeT"}[objective.name], fontsize=13)
     for axis, rank in zip(axes[0], SHOWN, strict=True):
-        axis.set_title(f"hidden patch {rank + 1} of {PREDICTED}")
+        axis.set_title(f"masked patch {rank + 1} of {PREDICTED}")
     return figure
 
 
-def _chosen(permutation: list[int], seen: Bool[Tensor, " p"] | None) -> list[int]:
-    return [] if seen is None else [permutation[CONTEXT + rank] for rank in seen.nonzero().flatten().tolist()]
+def _chosen(permutation: list[int], attended: Bool[Tensor, " p"] | None) -> list[int]:
+    return [] if attended is None else [permutation[CONTEXT + rank] for rank in attended.nonzero().flatten().tolist()]
 
 
 def _write(axis: plt.Axes, patch: int, side: int, text: str, color: str) -> None:
@@ -77,19 +77,20 @@ def _write(axis: plt.Axes, patch: int, side: int, text: str, color: str) -> None
     axis.text((x + 0.5) * side, (y + 0.5) * side, text, ha="center", va="center", fontsize=14, color=color)
 
 
-def words_of_photographs(photos: list[np.ndarray], folder: Path) -> Figure:
-    """Two photographs and their visual words, of a `pixels` tokenizer fitted to both."""
-    for number, photo in enumerate(photos):
-        Image.fromarray(photo).resize((320, 224)).crop((48, 0, 272, 224)).save(folder / f"{number}.png")
+def plot_tokens_of_photographs(photos: list[np.ndarray], folder: Path) -> Figure:
+    """Draw two photographs and their visual tokens, of a `pixels` tokenizer fitted to both."""
+    (folder / "photos").mkdir()
+    for index, photo in enumerate(photos):
+        Image.fromarray(photo).resize((320, 224)).crop((48, 0, 272, 224)).save(folder / "photos" / f"{index}.png")
     mapet.fit_tokenizer(
-        images=folder, out=folder / "tokenizer", image_size=224, patch_size=8, vocab_size=24, device="cpu"
+        images=folder / "photos", out=folder / "tokenizer", image_size=224, patch_size=8, vocab_size=24, device="cpu"
     )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    squares = [np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    squares = [np.array(Image.open(path)) for path in sorted((folder / "photos").glob("*.png"))]
     images = torch.from_numpy(np.stack(squares)).movedim(-1, 1)
     with torch.inference_mode():
-        words = tokenizer(images).flatten(1)
-    figure = plot_token_maps(images, words, tokenizer.grid, tokenizer.vocab_size)
+        tokens = tokenizer(images).flatten(1)
+    figure = plot_token_maps(images, tokens, tokenizer.grid, tokenizer.vocab_size)
     figure.suptitle("")
     return figure
 
@@ -103,13 +104,15 @@ def main() -> None:
     photos = list(load_sample_images().images)
     flower = np.asarray(Image.fromarray(photos[1]).crop((100, 0, 527, 427)).resize((160, 160)))
     permutation = np.random.default_rng(4).permutation(GRID[0] * GRID[1]).tolist()
-    figures = {"concepts-sees": what_predicts_sees(torch.from_numpy(flower.copy()).movedim(-1, 0).float(), permutation)}
+    figures = {
+        "concepts-attention": plot_attended_patches(torch.from_numpy(flower.copy()).movedim(-1, 0).float(), permutation)
+    }
     for objective in (MIM, PIM, MAPET):
         table = attention_mask(objective, 1, CONTEXT, PREDICTED)
         lengths = segment_lengths(objective, 1, CONTEXT, PREDICTED)
-        figures[f"visibility-{objective.name}"] = plot_attention_mask(table, lengths, objective.name)
+        figures[f"attention-mask-{objective.name}"] = plot_attention_mask(table, lengths, objective.name)
     with tempfile.TemporaryDirectory() as folder:
-        figures["concepts-words"] = words_of_photographs(photos, Path(folder))
+        figures["concepts-tokens"] = plot_tokens_of_photographs(photos, Path(folder))
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=80)
         plt.close(figure)
