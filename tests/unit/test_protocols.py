@@ -22,6 +22,7 @@ from mapet.evaluation.protocols import (
     clustering_scores,
     entropy_rank,
     feature_stats,
+    measure_alignment,
 )
 from mapet.models.backbone import create_vit, save_backbone
 from mapet.tokenizers.feature_store import FeatureStore
@@ -53,7 +54,7 @@ def test_interval_over_seeds_is_students():
 def test_intervals_of_shares_are_shares():
     assert mean_over_seeds([0.0, 0.5, 0.2])[1:3] == (0.0, pytest.approx(0.2333 + 0.6252, abs=1e-3))
     assert mean_over_seeds([1.0, 0.9])[1:3] == (pytest.approx(0.95 - 0.6353, abs=1e-3), 1.0)
-    assert mean_over_seeds([-0.1, 0.1], least=-0.5).ci_low == -0.5  # the adjusted Rand index can be below 0
+    assert mean_over_seeds([-0.1, 0.1], minimum=-0.5).ci_low == -0.5  # the adjusted Rand index can be below 0
 
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval():
@@ -193,7 +194,7 @@ def test_rank_and_collapse_of_known_features():
     dead = feature_stats(torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1))
     assert dead["dead_dimensions"] == 0.25
     two = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert feature_stats(two, two.flip(0))["alignment"] == pytest.approx(2)  # |e1 - e2|^2
+    assert measure_alignment(two, two.flip(0)) == pytest.approx(2)  # |e1 - e2|^2
     assert feature_stats(two)["uniformity"] == pytest.approx(-4)  # log exp(-2 * 2)
 
 

@@ -165,7 +165,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
       mapet evaluate --backbone runs/photos random:runs/photos --images labeled/train --test-images labeled/test --protocols logistic knn
       mapet evaluate --backbone runs/photos timm:vit_tiny_patch16_224 --images labeled/train --out evaluation
     """
-    return _load("commands.evaluation").evaluate(config)
+    return _load("commands.backbones").evaluate(config)
 
 
 @command(FinetuneConfig)
@@ -202,7 +202,7 @@ def export(config: ExportConfig) -> Path:
       mapet export --backbone runs/photos --out backbone --format transformers onnx torch-export --image-size 160 320
       mapet export --backbone vit_standard_small_patch16_224.tar --out mapet-small --images PHOTOS
     """
-    return _load("commands.exporting").export(config)
+    return _load("commands.backbones").export(config)
 
 
 @command(DebugStepConfig)

@@ -286,7 +286,7 @@ def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) ->
     ).to(backbone.compute.device)  # fmt: skip
 
 
-@protocol("annotations", expensive=True)
+@protocol("annotations", is_expensive=True)
 def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
     """Measure COCO's AP of boxes after a short training of the detector on the frozen backbone.
 
@@ -310,7 +310,7 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
     )
 
 
-@protocol("annotations", expensive=True)
+@protocol("annotations", is_expensive=True)
 def detection_finetune(context: EvalContext) -> ProtocolResult:
     """Measure COCO's AP of boxes where the backbone is trained with the detector."""
     return detection(context, trained=True)

@@ -1,11 +1,11 @@
-"""What a protocol takes and returns: a backbone with its data, and metrics with their intervals; and the table of protocols."""
+"""What protocols take and return: a backbone with its data, and metrics with their intervals; and the table of protocols."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,20 +21,21 @@ from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
 
 NUM_SHOWN = 8
-"""Neighbors in the figure, at most."""
+"""Neighbors of each image in the figure, at most."""
 ALPHA = 0.05
-"""Intervals cover 1 - ALPHA; corrected p below which two values are told apart."""
+"""Intervals cover 1 - ALPHA; two values differ significantly if the corrected p is below it."""
 
 
 # ---- metrics and their intervals
 
 
 class MetricValue(NamedTuple):
-    """A metric and its 95 % interval, where one is known.
+    """A metric and its 95 % interval.
 
     Attributes:
+        ci_low, ci_high: ends of the interval; None where none is known.
         over: what the interval counts over, e.g. '1,000 images', '5 seeds'.
-        selected: hyperparameters chosen to get it, e.g. 'layer 12, lr 0.1'.
+        selected: hyperparameters that were selected for the metric, e.g. 'layer 12, lr 0.1'.
     """
 
     value: float
@@ -44,63 +45,66 @@ class MetricValue(NamedTuple):
     selected: str = ""
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Compute Wilson's 95 % interval (1927) of a proportion; it stays within 0..1 and is not empty at 0 and 1."""
-    from scipy import stats
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval (1927) of an accuracy; it stays in [0, 1] and is not empty at 0 and 1."""
+    from scipy import stats  # takes a second to import
 
-    low, high = stats.binomtest(correct, count).proportion_ci(1 - ALPHA, method="wilson")
+    low, high = stats.binomtest(num_correct, num_images).proportion_ci(1 - ALPHA, method="wilson")
     return float(low), float(high)
 
 
-def accuracy_with_ci(correct: int, count: int, selected: str = "") -> MetricValue:
-    """Make an accuracy over test images, with Wilson's interval."""
-    return MetricValue(correct / count, *wilson_interval(correct, count), f"{count:,} images", selected)
+def accuracy_with_ci(correct: Tensor, selected: str = "") -> MetricValue:
+    """Return the accuracy with Wilson's interval; `correct` is 1 or True for each test image that was classified correctly, else 0."""
+    count, interval = len(correct), wilson_interval(int(correct.sum()), len(correct))
+    return MetricValue(float(correct.double().mean()), *interval, f"{count:,} images", selected)
 
 
 def mean_and_margin(values: Sequence[float]) -> tuple[float, float | None]:
-    """Compute the mean and half the width of its 95 % interval by Student's t, for normal, independent values.
+    """Return the mean and half the width of its 95 % interval by Student's t, for normal, independent values.
 
-    The width is None below two values: nothing is then known of the spread.
+    The half width is None for one value, which says nothing of the spread.
     """
     if len(values) < 2:
         return fmean(values), None
-    from scipy import stats  # a second to import
+    from scipy import stats  # takes a second to import
 
     return fmean(values), float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
-def mean_over_seeds(values: Sequence[float], least: float = 0.0) -> MetricValue:
-    """Average over seeds, with Student's interval cut off at the metric's range, `least` to 1."""
-    mean, width = mean_and_margin(values)
-    if width is None:
+def mean_over_seeds(values: Sequence[float], minimum: float = 0.0) -> MetricValue:
+    """Return the mean over seeds with Student's interval, cut off at the metric's range, `minimum` to 1; one seed has no interval."""
+    mean, margin = mean_and_margin(values)
+    if margin is None:
         return MetricValue(mean, over="1 seed")
-    return MetricValue(mean, max(least, mean - width), min(1.0, mean + width), f"{len(values)} seeds")
+    return MetricValue(mean, max(minimum, mean - margin), min(1.0, mean + margin), f"{len(values)} seeds")
 
 
 def bootstrap_ci(
-    statistic: Callable[[Float[np.ndarray, " n"]], float], count: int, draws: int = 200, selected: str = ""
+    statistic: Callable[[Float[np.ndarray, " n"]], float], num_images: int, draws: int = 200, selected: str = ""
 ) -> MetricValue:
-    """Compute a statistic of all test images, with the percentile interval over resampled ones (Efron, 1979).
+    """Return a statistic of all test images with the percentile interval over resampled images (Efron, 1979).
 
     Args:
-        statistic: takes how often each of the `count` images is drawn; all ones is the metric itself.
+        statistic: takes how often each of the `num_images` images counts and returns the metric; all ones give its value.
+        draws: number of resampled sets of images.
     """
     rng = np.random.default_rng(0)
-    drawn = [statistic(rng.multinomial(count, np.full(count, 1 / count)).astype(float)) for _ in range(draws)]
-    low, high = np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2])
-    return MetricValue(float(statistic(np.ones(count))), float(low), float(high), f"{count:,} images", selected)
+    uniform = np.full(num_images, 1 / num_images)
+    resampled = [statistic(rng.multinomial(num_images, uniform).astype(float)) for _ in range(draws)]
+    low, high = np.nanquantile(resampled, [ALPHA / 2, 1 - ALPHA / 2])
+    return MetricValue(statistic(np.ones(num_images)), float(low), float(high), f"{num_images:,} images", selected)
 
 
-# ---- what a protocol returns and takes
+# ---- what protocols return
 
 
 @dataclass
 class ProtocolResult:
-    """What a protocol found.
+    """What a protocol measured on one backbone.
 
     Attributes:
         metrics: rows of the table of all backbones; names have no spaces.
-        per_class: of some metrics, (correct, images) of each class; of segmentation, pixels of (intersection, union).
+        per_class: for some metrics, (correct, all) images of each class; for segmentation, pixels of (intersection, union).
         details: further results, as JSON.
     """
 
@@ -111,20 +115,36 @@ class ProtocolResult:
     def add_accuracy(
         self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str
     ) -> "ProtocolResult":
-        """Add top-1 accuracy with its interval, and the table of classes."""
+        """Add top-1 accuracy with its interval, and the counts of each class; return self.
+
+        Args:
+            predicted: class indices; `labels` are the true ones.
+            classes: names by class index.
+            selected: hyperparameters that were selected, for the table.
+        """
         correct = predicted == labels
-        self.metrics[name] = accuracy_with_ci(int(correct.sum()), len(labels), selected)
+        self.metrics[name] = accuracy_with_ci(correct, selected)
         counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[correct]))
         self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
         return self
 
+    def to_json(self) -> dict[str, Any]:
+        """Return metrics and details as JSON; per_class.csv has the classes."""
+        return {"metrics": {row: metric._asdict() for row, metric in self.metrics.items()}, "details": self.details}
+
+
+# ---- what protocols take
+
+Requirement = Literal["images", "labels", "ood", "masks", "annotations"]
+"""Data that a protocol cannot do without."""
+
 
 @dataclass
 class EvalData:
-    """The images. Without class folders `classes` is empty and all labels are 0.
+    """Training and test images. Without class folders `classes` is empty and all labels are 0.
 
     Attributes:
-        ood: further labeled test sets, by name.
+        ood: further labeled test sets by name.
         masks: training and test images with a class for every pixel.
         boxes: training and test images with COCO annotations.
     """
@@ -135,46 +155,54 @@ class EvalData:
     masks: tuple[SegmentationSet, SegmentationSet] | None = None
     boxes: tuple[DetectionSet, DetectionSet] | None = None
 
-    def has(self, what: str) -> bool:
-        """Tell whether there is what a protocol requires: images, labels, ood, masks or annotations."""
-        labels = bool(self.train.classes)
+    @classmethod
+    def load(cls, config: EvaluateConfig) -> "EvalData":
+        """List the images of `config` with their annotations, else masks, else labels, else nothing.
+
+        Raises:
+            MetapetError: options do not fit these images.
+        """
+        folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
+        if config.ood_images and not list_images(config.images).classes():
+            raise MapetError(f"{option('ood_images')} are matched by class folders, which {folder} has not")
+        if config.annotations is not None:
+            boxes = datasets.detection_sets(folder, config.annotations, test_folder, config.test_annotations)
+            return cls(unlabeled(boxes[0].images), unlabeled(boxes[1].images), boxes=boxes)
+        masks = datasets.segmentation_sets(
+            folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels
+        )
+        if masks is not None:
+            return cls(unlabeled(masks[0].images), unlabeled(masks[1].images), masks=masks)
+        if config.test_seg_masks is not None or config.ignore_labels:
+            need = option("seg_masks")
+            raise MapetError(f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {need}")
+        images = list_images(config.images)
+        if images.classes():
+            ood = {name: datasets.labeled(list_images(source)) for name, source in config.ood_images.items()}
+            return cls(*datasets.train_and_test(config.images, config.test_images), ood)
+        if config.test_images is None:
+            return cls(*datasets.split(unlabeled(images)))
+        return cls(unlabeled(images), unlabeled(list_images(config.test_images)))
+
+    def has(self, requirement: Requirement) -> bool:
+        """Return whether the data is there that a protocol requires; 'ood' requires labels, too."""
+        is_labeled = bool(self.train.classes)
         return {
-            "images": True, "labels": labels, "ood": labels and bool(self.ood),
+            "images": True, "labels": is_labeled, "ood": is_labeled and bool(self.ood),
             "masks": self.masks is not None, "annotations": self.boxes is not None,
-        }[what]  # fmt: skip
-
-
-def load_eval_data(config: EvaluateConfig) -> EvalData:
-    """Open the images, with annotations, masks or labels where there are some.
-
-    Raises:
-        MapetError: options that have no use for these images.
-    """
-    if config.ood_images and not list_images(config.images).classes():
-        raise MapetError(f"{option('ood_images')} are matched by class folders, which {config.images} has not")
-    folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
-    if config.annotations is not None:
-        boxes = datasets.detection_sets(folder, config.annotations, test_folder, config.test_annotations)
-        return EvalData(unlabeled(boxes[0].images), unlabeled(boxes[1].images), boxes=boxes)
-    masks = datasets.segmentation_sets(
-        folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels
-    )
-    if masks is not None:
-        return EvalData(unlabeled(masks[0].images), unlabeled(masks[1].images), masks=masks)
-    if config.test_seg_masks is not None or config.ignore_labels:
-        raise MapetError(f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {option('seg_masks')}")
-    images = list_images(config.images)
-    if images.classes():
-        ood = {name: datasets.labeled(list_images(source)) for name, source in config.ood_images.items()}
-        return EvalData(*datasets.train_and_test(config.images, config.test_images), ood)
-    if config.test_images is None:
-        return EvalData(*datasets.split(unlabeled(images)))
-    return EvalData(unlabeled(images), unlabeled(list_images(config.test_images)))
+        }[requirement]  # fmt: skip
 
 
 @dataclass
 class EvalContext:
-    """One backbone and its data; features are computed when first needed, and shared by the protocols."""
+    """One backbone and its data; features are computed when first needed, and shared by the protocols.
+
+    Attributes:
+        backbone: the frozen backbone at its own input size.
+        data: training and test images.
+        cache: where features are kept, and the inference batch size.
+        options: of the command `evaluate`.
+    """
 
     backbone: BackboneWrapper
     data: EvalData
@@ -183,16 +211,17 @@ class EvalContext:
 
     @property
     def classes(self) -> list[str]:
+        """Names by class index; empty without labels."""
         return self.data.train.classes
 
     @cached_property
     def train(self) -> FeatureCache:
-        """Features of the training images, of four layers."""
+        """Features of the training images from up to four layers; the last layer's are its `layer_features`."""
         return self._extract(self.data.train)
 
     @cached_property
     def test(self) -> FeatureCache:
-        """Features of the test images, of the same layers."""
+        """Features of the test images from the same layers."""
         return self._extract(self.data.test)
 
     def _extract(self, data: LabeledSet) -> FeatureCache:
@@ -201,45 +230,41 @@ class EvalContext:
 
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-        """Similarities and rows of the training images nearest to each test image."""
+        """Cosine similarities and rows in `train` of the `KNN_K` training images nearest to each row of `test`, nearest first."""
         return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), KNN_K)
 
     @cached_property
     def logistic(self) -> LogisticProbe:
-        """The linear probe."""
+        """The linear probe, fitted on the training images."""
         return fit_logistic(self.train.layer_features(), self.train.labels, len(self.classes))
 
     @property
     def classifier(self) -> str:
-        """What `classify` reads: the model's own classifier where it has one with names, else the linear probe."""
+        """Description of what `classify` uses: the model's own classifier if it has one with class names, else the linear probe."""
         return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
 
-    def pooled(self, images: UInt8[Tensor, "B C H W"], backbone: BackboneWrapper | None = None) -> Float[Tensor, "B F"]:
-        """Compute the last layer's features, on the CPU; `backbone`: the same model for another input size."""
-        backbone = backbone or self.backbone
+    def pooled(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        """Return the last layer's features on the CPU; `backbone` may be `self.backbone` for another input size."""
         return backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0].cpu()
 
-    def classify(
-        self, images: UInt8[Tensor, "B C H W"], backbone: BackboneWrapper | None = None
-    ) -> Float[Tensor, "B K"]:
-        """Compute logits of the training images' classes, on the CPU.
+    def classify(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Return logits of `classes` on the CPU, by the model's own classifier if it has one with class names, else by the linear probe.
 
         Args:
-            backbone: the same model for another input size.
+            backbone: `self.backbone`, perhaps for another input size.
 
         Raises:
-            MapetError: the model's own classifier lacks some of them.
+            MapetError: the model's own classifier lacks a class of the training images.
         """
-        backbone = backbone or self.backbone
         if not backbone.classes:
-            return self.logistic(self.pooled(images, backbone))
-        place = {name: index for index, name in enumerate(backbone.classes)}
-        if unknown := [name for name in self.classes if name not in place]:
-            raise MapetError(f"{backbone.name} was fine-tuned without the class '{unknown[0]}'")
-        return backbone.logits(images)[:, [place[name] for name in self.classes]].cpu()
+            return self.logistic(self.pooled(backbone, images))
+        if unknown := set(self.classes) - set(backbone.classes):
+            hint = f"remove its folder from {option('images')} and {option('test_images')}, or fine-tune with it"
+            raise MapetError(f"{backbone.name} was fine-tuned without the class '{min(unknown)}': {hint}")
+        return backbone.logits(images)[:, [backbone.classes.index(name) for name in self.classes]].cpu()
 
     def close(self) -> None:
-        """Give the features' memory back."""
+        """Free the features' memory and scratch files; `train` and `test` cannot be used after it."""
         for name in ("train", "test"):
             if name in self.__dict__:
                 self.__dict__[name].close()
@@ -253,27 +278,28 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class Protocol(NamedTuple):
-    """A row of the table.
+    """A row of the table of protocols.
 
     Attributes:
-        requires: 'labels', 'images', 'ood', 'masks', 'annotations': data it can't do without.
-        expensive: only run when asked for.
+        run: measures a backbone.
+        requires: data that it cannot do without.
+        is_expensive: it only runs if `protocols` names it.
     """
 
     run: Run
-    requires: str
-    expensive: bool = False
+    requires: Requirement
+    is_expensive: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {}
-"""By name; `mapet.evaluation.protocols` has all of them."""
+"""All protocols by name, once `mapet.evaluation.protocols` is imported."""
 
 
-def protocol(requires: str, expensive: bool = False) -> Callable[[AnyRun], AnyRun]:
-    """Register a function, few_shot say, as the protocol few-shot; see `Protocol`."""
+def protocol(requires: Requirement, is_expensive: bool = False) -> Callable[[AnyRun], AnyRun]:
+    """Return a decorator that adds a function to `PROTOCOLS`, `few_shot` as 'few-shot'; see `Protocol` for the arguments."""
 
     def register(run: AnyRun) -> AnyRun:
-        PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, expensive)
+        PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, is_expensive)
         return run
 
     return register

@@ -1,10 +1,10 @@
 """The protocols of `mapet evaluate` on features of whole images; `dense` has those on feature maps.
 
-A protocol is a function from a backbone and data to metrics, registered where it is defined.
+A protocol is a function from an `EvalContext` to a `ProtocolResult`; the decorator `protocol` registers it by name.
 """
 
-from collections.abc import Mapping
-from math import isfinite, isnan
+from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation import dense, eval_context, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
@@ -27,20 +27,25 @@ from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
 
 __all__ = ["PROTOCOLS", "Protocol", "dense"]
 
-DEAD = 1e-3
-"""A dimension is dead if its standard deviation is below this fraction of the mean one."""
-MAX_RANK, MAX_CLUSTER, MAX_VIEWS = 25_600, 50_000, 1000
-"""Images for the rank (the RankMe paper's number), for k-means, for other views of the same images."""
+DEAD_FRACTION = 1e-3
+"""A dimension is dead if its standard deviation is below this fraction of the mean standard deviation."""
+MAX_RANK_IMAGES, MAX_CLUSTER_IMAGES, MAX_VIEW_IMAGES, MAX_CORRUPTED_IMAGES = 25_600, 50_000, 1000, 1000
+"""Images, at most, for the rank (as in the RankMe paper), for k-means, for a second view, and for the 75 corruptions."""
+MAX_PAIRED = 4096
+"""Images, at most, of which all pairs are compared for the uniformity."""
 NUM_QUERIES = 10
-"""Rows of the figure of neighbors."""
+"""Test images in the figure of neighbors."""
 BETTER = {"rankme": ", higher is better", "effective_rank": ", higher is better"} | dict.fromkeys(
     ("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better"
 )
-"""Of metrics without labels; the spread is best near 1. They tell whether features collapsed, not what they are good for."""
-MAX_CORRUPTED = 1000
-"""Test images, at most, that are corrupted in each of 75 ways."""
+"""Which values of label-free metrics are better; the spread is best near 1. They show collapse, not what features are good for."""
 SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-"""Input sizes that are tried, relative to the trained one."""
+"""Default input sizes of `resolution`, as factors of the trained one."""
+
+
+def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """Concatenate the first tensors of all batches, then the second ones, and so on."""
+    return map(torch.cat, zip(*batches, strict=True))
 
 
 # ---- classes
@@ -55,7 +60,7 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
-    """Evaluate weighted k-NN of the last layer's features."""
+    """Evaluate weighted k-NN on the last layer's features."""
     predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
     selected = f"k {context.test_neighbors[1].shape[1]}"
     return ProtocolResult().add_accuracy("knn", predicted, context.test.labels, context.classes, selected)
@@ -76,14 +81,13 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def attentive(context: EvalContext) -> ProtocolResult:
-    """Evaluate the attentive probe of the last layer's patch tokens."""
-    compute, test = context.backbone.compute, context.data.test
-    train = PatchTokenCache(context.backbone, context.data.train, context.cache)
-    probe, lr = probes.fit_attentive(train, len(context.classes), compute, context.options.seed)
-    tokens = PatchTokenCache(context.backbone, test, context.cache).epoch()
+    """Evaluate the attentive probe on the last layer's patch tokens."""
+    backbone, compute, test = context.backbone, context.backbone.compute, context.data.test
+    train_tokens = PatchTokenCache(backbone, context.data.train, context.cache)
+    probe, lr = probes.fit_attentive(train_tokens, len(context.classes), compute, context.options.seed)
+    batches = PatchTokenCache(backbone, test, context.cache).epoch()
     with torch.inference_mode():
-        found = [(index, probe(compute.to(part)).argmax(1).cpu()) for index, part in tokens]
-    index, predicted = map(torch.cat, zip(*found, strict=True))
+        index, predicted = _concatenate((rows, probe(compute.to(tokens)).argmax(1).cpu()) for rows, tokens in batches)
     labels = torch.from_numpy(test.labels)[index]
     return ProtocolResult().add_accuracy("attentive", predicted, labels, context.classes, f"lr {lr:g}")
 
@@ -92,30 +96,34 @@ def attentive(context: EvalContext) -> ProtocolResult:
 def few_shot(context: EvalContext) -> ProtocolResult:
     """Evaluate the linear probe with few labels, over several fixed splits, standardized with all training images."""
     result = ProtocolResult()
-    train, features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
-    row_of = torch.full((len(context.data.train),), -1)
-    row_of[train.index] = torch.arange(len(train))
+    train, test_features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
+    row_of_image = torch.full((len(context.data.train),), -1)  # -1: unreadable
+    row_of_image[train.index] = torch.arange(len(train))
     for amount in context.options.few_shot:
-        scores = []
+        accuracies = []
         for seed in range(context.options.num_seeds):
-            rows = row_of[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
-            rows = rows[rows >= 0]  # that could be read
+            rows = row_of_image[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
+            rows = rows[rows >= 0]
             x, y = train.layer_features(rows), train.labels[rows]
             probe = probes.fit_logistic(x, y, len(context.classes), scaler=scaler)
-            scores.append(float((probe(features).argmax(1) == context.test.labels).double().mean()))
+            accuracies.append(float((probe(test_features).argmax(1) == context.test.labels).double().mean()))
         name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
-        result.metrics[name] = eval_context.mean_over_seeds(scores)
-        result.details[name] = scores
+        result.metrics[name], result.details[name] = eval_context.mean_over_seeds(accuracies), accuracies
     return result
 
 
 def average_precisions(
     scores: Float[Tensor, "n K"], targets: Float[Tensor, "n K"], weights: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " K"]:
-    """Compute the area under each class's precision-recall curve, without interpolation; NaN for a class that no image has.
+    """Return the average precision of each class, in [0, 1]: the area under its precision-recall curve, without interpolation.
 
     Args:
+        scores: higher is more likely.
+        targets: 1 where an image shows a class, else 0.
         weights: how often each image counts.
+
+    Returns:
+        NaN for classes that no image shows.
     """
     columns = zip(scores.T.numpy(), targets.T.numpy(), strict=True)
     each = [average_precision_score(y, s, sample_weight=weights) if weights @ y > 0 else np.nan for s, y in columns]
@@ -124,68 +132,69 @@ def average_precisions(
 
 @protocol("annotations")
 def multi_label(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes, one logistic regression a class, by mean average precision."""
+    """Evaluate linear probes by mean average precision, one logistic regression for each class."""
     assert context.data.boxes is not None
     train, test = context.data.boxes
-    targets = torch.from_numpy(train.image_labels)[context.train.index]
-    truth = torch.from_numpy(test.image_labels)[context.test.index]
-    fit, check, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
-    logits = [probes.fit_logistic(fit, target, 2, scaler=scaler)(check) for target in targets.T]
-    # Infinite where training images show it all, or none.
-    scores = torch.stack([own[:, 1] - own[:, 0] for own in logits], 1).nan_to_num()
+    train_targets = torch.from_numpy(train.image_labels)[context.train.index]
+    targets = torch.from_numpy(test.image_labels)[context.test.index]
+    x, test_x, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
+    logits = [probes.fit_logistic(x, target, 2, scaler=scaler)(test_x) for target in train_targets.T]
+    # Infinite for a class that all training images show, or none.
+    scores = torch.stack([pair[:, 1] - pair[:, 0] for pair in logits], 1).nan_to_num()
 
-    def macro_mean(weights: Float[np.ndarray, " n"]) -> float:
-        found = average_precisions(scores, truth, weights)
-        return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+    def mean_average_precision(weights: Float[np.ndarray, " n"]) -> float:
+        precisions = average_precisions(scores, targets, weights)
+        return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else 0.0
 
-    each = zip(train.classes, average_precisions(scores, truth, np.ones(len(truth))).tolist(), strict=True)
-    details = {"ap": {label: None if isnan(ap) else round(ap, 4) for label, ap in each}}
-    return ProtocolResult({"multi_label_map": eval_context.bootstrap_ci(macro_mean, len(truth))}, details=details)
+    precisions = average_precisions(scores, targets, np.ones(len(targets))).tolist()
+    named = zip(train.classes, precisions, strict=True)
+    details = {"ap": {name: round(value, 4) if isfinite(value) else None for name, value in named}}
+    metric = eval_context.bootstrap_ci(mean_average_precision, len(targets))
+    return ProtocolResult({"multi_label_map": metric}, details=details)
 
 
 # ---- without labels
 
 
-def feature_stats(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"] | None = None) -> dict[str, float]:
+def feature_stats(features: Float[Tensor, "n D"]) -> dict[str, float]:
     """Measure rank, spread and collapse of features.
 
-    RankMe: exp of the entropy of the singular values' fractions (Garrido et al. 2023, arXiv 2210.02885), of the features as
-    they are. Effective rank: the same of the centered ones (Roy & Vetterli 2007), which a common offset does not lower. Both are at most
-    min(n, D).
-    Spread: mean standard deviation of the dimensions of length-1 features times sqrt(D): near 1 where directions are used evenly, 0 where all
-    features point one way (SimSiam, arXiv 2011.10566, section 4.1).
-    Mean cosine: of two different images.
-    Uniformity and alignment on the unit sphere: Wang & Isola 2020 (arXiv 2005.10242); lower is better for both.
-
-    Args:
-        views: features of other views of the same images, for the alignment.
-
     Returns:
-        Those that so few images have: one has no spread.
+        Metrics by name, without those that are not finite for so few images:
+        rankme: exp of the entropy of the normalized singular values (Garrido et al. 2023, arXiv 2210.02885), of the features as
+            they are; at most min(n, D).
+        effective_rank: the same of the centered features (Roy & Vetterli 2007), which a common offset does not lower.
+        dimensions: D. dead_dimensions: the fraction of them that is nearly constant, see `DEAD_FRACTION`.
+        spread: mean standard deviation of the dimensions of length-1 features times sqrt(D): near 1 if directions are used
+            evenly, 0 if all features point one way (SimSiam, arXiv 2011.10566, section 4.1).
+        mean_cosine: mean cosine similarity of two different images.
+        uniformity: log of the mean Gaussian potential of pairs on the unit sphere (Wang & Isola 2020, arXiv 2005.10242).
     """
     x = features.double()
     unit = F.normalize(x, dim=1)
-    deviations = x.std(0)
-    width, count = x.shape[1], len(x)
-    total = unit.sum(0).square().sum()
-    pairs = unit[:4096]
-    close = torch.pdist(pairs).square() if len(pairs) > 1 else torch.zeros(1)
-    found = {
+    deviations, (count, width) = x.std(0), x.shape
+    squared_norm_of_sum = float(unit.sum(0).square().sum())
+    distances = torch.pdist(unit[:MAX_PAIRED]) if count > 1 else torch.zeros(1)
+    stats = {
         "rankme": entropy_rank(x),
         "effective_rank": entropy_rank(x - x.mean(0)),
         "dimensions": float(width),
-        "dead_dimensions": float((deviations <= DEAD * deviations.mean()).double().mean()),
+        "dead_dimensions": float((deviations <= DEAD_FRACTION * deviations.mean()).double().mean()),
         "spread": float(unit.std(0).mean()) * width**0.5,
-        "mean_cosine": float((total - count) / (count * (count - 1))) if count > 1 else 1.0,
-        "uniformity": float((-2 * close).exp().mean().log()),
+        "mean_cosine": (squared_norm_of_sum - count) / (count * (count - 1)) if count > 1 else 1.0,
+        "uniformity": float((-2 * distances.square()).exp().mean().log()),
     }
-    if views is not None:
-        found["alignment"] = float((unit - F.normalize(views.double(), dim=1)).square().sum(1).mean())
-    return {name: value for name, value in found.items() if isfinite(value)}
+    return {name: value for name, value in stats.items() if isfinite(value)}
+
+
+def measure_alignment(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"]) -> float:
+    """Return the mean squared distance on the unit sphere of features of two views of each image (Wang & Isola 2020), 0 to 4."""
+    units = F.normalize(features.double(), dim=1), F.normalize(views.double(), dim=1)
+    return float((units[0] - units[1]).square().sum(1).mean())
 
 
 def entropy_rank(x: Float[Tensor, "n D"]) -> float:
-    """Compute exp of the entropy of the singular values' fractions: how many directions are used evenly."""
+    """Return exp of the entropy of the singular values, normalized to sum 1: how many directions are used evenly."""
     x = x.double()  # squares lose half of the digits
     values = torch.linalg.eigvalsh(x.T @ x if x.shape[1] <= len(x) else x @ x.T).clamp_min(0).sqrt()
     if float(values.sum()) == 0:
@@ -195,59 +204,64 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
 
 @protocol("images")
 def feature_rank(context: EvalContext) -> ProtocolResult:
-    """Measure rank, spread and collapse of the last layer's features; no labels."""
+    """Measure rank, spread and collapse of the last layer's features without labels, and their alignment with random crops."""
     train, backbone = context.train, context.backbone
-    features = train.layer_features(torch.arange(min(MAX_RANK, len(train))))
-    few = context.data.train.images.subset(train.index[:MAX_VIEWS].numpy())
+    features = train.layer_features(torch.arange(min(MAX_RANK_IMAGES, len(train))))
+    images = context.data.train.images.subset(train.index[:MAX_VIEW_IMAGES].numpy())
     spec = ViewSpec(kind="random-crop", image_size=backbone.image_size)
-    batches = backbone.batches(few, context.cache, "views", spec=spec)
-    index, views = map(torch.cat, zip(*((rows, context.pooled(pixels)) for rows, pixels in batches), strict=True))
-    found = feature_stats(features)
-    found["alignment"] = feature_stats(features[index], views)["alignment"]
+    batches = backbone.batches(images, context.cache, "views", spec=spec)
+    rows, views = _concatenate((rows, context.pooled(backbone, pixels)) for rows, pixels in batches)
+    stats = feature_stats(features) | {"alignment": measure_alignment(features[rows], views)}
     over = f"{len(features):,} images"
     return ProtocolResult(
-        {name: eval_context.MetricValue(v, over=f"{over}{BETTER.get(name, '')}") for name, v in found.items()}
+        {name: eval_context.MetricValue(v, over=f"{over}{BETTER.get(name, '')}") for name, v in stats.items()}
     )
 
 
 def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Assign each row to a cluster by k-means++ of the centered features' directions, the best of 3 starts."""
+    """Return a cluster index for each row, by k-means++ on the centered features' directions, the best of 3 starts."""
     unit = F.normalize(features - features.mean(0), dim=1)
     return KMeans(num_clusters, n_init=3, max_iter=30, random_state=seed).fit_predict(unit.numpy())
 
 
-def clustering_scores(found: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
-    """Compare a partition with the classes.
+def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """Compare clusters with classes.
 
-    Accuracy: of the best one-to-one matching of clusters and classes (Hungarian). NMI: mutual information over the mean of
-    both entropies. ARI: pairs, corrected for chance (Hubert & Arabie 1985).
+    Returns:
+        accuracy: of the best one-to-one matching of clusters and classes (Hungarian method), 0 to 1.
+        nmi: normalized mutual information: mutual information over the mean of both entropies, 0 to 1.
+        ari: adjusted Rand index: agreement on pairs, corrected for chance (Hubert & Arabie 1985), -0.5 to 1.
     """
-    table = contingency_matrix(found, labels)
-    rows, columns = linear_sum_assignment(table, maximize=True)
+    table = contingency_matrix(clusters, labels)
+    matching = linear_sum_assignment(table, maximize=True)
     return {
-        "accuracy": float(table[rows, columns].sum() / len(labels)),
-        "nmi": float(normalized_mutual_info_score(labels, found)),
-        "ari": float(adjusted_rand_score(labels, found)),
+        "accuracy": float(table[matching].sum() / len(labels)),
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
     }
 
 
 @protocol("labels")
 def cluster(context: EvalContext) -> ProtocolResult:
-    """Cluster the test features into as many clusters as classes: accuracy after matching, NMI, ARI."""
-    features, labels = context.test.layer_features()[:MAX_CLUSTER], context.test.labels[:MAX_CLUSTER].numpy()
+    """Cluster the test features into as many clusters as classes, with each seed: accuracy after matching, NMI, ARI."""
+    features, labels = (part[:MAX_CLUSTER_IMAGES] for part in (context.test.layer_features(), context.test.labels))
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
-    found = [clustering_scores(each, labels) for each in clusters]
-    least = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
+    scores = [clustering_scores(each, labels.numpy()) for each in clusters]
+    minima = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
     return ProtocolResult(
-        {f"cluster_{k}": eval_context.mean_over_seeds([one[k] for one in found], low) for k, low in least.items()}
+        {f"cluster_{k}": eval_context.mean_over_seeds([each[k] for each in scores], low) for k, low in minima.items()}
     )
 
 
 @protocol("images")
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
-    """Find the nearest training images of some test images, for a figure."""
+    """Find the training images nearest to some test images, for a figure.
+
+    Its details are 'queries', indices of test images; 'nearest', indices of the training images nearest to each, nearest first;
+    and 'similarity', their cosine similarities.
+    """
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
-    chosen = np.argsort(keys)[:NUM_QUERIES]
+    chosen = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
     similarity, rows = (part[chosen, :NUM_SHOWN] for part in context.test_neighbors)
     details = {"queries": context.test.index[chosen], "nearest": context.train.index[rows]}
     details["similarity"] = similarity.double().round(decimals=4)
@@ -259,110 +273,125 @@ def nearest_neighbors(context: EvalContext) -> ProtocolResult:
 
 @protocol("ood")
 def ood(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy on other labeled folders, on the classes they share with training; the choice is among those alone.
+    """Measure accuracy on each further labeled folder, for its images of classes that training has too.
 
-    So it is done for ImageNet-A and -R, which have 200 of the 1,000 classes.
+    Predictions are among the shared classes alone, as is usual for ImageNet-A and -R, which have 200 of the 1,000 classes.
     """
     result, classes, backbone = ProtocolResult(), context.classes, context.backbone
-    for name, everything in context.data.ood.items():
-        shared, data = shared_classes(everything, classes, name)
+    for name, labeled_set in context.data.ood.items():
+        is_shared, data = shared_classes(labeled_set, classes, name)
         batches = backbone.batches(data.images, context.cache)
-        parts = [(rows, context.classify(images), context.pooled(images)) for rows, images in batches]
-        index, logits, features = map(torch.cat, zip(*parts, strict=True))
+        index, logits, features = _concatenate(
+            (rows, context.classify(backbone, pixels), context.pooled(backbone, pixels)) for rows, pixels in batches
+        )
         labels = torch.from_numpy(data.labels)[index]
-        found = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
-        votes = probes.knn_scores(context.train, len(classes), *found)
+        neighbors = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
+        votes = probes.knn_scores(context.train, len(classes), *neighbors)
         for metric, scores, selected in (
             ("own_classifier" if backbone.classes else "logistic", logits, context.classifier),
-            ("knn", votes, f"k {found[1].shape[1]}"),
+            ("knn", votes, f"k {neighbors[1].shape[1]}"),
         ):
-            scores[:, ~torch.from_numpy(shared)] = -torch.inf
+            scores[:, ~torch.from_numpy(is_shared)] = -torch.inf
             result.add_accuracy(f"ood_{name}_{metric}", scores.argmax(1), labels, classes, selected)
-        result.details[name] = {"classes": int(shared.sum()), "images": len(labels)}
+        result.details[name] = {"classes": int(is_shared.sum()), "images": len(labels)}
     return result
 
 
-def shared_classes(data: LabeledSet, names: list[str], what: str) -> tuple[Bool[np.ndarray, " K"], LabeledSet]:
-    """Find which of `names` the data has, and its images of those, labeled by their place in `names`.
+def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[Bool[np.ndarray, " K"], LabeledSet]:
+    """Select the images of classes that are among `names`.
+
+    Args:
+        names: the K classes of the training images.
+        set_name: name of `data` in the error.
+
+    Returns:
+        Whether `data` has each of `names`, and the selected images with labels that are indices into `names`.
 
     Raises:
-        MapetError: none is shared.
+        MapetError: `data` has none of `names`.
     """
-    place = {name: index for index, name in enumerate(names)}
-    labels = np.array([place.get(name, -1) for name in data.classes])[data.labels]
-    if not (labels >= 0).any():
-        raise MapetError(
-            f"'{what}' ({data.images.root}) shares no class with the training images: {', '.join(data.classes[:3])} ... "
-            f"beside {', '.join(names[:3])} ...; folders of one class need one name"
-        )
+    index_of = {name: index for index, name in enumerate(names)}
+    labels = np.array([index_of.get(name, -1) for name in data.classes])[data.labels]
     images = data.images.subset(np.flatnonzero(labels >= 0))
+    if not len(images):
+        raise MapetError(
+            f"{option('ood_images')} {set_name} ({data.images.root}) shares no class with the training images: it has "
+            f"{data.classes[:3]} ..., they have {names[:3]} ...; give folders of the same class the same name"
+        )
     return np.isin(names, data.classes), LabeledSet(images, names, labels[labels >= 0])
 
 
-@protocol("labels", expensive=True)
+@protocol("labels", is_expensive=True)
 def corruptions(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE."""
-    backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED)
+    """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE.
+
+    Its details are 'errors', by corruption the error rate at each severity.
+    """
+    backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        raise MapetError(f"corruptions are of gray or RGB images, {backbone.name} takes {backbone.channels} channels")
+        raise MapetError(
+            f"{backbone.name} takes {backbone.channels} channels, corruptions need 1 (gray) or 3 (RGB): leave the protocol "
+            f"'corruptions' out of {option('protocols')}"
+        )
     clean = _is_correct(context, data, backbone)
-    readable = ~clean.isnan()
+    correct: dict[str, Float[Tensor, "5 n"]] = {}
+    for kind, name in enumerate(CORRUPTIONS):
+        options = [{"augment": Corruption(name, severity), "seed": kind * 10 + severity} for severity in SEVERITIES]
+        correct[name] = torch.stack([_is_correct(context, data, backbone, **each) for each in options])
+    image_accuracy = torch.cat(list(correct.values())).mean(0).numpy()
 
-    def under(name: str, severity: int) -> Float[Tensor, " m"]:
-        seed = list(CORRUPTIONS).index(name) * 10 + severity
-        return _is_correct(context, data, backbone, augment=Corruption(name, severity), seed=seed)[readable]
+    def accuracy(weights: Float[np.ndarray, " n"]) -> float:
+        return float(np.average(image_accuracy, weights=weights))
 
-    correct = {name: torch.stack([under(name, severity) for severity in SEVERITIES]) for name in CORRUPTIONS}
-    each = torch.cat(list(correct.values())).mean(0).numpy()
-    mean = eval_context.bootstrap_ci(
-        lambda weights: float(weights @ each / weights.sum()), len(each), selected=context.classifier
-    )
-    accuracy = eval_context.accuracy_with_ci(int(clean[readable].sum()), len(each), context.classifier)
-    errors = {name: (1 - rows.mean(1)).tolist() for name, rows in correct.items()}
-    return ProtocolResult({"corruption_clean": accuracy, "corruption_mean": mean}, details={"errors": errors})
+    metrics = {
+        "corruption_clean": eval_context.accuracy_with_ci(clean, context.classifier),
+        "corruption_mean": eval_context.bootstrap_ci(accuracy, len(clean), selected=context.classifier),
+    }
+    return ProtocolResult(metrics, details={"errors": {k: (1 - each.mean(1)).tolist() for k, each in correct.items()}})
 
 
 def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
-    """Add mCE (Hendrycks & Dietterich, section 4.1) to each backbone's corruptions, as a fraction (1 is as bad as the first backbone).
+    """Add mCE (Hendrycks & Dietterich, section 4.1) to each backbone's result of `corruptions`, as a fraction.
 
-    The CE of a corruption is the sum of errors over severities, over the same sum of the first backbone, which has AlexNet's
-    place in the paper; a corruption under which that makes no error has none.
+    The CE of a corruption is the sum of errors over severities, divided by the same sum of the first backbone, which has
+    AlexNet's place in the paper, so that 1 is as bad as the first backbone; a corruption under which that makes no error has none.
+
+    Args:
+        results: backbone -> protocol -> result, the first backbone first; those without `corruptions` are skipped.
     """
-    found = [own["corruptions"] for own in results.values() if "corruptions" in own]
-    for result in found:
-        totals = {name: sum(errors) for name, errors in found[0].details["errors"].items()}
-        own = result.details["errors"]
-        each = {name: sum(own[name]) / total for name, total in totals.items() if total > 0}
-        mean = float(np.mean(list(each.values()))) if each else float("nan")
+    measured = [protocols["corruptions"] for protocols in results.values() if "corruptions" in protocols]
+    for result in measured:
+        errors, first = result.details["errors"], measured[0].details["errors"]
+        ce = {name: sum(errors[name]) / sum(first[name]) for name in first if sum(first[name]) > 0}
         over = f"{result.metrics['corruption_mean'].over}, relative to the first"
-        result.metrics["mce"], result.details["corruption_errors"] = eval_context.MetricValue(mean, over=over), each
+        mce = float(np.mean(list(ce.values()))) if ce else float("nan")
+        result.metrics["mce"], result.details["corruption_errors"] = eval_context.MetricValue(mce, over=over), ce
 
 
-@protocol("labels", expensive=True)
+@protocol("labels", is_expensive=True)
 def resolution(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy at other input sizes, positions interpolated."""
+    """Measure accuracy at other input sizes, with interpolated positions: `eval_image_sizes`, or multiples of the trained size."""
     result, backbone = ProtocolResult(), context.backbone
-    step = backbone.patch_size
-    height, width = backbone.image_size
-    sizes = [(size, size) for size in context.options.eval_image_sizes or ()] or [
-        (max(1, round(height * f / step)) * step, max(1, round(width * f / step)) * step) for f in SIZE_FACTORS
-    ]
-    for size in dict.fromkeys(sizes):
-        correct = _is_correct(context, context.data.test, backbone.with_image_size(size))
-        correct = correct[~correct.isnan()]
-        name = f"resolution_{size[0]}" if size[0] == size[1] else f"resolution_{size[0]}x{size[1]}"
-        trained = " (trained size)" if size == backbone.image_size else ""
-        result.metrics[name] = eval_context.accuracy_with_ci(
-            int(correct.sum()), len(correct), context.classifier + trained
-        )
+    step, trained = backbone.patch_size, backbone.image_size
+    scaled = [tuple(max(1, round(side * f / step)) * step for side in trained) for f in SIZE_FACTORS]
+    squares = [(side, side) for side in context.options.eval_image_sizes or ()]
+    for height, width in dict.fromkeys(squares or scaled):
+        correct = _is_correct(context, context.data.test, backbone.with_image_size((height, width)))
+        name = f"resolution_{height}" if height == width else f"resolution_{height}x{width}"
+        selected = context.classifier + (" (trained size)" if (height, width) == trained else "")
+        result.metrics[name] = eval_context.accuracy_with_ci(correct, selected)
     return result
 
 
 def _is_correct(
     context: EvalContext, data: LabeledSet, backbone: BackboneWrapper, **dataset: Any
-) -> Float[Tensor, " n"]:
-    """1 for each image that is classified correctly, else 0; NaN for unreadable ones."""
+) -> Float[Tensor, " m"]:
+    """Return 1 for each readable image that `context.classify` classifies correctly, else 0, in the order of `data`.
+
+    Args:
+        dataset: further arguments of `ViewDataset`: `augment`, `seed`.
+    """
     correct, labels = torch.full((len(data),), torch.nan, dtype=torch.float64), torch.from_numpy(data.labels)
-    for rows, images in backbone.batches(data.images, context.cache, **dataset):
-        correct[rows] = (context.classify(images, backbone).argmax(1) == labels[rows]).double()
-    return correct
+    for rows, pixels in backbone.batches(data.images, context.cache, **dataset):
+        correct[rows] = (context.classify(backbone, pixels).argmax(1) == labels[rows]).double()
+    return correct[~correct.isnan()]

@@ -1,0 +1,282 @@
+"""Commands on trained backbones: `evaluate` compares them side by side, `export` writes one for other libraries."""
+
+import logging
+import platform
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mapet.config.evaluation import EvaluateConfig, ExportConfig
+from mapet.data.dataset import ViewDataset, inference_batch_size
+from mapet.data.sources import list_images
+from mapet.data.views import ViewSpec, normalize
+from mapet.device import ComputeContext, free_memory
+from mapet.errors import Interrupted, MapetError, did_you_mean, option
+from mapet.evaluation.datasets import LabeledSet, labeled
+from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
+from mapet.evaluation.inspection import render_neighbors
+from mapet.evaluation.protocols import PROTOCOLS, add_mce
+from mapet.files import atomic_write
+from mapet.models.backbone import load_backbone, save_backbone
+from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
+from mapet.reports.card import model_card, origin_of
+from mapet.reports.evaluation import format_metric, format_table, write_evaluation
+from mapet.reports.plots import plot_neighbors, save_figure
+from mapet.run_state import pretrain_folder, read_command, record, try_read_state
+from mapet.training.tasks.pretraining import load_run
+
+log = logging.getLogger("mapet")
+TOLERANCE = 1e-4
+"""Largest difference of an exported model's output, as a fraction of the output's root mean square."""
+NUM_CHECK_IMAGES = 8
+"""Images on which an export is checked."""
+MEMORY_FRACTION = 1 / 4
+"""Fraction of the free memory that the features of each of the two image sets may take."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """Run each protocol on each backbone; return backbone -> metric -> value.
+
+    All options are checked, and every backbone is loaded once, before the first protocol runs. With `out` the results so far are
+    written after each protocol, so that an interruption loses only the protocol that was running.
+    """
+    compute = ComputeContext.from_options(config.device, config.precision)
+    for name in config.protocols or ():
+        if name not in PROTOCOLS:
+            known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
+            raise MapetError(f"unknown protocol '{name}'{known}", field="protocols", value=name)
+    data = EvalData.load(config)
+    names = _choose_protocols(config, data)
+    if "few-shot" in names:
+        config = _drop_large_few_shot_splits(config, data.train)
+    for source in config.backbone:
+        BackboneWrapper.load(source, compute, config.seed)
+    info = {
+        "images": f"{config.images} ({len(data.train):,} images)",
+        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
+        "pooling": config.pool,
+        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
+    }
+    if data.train.classes:
+        info["classes"] = f"{len(data.train.classes):,}, majority accuracy {data.test.majority_accuracy:.3f}"
+    memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
+    scratch_dir = config.out or Path(tempfile.gettempdir())
+    results: dict[str, dict[str, ProtocolResult]] = {}
+    try:
+        for source in config.backbone:
+            backbone = BackboneWrapper.load(source, compute, config.seed)
+            cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
+            log.info("--- %s: %s, %d x %d px", source, type(backbone.model).__name__, *backbone.image_size)
+            with closing(EvalContext(backbone, data, cache, config)) as context:
+                _run_protocols(names, context, results, info)
+    except KeyboardInterrupt:
+        if config.out is None or not any(results.values()):
+            raise
+        command = f"the other {option('protocols')}, and a new {option('out')}"
+        raise Interrupted(f"interrupted; the results of finished protocols are in {config.out}", command) from None
+    if len(results) > 1:
+        for line in format_table(results, format_metric).splitlines():
+            log.info("%s", line)
+    if config.out is not None:
+        log.info("table, metrics and figures in %s", config.out)
+    return {
+        source: {row: metric.value for result in by_protocol.values() for row, metric in result.metrics.items()}
+        for source, by_protocol in results.items()
+    }
+
+
+def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
+    """Return the names of `config.protocols`, without repetitions; without that option, all inexpensive protocols whose data is there.
+
+    Raises:
+        MapetError: the data of a named protocol is missing.
+    """
+    if not config.protocols:
+        cheap = {name: protocol.requires for name, protocol in PROTOCOLS.items() if not protocol.is_expensive}
+        if not (data.has("labels") or data.has("masks") or data.has("annotations")):
+            skipped = [name for name, requirement in cheap.items() if requirement == "labels"]
+            log.warning("%s has no class folders, CLASS/image.jpg: skipped %s", config.images, ", ".join(skipped))
+        return [name for name, requirement in cheap.items() if data.has(requirement)]
+    hints = {
+        "labels": f"labels, which {option('annotations')} or {option('seg_masks')} take the place of: leave those out",
+        "masks": f"masks: {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
+        "annotations": f"COCO annotations: {option('annotations')} instances.json",
+        "ood": f"another labeled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
+    }
+    for name in config.protocols:
+        requirement = PROTOCOLS[name].requires
+        if not data.has(requirement):
+            if requirement == "labels":
+                labeled(list_images(config.images))  # names an image without a class in its error
+            raise MapetError(f"protocol '{name}' needs {hints[requirement]}", field="protocols", value=name)
+    return list(dict.fromkeys(config.protocols))
+
+
+def _drop_large_few_shot_splits(config: EvaluateConfig, train: LabeledSet) -> EvaluateConfig:
+    """Return the options without default `few_shot` splits that the smallest class has too few images for, with a warning.
+
+    Raises:
+        MapetError: the user asked for such a split, or for the protocol.
+    """
+    smallest = int(np.bincount(train.labels).min())
+    too_large = [amount for amount in config.few_shot if amount > max(1, smallest)]
+    if too_large and (config.protocols or "few_shot" in config.model_fields_set):
+        raise MapetError(
+            f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(too_large):g} asked for; "
+            "give smaller splits", field="few_shot", value=config.few_shot,
+        )  # fmt: skip
+    if too_large:
+        log.warning("few-shot splits %s are skipped: the smallest class has %d images", too_large, smallest)
+    return config.model_copy(update={"few_shot": tuple(n for n in config.few_shot if n not in too_large)})
+
+
+def _run_protocols(
+    names: list[str], context: EvalContext, results: dict[str, dict[str, ProtocolResult]], info: dict[str, str]
+) -> None:
+    """Run protocols on one backbone, and write the results so far after each, if there is `out`.
+
+    Args:
+        results: backbone -> protocol -> result; this backbone's are added.
+        info: facts for the head of evaluation.md.
+    """
+    out, by_protocol = context.options.out, results.setdefault(context.backbone.name, {})
+    for name in names:
+        result = by_protocol[name] = PROTOCOLS[name].run(context)
+        for row, metric in result.metrics.items():
+            log.info("%-28s %s  %s", row, format_metric(metric), metric.selected)
+        add_mce(results)
+        if out is None:
+            continue
+        if name == "nearest-neighbors":
+            data, backbone, details = context.data, context.backbone, result.details
+            sets = data.train, data.test, details["queries"], details["nearest"]
+            rows = render_neighbors(backbone.image_size, backbone.channels, *sets)
+            figure = plot_neighbors(rows, labeled=bool(context.classes))
+            save_figure(figure, out / "figures" / f"nearest-neighbors-{len(results)}.png")
+        write_evaluation(out, results, info)
+        as_json = {source: {k: each.to_json() for k, each in found.items()} for source, found in results.items()}
+        record(out, results={"backbones": as_json})
+
+
+def export(config: ExportConfig) -> Path:
+    """Write a backbone in each format with model cards, load it again and compare its outputs; return the folder.
+
+    Raises:
+        MapetError: a library is missing, the model does not fit a format, or outputs differ; then nothing is written.
+    """
+    formats: list[str] = list(dict.fromkeys(["timm", *config.format]))
+    for name in formats:
+        require_packages(name)
+    vit, origin = _load_backbone(config), origin_of(config.backbone)
+    classes = [str(name) for name in origin.classes] if vit.num_classes else []
+    views, description = _make_sample(config, vit)
+    pixels = normalize(views, vit.in_chans)
+    expected = compute_outputs(ExportWrapper(vit), pixels)
+    for output in expected.values():
+        check_finite_features(output, config.backbone)
+    differences: dict[str, float] = {}
+    with atomic_write(config.out) as folder:
+        folders = {name: folder if name == "timm" else folder / name for name in formats}
+        for name, format_folder in folders.items():
+            FORMATS[name].write(vit, format_folder, classes)
+            for loader, compute in FORMATS[name].read(format_folder).items():
+                differences[loader] = _check_outputs(loader, compute(pixels), expected)
+        if "transformers" in folders and (folders["transformers"] / "preprocessor_config.json").is_file():
+            processed, loader = _process(folders["transformers"], views), "transformers, image processor"
+            differences[loader] = _check_outputs(loader, {"pixels": processed}, {"pixels": pixels})
+        for name in [name for name in folders if name in ("timm", "transformers")]:
+            card = model_card(config, folders, vit, origin, differences, description, TOLERANCE, name)
+            (folders[name] / "README.md").write_text(card, encoding="utf-8")
+    for loader, difference in differences.items():
+        log.info("%-40s largest relative difference %.1e", loader, difference)
+    log.info("exported to %s, checked on %s", config.out, description)
+    return config.out
+
+
+def _load_backbone(config: ExportConfig) -> VisionTransformer:
+    """Load the backbone, adapted to the options' sizes, in eval mode; of an unfinished run, that of its newest checkpoint."""
+    sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
+    options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
+    run = pretrain_folder(Path(config.backbone))
+    if read_command(run) != "pretrain" or (run / "backbone").is_dir():
+        return load_backbone(config.backbone, **options).eval()
+    with tempfile.TemporaryDirectory(prefix=f"{Path(config.backbone).name}-newest-checkpoint-") as folder:
+        save_backbone(load_run(Path(config.backbone)).model.vit, Path(folder) / "backbone")
+        return load_backbone(Path(folder) / "backbone", **options).eval()
+
+
+def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Tensor, "B C H W"], str]:
+    """Read a few images as the ViT takes them, spread over `images` or, without that option, over those of the backbone's run.
+
+    Returns:
+        Views and a description of them. Without the option, where no image can be read, they are random pixels, with a warning.
+
+    Raises:
+        MapetError: no image of the option `images` that was tried is readable.
+    """
+    size: tuple[int, int] = vit.patch_embed.img_size
+    folders = (pretrain_folder(Path(config.backbone)), Path(config.backbone).parent)  # of pre-training, of fine-tuning
+    states = [state for folder in folders if (state := try_read_state(folder))]
+    source = config.images or (states[0].config.get("images") if states else None)
+    try:
+        if not source:
+            raise MapetError("nothing beside the backbone says what images it was trained on")
+        images = list_images(source)
+        chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
+        dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
+        views = dataset.batch([(0, index) for index in chosen]).images
+        if views is None:
+            raise MapetError(
+                f"none of {len(chosen)} images of {source} is readable: give others with {option('images')}"
+            )
+        return views, f"{len(views)} images of {Path(source).name}"
+    except (MapetError, OSError) as error:
+        if config.images is not None:
+            raise
+        description = f"{NUM_CHECK_IMAGES} generated images"
+        log.warning("checking on %s: %s; give some with %s", description, error, option("images"))
+        generator = torch.Generator().manual_seed(0)
+        shape = (NUM_CHECK_IMAGES, vit.in_chans, *size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), description
+
+
+def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference between outputs, each as a fraction of the root mean square of the expected one.
+
+    Args:
+        loader: how the export was loaded, for the error.
+        outputs, expected: outputs by name, of the export and of the backbone.
+
+    Raises:
+        MapetError: the difference is above `TOLERANCE` or NaN, or an output is missing or of another shape.
+    """
+    differences = [
+        float((outputs[name] - value).abs().max() / value.pow(2).mean().sqrt())
+        if name in outputs and outputs[name].shape == value.shape
+        else float("inf")
+        for name, value in expected.items()
+    ]
+    difference = float(np.max(differences))  # NaN if one is
+    if not difference <= TOLERANCE:
+        raise MapetError(
+            f"the export is not the backbone: loaded by {loader} it differs by {difference:.1e} of the outputs' size, more than "
+            f"{TOLERANCE:.0e}; nothing was written. Leave out that {option('format')}"
+        )
+    return difference
+
+
+def _process(folder: Path, views: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """Prepare views, which have the right size already, as images by the exported image processor of Transformers."""
+    from transformers import AutoImageProcessor  # an extra
+
+    images = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in views]
+    processed = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
+    return torch.as_tensor(processed["pixel_values"])
