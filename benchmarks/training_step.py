@@ -72,7 +72,9 @@ def compare(name: str, batch: int, compute: ComputeContext, rounds: int, compile
     model = prepare_for_device(make_model(name), compute).train()
     inputs = make_batch(batch, compute.device)
     arguments = [values for values in (inputs.images, inputs.targets, inputs.permutation) if values is not None]
-    step = ForwardBackward(model, compute, auto_micro_batch(model, batch, compute), compile)
+    if compile:
+        model.compile()
+    step = ForwardBackward(model, compute, auto_micro_batch(model, batch, compute))
     cuda = compute.device.type == "cuda"
     width, products = (8192, 10) if cuda else (4096, 1)
     side = torch.randn(width, width, dtype=compute.dtype, device=compute.device)
@@ -143,10 +145,13 @@ def largest_batch(name: str, compute: ComputeContext, compile: bool) -> int:
     batch = 256
     while True:
         inputs = make_batch(batch * 2, compute.device)
-        step = ForwardBackward(prepare_for_device(make_model(name), compute), compute, batch * 2, compile)
+        model = prepare_for_device(make_model(name), compute)
+        if compile:
+            model.compile()
+        step = ForwardBackward(model, compute, batch * 2)
         step(inputs.to(compute.device))
         fits = step.micro_batch == batch * 2  # it halves where memory does not suffice
-        del inputs, step
+        del inputs, model, step
         torch.cuda.empty_cache()
         if not fits:
             return batch

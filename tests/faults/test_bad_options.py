@@ -572,7 +572,7 @@ def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_pa
         fails(
             capsys, "run", "--images", crops, "--out", "typo", "--resume", "--fit-tokenizer.teacher", "resnet50x64_clp"
         )
-    assert "nothing to resume in typo: a new run begins there" in caplog.text
+    assert "no checkpoint in typo: starting a new run" in caplog.text
 
 
 def test_why_there_are_no_labels(capsys, crops, tmp_path, tokenizer_dir):

@@ -303,8 +303,8 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
     lines = metrics(options["out"])
     assert lines[-1]["skipped_steps"] == 2 and all(line["loss"] > 0 for line in lines)
     assert all(value.isfinite().all() for value in newest(options["out"])["model.safetensors"].values())
-    assert [r.message.split(":")[0] for r in caplog.records if "left out" in r.message] == [
-        "step 2 is left out", "step 4 is left out"]  # fmt: skip
+    assert [r.message.split(":")[0] for r in caplog.records if "skipped" in r.message] == [
+        "step 2 skipped", "step 4 skipped"]  # fmt: skip
     assert "train/few.txt" not in caplog.text and ".png' (inf)" in caplog.text
 
 
@@ -347,12 +347,12 @@ def test_damaged_and_foreign_bundles(options, monkeypatch, tmp_path):
         mapet.debug_step(bundle=tmp_path)
     with refused(bundle):
         mapet.debug_step(bundle=options["out"])
-    content = read_checksummed_json(bundle / "bundle.json", "replay bundle")
+    content = read_checksummed_json(bundle / "bundle.json", "debug bundle")
     write_checksummed_json(bundle / "bundle.json", content | {"images": {"1": ["other.png"]}})
     with refused("step 1"):
         mapet.debug_step(bundle=bundle)
     (bundle / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(MapetError, match="cannot be replayed"):
+    with pytest.raises(MapetError, match="cannot use the debug bundle"):
         mapet.debug_step(bundle=bundle)
 
 
@@ -373,7 +373,7 @@ def test_spikes_are_logged_with_their_images(few_digits, caplog):
     watch.update(MetricWindow({}, [*usual, 2.05, 9.0], [images] * (MIN_HISTORY + 2)), last_step=MIN_HISTORY + 2)
     spikes = [record.message for record in caplog.records]
     assert len(spikes) == 1
-    assert f"loss spike at step {MIN_HISTORY + 2}: 9.000, usually 2.02" in spikes[0]
+    assert f"loss spike at step {MIN_HISTORY + 2}: 9.000, median 2.02" in spikes[0]
     assert f"largest losses: '{watch.images.id(8)}' (30)" in spikes[0]
 
 
@@ -397,7 +397,7 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
         with pytest.raises(Interrupted):
             mapet.pretrain(**(options | {"micro_batch_size": 50}))
     mapet.pretrain(**options, resume=True)
-    assert "out of memory with 50 images at a time: going on with micro_batch_size 25" in caplog.text
+    assert "out of memory with 50 images at a time: continuing with micro_batch_size 25" in caplog.text
     assert caplog.text.count("out of memory") == 2  # 50 and 25, not again after resuming
     for ours, theirs in zip(metrics(run_dir), metrics(options["out"]), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4)
@@ -440,9 +440,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(options, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", full)
+        patch.setattr(checkpoint.files, "write_tensors", full)
         with pytest.raises(MapetError, match=r"No space left on device. It takes [\d,]+ bytes, the disk has [\d,]+ free; "
-                           "the last one, step-00000002, is intact. Make room and go on with resume=True"):  # fmt: skip
+                           "the last one, step-00000002, is intact. Free disk space and resume with resume=True"):  # fmt: skip
             mapet.pretrain(**options, resume=True)
     mapet.pretrain(**options, resume=True)
 
@@ -450,12 +450,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(options, monkeypatch):
 def test_what_the_disk_garbles_is_noticed(options, monkeypatch):
     import mapet.training.checkpoint as checkpoint
 
-    original = checkpoint.write_tensors
+    original = checkpoint.files.write_tensors
 
     def garbled(path, tensors, metadata=None):
         original(path, {name: value + 1 if name == "head.bias" else value for name, value in tensors.items()})
 
-    monkeypatch.setattr(checkpoint, "write_tensors", garbled)
+    monkeypatch.setattr(checkpoint.files, "write_tensors", garbled)
     with refused("head.bias"):
         mapet.pretrain(**options)
     assert not list((options["out"] / "checkpoints").glob("*"))

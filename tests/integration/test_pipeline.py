@@ -572,7 +572,7 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
-    wrong = r"gives numbers that are not finite.*mapet debug-step (\S+)\. .*lower lr"
+    wrong = r"has NaN or infinite weights or outputs.*mapet debug-step (\S+)\. .*lower lr"
     for resume in (False, True):
         with pytest.raises(mapet.MapetError, match=wrong) as error:
             mapet.pretrain(**options, resume=resume)

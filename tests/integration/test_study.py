@@ -55,7 +55,7 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert result["curve"][-1]["flops"] == result["flops"] > 1e8
     longer = trials["mim_seed_3_4_epochs"].results
     assert 0.75 < longer["flops"] / result["flops"] < 1.34
-    assert trials["bad_seed_3"].status == "failed" and "not finite" in trials["bad_seed_3"].reason
+    assert trials["bad_seed_3"].status == "failed" and "NaN or infinite" in trials["bad_seed_3"].reason
     with (out / "report" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(row["status"] for row in rows) == ["failed", "failed", "finished", "finished", "finished"]

@@ -66,7 +66,9 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
     (wanted,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
     compute = ComputeContext.from_options("cuda", precision)
-    step = ForwardBackward(prepare_for_device(model, compute), compute, 8, compile)
+    step = ForwardBackward(prepare_for_device(model, compute), compute, 8)
+    if compile:
+        model.compile()
     found = step(batch.to(compute.device))
     assert float(sum(output.loss for output in found)) == pytest.approx(
         float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01
@@ -88,7 +90,8 @@ def test_compiled_blocks_are_compiled_once():
     counters.clear()
     model = make(MAPET, drop_path=0.2, depth=12)
     compute = ComputeContext.from_options("cuda", "bfloat16")
-    step = ForwardBackward(prepare_for_device(model, compute), compute, 16, compile=True)
+    step = ForwardBackward(prepare_for_device(model, compute), compute, 16)
+    model.compile()
     for _ in range(2):
         step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
     # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
@@ -120,7 +123,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
-    assert "out of memory with 512 images at a time: going on with micro_batch_size 256" in caplog.text
+    assert "out of memory with 512 images at a time: continuing with micro_batch_size 256" in caplog.text
 
 
 @pytest.mark.parametrize("compile", [False, True])

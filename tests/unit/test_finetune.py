@@ -303,7 +303,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
         assert main([*again, *options_now]) == 2
         told = capsys.readouterr().err
         assert (
-            "was started with another recipe" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
+            "was started with another config" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
         )
     judged = iter([3])
     assert main([*again, "--num-seeds", "4"]) == 0

@@ -13,7 +13,7 @@ METRICS = {
     "loss": 2.5, "unigram_entropy": 3.5, "token_accuracy": 0.31, "majority_token_accuracy": 0.29, "images_per_second": 386.0,
     "data_time_fraction": 0.04, "epoch": 3.0,
 }  # fmt: skip
-LEARNING = "loss 2.500 (by frequency 3.500), accuracy 31.0% (commonest 29.0%)"
+LEARNING = "loss 2.500 (unigram 3.500), accuracy 31.0% (majority 29.0%)"
 SPEED = "386 img/s, data wait 4%"
 
 

@@ -14,7 +14,7 @@ from mapet import distributed
 from mapet.cli import main
 from mapet.errors import Interrupted
 from mapet.training import run_folder as tracking
-from mapet.training.run_folder import Session, Tracking
+from mapet.training.run_folder import Tracker, TrackerRun, finish_trackers
 from tests.conftest import PRETRAIN
 from tests.integration.test_pipeline import StopAt
 from tests.refused import refused
@@ -37,7 +37,7 @@ class Fake:
         self.may_go.wait(60)
         self.configs.append(config)
         self.ids.append(run_id)
-        return Session(run_id or "new", "here", self.send, self.ends.append)
+        return TrackerRun(run_id or "new", "here", self.send, self.ends.append)
 
     def send(self, figures, step):
         if step == self.fail_at:
@@ -62,11 +62,12 @@ def append(folder, rows):
 
 
 def track(folder, rows=(), names=("wandb",), failed=False):
-    told = Tracking(folder, names, {"lr": 0.1, "model_args": {"depth": 2}})
+    trackers = [Tracker(name, folder, {"lr": 0.1, "model_args": {"depth": 2}}) for name in names]
     for row in rows:
         append(folder, [row])
-        told.tell()
-    told.close(failed)
+        for tracker in trackers:
+            tracker.notify()
+    finish_trackers(trackers, failed)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_one(
 ):
     fake = Fake(monkeypatch)
     options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
-    options |= PRETRAIN | {"log_interval": 1, "track": "wandb"}
+    options |= PRETRAIN | {"log_interval": 1, "track": ["wandb", "wandb"]}
     with monkeypatch.context() as patch:
         StopAt(patch, 4)
         with pytest.raises(Interrupted):
@@ -112,9 +113,9 @@ def test_after_a_kill_nothing_is_sent_twice_or_lost(monkeypatch, tmp_path):
 def test_one_that_fails_is_one_warning(monkeypatch, tmp_path, warnings):
     fake, other = Fake(monkeypatch), Fake(monkeypatch, "mlflow")
     fake.fail_at = 10
-    track(tmp_path, ROWS, ("wandb", "mlflow", "wandb"))
+    track(tmp_path, ROWS, ("wandb", "mlflow"))
     assert len(fake.seen) == 1 and as_sent(other.seen) == ROWS
-    assert len(warnings()) == 1 and "wandb gets no more figures: no network. Training goes on" in warnings()[0]
+    assert len(warnings()) == 1 and "wandb receives no more metrics: no network." in warnings()[0]
     fake.fail_at = None
     track(tmp_path)
     assert as_sent(fake.seen) == ROWS
@@ -123,12 +124,12 @@ def test_one_that_fails_is_one_warning(monkeypatch, tmp_path, warnings):
 def test_one_that_hangs_slows_nothing(monkeypatch, tmp_path, warnings):
     fake = Fake(monkeypatch)
     fake.may_go.clear()
-    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    monkeypatch.setattr(tracking, "TRACKER_TIMEOUT_S", 0.2)
     started = time.monotonic()
     track(tmp_path, ROWS)
     assert time.monotonic() - started < 5
     fake.may_go.set()
-    assert len(warnings()) == 1 and "has not taken all figures" in warnings()[0]
+    assert len(warnings()) == 1 and "wandb did not receive all metrics" in warnings()[0]
 
 
 def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
@@ -158,7 +159,7 @@ def test_a_folder_of_that_name_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "empty_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with refused("empty_folder"):
-        tracking.require(["empty_folder"])
+        tracking.check_trackers_installed(["empty_folder"])
 
 
 # ---- the real ones, offline
@@ -259,4 +260,4 @@ def test_a_server_that_is_not_there(offline, tmp_path, monkeypatch, warnings):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     track(tmp_path, ROWS, ["mlflow"])
-    assert len(warnings()) == 1 and "mlflow gets no more figures" in warnings()[0]
+    assert len(warnings()) == 1 and "mlflow receives no more metrics" in warnings()[0]

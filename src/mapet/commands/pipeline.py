@@ -23,7 +23,7 @@ from mapet.run_state import CONFIG_FILE, RunState, can_start_in, record, try_rea
 from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
 from mapet.studies.statistics import Trial
-from mapet.training.run_folder import NOTHING_TO_RESUME, require, restart_hint
+from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed, restart_hint
 from mapet.training.tasks.pretraining import check_model_config
 
 log = logging.getLogger("mapet")
@@ -57,7 +57,7 @@ class Stage(NamedTuple):
 def run(config: RunConfig) -> Path:
     """Run all stages that are not done; return the backbone's folder."""
     with spell_in_section("pretrain", RunConfig.model_fields):
-        require(config.pretrain.track)  # before hours of tokenizing
+        check_trackers_installed(config.pretrain.track)  # before hours of tokenizing
     stages = _plan(config)
     if distributed.rank() == 0:
         _check_later_stages(config, stages)
@@ -150,7 +150,7 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
     if can_start_in(config.out, "run"):
         images = list_images(config.images)  # fail before anything is written
         if config.resume:
-            log.warning(NOTHING_TO_RESUME, config.out)
+            log.warning(STARTING_NEW_RUN, config.out)
         log.info("%s images in %s", f"{len(images):,}", config.images)
         return write_config(config, recipe)
     if not recipe.exists():
@@ -167,7 +167,7 @@ def _begin(config: RunConfig, stages: list[Stage]) -> None:
         with spell_in_section("pretrain", RunConfig.model_fields):
             restart = restart_hint(config.out)
         raise MapetError(
-            f"{config.out} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
+            f"{config.out} was started with another config ({'; '.join(changed)}). To resume it as it was: "
             f"{shell_command('run', recipe, '--resume')}; to start {restart}"
         )
     write_config(config, recipe)

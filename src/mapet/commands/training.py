@@ -31,7 +31,7 @@ from mapet.training.tasks.vqkd import VQKDTask
 from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
-TASKS: dict[str, tuple[type[Task[Any, Any]], type[TrainerConfig]]] = {
+TASKS: dict[str, tuple[type[Task[Any, Any, Any]], type[TrainerConfig]]] = {
     "pretrain": (PretrainingTask, PretrainConfig),
     "finetune": (FinetuningTask, FinetuneConfig),
     "train-tokenizer": (VQKDTask, TrainTokenizerConfig),
@@ -129,7 +129,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     if not (recipe.is_file() and (config.bundle / checkpoint.BUNDLE).is_file()):
         kept = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
         hint = f"did you mean {kept[0]}?" if kept else "a run whose numbers were not finite has them, as debug/step-*"
-        raise MapetError(f"{config.bundle} is not the replay bundle of a run: {hint}")
+        raise MapetError(f"{config.bundle} is not the debug bundle of a run: {hint}")
     task_type, config_type = TASKS.get(read_command(folder), TASKS["pretrain"])
     task, run = task_type(), build_config(config_type, read_config(recipe), recipe)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}

@@ -1,4 +1,4 @@
-"""What is saved of a run's state: checkpoints, and bundles of the steps whose numbers were not finite.
+"""Saved states of a run: checkpoints, and debug bundles of steps with a NaN or infinite loss or gradient.
 
 Each is a folder of safetensors and JSON, complete or absent.
 """
@@ -18,18 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
-from mapet import distributed
+from mapet import distributed, files
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import EpochBatchSampler
 from mapet.errors import MapetError, NewerFormatError, option, shell_command
-from mapet.files import (
-    atomic_write,
-    check_format,
-    file_hash,
-    read_checksummed_json,
-    write_checksummed_json,
-    write_tensors,
-)
 from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 from mapet.training.step import ForwardBackward
 from mapet.training.task import LossModule, Task
@@ -37,140 +29,169 @@ from mapet.training.task import LossModule, Task
 log = logging.getLogger("mapet")
 STATE, FORMAT = "trainer_state.json", 1
 BUNDLE, BUNDLE_FORMAT = "bundle.json", 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What reading a damaged file, or loading its tensors into another model, raises."""
 
 
 def save_checkpoint(
     folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> None:
-    """Write `folder/step-00000000` atomically, read it back, and only then remove all but the newest `keep`.
+    """Write FOLDER/step-00000000 atomically, read it back, and only then remove all but the newest `keep` checkpoints.
+
+    A checkpoint of this step that is there already is kept as it is.
 
     Args:
+        step: steps that are done.
         parts: named tensors of each file, see `checkpoint_tensors`.
-        state: JSON of everything else that the run needs to go on.
+        state: further values that a resumed run needs, JSON.
 
     Raises:
-        MapetError: the disk is full, or does not hold what was written; the checkpoints before are intact.
+        MapetError: the disk is full, or does not hold the bytes that were written; earlier checkpoints are intact.
     """
-    target, before = folder / f"step-{step:08d}", checkpoints(folder)
+    target, earlier = folder / f"step-{step:08d}", checkpoints(folder)
     if target.exists():
         return
     try:
-        with atomic_write(target) as temporary:
+        with files.atomic_write(target) as temporary:
             temporary.mkdir()
             digests = {}
             for name, tensors in parts.items():
                 file = temporary / f"{name}.safetensors"
-                write_tensors(file, tensors)
+                files.write_tensors(file, tensors)
                 _verify(file, tensors)
-                digests[file.name] = file_hash(file)
-            write_checksummed_json(
-                temporary / STATE, {"format_version": FORMAT, "step": step, "sha256": digests, **state}
-            )
+                digests[file.name] = files.file_hash(file)
+            content = {"format_version": FORMAT, "step": step, "sha256": digests, **state}
+            files.write_checksummed_json(temporary / STATE, content)
     except (OSError, MapetError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
         size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+        last = f"the last one, {earlier[0].name}, is intact" if earlier else "there is no earlier one"
         raise MapetError(
-            f"cannot write checkpoint {target}: {error}. It takes {size:,} bytes, the disk has {shutil.disk_usage(folder).free:,} "
-            f"free; {f'the last one, {before[0].name}, is intact' if before else 'there is none before it'}. Make room and go "
-            f"on with {option('resume', True)}"
+            f"cannot write checkpoint {target}: {error}. It takes {size:,} bytes, the disk has "
+            f"{shutil.disk_usage(folder).free:,} free; {last}. Free disk space and resume with {option('resume', True)}"
         ) from None
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
 
 
 def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises MapetError: the file does not hold the tensors, bit for bit (NaN equals itself)."""
+    """Raise MapetError if a safetensors file does not hold these tensors, bit for bit (NaN equals itself)."""
     written = load_file(path)
     for name, tensor in tensors.items():
         found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
         if not found.equal(expected):
-            raise MapetError(f"{path.name} does not hold what was written, '{name}' differs: is the disk failing?")
+            raise MapetError(f"{path.name} differs from what was written, in '{name}': is the disk failing?")
 
 
-def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **others: Any) -> dict[str, dict[str, Tensor]]:
-    """The parts of a checkpoint, to be saved by the first process; a collective call.
+def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) -> dict[str, dict[str, Tensor]]:
+    """Gather the tensors of a checkpoint for rank 0 to save; a collective call.
 
     Args:
-        others: whatever else has a state dict; they are one part.
+        stateful: further objects with a flat state dict of tensors.
+
+    Returns:
+        File name without suffix -> name -> tensor. 'model': its state dict. 'optimizer': 'INDEX.NAME' for each state of the
+        parameter with that index. 'metrics_state': 'OBJECT.NAME' for the states of `stateful`, if there are any.
     """
-    steps = optimizer.state_dict()["state"].items()
-    moments = {f"{i}.{name}": full_tensor(torch.as_tensor(v)) for i, values in steps for name, v in values.items()}
-    progress = {f"{name}.{key}": value for name, other in others.items() for key, value in other.state_dict().items()}
-    return {"model": full_state_dict(model), "optimizer": moments} | ({"metrics_state": progress} if progress else {})
+    optimizer_state: dict[str, Tensor] = {}
+    other_state: dict[str, Tensor] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            optimizer_state[f"{index}.{name}"] = full_tensor(torch.as_tensor(value))
+    for prefix, stateful_object in stateful.items():
+        other_state |= {f"{prefix}.{name}": value for name, value in stateful_object.state_dict().items()}
+    parts = {"model": full_state_dict(model), "optimizer": optimizer_state}
+    return parts | {"metrics_state": other_state} if other_state else parts
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """Return the folders of complete checkpoints in `folder`, newest first."""
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
-def check_fingerprints(folder: Path, now: Mapping[str, str]) -> None:
-    """Raise MapetError if the newest readable checkpoint in `folder` is of another tokenizer, or other images, than there are now."""
+def check_fingerprints(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise MapetError if the newest readable checkpoint in `folder` was made from other inputs.
+
+    Args:
+        hashes: sha256 of the present inputs by name, e.g. `tokenizer_hash`; a name that the checkpoint hasn't is not checked.
+    """
     state: dict[str, Any] = {}
     for path in checkpoints(folder):
         with suppress(MapetError):
-            state = state or read_checksummed_json(path / STATE, "checkpoint")
-    for name, digest in now.items():
+            state = state or files.read_checksummed_json(path / STATE, "checkpoint")
+    for name, digest in hashes.items():
         if state.get(name, digest) != digest:
             raise MapetError(
-                f"{folder.parent} was trained with other {name.removesuffix('_hash')} than are found now: their hash was "
-                f"{state[name][:12]}, now it is {digest[:12]}. Has the run, or what it was made of, been moved or changed? Put "
-                "back what there was"
+                f"{folder.parent} was trained with other {name.removesuffix('_hash')}: expected hash {state[name][:12]}, found "
+                f"{digest[:12]}. Restore the files that were moved or changed, or start a new run with a new {option('out')}"
             )
 
 
 def checkpoint_step(path: Path) -> int:
-    """Of a checkpoint, by its name."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer | None = None, **others: Any
+    folder: Path, model: nn.Module, optimizer: Optimizer | None = None, **stateful: Any
 ) -> dict[str, Any]:
-    """Load the newest intact checkpoint of a run; a damaged one is passed over with a warning.
+    """Load the newest intact checkpoint of a run; skip damaged ones with a warning.
 
     Args:
-        folder: of checkpoints, or one of them.
+        folder: of checkpoints, or one checkpoint.
+        stateful: further objects to load, by the names that `checkpoint_tensors` had for them.
 
     Returns:
-        The state that was saved with it, `step` included.
+        The `state` that was saved with it, and its `step`.
 
     Raises:
-        MapetError: none is intact, or one was made by a newer version.
+        NewerFormatError: a newer version of mapet wrote it. An older checkpoint would silently lose that version's work.
+        MapetError: none is intact.
     """
-    found = [folder] if (folder / STATE).exists() else checkpoints(folder)
-    for path in found:
+    candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
+    for path in candidates:
         try:
             state, parts = _read(path)
             load_full_state_dict(model, parts["model"])
             if optimizer is not None:
-                _restore(optimizer, parts["optimizer"])
+                _load_optimizer(optimizer, parts["optimizer"])
             if "metrics_state" in parts:  # absent in what version 0.1 wrote
-                for name, other in others.items():
-                    progress, prefix = parts["metrics_state"].items(), f"{name}."
-                    other.load_state_dict({k.removeprefix(prefix): v for k, v in progress if k.startswith(prefix)})
+                for name, stateful_object in stateful.items():
+                    tensors, prefix = parts["metrics_state"].items(), f"{name}."
+                    stateful_object.load_state_dict(
+                        {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
+                    )
             return state
-        except NewerFormatError:  # the one before would silently lose what the newer version learned
+        except NewerFormatError:
             raise
-        except (MapetError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (MapetError, *READ_ERRORS) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
-    raise MapetError(f"no usable checkpoint in {folder} ({len(found)} found): start again with a new {option('out')}")
+    raise MapetError(
+        f"no usable checkpoint in {folder} ({len(candidates)} found): start a new run with a new {option('out')}"
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Raises ValueError and its like: a file is damaged."""
-    state = read_checksummed_json(path / STATE, "checkpoint")
-    check_format(state.get("format_version"), FORMAT, "checkpoint", path)
+    """Return a checkpoint's state and its tensors by file name without suffix.
+
+    Raises:
+        NewerFormatError: a newer version of mapet wrote it.
+        MapetError, ValueError, KeyError, OSError: a file is missing or damaged.
+    """
+    state = files.read_checksummed_json(path / STATE, "checkpoint")
+    files.check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
         raise ValueError(f"{STATE} says step {state['step']}")
     for name, digest in state["sha256"].items():
-        if file_hash(path / name) != digest:
+        if files.file_hash(path / name) != digest:
             raise ValueError(f"{name} is damaged (its sha256 differs)")
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
 
-def _restore(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load the 'INDEX.NAME' tensors of `checkpoint_tensors`, sharded as their parameters are; learning rates stay as they are."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
@@ -179,77 +200,84 @@ def _restore(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# ---- steps whose numbers are not finite
+# ---- steps with NaN or Inf
 
 
 class NonFiniteError(MapetError):
-    """Too many updates in a row had to be left out, or the trained model gives numbers that are not finite."""
+    """Too many steps in a row had a NaN or infinite loss or gradient, or the trained model has such outputs."""
 
-    def __init__(self, what: str, bundle: Path | None, config: TrainerConfig, kept: bool = False) -> None:
-        """Say how to look at it and how to go on.
+    def __init__(self, problem: str, bundle: Path | None, config: TrainerConfig, has_finite_checkpoint: bool) -> None:
+        """Append the next steps to the problem.
 
         Args:
-            kept: the newest checkpoint is from before.
+            problem: a sentence without its full stop.
+            bundle: folder of the debug bundle, if there is one.
+            has_finite_checkpoint: the newest checkpoint is from before the problem.
         """
-        look = f" See why with: {shell_command('debug-step', bundle)}." if bundle else ""
+        debug = f" Find the cause with: {shell_command('debug-step', bundle)}." if bundle else ""
         export = shell_command("export", "--backbone", config.out, "--out", "NEW")
-        before = f". What was learned before: `{export}`, for {option('init_from')} NEW" if kept else ""
+        reuse = f". To keep the weights from before: `{export}`, then {option('init_from')} NEW"
         super().__init__(
-            f"{what}.{look} Then start again, in a new {option('out')}, with a lower {option('lr')} (now {config.lr:.2g}), "
-            f"{option('precision')} float32 or {option('max_rollbacks')} 1{before}"
+            f"{problem}.{debug} Then start a new run in a new {option('out')} with a lower {option('lr')} (now {config.lr:.2g}), "
+            f"{option('precision')} float32 or {option('max_rollbacks')} 1{reuse if has_finite_checkpoint else ''}"
         )
 
 
-def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, count: int) -> Path:
-    """Keep the weights, which those steps have left as they were, and the images of the `count` steps up to `last_step`.
+def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, num_steps: int) -> Path:
+    """Write OUT/debug/step-*, the weights and image ids of the last `num_steps` steps, all skipped; a collective call.
 
-    Steps are counted as the log does: the first is step 1.
+    Args:
+        last_step: counted from 1, as in the log.
+
+    Returns:
+        Its folder, which is named after the first of the steps.
     """
-    first = last_step - count + 1
+    first = last_step - num_steps + 1
     folder: Path = task.config.out / "debug" / f"step-{first:08d}"
-    weights = full_state_dict(task.model)
+    weights = full_state_dict(task.model)  # skipped steps have not changed them
     if distributed.rank() == 0 and not folder.exists():
-        with atomic_write(folder) as temporary:
+        with files.atomic_write(folder) as temporary:
             temporary.mkdir()
-            write_tensors(temporary / "model.safetensors", weights)
-            images = {str(step): _images(task, sampler, step) for step in range(first, last_step + 1)}
-            write_checksummed_json(
-                temporary / BUNDLE, {"format_version": BUNDLE_FORMAT, "seed": task.config.seed, "images": images}
-            )
+            files.write_tensors(temporary / "model.safetensors", weights)
+            images = {str(step): _image_ids(task, sampler, step) for step in range(first, last_step + 1)}
+            content = {"format_version": BUNDLE_FORMAT, "seed": task.config.seed, "images": images}
+            files.write_checksummed_json(temporary / BUNDLE, content)
     return folder
 
 
-def _images(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
+def _image_ids(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
+    """Return the ids of a step's images; `step` counts from 1."""
     return [task.dataset.images.id(index) for _, index in sampler.batch(step - 1)]
 
 
 def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> list[int]:
-    """Put a bundle's weights into the model; returns its steps.
+    """Load a bundle's weights into the task's model; return its steps, counted from 1.
 
     Raises:
-        MapetError: not a bundle, damaged, or of other images or another model.
+        MapetError: it is not a bundle, damaged, or belongs to other images or another model.
     """
-    content = read_checksummed_json(bundle / BUNDLE, "replay bundle")
+    content = files.read_checksummed_json(bundle / BUNDLE, "debug bundle")
     try:
-        check_format(content.get("format_version"), BUNDLE_FORMAT, "replay bundle", bundle)
+        files.check_format(content.get("format_version"), BUNDLE_FORMAT, "debug bundle", bundle)
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
-        for step, names in content["images"].items():
-            if _images(task, sampler, int(step)) != names:
-                raise ValueError(f"the images of step {step} are others now")
+        for step, image_ids in content["images"].items():
+            if _image_ids(task, sampler, int(step)) != image_ids:
+                raise ValueError(f"step {step} has other images now; restore those that the run was trained on")
         return [int(step) for step in content["images"]]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MapetError(f"{bundle}: cannot be replayed: {str(error).splitlines()[0]}") from None
+    except READ_ERRORS as error:
+        raise MapetError(f"cannot use the debug bundle {bundle}: {str(error).splitlines()[0]}") from None
 
 
 class StepReport(NamedTuple):
-    """What a step did.
+    """Loss and gradient of one step.
 
     Attributes:
+        step: counted from 1.
         loss: of the whole batch.
         norm: of its gradient.
-        losses: (image id, loss) of each image, largest first.
-        module: the first whose output was not finite, '' if none.
-        parameters: whose gradients are not finite.
+        losses: (image id, loss) of each image, NaN and largest first.
+        module: name of the first module with a NaN or infinite output, '' if none.
+        parameters: names of those with a NaN or infinite gradient.
     """
 
     step: int
@@ -261,25 +289,32 @@ class StepReport(NamedTuple):
 
 
 def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
-    """Compute a step's loss and gradient as the run did, without an update."""
-    model = task.model
+    """Compute a step's loss and gradient as the run did, without an update; `step` counts from 1.
+
+    Raises:
+        MapetError: none of its images can be read.
+    """
+    model, images = task.model, task.dataset.images
     batch = task.dataset.batch(sampler.batch(step - 1))
     if not len(batch):
-        raise MapetError(f"none of the {len(batch.unreadable)} images of step {step} can be read")
+        raise MapetError(
+            f"none of the {len(batch.unreadable)} images of step {step} can be read: are they where the run had them?"
+        )
     forward_backward = ForwardBackward(LossModule(task), task.compute, task.config.micro_batch_size or len(batch))
-    names, nonfinite = {module: name for name, module in model.named_modules() if name}, []
+    names = {module: name for name, module in model.named_modules() if name}
+    nonfinite_modules = []
 
-    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record_nonfinite(module: nn.Module, _inputs: Any, output: Any) -> None:
         if module in names and isinstance(output, Tensor) and not output.isfinite().all():
-            nonfinite.append(names[module])
+            nonfinite_modules.append(names[module])
 
     model.zero_grad(set_to_none=True)
-    with register_module_forward_hook(look):
+    with register_module_forward_hook(record_nonfinite):
         outputs = forward_backward(task.prepare(batch, step - 1), step - 1)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     loss, norm = sum(output.loss for output in outputs), torch.nn.utils.get_total_norm(gradients.values())
-    each = torch.cat([output.loss_per_image for output in outputs])
-    order = each.nan_to_num(torch.inf).argsort(descending=True).tolist()
-    losses = [(task.dataset.images.id(int(batch.image_index[i])), float(each[i])) for i in order]
+    loss_per_image = torch.cat([output.loss_per_image for output in outputs])
+    order = loss_per_image.nan_to_num(torch.inf).argsort(descending=True).tolist()
+    losses = [(images.id(int(batch.image_index[i])), float(loss_per_image[i])) for i in order]
     parameters = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    return StepReport(step, float(loss), float(norm), losses, next(iter(nonfinite), ""), parameters)
+    return StepReport(step, float(loss), float(norm), losses, next(iter(nonfinite_modules), ""), parameters)

@@ -22,7 +22,7 @@ from mapet.tokenizers.kmeans import automatic_vocab_size
 from mapet.tokenizers.tokenizer import load_tokenizer, make_teacher
 from mapet.training.metrics import format_duration
 from mapet.training.step import ForwardBackward
-from mapet.training.tasks.pretraining import auto_batch_size, auto_micro_batch, build_model, bytes_per_image
+from mapet.training.tasks.pretraining import activation_bytes_per_image, auto_batch_size, auto_micro_batch, build_model
 
 TRIED, EPOCHS = 16, PretrainConfig.model_fields["epochs"].default
 
@@ -53,7 +53,9 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     with torch.inference_mode():
         features = teacher(views[:1]).shape[1]
     batch_size, points = auto_batch_size(model, count, compute), min(512 * vocab_size, count * num_patches)
-    memory = auto_micro_batch(model, batch_size, compute) * bytes_per_image(model, compute) + 16 * num_parameters(model)
+    memory = auto_micro_batch(model, batch_size, compute) * activation_bytes_per_image(
+        model, compute
+    ) + 16 * num_parameters(model)
     fitting, tokenizing = (n * max(teaching, read) for n in (min(count, points / num_patches), count))
     epoch = count * max(training, read)
     yield f"dry run on {compute}: {config.model}, {format_num_params(vit)}, {num_patches} patches, V = {vocab_size}"

@@ -4,9 +4,10 @@ import logging
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,19 +21,23 @@ from mapet.training.task import StepOutput, Task
 log = logging.getLogger("mapet")
 T = TypeVar("T")
 HISTORY = 200
-"""Losses a spike is judged by."""
-MIN_HISTORY, DEVIATIONS = 30, 8.0
-"""How many of them there must be, and how many deviations above their median a spike lies."""
-NUM_NAMED = 3
-"""Images named of each spike."""
+"""Number of recent losses that a new one is compared with."""
+MIN_HISTORY, NUM_DEVIATIONS = 30, 8.0
+"""A spike is a loss so many standard deviations above the median of at least so many recent losses."""
+MIN_RELATIVE_DEVIATION = 1e-3
+"""The standard deviation is taken to be at least this fraction of the median: losses that hardly vary don't make spikes."""
+MAD_TO_STD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+NUM_NAMED_IMAGES = 3
+"""Images with the largest losses that a warning names."""
 
 
 class MetricWindow(NamedTuple):
-    """The steps since the last `MetricLogger.compute_and_reset`.
+    """The steps between two calls of `MetricLogger.compute_and_reset`.
 
     Attributes:
-        metrics: their means, counts and speed.
-        losses: of each step; NaN where its update was left out.
+        metrics: by name; see `compute_and_reset`.
+        losses: of each step; NaN where its update was skipped.
         images: of each step, index and loss of this rank's images.
     """
 
@@ -42,23 +47,24 @@ class MetricWindow(NamedTuple):
 
 
 class MetricLogger:
-    """Metrics of a task, of all ranks, since the last `compute_and_reset`.
+    """Adds up a task's metrics over steps, micro-batches and ranks.
 
     Attributes:
-        started: when they began; what is no time of training is added.
+        started: `time.monotonic()` of the first step since the last `compute_and_reset`, plus pauses that are not training.
     """
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self.skipped = 0  # since the start
-        self.total_counts = torch.zeros(task.num_counts, dtype=torch.int64)  # since the start, up to the last window
+        self._columns = ("loss", "images", *task.mean_names, "gradient_norm", *task.sum_names)
+        self._num_skipped = 0  # since the start of the run
+        self._total_counts = torch.zeros(task.num_counts, dtype=torch.int64)  # since then, up to the last window
         self._counts = torch.zeros(task.num_counts, dtype=torch.int64, device=task.compute.device)
-        self._steps: list[Float[Tensor, " values"]] = []
+        self._steps: list[Float[Tensor, " columns"]] = []
         self._images: list[tuple[Tensor, Tensor]] = []
         self._waited, self.started = 0.0, time.monotonic()
 
     def time_data(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass the batches on, counting the time spent waiting for them."""
+        """Yield the batches and add up the time spent waiting for them, for `data_time_fraction`."""
         before = time.monotonic()
         for batch in batches:
             self._waited += time.monotonic() - before
@@ -71,40 +77,40 @@ class MetricLogger:
         """Add a step.
 
         Args:
-            output: of this rank's images, weighted by their fraction of the step's.
-            norm: the gradient's, the same on all ranks.
-            num_images: of this rank; the output of none has weight 0 and says nothing else.
-            sums: metrics to be added up, the same on all ranks.
+            output: of this rank's images; loss and means are weighted by their fraction of the step's images.
+            norm: of the gradient, the same on all ranks.
+            image_index: of each image in the list of images.
+            num_images: images of this rank. If it is 0, the output is that of a placeholder, of weight 0.
+            sums: what `Task.after_step` returned, the same on all ranks; {} if it was not called.
         """
-        zero, images = torch.zeros_like(output.loss), torch.full_like(output.loss, num_images)
-        shared = [norm, *(sums.get(name, zero) for name in self._task.sum_names)]
-        if distributed.rank():
-            shared = [zero] * len(shared)
-        values = [output.loss, images, *(output.means[name] for name in self._task.mean_names), *shared]
-        self._steps.append(torch.stack([value.detach().float() for value in values]))
+        zero = torch.zeros_like(output.loss)
+        values = {"loss": output.loss, "images": zero + num_images, **output.means}
+        if distributed.rank() == 0:  # values are added up over ranks
+            values |= {"gradient_norm": norm, **sums}
+        self._steps.append(torch.stack([values.get(name, zero).detach().float() for name in self._columns]))
         if output.counts is not None and num_images:
             self._counts += output.counts
         self._images.append((image_index[:num_images], output.loss_per_image[:num_images]))
 
     def compute_and_reset(self) -> MetricWindow:
-        """Return the metrics since the last call; means are over steps whose numbers were finite.
+        """Return the metrics of all ranks since the last call; a collective call.
 
-        loss and the task's means, what it makes of its counts, gradient_norm; skipped_steps: since the start, whose loss or
-        gradient was not finite; data_time_fraction: fraction of time waiting for images.
+        They are: loss and the task's means, over steps with a finite loss and gradient; what `Task.summarize` makes of its counts;
+        its sums; gradient_norm, the mean; skipped_steps, since the start of the run; images_per_second; data_time_fraction, the
+        fraction of time spent waiting for images.
         """
         task, steps, counts = self._task, self._all_steps(), distributed.all_reduce(self._counts).cpu()
         elapsed, finite = max(1e-9, time.monotonic() - self.started), steps.isfinite().all(dim=1)
-        columns = ["loss", "images", *task.mean_names, "gradient_norm", *task.sum_names]
-        mean = dict(zip(columns, steps[finite].mean(dim=0).tolist(), strict=True))
-        total = dict(zip(columns, steps[finite].sum(dim=0).tolist(), strict=True))
-        self.skipped += int((~finite).sum())
-        self.total_counts += counts
+        mean = dict(zip(self._columns, steps[finite].mean(dim=0).tolist(), strict=True))
+        total = dict(zip(self._columns, steps[finite].sum(dim=0).tolist(), strict=True))
+        self._num_skipped += int((~finite).sum())
+        self._total_counts += counts
         metrics = {
             **{name: mean[name] for name in ("loss", *task.mean_names)},
-            **task.summarize(counts, self.total_counts),
+            **task.summarize(counts, self._total_counts),
             **{name: total[name] for name in task.sum_names},
             "gradient_norm": mean["gradient_norm"],
-            "skipped_steps": self.skipped,
+            "skipped_steps": self._num_skipped,
             "images_per_second": float(steps[:, 1].sum()) / elapsed,
             "data_time_fraction": self._waited / elapsed,
         }
@@ -113,21 +119,21 @@ class MetricLogger:
         self._steps, self._images, self._waited, self.started = [], [], 0.0, time.monotonic()
         return window
 
-    def _all_steps(self) -> Float[Tensor, "steps values"]:
-        width = 3 + len(self._task.mean_names) + len(self._task.sum_names)
-        local = torch.stack(self._steps) if self._steps else self._counts.new_zeros(0, width, dtype=torch.float32)
-        return distributed.all_reduce(local).cpu().double()
+    def _all_steps(self) -> Float[Tensor, "steps columns"]:
+        """Return the values of each step, `_columns`, added up over ranks; a collective call."""
+        empty = self._counts.new_zeros(0, len(self._columns), dtype=torch.float32)
+        return distributed.all_reduce(torch.stack(self._steps) if self._steps else empty).cpu().double()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs to write the same metrics; a collective call."""
         steps, counts = self._all_steps(), distributed.all_reduce(self._counts).cpu()
-        totals = {"total_counts": self.total_counts, "skipped": torch.tensor(self.skipped)}
+        totals = {"total_counts": self._total_counts, "skipped": torch.tensor(self._num_skipped)}
         return {"steps": steps, "counts": counts} | totals
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the sums of all ranks, which go on in the first."""
-        self.skipped = int(state["skipped"])
-        self.total_counts.copy_(state["total_counts"])
+        """Restore a state; sums over ranks continue on rank 0."""
+        self._num_skipped = int(state["skipped"])
+        self._total_counts.copy_(state["total_counts"])
         steps, counts = state["steps"].float(), state["counts"]
         if distributed.rank() > 0:
             steps, counts = torch.zeros_like(steps), torch.zeros_like(counts)
@@ -137,74 +143,76 @@ class MetricLogger:
 
 
 class LossMonitor:
-    """Judges the steps of a window, so that none of them waits for it: updates that were left out, and spikes.
+    """Warns about skipped steps and loss spikes, once per window, so that no step waits for it.
 
     Attributes:
-        consecutive_skipped: steps in a row, up to the last, that were left out because a number was not finite.
+        consecutive_skipped: steps in a row, up to the last, that were skipped because of a NaN or infinite loss or gradient.
     """
 
     def __init__(self, images: ImageList) -> None:
         self.images = images
         self.consecutive_skipped = 0
-        self._losses: list[float] = []
+        self._losses: deque[float] = deque(maxlen=HISTORY)
 
     def update(self, window: MetricWindow, last_step: int) -> None:
-        """Log what is remarkable about the steps up to `last_step`; a collective call."""
+        """Log warnings about the window's steps, of which `last_step`, counted from 1, is the last; a collective call."""
         first = last_step - len(window.losses) + 1
         for step, loss, images in zip(range(first, last_step + 1), window.losses, window.images, strict=True):
             if math.isnan(loss):
                 self.consecutive_skipped += 1
-                text = "step %d is left out: loss or gradient not finite; largest losses: %s"
-                log.warning(text, step, self._worst(*images))
+                text = "step %d skipped: NaN or infinite loss or gradient; largest losses: %s"
+                log.warning(text, step, self._format_largest(*images))
                 continue
             self.consecutive_skipped = 0
-            usual = statistics.median(self._losses) if len(self._losses) >= MIN_HISTORY else math.inf
-            sigma = 1.4826 * statistics.median([abs(x - usual) for x in self._losses] or [0.0])  # if they are normal
-            if loss > usual + DEVIATIONS * max(sigma, 1e-3 * abs(usual)):
-                text = "loss spike at step %d: %.3f, usually %.3f; largest losses: %s"
-                log.warning(text, step, loss, usual, self._worst(*images))
-            self._losses = [*self._losses, loss][-HISTORY:]
+            median = statistics.median(self._losses) if len(self._losses) >= MIN_HISTORY else math.inf
+            std = MAD_TO_STD * statistics.median([abs(past - median) for past in self._losses] or [0.0])
+            if loss > median + NUM_DEVIATIONS * max(std, MIN_RELATIVE_DEVIATION * abs(median)):
+                text = "loss spike at step %d: %.3f, median %.3f; largest losses: %s"
+                log.warning(text, step, loss, median, self._format_largest(*images))
+            self._losses.append(loss)
 
-    def _worst(self, index: Tensor, losses: Tensor) -> str:
-        """Name the images of the largest losses, of all ranks; those that are not finite first."""
-        top = losses.float().cpu().nan_to_num(torch.inf).topk(min(NUM_NAMED, len(losses)))
+    def _format_largest(self, index: Int[Tensor, " B"], losses: Float[Tensor, " B"]) -> str:
+        """Name the images with the largest losses on all ranks, NaN and Inf first; a collective call."""
+        top = losses.float().cpu().nan_to_num(torch.inf).topk(min(NUM_NAMED_IMAGES, len(losses)))
         local = list(zip(top.values.tolist(), index[top.indices].tolist(), strict=True))
-        worst = sorted(chain(*distributed.all_gather_object(local)), key=lambda pair: -pair[0])[:NUM_NAMED]
-        named = ", ".join(f"{self.images.id(image)!r} ({loss:.3g})" for loss, image in worst)
-        return named or "unknown, they were before the run was resumed"
+        largest = sorted(chain(*distributed.all_gather_object(local)), key=lambda pair: -pair[0])[:NUM_NAMED_IMAGES]
+        named = ", ".join(f"{self.images.id(image)!r} ({loss:.3g})" for loss, image in largest)
+        return named or "unknown, from before the run was resumed"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the history and the steps left out last."""
-        streak = torch.tensor(self.consecutive_skipped)
-        return {"losses": torch.tensor(self._losses, dtype=torch.float64), "consecutive_skipped": streak}
+        """Return recent losses and the number of steps skipped last."""
+        losses = torch.tensor(list(self._losses), dtype=torch.float64)
+        return {"losses": losses, "consecutive_skipped": torch.tensor(self.consecutive_skipped)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        self._losses, self.consecutive_skipped = state["losses"].tolist(), int(state["consecutive_skipped"])
+        """Restore a state."""
+        self._losses = deque(state["losses"].tolist(), HISTORY)
+        self.consecutive_skipped = int(state["consecutive_skipped"])
 
 
-AVERAGED = ("loss", "token_accuracy")
-"""Metrics whose mean over the epoch is in its line."""
+EPOCH_MEANS = ("loss", "token_accuracy")
+"""Metrics whose mean over the epoch is in its line; others are those of its last steps."""
 
 
 class ProgressDisplay:
-    """Shows the time that is left, losses and accuracies beside their baselines, speed, the last scores.
+    """Shows metrics beside their baselines, speed, the time left and the last scores.
 
     A line of the log for each epoch, and on a terminal a bar and two lines below it.
 
     Args:
-        task: says how its metrics are shown.
-        total, done: steps of the run, and those done before.
-        file: where the bar goes; the standard error if None. What is no terminal gets the log lines alone.
+        task: formats its metrics and scores.
+        total: steps of the run.
+        done: steps done before it was resumed.
+        file: where the bar goes; None: stderr. If it is not a terminal there are log lines only.
     """
 
-    def __init__(self, task: Task, total: int, done: int = 0, file: Any = None) -> None:
+    def __init__(self, task: Task, total: int, done: int = 0, file: TextIO | None = None) -> None:
         self._task, self._total, self._first, self._done, self._shown = task, total, done, done, done
         common: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "file": file}
         self._bar = tqdm(total=total, initial=done, desc=task.command, unit="step", smoothing=0.05, **common)
         positions = () if self._bar.disable else (1, 2)
         self.lines = [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in positions]
-        self._epoch: list[dict[str, float]] = []
+        self._windows: list[dict[str, float]] = []  # of this epoch: metrics, and "steps"
         self._started, self._scores = time.monotonic(), ""
 
     def __enter__(self) -> "ProgressDisplay":
@@ -220,43 +228,48 @@ class ProgressDisplay:
         self._bar.update()
 
     def log_metrics(self, metrics: dict[str, float], epoch_ended: bool) -> None:
-        """Show the metrics of the steps since the last ones; the line of an epoch has the means of all its steps."""
-        self._epoch.append(metrics | {"steps": self._done - self._shown})
+        """Show the metrics of the steps since the last call, and log those of the epoch if it has ended."""
+        self._windows.append(metrics | {"steps": self._done - self._shown})
         self._shown = self._done
-        texts = self._task.format_metrics(metrics), _speed(metrics) + self._scores
-        for line, text in zip(self.lines, texts, strict=False):
+        texts = self._task.format_metrics(metrics), _format_throughput(metrics) + self._scores
+        for line, text in zip(self.lines, texts, strict=False):  # no lines without a terminal
             line.set_description_str(f"  {text}")
         if epoch_ended:
             if round(metrics["epoch"]) % self._task.epochs_per_line == 0 or self._done == self._total:
                 self._log_epoch(metrics)
-            self._epoch.clear()
+            self._windows.clear()
 
     def _log_epoch(self, metrics: dict[str, float]) -> None:
-        seen, all_steps = sum(window["steps"] for window in self._epoch), round(self._done / metrics["epoch"])
-        part = f" (its last {seen} of {all_steps} steps)" if seen < all_steps else ""  # of an epoch that was resumed
-        for name in [name for name in AVERAGED if name in metrics]:
-            known = [window for window in self._epoch if math.isfinite(window[name])]
-            if steps := sum(window["steps"] for window in known):
-                metrics = metrics | {name: sum(window[name] * window["steps"] for window in known) / steps}
+        """Log an epoch's line: the means of `EPOCH_MEANS` over its steps, other metrics as given, and the time left.
+
+        If the run was resumed within the epoch, the line says how many of its steps it is about.
+        """
+        num_steps = sum(window["steps"] for window in self._windows)
+        steps_per_epoch = round(self._done / metrics["epoch"])
+        part = f" (its last {num_steps} of {steps_per_epoch} steps)" if num_steps < steps_per_epoch else ""
+        for name in EPOCH_MEANS:
+            finite = [window for window in self._windows if math.isfinite(window.get(name, math.nan))]
+            if steps := sum(window["steps"] for window in finite):
+                metrics = metrics | {name: sum(window[name] * window["steps"] for window in finite) / steps}
         seconds = (time.monotonic() - self._started) / max(1, self._done - self._first) * (self._total - self._done)
         left = f", {format_duration(seconds)} left" if self._done < self._total else ""
-        text = f"{self._task.format_metrics(metrics)}, {_speed(metrics)}{left}"
+        text = f"{self._task.format_metrics(metrics)}, {_format_throughput(metrics)}{left}"
         log.info("epoch %d%s: %s", round(metrics["epoch"]), part, text)
 
     def log_scores(self, epoch: int, scores: dict[str, float]) -> None:
-        """Show scores; on a terminal they stay until the next."""
+        """Log scores; on a terminal they stay until the next."""
         text = f"epoch {epoch}: {self._task.format_scores(scores)}"
         self._scores = f"; {text}"
         log.info("%s", text)
 
 
-def _speed(metrics: dict[str, float]) -> str:
-    """Return images a second, and whether the loader keeps up."""
+def _format_throughput(metrics: dict[str, float]) -> str:
+    """Format images per second, and the fraction of time spent waiting for them."""
     return f"{metrics['images_per_second']:.0f} img/s, data wait {metrics['data_time_fraction']:.0%}"
 
 
 def format_duration(seconds: float) -> str:
-    """'12 s', '3 min', '5.0 h', '2.1 days'."""
+    """Format a duration in the unit that fits: '12 s', '3 min', '5.0 h', '2.1 days'."""
     if seconds < 100 * 60:
         return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

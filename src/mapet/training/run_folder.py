@@ -1,7 +1,8 @@
-"""A run's folder: resolved config, log, metrics, TensorBoard, checkpoints; trackers that its metrics go to as well.
+"""A run's folder: resolved config, log, metrics, TensorBoard, checkpoints; trackers that its metrics are sent to.
 
-Trackers (Weights & Biases, MLflow, Trackio) are sent `metrics.jsonl`, by a thread for each: training waits for none of them, and
-what one has missed, because it was slow or the run was killed or it was not asked for until now, is sent when the run goes on.
+Trackers (Weights & Biases, MLflow, Trackio) are sent `metrics.jsonl`, by a thread for each, so that training never waits for them.
+Rows that a tracker has not received, because it was slow, the run was killed or it was only added on resuming, are sent when the
+run is resumed.
 """
 
 import importlib.util
@@ -17,10 +18,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
+from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
@@ -40,128 +43,139 @@ MUTABLE_ON_RESUME = frozenset(
     {"resume", "device", "checkpoint_interval_min", "log_interval", "out", "images", "micro_batch_size"}
     | {"max_rollbacks", "fsdp", "track", "max_unreadable"}
 )
-"""Options that can't change what is learned, so they may differ on resuming."""
+"""Options that may differ on resuming, because they do not change what is learned."""
 PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})
-"""Of those, where things are, which may have moved; the checkpoint knows their hashes. It has the tokenizer and tokens if the run began
-with them."""
-NOTHING_TO_RESUME = "nothing to resume in %s: a new run begins there"
-"""A job that may be sent anew at any moment has one command."""
+"""Options that name inputs and outputs, which may have moved before a run is resumed; checkpoints have the hashes of the inputs.
+`tokenizer` and `tokens` may differ only if the run was started with them."""
+STARTING_NEW_RUN = "no checkpoint in %s: starting a new run"
+"""Log message of `resume` where there is nothing yet: a job that a scheduler restarts always has the same command."""
 PROJECT = "mapet"
-PATIENCE = 60.0
-"""Seconds that the end of a run waits for trackers to take what is left."""
-Metrics = dict[str, float]
+"""Default name of the project or experiment at a tracker."""
+TRACKER_TIMEOUT_S = 60.0
+"""How long the end of a run waits for trackers to receive the remaining rows; also wandb's own timeouts."""
 
 
 class RunFolder:
-    """Creates or reopens the folder and writes to its logs; a context manager.
+    """Creates or reopens a run's folder and writes its logs; a context manager.
 
     config.yaml  train.log  metrics.jsonl  tensorboard/  checkpoints/step-*/  backbone/  tracking/
     """
 
     @classmethod
     def open(cls, config: TrainerConfig, compute: ComputeContext) -> "RunFolder | None":
-        """Return the folder of a run that has one, in the first process, which alone writes to it."""
+        """Return the folder of a run with the option `out` on rank 0, which alone writes to it; otherwise None."""
         return cls(config.out, config, compute) if config.out and distributed.rank() == 0 else None
 
     def __init__(self, path: Path, config: TrainerConfig, compute: ComputeContext) -> None:
-        self.path, recipe, fixed = path, path / "config.yaml", frozenset(type(config).model_fields) - PATH_OPTIONS
+        """Create the folder, or reopen it if `resume` is set; write config.yaml and the start of train.log."""
+        self.path, config_file = path, path / CONFIG_FILE
+        not_paths = frozenset(type(config).model_fields) - PATH_OPTIONS
         if not config.resume:
             create_output_dir(path)
-        if not config.resume or diff_configs(build_config(type(config), read_config(recipe)), config, fixed):
-            write_config(config, recipe)  # of a new run, or it, or what it is made of, has moved
-        for left in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed as it wrote
-            shutil.rmtree(left, ignore_errors=True)
+        if not config.resume or diff_configs(build_config(type(config), read_config(config_file)), config, not_paths):
+            write_config(config, config_file)
+        for leftover in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         record(path, config=config, device=str(compute))
         self._handler = _LogFile(path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
         versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
         system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {pluralize(torch.get_num_threads(), 'thread')}"
-        begun = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
-        self._log_file_only(f"{begun}system: {compute}; {system}; {shlex.join(sys.argv)}")
+        start = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
+        self._log_to_file(f"{start}system: {compute}; {system}; {shlex.join(sys.argv)}")
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board: Any = None
-        self._tracking = Tracking(path, config.track, config.model_dump(mode="json"))
+        self._tensorboard: Any = None  # a SummaryWriter from the first metrics on
+        options = config.model_dump(mode="json")
+        self._trackers = [Tracker(name, path, options) for name in dict.fromkeys(config.track)]
 
     def __enter__(self) -> "RunFolder":
-        # TensorBoard and trackers write from threads of their own; that they can't is no reason to stop, nor for a traceback.
-        text = "TensorBoard's files, or a tracker's, are not complete: %s"
+        """Let errors in the threads of TensorBoard's writer and of trackers be warnings: training continues without them."""
+        text = "TensorBoard's files, or a tracker's, are incomplete: %s. All metrics are in metrics.jsonl"
         self._hook, threading.excepthook = threading.excepthook, lambda failure: log.warning(text, failure.exc_value)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Log the error, if there is one, and close all files."""
         threading.excepthook = self._hook
         if error is not None:
-            self._log_file_only(f"stopped: {type(error).__name__}: {error}")
-        self._tracking.close(failed=error is not None)
+            self._log_to_file(f"stopped: {type(error).__name__}: {error}")
+        finish_trackers(self._trackers, failed=error is not None)
         log.removeHandler(self._handler)
-        for file in (self._handler, self._metrics, self._board):
+        for file in (self._handler, self._metrics, self._tensorboard):
             if file:
                 file.close()
 
-    def _log_file_only(self, text: str) -> None:
+    def _log_to_file(self, text: str) -> None:
+        """Write a line to train.log that the console does not get."""
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the metrics after `step`: the run goes on from there."""
+        """Remove from metrics.jsonl the rows after `step`, from where the run is resumed, and a row that a crash has cut off."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
-        lines = re.finditer(
-            r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8")
-        )  # a crash may cut the last one short
-        write_text(path, "".join(line[0] for line in lines if int(line[1]) <= step))
+        rows = re.finditer(r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8"))
+        write_text(path, "".join(row[0] for row in rows if int(row[1]) <= step))
         self._metrics = path.open("a", encoding="utf-8")
 
-    def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """One line of metrics.jsonl (null for what is not finite), and the same in TensorBoard and the trackers."""
-        if self._board is None:
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics after a step to metrics.jsonl (null for NaN and Inf), TensorBoard and the trackers."""
+        if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._tracking.tell()
+            self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.notify()
 
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log that can't be written (disk full) is no reason for a traceback: the console has the line too."""
+        """Ignore a line that can't be written (disk full) instead of printing a traceback: the console has it too."""
 
 
-def resolve_resume_config(config: C, stage: str, may_change: frozenset[str] = MUTABLE_ON_RESUME) -> C:
-    """The recipe a run was started with, its automatic values resolved then, and now's choices that can't matter.
+def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUTABLE_ON_RESUME) -> C:
+    """Return the config that the run in `config.out` was started with, updated by present options that may differ.
 
-    Where there is nothing yet, the run starts: a job that may be sent anew at any moment has one command.
+    Options that are None now keep the run's values. If the folder is empty or missing, return `config` without `resume`: a new
+    run starts there.
+
+    Args:
+        command: that resumes the run, for error messages.
+        mutable: options that may differ.
 
     Raises:
-        MapetError: there is something else, or an option that is given now differs from the run's.
+        MapetError: the folder holds something else, or another option differs from the run's.
     """
     assert config.out is not None
-    run, path = config.out, config.out / "config.yaml"
+    run, path = config.out, config.out / CONFIG_FILE
     if is_empty_dir(run):
-        log.warning(NOTHING_TO_RESUME, run)
+        log.warning(STARTING_NEW_RUN, run)
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(
-            f"nothing to resume in {run}: it has no config.yaml. Leave out {option('resume', True)} to start"
+            f"nothing to resume in {run}: it has no {CONFIG_FILE}. Leave out {option('resume', True)} to start a new run"
         )
     old = build_config(type(config), read_config(path), path)
-    automatic = {name for name, value in config if value is None}
-    moved = {name for name in PATH_OPTIONS - automatic if getattr(old, name, None) is not None}
-    if changed := diff_configs(old, config, may_change | automatic | moved):
-        restart = restart_hint(run) if stage == "pretrain" else f"with new options: a new {option('out')}"
+    not_given = {name for name, value in config if value is None}
+    moved = {name for name in PATH_OPTIONS - not_given if getattr(old, name, None) is not None}
+    if changed := diff_configs(old, config, mutable | not_given | moved):
+        hint = restart_hint(run) if command == "pretrain" else f"with new options: a new {option('out')}"
         raise MapetError(
-            f"{run} was started with another recipe ({'; '.join(changed)}). To go on as it was: "
-            f"{command_to_resume(run, stage)}; to start {restart}"
+            f"{run} was started with another config ({'; '.join(changed)}). To resume it as it was: "
+            f"{command_to_resume(run, command)}; to start {hint}"
         )
-    return old.model_copy(update={name: value for name, value in config if name in may_change | moved})
+    return old.model_copy(update={name: value for name, value in config if name in mutable | moved})
 
 
 def restart_hint(run: Path) -> str:
-    """How to start with new options where there may be weights to start from."""
+    """Return how to start a new run with other options, from this run's weights if it has any; continues 'to start'."""
     folder, new_out = pretrain_folder(run), f"a new {option('out')}"
     if (folder / "backbone").is_dir():
         return f"from its weights with new options: {option('init_from', str(run))}, and {new_out}"
@@ -171,172 +185,173 @@ def restart_hint(run: Path) -> str:
     return f"with new options: {new_out}"
 
 
-def command_to_resume(folder: Path, stage: str) -> str:
-    """What a person types to go on with an interrupted run."""
-    outer = parent_run(folder)
-    command, folder = ("run", outer) if outer else (stage, folder)
+def command_to_resume(folder: Path, command: str) -> str:
+    """Return the shell command that resumes what `command` wrote to a folder, or the `mapet run` that the folder is part of."""
+    if parent := parent_run(folder):
+        command, folder = "run", parent
     return shell_command(command, folder / CONFIG_FILE, "--resume")
 
 
 # ---- trackers
 
 
-class Session(NamedTuple):
-    """A tracker that was reached.
+class TrackerRun(NamedTuple):
+    """A run that was created or reopened at a tracker.
 
     Attributes:
-        run_id: what the tracker knows the run by.
-        where: a person finds it there.
-        send: takes (metrics, step=).
+        run_id: by which the tracker finds it again.
+        location: URL or command that shows it to the user.
+        log: takes metrics by name (NaN where metrics.jsonl has null), and the step as keyword `step`.
         finish: takes whether the run failed.
     """
 
     run_id: str
-    where: str
-    send: Callable[..., Any]
+    location: str
+    log: Callable[..., Any]
     finish: Callable[[bool], Any]
 
 
-class Tracking:
-    """Sends a run's `metrics.jsonl` to trackers. What goes wrong with one is a warning, and the others go on."""
+class Tracker(threading.Thread):
+    """Sends the rows of a run's `metrics.jsonl` to one tracker; an error of it is a warning.
 
-    def __init__(self, run: Path, trackers: Iterable[str], config: dict[str, Any]) -> None:
-        self._senders = [_Sender(tracker, run, config) for tracker in dict.fromkeys(trackers)]
+    `tracking/NAME.json` in the run's folder has the run's id at the tracker and the last row sent. Rows are numbered by
+    [step, index among the rows of this step]: a resumed run writes rows again that were sent before.
 
-    def tell(self) -> None:
-        """There is a new line."""
-        for sender in self._senders:
-            sender.tell()
+    Args:
+        name: a key of `TRACKERS`.
+        run: the run's folder.
+        config: the run's options, JSON.
+    """
 
-    def close(self, failed: bool) -> None:
-        """There will be none; waits for what is left, but not for long."""
-        for sender in self._senders:
-            sender.tell(failed)
-        until = time.monotonic() + PATIENCE
-        for sender in self._senders:
-            sender.join(max(0.0, until - time.monotonic()))
-            if sender.is_alive():
-                rest = f"{option('resume', True)} sends the rest"
-                log.warning("%s has not taken all figures in %.0f s: %s", sender.name, PATIENCE, rest)
+    def __init__(self, name: str, run: Path, config: dict[str, Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._run_folder, self._config, self._state_file = run, config, run / "tracking" / f"{name}.json"
+        self._events: SimpleQueue[bool | None] = SimpleQueue()
 
+    def notify(self, failed: bool | None = None) -> None:
+        """Tell the thread that there is a new row (None), or that the run has ended and whether it failed.
 
-class _Sender(threading.Thread):
-    """One tracker's thread; `tracking/NAME.json` in the run's folder says how far it is."""
-
-    def __init__(self, tracker: str, run: Path, config: dict[str, Any]) -> None:
-        super().__init__(name=tracker, daemon=True)
-        self._run, self._config, self._state_file = run, config, run / "tracking" / f"{tracker}.json"
-        self._news: SimpleQueue[bool | None] = SimpleQueue()
-
-    def tell(self, failed: bool | None = None) -> None:
-        """There is a new line, or the run has ended."""
-        self._news.put(failed)
+        The first call starts the thread: by then a resumed run has truncated its metrics.
+        """
+        self._events.put(failed)
         if self.ident is None:
-            self.start()  # not before: a resumed run's file is rewound first
+            self.start()
 
     def run(self) -> None:
+        """Open the run at the tracker and send rows until the run ends; log a warning if that fails."""
         try:
             state: dict[str, Any] = {"id": None, "sent": [-1, 0]}
             if self._state_file.exists():
                 state = read_json(self._state_file, "tracker's state")
-            session = TRACKERS[self.name](self._run, state["id"], self._config)
-            state["id"] = session.run_id
+            tracker_run = TRACKERS[self.name](self._run_folder, state["id"], self._config)
+            state["id"] = tracker_run.run_id
             write_json(self._state_file, state)
-            log.info("%s: %s", self.name, session.where)
-            with (self._run / "metrics.jsonl").open(encoding="utf-8") as file:
-                self._send(file, session, state)
-        except BaseException as error:  # whatever a tracker's library comes up with, also SystemExit
+            log.info("%s: %s", self.name, tracker_run.location)
+            with (self._run_folder / "metrics.jsonl").open(encoding="utf-8") as file:
+                self._send_rows(file, tracker_run, state)
+        except BaseException as error:  # libraries of trackers raise anything, also SystemExit
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            rest = f"Training goes on; they are all in metrics.jsonl, and {option('resume', True)} sends them"
-            log.warning("%s gets no more figures: %s. %s", self.name, reason, rest)
+            text = (
+                f"%s receives no more metrics: %s. They are in metrics.jsonl, and {option('resume', True)} sends them"
+            )
+            log.warning(text, self.name, reason)
 
-    def _send(self, file: IO[str], session: Session, state: dict[str, Any]) -> None:
-        """Send each line as it comes, but those that the tracker has, until the run has ended.
-
-        A run that goes on writes the same lines again from its checkpoint, so they are known by [step, number among those of
-        this step].
-        """
-        number, text, failed = [-1, 0], "", None
+    def _send_rows(self, file: IO[str], tracker_run: TrackerRun, state: dict[str, Any]) -> None:
+        """Send the rows after `state["sent"]` as they are written, and keep that up to date, until the run has ended."""
+        number, line, failed = [-1, 0], "", None
         while failed is None:
-            failed = self._news.get()  # before the file is read: its last line is in it
+            failed = self._events.get()  # before reading: the last row of an ended run is in the file by now
             for part in file:
-                text += part
-                if not text.endswith("\n"):  # it is being written
+                line += part
+                if not line.endswith("\n"):  # it is still being written
                     continue
-                metrics, text = json.loads(text), ""
+                metrics, line = json.loads(line), ""
                 step = metrics.pop("step")
                 number = [step, number[1] + 1 if step == number[0] else 0]
                 if number > state["sent"]:
-                    session.send({name: math.nan if v is None else v for name, v in metrics.items()}, step=step)
+                    tracker_run.log({k: math.nan if v is None else v for k, v in metrics.items()}, step=step)
                     state["sent"] = number
                     write_json(self._state_file, state)
-        session.finish(failed)
+        tracker_run.finish(failed)
 
 
-def require(trackers: Iterable[str]) -> None:
-    """Raises MapetError: a tracker's library is not installed."""
+def finish_trackers(trackers: Collection[Tracker], failed: bool) -> None:
+    """Tell trackers that the run has ended, and wait up to `TRACKER_TIMEOUT_S` until they have sent all rows."""
+    deadline = time.monotonic() + TRACKER_TIMEOUT_S
+    for tracker in trackers:
+        tracker.notify(failed)
+    for tracker in trackers:
+        tracker.join(max(0.0, deadline - time.monotonic()))
+        if tracker.is_alive():
+            text = f"%s did not receive all metrics within %.0f s: {option('resume', True)} sends the rest"
+            log.warning(text, tracker.name, TRACKER_TIMEOUT_S)
+
+
+def check_trackers_installed(trackers: Iterable[str]) -> None:
+    """Raise MapetError if a tracker's library is not installed."""
     for tracker in trackers:
         if not _is_installed(tracker):
             raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {install_hint('track')}")
 
 
 def _is_installed(module: str) -> bool:
-    found = importlib.util.find_spec(module)
-    return found is not None and found.origin is not None  # a folder of that name has none; wandb leaves one
+    """Return whether a package can be imported; a mere folder of that name, which wandb leaves behind, has no origin."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
-def _name(run: Path) -> str:
-    """The last two parts of a run's folder: of `mapet run` and `study` the last is always 'pretrain'."""
+def _run_name(run: Path) -> str:
+    """Join the last two parts of a run's folder: the last alone is 'pretrain' for every `mapet run` and `study`."""
     return "-".join(run.resolve().parts[-2:])
 
 
-def _wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
+def _open_wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
+    """Create a run of Weights & Biases, or reopen the one with this id."""
     import wandb
 
     (run / "tracking").mkdir(exist_ok=True)
-    # silent: it asks for no password either; console: it would take the output of the whole program.
-    settings = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE)
+    # silent: without a login prompt; console="off": it would capture the output of the whole program
+    timeouts = {"init_timeout": TRACKER_TIMEOUT_S, "finish_timeout": TRACKER_TIMEOUT_S}
+    settings = wandb.Settings(silent=True, console="off", **timeouts)
     wandb.setup(settings)
-    session = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT), name=os.environ.get("WANDB_NAME", _name(run)),
-        dir=os.environ.get("WANDB_DIR", run / "tracking"), id=run_id or uuid.uuid4().hex[:12], resume="allow",
-        config=config, allow_val_change=True, settings=settings,
+    wandb_run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=os.environ.get("WANDB_NAME", _run_name(run)),
+        dir=os.environ.get("WANDB_DIR", run / "tracking"), id=run_id, resume="allow", config=config, allow_val_change=True,
+        settings=settings,
     )  # fmt: skip
-    where = f"offline; wandb sync {Path(session.dir).parent}" if session.offline else session.url or ""
-    return Session(session.id, where, session.log, lambda failed: session.finish(int(failed)))
+    location = f"offline; wandb sync {Path(wandb_run.dir).parent}" if wandb_run.offline else wandb_run.url or ""
+    return TrackerRun(wandb_run.id, location, wandb_run.log, lambda failed: wandb_run.finish(int(failed)))
 
 
-def _mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+def _open_mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
+    """Create a run of MLflow, or reopen the one with this id; the program's own active run stays as it is."""
+    import mlflow
 
-    client = MlflowClient()  # no fluent API: its active run is the program's
+    client = mlflow.MlflowClient()
     if run_id is None:
-        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = client.get_experiment_by_name(project)
-        number = experiment.experiment_id if experiment else client.create_experiment(project)
-        run_id = str(client.create_run(number, run_name=_name(run)).info.run_id)
-        client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in config.items()])
-    else:
-        client.update_run(run_id, status="RUNNING")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        run_id = client.create_run(experiment_id, run_name=_run_name(run)).info.run_id
+        mlflow.log_params(config, run_id=run_id)
+    client.update_run(run_id, status="RUNNING")
 
-    def send(metrics: Metrics, step: int) -> None:
-        now = int(time.time() * 1000)
-        client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+    def finish(failed: bool) -> None:
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
-    end = {True: "FAILED", False: "FINISHED"}
-    where = f"run {run_id} in {client.tracking_uri}"
-    return Session(run_id, where, send, lambda failed: client.set_terminated(run_id, end[failed]))
+    location = f"run {run_id} in {client.tracking_uri}"
+    return TrackerRun(run_id, location, partial(mlflow.log_metrics, run_id=run_id), finish)
 
 
-def _trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> Session:
+def _open_trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
+    """Create a run of Trackio, or reopen the one with this id, which is its name."""
     import trackio
 
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    run_id = run_id or f"{_name(run)}-{uuid.uuid4().hex[:6]}"  # it knows runs by their names
-    session = trackio.init(project=project, name=run_id, config=config, resume="allow", embed=False)
-    where = f"run {run_id}; trackio show --project {project}"
-    return Session(run_id, where, session.log, lambda failed: session.finish())
+    run_id = run_id or f"{_run_name(run)}-{uuid.uuid4().hex[:6]}"
+    trackio_run = trackio.init(project=project, name=run_id, config=config, resume="allow", embed=False)
+    location = f"run {run_id}; trackio show --project {project}"
+    return TrackerRun(run_id, location, trackio_run.log, lambda failed: trackio_run.finish())
 
 
-TRACKERS = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
+TRACKERS = {"wandb": _open_wandb, "mlflow": _open_mlflow, "trackio": _open_trackio}

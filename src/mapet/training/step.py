@@ -22,7 +22,9 @@ from mapet.training.sharding import is_sharded, set_gradient_sync
 
 log = logging.getLogger("mapet")
 MIN_COMPILE_STEPS = 1000
-"""Steps after which a GPU has won back what compiling took."""
+"""Steps that a run must have for a GPU to win back the time that compiling takes."""
+MAX_WARMUP_START_LR = 1e-6
+"""Learning rate of the first step of a warm-up (or the peak, if that is lower)."""
 
 
 class LowPrecision(nn.Module):
@@ -37,6 +39,7 @@ class LowPrecision(nn.Module):
         self.module, self.dtype = module, dtype
 
     def forward(self, *args: Any) -> Any:
+        """Call the float32 module with the low-precision weights; return what it returns."""
         weights = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, args)
 
@@ -45,40 +48,37 @@ class ForwardBackward:
     """Adds a batch's gradient to a float32 module's, summed over all ranks.
 
     Args:
-        module: `module(batch, ...)` returns a named tuple with a `loss`.
-        micro_batch: images at a time. The gradient is that of the whole batch; what changes is memory and speed.
-        compile: compile the forward and backward pass (about a minute at the start).
+        module: `module(batch, ...)` returns a named tuple with a `loss`, the mean over the batch's images.
+        micro_batch: images per forward pass. The gradient is that of the whole batch; what changes is memory and speed.
         same_shapes: whether all steps compute with tensors of one shape, so that all use the same parameters.
 
     Attributes:
         micro_batch: halved when memory does not suffice.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        compute: ComputeContext,
-        micro_batch: int,
-        compile: bool = False,
-        same_shapes: bool = True,
-    ) -> None:
+    def __init__(self, module: nn.Module, compute: ComputeContext, micro_batch: int, same_shapes: bool = True) -> None:
         self.module, self.micro_batch, self._same_shapes = module, micro_batch, same_shapes
         self._sharded = is_sharded(module)
-        if compile:
-            module.compile()
-        low = compute.dtype != torch.float32 and not self._sharded  # a sharded one makes its own copy
-        self.compute_module: Any = LowPrecision(module, compute.dtype) if low else module
+        low = compute.dtype != torch.float32 and not self._sharded  # FSDP makes the low-precision copy itself
+        self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
         self._num_replicas = 1 if self._sharded else distributed.world_size()
         self._rehearsed = self._num_replicas == 1
 
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
-        """Return the outputs of the micro-batches, their losses weighted so that they add up to `fraction` times the batch's.
+        """Add the batch's gradient, weighted by `fraction`, to the module's; retry with half the micro-batch if memory runs out.
 
         Args:
-            fraction: of the step's images that are in this batch, where several ranks have a part of them.
+            batch: of at least one image.
+            args: passed on to the module after the batch.
+            fraction: of the step's images over all ranks that are in this rank's batch.
+
+        Returns:
+            What the module returned for each micro-batch, with `loss` detached and weighted: the losses add up to `fraction`
+            times the batch's loss.
 
         Raises:
-            MapetError: one image at a time needs more memory than there is; or memory did not suffice while other ranks wait.
+            MapetError: memory does not suffice for one image.
+            torch.OutOfMemoryError: memory does not suffice, and other ranks wait for this one's gradient.
         """
         self.module.train()
         while True:
@@ -91,13 +91,13 @@ class ForwardBackward:
                 out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
                 if not out_of_memory or self._sharded or (self._num_replicas > 1 and self._rehearsed):
                     raise
-            self._halve(len(batch))  # here, where the failed pass no longer holds its memory
+            self._halve_micro_batch(len(batch))  # outside `except`, where the failed pass no longer holds its memory
 
     def _rehearse(self, batch: Batch, args: tuple[Any, ...]) -> None:
-        """Make the first step without communication, then let DistributedDataParallel sum gradients during the backward pass.
+        """Compute the first step without communication, discard its gradient, then wrap the module in DistributedDataParallel.
 
-        Running out of memory concerns this rank alone, and the step shows which parameters a pass uses. Weights and buffers
-        become those of rank 0, buffers before every pass.
+        The rehearsal finds a micro-batch that fits this rank's memory, and which parameters a pass uses. From here on gradients
+        are summed over ranks during the backward pass; weights become those of rank 0 now, buffers before every pass.
         """
         with torch.random.fork_rng():
             self._accumulate(batch, args, 0.0)
@@ -109,42 +109,45 @@ class ForwardBackward:
         self._rehearsed = True
 
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
-        """Make the passes of a step; gradients are summed over ranks in the last one, if this is not the rehearsal."""
+        """Run the forward and backward pass of each micro-batch; see `__call__` for arguments and result.
+
+        Gradients are summed over ranks in the last backward pass, and not at all in the rehearsal.
+        """
         outputs = []
         for start in range(0, len(batch), self.micro_batch):
             part = batch[start : start + self.micro_batch]
-            last = self._rehearsed and start + self.micro_batch >= len(batch)
-            set_gradient_sync(self.module, last)
-            waits = isinstance(self.compute_module, DistributedDataParallel) and not last
-            with self.compute_module.no_sync() if waits else nullcontext():
+            sync = self._rehearsed and start + self.micro_batch >= len(batch)
+            set_gradient_sync(self.module, sync)
+            ddp = self.compute_module
+            with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) and not sync else nullcontext():
                 output = self.compute_module(part, *args)
                 weight = fraction * len(part) / len(batch)
                 (output.loss * weight * self._num_replicas).backward()  # DistributedDataParallel takes means, not sums
             outputs.append(output._replace(loss=output.loss.detach() * weight))
         return outputs
 
-    def _halve(self, images: int) -> None:
-        failed = min(self.micro_batch, images)
+    def _halve_micro_batch(self, batch_size: int) -> None:
+        """Halve the micro-batch that was too large in a batch of this size; raise MapetError if it was one image."""
+        failed = min(self.micro_batch, batch_size)
         if failed == 1:
             raise MapetError(
                 f"out of memory with one image at a time: take a smaller {option('model')} or {option('image_size')}, or "
-                f"close what else uses the device"
+                f"close other programs that use the device"
             )
         self.micro_batch = failed // 2
         self.module.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning(
-            f"out of memory with %d images at a time: going on with {option('micro_batch_size')} %d (the batch and what is learned stay the same)",
-            failed, self.micro_batch,
-        )  # fmt: skip
+        text = f"out of memory with %d images at a time: continuing with {option('micro_batch_size')} %d (batch and gradient stay the same)"
+        log.warning(text, failed, self.micro_batch)
 
 
 def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, same_shapes: bool = True) -> bool:
-    """Return whether to compile: by default on CUDA in runs of `MIN_COMPILE_STEPS`, if Triton is there (docs/performance.md).
+    """Return whether to compile: as requested, else on CUDA in runs of `MIN_COMPILE_STEPS` if Triton is there.
 
     Args:
-        same_shapes: all steps have as many rows; otherwise each new number would be compiled for itself.
+        requested: the option `compile`; None decides by the other arguments (measured: docs/performance.md).
+        same_shapes: all steps have as many rows; otherwise each new number of rows would be compiled for itself.
     """
     if requested is not None:
         return requested
@@ -155,12 +158,14 @@ def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, sa
 def create_optimizer(
     model: nn.Module, opt: str, lr: float, weight_decay: float, **options: Any
 ) -> torch.optim.Optimizer:
-    """Create any of timm's optimizers; no decay on biases, norms, positions and tokens.
+    """Create any of timm's optimizers, without weight decay on biases, norms, position embeddings and tokens.
 
-    PyTorch's own are fused: their `found_inf` leaves out a step without the CPU having to know.
+    PyTorch's own are fused: with their `found_inf` they skip a step without the CPU having to wait for the device.
 
     Args:
-        options: timm's, e.g. layer_decay; `betas` are for Adam and AdamW.
+        opt: timm's name.
+        lr: peak learning rate.
+        options: further keywords of timm's `create_optimizer_v2`, e.g. `layer_decay`; `betas` are used for adam and adamw only.
 
     Raises:
         MapetError: timm has no optimizer of this name.
@@ -169,7 +174,9 @@ def create_optimizer(
         parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
     except ValueError:
         raise MapetError(
-            f"timm has no optimizer '{opt}' ({option('opt')}): e.g. adamw, lion, muon, lamb, sgd"
+            f"timm has no optimizer '{opt}' ({option('opt')}): e.g. adamw, lion, muon, lamb, sgd",
+            field="opt",
+            value=opt,
         ) from None
     if opt not in ("adam", "adamw"):
         options.pop("betas", None)
@@ -181,13 +188,17 @@ def create_optimizer(
 def create_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float
 ) -> CosineLRScheduler:
-    """Create a linear warm-up, then one cosine to `min_lr`, neither of them above the peak.
+    """Create a schedule of a linear warm-up to the optimizer's rate, its peak, then one cosine down to `min_lr`.
 
-    Call `step_update(step)` before each step: the rate depends on it alone.
+    Call `step_update(step)` before each step: the rate depends on the step alone.
+
+    Args:
+        warmup_steps: at most `total_steps` of them are used.
+        min_lr: at most the peak is used.
     """
     warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
-    steps = max(2, total_steps - warmup_steps)  # of 1 timm warns; the rate of its only step is the same
-    warmup = {"warmup_t": warmup_steps, "warmup_lr_init": min(1e-6, peak), "warmup_prefix": True}
-    schedule = CosineLRScheduler(optimizer, steps, lr_min=min(min_lr, peak), t_in_epochs=False, **warmup)
+    cosine_steps = max(2, total_steps - warmup_steps)  # of 1 timm warns; the rate of its only step is the same
+    warmup = {"warmup_t": warmup_steps, "warmup_lr_init": min(MAX_WARMUP_START_LR, peak), "warmup_prefix": True}
+    schedule = CosineLRScheduler(optimizer, cosine_steps, lr_min=min(min_lr, peak), t_in_epochs=False, **warmup)
     schedule.step_update(0)
     return schedule

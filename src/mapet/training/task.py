@@ -1,7 +1,7 @@
 """What a training run learns: a task gives model, data and loss, the trainer does the rest."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from mapet.data.dataset import Batch, ViewDataset
 from mapet.device import ComputeContext
 
 C = TypeVar("C", bound=TrainerConfig)
+M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
 
@@ -21,9 +22,9 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: mean over the images; nothing else has a gradient.
-        loss_per_image: by it a warning names images.
+        loss_per_image: for warnings that name images.
         means: further means over the images, by the name of their metric.
-        counts: how often each token, code or class occurred, to be added up.
+        counts: how often each token, code or class occurred; counts of several steps are added.
         rows: tensors with one row per image that `Task.after_step` needs of the whole batch.
     """
 
@@ -34,18 +35,23 @@ class StepOutput(NamedTuple):
     rows: Mapping[str, Tensor] = {}
 
 
-class Task(Generic[C, R]):
-    """One kind of training. A task sees neither ranks nor precision, and no files but its product.
+class Task(Generic[C, M, R]):
+    """One kind of training. A task handles neither ranks nor precision, and no files but its product.
+
+    Type parameters:
+        C: the command's config.
+        M: the product module: the part of the model that is evaluated and saved.
+        R: what the command returns.
 
     `build` sets these attributes:
         config: with automatic values that depend on model and data resolved, `batch_size` at least.
         model: float32, on the device. Its parameters are trained.
         dataset: of the training images.
         indices: of the images to train on.
-        hashes: sha256 of what the run is made of, by name; a checkpoint is resumed with the same ones only.
+        hashes: sha256 of the run's inputs, by name; a checkpoint is resumed with the same ones only.
         bad: images that are known to be unreadable, with reasons.
-        stateful: what else changes as it trains and has a state dict.
-        facts: what else run.json says of it, JSON.
+        stateful: objects with a state dict, other than model and optimizer, that change during training.
+        facts: further results for run.json, JSON.
         description: the run in one line.
 
     and may set others, which have defaults:
@@ -54,7 +60,7 @@ class Task(Generic[C, R]):
         logs_per_epoch: lines of metrics.
         betas: of Adam and AdamW.
         layer_decay: learning-rate factor from each block to the one before.
-        mean_names, sum_names, num_counts: what `StepOutput.means` has, what `after_step` returns, K of `StepOutput.counts`.
+        mean_names, sum_names, num_counts: the keys of `StepOutput.means`, those that `after_step` returns, K of `StepOutput.counts`.
         epochs_per_line: epochs to a line of the log.
         same_shapes: whether all steps compute with tensors of one shape, so that compiling pays.
     """
@@ -90,78 +96,82 @@ class Task(Generic[C, R]):
         """Open the data and build the model from its seed; a collective call."""
         raise NotImplementedError
 
-    def build_model(self) -> nn.Module:
-        """Build what `evaluate` and `finish` take, for weights of `product_module` that are loaded into it."""
+    def build_model(self) -> M:
+        """Build a product module whose weights will be replaced by those of the trained one."""
         raise NotImplementedError
 
     @property
-    def product_module(self) -> nn.Module:
+    def product_module(self) -> M:
         """The part of the model that `evaluate` and `finish` take."""
-        return self.model
+        return cast(M, self.model)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:
-        """Return the images at a time within a step."""
+        """Return the automatic number of images per forward pass, of the `local_batch_size` images of this rank's batch."""
         return local_batch_size
 
     def start(self) -> None:
         """Initialize, before the first step of a new run, what needs the data."""
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Turn views into inputs and targets on the device."""
+        """Turn views into inputs and targets on the device; `step` counts from 0."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the loss of a prepared micro-batch."""
+        """Compute the loss of a prepared micro-batch; `step` counts from 0."""
         raise NotImplementedError
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
-        """Update, after the optimizer, what follows the model (an EMA, a codebook); returns metrics to be added up.
+        """Update, after the optimizer, what follows the model (an EMA, a codebook).
 
         Args:
-            output: of the whole batch.
+            output: of the whole batch; `rows` are those of all ranks, in the order of the batch.
+            step: counts from 0.
+
+        Returns:
+            Metrics, scalars by name, that a log line has the sum of over its steps; their names are `sum_names`.
         """
         return {}
 
     def summarize(self, counts: Int[Tensor, " K"], total_counts: Int[Tensor, " K"]) -> dict[str, float]:
-        """Return metrics of the counts since the last line, and since the run began."""
+        """Return metrics of `StepOutput.counts`, added up since the last log line and since the start of the run."""
         return {}
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
-        """Return the metrics that a progress line shows."""
+        """Format the metrics that a progress line shows."""
         return f"loss {metrics['loss']:.3f}"
 
-    def evaluate(self, module: Any, epoch: int) -> dict[str, float]:
-        """Return scores after an epoch; {} if it is not the time for any."""
+    def evaluate(self, module: M, epoch: int) -> dict[str, float]:
+        """Return scores of the product module after an epoch (counted from 1); {} where this epoch is not evaluated."""
         return {}
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
-        """Return the scores of `evaluate` as a progress line shows them."""
+        """Format the scores of `evaluate` for a progress line."""
         return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
     @torch.inference_mode()
-    def is_usable(self, module: Any) -> bool:
-        """Return whether the trained weights, and what `infer` makes of a few images, are finite."""
+    def is_usable(self, module: M) -> bool:
+        """Return whether the trained weights, and the outputs of `infer` for the first 8 training images, are finite."""
         batch = self.dataset.batch([(0, int(index)) for index in self.indices[:8]])
-        outputs = list(module.parameters())
+        outputs: list[Tensor] = list(module.parameters())
         if len(batch):
             outputs += self.infer(module.eval(), batch.to(self.compute.device))
         return all(bool(output.isfinite().all()) for output in outputs)
 
-    def infer(self, module: Any, batch: Batch) -> list[Tensor]:
-        """Return what the product gives for a batch as it is read; [] if its weights tell enough."""
+    def infer(self, module: M, batch: Batch) -> list[Tensor]:
+        """Return the product's outputs for a batch that is not prepared; [] if finite weights are enough for `is_usable`."""
         return []
 
-    def finish(self, module: Any) -> R:
-        """Evaluate and save the product; returns what the command returns."""
+    def finish(self, module: M) -> R:
+        """Evaluate and save the product; return what the command returns."""
         raise NotImplementedError
 
 
 class LossModule(nn.Module):
-    """A task's loss as a module of its model's parameters, for DistributedDataParallel and low precision."""
+    """A task's loss as a module with its model's parameters, for DistributedDataParallel and low precision."""
 
-    def __init__(self, task: "Task") -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__()
         self.model = task.model
         self._loss = task.loss
@@ -169,23 +179,23 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch, step: int) -> StepOutput:
         return self._loss(batch, step)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model in its own way."""
-        self.model.compile(*args, **kwargs)
-
 
 def merge_outputs(outputs: list[StepOutput], fraction: float) -> StepOutput:
-    """Join the outputs of micro-batches, whose losses are weighted already, into that of the whole local batch.
+    """Merge the outputs of micro-batches, whose losses are weighted already, into that of this rank's batch.
 
     Args:
-        fraction: of the step's images that are in this batch; loss and means are that fraction of the batch's.
+        fraction: of the step's images over all ranks that are in this rank's batch.
+
+    Returns:
+        Its loss and means are `fraction` times those of the batch: over all ranks they add up to the step's.
     """
-    loss, each, means, counts, rows = zip(*outputs, strict=True)
-    weights = [fraction * len(part) / sum(map(len, each)) for part in each]
-    mean = {
-        name: torch.stack([weight * part[name] for weight, part in zip(weights, means, strict=True)]).sum()
-        for name in means[0]
-    }
-    count = None if counts[0] is None else torch.stack(counts).sum(dim=0)
-    row = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
-    return StepOutput(torch.stack(loss).sum(), torch.cat(each), mean, count, row)
+    losses, per_image, means, counts, rows = zip(*outputs, strict=True)
+    batch_size = sum(len(part) for part in per_image)
+    weights = [fraction * len(part) / batch_size for part in per_image]
+    merged_means = {}
+    for name in means[0]:
+        weighted = [weight * part[name] for weight, part in zip(weights, means, strict=True)]
+        merged_means[name] = torch.stack(weighted).sum()
+    merged_counts = None if counts[0] is None else torch.stack(counts).sum(dim=0)
+    merged_rows = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
+    return StepOutput(torch.stack(losses).sum(), torch.cat(per_image), merged_means, merged_counts, merged_rows)

@@ -20,37 +20,37 @@ from mapet.run_state import record
 from mapet.signals import StopRequest, stop_signals
 from mapet.training import checkpoint
 from mapet.training.metrics import LossMonitor, MetricLogger, ProgressDisplay
-from mapet.training.run_folder import RunFolder, command_to_resume, require, resolve_resume_config
+from mapet.training.run_folder import RunFolder, check_trackers_installed, command_to_resume, resolve_resume_config
 from mapet.training.sharding import apply_fsdp, full_state_dict, full_tensor
 from mapet.training.step import ForwardBackward, auto_compile, create_optimizer, create_scheduler
-from mapet.training.task import LossModule, Task, merge_outputs
+from mapet.training.task import LossModule, M, R, Task, merge_outputs
 
 log = logging.getLogger("mapet")
-R = TypeVar("R")
 T = TypeVar("T")
-MAX_LOG_EVERY = 50
-"""Most steps between lines of metrics, where the option leaves it open."""
+MAX_AUTO_LOG_INTERVAL = 50
+"""Most steps between lines of metrics if `log_interval` is automatic."""
 KEEP_CHECKPOINTS = 2
-"""Newest ones."""
+"""Newest checkpoints that are kept."""
 MAX_SKIPPED_STEPS = 5
-"""Steps in a row that may be left out because loss or gradient is not finite; then the run stops and keeps them."""
+"""Steps in a row that may be skipped because of a NaN or infinite loss or gradient; then the run rolls back or stops."""
 
 
-class Trainer(Generic[R]):
+class Trainer(Generic[M, R]):
     """Trains a task as its config says, on all ranks together.
 
     Attributes:
-        step: steps that are done.
+        step: steps that are done; while a step runs, its index from 0.
+        stop: names the signal that asked to stop.
     """
 
-    def __init__(self, task: Task[Any, R], config: TrainerConfig) -> None:
-        """Build the task; a collective call."""
-        require(config.track)
+    def __init__(self, task: Task[Any, M, R], config: TrainerConfig) -> None:
+        """Build the task, its optimizer and schedule; a collective call."""
+        check_trackers_installed(config.track)
         self.task, self.step, self.num_rollbacks = task, 0, 0
-        self.keeps_micro_batch = config.micro_batch_size is None
+        self.auto_micro_batch = config.micro_batch_size is None
         if config.resume and config.out:
             config = resolve_resume_config(config, task.command)
-            distributed.barrier()  # all have looked before one writes
+            distributed.barrier()  # all ranks have read the folder before rank 0 writes to it
         self.compute = ComputeContext.from_options(config.device, config.precision)
         task.build(config, self.compute)
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
@@ -59,9 +59,9 @@ class Trainer(Generic[R]):
         if config.fsdp:
             apply_fsdp(task.model, self.compute)
         task.config = task.config.model_copy(update=self._auto_values(task.config))
-        resolved, options = task.config, {"layer_decay": task.layer_decay, "betas": task.betas}
-        self.optimizer = create_optimizer(task.model, config.opt, resolved.lr, config.weight_decay, **options)
-        warmup_steps = round(resolved.warmup_epochs * self.steps_per_epoch)
+        options = {"layer_decay": task.layer_decay, "betas": task.betas}
+        self.optimizer = create_optimizer(task.model, config.opt, task.config.lr, config.weight_decay, **options)
+        warmup_steps = round(task.config.warmup_epochs * self.steps_per_epoch)
         self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
@@ -69,7 +69,7 @@ class Trainer(Generic[R]):
         self.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
-        """Return the automatic values that depend on task and data.
+        """Return values for the task's options that are None and depend on task and data.
 
         The learning rate grows with the square root of the batch: Adam's step does not grow with the gradient, so that its
         rule is not SGD's linear one (Malladi et al., arXiv 2205.10287), which would starve small batches.
@@ -77,8 +77,8 @@ class Trainer(Generic[R]):
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
         if batch_size > num_images:
             log.warning(
-                f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} there are: every step sees all of "
-                "them, and the learning rate is for so many. Leave it out, or give less, for more steps"
+                f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} there are: every step takes all of "
+                "them, and the automatic learning rate is for that many. Leave it out, or lower it, for more steps per epoch"
             )
         local_batch_size = -(-batch_size // distributed.world_size())
         lr = max(task.min_auto_lr, task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size))
@@ -86,16 +86,16 @@ class Trainer(Generic[R]):
             "micro_batch_size": task.auto_micro_batch(local_batch_size),
             "lr": lr,
             "warmup_epochs": config.epochs * task.warmup_fraction,
-            "log_interval": min(MAX_LOG_EVERY, -(-self.steps_per_epoch // task.logs_per_epoch)),
+            "log_interval": min(MAX_AUTO_LOG_INTERVAL, -(-self.steps_per_epoch // task.logs_per_epoch)),
         }
         return {name: value for name, value in auto.items() if getattr(config, name) is None}
 
     def fit(self) -> R:
-        """Train from the first step, or the one after the last checkpoint, to the last; returns the task's result.
+        """Train from the first step, or from the last checkpoint if `resume` is set; return the task's result (None on ranks > 0).
 
         Raises:
-            Interrupted: a signal asked to stop; what was learned is saved.
-            NonFiniteError: too many steps in a row were not finite, or the result isn't.
+            Interrupted: a signal asked to stop; a checkpoint is saved.
+            NonFiniteError: too many steps in a row had a NaN or infinite loss or gradient, or the trained model has such outputs.
         """
         task, config = self.task, self.task.config
         self.folder = RunFolder.open(config, self.compute)
@@ -105,16 +105,20 @@ class Trainer(Generic[R]):
             self._log_start()
             if self.step == 0:
                 on_rank_zero(task.start)
-            compile = auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes)
-            passes = self.compute, task.config.micro_batch_size, compile, task.same_shapes
-            self.forward_backward = ForwardBackward(LossModule(task), *passes)
+            if auto_compile(config.compile, self.compute, self.total_steps, task.same_shapes):
+                task.model.compile()
+            micro_batch = task.config.micro_batch_size  # `_resume` may have lowered it
+            self.forward_backward = ForwardBackward(LossModule(task), self.compute, micro_batch, task.same_shapes)
             self._loop()
-            (unusable,) = any_rank(self._with_product(lambda module: not task.is_usable(module)) or False)
+            (unusable,) = any_rank(self._call_with_product(lambda module: not task.is_usable(module)) or False)
             if unusable:
-                self._raise_nonfinite("the trained model gives numbers that are not finite, so that it is not saved")
-            return self._with_product(task.finish)  # type: ignore[return-value]  # None on other ranks
+                self._raise_nonfinite(
+                    "the trained model has NaN or infinite weights or outputs: it is not saved", False
+                )
+            return self._call_with_product(task.finish)  # type: ignore[return-value]  # None on other ranks
 
     def _log_start(self) -> None:
+        """Log the run in one line, and record it with its inputs in run.json."""
         task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
         text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
@@ -124,6 +128,10 @@ class Trainer(Generic[R]):
         log.info("%s, %s", text, self.compute)
 
     def _resume(self) -> None:
+        """Load the newest intact checkpoint, if there is one, and drop the metrics after it; a collective call.
+
+        An automatic micro-batch size becomes the one of the checkpoint, which memory sufficed for.
+        """
         task, folder = self.task, self.checkpoints
         if checkpoint.checkpoints(folder):
             checkpoint.check_fingerprints(folder, task.hashes)
@@ -131,13 +139,14 @@ class Trainer(Generic[R]):
             self.step = self.sampler.first_step = state["step"]
             self.num_rollbacks = state.get("num_rollbacks", 0)
             distributed.check_same(self.step, folder)
-            if self.keeps_micro_batch and state.get("micro_batch"):
+            if self.auto_micro_batch and state.get("micro_batch"):
                 task.config = task.config.model_copy(update={"micro_batch_size": state["micro_batch"]})
         if self.folder:
             self.folder.truncate_metrics(self.step)
         log.info("resumed at step %d of %d", self.step, self.total_steps)
 
     def _loop(self) -> None:
+        """Train from `step` to `total_steps`; log, evaluate and save checkpoints when they are due."""
         self._saved_at = time.monotonic()
         loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
         with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
@@ -153,33 +162,38 @@ class Trainer(Generic[R]):
                     self._save_if_due()
 
     def _train_step(self, batch: Batch) -> None:
+        """Make a step with this rank's part of the batch; do nothing if no rank can read any of its images.
+
+        In order: exchange unreadable images; seed; forward and backward pass; optimizer, unless the gradient is NaN or infinite;
+        the task's `after_step`; metrics.
+        """
         task, step, local_images = self.task, self.step, len(batch)
-        counts, bad = distributed.all_gather(torch.tensor([local_images, len(batch.unreadable)])).T.tolist()
-        for unreadable in distributed.all_gather_object(batch.unreadable) if any(bad) else []:
-            self.unreadable.add(unreadable)  # all ranks learn of all
+        counts, num_unreadable = distributed.all_gather(torch.tensor([local_images, len(batch.unreadable)])).T.tolist()
+        for unreadable in distributed.all_gather_object(batch.unreadable) if any(num_unreadable) else []:
+            self.unreadable.add(unreadable)
         if not sum(counts):
             return
-        torch.manual_seed(step_seed(task.config.seed, step))  # what is drawn depends on the step alone
+        torch.manual_seed(step_seed(task.config.seed, step))  # so that random draws depend on the step alone
         self.schedule.step_update(step)
         fraction = local_images / sum(counts)
         if not local_images:  # takes part in all communication, with weight 0
             batch = task.dataset.placeholder(int(task.indices[0]))
         outputs = self.forward_backward(task.prepare(batch, step), step, fraction=fraction)
-        clip = task.config.clip_grad or math.inf
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(task.model.parameters(), clip)).detach()
+        max_norm = task.config.clip_grad or math.inf
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(task.model.parameters(), max_norm)).detach()
         self._update(norm)
         output = merge_outputs(outputs, fraction)
         sums: dict[str, Tensor] = {}
-        if type(task).after_step is not Task.after_step and bool(norm.isfinite()):
+        if type(task).after_step is not Task.after_step and bool(norm.isfinite()):  # which waits for the device
             rows = {name: gather_rows(value, counts) for name, value in output.rows.items()}
             with torch.no_grad():
                 sums = task.after_step(output._replace(rows=rows), step)
         self.metrics.add(output, norm, batch.image_index, local_images, sums)
 
     def _update(self, norm: Tensor) -> None:
-        """Let the optimizer make a step unless the gradient is not finite.
+        """Make an optimizer step unless the gradient's norm is NaN or infinite, and clear the gradient.
 
-        Fused optimizers leave it out by themselves, without the CPU having to know; for others it waits for the device.
+        Fused optimizers skip it by themselves (`found_inf`), without the CPU waiting for the device; for others it waits.
         """
         fused = self.optimizer.defaults.get("fused")
         if fused:
@@ -189,6 +203,7 @@ class Trainer(Generic[R]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _log_metrics(self) -> None:
+        """Log the metrics since the last call, and roll back or stop after too many skipped steps; a collective call."""
         window = self.metrics.compute_and_reset()
         if not window.losses:  # no image could be read
             return
@@ -196,44 +211,57 @@ class Trainer(Generic[R]):
         metrics = window.metrics | {"epoch": epoch, "lr": lr}
         if self.folder:
             self.folder.log_metrics(self.step, metrics)
-        self.display.log_metrics(metrics, self.step % self.steps_per_epoch == 0)
+        self.display.log_metrics(metrics, epoch_ended=self.step % self.steps_per_epoch == 0)
         self.monitor.update(window, self.step)
         if self.monitor.consecutive_skipped >= MAX_SKIPPED_STEPS:
             self._roll_back_or_stop()
 
     def _roll_back_or_stop(self) -> None:
-        skipped, task = self.monitor.consecutive_skipped, self.task
+        """Load the newest checkpoint from before the skipped steps and continue with the next images.
+
+        Raises:
+            NonFiniteError: there is none, or `max_rollbacks` is reached.
+        """
+        num_skipped, task = self.monitor.consecutive_skipped, self.task
         saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []
-        before = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - skipped]
-        if self.num_rollbacks == task.config.max_rollbacks or not before:
-            self._raise_nonfinite(f"loss or gradient was not finite in {skipped} steps in a row", kept=bool(before))
-        state = checkpoint.load_checkpoint(before[0], task.model, self.optimizer, **task.stateful)
+        finite = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - num_skipped]
+        if self.num_rollbacks == task.config.max_rollbacks or not finite:
+            self._raise_nonfinite(f"NaN or infinite loss or gradient in {num_skipped} steps in a row", bool(finite))
+        state = checkpoint.load_checkpoint(finite[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
         log.warning("rolled back to the weights of step %d, with the images from step %d on", state["step"], self.step)
         self._save()
 
-    def _raise_nonfinite(self, what: str, kept: bool = False) -> NoReturn:
+    def _raise_nonfinite(self, problem: str, has_finite_checkpoint: bool) -> NoReturn:
+        """Save a debug bundle of the skipped steps, or of the last one, and raise NonFiniteError; a collective call."""
         count = max(1, self.monitor.consecutive_skipped)
         bundle = checkpoint.save_debug_bundle(self.task, self.sampler, self.step, count) if self.checkpoints else None
-        raise checkpoint.NonFiniteError(what, bundle, self.task.config, kept)
+        raise checkpoint.NonFiniteError(problem, bundle, self.task.config, has_finite_checkpoint)
 
     def _evaluate(self, epoch: int) -> None:
-        def evaluate(module: Any) -> dict[str, float]:
+        """Evaluate the product module if the task does so after this epoch; an error of it is a warning. A collective call."""
+
+        def evaluate(module: M) -> dict[str, float]:
             try:
                 return self.task.evaluate(module, epoch)
-            except MapetError as error:  # training goes on
+            except MapetError as error:
                 log.warning("not evaluated after epoch %d: %s", epoch, error)
                 return {}
 
         before = time.monotonic()
-        scores = self._with_product(evaluate)
-        self.metrics.started += time.monotonic() - before  # no time of training
+        scores = self._call_with_product(evaluate)
+        self.metrics.started += time.monotonic() - before  # evaluation does not count as training time
         if scores:
             if self.folder:
                 self.folder.log_metrics(self.step, scores)
             self.display.log_scores(epoch, scores)
 
     def _save_if_due(self) -> None:
+        """Save a checkpoint after the last step, on a signal, and every `checkpoint_interval_min`; a collective call.
+
+        Raises:
+            Interrupted: a signal asked a rank to stop.
+        """
         due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min
         stopping, due = any_rank(bool(self.stop.signal_name), due)
         if stopping or due or self.step == self.total_steps:
@@ -246,17 +274,20 @@ class Trainer(Generic[R]):
             )
 
     def _save(self) -> None:
+        """Save a checkpoint; a collective call."""
         config, micro_batch = self.task.config, self.forward_backward.micro_batch
         tensors = checkpoint.checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
         state = {"epochs": config.epochs, "num_rollbacks": self.num_rollbacks, "micro_batch": micro_batch}
         if distributed.rank() == 0:
-            state |= self.task.hashes
-            checkpoint.save_checkpoint(self.checkpoints, self.step, tensors, state, KEEP_CHECKPOINTS)
+            checkpoint.save_checkpoint(self.checkpoints, self.step, tensors, state | self.task.hashes, KEEP_CHECKPOINTS)
             record(config.out, counts={"steps": self.step})
         distributed.barrier()
 
-    def _with_product(self, function: Callable[[Any], T]) -> T | None:
-        """Call a function of the trained module on rank 0; a collective call."""
+    def _call_with_product(self, function: Callable[[M], T]) -> T | None:
+        """Call a function of the trained product module on rank 0, and return its result there; a collective call.
+
+        With FSDP the module is a copy with the gathered weights.
+        """
         task, module = self.task, self.task.product_module
         if task.config.fsdp:
             weights = full_state_dict(module)
@@ -267,7 +298,7 @@ class Trainer(Generic[R]):
 
 
 def on_rank_zero(function: Callable[[], T]) -> T | None:
-    """Call a function on rank 0, as if there were no other ranks; they wait and get None."""
+    """Call a function on rank 0, where its collectives do nothing, and return its result; other ranks wait and get None."""
     result = None
     if distributed.rank() == 0:
         with distributed.disable_collectives():
@@ -277,31 +308,38 @@ def on_rank_zero(function: Callable[[], T]) -> T | None:
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """All-gather one row per image into the order of the whole batch, which is dealt out image by image.
+    """All-gather one row per image into the order of the whole batch, of which rank r has every world_size-th image from r on.
 
     Args:
+        rows: of this rank, (counts[rank], ...); more rows are ignored.
         counts: images of each rank.
+
+    Returns:
+        (sum(counts), ...), the same on all ranks.
     """
     if len(counts) == 1:
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     local = counts[distributed.rank()]
     padded[:local] = rows[:local]
-    real = torch.arange(max(counts))[:, None] < torch.tensor(counts)
-    return distributed.all_gather(padded).transpose(0, 1)[real.to(rows.device)]
+    is_image = torch.arange(max(counts))[:, None] < torch.tensor(counts)
+    return distributed.all_gather(padded).transpose(0, 1)[is_image.to(rows.device)]
 
 
-def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
-    """Return whether metrics are due: an epoch is cut into equal parts of at most `log_every` steps, none of only a few."""
-    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_every)
+def is_log_step(step: int, steps_per_epoch: int, log_interval: int) -> bool:
+    """Return whether metrics are due after a step, counted from 1.
+
+    They are due at the ends of the fewest equal parts of an epoch that have at most `log_interval` steps.
+    """
+    in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_interval)
     return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Return each flag, if it is up on any rank."""
-    return [count > 0 for count in distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()]
+    """Return, for each flag, whether it is set on any rank; a collective call."""
+    return distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of torch's generator for a step."""
+    """Return the seed of torch's generators for a step: 63 bits that depend on the run's seed and the step alone."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

@@ -42,7 +42,7 @@ class FinetuneResult(NamedTuple):
     majority_accuracy: float
 
 
-class FinetuningTask(Task[FinetuneConfig, FinetuneResult]):
+class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     """The whole ViT learns the classes of labeled images; the test images say how well about ten times, and choose nothing."""
 
     command = "finetune"

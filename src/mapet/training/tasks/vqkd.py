@@ -38,7 +38,7 @@ MAX_EVALUATED = 10_000
 """Most images that the finished tokenizer is evaluated on."""
 
 
-class VQKDTask(Task[TrainTokenizerConfig, Path]):
+class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     """An encoder and a codebook from whose codes a decoder regresses a teacher's features."""
 
     command = "train-tokenizer"
