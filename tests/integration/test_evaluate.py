@@ -70,7 +70,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
     data = train_and_test(small / "train", small / "test")
-    backbone = BackboneWrapper.of_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
+    backbone = BackboneWrapper.from_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
     assert alone == {name: figures[name] for name in ("logistic", "knn")}  # what `run` and studies measure
     assert max(figures["linear_sgd"], figures["linear_sgd_bn"]) >= 0.17  # after 6 steps; chance is 0.1

@@ -206,7 +206,7 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     save_backbone(vit, tmp_path / "vit")
     data = labeled(list_images(digits / "test"))
     data = data.subset(few_shot_split(data, 3, 0))
-    ((index, images),) = BackboneWrapper.of_vit(vit, CPU).batches(data.images, CacheConfig())
+    ((index, images),) = BackboneWrapper.from_vit(vit, CPU).batches(data.images, CacheConfig())
     images = images[index.argsort()]
     with torch.inference_mode():
         tokens = vit.eval().forward_features(normalize(images, 1))
@@ -222,7 +222,7 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     first, last = (cache.store.take(torch.arange(30))[:, cache.columns[layer]] for layer in (1, 2))
     assert torch.equal(last, cache.layer_features()) and not torch.allclose(first, last, atol=0.005)
     of_vit = FeatureCache.extract(
-        BackboneWrapper.of_vit(vit.train(), CPU), data, CacheConfig(progress=False), pool=pool
+        BackboneWrapper.from_vit(vit.train(), CPU), data, CacheConfig(progress=False), pool=pool
     )
     torch.testing.assert_close(of_vit.layer_features(), cache.layer_features(), atol=1e-3, rtol=1e-3)
     assert vit.training

@@ -7,7 +7,6 @@ npy: `features.npy` (n, ...), rows of unreadable images are NaN; `ids.json` the 
 import importlib.util
 import json
 import logging
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def embed(config: EmbedConfig) -> Path:
     images = list_images(config.images)
     options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
-    backbone = replace(BackboneWrapper.of_vit(vit, compute), name=str(config.backbone))
+    backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
     dataset = ViewDataset(images, ViewSpec(image_size=backbone.image_size), vit.in_chans, backbone.image_size)
     first = dataset.batch([(0, index) for index in range(min(len(images), 8))])
     if first.images is not None:

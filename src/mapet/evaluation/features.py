@@ -2,10 +2,10 @@
 
 import copy
 import inspect
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +21,29 @@ from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, 
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
 Pool = Literal["avg", "token", "both"]
-RANDOM = "random:"
+RANDOM_PREFIX = "random:"
+"""Before the name of a timm model or a folder: that architecture with random weights."""
 MAX_UNREADABLE = 0.5
 """Largest fraction of a set's images that may be unreadable."""
-BLOCK_BYTES = 256 << 20
-"""Float32 bytes of the rows that are read together."""
+BLOCK_BYTES, MIN_BLOCK_ROWS = 256 << 20, 1024
+"""Float32 bytes of the rows that are read together, and how many rows they are at least."""
+DEFAULT_PATCH_SIZE = 32
+"""What image sizes must be multiples of, for networks without patches: the stride of most of them."""
 
 
-def check_finite_features(features: Tensor, whose: str = "the backbone") -> None:
-    """Raise MapetError for numbers that nothing can be learned from, and that no classifier takes."""
+def check_finite_features(features: Tensor, source: str = "the backbone") -> None:
+    """Raise MapetError if a feature is NaN or infinite, which no classifier takes; `source` names the model in the message."""
     if not bool(features.isfinite().all()):
         raise MapetError(
-            f"{whose} gives features that are not finite: try {option('precision')} float32. If that changes nothing its weights are "
-            "broken, by a training that diverged perhaps: train again with a lower learning rate"
+            f"{source} gives NaN or infinite features: try {option('precision')} float32. If that does not help its weights are "
+            "broken, perhaps by training that diverged: train again with a lower learning rate"
         )
 
 
@@ -49,8 +52,9 @@ class CacheConfig:
     """Where features are kept, and how images are read.
 
     Attributes:
-        memory: bytes that one set's features may take; more go to a file in `scratch_dir`.
-        progress: shows a progress bar.
+        memory: bytes that the features of one set of images may take; more go to a file in `scratch_dir`.
+        scratch_dir: folder of that file, which is removed at the end.
+        progress: show a progress bar.
     """
 
     memory: int = 1 << 62
@@ -64,13 +68,15 @@ class CacheConfig:
 
 @dataclass
 class BackboneWrapper:
-    """The model that is evaluated, frozen: uint8 pixels -> feature maps of any of its layers.
+    """A frozen model: uint8 pixels -> feature maps of any of its layers.
 
     Attributes:
-        name: what the user called it.
-        image_size: (H, W) of its input.
-        mean, std: of each channel, in [0, 1], as it was trained.
-        classes: of its own classifier, in the order of its logits; none where it has none whose names are known.
+        name: how the user called it.
+        model: any timm model, on the device of `compute`.
+        image_size: (height, width) of its input, pixels.
+        channels: number of its input channels.
+        mean, std: of each input channel, in [0, 1], as it was trained.
+        classes: of its own classifier, in the order of its logits; empty without a classifier whose class names are known.
     """
 
     name: str
@@ -84,40 +90,43 @@ class BackboneWrapper:
 
     @classmethod
     def load(cls, source: str, compute: ComputeContext, seed: int = 0) -> "BackboneWrapper":
-        """Load a run, a backbone folder, an export, a folder of `finetune`, a weights file, `timm:NAME` or `random:NAME`.
+        """Load a backbone as the user names it, onto the device.
 
-        `random:NAME` is timm's model of that name, or the model of that folder, with random weights, drawn by `seed`: what an
-        architecture knows by itself.
+        Args:
+            source: a run, a backbone's folder, an exported folder, a folder of `finetune`, a weights file, `timm:NAME`; or `random:NAME`,
+                timm's model of that name, or the model in that folder, with random weights: a baseline for its architecture.
+            seed: of random weights.
 
         Raises:
-            MapetError: nothing of the kind.
+            MapetError: there is no such backbone.
         """
         classes: tuple[str, ...] = ()
-        name = source.removeprefix(RANDOM)
+        name = source.removeprefix(RANDOM_PREFIX)
         torch.manual_seed(seed)
         model: nn.Module
         if source.startswith(HUB_PREFIXES):
             model = timm_model(source, True)
-        elif source.startswith(RANDOM):
+        elif source.startswith(RANDOM_PREFIX):
             model = load_backbone(name, pretrained=False) if Path(name).exists() else timm_model(name, False)
         else:
             folder = Path(source)
-            if (folder / "model").is_dir():
+            if (folder / "model").is_dir():  # a folder of `finetune`
                 classes = tuple(RunState.read(folder).results["classes"])
                 folder = folder / "model"
             model = load_backbone(folder)
         model.eval().requires_grad_(False)
-        data = timm.data.resolve_model_data_config(model)
-        channels, *size = data["input_size"]
-        stats = tuple(data["mean"]), tuple(data["std"])
+        data_config = timm.data.resolve_model_data_config(model)
+        channels, *size = data_config["input_size"]
+        stats = tuple(data_config["mean"]), tuple(data_config["std"])
+        # timm may give RGB's mean and std for a model of other channels: they all get the first channel's.
         mean, std = (values if len(values) == channels else values[:1] * channels for values in stats)
         return cls(source, prepare_for_device(model, compute), compute, tuple(size), channels, mean, std, classes)
 
     @classmethod
-    def of_vit(cls, vit: VisionTransformer, compute: ComputeContext) -> "BackboneWrapper":
-        """Wrap a ViT of mapet's, on its device already, as it is."""
+    def from_vit(cls, vit: VisionTransformer, compute: ComputeContext, name: str = "the backbone") -> "BackboneWrapper":
+        """Wrap one of mapet's own ViTs, which is on the device already; it is neither copied nor changed."""
         size: tuple[int, int] = vit.patch_embed.img_size
-        return cls("the backbone", vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
+        return cls(name, vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
 
     @property
     def num_layers(self) -> int:
@@ -125,82 +134,98 @@ class BackboneWrapper:
         return len(self.model.feature_info)  # type: ignore[arg-type]
 
     def evenly_spaced_layers(self, count: int = 4) -> list[int]:
-        """Number `count` layers spread over the depth, from 1; the last is always among them."""
+        """Return the numbers, from 1, of `count` layers spread over the depth, with the last; fewer if there are fewer."""
         return sorted({round(self.num_layers * (i + 1) / count) or 1 for i in range(count)})
 
     @property
     def patch_size(self) -> int:
-        """Pixels that sizes must be multiples of."""
-        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", 32)
+        """Pixels that image sizes must be multiples of."""
+        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", DEFAULT_PATCH_SIZE)
         return size if isinstance(size, int) else int(max(size))
 
     def batches(
-        self, images: ImageList, config: CacheConfig, show: str | None = None, **dataset: Any
+        self, images: ImageList, config: CacheConfig, title: str | None = None, **dataset: Any
     ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
-        """Yield (indices, pixels) of the centered views of those that can be read, in a random order that is always the same.
+        """Yield (indices in the list, pixels) of the center views of readable images, in a random order that is always the same.
 
         Args:
-            show: name of the progress bar; None shows none.
-            dataset: further arguments of `ViewDataset`, such as `augment`.
+            title: of the progress bar; None shows none.
+            dataset: further arguments of `ViewDataset`, such as `augment`, or another `spec` of the views.
+
+        Raises:
+            MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
         """
         batches = position_batches(np.random.default_rng(0).permutation(len(images)), config.batch_size)
-        options = {"spec": ViewSpec(image_size=self.image_size)} | dataset
-        views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **options)
-        show = show if config.progress else None
-        for batch in readable_batches(views, batches, UnreadableImages(images, MAX_UNREADABLE), show):
+        arguments = {"spec": ViewSpec(image_size=self.image_size)} | dataset
+        views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **arguments)
+        title = title if config.progress else None
+        for batch in readable_batches(views, batches, UnreadableImages(images, MAX_UNREADABLE), title):
             assert batch.images is not None
             yield batch.image_index, batch.images
 
     def normalize(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Move pixels to the device and the model's own range."""
+        """Move pixels to the device, and normalize them by the model's mean and standard deviation."""
         return normalize(self.compute.to(images), self.channels, mean_std=(self.mean, self.std))
 
     def forward_intermediates(
         self, images: Float[Tensor, "B C H W"], layers: list[int]
     ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
-        """Compute the map of each layer, after the model's last norm, and its class and register tokens, of normalized pixels.
+        """Compute (feature map, class and register tokens) of some layers, from normalized pixels.
 
-        Both where timm gives them: Hiera's norm stands after the pooling, XCiT and CaiT get their class token after the layers.
+        Both have passed the model's last norm, but for Hiera, whose norm comes after the pooling. Tokens are None where timm gives
+        none: the model has none, or gets its class token after the layers (XCiT, CaiT).
+
+        Args:
+            layers: numbers from 1.
+
+        Raises:
+            MapetError: timm gives no features of this model's layers.
         """
         extract = getattr(self.model, "forward_intermediates", None)
         if extract is None:
-            raise MapetError(f"{self.name}: timm gives no features of layers for a {type(self.model).__name__}")
-        indices, norm = [layer - 1 for layer in layers], not isinstance(self.model, (Hiera, HieraDet))
+            raise MapetError(
+                f"{self.name}: timm gives no features of the layers of a {type(self.model).__name__}: use another model"
+            )
+        options = {"indices": [layer - 1 for layer in layers], "norm": not isinstance(self.model, (Hiera, HieraDet))}
         has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
-        takes_prefix = "return_prefix_tokens" in inspect.signature(extract).parameters
-        prefix = {"return_prefix_tokens": True} if has_prefix and takes_prefix else {}
+        if has_prefix and "return_prefix_tokens" in inspect.signature(extract).parameters:
+            options["return_prefix_tokens"] = True
         with self.compute.autocast():
-            found = extract(images, indices=indices, norm=norm, intermediates_only=True, **prefix)
-        return [part if isinstance(part, tuple) else (part, None) for part in found]
+            outputs = extract(images, intermediates_only=True, **options)
+        return [output if isinstance(output, tuple) else (output, None) for output in outputs]
 
     @torch.inference_mode()
     def pooled_features(
         self, images: UInt8[Tensor, "B C H W"], layers: list[int], pool: Pool
     ) -> list[Float[Tensor, "B F"]]:
-        """Compute one float32 vector an image and layer: the mean of its patches ('avg'), the class token ('token') or both.
+        """Compute one float32 vector per image for each layer.
+
+        Args:
+            pool: the mean of the patches ('avg'), the class token ('token'), or the class token and then the mean ('both').
 
         Raises:
-            MapetError: there is no class token.
+            MapetError: the layers have no class token.
         """
         pooled = []
         for grid, prefix in self.forward_intermediates(self.normalize(images), layers):
             average = grid.float().flatten(2).transpose(1, 2).mean(dim=1)
             if pool == "avg":
                 pooled.append(average)
-            elif prefix is None or not getattr(self.model, "has_class_token", True):
-                raise MapetError(f"the backbone has no class token in its layers: use {option('pool')} avg")
-            else:
-                pooled.append(torch.cat([prefix[:, 0].float(), *([average] if pool == "both" else [])], 1))
+                continue
+            if prefix is None or not getattr(self.model, "has_class_token", True):
+                raise MapetError(f"{self.name} has no class token in its layers: use {option('pool', 'avg')}")
+            token = prefix[:, 0].float()
+            pooled.append(token if pool == "token" else torch.cat([token, average], 1))
         return pooled
 
     @torch.inference_mode()
     def last_layer(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Compute the last layer's map, float32."""
+        """Compute the last layer's feature map, float32."""
         return self.forward_intermediates(self.normalize(images), [self.num_layers])[0][0].float()
 
     @cached_property
     def map_shape(self) -> tuple[int, int, int]:
-        """(D, h, w) of the last layer's map."""
+        """(D, h, w) of the last layer's feature map."""
         black = torch.zeros(1, self.channels, *self.image_size, dtype=torch.uint8)
         depth, height, width = self.last_layer(black)[0].shape
         return depth, height, width
@@ -212,13 +237,14 @@ class BackboneWrapper:
             return self.model(self.normalize(images)).float()
 
     def with_image_size(self, size: tuple[int, int], copy_weights: bool = False) -> "BackboneWrapper":
-        """Make the same model for another input size: positions are interpolated; networks without positions stay as they are.
+        """Return the model for another input size: position embeddings are interpolated, if it has any.
 
         Args:
-            copy_weights: also where the size is the same, so that the copy may be trained.
+            size: (height, width), pixels.
+            copy_weights: return a copy even if the size is the same, so that it may be trained.
 
         Raises:
-            MapetError: the model can't take that size.
+            MapetError: the model cannot take that size.
         """
         if size == self.image_size and not copy_weights:
             return self
@@ -227,10 +253,10 @@ class BackboneWrapper:
         try:
             if resize is not None and size != self.image_size:
                 resize(img_size=size)
-            with torch.inference_mode(), self.compute.autocast():
+            with torch.inference_mode(), self.compute.autocast():  # whether the model takes it shows only as it runs
                 model(torch.zeros(1, self.channels, *size, device=self.compute.device))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            raise MapetError(f"{self.name} can't take {size[0]} x {size[1]} px: {str(error).splitlines()[0]}") from None
+            raise MapetError(f"{self.name} cannot take {format_size(size)} px: {str(error).splitlines()[0]}") from None
         return replace(self, model=model, image_size=size)
 
 
@@ -239,15 +265,15 @@ class BackboneWrapper:
 
 @dataclass
 class FeatureCache:
-    """Features of some layers of each image.
+    """Features of some layers of each image of a set: one row per image, layers side by side.
 
-    Rows lie in a random order (the same for every backbone), so that those that are read in turn are a random sample.
+    Rows are in a random order (the same for every backbone), so that consecutive ones are a random sample.
 
     Attributes:
-        store: (n, sum of widths).
-        index: image of each row.
+        store: (n, sum of the layers' widths).
+        index: index in the set of each row's image.
         labels: class of each row.
-        columns: of each layer, by its number from 1.
+        columns: number of a layer, from 1 -> its columns.
     """
 
     store: FeatureStore
@@ -260,44 +286,49 @@ class FeatureCache:
         cls, backbone: BackboneWrapper, data: LabeledSet, config: CacheConfig, layers: list[int] | None = None,
         pool: Pool = "avg",
     ) -> "FeatureCache":  # fmt: skip
-        """Run the backbone over the centered views.
+        """Compute the features of the center views, with the model in evaluation mode; it is left in the mode it was in.
 
         Args:
-            layers: counted from 1; None takes the last.
+            layers: numbers from 1; None takes the last.
+            pool: see `BackboneWrapper.pooled_features`.
 
         Raises:
-            MapetError: features that aren't finite, no room, too many unreadable images.
+            MapetError: features are NaN or infinite, memory and disk have no room for them, or too many images are unreadable.
         """
         layers = layers or [backbone.num_layers]
-        training = backbone.model.training
+        was_training = backbone.model.training
         backbone.model.eval()
         store = FeatureStore(len(data), config.memory, config.scratch_dir)
-        indices, ends = [], [0]
+        indices, widths = [], [0]
         for index, images in backbone.batches(data.images, config, "features"):
             parts = backbone.pooled_features(images, layers, pool)
             features = torch.cat(parts, 1).cpu()
             check_finite_features(features, backbone.name)
             store.append(features)
             indices.append(index)
-            ends = [0, *np.cumsum([part.shape[1] for part in parts]).tolist()]
-        backbone.model.train(training)
+            widths = [part.shape[1] for part in parts]
+        backbone.model.train(was_training)
         index = torch.cat(indices)
-        columns = {layer: slice(*ends[i : i + 2]) for i, layer in enumerate(layers)}
+        edges = pairwise(np.cumsum([0, *widths]).tolist())
+        columns = {layer: slice(*ends) for layer, ends in zip(layers, edges, strict=True)}
         return cls(store, index, torch.from_numpy(data.labels)[index], columns)
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.store)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "m W"]]]:
-        """Yield (first row, float32 rows of all layers) in order; each block overwrites the one before."""
-        yield from self.store.blocks(max(1024, BLOCK_BYTES // (4 * self.store.num_features)))
+        """Yield (number of the first row, float32 rows of all layers) in order; each block overwrites the one before."""
+        yield from self.store.blocks(max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * self.store.num_features)))
 
     def batches(
         self, first: int, last: int, size: int, seed: int | None = None
     ) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b W"]]]:
-        """Yield (rows, their features) of the rows from `first` up to `last`, with a seed in the random order that it draws.
+        """Yield (numbers, features of all layers) of at most `size` rows at a time, once each row from `first` to `last` - 1.
 
-        In random order no row comes alone, for a batch norm, unless there is but one.
+        Args:
+            seed: of the order within each block of rows that is read; None keeps the rows in order. With a seed a batch of a single row,
+                which batch norm cannot take, is left out, unless its block has no other.
         """
         generator = torch.Generator().manual_seed(seed or 0)
         for start, block in self.blocks():
@@ -305,7 +336,8 @@ class FeatureCache:
             if seed is not None:
                 rows = rows[torch.randperm(len(rows), generator=generator)]
             for part in rows.split(size):
-                if len(part) > 1 or len(rows) == 1 or (seed is None and len(part)):
+                is_leftover = seed is not None and len(part) == 1 and len(rows) > 1
+                if len(part) and not is_leftover:
                     yield start + part, block[part]
 
     def layer_blocks(self) -> Iterator[tuple[int, Float[Tensor, "m D"]]]:
@@ -314,21 +346,22 @@ class FeatureCache:
             yield start, block[:, self.columns[max(self.columns)]]
 
     def layer_features(self, rows: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m D"]:
-        """Read the deepest layer's features into memory, of some rows or all."""
+        """Read the deepest layer's features of some rows, or of all, into memory."""
         if rows is not None:
             return self.store.take(rows)[:, self.columns[max(self.columns)]]
         return torch.cat([block.clone() for _, block in self.layer_blocks()])
 
     def close(self) -> None:
-        """Give memory and scratch file back."""
+        """Free the memory, and remove the scratch file."""
         self.store.__exit__(None, None, None)
 
 
 @dataclass
 class PatchTokenCache:
-    """Patch tokens of the last layer, kept as float16 where they fit the memory, else computed anew for each epoch.
+    """Patch tokens of the last layer of each image: kept as float16 if they fit the memory, else recomputed in each epoch.
 
-    Images come in a random order, as in `FeatureCache`.
+    Attributes:
+        kept: (indices of images, their tokens) of each batch, once an epoch has run; empty if they don't fit.
     """
 
     backbone: BackboneWrapper
@@ -337,13 +370,13 @@ class PatchTokenCache:
     kept: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
 
     def epoch(self) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b N D"]]]:
-        """Yield (indices of images, their tokens), a batch at a time, once through."""
+        """Yield (indices of images, their tokens) of each batch once, in a random order that is always the same."""
         depth, height, width = self.backbone.map_shape
-        for index, store in self.kept:
-            yield index, store.take(torch.arange(len(store))).unflatten(1, (height * width, depth))
         if self.kept:
+            for index, store in self.kept:
+                yield index, store.take(torch.arange(len(store))).unflatten(1, (height * width, depth))
             return
-        fits = 2 * len(self.data) * math.prod(self.backbone.map_shape) <= self.config.memory
+        fits = 2 * len(self.data) * depth * height * width <= self.config.memory  # float16 has two bytes
         for index, images in self.backbone.batches(self.data.images, self.config, "tokens"):
             tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
             if fits:

@@ -425,7 +425,7 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
 
 def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
     """Compute a ViT's features of the images, in evaluation mode, without a progress bar."""
-    return FeatureCache.extract(BackboneWrapper.of_vit(vit, compute), data, CacheConfig(progress=False))
+    return FeatureCache.extract(BackboneWrapper.from_vit(vit, compute), data, CacheConfig(progress=False))
 
 
 def online_probe(

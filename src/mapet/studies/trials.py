@@ -27,7 +27,7 @@ from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
 from mapet.evaluation.datasets import train_and_test
-from mapet.evaluation.features import RANDOM, BackboneWrapper, CacheConfig, FeatureCache
+from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
@@ -393,7 +393,9 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     """
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
-    wrapper = BackboneWrapper.load(f"{'' if pretrained else RANDOM}{run}", ComputeContext.from_options(device), seed)
+    wrapper = BackboneWrapper.load(
+        f"{'' if pretrained else RANDOM_PREFIX}{run}", ComputeContext.from_options(device), seed
+    )
     train = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():

@@ -170,7 +170,7 @@ def _labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
 def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
     """Return (number classified correctly, number of all) of the centered views."""
     vit.eval()
-    backbone, labels = BackboneWrapper.of_vit(vit, compute), torch.from_numpy(data.labels)
+    backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)
     batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))
     correct = torch.cat([backbone.logits(images).argmax(1).cpu() == labels[index] for index, images in batches])
     return int(correct.sum()), len(correct)
