@@ -121,7 +121,7 @@ def make_tokens(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:
     folder.mkdir()
     store = TokenStore.create(folder, images, "none", 1024, GRID, spec, 8)
     for part in store.shards:
-        store.write(part, np.zeros((part.count, 8, GRID[0] * GRID[1]), np.int64), {})
+        part.write(np.zeros((part.count, 8, GRID[0] * GRID[1]), np.int64), {})
     return store
 
 

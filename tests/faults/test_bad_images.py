@@ -198,7 +198,7 @@ def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", max_unreadable=0.3)
     images = list_images(crops)
     assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
-    assert "bad image 'a.png': not an image Pillow knows" in caplog.text
+    assert "unreadable image 'a.png': not an image Pillow knows" in caplog.text
     mapet.pretrain(
         images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, probe_every=0,
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_unreadable=0.3,

@@ -233,7 +233,7 @@ def test_teacher_and_student_see_the_same_view(crops):
         teacher_size=(16, 16),
     )
     for number in range(10):
-        sample = dataset[number, number]
+        sample = dataset[[(number, number)]]
         assert torch.equal(sample.images, sample.teacher_images)
 
 
@@ -246,8 +246,8 @@ def store_of(folder, images, views=2, vocab=100):
 
 def finish(store, ids, bad=None):
     """Write these rows, and the bad ones among them, into the first part."""
-    store.write(store.shards[0], ids, bad or {})
-    store.save_progress(store.shards[0])
+    store.shards[0].write(ids, bad or {})
+    store.shards[0].save_progress()
 
 
 def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
@@ -258,14 +258,14 @@ def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
     assert [(part.first, part.count) for part in store.shards] == [(0, 5), (5, 5), (10, 2)]
     for number, count in ((2, 2), (0, 3)):
         part = store.shards[number]
-        store.write(part, ids[part.first : part.first + count], {part.first: "broken"})
-        store.save_progress(part)
+        part.write(ids[part.first : part.first + count], {part.first: "broken"})
+        part.save_progress()
     store = TokenStore.open(tmp_path / "s", images, writable=True)
     assert [part.num_done for part in store.shards] == [3, 0, 2] and store.unreadable == {0: "broken", 10: "broken"}
-    store.write(store.shards[0], ids[3:5], {})
-    store.write(store.shards[1], ids[5:10], {})
+    store.shards[0].write(ids[3:5], {})
+    store.shards[1].write(ids[5:10], {})
     for part in store.shards[:2]:
-        store.save_progress(part)
+        part.save_progress()
     assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
     data = bytearray((tmp_path / "s" / "shards" / "00001.npy").read_bytes())
     data[-3] ^= 1  # a valid token still
@@ -293,8 +293,8 @@ def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
     with refused("unfinished", "5 of 12"):
         TokenStore.open(tmp_path / "s", images)
     store = TokenStore.open(tmp_path / "s", images, writable=True)
-    store.write(store.shards[0], ids[5:], {})
-    store.save_progress(store.shards[0])
+    store.shards[0].write(ids[5:], {})
+    store.shards[0].save_progress()
     assert np.array_equal(all_rows(TokenStore.open(tmp_path / "s", images)), ids)
 
 

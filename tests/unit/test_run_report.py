@@ -59,7 +59,7 @@ def write_state(folder: Path, command: str = "pretrain", **facts) -> None:
         command=command, argv=["mapet", command, "--resume"], device="cpu, float32", seconds=150, resumes=1
     )
     state = state.model_copy(
-        update={"counts": {"images": 1437, "warnings": 1}, "warnings": ["bad image 'a.png'"]} | facts
+        update={"counts": {"images": 1437, "warnings": 1}, "warnings": ["unreadable image 'a.png'"]} | facts
     )
     state.write(folder)
 
@@ -163,7 +163,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert facts["duration"] == "2 min 30 s, resumed 1 time"
     assert facts["resumed with"] == "mapet pretrain --resume"
     assert told["metrics"][LOSS] == "1"
-    assert told["state"].warnings == ["bad image 'a.png'"] and told["early"] is False
+    assert told["state"].warnings == ["unreadable image 'a.png'"] and told["early"] is False
 
 
 @pytest.mark.parametrize(

@@ -530,7 +530,7 @@ def test_streams_that_fail_or_lie(datasets, folder, tmp_path, monkeypatch, caplo
     )
     assert made.id(3) == "000000003" and made.open(0, 3).size == (8, 8)
     for row, why in enumerate(["no image in this row", "no bytes in this row", "pixels"], 1):
-        assert f"bad image 'row {row}': " in caplog.text
+        assert f"unreadable image 'row {row}': " in caplog.text
         with pytest.raises(ImageDecodeError, match=why):
             made.open(row, 3)
     (tmp_path / "secret.png").write_bytes(png())

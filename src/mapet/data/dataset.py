@@ -1,4 +1,4 @@
-"""Images to batches. Every random draw is a pure function of (seed, epoch, image id), whatever the number of workers."""
+"""Load batches of images. Random draws are pure functions of (seed, epoch, image id), whatever the number of workers."""
 
 import functools
 import logging
@@ -16,47 +16,39 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from mapet.data import views
 from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
 from mapet.data.readers import ImageDecodeError
 from mapet.data.token_store import TokenStore
-from mapet.data.views import (
-    PermutationKind,
-    ViewSpec,
-    fork_rng,
-    render_view,
-    sample_jitter,
-    sample_permutation,
-    sample_view,
-)
+from mapet.data.views import PermutationKind, ViewSpec
 from mapet.device import num_workers
 from mapet.errors import MapetError, option
 from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
-OF_ALL_IMAGES = ("num_context", "target_indices", "unreadable")
-"""Fields of `Batch` that are the same for every micro-batch."""
-
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
 """Per-patch prediction target, row-major: token id or regression vector."""
 DropPathRand = Float[Tensor, "B num_branches"]
-"""A number from 0 to 1 for each residual branch, two a block."""
+"""Uniform in [0, 1): one number for each residual branch, of which a block has two."""
+Positions = list[tuple[int, int]]
+"""(view index, image index) of the images of a batch; in training the view index is the epoch."""
 
 
 @dataclass
 class Batch:
-    """Views of B images and what a training step needs to know of them, from the data set to the loss.
+    """Views of B images and what a training step needs to know about them, from the data set to the loss.
 
     Attributes:
         image_index: of each image in the list of images.
         images: pixels of the student's view; once a task has prepared the batch, the model's normalized input.
         teacher_images: pixels of the same view at the teacher's size.
-        targets: what is to be predicted of each patch.
+        targets: the prediction target of each patch.
         permutation: patch indices in the order in which they are revealed and predicted.
         jitter: factors of brightness, contrast and saturation.
-        drop_path_rand: what stochastic depth decides by; None: it draws for itself.
-        num_context: c of the step; None: the model's own.
-        target_indices: which of the p = N - c hidden patches are predicted, ascending; None: all.
+        drop_path_rand: random numbers by which stochastic depth drops branches; None: the model draws its own.
+        num_context: number of context patches in this step; None: the model's own.
+        target_indices: which of the N - num_context masked patches are predicted, ascending; None: all.
         unreadable: images that could not be read, as (index in the list, reason); the tensors leave them out.
     """
 
@@ -76,37 +68,38 @@ class Batch:
         return len(self.image_index)
 
     def __getitem__(self, part: slice) -> "Batch":
-        """Return a micro-batch: some of the images, and what holds for all of them."""
-        per_image = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_ALL_IMAGES}
-        return replace(self, **{name: value[part] for name, value in per_image.items() if value is not None})
+        """Return a micro-batch: a part of every per-image tensor; the other fields are those of the whole batch."""
+        return replace(self._map_tensors(lambda tensor: tensor[part]), target_indices=self.target_indices)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move the tensors; the copy to a GPU does not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        """Copy the tensors to a device; the copy to a GPU is asynchronous."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> "Batch":
-        """Pin the tensors in memory, as torch's DataLoader asks for it."""
-        return self._map(Tensor.pin_memory)
+        """Copy the tensors to pinned memory; torch's DataLoader calls it."""
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        mapped: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **mapped)
 
 
 @dataclass
 class ViewDataset(Dataset[Batch]):
-    """Views of images; dataset[number, index] is a batch of one, view `number` of image `index`.
+    """Views of images, for torch's DataLoader: `dataset[positions]` is the batch at these `Positions`.
 
     Attributes:
         image_size: (H, W) of `Batch.images`; None leaves it out.
         teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None leaves it out.
-        store: token ids, the targets; then the view drawn is one of the stored ones.
+        store: token ids, the targets; one of its views is drawn instead of a new one.
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
         jitter: strength of color jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
-            they are applied with normalization, on the device: see `evaluation.features.normalize`.
-        num_branches: residual branches of the student whose stochastic depth is to be drawn with the sample.
-        augment: changes `Batch.images` further; draws from the global generators, which are seeded for it.
+            they are applied with normalization, on the device: see `views.normalize`.
+        num_branches: residual branches of the student, to draw `Batch.drop_path_rand`; 0 leaves it out.
+        augment: changes the pixels of one image of `Batch.images` further; it draws from the global generators of Python
+            and NumPy, which are seeded for it.
+        seed: of all draws but those of `spec`.
     """
 
     images: ImageList
@@ -125,79 +118,100 @@ class ViewDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: tuple[int, int]) -> Batch:
-        return self.batch([position])
+    def batch(self, positions: Positions) -> Batch:
+        """Return the batch of the views at these positions; unreadable images are in `Batch.unreadable` instead.
 
-    def batch(self, positions: list[tuple[int, int]]) -> Batch:
-        """Return the views at (view index, image index): first all draws, then all pixels.
-
-        In turn with decoders, the same draws take three times as long: each finds its code gone from the caches.
+        All draws come before all pixels: alternating with decoders, the same draws take three times as long, as each finds
+        its code gone from the processor's caches.
         """
-        bad, samples = list[tuple[int, str]](), []
-        for position, (number, drawn) in zip(positions, [self._draw(*position) for position in positions], strict=True):
+        unreadable: list[tuple[int, str]] = []
+        samples: list[dict[str, Any]] = []
+        drawn = [self._draw(view_index, image_index) for view_index, image_index in positions]
+        for (view_index, image_index), (stored_view, sample) in zip(positions, drawn, strict=True):
             try:
-                samples.append(drawn | self._pixels(position, number))
+                samples.append(sample | self._render(image_index, stored_view, view_index))
             except ImageDecodeError as error:
-                bad.append((position[1], str(error)))
-        return _collate(samples, bad)
+                unreadable.append((image_index, str(error)))
+        return _collate(samples, unreadable)
 
-    __getitems__ = batch  # as `DataLoader` asks for it
+    __getitem__ = batch
 
     def placeholder(self, index: int) -> Batch:
-        """Return a batch of one black image with all that a batch has, for a rank that can read none of its own."""
-        sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
-        black = {name: torch.zeros(self.channels, *size, dtype=torch.uint8) for name, size in sizes.items() if size}
+        """Return a batch of one black image with every field that a batch has, for a rank that can read none of its images."""
+        black = {name: torch.zeros(self.channels, *size, dtype=torch.uint8) for name, size in self._sizes.items()}
         return _collate([self._draw(0, index)[1] | black], [])
 
-    def _draw(self, number: int, index: int) -> tuple[int, dict[str, Any]]:
-        """Return the index of a stored view, or `number`, and a sample without pixels: fields of `Batch`."""
-        rng = np.random.default_rng([self.seed, self.images.key(index), number])
-        sample: dict[str, Any] = {"image_index": np.int64(index)}
+    @property
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """(height, width) of the fields of `Batch` that hold pixels."""
+        sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
+        return {name: size for name, size in sizes.items() if size}
+
+    def _draw(self, view_index: int, image_index: int) -> tuple[int, dict[str, Any]]:
+        """Draw everything that is random about a view but its box and its augmentation.
+
+        The order of the draws is fixed: runs must resume to the same weights.
+
+        Returns:
+            (index of the view for `sample_view`: a stored one if there is a store, else `view_index`;
+            a sample without pixels: fields of `Batch` without the dimension B)
+        """
+        rng = np.random.default_rng([self.seed, self.images.key(image_index), view_index])
+        sample: dict[str, Any] = {"image_index": np.int64(image_index)}
         if self.store is not None:
-            number = int(rng.integers(self.store.num_views))
+            view_index = int(rng.integers(self.store.num_views))
+            sample["targets"] = self.store.read(image_index, view_index)
         if self.grid is not None:
-            sample["permutation"] = sample_permutation(self.order, self.grid, rng)
+            sample["permutation"] = views.sample_permutation(self.order, self.grid, rng)
         if self.jitter:
-            sample["jitter"] = sample_jitter(self.jitter, rng)
+            sample["jitter"] = views.sample_jitter(self.jitter, rng)
         if self.num_branches:
             sample["drop_path_rand"] = rng.random(self.num_branches, dtype=np.float32)
-        if self.store is not None:
-            sample["targets"] = self.store.read(index, number)
-        return number, sample
+        return view_index, sample
 
-    def _pixels(self, position: tuple[int, int], number: int) -> dict[str, Tensor]:
-        """Raises ImageDecodeError: the image can't be read."""
-        key = self.images.key(position[1])
-        picture = self.images.open(position[1], self.channels)
-        view = sample_view(self.spec, picture.size, key, number)
-        sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
-        pixels = {name: render_view(picture, view, size) for name, size in sizes.items() if size}
+    def _render(self, image_index: int, view_index: int, epoch: int) -> dict[str, UInt8[Tensor, "C h w"]]:
+        """Return the pixels of a view: the fields of `Batch` in `_sizes`.
+
+        Args:
+            view_index: for `sample_view`.
+            epoch: seeds the augmentation, together with the image's id.
+
+        Raises:
+            ImageDecodeError: the image cannot be read.
+        """
+        key = self.images.key(image_index)
+        image = self.images.open(image_index, self.channels)
+        view = views.sample_view(self.spec, image.size, key, view_index)
+        pixels = {name: views.render_view(image, view, size) for name, size in self._sizes.items()}
         if self.augment is not None and "images" in pixels:
-            with fork_rng(self.seed, key, position[0]):
+            with views.fork_rng(self.seed, key, epoch):
                 pixels["images"] = self.augment(pixels["images"])
         return pixels
 
 
-def _collate(samples: list[dict[str, Any]], bad: list[tuple[int, str]]) -> Batch:
-    """Stack samples: fields of `Batch`, arrays or pixels."""
-    stacked: dict[str, Any] = {"image_index": torch.zeros(0, dtype=torch.int64)}
+def _collate(samples: list[dict[str, Any]], unreadable: list[tuple[int, str]]) -> Batch:
+    """Stack samples, which all have the same fields of `Batch`: arrays, or pixels as tensors."""
+    stacked: dict[str, Any] = {"image_index": torch.zeros(0, dtype=torch.int64)}  # there may be no sample
     for name in samples[0] if samples else ():
         values = [sample[name] for sample in samples]
-        if isinstance(values[0], Tensor):  # pixels lie as rows of RGB, and stay so: one copy of bytes
+        if isinstance(values[0], Tensor):  # pixels lie in memory as rows of RGB, and stay so: one copy of bytes
             stacked[name] = torch.stack([pixels.movedim(0, -1) for pixels in values]).movedim(-1, 1)
         else:
             stacked[name] = torch.from_numpy(np.stack(values))
-    return Batch(**stacked, unreadable=bad)
+    return Batch(**stacked, unreadable=unreadable)
 
 
 @dataclass(eq=False)
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), each epoch a fresh order that depends on (seed, epoch) alone; starts at any step.
+class EpochBatchSampler(Sampler[Positions]):
+    """Batches of (epoch, image index); each epoch is a new permutation that depends on (seed, epoch) alone.
 
-    Every image comes once an epoch; where `batch_size` doesn't divide their number, an epoch's batches are a little
+    Every image comes once per epoch; if `batch_size` does not divide the number of images, an epoch's batches are a little
     smaller, all about equal, rather than one of them tiny.
 
-    Args:
+    Attributes:
+        indices: the images to train on.
+        batch_size: largest number of images of a step, of all ranks together.
+        first_step: step at which iteration starts, from 0; to resume a run.
         rank: index of this process among `world_size`, which split each batch between them, image by image.
     """
 
@@ -216,93 +230,106 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Positions]:
         for step in range(self.first_step, self.epochs * self.steps_per_epoch):
             yield self.batch(step)[self.rank :: self.world_size]
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """The batch of a step, counted from 0, for all ranks."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
-        first, last = (len(order) * n // self.steps_per_epoch for n in (number, number + 1))
-        return [(epoch, int(index)) for index in order[first:last]]
+    def batch(self, step: int) -> Positions:
+        """Return the batch of a step, counted from 0, of all ranks together."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order = self._permutation(epoch)
+        start, end = (len(order) * n // self.steps_per_epoch for n in (step_in_epoch, step_in_epoch + 1))
+        return [(epoch, int(index)) for index in order[start:end]]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, a sampler lives as long as its run
-    def _order(self, epoch: int) -> Int[np.ndarray, " n"]:
+    def _permutation(self, epoch: int) -> Int[np.ndarray, " n"]:
         return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
 
 
 def inference_batch_size(image_size: tuple[int, int]) -> int:
-    """How many images a frozen network reads at a time: 64, fewer of images above 384 x 384 pixels."""
+    """Return how many images a frozen network takes at a time: 64, fewer if they have more than 384 x 384 pixels."""
     return max(1, min(64, 64 * 384**2 // math.prod(image_size)))
 
 
-def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 0) -> list[list[tuple[int, int]]]:
+def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 0) -> list[Positions]:
     """Return batches of positions (view_index, image index), in the order of the image indices."""
     positions = [(view_index, int(index)) for index in indices]
     return [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
 
 
-def create_loader(dataset: ViewDataset, batches: Any, pin_memory: bool = False) -> Iterable[Batch]:
-    """A torch DataLoader over explicit batches; batches come in order whatever the number of workers."""
+def create_loader(dataset: ViewDataset, batches: Iterable[Positions], pin_memory: bool = False) -> Iterable[Batch]:
+    """Return a torch DataLoader of these batches, in their order, read by as many workers as `num_workers` says."""
     workers = num_workers()
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, prefetch_factor=4 if workers else None,
-        collate_fn=_as_is, pin_memory=pin_memory, worker_init_fn=_start_worker,
+        dataset, sampler=batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory, worker_init_fn=_init_worker,
     )  # fmt: skip
 
 
-def _as_is(batch: Any) -> Any:
-    """`ViewDataset` makes whole batches."""
-    return batch
-
-
-def _start_worker(_number: int) -> None:
+def _init_worker(_worker_id: int) -> None:
+    """Set up a loader process: one thread, and signals and the end of the job are left to the main process."""
     torch.set_num_threads(1)
     ignore_signals_in_worker()
-    sys.excepthook = _unless_left
+    sys.excepthook = _report_unless_disconnected
 
 
-def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A thread that hands over memory has nothing to tell when the main process is gone; errors of reading go another way."""
-    if not issubclass(kind, (EOFError, ConnectionError)):
-        sys.__excepthook__(kind, error, trace)
+def _report_unless_disconnected(
+    error_type: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an uncaught error of a worker, unless the main process is gone, to which a thread was handing over memory."""
+    if not issubclass(error_type, (EOFError, ConnectionError)):
+        sys.__excepthook__(error_type, error, trace)
 
 
 @dataclass
 class UnreadableImages:
-    """Images that could not be read, with reasons; stops the stage when there are too many.
+    """Images that could not be read, with reasons; stops the command when there are too many.
 
     Attributes:
         images: the list, or the stream of them.
-        max_unreadable: the largest fraction of the list that may be bad; one bad image is always allowed.
+        max_unreadable: largest fraction of the list that may be unreadable; one image is always allowed.
+        reasons: image index -> reason.
     """
 
     images: ImageList | HFStream
     max_unreadable: float
     reasons: dict[int, str] = field(default_factory=dict)
 
-    def add(self, bad: list[tuple[int, str]], quiet: bool = False) -> None:
-        """Raises MapetError when there are too many. `quiet`: they have been named before."""
-        for index, reason in bad:
+    def add(self, unreadable: list[tuple[int, str]], quiet: bool = False) -> None:
+        """Count images that could not be read, and warn about those that were not known yet.
+
+        Args:
+            unreadable: (image index, reason) of each.
+            quiet: without warnings.
+
+        Raises:
+            MapetError: there are too many now.
+        """
+        for index, reason in unreadable:
             if index in self.reasons:
                 continue
             self.reasons[index] = reason
             if not quiet:
-                log.warning("bad image %r: %s", self.images.id(index), reason)
-            num_bad, total = len(self.reasons), len(self.images)
-            if num_bad > max(1, self.max_unreadable * total) or num_bad == total:
+                log.warning("unreadable image %r: %s", self.images.id(index), reason)
+            num_unreadable, total = len(self.reasons), len(self.images)
+            if num_unreadable > max(1, self.max_unreadable * total) or num_unreadable == total:
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
                 raise MapetError(
-                    f"{num_bad} of {total} images unreadable so far, more than {option('max_unreadable')} {self.max_unreadable:g} "
-                    f"allows ({examples}). `mapet check` lists them all; remove them or raise {option('max_unreadable')}"
+                    f"{num_unreadable} of {total} images unreadable so far, more than {option('max_unreadable')} "
+                    f"{self.max_unreadable:g} allows ({examples}). `mapet check` lists them all; remove them or raise "
+                    f"{option('max_unreadable')}"
                 )
 
 
 def readable_batches(
-    dataset: ViewDataset, batches: Any, unreadable: UnreadableImages, title: str | None
+    dataset: ViewDataset, batches: Iterable[Positions], unreadable: UnreadableImages, title: str | None
 ) -> Iterator[Batch]:
-    """Yield batches of readable images; the others are counted. `title` names the progress bar; None shows none."""
+    """Yield the batches without their unreadable images, which are counted; batches without any other are left out.
+
+    Args:
+        unreadable: where they are counted; it raises MapetError when there are too many.
+        title: of the progress bar; None shows none.
+    """
     loader = create_loader(dataset, batches)
     for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):
         unreadable.add(batch.unreadable)

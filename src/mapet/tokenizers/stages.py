@@ -226,7 +226,6 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     with (
         stop_signals("saving after this batch") as stop,
         tqdm(total=total, desc=f"tokenize{several}", unit="img", disable=silent) as bar,
-        store.autosave(),
     ):
         for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
             unreadable.add(batch.unreadable)
@@ -235,9 +234,10 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
                 ids = tokenizer.quantize(teacher.batch_features(batch, images, compute)).flatten(1).cpu()
                 for index in batch.image_index.unique():
                     tokens[index - rows.start] = ids[batch.image_index == index]
-            store.write(shard, tokens.numpy(), dict(batch.unreadable))
+            shard.write(tokens.numpy(), dict(batch.unreadable))
             bar.update(len(rows))
             if stop.signal_name:
+                shard.save_progress()
                 raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
