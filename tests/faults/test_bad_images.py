@@ -137,7 +137,7 @@ def test_arrays_of_many_channels(tmp_path):
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert open_image(tmp_path / "a.npy", 7).read().shape == (7, 4, 5)
     assert open_image(tmp_path / "b.npy", 7).read().unique().tolist() == [2]
-    assert "wanted (H, W, 3)" in reason(tmp_path / "a.npy", 3)
+    assert "expected (H, W, 3)" in reason(tmp_path / "a.npy", 3)
     assert "float64" in reason(tmp_path / "c.npy", 7)
     assert "damaged" in reason(tmp_path / "pickled.npy", 7)
 
@@ -221,7 +221,7 @@ def test_folder_without_images(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with refused("no images", "1 other"):
         mapet.check(images=tmp_path)
-    with refused("nowhere"):
+    with refused("absent"):
         mapet.check(images=tmp_path / "absent")
 
 

@@ -1,4 +1,4 @@
-"""What is in a folder of images and what the next stages will cost; images resized once, for data that is read many times."""
+"""The commands `check`, which reports on images and estimates costs, and `prepare`, which resizes and packs them once."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,10 @@ log = logging.getLogger("mapet")
 
 
 def check(config: CheckConfig) -> DatasetStats:
-    """Read every image, report, and estimate costs."""
+    """Read every image; log a report, warnings and, if `config.benchmark`, an estimate of costs; return the statistics.
+
+    The unreadable images are written to `config.out`, if that is given.
+    """
     images = list_images(config.images)
     stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
     for line in stats.lines():
@@ -29,9 +32,9 @@ def check(config: CheckConfig) -> DatasetStats:
     for line in stats.warnings(config.image_size, UnreadableImageOptions().max_unreadable):
         log.warning("%s", line)
     if config.out:
-        lines = "".join(f"{why}\t{name}\n" for name, why in stats.unreadable.items())
+        lines = "".join(f"{reason}\t{name}\n" for name, reason in stats.unreadable.items())
         with atomic_write(config.out) as temporary:
-            temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
+            temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")  # ids may be no UTF-8
         log.info("list of unreadable images in %s", config.out)
     if config.benchmark and len(stats.unreadable) < len(images):
         for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in stats.unreadable]):
@@ -40,27 +43,28 @@ def check(config: CheckConfig) -> DatasetStats:
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Resize and pack images; return the folder."""
+    """Resize and pack images into `config.out`, a new folder or one that was interrupted; return the folder.
+
+    Raises:
+        Interrupted: the user interrupted it; complete shards are kept.
+        MapetError: the folder is of other images or options; too many images are unreadable.
+    """
     if not (config.resume and (config.out / MANIFEST).exists()):
         create_output_dir(config.out)
-    source = HFStream(config.images) if config.streaming else list_images(config.images)
-    unreadable = UnreadableImages(source, config.max_unreadable)
-
-    def on_bad(index: int, reason: str) -> None:
-        unreadable.add([(index, reason)])
-
-    total = source.num_rows if isinstance(source, HFStream) else len(source)
+    images = HFStream(config.images) if config.streaming else list_images(config.images)
+    total = images.num_rows if isinstance(images, HFStream) else len(images)
+    unreadable = UnreadableImages(images, config.max_unreadable)
     try:
         with tqdm(desc="prepare", unit="img", total=total, disable=None) as bar:
-            made = write_prepared_dataset(source, config, on_bad, bar.update)
+            prepared = write_prepared_dataset(images, config, unreadable, bar)
     except KeyboardInterrupt:
         if not (config.out / MANIFEST).exists():
             raise
         raise Interrupted(f"interrupted; what was done is kept in {config.out}") from None
-    size, num_bad = int(made.file_sizes.sum()), len(made.manifest["unreadable"])
-    good = made.manifest["num_images"] - num_bad
+    num_readable = len(prepared) - len(unreadable.reasons)
+    megabytes = int(prepared.file_sizes.sum()) / 1e6
     log.info(
         "%s images in %s, %.1f MB (%.1f kB each), %d unreadable left out",
-        f"{good:,}", config.out, size / 1e6, size / 1e3 / max(1, good), num_bad,
+        f"{num_readable:,}", config.out, megabytes, 1000 * megabytes / max(1, num_readable), len(unreadable.reasons),
     )  # fmt: skip
     return config.out

@@ -76,9 +76,8 @@ def labels_from_texts(texts: PackedStrings, sort_key: Callable[[bytes], Any] | N
     if len(classes) < 2 or b"" in classes:
         return None
     class_index = {text: index for index, text in enumerate(classes)}
-    return [os.fsdecode(text) for text in classes], np.fromiter(
-        map(class_index.__getitem__, texts), np.int64, len(texts)
-    )
+    indices = np.fromiter(map(class_index.__getitem__, texts), np.int64, len(texts))
+    return [os.fsdecode(text) for text in classes], indices
 
 
 class ImageList(Sequence[Path]):
@@ -97,16 +96,11 @@ class ImageList(Sequence[Path]):
     """
 
     def __init__(
-        self,
-        root: Path | str,
-        ids: Iterable[bytes],
-        file_sizes: ArrayLike,
-        labels: Labels | None = None,
-        ignored: int = 0,
+        self, root: Path | str, ids: Iterable[bytes], sizes: ArrayLike, labels: Labels | None = None, ignored: int = 0
     ) -> None:
         self.root, self.labels, self.ignored = root, labels, ignored
         self.ids = ids if isinstance(ids, PackedStrings) else PackedStrings.from_strings(ids)
-        self.file_sizes = np.asarray(file_sizes, np.int64)
+        self.file_sizes = np.asarray(sizes, np.int64)
         self.rows = np.arange(len(self.ids))
 
     @abstractmethod

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
+from tqdm import tqdm
 
 from mapet import files
 from mapet.config.data import PrepareConfig
+from mapet.data.dataset import UnreadableImages
 from mapet.data.hugging_face import HFStream, StreamedImage, ids_from_paths, labels_from_column
 from mapet.data.image_list import ImageFiles, ImageList, PackedStrings, join_terminated
 from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, IntensityWindow, LazyImage, open_image
@@ -31,10 +33,6 @@ ENCODE_BATCH = 256
 """Images that are in memory at a time while a shard is written."""
 MAX_OPEN_SHARDS = 256
 """Files a process keeps mapped: systems commonly allow 1,024 open ones, and 100 million images are 10,000 files."""
-OnUnreadable = Callable[[int, str], None]
-"""Called with (index, reason) of each unreadable image; may raise to stop."""
-OnImages = Callable[[int], object]
-"""Called with the number of images done since the last call."""
 Item = TypeVar("Item")
 
 
@@ -61,15 +59,12 @@ class PreparedDataset(ImageList):
             num_done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
             if num_done != total:  # the number of images of a stream is known at its end
                 found = f"{num_done} of {total if total >= 0 else 'all'} images"
-                raise MapetError(
-                    f"{folder} is unfinished ({found}): run the same `mapet prepare ... --resume` to finish it"
-                )
+                raise MapetError(f"{folder} is unfinished ({found}): finish it with `mapet prepare ... --resume`")
             self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
             shards = range(-(-total // SHARD_SIZE))
             sizes = [files.read_array(folder / SIZES.format(shard)) for shard in shards]
-            labels = (
-                (self.manifest["classes"], files.read_array(folder / LABELS)) if "classes" in self.manifest else None
-            )
+            class_names = self.manifest.get("classes")
+            labels = (class_names, files.read_array(folder / LABELS)) if class_names else None
             if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
                 raise ValueError(f"labels of shape {labels[1].shape}")
             ids = PackedStrings.from_terminated((folder / IDS).read_bytes())
@@ -116,9 +111,7 @@ def resize_and_encode(image: LazyImage, stored: Callable[[], bytes], short_side:
         return stored()
     target = [max(1, round(side * min(short_side, current) / current)) for side in image.size]
     reduction = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
-    box = Box(
-        0, 0, height // reduction * reduction, width // reduction * reduction
-    )  # a JPEG of it can be decoded reduced
+    box = Box(0, 0, height - height % reduction, width - width % reduction)  # so that a JPEG can be decoded reduced
     pixels = image.read(box, min_size=(target[0], target[1]))
     pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
     rows = pixels.movedim(0, -1).contiguous().numpy()
@@ -138,20 +131,19 @@ class PreparedDatasetWriter:
         window: maps values of more than 8 bits; None: the upper 8 of 16 bits are taken.
     """
 
-    def __init__(
-        self, config: PrepareConfig, source: dict[str, Any], on_unreadable: OnUnreadable, on_images: OnImages
-    ) -> None:
-        """Start a data set in `config.out`, or resume an unfinished one and report what is done of it to the callbacks.
+    def __init__(self, config: PrepareConfig, source: dict[str, Any], unreadable: UnreadableImages, bar: tqdm) -> None:
+        """Start a data set in `config.out`, or resume an unfinished one.
 
         Args:
             config: of the command.
             source: entries of the manifest that say what is prepared.
-            on_unreadable, on_images: called from the thread that calls `add_shard`.
+            unreadable: counts the images that cannot be read; those of a resumed data set at once.
+            bar: shows how many images are done.
 
         Raises:
-            MapetError: the folder holds a data set of other images or options.
+            MapetError: the folder holds a data set of other images or options; too many images are unreadable.
         """
-        self.config, self.folder, self.on_unreadable, self.on_images = config, config.out, on_unreadable, on_images
+        self.config, self.folder, self.unreadable, self.bar = config, config.out, unreadable, bar
         self.window = IntensityWindow(*config.value_range) if config.value_range else None
         options = config.model_dump(mode="json", include={"short_side", "channels", "value_range"})
         expected = source | options | {"jpeg_quality": JPEG_QUALITY}
@@ -160,9 +152,8 @@ class PreparedDatasetWriter:
         if not self.is_new:
             self.manifest = files.read_manifest(self.folder, KIND, FORMAT)
             files.check_same_options(self.folder, {key: self.manifest.get(key) for key in expected}, expected)
-        on_images(self.num_done)
-        for index, reason in self.manifest["unreadable"].items():
-            on_unreadable(int(index), reason)
+        bar.update(self.num_done)
+        unreadable.add([(int(index), reason) for index, reason in self.manifest["unreadable"].items()])
 
     @property
     def num_done(self) -> int:
@@ -210,10 +201,10 @@ class PreparedDatasetWriter:
                     if isinstance(result, str):
                         index = self.num_done + len(sizes)
                         self.manifest["unreadable"][str(index)] = result
-                        self.on_unreadable(index, result)
+                        self.unreadable.add([(index, result)])
                     sizes.append(0 if isinstance(result, str) else file.write(result))
                 done += batch
-                self.on_images(len(batch))
+                self.bar.update(len(batch))
         self._write_array(SIZES.format(shard), np.array(sizes, np.int64))
         self.manifest["num_done"] += len(sizes)
         return done
@@ -228,14 +219,14 @@ class PreparedDatasetWriter:
 
 
 def write_prepared_dataset(
-    images: ImageList | HFStream, config: PrepareConfig, on_unreadable: OnUnreadable, on_images: OnImages
+    images: ImageList | HFStream, config: PrepareConfig, unreadable: UnreadableImages, bar: tqdm
 ) -> PreparedDataset:
     """Prepare images, or resume; see `PreparedDatasetWriter` for arguments and errors.
 
     From a stream comes the same data set, file by file, as from the downloaded one, but for `streamed` in the manifest.
     """
     if isinstance(images, HFStream):
-        writer = PreparedDatasetWriter(config, {"streamed": images.source}, on_unreadable, on_images)
+        writer = PreparedDatasetWriter(config, {"streamed": images.source}, unreadable, bar)
         if "num_images" not in writer.manifest:
             _write_stream(images, writer)
         for file in config.out.glob(STREAMED_ROWS.replace("{:05d}", "*")):
@@ -244,7 +235,7 @@ def write_prepared_dataset(
     source: dict[str, Any] = {"images_hash": images.hash, "num_images": len(images)}
     if images.labels is not None:
         source["classes"] = images.labels[0]
-    writer = PreparedDatasetWriter(config, source, on_unreadable, on_images)
+    writer = PreparedDatasetWriter(config, source, unreadable, bar)
     if writer.is_new:
         writer.describe(images)
     while writer.num_done < len(images):

@@ -121,11 +121,8 @@ class TokenStore:
         total, size = int(manifest["num_images"]), int(manifest["shard_size"])
         self.shards = []
         for index, first in enumerate(range(0, total, size)):
-            path, shape = (
-                folder / "shards" / f"{index:05d}.npy",
-                (min(size, total - first), self.num_views, rows * columns),
-            )
-            self.shards.append(TokenShard(path, first, shape, self.dtype, writable))
+            shape = min(size, total - first), self.num_views, rows * columns
+            self.shards.append(TokenShard(folder / "shards" / f"{index:05d}.npy", first, shape, self.dtype, writable))
 
     def __len__(self) -> int:
         return int(self.manifest["num_images"])
