@@ -128,7 +128,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
     works: dict[int, Callable[[], Any]] = {args.iterations: functools.partial(mapet, args.iterations)}
     faiss: Row = {}
     if has_faiss():
-        start = features[random_init(DistributedPoints(FeatureStore.of(features)), args.vocab_size)]
+        start = features[random_init(DistributedPoints(FeatureStore.from_tensor(features)), args.vocab_size)]
         works[0] = functools.partial(faiss_kmeans, features, start, args.iterations)  # 0: faiss
         faiss["faiss_error"], fewer = error(features, works[0]()), args.iterations
         while fewer > 1 and error(features, mapet(fewer - 1)) <= 1.001 * faiss["faiss_error"]:
@@ -159,7 +159,7 @@ def modes(features: torch.Tensor, args: argparse.Namespace, compute: ComputeCont
     rows: list[Row] = []
     metrics: list[Literal["l2", "cosine"]] = ["l2", "cosine"]
     for metric in metrics:
-        points = DistributedPoints(FeatureStore.of(features), metric)
+        points = DistributedPoints(FeatureStore.from_tensor(features), metric)
         clustered = points.take(torch.arange(len(points)))
         starts: dict[Literal["random", "k-means++"], Callable[..., torch.Tensor]] = {
             "random": random_init,

@@ -17,7 +17,7 @@ from mapet.evaluation.embeddings import read_embeddings
 from mapet.files import check_format, read_checksummed_json, write_checksummed_json, write_json
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
-from mapet.tokenizers.vqkd import vqkd_encoder
+from mapet.tokenizers.vqkd import load_vqkd
 from mapet.training.checkpoint import load_checkpoint
 from tests.formats import write
 from tests.refused import refused
@@ -76,7 +76,7 @@ OPEN = {
     "tokenizer/visual_tokenizer.json": lambda: load_tokenizer(Path("tokenizer"), with_teacher=False),
     "tokens/manifest.json": lambda: TokenStore.open(Path("tokens"), list_images("images")),
     "prepared/manifest.json": lambda: PreparedDataset(Path("prepared")),
-    "vqkd/vqkd.json": lambda: vqkd_encoder("vqkd/vqkd.safetensors"),
+    "vqkd/vqkd.json": lambda: load_vqkd("vqkd/vqkd.safetensors"),
     "features/manifest.json": lambda: read_embeddings(Path("features")),
     "run/run.json": lambda: RunState.read(Path("run")),
     "run/checkpoints/step-00000002/trainer_state.json": lambda: load_checkpoint(

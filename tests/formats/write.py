@@ -19,7 +19,7 @@ import mapet
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.run_state import RunState
-from mapet.tokenizers.vqkd import vqkd_encoder
+from mapet.tokenizers.vqkd import load_vqkd
 from mapet.training import trainer
 
 HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ def measure() -> dict[str, Any]:
         "prepared": [images_of("prepared", row) for row in range(3)],
         "features": np.load("features/features.npy")[0].tolist(),
         "logits": logits(backbone, Path(f"run/checkpoints/step-{STEP:08d}/model.safetensors")),
-        "vqkd": vqkd_encoder("vqkd/vqkd.safetensors")(fixed_image().clamp(0, 1)).detach().flatten().tolist(),
+        "vqkd": load_vqkd("vqkd/vqkd.safetensors")(fixed_image().clamp(0, 1)).detach().flatten().tolist(),
         "losses": losses,
     }
 

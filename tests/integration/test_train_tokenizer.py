@@ -18,7 +18,7 @@ from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
-from mapet.tokenizers.vqkd import vqkd_encoder
+from mapet.tokenizers.vqkd import load_vqkd
 from mapet.training import trainer
 from mapet.training.checkpoint import NonFiniteError
 from tests.conftest import PRETRAIN, all_rows
@@ -89,7 +89,7 @@ def test_bfloat16(few_digits, tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
-    assert vqkd_encoder(file).image_size == (8, 8)
+    assert load_vqkd(file).image_size == (8, 8)
 
 
 def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
@@ -104,7 +104,7 @@ def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
         list_images(few_digits)
     )
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
-    tokenizer, encoder = load_tokenizer(tmp_path / "t"), vqkd_encoder(file)
+    tokenizer, encoder = load_tokenizer(tmp_path / "t"), load_vqkd(file)
     batch = ViewDataset(list_images(few_digits), store.view_spec, 1, teacher_size=(8, 8)).batch(
         [(0, i) for i in range(9)]
     )

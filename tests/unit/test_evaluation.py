@@ -25,7 +25,9 @@ def two_clouds(distance, seed=0):
 def accuracy(train, train_labels, test, test_labels):
     parts = ((train, train_labels), (test, test_labels))
     columns = {1: slice(0, train.shape[1])}
-    return probe_accuracy(*(FeatureCache(FeatureStore.of(x), torch.arange(len(x)), y, columns) for x, y in parts))
+    return probe_accuracy(
+        *(FeatureCache(FeatureStore.from_tensor(x), torch.arange(len(x)), y, columns) for x, y in parts)
+    )
 
 
 def test_knn_equals_scikit_learn_with_the_same_weights():

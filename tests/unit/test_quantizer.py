@@ -31,7 +31,7 @@ def cloud(count=600, width=12, seed=0):
 @pytest.mark.parametrize("whiten", [False, True])
 def test_principal_components_are_those_of_numpy(whiten):
     points = cloud()
-    found = principal_components(FeatureStore.of(points), 4, whiten)
+    found = principal_components(FeatureStore.from_tensor(points), 4, whiten)
     stored = points.half().double().numpy()
     centered = stored - stored.mean(0)
     _, spread, directions = np.linalg.svd(centered, full_matrices=False)
@@ -44,13 +44,13 @@ def test_principal_components_are_those_of_numpy(whiten):
 
 def test_too_many_components_are_refused():
     with refused(13, 12):
-        principal_components(FeatureStore.of(cloud()), 13, whiten=False)
+        principal_components(FeatureStore.from_tensor(cloud()), 13, whiten=False)
 
 
 @pytest.mark.parametrize("levels", [(8, 8), (2,) * 6, (3, 5, 2)])
 def test_scalar_words_are_levels_of_a_normal_distribution(levels):
     points = cloud()
-    fitted = fit_fsq(FeatureStore.of(points), levels)
+    fitted = fit_fsq(FeatureStore.from_tensor(points), levels)
     quantizer = fitted.quantizer
     ids = quantizer(points)
     coordinates = project(points, quantizer.mean, quantizer.components).double().numpy()
@@ -74,7 +74,7 @@ def test_scalar_words_are_levels_of_a_normal_distribution(levels):
 @given(batch=st.integers(1, 60))
 def test_a_word_does_not_depend_on_the_batch(kind, batch):
     points = cloud(200)
-    projection = principal_components(FeatureStore.of(points), 3, whiten=False)
+    projection = principal_components(FeatureStore.from_tensor(points), 3, whiten=False)
     if kind == "argmax":
         quantizer = Quantizer({"kind": "argmax", "vocab_size": 12}, {})
     elif kind == "scalar":
@@ -136,9 +136,9 @@ def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fsq_levels": [4, 4]}, "fsq_levels is for fsq; kmeans has no use for it"),
-        ({"quantizer": "lfq", "pca_dim": 3}, "pca_dim is for kmeans; lfq has no use"),
-        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, "kmeans_metric is for kmeans; fsq has no use"),
+        ({"fsq_levels": [4, 4]}, "fsq_levels is for fsq; kmeans does not use it"),
+        ({"quantizer": "lfq", "pca_dim": 3}, "pca_dim is for kmeans; lfq does not use it"),
+        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, "kmeans_metric is for kmeans; fsq does not use it"),
         ({"quantizer": "lfq", "kmeans_n_init": 5}, "kmeans_n_init is for kmeans"),
         ({"quantizer": "lfq", "kmeans_batch_size": 100}, "kmeans_batch_size is for kmeans"),
         (

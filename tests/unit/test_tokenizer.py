@@ -16,7 +16,7 @@ from mapet.data.readers import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import View, render_view
 from mapet.tokenizers.feature_store import FeatureStore
-from mapet.tokenizers.kmeans import KMeans, assign, automatic_vocab_size
+from mapet.tokenizers.kmeans import KMeans, assign, default_vocab_size
 from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer, make_teacher
 from tests.refused import refused
 
@@ -149,7 +149,7 @@ def test_more_words_than_patches():
     ("patches", "words"), [(1, 1), (2, 2), (64, 2), (128, 2), (256, 4), (64 * 1000, 512), (10**9, 8192)]
 )
 def test_automatic_vocabulary(patches, words):
-    assert automatic_vocab_size(patches) == words
+    assert default_vocab_size(patches) == words
 
 
 def test_health_of_even_and_collapsed_codebooks():

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import mapet
+from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
+from mapet.tokenizers import vqkd
 from mapet.tokenizers.kmeans import KMeans
-from mapet.tokenizers.vqkd import PATIENCE, VQKD, VQKDForTraining, nearest_code, vqkd_encoder
+from mapet.tokenizers.vqkd import USAGE_PATCHES_PER_CODE, VQKD, VQKDForTraining, load_vqkd, nearest_code
 from tests.refused import refused
 
 
@@ -128,7 +130,7 @@ def plainly(weights, images):
 def test_encoder_equals_the_plain_computation():
     weights = checkpoint()
     images = torch.rand(2, 3, 12, 12)
-    model = VQKD.from_weights(weights).eval()
+    model = VQKD.from_beit2(weights).eval()
     expected = plainly(weights, images)
     assert torch.allclose(model.double()(images.double()), expected, atol=1e-12)
     assert torch.allclose(model.float()(images).double(), expected, atol=1e-5)
@@ -147,7 +149,7 @@ def test_published_files_load(wrapped, suffix, tmp_path):
     else:
         options = argparse.Namespace(model="vqkd", epochs=100, output_dir=None)
         torch.save({"model": content, "args": options, "epoch": 99} if wrapped else content, path)
-    model = vqkd_encoder(path)
+    model = load_vqkd(path)
     assert model.image_size == (12, 12)
     assert model.codebook.shape == (20, 8)
     assert torch.allclose(model.codebook.norm(dim=1), torch.ones(20))
@@ -162,7 +164,7 @@ def test_published_files_load(wrapped, suffix, tmp_path):
 def test_the_published_sizes():
     """vqkd_encoder_base_decoder_3x768x12_clip, without its numbers."""
     weights = checkpoint(768, 12, 16, 14, 8192, 32, decoder_depth=3, features=512, device="meta")
-    model = VQKD.from_weights(weights)
+    model = VQKD.from_beit2(weights)
     assert model.image_size == (224, 224) and model.codebook.shape == (8192, 32)
     assert {block.attn.num_heads for block in model.encoder.blocks} == {12}
     tokens = model.encoder.forward_features(torch.empty(2, 3, 224, 224, device="meta"))
@@ -173,7 +175,7 @@ def test_the_published_sizes():
 def test_what_training_saves_has_the_published_names_and_shapes():
     """Also those of training alone, so that the released code's strict loading takes it."""
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 128, "depth": 2, "num_heads": 2})
-    ours = VQKDForTraining(vit, 20, 8, feature_size=12, decoder_depth=1).weights()
+    ours = VQKDForTraining(vit, 12, config(20)).beit2_state_dict()
     theirs = checkpoint()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
@@ -205,7 +207,7 @@ def test_other_checkpoints_are_refused_in_one_line(make, message, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"model": make(checkpoint())}, path)
     with pytest.raises(MapetError, match=message) as error:
-        vqkd_encoder(path)
+        load_vqkd(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -216,9 +218,9 @@ class Harmful:
 
 def test_damaged_and_harmful_files(tmp_path, capsys):
     with refused("No such file"):
-        vqkd_encoder(tmp_path / "none.pth")
+        load_vqkd(tmp_path / "none.pth")
     with refused("teacher_checkpoint"):
-        vqkd_encoder(None)
+        load_vqkd(None)
     torch.save({"model": checkpoint()}, tmp_path / "whole.pth")
     save_file(checkpoint(), tmp_path / "whole.safetensors")
     for name in ("whole.pth", "whole.safetensors"):
@@ -227,20 +229,20 @@ def test_damaged_and_harmful_files(tmp_path, capsys):
             short = tmp_path / f"short.{name}"
             short.write_bytes(content[:length])
             with refused("weights") as error:
-                vqkd_encoder(short)
+                load_vqkd(short)
             assert "\n" not in str(error.value)
     torch.save({"model": checkpoint(), "hook": Harmful()}, tmp_path / "harmful.pth")
     (tmp_path / "harmful.pkl").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("harmful.pth", "harmful.pkl"):
         with pytest.raises(MapetError, match=r"would run|neither a safetensors nor a torch") as error:
-            vqkd_encoder(tmp_path / name)
+            load_vqkd(tmp_path / name)
         assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 
 def test_another_image_size_is_refused():
     with refused("12 x 12", "16 x 12"):
-        VQKD.from_weights(checkpoint())(torch.rand(1, 3, 16, 12))
+        VQKD.from_beit2(checkpoint())(torch.rand(1, 3, 16, 12))
 
 
 def test_look_up_is_by_cosine():
@@ -252,15 +254,20 @@ def test_look_up_is_by_cosine():
         assert torch.equal(nearest_code(features, codebook), cosines.argmax(1))
 
 
+def config(codes, **options):
+    return TrainTokenizerConfig(images="x", out="y", vocab_size=codes, codebook_dim=8, **{"decoder_depth": 1} | options)
+
+
 def training(codes=20, **options):
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 64, "depth": 1, "num_heads": 1})
-    return VQKDForTraining(vit, codes, 8, feature_size=5, decoder_depth=1, **options)
+    return VQKDForTraining(vit, 5, config(codes, **options))
 
 
-def test_losses_and_straight_through_gradient():
+def test_losses_and_straight_through_gradient(monkeypatch):
     """The encoder gets the decoder's gradient at the code, and the commitment's: both by their definition, in float64."""
-    model = training(commitment_weight=0.7).double()
+    monkeypatch.setattr(vqkd, "COMMITMENT_WEIGHT", 0.7)
+    model = training().double()
     images, targets = torch.rand(2, 3, 12, 12).double(), torch.randn(2, 5, 3, 3).double()
     result = model(images, targets)
     result.loss.backward()
@@ -292,7 +299,7 @@ def test_losses_and_straight_through_gradient():
 
 
 def test_codes_follow_by_the_moving_average():
-    model = training(codes=3, decay=0.9, dead_code_threshold=0.0)
+    model = training(codes=3, ema_decay=0.9, dead_code_threshold=0.0)
     before = model.tokenizer.codebook.clone()
     features = F.normalize(torch.randn(100, 8), dim=1)
     codes = torch.tensor([0] * 70 + [2] * 30)
@@ -315,7 +322,7 @@ def test_dead_codes_come_back():
     reborn = []
     for _ in range(100):
         reborn.append(int(model.ema_update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
-    patience = int(math.log(0.05) / math.log(1 - 1 / max(10, PATIENCE * 30 / 200))) + 1
+    patience = int(math.log(0.05) / math.log(1 - 1 / max(10, USAGE_PATCHES_PER_CODE * 30 / 200))) + 1
     assert sum(reborn[: patience - 1]) == 0 and reborn[patience - 1] == 20
     assert torch.bincount(nearest_code(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
     assert torch.allclose(model.tokenizer.codebook.norm(dim=1), torch.ones(30))
@@ -347,7 +354,7 @@ def test_the_codebook_starts_with_k_means():
 def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
     vit = create_vit(name, (12, 12), 4, model_args={"depth": 1, **arguments})
     with pytest.raises(MapetError, match=message):
-        VQKDForTraining(vit, 10, 8, 5)
+        VQKDForTraining(vit, 5, config(10, decoder_depth=3))
 
 
 @pytest.fixture(scope="module")
@@ -387,17 +394,17 @@ def test_training_lowers_the_loss_and_uses_the_codes(trained):
 def test_what_was_trained_is_a_teacher(trained, tmp_path):
     """Of the published kind: read by the same function, from any file format, as the encoder of a tokenizer."""
     folder, file = trained
-    model = vqkd_encoder(file)
+    model = load_vqkd(file)
     assert model.image_size == (16, 16) and model.codebook.shape == (32, 8)
     torch.save({"model": load_file(file)}, tmp_path / "vqkd.pth")
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(vqkd_encoder(tmp_path / "vqkd.pth")(images), model(images))
+    assert torch.equal(load_vqkd(tmp_path / "vqkd.pth")(images), model(images))
     tokenizer = mapet.fit_tokenizer(
         images=folder / "crops", out=tmp_path / "t", teacher="vqkd", teacher_checkpoint=str(file),
         image_size=16, patch_size=4,
     )  # fmt: skip
-    assert torch.equal(tokenizer.centroids, model.codebook)
+    assert torch.equal(tokenizer.quantizer.centroids, model.codebook)
     about = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())["teacher_metadata"]
     assert about["prefix_tokens_dropped"] == 1 and about["mean"] == [0.5, 0.5, 0.5]
     assert about["learned_from"]["teacher"]["teacher"] == "pixels" and about["learned_from"]["num_images"] == 200
-    assert vqkd_encoder(tmp_path / "vqkd.pth").metadata["learned_from"] is None  # of a published file nothing is known
+    assert load_vqkd(tmp_path / "vqkd.pth").metadata["learned_from"] is None  # of a published file nothing is known

@@ -190,7 +190,7 @@ def _plot(sample: TokenSample, tokenizer: Tokenizer) -> dict[str, Figure]:
     vocab_size = tokenizer.vocab_size
     figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
     figures |= plot_tokens(sample, SHOWN_IMAGES)
-    centroids = tokenizer.centroids  # codes that are no centroids (FSQ, LFQ) have none
+    centroids = tokenizer.quantizer.centroids  # codes that are no centroids (FSQ, LFQ) have none
     if centroids is not None and vocab_size > 1:
         patches, tokens = patches_and_tokens(sample)
         counts = torch.bincount(tokens, minlength=vocab_size)

@@ -177,21 +177,6 @@ class TrainerConfig(TrainerOptions, UnreadableImageOptions, SeedOptions, ResumeO
     """New run folder."""
 
 
-class TeacherOptions(Config):
-    """The encoder whose features become visual tokens."""
-
-    teacher: str = "pixels"
-    """Frozen encoder: 'pixels', a timm model, or package.module:function."""
-    teacher_checkpoint: str | None = None
-    """Local weights file of the teacher; otherwise timm downloads them."""
-    teacher_image_size: Size | None = None
-    """Height and width the teacher sees, pixels; automatic: the model's own."""
-    teacher_final_norm: bool = False
-    """Apply the timm model's last normalization to the features as well."""
-    teacher_layer: int = -1
-    """Which of the timm model's intermediate feature maps; -1 is the last."""
-
-
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names of timm models that are not in timm begin."""
 

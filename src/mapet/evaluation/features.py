@@ -380,5 +380,5 @@ class PatchTokenCache:
         for index, images in self.backbone.batches(self.data.images, self.config, "tokens"):
             tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
             if fits:
-                self.kept.append((index, FeatureStore.of(tokens.flatten(1))))
+                self.kept.append((index, FeatureStore.from_tensor(tokens.flatten(1))))
             yield index, tokens

@@ -1,17 +1,19 @@
-"""Patch features to cluster: float16 rows in memory or, beyond a limit, in a scratch file; and those of all processes."""
+"""Patch features for k-means: float16 rows in memory or in a scratch file, and the shards of all ranks as one set of points."""
 
 import functools
+import io
 import logging
 import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,215 +22,225 @@ from mapet.errors import MapetError, option
 from mapet.files import preallocate
 
 log = logging.getLogger("mapet")
+FLOAT16_MAX = torch.finfo(torch.float16).max
+BYTES_PER_VALUE = 2
+"""Size of a float16 number."""
 HEADROOM = 64
-"""How much larger than the first rows' largest value a later value may be."""
+"""How many times larger than the largest value of the first rows a later value may be."""
 Metric = Literal["l2", "cosine"]
 
 
-class FeatureStore:
-    """(n, F) features, kept as float16 wherever they are, so that nothing depends on where that is.
+class FeatureStore(AbstractContextManager["FeatureStore"]):
+    """An (n, F) matrix of features that grows by `append`, held as float16 in memory or in a scratch file.
 
-    Rows are scaled by a power of two, which loses nothing, so that float16's range fits them: its largest value is 65504,
-    and some encoders give more. The scratch file has no name: the system removes it with the process, however that ends.
+    The rows that are read back are the same wherever they are held. They are multiplied by a power of two, chosen from the first
+    rows, so that they fit float16, whose largest value is 65504; the scaling itself is exact. The scratch file has no name: the
+    operating system removes it when the process ends, however that happens.
 
     Attributes:
-        capacity: most rows.
-        memory: bytes of the device's memory that rows may take; more go to the scratch file.
-        scratch: folder for the scratch file.
+        max_rows: rows for which space is reserved; `append` ignores rows beyond it.
+        memory_limit: bytes of `device` memory that the rows may take; a store of more bytes uses the scratch file.
+        scratch_dir: folder for the scratch file.
+        num_rows: n, rows appended so far.
+        num_features: F; 0 before the first rows.
+        scale: the power of two that stored rows are multiplied by.
     """
 
-    def __init__(self, capacity: int, memory: int, scratch: Path, device: torch.device | str = "cpu") -> None:
-        self.capacity, self.memory, self.scratch, self.device = capacity, memory, scratch, torch.device(device)
-        self.count = self.num_features = 0
+    def __init__(self, max_rows: int, memory_limit: int, scratch_dir: Path, device: torch.device | str = "cpu") -> None:
+        self.max_rows, self.memory_limit, self.scratch_dir = max_rows, memory_limit, scratch_dir
+        self.device = torch.device(device)
+        self.num_rows = self.num_features = 0
         self.scale = 1.0
         self._rows: Tensor | None = None
-        self._file: Any = None
+        self._file: io.FileIO | None = None
 
     @classmethod
-    def of(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
-        """Features in memory, for k-means on a tensor."""
-        store = cls(len(features), features.numel() * 2, Path(), features.device)
+    def from_tensor(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
+        """Return a store that holds a copy of `features` in the memory of their device."""
+        store = cls(len(features), features.numel() * BYTES_PER_VALUE, Path(), features.device)
         store.append(features)
         return store
 
-    def __enter__(self) -> "FeatureStore":
-        return self
-
     def __exit__(self, *_: object) -> None:
+        """Free the memory, and close the scratch file, which removes it."""
         self._rows = None
         if self._file is not None:
             self._file.close()
 
     def __len__(self) -> int:
-        return self.count
+        """Return n, the rows appended so far."""
+        return self.num_rows
 
     @property
     def in_memory(self) -> bool:
+        """Return whether the rows are in memory, not in the scratch file."""
         return self._file is None
 
     def append(self, features: Float[Tensor, "m F"]) -> None:
-        """Add rows, up to the capacity; the rest is left out.
+        """Add rows; those beyond `max_rows` are ignored. The first call decides the scale and where the rows are held.
 
         Raises:
-            MapetError: too little disk for the scratch file, or values that float16 cannot hold.
+            MapetError: there is too little disk for the scratch file, or a value does not fit float16.
         """
-        if not self.count:
-            self._open(features)
-        features = features[: self.capacity - self.count]
+        if self.num_rows == 0:
+            self._allocate(features)
+        features = features[: self.max_rows - self.num_rows]
         scaled = features.float() * self.scale
-        if scaled.numel() and float(scaled.abs().max()) > torch.finfo(torch.float16).max:
+        if scaled.numel() and float(scaled.abs().max()) > FLOAT16_MAX:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
                 f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalize the encoder's output"
             )
-        if self._rows is not None:
-            self._rows[self.count : self.count + len(scaled)] = scaled
+        if self._file is None:
+            assert self._rows is not None
+            self._rows[self.num_rows : self.num_rows + len(scaled)] = scaled
         else:
-            self._file.seek(self.count * self.num_features * 2)
+            self._file.seek(self.num_rows * self.num_features * BYTES_PER_VALUE)
             scaled.half().cpu().numpy().tofile(self._file)
-        self.count += len(scaled)
+        self.num_rows += len(scaled)
 
-    def _open(self, first: Tensor) -> None:
-        """Decide scale and place by the first rows."""
-        self.num_features = first.shape[1]
-        largest = float(first.abs().max())
-        limit = torch.finfo(torch.float16).max / HEADROOM
-        self.scale = 2.0 ** math.floor(math.log2(limit / largest)) if largest > 0 else 1.0
-        size = self.capacity * self.num_features * 2
-        if size <= self.memory:
-            self._rows = torch.empty(self.capacity, self.num_features, dtype=torch.float16, device=self.device)
+    def _allocate(self, first_rows: Float[Tensor, "m F"]) -> None:
+        """Choose the scale by the first rows and allocate `max_rows`, in memory or, above `memory_limit`, in the scratch file."""
+        self.num_features = first_rows.shape[1]
+        largest = float(first_rows.abs().max())
+        self.scale = 2.0 ** math.floor(math.log2(FLOAT16_MAX / HEADROOM / largest)) if largest > 0 else 1.0
+        size = self.max_rows * self.num_features * BYTES_PER_VALUE
+        if size <= self.memory_limit:
+            self._rows = torch.empty(self.max_rows, self.num_features, dtype=torch.float16, device=self.device)
             return
         try:
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.scratch, buffering=0)  # noqa: SIM115  (closed by __exit__)
+            self.scratch_dir.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
             raise MapetError(
-                f"no scratch file in {self.scratch}: {error.strerror}; give another {option('out')} or more {option('memory_gb')}"
+                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror}; give another {option('out')} "
+                f"or more {option('memory_gb')}"
             ) from None
-        free = shutil.disk_usage(self.scratch).free
+        free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
             raise MapetError(
-                f"the features of {self.capacity:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} {self.memory / 1e9:.3g} "
-                f"and than the {free / 1e9:.3g} GB free in {self.scratch}: give {option('out')} on another disk, more {option('memory_gb')} "
-                f"or fewer {option('patches_per_code')}"
+                f"the features of {self.max_rows:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} "
+                f"{self.memory_limit / 1e9:.3g} and than the {free / 1e9:.3g} GB free in {self.scratch_dir}: give {option('out')} on "
+                f"another disk, more {option('memory_gb')} or fewer {option('patches_per_code')}"
             )
-        preallocate(self._file, size, self.scratch)
-        log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch)
+        preallocate(self._file, size, self.scratch_dir)
+        log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch_dir)
 
-    def blocks(self, rows: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
-        """(index of the first row, float32 rows), in order; each block overwrites the one before."""
-        shape = min(rows, self.count), self.num_features
-        buffer = torch.empty(shape, device=self.device)
-        read = torch.empty(shape, dtype=torch.float16)
-        for start in range(0, self.count, rows):
-            count = min(rows, self.count - start)
-            half = self._read(start, read[:count]) if self._rows is None else self._rows[start : start + count]
-            yield start, buffer[:count].copy_(half).mul_(1 / self.scale)
+    def blocks(self, block_size: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
+        """Yield (index of the block's first row, float32 rows) in order; each block overwrites the one before.
+
+        Args:
+            block_size: rows of a block; the last one may have fewer.
+        """
+        buffer = torch.empty(min(block_size, self.num_rows), self.num_features, device=self.device)
+        for start in range(0, self.num_rows, block_size):
+            rows = self._read(start, min(block_size, self.num_rows - start))
+            yield start, buffer[: len(rows)].copy_(rows).mul_(1 / self.scale)
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
-        """The float32 rows at `indices`."""
-        return self._take(indices).float() / self.scale
-
-    def select(self, indices: Int[Tensor, " m"]) -> "FeatureStore":
-        """A store of the rows at `indices` alone, in memory whatever their size."""
-        part = FeatureStore(len(indices), self.memory, self.scratch, self.device)
-        part.count, part.num_features, part.scale = len(indices), self.num_features, self.scale
-        part._rows = self._take(indices)
-        return part
-
-    def _take(self, indices: Tensor) -> Tensor:
+        """Return the rows at `indices` as a new float32 tensor on `device`."""
         if self._rows is not None:
-            return self._rows[indices.to(self.device)]
-        rows = torch.empty(len(indices), self.num_features, dtype=torch.float16)
-        for place, index in enumerate(indices.tolist()):
-            self._read(index, rows[place : place + 1])
-        return rows.to(self.device)
+            rows = self._rows[indices.to(self.device)]
+        else:
+            rows = torch.empty(len(indices), self.num_features, dtype=torch.float16)
+            for position, index in enumerate(indices.tolist()):
+                rows[position : position + 1] = self._read(index, 1)
+        return rows.to(self.device).float() / self.scale
 
-    def _read(self, start: int, into: Tensor) -> Tensor:
-        """Rows from `start` on. Read, not mapped: a map of the whole file would count as this process's memory."""
-        self._file.seek(start * self.num_features * 2)
-        if self._file.readinto(into.numpy().data) != into.nbytes:
-            raise MapetError(f"the scratch file in {self.scratch} ends too early: is that disk in order?")
-        return into
+    def _read(self, start: int, count: int) -> Float[Tensor, "m F"]:
+        """Return `count` rows from index `start` on as they are held: float16, scaled, in memory or on the CPU from the file.
+
+        The file is read and not memory-mapped: a map of the whole file would count as this process's memory.
+        """
+        if self._file is None:
+            assert self._rows is not None
+            return self._rows[start : start + count]
+        self._file.seek(start * self.num_features * BYTES_PER_VALUE)
+        values = np.fromfile(self._file, np.float16, count * self.num_features)
+        return torch.from_numpy(values).view(count, self.num_features)
 
 
-def rows_at_once(device: torch.device) -> int:
-    """Points in a block: on a CPU their table of bfloat16 distances to 8192 centroids takes 32 MB; a GPU has more to do than to start."""
+def points_per_block(device: torch.device) -> int:
+    """Return how many points k-means processes at a time.
+
+    On a CPU the bfloat16 distances of a block to 8192 centroids then take 32 MB; a GPU needs larger blocks to be busy.
+    """
     return 2048 if device.type == "cpu" else 16384
 
 
 class DistributedPoints:
-    """A shard of features in each process, numbered through from the first process to the last.
+    """Points to cluster: each rank holds a shard in a `FeatureStore`, and a point's index counts from rank 0's first to the last rank's last.
 
-    Under the metric 'cosine' points are of unit length: there |x - c|^2 = 2 - 2 cos(x, c), so that the nearest centroid is
-    the same by L2 and by cosine, and only where centroids may lie tells the two apart (`project`). A point that is zero
-    stays zero, as near to one centroid as to another.
+    With the metric 'cosine' points are scaled to unit length. There |x - c|^2 = 2 - 2 cos(x, c), so that the nearest centroid is the
+    same by distance and by angle; the metrics differ only in where centroids may lie (`apply_metric`). A point that is zero stays
+    zero, equally near to all centroids.
 
     Attributes:
-        store: this process's features.
-        first: number of this process's first point.
+        store: this rank's features, unscaled.
+        first: index of this rank's first point.
+        total: number of points on all ranks.
     """
 
     def __init__(self, store: FeatureStore, metric: Metric = "l2") -> None:
         self.store, self.metric, self.device = store, metric, store.device
-        sizes = distributed.all_gather(torch.tensor(len(store))).tolist()
-        self.first, self._total = sum(sizes[: distributed.rank()]), sum(sizes)
+        counts = distributed.all_gather(torch.tensor(len(store))).tolist()
+        self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
     def __len__(self) -> int:
-        """Of all processes."""
-        return self._total
+        """Return the number of points on all ranks."""
+        return self.total
 
     @functools.cached_property
     def moments(self) -> tuple[Float[Tensor, " F"], float]:
-        """The mean of the points and their mean squared distance to it."""
-        shift = self.take(torch.tensor([0]))[0]  # near the mean, against cancellation
-        first, second = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        """Return the mean of all points and their mean squared distance to it; every rank reads its shard once."""
+        shift = self.take(torch.tensor([0]))[0]  # a point is near the mean: less cancellation in the sums
+        total, total_squared = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for _, block in self.blocks():
             block -= shift
-            first += block.sum(0).cpu()
-            second += float(torch.linalg.vector_norm(block, dim=1).square().sum())
-        mean = distributed.all_reduce(first) / len(self)
-        variance = distributed.broadcast(distributed.all_reduce(second) / len(self) - mean.square().sum())
+            total += block.sum(0).cpu()
+            total_squared += float(torch.linalg.vector_norm(block, dim=1).square().sum())
+        mean = distributed.all_reduce(total) / len(self)
+        variance = distributed.broadcast(distributed.all_reduce(total_squared) / len(self) - mean.square().sum())
         return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
 
-    def blocks(self, numbers: Int[Tensor, " m"] | None = None) -> Iterator[tuple[int, Float[Tensor, "r F"]]]:
-        """This process's points: (how many came before, the next `rows_at_once`), in order; each block may overwrite the last.
+    def blocks(self, indices: Int[Tensor, " m"] | None = None) -> Iterator[tuple[int, Float[Tensor, "b F"]]]:
+        """Yield (points yielded before, next `points_per_block` points) of this rank, in order; each block may overwrite the last.
 
         Args:
-            numbers: of the points to visit, ascending; None: all.
+            indices: points to visit, ascending, of any rank; None: all.
         """
-        rows = rows_at_once(self.device)
-        if numbers is None:
-            blocks = self.store.blocks(rows)
+        size = points_per_block(self.device)
+        if indices is None:
+            blocks = self.store.blocks(size)
         else:
-            own = self.local(numbers)
-            blocks = ((start, self.store.take(own[start : start + rows])) for start in range(0, len(own), rows))
+            rows = self.local_rows(indices)
+            blocks = ((start, self.store.take(rows[start : start + size])) for start in range(0, len(rows), size))
         for start, block in blocks:
-            yield start, self.project(block)
+            yield start, self.apply_metric(block)
 
-    def take(self, numbers: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
-        """The points with these numbers, whoever holds them, in every process."""
-        rows = torch.zeros(len(numbers), self.store.num_features, device=self.device)
-        rows[self._here(numbers).to(self.device)] = self.store.take(self.local(numbers))
-        return self.project(distributed.all_reduce(rows))
+    def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
+        """Return the points at `indices` on every rank, whichever rank holds them."""
+        points = torch.zeros(len(indices), self.store.num_features, device=self.device)
+        points[self._is_local(indices).to(self.device)] = self.store.take(self.local_rows(indices))
+        return self.apply_metric(distributed.all_reduce(points))
 
-    def local(self, numbers: Int[Tensor, " m"]) -> Int[Tensor, " o"]:
-        """Rows in this process's store of those of `numbers` that it holds."""
-        return numbers[self._here(numbers)] - self.first
+    def local_rows(self, indices: Int[Tensor, " m"]) -> Int[Tensor, " l"]:
+        """Return the rows in this rank's store of those points at `indices` that it holds."""
+        return indices[self._is_local(indices)] - self.first
 
-    def _here(self, numbers: Tensor) -> Tensor:
-        return (numbers >= self.first) & (numbers < self.first + len(self.store))
+    def _is_local(self, indices: Int[Tensor, " m"]) -> Bool[Tensor, " m"]:
+        return (indices >= self.first) & (indices < self.first + len(self.store))
 
-    def project(self, vectors: Float[Tensor, "m F"]) -> Float[Tensor, "m F"]:
-        """Points as they are clustered, or centroids where the metric lets them be; may overwrite `vectors`."""
+    def apply_metric(self, vectors: Float[Tensor, "m F"]) -> Float[Tensor, "m F"]:
+        """Scale points or centroids to unit length, in place, for 'cosine'; return them unchanged for 'l2'."""
         return vectors if self.metric == "l2" else normalize(vectors, dim=1, out=vectors)
 
 
-def stratified_sample(num_points: int, size: int, random: np.random.Generator) -> Int[Tensor, " size"]:
-    """Numbers of `size` different points, ascending: one at random from each of as many equal stretches.
+def stratified_sample(num_points: int, size: int, rng: np.random.Generator) -> Int[Tensor, " s"]:
+    """Return s = min(size, num_points) different indices below `num_points`, ascending: one drawn from each of s equal intervals.
 
-    Patches of an image are neighbors, and much alike: so few come from one image. All points if `size` is larger.
+    Patches of one image are consecutive and much alike: intervals keep the sample from taking many of one image.
     """
     size = min(size, num_points)
-    ends = np.arange(size + 1) * num_points // size
-    return torch.from_numpy(ends[:-1] + (random.random(size) * np.diff(ends)).astype(np.int64))
+    bounds = np.arange(size + 1) * num_points // size
+    return torch.from_numpy(bounds[:-1] + (rng.random(size) * np.diff(bounds)).astype(np.int64))

@@ -1,4 +1,4 @@
-"""K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may lie in several processes."""
+"""K-means in torch: full or mini-batch, L2 or spherical, over points that are streamed and may be spread over several ranks."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,170 +18,194 @@ from tqdm import tqdm
 from mapet import distributed
 from mapet.errors import Interrupted, MapetError, option
 from mapet.files import atomic_write, check_same_options, write_tensors
-from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, rows_at_once, stratified_sample
+from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, points_per_block, stratified_sample
 
+Init = Literal["random", "k-means++"]
 COLUMNS = 128
-"""Centroids are padded to a multiple of it, so that the search for the nearest vectorises."""
+"""The number of centroids is padded to a multiple of it, so that the search for the nearest one is vectorized."""
 TIE_TOLERANCE = 2.0**-18
-"""Float32 products of other shapes may differ by this share of the norms; distances closer than that are told apart in float64."""
-SAMPLE = 16
-"""DistributedPoints for each centroid that k-means++ chooses among."""
+"""Float32 products of other shapes differ by less than this fraction of the squared norms; closer distances are compared in float64."""
+CANDIDATES_PER_CLUSTER = 16
+"""Points per cluster among which k-means++ chooses."""
+DRAWS_PER_PASS = 128
+"""Points that k-means++ draws before it computes distances again."""
 SAVE_EVERY_S = 60
 """Seconds between checkpoints."""
 DEAD_AFTER = 10
-"""A mini-batch centroid is dead when so many times K points went by and it won none: one of average share wins so many."""
+"""A mini-batch centroid that won none of the last DEAD_AFTER x K points is dead; an average one would have won DEAD_AFTER of them."""
+DIGEST_ROWS = 1024
+"""Points whose values identify the data of a checkpoint."""
+MIN_PATCHES_PER_CODE, MAX_DEFAULT_VOCAB_SIZE = 64, 8192
+"""The default vocabulary has at least so many patches per code, and at most the paper's size."""
 
 
-class Distances:
+class HalfSquaredDistances:
     """Half the squared distances of points to fixed centroids, by one matrix product.
 
     |x - c|^2 / 2 = [x, |x|^2 / 2, 1] . [-c, 1, |c|^2 / 2]: with the norms as columns of the product the sum is rounded once,
-    relative to the distance itself. Each norm is split into three columns, whose sum bfloat16 holds as well as float32.
+    relative to the distance itself. Each norm takes three columns, whose sum holds it to float32 precision even in bfloat16.
+
+    Args:
+        centroids: (K, F).
+        dtype: float32 or bfloat16, the type of the product and of its result.
     """
 
     def __init__(self, centroids: Float[Tensor, "K F"], dtype: torch.dtype) -> None:
-        parts = _parts(_half_norms(centroids), dtype)
-        right = torch.cat([-centroids.to(dtype), torch.ones_like(parts), parts], 1)
+        norms = _split_in_three(_half_sq_norms(centroids), dtype)
+        right = torch.cat([-centroids.to(dtype), torch.ones_like(norms), norms], 1)
         self.right = pad(right, (0, 0, 0, -len(right) % COLUMNS))
-        self.right[len(right) :, -1] = torch.inf  # the padding is nobody's nearest
-        # Memory that is new to the process costs a CPU as much as a product: it is taken once.
-        rows = rows_at_once(centroids.device)
-        self.left = torch.ones(rows, self.right.shape[1], dtype=dtype, device=centroids.device)
-        self.table = torch.empty(rows, len(self.right), dtype=dtype, device=centroids.device)
+        self.right[len(right) :, -1] = torch.inf  # padding is infinitely far from every point
+        # Memory that is new to the process costs a CPU as much as a product: it is allocated once.
+        block_size = points_per_block(centroids.device)
+        self.left = torch.ones(block_size, self.right.shape[1], dtype=dtype, device=centroids.device)
+        self.table = torch.empty(block_size, len(self.right), dtype=dtype, device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> Float[Tensor, "n padded_K"]:
-        """The table of at most `rows_at_once` points; the next call overwrites it."""
+        """Return the distances of at most `points_per_block` points, padded with inf; the next call overwrites them."""
         count, width = points.shape
         left = self.left[:count]
         left[:, :width] = points
-        left[:, width : width + 3] = _parts(_half_norms(points), left.dtype)
+        left[:, width : width + 3] = _split_in_three(_half_sq_norms(points), left.dtype)
         return torch.mm(left, self.right.T, out=self.table[:count])
 
 
-def _half_norms(vectors: Float[Tensor, "n F"]) -> Float[Tensor, " n"]:
+def _half_sq_norms(vectors: Float[Tensor, "n F"]) -> Float[Tensor, " n"]:
     return torch.linalg.vector_norm(vectors, dim=1).square() / 2
 
 
-def _parts(values: Float[Tensor, " n"], dtype: torch.dtype) -> Tensor:
-    """(n, 3) numbers of `dtype` that add up to `values`."""
+def _split_in_three(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n 3"]:
+    """Return three numbers of `dtype` for each float32 value, whose sum is that value to float32 precision."""
     first = values.to(dtype)
     second = (values - first).to(dtype)
     return torch.stack([first, second, (values - first - second.float()).to(dtype)], 1)
 
 
-def nearest(table: Float[Tensor, "n padded_K"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The column with the smallest entry of each row, that entry and the second smallest.
+def find_nearest(
+    table: Float[Tensor, "n padded_K"],
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return, for each row of a table of distances, the column of the smallest one, that distance, and the second smallest.
 
-    In two steps, for torch reduces to a value with all of the CPU's lanes, to an index with one.
+    The columns are searched in two steps, as a grid of `COLUMNS` columns: torch finds the smallest value with all SIMD lanes of a
+    CPU, but its index with one.
+
+    Args:
+        table: non-negative distances; K is a multiple of `COLUMNS`.
     """
     dtype = table.dtype
     if dtype == torch.bfloat16:
-        table = table.view(torch.int16)  # distances are positive, and such numbers sort as their bits do: 8x as fast
-    table = table.view(len(table), table.shape[1] // COLUMNS, COLUMNS)
+        table = table.view(torch.int16)  # non-negative numbers sort as their bits do; integers are 8 times as fast
+    grid = table.view(len(table), table.shape[1] // COLUMNS, COLUMNS)
     rows = torch.arange(len(table), device=table.device)
-    smallest = table.amin(1)
-    column = smallest.argmin(1)
-    others = table[rows, :, column]
-    row = others.argmin(1)
-    best = smallest[rows, column]
-    smallest[rows, column] = others[rows, row] = torch.iinfo(torch.int16).max if dtype == torch.bfloat16 else torch.inf
-    second = torch.minimum(smallest.amin(1), others.amin(1))
-    return row * COLUMNS + column, best.view(dtype), second.view(dtype)
+    column_minima = grid.amin(1)
+    column = column_minima.argmin(1)
+    column_values = grid[rows, :, column]
+    row = column_values.argmin(1)
+    smallest = column_minima[rows, column]
+    # The second smallest is the smallest of the other columns, or of the other entries of that column.
+    excluded = torch.iinfo(torch.int16).max if dtype == torch.bfloat16 else torch.inf
+    column_minima[rows, column] = column_values[rows, row] = excluded
+    second = torch.minimum(column_minima.amin(1), column_values.amin(1))
+    return row * COLUMNS + column, smallest.view(dtype), second.view(dtype)
 
 
 class NearestCentroid:
     """The nearest centroid of each point: the one definition of a token.
 
-    A point's id depends on nothing but the point and the centroids: products of other shapes (a smaller batch) may differ
-    in their last bits, so points between two centroids are decided in float64, and ties go to the lower id.
+    A point's id depends on the point and the centroids alone: products of other shapes (a smaller batch) may differ in their last
+    bits, so points whose two nearest centroids are about equally far are decided in float64, and ties go to the lower id.
     """
 
     def __init__(self, centroids: Float[Tensor, "K F"]) -> None:
         self.mean = centroids.mean(0)
         self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
-        self.largest = 2 * _half_norms(self.centroids).max()
-        self.distances_to = Distances(self.centroids, torch.float32)
-        self.buffer = torch.empty(rows_at_once(centroids.device), centroids.shape[1], device=centroids.device)
+        self.max_sq_norm = 2 * _half_sq_norms(self.centroids).max()
+        self.half_sq_dist_to = HalfSquaredDistances(self.centroids, torch.float32)
+        self.buffer = torch.empty(points_per_block(centroids.device), centroids.shape[1], device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-        """Ids, and squared distances to these centroids."""
-        ids, distances = zip(*map(self._block, points.split(len(self.buffer))), strict=True)
-        return torch.cat(ids), torch.cat(distances)
+        """Return the ids of the nearest centroids and the squared distances to them."""
+        ids, sq_dist = zip(*map(self._assign_block, points.split(len(self.buffer))), strict=True)
+        return torch.cat(ids), torch.cat(sq_dist)
 
-    def _block(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def _assign_block(self, points: Float[Tensor, "b F"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+        """Assign at most `points_per_block` points; see `__call__`."""
         points = torch.sub(points, self.mean, out=self.buffer[: len(points)])
-        ids, half, second = nearest(self.distances_to(points))
-        unsure = (second - half <= TIE_TOLERANCE * (2 * _half_norms(points) + self.largest)).nonzero().squeeze(1)
-        if len(unsure):
-            ids[unsure] = self._assign_float64(points[unsure])
-        return ids, 2 * half.clamp_min(0)
+        ids, half_sq_dist, second = find_nearest(self.half_sq_dist_to(points))
+        tolerance = TIE_TOLERANCE * (2 * _half_sq_norms(points) + self.max_sq_norm)
+        undecided = (second - half_sq_dist <= tolerance).nonzero().squeeze(1)
+        if len(undecided):
+            ids[undecided] = self._assign_float64(points[undecided])
+        return ids, 2 * half_sq_dist.clamp_min(0)
 
-    def _assign_float64(self, points: Tensor) -> Int[Tensor, " n"]:
-        place = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
-        x, c = (tensor.to(place, torch.float64) for tensor in (points, self.centroids))
-        table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)
-        limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.largest))
-        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)  # the first of those that are equal
+    def _assign_float64(self, points: Float[Tensor, "m F"]) -> Int[Tensor, " m"]:
+        """Return the lowest of the ids whose float64 distances are equal up to rounding (1e-12 of the squared norms)."""
+        device = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
+        x, c = (tensor.to(device, torch.float64) for tensor in (points, self.centroids))
+        table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)  # half squared distances, less |x|^2 / 2
+        limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.max_sq_norm))
+        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)
 
 
-def assign(points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]) -> tuple[Tensor, Tensor]:
-    """(n,) nearest centroid of each point, and (n,) squared distances to it; see `NearestCentroid`."""
+def assign(
+    points: Float[Tensor, "n F"], centroids: Float[Tensor, "K F"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return the id of each point's nearest centroid and the squared distance to it; see `NearestCentroid`."""
     return NearestCentroid(centroids)(points)
 
 
 class KMeansResult(NamedTuple):
-    """Centroids and how they do.
+    """Centroids, and how they fit the points.
 
     Attributes:
-        centroids: (K, F).
-        counts: (K,) points of each.
+        counts: points of each cluster.
         mean_sq_dist: mean squared distance of the points to their nearest centroid.
         total_variance: mean squared distance of the points to their mean.
     """
 
-    centroids: Tensor
-    counts: Tensor
+    centroids: Float[Tensor, "K F"]
+    counts: Int[Tensor, " K"]
     mean_sq_dist: float
     total_variance: float
 
 
 class KMeansState(NamedTuple):
-    """K-means after a round.
+    """The state between two rounds; its fields are the entries of a checkpoint.
 
     Attributes:
-        rounds: done, of all runs.
-        error: mean squared distance of the round.
-        best_error: of the best run that is done; infinite before the first.
-        centroids: (K, F), less the points' mean.
-        best: (K, F) those of the best run.
-        visits: (K,) points that have moved each centroid, in mini-batches.
-        idle: (K,) points that went by since each won its last.
+        rounds: rounds done, of all runs.
+        error: mean squared distance in the last round.
+        best_error: that of the best finished run; inf before the first is finished.
+        centroids: centroids minus the mean of the points.
+        best: those of the best finished run.
+        visits: points that have moved each centroid since the run began, in mini-batches.
+        idle: points visited since each centroid last won one, in mini-batches.
     """
 
     rounds: int
     error: float
     best_error: float
-    centroids: Tensor
-    best: Tensor
-    visits: Tensor
-    idle: Tensor
+    centroids: Float[Tensor, "K F"]
+    best: Float[Tensor, "K F"]
+    visits: Int[Tensor, " K"]
+    idle: Int[Tensor, " K"]
 
 
 @dataclass(frozen=True)
 class KMeans:
-    """Lloyd's algorithm or its mini-batch form, run `n_init` times.
+    """Lloyd's algorithm or its mini-batch form, run `n_init` times from different first centroids.
 
     Attributes:
-        vocab_size: K, clusters.
+        vocab_size: K, number of clusters.
         max_iter: rounds of a run, at least one.
-        dtype: of the products while centroids move; bfloat16 is faster, at an error up to 0.2 % higher. Sums and means are
-            float32 (on CUDA added in no fixed order: repeats may differ in the last bits), counts and error those of the
-            exact float32 assignment at the end.
-        init: 'random' points, or 'k-means++': see `kmeans_plusplus_init`.
-        batch_size: how many points a round visits, of all ranks (Sculley 2010). The last round of a run visits all,
-            which puts each centroid in the middle of its points and says what the run's error is. None: all rounds do.
-        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); distances
-            are squared there, 2 - 2 cos.
+        n_init: runs, of which the one with the smallest error is kept.
+        dtype: float32 or bfloat16, type of the matrix products while centroids move; bfloat16 is faster, at an error up to 0.2 %
+            higher. Sums and means are float32 (on CUDA added in no fixed order: repeated fits may differ in the last bits); counts and
+            error of the result are those of the exact float32 assignment.
+        init: 'random' points, or 'k-means++'; see `kmeans_plusplus_init`.
+        batch_size: points that a round visits, on all ranks together (Sculley 2010). The last round of a run visits all points: it puts
+            each centroid at the mean of its cluster and measures the error of the run. None: every round visits all points.
+        metric: 'cosine' scales points and centroids to length 1 (spherical k-means, Dhillon & Modha 2001); squared distances are
+            2 - 2 cos there.
     """
 
     vocab_size: int
@@ -189,244 +213,277 @@ class KMeans:
     n_init: int = 1
     seed: int = 0
     dtype: torch.dtype = torch.float32
-    init: Literal["random", "k-means++"] = "random"
+    init: Init = "random"
     batch_size: int | None = None
     metric: Metric = "l2"
 
     def fit(self, points: FeatureStore | Float[Tensor, "n F"], checkpoint: Path | None = None) -> KMeansResult:
-        """Return the clusters of the best run.
+        """Cluster the points and return the clusters of the best run.
 
-        Beside a block of points it holds the ids' counts, the centroids a few times over and one number a point, so the
-        points may be larger than memory. In a process group each rank gives a shard of the points and makes the same call;
-        all return the same clusters, those of the points together.
+        Every rank of a process group calls it with its shard of the points; all return the same clusters, those of all shards together.
+        Memory holds a block of points, a few copies of the centroids and one number per point, so the points may be larger than memory.
 
         Args:
-            checkpoint: file that rank 0 saves the state to, each minute and on Ctrl-C, for the same call to resume
-                bit-exactly; all ranks must see it. It stays when the work is done.
+            points: this rank's shard, at least one point.
+            checkpoint: file that rank 0 saves the state to every `SAVE_EVERY_S` seconds and on Ctrl-C, and that the same call resumes
+                from, bit-exactly. All ranks must be able to read it. It is not removed at the end. None: nothing is saved.
 
         Raises:
             MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
+            Interrupted: Ctrl-C, after the state was saved.
         """
         if not int(distributed.all_gather(torch.tensor(len(points))).min()):
-            raise MapetError("k-means needs at least one point in each process")
-        data = DistributedPoints(points if isinstance(points, FeatureStore) else FeatureStore.of(points), self.metric)
+            raise MapetError(
+                "k-means needs at least one point in each process, but one has none: start fewer processes"
+            )
+        if not isinstance(points, FeatureStore):
+            points = FeatureStore.from_tensor(points)
+        data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
             raise MapetError(
                 f"V = {self.vocab_size:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
             )
-        nowhere = torch.zeros(self.vocab_size, data.store.num_features, device=data.device)
-        none = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
-        state = KMeansState(0, torch.inf, torch.inf, nowhere, nowhere, none, none)
-        call = asdict(self) | {"world_size": distributed.world_size()}
-        call["precision"] = str(call.pop("dtype"))
+        config = asdict(self) | {"world_size": distributed.world_size(), "precision": str(self.dtype)}
+        del config["dtype"]
+        centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
+        counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
+        state = KMeansState(0, torch.inf, torch.inf, centroids, centroids, counts, counts)
         if checkpoint:
-            call["points"] = _digest(data)
-            state = load_state(checkpoint, call, state)
-        saved, total = time.monotonic(), self.n_init * self.max_iter
+            config["points"] = _hash_points(data)
+            state = load_state(checkpoint, config, state)
+        saved_at, total = time.monotonic(), self.n_init * self.max_iter
         try:
             with tqdm(desc="k-means", total=total, initial=state.rounds, unit="round", disable=None) as bar:
                 while state.rounds < total:
                     state = self._next_round(data, state)
-                    if checkpoint and time.monotonic() - saved >= SAVE_EVERY_S:
-                        save_state(checkpoint, call, state)
-                        saved = time.monotonic()
+                    if checkpoint and time.monotonic() - saved_at >= SAVE_EVERY_S:
+                        save_state(checkpoint, config, state)
+                        saved_at = time.monotonic()
                     bar.set_postfix(error=f"{state.error:.4g}", refresh=False)
                     bar.update()
         except KeyboardInterrupt:
             if not checkpoint or not state.rounds:
                 raise
-            save_state(checkpoint, call, state)
-            rounds = f"{state.rounds} of {total} rounds of k-means"
-            raise Interrupted(f"interrupted; {rounds} are saved in {checkpoint}") from None
+            save_state(checkpoint, config, state)
+            raise Interrupted(f"{state.rounds} of {total} rounds of k-means are saved in {checkpoint}") from None
         return _evaluate(data, state.best)
 
     def _next_round(self, points: DistributedPoints, state: KMeansState) -> KMeansState:
-        """Move each centroid to its points, and those that win none to the worst served.
+        """Return the state after one more round: assign points to centroids, move the centroids, re-seed the dead ones.
 
-        Of all points, centroids become their clusters' means; of a batch, the means of the points that they have won so far:
-        the v-th moves a centroid by 1 / v of the way (Sculley's rate). The error is that of all points to the new centroids,
-        or of a batch to the old ones. Random choices depend on the seed and the number of rounds alone.
+        In a round over all points a centroid becomes the mean of its cluster, the error is that of all points to the moved centroids,
+        and a centroid without points is dead. In a mini-batch a centroid becomes the mean of the points that it has won so far in this
+        run (Sculley's learning rate of 1 / number of them), the error is that of the batch to the centroids before, and `DEAD_AFTER`
+        says which are dead. Random draws depend on the seed and the number of the round alone.
         """
-        mean, variance = points.moments
         run, round_of_run = divmod(state.rounds, self.max_iter)
+        is_last_round = round_of_run == self.max_iter - 1
+        mean, variance = points.moments
         _, _, best_error, centroids, best, visits, idle = state
         if round_of_run == 0:
             choose = random_init if self.init == "random" else kmeans_plusplus_init
             centroids = points.take(choose(points, self.vocab_size, self.seed, run)) - mean
             visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
-        is_last, batch = round_of_run == self.max_iter - 1, None
-        if not is_last and self.batch_size is not None and self.batch_size < len(points):
-            random = np.random.default_rng([self.seed, run, round_of_run])
-            batch = stratified_sample(len(points), self.batch_size, random)
-        distances_to = Distances(centroids, self.dtype)
-        sums, counts = torch.zeros_like(centroids), torch.zeros_like(visits)
-        num_visited = len(points.store) if batch is None else len(points.local(batch))
-        half_sq_dist = torch.empty(num_visited, dtype=self.dtype, device=centroids.device)
-        for start, block in points.blocks(batch):
-            block -= mean
-            ids, half_sq_dist[start : start + len(block)], _ = nearest(distances_to(block))
-            sums.index_add_(0, ids, block)
-            counts += torch.bincount(ids, minlength=len(centroids))
-        sums, counts = distributed.all_reduce(sums), distributed.all_reduce(counts)
+        batch = None
+        if not is_last_round and self.batch_size is not None and self.batch_size < len(points):
+            rng = np.random.default_rng([self.seed, run, round_of_run])
+            batch = stratified_sample(len(points), self.batch_size, rng)
+        sums, counts, half_sq_dist = _sum_clusters(points, centroids, batch, self.dtype)
         if batch is None:
-            moved = points.project(sums / counts.clamp_min(1)[:, None] + mean) - mean
-            # The sum of |x - c|^2 is that of |x|^2, which is known, less 2 x.c - |c|^2.
+            moved = points.apply_metric(sums / counts.clamp_min(1)[:, None] + mean) - mean
+            # The mean of |x - c|^2 is that of |x|^2, which is the variance, minus that of 2 x.c - |c|^2.
             explained = (2 * (sums * moved).sum(1) - counts * moved.square().sum(1)).sum() / len(points)
             error = variance - float(distributed.broadcast(explained))
             dead = counts == 0
         else:
             visits = visits + counts
             moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
-            moved = points.project(moved + mean) - mean
+            moved = points.apply_metric(moved + mean) - mean
             error = 2 * float(distributed.all_reduce(half_sq_dist.float().sum())) / len(batch)
             idle = torch.where(counts > 0, 0, idle + len(batch))
             dead = idle >= DEAD_AFTER * len(centroids)
         if num_dead := int(dead.sum()):
-            worst = _worst_points(points, half_sq_dist, num_dead, batch)
-            dead = dead.nonzero().flatten()[: len(worst)]
-            moved = moved.index_copy(0, dead, points.take(worst) - mean)
-            visits, idle = visits.index_fill(0, dead, 0), idle.index_fill(0, dead, 0)
+            farthest = _farthest_points(points, half_sq_dist, num_dead, batch)
+            reseeded = dead.nonzero().flatten()[: len(farthest)]
+            moved = moved.index_copy(0, reseeded, points.take(farthest) - mean)
+            visits, idle = visits.index_fill(0, reseeded, 0), idle.index_fill(0, reseeded, 0)
         centroids, error = distributed.broadcast(moved), max(0.0, error)
-        if is_last and error < best_error:
+        if is_last_round and error < best_error:
             best_error, best = error, centroids
         return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
 
 
-def _digest(points: DistributedPoints) -> str:
-    """Tells other points from these: by their number, moments and 1,024 rows."""
+def _sum_clusters(
+    points: DistributedPoints, centroids: Float[Tensor, "K F"], batch: Int[Tensor, " b"] | None, dtype: torch.dtype
+) -> tuple[Float[Tensor, "K F"], Int[Tensor, " K"], Float[Tensor, " n"]]:
+    """Assign points to their nearest centroids and sum each cluster.
+
+    Args:
+        centroids: minus the mean of the points.
+        batch: indices of the points to visit; None: all.
+        dtype: type of the matrix products.
+
+    Returns:
+        Sum of each cluster's points (minus their mean) and number of them, over all ranks; and half the squared distances of the n
+        visited points of this rank to their nearest centroids.
+    """
+    sums = torch.zeros_like(centroids)
+    counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
+    num_visited = len(points.store) if batch is None else len(points.local_rows(batch))
+    half_sq_dist = torch.empty(num_visited, dtype=dtype, device=centroids.device)
+    half_sq_dist_to = HalfSquaredDistances(centroids, dtype)
+    for start, block in points.blocks(batch):
+        block -= points.moments[0]
+        ids, half_sq_dist[start : start + len(block)], _ = find_nearest(half_sq_dist_to(block))
+        sums.index_add_(0, ids, block)
+        counts += torch.bincount(ids, minlength=len(centroids))
+    return distributed.all_reduce(sums), distributed.all_reduce(counts), half_sq_dist
+
+
+def _farthest_points(
+    points: DistributedPoints, half_sq_dist: Float[Tensor, " n"], count: int, batch: Int[Tensor, " b"] | None
+) -> Int[Tensor, " m"]:
+    """Return the indices of the visited points of all ranks that are farthest from their centroids, the farthest first.
+
+    Equally far points come in the order of their indices, so that all ranks return the same.
+
+    Args:
+        half_sq_dist: of this rank's visited points.
+        count: indices to return, or fewer if fewer points were visited.
+        batch: indices of the visited points; None: all.
+    """
+    local = half_sq_dist.float().sort(descending=True, stable=True)
+    rows = local.indices[:count].cpu()
+    indices = points.first + (rows if batch is None else points.local_rows(batch)[rows])
+    padding = (0, count - len(rows))  # every rank gathers `count` entries; -inf marks those that are none
+    distances = distributed.all_gather(pad(local.values[:count], padding, value=-torch.inf)).flatten()
+    num_points = min(count, int(distances.isfinite().sum()))
+    order = distances.sort(descending=True, stable=True).indices[:num_points]
+    return distributed.all_gather(pad(indices, padding)).flatten()[order.cpu()]
+
+
+def _evaluate(points: DistributedPoints, best: Float[Tensor, "K F"]) -> KMeansResult:
+    """Return the result for centroids that are given minus the mean of the points, by the exact assignment of all points."""
     mean, variance = points.moments
-    rows = points.take(stratified_sample(len(points), 1024, np.random.default_rng(0)))
+    centroids = points.apply_metric(best + mean)
+    assign_exactly = NearestCentroid(centroids)
+    counts, total = torch.zeros(len(centroids), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for _, block in points.blocks():
+        ids, sq_dist = assign_exactly(block)
+        counts += torch.bincount(ids, minlength=len(centroids)).cpu()
+        total += float(sq_dist.sum())
+    mean_sq_dist = float(distributed.all_reduce(total)) / len(points)
+    return KMeansResult(centroids, distributed.all_reduce(counts), mean_sq_dist, variance)
+
+
+def _hash_points(points: DistributedPoints) -> str:
+    """Return the sha256 of the points' number, moments and `DIGEST_ROWS` of them: other points almost surely have another one."""
+    mean, variance = points.moments
+    rows = points.take(stratified_sample(len(points), DIGEST_ROWS, np.random.default_rng(0)))
     content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
-    return hashlib.sha256(b"".join(part.tobytes() for part in content)).hexdigest()
+    return hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()
 
 
-def save_state(path: Path, call: dict[str, Any], state: KMeansState) -> None:
-    """Replace `path` by the state, as one safetensors file; rank 0 does."""
+def save_state(path: Path, config: dict[str, Any], state: KMeansState) -> None:
+    """Replace the checkpoint `path`, a safetensors file; only rank 0 writes it.
+
+    Args:
+        config: JSON values that identify the call; `load_state` compares them.
+    """
     if distributed.rank() > 0:
         return
-    values = state._asdict()
-    tensors = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in values.items() if name not in tensors}
+    tensors = {  # numbers as int64 or float64 scalars; tensors that share memory cannot be written
+        name: value.clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in state._asdict().items()
+    }
     with atomic_write(path) as temporary:
-        write_tensors(temporary, tensors, {"config": json.dumps(call), "numbers": json.dumps(numbers)})
+        write_tensors(temporary, tensors, {"config": json.dumps(config)})
 
 
-def load_state(path: Path, call: dict[str, Any], initial: KMeansState) -> KMeansState:
-    """Return the state that `path` holds, or `initial` if there is none.
+def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMeansState:
+    """Return the state that `path` holds, on the device of `initial`; `initial` if there is no such file.
+
+    Args:
+        config: what the checkpoint must have been saved with.
 
     Raises:
-        MapetError: it is damaged, of another call, or not the same for all ranks.
+        MapetError: the checkpoint is damaged, was saved with another config, or is not the same for all ranks.
     """
     state = initial
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name).to(initial.centroids.device) for name in file.keys()}  # noqa: SIM118
-            begun = dict(json.loads(metadata["config"]))
-            state = KMeansState(**json.loads(metadata["numbers"]), **tensors)
+                saved_config = dict(json.loads(file.metadata()["config"]))
+                tensors = [file.get_tensor(name).to(initial.centroids.device) for name in KMeansState._fields]
+            state = KMeansState(*(tensor if tensor.ndim else tensor.item() for tensor in tensors))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to begin again") from None
-        check_same_options(path, begun, call)
+            raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to restart the fit") from None
+        check_same_options(path, saved_config, config)
     distributed.check_same(state.rounds, path)
     return state
 
 
-def _worst_points(
-    points: DistributedPoints, distances: Float[Tensor, " n"], count: int, batch: Int[Tensor, " b"] | None
-) -> Int[Tensor, " m"]:
-    """Numbers of the `count` visited points of all processes that are farthest from their centroids; all, if they are fewer.
-
-    Of equals the first, so that all processes agree; each names its worst, filled up with nobody.
-    """
-    own = distances.float().sort(descending=True, stable=True)
-    worst = own.indices[:count].cpu()
-    numbers = points.first + (worst if batch is None else points.local(batch)[worst])
-    padding = (0, count - len(worst))
-    values = distributed.all_gather(pad(own.values[:count], padding, value=-torch.inf)).flatten()
-    order = values.sort(descending=True, stable=True).indices[: min(count, int(values.isfinite().sum()))]
-    return distributed.all_gather(pad(numbers, padding)).flatten()[order.cpu()]
-
-
-def _evaluate(points: DistributedPoints, best: Float[Tensor, "K F"]) -> KMeansResult:
-    """Count the points of each centroid, and measure their distances, by the exact assignment."""
-    mean, variance = points.moments
-    centroids = points.project(best + mean)
-    assign_exactly = NearestCentroid(centroids)
-    counts, total = torch.zeros(len(centroids), dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    for _, block in points.blocks():
-        ids, distances = assign_exactly(block)
-        counts += torch.bincount(ids, minlength=len(centroids)).cpu()
-        total += float(distances.sum())
-    mean_sq_dist = float(distributed.all_reduce(total)) / len(points)
-    return KMeansResult(centroids, distributed.all_reduce(counts), mean_sq_dist, variance)
-
-
 def random_init(points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
-    """Numbers of random points, to be the first centroids."""
-    generator = torch.Generator().manual_seed(seed * 1009 + restart)
+    """Return the indices of different random points, to be the first centroids; each restart of a seed draws others."""
+    generator = torch.Generator().manual_seed(seed * 1009 + restart)  # 1009: more than there are restarts
     return torch.randperm(len(points), generator=generator)[:num_clusters]
 
 
 def kmeans_plusplus_init(
     points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0
 ) -> Int[Tensor, " K"]:
-    """Numbers of points chosen by k-means++ (Arthur & Vassilvitskii, SODA 2007): each in proportion to D^2, its squared
-    distance to the nearest chosen before.
+    """Return the indices of points chosen by k-means++ (Arthur & Vassilvitskii, SODA 2007), to be the first centroids.
 
-    Chosen among all points, or `SAMPLE` times K random ones if there are more; exactly, but several in one pass by
-    rejection (the idea is Cohen-Addad et al.'s, arXiv 2012.11891): up to `COLUMNS` are drawn by the D^2 of the pass before, and
-    each is taken with the share of it that those just taken leave. A pass costs a product of the sample and the drawn, of
-    which nearly all are taken where K is large: the whole costs about a float32 round over the sample, 1/32 of a round over
-    fit-tokenizer's 512 points for each centroid. The sample is held in memory as float16: 16 K F numbers, 1 GB for 8192 x 4096.
+    Each point is chosen with probability proportional to D^2, its squared distance to the nearest point chosen before. The candidates
+    are all points, or `CANDIDATES_PER_CLUSTER` x K stratified ones if there are more. The choice is exact, but a pass over the
+    candidates serves several choices, by rejection (the idea of Cohen-Addad et al., arXiv 2012.11891): `DRAWS_PER_PASS` points are
+    drawn by the D^2 of the last pass, and each is accepted with the fraction of its D^2 that the points accepted since then leave.
+    Where K is large nearly all are accepted: the whole costs about one float32 round over the candidates, 1/32 of a round over
+    fit-tokenizer's 512 points per centroid. Every rank holds all candidates: 16 K F numbers in float32, 2 GB for 8192 x 4096.
 
-    If fewer points differ than there are centroids, the rest is chosen at random.
+    If there are fewer different points than centroids, the rest is chosen at random.
+
+    Args:
+        restart: number of the run; each run of a seed draws others.
     """
-    random = np.random.default_rng([seed, restart])
-    numbers = stratified_sample(len(points), SAMPLE * num_clusters, random)
-    sample = DistributedPoints(points.store.select(points.local(numbers)), points.metric)
-    taken = torch.from_numpy(random.integers(len(numbers), size=1))
-    shift = points.take(numbers[taken])[0]  # smaller norms: less cancellation
-    squared = _squared_distances(sample, shift, taken)
-    while len(taken) < num_clusters:
-        sums = squared.cumsum(0)
-        if sums[-1] == 0:
-            rest = torch.ones(len(numbers)).index_fill(0, taken, 0).nonzero().flatten()
-            more = torch.from_numpy(random.permutation(len(rest)))[: num_clusters - len(taken)]
-            taken = torch.cat([taken, rest[more]])
-            break
-        drawn = torch.searchsorted(sums, torch.from_numpy(random.random(COLUMNS)) * sums[-1], right=True)
-        drawn = drawn.clamp_max(len(numbers) - 1)
-        drawn = drawn[_accepted(sample.take(drawn), squared[drawn], random)][: num_clusters - len(taken)]
-        squared = torch.minimum(squared, _squared_distances(sample, shift, drawn))
-        taken = torch.cat([taken, drawn])
-    return numbers[taken]
+    rng = np.random.default_rng([seed, restart])
+    candidates = stratified_sample(len(points), CANDIDATES_PER_CLUSTER * num_clusters, rng)
+    rows = points.take(candidates)
+    sq_dist = torch.full((len(rows),), torch.inf, dtype=torch.float64)
+    chosen = accepted = torch.from_numpy(rng.integers(len(rows), size=1))  # indices into `candidates`
+    while len(chosen) < num_clusters:
+        sq_dist = torch.minimum(sq_dist, assign(rows, rows[accepted])[1].cpu().double()).index_fill_(0, chosen, 0)
+        cumulative = sq_dist.cumsum(0)
+        if cumulative[-1] == 0:  # every candidate equals a chosen one
+            unchosen = torch.ones(len(rows)).index_fill(0, chosen, 0).nonzero().flatten()
+            accepted = unchosen[torch.from_numpy(rng.permutation(len(unchosen)))]
+        else:
+            quantiles = torch.from_numpy(rng.random(DRAWS_PER_PASS)) * cumulative[-1]
+            drawn = torch.searchsorted(cumulative, quantiles, right=True).clamp_max(len(rows) - 1)
+            accepted = drawn[_accept(rows[drawn], sq_dist[drawn], rng)]
+        chosen = torch.cat([chosen, accepted])[:num_clusters]
+    return distributed.broadcast(candidates[chosen])  # ranks may round differently
 
 
-def _squared_distances(points: DistributedPoints, shift: Tensor, to: Int[Tensor, " m"]) -> Float[Tensor, " n"]:
-    """Of each point, on the CPU, to the nearest of the points `to`; zero if float32 cannot tell it from that."""
-    distances_to = Distances(points.take(to) - shift, torch.float32)
-    half = torch.zeros(len(points), device=points.device)
-    for start, block in points.blocks():
-        block -= shift
-        own = distances_to(block).amin(1)
-        start += points.first
-        half[start : start + len(block)] = own.masked_fill_(own <= TIE_TOLERANCE * _half_norms(block), 0)
-    return 2 * distributed.all_reduce(half).cpu().double().index_fill_(0, to, 0)
+def _accept(drawn: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.random.Generator) -> Bool[Tensor, " m"]:
+    """Return which of the points drawn in proportion to `sq_dist` k-means++ accepts, one after the other.
 
-
-def _accepted(drawn: Float[Tensor, "m F"], squared: Float[Tensor, " m"], random: np.random.Generator) -> Tensor:
-    """(m,) booleans: which of the points drawn in proportion to `squared` to take, one after the other."""
+    A point is accepted with probability D^2 / `sq_dist`, where D^2 also counts the points accepted before it in this call.
+    """
     rows = drawn.cpu().double()
-    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()  # equal points: 0
-    left, accepted = squared.numpy().copy(), np.zeros(len(rows), dtype=bool)
-    for index, limit in enumerate(random.random(len(rows)) * left):
-        if limit < left[index]:
+    # Computed from differences, not by a matrix product: the distance of equal points is exactly 0.
+    between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+    remaining, accepted = sq_dist.numpy().copy(), np.zeros(len(rows), dtype=bool)
+    for index, threshold in enumerate(rng.random(len(rows)) * remaining):
+        if threshold < remaining[index]:
             accepted[index] = True
-            np.minimum(left, between[index], out=left)
-    return distributed.broadcast(torch.from_numpy(accepted))
+            np.minimum(remaining, between[index], out=remaining)
+    return torch.from_numpy(accepted)
 
 
-def automatic_vocab_size(num_patches: int) -> int:
-    """The largest power of two that leaves 64 patches for each word, from 2 to the paper's 8192."""
-    return min(8192, max(2, 1 << max(1, (num_patches // 64).bit_length() - 1))) if num_patches > 1 else 1
+def default_vocab_size(num_patches: int) -> int:
+    """Return the largest power of two, from 2 to 8192, that leaves at least 64 patches per code; 1 for a single patch."""
+    if num_patches < 2:
+        return 1
+    exponent = (num_patches // MIN_PATCHES_PER_CODE).bit_length() - 1
+    return min(MAX_DEFAULT_VOCAB_SIZE, 2 ** max(1, exponent))

@@ -1,8 +1,8 @@
-"""The stages `fit-tokenizer` and `tokenize`: a quantizer fitted to a sample of patch features; the token ids of all images."""
+"""The stages `fit-tokenizer` and `tokenize`: fit a quantizer to a sample of patch features; write the token ids of all images."""
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,25 +25,25 @@ from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, format_size, option, pluralize
 from mapet.files import MANIFEST, create_output_dir
 from mapet.signals import stop_signals
-from mapet.tokenizers.feature_store import FeatureStore, rows_at_once
-from mapet.tokenizers.kmeans import KMeans, automatic_vocab_size
+from mapet.tokenizers.feature_store import FeatureStore, points_per_block
+from mapet.tokenizers.kmeans import KMeans, default_vocab_size
 from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_teacher, save_tokenizer
+from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, save_tokenizer, teacher_from_config
 
 log = logging.getLogger("mapet")
 RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
 """Options that are stored with the tokenizer."""
 NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
-"""Default number of stored views."""
+"""Option `views` -> default number of stored views."""
 
 
 class FitResult(NamedTuple):
-    """A quantizer and how it does on the patches it was fitted to.
+    """A quantizer, and how it fits the patches that it was fitted to.
 
     Attributes:
-        usage: number of patches that have each code.
+        usage: number of patches, of all ranks, that have each code.
         error: mean squared distance to the nearest centroid; None without centroids.
-        relative_error: `error` divided by the mean squared distance to the global mean.
+        relative_error: `error` divided by the mean squared distance to the mean of all features.
     """
 
     quantizer: Quantizer
@@ -53,58 +53,52 @@ class FitResult(NamedTuple):
 
 
 def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
-    """Fit a codebook to patch features of a sample of the images, and save the tokenizer in `config.out`.
+    """Fit a quantizer to patch features of a sample of the images, and save the tokenizer in `config.out`.
 
-    All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves.
+    All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves. K-means saves its state
+    beside `config.out`; after an interrupted fit `config.resume` resumes from it.
 
     Raises:
-        MapetError: options that contradict each other, an output folder in use, images or weights that cannot be had.
+        MapetError: options that contradict each other, an output folder in use, unreadable images, or weights that cannot be had.
     """
     create_output_dir(config.out, create=False)
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
         raise MapetError(
-            f"{checkpoint} holds an interrupted fit: go on with {option('resume', True)}, or delete it to begin again"
+            f"{checkpoint} holds an interrupted fit: give {option('resume', True)}, or delete it to restart"
         )
-    distributed.barrier()  # all have looked before one writes
+    distributed.barrier()  # every rank has checked before one writes
     compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
     if distributed.rank() == 0:
         warn_of_unused(images, config.channels, config.image_size)
-    teacher = make_teacher(
-        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_image_size,
-        config.teacher_layer, compute.precision, config.teacher_final_norm,
-    ).to(compute.device)  # fmt: skip
+    teacher = teacher_from_config(config, compute)
     num_patches = len(images) * math.prod(teacher.grid)
-    vocab_size, levels = _choose_vocabulary(config, teacher, num_patches)
+    vocab_size, levels = _choose_codes(config, teacher, num_patches)
     log.info(
         "%s images, %s patches, teacher %s at %s px in %s, V = %s",
-        f"{len(images):,}", f"{num_patches:,}", teacher.name, teacher.image_size, compute.precision, f"{vocab_size:,}",
+        f"{len(images):,}", f"{num_patches:,}", teacher.name, format_size(teacher.image_size), compute.precision, f"{vocab_size:,}",
     )  # fmt: skip
-    sample, max_rows = _local_sample(config, teacher, len(images), vocab_size)
-    spec = ViewSpec(image_size=config.image_size)
-    dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
-    unreadable = UnreadableImages(images, config.max_unreadable)
-    size = inference_batch_size(teacher.image_size)
-    batches = [[(0, index) for index in sample[start : start + size]] for start in range(0, len(sample), size)]
-    features = (
-        teacher.batch_features(batch, images, compute).permute(0, 2, 3, 1).flatten(0, 2)
-        for batch in readable_batches(dataset, batches, unreadable, "teacher features")
-    )
+    indices, max_patches = _local_sample(config, teacher, len(images), vocab_size)
+    features = _patch_features(config, teacher, images, indices, compute)
     if teacher.builtin_quantizer is not None:
+        fit_config = {}
         result = count_tokens(teacher.builtin_quantizer, features)
     else:
-        part = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
-        memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // part
-        with FeatureStore(max_rows, memory, config.out.parent, compute.device) as points:
+        fit_config = config.model_dump(mode="json", include=RECORDED)
+        # By default half of the free memory; a CPU's is divided among the ranks.
+        divisor = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
+        memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // divisor
+        with FeatureStore(max_patches, memory, config.out.parent, compute.device) as points:
             for rows in features:
                 points.append(rows)
             result = (
                 fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute.dtype, checkpoint)
             )
-    fit_config = {} if teacher.builtin_quantizer is not None else config.model_dump(mode="json", include=RECORDED)
-    fit_config |= {"images_hash": images.hash, "num_images": len(images), "num_patches": int(result.usage.sum())}
-    fit_config["mean_squared_distance"] = result.error
+    fit_config |= {
+        "images_hash": images.hash, "num_images": len(images), "num_patches": int(result.usage.sum()),
+        "mean_squared_distance": result.error,
+    }  # fmt: skip
     tokenizer = save_tokenizer(config.out, teacher, result.quantizer, result.usage, result.relative_error, fit_config)
     if distributed.rank() == 0:
         checkpoint.unlink(missing_ok=True)
@@ -119,96 +113,130 @@ def fit_kmeans(
     """Fit k-means centroids to the features, or to their first `config.pca_dim` principal components.
 
     Args:
-        dtype, checkpoint: as for `KMeans`.
+        points: this rank's features.
+        dtype: type of the matrix products, float32 or bfloat16.
+        checkpoint: file that k-means saves its state to and resumes from.
     """
-    projection = principal_components(points, config.pca_dim, whiten=False) if config.pca_dim else {}
     kmeans = KMeans(
         vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, config.kmeans_init, config.kmeans_batch_size,
         config.kmeans_metric,
     )  # fmt: skip
-    with FeatureStore(len(points), points.memory, points.scratch, points.device) as projected:
-        if projection:
-            for _, block in points.blocks(rows_at_once(points.device)):
+    projection = {}
+    with FeatureStore(len(points), points.memory_limit, points.scratch_dir, points.device) as projected:
+        if config.pca_dim:
+            projection = principal_components(points, config.pca_dim, whiten=False)
+            for _, block in points.blocks(points_per_block(points.device)):
                 projected.append(project(block, **projection))
-        centroids, usage, error, variance = kmeans.fit(projected if projection else points, checkpoint)
+            points = projected
+        centroids, usage, error, variance = kmeans.fit(points, checkpoint)
     quantizer = Quantizer({"kind": "nearest", "metric": config.kmeans_metric}, {"centroids": centroids, **projection})
     return FitResult(quantizer, usage, error, error / variance if variance > 0 else 0.0)
 
 
 def fit_fsq(points: FeatureStore, levels: Sequence[int]) -> FitResult:
-    """Fit whitened principal components, one for each number of levels (FSQ; LFQ where all levels are 2)."""
+    """Fit whitened principal components to this rank's features, one for each number of levels (FSQ; LFQ if all are 2)."""
     projection = principal_components(points, len(levels), whiten=True)
     quantizer = Quantizer({"kind": "scalar", "levels": list(levels)}, projection)
-    return count_tokens(quantizer, (block for _, block in points.blocks(rows_at_once(points.device))))
+    return count_tokens(quantizer, (block for _, block in points.blocks(points_per_block(points.device))))
 
 
 def count_tokens(quantizer: Quantizer, blocks: Iterable[Float[Tensor, "n F"]]) -> FitResult:
-    """Count how many patches, of all ranks, have each code of a quantizer."""
+    """Return a fitted quantizer with the number of patches, over the blocks of all ranks, that have each code."""
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     for block in blocks:
         usage += torch.bincount(quantizer(block), minlength=len(usage)).cpu()
     return FitResult(quantizer, distributed.all_reduce(usage))
 
 
-def _choose_vocabulary(config: FitTokenizerConfig, teacher: Teacher, num_patches: int) -> tuple[int, list[int] | None]:
-    """Return V, and the levels of FSQ or LFQ (None for k-means).
+def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int) -> tuple[int, list[int] | None]:
+    """Return V, and the levels of FSQ or LFQ (None for k-means or a built-in codebook).
+
+    Args:
+        num_patches: of all images; the default V depends on it.
 
     Raises:
-        MapetError: options for a codebook, but the teacher has one built in.
+        MapetError: options for a codebook, but the teacher has one built in; or LFQ and FSQ cannot make so few or so many codes.
     """
     if teacher.builtin_quantizer is not None:
-        words = teacher.builtin_quantizer.vocab_size
+        num_codes = teacher.builtin_quantizer.vocab_size
         if unused := non_default_options(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
-            flags = " and ".join(option(name) for name in unused)
-            raise MapetError(f"teacher '{config.teacher}' brings its own {words} words: leave out {flags}")
-        return words, None
-    vocab_size = config.vocab_size or automatic_vocab_size(num_patches)
+            names = " and ".join(option(name) for name in unused)
+            raise MapetError(f"teacher '{config.teacher}' has {num_codes} built-in codes: leave out {names}")
+        return num_codes, None
+    vocab_size = config.vocab_size or default_vocab_size(num_patches)
     if config.quantizer == "kmeans":
         return vocab_size, None
     levels = config.fsq_levels or list(levels_for(vocab_size, signs=config.quantizer == "lfq"))
     if config.vocab_size not in (None, math.prod(levels)):
         log.warning(
-            f"%s makes %d words, not %d: its levels are %s; {option('fsq_levels')} gives others",
+            f"%s uses %d codes, not {option('vocab_size')} %d: its levels are %s; to have others, give {option('fsq_levels')}",
             config.quantizer, math.prod(levels), config.vocab_size, " x ".join(map(str, levels)),
         )  # fmt: skip
     return math.prod(levels), levels
 
 
-def _local_sample(config: FitTokenizerConfig, teacher: Teacher, images: int, vocab_size: int) -> tuple[list[int], int]:
-    """Return this rank's images of the sample, and how many of their patches to keep.
+def _local_sample(
+    config: FitTokenizerConfig, teacher: Teacher, num_images: int, vocab_size: int
+) -> tuple[list[int], int]:
+    """Choose random images with at most `config.patches_per_code` patches per code in all, and return this rank's part of them.
 
-    Ranks have consecutive parts, so that all points together are in the order that one process would give them.
+    Ranks have consecutive parts, so that all patches together are in the order that one process would give them.
+
+    Returns:
+        Indices of this rank's images, and how many of their patches to use: of the last rank perhaps not all.
+
+    Raises:
+        MapetError: there are more ranks than images in the sample.
     """
     patches_per_image = math.prod(teacher.grid)
-    max_patches = min(config.patches_per_code * vocab_size, images * patches_per_image)
-    order = np.random.default_rng(config.seed).permutation(images).tolist()
-    sample = order[: -(-max_patches // patches_per_image)]
-    rank, number = distributed.rank(), distributed.world_size()
-    if len(sample) < number:
-        raise MapetError(f"{number} processes for {len(sample)} images: start fewer")
-    first, last = (len(sample) * part // number for part in (rank, rank + 1))
+    max_patches = min(config.patches_per_code * vocab_size, num_images * patches_per_image)
+    sample_size = math.ceil(max_patches / patches_per_image)
+    sample = np.random.default_rng(config.seed).permutation(num_images)[:sample_size].tolist()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if len(sample) < world_size:
+        raise MapetError(f"{world_size} processes for {len(sample)} images: start fewer processes")
+    first, last = len(sample) * rank // world_size, len(sample) * (rank + 1) // world_size
     return sample[first:last], min(max_patches, last * patches_per_image) - first * patches_per_image
 
 
+def _patch_features(
+    config: FitTokenizerConfig, teacher: Teacher, images: ImageList, indices: list[int], compute: ComputeContext
+) -> Iterator[Float[Tensor, "n F"]]:
+    """Yield the teacher's features of all patches of the images at `indices`, a batch of images at a time.
+
+    Unreadable images are left out; too many of them raise MapetError.
+    """
+    spec = ViewSpec(image_size=config.image_size)
+    dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
+    unreadable = UnreadableImages(images, config.max_unreadable)
+    size = inference_batch_size(teacher.image_size)
+    positions = [(0, index) for index in indices]  # view 0 of each image
+    batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+    for batch in readable_batches(dataset, batches, unreadable, "teacher features"):
+        yield teacher.batch_features(batch, images, compute).permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def _warn_if_interpolated(teacher: Teacher) -> None:
-    """Name the size of the teacher's views that would give the student's grid, if there is one."""
+    """Warn if the teacher's feature map is interpolated to the student's grid, and name the view size that would avoid it.
+
+    There is such a size if the teacher's patch size, the view's side divided by the map's, is a whole number.
+    """
     if teacher.native_grid is None or teacher.native_grid == teacher.grid:
         return
-    sides, hint = list(zip(teacher.image_size, teacher.grid, teacher.native_grid, strict=True)), ""
-    if not any(side * wanted % given for side, wanted, given in sides):
-        size = option("teacher_image_size", *(side * wanted // given for side, wanted, given in sides))
-        hint = f": {size} would do without, if the teacher takes it"
+    sizes, hint = np.multiply(teacher.image_size, teacher.grid) / teacher.native_grid, ""
+    if (sizes % 1 == 0).all():
+        hint = f": {option('teacher_image_size', *map(int, sizes))} would avoid it, if the teacher takes that size"
     grids = format_size(teacher.native_grid), format_size(teacher.grid)
     log.warning("the teacher's grid of %s is interpolated to the student's %s%s", *grids, hint)
 
 
 def tokenize(config: TokenizeConfig) -> TokenStore:
-    """Write the token ids of every image into `config.out`, a new store or one that was interrupted.
+    """Write the token ids of every image into `config.out`, a new store or one that was interrupted, and return it.
 
-    All ranks of a process group call it; each writes every n-th shard that is unfinished.
+    All ranks of a process group call it; each writes some of the unfinished shards.
 
     Raises:
-        Interrupted: a signal came; what is done is saved.
+        Interrupted: a signal stopped it; what was written is saved.
         MapetError: the store is of other images, another tokenizer or other views; too many images are unreadable.
     """
     compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
@@ -219,13 +247,14 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     store = _open_store(config, images, tokenizer)
     dataset = ViewDataset(images, store.view_spec, teacher.settings["channels"], teacher_size=teacher.image_size)
     unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))
-    work = _batches_to_do(store, max(1, inference_batch_size(teacher.image_size) // store.num_views))
+    work = _unfinished_batches(store, max(1, inference_batch_size(teacher.image_size) // store.num_views))
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
-    several = f" (process 1 of {distributed.world_size()})" if distributed.world_size() > 1 else ""
-    total, silent = sum(len(rows) for _, rows in work), None if work else True
+    rank, world_size = distributed.rank(), distributed.world_size()
+    title = f"tokenize (rank {rank} of {world_size})" if world_size > 1 else "tokenize"
+    hidden = None if work else True  # None: shown on a terminal
     with (
         stop_signals("saving after this batch") as stop,
-        tqdm(total=total, desc=f"tokenize{several}", unit="img", disable=silent) as bar,
+        tqdm(total=sum(len(rows) for _, rows in work), desc=title, unit="img", disable=hidden) as bar,
     ):
         for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
             unreadable.add(batch.unreadable)
@@ -250,25 +279,33 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
 
 
 def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer) -> TokenStore:
-    """Open the store to write to; rank 0 creates it, unless an unfinished one is resumed."""
+    """Open the token store `config.out` for writing; rank 0 creates it first, unless `config.resume` and it exists.
+
+    Raises:
+        MapetError: the folder is in use, or the store is of other images, another tokenizer or other views.
+    """
     size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
     spec = ViewSpec.from_config(config, size, config.seed)
     if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
         create_output_dir(config.out)
         TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
-    distributed.barrier()
+    distributed.barrier()  # the store exists
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
     if (store.view_spec, store.num_views) != (spec, num_views):
         raise MapetError(
-            f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, now asked for {num_views} "
-            f"{spec.model_dump()}: use the same options or a new {option('out')}"
+            f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, but now the options ask for "
+            f"{num_views} views {spec.model_dump()}: use the same options or a new {option('out')}"
         )
-    distributed.barrier()  # all have looked before one writes
+    distributed.barrier()  # every rank has checked before one writes
     return store
 
 
-def _batches_to_do(store: TokenStore, batch_size: int) -> list[tuple[TokenShard, range]]:
-    """Return (shard, rows of the store) of each batch that this rank has to write."""
+def _unfinished_batches(store: TokenStore, batch_size: int) -> list[tuple[TokenShard, range]]:
+    """Return the batches that this rank has to write, as (shard, rows of the store); every world_size-th unfinished shard is its own.
+
+    Args:
+        batch_size: rows of a batch; the last one of a shard may have fewer.
+    """
     shards = [shard for shard in store.shards if not shard.is_done][distributed.rank() :: distributed.world_size()]
     return [
         (shard, range(start, min(start + batch_size, shard.first + shard.count)))

@@ -1,9 +1,7 @@
-"""The tokenizer: a frozen teacher gives a feature for each patch, and a quantizer names it. On disk: safetensors and JSON."""
+"""The tokenizer: a frozen teacher computes a feature per patch, a quantizer maps it to a token id. On disk: safetensors and JSON."""
 
-import importlib
 import inspect
 import logging
-import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,48 +15,61 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mapet import distributed
-from mapet.config.shared import HUB_PREFIXES, is_custom_teacher
+from mapet import distributed, files
+from mapet.config.shared import HUB_PREFIXES, Size, is_custom_teacher
+from mapet.config.tokenizers import TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, did_you_mean, format_size, option
-from mapet.files import (
-    atomic_write,
-    canonical_hash,
-    check_format,
-    read_checksummed_json,
-    write_checksummed_json,
-    write_tensors,
-)
-from mapet.tokenizers import teachers
 from mapet.tokenizers.quantizers import Quantizer
+from mapet.tokenizers.teachers import custom, dalle
+from mapet.tokenizers.teachers.timm_model import TimmFeatures
+from mapet.tokenizers.vqkd import load_vqkd
 from mapet.weights import hash_weights
 
 log = logging.getLogger("mapet")
 CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
-OPTIONS = {
+OPTIONAL_SETTINGS = {
     "checkpoint": "teacher_checkpoint", "teacher_size": "teacher_image_size", "layer": "teacher_layer", "final_norm": "teacher_final_norm",
 }  # fmt: skip
-"""Settings that only some teachers use, and the names of their options."""
+"""Setting of `make_teacher` that only some teachers use -> the option that sets it."""
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "dalle": dalle.build, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd,
+}  # fmt: skip
+"""Name of a teacher -> the function that makes its encoder.
+
+The parameters of such a function, by name, are some of the arguments of `make_teacher` and `grid`, the student's (rows, columns); an
+option of a teacher that the function has no parameter for is refused. The encoder maps (B, C, h, w) floats in [0, 1] to features
+(B, F, rows, columns), and may have these attributes:
+
+    image_size   (h, w) of its input, pixels; without it, the student's
+    metadata     JSON values to record with the tokenizer; see `Teacher.metadata`
+    codebook     (K, F) tensor, if a token is the nearest code by cosine
+    num_logits   F, if the features are logits and a token is the largest of them
+"""
 
 
 class Teacher(nn.Module):
-    """A frozen encoder that gives features on the student's grid.
+    """A frozen encoder that computes a feature for each patch of the student's grid.
 
     Attributes:
         name: 'pixels', a timm model, 'package.module:function', ...
         image_size: (h, w) of the views it takes, pixels.
-        grid: (rows, columns) of the student's patches; other grids are interpolated to it.
-        native_grid: (rows, columns) that the encoder gave, once it has run.
-        settings: what made it, for the tokenizer's JSON; `make_teacher(**settings)` makes it again. Its precision is one of
-            them: in another one about 1 % of the patches get other tokens, so tokens are always computed in this one.
-        weights_hash: sha256 of its parameters, '' if it has none.
-        builtin_quantizer: names its features, if it has a codebook.
-        metadata: what else the tokenizer's JSON should say: mean and std of its input in [0, 1], prefix tokens that are dropped
-            and, of a VQ-KD tokenizer, the teacher and images it was learned from. Nothing is known of custom code.
+        grid: (rows, columns) of the student's patches; a feature map of another size is interpolated to it.
+        native_grid: (rows, columns) of the encoder's feature map; None before it has run.
+        settings: the arguments of `make_teacher` that make it again, as JSON values. They are written to the tokenizer's JSON and, but
+            for the checkpoint's path, enter its hash. One of them is the precision: in another one about 1 % of the patches get other
+            tokens, so tokens are always computed in this one.
+        weights_hash: sha256 of the encoder's parameters; '' if it has none.
+        builtin_quantizer: maps its features to tokens if the encoder has a codebook or logits; else None.
+        metadata: further facts for the tokenizer's JSON: mean and std of the input in [0, 1], number of prefix tokens dropped and, of a
+            VQ-KD tokenizer, the teacher and images it was learned from. Empty for custom code.
+
+    Args:
+        encoder: maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns); `BUILDERS` lists its optional attributes.
     """
 
     def __init__(self, encoder: nn.Module, settings: dict[str, Any]) -> None:
@@ -74,35 +85,39 @@ class Teacher(nn.Module):
         self.builtin_quantizer: Quantizer | None = None
         if num_logits := getattr(encoder, "num_logits", 0):
             self.builtin_quantizer = Quantizer({"kind": "argmax", "vocab_size": int(num_logits)}, {})
-        elif isinstance(codes := getattr(encoder, "codebook", None), Tensor):
-            codes = codes.detach().float()
-            self.builtin_quantizer = Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": codes})
-        # Convolutions are faster with channels last; other layers do not care.
+        elif isinstance(codebook := getattr(encoder, "codebook", None), Tensor):
+            centroids = codebook.detach().float()
+            self.builtin_quantizer = Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": centroids})
+        # Convolutions are faster with channels last; other layers are not affected.
         self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
-        """Compute features as float32 numbers, whatever the precision of the products, also within another autocast.
+        """Return the float32 features of images, on the student's grid.
+
+        The matrix products have the precision of `settings`, also within another autocast. Sets `native_grid`.
 
         Raises:
-            MapetError: the encoder returned something that is not a map of features, or a map that can't be of these patches.
+            MapetError: the encoder returned something that is not a feature map of these images, with at least two rows and columns
+                and about the aspect ratio of the images.
         """
         bfloat16 = self.settings["precision"] == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.encoder((images.float() / 255).contiguous(memory_format=torch.channels_last))
         if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[0] != images.shape[0]:
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise MapetError(
-                f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {shape} for {len(images)} images"
+                f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {found} for {len(images)} images: "
+                "change the function that returns it"
             )
         self.native_grid = rows, columns = features.shape[2], features.shape[3]
         height, width = self.image_size
-        # One feature for a whole image, or swapped rows and columns, would be interpolated silently.
-        single = min(rows, columns) < 2 <= min(self.grid)
-        if single or not 0.5 < (rows / columns) / (height / width) < 2:
+        # A single feature for the whole image, or swapped rows and columns, would be interpolated without any error.
+        is_single = min(rows, columns) < 2 <= min(self.grid)
+        if is_single or not 0.5 < (rows / columns) / (height / width) < 2:
             raise MapetError(
-                f"teacher '{self.name}' gave a grid of {rows} x {columns} for views of {height} x {width} px, to be named on "
-                f"{format_size(self.grid)} patches: it must be a map (batch, features, rows, columns) of the view"
+                f"teacher '{self.name}' returned a grid of {rows} x {columns} for views of {height} x {width} px and {format_size(self.grid)} "
+                "patches: it must return a feature map (batch, features, rows, columns) of the whole view"
             )
         features = features.float()
         if self.native_grid != self.grid:
@@ -112,93 +127,100 @@ class Teacher(nn.Module):
     def batch_features(
         self, batch: Batch, images: ImageList, compute: ComputeContext
     ) -> Float[Tensor, "B F rows columns"]:
-        """Compute the features of a batch's teacher views.
+        """Return the features of `batch.teacher_images`.
+
+        Args:
+            images: the list that the batch is from, to name an image in an error.
 
         Raises:
-            MapetError: a feature is NaN or infinite; the image is named.
+            MapetError: a feature is NaN or infinite.
         """
         assert batch.teacher_images is not None
         features: Tensor = self(compute.to(batch.teacher_images))
         if not features.isfinite().all():
-            bad = batch.image_index[~features.isfinite().flatten(1).all(dim=1).cpu()]
+            failed = batch.image_index[~features.isfinite().flatten(1).all(dim=1).cpu()]
             raise MapetError(
-                f"teacher '{self.name}' gave NaN or infinite features for {len(bad)} of {len(batch)} images, first "
-                f"{images.id(int(bad[0]))!r}: check its weights and the range of its input ([0, 1])"
+                f"teacher '{self.name}' gave NaN or infinite features for {len(failed)} of {len(batch)} images, first "
+                f"{images.id(int(failed[0]))!r}: check its weights and the range of its input ([0, 1])"
             )
         return features
 
 
+def teacher_from_config(config: TeacherOptions, compute: ComputeContext) -> Teacher:
+    """Return the teacher that a command's options choose, on the device and in the precision of `compute`; see `make_teacher`."""
+    teacher = make_teacher(
+        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_image_size,
+        config.teacher_layer, compute.precision, config.teacher_final_norm,
+    )  # fmt: skip
+    return teacher.to(compute.device)
+
+
 def make_teacher(
-    teacher: str,
-    student_size: tuple[int, int],
-    patch_size: int,
-    channels: int = 3,
-    checkpoint: str | None = None,
-    teacher_size: tuple[int, int] | None = None,
-    layer: int = -1,
-    precision: str = "float32",
-    final_norm: bool = False,
-) -> Teacher:
+    teacher: str, student_size: Size, patch_size: int, channels: int = 3, checkpoint: str | None = None,
+    teacher_size: Size | None = None, layer: int = -1, precision: str = "float32", final_norm: bool = False,
+) -> Teacher:  # fmt: skip
     """Create a teacher by name.
 
     Args:
-        teacher: a module of `mapet.tokenizers.teachers` ('pixels'; 'vqkd' and 'dalle', which have a built-in codebook); any timm
+        teacher: 'pixels', the patch's own pixels, which needs no weights; 'vqkd' or 'dalle', which have a built-in codebook; any timm
             model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
             encoder: a callable that maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
-        student_size: (H, W) of the student's input; with `patch_size` it fixes the grid.
-        checkpoint: a local weights file; without one timm downloads its own.
-        teacher_size: (h, w) of the views it takes; None: timm's own for that model, else the student's.
-        layer: which of timm's intermediate feature maps; -1 is the last.
+        student_size: (H, W) of the student's input, pixels; with `patch_size` it fixes the grid.
+        checkpoint: a local weights file; None: timm downloads its own.
+        teacher_size: (h, w) of the views it takes, pixels; None: timm's own for that model, else the student's.
+        layer: index of timm's intermediate feature map; -1 is the last.
         precision: of its matrix products, 'float32' or 'bfloat16'.
-        final_norm: apply timm's last normalization to the features (k-CLIP: not). Prefix tokens are always dropped.
+        final_norm: apply timm's last normalization to the features (k-CLIP does not). Prefix tokens are always dropped.
 
     Raises:
-        MapetError: unknown name, an option that this teacher does not use, missing or unsafe checkpoint, weights that
-            can't be had.
+        MapetError: unknown name, an option that this teacher does not use, or weights that are missing, unsafe or of another model.
     """
     settings: dict[str, Any] = {
         "teacher": teacher, "student_size": list(student_size), "patch_size": patch_size, "channels": channels, "checkpoint": checkpoint,
         "teacher_size": list(teacher_size) if teacher_size else None, "layer": layer, "precision": precision, "final_norm": final_norm,
     }  # fmt: skip
     build = _find_builder(teacher)
-    used = inspect.signature(build).parameters
+    parameters = inspect.signature(build).parameters
     defaults = inspect.signature(make_teacher).parameters
-    for name, flag in OPTIONS.items():
-        if name not in used and settings[name] != defaults[name].default:
-            raise MapetError(f"teacher '{teacher}' does not use {option(flag)}: leave it out")
+    for name, option_name in OPTIONAL_SETTINGS.items():
+        if name not in parameters and settings[name] != defaults[name].default:
+            raise MapetError(f"teacher '{teacher}' does not use {option(option_name)}: leave it out")
     grid = student_size[0] // patch_size, student_size[1] // patch_size
-    given = settings | {"grid": grid, "teacher_size": teacher_size and tuple(teacher_size)}
-    return Teacher(build(**{name: given[name] for name in used}), settings)
+    arguments = settings | {"grid": grid, "teacher_size": teacher_size and tuple(teacher_size)}
+    return Teacher(build(**{name: arguments[name] for name in parameters}), settings)
 
 
 def _find_builder(teacher: str) -> Callable[..., nn.Module]:
-    """Return `build` of the module that knows this name."""
-    modules = sorted({module.name for module in pkgutil.iter_modules(teachers.__path__)} - {"custom", "timm_model"})
-    known = timm.list_models()
+    """Return the function that makes the encoder of the teacher of this name.
+
+    Raises:
+        MapetError: the name is neither in `BUILDERS`, nor a timm model, nor 'package.module:function'.
+    """
+    timm_models = timm.list_models()
     if is_custom_teacher(teacher):
-        name = "custom"
-    elif teacher.startswith(HUB_PREFIXES) or teacher.split(".")[0] in known:
-        name = "timm_model"
-    elif (name := teacher) not in modules:
+        return custom.build
+    if teacher.startswith(HUB_PREFIXES) or teacher.split(".")[0] in timm_models:
+        return TimmFeatures
+    if teacher not in BUILDERS:
         raise MapetError(
-            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*modules, *known]) or '.'} "
-            f"Use {', '.join(map(repr, modules))}, a timm model or package.module:function"
+            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*BUILDERS, *timm_models]) or '.'} "
+            f"Use {', '.join(map(repr, BUILDERS))}, a timm model or package.module:function"
         )
-    return importlib.import_module(f"{teachers.__name__}.{name}").build
+    return BUILDERS[teacher]
 
 
 @dataclass(frozen=True)
 class CodebookStats:
-    """Use of a codebook by the patches it was fitted to.
+    """How the patches that a codebook was fitted to use its codes.
 
     Attributes:
         num_used_codes: codes that at least one patch has.
-        num_dead_codes: codes that none has.
-        perplexity: exp of the entropy of code usage; K when all are equally frequent, 1 when one takes all.
+        num_dead_codes: codes that no patch has.
+        perplexity: exp of the entropy of code usage: K if all codes are equally frequent, 1 if one takes all patches.
         top_code_fraction: fraction of patches that have the most frequent code: the majority baseline of predicting tokens.
-        quantization_error: mean squared distance to the centroid, divided by that to one global mean (0: exact, 1:
-            useless); None where there are no centroids.
-        num_patches: how many patches it was measured on.
+        quantization_error: mean squared distance to the nearest centroid, divided by that to the mean of all features (0: exact,
+            1: no better than the mean); None without centroids.
+        num_patches: number of patches.
     """
 
     num_used_codes: int
@@ -210,12 +232,14 @@ class CodebookStats:
 
     @classmethod
     def from_counts(cls, counts: Int[Tensor, " K"], quantization_error: float | None = None) -> "CodebookStats":
-        """Compute them from the number of patches that have each code."""
-        fractions, used = counts.double() / counts.sum(), int((counts > 0).sum())
+        """Compute the statistics from the number of patches that have each code."""
+        fractions, num_used = counts.double() / counts.sum(), int((counts > 0).sum())
         perplexity = float(torch.special.entr(fractions).sum().exp())
-        return cls(used, len(counts) - used, perplexity, float(fractions.max()), quantization_error, int(counts.sum()))
+        num_dead, top_fraction = len(counts) - num_used, float(fractions.max())
+        return cls(num_used, num_dead, perplexity, top_fraction, quantization_error, int(counts.sum()))
 
     def __str__(self) -> str:
+        """Return the statistics as a line of a log."""
         error = self.quantization_error
         return (
             f"{self.num_used_codes} of {self.num_used_codes + self.num_dead_codes} codes used ({self.num_dead_codes} dead), "
@@ -225,12 +249,13 @@ class CodebookStats:
 
 
 class Tokenizer(nn.Module):
-    """uint8 views -> token ids: the teacher's feature of each patch, quantized (k-CLIP in the paper).
+    """Maps uint8 views to token ids: the teacher's feature of each patch, quantized (k-CLIP in the paper).
 
     Attributes:
-        teacher: None when loaded for its description alone.
-        description: everything `visual_tokenizer.json` holds.
-        hash: identity of the codebook: quantizer, teacher and its weights.
+        teacher: None if loaded without it.
+        description: the content of `visual_tokenizer.json`.
+        hash: identity of the tokenizer: a sha256 over quantizer, teacher and their weights.
+        vocab_size: V, number of codes.
         grid: (rows, columns) of patches.
         student_size: (H, W) of the student's input, pixels.
     """
@@ -246,36 +271,31 @@ class Tokenizer(nn.Module):
         self.grid = tuple(description["grid"])
         self.student_size = tuple(description["teacher"]["student_size"])
 
-    @property
-    def centroids(self) -> Float[Tensor, "K d"] | None:
-        """Codes in the quantizer's space; None where it has no centroids."""
-        return self.quantizer.centroids
-
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Int[Tensor, "B rows columns"]:
-        """Compute the token ids of views rendered at `teacher.image_size`."""
+        """Return the token ids of views rendered at `teacher.image_size`."""
         assert self.teacher is not None, "loaded without its teacher"
         return self.quantize(self.teacher(images))
 
     def quantize(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
-        """Return the token id of each feature."""
-        flat = features.permute(0, 2, 3, 1)
-        return self.quantizer(flat.flatten(0, 2)).view(flat.shape[:3])
+        """Return the token id of each of the teacher's features."""
+        channels_last = features.permute(0, 2, 3, 1)
+        return self.quantizer(channels_last.flatten(0, 2)).view(channels_last.shape[:3])
 
 
 def save_tokenizer(
-    folder: Path, teacher: Teacher, quantizer: Quantizer, usage: Tensor, error: float | None, fit_config: dict[str, Any]
-) -> Tokenizer:
-    """Write the quantizer's tensors, the usage of codes and the description, all or nothing, as a new folder; rank 0 does.
+    folder: Path, teacher: Teacher, quantizer: Quantizer, usage: Int[Tensor, " K"], error: float | None, fit_config: dict[str, Any]
+) -> Tokenizer:  # fmt: skip
+    """Write the codebook and `visual_tokenizer.json` into a new folder, all or nothing, and return the tokenizer. Only rank 0 writes.
 
     Args:
-        usage: (K,) patches that have each code.
+        usage: number of patches that have each code.
         error: see `CodebookStats.quantization_error`.
-        fit_config: what the description is to say of the fit.
+        fit_config: JSON values that record how the quantizer was fitted; outside the hash.
     """
     stats = CodebookStats.from_counts(usage, error)
     log.info("codebook: %s", stats)
-    # The hash is over what decides tokens.
+    # The hash covers what determines the tokens.
     identity = {
         "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"},
         "weights_hash": teacher.weights_hash,
@@ -284,59 +304,72 @@ def save_tokenizer(
     }
     interpolated = teacher.native_grid not in (None, teacher.grid)
     description = identity | {
-        "format_version": FORMAT, "hash": canonical_hash(identity), "teacher": teacher.settings,
+        "format_version": FORMAT, "hash": files.canonical_hash(identity), "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size), "teacher_grid": list(teacher.native_grid or teacher.grid),
         "interpolation": "bilinear, antialiased" if interpolated else None, "teacher_metadata": teacher.metadata,
         "grid": list(teacher.grid), "vocab_size": quantizer.vocab_size, "feature_size": quantizer.num_features,
         "fit_config": fit_config, "codebook_stats": asdict(stats),
     }  # fmt: skip
     if distributed.rank() == 0:
-        with atomic_write(folder) as temporary:
+        with files.atomic_write(folder) as temporary:
             temporary.mkdir()
-            write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": usage})
-            write_checksummed_json(temporary / DESCRIPTION, description)
+            files.write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": usage})
+            files.write_checksummed_json(temporary / DESCRIPTION, description)
     return Tokenizer(teacher, quantizer, description)
 
 
 def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None) -> Tokenizer:
-    """Read a tokenizer. A weights file of its teacher is taken from where it was, else from the tokenizer's folder.
+    """Read a tokenizer that `save_tokenizer` wrote.
 
     Args:
         with_teacher: also make the teacher, which `forward` needs.
-        trusted_teacher: the 'package.module:function' that may be imported. A codebook from elsewhere could name any function,
-            so a custom encoder runs only if its name is given again.
+        trusted_teacher: the 'package.module:function' that may be imported and run. A tokenizer from elsewhere could name any
+            function, so a custom teacher is made only if its name is repeated here.
 
     Raises:
-        MapetError: not a tokenizer, damaged, its teacher is not to be had or has other weights than it was fitted with.
+        MapetError: `folder` holds no tokenizer or a damaged one, or its teacher is not trusted, cannot be made, or has other weights than
+            the quantizer was fitted with.
     """
-    description = read_checksummed_json(folder / DESCRIPTION, "tokenizer")
+    description = files.read_checksummed_json(folder / DESCRIPTION, "tokenizer")
     try:
-        check_format(description["format_version"], FORMAT, "tokenizer", folder)
+        files.check_format(description["format_version"], FORMAT, "tokenizer", folder)
         tensors = load_file(folder / CODEBOOK)
         del tensors["usage"]
         if hash_weights(tensors) != description["quantizer_hash"]:
             raise ValueError(f"the codebook is not the one that {DESCRIPTION} describes")
         tokenizer = Tokenizer(None, Quantizer(description["quantizer"], tensors), description)
-        settings = dict(description["teacher"])
+        settings, weights_hash = dict(description["teacher"]), description["weights_hash"]
         name = settings["teacher"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise MapetError(f"{folder}: damaged tokenizer ({error}); fit it again") from None
+        raise MapetError(f"{folder}: damaged tokenizer ({error}); run `mapet fit-tokenizer` again") from None
     if not with_teacher:
         return tokenizer
     if is_custom_teacher(name) and name != trusted_teacher:
         raise MapetError(
-            f"the tokenizer {folder} runs your own code '{name}'; to allow it, say {option('teacher')} {name}"
+            f"tokenizer {folder} runs your own code '{name}'; to allow it, give {option('trust_teacher', name)}"
         )
-    if (checkpoint := settings["checkpoint"]) and not Path(checkpoint).exists():
+    tokenizer.teacher = _load_teacher(folder, settings, weights_hash)
+    return tokenizer
+
+
+def _load_teacher(folder: Path, settings: dict[str, Any], weights_hash: str) -> Teacher:
+    """Make the teacher of the tokenizer in `folder`, and check its weights.
+
+    Args:
+        settings: its `Teacher.settings`. A checkpoint that is no longer at its path is looked for in `folder`.
+        weights_hash: that of the teacher that the quantizer was fitted with.
+    """
+    name, checkpoint = settings["teacher"], settings["checkpoint"]
+    if checkpoint and not Path(checkpoint).exists():
         settings["checkpoint"] = str(folder / Path(checkpoint).name)
         if not Path(settings["checkpoint"]).exists():
             raise MapetError(
                 f"the weights file of teacher '{name}' in {folder}, {checkpoint}, is not there: put it, or a link to it, into {folder}"
             )
-    tokenizer.teacher = make_teacher(**settings)
-    if tokenizer.teacher.weights_hash != description["weights_hash"]:
+    teacher = make_teacher(**settings)
+    if teacher.weights_hash != weights_hash:
         raise MapetError(
-            f"teacher '{name}' has other weights (sha256 {tokenizer.teacher.weights_hash[:12]}) than the codebook in {folder} was fitted "
-            f"with ({description['weights_hash'][:12]}): its tokens would be wrong. Put the right weights file there or fit again"
+            f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted with "
+            f"({weights_hash[:12]}): its tokens would be wrong. Put the right weights file there or fit again"
         )
-    return tokenizer
+    return teacher

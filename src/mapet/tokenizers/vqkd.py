@@ -1,14 +1,13 @@
-"""The tokenizer of BEiT v2 (VQ-KD, arXiv 2208.06366): a ViT whose patch features are unit vectors with a codebook of their own.
+"""The tokenizer of BEiT v2 (VQ-KD, arXiv 2208.06366): a ViT whose patch features are unit vectors, with a codebook of unit vectors.
 
-It is learned by regressing a teacher's features from its codes alone. Published files
-(`vqkd_encoder_base_decoder_3x768x12_clip` and its kin) and those that `train-tokenizer` makes are of one layout, which is the
-released code's:
+It is trained by regressing a teacher's features from the codes alone. Published files
+(`vqkd_encoder_base_decoder_3x768x12_clip` and the like) and those that `train-tokenizer` writes have one layout, that of BEiT v2's code:
 
-    encoder.*                    a ViT: class token, learned positions; its last norm is called fc_norm, and its attention has
-                                 q_bias and v_bias but none for keys, which would change no softmax
+    encoder.*                    a ViT with class token and learned positions; its last norm is called fc_norm, and its attention has
+                                 q_bias and v_bias but no bias of keys, which would not change the softmax
     encode_task_layer.{0,2}.*    linear, tanh, linear: to the codebook's few dimensions
     quantize.embedding.weight    the codes, unit vectors
-    quantize.*, decoder.*, decode_task_layer.*    of training alone
+    quantize.*, decoder.*, decode_task_layer.*    used in training alone
 """
 
 import math
@@ -23,6 +22,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.errors import MapetError, format_size, option
 from mapet.files import check_format, read_json
 from mapet.tokenizers.kmeans import KMeans
@@ -30,27 +30,32 @@ from mapet.weights import describe_mismatch, first_names, read_weights
 
 FORMAT = 1
 DESCRIPTION = "vqkd.json"
-"""Beside the file, where `train-tokenizer` made it."""
-HEAD_WIDTH = 64
-"""Numbers an attention head has, in every ViT that the layout is for: the weights themselves don't tell."""
+"""File beside the weights that `train-tokenizer` writes."""
+HEAD_DIM = 64
+"""Width of an attention head of every ViT in this layout: the weights do not tell it."""
 CODES = "quantize.embedding.weight"
-TRAINING_ONLY = ("quantize.", "decoder.", "decode_task_layer.", "teacher", "scaling", "loss")
-"""Beginnings of names that looking up codes has no use for."""
-ROWS = 2048
-"""Vectors at a time: their table of cosines with 8192 codes takes 64 MB."""
-WINDOW, PATIENCE = 10, 32
-"""Usage is averaged over as many steps as bring `PATIENCE` patches for each code, at least over `WINDOW`."""
-NO_VQKD = "not a VQ-KD tokenizer as BEiT v2 publishes them"
+TRAINING_ONLY = re.compile(r"quantize\.(?!embedding\.weight$)|decoder\.|decode_task_layer\.|teacher|scaling|loss")
+"""Matches names of weights that are not needed to find codes."""
+BLOCK_SIZE = 2048
+"""Vectors whose cosines with all codes are computed at a time: with 8192 codes they take 64 MB."""
+USAGE_MIN_STEPS, USAGE_PATCHES_PER_CODE = 10, 32
+"""The usage of codes is averaged over about as many steps as bring 32 patches per code, but at least over 10."""
+COMMITMENT_WEIGHT = 1.0
+"""Weight of the commitment loss: the paper's."""
+KMEANS_ROUNDS = 10
+"""Rounds of k-means for the first codes."""
+NOT_VQKD = "not a VQ-KD tokenizer as BEiT v2 publishes them"
 
 
 class VQKD(nn.Module):
-    """Images -> one unit vector a patch, to be named by the code with the largest cosine.
+    """Maps images to a unit vector per patch; a patch's token is the code with the largest cosine.
 
     Attributes:
         encoder: timm's ViT.
+        encode_task_layer: maps the ViT's tokens to the d dimensions of the codebook.
         codebook: (K, d) unit vectors.
         image_size: (h, w) of the images, pixels.
-        metadata: how it takes images, and what it was learned from if that is known (see `Teacher.metadata`).
+        metadata: mean and std of the input, number of prefix tokens dropped and, if it is known, 'learned_from' (see `load_vqkd`).
     """
 
     codebook: Tensor
@@ -58,22 +63,23 @@ class VQKD(nn.Module):
     def __init__(self, encoder: VisionTransformer, codebook: Float[Tensor, "K d"]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.encode_task_layer = task_layer(encoder.embed_dim, codebook.shape[1])
+        self.encode_task_layer = _make_task_layer(encoder.embed_dim, codebook.shape[1])
         self.register_buffer("codebook", F.normalize(codebook, dim=1))
         self.image_size: tuple[int, int] = tuple(encoder.patch_embed.img_size)
         half = [0.5] * encoder.in_chans
         self.metadata: dict[str, Any] = {"mean": half, "std": half, "prefix_tokens_dropped": encoder.num_prefix_tokens}
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B d rows columns"]:
-        """Unit vectors of images in [0, 1]. The task layer computes in its own precision, also within autocast.
+        """Return a unit vector for each patch of images in [0, 1], at least in float32.
+
+        The task layer computes in the dtype of its weights, also within autocast.
 
         Raises:
-            MapetError: images of another size.
+            MapetError: the images have another size than the encoder was made for.
         """
         if images.shape[2:] != self.image_size:
-            raise MapetError(
-                f"this VQ-KD tokenizer is for {format_size(self.image_size)} px, got {format_size(images.shape[2:])}"
-            )
+            sizes = f"for {format_size(self.image_size)} px, got {format_size(images.shape[2:])}"
+            raise MapetError(f"this VQ-KD tokenizer is {sizes}: give {option('image_size', *self.image_size)}")
         tokens = self.encoder.forward_features(2 * images - 1)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
             features = self.encode_task_layer(tokens.to(self.encode_task_layer[0].weight.dtype))
@@ -81,31 +87,37 @@ class VQKD(nn.Module):
         return F.normalize(features, dim=2).transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
 
     @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], source: object = "these weights") -> "VQKD":
-        """Sizes are those of the weights; images are square.
+    def from_beit2(cls, weights: Mapping[str, Tensor], source: object = "these weights") -> "VQKD":
+        """Make a model of square images from weights in the published layout, with the sizes that the weights have.
 
         Args:
-            source: what errors name.
+            weights: those of `TRAINING_ONLY` are ignored.
+            source: file name or the like, for errors.
 
         Raises:
-            MapetError: something is missing, too much, or of another shape.
+            MapetError: a weight is missing, unexpected, or of another shape.
         """
-        with torch.device("meta"):  # every number comes from the file
-            model = cls(_empty_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
-        unused = {name for name in weights if name.startswith(TRAINING_ONLY) and name != CODES}
-        given = {name: tensor.float() for name, tensor in weights.items() if name not in unused}
-        if mismatch := describe_mismatch(given, to_published(model.state_dict())):
-            raise MapetError(f"{source}: {NO_VQKD}: {mismatch}")
-        given[CODES] = F.normalize(given[CODES], dim=1)
-        model.load_state_dict(from_published(given), assign=True)
+        with torch.device("meta"):  # no memory: every value comes from `weights`
+            model = cls(_make_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
+        used = {name: tensor.float() for name, tensor in weights.items() if not TRAINING_ONLY.match(name)}
+        if mismatch := describe_mismatch(used, to_beit2_state_dict(model.state_dict())):
+            raise MapetError(f"{source}: {NOT_VQKD}: {mismatch}")
+        used[CODES] = F.normalize(used[CODES], dim=1)
+        model.load_state_dict(from_beit2_state_dict(used), assign=True)
         return model
 
 
-def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
-    """The tokenizer of a file: a published one, or one that `train-tokenizer` made.
+def load_vqkd(checkpoint: str | Path | None) -> VQKD:
+    """Read a VQ-KD tokenizer from a published file, or from one that `train-tokenizer` made.
+
+    `metadata["learned_from"]` of the model is a dict with teacher, teacher_weights_hash, teacher_metadata, images_hash and num_images
+    if there is a `vqkd.json` beside the file; else None.
+
+    Args:
+        checkpoint: None: the option was not given, which is an error.
 
     Raises:
-        MapetError: no such file, damaged, with code in it, or not a VQ-KD tokenizer.
+        MapetError: there is no such file, it is damaged, carries code, or is not a VQ-KD tokenizer.
     """
     if checkpoint is None:
         raise MapetError(f"a VQ-KD tokenizer comes from a file: give {option('teacher_checkpoint')} FILE")
@@ -117,21 +129,21 @@ def vqkd_encoder(checkpoint: str | Path | None) -> VQKD:
             learned_from = {name: content.get(name) for name in ("teacher", "teacher_weights_hash", "teacher_metadata")}
             learned_from |= {name: content["training"][name] for name in ("images_hash", "num_images")}
         except (ValueError, KeyError, TypeError) as error:
-            raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error})") from None
-    model = VQKD.from_weights(read_weights(checkpoint), checkpoint).eval()
+            raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error}); restore it or move it away") from None
+    model = VQKD.from_beit2(read_weights(checkpoint), checkpoint).eval()
     model.metadata["learned_from"] = learned_from
     return model
 
 
 def nearest_code(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
-    """The code with the largest cosine of each unit vector, in the vectors' own precision, also within autocast."""
+    """Return the code with the largest cosine of each unit vector, computed in the vectors' dtype, also within autocast."""
     with torch.autocast(features.device.type, enabled=False):
-        return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(ROWS)])
+        return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(BLOCK_SIZE)])
 
 
-def task_layer(width: int, out: int) -> nn.Sequential:
-    """Linear, tanh, linear: between a transformer and what it is to give."""
-    first, last = nn.Linear(width, width), nn.Linear(width, out)
+def _make_task_layer(width: int, out_features: int) -> nn.Sequential:
+    """Return linear, tanh, linear, initialized as in BEiT v2; the hidden layer has `width` units, too."""
+    first, last = nn.Linear(width, width), nn.Linear(width, out_features)
     for linear in (first, last):
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
@@ -139,65 +151,78 @@ def task_layer(width: int, out: int) -> nn.Sequential:
 
 
 def num_heads_for(width: int) -> int:
-    """Attention heads of a ViT of this width."""
-    return max(1, width // HEAD_WIDTH)
+    """Return the number of attention heads of a ViT of this width in the published layout."""
+    return max(1, width // HEAD_DIM)
 
 
-def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a state dict the released code's names. A bias of the keys is left out: it changes no output."""
+def to_beit2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the entries of a state dict of `VQKD` and of the decoder as BEiT v2's code does.
+
+    The bias of q, k and v is split, and that of the keys left out, as it does not change the output.
+    """
     weights: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith("attn.qkv.bias"):
             q, _, v = tensor.chunk(3)
             weights |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
-        else:
-            weights[CODES if name == "codebook" else re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name)] = tensor
+        elif name == "codebook":
+            weights[CODES] = tensor
+        else:  # the last norm of encoder and decoder
+            weights[re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name)] = tensor
     return weights
 
 
-def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Invert `to_published`."""
+def from_beit2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Invert `to_beit2_state_dict`; the bias of the keys is zero."""
     state = {}
     for name, tensor in weights.items():
         if name.endswith("attn.q_bias"):
             v = weights[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(v), v])
+        elif name == CODES:
+            state["codebook"] = tensor
         elif not name.endswith("attn.v_bias"):
-            state["codebook" if name == CODES else re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name)] = tensor
+            state[re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name)] = tensor
     return state
 
 
-def _empty_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransformer:
-    """The ViT that the weights are of, on the device of the context."""
+def _make_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransformer:
+    """Return a ViT of the sizes that weights in the published layout have, for square images, without these weights.
+
+    Args:
+        source: file name or the like, for errors.
+
+    Raises:
+        MapetError: a weight that tells a size, or the codebook, is missing; or the sizes contradict each other.
+    """
     try:
-        width, channels, patch, _ = weights["encoder.patch_embed.proj.weight"].shape
-        side = math.isqrt(weights["encoder.pos_embed"].shape[1] - 1)
-        depth = 1 + max(int(found[1]) for name in weights if (found := re.match(r"encoder\.blocks\.(\d+)\.", name)))
-        hidden, _ = weights["encoder.blocks.0.mlp.fc1.weight"].shape
-        codes, _ = weights[CODES].shape
-        ratio = (hidden + 0.5) / width  # timm rounds down
-        heads = num_heads_for(width)
+        width, channels, patch_size, _ = weights["encoder.patch_embed.proj.weight"].shape
+        grid_side = math.isqrt(weights["encoder.pos_embed"].shape[1] - 1)  # without the class token
+        blocks = [match for name in weights if (match := re.match(r"encoder\.blocks\.(\d+)\.", name))]
+        depth = 1 + max(int(block[1]) for block in blocks)
+        mlp_width, _ = weights["encoder.blocks.0.mlp.fc1.weight"].shape
+        _num_codes, _codebook_dim = weights[CODES].shape
         return VisionTransformer(
-            side * patch, patch, channels, 0, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=ratio
-        )
+            grid_side * patch_size, patch_size, channels, num_classes=0, embed_dim=width, depth=depth,
+            num_heads=num_heads_for(width), mlp_ratio=(mlp_width + 0.5) / width,  # timm rounds down
+        )  # fmt: skip
     except KeyError as error:
-        raise MapetError(
-            f"{source}: {NO_VQKD}: it has no {error.args[0]!r}, but {first_names(sorted(weights)) or 'nothing'}"
-        ) from None
+        names = first_names(sorted(weights)) or "nothing"
+        raise MapetError(f"{source}: {NOT_VQKD}: it has no {error.args[0]!r}, but {names}") from None
     except (ValueError, IndexError, ZeroDivisionError, AssertionError):
-        raise MapetError(f"{source}: {NO_VQKD}: its sizes don't fit together") from None
+        raise MapetError(f"{source}: {NOT_VQKD}: its sizes don't fit together; is it damaged?") from None
 
 
 class VQKDOutput(NamedTuple):
-    """What a batch gives.
+    """Losses and codes of a batch.
 
     Attributes:
-        loss: the reconstruction's and the commitment's, weighted.
+        loss: reconstruction + `COMMITMENT_WEIGHT` * commitment.
         reconstruction: 1 - cosine of the decoder's output and the teacher's features, mean over patches.
-        commitment: mean squared difference of an encoder output's numbers from its code's.
-        loss_per_image: without a gradient.
-        features: unit vectors of the patches, without a gradient.
-        codes: their codes.
+        commitment: mean squared difference between the encoder's outputs and their codes.
+        loss_per_image: without a gradient; each with the batch's commitment.
+        features: the encoder's outputs, unit vectors, without a gradient.
+        codes: index of each patch's code.
     """
 
     loss: Float[Tensor, ""]
@@ -211,138 +236,137 @@ class VQKDOutput(NamedTuple):
 class VQKDForTraining(nn.Module):
     """Encoder -> codes -> decoder -> the teacher's features.
 
-    Gradients pass from the decoder to the encoder as if there were no codes between (straight through); codes follow the
-    encoder by an exponential moving average, and one that hardly any patch has moves to where a patch is.
+    Gradients pass from the decoder to the encoder as if there were no codes between (straight-through estimator). Codes follow the
+    encoder by an exponential moving average; one that hardly any patch has becomes the feature of a random patch.
+
+    Attributes:
+        tokenizer: encoder and codebook.
+        decoder: a ViT as wide as the encoder, whose input is the grid of codes.
+        usage: (K,) moving average of the fraction of patches that have each code.
 
     Args:
-        encoder: a ViT of the published kind (class token, learned positions, 64 numbers a head).
-        vocab_size: K, codes.
-        code_dim: d, numbers of a code (the paper: 32).
-        feature_size: F, of the teacher.
-        decoder_depth: blocks of the decoder, as wide as the encoder's (the paper: 1 or 3).
-        decay: of the codes' moving average, a step (the paper: 0.99).
-        dead_code_threshold: a code whose moving share of the patches falls under this part of an even share is dead; 0: none is.
-        commitment_weight: of its loss (the paper: 1).
+        encoder: a ViT of the published kind: class token, learned positions, `HEAD_DIM` dimensions per attention head.
+        feature_size: F, width of the teacher's features.
+        config: vocab_size (not None), codebook_dim, decoder_depth, ema_decay and dead_code_threshold are used.
 
     Raises:
-        MapetError: the encoder is another kind of ViT, which the published layout has no names for.
+        MapetError: the encoder is another kind of ViT, which the published layout cannot hold.
     """
 
     usage: Tensor
 
-    def __init__(
-        self,
-        encoder: VisionTransformer,
-        vocab_size: int,
-        code_dim: int,
-        feature_size: int,
-        decoder_depth: int = 3,
-        decay: float = 0.99,
-        dead_code_threshold: float = 0.05,
-        commitment_weight: float = 1.0,
-    ) -> None:
+    def __init__(self, encoder: VisionTransformer, feature_size: int, config: TrainTokenizerConfig) -> None:
         super().__init__()
-        self.tokenizer = VQKD(encoder, torch.randn(vocab_size, code_dim))
+        assert config.vocab_size is not None
+        self.config = config
+        self.tokenizer = VQKD(encoder, torch.randn(config.vocab_size, config.codebook_dim))
         _check_layout(self.tokenizer)
-        width, grid = encoder.embed_dim, encoder.patch_embed.grid_size
         self.decoder = VisionTransformer(
-            grid, 1, code_dim, 0, embed_dim=width, depth=decoder_depth, num_heads=num_heads_for(width)
-        )
-        self.decode_task_layer = task_layer(width, feature_size)
-        self.register_buffer("usage", torch.full((vocab_size,), 1 / vocab_size))
-        self.decay, self.dead_code_threshold, self.commitment_weight = decay, dead_code_threshold, commitment_weight
+            encoder.patch_embed.grid_size, 1, config.codebook_dim, num_classes=0, embed_dim=encoder.embed_dim,
+            depth=config.decoder_depth, num_heads=num_heads_for(encoder.embed_dim),
+        )  # fmt: skip
+        self.decode_task_layer = _make_task_layer(encoder.embed_dim, feature_size)
+        self.register_buffer("usage", torch.full((config.vocab_size,), 1 / config.vocab_size))
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers leave as it is, beside biases and norms."""
+        """Return the names of parameters that timm's optimizers do not decay, beside biases and norms."""
         return {f"{vit}.{name}" for vit in ("tokenizer.encoder", "decoder") for name in ("cls_token", "pos_embed")}
 
     def forward(self, images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B F rows columns"]) -> VQKDOutput:
-        """
+        """Encode images, quantize, decode, and compare with the teacher's features.
+
         Args:
             images: in [0, 1].
-            targets: the teacher's features of the same views. One of length 0 (a black patch's pixels) counts 1 whatever
-                is predicted.
+            targets: the teacher's features of the same views. A feature of length 0 (a black patch's pixels) has a reconstruction loss of
+                1, whatever is predicted.
         """
         dtype = self.decoder.pos_embed.dtype
         features = self.tokenizer(images.to(dtype))
-        flat = features.detach().movedim(1, -1).flatten(0, 2)
-        codes = nearest_code(flat, self.tokenizer.codebook)
+        vectors = features.detach().movedim(1, -1).flatten(0, 2)
+        codes = nearest_code(vectors, self.tokenizer.codebook)
         quantized = self.tokenizer.codebook[codes].view_as(features.movedim(1, -1)).movedim(-1, 1)
         commitment = F.mse_loss(features, quantized)
-        prediction = self.decode((features + (quantized - features).detach()).to(dtype))
+        prediction = self.decode((features + (quantized - features).detach()).to(dtype))  # straight-through
         cosine = F.cosine_similarity(prediction.to(targets.dtype), targets, dim=1)
         reconstruction = 1 - cosine.mean()
-        loss = reconstruction + self.commitment_weight * commitment
-        each = 1 - cosine.detach().flatten(1).mean(1) + self.commitment_weight * commitment.detach()
-        flat, codes = (rows.unflatten(0, (len(images), -1)) for rows in (flat, codes))
-        return VQKDOutput(loss, reconstruction, commitment, each, flat, codes)
+        loss = reconstruction + COMMITMENT_WEIGHT * commitment
+        loss_per_image = 1 - cosine.detach().flatten(1).mean(1) + COMMITMENT_WEIGHT * commitment.detach()
+        vectors, codes = (rows.unflatten(0, (len(images), -1)) for rows in (vectors, codes))
+        return VQKDOutput(loss, reconstruction, commitment, loss_per_image, vectors, codes)
 
     def decode(self, quantized: Float[Tensor, "B d rows columns"]) -> Float[Tensor, "B F rows columns"]:
-        """The teacher's features, up to their length."""
+        """Predict the teacher's features from the codes of patches; only their direction matters to the loss."""
         tokens = self.decoder.forward_features(quantized)[:, self.decoder.num_prefix_tokens :]
         return self.decode_task_layer(tokens).transpose(1, 2).unflatten(2, quantized.shape[2:])
 
     @torch.no_grad()
     def init_codebook_kmeans(self, features: Float[Tensor, "n d"], seed: int = 0) -> None:
-        """Codes become the directions of k-means' centroids.
+        """Set the codes to the directions of k-means centroids of the encoder's outputs, and `usage` to their clusters' sizes.
 
         Raises:
-            MapetError: fewer vectors than codes.
+            MapetError: there are fewer features than codes.
         """
-        found = KMeans(len(self.usage), max_iter=10, seed=seed).fit(features.float())
-        self.tokenizer.codebook.copy_(F.normalize(found.centroids, dim=1))
-        self.usage.copy_(found.counts / len(features))
+        clusters = KMeans(len(self.usage), KMEANS_ROUNDS, seed=seed).fit(features.float())
+        self.tokenizer.codebook.copy_(F.normalize(clusters.centroids, dim=1))
+        self.usage.copy_(clusters.counts / len(features))
 
     @torch.no_grad()
     def ema_update_codebook(self, features: Float[Tensor, "n d"], codes: Int[Tensor, " n"]) -> Int[Tensor, ""]:
-        """One step of the moving averages, for each batch that is trained on.
+        """Update codebook and usage by the features of a training batch, then replace the dead codes; return how many were dead.
 
-            code_k  <- unit(decay * code_k + (1 - decay) * unit(mean of k's features)), if there are any
-            usage_k <- usage_k + (share of the patches that have code k - usage_k) / steps it is averaged over
+            code_k  <- unit(ema_decay * code_k + (1 - ema_decay) * unit(sum of the features that have code k)), if there are any
+            usage_k <- usage_k + (fraction of the patches that have code k - usage_k) / number of steps it is averaged over
 
-        A dead code then becomes the feature of a random patch and has an even share to begin with.
+        A code is dead if its usage is below `dead_code_threshold` / K. It becomes the feature of a random patch, with a usage of 1 / K.
 
-        Returns:
-            how many were dead.
+        Args:
+            features: the encoder's outputs, unit vectors.
+            codes: index of each feature's code.
         """
-        codebook, size = self.tokenizer.codebook, len(self.usage)
-        counts = torch.bincount(codes, minlength=size)
-        self.usage.lerp_(counts.to(self.usage) / len(codes), 1 / max(WINDOW, PATIENCE * size / len(codes)))
+        codebook, num_codes = self.tokenizer.codebook, len(self.usage)
+        counts = torch.bincount(codes, minlength=num_codes)
+        steps = max(USAGE_MIN_STEPS, USAGE_PATCHES_PER_CODE * num_codes / len(codes))
+        self.usage.lerp_(counts.to(self.usage) / len(codes), 1 / steps)
         sums = torch.zeros_like(codebook).index_add_(0, codes, features)
-        moved = F.normalize(codebook.lerp(F.normalize(sums, dim=1), 1 - self.decay), dim=1)
+        moved = F.normalize(codebook.lerp(F.normalize(sums, dim=1), 1 - self.config.ema_decay), dim=1)
         codebook.copy_(torch.where(counts[:, None] > 0, moved, codebook))
-        # Dead or not, every code has a patch drawn for it: nothing waits for the device to say how many there are.
-        dead = self.usage < self.dead_code_threshold / size
+        # A patch is drawn for every code, dead or not: so the CPU need not wait for the device to count the dead ones.
+        dead = self.usage < self.config.dead_code_threshold / num_codes
         order = torch.randperm(len(features), device=features.device)
-        drawn = features[order[torch.arange(size, device=features.device) % len(features)]]
+        drawn = features[order[torch.arange(num_codes, device=features.device) % len(features)]]
         codebook.copy_(torch.where(dead[:, None], drawn, codebook))
-        self.usage.masked_fill_(dead, 1 / size)
+        self.usage.masked_fill_(dead, 1 / num_codes)
         return dead.sum()
 
-    def weights(self) -> dict[str, Tensor]:
-        """All of it under the released code's names, so that its own loading takes it too."""
+    def beit2_state_dict(self) -> dict[str, Tensor]:
+        """Return all weights in the published layout, with the entries of training that BEiT v2's strict loading expects."""
         state = {name.removeprefix("tokenizer."): tensor for name, tensor in self.state_dict().items()}
         usage = state.pop("usage")
-        return to_published(state) | {
+        return to_beit2_state_dict(state) | {
             "quantize.cluster_size": usage, "quantize.embedding.cluster_size": usage.clone(),
             "quantize.embedding.embed_avg": state["codebook"].clone(), "quantize.embedding.initted": torch.ones(1, device=usage.device),
         }  # fmt: skip
 
 
 def _check_layout(tokenizer: VQKD) -> None:
-    """What is saved must load, and compute the same."""
-    vit = tokenizer.encoder
-    kind = f"the encoder must be a plain ViT with class token, learned positions and {HEAD_WIDTH} numbers a head"
-    heads = num_heads_for(vit.embed_dim)
-    if any(block.attn.num_heads != heads for block in vit.blocks):
-        raise MapetError(f"{kind}: give {option('model_args')} num_heads={heads} for embed_dim={vit.embed_dim}")
-    if len(set(tokenizer.image_size)) > 1 or len(set(vit.patch_embed.patch_size)) > 1:
-        raise MapetError(f"a VQ-KD tokenizer is for square images: give {option('image_size')} one number")
-    try:
-        loaded = VQKD.from_weights(to_published(tokenizer.state_dict()), "the encoder")
-    except MapetError as error:
-        raise MapetError(f"{kind}, as vit_tiny_patch16_224 is ({error})") from None
+    """Check that the tokenizer can be saved in the published layout and, loaded again, computes the same.
+
+    Raises:
+        MapetError: its encoder is another kind of ViT.
+    """
+    vit, reason = tokenizer.encoder, ""
+    num_heads = num_heads_for(vit.embed_dim)
+    same = all(block.attn.num_heads == num_heads for block in vit.blocks)
     image = torch.rand(1, vit.in_chans, *tokenizer.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        if not torch.allclose(loaded.eval()(image), tokenizer.eval()(image), atol=1e-5):
-            raise MapetError(f"{kind}, GELU and norms of eps 1e-6, as vit_tiny_patch16_224 is")
+    try:
+        loaded = VQKD.from_beit2(to_beit2_state_dict(tokenizer.state_dict()), "the encoder").eval()
+        with torch.no_grad():
+            same = same and torch.allclose(loaded(image), tokenizer.eval()(image), atol=1e-5)
+    except MapetError as error:
+        same, reason = False, f" ({error})"
+    if not same:
+        raise MapetError(
+            f"the encoder must be a plain ViT with class token, learned positions, heads of {HEAD_DIM} dimensions, GELU and norms of "
+            f"eps 1e-6, as vit_tiny_patch16_224 is: choose another {option('model')}, or give {option('model_args')} "
+            f"num_heads={num_heads} for embed_dim={vit.embed_dim}{reason}"
+        )

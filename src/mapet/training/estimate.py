@@ -18,7 +18,7 @@ from mapet.errors import MapetError, option, pluralize
 from mapet.models.backbone import create_vit, format_num_params, num_parameters, prepare_for_device
 from mapet.models.objectives import MAPET, num_context_from_ratio
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.tokenizers.kmeans import automatic_vocab_size
+from mapet.tokenizers.kmeans import default_vocab_size
 from mapet.tokenizers.tokenizer import load_tokenizer, make_teacher
 from mapet.training.metrics import format_duration
 from mapet.training.step import ForwardBackward
@@ -33,7 +33,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     sizes = config.image_size, config.patch_size, config.channels
     vit = create_vit(config.model, *sizes, config.model_args)
     num_patches, grid = vit.patch_embed.num_patches, tuple(vit.patch_embed.grid_size)
-    vocab_size = automatic_vocab_size(count * num_patches)
+    vocab_size = default_vocab_size(count * num_patches)
     teacher = make_teacher(config.teacher, *sizes, config.teacher_checkpoint, precision=compute.precision)
     teacher = teacher.to(compute.device)
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)

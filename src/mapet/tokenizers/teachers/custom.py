@@ -2,18 +2,25 @@
 
 import importlib
 import inspect
-from typing import Any
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
+from mapet.config.shared import Size
 from mapet.errors import MapetError, did_you_mean
 
 
-def build(teacher: str, checkpoint: str | None, teacher_size: tuple[int, int] | None) -> nn.Module:
-    """Import the function and call it with the checkpoint; it returns an encoder, a module or any callable.
+def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn.Module:
+    """Import the function that `teacher` names, call it with the checkpoint, and return the encoder that it returns.
+
+    Args:
+        teacher: 'package.module:function'. The function takes one argument and returns an `nn.Module` or another callable, which maps
+            (B, C, h, w) floats in [0, 1] to (B, F, rows, columns) and may have the attribute `image_size`.
+        checkpoint: passed to the function; None: the option was not given.
+        teacher_size: not used here; the parameter allows the option, which `Teacher` uses.
 
     Raises:
-        MapetError: no such function, or not one of one argument, or it returns something else.
+        MapetError: there is no such function, it does not take one argument, or it returns something that is not callable.
     """
     module_name, _, function_name = teacher.partition(":")
     try:
@@ -24,8 +31,8 @@ def build(teacher: str, checkpoint: str | None, teacher_size: tuple[int, int] | 
         ) from None
     function = getattr(module, function_name, None)
     if function is None:
-        near = did_you_mean(function_name, vars(module))
-        raise MapetError(f"teacher '{teacher}': {module_name} has no '{function_name}'{near}")
+        suggestion = did_you_mean(function_name, vars(module)) or ": check its name"
+        raise MapetError(f"teacher '{teacher}': {module_name} has no '{function_name}'{suggestion}")
     try:
         inspect.signature(function).bind(checkpoint)
     except TypeError:
@@ -39,8 +46,8 @@ def build(teacher: str, checkpoint: str | None, teacher_size: tuple[int, int] | 
 
 
 class CallableModule(nn.Module):
-    """A callable as a module."""
+    """An `nn.Module` whose forward is a given callable; it takes over its `image_size`, if there is one."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.forward, self.image_size = function, getattr(function, "image_size", None)

@@ -26,8 +26,8 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
-from mapet.tokenizers.kmeans import automatic_vocab_size
-from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
+from mapet.tokenizers.kmeans import default_vocab_size
+from mapet.tokenizers.tokenizer import CodebookStats, Teacher, teacher_from_config
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
 
@@ -56,10 +56,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
             MapetError: fewer patches than codes.
         """
         self.compute, self.config, images = compute, config, list_images(config.images)
-        self.teacher = make_teacher(
-            config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint,
-            config.teacher_image_size, config.teacher_layer, compute.precision, config.teacher_final_norm,
-        ).to(compute.device)  # fmt: skip
+        self.teacher = teacher_from_config(config, compute)
         spec, sizes = (
             ViewSpec.from_config(config, config.image_size, config.seed),
             (config.image_size, self.teacher.image_size),
@@ -68,7 +65,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         self.indices, self.hashes = np.arange(len(images)), {"images_hash": images.hash}
         self.num_patches = math.prod(self.teacher.grid)
         total_patches = self.num_patches * len(images)
-        self.num_counts = config.vocab_size or automatic_vocab_size(total_patches)
+        self.num_counts = config.vocab_size or default_vocab_size(total_patches)
         if self.num_counts > total_patches:
             raise MapetError(f"V = {self.num_counts} codes for {total_patches:,} patches: lower {option('vocab_size')}")
         self.config = config.model_copy(update={"vocab_size": self.num_counts})
@@ -87,9 +84,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         torch.manual_seed(config.seed)
         sizes = config.image_size, config.patch_size, config.channels
         encoder = create_vit(config.model, *sizes, config.model_args, config.drop_path)
-        codebook = config.ema_decay, config.dead_code_threshold
-        options = self.num_counts, config.codebook_dim, feature_size, config.decoder_depth
-        return prepare_for_device(VQKDForTraining(encoder, *options, *codebook), self.compute)
+        return prepare_for_device(VQKDForTraining(encoder, feature_size, config), self.compute)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -190,7 +185,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         if not folder.exists():
             with atomic_write(folder) as temporary:  # both or neither
                 temporary.mkdir()
-                write_tensors(temporary / "vqkd.safetensors", module.weights())
+                write_tensors(temporary / "vqkd.safetensors", module.beit2_state_dict())
                 write_json(temporary / DESCRIPTION, metadata)
         file = folder / "vqkd.safetensors"
         use = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
