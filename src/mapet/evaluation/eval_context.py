@@ -162,20 +162,20 @@ class EvalData:
         Raises:
             MetapetError: options do not fit these images.
         """
-        folder, test_folder = Path(config.images), None if config.test_images is None else Path(config.test_images)
+        root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
-            raise MapetError(f"{option('ood_images')} are matched by class folders, which {folder} has not")
+            raise MapetError(f"{option('ood_images')} are matched by class folders, which {root} has not")
         if config.annotations is not None:
-            boxes = datasets.detection_sets(folder, config.annotations, test_folder, config.test_annotations)
+            boxes = datasets.detection_sets(root, config.annotations, test_root, config.test_annotations)
             return cls(unlabeled(boxes[0].images), unlabeled(boxes[1].images), boxes=boxes)
         masks = datasets.segmentation_sets(
-            folder, config.seg_masks, test_folder, config.test_seg_masks, config.ignore_labels
+            root, config.seg_masks, test_root, config.test_seg_masks, config.ignore_labels
         )
         if masks is not None:
             return cls(unlabeled(masks[0].images), unlabeled(masks[1].images), masks=masks)
         if config.test_seg_masks is not None or config.ignore_labels:
-            need = option("seg_masks")
-            raise MapetError(f"{option('test_seg_masks')} and {option('ignore_labels')} need masks: {need}")
+            names = f"{option('test_seg_masks')} and {option('ignore_labels')}"
+            raise MapetError(f"{names} need masks: {option('seg_masks')}")
         images = list_images(config.images)
         if images.classes():
             ood = {name: datasets.labeled(list_images(source)) for name, source in config.ood_images.items()}

@@ -35,9 +35,8 @@ MAX_PAIRED = 4096
 """Images, at most, of which all pairs are compared for the uniformity."""
 NUM_QUERIES = 10
 """Test images in the figure of neighbors."""
-BETTER = {"rankme": ", higher is better", "effective_rank": ", higher is better"} | dict.fromkeys(
-    ("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better"
-)
+BETTER = dict.fromkeys(("rankme", "effective_rank"), ", higher is better")
+BETTER |= dict.fromkeys(("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better")
 """Which values of label-free metrics are better; the spread is best near 1. They show collapse, not what features are good for."""
 SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Default input sizes of `resolution`, as factors of the trained one."""
@@ -213,9 +212,8 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
     rows, views = _concatenate((rows, context.pooled(backbone, pixels)) for rows, pixels in batches)
     stats = feature_stats(features) | {"alignment": measure_alignment(features[rows], views)}
     over = f"{len(features):,} images"
-    return ProtocolResult(
-        {name: eval_context.MetricValue(v, over=f"{over}{BETTER.get(name, '')}") for name, v in stats.items()}
-    )
+    values = {k: eval_context.MetricValue(value, over=over + BETTER.get(k, "")) for k, value in stats.items()}
+    return ProtocolResult(values)
 
 
 def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
@@ -248,9 +246,8 @@ def cluster(context: EvalContext) -> ProtocolResult:
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
     scores = [clustering_scores(each, labels.numpy()) for each in clusters]
     minima = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
-    return ProtocolResult(
-        {f"cluster_{k}": eval_context.mean_over_seeds([each[k] for each in scores], low) for k, low in minima.items()}
-    )
+    means = {name: eval_context.mean_over_seeds([each[name] for each in scores], low) for name, low in minima.items()}
+    return ProtocolResult({f"cluster_{name}": mean for name, mean in means.items()})
 
 
 @protocol("images")
@@ -281,9 +278,8 @@ def ood(context: EvalContext) -> ProtocolResult:
     for name, labeled_set in context.data.ood.items():
         is_shared, data = shared_classes(labeled_set, classes, name)
         batches = backbone.batches(data.images, context.cache)
-        index, logits, features = _concatenate(
-            (rows, context.classify(backbone, pixels), context.pooled(backbone, pixels)) for rows, pixels in batches
-        )
+        parts = ((rows, context.classify(backbone, x), context.pooled(backbone, x)) for rows, x in batches)
+        index, logits, features = _concatenate(parts)
         labels = torch.from_numpy(data.labels)[index]
         neighbors = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
         votes = probes.knn_scores(context.train, len(classes), *neighbors)
@@ -330,8 +326,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
         raise MapetError(
-            f"{backbone.name} takes {backbone.channels} channels, corruptions need 1 (gray) or 3 (RGB): leave the protocol "
-            f"'corruptions' out of {option('protocols')}"
+            f"{backbone.name} takes {backbone.channels} channels, corruptions need 1 or 3: leave 'corruptions' out of {option('protocols')}"
         )
     clean = _is_correct(context, data, backbone)
     correct: dict[str, Float[Tensor, "5 n"]] = {}
