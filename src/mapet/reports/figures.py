@@ -1,11 +1,12 @@
-"""What a report shows of a run's newest weights: figures by name, and masked patches predicted step by step."""
+"""Figures of the tokens of a sample and of a run's newest weights, and the data of its step-through."""
 
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -20,11 +21,10 @@ from mapet.reports import plots
 from mapet.reports.page import image_uri
 
 log = logging.getLogger("mapet")
-COLUMNS = 32
-"""Mean patches in a row of the step-through's atlas."""
-SIDE = 384
-"""Largest side of its photographs."""
+MAX_SIDE = 384
+"""Pixels of the larger side of the step-through's images."""
 MAX_HEADS = 6
+"""Attention heads that are drawn."""
 
 
 def patches_and_tokens(sample: TokenSample) -> tuple[UInt8[Tensor, "n C h w"], Int[Tensor, " n"]]:
@@ -34,7 +34,7 @@ def patches_and_tokens(sample: TokenSample) -> tuple[UInt8[Tensor, "n C h w"], I
 
 
 def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
-    """Draw the token maps of the first `num_shown` images, and patches that share a token."""
+    """Draw the token maps of the first `num_shown` images, and patches that share a token; figures by name."""
     tokens = sample.ids[:num_shown].flatten(1)
     return {
         "token_maps": plots.plot_token_maps(sample.images[:num_shown], tokens, sample.grid, sample.vocab_size),
@@ -43,29 +43,36 @@ def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
 
 
 def plot_run(
-    look: ModelInspection, model: ViTForPreTraining, images: ImageList, compute: ComputeContext
+    inspected: ModelInspection, model: ViTForPreTraining, images: ImageList, compute: ComputeContext
 ) -> dict[str, Figure]:
-    """Draw what tokenizer and model make of a sample, and what the model's features find among all images."""
-    grid, shown, layout = look.sample.grid, look.images, model.layout()
-    figures = plot_tokens(look.sample, len(shown))
-    figures["attention_mask"] = plots.plot_attention_mask(
-        layout.attn_mask, layout.segment_lengths, model.objective.name
-    )
-    if look.logits is not None:
-        means = plots.mean_patches(*patches_and_tokens(look.sample), look.sample.vocab_size)
-        figures["predictions"] = plots.plot_predictions(shown, look.tokens, look.permutation, look.logits, means, grid)
-    if look.attention is not None:
-        attention = look.attention.unflatten(2, grid).numpy()
+    """Draw a run's figures, by name: what tokenizer and model make of a sample, and the nearest images of some images.
+
+    Args:
+        inspected: the sample's tokens, and the model's predictions, attention and features.
+        images: all images, among which the nearest ones are retrieved.
+        compute: where the model is.
+    """
+    sample, shown, layout = inspected.sample, inspected.images, model.layout()
+    mask, lengths = layout.attn_mask, layout.segment_lengths
+    figures = plot_tokens(sample, len(shown))
+    figures["attention_mask"] = plots.plot_attention_mask(mask, lengths, model.objective.name)
+    if inspected.logits is not None:
+        prototypes = plots.mean_patches(*patches_and_tokens(sample), sample.vocab_size)
+        figures["predictions"] = plots.plot_predictions(
+            shown, inspected.tokens, inspected.permutation, inspected.logits, prototypes, sample.grid
+        )
+    if inspected.attention is not None:
+        attention = inspected.attention.unflatten(2, sample.grid).numpy()
         heads = {f"head {head}": attention[:, head] for head in range(min(attention.shape[1], MAX_HEADS))}
         title = "Attention of the class token to the patches, last block"
         figures["cls_attention"] = plots.plot_maps(shown, {"mean": attention.mean(1), **heads}, title)
-    colors = pca_colors(look.features).reshape(len(shown), *grid, 3)
+    colors = pca_colors(inspected.features).reshape(len(shown), *sample.grid, 3)
     title = "Principal components of the patches' features as colors"
     figures["features"] = plots.plot_maps(shown, {"features": colors}, title)
     try:
         rows, classes, confusion = retrieve_images(model.vit, images, compute)
     except MapetError as error:
-        log.warning("no neighbors: %s", error)
+        log.warning("the figure of nearest images is left out: %s", error)
         return figures
     figures["neighbors"] = plots.plot_neighbors(rows, labeled=bool(classes))
     if confusion is not None:
@@ -73,43 +80,60 @@ def plot_run(
     return figures
 
 
-def step_through(look: ModelInspection, names: Sequence[str], objective: Objective) -> dict[str, Any]:
-    """JSON of the shown images: pixels, order, tokens, predictions; and the mean patch and color of each token among them.
+def step_through(inspected: ModelInspection, names: Sequence[str], objective: Objective) -> dict[str, Any]:
+    """Return the data of step_through.js, as JSON.
 
-    `atlas.codes` are the tokens; the i-th is tile i of the picture, row by row. Predictions are in order of rank.
+    Args:
+        names: of the shown images.
+
+    Returns:
+        "grid": rows, columns; "size": height, width in pixels; "hidden": number of masked patches, 0 if no tokens are
+        predicted; "sees_targets", "sees_positions": whether predictions attend to earlier targets, and to the positions of
+        patches not yet predicted; "images": see `_image_data`.
     """
-    hidden = 0 if look.logits is None else look.logits.shape[1]
-    images: list[dict[str, Any]] = []
-    for name, pixels, tokens, order in zip(names, look.images, look.tokens, look.permutation, strict=False):
-        picture = _image(pixels)
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        one = {"name": name, "src": image_uri(picture), "order": order.tolist(), "tokens": tokens.tolist()}
-        if look.logits is not None:
-            chance = look.logits[len(images)].float().softmax(-1)
-            sure, best = chance.max(-1)
-            true = chance.gather(1, tokens[order[-hidden:], None]).flatten()
-            shares = torch.stack([sure, true]).double().round(decimals=3).tolist()
-            one |= {"predicted": best.tolist(), "sure": shares[0], "chance": shares[1]}
-        images.append(one)
-    codes = sorted({code for one in images for code in (*one["tokens"], *one.get("predicted", ()))})
-    vocab_size = look.sample.vocab_size
-    means = plots.mean_patches(*patches_and_tokens(look.sample), vocab_size)[codes]
-    rows = -(-len(codes) // COLUMNS)
-    tiles = torch.full((rows * COLUMNS, *means.shape[1:]), plots.HIDDEN * 255)
-    tiles[: len(means)] = means
-    atlas = _image(plots.unpatchify(tiles, (rows, COLUMNS)).round().to(torch.uint8))
-    colors = (255 * plots.code_colors(vocab_size)[codes]).round().astype(int)
-    hexes = ["#{:02x}{:02x}{:02x}".format(*color) for color in colors.tolist()]
+    prototypes = plots.mean_patches(*patches_and_tokens(inspected.sample), inspected.sample.vocab_size)
     return {
-        "grid": list(look.sample.grid),
-        "size": list(look.images.shape[2:]),
-        "hidden": hidden,
+        "grid": list(inspected.sample.grid),
+        "size": list(inspected.images.shape[2:]),
+        "hidden": 0 if inspected.logits is None else inspected.logits.shape[1],
         "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
         "sees_positions": "mask" in objective.attends_to,
-        "images": images,
-        "atlas": {"src": image_uri(atlas), "columns": COLUMNS, "codes": codes, "colors": hexes},
+        "images": [_image_data(inspected, index, name, prototypes) for index, name in enumerate(names)],
     }
 
 
-def _image(pixels: UInt8[Tensor, "C H W"]) -> Image.Image:
-    return Image.fromarray((255 * plots.to_picture(pixels)).round().astype("uint8"))
+def _image_data(
+    inspected: ModelInspection, index: int, name: str, prototypes: Float[Tensor, "V C h w"]
+) -> dict[str, Any]:
+    """Return the data of one image of a step-through.
+
+    Args:
+        index: of the image among those shown.
+        prototypes: mean patch of each code, 0..255.
+
+    Returns:
+        "name"; "order" of the patch indices; "tokens" of the patches; data URIs: "src" the image, "true_src" its tokens as mean
+        patches, "colors_src" a pixel of each token's color. If tokens are predicted, for the masked patches in order: "predicted"
+        tokens, their probability "sure", that of the true token "chance"; and "predicted_src", the predicted tokens as mean patches.
+    """
+    grid, tokens, order = inspected.sample.grid, inspected.tokens[index], inspected.permutation[index]
+
+    def draw_tokens(tokens: Int[Tensor, " N"]) -> str:
+        return image_uri(plots.to_image(plots.unpatchify(prototypes[tokens], grid).round().to(torch.uint8)))
+
+    image = plots.to_image(inspected.images[index])
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    colors = plots.code_colors(inspected.sample.vocab_size)[tokens.view(grid).numpy()]
+    data = {
+        "name": name, "order": order.tolist(), "tokens": tokens.tolist(), "src": image_uri(image), "true_src": draw_tokens(tokens),
+        "colors_src": image_uri(Image.fromarray((255 * colors).round().astype(np.uint8))),
+    }  # fmt: skip
+    if inspected.logits is not None:
+        masked = order[-inspected.logits.shape[1] :]
+        probabilities = inspected.logits[index].float().softmax(-1)
+        sure, predicted = probabilities.max(-1)
+        chance = probabilities.gather(1, tokens[masked, None]).flatten()
+        sure, chance = torch.stack([sure, chance]).double().round(decimals=3)
+        data |= {"predicted": predicted.tolist(), "sure": sure.tolist(), "chance": chance.tolist()}
+        data["predicted_src"] = draw_tokens(tokens.scatter(0, masked, predicted))
+    return data

@@ -1,4 +1,4 @@
-"""What a run wrote of its metrics, and what they say that a user should know."""
+"""The metrics that a run recorded: their history, their final values, and warnings about the run's course."""
 
 import json
 import os
@@ -10,20 +10,21 @@ from pathlib import Path
 from statistics import fmean, median, median_high
 from typing import Any, NamedTuple
 
-from mapet.reports.render import number, percent, render_part
+from mapet.reports.render import format_number, format_percent, render_macro
 
-RECORDS = 8
-"""So many records before anything is said of a run's course."""
+MIN_RECORDS = 8
+"""Records that a run must have before its course is diagnosed."""
 EARLY = 0.1
-"""Share of the planned epochs that a run may take to leave the baselines."""
+"""Fraction of the planned epochs in which a run may stay at the baselines: warm-up is no failure."""
 FEW_STEPS = 1000
-"""Fewer, and what is not learned yet may only need more of them."""
-NEAR = 0.01
-"""So near to a baseline, an accuracy or a loss (as a share of it) has not left it."""
-
+"""Below so many steps the advice for a run at a baseline is to train longer."""
+NEAR_BASELINE = 0.01
+"""A token accuracy within 1 point of its baseline, or a loss within 1 % of it, counts as no better."""
+NUM_RECENT = 5
+"""Records whose mean is a metric's recent value."""
 
 Record = dict[str, float]
-"""A line: step, and metrics by name. Those that were not finite are left out."""
+"""A line of metrics.jsonl: the step, and the finite metrics by name."""
 
 
 class Series(NamedTuple):
@@ -32,18 +33,14 @@ class Series(NamedTuple):
     steps: list[float]
     values: list[float]
 
-    @property
-    def last(self) -> float:
-        return self.values[-1]
-
 
 @dataclass
 class History:
-    """The records of a run so far.
+    """The records of a run so far, read from its metrics.jsonl.
 
     Attributes:
-        generation: how often the file was begun anew (a run that resumes drops what came after its checkpoint); with it
-            all records before are void.
+        generation: how often the file was replaced by a shorter history, which voids all earlier records: a run that
+            resumes drops what came after its checkpoint.
     """
 
     path: Path
@@ -54,12 +51,17 @@ class History:
 
     @classmethod
     def read(cls, path: Path) -> "History":
+        """Read a metrics.jsonl; a missing file has no records."""
         history = cls(path)
         history.update()
         return history
 
     def update(self) -> None:
-        """Read what was added; a last line without an end is left for the next time. A file that isn't there has no records."""
+        """Read the lines added since the last call.
+
+        A last line without a newline is still being written, and is left for the next call. A file that was replaced (it has
+        another inode) or truncated is read from its start, and increments `generation`.
+        """
         try:
             file = self.path.open("rb")
         except OSError:
@@ -67,182 +69,211 @@ class History:
         with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
-                self.generation += bool(self._inode)
+                if self._inode:  # else this is the first read
+                    self.generation += 1
                 self.records, self._offset, self._inode = [], 0, status.st_ino
             file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(end)
-        self.records += filter(None, map(_record, whole.split(b"\n")))
+            complete_lines, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete_lines + newline)
+        self.records += [record for line in complete_lines.split(b"\n") if (record := _parse_record(line))]
 
     def __getitem__(self, name: str) -> Series:
-        """A metric's series, empty if it was never recorded."""
-        found = [record for record in self.records if name in record]
-        return Series([record["step"] for record in found], [record[name] for record in found])
+        """Return the series of a metric, empty if it was never recorded."""
+        records = [record for record in self.records if name in record]
+        return Series([record["step"] for record in records], [record[name] for record in records])
 
     @property
     def names(self) -> list[str]:
-        """Of all metrics, in order of appearance."""
+        """Names of all recorded metrics, in order of appearance."""
         return list(dict.fromkeys(name for record in self.records for name in record if name != "step"))
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """None before the first record that tells."""
-        known = (record["step"] / record["epoch"] for record in reversed(self.records) if record.get("epoch"))
-        return next(known, None)
+        """Steps of an epoch, by the newest record that has an epoch; None without one."""
+        ratios = (record["step"] / record["epoch"] for record in reversed(self.records) if record.get("epoch"))
+        return next(ratios, None)
 
-    def over_last_epoch(self, name: str) -> float:
-        """Mean of a recorded metric over as many steps as an epoch has: a record alone may be of a single step.
+    def last(self, name: str) -> float:
+        """Return the last value of a recorded metric."""
+        return self[name].values[-1]
 
-        Each record stands for the steps since the one before it.
+    def median(self, name: str) -> float:
+        """Return the median of a recorded metric (the upper one of an even number of values)."""
+        return median_high(self[name].values)
+
+    def mean_of_last_epoch(self, name: str) -> float:
+        """Return the mean of a recorded metric over the last epoch's steps.
+
+        Each record stands for the steps since the one before it, and is weighted by how many of them are in the last epoch.
         """
         steps, values = self[name]
-        start = steps[-1] - (self.steps_per_epoch or 0)
-        weights = [max(0.0, end - max(begin, start)) for begin, end in pairwise([0.0, *steps])]
+        epoch_start = steps[-1] - (self.steps_per_epoch or 0)
+        weights = [max(0.0, end - max(begin, epoch_start)) for begin, end in pairwise([0.0, *steps])]
         return fmean(values, weights) if any(weights) else values[-1]
 
 
-def _record(line: bytes) -> Record | None:
-    """None for what is no record: a line that a crash cut short."""
+def _parse_record(line: bytes) -> Record | None:
+    """Return the finite numbers of a line by name; None for a line without a step, or cut short by a crash."""
     try:
-        numbers = {key: float(value) for key, value in json.loads(line).items() if isinstance(value, (int, float))}
+        values = json.loads(line).items()
+        record = {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
-    return {key: value for key, value in numbers.items() if isfinite(value)} if "step" in numbers else None
+    return record if "step" in record else None
 
 
-def thinned(series: Series, most: int) -> Series:
-    """At most `most` points, each the mean of as many neighbors; the first and the last stay as they are."""
-    inner, buckets = len(series.steps) - 2, most - 2
-    if inner <= buckets:
+def downsample(series: Series, max_points: int) -> Series:
+    """Return a series of at most `max_points` points: the first, means of equally many neighboring ones, and the last."""
+    num_inner, num_buckets = len(series.steps) - 2, max_points - 2
+    if num_inner <= num_buckets:
         return series
-    ends = [1 + inner * i // buckets for i in range(buckets + 1)]
-    steps, values = ([column[0], *(fmean(column[a:b]) for a, b in pairwise(ends)), column[-1]] for column in series)
+    edges = [1 + num_inner * i // num_buckets for i in range(num_buckets + 1)]
+    steps, values = (
+        [column[0], *(fmean(column[start:end]) for start, end in pairwise(edges)), column[-1]] for column in series
+    )
     return Series(steps, values)
 
 
-# ---- what a run came to
+# ---- final values
 
-
-def last(history: History, name: str) -> float:
-    return history[name].last
-
-
-def middle(history: History, name: str) -> float:
-    return median_high(history[name].values)
-
-
-FIGURES: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
-    "loss": ("loss, nats for words (mean of the last epoch)", History.over_last_epoch, number),
-    "unigram_entropy": ("loss of guessing by frequency, nats", last, number),
-    "token_accuracy": ("token accuracy (mean of the last epoch)", History.over_last_epoch, percent),
-    "majority_token_accuracy": ("always guessing the commonest word", last, percent),
-    "probe/logistic": ("linear probe while pre-training (held-out part of the training images)", last, number),
-    "probe/knn": ("k-NN while pre-training (the same)", last, number),
-    "images_per_second": ("images a second (median)", middle, number),
-    "data_time_fraction": ("share of time waiting for images (median)", middle, percent),
-    "skipped_steps": ("skipped steps", last, number),
+METRIC_LABELS: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
+    "loss": ("loss, nats if tokens are predicted (mean of the last epoch)", History.mean_of_last_epoch, format_number),
+    "unigram_entropy": ("unigram baseline of the loss, nats", History.last, format_number),
+    "token_accuracy": ("token accuracy (mean of the last epoch)", History.mean_of_last_epoch, format_percent),
+    "majority_token_accuracy": ("majority baseline of the token accuracy", History.last, format_percent),
+    "probe/logistic": ("linear probe (held-out part of the training images)", History.last, format_number),
+    "probe/knn": ("k-NN probe (held-out part of the training images)", History.last, format_number),
+    "images_per_second": ("images/s (median)", History.median, format_number),
+    "data_time_fraction": ("fraction of time waiting for images (median)", History.median, format_percent),
+    "skipped_steps": ("skipped steps", History.last, format_number),
 }
-"""Of metrics.jsonl -> (what a report calls it, what is taken of its records, how that is written)."""
+"""Key of metrics.jsonl -> (label in reports, how its records are reduced to one value, how that is formatted)."""
 
 
-def figures(history: History) -> dict[str, str]:
-    """What a run came to, or has come to so far: name -> number in words."""
-    known = set(history.names)
-    return {name: text(of(history, key)) for key, (name, of, text) in FIGURES.items() if key in known}
+def summarize_metrics(history: History) -> dict[str, str]:
+    """Return label -> formatted final value (the value so far while the run trains) of each metric that was recorded."""
+    recorded = set(history.names)
+    rows = [(name, row) for name, row in METRIC_LABELS.items() if name in recorded]
+    return {label: format_value(reduce(history, name)) for name, (label, reduce, format_value) in rows}
 
 
-# ---- what a user should know
+# ---- warnings
 
 
-class Subject(NamedTuple):
-    """What is judged.
+class RunSummary(NamedTuple):
+    """What a run is diagnosed from.
 
     Attributes:
-        recipe: options of `pretrain` as resolved.
-        health: codebook_stats of visual_tokenizer.json, measured on the patches that the codebook was fitted to.
-        probe: the probe of the run that it is part of.
+        config: resolved options of `pretrain`.
+        codebook_stats: those of visual_tokenizer.json, measured on the patches that the codebook was fitted to.
+        probe: the evaluation of the `mapet run` that the pre-training is part of: "untrained" and "pretrained" (scores by
+            probe), "data"; else {}.
     """
 
     history: History
-    recipe: Mapping[str, Any]
-    health: Mapping[str, Any] = {}
+    config: Mapping[str, Any]
+    codebook_stats: Mapping[str, Any] = {}
     probe: Mapping[str, Any] = {}
 
-    def has_begun(self, series: Series) -> bool:
-        """Whether enough of the run is over for its course to say something."""
-        epochs = self.history["epoch"]
-        over = not epochs.values or epochs.last >= EARLY * float(self.recipe.get("epochs") or 0)
-        return over and len(series.values) >= RECORDS
+    def can_diagnose(self, series: Series) -> bool:
+        """Return whether a metric has enough records, and enough of the planned epochs are over."""
+        epochs = self.history["epoch"].values
+        past_early = not epochs or epochs[-1] >= EARLY * float(self.config.get("epochs") or 0)
+        return past_early and len(series.values) >= MIN_RECORDS
 
 
-def warnings(run: Subject) -> list[str]:
-    """Say what is wrong or may be; empty for a run that goes well."""
-    return [render_part("advice.md", rule, *told) for rule, told in _findings(run)]
+Finding = tuple[str, tuple[Any, ...]]
+"""A macro of diagnostics.md that words a warning, and its arguments."""
 
 
-def not_judged(run: Subject) -> str:
-    """Say what to do where the run is over and there was no label to judge it by; else an empty text."""
+def diagnose(run: RunSummary) -> list[str]:
+    """Return a sentence for each thing that is wrong or may be; none for a run that goes well."""
+    checks = (_check_baselines, _check_stability, _check_throughput, _check_probes, _check_tokens)
+    return [render_macro("diagnostics.md", macro, *values) for check in checks for macro, values in check(run)]
+
+
+def advise_to_evaluate(run: RunSummary) -> str:
+    """Return how to evaluate a finished run that no probe has evaluated, for lack of labels; '' for any other run."""
     epochs = run.history["epoch"].values
-    over = bool(epochs) and epochs[-1] >= float(run.recipe.get("epochs") or 0)
-    if run.probe or run.history["probe/logistic"].values or not over or not run.has_begun(run.history["loss"]):
+    finished = bool(epochs) and epochs[-1] >= float(run.config.get("epochs") or 0)
+    probed = run.probe or run.history["probe/logistic"].values
+    if probed or not finished or not run.can_diagnose(run.history["loss"]):
         return ""
-    return render_part("advice.md", "not_judged", run.recipe)
+    return render_macro("diagnostics.md", "no_labels", run.config)
 
 
-def _findings(run: Subject) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Name of each rule that holds -> what its sentence tells."""
-    history = run.history
-    # guessing the most frequent token, or by frequency, would do as well
-    accuracy, loss = history["token_accuracy"], history["loss"]
-    majority, unigram = history["majority_token_accuracy"], history["unigram_entropy"]
+def _check_baselines(run: RunSummary) -> Iterator[Finding]:
+    """Find a token accuracy at the majority baseline, and a loss at the unigram baseline."""
+    history, accuracy, loss = run.history, run.history["token_accuracy"], run.history["loss"]
+    majority, unigram = history["majority_token_accuracy"].values, history["unigram_entropy"].values
     few_steps = loss.steps[-1] if loss.steps and loss.steps[-1] < FEW_STEPS else None
-    if run.has_begun(accuracy) and majority.values:
-        now, guess = history.over_last_epoch("token_accuracy"), majority.last
-        if max(now, fmean(accuracy.values[-5:])) < min(guess + NEAR, 1.5 * guess):
-            yield "accuracy_at_baseline", (run.recipe, few_steps, now, guess)
-    if run.has_begun(loss) and unigram.values:
-        now, guess = history.over_last_epoch("loss"), unigram.last
-        if min(now, fmean(loss.values[-5:])) >= (1 - NEAR) * guess:
-            yield "loss_at_baseline", (run.recipe, few_steps, now, guess)
-    # the loss rises, steps were skipped, or most gradients are clipped
-    losses, norms, skipped = loss.values, history["gradient_norm"].values, history["skipped_steps"]
-    if len(losses) >= 2 * RECORDS:
+    if majority and run.can_diagnose(accuracy):
+        mean, baseline = history.mean_of_last_epoch("token_accuracy"), majority[-1]
+        # of thousands of tokens the most frequent one is so rare that half as much again is learned, too
+        if max(mean, fmean(accuracy.values[-NUM_RECENT:])) < min(baseline + NEAR_BASELINE, 1.5 * baseline):
+            yield "accuracy_at_baseline", (run.config, few_steps, mean, baseline)
+    if unigram and run.can_diagnose(loss):
+        mean, baseline = history.mean_of_last_epoch("loss"), unigram[-1]
+        if min(mean, fmean(loss.values[-NUM_RECENT:])) >= (1 - NEAR_BASELINE) * baseline:
+            yield "loss_at_baseline", (run.config, few_steps, mean, baseline)
+
+
+def _check_stability(run: RunSummary) -> Iterator[Finding]:
+    """Find a loss that rises again, skipped steps, and gradients that are mostly clipped."""
+    losses, norms = run.history["loss"].values, run.history["gradient_norm"].values
+    skipped, max_norm = run.history["skipped_steps"], run.config.get("clip_grad")
+    if len(losses) >= 2 * MIN_RECORDS:  # compare means of tenths of the run: single records are noisy
         width = max(1, len(losses) // 10)
         lowest = min(fmean(losses[i : i + width]) for i in range(0, len(losses) - width + 1, width))
-        if (now := fmean(losses[-width:])) >= lowest + max(0.1 * abs(lowest), 0.001):
-            yield "loss_rises", (now, lowest)
-    if skipped.values and skipped.last:
-        yield "skipped_steps", (skipped.last, skipped.steps[-1])
-    if (limit := run.recipe.get("clip_grad")) and len(norms) >= 2 * RECORDS:
-        late = norms[len(norms) // 2 :]
-        if (share := fmean(norm > limit for norm in late)) >= 0.5:
-            yield "mostly_clipped", (limit, share, median(late))
-    # the loader is slower than the model, or the last quarter less than half as fast as what was before
-    waiting, speed = history["data_time_fraction"].values, history["images_per_second"].values
-    if len(waiting) >= RECORDS and (share := median(waiting[len(waiting) // 4 :])) >= 0.25:
-        yield "waits_for_images", (share,)
-    if len(speed) >= 4 * RECORDS:
-        quarter = len(speed) // 4
-        before, now = median(speed[quarter:-quarter]), median(speed[-quarter:])
-        if now <= before / 2:
-            yield "slower_than_it_was", (before, now)
-    # the features get worse, or no better, or may be no better than those of random weights
-    steps, scores = history["probe/logistic"]
+        latest = fmean(losses[-width:])
+        if latest >= lowest + max(0.1 * abs(lowest), 0.001):  # by 10 %, and not by rounding alone
+            yield "loss_rises", (latest, lowest)
+    if skipped.values and skipped.values[-1]:
+        yield "skipped_steps", (skipped.values[-1], skipped.steps[-1])
+    if max_norm and len(norms) >= 2 * MIN_RECORDS:
+        later_norms = norms[len(norms) // 2 :]  # the first half may be large: warm-up
+        if (fraction := fmean(norm > max_norm for norm in later_norms)) >= 0.5:
+            yield "mostly_clipped", (max_norm, fraction, median(later_norms))
+
+
+def _check_throughput(run: RunSummary) -> Iterator[Finding]:
+    """Find training that waits for its images, or whose last quarter is at most half as fast as the two before it."""
+    wait_fractions, speeds = run.history["data_time_fraction"].values, run.history["images_per_second"].values
+    if len(wait_fractions) >= MIN_RECORDS:
+        fraction = median(wait_fractions[len(wait_fractions) // 4 :])  # loaders start slowly
+        if fraction >= 0.25:
+            yield "slow_data_loading", (fraction,)
+    if len(speeds) >= 4 * MIN_RECORDS:
+        quarter = len(speeds) // 4
+        before, latest = median(speeds[quarter:-quarter]), median(speeds[-quarter:])
+        if latest <= before / 2:
+            yield "slowdown", (before, latest)
+
+
+def _check_probes(run: RunSummary) -> Iterator[Finding]:
+    """Find probe scores that fall, do not rise, or are not significantly better than those of random weights."""
+    steps, scores = run.history["probe/logistic"]
     if len(scores) >= 3:
-        if (best := max(scores)) - scores[-1] >= 0.03:
-            yield "probe_falls", (best, steps[scores.index(best)], scores[-1])
+        best, latest = max(scores), scores[-1]
+        if best - latest >= 0.03:  # 3 points: more than the noise of a small test set
+            yield "probe_falls", (best, steps[scores.index(best)], latest)
         elif max(scores[1:]) - scores[0] < 0.01:
-            yield "probe_stands_still", (scores[0], scores[-1])
+            yield "probe_stands_still", (scores[0], latest)
     if run.probe.keys() >= {"untrained", "pretrained", "data"}:
-        before, after = (run.probe[state]["logistic"] for state in ("untrained", "pretrained"))
-        share, images = (before + after) / 2, run.probe["data"]["test_images"]
-        if after - before < 2 * sqrt(2 * share * (1 - share) / images):  # two standard errors of the difference
-            yield "probe_like_untrained", (before, after, images)
-    # nearly every token is predicted, much of the codebook is never used, or a single token takes most patches
-    if len(accuracy.values) >= RECORDS and (now := fmean(accuracy.values[-5:])) >= 0.95:
-        yield "too_easy", (now,)
-    used, dead = (run.health.get(name) or 0 for name in ("num_used_codes", "num_dead_codes"))
-    if dead > used / 4:
-        yield "dead_words", (dead, used + dead)
-    if (share := run.health.get("top_code_fraction") or 0) >= 0.5:
-        yield "one_word_for_most", (share,)
+        untrained, pretrained = (run.probe[state]["logistic"] for state in ("untrained", "pretrained"))
+        mean, num_images = (untrained + pretrained) / 2, run.probe["data"]["test_images"]
+        # two standard errors of the difference of two accuracies on so many images
+        if pretrained - untrained < 2 * sqrt(2 * mean * (1 - mean) / num_images):
+            yield "probe_like_untrained", (untrained, pretrained, num_images)
+
+
+def _check_tokens(run: RunSummary) -> Iterator[Finding]:
+    """Find tokens that are too easy to predict, many dead codes, and a code that most patches have."""
+    accuracies, stats = run.history["token_accuracy"].values, run.codebook_stats
+    if len(accuracies) >= MIN_RECORDS and (accuracy := fmean(accuracies[-NUM_RECENT:])) >= 0.95:
+        yield "too_easy", (accuracy,)
+    num_used, num_dead = stats.get("num_used_codes") or 0, stats.get("num_dead_codes") or 0
+    if num_dead > num_used / 4:  # a fifth of the codebook
+        yield "dead_codes", (num_dead, num_used + num_dead)
+    if (fraction := stats.get("top_code_fraction") or 0) >= 0.5:
+        yield "dominant_code", (fraction,)

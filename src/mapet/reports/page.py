@@ -1,4 +1,4 @@
-"""The page of one run or of several side by side; and its server for a run that goes on, for browsers of this machine alone."""
+"""The HTML page of one run or of several side by side, and a server that shows a training run to browsers of this machine."""
 
 import base64
 import io
@@ -7,62 +7,58 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 from PIL import Image
 
 from mapet import distributed
 from mapet.files import write_text
-from mapet.reports.metrics import thinned
-from mapet.reports.render import render, render_part
+from mapet.reports.metrics import History, downsample
+from mapet.reports.render import render, render_macro
 from mapet.reports.run import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger("mapet")
-MOST_BYTES = 4_800_000
-"""A report is under 5 MB, however many runs and images it shows."""
-MOST_POINTS = 8_000
+MAX_BYTES = 4_800_000
+"""Size of a report, however many runs and figures it shows: under 5 MB."""
+MAX_POINTS = 8_000
 """Points of one metric's curves, of all runs together."""
-IMAGE_MARKUP = 1500
-"""Bytes of HTML around an image, its caption twice, at most."""
-NAME = "report.html"
-"""What a run folder's own report is called."""
-WHERE = {"images", "out", "tokenizer", "tokens", "probe_images"}
-"""Options that say where, not what; images are told with their number."""
-HOW_FAST = {"resume", "device", "micro_batch_size", "log_interval"}
-ORDER = (
-    *("token_maps", "patches_by_code", "nearest_codes", "code_usage", "attention_mask", "predictions"),
+MAX_RECORDS = 20_000
+"""Records of one answer to a live page, which requests the rest at once."""
+IMAGE_MARKUP_BYTES = 1500
+"""Upper bound of the HTML around an image, with its caption twice."""
+REPORT_FILE = "report.html"
+PATH_OPTIONS = {"images", "out", "tokenizer", "tokens", "probe_images"}
+SPEED_OPTIONS = {"resume", "device", "micro_batch_size", "log_interval"}
+"""With `PATH_OPTIONS` the options that do not change what is learned: runs are not compared by them."""
+FIGURE_ORDER = (
+    *("token_maps", "patches_by_code", "attention_mask", "predictions"),
     *("cls_attention", "features", "neighbors", "confusion"),
 )
-"""Names of figures in the order of the report."""
-TINY = 64
-"""Images of up to so many pixels squared are kept as they are."""
-STEPS = ((1.0, 84), (0.8, 78), (0.6, 72), (0.45, 66), (0.3, 60))
-"""Scale and WebP quality, tried in turn."""
+MAX_LOSSLESS_SIDE = 64
+"""Images of up to this many pixels squared are encoded losslessly, which takes few bytes."""
+ENCODINGS = ((1.0, 84), (0.8, 78), (0.6, 72), (0.45, 66), (0.3, 60))
+"""Scale and WebP quality of figures, tried in turn until they fit."""
 ADDRESS, PORT = "127.0.0.1", 6274
 HOSTS = ("localhost", ADDRESS)
-"""What a browser may have asked for. Any other name that leads here is a page elsewhere trying to read (DNS rebinding)."""
-MOST_RECORDS = 20_000
-"""Of one answer; the browser asks for the rest at once."""
+"""Host names that requests may have: another name that resolves to this machine is another site's attempt to read (DNS rebinding)."""
+HEADERS = [
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+]  # fmt: skip
 
 
-# ---- raster images: data URIs that together stay below a size
-
-
-class ReportImage(NamedTuple):
-    """A raster image of a report."""
-
-    name: str
-    image: Image.Image
+# ---- images as data URIs
 
 
 class EmbeddedImage(NamedTuple):
-    """An image as the page has it; `src` is a data URI."""
+    """An image of the page; its size is that at which it is shown, `src` a data URI."""
 
     name: str
     width: int
@@ -70,49 +66,48 @@ class EmbeddedImage(NamedTuple):
     src: str
 
 
-def rasterize(name: str, figure: "Figure") -> ReportImage:
-    """Make an image of a figure."""
+def rasterize(figure: "Figure") -> Image.Image:
+    """Draw a figure as an image, at 120 dpi."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
-    return ReportImage(name, Image.open(file).convert("RGB"))
+    return Image.open(file).convert("RGB")
 
 
-def open_images(paths: Iterable[Path]) -> list[ReportImage]:
-    """Read PNG files in the order of the report, with a warning for one that can't be read."""
-    found = []
+def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
+    """Read PNG files: stem -> image, in the order of the report; warn of each that can't be read."""
+    images = {}
     for path in paths:
         try:
             with Image.open(path) as image:
-                found.append(ReportImage(path.stem, image.convert("RGB")))
+                images[path.stem] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            log.warning("the report leaves out %s: %s", path, error)
-    return sorted(found, key=lambda image: [*ORDER, image.name].index(image.name))
+            log.warning("the report leaves out %s: %s. Run `mapet report` again to redraw it", path, error)
+    return {name: images[name] for name in sorted(images, key=lambda name: [*FIGURE_ORDER, name].index(name))}
 
 
-def embed_images(images: Sequence[ReportImage], budget: int) -> tuple[list[EmbeddedImage], list[str]]:
-    """Encode images as large as `budget` bytes allow, leaving out the last first.
+def embed_images(images: Mapping[str, Image.Image], max_bytes: int) -> list[EmbeddedImage]:
+    """Encode images by name at the best of `ENCODINGS` that fits into `max_bytes`; without one, leave out the last images."""
 
-    Returns:
-        images for the page, names of those left out.
-    """
-    kept: list[EmbeddedImage] = []
-    for scale, quality in STEPS:
-        kept = []
-        for name, image in images:
-            width, height = (max(1, round(scale * side)) for side in image.size)
-            shrunk = image if scale == 1 else image.resize((width, height), Image.Resampling.LANCZOS)
-            kept.append(EmbeddedImage(name, width, height, image_uri(shrunk, quality)))
-        if sum(len(one.src) for one in kept) <= budget:
+    def embed(name: str, image: Image.Image, scale: float, quality: int) -> EmbeddedImage:
+        size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+        scaled = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
+        return EmbeddedImage(name, *size, image_uri(scaled, quality))
+
+    embedded: list[EmbeddedImage] = []
+    for scale, quality in ENCODINGS:
+        embedded = [embed(name, image, scale, quality) for name, image in images.items()]
+        if sum(len(image.src) for image in embedded) <= max_bytes:
             break
-    while sum(len(one.src) for one in kept) > budget:
-        kept.pop()
-    return kept, [name for name, _ in images[len(kept) :]]
+    while sum(len(image.src) for image in embedded) > max_bytes:
+        embedded.pop()
+    return embedded
 
 
 def image_uri(image: Image.Image, quality: int = 84) -> str:
-    """Encode an image as WebP; exact where it is so small that this takes little."""
+    """Encode an image as a WebP data URI, losslessly if it is small."""
     file = io.BytesIO()
-    image.save(file, "webp", quality=quality, method=4, lossless=image.width * image.height <= TINY**2)
+    lossless = image.width * image.height <= MAX_LOSSLESS_SIDE**2
+    image.save(file, "webp", quality=quality, method=4, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -121,147 +116,174 @@ def image_uri(image: Image.Image, quality: int = 84) -> str:
 
 @dataclass
 class RunView:
-    """A run and what its report shows of it.
+    """A run, and what its report shows of it.
 
     Attributes:
-        step_through: see the function of that name; None leaves it out.
-        notes: what a reader should know about the report itself.
+        images: figures by name.
+        step_through: see `reports.figures.step_through`; None leaves it out.
+        notes: sentences about the report itself.
     """
 
     files: RunFiles
-    images: list[ReportImage] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     step_through: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def saved(cls, files: RunFiles) -> "RunView":
-        """Show what `run` left in its folder."""
+    def from_files(cls, files: RunFiles) -> "RunView":
+        """Show the figures and the step-through that `run` left in the folder."""
         return cls(files, open_images(files.figures()), files.step_through())
 
 
-def page(runs: Sequence[RunView], live: bool = False) -> str:
-    """Render HTML of at most `MOST_BYTES`; a live page asks its server for the curves."""
+def render_page(runs: Sequence[RunView], live: bool = False) -> str:
+    """Render the HTML page of runs, of at most `MAX_BYTES`; a live page requests the curves from its server."""
     return render("run.html", **page_content(runs, live))
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
-    """Gather what the page shows; where it is too much, leave out the step-through first, then shrink images."""
+    """Return the variables of run.html.
+
+    A page larger than `MAX_BYTES` first loses its step-throughs, then its figures shrink, then the last figures are left out;
+    notes say what is left out.
+
+    Returns:
+        "runs": of each the "name", "files", "notes", "images" (embedded) and "data" for the scripts; "comparison": see
+        `compare_runs`, None for one run; "live".
+    """
     views = []
-    for run, name in zip(runs, distinct([run.files.name for run in runs]), strict=True):
-        drawn = {"name": name, "steps": run.step_through, "steps_per_epoch": run.files.history.steps_per_epoch}
-        drawn["curves"] = {} if live else curves(run.files, max(50, MOST_POINTS // len(runs)))
-        views.append(run.files.data() | {"name": name, "notes": list(run.notes), "images": [], "drawn": drawn})
-    content = {"runs": views, "comparison": comparison(views) if len(views) > 1 else None, "live": live}
-    room = MOST_BYTES - len(render("run.html", **content))
+    for run, name in zip(runs, make_unique([run.files.name for run in runs]), strict=True):
+        history = run.files.history
+        curves = {} if live else downsample_curves(history, max(50, MAX_POINTS // len(runs)))
+        data = {"name": name, "steps": run.step_through, "steps_per_epoch": history.steps_per_epoch, "curves": curves}
+        views.append({"name": name, "files": run.files, "notes": [*run.notes], "images": [], "data": data})
+    comparison = compare_runs([run.files for run in runs]) if len(runs) > 1 else None
+    content = {"runs": views, "comparison": comparison, "live": live}
+    bytes_left = MAX_BYTES - len(render("run.html", **content))
     for view in views:
-        if room < 0 and view["drawn"]["steps"]:
-            room += len(json.dumps(view["drawn"]["steps"]))
-            view["drawn"]["steps"] = None
+        if bytes_left < 0 and view["data"]["steps"]:
+            bytes_left += len(json.dumps(view["data"]["steps"]))
+            view["data"]["steps"] = None
             view["notes"].append("The step-through of this run is left out to keep the page small.")
-    for number, (run, view) in enumerate(zip(runs, views, strict=True)):
-        view["images"], left_out = embed_images(run.images, max(0, room) // (len(views) - number))
-        room -= sum(len(image.src) + IMAGE_MARKUP for image in view["images"])
-        if left_out:
+    for index, (run, view) in enumerate(zip(runs, views, strict=True)):
+        view["images"] = embed_images(run.images, max(0, bytes_left) // (len(views) - index))
+        bytes_left -= sum(len(image.src) + IMAGE_MARKUP_BYTES for image in view["images"])
+        if left_out := [*run.images][len(view["images"]) :]:
             view["notes"].append(f"Figures left out to keep the page small: {', '.join(left_out)}.")
     return content
 
 
-def curves(files: RunFiles, points: int) -> dict[str, list[list[float]]]:
-    """Return metric -> [steps, values], rounded to six digits, more than a screen shows."""
+def downsample_curves(history: History, max_points: int) -> dict[str, list[list[float]]]:
+    """Return metric -> [steps, values] of at most `max_points` points, rounded to six digits, more than a screen shows."""
 
-    def short(value: float) -> float:
-        return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
+    def shorten(number: float) -> float:
+        return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
 
-    series = {name: thinned(files.history[name], points) for name in files.history.names}
-    return {name: [[short(value) for value in column] for column in columns] for name, columns in series.items()}
+    curves = {name: downsample(history[name], max_points) for name in history.names}
+    return {name: [[*map(shorten, column)] for column in curve] for name, curve in curves.items()}
 
 
-def comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compare final metrics and the options in which runs differ: rows of [name, a text for each run]; and losses, if they can be."""
+def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Compare final metrics and options of runs.
 
-    def rows(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
-        names = dict.fromkeys(name for column in columns for name in column)
-        return [[name, *(column.get(name, "-") for column in columns)] for name in names]
-
-    made_of = [
-        run["data"] | {name: text for name, text in run["config"].items() if name not in WHERE | HOW_FAST}
-        for run in runs
+    Returns:
+        "comparable": whether their losses are; "metrics" and "options" (only those that differ): rows of a name and a text
+        for each run.
+    """
+    not_compared = PATH_OPTIONS | SPEED_OPTIONS
+    settings = [
+        run.inputs | {name: text for name, text in run.options.items() if name not in not_compared} for run in runs
     ]
     return {
-        "comparable": all(run["predicts"] == runs[0]["predicts"] for run in runs),
-        "metrics": rows([run["metrics"] for run in runs]),
-        "options": [row for row in rows(made_of) if len(set(row[1:])) > 1],
+        "comparable": all(run.prediction_task == runs[0].prediction_task for run in runs),
+        "metrics": _align([run.metrics for run in runs]),
+        "options": [row for row in _align(settings) if len(set(row[1:])) > 1],
     }
 
 
-def distinct(names: Sequence[str]) -> list[str]:
-    """Tell equal names apart: further ones get a number."""
-    before = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+def _align(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Return a row [name, text of each column] for every name in any column; '-' where a column lacks it."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [[name, *(column.get(name, "-") for column in columns)] for name in names]
+
+
+def make_unique(names: Sequence[str]) -> list[str]:
+    """Number the repetitions of a name: 'a', 'a (2)', 'a (3)'."""
+    repetitions = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, repetitions, strict=True)]
 
 
 def write_run_report(folder: Path) -> None:
-    """Write `report.html` of a run from what lies in its folder, in place of an earlier one; an error is a warning.
+    """Write `report.html` from the files of a run's folder, on the first rank, replacing an earlier one.
 
-    A pre-training that is part of a `mapet run` has the one report of that.
+    The report of a pre-training that is part of a `mapet run` is written into that one's folder. An error is logged as a warning:
+    the run itself is complete.
     """
     if distributed.rank() > 0:
         return
-    path = folder / NAME
+    path = folder / REPORT_FILE
     try:
         files = RunFiles.open(folder)
-        text = page([RunView.saved(files)])
-        path = files.around[-1] / NAME
+        text = render_page([RunView.from_files(files)])
+        path = files.folders[-1] / REPORT_FILE
         write_text(path, text)
-    except Exception as error:  # whatever it is, the run itself is complete
-        log.warning("%s could not be written: %s", path, error or type(error).__name__)
+    except Exception as error:
+        hint = f"The run is complete: write it with `mapet report {folder} --out NEW.html`"
+        log.warning("%s could not be written: %s. %s", path, error or type(error).__name__, hint)
 
 
-# ---- while the run goes on
+# ---- the live page
 
 
 class RunFollower:
-    """Reads a run folder again and again, each time what is new; the folder need not be there yet."""
+    """Renders the page of a run's folder, which need not exist yet, and what is new in it; for several threads."""
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.Lock()
-        self._files = RunFiles(folder)
-        self._shown: tuple[Any, dict[str, str]] = None, {}
+        self._run = RunFiles(folder)
+        self._rendered_state: tuple[object, ...] = ()
+        self._sections: dict[str, str] = {}
 
     def page(self) -> str:
+        """Render the live page, without curves."""
         with self._lock:
-            self._files.refresh()
-            return page([RunView.saved(self._files)], live=True)
+            self._run.refresh()
+            return render_page([RunView.from_files(self._run)], live=True)
 
-    def updates(self, generation: int | None, have: int) -> dict[str, Any]:
-        """Return records from number `have` on, if the reader's are of this generation, else from the first, and what changed."""
+    def updates(self, generation: int | None, num_known: int) -> dict[str, Any]:
+        """Return what a page that knows `num_known` records of a generation of the history lacks.
+
+        Returns:
+            "generation": the current one; "records": up to `MAX_RECORDS` of them, from index "first" on (0 if the page's
+            generation is outdated); "more": whether others follow; "status": a line of text; "started": whether the run has a
+            config; "steps_per_epoch"; "sections": id of a section of the page -> its HTML.
+        """
         with self._lock:
-            files, history = self._files, self._files.history
-            files.refresh()
-            first = have if generation == history.generation and 0 <= have <= len(history.records) else 0
-            records = history.records[first : first + MOST_RECORDS]
-            state = history.generation, len(history.records), files.state, files.recipe, files.status, files.probe
-            if state != self._shown[0]:
-                run = files.data() | {"notes": []}
-                parts = ("facts", "warnings", "metrics")
-                self._shown = state, {part: render_part("macros.html", f"{part}_now", run) for part in parts}
+            run, history = self._run, self._run.history
+            run.refresh()
+            is_current = generation == history.generation and 0 <= num_known <= len(history.records)
+            first = num_known if is_current else 0
+            records = history.records[first : first + MAX_RECORDS]
+            state = history.generation, len(history.records), run.state, run.config, run.status, run.probe
+            if state != self._rendered_state:
+                self._rendered_state, names = state, ("facts", "warnings", "metrics")
+                self._sections = {name: render_macro("macros.html", f"{name}_section", run) for name in names}
             return {
                 "generation": history.generation,
                 "first": first,
                 "records": records,
                 "more": first + len(records) < len(history.records),
-                "status": render_part("advice.md", "status", files),
-                "started": bool(files.recipe),
+                "status": render_macro("diagnostics.md", "status", run),
+                "started": bool(run.config),
                 "steps_per_epoch": history.steps_per_epoch,
-                "sections": self._shown[1],
+                "sections": self._sections,
             }
 
 
-class LiveServer(ThreadingHTTPServer):
-    """Serves one run on 127.0.0.1.
+class LiveServer(ThreadingMixIn, WSGIServer):
+    """Serves the live page of one run on 127.0.0.1.
 
     Args:
-        port: another one is taken where this is not free.
+        port: the port to listen at; a free one is chosen where it is in use.
     """
 
     daemon_threads = True
@@ -269,53 +291,44 @@ class LiveServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, port: int = PORT) -> None:
         self.follower = RunFollower(folder)
         try:
-            super().__init__((ADDRESS, port), _Handler)
+            super().__init__((ADDRESS, port), _RequestHandler)
         except OSError:
-            super().__init__((ADDRESS, 0), _Handler)
+            super().__init__((ADDRESS, 0), _RequestHandler)
+        self.set_app(self.respond)
 
     @property
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is no error."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 60
-    server: LiveServer
-
-    def do_GET(self) -> None:
-        url, follower = urlsplit(self.path), self.server.follower
-        if self.headers.get("Host", "").rpartition("@")[2].partition(":")[0] not in HOSTS:
-            self._answer(403, "text/plain", "This server answers to localhost alone.\n")
-        elif url.path == "/":
-            self._answer(200, "text/html", follower.page())
-        elif url.path == "/updates":
-            asked = {name: values[0] for name, values in parse_qs(url.query).items()}
-            updates = follower.updates(_whole(asked.get("generation", "")), _whole(asked.get("have", "")) or 0)
-            self._answer(200, "application/json", json.dumps(updates))
+    def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer a request (WSGI): `/` is the page, `/updates?generation=G&have=N` its updates as JSON."""
+        host, path = environ.get("HTTP_HOST", "").rpartition("@")[2].partition(":")[0], environ["PATH_INFO"]
+        status, kind = "200 OK", "text/html"
+        if host not in HOSTS:
+            status, kind, text = "403 Forbidden", "text/plain", f"Use {self.url}: other host names are refused.\n"
+        elif path == "/":
+            text = self.follower.page()
+        elif path == "/updates":
+            query = parse_qs(environ["QUERY_STRING"])
+            updates = self.follower.updates(_parse_count(query, "generation"), _parse_count(query, "have") or 0)
+            kind, text = "application/json", json.dumps(updates)
         else:
-            self._answer(404, "text/plain", "There is / and /updates.\n")
+            status, kind, text = "404 Not Found", "text/plain", "There is only / and /updates.\n"
+        start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), *HEADERS])
+        return [text.encode()]
 
-    def _answer(self, status: int, kind: str, text: str) -> None:
-        body = text.encode()
-        self.send_response(status)
-        headers = {
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-        }
-        headers |= {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
-        for header in headers.items():
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *values: Any) -> None:
-        """Nothing: the terminal is the user's."""
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore a browser that disconnects before it has its answer."""
 
 
-def _whole(text: str) -> int | None:
+class _RequestHandler(WSGIRequestHandler):
+    timeout = 60
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Log nothing: the terminal is the user's."""
+
+
+def _parse_count(query: Mapping[str, list[str]], name: str) -> int | None:
+    """Return a whole number of a URL's query; None if it is missing or no such number."""
+    text = query.get(name, [""])[0]
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None

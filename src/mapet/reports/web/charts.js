@@ -20,7 +20,7 @@ class Charts {
   constructor(root, data) {
     Object.assign(this, { runs: data.runs, axis: "step", log: false, domain: null, hidden: new Set(), charts: [] });
     const sections = [...root.querySelectorAll(".chart")];
-    this.charts = data.charts.map((chart, i) => new Chart(this, chart, data.looks, sections[i]));
+    this.charts = data.charts.map((chart, i) => new Chart(this, chart, data.line_styles, sections[i]));
     on(root, "[data-zoom]", "click", (button) => this.zoom(Number(button.dataset.zoom)));
     on(root, "[data-axis]", "change", (select) => this.rebuild({ axis: select.value, domain: null }));
     on(root, "[data-log]", "change", (box) => this.rebuild({ log: box.checked }));

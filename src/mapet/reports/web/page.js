@@ -69,6 +69,6 @@ function renew(place, html) {
 navigation();
 const charts = new Charts(byId("curves"), DATA);
 colorScheme(() => charts.redraw());
-for (const root of document.querySelectorAll(".step-through")) new StepThrough(DATA.runs[root.dataset.of].steps, root);
+for (const root of document.querySelectorAll(".step-through")) new StepThrough(DATA.runs[root.dataset.runIndex].steps, root);
 on(document, ".figure button", "click", (button) => button.setAttribute("aria-pressed", String(button.classList.toggle("large"))));
 if (DATA.live) follow(DATA.runs[0], charts);

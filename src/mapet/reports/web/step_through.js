@@ -1,125 +1,139 @@
 // Step-through: the masked patches of an image, predicted one after the other in permutation order.
 
-const CANVAS = 448; // pixels of the larger side
+const CANVAS_SIDE = 448; // pixels of the larger side
+const FRAME_COLORS = ["#ffffff", "#D55E00"]; // a white frame around an orange one is visible on any image
 
+/** Canvases and controls that show the predictions of an image up to a step. */
 class StepThrough {
+  /**
+   * data: what `step_through` of figures.py returns.
+   * root: the element that holds the canvases (data-shows) and controls.
+   */
   constructor(data, root) {
-    const picture = (src) => Object.assign(new Image(), { src }), find = (selector) => root.querySelector(selector);
-    this.data = data;
-    this.atlas = picture(data.atlas.src);
-    this.tile = new Map(data.atlas.codes.map((code, i) => [code, i]));
-    this.images = data.images.map((image) => ({ ...image, pixels: picture(image.src) }));
-    this.given = data.grid[0] * data.grid[1] - data.hidden;
-    this.count = data.hidden || this.images[0].order.length;
-    this.canvas = Object.fromEntries([...root.querySelectorAll("canvas")].map((canvas) => [canvas.dataset.shows, canvas]));
-    [this.slider, this.opacity, this.back, this.next, this.play] = ["slider", "opacity", "back", "next", "play"].map((name) => find(`[data-${name}]`));
-    this.said = find(".said");
+    const loadImage = (src) => Object.assign(new Image(), { src });
+    Object.assign(this, { data, root, timer: null });
+    this.images = data.images.map((image) => ({
+      ...image, photo: loadImage(image.src), trueTokens: loadImage(image.true_src),
+      tokenColors: loadImage(image.colors_src), predictedTokens: image.predicted_src && loadImage(image.predicted_src),
+    }));
+    this.numPatches = data.grid[0] * data.grid[1];
+    this.numContext = data.hidden ? this.numPatches - data.hidden : 0;
+    this.numSteps = data.hidden || this.numPatches;
+    for (const name of ["slider", "opacity", "back", "next", "play"]) this[name] = root.querySelector(`[data-${name}]`);
+    this.sentence = root.querySelector(".said");
+    this.slider.max = this.numSteps;
     on(root, "select", "change", (select) => this.select(select.value));
     on(root, "[data-slider]", "input", (slider) => this.go(Number(slider.value)));
     on(root, "[data-opacity]", "input", () => this.draw());
-    on(root, "[data-back]", "click", () => this.go(this.at - 1));
-    on(root, "[data-next]", "click", () => this.go(this.at + 1));
-    on(root, "[data-play]", "click", () => this.playOrStop());
-    root.addEventListener("keydown", (event) => this.key(event));
-    this.slider.max = this.count;
+    on(root, "[data-back]", "click", () => this.go(this.step - 1));
+    on(root, "[data-next]", "click", () => this.go(this.step + 1));
+    on(root, "[data-play]", "click", () => (this.timer ? this.stop() : this.start()));
+    root.addEventListener("keydown", (event) => this.handleKey(event));
     this.select(0);
-    for (const one of [this.atlas, ...this.images.map((image) => image.pixels)]) one.decode().then(() => this.draw(), () => {});
+    const loaded = this.images.flatMap((image) => Object.values(image)).filter((value) => value instanceof Image);
+    for (const image of loaded) image.decode().then(() => this.draw(), () => {}); // a damaged image stays blank
   }
 
-  select(number) {
-    this.image = this.images[number];
+  /** Show the image of an index, before its first prediction. */
+  select(index) {
+    this.image = this.images[index];
     this.go(0);
   }
+
+  /** Show the state after `step` predictions (limited to those there are). */
   go(step) {
-    this.at = Math.min(this.count, Math.max(0, step));
-    this.slider.value = this.at;
-    this.back.disabled = this.at === 0;
-    this.next.disabled = this.at === this.count;
-    this.said.textContent = this.sentence();
-    this.slider.setAttribute("aria-valuetext", this.said.textContent);
+    this.step = Math.min(this.numSteps, Math.max(0, step));
+    this.slider.value = this.step;
+    this.back.disabled = this.step === 0;
+    this.next.disabled = this.step === this.numSteps;
+    this.sentence.textContent = this.describe();
+    this.slider.setAttribute("aria-valuetext", this.sentence.textContent);
     this.draw();
   }
-  playOrStop(go = !this.timer) {
+
+  /** Play all steps in about 12 seconds, from the first one if the last one is shown. */
+  start() {
+    if (this.step === this.numSteps) this.go(0);
+    this.play.textContent = "Stop";
+    this.timer = setInterval(() => {
+      this.go(this.step + 1);
+      if (this.step === this.numSteps) this.stop();
+    }, Math.max(40, Math.min(600, 12000 / this.numSteps)));
+  }
+
+  stop() {
     clearInterval(this.timer);
     this.timer = null;
-    this.play.textContent = go ? "Stop" : "Play";
-    if (!go) return;
-    if (this.at === this.count) this.go(0);
-    this.timer = setInterval(() => {
-      this.go(this.at + 1);
-      if (this.at === this.count) this.playOrStop(false);
-    }, Math.max(40, Math.min(600, 12000 / this.count)));
+    this.play.textContent = "Play";
   }
-  key(event) {
-    if (event.target.tagName === "SELECT" || event.target.type === "range") return; // they use the arrows themselves
-    const by = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
-    if (!by) return;
+
+  /** Take a step with an arrow key, unless a control that uses the arrows itself has the focus. */
+  handleKey(event) {
+    const change = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
+    if (!change || event.target.tagName === "SELECT" || event.target.type === "range") return;
     event.preventDefault();
-    this.go(this.at + by);
+    this.go(this.step + change);
   }
 
-  sentence() {
+  /** Return a sentence about the newest prediction: its patch, its token, the true token, and the accuracy so far. */
+  describe() {
     const { hidden, grid, sees_positions } = this.data, { order, tokens, predicted, sure, chance } = this.image;
-    if (!hidden) return `Step ${this.at} of ${this.count}: the order of the patches; this objective predicts no tokens.`;
-    if (!this.at) return `${this.given} patches are given; ${hidden} are to be predicted${sees_positions ? ", all of their positions known from the start" : ""}.`;
-    const rank = this.at - 1, patch = order[this.given + rank], right = tokens[patch] === predicted[rank];
-    const where = `Patch ${this.at} of ${hidden} (row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1})`;
-    const soFar = predicted.slice(0, this.at).filter((token, i) => token === tokens[order[this.given + i]]).length;
-    const verdict = right ? `right, with probability ${chance[rank]}` : `wrong: it is token ${tokens[patch]}, which got ${chance[rank]}`;
-    return `${where}: token ${predicted[rank]} (probability ${sure[rank]}), ${verdict}. So far ${soFar} of ${this.at} right.`;
+    if (!hidden) return `Step ${this.step} of ${this.numSteps}: the order of the patches; this objective predicts no tokens.`;
+    const positions = sees_positions ? ", all of their positions known from the start" : "";
+    if (!this.step) return `${this.numContext} patches are given; ${hidden} are to be predicted${positions}.`;
+    const masked = order.slice(this.numContext), newest = this.step - 1, patch = masked[newest];
+    const isRight = (token, i) => token === tokens[masked[i]];
+    const numRight = predicted.slice(0, this.step).filter(isRight).length;
+    const verdict = isRight(predicted[newest], newest) ? `right, with probability ${chance[newest]}`
+      : `wrong: it is token ${tokens[patch]}, which got ${chance[newest]}`;
+    return `Patch ${this.step} of ${hidden} (row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1}): `
+      + `token ${predicted[newest]} (probability ${sure[newest]}), ${verdict}. So far ${numRight} of ${this.step} right.`;
   }
 
+  /** Draw all canvases for the current image, step and opacity. */
   draw() {
-    const { hidden, sees_targets, atlas } = this.data, { name, order, tokens, predicted } = this.image;
-    const known = new Set(order.slice(0, hidden && !sees_targets ? this.given : this.given + Math.max(0, this.at - (hidden ? 1 : 0))));
-    const now = this.at && hidden ? order[this.given + this.at - 1] : null;
-    this.paint("image", `The image ${name}`, null, (box) => this.real(box));
-    this.paint("seen", `${known.size} of ${order.length} patches of ${name} are seen`, now, (box) => known.has(box.patch) && this.real(box));
+    const { hidden, sees_targets } = this.data, { name, order, photo, trueTokens, predictedTokens, tokenColors } = this.image;
+    const context = order.slice(0, this.numContext), predicted = order.slice(this.numContext, this.numContext + this.step);
+    const newest = hidden ? predicted.at(-1) : undefined;
+    // a prediction attends to the true patches before it, if to any; without predictions the steps show the order
+    const seen = !hidden ? predicted : sees_targets ? [...context, ...predicted.slice(0, -1)] : context;
+    this.paint("image", `The image ${name}`, [[photo, order]]);
+    this.paint("seen", `${seen.length} of ${order.length} patches of ${name} are seen`, [[photo, seen]], newest);
     if (hidden) {
-      this.paint("predicted", `${this.at} predicted patches. ${this.said.textContent}`, now, (box) => {
-        const rank = order.indexOf(box.patch) - this.given;
-        if (rank < 0) this.real(box);
-        else if (rank < this.at) this.token(predicted[rank], box);
-      });
-      this.paint("true", `True tokens of ${name}`, now, (box) => this.token(tokens[box.patch], box));
+      const label = `${this.step} predicted patches. ${this.sentence.textContent}`;
+      this.paint("predicted", label, [[photo, context], [predictedTokens, predicted]], newest);
+      this.paint("true", `True tokens of ${name}`, [[trueTokens, order]], newest);
     }
-    this.paint("tokens", `Visual tokens of ${name}`, null, (box) => {
-      this.real(box);
-      box.brush.globalAlpha = this.opacity.value / 100;
-      box.brush.fillStyle = atlas.colors[this.tile.get(tokens[box.patch])];
-      box.brush.fillRect(...box.place);
-      box.brush.globalAlpha = 1;
-    });
+    this.paint("tokens", `Visual tokens of ${name}`, [[photo, order], [tokenColors, order, this.opacity.value / 100]]);
   }
 
-  /** Every patch by `fill`; a frame around the one that is predicted now. */
-  paint(shows, label, now, fill) {
-    const canvas = this.canvas[shows], brush = canvas.getContext("2d"), [rows, columns] = this.data.grid, [height, width] = this.data.size;
-    const scale = Math.max(1, Math.round(CANVAS / Math.max(height, width)));
+  /**
+   * Draw a canvas.
+   * layers: [image, patches of it that are drawn, opacity], from the lowest.
+   * framed: a patch that gets a frame.
+   */
+  paint(shows, label, layers, framed) {
+    const canvas = this.root.querySelector(`[data-shows=${shows}]`), brush = canvas.getContext("2d");
+    const [rows, columns] = this.data.grid, [height, width] = this.data.size;
+    const scale = Math.max(1, Math.round(CANVAS_SIDE / Math.max(height, width)));
     canvas.setAttribute("aria-label", label);
-    [canvas.width, canvas.height] = [width * scale, height * scale];
+    [canvas.width, canvas.height] = [width * scale, height * scale]; // this clears it
     brush.imageSmoothingEnabled = false;
     const w = canvas.width / columns, h = canvas.height / rows;
-    for (let patch = 0; patch < rows * columns; patch++) fill({ brush, patch, place: [(patch % columns) * w, Math.floor(patch / columns) * h, w, h] });
-    if (now === null) return;
-    brush.lineWidth = Math.max(3, canvas.width / 100);
-    for (const [color, inset] of [["#ffffff", 0], ["#D55E00", brush.lineWidth / 2]]) {
-      brush.strokeStyle = color;
-      brush.strokeRect((now % columns) * w + inset, Math.floor(now / columns) * h + inset, w - 2 * inset, h - 2 * inset);
+    const corner = (patch, width, height) => [(patch % columns) * width, Math.floor(patch / columns) * height];
+    for (const [image, patches, opacity = 1] of layers) {
+      if (!image.naturalWidth) continue; // not decoded yet
+      const sourceW = image.naturalWidth / columns, sourceH = image.naturalHeight / rows;
+      brush.globalAlpha = opacity;
+      for (const patch of patches) brush.drawImage(image, ...corner(patch, sourceW, sourceH), sourceW, sourceH, ...corner(patch, w, h), w, h);
     }
-  }
-  /** The patch as it is. */
-  real(box) {
-    const { pixels } = this.image, [rows, columns] = this.data.grid;
-    this.tileOf(pixels, box.patch, columns, pixels.naturalWidth / columns, pixels.naturalHeight / rows, box);
-  }
-  /** The mean patch of a token. */
-  token(code, box) {
-    const { atlas, grid, size } = this.data;
-    this.tileOf(this.atlas, this.tile.get(code), atlas.columns, size[1] / grid[1], size[0] / grid[0], box);
-  }
-  /** Draw tile i of a picture with so many columns of w x h pixels. */
-  tileOf(picture, i, columns, w, h, { brush, place }) {
-    if (picture.naturalWidth) brush.drawImage(picture, (i % columns) * w, Math.floor(i / columns) * h, w, h, ...place);
+    if (framed === undefined) return;
+    brush.lineWidth = Math.max(3, canvas.width / 100);
+    const [x, y] = corner(framed, w, h);
+    FRAME_COLORS.forEach((color, i) => {
+      const inset = (i * brush.lineWidth) / 2;
+      brush.strokeStyle = color;
+      brush.strokeRect(x + inset, y + inset, w - 2 * inset, h - 2 * inset);
+    });
   }
 }
