@@ -20,7 +20,7 @@ from torch import Tensor
 import mapet
 from mapet.models.objectives import MAPET, MIM, PIM, Objective
 from mapet.models.packing import attention_mask, segment_lengths
-from mapet.reports.plots import HIDDEN, patchify, plot_attention_mask, plot_token_maps, unpatchify
+from mapet.reports.plots import HIDDEN_GRAY, patchify, plot_attention_mask, plot_token_maps, unpatchify
 from mapet.tokenizers.tokenizer import load_tokenizer
 
 GRID, CONTEXT = (4, 4), 4
@@ -50,7 +50,7 @@ def plot_attended_patches(photo: Float[Tensor, "3 H W"], permutation: list[int])
             content = [*permutation[:CONTEXT], *_chosen(permutation, attended.get("target"))]
             positions = _chosen(permutation, attended.get("mask"))
             shown = torch.full_like(patches, 255)
-            shown[positions] = HIDDEN * 255
+            shown[positions] = HIDDEN_GRAY * 255
             shown[content] = patches[content]
             axis.imshow(unpatchify(shown, GRID).permute(1, 2, 0).numpy() / 255)
             for patch in positions:

@@ -68,7 +68,7 @@ def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
     assert "# digits\n" in card and "288 images without labels" in card and "8 images of few.txt" in card
     assert (
         "no labels and no pre-trained network" in card
-        and "| pre-training | loss, nats for words (mean of the last epoch) |" in card
+        and "| pre-training | loss, nats if tokens are predicted (mean of the last epoch) |" in card
     )
     assert "turned gray" in card and "three times" not in card
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
@@ -283,17 +283,17 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
     mapet.finetune(backbone=tmp_path / "a", out=tmp_path / "d", images=digits / "test", **FINETUNE)
     for name in "ad":
         card = card_of(name)
-        assert "`resnet50x64_clip.openai`" in card and "**The teacher is a network with a past**" in card
+        assert "`resnet50x64_clip.openai`" in card and "**The teacher is a pre-trained network**" in card
         assert card.count("## Fine-tuning") == 1 + (name == "d") and "no pre-trained network" not in card
     card = card_of("b")
     assert "weights of the backbone `vit` were not trained by a run that mapet knows" in card
     card = card_of("c")
-    assert "From random weights of the architecture of `run`" in card and "it began with random weights" in card
+    assert "From random weights of the architecture of `run`" in card and "started from random weights" in card
     assert "without labels" not in card and "visual tokens" not in card
 
 
 def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
-    from mapet.reports.card import Origin, model_card
+    from mapet.reports.model_card import Provenance, render_model_card
 
     def card(*teachers):
         about = {}
@@ -306,15 +306,15 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
             "grid": [2, 2],
             "hash": "a",
         }
-        origin = Origin(tokenizer=tokenizer)
+        origin = Provenance(tokenizer=tokenizer)
         config = ExportConfig(backbone="run", out="a")
-        return model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
+        return render_model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
 
     assert "no labels and no pre-trained network" in card("vqkd", "pixels")
-    assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "with a past" in card(
+    assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "is a pre-trained network" in card(
         "vqkd", "vit_clip"
     )
-    assert "with a past" in card("vqkd")  # a published file: nothing is known
+    assert "is a pre-trained network" in card("vqkd")  # a published file: nothing is known
 
 
 @pytest.mark.parametrize("change", [1e-3, float("nan")])
@@ -356,16 +356,16 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
     """With another name in visual_tokenizer.json: what leans on a pre-trained network says so."""
-    from mapet.reports.card import origin_of
+    from mapet.reports.model_card import read_provenance
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,
                  "grid": [14, 14], "hash": "abc", "weights_hash": "def"}  # fmt: skip
-    origin = replace(origin_of(run_dir), tokenizer=tokenizer)
-    from mapet.reports.card import model_card
+    origin = replace(read_provenance(run_dir), tokenizer=tokenizer)
+    from mapet.reports.model_card import render_model_card
 
     config = ExportConfig(backbone=str(run_dir), out="name")
-    card = model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
-    assert "`resnet50x64_clip.openai`" in card and "**The teacher is a network with a past**" in card
+    card = render_model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
+    assert "`resnet50x64_clip.openai`" in card and "**The teacher is a pre-trained network**" in card
     assert "no pre-trained network" not in card
 
 

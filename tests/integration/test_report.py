@@ -97,7 +97,8 @@ def test_step_through_is_what_the_model_predicts(report):
         assert len(image["predicted"]) == 12
         for word, true, sure, chance in zip(image["predicted"], hidden, image["sure"], image["chance"], strict=True):
             assert chance <= sure and (word != true or chance == sure)
-        assert set(image["tokens"]) | set(image["predicted"]) <= set(steps["atlas"]["codes"])
+        sources = [image[name] for name in ("src", "true_src", "colors_src", "predicted_src")]
+        assert all(source.startswith("data:image/webp;base64,") for source in sources)
 
 
 def test_several_runs_from_words(run, run_dir, tmp_path, capsys):

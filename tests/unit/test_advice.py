@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.reports.metrics import History, Subject, not_judged, warnings
+from mapet.reports.metrics import History, RunSummary, advise_to_evaluate, diagnose
 
 STEPS = 40
 
@@ -47,43 +47,43 @@ HEALTH = {"num_used_codes": 60, "num_dead_codes": 4, "top_code_fraction": 0.2}
 
 
 def subject(records, health=HEALTH, probe={}):
-    return Subject(records, {"clip_grad": 3.0, "epochs": 20}, health, probe)
+    return RunSummary(records, {"clip_grad": 3.0, "epochs": 20}, health, probe)
 
 
 FIRES = {
-    "accuracy_at_baseline": (subject(history(token_accuracy=0.101)), "10.1%, and always guessing the commonest word scores 10.0%"),
+    "accuracy_at_baseline": (subject(history(token_accuracy=0.101)), "10.1%, and always predicting the most frequent token scores 10.0%"),
     "loss_at_baseline": (subject(history(loss=3.39)), "3.390 against 3.400 nats"),
-    "loss_rises": (subject(history(loss=lambda t: 2.0 if t < 0.7 else 2.6)), "The loss rose again: 2.600, after 2.000 before"),
-    "skipped_steps": (subject(history(skipped_steps=lambda t: round(3 * t))), "3 of 400 steps were left out"),
-    "waits_for_images": (subject(history(data_time_fraction=0.4)), "waits for images 40% of the time; try more processes that read them"),
-    "slower_than_it_was": (subject(history(images_per_second=lambda t: 400 if t < 0.7 else 100)), "from 400 to 100 images/s"),
+    "loss_rises": (subject(history(loss=lambda t: 2.0 if t < 0.7 else 2.6)), "The loss rose again to 2.600 after a minimum of 2.000"),
+    "skipped_steps": (subject(history(skipped_steps=lambda t: round(3 * t))), "3 of 400 steps were skipped"),
+    "slow_data_loading": (subject(history(data_time_fraction=0.4)), "waits for images 40% of the time: try more data-loading workers"),
+    "slowdown": (subject(history(images_per_second=lambda t: 400 if t < 0.7 else 100)), "from 400 to 100 images/s"),
     "mostly_clipped": (subject(history(gradient_norm=9.0)), "larger than clip_grad 3 in 100% of the later records (median norm 9)"),
     "probe_falls": (subject(probed(0.4, 0.6, 0.5)), "fell from 0.600 at step 160 to 0.500"),
-    "probe_stands_still": (subject(probed(0.4, 0.395, 0.4)), "is where it was at first: 0.400 and 0.400"),
+    "probe_stands_still": (subject(probed(0.4, 0.395, 0.4)), "does not improve: 0.400 at first, 0.400 at last"),
     "probe_like_untrained": (subject(history(), probe=judged(0.247, 0.26)), "better than untrained: 0.260 against 0.247 on 300"),
-    "too_easy": (subject(history(token_accuracy=0.97)), "97.0% of the words are predicted"),
-    "dead_words": (subject(history(), HEALTH | {"num_used_codes": 30, "num_dead_codes": 34}), "34 of 64 visual words are never used"),
-    "one_word_for_most": (subject(history(), HEALTH | {"top_code_fraction": 0.7}), "70% of the patches have the same visual word"),
+    "too_easy": (subject(history(token_accuracy=0.97)), "97.0% of the tokens are predicted"),
+    "dead_codes": (subject(history(), HEALTH | {"num_used_codes": 30, "num_dead_codes": 34}), "34 of 64 codes are dead"),
+    "dominant_code": (subject(history(), HEALTH | {"top_code_fraction": 0.7}), "70% of the patches have the same token"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIRES)
 def test_fires(name):
     run, sentence = FIRES[name]
-    assert any(sentence in found for found in warnings(run))
+    assert any(sentence in found for found in diagnose(run))
 
 
 def test_is_silent_on_a_run_that_goes_well():
-    assert warnings(subject(probed(0.4, 0.5, 0.6), probe=judged(0.25, 0.4))) == []
+    assert diagnose(subject(probed(0.4, 0.5, 0.6), probe=judged(0.25, 0.4))) == []
 
 
 def test_is_silent_where_nothing_is_known():
     empty = History(Path("metrics.jsonl"))
-    assert warnings(Subject(empty, {}, {})) == []
+    assert diagnose(RunSummary(empty, {}, {})) == []
     pixels = history()  # where pixels are predicted there are no words
     words = ("unigram_entropy", "token_accuracy", "majority_token_accuracy")
     records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
-    assert warnings(Subject(History(pixels.path, records), {"epochs": 20}, {})) == []
+    assert diagnose(RunSummary(History(pixels.path, records), {"epochs": 20}, {})) == []
 
 
 def test_too_few_steps_come_before_the_learning_rate():
@@ -92,37 +92,37 @@ def test_too_few_steps_come_before_the_learning_rate():
     many = History(at_baseline.path, [record | {"step": 10 * record["step"]} for record in at_baseline.records])
     recipe = {"epochs": 20, "tokenizer": "runs/a/tokenizer", "images": "my photos"}
     for records, told in (
-        (at_baseline, "That was after 400 steps, which is few: give it more epochs or"),
+        (at_baseline, "The run has only 400 steps so far: give it more epochs or"),
         (many, ". Try more epochs or"),
     ):
-        found = warnings(Subject(records, recipe, {}))[0]
+        found = diagnose(RunSummary(records, recipe, {}))[0]
         assert told in found and "`mapet inspect-tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found
 
 
 def test_without_labels_a_finished_run_is_said_to_be_unjudged():
-    assert "There were no labels" in not_judged(subject(history()))
+    assert "There were no labels" in advise_to_evaluate(subject(history()))
     for told in (
         subject(probed(0.4)),
         subject(history(), probe=judged(0.2, 0.4)),
-        Subject(history(), {"epochs": 21}, {}),
+        RunSummary(history(), {"epochs": 21}, {}),
     ):
-        assert not_judged(told) == ""
+        assert advise_to_evaluate(told) == ""
 
 
 def test_the_first_tenth_of_a_run_may_be_at_the_baseline():
     """A warm-up is no failure."""
     early = history(token_accuracy=0.1, loss=3.5)
-    assert warnings(Subject(early, {"epochs": 300}, {})) == []
-    assert len(warnings(Subject(early, {"epochs": 20}, {}))) == 2
+    assert diagnose(RunSummary(early, {"epochs": 300}, {})) == []
+    assert len(diagnose(RunSummary(early, {"epochs": 20}, {}))) == 2
 
 
 def test_many_words_leave_a_small_baseline_early():
     """Of 8,192 words the commonest has half a per cent: 0.9 % is no longer guessing."""
-    assert warnings(subject(history(token_accuracy=0.009, majority_token_accuracy=0.005))) == []
+    assert diagnose(subject(history(token_accuracy=0.009, majority_token_accuracy=0.005))) == []
 
 
 def test_many_test_images_tell_a_small_gain():
     """Two standard errors of the difference: 7.1 points of 300 images, 1.2 of 10,000."""
-    found = [warnings(subject(history(), probe=judged(0.247, 0.26, images))) for images in (300, 10_000)]
+    found = [diagnose(subject(history(), probe=judged(0.247, 0.26, images))) for images in (300, 10_000)]
     assert [len(sentences) for sentences in found] == [1, 0]
-    assert warnings(subject(history(), probe={"pretrained": {"logistic": 0.2}, "data": {"test_images": "many"}})) == []
+    assert diagnose(subject(history(), probe={"pretrained": {"logistic": 0.2}, "data": {"test_images": "many"}})) == []

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,28 +20,27 @@ from PIL import Image
 
 import mapet
 from mapet.errors import MapetError
-from mapet.reports.card import origin_of
-from mapet.reports.metrics import History, Series, thinned
+from mapet.reports.metrics import History, Series, downsample
+from mapet.reports.model_card import read_provenance
 from mapet.reports.page import (
-    MOST_BYTES,
+    MAX_BYTES,
     LiveServer,
-    ReportImage,
     RunFollower,
     RunView,
-    comparison,
-    distinct,
+    compare_runs,
     embed_images,
+    make_unique,
     open_images,
-    page,
     page_content,
+    render_page,
     write_run_report,
 )
-from mapet.reports.render import render_part
+from mapet.reports.render import render_macro
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
 from tests.refused import refused
 
-LOSS = "loss, nats for words (mean of the last epoch)"
+LOSS = "loss, nats if tokens are predicted (mean of the last epoch)"
 STATS = {"num_used_codes": 60, "num_dead_codes": 4, "perplexity": 50.0, "top_code_fraction": 0.1, "num_patches": 1000}
 TOKENIZER = {"teacher": {"teacher": "pixels", "student_size": [8, 8]}, "grid": [4, 4], "vocab_size": 64, "hash": "c"}
 TOKENIZER |= {"codebook_stats": STATS | {"quantization_error": None}}
@@ -81,7 +81,7 @@ def data_of(html: str):
 
 def facts_of(folder: Path) -> dict[str, str]:
     """What the page says of a run at its top."""
-    html = render_part("macros.html", "facts_now", RunFiles.open(folder).data() | {"notes": []})
+    html = render_macro("macros.html", "facts_section", RunFiles.open(folder))
     return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html))
 
 
@@ -139,31 +139,31 @@ def test_final_figures_are_of_the_last_epoch(tmp_path):
     ]
     lines.append({"step": 14, "probe/logistic": 0.26})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = RunFiles.open(folder).metrics()
+    told = RunFiles.open(folder).metrics
     assert told[LOSS] == f"{(3 * 2 + 3 * 3 + 1 * 9) / 7:.4g}"
     assert told["token accuracy (mean of the last epoch)"] == "34.3%"
-    assert told["share of time waiting for images (median)"] == "3.4%"
-    assert origin_of(folder).metrics["pre-training"] == told
+    assert told["fraction of time waiting for images (median)"] == "3.4%"
+    assert read_provenance(folder).metrics["pre-training"] == told
 
 
 def test_thinned_keeps_both_ends_and_the_mean():
     series = Series(list(range(1000)), [float(i % 2) for i in range(1000)])
-    few = thinned(series, 52)
+    few = downsample(series, 52)
     assert len(few.steps) == 52
     assert (few.steps[0], few.steps[-1]) == (0, 999)
     assert few.values[1:-1] == pytest.approx([0.5] * 50, abs=0.05)
-    assert thinned(series, 1000) is series
+    assert downsample(series, 1000) is series
 
 
 def test_what_a_run_says_of_itself(tmp_path):
-    told, facts = RunFiles.open(write_run(tmp_path / "a")).data(), facts_of(tmp_path / "a")
-    assert facts["status"] == "running" and told["finished"] is False
+    run, facts = RunFiles.open(write_run(tmp_path / "a")), facts_of(tmp_path / "a")
+    assert facts["status"] == "running" and run.finished is False
     assert facts["images"] == "1,437 images in photos"
     assert facts["epochs"] == "20 of 2, 200 steps"
-    assert facts["duration"] == "2 min 30 s, resumed 1 time"
+    assert facts["duration"] == "2 min, resumed 1 time"
     assert facts["resumed with"] == "mapet pretrain --resume"
-    assert told["metrics"][LOSS] == "1"
-    assert told["state"].warnings == ["unreadable image 'a.png'"] and told["early"] is False
+    assert run.metrics[LOSS] == "1"
+    assert run.state.warnings == ["unreadable image 'a.png'"] and run.summary.can_diagnose(run.history["loss"])
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_what_a_run_says_of_itself(tmp_path):
 def test_how_a_run_stopped(status, reason, said, tmp_path):
     folder = write_run(tmp_path / "a", records=3)
     write_state(folder, status=status, reason=reason)
-    told = RunFiles.open(folder).data()
-    assert told["status"] == said and told["early"] is True
+    run = RunFiles.open(folder)
+    assert run.status == said and not run.summary.can_diagnose(run.history["loss"])
 
 
 def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
@@ -186,7 +186,7 @@ def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
     long_ago = time.time() - 5 * 3600
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     assert RunFiles.open(folder).status == "not finished"
-    assert RunFollower(folder).updates(None, 0)["status"] == "Not finished; last figures 5 h 0 min ago."
+    assert RunFollower(folder).updates(None, 0)["status"] == "Not finished; last metrics 5.0 h ago."
 
 
 def test_a_stopped_run_counts_the_steps_of_its_checkpoint(tmp_path):
@@ -204,7 +204,7 @@ def test_time_left(tmp_path):
         "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
     )
     assert RunFiles.open(folder).seconds_left == 85
-    assert RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 1 min 25 s left.")
+    assert RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 85 s left.")
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
@@ -217,13 +217,13 @@ def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
     for given in (tmp_path / "photos", tmp_path / "photos" / "pretrain"):
         files = RunFiles.open(given)
         assert files.name == "photos"
-        assert files.metrics()["knn, pretrained"] == "0.5"
-        assert [image.name for image in open_images(files.figures())] == ["features"]
+        assert files.metrics["knn, pretrained"] == "0.5"
+        assert list(open_images(files.figures())) == ["features"]
 
 
 def test_what_an_option_of_none_means(tmp_path):
     folder = write_run(tmp_path / "a", layer_scale_init=None, clip_grad=None, compile=None, other=None)
-    told = RunFiles.open(folder).data()["config"]
+    told = RunFiles.open(folder).options
     assert {name: told[name] for name in ("layer_scale_init", "clip_grad", "compile", "other")} == {
         "layer_scale_init": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
     }  # fmt: skip
@@ -231,20 +231,20 @@ def test_what_an_option_of_none_means(tmp_path):
 
 def test_lists_are_written_as_lists(tmp_path):
     folder = write_run(tmp_path / "a", mask_ratio=[0.4, 0.8], model_args={"sizes": [1, [2, 3]]})
-    told = RunFiles.open(folder).data()["config"]
+    told = RunFiles.open(folder).options
     assert (told["mask_ratio"], told["model_args"]) == ("[0.4, 0.8]", "sizes=[1, [2, 3]]")
 
 
 def test_views_are_those_of_the_token_store(tmp_path):
     """The option itself has nothing to say with --tokens, and stays at its default."""
     folder = write_run(tmp_path / "pretrain", views="center", min_crop_scale=0.2, tokens="tokens")
-    options = RunFiles.open(folder).recipe
+    options = RunFiles.open(folder).config
     write_state(folder, config=options, results={"views": {"kind": "random-crop", "min_scale": 0.4, "number": 8}})
-    told = RunFiles.open(folder).data()["config"]
+    told = RunFiles.open(folder).options
     assert (told["views"], told["min_crop_scale"]) == ("random-crop, 8 of each (token store)", "0.4")
-    assert origin_of(folder).recipe["views"] == "random-crop, 8 of each (token store)"
+    assert read_provenance(folder).recipe["views"] == "random-crop, 8 of each (token store)"
     alone = write_run(tmp_path / "alone", views="center-flip")
-    assert RunFiles.open(alone).data()["config"]["views"] == "center-flip"
+    assert RunFiles.open(alone).options["views"] == "center-flip"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json", "figures/step_through.json"])
@@ -253,7 +253,7 @@ def test_damaged_files_of_a_run_break_no_report(name, content, tmp_path):
     damaged = write_run(tmp_path / "a") / name
     damaged.parent.mkdir(exist_ok=True)
     damaged.write_bytes(content)
-    data_of(page([RunView.saved(RunFiles(tmp_path / "a"))], live=True))
+    data_of(render_page([RunView.from_files(RunFiles(tmp_path / "a"))], live=True))
 
 
 def test_warnings_of_a_run_have_its_options(tmp_path):
@@ -263,7 +263,7 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
     for folder, option in (("whole/pretrain", "--pretrain.clip-grad 0.01"), ("alone", "--clip-grad 0.01")):
         run = write_run(tmp_path / folder, clip_grad=0.01)
         (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), gradient_norm=1.0) for i in range(20)))
-        told = RunFiles(run).data()["warnings"]
+        told = RunFiles(run).warnings
         assert any(f"larger than {option} in 100%" in sentence for sentence in told), told
 
 
@@ -307,7 +307,7 @@ def test_outputs_that_contradict_each_other(options, message):
 
 def test_page_of_one_run(tmp_path):
     shown = [RunView(RunFiles.open(write_run(tmp_path / "a")))]
-    content = data_of(page(shown))
+    content = data_of(render_page(shown))
     (run,) = content["runs"]
     assert run["curves"]["loss"][0][:2] == [10, 20]
     assert run["curves"]["loss"][1][:2] == [2.9, 2.8]
@@ -338,19 +338,23 @@ def test_losses_of_other_words_are_not_compared(first, second, objective, compar
         folder = write_run(tmp_path / f"run-{name}", objective=task)
         write_state(folder, results={"tokenizer": TOKENIZER | content})
         runs.append(RunView(RunFiles.open(folder)))
-    assert ("losses and token accuracies cannot be compared" in page(runs)) is not comparable
+    assert ("losses and token accuracies cannot be compared" in render_page(runs)) is not comparable
 
 
 def test_names_are_told_apart():
-    assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+    assert make_unique(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
 
 
 def test_a_run_lacking_a_figure_has_a_dash():
     runs = [
-        {"metrics": {"x": "1"}, "config": {"lr": "1"}, "predicts": [], "data": {"images": "9 images in a", "V": "8"}},
-        {"metrics": {"y": "2"}, "config": {}, "predicts": [], "data": {"images": "7 images in a", "V": "8"}},
+        SimpleNamespace(
+            metrics={"x": "1"}, options={"lr": "1"}, prediction_task=[], inputs={"images": "9 images in a", "V": "8"}
+        ),
+        SimpleNamespace(
+            metrics={"y": "2"}, options={}, prediction_task=[], inputs={"images": "7 images in a", "V": "8"}
+        ),
     ]
-    assert comparison(runs) == {
+    assert compare_runs(runs) == {
         "comparable": True,
         "metrics": [["x", "1", "-"], ["y", "-", "2"]],
         "options": [["images", "9 images in a", "7 images in a"], ["lr", "1", "-"]],
@@ -362,7 +366,7 @@ def test_hostile_strings_stay_data(tmp_path):
     folder = write_run(tmp_path / "x<img src=y onerror=alert(1)>", images=HOSTILE, objective=HOSTILE)
     write_state(folder, warnings=[HOSTILE], reason=HOSTILE, status="failed", description=HOSTILE)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, HOSTILE: 2, "loss": 1}) + "\n")
-    html = page([RunView(RunFiles.open(folder), notes=[HOSTILE])])
+    html = render_page([RunView(RunFiles.open(folder), notes=[HOSTILE])])
     assert len(re.findall("<script", html)) == len(re.findall("</script", html)) == 2
     elements = Elements(html).found
     assert not [
@@ -374,11 +378,11 @@ def test_hostile_strings_stay_data(tmp_path):
 
 
 def test_page_asks_for_nothing(tmp_path):
-    html = page([RunView(RunFiles.open(write_run(tmp_path / "a")))])
+    html = render_page([RunView(RunFiles.open(write_run(tmp_path / "a")))])
     assert "default-src 'none'" in html and "connect-src 'none'" in html
     outside = re.findall(r"https?://[^\s\"'<]+", html)
     assert set(outside) <= {"https://github.com/leeoniya/uPlot"}  # in a comment
-    assert "connect-src 'self'" in page([RunView.saved(RunFiles(tmp_path / "a"))], live=True)
+    assert "connect-src 'self'" in render_page([RunView.from_files(RunFiles(tmp_path / "a"))], live=True)
 
 
 def test_bundled_libraries_are_as_published_and_small():
@@ -396,13 +400,13 @@ def test_bundled_libraries_are_as_published_and_small():
 
 def test_page_stays_below_its_size(tmp_path, monkeypatch):
     """Several runs with more than fits of everything; pictures of noise, which nothing compresses."""
-    assert MOST_BYTES < 5_000_000
-    monkeypatch.setattr("mapet.reports.page.MOST_BYTES", 400_000)
+    assert MAX_BYTES < 5_000_000
+    monkeypatch.setattr("mapet.reports.page.MAX_BYTES", 400_000)
     noise = np.random.default_rng(0).integers(0, 256, (2, 150, 200, 3), dtype=np.uint8)
-    images = [ReportImage(f"p{i}", Image.fromarray(pixels)) for i, pixels in enumerate(noise)]
+    images = {f"p{i}": Image.fromarray(pixels) for i, pixels in enumerate(noise)}
     folder = write_run(tmp_path / "a", records=3000)
     shown = [RunView(RunFiles.open(folder), images, {"images": [], "filler": "x" * 300_000}) for _ in range(3)]
-    html = page(shown)
+    html = render_page(shown)
     assert 200_000 < len(html.encode()) <= 400_000
     runs = data_of(html)["runs"]
     assert (
@@ -414,21 +418,20 @@ def test_page_stays_below_its_size(tmp_path, monkeypatch):
 
 def test_images_shrink_before_they_are_left_out():
     noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)
-    images = [ReportImage(name, Image.fromarray(noise)) for name in "ab"]
-    whole, none = embed_images(images, 10_000_000)
-    assert [one.width for one in whole] == [200, 200] and none == []
+    images = {name: Image.fromarray(noise) for name in "ab"}
+    whole = embed_images(images, 10_000_000)
+    assert [one.width for one in whole] == [200, 200]
     size = sum(len(one.src) for one in whole)
-    smaller, none = embed_images(images, size // 2)
-    assert len(smaller) == 2 and smaller[0].width < 200 and none == []
-    kept, left_out = embed_images(images, 0)
-    assert kept == [] and left_out == ["a", "b"]
+    smaller = embed_images(images, size // 2)
+    assert [one.name for one in smaller] == ["a", "b"] and smaller[0].width < 200
+    assert embed_images(images, 0) == []
 
 
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path, caplog, monkeypatch):
     folder = write_run(tmp_path / "a")
     write_run_report(folder)
     assert data_of((folder / "report.html").read_text())["runs"][0]["name"] == "a"
-    monkeypatch.setattr("mapet.reports.page.page", lambda runs: 1 / 0)
+    monkeypatch.setattr("mapet.reports.page.render_page", lambda runs: 1 / 0)
     write_run_report(folder)
     assert "report.html could not be written: division by zero" in caplog.text
 
@@ -476,7 +479,7 @@ def test_server_sends_what_is_new(tmp_path):
         news = json.loads(ask(server, "/updates?generation=0&have=0")[1])
         assert [line["step"] for line in news["records"]] == [10, 20, 30]
         assert f"{LOSS}</th><td>2.7</td>" in news["sections"]["metrics"] and news["status"].startswith(
-            "Running; last figures"
+            "Running; last metrics"
         )
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('ss": 2.5}\n')
@@ -491,7 +494,7 @@ def test_server_sends_what_is_new(tmp_path):
 
 
 def test_long_histories_come_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("mapet.reports.page.MOST_RECORDS", 8)
+    monkeypatch.setattr("mapet.reports.page.MAX_RECORDS", 8)
     follower = RunFollower(write_run(tmp_path / "a", records=20))
     got, news = [], {"generation": None, "more": True}
     while news["more"]:

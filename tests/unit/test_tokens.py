@@ -25,7 +25,7 @@ from mapet.evaluation.token_metrics import (
     position_information,
     token_warnings,
 )
-from mapet.reports.evaluation import tokenizer_markdown
+from mapet.reports.evaluation import render_tokenizer_report
 from mapet.tokenizers.tokenizer import load_tokenizer
 
 
@@ -163,7 +163,7 @@ def test_no_warning_for_good_words():
     words, labels, test = textures()
     found = compute_token_metrics(words, 64, steady(words), labels, test)
     assert list(token_warnings(found)) == []
-    assert "No warnings" in tokenizer_markdown(found, [], "t") and found.label.share > 0.2
+    assert "No warnings" in render_tokenizer_report(found, [], "t") and found.label.share > 0.2
 
 
 def poor():

@@ -27,8 +27,8 @@ from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
-from mapet.reports.card import model_card, origin_of
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
+from mapet.reports.model_card import read_provenance, render_model_card
 from mapet.reports.plots import plot_neighbors, save_figure
 from mapet.run_state import pretrain_folder, read_command, record, try_read_state
 from mapet.training.tasks.pretraining import load_run
@@ -175,8 +175,8 @@ def export(config: ExportConfig) -> Path:
     formats: list[str] = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
         require_packages(name)
-    vit, origin = _load_backbone(config), origin_of(config.backbone)
-    classes = [str(name) for name in origin.classes] if vit.num_classes else []
+    vit, provenance = _load_backbone(config), read_provenance(config.backbone)
+    classes = [str(name) for name in provenance.classes] if vit.num_classes else []
     views, description = _make_sample(config, vit)
     pixels = normalize(views, vit.in_chans)
     expected = compute_outputs(ExportWrapper(vit), pixels)
@@ -193,7 +193,7 @@ def export(config: ExportConfig) -> Path:
             processed, loader = _process(folders["transformers"], views), "transformers, image processor"
             differences[loader] = _check_outputs(loader, {"pixels": processed}, {"pixels": pixels})
         for name in [name for name in folders if name in ("timm", "transformers")]:
-            card = model_card(config, folders, vit, origin, differences, description, TOLERANCE, name)
+            card = render_model_card(config, folders, vit, provenance, differences, description, TOLERANCE, name)
             (folders[name] / "README.md").write_text(card, encoding="utf-8")
     for loader, difference in differences.items():
         log.info("%-40s largest relative difference %.1e", loader, difference)

@@ -17,7 +17,7 @@ from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
 from mapet.evaluation.datasets import few_shot_split, labeled, train_and_test
 from mapet.files import create_output_dir, is_empty_dir, read_json
-from mapet.reports.page import NAME, write_run_report
+from mapet.reports.page import REPORT_FILE, write_run_report
 from mapet.reports.study import write_report
 from mapet.run_state import CONFIG_FILE, RunState, can_start_in, record, try_read_state
 from mapet.signals import RESUME_HINT
@@ -80,7 +80,7 @@ def run(config: RunConfig) -> Path:
             record(config.out, results={"evaluation": found | {"data": data}})
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
-    log.info("what came out of it, in one page: %s", config.out / NAME)
+    log.info("what came out of it, in one page: %s", config.out / REPORT_FILE)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone, str(config.out), backbone,

@@ -1,4 +1,4 @@
-"""Reports: of a run, or of several side by side, as a page, live or as files of its figures; and whether a tokenizer is any good."""
+"""Reports of runs, as a page, a live page or figures; and the report of a tokenizer."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from mapet.config.pretraining import ReportConfig
@@ -25,40 +26,38 @@ from mapet.evaluation.inspection import TokenSample
 from mapet.evaluation.token_metrics import TokenMetrics, compute_token_metrics, nearest_codes, token_warnings
 from mapet.files import atomic_write, create_output_dir, is_empty_dir, write_json, write_text
 from mapet.reports import plots
-from mapet.reports.evaluation import tokenizer_markdown, tokenizer_metrics
+from mapet.reports.evaluation import format_token_metrics, render_tokenizer_report
 from mapet.reports.figures import patches_and_tokens, plot_run, plot_tokens, step_through
-from mapet.reports.page import LiveServer, ReportImage, RunView, page, rasterize
-from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, RunFiles
+from mapet.reports.page import LiveServer, RunView, rasterize, render_page
+from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, TOKENIZER_REPORT, RunFiles
 from mapet.run_state import check_is_pretraining, pretrain_folder, read_command
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.tasks.pretraining import load_run
 
 log = logging.getLogger("mapet")
-SHOWN_IMAGES = 6
-STABILITY_IMAGES = 250
-"""Of the sample; each goes through the teacher seven times. 250 images of 196 patches tell a share to better than 1 %."""
-IMAGES_PER_CLASS = 5
+NUM_SHOWN = 6
+"""Images of figures and of the step-through."""
+NUM_STABILITY_IMAGES = 250
+"""Images of the sample that are perturbed; each goes through the teacher seven times. With 196 patches each, a fraction is known
+to better than 1 %."""
+MIN_IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
-SHOWN_CODES, NEAREST = 12, 8
-"""Codes of the figure of nearest codes, and how many of each."""
+NUM_NEAREST = 8
+"""Codes in a row of the figure of nearest codes."""
 
 
 def report(config: ReportConfig) -> Path | None:
-    """Write or serve the page, or write the figures."""
+    """Write the page or the figures of runs, or serve the live page of one.
+
+    Returns:
+        the page, or the folder of the figures; None after serving.
+    """
     if config.serve:
         _serve(config.run[0])
         return None
     out, figures_dir = config.out, config.figures_dir
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise MapetError(f"{option('out')} {out} must end in .html", field="out", value=out)
-    if out is not None and out.exists():
-        raise MapetError(f"{out} already exists: nothing is overwritten. Choose another {option('out')}")
-    if figures_dir is not None:
-        create_output_dir(figures_dir, create=False)
-    opened = [pretrain_folder(folder).resolve() for folder in config.run]
-    if twice := [str(given) for given, folder in zip(config.run, opened, strict=True) if opened.count(folder) > 1]:
-        raise MapetError(f"{' and '.join(twice)} are the same run: give each once", field="run", value=config.run)
-    views = [RunView.saved(RunFiles.open(folder)) for folder in config.run]
+    _check_paths(config)
+    views = [RunView.from_files(RunFiles.open(folder)) for folder in config.run]
     for view in views if config.figures else ():
         try:
             view.images, view.step_through = _draw_run(config, view.files.folder)
@@ -68,44 +67,73 @@ def report(config: ReportConfig) -> Path | None:
             log.warning("%s: no new figures: %s", view.files.given, error)
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
-        pictures = {f"{name}.png": image for name, image in views[0].images}
-        with atomic_write(figures_dir) as temporary:
-            temporary.mkdir()
-            (temporary / STEP_THROUGH).write_text(json.dumps(views[0].step_through) + "\n", encoding="utf-8")
-            for name, image in pictures.items():
-                image.save(temporary / name)
-        log.info("in %s: %s", figures_dir, ", ".join([STEP_THROUGH, *pictures]))
+        _write_figures(views[0], figures_dir)
     if out is not None:
-        write_text(out, page(views))
+        write_text(out, render_page(views))
         log.info("%s: %.2g MB", out, out.stat().st_size / 1e6)
     return out or figures_dir
 
 
-def _draw_run(config: ReportConfig, folder: Path) -> tuple[list[ReportImage], dict[str, Any]]:
-    """Draw the figures of a run and collect its step-through, from its newest weights.
+def _check_paths(config: ReportConfig) -> None:
+    """Check that the outputs are new and the runs different ones.
 
     Raises:
-        MapetError: no weights, or images that can't be read.
+        MapetError: they are not, or `out` is no HTML file.
+    """
+    out, folders = config.out, [pretrain_folder(folder).resolve() for folder in config.run]
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise MapetError(f"{option('out')} {out} must end in .html", field="out", value=out)
+    if out is not None and out.exists():
+        message = f"{out} already exists, and nothing is overwritten: choose another {option('out')}"
+        raise MapetError(message, field="out", value=out)
+    if config.figures_dir is not None:
+        create_output_dir(config.figures_dir, create=False)
+    duplicates = [str(run) for run, folder in zip(config.run, folders, strict=True) if folders.count(folder) > 1]
+    if duplicates:
+        raise MapetError(
+            f"{' and '.join(duplicates)} are the same run: give each run once", field="run", value=config.run
+        )
+
+
+def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image], dict[str, Any]]:
+    """Draw the figures of a run, by name, and collect its step-through, from its newest weights.
+
+    Raises:
+        MapetError: there are no weights, or the images can't be read.
     """
     compute = ComputeContext.from_options(config.device, "float32")
     run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
     images = list_images(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
-    order = run.config.patch_order
-    inspected = inspection.inspect_model(model, tokenizer, images, compute, SHOWN_IMAGES, order)
-    names = [images.id(index) for index in inspected.sample.image_index[:SHOWN_IMAGES].tolist()]
-    drawn = [rasterize(name, figure) for name, figure in plot_run(inspected, model, images, compute).items()]
-    return drawn, step_through(inspected, names, model.objective)
+    inspected = inspection.inspect_model(model, tokenizer, images, compute, NUM_SHOWN, run.config.patch_order)
+    names = [images.id(index) for index in inspected.sample.image_index[:NUM_SHOWN].tolist()]
+    figures = plot_run(inspected, model, images, compute)
+    return {name: rasterize(figure) for name, figure in figures.items()}, step_through(
+        inspected, names, model.objective
+    )
+
+
+def _write_figures(view: RunView, folder: Path) -> None:
+    """Write the figures of a run as PNG files, and its step-through as JSON, into a new folder."""
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        (temporary / STEP_THROUGH).write_text(json.dumps(view.step_through) + "\n", encoding="utf-8")
+        for name, image in view.images.items():
+            image.save(temporary / f"{name}.png")
+    log.info("in %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{name}.png" for name in view.images)]))
 
 
 def _serve(folder: Path) -> None:
-    """Serve the live page of a run until Ctrl-C."""
+    """Serve the live page of a run until Ctrl-C.
+
+    The folder may be missing or empty, or one of `run` or `demo`, which start to pre-train later.
+    """
     if folder.is_file():
-        raise MapetError(f"{folder} is a file: give the run's folder")
-    if not (is_empty_dir(folder) or read_command(folder) in ("run", "demo")):  # these may start to pre-train
+        raise MapetError(f"{folder} is a file: give the run's folder", field="run", value=folder)
+    if not (is_empty_dir(folder) or read_command(folder) in ("run", "demo")):
         check_is_pretraining(folder)
     with LiveServer(folder) as server:
-        waiting = "" if RunFiles(folder).recipe else ", waiting for a run there"
+        waiting = "" if RunFiles(folder).config else ", waiting for a run there"
         log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, folder, waiting)
         try:
             server.serve_forever(poll_interval=0.2)
@@ -117,23 +145,22 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
     compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
-    sample, measures = _measure(config, tokenizer, compute)
-    figures = _plot(sample, tokenizer)
-    for name, value in tokenizer_metrics(measures).items():
+    sample, metrics = _measure(config, tokenizer, compute)
+    figures = _plot_tokenizer(sample, tokenizer)
+    for name, value in format_token_metrics(metrics).items():
         log.info("%-28s %s", name, value)
-    poor = list(token_warnings(measures))
-    for line in poor:
-        log.warning("%s", line)
-    if not poor:
+    warnings = list(token_warnings(metrics))
+    for warning in warnings:
+        log.warning("%s", warning)
+    if not warnings:
         log.info("no warnings")
-    about = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
-    content = about | {"warnings": poor, "measures": asdict(measures)}
-    names = [TOKENIZER_METRICS, "tokenizer_report.md", *(f"{name}.png" for name in figures)]
-    metrics, markdown, *pictures = paths = [config.out / name for name in names]
-    write_json(metrics, content)
-    write_text(markdown, tokenizer_markdown(measures, poor, f"Tokenizer {config.tokenizer}"))
-    for path, figure in zip(pictures, figures.values(), strict=True):
-        plots.save_figure(figure, path)
+    content = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
+    write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "measures": asdict(metrics)})
+    write_text(config.out / TOKENIZER_REPORT, render_tokenizer_report(metrics, warnings, str(config.tokenizer)))
+    paths = [config.out / name for name in (TOKENIZER_METRICS, TOKENIZER_REPORT)]
+    for name, figure in figures.items():
+        paths.append(config.out / f"{name}.png")
+        plots.save_figure(figure, paths[-1])
     log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths
 
@@ -141,22 +168,26 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
 def _measure(
     config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: ComputeContext
 ) -> tuple[TokenSample, TokenMetrics]:
-    """Tokenize a sample of the images, and a part of it under perturbations; return its tokens and their metrics."""
+    """Tokenize a sample of the images, and a part of it under perturbations; return its tokens and their metrics.
+
+    Raises:
+        MapetError: more than half of the images cannot be read, or the token store is not of these images and this tokenizer.
+    """
     images = list_images(config.images)
     drawn = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sampler = inspection.TokenSampler(tokenizer, compute)
     num_patches = tokenizer.grid[0] * tokenizer.grid[1]
-    num_pixels = inspection.num_images_for_figures(SHOWN_IMAGES, tokenizer.vocab_size, num_patches)
+    num_pixels = inspection.num_images_for_figures(NUM_SHOWN, tokenizer.vocab_size, num_patches)
     sample = sampler.sample(images, drawn.tolist(), num_pixels)
-    few = drawn[:STABILITY_IMAGES].tolist()
-    pairs = sampler.sample_perturbed(images, few)
+    perturbed = drawn[:NUM_STABILITY_IMAGES].tolist()
+    pairs = sampler.sample_perturbed(images, perturbed)
     if config.tokens is not None:
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
         except MapetError as error:
             hint = f"Or leave out {option('tokens')}: the tokenizer is measured all the same"
             raise MapetError(f"{error}. {hint}") from None
-        pairs["stored"] = sampler.compare_stored(images, store, few)
+        pairs["stored"] = sampler.compare_stored(images, store, perturbed)
     labels, is_test = _labels(images, drawn, sample.image_index)
     return sample, compute_token_metrics(sample.ids, tokenizer.vocab_size, pairs, labels, is_test)
 
@@ -167,14 +198,14 @@ def _labels(
     """Return the classes of the readable ones of the images drawn, and which of them are test images.
 
     Returns:
-        (None, None) without labels, or with fewer than `IMAGES_PER_CLASS` images per class drawn.
+        (None, None) without labels, or with fewer than `MIN_IMAGES_PER_CLASS` images per class drawn.
     """
-    if (found := images.classes()) is None:
+    if (classes_and_labels := images.classes()) is None:
         return None, None
-    classes, labels = found
+    classes, labels = classes_and_labels
     num_present = len(np.unique(labels[drawn]))
-    if num_present <= 1 or len(drawn) < IMAGES_PER_CLASS * num_present:
-        enough = option("sample", IMAGES_PER_CLASS * len(classes))
+    if num_present <= 1 or len(drawn) < MIN_IMAGES_PER_CLASS * num_present:
+        enough = option("sample", MIN_IMAGES_PER_CLASS * len(classes))
         log.info(
             "%d images of %d classes: too few to compare tokens with classes; %s would do",
             len(drawn), num_present, enough,
@@ -185,17 +216,17 @@ def _labels(
     return torch.from_numpy(labels)[readable], torch.from_numpy(is_test)[readable]
 
 
-def _plot(sample: TokenSample, tokenizer: Tokenizer) -> dict[str, Figure]:
-    """Draw the use of codes, token maps, patches by code and, where codes are centroids, the nearest codes; by name."""
+def _plot_tokenizer(sample: TokenSample, tokenizer: Tokenizer) -> dict[str, Figure]:
+    """Draw the use of codes, token maps, patches by code and, where codes have centroids, the nearest codes; by name."""
     vocab_size = tokenizer.vocab_size
     figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
-    figures |= plot_tokens(sample, SHOWN_IMAGES)
-    centroids = tokenizer.quantizer.centroids  # codes that are no centroids (FSQ, LFQ) have none
+    figures |= plot_tokens(sample, NUM_SHOWN)
+    centroids = tokenizer.quantizer.centroids  # None for FSQ and LFQ
     if centroids is not None and vocab_size > 1:
         patches, tokens = patches_and_tokens(sample)
         counts = torch.bincount(tokens, minlength=vocab_size)
-        codes = plots.spread_of_codes(counts, SHOWN_CODES)
-        distances, nearest = nearest_codes(centroids.cpu(), codes, NEAREST)
+        codes = plots.sample_codes_by_frequency(counts)
+        distances, nearest = nearest_codes(centroids.cpu(), codes, NUM_NEAREST)
         prototypes = plots.mean_patches(patches, tokens, vocab_size)
         figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
     return figures

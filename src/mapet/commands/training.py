@@ -18,7 +18,7 @@ from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
 from mapet.evaluation.eval_context import mean_over_seeds, wilson_interval
 from mapet.files import create_output_dir
-from mapet.reports.card import origin_of_tuned
+from mapet.reports.model_card import finetuning_provenance
 from mapet.reports.page import write_run_report
 from mapet.reports.plots import plot_learning_curve, save_figure
 from mapet.run_state import CONFIG_FILE, RunState, pretrain_folder, read_command, record, record_end, run_state
@@ -85,7 +85,7 @@ def _tune(config: FinetuneConfig) -> tuple[float, str]:
         counts, hashes = {"images": len(train.labels), "test_images": seen}, {"images": train.images.hash}
         record(config.out, counts=counts, hashes=hashes, results=results)
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
-        record(config.out, results={"provenance": asdict(origin_of_tuned(config.out, images))})
+        record(config.out, results={"provenance": asdict(finetuning_provenance(config.out, images))})
         shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
     return score, trainer.stop.signal_name
 

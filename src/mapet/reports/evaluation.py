@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,99 +14,123 @@ from mapet.reports.render import markdown_table, render
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
 """Backbone -> protocol -> result."""
+ClassCounts = Mapping[tuple[str, str], Mapping[str, tuple[int, int]]]
+"""(backbone, metric) -> class -> (correct, all) images; of segmentation, pixels of (intersection, union)."""
 NUM_WORST_CLASSES = 12
 
 
 def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> None:
-    """Write evaluation.md and, where there are classes, per_class.csv."""
-    errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
-    names = next(iter(errors.values()), ())
-    rows = [[name, *(f"{fmean(own[name]):.3f}" for own in errors.values())] for name in names]
-    per_class = {
-        f"{source}, {name}": (source, name, classes)
-        for source, own in results.items()
-        for result in own.values()
+    """Write evaluation.md and, where there are classes, per_class.csv.
+
+    Args:
+        info: name -> text, about the data and the machine.
+    """
+    counts = {
+        (source, name): classes
+        for source, protocols in results.items()
+        for result in protocols.values()
         for name, classes in result.per_class.items()
     }
     text = render(
         "evaluation.md", info=info, results=results, metrics=format_table(results, format_metric),
-        selected=format_table(results, lambda metric: metric.selected), worst=_worst_classes(per_class),
-        corruptions=markdown_table(["corruption", *errors], rows) if errors else "",
+        selected=format_table(results, lambda metric: metric.selected), worst=_worst_classes(counts),
+        corruptions=_corruption_errors(results),
     )  # fmt: skip
     write_text(out / "evaluation.md", text)
-    if per_class:
+    if counts:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["backbone", "metric", "class", "correct", "of", "fraction"])
-        for source, name, classes in per_class.values():
-            for label, (hit, count) in classes.items():
-                writer.writerow([source, name, label, hit, count, f"{hit / count:.6f}" if count else ""])
+        for key, classes in counts.items():
+            for name, (correct, count) in classes.items():
+                writer.writerow([*key, name, correct, count, f"{correct / count:.6f}" if count else ""])
         write_text(out / "per_class.csv", file.getvalue())
 
 
 def format_metric(metric: MetricValue) -> str:
-    """Format as '0.543 (0.512 to 0.573)'."""
-    value, *ends = (
-        "" if number is None else f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}" for number in metric[:3]
-    )
-    return f"{value} ({' to '.join(ends)})" if all(ends) else value
+    """Format a metric and its 95 % interval, if that is known: '0.543 (0.512 to 0.573)'."""
+    numbers = [number for number in (metric.value, metric.ci_low, metric.ci_high) if number is not None]
+    value, *interval = [f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}" for number in numbers]
+    return f"{value} ({' to '.join(interval)})" if interval else value
 
 
-def format_table(results: Results, show: Callable[[MetricValue], str]) -> str:
-    """Tabulate metrics down, backbones across, without rows of which nothing is shown; empty without rows."""
+def format_table(results: Results, format_cell: Callable[[MetricValue], str]) -> str:
+    """Return a Markdown table of metrics (rows) and backbones (columns); '' without rows.
+
+    Args:
+        format_cell: returns the text of a metric; a row in which all texts are '' is left out.
+    """
     columns = [
-        {k: metric for result in own.values() for k, metric in result.metrics.items()} for own in results.values()
+        {name: metric for result in protocols.values() for name, metric in result.metrics.items()}
+        for protocols in results.values()
     ]
     rows = []
-    for name in dict.fromkeys(name for own in columns for name in own):
-        metrics = [own.get(name) for own in columns]
-        if any(shown := [show(metric) if metric else "" for metric in metrics]):
-            over = next(metric.over for metric in metrics if metric)
-            rows.append([name, over, *(text or "-" for text in shown)])
+    for name in dict.fromkeys(name for column in columns for name in column):
+        cells = [format_cell(column[name]) if name in column else "" for column in columns]
+        if any(cells):
+            over = next(column[name].over for column in columns if name in column)
+            rows.append([name, over, *(cell or "-" for cell in cells)])
     return markdown_table(["metric", "over", *results], rows) if rows else ""
 
 
-def _worst_classes(per_class: Mapping[str, tuple[str, str, Mapping[str, tuple[int, int]]]]) -> str:
-    """Tabulate classes of lowest accuracy over all backbones and metrics; empty where nothing was counted."""
-    columns = [classes for _, _, classes in per_class.values()]
-    labels = dict.fromkeys(label for classes in columns for label in classes)
-    totals = {label: [sum(classes.get(label, (0, 0))[i] for classes in columns) for i in (0, 1)] for label in labels}
-    worst = sorted((hit / count, label) for label, (hit, count) in totals.items() if count)[:NUM_WORST_CLASSES]
-    pairs = {label: [classes.get(label, (0, 0)) for classes in columns] for _, label in worst}
-    rows = [[label, *(f"{hit / count:.3f}" if count else "-" for hit, count in own)] for label, own in pairs.items()]
-    return markdown_table(["class", *per_class], rows) if rows else ""
+def _corruption_errors(results: Results) -> str:
+    """Return a table of the mean error over severities of each corruption (rows) and backbone; '' if none was evaluated."""
+    errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
+    names = next(iter(errors.values()), ())
+    rows = [[name, *(f"{fmean(own[name]):.3f}" for own in errors.values())] for name in names]
+    return markdown_table(["corruption", *errors], rows) if errors else ""
 
 
-def tokenizer_metrics(m: TokenMetrics) -> dict[str, str]:
-    """Write each metric of a tokenizer: name -> value."""
+def _worst_classes(counts: ClassCounts) -> str:
+    """Return a table of the classes of lowest accuracy, over all backbones and metrics; '' where nothing was counted."""
+    correct, total = Counter[str](), Counter[str]()
+    for classes in counts.values():
+        correct.update({name: part for name, (part, _) in classes.items()})
+        total.update({name: whole for name, (_, whole) in classes.items()})
+    worst = sorted((correct[name] / count, name) for name, count in total.items() if count)[:NUM_WORST_CLASSES]
+    rows = []
+    for _, name in worst:
+        cells = [classes.get(name, (0, 0)) for classes in counts.values()]
+        rows.append([name, *(f"{part / whole:.3f}" if whole else "-" for part, whole in cells)])
+    return markdown_table(["class", *map(", ".join, counts)], rows) if rows else ""
 
-    def agreement(pair: Agreement) -> str:
-        return f"{pair.share:.1%} (chance {pair.chance:.1%}, kappa {pair.kappa:.2f})"
 
-    def information(value: MutualInformation) -> str:
-        taken_off = f"chance {value.chance:.3f} ± {value.error:.3f} taken off"
-        return f"{value.bits:.3f} bits, {value.share:.1%} of all ({taken_off})"
+def format_token_metrics(metrics: TokenMetrics) -> dict[str, str]:
+    """Return the metrics of a tokenizer as text, by name; those that were not measured are left out."""
 
-    use, bag = m.usage, m.bag_of_tokens
-    told = {"token and neighbor": m.neighbor, "position and token": m.position, "token and class": m.label}
-    return {
-        "used codes": f"{use.used_codes:,} of {m.vocab_size:,}",
-        "dead codes": f"{use.dead_codes:,}",
-        "perplexity": f"{use.perplexity:.1f}",
-        "entropy": f"{use.entropy:.2f} bits",
-        "most frequent token": f"{use.top_code_fraction:.1%}",
-        "cover 50 %": f"{use.codes_for_half:.1%}",
-        "cover 90 %": f"{use.codes_for_most:.1%}",
-        **{f"same after: {name}": agreement(pair) for name, pair in m.stability.items()},
-        **{f"same as beside: {name}": agreement(pair) for name, pair in m.coherence.items()},
-        **{name: information(value) for name, value in told.items() if value is not None},
-        **({"bag-of-tokens probe": f"{bag.accuracy:.1%} (majority baseline: {bag.chance:.1%})"} if bag else {}),
+    def format_agreement(agreement: Agreement) -> str:
+        return f"{agreement.share:.1%} (chance {agreement.chance:.1%}, kappa {agreement.kappa:.2f})"
+
+    def format_information(information: MutualInformation) -> str:
+        bias = f"chance {information.chance:.3f} ± {information.error:.3f} subtracted"
+        return f"{information.bits:.3f} bits, {information.share:.1%} of all ({bias})"
+
+    usage, bag = metrics.usage, metrics.bag_of_tokens
+    pairs = {
+        "token and neighbor": metrics.neighbor,
+        "position and token": metrics.position,
+        "token and class": metrics.label,
     }
+    texts = {
+        "used codes": f"{usage.used_codes:,} of {metrics.vocab_size:,}",
+        "dead codes": f"{usage.dead_codes:,}",
+        "perplexity": f"{usage.perplexity:.1f}",
+        "entropy": f"{usage.entropy:.2f} bits",
+        "most frequent token": f"{usage.top_code_fraction:.1%}",
+        "cover 50 %": f"{usage.codes_for_half:.1%}",
+        "cover 90 %": f"{usage.codes_for_most:.1%}",
+    }
+    texts |= {f"same after: {name}": format_agreement(pair) for name, pair in metrics.stability.items()}
+    texts |= {f"same as beside: {name}": format_agreement(pair) for name, pair in metrics.coherence.items()}
+    texts |= {name: format_information(information) for name, information in pairs.items() if information is not None}
+    if bag is not None:
+        texts["bag-of-tokens probe"] = f"{bag.accuracy:.1%} (majority baseline: {bag.chance:.1%})"
+    return texts
 
 
-def tokenizer_markdown(measures: TokenMetrics, warnings: Sequence[str], title: str) -> str:
-    """Render the metrics of a tokenizer: warnings in words, then each metric with what it means."""
-    values = tokenizer_metrics(measures)
+def render_tokenizer_report(metrics: TokenMetrics, warnings: Sequence[str], name: str) -> str:
+    """Render the metrics of a tokenizer, by the name it has for the user: warnings, then each metric and what it means."""
+    values = format_token_metrics(metrics)
     return render(
-        "tokenizer_report.md", m=measures, warnings=warnings, title=title, values=values, changes=PERTURBATIONS
+        "tokenizer_report.md", m=metrics, warnings=warnings, name=name, values=values, perturbations=PERTURBATIONS
     )

@@ -150,7 +150,7 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
         "runs": of each the "name", "files", "notes", "images" (embedded) and "data" for the scripts; "comparison": see
         `compare_runs`, None for one run; "live".
     """
-    views = []
+    views: list[dict[str, Any]] = []
     for run, name in zip(runs, make_unique([run.files.name for run in runs]), strict=True):
         history = run.files.history
         curves = {} if live else downsample_curves(history, max(50, MAX_POINTS // len(runs)))

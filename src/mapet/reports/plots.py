@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
 from mapet.files import atomic_write
@@ -35,6 +36,11 @@ def to_rgb(image: UInt8[Tensor, "C H W"]) -> Float[np.ndarray, "H W 3"]:
     """Return the first three channels as values in 0..1; with fewer than three, the first one as gray."""
     channels = image if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     return channels[:3].permute(1, 2, 0).float().numpy() / 255
+
+
+def to_image(pixels: UInt8[Tensor, "C H W"]) -> Image.Image:
+    """Convert pixels to an RGB image."""
+    return Image.fromarray((255 * to_rgb(pixels)).round().astype(np.uint8))
 
 
 def patchify(images: UInt8[Tensor, "B C H W"], grid: tuple[int, int]) -> UInt8[Tensor, "B N C h w"]:
@@ -198,7 +204,7 @@ def plot_maps(
     size = max(5.0, 1.5 * num_columns + 1), 1.5 * num_rows + 0.6
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    rows = {"image": [to_rgb(image) for image in images], **maps}
+    rows = {"image": np.stack([to_rgb(image) for image in images]), **maps}
     for row_axes, (label, cells) in zip(axes, rows.items(), strict=True):
         row_axes[0].set_ylabel(label)
         for axis, cell in zip(row_axes, cells, strict=True):

@@ -21,7 +21,8 @@ STALE_AFTER_S = 3600
 STEP_THROUGH = "step_through.json"
 """File beside the figures, with the data of the step-through."""
 TOKENIZER_METRICS = "tokenizer_metrics.json"
-"""File that `inspect-tokenizer` writes."""
+TOKENIZER_REPORT = "tokenizer_report.md"
+"""Files that `inspect-tokenizer` writes."""
 
 
 class RunFiles:

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import isfinite, nan
 from pathlib import Path
@@ -12,154 +13,163 @@ from markupsafe import Markup
 
 from mapet.evaluation.eval_context import mean_and_margin
 from mapet.files import write_text
-from mapet.reports.plots import plot_seeds
-from mapet.reports.render import Bold, render, render_part
+from mapet.reports.plots import Curve, plot_seeds
+from mapet.reports.render import Bold, render, render_macro
 from mapet.studies import statistics
 from mapet.studies.statistics import Difference, Study, Trial
 
 SENTENCES = "study_sentences.md"
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
-"""Column -> attribute of a trial and unit."""
-CURVES = {"loss": "training loss", "logistic": "linear probe while training", "knn": "k-NN while training"}
-AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
-"""Key of a curve's point -> label and unit."""
+"""Column of the table of scores -> attribute of a trial, and the unit in which that is given."""
+CURVE_METRICS = {"loss": "Training loss", "logistic": "Linear probe while training", "knn": "k-NN while training"}
+"""Metric of a curve's points -> label."""
+CURVE_AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
+"""x of a curve's points -> label, and the unit in which that is given."""
 
 
 def write_report(study: Study, folder: Path) -> None:
-    """Write report.md, report.html and report.csv into `folder`, in place of earlier ones."""
+    """Write report.md, report.html and report.csv into `folder`, replacing earlier ones."""
     differences = statistics.paired_differences(study)
     content = {
         "study": study,
-        "findings": findings(study, differences),
+        "findings": describe_findings(study, differences),
         "scores_head": [*study.other_factors, study.compared_factor, *study.metrics, *COSTS],
-        "scores": {budget: _scores(study, budget) for budget in study.budgets},
-        "curves": _curves(study),
-        "differences": [_difference(row) for row in differences],
+        "scores": {budget: _score_rows(study, budget) for budget in study.budgets},
+        "curves": _plot_curves(study),
+        "differences": [_difference_row(difference) for difference in differences],
         "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
         "tested": not statistics.has_single_seed(differences),
     }
-    texts = {"csv": _csv(study)} | {kind: render(f"study.{kind}", **content) for kind in ("md", "html")}
-    for kind, text in texts.items():
-        write_text(folder / f"report.{kind}", text)
+    for kind in ("md", "html"):
+        write_text(folder / f"report.{kind}", render(f"study.{kind}", **content))
+    write_text(folder / "report.csv", _format_csv(study))
 
 
-def findings(study: Study, differences: list[Difference]) -> list[str]:
-    """What the study says, in sentences: pooled differences, those told apart in a condition, the best values."""
+def describe_findings(study: Study, differences: list[Difference]) -> list[str]:
+    """Return sentences: primary differences, significant ones of single conditions, then the best levels of each factor."""
     if not any(trial.finished for trial in study.trials):
         return ["No run has finished: there is nothing to compare yet."]
-    single = [row for row in differences if not row.is_primary]
-    told = [row for row in single if row.verdict in ("higher", "lower")]
     if not differences:
-        said = [render_part(SENTENCES, "no_pairs", study.compared_factor)]
+        sentences = [render_macro(SENTENCES, "no_pairs", study.compared_factor)]
     elif statistics.has_single_seed(differences):
-        said = [render_part(SENTENCES, "one_seed", study.compared_factor)]
+        sentences = [render_macro(SENTENCES, "one_seed", study.compared_factor)]
     else:
-        said = [sentence(row) for row in [*(row for row in differences if row.is_primary), *told]]
-        said += [render_part(SENTENCES, "told_apart", len(single), len(told))] if single else []
-    places = product(study.budgets, study.metrics, study.other_factors)
-    return said + [
-        render_part(SENTENCES, "best", *place, best)
-        for place in places
-        if (best := statistics.find_best_levels(study, *place))
-    ]
+        primary = [difference for difference in differences if difference.is_primary]
+        single = [difference for difference in differences if not difference.is_primary]
+        significant = [difference for difference in single if difference.verdict in ("higher", "lower")]
+        sentences = [describe_difference(difference) for difference in primary + significant]
+        if single:
+            sentences.append(render_macro(SENTENCES, "num_significant", len(single), len(significant)))
+    for budget, metric, factor in product(study.budgets, study.metrics, study.other_factors):
+        if best_levels := statistics.find_best_levels(study, budget, metric, factor):
+            sentences.append(render_macro(SENTENCES, "best_levels", budget, metric, factor, best_levels))
+    return sentences
 
 
-def sentence(row: Difference) -> str:
-    """Write a difference in plain English."""
-    condition, p = statistics.format_condition(row.conditions[0]), statistics.format_p_value(row.p_holm, "= ")
-    return render_part(SENTENCES, "difference", row, condition, p).strip()
+def describe_difference(difference: Difference) -> str:
+    """Return a sentence about a difference, with its interval and corrected p where it was tested."""
+    condition = statistics.format_condition(difference.conditions[0])
+    p_value = statistics.format_p_value(difference.p_holm, "= ")
+    return render_macro(SENTENCES, "difference", difference, condition, p_value).strip()
 
 
-def _scores(study: Study, budget: str) -> list[list[str]]:
-    """Tabulate mean accuracies and costs, a row for each condition and compared value, then the baselines."""
+def _score_rows(study: Study, budget: str) -> list[list[str]]:
+    """Return the table of a budget: mean scores and costs of each compared value in each condition, then the baselines."""
     rows = []
-    for condition in study.conditions:
-        scores = {
-            (value, metric): list(study.scores(budget, condition, value, metric).values())
-            for value, metric in product(study.values, study.metrics)
-        }
-        for value in study.values:
-            if trials := study.select(budget, condition, value):
-                row = [*(level for _, level in condition), value]
-                for metric in study.metrics:
-                    rivals = [fmean(own) for other in study.values if (own := scores[other, metric])]
-                    row.append(_accuracy(scores[value, metric], rivals))
-                rows.append(row + [_cost(trials, *cost) for cost in COSTS.values()])
-    for name, known in study.baselines.items():
-        accuracies = [f"{known[metric]:.3f}" if _known(known, metric) else "-" for metric in study.metrics]
-        rows.append([*[""] * len(study.other_factors), name, *accuracies, *["-"] * len(COSTS)])
+    for condition, value in product(study.conditions, study.values):
+        if trials := study.select(budget, condition, value):
+            row = [*(level for _, level in condition), value]
+            for metric in study.metrics:
+                scores = {other: [*study.scores(budget, condition, other, metric).values()] for other in study.values}
+                row.append(_format_scores(scores, value))
+            rows.append(row + [_format_cost(trials, *cost) for cost in COSTS.values()])
+    for name, scores_by_metric in study.baselines.items():
+        scores_of_metrics = [scores_by_metric.get(metric, nan) for metric in study.metrics]
+        texts = [f"{score:.3f}" if isfinite(score) else "-" for score in scores_of_metrics]
+        rows.append([*[""] * len(study.other_factors), name, *texts, *["-"] * len(COSTS)])
     return rows
 
 
-def _accuracy(scores: list[float], rivals: list[float]) -> str:
-    """'0.512 ± 0.010 (3)', bold if the highest of several rivals, its own mean among them."""
-    if not scores:
+def _format_scores(scores: Mapping[str, Sequence[float]], value: str) -> str:
+    """Format the scores of a value over seeds: '0.512 ± 0.010 (3)' is mean, half of its 95 % interval and number of seeds.
+
+    Args:
+        scores: scores of all compared values; the highest mean of several is set in bold.
+    """
+    if not scores[value]:
         return "-"
-    mean, width = mean_and_margin(scores)
-    text = f"{mean:.3f}{'' if width is None else f' ± {width:.3f}'} ({len(scores)})"
-    return Bold(text) if len(rivals) > 1 and mean == max(rivals) else text
+    mean, margin = mean_and_margin(scores[value])
+    means = [fmean(others) for others in scores.values() if others]
+    text = f"{mean:.3f}{'' if margin is None else f' ± {margin:.3f}'} ({len(scores[value])})"
+    return Bold(text) if len(means) > 1 and mean == max(means) else text
 
 
-def _cost(trials: list[Trial], attribute: str, unit: float) -> str:
-    """Mean over the runs that are done."""
-    values = [value for trial in trials if trial.finished and (value := getattr(trial, attribute)) is not None]
-    mean = fmean(values) / unit if values else nan
-    return "-" if not isfinite(mean) else f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
+def _format_cost(trials: Sequence[Trial], attribute: str, unit: float) -> str:
+    """Format the mean of a trial's attribute over the finished trials where it is known, in a unit; '-' without any."""
+    values = [getattr(trial, attribute) for trial in trials if trial.finished]
+    known = [value for value in values if value is not None and isfinite(value)]
+    if not known:
+        return "-"
+    mean = fmean(known) / unit
+    return f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
 
 
-def _difference(row: Difference) -> list[str]:
-    """A row of the table of differences."""
-    where = (
-        statistics.format_condition(row.conditions[0])
-        if len(row.conditions) == 1
-        else f"mean of {len(row.conditions)} conditions"
-    )
-    low, high = (100 * (row.mean + side * (row.half_width or 0)) for side in (-1, 1))
-    interval = "-" if row.half_width is None else f"{low:z.1f} to {high:z.1f}"
-    pair = [row.budget, row.metric, f"{row.first} - {row.second}", where, f"{100 * row.mean:z.1f}"]
+def _difference_row(difference: Difference) -> list[str]:
+    """Return a row of the table of differences, in percentage points; its columns are in study_texts.html."""
+    conditions, mean, half_width = difference.conditions, 100 * difference.mean, difference.half_width
+    pooled = len(conditions) > 1
+    interval = "-" if half_width is None else f"{mean - 100 * half_width:z.1f} to {mean + 100 * half_width:z.1f}"
     return [
-        *pair,
-        interval,
-        str(row.seeds),
-        statistics.format_p_value(row.p),
-        statistics.format_p_value(row.p_holm),
-        row.verdict,
-    ]
+        difference.budget, difference.metric, f"{difference.first} - {difference.second}",
+        f"mean of {len(conditions)} conditions" if pooled else statistics.format_condition(conditions[0]),
+        f"{mean:z.1f}", interval, str(difference.seeds), statistics.format_p_value(difference.p),
+        statistics.format_p_value(difference.p_holm), difference.verdict,
+    ]  # fmt: skip
 
 
-def _curves(study: Study) -> dict[str, dict[str, Markup]]:
-    """Draw learning curves: title -> condition -> SVG, of the same heights; ids get a prefix, for they are a page's."""
-    found: dict[str, dict[str, Markup]] = {}
-    for budget, (metric, name), (axis, (label, unit)) in product(study.budgets, CURVES.items(), AXES.items()):
-        panels: dict[str, list[tuple[int, list[tuple[float, float]]]]] = {}
-        for condition, (i, value) in product(study.conditions, enumerate(study.values)):
-            for trial in study.select(budget, condition, value):
-                known = [point for point in trial.curve if _known(point, axis, metric)]
-                if known and trial.finished:
-                    line = sorted((point[axis] / unit, point[metric]) for point in known)
-                    panels.setdefault(statistics.format_condition(condition), []).append((i, line))
-        ys = [y for lines in panels.values() for _, line in lines for _, y in line]
-        for where, lines in panels.items():
-            svg = plot_seeds(lines, label, name, (min(ys), max(ys)))
-            drawn = found.setdefault(f"{name[0].upper()}{name[1:]} against {label}, {budget}", {})
-            prefix = f"d{len(found)}-{len(drawn)}-"
-            drawn[where] = Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg))
-    return found
+def _plot_curves(study: Study) -> dict[str, dict[str, Markup]]:
+    """Draw learning curves: title -> condition -> SVG; those of a title have the same y axis.
+
+    The ids in an SVG get a prefix, for all of them are in one page.
+    """
+    figures: dict[str, dict[str, Markup]] = {}
+    for budget, metric, axis in product(study.budgets, CURVE_METRICS, CURVE_AXES):
+        (label, unit), panels = CURVE_AXES[axis], {}
+        for condition in study.conditions:
+            if curves := _find_curves(study, budget, condition, metric, axis, unit):
+                panels[statistics.format_condition(condition)] = curves
+        ys = [y for curves in panels.values() for curve in curves for _, y in curve.points]
+        title = f"{CURVE_METRICS[metric]} against {label}, {budget}"
+        for index, (condition_name, curves) in enumerate(panels.items()):
+            svg = plot_seeds(curves, label, CURVE_METRICS[metric], (min(ys), max(ys)))
+            svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>figure{len(figures)}-{index}-", svg)
+            figures.setdefault(title, {})[condition_name] = Markup(svg)
+    return figures
 
 
-def _known(numbers: dict[str, float], *keys: str) -> bool:
-    return all(isfinite(numbers.get(key, nan)) for key in keys)
+def _find_curves(
+    study: Study, budget: str, condition: statistics.Condition, metric: str, axis: str, unit: float
+) -> list[Curve]:
+    """Return the curve of each finished trial of a condition that has points of a metric and an axis, in the axis's unit."""
+    curves = []
+    for index, value in enumerate(study.values):
+        for trial in study.select(budget, condition, value):
+            points = [(point.get(axis, nan) / unit, point.get(metric, nan)) for point in trial.curve]
+            if trial.finished and (known := sorted((x, y) for x, y in points if isfinite(x) and isfinite(y))):
+                curves.append(Curve(index, known))
+    return curves
 
 
-def _csv(study: Study) -> str:
-    """One row a run; numbers unrounded, what is not known left empty."""
-    file = io.StringIO()
-    writer = csv.writer(file)
-    factors, costs = [study.compared_factor, *study.other_factors], [attribute for attribute, _ in COSTS.values()]
-    writer.writerow(["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.metrics])
+def _format_csv(study: Study) -> str:
+    """Return a row for each trial; numbers are not rounded, unknown ones empty."""
+    file, costs = io.StringIO(), [attribute for attribute, _ in COSTS.values()]
+    factors = [study.compared_factor, *study.other_factors]
+    columns = ["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.metrics]
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
     for trial in study.trials:
-        numbers = [*(getattr(trial, cost) for cost in costs), *(trial.scores.get(m) for m in study.metrics)]
-        known = ["" if number is None or not isfinite(number) else number for number in numbers]
-        words = [trial.name, *(trial.factors[factor] for factor in factors), trial.seed, "; ".join(trial.budgets)]
-        writer.writerow([*words, trial.status, trial.reason, *known])
-    return "\ufeff" + file.getvalue()  # without this mark spreadsheets do not take it for UTF-8
+        numbers = {name: getattr(trial, name) for name in costs} | trial.scores
+        known = {name: number for name, number in numbers.items() if number is not None and isfinite(number)}
+        texts = {name: getattr(trial, name) for name in ("name", "seed", "status", "reason")}
+        writer.writerow(trial.factors | texts | {"budgets": "; ".join(trial.budgets)} | known)
+    return "\ufeff" + file.getvalue()  # without a byte order mark spreadsheets do not take it for UTF-8
