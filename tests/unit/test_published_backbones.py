@@ -340,7 +340,7 @@ def refused_reason(tmp_path, content, **options):
 def test_what_is_no_plain_vit(tmp_path):
     weights = vit_of().state_dict()
     assert "give it to `mapet export` as model_args num_heads=N" in refused_reason(tmp_path, weights)
-    assert "not a ViT in a layout that is known" in refused_reason(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
+    assert "not a ViT in a supported layout" in refused_reason(tmp_path, {"conv1.weight": torch.zeros(2, 3, 7, 7)})
     less = {name: tensor for name, tensor in weights.items() if "attn.proj" not in name}
     assert "missing: blocks.0.attn.proj.bias" in refused_reason(tmp_path, less, num_heads=2)
     q_alone = {name: tensor for name, tensor in split(weights, {"q": 1, "kv": 2}).items() if ".kv." not in name}
@@ -439,7 +439,7 @@ def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tok
         tmp_path / "vit_standard_tiny.tar", num_heads=2, img_size=(8, 8), patch_size=2, in_chans=1
     ).eval()
     assert same(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
-    for words in ("for 1 channels made of one for 3", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
+    for words in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
                   "LayerScale starts at 1", "no part of the encoder: head, mask_token"):  # fmt: skip
         assert words in caplog.text
 

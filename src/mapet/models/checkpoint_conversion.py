@@ -1,6 +1,6 @@
-"""Published ViT weights under anybody's names -> a plain timm VisionTransformer: names, sizes, and what must be adapted.
+"""Pre-trained ViT weights under others' names -> a plain timm VisionTransformer: names, sizes, and what must be adapted.
 
-Known layouts, and what tells them (`docs/export.md` has the table):
+Supported layouts, and how they are recognized (`docs/export.md` has the table):
 
     released MaPeT   timm's names with attn.q and attn.kv in two pieces; mask token, token head
     timm, DeiT       timm's names
@@ -14,6 +14,7 @@ Known layouts, and what tells them (`docs/export.md` has the table):
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from mapet.weights import describe_mismatch, first_names
 
 Weights = dict[str, Tensor]
 PATCH_EMBED = re.compile(r"(.*?)(?:embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.weight")
+"""Name of the patch embedding in any layout; group 1 is the prefix of the ViT's names."""
 KEY_RENAMES = {
     r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings$": "pos_embed",
@@ -50,6 +52,7 @@ VIT_KEYS = re.compile(
     r"cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm_pre|norm|fc_norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm1|norm2|attn\.qkv|attn\.proj|attn\.q_norm|attn\.k_norm|mlp\.fc1|mlp\.fc2)\.(weight|bias)|ls[12]\.gamma)"
 )
+"""Names of all tensors that a timm VisionTransformer without a classifier may have."""
 UNSUPPORTED = {
     "relative position bias": re.compile(r"relative_position_bias_table"),
     "distillation token": re.compile(r"^dist_token$"),
@@ -59,18 +62,21 @@ UNSUPPORTED = {
 """Parts that a plain ViT lacks, though the weights were learned with them."""
 LAYER_SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 NUM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
-"""Attention heads of the published widths: the weights themselves don't tell."""
+"""Embedding dimension of published ViTs -> attention heads, which cannot be inferred from the weights."""
+DEFAULT_GRID = 14
+"""Rows and columns of patches assumed where nothing tells them: 224 px in patches of 16."""
 
 
 class PretrainedViT(NamedTuple):
     """A ViT's weights and what is known about it.
 
     Attributes:
-        state_dict: of the encoder, under timm's names.
-        model: a name for timm's `create_model`; with `model_args` it makes the ViT.
-        grid: (rows, columns) of patches that the positions are of.
-        mean_std: normalization of its input; None if unknown.
-        eps: of its norms; None: the model's own.
+        state_dict: of the encoder, and of a classifier if it has one, under timm's names.
+        model: a name for timm's `create_model`, which makes the ViT with `model_args`.
+        model_args: keywords of timm's VisionTransformer.
+        grid: (rows, columns) of the patches that position embeddings are for.
+        mean_std: normalization of its input; None: unknown, taken to be mapet's.
+        eps: of its norms; None: the default of `model`.
         unexpected_keys: names in the file that are no part of the encoder.
         unsupported: parts of the encoder that a plain ViT lacks: without them it computes something else.
     """
@@ -86,19 +92,19 @@ class PretrainedViT(NamedTuple):
 
 
 def from_state_dict(
-    weights: Mapping[str, Tensor], source: object, overrides: Mapping[str, Any] = {},
+    weights: Mapping[str, Tensor], source: str | Path, overrides: Mapping[str, Any] = {},
     img_size: tuple[int, int] | None = None,
 ) -> PretrainedViT:  # fmt: skip
-    """Recognize the layout of a file's tensors, rename them and infer the ViT's sizes.
+    """Recognize the layout of a file's tensors, rename them to timm's names and infer the ViT's sizes.
 
     Args:
         weights: tensors by the file's own names.
-        source: named by errors.
+        source: what they were read from, named by errors.
         overrides: timm keywords known from elsewhere, e.g. {'num_heads': 6, 'img_size': (16, 24)}.
-        img_size: pixels that the positions are for, used where their number is no square.
+        img_size: (H, W) pixels that the position embeddings may be for, tried where their number is no square.
 
     Raises:
-        MapetError: not a ViT's weights, or sizes that don't fit together.
+        MapetError: not a ViT's weights, or sizes that contradict each other.
     """
     try:
         encoder, unexpected, unsupported = remap_keys(weights, source)
@@ -106,7 +112,8 @@ def from_state_dict(
         for name, tensor in weights.items():
             if name.endswith("relative_position_bias_table"):  # BEiT's: (distances, heads)
                 args["num_heads"] = tensor.shape[1]
-        grid = _infer_grid(encoder, args, overrides, img_size)
+        args |= overrides
+        grid = _infer_grid(encoder, args, img_size)
     except KeyError as error:
         raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}") from None
     except ValueError as error:
@@ -114,10 +121,15 @@ def from_state_dict(
     return PretrainedViT(encoder, "vit_base_patch16_224", args, grid, None, None, unexpected, unsupported)
 
 
-def remap_keys(weights: Mapping[str, Tensor], source: object) -> tuple[Weights, tuple[str, ...], tuple[str, ...]]:
-    """Return (the encoder's tensors under timm's names, unexpected keys, unsupported parts).
+def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weights, tuple[str, ...], tuple[str, ...]]:
+    """Rename the encoder's tensors to timm's names; of several ViTs in a file (student and teacher) take the teacher.
 
-    Of several ViTs in a file (student and teacher) it takes the teacher.
+    Args:
+        weights: tensors by the file's own names.
+        source: what they were read from, named by errors.
+
+    Returns:
+        (the encoder's tensors; `unexpected_keys` and `unsupported` of a `PretrainedViT`)
 
     Raises:
         MapetError: there is no patch embedding, so no ViT.
@@ -126,7 +138,7 @@ def remap_keys(weights: Mapping[str, Tensor], source: object) -> tuple[Weights, 
     prefixes = [match[1] for name in weights if (match := PATCH_EMBED.fullmatch(name))]
     if not prefixes:
         found = f"it has no patch_embed.proj.weight, but {first_names(list(weights))}"
-        raise MapetError(f"{source}: not a ViT in a layout that is known: {found}")
+        raise MapetError(f"{source}: not a ViT in a supported layout: {found}. `docs/export.md` lists the layouts")
     prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])
     unexpected, unsupported = [name for name in weights if not name.startswith(prefix)], set()
     renamed = {}
@@ -149,23 +161,33 @@ def remap_keys(weights: Mapping[str, Tensor], source: object) -> tuple[Weights, 
 
 
 def _merge_qkv(weights: Weights) -> Weights:
-    """Concatenate queries, keys and values, as timm has them. Keys of BEiT have no bias: it would change no softmax."""
+    """Return the weights with queries, keys and values concatenated to timm's `qkv`; they may be q, k, v or q, kv.
+
+    BEiT's keys have no bias, which would cancel in the softmax: it is set to zero.
+    """
     merged = dict(weights)
     for name, query in weights.items():
         if match := re.fullmatch(r"(blocks\.\d+\.attn)\.q\.(weight|bias)", name):
             attn, kind = match.groups()
-            rest = ["kv"] if f"{attn}.kv.{kind}" in weights else ["k", "v"]
-            if kind == "bias" and rest == ["k", "v"]:
+            parts = ("q", "kv") if f"{attn}.kv.{kind}" in weights else ("q", "k", "v")
+            if kind == "bias" and "k" in parts:
                 merged.setdefault(f"{attn}.k.bias", torch.zeros_like(query))
-            merged[f"{attn}.qkv.{kind}"] = torch.cat([merged.pop(f"{attn}.{part}.{kind}") for part in ("q", *rest)])
+            merged[f"{attn}.qkv.{kind}"] = torch.cat([merged.pop(f"{attn}.{part}.{kind}") for part in parts])
     return merged
 
 
 def _infer_model_args(weights: Weights) -> dict[str, Any]:
-    """Infer timm's keywords of the VisionTransformer that the weights are of, without its positions."""
+    """Infer the keywords of timm's VisionTransformer from its weights; `num_heads` is None for widths not in `NUM_HEADS`.
+
+    Position embeddings are left to `_infer_grid`.
+
+    Raises:
+        KeyError: there are no blocks.
+        ValueError: the patch embedding is not of square patches.
+    """
     patches = weights["patch_embed.proj.weight"]
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
-        raise ValueError(f"its patch embedding has the shape {tuple(patches.shape)}; only square patches are known")
+        raise ValueError(f"its patch embedding has the shape {tuple(patches.shape)}; only square patches are supported")
     width, channels, patch, _ = patches.shape
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
     if not depth:
@@ -184,75 +206,83 @@ def _infer_model_args(weights: Weights) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _infer_grid(
-    weights: Weights, args: dict[str, Any], overrides: Mapping[str, Any], img_size: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Infer the (rows, columns) of patches, and add `overrides` and what positions tell to `args`.
+def _infer_grid(weights: Weights, args: dict[str, Any], img_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Infer the (rows, columns) of patches, and complete `args` by `img_size`, `no_embed_class` or `pos_embed`.
 
-    Where the class token alone has a position (DINOv2 with registers), it is added to the token: timm has positions for all
-    prefix tokens or none.
+    Args:
+        weights: of the encoder, under timm's names.
+        args: keywords of the VisionTransformer; an `img_size` among them must fit. It is changed.
+        img_size: (H, W) pixels, tried where the position embeddings fit no square.
+
+    Raises:
+        ValueError: the number of position embeddings fits no such grid.
     """
-    args |= overrides
     patch, class_tokens = args["patch_size"], int(args["class_token"])
+    num_prefix = class_tokens + args["reg_tokens"]
     if "pos_embed" not in weights:
         args["pos_embed"] = "none"
-        height, width = args.setdefault("img_size", (14 * patch, 14 * patch))
+        height, width = args.setdefault("img_size", (DEFAULT_GRID * patch, DEFAULT_GRID * patch))
         return height // patch, width // patch
-    count, num_prefix = weights["pos_embed"].shape[1], class_tokens + args["reg_tokens"]
-    size = args.get("img_size", img_size)
-    known = (size[0] // patch, size[1] // patch) if size else None
-    numbers = dict.fromkeys((num_prefix, class_tokens, 0))  # prefix tokens that may have a position
-    squares = [((side, side), n) for n in numbers if (side := math.isqrt(max(count - n, 0))) and side**2 == count - n]
-    fits = [(known, n) for n in numbers if known and math.prod(known) == count - n]
+    num_positions = weights["pos_embed"].shape[1]
+    candidates: list[tuple[tuple[int, int], int]] = []  # (grid, prefix tokens that have a position), likeliest first
+    embedded_counts = tuple(dict.fromkeys((num_prefix, class_tokens, 0)))
     if "img_size" not in args:
-        fits = squares + fits
-    if not fits:
-        wanted = f"grid of {format_size(known)}" if known else "square of patches"
+        sides = [math.isqrt(max(num_positions - count, 0)) for count in embedded_counts]
+        candidates += [((side, side), count) for side, count in zip(sides, embedded_counts, strict=True)]
+    if size := args.get("img_size", img_size):
+        candidates += [((size[0] // patch, size[1] // patch), count) for count in embedded_counts]
+    fitting = [(grid, count) for grid, count in candidates if math.prod(grid) + count == num_positions]
+    if not fitting:
+        expected = f"grid of {format_size(candidates[-1][0])}" if size else "square of patches"
         hint = "give the size in pixels that they are for: img_size"
-        raise ValueError(f"it has {count} positions, which fit no {wanted}; {hint}")
-    grid, embedded = fits[0]
-    args |= {"img_size": (grid[0] * patch, grid[1] * patch), "no_embed_class": num_prefix > 0 and embedded == 0}
-    if args["reg_tokens"] and embedded == class_tokens == 1:
-        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
-        weights["pos_embed"] = weights["pos_embed"][:, 1:]
-        args["no_embed_class"] = True
+        raise ValueError(f"it has {num_positions} positions, which fit no {expected}; {hint}")
+    grid, num_embedded = fitting[0]
+    args |= {"img_size": (grid[0] * patch, grid[1] * patch), "no_embed_class": num_embedded < num_prefix}
     return grid
 
 
-def adapt_state_dict(checkpoint: PretrainedViT, vit: VisionTransformer, source: object) -> tuple[Weights, list[str]]:
-    """Make the state dict with which `vit` computes what the pre-trained ViT does.
+def adapt_state_dict(
+    checkpoint: PretrainedViT, vit: VisionTransformer, source: str | Path
+) -> tuple[Weights, list[str]]:
+    """Adapt pre-trained weights to a ViT, so that with them it computes the same function as far as its sizes allow.
 
-    The ViT gets its input as all of mapet does, normalized with `input_mean_std`: another normalization goes into the patch
-    embedding. A classifier is kept where it fits.
+    The ViT's input is normalized with `input_mean_std`: another normalization goes into the patch embedding. A classifier is
+    kept where it fits the ViT's.
+
+    Args:
+        checkpoint: the pre-trained ViT.
+        vit: its own weights stand in for what the checkpoint lacks; it is not changed.
+        source: what the checkpoint was read from, named by errors.
 
     Returns:
-        (state dict, notes on what was changed)
+        (state dict of `vit`, one note for the log about each change)
 
     Raises:
         MapetError: another network: width, depth, MLP or norms differ.
     """
     weights = {name: tensor.detach().float() for name, tensor in checkpoint.state_dict.items()}
-    own, notes = vit.state_dict(), list[str]()
+    target, notes = vit.state_dict(), list[str]()
     _adapt_patch_embed(weights, checkpoint, vit, notes)
     _adapt_pos_embed(weights, checkpoint, vit, notes)
-    if not any(map(LAYER_SCALE.fullmatch, own)) and any(map(LAYER_SCALE.fullmatch, weights)):
+    layer_scales = [name for name in target if LAYER_SCALE.fullmatch(name)]
+    if not layer_scales and any(map(LAYER_SCALE.fullmatch, weights)):
         notes.append("LayerScale multiplied into the layers before it: the same function")
         weights = fold_layer_scale(weights)
-    if missing := [name for name in own if LAYER_SCALE.fullmatch(name) and name not in weights]:
+    if missing := [name for name in layer_scales if name not in weights]:
         notes.append("LayerScale starts at 1, as the file has none: the same function")
-        weights |= {name: torch.ones_like(own[name]) for name in missing}
-    for name, tensor in own.items():
+        weights |= {name: torch.ones_like(target[name]) for name in missing}
+    for name, tensor in target.items():
         if name.endswith("attn.qkv.bias"):
             weights.setdefault(name, torch.zeros_like(tensor))
-    for here, there, change in (("norm", "fc_norm", "after it to before"), ("fc_norm", "norm", "before it to after")):
-        if f"{here}.weight" in own and f"{there}.weight" in weights.keys() - own.keys():
-            weights |= {f"{here}.{part}": weights.pop(f"{there}.{part}") for part in ("weight", "bias")}
+    for new, old, change in (("norm", "fc_norm", "after it to before"), ("fc_norm", "norm", "before it to after")):
+        if f"{new}.weight" in target and f"{old}.weight" in weights.keys() - target.keys():
+            weights |= {f"{new}.{part}": weights.pop(f"{old}.{part}") for part in ("weight", "bias")}
             notes.append(f"the last norm moved relative to the pooling: from {change}")
     for name in ("head.weight", "head.bias"):
-        kept = weights.pop(name, None)
-        if name in own:
-            weights[name] = kept if kept is not None and kept.shape == own[name].shape else own[name]
-    if mismatch := describe_mismatch(dict(sorted(weights.items())), dict(sorted(own.items()))):
+        head = weights.pop(name, None)
+        if name in target:
+            weights[name] = head if head is not None and head.shape == target[name].shape else target[name]
+    if mismatch := describe_mismatch(dict(sorted(weights.items())), dict(sorted(target.items()))):
         args = checkpoint.model_args
         size = f"width {args['embed_dim']}, depth {args['depth']}" if args else checkpoint.model
         raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {mismatch}")
@@ -260,34 +290,44 @@ def adapt_state_dict(checkpoint: PretrainedViT, vit: VisionTransformer, source: 
 
 
 def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]) -> None:
-    """Fit the patch embedding to `vit`'s normalization, channels and patch size."""
+    """Adapt the patch embedding to `vit`'s input normalization, channels and patch size.
+
+    For pixels x, mean m and standard deviation s of a channel, w (x - m) / s = (w / s) x - w m / s: the old normalization is
+    taken out of weight and bias, then `vit`'s is put in. Where `vit` has no bias, the positions of patches take the offset.
+
+    Args:
+        weights: changed in place.
+        checkpoint: where the weights are from.
+        vit: which the weights are for.
+        notes: a note about each change is appended.
+
+    Raises:
+        MapetError: the normalization changes, and there is neither a bias nor position embeddings.
+    """
     weight = weights["patch_embed.proj.weight"]
-    if weight.shape[0] != vit.embed_dim:  # reported with the other shapes
+    if weight.shape[0] != vit.embed_dim:  # `adapt_state_dict` reports it with the other shapes
         return
-    before, after = weight.shape[1], vit.in_chans
-    mean, std = map(torch.tensor, checkpoint.mean_std or input_mean_std(before))
-    new_mean, new_std = map(torch.tensor, input_mean_std(after))
+    old_channels, channels = weight.shape[1], vit.in_chans
+    old_mean, old_std = map(torch.tensor, checkpoint.mean_std or input_mean_std(old_channels))
+    mean, std = map(torch.tensor, input_mean_std(channels))
     has_bias = vit.patch_embed.proj.bias is not None
     if has_bias:
         weights.setdefault("patch_embed.proj.bias", torch.zeros(len(weight)))
-    if before != after or not (torch.allclose(mean, new_mean) and torch.allclose(std, new_std)):
-        # w (x - m) / s = (w / s) x - w m / s: first for pixels as they are, then for those that we give it.
-        raw = weight / std.view(-1, 1, 1)
-        offset = -(raw.sum(dim=(2, 3)) * mean).sum(1)
-        raw = adapt_input_conv(after, raw, base_chans=before)
-        offset += (raw.sum(dim=(2, 3)) * new_mean).sum(1)
-        weight = raw * new_std.view(-1, 1, 1)
+    if old_channels != channels or not (torch.allclose(old_mean, mean) and torch.allclose(old_std, std)):
+        pixel_weight = weight / old_std.view(-1, 1, 1)  # for pixels that are not normalized
+        offset = -(pixel_weight.sum(dim=(2, 3)) * old_mean).sum(1)
+        pixel_weight = adapt_input_conv(channels, pixel_weight, base_chans=old_channels)
+        offset += (pixel_weight.sum(dim=(2, 3)) * mean).sum(1)
+        weight = pixel_weight * std.view(-1, 1, 1)
+        if not has_bias and "pos_embed" not in weights:
+            raise MapetError("its patch embedding has no bias, and it no positions, to take another normalization into")
         if has_bias:
             weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
-        elif "pos_embed" in weights:
-            position = weights["pos_embed"].clone()
-            position[:, -math.prod(checkpoint.grid) :] += offset
-            weights["pos_embed"] = position
         else:
-            raise MapetError("its patch embedding has no bias to take another normalization into")
-        takes = "takes pixels normalized with ImageNet's mean and standard deviation"
-        made_of = f"for {after} channels made of one for {before}"
-        notes.append(f"patch embedding {made_of if before != after else takes}")
+            prefix, patches = weights["pos_embed"].tensor_split([-math.prod(checkpoint.grid)], dim=1)
+            weights["pos_embed"] = torch.cat([prefix, patches + offset], dim=1)
+        adapted = f"from {old_channels} to {channels} channels" if old_channels != channels else "to mapet's normalization"
+        notes.append(f"patch embedding adapted {adapted}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
         notes.append(f"patch embedding resampled from {format_size(weight.shape[2:])} to {format_size(size)} px")
@@ -296,42 +336,54 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
 
 
 def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]) -> None:
-    """Fit class and register tokens and all positions; where `vit` has none for tokens, these are added to the tokens."""
-    own, positions = vit.state_dict(), weights.pop("pos_embed", None)
-    num_positions = 0 if positions is None else positions.shape[1]
-    embedded = max(0, num_positions - math.prod(checkpoint.grid))  # prefix tokens with a position
-    start, prefix = 0, list[Tensor]()
+    """Adapt class token, register tokens and position embeddings to those that `vit` has, and to its grid.
+
+    Where `vit` has no positions for prefix tokens, their positions are added to the tokens.
+
+    Args:
+        weights: changed in place.
+        checkpoint: where the weights are from.
+        vit: which the weights are for; what the checkpoint lacks is taken from its own weights.
+        notes: a note about each change is appended.
+
+    Raises:
+        MapetError: the checkpoint has position embeddings, and `vit` none.
+    """
+    target, positions = vit.state_dict(), weights.pop("pos_embed", None)
+    num_embedded = 0 if positions is None else positions.shape[1] - math.prod(checkpoint.grid)
+    start, prefix_positions = 0, list[Tensor]()  # `start`: where the token's positions are, if it has any
     for name, label in (("cls_token", "class token"), ("reg_token", "register tokens")):
-        token, new = weights.pop(name, None), own.get(name)
+        token, new_token = weights.pop(name, None), target.get(name)
         count = 0 if token is None else token.shape[1]
-        if new is None:
+        if new_token is None:
             if count:
                 notes.append(f"{label} left out: this ViT has none")
-        elif token is None or count != new.shape[1]:
+        elif token is None or count != new_token.shape[1]:
             notes.append(f"{label} new: the file has {count or 'none'}")
-            weights[name] = new
-            prefix.append(torch.zeros_like(new))
+            weights[name] = new_token
+            prefix_positions.append(torch.zeros_like(new_token))
         else:
-            position = positions[:, start : start + count] if positions is not None and embedded else 0 * token
+            has_positions = positions is not None and start + count <= num_embedded
+            position = positions[:, start : start + count] if has_positions else torch.zeros_like(token)
             weights[name] = token + position if vit.no_embed_class else token
-            prefix.append(position)
+            prefix_positions.append(position)
         start += count
     if vit.pos_embed is None:
         if positions is not None:
-            raise MapetError("the weights have learned positions and this ViT has no place for them")
+            raise MapetError("the weights have position embeddings, and this ViT has none")
     elif positions is None:
-        weights["pos_embed"] = own["pos_embed"]
+        weights["pos_embed"] = target["pos_embed"]
         notes.append("positions are new: the file has none")
     else:
-        old_grid, new_grid = checkpoint.grid, tuple(vit.patch_embed.grid_size)
-        if new_grid != old_grid:
-            notes.append(f"positions resampled from {format_size(old_grid)} to {format_size(new_grid)} patches")
-        patches = resample_abs_pos_embed(positions[:, embedded:], list(new_grid), list(old_grid), num_prefix_tokens=0)
-        weights["pos_embed"] = patches if vit.no_embed_class else torch.cat([*prefix, patches], dim=1)
+        old_grid, grid = checkpoint.grid, tuple(vit.patch_embed.grid_size)
+        if grid != old_grid:
+            notes.append(f"positions resampled from {format_size(old_grid)} to {format_size(grid)} patches")
+        patches = resample_abs_pos_embed(positions[:, num_embedded:], list(grid), list(old_grid), num_prefix_tokens=0)
+        weights["pos_embed"] = patches if vit.no_embed_class else torch.cat([*prefix_positions, patches], dim=1)
 
 
 def fold_layer_scale(weights: Weights) -> Weights:
-    """Return weights of the same function without LayerScale: gamma goes into the linear layer before it."""
+    """Return weights of the same function without LayerScale: its gamma is multiplied into the linear layer before it."""
     folded = dict(weights)
     for name in weights:
         if match := LAYER_SCALE.fullmatch(name):
