@@ -1,9 +1,8 @@
-"""Plain timm ViTs: made by name, saved as timm's own model folders, loaded from what a user names (`resolve_backbone`)."""
+"""Plain timm ViTs: created by name, saved as timm's model folders, loaded from what the user names (`resolve_backbone`)."""
 
 import inspect
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,19 +26,24 @@ log = logging.getLogger("mapet")
 PLAIN_HINT = "choose one of timm's vit_* or deit_* models"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 VITS = ["vit_*", "deit*"]
+"""Patterns for `timm.list_models`: the architectures that messages suggest."""
 HUB_PREFIXES = ("timm:", "hf-hub:", "hf_hub:")
-"""How names of what timm loads begin."""
+"""Prefixes of the names of weights that timm downloads."""
 SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME"
+"""What a backbone may be loaded from, for messages."""
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa", "beit")
+"""Values of `model_type` in a config.json of transformers that can be loaded."""
+MAX_REASON_CHARS = 300
+"""Characters of another library's error that are quoted."""
 Model = TypeVar("Model", bound=torch.nn.Module)
 DROPPED_CFG_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
-"""What timm's config says of the published weights of the same architecture, and not of ours."""
+"""Entries of timm's `pretrained_cfg` about the published weights of an architecture, which aren't true of other weights."""
 KEYWORD_ALIASES = {
     "width": "embed_dim", "dim": "embed_dim", "hidden_size": "embed_dim", "layers": "depth", "num_layers": "depth", "heads": "num_heads",
 }  # fmt: skip
-"""What others call timm's keywords."""
+"""Names in other libraries -> timm's keywords."""
 KEYWORDS = frozenset(inspect.signature(VisionTransformer.__init__).parameters) - {"self", "args", "kwargs"}
-"""What timm's ViT takes."""
+"""Names of the arguments of timm's VisionTransformer."""
 
 
 def create_vit(
@@ -49,20 +53,19 @@ def create_vit(
     """Create an untrained timm VisionTransformer without a classifier.
 
     Args:
-        model: a name of timm's, e.g. 'vit_tiny_patch16_224'.
+        model: timm's name of the architecture, e.g. 'vit_tiny_patch16_224'.
         image_size: (H, W) pixels.
-        patch_size: pixels; None keeps the model's own.
+        patch_size: pixels; None: that of the architecture.
         channels: input channels.
-        model_args: further keywords of the ViT, e.g. {'embed_dim': 128, 'depth': 6, 'num_heads': 4}.
-        drop_path: stochastic depth of the last block, rising linearly from 0.
+        model_args: further keywords of timm's VisionTransformer, e.g. {'embed_dim': 128, 'depth': 6, 'num_heads': 4}.
+        drop_path: drop-path rate of the last block; it increases linearly from 0 in the first.
 
     Raises:
-        MapetError: unknown model or keyword, not a plain ViT, or an image size the patch doesn't divide.
+        MapetError: unknown model or keyword, not a plain ViT, or an image size that the patch size doesn't divide.
     """
     check_model_name(model, timm.list_models(VITS))
     args = dict(model_args or {})
-    if unknown := [key for key in args if key not in KEYWORDS]:
-        raise MapetError(f"unknown model argument '{unknown[0]}'{_suggest_keyword(unknown[0])}")
+    _check_keywords(args)
     if patch_size is not None:
         check_divisible(image_size, patch_size)
         args["patch_size"] = patch_size
@@ -76,7 +79,7 @@ def create_vit(
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if not model.startswith(("vit_", "deit")):
             raise MapetError(f"timm makes no VisionTransformer of '{model}'; {PLAIN_HINT}") from None
-        raise MapetError(f"timm cannot make a VisionTransformer of '{model}' with {args}: {error}") from None
+        raise MapetError(f"timm cannot create '{model}' with {option('model_args')} {args}: {error}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
@@ -85,15 +88,23 @@ def create_vit(
     return vit
 
 
-def _suggest_keyword(key: str) -> str:
-    return did_you_mean(KEYWORD_ALIASES.get(key, key), KEYWORDS)
+def _check_keywords(args: Iterable[str]) -> None:
+    """Check that timm's VisionTransformer has arguments of these names.
+
+    Raises:
+        MapetError: one is unknown; the message suggests a similar one.
+    """
+    for key in args:
+        if key not in KEYWORDS:
+            hint = did_you_mean(KEYWORD_ALIASES.get(key, key), KEYWORDS) or f". Known: {', '.join(sorted(KEYWORDS))}"
+            raise MapetError(f"unknown model argument '{key}'{hint}")
 
 
 def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
-    """Move a ViT, or a model that holds one, to its device, with the attention that is fastest there.
+    """Move a ViT, or a model that contains one, to a device, and choose the implementation of attention that is fastest there.
 
-    On CPUs PyTorch's fused attention is up to 3x slower in bfloat16, for the short sequences here, than plain
-    matmul-softmax-matmul.
+    On CPUs in bfloat16, PyTorch's fused attention is up to 3x slower than matmul-softmax-matmul for sequences as short as
+    those here.
     """
     if compute.device.type == "cpu" and compute.dtype == torch.bfloat16:
         for module in model.modules():
@@ -103,74 +114,79 @@ def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
 
 
 def save_backbone(vit: VisionTransformer, folder: Path) -> None:
-    """Save as a timm model folder (config.json + model.safetensors), atomically.
+    """Save a ViT as a timm model folder (config.json and model.safetensors), atomically.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`.
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`. The ViT's `pretrained_cfg`
+    loses `DROPPED_CFG_KEYS`.
     """
+    vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key not in DROPPED_CFG_KEYS}
     data = _data_config(vit)
     with atomic_write(folder) as temporary, translate_write_errors(folder):
         save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
-        config = json.loads((temporary / "config.json").read_text())
-        for key in DROPPED_CFG_KEYS:
-            config["pretrained_cfg"].pop(key, None)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _data_config(vit: VisionTransformer) -> dict[str, Any]:
-    """Return timm's data config with which its transforms prepare images as mapet does."""
+    """Return the data config with which timm's transforms prepare images as mapet does."""
     mean, std = input_mean_std(vit.in_chans)
     size = (vit.in_chans, *vit.patch_embed.img_size)
     return {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
 
 
 def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
-    """Load a pre-trained ViT as a plain timm model, in training mode as timm makes it: `.eval()` for features.
+    """Load a pre-trained ViT as a plain timm model, in training mode as timm creates it: call `.eval()` for features.
 
-    It takes images (B, C, H, W) of its own size, normalized by ImageNet's statistics (RGB) or 0.5 and 0.25, as
-    `timm.data.create_transform(**timm.data.resolve_model_data_config(vit))` makes them of PIL images.
+    It takes images (B, C, H, W) of its own size, normalized by ImageNet's mean and standard deviation (RGB) or by 0.5 and
+    0.25 (other channels), as `timm.data.create_transform(**timm.data.resolve_model_data_config(vit))` makes them from PIL images.
 
     Args:
-        source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder ('local-dir:' before it
-            changes nothing); a weights file in a layout that `checkpoint_conversion` knows (released MaPeT, timm, MAE, DINO,
-            DINOv2, BEiT); 'timm:NAME' for timm's own weights. Classifiers come with runs and timm folders alone.
-        pretrained: False gives the same architecture with random weights.
-        overrides: timm keywords, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256, in_chans=1`: positions, patches and
-            channels are adapted, and a classifier that is asked for is a fresh one. For a file also what it doesn't tell, e.g.
-            `num_heads=6`.
+        source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder, with or without the
+            prefix 'local-dir:'; a weights file in a layout that `checkpoint_conversion` supports (released MaPeT, timm, MAE,
+            DINO, DINOv2, BEiT); 'timm:NAME' for timm's own weights. Only runs and timm folders may have a classifier.
+        pretrained: False: the same architecture with random weights.
+        overrides: keywords of timm's VisionTransformer, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256, in_chans=1`.
+            Position embeddings, patch size and channels are adapted; with `num_classes` the classifier is randomly initialized.
+            For a weights file also what cannot be inferred from it, e.g. `num_heads=6`.
 
     Raises:
-        MapetError: nothing of the kind, weights that don't fit, or that a plain ViT can't compute with.
+        MapetError: an unknown keyword, nothing of the kind at `source`, weights that don't fit, or that a plain ViT doesn't
+            support.
     """
+    _check_keywords(overrides)
     checkpoint = resolve_backbone(source, pretrained, overrides)
     if pretrained and checkpoint.unsupported:
         raise MapetError(
-            f"{source} has {' and '.join(checkpoint.unsupported)}, which a plain ViT has not: without it the features would be "
-            "others. `mapet pretrain --init-from` can start from the rest of it"
+            f"{source} has {' and '.join(checkpoint.unsupported)}, not supported by a plain ViT: without it the features would "
+            "differ. `mapet pretrain --init-from` can start from the rest of it"
         )
     args = checkpoint.model_args | {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}
     try:
         vit = timm.create_model(checkpoint.model, pretrained=False, **args)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        hints = (_suggest_keyword(key) for key in overrides if key not in KEYWORDS and key in str(error))
-        raise MapetError(f"cannot load the backbone {source}: {str(error).splitlines()[0]}{next(hints, '')}") from None
+        raise MapetError(f"cannot load the backbone {source} with {args}: {str(error).splitlines()[0]}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
     check_divisible(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     for module in vit.modules():
         if isinstance(module, torch.nn.LayerNorm) and checkpoint.eps is not None:
             module.eps = checkpoint.eps
-    # Of what the weights take now, not of the source: see `adapt_state_dict`.
+    # The input that the weights take once `adapt_state_dict` has adapted them, which may not be the source's.
     vit.pretrained_cfg = vit.default_cfg = vit.pretrained_cfg | _data_config(vit)
     if pretrained:
-        if "num_classes" in overrides:  # also where the source's has as many classes: they are others
-            kept = {name: t for name, t in checkpoint.state_dict.items() if not name.startswith("head.")}
-            checkpoint = checkpoint._replace(state_dict=kept)
+        if "num_classes" in overrides:  # also if the source has as many classes: they are others
+            without_head = {name: t for name, t in checkpoint.state_dict.items() if not name.startswith("head.")}
+            checkpoint = checkpoint._replace(state_dict=without_head)
         _load_adapted(vit, checkpoint, source)
     return vit
 
 
 def init_from(vit: VisionTransformer, source: str | Path) -> None:
-    """Give a ViT the weights of `source` (see `load_backbone`) as far as they fit; a log line says what was changed.
+    """Initialize a ViT with pre-trained weights, adapted to its sizes; the log says what was changed.
+
+    Parts of the pre-trained network that a plain ViT doesn't support are left out, with a warning.
+
+    Args:
+        vit: changed in place.
+        source: see `load_backbone`.
 
     Raises:
         MapetError: another network: width, depth, heads or activation differ.
@@ -178,52 +194,63 @@ def init_from(vit: VisionTransformer, source: str | Path) -> None:
     first = vit.blocks[0]
     checkpoint = resolve_backbone(source, True, {"num_heads": first.attn.num_heads})
     with torch.device("meta"):
-        there = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args).blocks[0]
-    for what, value, wanted in (
-        ("attention heads", there.attn.num_heads, first.attn.num_heads),
-        ("the activation", type(there.mlp.act).__name__, type(first.mlp.act).__name__),
+        source_first = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args).blocks[0]
+    for label, found, expected in (
+        ("attention heads", source_first.attn.num_heads, first.attn.num_heads),
+        ("activation", type(source_first.mlp.act).__name__, type(first.mlp.act).__name__),
     ):
-        if value != wanted:
-            raise MapetError(f"the weights of {source} don't fit this ViT: {what}: {value} there, {wanted} here")
+        if found != expected:
+            raise MapetError(f"the weights of {source} don't fit this ViT: {label}: expected {expected}, found {found}")
     if checkpoint.unsupported:
         parts = " and ".join(checkpoint.unsupported)
-        log.warning("%s has %s, which a plain ViT has not: it starts without, so with another function", source, parts)
+        log.warning(
+            "%s has %s, not supported by a plain ViT: training starts without, from another function", source, parts
+        )
     _load_adapted(vit, checkpoint, source)
     if checkpoint.eps not in (None, vit.norm.eps):
-        log.info("weights of %s: the norms' eps is %g here, %g there", source, vit.norm.eps, checkpoint.eps)
+        log.info(
+            "weights of %s: they were trained with norms of eps %g, here it is %g", source, checkpoint.eps, vit.norm.eps
+        )
 
 
 def _load_adapted(vit: VisionTransformer, checkpoint: PretrainedViT, source: str | Path) -> None:
-    """Load the weights, adapted to the ViT, and log what that changed."""
+    """Load pre-trained weights into the ViT, adapted to it, and log what that has changed.
+
+    Args:
+        vit: changed in place.
+        checkpoint: what `source` contains.
+        source: named by errors and the log.
+    """
     weights, notes = adapt_state_dict(checkpoint, vit, source)
     vit.load_state_dict(weights)
     if checkpoint.unexpected_keys:
-        kinds = dict.fromkeys(name.split(".")[0] for name in checkpoint.unexpected_keys)
-        notes.append(f"left out, being no part of the encoder: {first_names(list(kinds))}")
+        modules = dict.fromkeys(name.split(".")[0] for name in checkpoint.unexpected_keys)
+        notes.append(f"not loaded, as no part of the encoder: {first_names(list(modules))}")
     if notes:
         log.info("weights of %s: %s", source, "; ".join(notes))
 
 
 def num_parameters(module: torch.nn.Module) -> int:
+    """Return the number of scalar parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def format_num_params(module: torch.nn.Module) -> str:
-    """'5.5 M parameters', of small ones '8,320 parameters'."""
-    number = num_parameters(module)
-    return f"{f'{number / 1e6:.1f} M' if number >= 50_000 else f'{number:,}'} parameters"
+    """Format the number of parameters: '5.5 M parameters', of small modules '8,320 parameters'."""
+    count = num_parameters(module)
+    return f"{count / 1e6:.1f} M parameters" if count >= 50_000 else f"{count:,} parameters"  # below: 0.0 M
 
 
 # ---- pre-trained ViTs by what a user names
 
 
 def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[str, Any]) -> PretrainedViT:
-    """Find and read the weights and sizes of a pre-trained ViT.
+    """Find a pre-trained ViT, read its weights and infer its sizes.
 
     Args:
         source: see `load_backbone`.
-        pretrained: whether weights of timm's are fetched.
-        overrides: timm keywords given beside it; a file is asked only for what it and they don't tell.
+        pretrained: whether timm downloads weights for 'timm:NAME'; False: they are random.
+        overrides: timm keywords of the ViT that is to be made; of a weights file they tell what cannot be inferred from it.
 
     Raises:
         MapetError: there is nothing of the kind.
@@ -244,16 +271,20 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
         with torch.device("meta"):
             vit = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:
-        reason = f"its config.json is not timm's of a ViT ({error})"
-        raise MapetError(f"cannot load the backbone {folder}: {reason}") from None
+        reason = f"its config.json is not one that timm writes for a ViT ({error})"
+        raise MapetError(f"cannot load the backbone {folder}: {reason}. Expected {SOURCES}") from None
     return _from_timm(f"local-dir:{folder}", vit, weights, {})
 
 
 def check_model_name(name: str, suggested: list[str]) -> None:
-    """Check that timm knows an architecture, or a tag of one.
+    """Check that timm has an architecture.
+
+    Args:
+        name: with or without the tag of its weights, 'vit_tiny_patch16_224.augreg_in21k'.
+        suggested: names from which the error suggests a similar one.
 
     Raises:
-        MapetError: unknown; it names a similar one of `suggested`.
+        MapetError: timm has none of that name.
     """
     if name.split(".")[0] not in timm.list_models():
         hint = _suggest_model(name, suggested) or "."
@@ -261,37 +292,53 @@ def check_model_name(name: str, suggested: list[str]) -> None:
 
 
 def _suggest_model(name: str, known: list[str], prefix: str = "") -> str:
-    """Suggest a similar model name, for a size alone ('vit_tiny') the usual one; `prefix` is what names are given with."""
-    usual = [candidate for candidate in (name, f"{name}_patch16_224") if candidate in known][:1]
-    return did_you_mean(name, [prefix + candidate for candidate in usual or dict.fromkeys(known)])
+    """Return `did_you_mean` for a model name; for one without sizes, 'vit_tiny', it is the model of 16 px patches at 224 px.
+
+    Args:
+        name: unknown.
+        known: names that may be suggested.
+        prefix: put before them, e.g. 'timm:'.
+    """
+    exact = [candidate for candidate in (name, f"{name}_patch16_224") if candidate in known][:1]
+    return did_you_mean(name, [prefix + candidate for candidate in exact or known])
 
 
 def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
-    """Create any model of timm's by its name, 'timm:' before it or not, without a classifier.
+    """Create any timm model, not only ViTs, without a classifier.
+
+    Args:
+        name: of timm, with or without the prefix 'timm:', or of the Hub, 'hf-hub:OWNER/NAME'.
+        pretrained: load its published weights, from this machine's cache or else from the Hub.
 
     Raises:
-        MapetError: there is none, or its weights can't be had.
+        MapetError: there is no such model, or its weights cannot be downloaded.
     """
     name = name.removeprefix("timm:")
     if not name.startswith(("hf-hub:", "hf_hub:")):
         check_model_name(name, [*timm.list_models(), *timm.list_models(VITS, pretrained=True)])
     if pretrained:
-        log.info("weights of %s: from this machine's cache, else from the Hub", name)
+        log.info("weights of %s: from this machine's cache, or else downloaded from the Hub", name)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS].rstrip(".")
         raise MapetError(
             f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
         ) from None
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
-    """Describe weights of timm's.
+    """Return the description of a timm model.
 
     Args:
         name: for timm's `create_model`.
-        vit: what timm makes of the name and `args`, of which nothing but sizes and its config are read.
+        vit: the model that timm creates from `name`, which may be on the meta device: only its sizes and `pretrained_cfg` are
+            read.
+        weights: its state dict.
+        args: keywords for timm's `create_model`.
+
+    Raises:
+        MapetError: it is neither a VisionTransformer nor a Beit.
     """
     config = getattr(vit, "pretrained_cfg", {})
     mean_std = tuple(config.get("mean", ())), tuple(config.get("std", ()))
@@ -305,9 +352,19 @@ def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args
 
 
 def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[str, Any]) -> PretrainedViT:
+    """Return the description of a model folder of transformers.
+
+    Args:
+        weights: of its weights file, by transformers' names.
+        folder: may have a preprocessor_config.json, which says how the input is normalized.
+        config: content of its config.json.
+
+    Raises:
+        MapetError: a model that is no ViT, or not one of `HUGGING_FACE_TYPES`.
+    """
     if config["model_type"] not in HUGGING_FACE_TYPES:
-        found = f"a '{config['model_type']}' of transformers"
-        raise MapetError(f"{folder} is {found}; ViT, ViTMAE, DINOv2 and BEiT are known")
+        supported = ", ".join(HUGGING_FACE_TYPES)
+        raise MapetError(f"{folder} holds a '{config['model_type']}' of transformers; supported are {supported}")
     size = config.get("image_size", 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     known = {"num_heads": config["num_attention_heads"], "img_size": size}
@@ -320,33 +377,42 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
         return vit._replace(mean_std=((0.0,) * channels, (1.0,) * channels))
     if "image_mean" in pixels:
         return vit._replace(mean_std=(tuple(pixels["image_mean"]), tuple(pixels["image_std"])))
-    log.info("%s doesn't say how its input is normalized: taken to be as ours", folder)
+    log.info("%s doesn't say how its input is normalized: taken to be mapet's normalization", folder)
     return vit
 
 
 def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
+    """Return the description of a weights file.
+
+    Args:
+        path: of safetensors or of PyTorch.
+        overrides: timm keywords; `num_heads` and `img_size` are used where they cannot be inferred.
+
+    Raises:
+        MapetError: no ViT, or its number of attention heads cannot be inferred and isn't given.
+    """
     size = overrides.get("img_size")
     vit = from_state_dict(read_weights(path), path, img_size=(size, size) if isinstance(size, int) else size)
     args = vit.model_args
     args["num_heads"] = overrides.get("num_heads", args["num_heads"])
     if args["num_heads"] is None:
         raise MapetError(
-            f"{path}: weights of width {args['embed_dim']} don't tell how many attention heads there are (known widths: "
+            f"{path}: the number of attention heads cannot be inferred from weights of width {args['embed_dim']} (only of "
             f"{', '.join(map(str, NUM_HEADS))}): give it to `mapet export` as {option('model_args')} num_heads=N and use "
             "what that writes, in Python load_backbone(..., num_heads=N)"
         )
     log.info(
-        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to be normalized as ours",
+        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to have mapet's normalization",
         path, args["embed_dim"], args["depth"], args["num_heads"], format_size(args["img_size"]), args["patch_size"],
     )  # fmt: skip
     return vit
 
 
 def find_backbone(path: Path) -> Path:
-    """Find the model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run.
+    """Return the model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run.
 
     Raises:
-        MapetError: there is none; it says why, and how to get one.
+        MapetError: there is none; the message says why, and how to get one.
     """
     for folder in (path, path / "backbone", path / "pretrain" / "backbone", path / "model"):
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS_FILES):
@@ -355,22 +421,30 @@ def find_backbone(path: Path) -> Path:
         known = [*timm.list_models(VITS), *timm.list_models(VITS, pretrained=True)]
         hint = _suggest_model(path.name, known, "timm:") if path.name == str(path) else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
-    begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
-    if begun and (found := find_config(path, ("run", "pretrain", "finetune"))):
-        name, config = found
-        export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
-        bundles = sorted(config.parent.glob("debug/step-*")) or sorted(path.glob("pretrain/debug/step-*"))
-        if bundles:
-            reason = (
-                f"the run stopped, for its numbers were not finite. See why with: {shell_command('debug-step', bundles[0])}. "
-                f"Start again with a lower {option('lr')}, or {export}, if that is from before"
-            )
-        else:
-            others = f"; or {export}" if name != "finetune" else ""
-            reason = f"the run is not finished. Resume with: {shell_command(name, config, '--resume')}{others}"
-        raise MapetError(f"{path} holds no backbone: {reason}")
+    has_begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
+    if has_begun and (run := find_config(path, ("run", "pretrain", "finetune"))):
+        raise MapetError(f"{path} holds no backbone: {_explain_unfinished(path, *run)}")
     if seeds := sorted(path.glob("seed-*/model")):
         raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")
     raise MapetError(
         f"{path} holds no backbone: expected {SOURCES}; a folder has config.json and model.safetensors, or is a finished run"
     )
+
+
+def _explain_unfinished(path: Path, command: str, config: Path) -> str:
+    """Say why a run has no backbone yet, and how to get one.
+
+    Args:
+        path: folder of the run, or of the `run` that it is a part of.
+        command: that resumes it: run, pretrain or finetune.
+        config: its config.yaml.
+    """
+    export = f"take its newest checkpoint: {shell_command('export', '--backbone', path, '--out', 'NEW')}"
+    bundles = sorted(config.parent.glob("debug/step-*")) or sorted(path.glob("pretrain/debug/step-*"))
+    if bundles:
+        return (
+            f"the run stopped at NaN or Inf. See why with: {shell_command('debug-step', bundles[0])}. "
+            f"Start again with a lower {option('lr')}, or {export}, if that is from before"
+        )
+    resume = f"the run is not finished. Resume with: {shell_command(command, config, '--resume')}"
+    return resume if command == "finetune" else f"{resume}; or {export}"

@@ -326,7 +326,9 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         else:
             prefix, patches = weights["pos_embed"].tensor_split([-math.prod(checkpoint.grid)], dim=1)
             weights["pos_embed"] = torch.cat([prefix, patches + offset], dim=1)
-        adapted = f"from {old_channels} to {channels} channels" if old_channels != channels else "to mapet's normalization"
+        adapted = (
+            f"from {old_channels} to {channels} channels" if old_channels != channels else "to mapet's normalization"
+        )
         notes.append(f"patch embedding adapted {adapted}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
@@ -363,8 +365,9 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
             weights[name] = new_token
             prefix_positions.append(torch.zeros_like(new_token))
         else:
-            has_positions = positions is not None and start + count <= num_embedded
-            position = positions[:, start : start + count] if has_positions else torch.zeros_like(token)
+            position = torch.zeros_like(token)
+            if positions is not None and start + count <= num_embedded:
+                position = positions[:, start : start + count]
             weights[name] = token + position if vit.no_embed_class else token
             prefix_positions.append(position)
         start += count

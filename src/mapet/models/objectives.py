@@ -45,11 +45,6 @@ class Objective:
     attends_to: dict[Segment, dict[Segment, OrderRule]]
     output_segment: Segment
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Packed segments, in packing order."""
-        return tuple(self.attends_to)
-
 
 # fmt: off
 MAPET = Objective("mapet", output_segment="query", attends_to={

@@ -43,8 +43,8 @@ class PackedLayout(NamedTuple):
         num_kv: C: the first C rows are attended to, and are the columns of attention; the others are queries only.
         output_rows: the p rows that predict.
         attn_bias: 0 where a row attends to a column, -inf elsewhere.
-        blocks: calls of attention that compute all R rows.
-        output_blocks: those that compute the output rows alone, numbered from 0.
+        blocks: calls of attention that compute all R rows. They hold also if the last query rows are left out.
+        output_blocks: the same for the output rows alone, numbered from 0.
     """
 
     segment_lengths: dict[Segment, int]
@@ -88,7 +88,7 @@ class PackedLayout(NamedTuple):
 
 def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> dict[Segment, int]:
     """Return the number of rows of each packed segment, in packing order; see `PackedLayout.from_counts`."""
-    return {name: num_prefix + num_context if name == "context" else num_hidden for name in objective.segments}
+    return {name: num_prefix + num_context if name == "context" else num_hidden for name in objective.attends_to}
 
 
 def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
@@ -138,15 +138,6 @@ def split_query_blocks(mask: Bool[Tensor, "R C"]) -> list[QueryBlock]:
         keys = slice(int(attended.min()), int(attended.max()) + 1)
         blocks.append(QueryBlock(slice(start, stop), keys, not bool(mask[start:stop, keys].all())))
     return blocks
-
-
-def truncate_blocks(blocks: list[QueryBlock], num_rows: int) -> list[QueryBlock]:
-    """Return the blocks of the first `num_rows` queries: the others are dropped, the last one is shortened."""
-    return [
-        block._replace(queries=slice(block.queries.start, min(block.queries.stop, num_rows)))
-        for block in blocks
-        if block.queries.start < num_rows
-    ]
 
 
 def pack(
@@ -211,7 +202,7 @@ def two_stream_attention(
         kv: normalized rows that keys and values are projected from.
         q: normalized rows that queries are projected from.
         attn_bias: 0 where a row of `q` attends to a row of `kv`, -inf elsewhere.
-        blocks: of all rows of `q`, consecutive.
+        blocks: consecutive, for at least the rows of `q`: the last one may be for more.
     """
 
     def project(rows: Float[Tensor, "B n D"], part: int) -> Float[Tensor, "B h n d"]:

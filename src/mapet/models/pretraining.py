@@ -6,7 +6,6 @@ F values of a regression target; R rows in the packed sequence, of which the fir
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from mapet.models.packing import (
     TargetIndices,
     gather_patches,
     pack,
-    truncate_blocks,
     two_stream_attention,
 )
 
@@ -52,16 +50,16 @@ DropPathScale = Float[Tensor, "2 B 1 1"] | None
 
 
 class LossOutput(NamedTuple):
-    """Loss of n predicted patches.
+    """Cross-entropy of n rows, nats.
 
     Attributes:
-        loss: mean, with gradient.
-        num_correct: rows whose most likely token is the target; None where targets are regression vectors.
+        loss: mean over rows, with gradient.
+        num_correct: rows whose most likely token is the target.
         loss_per_row: without gradient.
     """
 
     loss: Float[Tensor, ""]
-    num_correct: Int[Tensor, ""] | None
+    num_correct: Int[Tensor, ""]
     loss_per_row: Float[Tensor, " n"]
 
 
@@ -153,31 +151,18 @@ def linear_cross_entropy(
     return LossOutput(*_LinearCrossEntropy.apply(x, weight, bias, targets, cross_entropy))
 
 
-def token_loss(
-    rows: Float[Tensor, "n D"], head: nn.Linear, tokens: Int[Tensor, " n"], cross_entropy: CrossEntropyFn = cross_entropy_with_grad
-) -> LossOutput:  # fmt: skip
-    """Compute the cross-entropy of the head's logits for visual tokens, nats (BEiT, MaPeT)."""
-    return linear_cross_entropy(rows, head.weight, head.bias, tokens, cross_entropy)
+def pixel_loss(predictions: Float[Tensor, "B m F"], patches: Float[Tensor, "B m F"]) -> Float[Tensor, "B m"]:
+    """Compute each patch's mean squared error from `normalized_patches` (MAE, arXiv 2111.06377): about 1 if 0 is predicted."""
+    return (predictions - patches).square().mean(dim=2)
 
 
-def pixel_loss(rows: Float[Tensor, "n D"], head: nn.Linear, patches: Float[Tensor, "n F"]) -> LossOutput:
-    """Compute the mean squared error from `normalized_patches` (MAE, arXiv 2111.06377); predicting 0 everywhere costs about 1."""
-    return mean_loss((at_least_float32(head(rows)) - patches).square().mean(dim=1))
-
-
-def feature_loss(rows: Float[Tensor, "n D"], head: nn.Linear, features: Float[Tensor, "n F"]) -> LossOutput:
+def feature_loss(predictions: Float[Tensor, "B m F"], features: Float[Tensor, "B m F"]) -> Float[Tensor, "B m"]:
     """Compute 1 - cosine similarity with the teacher's features (MVP, arXiv 2203.05175; EVA, arXiv 2211.07636)."""
-    return mean_loss(1 - F.cosine_similarity(at_least_float32(head(rows)), features, dim=1))
+    return 1 - F.cosine_similarity(predictions, features, dim=2)
 
 
-def mean_loss(losses: Float[Tensor, " n"]) -> LossOutput:
-    """Return the loss of rows whose targets are regression vectors: the mean over rows."""
-    return LossOutput(losses.mean(), None, losses.detach())
-
-
-LOSSES: dict[TargetKind, Callable[[Tensor, nn.Linear, Tensor], LossOutput]] = {
-    "tokens": token_loss, "pixels": pixel_loss, "features": feature_loss,
-}  # fmt: skip
+REGRESSION_LOSSES = {"pixels": pixel_loss, "features": feature_loss}
+"""Losses of targets that are no tokens. Tokens have `linear_cross_entropy`."""
 
 
 def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) -> Float[Tensor, "B N F"]:
@@ -256,15 +241,14 @@ class ViTForPreTraining(nn.Module):
             raise MapetError(
                 f"the ViT has no learned position embedding, which mask tokens need: choose another {option('model')}"
             )
-        if separate_query_token and "query" not in objective.segments:
+        if separate_query_token and "query" not in objective.attends_to:
             raise MapetError(
                 f"objective '{objective.name}' has no query tokens: leave out {option('separate_query_token', True)}"
             )
         self.vit, self.objective = vit, objective
         self.num_patches, self.num_context, self.num_predict = num_patches, num_context, num_predict
         self.target: TargetKind = target
-        self._loss = LOSSES[target]
-        self._pack, self._block_forward = pack, block_forward
+        self._pack, self._block_forward, self._cross_entropy = pack, block_forward, cross_entropy_with_grad
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.head = nn.Linear(vit.embed_dim, vocab_size)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
@@ -317,16 +301,19 @@ class ViTForPreTraining(nn.Module):
             rows: of the m predicted patches.
             targets: of the same patches, as `hidden_targets` returns them.
         """
-        loss, num_correct, loss_per_row = self._loss(rows.flatten(0, 1), self.head, targets.flatten(0, 1))
-        loss_per_image = loss_per_row.unflatten(0, rows.shape[:2]).mean(dim=1)
-        return PreTrainingOutput(loss, num_correct, targets, loss_per_image)
+        if self.target == "tokens":
+            layer = self.head.weight, self.head.bias
+            output = linear_cross_entropy(rows.flatten(0, 1), *layer, targets.flatten(), self._cross_entropy)
+            loss_per_image = output.loss_per_row.view(targets.shape).mean(dim=1)
+            return PreTrainingOutput(output.loss, output.num_correct, targets, loss_per_image)
+        losses = REGRESSION_LOSSES[self.target](at_least_float32(self.head(rows)), targets)
+        return PreTrainingOutput(losses.mean(), None, targets, losses.detach().mean(dim=1))
 
     def compile(self) -> None:
         """Make the first step compile what takes a step's time: packing, a block (once for all of them), the cross-entropy."""
         self._pack = torch.compile(pack, dynamic=False)
         self._block_forward = torch.compile(block_forward, dynamic=False)
-        if self.target == "tokens":
-            self._loss = partial(token_loss, cross_entropy=torch.compile(cross_entropy_with_grad, dynamic=False))
+        self._cross_entropy = torch.compile(cross_entropy_with_grad, dynamic=False)
 
     def sample_target_indices(self, num_context: int, seed: list[int]) -> TargetIndices | None:
         """Draw which m of the p hidden patches a step predicts, on the CPU; None where all are predicted.
@@ -362,13 +349,11 @@ class ViTForPreTraining(nn.Module):
             else:
                 output_rows = layout.output_rows.start + indices
         *scales, last_scale = drop_path_scales(self.vit, batch.drop_path_rand, rows)
-        forward, num_kv = self._block_forward, layout.num_kv
-        query_blocks = truncate_blocks(layout.blocks, len(attn_bias))
-        for block, scale in zip(self.vit.blocks[:-1], scales, strict=True):
-            rows = run_block(forward, block, rows, num_kv, slice(None), attn_bias, query_blocks, scale)
-        query_blocks = truncate_blocks(layout.output_blocks, len(output_bias))
-        rows = run_block(forward, self.vit.blocks[-1], rows, num_kv, output_rows, output_bias, query_blocks, last_scale)
-        return self.vit.norm(rows)
+        (*blocks, last_block), forward, num_kv = self.vit.blocks, self._block_forward, layout.num_kv
+        for block, scale in zip(blocks, scales, strict=True):
+            rows = run_block(forward, block, rows, num_kv, slice(None), attn_bias, layout.blocks, scale)
+        last_args = num_kv, output_rows, output_bias, layout.output_blocks, last_scale
+        return self.vit.norm(run_block(forward, last_block, rows, *last_args))
 
 
 def run_block(function: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
