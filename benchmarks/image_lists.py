@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.core import Result, Row, in_new_process, memory_now, peak_memory, timed
 from benchmarks.tables import Table
 from mapet.data.sources import list_images
-from mapet.data.tar_shards import list_shards
+from mapet.data.tar_shards import TarImageList
 from mapet.evaluation.datasets import labeled, split
 
 PER_SHARD, BATCH = 10_000, 256
@@ -47,7 +47,7 @@ def shards(count: int) -> list[Row]:
             seconds, kept, peak = in_new_process(listing, pattern)
             rows.append(cost(name, count, seconds, kept, peak))
         on_disk = sum(path.stat().st_size for path in Path(temporary).glob("mapet/shards/*"))
-        images = list_shards(pattern)
+        images = TarImageList(pattern)
         chosen = np.random.default_rng(0).integers(count, size=10_000).tolist()
         works: dict[str, Callable[[], Any]] = {
             "hash of the list": lambda: images.hash,
@@ -92,9 +92,9 @@ def cost(
 def listing(pattern: str) -> tuple[float, int, int]:
     """Seconds; bytes of memory that the list keeps; that it needs at most."""
     if "*" in pattern:
-        list_shards(pattern.replace("*", "shard-00000"))  # imports, and what does not grow with the images
+        TarImageList(pattern.replace("*", "shard-00000"))  # imports, and what does not grow with the images
     before = memory_now()
-    seconds, images = timed(lambda: list_shards(pattern) if "*" in pattern else list_images(pattern))
+    seconds, images = timed(lambda: TarImageList(pattern) if "*" in pattern else list_images(pattern))
     assert len(images)
     return seconds, memory_now() - before, peak_memory() - before
 

@@ -1,4 +1,4 @@
-"""What a list of images holds: sizes, modes, classes, and what can't be read."""
+"""Statistics of a list of images: sizes, modes, classes, and what cannot be read; warnings that follow from them."""
 
 import logging
 from collections import Counter
@@ -16,44 +16,52 @@ from mapet.errors import format_size, option, pluralize
 
 log = logging.getLogger("mapet")
 NUM_SHOWN = 10
-FEW_IMAGES = 100
-FEW_LEVELS = 128
-"""Of 256: fewer, and pictures look flat."""
+"""Class names and unreadable images that a report lists, and images that `warn_from_sample` reads."""
+MIN_IMAGES = 100
+"""Fewer images give a warning."""
+MIN_LEVELS = 128
+"""Of 256 levels of gray: images that use fewer look flat."""
 ONE_CHANNEL = "gray, and read as three equal channels: 1 channel would do"
 
 
 class ImageInfo(NamedTuple):
-    """What a readable image is.
+    """Facts about a readable image.
 
     Attributes:
-        size: height and width, upright.
-        mode: e.g. 'JPEG RGB'.
-        range: of values that are more than 8 bits, their 0.1 % and 99.9 % points.
-        gray: whether it is read as color, its three channels all the same.
+        size: height and width of the upright image, pixels.
+        mode: format and mode, e.g. 'JPEG RGB'.
+        value_range: 0.1 % and 99.9 % points of its values if they are of more than 8 bits; None: 8 bits.
+        gray: whether it is read as RGB and its three channels are the same.
     """
 
     size: tuple[int, int]
     mode: str
-    range: tuple[int, int] | None
+    value_range: tuple[int, int] | None
     gray: bool
 
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """ImageInfo of the readable images of a list, in its order, and the others: id -> reason."""
+    """What `mapet check` finds in a list of images.
+
+    Attributes:
+        images: the list.
+        infos: of the readable images, in its order.
+        unreadable: id -> reason, of the others.
+    """
 
     images: ImageList = field(repr=False)
-    facts: list[ImageInfo] = field(repr=False)
+    infos: list[ImageInfo] = field(repr=False)
     unreadable: dict[str, str]
 
     @property
     def modes(self) -> Counter[str]:
-        """How many images are of each mode, e.g. 'JPEG RGB'."""
-        return Counter(fact.mode for fact in self.facts)
+        """Number of images of each mode, e.g. 'JPEG RGB'."""
+        return Counter(info.mode for info in self.infos)
 
     def lines(self) -> Iterator[str]:
-        """The report."""
-        total = int(self.images.file_sizes.clip(min=0).sum())
+        """Yield the lines of the report."""
+        total = int(self.images.file_sizes.clip(min=0).sum())  # without files of unknown size, -1
         size = f"{total / 1e6:,.1f} MB" if total >= 1e5 else f"{total / 1e3:.1f} kB"
         yield f"{len(self.images):,} images in {self.images.root}, {size}; {self.images.ignored} other files ignored"
         if classes := self.images.classes():
@@ -62,14 +70,14 @@ class DatasetStats:
             yield f"labels: {len(classes[0])} classes, {counts.min()} to {counts.max()} images each ({names})"
         else:
             yield "labels: none (they are taken from class folders, CLASS/image.jpg, if every image is in one)"
-        if self.facts:
-            sizes = np.percentile([fact.size for fact in self.facts], (0, 50, 100), axis=0).astype(int)
+        if self.infos:
+            sizes = np.percentile([info.size for info in self.infos], (0, 50, 100), axis=0).astype(int)
             low, middle, high = (f"{height} x {width}" for height, width in sizes)
             yield f"height x width: smallest {low}, median {middle}, largest {high} px"
             yield "modes: " + ", ".join(f"{mode} {count:,}" for mode, count in self.modes.most_common())
-            if note := count_levels(self.facts)[1]:
+            if note := count_levels(self.infos)[1]:
                 yield f"note: {note}"
-            if all(fact.gray for fact in self.facts):
+            if all(info.gray for info in self.infos):
                 yield f"note: all are {ONE_CHANNEL}"
         yield f"unreadable: {len(self.unreadable):,}"
         for name, reason in list(self.unreadable.items())[:NUM_SHOWN]:
@@ -78,84 +86,93 @@ class DatasetStats:
             yield f"  ... and {len(self.unreadable) - NUM_SHOWN} more; {option('out')} FILE lists them all"
 
     def warnings(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
-        """What will make other stages refuse these images, or make little of them.
+        """Yield a warning for each reason why other commands would refuse these images, or learn little from them.
 
         Args:
-            image_size: height and width of the student's input.
-            max_unreadable: the fraction of unreadable images that other stages allow by default.
+            image_size: height and width of the student's input, pixels.
+            max_unreadable: fraction of unreadable images that other commands allow by default.
         """
-        count, bad = len(self.images), len(self.unreadable)
-        if bad > max(1, max_unreadable * count):
+        count, num_unreadable = len(self.images), len(self.unreadable)
+        if num_unreadable > max(1, max_unreadable * count):
             refused = f"other commands refuse more than {max_unreadable:.0%}"
-            yield f"{bad:,} of {count:,} are unreadable: {refused}; remove them or raise {option('max_unreadable')}"
-        if len(self.facts) < FEW_IMAGES:
-            yield few_images(len(self.facts))
-        if warning := find_enlarged(self.facts, image_size):
-            yield warning
+            yield f"{num_unreadable:,} of {count:,} are unreadable: {refused}; remove them or raise {option('max_unreadable')}"
+        yield from filter(None, [few_images_warning(len(self.infos)), upscaling_warning(self.infos, image_size)])
 
 
-def few_images(count: int) -> str:
-    """A warning."""
+def few_images_warning(count: int) -> str:
+    """Return a warning if there are fewer than `MIN_IMAGES` images, else ''."""
     are = f"{pluralize(count, 'image')} {'is' if count == 1 else 'are'}"
-    hint = "expect little, and hundreds of passes (see how much data and time, in docs/requirements.md)"
-    return f"{are} very few to learn from: {hint}"
+    hint = "expect little, and train for hundreds of epochs (see docs/requirements.md)"
+    return f"{are} very few to learn from: {hint}" if count < MIN_IMAGES else ""
 
 
-def find_enlarged(facts: list[ImageInfo], image_size: tuple[int, int], which: str = "") -> str:
-    """Warn if most images are smaller than the input; '' otherwise. `which` says of what images they are a fraction."""
-    fraction = np.mean([fact.size[0] < image_size[0] or fact.size[1] < image_size[1] for fact in facts] or [False])
-    return "" if fraction <= 0.5 else (
-        f"{fraction:.0%}{which} are smaller than the input, {format_size(image_size)} px, and would be enlarged, which takes time and shows "
-        f"nothing new: choose a smaller {option('image_size')}, with a {option('patch_size')} that divides it"
-    )  # fmt: skip
+def upscaling_warning(infos: list[ImageInfo], image_size: tuple[int, int], which: str = "") -> str:
+    """Return a warning if most images are smaller than the student's input, else ''.
+
+    Args:
+        image_size: height and width of the input, pixels.
+        which: ' of ...', which images these are, if not all.
+    """
+    smaller = [info.size[0] < image_size[0] or info.size[1] < image_size[1] for info in infos]
+    if sum(smaller) <= len(infos) / 2:
+        return ""
+    return (
+        f"{np.mean(smaller):.0%}{which} are smaller than the input, {format_size(image_size)} px, and would be enlarged, which takes "
+        f"time and shows nothing new: choose a smaller {option('image_size')}, with a {option('patch_size')} that divides it"
+    )
 
 
-def count_levels(facts: list[ImageInfo]) -> tuple[int, str]:
-    """How many of 256 levels the upper 8 bits of 16-bit images tell apart, and a note on it; (256, '') without such images."""
-    ranges = np.array([fact.range for fact in facts if fact.range is not None])
+def count_levels(infos: list[ImageInfo]) -> tuple[int, str]:
+    """Count how many of 256 levels the upper 8 bits of 16-bit images use.
+
+    Returns:
+        (the number, a note on it); (256, '') if no image has more than 8 bits.
+    """
+    ranges = np.array([info.value_range for info in infos if info.value_range is not None])
     if not len(ranges):
         return 256, ""
     low, high = int(np.percentile(ranges[:, 0], 1)), int(np.percentile(ranges[:, 1], 99))
-    number = (high >> 8) - (low >> 8) + 1
-    return number, (
-        f"16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {number} of 256 levels. "
+    num_levels = (high >> 8) - (low >> 8) + 1
+    return num_levels, (
+        f"16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {num_levels} of 256 levels. "
         f"`mapet prepare --value-range {low} {high}` makes use of all"
     )
 
 
-def warn_of_unused(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
-    """Warn, from a sample, about pixels, levels or channels that say nothing, for those who do not run `check`."""
-    sample = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images)))
-    facts = [fact for i in sample if isinstance(fact := _read_image_info(images, int(i), channels), ImageInfo)]
-    levels, note = count_levels(facts)
-    if levels < FEW_LEVELS:
+def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
+    """Warn, from `NUM_SHOWN` images, about upscaled, low-contrast or gray images, for those who do not run `mapet check`."""
+    indices = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images))).astype(int)
+    results = [_read_image_info(images, int(index), channels) for index in indices]
+    infos = [result for result in results if isinstance(result, ImageInfo)]
+    num_levels, note = count_levels(infos)
+    if num_levels < MIN_LEVELS:
         log.warning("%s", note)
-    if facts and all(fact.gray for fact in facts):
-        log.warning("all %d images looked at are %s", len(facts), ONE_CHANNEL)
-    if warning := find_enlarged(facts, image_size, f" of {len(facts)} images looked at"):
+    if infos and all(info.gray for info in infos):
+        log.warning("all %d images looked at are %s", len(infos), ONE_CHANNEL)
+    if warning := upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"):
         log.warning("%s", warning)
 
 
 def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> DatasetStats:
-    """Decode every image."""
+    """Decode every image, in several threads, and return the statistics; a progress bar is shown."""
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda index: _read_image_info(images, index, channels), range(len(images)))
-        every = list(tqdm(found, total=len(images), desc="check", unit="img", disable=None))
-    bad = {images.id(index): reason for index, reason in enumerate(every) if isinstance(reason, str)}
-    return DatasetStats(images, [facts for facts in every if isinstance(facts, ImageInfo)], bad)
+        reading = pool.map(lambda index: _read_image_info(images, index, channels), range(len(images)))
+        results = list(tqdm(reading, total=len(images), desc="check", unit="img", disable=None))
+    unreadable = {images.id(index): reason for index, reason in enumerate(results) if isinstance(reason, str)}
+    return DatasetStats(images, [info for info in results if isinstance(info, ImageInfo)], unreadable)
 
 
 def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo | str:
-    """Read an image's facts; or the reason why it can't be read."""
+    """Decode an image and return the facts about it, or the reason why it cannot be read."""
     try:
-        picture = images.open(index, channels)
-        pixels = picture.read()
+        image = images.open(index, channels)
+        pixels = image.read()
     except ImageDecodeError as error:
         return str(error)
-    values = None
-    if isinstance(picture, DecodedImage) and picture.is_deep:
-        low, high = np.percentile(picture.array, (0.1, 99.9))
-        values = int(low), int(high)
-    # of a few pixels first, which is enough for most in color
+    value_range = None
+    if isinstance(image, DecodedImage) and image.is_deep:
+        low, high = np.percentile(image.array, (0.1, 99.9))
+        value_range = int(low), int(high)
+    # Every 16th pixel is compared first: that is enough for most images in color.
     gray = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
-    return ImageInfo(picture.size, picture.kind, values, gray)
+    return ImageInfo(image.size, image.kind, value_range, gray)

@@ -12,7 +12,7 @@ from mapet.data.hugging_face import HFImageList
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.readers import EXTENSIONS
-from mapet.data.tar_shards import list_shards
+from mapet.data.tar_shards import TarImageList
 from mapet.errors import MapetError
 from mapet.files import MANIFEST
 
@@ -23,7 +23,7 @@ def list_images(source: str | Path) -> ImageList:
     Args:
         source: one of these, tried in this order:
             hf:NAME: a data set of Hugging Face; see `HFImageList`.
-            .tar files: see `list_shards`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
+            .tar files: see `TarImageList`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
             folder made by `mapet prepare`: lists the images that it was made from, under their old ids.
             folder: searched to any depth; hidden names and what is not a regular file are left out. Symbolic links are
                 followed, also out of the folder; a folder that several of them lead to comes once, so loops end.
@@ -37,19 +37,17 @@ def list_images(source: str | Path) -> ImageList:
         return HFImageList(text)
     path = Path(text)
     if is_url(text) or (re.search(r"\.(tar|tgz)(\.\w+)?$", text) and not path.is_dir()):
-        return list_shards(text)
+        return TarImageList(text)
     with suppress(OSError):  # no such file; and a folder of images may hold any other program's manifest.json
         if b'"format_version"' in (path / MANIFEST).read_bytes() or (path / IDS).is_file():
             return PreparedDataset(path)
     if path.is_dir():
         images = _scan_folder(path)
         if not len(images) and any(path.glob("*.tar")):
-            return list_shards(str(path / "*.tar"))
+            return TarImageList(str(path / "*.tar"))
         if not len(images):
-            endings = " ".join(sorted(EXTENSIONS))
-            raise MapetError(
-                f"no images in {path} ({images.ignored} other files); looked for names ending in {endings}"
-            )
+            searched = f"no images in {path} ({images.ignored} other files)"
+            raise MapetError(f"{searched}; looked for names ending in {' '.join(sorted(EXTENSIONS))}")
         return images
     if path.is_file():
         return _read_list(path)
@@ -80,9 +78,8 @@ def _scan_folder(root: Path) -> ImageFiles:
         try:
             entries = list(os.scandir(folder))
         except PermissionError:
-            raise MapetError(
-                f"no permission to list the folder {os.fsdecode(folder)}: change its permissions, or move it out of {root}"
-            ) from None
+            hint = f"change its permissions, or move it out of {root}"
+            raise MapetError(f"no permission to list the folder {os.fsdecode(folder)}: {hint}") from None
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain, product, repeat
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -63,22 +63,52 @@ class ShardIndex(NamedTuple):
 
 
 class TarImageList(ImageList):
-    """Images that are ranges of bytes of files which fsspec can open: local ones, or URLs.
+    """Images of tar shards: members with an image's extension that are regular files and not hidden.
+
+    The id of an image is its member's name, so it stays the same when shards are moved or cut differently, and is that of
+    the file which was packed; `name@shard.tar` if several shards have a member of one name. Labels are the texts of `.cls`
+    members, if every image has one, else folders in the names.
+
+    The headers are read once and cached in ~/.cache/mapet/shards, which may be deleted at any time; they are read again
+    when a shard's size, time or ETag changes.
 
     Attributes:
-        paths: of the shards, as their file system names them; `root` is the path or URL that selects that file system.
+        source: path or URL of the shards, which selects their file system.
+        paths: of the shards, as that file system names them.
         first_rows: (shards,) row of each shard's first image.
         offsets: (n,) byte in its shard at which each image begins, by row.
     """
 
-    def __init__(self, source: str, paths: list[str], shards: list[ShardIndex], ids: PackedStrings) -> None:
-        self.paths = paths
-        self.first_rows = np.cumsum([0, *(len(shard.offsets) for shard in shards[:-1])])
+    def __init__(self, source: str) -> None:
+        """List the images of shards.
+
+        Args:
+            source: path or URL of `.tar` files; `{000..012}` and `*` stand for several.
+
+        Raises:
+            MapetError: a shard is missing, compressed, damaged or cut off (naming it), or there are no images.
+        """
+        self.source, self.paths = source, _expand_pattern(source)
+        with ThreadPoolExecutor(NUM_INDEX_THREADS if is_url(source) else 1) as pool:
+            indices = pool.map(lambda path: _index_shard(source, path), self.paths)
+            shards = list(tqdm(indices, total=len(self.paths), desc="index", unit="shard", disable=None, leave=False))
+        ids = PackedStrings.from_terminated(b"".join(shard.names.tobytes() for shard in shards))
+        num_ignored = sum(int(shard.num_ignored[0]) for shard in shards)
+        if not ids:
+            where = f"the {len(shards)} shards of {source} ({num_ignored} other members)"
+            raise MapetError(f"no images in {where}; looked for names ending in {' '.join(sorted(EXTENSIONS))}")
+        counts = [len(shard.offsets) for shard in shards]
+        if _has_duplicates(ids):
+            suffixes = [b"@" + os.fsencode(os.path.basename(path)) for path in self.paths]
+            ids = PackedStrings.from_strings(map(operator.add, ids, np.repeat(np.array(suffixes, object), counts)))
+            if _has_duplicates(ids):
+                raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
+        self.first_rows = np.cumsum([0, *counts[:-1]])
         self.offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
         texts = PackedStrings.from_terminated(b"".join(shard.labels.tobytes() for shard in shards))
         labels = labels_from_texts(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
-        super().__init__(source, ids, sizes, labels, sum(int(shard.num_ignored[0]) for shard in shards))
+        super().__init__(source, ids, sizes, labels, num_ignored)
 
     def data(self, index: int) -> bytes:
         """Read the image's range of bytes, if the shard is distant up to `NUM_TRIES` times.
@@ -92,10 +122,10 @@ class TarImageList(ImageList):
         start, size = int(self.offsets[row]), int(self.file_sizes[index])
         for attempt in range(1, NUM_TRIES + 1):
             try:
-                data = _file_system(str(self.root), os.getpid()).cat_file(path, start, start + size)
+                data = _file_system(self.source, os.getpid()).cat_file(path, start, start + size)
                 break
             except Exception as error:  # each file system has errors of its own
-                if attempt == NUM_TRIES or isinstance(error, FileNotFoundError) or not is_url(str(self.root)):
+                if attempt == NUM_TRIES or isinstance(error, FileNotFoundError) or not is_url(self.source):
                     hint = "check the shard and the connection, then run the command again"
                     raise MapetError(f"cannot read {path}: {error or type(error).__name__}; {hint}") from None
                 time.sleep(attempt)
@@ -103,43 +133,6 @@ class TarImageList(ImageList):
             found = f"{len(data):,} of the {size:,} bytes of {self.id(index)}"
             raise MapetError(f"{path} has {found}: it has changed since it was listed; run the command again")
         return data
-
-
-def list_shards(source: str) -> TarImageList:
-    """List the images of tar shards: members with an image's extension that are regular files and not hidden.
-
-    The id of an image is its member's name, so it stays the same when shards are moved or cut differently, and is that of
-    the file which was packed; `name@shard.tar` if several shards have a member of one name. Labels are the texts of `.cls`
-    members, if every image has one, else folders in the names.
-
-    The headers are read once and cached in ~/.cache/mapet/shards, which may be deleted at any time; they are read again
-    when a shard's size, time or ETag changes.
-
-    Args:
-        source: path or URL of `.tar` files; `{000..012}` and `*` stand for several.
-
-    Raises:
-        MapetError: a shard is missing, compressed, damaged or cut off (naming it), or there are no images.
-    """
-    paths = _expand_pattern(source)
-    with ThreadPoolExecutor(NUM_INDEX_THREADS if is_url(source) else 1) as pool:
-        indices = pool.map(lambda path: _index_shard(source, path), paths)
-        shards = list(tqdm(indices, total=len(paths), desc="index", unit="shard", disable=None, leave=False))
-    names = PackedStrings.from_terminated(b"".join(shard.names.tobytes() for shard in shards))
-    if not names:
-        num_ignored = sum(int(shard.num_ignored[0]) for shard in shards)
-        where, endings = (
-            f"the {len(paths)} shards of {source} ({num_ignored} other members)",
-            " ".join(sorted(EXTENSIONS)),
-        )
-        raise MapetError(f"no images in {where}; looked for names ending in {endings}")
-    if _has_duplicates(names):
-        files = [b"@" + os.fsencode(os.path.basename(path)) for path in paths]
-        file_of_image = chain.from_iterable(repeat(f, len(s.offsets)) for f, s in zip(files, shards, strict=True))
-        names = PackedStrings.from_strings(map(operator.add, names, file_of_image))
-        if _has_duplicates(names):
-            raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
-    return TarImageList(source, paths, shards, names)
 
 
 def _expand_pattern(source: str) -> list[str]:

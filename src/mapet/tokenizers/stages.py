@@ -16,7 +16,7 @@ from mapet import distributed
 from mapet.config.shared import non_default_options
 from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig
 from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, readable_batches
-from mapet.data.dataset_stats import warn_of_unused
+from mapet.data.dataset_stats import warn_from_sample
 from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenShard, TokenStore
@@ -71,7 +71,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
     if distributed.rank() == 0:
-        warn_of_unused(images, config.channels, config.image_size)
+        warn_from_sample(images, config.channels, config.image_size)
     teacher = teacher_from_config(config, compute)
     num_patches = len(images) * math.prod(teacher.grid)
     vocab_size, levels = _choose_codes(config, teacher, num_patches)

@@ -16,7 +16,7 @@ from mapet.config.base import build_config, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.dataset_stats import FEW_IMAGES, few_images
+from mapet.data.dataset_stats import few_images_warning
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
@@ -201,8 +201,8 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
             f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {num_images:,} images of {format_size(image_size)} px, "
             f"{most}{model.num_hidden} of {model.num_patches} patches predicted {target}"
         )
-        if num_images < FEW_IMAGES:
-            log.warning("%s", few_images(num_images))
+        if warning := few_images_warning(num_images):
+            log.warning("%s", warning)
         if config.tokens is None and config.target == "tokens":
             text = "without %s the teacher runs in every step, on fresh views; `mapet tokenize` runs it once"
             log.info(text, option("tokens"))
