@@ -16,7 +16,7 @@ class CheckConfig(shared.ImageOptions, shared.InputOptions, shared.EncoderOption
 
     out_is_file: ClassVar[bool] = True
     teacher: str = "pixels"
-    """Teacher for the dry run, as in fit-tokenizer."""
+    """Teacher of the one-batch benchmark, as in fit-tokenizer."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher."""
     benchmark: bool = True

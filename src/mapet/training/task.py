@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mapet.config.shared import TrainerConfig
-from mapet.data.dataset import Batch, ViewDataset
+from mapet.data.dataset import Batch, UnreadableImages, ViewDataset
 from mapet.device import ComputeContext
 
 C = TypeVar("C", bound=TrainerConfig)
@@ -54,7 +54,9 @@ class Task(Generic[C, M, R]):
         facts: further results for run.json, JSON.
         description: the run in one line.
 
-    and may set others, which have defaults:
+    The trainer sets `unreadable`, which collects images that can't be read.
+
+    `build` may set others, which have defaults:
         base_lr, base_batch_size, min_auto_lr: of the automatic learning rate, see `Trainer`.
         warmup_fraction: of the epochs.
         logs_per_epoch: lines of metrics.
@@ -86,6 +88,7 @@ class Task(Generic[C, M, R]):
     indices: Int[np.ndarray, " n"]
     hashes: dict[str, str]
     description: str
+    unreadable: UnreadableImages
 
     def __init__(self) -> None:
         self.bad: dict[int, str] = {}

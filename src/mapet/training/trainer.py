@@ -66,7 +66,7 @@ class Trainer(Generic[M, R]):
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
-        self.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
+        task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
         """Return values for the task's options that are None and depend on task and data.
@@ -170,7 +170,7 @@ class Trainer(Generic[M, R]):
         task, step, local_images = self.task, self.step, len(batch)
         counts, num_unreadable = distributed.all_gather(torch.tensor([local_images, len(batch.unreadable)])).T.tolist()
         for unreadable in distributed.all_gather_object(batch.unreadable) if any(num_unreadable) else []:
-            self.unreadable.add(unreadable)
+            task.unreadable.add(unreadable)
         if not sum(counts):
             return
         torch.manual_seed(step_seed(task.config.seed, step))  # so that random draws depend on the step alone

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,15 +25,20 @@ from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
 MAX_CPU_BATCH_SIZE = 128
-"""Largest automatic batch there; elsewhere `base_batch_size`."""
+"""Largest automatic batch size on a CPU; elsewhere it is `base_batch_size`."""
+MIN_BATCH_SIZE, MIN_STEPS_PER_EPOCH = 8, 10
+"""Least automatic batch size, and the steps per epoch that larger ones leave."""
+NUM_TESTS = 10
+"""How often the test images are evaluated during training, about."""
 
 
 class FinetuneResult(NamedTuple):
     """Result of a fine-tuning.
 
     Attributes:
-        num_correct, num_test: test images that are classified correctly, and all.
-        majority_accuracy: of always predicting the commonest class of the test images.
+        num_correct, num_test: test images that are classified correctly, and all test images.
+        train: the training images.
+        majority_accuracy: accuracy of always predicting the most frequent class of the test images.
     """
 
     num_correct: int
@@ -43,24 +48,27 @@ class FinetuneResult(NamedTuple):
 
 
 class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
-    """The whole ViT learns the classes of labeled images; the test images say how well about ten times, and choose nothing."""
+    """Trains the whole ViT to classify labeled images; test images measure its accuracy about ten times, and choose nothing."""
 
     command = "finetune"
     base_lr, base_batch_size = 5e-4, 512
     min_auto_lr = 3e-4
-    """In few small batches a lower rate gets nowhere, a higher one forgets what pre-training learned."""
+    """With few small batches a lower rate learns too little, a higher one forgets what pre-training learned."""
     model: VisionTransformer
     _final: tuple[int, int] | None = None
 
     def build(self, config: FinetuneConfig, compute: ComputeContext) -> None:
-        """Read the labels, and load the backbone with a new head."""
+        """Read the labels, load the backbone with a new head, and set up augmentation and the moving average of the weights.
+
+        Raises:
+            MapetError: backbone or labels can't be read, or an option doesn't fit them.
+        """
         self.compute, self.config = compute, config
-        self.train, self.test = _labeled_images(config)
+        self.train, self.test = _load_labeled_images(config)
         torch.manual_seed(config.seed)
         self.model = self.build_model()
         self.model_ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        if self.model_ema is not None:
-            self.stateful = {"model_ema": self.model_ema}
+        self.stateful = {"model_ema": self.model_ema} if self.model_ema is not None else {}
         size: tuple[int, int] = self.model.patch_embed.img_size
         channels, augment = self.model.in_chans, None
         if config.rand_augment is not None:
@@ -69,34 +77,38 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
                     f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: leave it out"
                 )
             augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
-        options: dict[str, Any] = {"jitter": config.color_jitter, "augment": augment, "seed": config.seed}
+        spec = ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
-            self.train.images, ViewSpec.from_config(config, size, config.seed), channels, size, **options
+            self.train.images, spec, channels, size, jitter=config.color_jitter, augment=augment, seed=config.seed
         )
-        self.indices, self.labels = np.arange(len(self.train.labels)), torch.from_numpy(self.train.labels)
-        self.hashes = {"images_hash": self.train.images.hash}
-        num_images = len(self.indices)
-        most = MAX_CPU_BATCH_SIZE if compute.device.type == "cpu" else self.base_batch_size
-        batch_size = config.batch_size or min(max(8, min(most, num_images // 10)), num_images)
-        self.config = config.model_copy(update={"batch_size": batch_size})
+        self.labels, num_images, num_classes = (
+            torch.from_numpy(self.train.labels),
+            len(self.train.labels),
+            len(self.train.classes),
+        )
+        self.indices, self.hashes = np.arange(num_images), {"images_hash": self.train.images.hash}
+        limit = MAX_CPU_BATCH_SIZE if compute.device.type == "cpu" else self.base_batch_size
+        auto = min(max(MIN_BATCH_SIZE, min(limit, num_images // MIN_STEPS_PER_EPOCH)), num_images)
+        self.config = config.model_copy(update={"batch_size": config.batch_size or auto})
         self.layer_decay = config.layer_decay
-        self.epochs_per_line = self.epochs_per_test = max(1, config.epochs // 10)
-        num_classes = len(self.train.classes)
+        self.epochs_per_line = self.epochs_per_test = max(1, config.epochs // NUM_TESTS)
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
         self.erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device)
         source = "from scratch" if config.from_scratch else config.backbone
         self.description = f"fine-tuning {source} on {num_images:,} images, {num_classes} classes"
 
     def build_model(self) -> VisionTransformer:
-        """Load the backbone; the norm that pre-training learned stays, before the pooling."""
-        config = self.config
-        head = {"num_classes": len(self.train.classes), "global_pool": "avg", "fc_norm": False}
-        options = head | {"drop_path_rate": config.drop_path}
-        vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **options)
+        """Load the backbone with a new head; the norm that pre-training learned stays, before the pooling."""
+        config, num_classes = self.config, len(self.train.classes)
+        head = {"num_classes": num_classes, "global_pool": "avg", "fc_norm": False, "drop_path_rate": config.drop_path}
+        vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **head)
         return prepare_for_device(vit, self.compute)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Normalize and augment the images; labels become targets, after Mixup or CutMix fractions of classes."""
+        """Normalize and augment images; targets are class indices (B,), or class probabilities (B, classes) with Mixup or CutMix.
+
+        Mixup takes images in pairs: of an odd number the last one is left out. Draws depend on the run's seed and `step` alone.
+        """
         config, labels = self.config, self.labels[batch.image_index]
         batch = batch.to(self.compute.device)
         assert batch.images is not None
@@ -104,20 +116,18 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         with fork_rng(config.seed, step):
             if config.random_erasing:
                 images = self.erase(images)
-            if (config.mixup or config.cutmix) and len(images) > 1:  # in pairs
+            if (config.mixup or config.cutmix) and len(images) > 1:
                 batch = batch[: len(images) // 2 * 2]
                 images, targets = self.mixup(images[: len(batch)], targets[: len(batch)])
         return replace(batch, images=images, targets=targets)
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the cross-entropy; targets that Mixup has made are smoothed already."""
+        """Compute the cross-entropy with label smoothing; targets that are probabilities have been smoothed by Mixup."""
         assert batch.images is not None and batch.targets is not None
         logits = self.model(batch.images.to(self.model.head.weight.dtype)).float()
         smoothing = self.config.label_smoothing if batch.targets.ndim == 1 else 0.0
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
-        with torch.no_grad():
-            each = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
-        return StepOutput(loss, each)
+        losses = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
+        return StepOutput(losses.mean(), losses.detach())
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
         """Update the moving average of the weights."""
@@ -125,50 +135,55 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
             self.model_ema.update(self.model, step)
         return {}
 
-    def _averaged(self, module: VisionTransformer) -> VisionTransformer:
+    def _ema_or_module(self, module: VisionTransformer) -> VisionTransformer:
+        """Return the moving average of the weights if there is one, else the module."""
         return module if self.model_ema is None else cast(VisionTransformer, self.model_ema.module)
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
-        """Measure the accuracy on the test images."""
+        """Measure the accuracy on the test images after the last epoch and, if the run has a folder, about ten times before."""
         last = epoch == self.config.epochs
         if not last and (self.config.out is None or epoch % self.epochs_per_test):
             return {}
-        result = compute_accuracy(self._averaged(module), self.test, self.compute)
+        num_correct, num_test = compute_accuracy(self._ema_or_module(module), self.test, self.compute)
         module.train()
-        self._final = result if last else None
-        return {"epoch": epoch, "accuracy": result[0] / result[1]}
+        self._final = (num_correct, num_test) if last else None
+        return {"epoch": epoch, "accuracy": num_correct / num_test}
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
-        """Return the accuracy on the test images."""
+        """Format the accuracy on the test images."""
         return f"test accuracy {scores['accuracy']:.3f}"
 
     def finish(self, module: VisionTransformer) -> FinetuneResult:
-        """Save the model, or its moving average, and measure its accuracy."""
-        config, vit = self.config, self._averaged(module)
-        final = self._final or compute_accuracy(vit, self.test, self.compute)
+        """Save the model, or its moving average, and return its accuracy, measured now unless the last epoch did so."""
+        config, vit = self.config, self._ema_or_module(module)
+        num_correct, num_test = self._final or compute_accuracy(vit, self.test, self.compute)
         if config.out is not None:
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
-        return FinetuneResult(*final, self.train, self.test.majority_accuracy)
+        return FinetuneResult(num_correct, num_test, self.train, self.test.majority_accuracy)
 
 
-def _labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
-    """Return the training images that the options grant, and the test images."""
+def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
+    """Return training and test images; of the training images those that `labels_per_class` selects.
+
+    Raises:
+        MapetError: there are no labels, or a class has too few images.
+    """
     train, test = train_and_test(config.images, config.test_images)
     if config.labels_per_class:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))
         except MapetError as error:
-            held_out = f"; a fifth of {option('images')} is held out to test on: there are no {option('test_images')}"
+            held_out = f"; without {option('test_images')}, a fifth of {option('images')} is held out as test images"
             raise MapetError(f"{error}{'' if config.test_images else held_out}") from None
     return train, test
 
 
 @torch.inference_mode()
 def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
-    """Return (number classified correctly, number of all) of the centered views."""
+    """Classify the center crops of labeled images; return how many are classified correctly, and how many there are."""
     vit.eval()
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)
     batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))

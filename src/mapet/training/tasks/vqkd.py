@@ -12,14 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import (
-    Batch,
-    EpochBatchSampler,
-    UnreadableImages,
-    ViewDataset,
-    position_batches,
-    readable_batches,
-)
+from mapet.data.dataset import Batch, EpochBatchSampler, ViewDataset, position_batches, readable_batches
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -33,13 +26,13 @@ from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
 PATCHES_PER_CODE = 16
-"""Patches that the first codes are k-means centroids of, for each code."""
-MAX_EVALUATED = 10_000
-"""Most images that the finished tokenizer is evaluated on."""
+"""Patches per code for the k-means that initializes the codebook."""
+MAX_EVAL_IMAGES = 10_000
+"""Most training images that the finished tokenizer is evaluated on."""
 
 
 class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
-    """An encoder and a codebook from whose codes a decoder regresses a teacher's features."""
+    """Trains an encoder and a codebook, from whose codes a decoder regresses a teacher's features."""
 
     command = "train-tokenizer"
     base_lr, base_batch_size = 2e-4, 512
@@ -50,34 +43,32 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     teacher: Teacher
 
     def build(self, config: TrainTokenizerConfig, compute: ComputeContext) -> None:
-        """Open images and teacher, and build the untrained model.
+        """Open images and teacher, resolve `vocab_size`, and build the untrained model.
 
         Raises:
-            MapetError: fewer patches than codes.
+            MapetError: there are fewer patches than codes, or images, teacher or model can't be had as the options say.
         """
-        self.compute, self.config, images = compute, config, list_images(config.images)
+        self.compute, images = compute, list_images(config.images)
         self.teacher = teacher_from_config(config, compute)
-        spec, sizes = (
-            ViewSpec.from_config(config, config.image_size, config.seed),
-            (config.image_size, self.teacher.image_size),
-        )
+        spec = ViewSpec.from_config(config, config.image_size, config.seed)
+        sizes = config.image_size, self.teacher.image_size
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
         self.indices, self.hashes = np.arange(len(images)), {"images_hash": images.hash}
         self.num_patches = math.prod(self.teacher.grid)
         total_patches = self.num_patches * len(images)
         self.num_counts = config.vocab_size or default_vocab_size(total_patches)
         if self.num_counts > total_patches:
-            raise MapetError(f"V = {self.num_counts} codes for {total_patches:,} patches: lower {option('vocab_size')}")
+            problem = f"V = {self.num_counts} codes for {total_patches:,} patches: lower {option('vocab_size')}"
+            raise MapetError(problem, field="vocab_size", value=self.num_counts)
         self.config = config.model_copy(update={"vocab_size": self.num_counts})
         self.model = self.build_model()
-        self.unreadable = UnreadableImages(images, config.max_unreadable)
         self.description = (
             f"VQ-KD, {config.model} with {format_num_params(self.model)}, {self.num_counts} codes, teacher {self.teacher.name}, "
             f"{len(images):,} images of {config.image_size[0]} px"
         )
 
     def build_model(self) -> VQKDForTraining:
-        """Build the untrained model from its seed."""
+        """Build the untrained model from its seed; the teacher runs once, to show how many feature channels it has."""
         config = self.config
         black = torch.zeros(1, config.channels, *self.teacher.image_size, dtype=torch.uint8)
         feature_size = self.teacher(self.compute.to(black)).shape[1]
@@ -88,30 +79,32 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Start the codebook by k-means on the encoder's outputs of the first batches."""
+        """Initialize the codebook by k-means on the encoder's outputs for the first batches, `PATCHES_PER_CODE` per code."""
         config, model = self.config, self.model.eval()
-        count = -(-PATCHES_PER_CODE * self.num_counts // (self.num_patches * config.batch_size))
-        batches = list(islice(EpochBatchSampler(self.indices, config.batch_size, config.epochs, config.seed), count))
+        num_batches = -(-PATCHES_PER_CODE * self.num_counts // (self.num_patches * config.batch_size))
+        batches = list(
+            islice(EpochBatchSampler(self.indices, config.batch_size, config.epochs, config.seed), num_batches)
+        )
         vectors = []
-        for batch in readable_batches(self.dataset, batches, self.unreadable, "first codes"):
+        for batch in readable_batches(self.dataset, batches, self.unreadable, "k-means init"):
             with self.compute.autocast():
                 vectors.append(model.tokenizer(self._pixels(batch)).movedim(1, -1).flatten(0, 2))
         model.init_codebook_kmeans(torch.cat(vectors), config.seed)
-        log.info("codebook started by k-means on %d batches", len(batches))
+        log.info("codebook initialized by k-means on %d batches", len(batches))
 
     def _pixels(self, batch: Batch) -> Float[Tensor, "B C H W"]:
-        """Return the encoder's input, in [0, 1]."""
+        """Return a batch's images as the encoder's input: float32 in [0, 1], on the device."""
         assert batch.images is not None
         return self.compute.to(batch.images).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Compute the teacher's features of the same views."""
-        # A clone: what inference made takes part in no backward pass.
+        """Turn images into the encoder's input, and compute their targets, the teacher's features of the same views."""
+        # A clone, because tensors made in inference mode cannot take part in a backward pass.
         targets = self.teacher.batch_features(batch, self.dataset.images, self.compute).clone()
         return replace(batch.to(self.compute.device), images=self._pixels(batch), targets=targets)
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the losses of reconstruction and commitment."""
+        """Compute the sum of the losses of reconstruction (1 - cosine) and commitment; count codes, keep rows for their update."""
         output: VQKDOutput = self.model(batch.images, batch.targets)
         means = {"reconstruction": output.reconstruction.detach(), "commitment": output.commitment.detach()}
         counts = torch.bincount(output.codes.flatten(), minlength=self.num_counts)
@@ -119,55 +112,60 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         return StepOutput(output.loss, output.loss_per_image, means, counts, rows)
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
-        """Let the codes follow the encoder."""
+        """Move the codes towards the encoder's outputs by an EMA, and reset dead ones; return how many were reset."""
         features, codes = output.rows["features"].flatten(0, 1), output.rows["codes"].flatten()
         return {"reborn": self.model.ema_update_codebook(features, codes)}
 
     def summarize(self, counts: Int[Tensor, " K"], total_counts: Int[Tensor, " K"]) -> dict[str, float]:
-        """Return how the codes are used in a window.
+        """Return code statistics since the last log line.
 
-        code_usage: fraction of the codes that a patch had. perplexity: exp of the entropy of the codes' frequencies, K at most.
+        code_usage: fraction of the codes that occurred. perplexity: exp of the entropy of the codes' frequencies, at most K.
         """
         stats = CodebookStats.from_counts(counts)
         return {"code_usage": stats.num_used_codes / len(counts), "perplexity": stats.perplexity}
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
-        """Return loss, reconstruction and the codes' use."""
+        """Format loss, reconstruction and code statistics."""
         text = (
             "loss {loss:.3f}, 1 - cosine {reconstruction:.3f}, codes used {code_usage:.0%}, perplexity {perplexity:.0f}"
         )
         return text.format(**metrics)
 
     @torch.no_grad()
-    def _statistics(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
-        """Evaluate on the centered views of at most `MAX_EVALUATED` training images: 1 - cosine, and the codes' use."""
+    def _evaluate_codebook(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
+        """Evaluate on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed.
+
+        Returns:
+            1 - cosine of the decoder's output and the teacher's features, mean over patches; and statistics of the codes, whose
+            quantization error is the mean squared distance of the encoder's outputs to their codes, over their variance.
+        """
         config, model = self.config, model.eval()
         centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
-        order = np.random.default_rng(config.seed).permutation(len(centered))[:MAX_EVALUATED]
+        order = np.random.default_rng(config.seed).permutation(len(centered))[:MAX_EVAL_IMAGES]
         batches = position_batches(order, config.batch_size)
         counts = torch.zeros(self.num_counts, dtype=torch.int64)
-        reconstruction, error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
+        distance, sq_error, mean = 0.0, 0.0, torch.zeros(config.codebook_dim, dtype=torch.float64)
         for batch in readable_batches(centered, batches, self.unreadable, "evaluate"):
             batch = self.prepare(batch, 0)
             with self.compute.autocast():
                 output: VQKDOutput = model(batch.images, batch.targets)
             counts += torch.bincount(output.codes.flatten().cpu(), minlength=len(counts))
-            reconstruction += float(output.reconstruction) * output.codes.numel()
-            error += float(output.commitment) * config.codebook_dim * output.codes.numel()
+            distance += float(output.reconstruction) * output.codes.numel()
+            sq_error += float(output.commitment) * config.codebook_dim * output.codes.numel()
             mean += output.features.flatten(0, 1).sum(0).double().cpu()
         num_patches = int(counts.sum())
         variance = 1 - float((mean / num_patches).square().sum())  # unit vectors: their mean square is 1
-        relative_error = error / num_patches / variance if variance > 0 else 0.0
-        return reconstruction / num_patches, CodebookStats.from_counts(counts, relative_error)
+        relative_error = sq_error / num_patches / variance if variance > 0 else 0.0
+        return distance / num_patches, CodebookStats.from_counts(counts, relative_error)
 
     def infer(self, module: VQKDForTraining, batch: Batch) -> list[Tensor]:
-        """Return the encoder's outputs."""
+        """Return the encoder's outputs, which codes are looked up for."""
         return [module.tokenizer(self._pixels(batch))]
 
     def finish(self, module: VQKDForTraining) -> Path:
-        """Evaluate the tokenizer and save it; returns its safetensors file."""
-        reconstruction, stats = self._statistics(module)
+        """Evaluate the tokenizer and save it as OUT/vqkd, its weights and a JSON description; return the safetensors file."""
+        reconstruction, stats = self._evaluate_codebook(module)
         log.info("VQ-KD tokenizer: 1 - cosine %.3f; %s", reconstruction, stats)
         config, teacher, images, folder = self.config, self.teacher, self.dataset.images, self.config.out / "vqkd"
         training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device"})
@@ -188,6 +186,6 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
                 write_tensors(temporary / "vqkd.safetensors", module.beit2_state_dict())
                 write_json(temporary / DESCRIPTION, metadata)
         file = folder / "vqkd.safetensors"
-        use = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
-        log.info("saved %s: %s", folder, use)
+        next_command = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
+        log.info("saved %s. Next: %s", folder, next_command)
         return file
