@@ -113,10 +113,10 @@ def test_readme_python(run_dir, digits, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert len(code) == 1
-    pictures = [Image.open(path) for path in sorted((digits / "test" / "7").iterdir())[:2]]
-    scope = {"pictures": pictures}
+    pil_images = [Image.open(path) for path in sorted((digits / "test" / "7").iterdir())[:2]]
+    scope = {"pil_images": pil_images}
     exec(code[0], scope)
-    pixels = torch.stack([torch.from_numpy(np.asarray(picture).copy())[None] for picture in pictures])
+    pixels = torch.stack([torch.from_numpy(np.asarray(picture).copy())[None] for picture in pil_images])
     torch.testing.assert_close(scope["images"], normalize(pixels, 1))
     assert not scope["vit"].training
     assert scope["features"].shape == (2, 17, 32)
