@@ -173,7 +173,7 @@ def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
     for index in range(2):
         assert (made.open(index, 1).read()[0].float() - gray).abs().mean() < 3
     assert main([*argv, "--value-range", "5", "5", "--resume"]) == 2
-    assert "--value-range 5 5: the smaller first" in capsys.readouterr().err
+    assert "--value-range 5 5" in capsys.readouterr().err
     assert main([*argv, "--value-range", "-1000", "400", "--resume"]) == 2
     assert "value_range: [-1000.0, 1040.0] -> [-1000.0, 400.0]" in capsys.readouterr().err
 

@@ -29,22 +29,22 @@ class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.R
     """Options of `prepare`."""
 
     out: Path
-    """New folder for the prepared images; give it to other stages as --images."""
+    """New folder for the prepared images; give it to other commands as --images."""
     short_side: PositiveInt = 256
     """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
     channels: PositiveInt = 3
     """Channels: 1 gray, 3 RGB, others from .npy arrays."""
     value_range: tuple[float, float] | None = None
     """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in
-    a CT; beyond is cut off, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, others are bad images."""
+    a CT; others are clipped, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, other types are unreadable."""
     streaming: bool = False
-    """With hf:NAME: read it once as it comes, in order; its originals are never all on this disk."""
+    """With hf:NAME: read the rows once, in order, as they arrive; the originals are never all on this disk."""
 
     def problems(self) -> Iterator[str]:
-        """Say what contradicts itself or each other."""
+        """Yield what is wrong with the options: a text for each."""
         if self.streaming and not self.images.startswith(shared.HF_PREFIX):
-            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}: other sources are read where they are, tar shards by URL too"
+            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}, which is read in place: leave it out (tar shards are read by URL)"
         if self.value_range is not None:
             low, high = self.value_range
             if not -inf < low < high < inf:
-                yield f"{option('value_range')} {low:g} {high:g}: the smaller first, e.g. 0 4095"
+                yield f"{option('value_range')} {low:g} {high:g}: write the smaller value first, e.g. 0 4095"

@@ -1,4 +1,4 @@
-"""Random draws of an image: its view (which box of it, mirrored or not), colors, augmentations and the order of its patches.
+"""Random draws for an image: its view (which box of it, mirrored or not), colors, augmentations and permutation of patches.
 
 A view is a small value, so that the same one can be rendered for the student and for the teacher at their own sizes, now or
 later, and tokens stay aligned with patches.
@@ -24,12 +24,13 @@ from mapet.errors import MapetError
 
 PermutationKind = Literal["random", "blockwise", "raster"]
 BLOCK_AREA = 16 / 196, 75 / 196
-"""Smallest and largest area of a block as a fraction of the image, and `ASPECT` its least height over its width: BEiT's."""
-ASPECT = 0.3
-
-
+"""Smallest and largest area of a block of BEiT's, as a fraction of the image."""
+MIN_BLOCK_ASPECT = 0.3
+"""Smallest height over width of a block of BEiT's; the largest is one over it."""
+TRANSLATION = 0.45
+"""Largest translation of RandAugment, as a fraction of the image's shorter side, as in timm's training."""
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel in [0, 1]."""
+"""Mean and standard deviation of each channel, of pixels in [0, 1]."""
 
 
 class View(NamedTuple):
@@ -46,32 +47,38 @@ class ViewSpec(Config):
     """How views are drawn. Stored with the tokens, so that student and teacher cannot disagree."""
 
     kind: Literal["center", "center-flip", "random-crop"] = "center"
-    """center: largest centered box (the released recipe); flip: that, mirrored every other time; crop: a random box,
-    mirrored half the time."""
+    """center: largest centered box (the released recipe); center-flip: that, mirrored every other time; random-crop: a random
+    box, mirrored half the time."""
     image_size: tuple[int, int]
     """Height and width of the student's input, pixels; fixes the box's aspect ratio."""
     min_scale: float = 0.2
-    """crop: the smallest box, as a fraction of the centered box's area."""
+    """Smallest random box, as a fraction of the centered box's area (for random-crop)."""
     seed: int = 0
     """Seed of the draws."""
 
     @classmethod
     def from_config(cls, config: ViewOptions, image_size: tuple[int, int], seed: int) -> "ViewSpec":
-        """Make the views that a command's options ask for."""
+        """Return the specification that a command's options ask for; `image_size` is the student's input, pixels."""
         return cls(kind=config.views, image_size=image_size, min_scale=config.min_crop_scale, seed=seed)
 
 
-def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) -> View:
-    """View `number` of the image with stable key `key` and (height, width) `size`: a pure function of its arguments.
+def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int) -> View:
+    """Draw a view of an image: a pure function of the arguments.
 
-    Where the box is at least r times `image_size`, r = 2, 4 or 8, its edges lie on multiples of r pixels: so a JPEG that
-    is reduced r times as it is decoded still shows exactly this box. It costs less than a pixel of the student's.
+    If the box is at least r = 2, 4 or 8 times `spec.image_size`, its edges are rounded down to multiples of r pixels, so
+    that a JPEG which is reduced r times while it is decoded still shows exactly this box. That moves edges by less than one
+    pixel of the student's input.
+
+    Args:
+        size: height and width of the upright image, pixels.
+        key: of the image (`ImageList.key`).
+        view_index: which view of the image.
     """
     target_height, target_width = spec.image_size
     scale = min(size[0] / target_height, size[1] / target_width)
     box = max(1, round(target_height * scale)), max(1, round(target_width * scale))
     if spec.kind == "random-crop":
-        rng = np.random.default_rng([spec.seed, key, number])
+        rng = np.random.default_rng([spec.seed, key, view_index])
         flip = bool(rng.integers(2))
         shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
         height, width = max(1, round(box[0] * shrink)), max(1, round(box[1] * shrink))
@@ -79,36 +86,39 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, number: int) ->
     else:
         height, width = box
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        flip = spec.kind == "center-flip" and (key + number) % 2 == 1  # in turn: two stored views are both of them
-    room = min(height // target_height, width // target_width)
-    unit = next((r for r in REDUCTIONS if r <= room), 1)
+        flip = spec.kind == "center-flip" and (key + view_index) % 2 == 1  # alternating: two views are both
+    max_reduction = min(height // target_height, width // target_width)
+    unit = next((r for r in REDUCTIONS if r <= max_reduction), 1)
     top, left, height, width = (edge // unit * unit for edge in (top, left, height, width))
     return View(top, left, height, width, flip)
 
 
-def render_view(picture: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
-    """The view's pixels at (height, width) `size`: antialiased bicubic; untouched where the box has that size.
+def render_view(image: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
+    """Return a view's pixels, resized (antialiased bicubic) to a height and width; untouched if the box has that size.
 
-    A pure function of its arguments, so that tokens made weeks ago are those of the pixels the teacher would see today.
+    A pure function of its arguments, so that tokens made weeks ago are those of the pixels that the teacher would get today.
     """
-    pixels = picture.read(Box(*view[:4]), min_size=size)
+    pixels = image.read(Box(*view[:4]), min_size=size)
     if pixels.shape[1:] != size:
-        # Rows of RGB, as decoded: torchvision has vector code for bytes in that layout.
+        # In memory these are rows of RGB, as decoded: torchvision has vector code for bytes in that layout.
         pixels = tvf.resize(pixels, list(size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
     return pixels.movedim(0, -1).flip(1).movedim(-1, 0) if view.flip else pixels
 
 
 def sample_jitter(strength: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
-    """Factors of brightness, contrast and saturation in 1 +- strength, none below 0."""
+    """Draw factors of brightness, contrast and saturation in 1 +- strength, none below 0."""
     return rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3).astype(np.float32)
 
 
 def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]) -> Float[Tensor, "B C h w"]:
-    """Brightness, contrast and (for RGB) saturation of pixels in 0..255, in place, each image by its own three factors.
+    """Change brightness, contrast and (of RGB) saturation of pixels in 0..255, in place, and return them.
 
     Saturation mixes a pixel with its gray, contrast with the image's mean gray, brightness with black. As affine maps of
-    RGB the three commute, so they are one, clamped once at its end. Changes colors only, so the tokens of the
+    RGB the three commute, so they are applied as one, clamped once at its end. Only colors change, so the tokens of the
     unjittered view stay those of the student's patches.
+
+    Args:
+        factors: of brightness, contrast and saturation, for each image; 1 changes nothing.
     """
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     if images.shape[1] == 3:
@@ -122,7 +132,7 @@ def color_jitter(images: Float[Tensor, "B C h w"], factors: Float[Tensor, "B 3"]
 
 
 def input_mean_std(channels: int) -> MeanStd:
-    """Mean and standard deviation of each channel in [0, 1]: ImageNet's for RGB, 0.5 and 0.25 otherwise."""
+    """Return mean and standard deviation of pixels in [0, 1]: ImageNet's for 3 channels, 0.5 and 0.25 otherwise."""
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,) * channels, (0.25,) * channels
@@ -132,10 +142,12 @@ def normalize(
     images: UInt8[Tensor, "B C H W"], channels: int, jitter: Float[Tensor, "B 3"] | None = None,
     mean_std: MeanStd | None = None,
 ) -> Float[Tensor, "B C H W"]:  # fmt: skip
-    """Turn uint8 pixels into a model's input: color jitter if given, [0, 1], then each channel's mean and standard deviation.
+    """Turn uint8 pixels into a model's input: color jitter, then [0, 1], then minus the mean over the standard deviation.
 
     Args:
-        mean_std: those of each channel; None takes mapet's own, `input_mean_std`.
+        channels: C.
+        jitter: factors for `color_jitter`; None: without.
+        mean_std: of each channel; None: those of `input_mean_std`.
     """
     stats = mean_std or input_mean_std(channels)
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in stats)
@@ -146,11 +158,17 @@ def normalize(
 
 
 def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:
-    """The order in which an image's patches are revealed and then predicted: row-major indices, every patch once.
+    """Draw the order in which an image's patches are revealed and then predicted.
 
-    random: each order as likely. raster: left to right, top to bottom. blockwise: rectangles of BEiT's kind (arXiv
-    2106.08254, algorithm 1) are laid one over the other until they cover the image; the last p patches are those that the
-    first rectangles cover, rectangle after rectangle, in random order within each. So p patches are hidden exactly.
+    Args:
+        kind: random: each order is as likely. raster: left to right, top to bottom. blockwise: BEiT's rectangles (arXiv
+            2106.08254, algorithm 1) are laid one over the other until they cover the image; the patches that the first
+            rectangle covers are predicted last, in random order, before them those that the second one adds, and so on. So
+            the last p patches are a blockwise mask of exactly p patches.
+        grid: rows and columns of patches.
+
+    Returns:
+        Row-major indices of the patches, every one once.
     """
     rows, columns = grid
     count = rows * columns
@@ -159,10 +177,10 @@ def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.ran
     if kind == "random":
         return rng.permutation(count)
     free = np.ones(grid, dtype=bool)
-    covered: list[np.ndarray] = []
-    while free.any() and len(covered) < count:
+    covered: list[np.ndarray] = []  # by each rectangle, and by none before it
+    while free.any() and len(covered) < count:  # at most so many rectangles, which may leave patches free
         area = count * rng.uniform(*BLOCK_AREA)
-        aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+        aspect = math.exp(rng.uniform(math.log(MIN_BLOCK_ASPECT), -math.log(MIN_BLOCK_ASPECT)))
         height = min(rows, max(1, round(math.sqrt(area * aspect))))
         width = min(columns, max(1, round(math.sqrt(area / aspect))))
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
@@ -176,40 +194,43 @@ def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.ran
 
 @contextmanager
 def fork_rng(*seed: int) -> Iterator[None]:
-    """timm draws from the global generators of Python and NumPy: give them this seed for a while."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm's choice)
+    """Seed the global generators of Python and NumPy, from which timm draws, until the context ends; then restore them."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm's choice)
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)  # noqa: NPY002
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def rand_augment(
     policy: str, size: tuple[int, int], mean: tuple[float, ...]
 ) -> Callable[[UInt8[Tensor, "3 H W"]], UInt8[Tensor, "3 H W"]]:
-    """RandAugment (arXiv 1909.13719) of one RGB image, in timm's words: rand-m9-mstd0.5-inc1.
+    """Return a function that applies timm's RandAugment (arXiv 1909.13719) to one RGB image.
+
+    The function draws from the global generators of Python and NumPy: seed them with `fork_rng`.
 
     Args:
-        size: of the image; translations reach 45 % of its shorter side, as in timm's own training.
-        mean: of the pixels, 0 to 1: what fills the corners of a turned image.
+        policy: as timm writes it: rand-m9-mstd0.5-inc1.
+        size: height and width of the image, pixels; translations are a fraction of the shorter side.
+        mean: of the pixels, 0 to 1: fills the corners of a rotated image.
 
     Raises:
         MapetError: timm does not know the policy.
     """
     from timm.data.auto_augment import rand_augment_transform
 
-    hparams = {"translate_const": int(min(size) * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}
+    fill = tuple(round(255 * value) for value in mean)
     try:
-        transform = rand_augment_transform(policy, hparams)
+        transform = rand_augment_transform(policy, {"translate_const": int(min(size) * TRANSLATION), "img_mean": fill})
     except (AssertionError, ValueError, KeyError):
         raise MapetError(f"RandAugment policy '{policy}' is not one of timm's: write rand-m9-mstd0.5-inc1") from None
 
-    def apply(image: UInt8[Tensor, "3 H W"]) -> UInt8[Tensor, "3 H W"]:
-        picture = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
-        return torch.from_numpy(np.array(transform(picture))).movedim(-1, 0)
+    def augment(image: UInt8[Tensor, "3 H W"]) -> UInt8[Tensor, "3 H W"]:
+        pillow_image = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
+        return torch.from_numpy(np.array(transform(pillow_image))).movedim(-1, 0)
 
-    return apply
+    return augment
