@@ -22,7 +22,7 @@ from benchmarks.core import Result, Row, in_new_process, memory_now, peak_memory
 from benchmarks.tables import Table
 from mapet.data.sources import list_images
 from mapet.data.tar_shards import TarImageList
-from mapet.evaluation.datasets import labeled, split
+from mapet.evaluation.datasets import LabeledSet, split_train_test
 
 PER_SHARD, BATCH = 10_000, 256
 
@@ -75,7 +75,7 @@ def folder(count: int) -> list[Row]:
         images = list_images(Path(temporary))
         works: dict[str, Callable[[], Any]] = {
             "subset of half": lambda: images.subset(np.arange(0, len(images), 2)),
-            "split into training and test set": lambda: split(labeled(images)),
+            "split into training and test set": lambda: split_train_test(LabeledSet.from_images(images)),
         }
         return rows + [cost(f"folder: {name}", count, timed(work)[0]) for name, work in works.items()]
 

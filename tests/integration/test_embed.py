@@ -14,7 +14,7 @@ from mapet.data.sources import list_images
 from mapet.data.views import normalize
 from mapet.errors import Interrupted, MapetError
 from mapet.evaluation import embeddings
-from mapet.evaluation.datasets import labeled
+from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.models.backbone import load_backbone, save_backbone
@@ -77,7 +77,7 @@ def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
     from mapet.device import ComputeContext
 
     backbone = BackboneWrapper.load(str(run_dir), ComputeContext.from_options("cpu", "float32"))
-    cache = FeatureCache.extract(backbone, labeled(list_images(digits / "test")), CacheConfig())
+    cache = FeatureCache.extract(backbone, LabeledSet.from_images(list_images(digits / "test")), CacheConfig())
     expected = cache.layer_features().numpy()  # float16
     assert np.allclose(np.load(tmp_path / "out" / "features.npy")[cache.index], expected, atol=1e-3, rtol=1e-3)
 

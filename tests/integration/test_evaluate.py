@@ -14,7 +14,7 @@ from mapet.cli import main
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted
 from mapet.evaluation import probes, protocols
-from mapet.evaluation.datasets import train_and_test
+from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.run_state import RunState
 from tests.conftest import save_crops
@@ -69,7 +69,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     )
     assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
-    data = train_and_test(small / "train", small / "test")
+    data = load_train_test(small / "train", small / "test")
     backbone = BackboneWrapper.from_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
     assert alone == {name: figures[name] for name in ("logistic", "knn")}  # what `run` and studies measure

@@ -12,7 +12,7 @@ from PIL import Image
 import mapet
 from mapet.config.evaluation import EvaluateConfig
 from mapet.device import ComputeContext
-from mapet.evaluation.datasets import detection_sets, read_instances, unlabeled
+from mapet.evaluation.datasets import LabeledSet, load_detection_sets, read_instances
 from mapet.evaluation.dense import _detect, _train_detector, coco_metrics, make_detector
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
@@ -86,7 +86,7 @@ def test_annotations_are_read(coco):
     ]  # the first is a crowd: shown, without a box
     assert [len(boxes) for boxes in found.boxes[:4]] == [0, 1, 1, 2]
     assert (found.boxes[3][:, 2:] - found.boxes[3][:, :2] == 16).all() and sorted(found.labels[3]) == [0, 1]
-    train, test = detection_sets(coco / "images", coco / "instances.json", None, None)
+    train, test = load_detection_sets(coco / "images", coco / "instances.json", None, None)
     assert (len(train.image_ids), len(test.image_ids)) == (48, 12)
     assert not set(train.image_ids) & set(test.image_ids)
 
@@ -182,7 +182,7 @@ def context(coco, vit, tmp_path):
     data = read_instances(coco / "instances.json", coco / "images").subset(np.arange(8))
     config = EvaluateConfig(backbone=[str(vit)], images=coco, out=tmp_path, dense_epochs=2)
     encoder = BackboneWrapper.load(str(vit), ComputeContext.from_options("cpu", "float32"))
-    sets = EvalData(unlabeled(data.images), unlabeled(data.images), boxes=(data, data))
+    sets = EvalData(LabeledSet.without_labels(data.images), LabeledSet.without_labels(data.images), boxes=(data, data))
     return EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path, 3), config)
 
 
@@ -241,11 +241,15 @@ def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
         "cells", Cells(), ComputeContext.from_options("cpu", "float32"), (32, 32), 3, (0.0,) * 3, (1.0,) * 3
     )
     config = EvaluateConfig(backbone=["cells"], images=coco, out=tmp_path)
-    sets = EvalData(unlabeled(train.images), unlabeled(test.images), boxes=(train, test))
+    sets = EvalData(
+        LabeledSet.without_labels(train.images), LabeledSet.without_labels(test.images), boxes=(train, test)
+    )
     figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert [figure.value for figure in figures.values()] == [pytest.approx(1.0)]
     moved = replace(test, image_labels=np.roll(test.image_labels, 1, axis=0))
-    sets = EvalData(unlabeled(train.images), unlabeled(test.images), boxes=(train, moved))
+    sets = EvalData(
+        LabeledSet.without_labels(train.images), LabeledSet.without_labels(test.images), boxes=(train, moved)
+    )
     figures = PROTOCOLS["multi-label"].run(EvalContext(encoder, sets, CacheConfig(1 << 20, tmp_path), config)).metrics
     assert all(figure.value < 0.8 for figure in figures.values())
 

@@ -11,7 +11,7 @@ from PIL import Image
 import mapet
 from mapet.cli import main
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import IGNORE_INDEX, segmentation_sets
+from mapet.evaluation.datasets import IGNORE_INDEX, load_segmentation_sets
 from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
 from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
@@ -80,24 +80,24 @@ def expected(where, order=(0, 1)):
 
 def test_folders_are_read_and_split(scenes, tmp_path):
     write_folders(scenes, tmp_path)
-    train, test = segmentation_sets(tmp_path, None, None, None)
+    train, test = load_segmentation_sets(tmp_path, None, None, None)
     assert (len(train), len(test)) == (32, 8) and train.classes == ["3", "7"]
     assert not {train.images.id(i) for i in range(32)} & {test.images.id(i) for i in range(8)}
     number = int(train.images.id(5)[:2])
     assert np.array_equal(train.class_map(5), expected(scenes[number][1]))
-    beside, _ = segmentation_sets(tmp_path / "images", tmp_path / "masks", None, None)
+    beside, _ = load_segmentation_sets(tmp_path / "images", tmp_path / "masks", None, None)
     assert beside.images.hash == train.images.hash
     with pytest.raises(MapetError, match="at least two"):
-        segmentation_sets(tmp_path, None, None, None, ignore=[3])
+        load_segmentation_sets(tmp_path, None, None, None, ignore=[3])
     with refused("00.png"):
-        segmentation_sets(tmp_path / "images", tmp_path, None, None)
+        load_segmentation_sets(tmp_path / "images", tmp_path, None, None)
 
 
 def test_ade20k_s_layout(scenes, tmp_path):
     """Zero is void, training and validation are as they are."""
     write_folders(scenes[:30], tmp_path, "images/training", "annotations/training", ids=(1, 2), void=0)
     write_folders(scenes[30:], tmp_path, "images/validation", "annotations/validation", ids=(1, 2), void=0)
-    train, test = segmentation_sets(tmp_path, None, None, None)
+    train, test = load_segmentation_sets(tmp_path, None, None, None)
     assert (len(train), len(test), train.classes) == (30, 10, ["1", "2"])
     assert np.array_equal(test.class_map(0), expected(scenes[30][1]))
 
@@ -105,21 +105,21 @@ def test_ade20k_s_layout(scenes, tmp_path):
 def test_panoptic_layout(scenes, tmp_path):
     """Categories come by id, images by file name, whatever their order in the file."""
     write_panoptic(scenes, tmp_path)
-    train, test = segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+    train, test = load_segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
     assert train.classes == ["block", "ground"] and len(train) + len(test) == 40
     for index in (0, 17):
         number = int(train.images.id(index)[:2])
         assert np.array_equal(train.class_map(index), expected(scenes[number][1], order=(1, 0)))
     (tmp_path / "images" / "07.jpg").unlink()
     with refused("07.jpg"):
-        segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
+        load_segmentation_sets(tmp_path / "images", tmp_path / "panoptic.json", None, None)
 
 
 def test_rgb_masks_are_refused(scenes, tmp_path):
     write_folders(scenes[:2], tmp_path)
     Image.fromarray(scenes[0][0]).save(tmp_path / "masks" / "00.png")
     with refused("RGB"):
-        segmentation_sets(tmp_path, None, None, None)
+        load_segmentation_sets(tmp_path, None, None, None)
 
 
 def test_intersection_over_union_by_hand():

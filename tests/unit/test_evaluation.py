@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from mapet.data.sources import list_images
-from mapet.evaluation.datasets import few_shot_split, labeled, split, train_and_test
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test, split_train_test
 from mapet.evaluation.features import FeatureCache
 from mapet.evaluation.probes import fit_logistic, probe_accuracy
 from mapet.tokenizers.feature_store import FeatureStore
@@ -61,16 +61,16 @@ def test_linear_probe_is_scikit_learns_logistic_regression(present):
 
 
 def test_split_is_fixed_and_stratified(digits):
-    data = labeled(list_images(digits / "train"))
-    train, test = split(data)
+    data = LabeledSet.from_images(list_images(digits / "train"))
+    train, test = split_train_test(data)
     assert len(train.labels) + len(test.labels) == 1437
     assert np.abs(np.bincount(test.labels) / np.bincount(data.labels) - 0.2).max() < 0.01
     assert not {train.images.id(i) for i in range(50)} & {test.images.id(i) for i in range(len(test.labels))}
-    assert split(data)[1].images.hash == test.images.hash
+    assert split_train_test(data)[1].images.hash == test.images.hash
 
 
 def test_few_labels(digits):
-    data = labeled(list_images(digits / "train"))
+    data = LabeledSet.from_images(list_images(digits / "train"))
     ten, other = (few_shot_split(data, 10, seed) for seed in (0, 1))
     assert np.bincount(data.subset(ten).labels).tolist() == [10] * 10
     assert ten.tolist() != other.tolist()
@@ -85,4 +85,4 @@ def test_different_classes_are_named(digits, tmp_path, crops):
     crops.rename(tmp_path / "other" / "a" / "x")
     (tmp_path / "other" / "b" / "y.png").write_bytes(next((tmp_path / "other").rglob("*.png")).read_bytes())
     with refused("0, 1"):
-        train_and_test(digits / "train", tmp_path / "other")
+        load_train_test(digits / "train", tmp_path / "other")

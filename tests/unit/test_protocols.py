@@ -12,7 +12,7 @@ from mapet.data.image_list import ImageFiles
 from mapet.data.sources import list_images
 from mapet.data.views import normalize
 from mapet.device import ComputeContext
-from mapet.evaluation.datasets import LabeledSet, few_shot_split, labeled
+from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import bootstrap_ci, mean_over_seeds, wilson_interval
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
@@ -69,7 +69,7 @@ def test_few_label_splits_are_the_documented_function():
     ids = [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
 
     def of(names: list[str]) -> LabeledSet:
-        return labeled(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names)))
+        return LabeledSet.from_images(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names)))
 
     def number(name: str, seed: int) -> int:
         return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
@@ -204,7 +204,7 @@ def test_cache_holds_the_features_of_the_plain_vit(digits, tmp_path, pool):
     torch.manual_seed(0)
     vit = create_vit("vit_tiny_patch16_224", (8, 8), 2, 1, TINY)
     save_backbone(vit, tmp_path / "vit")
-    data = labeled(list_images(digits / "test"))
+    data = LabeledSet.from_images(list_images(digits / "test"))
     data = data.subset(few_shot_split(data, 3, 0))
     ((index, images),) = BackboneWrapper.from_vit(vit, CPU).batches(data.images, CacheConfig())
     images = images[index.argsort()]

@@ -14,7 +14,7 @@ from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import list_images
 from mapet.device import ComputeContext
 from mapet.evaluation import probes, protocols
-from mapet.evaluation.datasets import LabeledSet, few_shot_split, labeled
+from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.protocols import PROTOCOLS
@@ -72,7 +72,10 @@ def sets(tmp_path_factory):
     """12 training and 6 test pictures of each color."""
     root = tmp_path_factory.mktemp("colors")
     return EvalData(
-        *(labeled(list_images(save(root / part, COLORS, n, seed))) for seed, (part, n) in enumerate(PARTS.items()))
+        *(
+            LabeledSet.from_images(list_images(save(root / part, COLORS, n, seed)))
+            for seed, (part, n) in enumerate(PARTS.items())
+        )
     )
 
 
@@ -133,7 +136,10 @@ def test_neighbors_are_the_nearest_colors(sets, tmp_path):
 def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
     """C = 0.1 below 10 images a class; standardized by all training images, of which only the split's labels are read."""
     close = {"a": (150, 110, 110), "b": (110, 150, 110), "c": (110, 110, 150)}
-    parts = [labeled(list_images(save(tmp_path / part, close, 40, seed, spread=60))) for seed, part in enumerate(PARTS)]
+    parts = [
+        LabeledSet.from_images(list_images(save(tmp_path / part, close, 40, seed, spread=60)))
+        for seed, part in enumerate(PARTS)
+    ]
     found = PROTOCOLS["few-shot"].run(context_of(EvalData(*parts), tmp_path, few_shot=(2,), num_seeds=5))
     train, test = map(colors_of, parts)
     mean, deviation = train.mean(0), train.std(0)
@@ -151,7 +157,7 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
 def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
     """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
-    other = labeled(list_images(save(tmp_path / "other", reddish, 5, spread=5)))
+    other = LabeledSet.from_images(list_images(save(tmp_path / "other", reddish, 5, spread=5)))
     outcome = PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"dusk": other}), tmp_path))
     assert values(outcome) == {"ood_dusk_logistic": 1.0, "ood_dusk_knn": 1.0}
     assert outcome.details["dusk"] == {"classes": 2, "images": 10}
@@ -160,7 +166,9 @@ def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
         ("green", (5, 5)),
         ("red", (0, 0)),
     }
-    reds = labeled(list_images(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5)))
+    reds = LabeledSet.from_images(
+        list_images(save(tmp_path / "reds", {"red": (150, 110, 10), "x": (0, 0, 0)}, 5, spread=5))
+    )
     assert (
         values(PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"one": reds}), tmp_path)))[
             "ood_one_logistic"
@@ -184,7 +192,7 @@ def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
     each the next one."""
     grays = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
     parts = [
-        labeled(list_images(save(tmp_path / part, grays, n, seed, spread=5)))
+        LabeledSet.from_images(list_images(save(tmp_path / part, grays, n, seed, spread=5)))
         for seed, (part, n) in enumerate(PARTS.items())
     ]
     monkeypatch.setattr(protocols, "CORRUPTIONS", {"brightness": protocols.CORRUPTIONS["brightness"]})

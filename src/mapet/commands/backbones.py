@@ -19,7 +19,7 @@ from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
-from mapet.evaluation.datasets import LabeledSet, labeled
+from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
 from mapet.evaluation.inspection import render_neighbors
@@ -115,7 +115,7 @@ def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
         requirement = PROTOCOLS[name].requires
         if not data.has(requirement):
             if requirement == "labels":
-                labeled(list_images(config.images))  # names an image without a class in its error
+                LabeledSet.from_images(list_images(config.images))  # names an image without a class in its error
             raise MapetError(f"protocol '{name}' needs {hints[requirement]}", field="protocols", value=name)
     return list(dict.fromkeys(config.protocols))
 

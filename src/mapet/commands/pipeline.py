@@ -15,7 +15,7 @@ from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.digits import write_digits
 from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
-from mapet.evaluation.datasets import few_shot_split, labeled, train_and_test
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
 from mapet.files import create_output_dir, is_empty_dir, read_json
 from mapet.reports.page import REPORT_FILE, write_run_report
 from mapet.reports.study import write_report
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> Path:
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             raise Interrupted(getattr(error, "what", "interrupted"), again) from None
         if stage.command is commands.evaluate:
-            _, test = train_and_test(config.images, config.test_images)
+            _, test = load_train_test(config.images, config.test_images)
             data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
             found = dict(zip(("untrained", "pretrained"), (result or {}).values(), strict=False))
             record(config.out, results={"evaluation": found | {"data": data}})
@@ -133,10 +133,10 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
         with spell_in_section("pretrain", RunConfig.model_fields):
             check_model_config(pretraining.config, fitting.config)
         if config.pretrain.probe_images is not None:
-            labeled(list_images(config.pretrain.probe_images))
+            LabeledSet.from_images(list_images(config.pretrain.probe_images))
     if config.test_images is not None and not evaluation.begun:
         try:
-            train_and_test(config.images, config.test_images)
+            load_train_test(config.images, config.test_images)
         except MapetError as error:
             raise MapetError(
                 f"{error}. {option('test_images')} are to test a probe on, which is trained on the labels of {option('images')}: "
@@ -231,9 +231,9 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
             classes in a test set, fewer labels than are asked for.
     """
     fitting = {name: trial_runs.tokenizer_configs(config, name)[0] for name in config.tokenizers}
-    train, _ = train_and_test(config.images, config.test_images)
+    train, _ = load_train_test(config.images, config.test_images)
     for folder in config.ood_images.values():
-        train_and_test(config.images, folder)
+        load_train_test(config.images, folder)
     for amount in config.labels_per_class:
         try:
             few_shot_split(train, 1 if amount == "all" else amount, seed=0)

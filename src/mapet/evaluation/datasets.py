@@ -1,4 +1,4 @@
-"""Sets of images with what is known of each: its class, a class for every pixel, or boxes; training and test sets of them."""
+"""Sets of images with annotations: a class per image, a class per pixel, or boxes; and training and test sets of them."""
 
 import hashlib
 import os
@@ -19,15 +19,18 @@ from mapet.errors import MapetError, option, pluralize
 from mapet.files import read_json
 
 HELD_OUT = 0.2
-"""Fraction of a set that is held out where no test set is given."""
+"""Fraction of a set that is held out as its test set, or to choose hyperparameters by."""
 IGNORE_ID, IGNORE_INDEX = 255, -1
-"""Value of pixels that don't count in masks of class ids, and their class index."""
+"""Mask value of pixels without a class, and their class index."""
+MASK_MODES = ("L", "P", "I", "I;16", "1")
+"""Pillow's modes of gray and palette PNGs."""
 ADE20K = ("images/training", "annotations/training", "images/validation", "annotations/validation")
+"""Folders of training images and masks, and of test images and masks."""
 
 
 @dataclass
 class ImageSet:
-    """Images and what is known of each.
+    """Images and their annotations, which subclasses have.
 
     Attributes:
         classes: names; class indices are indices into them.
@@ -39,13 +42,16 @@ class ImageSet:
     classes: list[str]
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.images)
 
     def subset(self, indices: Int[np.ndarray, " m"]) -> Self:
-        """Select images."""
-        values = {name: getattr(self, name) for name in self.PER_IMAGE}
-        chosen = {k: v[indices] if isinstance(v, np.ndarray) else [v[i] for i in indices] for k, v in values.items()}
-        return replace(self, images=self.images.subset(indices), **chosen)
+        """Return the set of some of the images, in the order of `indices`."""
+        selected: dict[str, Any] = {}
+        for name in self.PER_IMAGE:
+            values = getattr(self, name)
+            selected[name] = values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
+        return replace(self, images=self.images.subset(indices), **selected)
 
 
 @dataclass
@@ -55,29 +61,51 @@ class LabeledSet(ImageSet):
     PER_IMAGE = ("labels",)
     labels: Int[np.ndarray, " n"]
 
+    @classmethod
+    def from_images(cls, images: ImageList) -> "LabeledSet":
+        """Label images as their data set does, or by their class folders.
+
+        Raises:
+            MapetError: there are no labels, and the images do not lie in two or more class folders.
+        """
+        if (labels := images.classes()) is not None:
+            return cls(images, *labels)
+        stray = [index for index in range(len(images)) if b"/" not in images.ids[index]]
+        folders = {image_id.split(b"/")[0] for image_id in images.ids if b"/" in image_id}
+        outside = f"{pluralize(len(stray), 'image')} outside of them" + (f" ({images.id(stray[0])!r})" if stray else "")
+        raise MapetError(
+            f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg; found "
+            f"{pluralize(len(folders), 'folder')}, and {outside}"
+        )
+
+    @classmethod
+    def without_labels(cls, images: ImageList) -> "LabeledSet":
+        """Return images without classes."""
+        return cls(images, [], np.zeros(len(images), np.int64))
+
     def sample(self, count: int) -> "LabeledSet":
-        """Select at most `count` images by a hash of their ids: the same ones every time."""
+        """Return at most `count` of the images, chosen by a hash of their ids: the same ones every time."""
         return self if len(self) <= count else self.subset(np.sort(np.argsort(self.images.keys())[:count]))
 
     def title(self, index: int) -> str:
-        """Name an image in a figure: by its class, without labels by the stem of its file."""
+        """Return the name of an image in a figure: its class, or without labels the stem of its file."""
         name = self.classes[self.labels[index]] if self.classes else Path(self.images.id(index)).stem
         return name.encode(errors="replace").decode()
 
     @property
     def majority_accuracy(self) -> float:
-        """Accuracy of always guessing the most frequent class."""
+        """Return the accuracy of always predicting the most frequent class."""
         return float(np.bincount(self.labels).max() / len(self))
 
 
 @dataclass
 class SegmentationSet(ImageSet):
-    """Images and their masks.
+    """Images with a mask of each: a class of every pixel.
 
     Attributes:
         masks: a PNG of each image.
-        class_of: of each image, value in its mask -> class index; all other values don't count.
-        panoptic: the masks hold segment ids, as COCO's panoptic ones do.
+        class_of: of each image, value in its mask -> class index; pixels of other values have no class.
+        panoptic: the masks hold segment ids, as COCO's panoptic ones do, not class ids.
     """
 
     PER_IMAGE = ("masks", "class_of")
@@ -86,24 +114,24 @@ class SegmentationSet(ImageSet):
     panoptic: bool = False
 
     def class_map(self, index: int) -> Int[np.ndarray, "H W"]:
-        """Read the class index of each pixel of an image; `IGNORE_INDEX` where none counts."""
-        values = read_mask(self.masks[index], self.panoptic)
-        found, inverse = np.unique(values, return_inverse=True)
-        classes = np.array([self.class_of[index].get(int(value), IGNORE_INDEX) for value in found])
-        return classes[inverse].reshape(values.shape)
+        """Read the class index of each pixel of an image; `IGNORE_INDEX` where it has none."""
+        mask = read_mask(self.masks[index], self.panoptic)
+        values, inverse = np.unique(mask, return_inverse=True)
+        classes = np.array([self.class_of[index].get(value, IGNORE_INDEX) for value in values.tolist()])
+        return classes[inverse].reshape(mask.shape)
 
 
 @dataclass
 class DetectionSet(ImageSet):
-    """Images and what is in them, of COCO's instances JSON. Crowds (`iscrowd`) are left out of boxes, not of classes.
+    """Images with the boxes of their objects, as COCO's instances JSON has them. Crowds (`iscrowd`) have labels, but no boxes.
 
     Attributes:
-        category_ids: the file's number of each class.
-        image_ids: the file's number of each image.
+        category_ids: the file's id of each class.
+        image_ids: the file's id of each image.
         boxes: of each image, (m, 4) left, top, right, bottom in pixels of the image; none is empty.
         labels: of each image, (m,) class index of each box.
-        image_labels: (n, K) whether an image shows a class.
-        record: the file's own content, also of other images, for the official evaluation.
+        image_labels: (n, K), 1 where an image shows a class, else 0.
+        record: the file's whole content, also of other images, for COCO's own evaluation.
     """
 
     PER_IMAGE = ("image_ids", "boxes", "labels", "image_labels")
@@ -122,7 +150,7 @@ AnyImageSet = TypeVar("AnyImageSet", bound=ImageSet)
 
 
 def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndarray, " n"]) -> list[np.ndarray]:
-    """Return the indices of each class, in the order of their keys."""
+    """Return the indices of the images of each class, in ascending order of their keys."""
     return np.split(np.lexsort((keys, labels)), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
 
 
@@ -135,7 +163,7 @@ def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
     return mask
 
 
-def split(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
+def split_train_test(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
     """Split into training and test set, by `heldout_mask`: the same way every time.
 
     Raises:
@@ -147,150 +175,148 @@ def split(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 
-def _train_and_test(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[AnyImageSet, AnyImageSet]:
-    """Take both sets, or split the one there is.
+def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[AnyImageSet, AnyImageSet]:
+    """Return the training and the test set that `sets` holds, or split the only set in it.
+
+    Args:
+        sources: where the sets come from, for the message.
 
     Raises:
-        MapetError: they have different classes.
+        MapetError: the two have different classes, or the only one cannot be split.
     """
     if len(sets) == 1:
-        return split(sets[0])
+        return split_train_test(sets[0])
     train, test = sets
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        raise MapetError(f"{sources[0]} and {sources[1]} have different classes: {odd}")
+        raise MapetError(
+            f"{sources[0]} and {sources[1]} have different classes: {odd}; give each class in both, or in none"
+        )
     return train, test
 
 
-def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
-    """Select the images of a few-shot split: their sorted indices.
+def load_train_test(train: str | Path, test: str | Path | None) -> tuple[LabeledSet, LabeledSet]:
+    """Open a labeled training and test set; without `test` a part of `train` is held out, the same one every time.
 
-    It is the same for everybody: a function of the images' ids and a seed, in any language. An image's number is the first 8
-    bytes, little-endian, of the BLAKE2b digest (8 bytes long) of the UTF-8 text `SEED:ID`, the id being its path below the data
-    set's folder with forward slashes (`CLASS/image.jpg`). Of each class the images of smallest number are taken. So smaller
-    splits are parts of larger ones, and adding or removing an image moves no other one.
+    Raises:
+        MapetError: there are no labels, the two sets have different classes, or no class has a second image to hold out.
+    """
+    lists = [
+        list_images(source) for source in (train, test) if source is not None
+    ]  # a missing folder is reported first
+    return _pair_or_split([LabeledSet.from_images(images) for images in lists], (train, test))
+
+
+def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
+    """Return the sorted indices of the images of a few-shot split.
+
+    The split is a function of the images' ids and a seed that any language can compute. An image's hash is the first 8 bytes,
+    little-endian, of the BLAKE2b digest (8 bytes long) of the UTF-8 text `SEED:ID`, the id being its path below the data set's
+    folder with forward slashes (`CLASS/image.jpg`). Of each class the images of smallest hash are taken. So smaller splits are
+    parts of larger ones, and adding or removing an image moves no other one.
 
     Args:
-        amount: below 1 a fraction of each class (at least one image), else so many images of each class.
+        amount: below 1 a fraction of each class (at least one image), else the number of images per class.
 
     Raises:
         MapetError: a class has fewer images.
     """
-    digests = (hashlib.blake2b(b"%d:" % seed + data.images.ids[i], digest_size=8) for i in range(len(data)))
-    numbers = np.fromiter((int.from_bytes(digest.digest(), "little") for digest in digests), np.uint64, len(data))
-    kept = []
-    for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), numbers), strict=True):
+    digests = [hashlib.blake2b(b"%d:" % seed + image_id, digest_size=8).digest() for image_id in data.images.ids]
+    hashes = np.frombuffer(b"".join(digests), "<u8")
+    chosen = []
+    for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), hashes), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            there = pluralize(len(members), "image")
-            raise MapetError(f"class '{name}' has {there} to learn from, fewer than the {count:,} asked for")
-        kept.append(members[:count])
-    return np.sort(np.concatenate(kept))
-
-
-# ---- labels
-
-
-def labeled(images: ImageList) -> LabeledSet:
-    """Read the labels a data set gives, or those of class folders.
-
-    Raises:
-        MapetError: there are none, and the images do not lie in two or more class folders.
-    """
-    if (found := images.classes()) is not None:
-        return LabeledSet(images, *found)
-    stray = [i for i in range(len(images)) if b"/" not in images.ids[i]]
-    instead = f", but {images.id(stray[0])!r} lies in none" if stray else ", but they all lie in one"
-    instead = "" if len(stray) == len(images) else instead
-    raise MapetError(
-        f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg{instead}"
-    )
-
-
-def unlabeled(images: ImageList) -> LabeledSet:
-    """Take images without classes."""
-    return LabeledSet(images, [], np.zeros(len(images), np.int64))
-
-
-def train_and_test(train: str | Path, test: str | Path | None) -> tuple[LabeledSet, LabeledSet]:
-    """Open two labeled sets, or one split by image id, the same way every time.
-
-    Raises:
-        MapetError: no labels, or other classes in the two sets.
-    """
-    images = [
-        list_images(source) for source in (train, test) if source is not None
-    ]  # both exist, before labels are needed
-    return _train_and_test([labeled(one) for one in images], (train, test))
+            found = pluralize(len(members), "training image")
+            raise MapetError(
+                f"class '{name}' has {found}, fewer than the {count:,} asked for: ask for fewer, or add images"
+            )
+        chosen.append(members[:count])
+    return np.sort(np.concatenate(chosen))
 
 
 # ---- boxes
 
 
 @contextmanager
-def _annotations(path: Path, what: str) -> Iterator[Any]:
-    """Read a JSON file of COCO's; what is missing in it as it is used is a MapetError."""
+def _read_coco(path: Path, kind: str) -> Iterator[Any]:
+    """Read a JSON file of COCO's for the block, and raise MapetError for what the block does not find in it.
+
+    Args:
+        kind: what the file should be, for the message.
+    """
     try:
-        yield read_json(path, what)
+        yield read_json(path, kind)
     except (KeyError, TypeError, ValueError) as error:
-        raise MapetError(f"{path}: not {what} ({error!r})") from None
+        raise MapetError(f"{path}: not {kind} ({error!r}); give a file in COCO's layout") from None
 
 
-def _categories(record: Any) -> tuple[list[str], dict[int, int]]:
-    """Names of the classes, and id -> class index, both by id."""
+def _read_categories(record: Any) -> tuple[list[str], dict[int, int]]:
+    """Return the names of the classes of a COCO file, sorted by category id, and category id -> class index."""
     categories = sorted(record["categories"], key=lambda category: category["id"])
     names = [str(category["name"]) for category in categories]
     return names, {category["id"]: index for index, category in enumerate(categories)}
 
 
-def listed_images(folder: Path, names: Sequence[str], source: Path) -> ImageList:
-    """List the images that an annotation file names, in its order.
+def _list_named_images(folder: Path, names: Sequence[str], source: Path) -> ImageList:
+    """List the images that an annotation file, `source`, names, in its order.
 
     Raises:
-        MapetError: one is not there.
+        MapetError: it names none, or one that is not in the folder.
     """
     if not names:
-        raise MapetError(f"{source} names no images")
+        raise MapetError(f"{source} names no images: give annotations of the images in {folder}")
     for name in names:
         if not (folder / name).is_file():
-            raise MapetError(f"{source} names {name}, which is not in {folder}")
+            raise MapetError(f"{source} names {name}, which is not in {folder}: give the folder of its images")
     sizes = [(folder / name).stat().st_size for name in names]
     return ImageFiles(folder, [os.fsencode(name) for name in names], sizes)
 
 
-def detection_sets(
+def load_detection_sets(
     images: Path, annotations: Path, test_images: Path | None, test_annotations: Path | None
 ) -> tuple[DetectionSet, DetectionSet]:
-    """Read training and test images. Without test annotations a fifth is tested on.
+    """Read training and test images with boxes.
+
+    Args:
+        test_images: folder of the test images; None: `images`.
+        test_annotations: None: a fifth of the images is held out.
 
     Raises:
-        MapetError: not such files, images that aren't there, other categories in the two.
+        MapetError: the files are not COCO's, name missing images, or have different categories.
     """
     pairs = (annotations, images), (test_annotations, test_images or images)
     sets = [read_instances(path, folder) for path, folder in pairs if path is not None]
-    return _train_and_test(sets, (annotations, test_annotations))
+    return _pair_or_split(sets, (annotations, test_annotations))
 
 
 def read_instances(annotations: Path, images: Path) -> DetectionSet:
-    """Read a file of COCO's `instances_*.json` layout; images are sorted by name."""
-    with _annotations(annotations, "COCO annotations of instances") as record:
-        classes, column = _categories(record)
+    """Read a file of COCO's `instances_*.json` layout. Images are sorted by file name, classes by category id.
+
+    Args:
+        images: folder of the images.
+
+    Raises:
+        MapetError: the file has another layout, or names a missing image.
+    """
+    with _read_coco(annotations, "COCO annotations of instances") as record:
+        classes, class_of = _read_categories(record)
         listed = sorted(record["images"], key=lambda image: image["file_name"])
-        row = {image["id"]: index for index, image in enumerate(listed)}
+        row_of = {image["id"]: row for row, image in enumerate(listed)}
         boxes: list[list[list[float]]] = [[] for _ in listed]
         labels: list[list[int]] = [[] for _ in listed]
         image_labels = np.zeros((len(listed), len(classes)), np.int64)
-        for one in record["annotations"]:
-            image, label = row[one["image_id"]], column[one["category_id"]]
-            image_labels[image, label] = 1
-            left, top, width, height = one["bbox"]
-            if not one.get("iscrowd", 0) and width > 0 and height > 0:
-                boxes[image].append([left, top, left + width, top + height])
-                labels[image].append(label)
+        for annotation in record["annotations"]:
+            row, label = row_of[annotation["image_id"]], class_of[annotation["category_id"]]
+            image_labels[row, label] = 1
+            left, top, width, height = annotation["bbox"]
+            if not annotation.get("iscrowd", 0) and width > 0 and height > 0:
+                boxes[row].append([left, top, left + width, top + height])
+                labels[row].append(label)
         return DetectionSet(
-            listed_images(images, [image["file_name"] for image in listed], annotations), classes, list(column), list(row),
-            [np.array(part, np.float64).reshape(-1, 4) for part in boxes], [np.array(part, np.int64) for part in labels],
-            image_labels, record,
+            _list_named_images(images, [image["file_name"] for image in listed], annotations), classes, list(class_of),
+            list(row_of), [np.array(part, np.float64).reshape(-1, 4) for part in boxes],
+            [np.array(part, np.int64) for part in labels], image_labels, record,
         )  # fmt: skip
 
 
@@ -298,43 +324,54 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
 
 
 def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
-    """Read class ids of a gray or palette PNG, or segment ids R + 256 G + 256^2 B of a panoptic one.
+    """Read a mask's value of each pixel: the class id of a gray or palette PNG, or the segment id of a panoptic one.
+
+    Args:
+        panoptic: the PNG is RGB, and segment ids are R + 256 G + 256^2 B.
 
     Raises:
-        MapetError: not a readable image, or of another kind.
+        MapetError: the file cannot be read, or has another pixel format.
     """
     try:
         with Image.open(path) as image:
             if panoptic:
                 return np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1, 256, 256 * 256])
-            if image.mode not in ("L", "P", "I", "I;16", "1"):
-                raise MapetError(f"{path}: a mask of class ids is a gray or palette PNG, this one is {image.mode}")
+            if image.mode not in MASK_MODES:
+                raise MapetError(
+                    f"{path}: a mask of class ids must be a gray or palette PNG, this one is {image.mode}: convert it"
+                )
             return np.asarray(image).astype(np.int64)
     except OSError as error:
-        raise MapetError(f"cannot read the mask {path}: {error.strerror or error}") from None
+        raise MapetError(
+            f"cannot read the mask {path}: {error.strerror or error}; replace it, or remove its image"
+        ) from None
 
 
-def segmentation_sets(
+def load_segmentation_sets(
     images: Path, masks: Path | None, test_images: Path | None, test_masks: Path | None, ignore: Sequence[int] = ()
 ) -> tuple[SegmentationSet, SegmentationSet] | None:
-    """Read training and test images with masks; None where there are no masks.
+    """Read training and test images with masks; return None if there are no masks.
 
     Layouts: a folder of masks beside `images`, paired by name (a/b.jpg and a/b.png); one folder that holds images/ and masks/;
-    ADE20K's (images/ and annotations/, each with training/ and validation/; 0 doesn't count); a COCO panoptic JSON, beside which
-    the folder of its PNGs lies under the same name.
+    ADE20K's (images/ and annotations/, each with training/ and validation/; 0 is no class); a COCO panoptic JSON, beside which
+    the folder of its PNGs lies under the same name. Without test masks a fifth of the images is held out.
 
     Args:
-        ignore: class ids that don't count, beside 255.
+        masks: folder or panoptic JSON; None: they are looked for in `images`.
+        test_images: folder of the test images; None: `images`.
+        test_masks: folder or panoptic JSON, as `masks`.
+        ignore: mask values without a class, beside `IGNORE_ID`.
 
     Raises:
-        MapetError: nothing fits together.
+        MapetError: images and masks don't fit together, are of fewer than two classes, or training and test classes differ.
     """
     ignored = {IGNORE_ID, *ignore}
-    ade = [images / folder for folder in ADE20K]
-    if masks is None and all(folder.is_dir() for folder in ade):
+    ade20k = [images / folder for folder in ADE20K]
+    if masks is None and all(folder.is_dir() for folder in ade20k):
         if test_images is not None or test_masks is not None:
-            raise MapetError(f"{images} is ADE20K's folder, tested on its own validation images: leave out other ones")
-        images, masks, test_images, test_masks = ade
+            own = f"{images} is ADE20K's folder, tested on its own validation images"
+            raise MapetError(f"{own}: leave out {option('test_images')} and {option('test_seg_masks')}")
+        images, masks, test_images, test_masks = ade20k
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
         images, masks = images / "images", images / "masks"
@@ -342,41 +379,59 @@ def segmentation_sets(
         return None
     if test_images is not None and test_masks is None:
         raise MapetError(f"{images} has masks, so {option('test_images')} need {option('test_seg_masks')}")
-    sources = [(images, masks)] + ([(test_images or images, test_masks)] if test_masks is not None else [])
+    pairs = [(images, masks)]
+    if test_masks is not None:
+        pairs.append((test_images or images, test_masks))
     panoptic = masks.suffix == ".json"
-    sets = [_read_panoptic(*source) for source in sources] if panoptic else _read_masks(sources, ignored)
-    return _train_and_test(sets, (masks, test_masks))
+    sets = [_read_panoptic(*pair) for pair in pairs] if panoptic else _read_masks(pairs, ignored)
+    return _pair_or_split(sets, (masks, test_masks))
 
 
-def _read_masks(sources: list[tuple[Path, Path]], ignored: set[int]) -> list[SegmentationSet]:
-    """Pair the images of each folder that have a mask with it. All masks are read once: classes are the ids that occur."""
-    sets, found = [], set[int]()
-    for images, masks in sources:
+def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[SegmentationSet]:
+    """Pair images and masks by name, and read all masks once, to find the classes: the values that occur in any of them.
+
+    Args:
+        pairs: folders of (images, masks); images without a mask are left out.
+        ignored: values that are no class.
+
+    Raises:
+        MapetError: a folder's images have no masks, or there are fewer than two classes.
+    """
+    matched, values = [], set[int]()
+    for images, masks in pairs:
         listed = list_images(images)
         paths = [masks / f"{os.path.splitext(listed.id(index))[0]}.png" for index in range(len(listed))]
-        kept = [index for index, path in enumerate(paths) if path.is_file()]
-        if not kept:
+        rows = [index for index, path in enumerate(paths) if path.is_file()]
+        if not rows:
             raise MapetError(f"no image of {images} has a mask in {masks}: expected {paths[0]}, and so on")
-        sets.append((listed.subset(kept), [paths[index] for index in kept]))
-    for path in tqdm([path for _, paths in sets for path in paths], desc="masks", disable=None, leave=False):
-        found |= set(np.unique(read_mask(path)).tolist())
-    ids = sorted(found - ignored)
+        matched.append((listed.subset(rows), [paths[index] for index in rows]))
+    for path in tqdm([path for _, paths in matched for path in paths], desc="masks", disable=None, leave=False):
+        values |= set(np.unique(read_mask(path)).tolist())
+    ids = sorted(values - ignored)
     if len(ids) < 2:
-        raise MapetError(f"the masks hold {len(ids)} classes beside {sorted(ignored)}: at least two are needed")
-    class_of = {id: index for index, id in enumerate(ids)}
-    return [SegmentationSet(listed, [str(id) for id in ids], paths, [class_of] * len(paths)) for listed, paths in sets]
+        raise MapetError(
+            f"the masks hold {pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}: segmentation needs at least two classes"
+        )
+    class_of = {value: index for index, value in enumerate(ids)}
+    names = [str(value) for value in ids]
+    return [SegmentationSet(listed, names, paths, [class_of] * len(paths)) for listed, paths in matched]
 
 
 def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
-    """Read COCO panoptic: categories of segments, things and stuff alike."""
-    with _annotations(annotations, "COCO panoptic annotations") as record:
-        classes, column = _categories(record)
-        files = {image["id"]: image["file_name"] for image in record["images"]}
-        rows = sorted((files[one["image_id"]], one["file_name"], one["segments_info"]) for one in record["annotations"])
-        class_of = [{part["id"]: column[part["category_id"]] for part in parts} for _, _, parts in rows]
+    """Read a COCO panoptic JSON: classes are the categories of segments, things and stuff alike; images are sorted by name.
+
+    Raises:
+        MapetError: the file has another layout, or names a missing image, or its masks are missing.
+    """
+    with _read_coco(annotations, "COCO panoptic annotations") as record:
+        classes, class_of = _read_categories(record)
+        image_names = {image["id"]: image["file_name"] for image in record["images"]}
+        entries = record["annotations"]
+        rows = sorted((image_names[one["image_id"]], one["file_name"], one["segments_info"]) for one in entries)
+        class_of_segment = [{part["id"]: class_of[part["category_id"]] for part in parts} for _, _, parts in rows]
         folder = annotations.with_suffix("")
         masks = [folder / mask for _, mask, _ in rows]
         if masks and not masks[0].is_file():
             raise MapetError(f"{annotations}: its masks are expected in {folder}; {masks[0].name} is not there")
-        listed = listed_images(images, [name for name, _, _ in rows], annotations)
-        return SegmentationSet(listed, classes, masks, class_of, panoptic=True)
+        listed = _list_named_images(images, [name for name, _, _ in rows], annotations)
+        return SegmentationSet(listed, classes, masks, class_of_segment, panoptic=True)

@@ -16,7 +16,7 @@ from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import list_images
 from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
-from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet, unlabeled
+from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
 
@@ -166,23 +166,25 @@ class EvalData:
         if config.ood_images and not list_images(config.images).classes():
             raise MapetError(f"{option('ood_images')} are matched by class folders, which {root} has not")
         if config.annotations is not None:
-            boxes = datasets.detection_sets(root, config.annotations, test_root, config.test_annotations)
-            return cls(unlabeled(boxes[0].images), unlabeled(boxes[1].images), boxes=boxes)
-        masks = datasets.segmentation_sets(
+            boxes = datasets.load_detection_sets(root, config.annotations, test_root, config.test_annotations)
+            train, test = (LabeledSet.without_labels(part.images) for part in boxes)
+            return cls(train, test, boxes=boxes)
+        masks = datasets.load_segmentation_sets(
             root, config.seg_masks, test_root, config.test_seg_masks, config.ignore_labels
         )
         if masks is not None:
-            return cls(unlabeled(masks[0].images), unlabeled(masks[1].images), masks=masks)
+            train, test = (LabeledSet.without_labels(part.images) for part in masks)
+            return cls(train, test, masks=masks)
         if config.test_seg_masks is not None or config.ignore_labels:
             names = f"{option('test_seg_masks')} and {option('ignore_labels')}"
             raise MapetError(f"{names} need masks: {option('seg_masks')}")
         images = list_images(config.images)
         if images.classes():
-            ood = {name: datasets.labeled(list_images(source)) for name, source in config.ood_images.items()}
-            return cls(*datasets.train_and_test(config.images, config.test_images), ood)
+            ood = {name: LabeledSet.from_images(list_images(source)) for name, source in config.ood_images.items()}
+            return cls(*datasets.load_train_test(config.images, config.test_images), ood)
         if config.test_images is None:
-            return cls(*datasets.split(unlabeled(images)))
-        return cls(unlabeled(images), unlabeled(list_images(config.test_images)))
+            return cls(*datasets.split_train_test(LabeledSet.without_labels(images)))
+        return cls(LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images)))
 
     def has(self, requirement: Requirement) -> bool:
         """Return whether the data is there that a protocol requires; 'ood' requires labels, too."""

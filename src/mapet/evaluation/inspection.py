@@ -25,7 +25,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, sample_permutation
 from mapet.device import ComputeContext
-from mapet.evaluation.datasets import LabeledSet, labeled, unlabeled
+from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
 from mapet.evaluation.probes import ONLINE_C, extract_features, fit_logistic, nearest_neighbors, sample_for_probe
 from mapet.evaluation.token_metrics import TokenPair
@@ -282,7 +282,9 @@ def retrieve_images(
     Raises:
         MapetError: too few images to hold some out, too many unreadable ones, or features that are NaN or infinite.
     """
-    train, test = sample_for_probe(labeled(images) if images.classes() else unlabeled(images))
+    train, test = sample_for_probe(
+        LabeledSet.from_images(images) if images.classes() else LabeledSet.without_labels(images)
+    )
     train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
     features, confusion = test_cache.layer_features(), None
     if train.classes:

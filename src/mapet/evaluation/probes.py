@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mapet.device import ComputeContext
 from mapet.errors import MapetError
-from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split
+from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
@@ -419,7 +419,7 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
     Raises:
         MapetError: no class has a second image.
     """
-    train, test = split(data)
+    train, test = split_train_test(data)
     return train.sample(MAX_TRAIN), test.sample(MAX_TEST)
 
 

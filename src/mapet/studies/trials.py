@@ -26,7 +26,7 @@ from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
-from mapet.evaluation.datasets import train_and_test
+from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
@@ -396,10 +396,10 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     wrapper = BackboneWrapper.load(
         f"{'' if pretrained else RANDOM_PREFIX}{run}", ComputeContext.from_options(device), seed
     )
-    train = FeatureCache.extract(wrapper, train_and_test(images, config.test_images)[0], cache)
+    train = FeatureCache.extract(wrapper, load_train_test(images, config.test_images)[0], cache)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():
-        test = FeatureCache.extract(wrapper, train_and_test(images, folder)[1], cache)
+        test = FeatureCache.extract(wrapper, load_train_test(images, folder)[1], cache)
         suffix = f" on {name}" if name else ""
         scores |= {metric + suffix: accuracy for metric, accuracy in probe_accuracy(train, test).items()}
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}

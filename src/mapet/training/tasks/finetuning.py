@@ -18,7 +18,7 @@ from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.views import ViewSpec, fork_rng, input_mean_std, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
-from mapet.evaluation.datasets import LabeledSet, few_shot_split, train_and_test
+from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.training.task import StepOutput, Task
@@ -171,7 +171,7 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
     Raises:
         MapetError: there are no labels, or a class has too few images.
     """
-    train, test = train_and_test(config.images, config.test_images)
+    train, test = load_train_test(config.images, config.test_images)
     if config.labels_per_class:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))

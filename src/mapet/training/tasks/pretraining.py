@@ -22,7 +22,7 @@ from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import format_size, option
-from mapet.evaluation.datasets import LabeledSet, labeled
+from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
@@ -185,7 +185,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         self.same_shapes = not config.varies_context
         if config.probe_every != 0 and (config.probe_images is not None or images.classes() is not None):
             probe_images = images if config.probe_images is None else list_images(config.probe_images)
-            self.probe_sets = sample_for_probe(labeled(probe_images))
+            self.probe_sets = sample_for_probe(LabeledSet.from_images(probe_images))
         self.facts = {"tokenizer": tokenizer.description}
         if store:
             self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
