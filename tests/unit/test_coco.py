@@ -13,7 +13,7 @@ import mapet
 from mapet.config.evaluation import EvaluateConfig
 from mapet.device import ComputeContext
 from mapet.evaluation.datasets import LabeledSet, load_detection_sets, read_instances
-from mapet.evaluation.dense import _detect, _train_detector, coco_metrics, make_detector
+from mapet.evaluation.dense import DetectionImages, _detect, _train_detector, coco_metrics, make_detector
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.protocols import PROTOCOLS
@@ -189,7 +189,7 @@ def context(coco, vit, tmp_path):
 def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(context):
     """Left, top, width, height; class 1 of the network is the first category, 7, and class 2 is 44."""
     data = context.data.boxes[1]
-    found = _detect(context, Found(), context.backbone, data)
+    found = _detect(Found(), context.backbone, DetectionImages(context, context.backbone, data))
     assert [one["image_id"] for one in found] == [i for i in range(900, 892, -1) for _ in range(2)]
     assert [one["category_id"] for one in found] == [44, 7] * 8
     assert found[0]["bbox"] == [1, 2, 10, 20] and found[1]["bbox"] == [0, 16, 32, 16]
@@ -199,7 +199,7 @@ def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(context):
 def test_a_detector_is_trained_on_the_boxes_of_its_images(context):
     """Red blocks are class 2, green ones class 1 of the network, 0 being the ground; two passes in other orders."""
     detector, data = Found(), context.data.boxes[0]
-    _train_detector(context, detector, context.backbone, data)
+    _train_detector(detector, context.backbone, DetectionImages(context, context.backbone, data))
     assert len(detector.targets) == 16 and detector.weight.item() < 1
     for image, target in detector.targets:
         for box, label in zip(target["boxes"].int().tolist(), target["labels"].tolist(), strict=True):
@@ -221,10 +221,10 @@ def test_the_backbone_is_trained_only_where_asked(trained, context):
     assert all(parameter.requires_grad for parameter in detector.parameters() if id(parameter) not in own)
     data = context.data.boxes[0].subset(np.arange(4))
     weights = {name: parameter.detach().clone() for name, parameter in detector.named_parameters()}
-    _train_detector(context, detector, encoder, data)
+    _train_detector(detector, encoder, DetectionImages(context, encoder, data))
     moved = {name for name, parameter in detector.named_parameters() if not torch.equal(parameter, weights[name])}
     assert {name for name in moved if "backbone.model" not in name} >= {
-        "backbone.scales.2.weight",
+        "backbone.scales.2.0.weight",
         "roi_heads.box_predictor.cls_score.weight",
     }
     assert any("blocks.0.attn" in name for name in moved) == trained

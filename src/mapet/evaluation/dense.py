@@ -85,10 +85,9 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
             MapetError: no image is readable.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        options = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
-        indices = range(len(self.data))
-        loader = DataLoader[int](indices, self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore[arg-type]
-        batches = filter(None, loader)
+        options: dict[str, Any] = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
+        loader = DataLoader(range(len(self.data)), self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore
+        batches = filter(None, loader)  # without batches of unreadable images alone
         first = next(batches, None)
         if first is None:
             raise MapetError(f"none of the {len(self.data)} annotated images in {self.data.images.root} is readable")
@@ -109,7 +108,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
 
         def losses() -> Iterator[Tensor]:
             for epoch in range(self.options.dense_epochs):
-                seed = self.options.seed * 100_003 + epoch  # of another `seed` no epoch has the same one
+                seed = self.options.seed * 100_003 + epoch  # epochs of two values of `seed` share none
                 torch.manual_seed(seed)  # for the detector's samples of anchors and boxes
                 yield from filter(torch.isfinite, map(compute_loss, self.batches(seed)))
 
@@ -159,16 +158,17 @@ def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
 def segmentation(context: EvalContext) -> ProtocolResult:
     """Measure mIoU and pixel accuracy, at the masks' own size, of a linear head and a decoder trained on frozen features."""
     assert context.data.masks is not None
-    (train, test), backbone = context.data.masks, _resize_backbone(context)
-    heads = _train_heads(context, backbone, train)
-    result = ProtocolResult()
-    for name, counts in _count_pixels(context, backbone, heads, test).items():
+    backbone = _resize_backbone(context)
+    train, test = (SegmentationImages(context, backbone, data) for data in context.data.masks)
+    heads = _train_heads(backbone, train)
+    details = {"train_images": len(train.data), "test_images": len(test.data), "size": list(backbone.image_size)}
+    result = ProtocolResult(details=details)
+    for name, counts in _count_pixels(backbone, heads, test).items():
         for metric, compute in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
             result.metrics[f"segmentation_{name}_{metric}"] = bootstrap_ci(partial(compute, counts), len(counts))
         intersections, unions, _ = counts.sum(0).astype(int).tolist()
         pairs = zip(intersections, unions, strict=True)
-        result.per_class[f"segmentation_{name}"] = dict(zip(test.classes, pairs, strict=True))
-    result.details = {"train_images": len(train), "test_images": len(test), "size": list(backbone.image_size)}
+        result.per_class[f"segmentation_{name}"] = dict(zip(test.data.classes, pairs, strict=True))
     return result
 
 
@@ -199,11 +199,11 @@ def pixel_counts(predicted: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], class
     return np.stack([hits, guesses + truths - hits, truths])
 
 
-def _train_heads(context: EvalContext, backbone: BackboneWrapper, data: SegmentationSet) -> nn.ModuleDict:
+def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.ModuleDict:
     """Train both heads of `make_heads` on the same batches, with masks resized to the backbone's size; return them in eval mode."""
     size, compute = backbone.image_size, backbone.compute
-    torch.manual_seed(context.options.seed)
-    heads = make_heads(backbone.map_shape[0], len(data.classes)).to(compute.device).train()
+    torch.manual_seed(images.options.seed)
+    heads = make_heads(backbone.map_shape[0], len(images.data.classes)).to(compute.device).train()
     groups = [{"params": [*head.parameters()], "lr": HEAD_LEARNING_RATES[name]} for name, head in heads.items()]
 
     def compute_loss(batch: list[Scene]) -> Tensor:
@@ -214,22 +214,22 @@ def _train_heads(context: EvalContext, backbone: BackboneWrapper, data: Segmenta
         return torch.stack([F.cross_entropy(each, masks, ignore_index=IGNORE_INDEX) for each in logits]).sum()
 
     optimizer = torch.optim.AdamW(groups, weight_decay=HEAD_WEIGHT_DECAY)
-    SegmentationImages(context, backbone, data).train(optimizer, compute_loss)
+    images.train(optimizer, compute_loss)
     return heads.eval()
 
 
 @torch.inference_mode()
 def _count_pixels(
-    context: EvalContext, backbone: BackboneWrapper, heads: nn.ModuleDict, data: SegmentationSet
+    backbone: BackboneWrapper, heads: nn.ModuleDict, images: SegmentationImages
 ) -> dict[str, Float[np.ndarray, "n 3 K"]]:
     """Return the `pixel_counts` of every readable image for each head, predicted at the mask's own size."""
     counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
-    for batch in SegmentationImages(context, backbone, data).batches():
+    for batch in images.batches():
         features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch]))
         for name, head in heads.items():
             for logits, (_, truth) in zip(head(features), batch, strict=True):
                 full_size = F.interpolate(logits[None], truth.shape, mode="bilinear")[0]
-                counts[name].append(pixel_counts(full_size.argmax(0).cpu(), truth, len(data.classes)))
+                counts[name].append(pixel_counts(full_size.argmax(0).cpu(), truth, len(images.data.classes)))
     return {name: np.stack(each) for name, each in counts.items()}
 
 
@@ -254,15 +254,13 @@ class SimpleFeaturePyramid(nn.Module):
         finest = nn.Sequential(upsample(width), nn.GroupNorm(1, WIDTH), nn.GELU(), upsample(WIDTH))
         fine, same = upsample(width), nn.Conv2d(width, WIDTH, 1)
         coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(width, WIDTH, 1))
-        self.scales = nn.ModuleList([finest, fine, same, coarse])
-        self.smooth = nn.ModuleList([smooth() for _ in self.scales])
+        self.scales = nn.ModuleList(nn.Sequential(scale, smooth()) for scale in (finest, fine, same, coarse))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> "OrderedDict[str, Tensor]":
         """Return the maps (B, WIDTH, h, w) of normalized images under the names '0' (the finest) to '3', as FasterRCNN takes them."""
         self.model.train(self.training and self.trained)  # a frozen backbone stays in eval mode
         features = self.backbone.forward_intermediates(images, [self.backbone.num_layers])[0][0].float()
-        maps = [smooth(scale(features)) for scale, smooth in zip(self.scales, self.smooth, strict=True)]
-        return OrderedDict((str(index), one) for index, one in enumerate(maps))
+        return OrderedDict((str(index), scale(features)) for index, scale in enumerate(self.scales))
 
 
 def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) -> FasterRCNN:
@@ -301,13 +299,12 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
     assert context.data.boxes is not None
     (train, test), backbone = context.data.boxes, _resize_backbone(context, copy_weights=True)
     detector = make_detector(backbone, len(train.classes), trained)
-    _train_detector(context, detector, backbone, train)
-    boxes = _detect(context, detector, backbone, test)
+    _train_detector(detector, backbone, DetectionImages(context, backbone, train))
+    boxes = _detect(detector, backbone, DetectionImages(context, backbone, test))
     prefix, over = "detection_finetune" if trained else "detection", f"{len(test):,} images"
-    return ProtocolResult(
-        {f"{prefix}_{name}": MetricValue(value, over=over) for name, value in coco_metrics(test, boxes).items()},
-        details={"train_images": len(train), "boxes_found": len(boxes), "size": list(backbone.image_size)},
-    )
+    metrics = {f"{prefix}_{k}": MetricValue(value, over=over) for k, value in coco_metrics(test, boxes).items()}
+    details = {"train_images": len(train), "boxes_found": len(boxes), "size": list(backbone.image_size)}
+    return ProtocolResult(metrics, details=details)
 
 
 @protocol("annotations", is_expensive=True)
@@ -335,9 +332,9 @@ class DetectionImages(AnnotatedImages[DetectionSet, IndexedImage]):
         return index, self.data.images.open(index, self.channels).read()
 
 
-def _train_detector(context: EvalContext, detector: nn.Module, backbone: BackboneWrapper, data: DetectionSet) -> None:
-    """Train the parameters of the detector that require gradients on the boxes of `data`, with a warmup of 5 % of the steps."""
-    to = backbone.compute.to
+def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> None:
+    """Train the parameters of the detector that require gradients on the boxes of the images, with a warmup of 5 % of the steps."""
+    data, to = images.data, backbone.compute.to
     detector.train()
 
     def compute_loss(batch: list[IndexedImage]) -> Tensor:
@@ -349,15 +346,16 @@ def _train_detector(context: EvalContext, detector: nn.Module, backbone: Backbon
 
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, DETECTOR_LR, weight_decay=DETECTOR_WEIGHT_DECAY)
-    DetectionImages(context, backbone, data).train(optimizer, compute_loss, warmup_fraction=0.05, clip_grad=1.0)
+    images.train(optimizer, compute_loss, warmup_fraction=0.05, clip_grad=1.0)
 
 
 @torch.inference_mode()
-def _detect(context: EvalContext, detector: nn.Module, backbone: BackboneWrapper, data: DetectionSet) -> list[CocoBox]:
+def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> list[CocoBox]:
     """Detect boxes in all readable images."""
+    data = images.data
     detector.eval()
     detections = []
-    for batch in DetectionImages(context, backbone, data).batches():
+    for batch in images.batches():
         results = detector([backbone.compute.to(pixels).float() / 255 for _, pixels in batch])
         for (index, _), result in zip(batch, results, strict=True):
             boxes = box_convert(result["boxes"].double().cpu(), "xyxy", "xywh").tolist()

@@ -145,8 +145,7 @@ def multi_label(context: EvalContext) -> ProtocolResult:
         precisions = average_precisions(scores, targets, weights)
         return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else 0.0
 
-    precisions = average_precisions(scores, targets, np.ones(len(targets))).tolist()
-    named = zip(train.classes, precisions, strict=True)
+    named = zip(train.classes, average_precisions(scores, targets, np.ones(len(targets))).tolist(), strict=True)
     details = {"ap": {name: round(value, 4) if isfinite(value) else None for name, value in named}}
     metric = eval_context.bootstrap_ci(mean_average_precision, len(targets))
     return ProtocolResult({"multi_label_map": metric}, details=details)
@@ -381,12 +380,11 @@ def resolution(context: EvalContext) -> ProtocolResult:
 def _is_correct(
     context: EvalContext, data: LabeledSet, backbone: BackboneWrapper, **dataset: Any
 ) -> Float[Tensor, " m"]:
-    """Return 1 for each readable image that `context.classify` classifies correctly, else 0, in the order of `data`.
+    """Return 1 for each readable image that `context.classify` classifies correctly, else 0, in an order that is always the same.
 
     Args:
         dataset: further arguments of `ViewDataset`: `augment`, `seed`.
     """
-    correct, labels = torch.full((len(data),), torch.nan, dtype=torch.float64), torch.from_numpy(data.labels)
-    for rows, pixels in backbone.batches(data.images, context.cache, **dataset):
-        correct[rows] = (context.classify(backbone, pixels).argmax(1) == labels[rows]).double()
-    return correct[~correct.isnan()]
+    labels = torch.from_numpy(data.labels)
+    batches = backbone.batches(data.images, context.cache, **dataset)
+    return torch.cat([(context.classify(backbone, x).argmax(1) == labels[rows]).double() for rows, x in batches])
