@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import mapet
-from mapet.cli import _parser
+from mapet.cli import create_parser
 from mapet.commands import COMMANDS
 from mapet.commands.command import command
 from mapet.config.base import Config, iter_options
@@ -67,7 +67,7 @@ def test_help_is_short_first_and_options_are_few():
     total = 0
     for name, function in COMMANDS.items():
         own = [option for option, _ in iter_options(function.config_type) if "." not in option]
-        first, every = (_parser(function, hide).format_help() for hide in (True, False))
+        first, every = (create_parser(function, hide).format_help() for hide in (True, False))
         assert first.count("\n  --") - 1 <= 15 and every.count("\n  --") >= len(own)
         total += 0 if name in HIDDEN else len(own)
     assert total <= MAX_OPTIONS

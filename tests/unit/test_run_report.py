@@ -225,7 +225,7 @@ def test_what_an_option_of_none_means(tmp_path):
     folder = write_run(tmp_path / "a", layer_scale_init=None, clip_grad=None, compile=None, other=None)
     told = RunFiles.open(folder).options
     assert {name: told[name] for name in ("layer_scale_init", "clip_grad", "compile", "other")} == {
-        "layer_scale_init": "none", "clip_grad": "none", "compile": "automatic", "other": "none",
+        "layer_scale_init": "none", "clip_grad": "none", "compile": "auto", "other": "none",
     }  # fmt: skip
 
 

@@ -51,6 +51,11 @@ def command_name(function: Callable[..., Any] | AnyCommand) -> str:
     return function.__name__.replace("_", "-")
 
 
+def summary(function: AnyCommand) -> str:
+    """Return the first line of a command's docstring."""
+    return (inspect.getdoc(function) or "").split("\n")[0]
+
+
 def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, R]]:
     """Return a decorator that turns a function of one config into a command, which also takes the config's fields as keywords.
 

@@ -16,29 +16,29 @@ class CheckConfig(shared.ImageOptions, shared.InputOptions, shared.EncoderOption
 
     out_is_file: ClassVar[bool] = True
     teacher: str = "pixels"
-    """Teacher of the one-batch benchmark, as in fit-tokenizer."""
+    """Teacher for the one-batch benchmark, as in `fit-tokenizer`."""
     teacher_checkpoint: str | None = None
-    """Local weights file of the teacher."""
+    """Local weights file of the teacher; none: timm downloads the weights."""
     benchmark: bool = True
     """Run one batch through teacher and student to measure time."""
     out: Path | None = None
-    """Text file for the list of unreadable images, one `reason<TAB>path` a line."""
+    """Text file for the list of unreadable images, one `reason<TAB>path` a line; none: no file."""
 
 
 class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.ResumeOptions):
     """Options of `prepare`."""
 
     out: Path
-    """New folder for the prepared images; give it to other commands as --images."""
+    """New folder for the prepared images; other commands take it as --images."""
     short_side: PositiveInt = 256
-    """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller ones are kept."""
+    """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller images are kept as they are."""
     channels: PositiveInt = 3
-    """Channels: 1 gray, 3 RGB, others from .npy arrays."""
+    """Image channels: 1 gray, 3 RGB, others from .npy arrays."""
     value_range: tuple[float, float] | None = None
-    """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in
-    a CT; others are clipped, 8-bit images stay as they are; automatic: the upper 8 of 16 bits, other types are unreadable."""
+    """Values of 16-bit, integer and floating-point images that become 0 and 255, e.g. 0 4095 for 12 bits, -1000 400 for lungs in a CT;
+    values beyond are clipped, 8-bit images stay as they are; auto: the upper 8 of 16 bits, others are unreadable images."""
     streaming: bool = False
-    """With hf:NAME: read the rows once, in order, as they arrive; the originals are never all on this disk."""
+    """Read hf:NAME once as it arrives, in order, so that its originals are never all on this disk."""
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the options: a text for each."""

@@ -15,44 +15,45 @@ class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
-    """One or more backbones: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for a timm
-    model or a folder's architecture with random weights. Corruption errors (mCE) are relative to the first one's."""
+    """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for
+    a timm model or a folder's architecture with random weights. Corruption errors are relative to the first."""
     images: shared.Source
-    """Training images; CLASS/image.jpg for protocols that need labels."""
+    """Images to train on; CLASS/image.jpg for protocols that need labels."""
     test_images: shared.Source | None = None
-    """Test images; automatic: a 20 % hold-out split of `images`, chosen by image name."""
+    """Images to test on; auto: a 20 % hold-out split of `images`, chosen by image name."""
     out: Path | None = None
-    """New folder for evaluation.md, per_class.csv, figures and the results in run.json; automatic: the table is only printed."""
+    """New folder for evaluation.md, per_class.csv, figures and the results in run.json; none: the table is only printed."""
     protocols: list[str] | None = None
-    """Protocols to run, e.g. logistic knn few-shot (an unknown name lists all); automatic: all inexpensive ones whose data is there."""
+    """Protocols to run, e.g. logistic knn few-shot (an unknown name lists all); auto: those that have the data they need and are not
+    expensive."""
     pool: Literal["avg", "token", "both"] = "avg"
-    """Feature of an image: avg, the mean of its patch tokens; token, the class token; both, the two concatenated."""
+    """Feature of an image: avg (mean of its patch tokens), token (the class token) or both (concatenated)."""
     linear_epochs: PositiveInt = 100
-    """Training epochs of the linear-sgd probe."""
+    """Epochs of the linear-sgd probe over the features."""
     few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
-    """Few-shot splits: below 1 the fraction of each class's images, else the number of images per class."""
+    """Few-shot splits: labeled images per class, or below 1 a fraction of each class."""
     num_seeds: PositiveInt = 5
-    """Number of seeds of few-shot splits and of clustering."""
+    """Seeds of few-shot splits and of clustering."""
     ood_images: dict[str, shared.Source] = Field(default_factory=dict)
-    """Further labeled test folders, NAME=FOLDER (protocol ood); classes are matched by name."""
+    """Further labeled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
     eval_image_sizes: list[PositiveInt] | None = None
-    """Input sizes, pixels: resolution tests each (automatic: from half to twice the trained size), segmentation and detection use the
-    largest (automatic: the trained size)."""
+    """Input sizes, pixels: resolution tests each (auto: from half to twice the trained one), segmentation and detection take the largest
+    (auto: the trained one)."""
     seg_masks: Path | None = None
-    """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; automatic:
-    found if `images` holds images/ and masks/, or is ADE20K's folder."""
+    """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; auto: found where
+    `images` holds images/ and masks/, or is ADE20K's folder."""
     test_seg_masks: Path | None = None
-    """Masks of `test_images`, or of further images in `images` without that option; automatic: a 20 % hold-out split of the training images."""
+    """Masks of `test_images` (of `images`, without those); auto: a 20 % hold-out split of the training images is tested on."""
     ignore_labels: tuple[NonNegativeInt, ...] = ()
-    """Class ids in masks that are ignored, beside 255 (and 0 in ADE20K's folder)."""
+    """Class ids in masks that are not counted, beside 255 (and 0 in ADE20K's folder)."""
     annotations: Path | None = None
     """COCO annotations of `images`, instances JSON (protocols multi-label and detection)."""
     test_annotations: Path | None = None
-    """COCO annotations of `test_images`, or of images in `images` without that option; automatic: a 20 % hold-out split of the training images."""
+    """COCO annotations of `test_images` (of `images`, without those); auto: a 20 % hold-out split of the training images is tested on."""
     dense_epochs: PositiveInt = 10
-    """Training epochs of the segmentation heads and of the detector."""
+    """Epochs of the segmentation and detection heads."""
     precision: shared.Precision = "auto"
-    """Precision of matrix products; auto: bfloat16 where the hardware accelerates it."""
+    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each contradiction between options."""
@@ -73,13 +74,13 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
 
     file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS
     batch_size: PositiveInt | None = None
-    """Images per step; automatic: a tenth of the images, from 8 to 512 (128 on a CPU)."""
+    """Images per step, over all ranks; auto: a tenth of the images, from 8 to 512 (128 on a CPU)."""
     lr: PositiveFloat | None = None
-    """Peak learning rate; automatic: 5e-4 * sqrt(batch / 512), at least 3e-4."""
+    """Peak learning rate; auto: 5e-4 * sqrt(batch / 512), at least 3e-4."""
     min_lr: NonNegativeFloat = 1e-6
     """Final learning rate of the cosine schedule, at most `lr`."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Learning-rate factor from each block to the one before it (the paper: 0.65 for ViT-S and ViT-B)."""
+    """Factor of the learning rate from each block to the one before it (the paper: 0.65 for ViT-S and ViT-B); none: 1."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Maximum drop-path rate (increases linearly with depth)."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
@@ -87,38 +88,37 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     color_jitter: NonNegativeFloat = 0.0
     """Strength of brightness, contrast and saturation jitter."""
     rand_augment: str | None = None
-    """RandAugment as timm spells it, e.g. rand-m9-mstd0.5-inc1 (the released recipe's); for images of 1 or 3 channels."""
+    """RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1 (the released config's), for RGB images; none: no RandAugment."""
     mixup: NonNegativeFloat = 0.0
-    """Alpha of Mixup, which blends pairs of images and labels."""
+    """Mixup alpha: pairs of images and labels are blended; 0: off."""
     cutmix: NonNegativeFloat = 0.0
-    """Alpha of CutMix, which pastes a box of one image into another; with `mixup` too, each batch gets one of the two."""
+    """CutMix alpha: a box of one image replaces another's; 0: off. With both, each batch gets one of them."""
     random_erasing: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a random box of an image is replaced by noise."""
+    """Fraction of images in which a random box becomes noise."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, e.g. 0.9999, which is evaluated and saved in their place."""
+    """Decay per step of a moving average of the weights, e.g. 0.9999, which is evaluated and saved in their place; none: off."""
     num_seeds: PositiveInt = 1
-    """Number of fine-tunings, with `seed` and the seeds after it, in OUT/seed-*; run.json then has the mean accuracy and its interval."""
+    """Fine-tuning runs, with `seed` and those after it, in OUT/seed-*; gives the mean accuracy and its interval (run.json)."""
 
 
 class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     """Options of `finetune`."""
 
     backbone: shared.BackboneSource
-    """Backbone: a run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
+    """A run, a model folder of timm or Hugging Face, a weights file, or timm:NAME."""
     images: shared.Source
-    """Labeled training images, CLASS/image.jpg."""
+    """Labeled images to train on, CLASS/image.jpg."""
     test_images: shared.Source | None = None
-    """Labeled test images; automatic: a 20 % hold-out split of `images`, chosen by image name."""
+    """Labeled images to test on; auto: a 20 % hold-out split of `images`, chosen by image name."""
     out: Path | None = None
-    """New folder for the fine-tuned model, its options (config.yaml), its accuracy and the provenance of its backbone
-    (run.json), its learning curve (metrics.jsonl, tensorboard/, curve.png) and, until it is finished, checkpoints; automatic: only
-    the accuracy is returned and printed."""
+    """New folder for the fine-tuned model, its config (config.yaml), accuracy and provenance (run.json), curve (metrics.jsonl,
+    tensorboard/, curve.png) and, until it is finished, checkpoints; none: only the accuracy is returned."""
     from_scratch: bool = False
-    """Train the same architecture from random weights, for comparison."""
+    """Start the same architecture from random weights, for comparison."""
     labels_per_class: shared.Labels | None = None
-    """Number of labeled images per class that are used, below 1 the fraction of them: the fixed split of `seed` that `evaluate` uses."""
+    """Labeled images of each class to use, or below 1 a fraction of them: the split of `seed` that `evaluate` uses too; none: all."""
     seed: NonNegativeInt = 0
-    """Seed of the classifier's weights, image order, views and the split of `labels_per_class`."""
+    """Random seed of the head, order of images, views and choice of labels."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each contradiction between options."""
@@ -130,42 +130,42 @@ class EmbedConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.Re
     """Options of `embed`."""
 
     backbone: shared.BackboneSource
-    """Backbone: a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
+    """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     images: shared.Source
     """Folder of images, or text file of paths."""
     out: Path
     """New folder for the features."""
     pool: Literal["avg", "token", "none"] = "avg"
-    """Features of an image: avg, the mean of its patch tokens; token, the class token; none, all patch tokens, row by row."""
+    """Features of an image: avg (mean of its patch tokens), token (the class token) or none (all patch tokens, row by row)."""
     format: Literal["npy", "parquet"] = "npy"
-    """npy: features.npy and ids.json; parquet: features.parquet, a folder of files with the columns id and features."""
+    """File format: npy (features.npy and ids.json) or parquet (features.parquet, a folder of files with the columns id and features)."""
     dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features on disk."""
     image_size: shared.Size | None = None
-    """Height and width of the input, pixels, to which positions are interpolated; automatic: the backbone's own."""
+    """Height and width of the input, pixels; positions are interpolated; auto: the backbone's own."""
     precision: shared.Precision = "auto"
-    """Precision of matrix products; auto: bfloat16 where the hardware accelerates it."""
+    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
 class ExportConfig(Config):
     """Options of `export`."""
 
     backbone: shared.BackboneSource
-    """Backbone: a run (an unfinished run's newest checkpoint), a fine-tuned model, a model folder of timm or Hugging Face, a
-    weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
+    """A run (of an unfinished one, the last checkpoint), a fine-tuned model, a model folder of timm or Hugging Face, a weights file
+    (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     out: Path
-    """New folder: a timm model folder with its model card; each other format is in a folder inside."""
+    """New folder: a timm model folder with its model card; other formats are folders in it."""
     format: tuple[Literal["timm", "transformers", "onnx", "torch-export"], ...] = ()
-    """Formats beside timm's, one or more: transformers, onnx, torch-export."""
+    """Further formats beside timm's: transformers, onnx, torch-export."""
     image_size: shared.Size | None = None
-    """Height and width of the input, pixels, to which positions are interpolated; automatic: the backbone's own."""
+    """Height and width of the input, pixels; positions are interpolated; auto: the backbone's own."""
     patch_size: PositiveInt | None = None
-    """Side of a patch, pixels; the patch embedding is resampled; automatic: the backbone's own."""
+    """Side of a patch, pixels; the patch embedding is resampled; auto: the backbone's own."""
     channels: PositiveInt | None = None
-    """Channels of the input; the patch embedding is adapted; automatic: the backbone's own."""
+    """Channels of the input; the patch embedding is adapted; auto: the backbone's own."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """ViT arguments that a weights file does not hold, e.g. num_heads=6; other commands then take the exported folder."""
+    """Keywords of the ViT that cannot be inferred from a weights file, e.g. num_heads=6; other commands then take the exported folder."""
     images: shared.Source | None = None
-    """Images on which the exported formats are checked; automatic: the run's own."""
+    """Images to check the formats on; auto: the run's own."""
     license: str = "other"
     """License of the weights, for the model card, e.g. apache-2.0."""

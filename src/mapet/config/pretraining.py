@@ -15,45 +15,45 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
 
     objective: str = "mapet"
     """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
-    mapet_content_ignores_masks (only what predicts sees the positions to come), mapet_single_stream, causal (pim in one stream)."""
+    mapet_content_ignores_masks (only query tokens attend to the positions to come), mapet_single_stream, causal (pim in one stream)."""
     target: Literal["tokens", "pixels", "features"] = "tokens"
-    """What is predicted of a patch: tokens; as controls its pixels (normalized), or features (the teacher's, by cosine)."""
+    """Prediction target of a patch: tokens; as controls pixels (normalized) or features (the teacher's, by cosine)."""
     mask_ratio: shared.Ratio = (0.75, 0.75)
-    """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them each step."""
+    """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them at each step."""
     patch_order: Literal["random", "blockwise", "raster"] = "random"
-    """In which patches are given and predicted: random; blockwise (what is hidden are rectangles, as in BEiT); raster."""
+    """Order in which patches are revealed and predicted: random; blockwise (masked patches form rectangles, as in BEiT); raster."""
     separate_query_token: bool = False
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_predict: PositiveInt | None = None
-    """Predict only so many of the hidden patches, others each step: faster steps, a noisier loss; automatic: all."""
+    """Masked patches to predict at each step, drawn at random: faster steps, a noisier loss; auto: all."""
     init_from: shared.BackboneSource | None = None
-    """Start from the weights of a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO,
-    timm, ...) or timm:NAME, adapted to this grid, patch and channels (a new run; to go on with one, --resume)."""
+    """Weights to start from: a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...) or
+    timm:NAME, adapted to this grid, patch and channels (for a new run; --resume continues one); none: random weights."""
 
     epochs: PositiveInt = 300
-    """Passes over the images."""
+    """Passes over the training images."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Passes with a rising learning rate; automatic: one thirtieth (10 of 300)."""
+    """Epochs of linear learning-rate warmup; auto: a thirtieth of `epochs` (10 of 300)."""
     batch_size: PositiveInt | None = None
-    """Images a step; automatic: the largest power of two up to 2048 that memory holds and leaves 20 steps an epoch, but 16 at
-    least if there are so many images."""
+    """Images per step, over all ranks; auto: the largest power of two up to 2048 that fits into memory and leaves 20 steps per epoch, but
+    at least 16 if there are as many images."""
     lr: PositiveFloat | None = None
-    """Peak learning rate; automatic: 1.5e-3 * sqrt(batch / 2048)."""
+    """Peak learning rate; auto: 1.5e-3 * sqrt(batch / 2048)."""
     clip_grad: PositiveFloat | None = 3.0
-    """Largest norm of the gradient."""
+    """Gradient-norm clipping threshold; none: no clipping."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """Stochastic depth of the last block."""
+    """Maximum drop-path rate (increases linearly with depth)."""
     layer_scale_init: PositiveFloat | None = 0.1
-    """LayerScale's first value; none leaves it out."""
+    """Initial value of LayerScale; none: no LayerScale."""
     color_jitter: NonNegativeFloat = 0.4
     """Strength of brightness, contrast and saturation jitter (the student's view only)."""
 
     log_interval: PositiveInt | None = None
-    """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: 5 lines an epoch, at most 50 steps."""
+    """Largest number of steps between lines of metrics (an epoch is divided evenly); auto: 5 lines per epoch, at most 50 steps."""
     probe_every: NonNegativeInt | None = None
-    """Epochs between probes of the frozen features, 0 for never; automatic: 5 times a run, if the images have labels."""
+    """Epochs between probes of the frozen features, 0 for never; auto: 5 probes per run, if the images have labels."""
     probe_images: shared.Source | None = None
-    """Labeled images for those probes; automatic: `images`, if they lie in class folders."""
+    """Labeled images for those probes; auto: `images`, if they are in class folders."""
 
     @property
     def varies_context(self) -> bool:
@@ -67,17 +67,15 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
             yield f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
 
 
-class PretrainConfig(
-    PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions
-):
+class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions):  # fmt: skip
     """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
 
     out: Path
     """New run folder."""
     tokenizer: Path
-    """Folder made by `fit-tokenizer`."""
+    """Folder written by `fit-tokenizer`."""
     tokens: Path | None = None
-    """Store made by `tokenize`, whose views are used; without one the teacher runs in the loop on fresh views."""
+    """Token store written by `tokenize`, whose views are used; none: tokens are computed online, on fresh views."""
 
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""
@@ -96,14 +94,14 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     out: Path | None = None
     """New HTML file, under 5 MB; it opens from disk and connects to nothing."""
     figures_dir: Path | None = None
-    """New folder for the figures (PNG) and the step-through (JSON) as files."""
+    """New folder for the figures (PNG) and the step-through (JSON)."""
     serve: bool = False
-    """Show the page of one run in a browser on this machine, at port 6274 if that is free, and update it while the run trains; Ctrl-C
-    ends it. The run's folder need not exist yet."""
+    """Serve the page of one run to a browser on this machine, at port 6274 if that is free, and update it while the run trains, until
+    Ctrl-C. The run's folder need not exist yet."""
     figures: bool = True
-    """Compute figures and the step-through from the newest weights; otherwise those in the run's folder are shown."""
+    """Compute figures and the step-through from the last checkpoint; otherwise those in the run's folder are shown."""
     images: shared.Source | None = None
-    """Images for the figures; automatic: those the run was trained on."""
+    """Images for the figures; auto: those the run was trained on."""
 
     def problems(self) -> Iterator[str]:
         """Say what contradicts itself or each other."""
@@ -120,8 +118,8 @@ class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
 
     positional: ClassVar[str | None] = "bundle"
     bundle: Path
-    """Folder that a run left when it stopped: RUN/debug/step-*."""
+    """Folder that a run wrote when it stopped: RUN/debug/step-*."""
     images: shared.Source | None = None
-    """Where the images are now; automatic: where they were."""
+    """Where the images are now; auto: where they were."""
     precision: shared.Precision | None = None
-    """Precision to try it in; automatic: the run's."""
+    """Matmul precision; none: the run's."""

@@ -68,14 +68,14 @@ class InputOptions(Config):
     patch_size: PositiveInt = 16
     """Side of the student's patches, pixels."""
     channels: PositiveInt = 3
-    """Channels of the images: 1 gray, 3 RGB, others from .npy arrays."""
+    """Image channels: 1 gray, 3 RGB, others from .npy arrays."""
 
 
 class EncoderOptions(Config):
     """A ViT with random weights."""
 
     model: str = "vit_tiny_patch16_224"
-    """Any timm VisionTransformer."""
+    """timm VisionTransformer, by name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further keywords of the ViT, e.g. embed_dim=128 depth=6 num_heads=4."""
 
@@ -84,45 +84,49 @@ class SeedOptions(Config):
     """Random draws."""
 
     seed: NonNegativeInt = 0
-    """Seed of all that is drawn."""
+    """Random seed."""
 
 
 class ResumeOptions(Config):
     """Work that can be interrupted."""
 
     resume: bool = False
-    """Go on with what was interrupted in `out`; what is finished is kept."""
+    """Resume the interrupted work in `out`; what is finished is kept."""
 
 
 class TrustTeacherOptions(Config):
     """Tokenizers of others."""
 
     trust_teacher: str | None = None
-    """Only for a tokenizer that runs your own package.module:function: repeat its name to allow that."""
+    """Name (package.module:function) of the custom teacher that the tokenizer may run; needed only for tokenizers that have one."""
 
 
 class DeviceOptions(Config):
     """Where to compute."""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device: auto (the first available of CUDA, MPS, CPU), cpu, cuda, cuda:1, mps."""
 
 
 class UnreadableImageOptions(Config):
     """What to do about images that can't be read."""
 
     max_unreadable: float = Field(default=0.05, ge=0, le=1)
-    """Largest share of images that may be unreadable (they are left out, with a warning); one is always allowed."""
+    """Largest fraction of images that may be unreadable (they are skipped with a warning); one is always allowed."""
+
+
+class JobOptions(UnreadableImageOptions, DeviceOptions, ResumeOptions, SeedOptions):
+    """Work on all images that can be interrupted."""
 
 
 class ViewOptions(Config):
     """Which views of an image are tokenized and shown to the student."""
 
     views: Literal["center", "center-flip", "random-crop"] = "center"
-    """center: largest centered box (the released recipe); center-flip: that and its mirror image; random-crop: random boxes, mirrored
-    half the time."""
+    """Views of an image: center (largest centered crop, as in the released config), center-flip (that and its mirror image) or random-crop
+    (random crops, half of them mirrored)."""
     min_crop_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest random box, as a share of the centered one's area (for random-crop)."""
+    """Smallest random crop, as a fraction of the centered crop's area (random-crop)."""
 
 
 _LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval
@@ -135,42 +139,42 @@ class TrainerOptions(Config):
     """How the trainer trains, whatever is learned."""
 
     epochs: PositiveInt = 100
-    """Passes over the images."""
+    """Passes over the training images."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Passes with a rising learning rate; automatic: a tenth."""
+    """Epochs of linear learning-rate warmup; auto: a tenth of `epochs`."""
     batch_size: PositiveInt | None = None
-    """Images a step."""
+    """Images per step, over all ranks."""
     opt: str = "adamw"
-    """Any optimizer of timm's: adamw, lion, muon, lamb, sgd, ... The automatic learning rate is for adamw."""
+    """timm optimizer: adamw, lion, muon, lamb, sgd, ... The automatic learning rate is meant for adamw."""
     lr: PositiveFloat | None = None
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end, at most the peak."""
+    """Final learning rate of the cosine schedule, at most `lr`."""
     weight_decay: NonNegativeFloat = 0.05
-    """Weight decay, none on biases, norms, positions and tokens."""
+    """Weight decay; none on biases, norms, positions and tokens."""
     clip_grad: PositiveFloat | None = None
-    """Largest norm of the gradient."""
+    """Gradient-norm clipping threshold; none: no clipping."""
     precision: Precision = "auto"
-    """Of activations and products (weights and optimizer stay float32); auto takes bfloat16 where it is fast."""
+    """Matmul precision (weights and optimizer state stay float32); auto: bfloat16 where the hardware accelerates it."""
     micro_batch_size: PositiveInt | None = None
-    """Images at a time within a step, for memory and speed only; automatic: a GPU takes all, a CPU what its cache holds."""
+    """Images per forward pass within a step, for memory and speed only; auto: all on a GPU, on a CPU what its cache holds."""
     compile: bool | None = None
-    """Compile the step with torch.compile, about a minute at the start; automatic: on CUDA from 1000 steps on, if all have one shape."""
+    """Compile the step with torch.compile (about a minute at the start); auto: on CUDA, for at least 1000 steps of one shape."""
     fsdp: bool = False
-    """Share weights, gradients and optimizer out over the processes (FSDP2), for a model that outgrows its device."""
+    """Shard parameters, gradients and optimizer state across ranks (FSDP2), for a model larger than a device's memory."""
     checkpoint_interval_min: PositiveFloat = 10
-    """Time between checkpoints."""
+    """Minutes between checkpoints."""
     max_rollbacks: NonNegativeInt = 0
-    """Where too many steps in a row are left out, go so many times back to the weights before and on with the images after,
-    instead of stopping."""
+    """Times that a run with too many skipped steps in a row goes back to earlier weights and continues with the next images, instead of
+    stopping."""
     log_interval: PositiveInt | None = None
-    """Steps between lines of metrics, at most: an epoch is cut evenly; automatic: a line an epoch, at most 50 steps."""
+    """Largest number of steps between lines of metrics (an epoch is divided evenly); auto: one line per epoch, at most 50 steps."""
     track: list[Literal["wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Send the figures to these trackers too, as run PARENT-FOLDER of project mapet; their own environment variables say where to
+    """Trackers that get the metrics too, as run PARENT-FOLDER of project mapet; their own environment variables configure them
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
 
-class TrainerConfig(TrainerOptions, UnreadableImageOptions, SeedOptions, ResumeOptions, DeviceOptions):
+class TrainerConfig(TrainerOptions, JobOptions):
     """What the trainer reads of a command's config."""
 
     out: Path | None = None

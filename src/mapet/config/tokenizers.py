@@ -18,51 +18,49 @@ class TeacherOptions(shared.InputOptions):
     """The frozen encoder whose features become visual tokens, and the patches that it computes them for."""
 
     teacher: str = "pixels"
-    """Frozen encoder: 'pixels', a timm model, or package.module:function."""
+    """Frozen encoder: pixels, a timm model, or package.module:function."""
     teacher_checkpoint: str | None = None
-    """Local weights file of the teacher; otherwise timm downloads them."""
+    """Local weights file of the teacher; none: timm downloads the weights."""
     teacher_image_size: shared.Size | None = None
-    """Height and width of the teacher's input, pixels; automatic: the model's own."""
+    """Height and width of the teacher's input, pixels; auto: the model's own."""
     teacher_final_norm: bool = False
-    """Apply the timm model's last normalization to the features as well."""
+    """Apply the timm model's final norm to the features."""
     teacher_layer: int = -1
-    """Index of the timm model's intermediate feature map; -1 is the last."""
+    """Index of the timm model's intermediate feature map; -1: the last."""
 
 
 class FitTokenizerOptions(TeacherOptions):
     """Options of `fit-tokenizer` that say how to fit, not to which images and where to write; a section of `run` and `study`."""
 
     teacher: str = "pixels"
-    """Frozen encoder: 'pixels' (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd
-    (a tokenizer of `train-tokenizer` or of BEiT v2), or package.module:function."""
+    """Frozen encoder: pixels (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd (codes of
+    `train-tokenizer` or of BEiT v2), or package.module:function."""
     vocab_size: shared.VocabSize | None = None
-    """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    """V, number of visual tokens; auto: a power of two up to the paper's 8192, with at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
-    """How features become tokens: the nearest k-means centroid (kmeans); or, without a codebook to fit, principal components rounded to
-    levels (fsq) or to their signs (lfq). A teacher with a built-in codebook (vqkd, dalle) keeps it."""
+    """Mapping from features to tokens: kmeans; or, without a codebook to fit, principal components rounded to levels (fsq) or to their
+    signs (lfq). A teacher with a built-in codebook (vqkd, dalle) keeps it."""
     pca_dim: PositiveInt | None = None
-    """Number of principal components that k-means clusters instead of the features; automatic: no projection (fsq and lfq use one per
-    level)."""
+    """Principal components that k-means clusters instead of the features; auto: no PCA (fsq and lfq take one component per level)."""
     fsq_levels: list[PositiveInt] | None = None
-    """Number of levels of each component, for fsq; automatic: those the paper recommends for --vocab-size."""
+    """Levels of each component, for fsq; auto: those the paper recommends for --vocab-size."""
     kmeans_iters: PositiveInt = 20
-    """Rounds of k-means."""
+    """Iterations of k-means."""
     kmeans_n_init: PositiveInt = 1
-    """Runs of k-means from different first centroids, of which the best is kept (the paper: 5)."""
+    """Runs of k-means, of which the best is kept (the paper: 5)."""
     kmeans_init: Literal["random", "k-means++"] = "random"
-    """First centroids: random patches, or patches chosen by k-means++, which costs about 1/32 of a round."""
+    """Initial centroids: random patches, or those of k-means++, which costs about 1/32 of an iteration."""
     kmeans_batch_size: PositiveInt | None = None
-    """Patches per round of k-means (mini-batch k-means; the last round visits all); automatic: all."""
+    """Patches per iteration of k-means (mini-batches; the last iteration takes all); auto: all."""
     kmeans_metric: Literal["l2", "cosine"] = "l2"
-    """Distance of patches and centroids: Euclidean (l2), or by angle (cosine, spherical k-means)."""
+    """Distance of k-means: l2, or cosine (spherical k-means)."""
     patches_per_code: PositiveInt = 512
-    """Maximum number of patches per code that the tokenizer is fitted to."""
+    """Largest number of patches per code used in fitting."""
     precision: shared.Precision = "auto"
-    """Precision of the matrix products of teacher and k-means; auto: bfloat16 where the hardware accelerates it. The tokenizer always
-    runs its teacher in the precision it was fitted with."""
+    """Matmul precision of the teacher and k-means; auto: bfloat16 where the hardware accelerates it. The tokenizer's teacher keeps it."""
     memory_gb: PositiveFloat | None = None
-    """Memory of the device for features, GB; larger features go to a scratch file beside `out`, with the same result; automatic: half of
-    what is free."""
+    """GB of memory (the device's) for features; more than that go to a scratch file beside `out`, with the same result; auto: half of what
+    is free."""
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the options: an image size that patches do not fill, or an option of another quantizer.
@@ -76,13 +74,7 @@ class FitTokenizerOptions(TeacherOptions):
                 yield f"{option(name)} is for {user}; {self.quantizer} does not use it: leave it out or give {option('quantizer', user)}"
 
 
-class _JobOptions(
-    shared.ImageOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions, shared.SeedOptions
-):
-    """Options that `fit-tokenizer` and `tokenize` share."""
-
-
-class FitTokenizerConfig(FitTokenizerOptions, _JobOptions):
+class FitTokenizerConfig(FitTokenizerOptions, shared.ImageOptions, shared.JobOptions):
     """Options of `fit-tokenizer`."""
 
     out: Path
@@ -93,14 +85,14 @@ class TokenizeOptions(shared.ViewOptions):
     """Options of `tokenize` that a larger config has as a section."""
 
     num_views: PositiveInt | None = None
-    """Stored views per image; automatic: 1 for center, 2 for center-flip, 8 for random-crop."""
+    """Views stored per image; auto: 1 for center, 2 for center-flip, 8 for random-crop."""
 
 
-class TokenizeConfig(TokenizeOptions, shared.TrustTeacherOptions, _JobOptions):
+class TokenizeConfig(TokenizeOptions, shared.TrustTeacherOptions, shared.ImageOptions, shared.JobOptions):
     """Options of `tokenize`."""
 
     tokenizer: Path
-    """Folder made by `fit-tokenizer`."""
+    """Folder written by `fit-tokenizer`."""
     out: Path
     """New folder for the token store."""
 
@@ -114,35 +106,36 @@ class TrainTokenizerConfig(
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"
-    """Frozen encoder whose features the codes should preserve: 'pixels' (label-free), a timm model (the paper's:
+    """Frozen encoder whose features the codes are trained to reconstruct: pixels (label-free), a timm model (the paper's:
     vit_base_patch16_clip_224.openai), or package.module:function."""
 
     model: str = "vit_tiny_patch16_224"
-    """The tokenizer's encoder, a plain timm ViT with a head dimension of 64; the released one is vit_base_patch16_224."""
+    """Encoder of the tokenizer, a plain timm ViT with head dimension 64; the released one is vit_base_patch16_224."""
     decoder_depth: PositiveInt = 3
-    """Blocks of the decoder, which is as wide as the encoder and is used in training alone."""
+    """Blocks of the decoder, which is as wide as the encoder and is not needed after training."""
     vocab_size: shared.VocabSize | None = None
-    """V, number of codes; automatic: a power of two up to the paper's 8192, at least 64 patches for each."""
+    """V, number of codes; auto: a power of two up to the paper's 8192, with at least 64 patches for each."""
     codebook_dim: PositiveInt = 32
-    """Dimension of a code."""
+    """Codebook embedding dimension."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the codes' exponential moving averages, per step."""
+    """Decay of the codes' moving averages, per step."""
     dead_code_threshold: float = Field(default=0.05, ge=0, lt=1)
-    """A code that fewer than this fraction of the average number of patches per code have is dead, and becomes the feature of a random
-    patch; 0: never, as released."""
+    """Fraction of the mean number of patches per code below which a code is re-initialized from a random patch feature; 0: never, as
+    released."""
 
     batch_size: PositiveInt = 64
-    """Images per step (released: 512)."""
+    """Images per step, over all ranks (released: 512)."""
     lr: PositiveFloat | None = None
-    """Peak learning rate; automatic: 2e-4 * sqrt(batch / 512)."""
+    """Peak learning rate; auto: 2e-4 * sqrt(batch / 512)."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Maximum drop-path rate of the encoder (increases linearly with depth)."""
     views: Literal["center", "center-flip", "random-crop"] = "random-crop"
-    """center: largest centered box; center-flip: that and its mirror image; random-crop: random boxes, mirrored half the time."""
+    """Views of an image: center (largest centered crop), center-flip (that and its mirror image) or random-crop (random crops, half of them
+    mirrored)."""
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest random box, as a fraction of the centered one's area (for random-crop)."""
+    """Smallest random crop, as a fraction of the centered crop's area (random-crop)."""
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the image size: it is not square, or the patch size does not divide it."""
@@ -157,13 +150,13 @@ class InspectTokenizerConfig(shared.TrustTeacherOptions):
 
     positional: ClassVar[str | None] = "tokenizer"
     tokenizer: Path
-    """Folder made by `fit-tokenizer`."""
+    """Folder written by `fit-tokenizer`."""
     images: shared.Source
-    """Folder of images, text file of paths, .tar shards or hf:NAME. With labels (CLASS/image.jpg) tokens are compared with the classes,
+    """Folder of images, text file of paths, .tar shards or hf:NAME. With labels (CLASS/image.jpg) tokens are compared with the classes
     too."""
     out: Path
     """New folder for tokenizer_report.md, tokenizer_metrics.json and the figures."""
     tokens: Path | None = None
-    """Store made by `tokenize` of these images, to be compared with the tokens that the tokenizer computes now."""
+    """Token store written by `tokenize` from these images, to compare with what the tokenizer computes now."""
     sample: PositiveInt = 1000
-    """Number of images that are measured, chosen at random."""
+    """Images to measure, drawn at random."""
