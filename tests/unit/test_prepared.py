@@ -203,7 +203,7 @@ def test_who_takes_no_census_is_warned(scans, photos, caplog):
 def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, max_unreadable=0.5)
-    assert "6 images in" in caplog.text and "1 unreadable left out" in caplog.text
+    assert "6 images in" in caplog.text and "1 unreadable" in caplog.text
     words = {"patch_size": 8, "vocab_size": 4, "max_unreadable": 0.5}
     mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **words)
     assert "would be enlarged" not in caplog.text

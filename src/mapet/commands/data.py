@@ -21,9 +21,10 @@ log = logging.getLogger("mapet")
 
 
 def check(config: CheckConfig) -> DatasetStats:
-    """Read every image; log a report, warnings and, if `config.benchmark`, an estimate of costs; return the statistics.
+    """Read every image; log a report, warnings and an estimate of costs; return the statistics.
 
-    The unreadable images are written to `config.out`, if that is given.
+    In this order: the report and the warnings of `DatasetStats`; the unreadable images, as lines `reason<TAB>id` in
+    `config.out` if that is given; time and memory of training, measured on one batch, if `config.benchmark`.
     """
     images = list_images(config.images)
     stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
@@ -64,7 +65,7 @@ def prepare(config: PrepareConfig) -> Path:
     num_readable = len(prepared) - len(unreadable.reasons)
     megabytes = int(prepared.file_sizes.sum()) / 1e6
     log.info(
-        "%s images in %s, %.1f MB (%.1f kB each), %d unreadable left out",
+        "%s images in %s, %.1f MB (%.1f kB each), %d unreadable excluded",
         f"{num_readable:,}", config.out, megabytes, 1000 * megabytes / max(1, num_readable), len(unreadable.reasons),
     )  # fmt: skip
     return config.out

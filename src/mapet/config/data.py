@@ -43,7 +43,7 @@ class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.R
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the options: a text for each."""
         if self.streaming and not self.images.startswith(shared.HF_PREFIX):
-            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}, which is read in place: leave it out (tar shards are read by URL)"
+            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}, which is read in place: omit it (tar shards are read by URL)"
         if self.value_range is not None:
             low, high = self.value_range
             if not -inf < low < high < inf:

@@ -49,7 +49,7 @@ class Batch:
         drop_path_rand: random numbers by which stochastic depth drops branches; None: the model draws its own.
         num_context: number of context patches in this step; None: the model's own.
         target_indices: which of the N - num_context masked patches are predicted, ascending; None: all.
-        unreadable: images that could not be read, as (index in the list, reason); the tensors leave them out.
+        unreadable: images that could not be read, as (index in the list, reason); they have no row in the tensors.
     """
 
     image_index: Int[Tensor, " B"]
@@ -90,13 +90,13 @@ class ViewDataset(Dataset[Batch]):
     """Views of images, for torch's DataLoader: `dataset[positions]` is the batch at these `Positions`.
 
     Attributes:
-        image_size: (H, W) of `Batch.images`; None leaves it out.
-        teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None leaves it out.
+        image_size: (H, W) of `Batch.images`; None: without.
+        teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None: without.
         store: token ids, the targets; one of its views is drawn instead of a new one.
-        grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None leaves it out.
+        grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None: without.
         jitter: strength of color jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
             they are applied with normalization, on the device: see `views.normalize`.
-        num_branches: residual branches of the student, to draw `Batch.drop_path_rand`; 0 leaves it out.
+        num_branches: residual branches of the student, to draw `Batch.drop_path_rand`; 0: without.
         augment: changes the pixels of one image of `Batch.images` further; it draws from the global generators of Python
             and NumPy, which are seeded for it.
         seed: of all draws but those of `spec`.
@@ -324,7 +324,7 @@ class UnreadableImages:
 def readable_batches(
     dataset: ViewDataset, batches: Iterable[Positions], unreadable: UnreadableImages, title: str | None
 ) -> Iterator[Batch]:
-    """Yield the batches without their unreadable images, which are counted; batches without any other are left out.
+    """Yield the batches without their unreadable images, which are counted; batches without any other are skipped.
 
     Args:
         unreadable: where they are counted; it raises MapetError when there are too many.

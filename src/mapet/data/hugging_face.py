@@ -98,7 +98,7 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
     path = Path(name)
     if any((path / file).exists() for file in SAVED):
         if streaming:
-            hint = f"leave {option('streaming', True)} out"
+            hint = f"omit {option('streaming', True)}"
             raise MapetError(f"a folder made by `save_to_disk` is on this disk already: {hint}")
         loaded = datasets.load_from_disk(name)
         if isinstance(loaded, dict) and split in loaded:
@@ -227,6 +227,7 @@ class HFImageList(ImageList):
         super().__init__(source, ids_from_paths(paths), sizes, labels)
 
     def data(self, index: int) -> bytes:
+        """Return the encoded image of a row; see `read_row`."""
         row = int(self.rows[index])
         image = self.table.rows[row][self.table.image_column]
         return read_row(image, self.table.allowed_roots, f"{self.root}, row {row}")
@@ -279,6 +280,7 @@ class HFStream(HFTable):
     """
 
     def __init__(self, source: str) -> None:
+        """Open a data set; see `HFTable` for `source` and errors."""
         super().__init__(source, streaming=True)
         info = (self.rows.info.splits or {}).get(str(self.rows.split))
         self.num_rows: int | None = getattr(info, "num_examples", None) or None

@@ -98,6 +98,7 @@ class ImageList(Sequence[Path]):
     def __init__(
         self, root: Path | str, ids: Iterable[bytes], sizes: ArrayLike, labels: Labels | None = None, ignored: int = 0
     ) -> None:
+        """Keep what a subclass has listed: the attributes, `sizes` being `file_sizes`; any iterable of ids is packed."""
         self.root, self.labels, self.ignored = root, labels, ignored
         self.ids = ids if isinstance(ids, PackedStrings) else PackedStrings.from_strings(ids)
         self.file_sizes = np.asarray(sizes, np.int64)

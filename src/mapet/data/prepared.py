@@ -86,9 +86,14 @@ class PreparedDataset(ImageList):
         return {name: value for name, value in self.__dict__.items() if name != "_map_shard"}  # workers map files again
 
     def data(self, index: int) -> bytes:
+        """Return the bytes of a prepared image.
+
+        Raises:
+            ImageDecodeError: its original was unreadable when the data set was made, with the reason.
+        """
         row = int(self.rows[index])
         if row in self._unreadable:
-            raise ImageDecodeError(self._unreadable[row])  # the reason when the data set was made
+            raise ImageDecodeError(self._unreadable[row])
         start = int(self._starts[row])
         return self._map_shard(row // SHARD_SIZE)[start : start + int(self.file_sizes[index])].tobytes()
 
@@ -189,6 +194,7 @@ class PreparedDatasetWriter:
         done: list[Item] = []
 
         def encode_or_reason(item: Item) -> bytes | str:
+            """Return the encoded image, or the reason why it cannot be read."""
             try:
                 return encode(item)
             except ImageDecodeError as error:
@@ -221,9 +227,13 @@ class PreparedDatasetWriter:
 def write_prepared_dataset(
     images: ImageList | HFStream, config: PrepareConfig, unreadable: UnreadableImages, bar: tqdm
 ) -> PreparedDataset:
-    """Prepare images, or resume; see `PreparedDatasetWriter` for arguments and errors.
+    """Resize and pack images into `config.out`, or resume that; open the finished data set.
 
-    From a stream comes the same data set, file by file, as from the downloaded one, but for `streamed` in the manifest.
+    A stream gives the same files as the downloaded data set, but for `streamed` in the manifest.
+
+    Args:
+        images: a list, or the rows of a data set that is not on this disk.
+        config, unreadable, bar: see `PreparedDatasetWriter`, and for errors.
     """
     if isinstance(images, HFStream):
         writer = PreparedDatasetWriter(config, {"streamed": images.source}, unreadable, bar)

@@ -161,6 +161,7 @@ class DecodedImage(LazyImage):
             )
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+        """Return the pixels of a box (None: all) as 8 bits; they are decoded already, so `min_size` does not matter."""
         top, left, height, width = box or Box(0, 0, *self.size)
         pixels = self.array[top : top + height, left : left + width]
         if self.is_deep:
@@ -267,12 +268,23 @@ class LazyJpeg(LazyImage):
     """
 
     def __init__(self, data: bytes, channels: int, height: int, width: int, kind: str) -> None:
+        """Keep the bytes of a JPEG and what its header says: `height` and `width` before EXIF rotation."""
         self.data, self.channels, self.stored_size, self.kind = data, channels, (height, width), kind
         self.orientation = _read_orientation(data)
         self.size = (width, height) if self.orientation.transpose else (height, width)
         self._decoded: dict[tuple[int, bool], np.ndarray] = {}  # so that student and teacher share it
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
+        """Decode the pixels of a box, reduced as far as possible.
+
+        Args:
+            box: in the upright image; None: all of it.
+            min_size: height and width that the box will be resized to. The result may be reduced by 8, 4 or 2 times, if it
+                is no smaller than this and shows exactly the same box. None: not reduced.
+
+        Raises:
+            ImageDecodeError: the data is damaged, as Pillow finds, too.
+        """
         box = box or Box(0, 0, *self.size)
         reduction, fast = 1, False
         if min_size is not None:

@@ -25,7 +25,7 @@ def list_images(source: str | Path) -> ImageList:
             hf:NAME: a data set of Hugging Face; see `HFImageList`.
             .tar files: see `TarImageList`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
             folder made by `mapet prepare`: lists the images that it was made from, under their old ids.
-            folder: searched to any depth; hidden names and what is not a regular file are left out. Symbolic links are
+            folder: searched to any depth; hidden names and what is not a regular file are ignored. Symbolic links are
                 followed, also out of the folder; a folder that several of them lead to comes once, so loops end.
             text file: names one image on each line, relative to the file's own folder or absolute.
 

@@ -112,6 +112,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], writable: bool) -> None:
+        """Set up a store from its manifest, without looking at its shards; use `create` or `open`."""
         self.folder, self.manifest = folder, manifest
         self.view_spec = ViewSpec(**manifest["view_spec"])
         self.num_views, self.vocab_size = int(manifest["num_views"]), int(manifest["vocab_size"])
