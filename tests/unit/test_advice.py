@@ -9,8 +9,19 @@ from mapet.reports.metrics import History, RunSummary, advise_to_evaluate, diagn
 STEPS = 40
 
 
-def history(**figures):
-    """A run of 40 records over 20 epochs that learns, with some figures replaced: numbers or functions of the record's place, 0 to 1."""
+def of_records(records):
+    made = History(Path("metrics.jsonl"))
+    for record in records:
+        made.add(record)
+    return made
+
+
+def history(**metrics):
+    return of_records(records_of(**metrics))
+
+
+def records_of(**metrics):
+    """A run of 40 records over 20 epochs that learns, with some metrics replaced: numbers or functions of the record's place, 0 to 1."""
     well = {
         "loss": lambda t: 3.0 - 1.5 * t,
         "unigram_entropy": 3.4,
@@ -24,15 +35,14 @@ def history(**figures):
     records = []
     for i in range(STEPS):
         t = i / (STEPS - 1)
-        record = {name: value(t) if callable(value) else value for name, value in (well | figures).items()}
+        record = {name: value(t) if callable(value) else value for name, value in (well | metrics).items()}
         records.append({"step": 10 * (i + 1), "epoch": (i + 1) / 2, **record})
-    return History(Path("metrics.jsonl"), records)
+    return records
 
 
 def probed(*scores):
-    whole = history()
     probes = [{"step": 80.0 * (i + 1), "probe/logistic": score} for i, score in enumerate(scores)]
-    return History(whole.path, sorted([*whole.records, *probes], key=lambda record: record["step"]))
+    return of_records(sorted([*records_of(), *probes], key=lambda record: record["step"]))
 
 
 def judged(untrained, pretrained, images=300):
@@ -80,22 +90,22 @@ def test_is_silent_on_a_run_that_goes_well():
 def test_is_silent_where_nothing_is_known():
     empty = History(Path("metrics.jsonl"))
     assert diagnose(RunSummary(empty, {}, {})) == []
-    pixels = history()  # where pixels are predicted there are no words
+    pixels = records_of()  # where pixels are predicted there are no words
     words = ("unigram_entropy", "token_accuracy", "majority_token_accuracy")
-    records = [{name: value for name, value in record.items() if name not in words} for record in pixels.records]
-    assert diagnose(RunSummary(History(pixels.path, records), {"epochs": 20}, {})) == []
+    records = [{name: value for name, value in record.items() if name not in words} for record in pixels]
+    assert diagnose(RunSummary(of_records(records), {"epochs": 20}, {})) == []
 
 
 def test_too_few_steps_come_before_the_learning_rate():
     """And the command beside is one that can be typed."""
-    at_baseline = history(token_accuracy=0.1, loss=3.5)
-    many = History(at_baseline.path, [record | {"step": 10 * record["step"]} for record in at_baseline.records])
+    at_baseline = records_of(token_accuracy=0.1, loss=3.5)
+    many = [record | {"step": 10 * record["step"]} for record in at_baseline]
     recipe = {"epochs": 20, "tokenizer": "runs/a/tokenizer", "images": "my photos"}
     for records, told in (
         (at_baseline, "The run has only 400 steps so far: give it more epochs or"),
         (many, ". Try more epochs or"),
     ):
-        found = diagnose(RunSummary(records, recipe, {}))[0]
+        found = diagnose(RunSummary(of_records(records), recipe, {}))[0]
         assert told in found and "`mapet inspect-tokenizer runs/a/tokenizer --images 'my photos' --out NEW`" in found
 
 

@@ -25,7 +25,6 @@ from mapet.reports.model_card import read_provenance
 from mapet.reports.page import (
     MAX_BYTES,
     LiveServer,
-    RunFollower,
     RunView,
     compare_runs,
     embed_images,
@@ -79,6 +78,11 @@ def data_of(html: str):
     return json.loads(found)
 
 
+def live_status(folder: Path) -> str:
+    """The line at the top of a live page."""
+    return page_content([RunView.from_files(RunFiles(folder))], live=True)["status"]
+
+
 def facts_of(folder: Path) -> dict[str, str]:
     """What the page says of a run at its top."""
     html = render_macro("macros.html", "facts_section", RunFiles.open(folder))
@@ -103,7 +107,7 @@ class Elements(HTMLParser):
 def test_history_is_read_piece_by_piece(tmp_path):
     path = tmp_path / "metrics.jsonl"
     history = History.read(path)
-    assert history.records == []
+    assert history.series == {}
     path.write_text(record(10) + record(20)[:15])
     history.update()
     assert history["loss"] == Series([10], [2.9])
@@ -112,7 +116,7 @@ def test_history_is_read_piece_by_piece(tmp_path):
     history.update()
     assert history["loss"] == Series([10, 20, 30], [2.9, 2.8, 2.7])
     assert history["epoch"].steps == [10, 20, 25, 30]
-    assert history.generation == 0 and history.steps_per_epoch == 10
+    assert history.steps_per_epoch == 10 and history.last_step == 30
 
 
 def test_a_history_that_was_rewound_is_read_anew(tmp_path):
@@ -123,11 +127,10 @@ def test_a_history_that_was_rewound_is_read_anew(tmp_path):
     (tmp_path / "new").write_text(record(10) + record(20, loss=1) + record(30))
     (tmp_path / "new").replace(path)
     history.update()
-    assert history.generation == 1
     assert history["loss"].values == [2.9, 1, 2.7]
     path.write_text(record(10))  # shorter, in place
     history.update()
-    assert history.generation == 2 and len(history.records) == 1
+    assert history["loss"] == Series([10], [2.9]) and history.last_step == 10
 
 
 def test_final_figures_are_of_the_last_epoch(tmp_path):
@@ -186,7 +189,7 @@ def test_a_run_that_went_quiet_is_not_taken_to_be_running(tmp_path):
     long_ago = time.time() - 5 * 3600
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     assert RunFiles.open(folder).status == "not finished"
-    assert RunFollower(folder).updates(None, 0)["status"] == "Not finished; last metrics 5.0 h ago."
+    assert live_status(folder) == "Not finished; last metrics 5.0 h ago."
 
 
 def test_a_stopped_run_counts_the_steps_of_its_checkpoint(tmp_path):
@@ -204,7 +207,7 @@ def test_time_left(tmp_path):
         "".join(record(10 * i, images_per_second=speed) for i, speed in ((1, 7), (2, 100), (3, 100)))
     )
     assert RunFiles.open(folder).seconds_left == 85
-    assert RunFollower(folder).updates(None, 0)["status"].endswith("ago, about 85 s left.")
+    assert live_status(folder).endswith("ago, about 85 s left.")
 
 
 def test_a_run_of_run_has_its_probe_and_pictures_around_it(tmp_path):
@@ -469,38 +472,36 @@ def ask(server, path, host="localhost"):
 def test_server_sends_what_is_new(tmp_path):
     folder = tmp_path / "a"
     with served(folder) as server:
-        answer, body = ask(server, "/")
-        assert answer.status == 200 and data_of(body)["live"] is True
-        news = json.loads(ask(server, "/updates?generation=null&have=0")[1])
-        assert news["records"] == [] and news["status"].startswith("Waiting: no run in")
+
+        def newest():
+            answer, html = ask(server, "/")
+            assert answer.status == 200 and data_of(html)["live"] is True
+            status = re.search('<p id="status" role="status">(.*?)</p>', html)[1]
+            return html, status, data_of(html)["runs"][0]["curves"].get("loss")
+
+        _, status, loss = newest()
+        assert loss is None and status.startswith("Waiting: no run in")
         write_run(folder, records=3)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 40, "lo')
-        news = json.loads(ask(server, "/updates?generation=0&have=0")[1])
-        assert [line["step"] for line in news["records"]] == [10, 20, 30]
-        assert f"{LOSS}</th><td>2.7</td>" in news["sections"]["metrics"] and news["status"].startswith(
-            "Running; last metrics"
-        )
+        html, status, loss = newest()
+        assert loss == [[10, 20, 30], [2.9, 2.8, 2.7]]
+        assert f"{LOSS}</th><td>2.7</td>" in html and status.startswith("Running; last metrics")
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('ss": 2.5}\n')
-        news = json.loads(ask(server, f"/updates?generation={news['generation']}&have=3")[1])
-        assert (news["first"], news["records"], news["more"]) == (3, [{"step": 40, "loss": 2.5}], False)
+        assert newest()[2] == [[10, 20, 30, 40], [2.9, 2.8, 2.7, 2.5]]
         (folder / "new").write_text(record(10))
         (folder / "new").replace(folder / "metrics.jsonl")
-        news = json.loads(ask(server, f"/updates?generation={news['generation']}&have=4")[1])
-        assert news["first"] == 0 and len(news["records"]) == 1
+        assert newest()[2] == [[10], [2.9]]
         (folder / "backbone").mkdir()
-        assert json.loads(ask(server, "/updates")[1])["status"].startswith("Finished")
+        assert newest()[1].startswith("Finished")
 
 
-def test_long_histories_come_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("mapet.reports.page.MAX_RECORDS", 8)
-    follower = RunFollower(write_run(tmp_path / "a", records=20))
-    got, news = [], {"generation": None, "more": True}
-    while news["more"]:
-        news = follower.updates(news["generation"], len(got))
-        got += news["records"]
-    assert [line["step"] for line in got] == list(range(10, 210, 10))
+def test_long_histories_are_downsampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("mapet.reports.page.MAX_POINTS", 60)
+    files = RunFiles(write_run(tmp_path / "a", records=200))
+    steps, _ = page_content([RunView(files)], live=True)["runs"][0]["data"]["curves"]["loss"]
+    assert len(steps) == 60 and (steps[0], steps[-1]) == (10, 2000)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,6 @@ def test_long_histories_come_in_parts(tmp_path, monkeypatch):
 def test_other_hosts_are_refused(host, tmp_path):
     with served(write_run(tmp_path / "a")) as server:
         assert ask(server, "/", host)[0].status == 403
-        assert ask(server, "/updates", host)[0].status == 403
 
 
 def test_answers_to_this_machine_alone(tmp_path):
@@ -520,6 +520,6 @@ def test_answers_to_this_machine_alone(tmp_path):
             answer, _ = ask(server, "/", host)
             assert answer.status == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
         assert ask(server, "/../config.yaml")[0].status == 404
-        assert ask(server, "/updates?generation=x&have=-1")[0].status == 200
+        assert ask(server, "/updates")[0].status == 404
         with LiveServer(tmp_path, server.server_address[1]) as other:
             assert other.server_address[1] != server.server_address[1]

@@ -23,10 +23,6 @@ NEAR_BASELINE = 0.01
 NUM_RECENT = 5
 """Records whose mean is a metric's recent value."""
 
-Record = dict[str, float]
-"""A line of metrics.jsonl: the step, and the finite metrics by name."""
-
-
 class Series(NamedTuple):
     """One metric over the steps at which it was recorded."""
 
@@ -36,16 +32,16 @@ class Series(NamedTuple):
 
 @dataclass
 class History:
-    """The records of a run so far, read from its metrics.jsonl.
+    """The metrics that a run has recorded so far in its metrics.jsonl.
 
     Attributes:
-        generation: how often the file was replaced by a shorter history, which voids all earlier records: a run that
-            resumes drops what came after its checkpoint.
+        series: the recorded metrics by name, in order of appearance.
+        last_step: step of the newest record; 0 without records.
     """
 
     path: Path
-    records: list[Record] = field(default_factory=list)
-    generation: int = 0
+    series: dict[str, Series] = field(default_factory=dict)
+    last_step: float = 0
     _offset: int = 0
     _inode: int = 0
 
@@ -60,7 +56,7 @@ class History:
         """Read the lines added since the last call.
 
         A last line without a newline is still being written, and is left for the next call. A file that was replaced (it has
-        another inode) or truncated is read from its start, and increments `generation`.
+        another inode) or truncated is read from its start: a run that resumes drops what came after its checkpoint.
         """
         try:
             file = self.path.open("rb")
@@ -69,29 +65,33 @@ class History:
         with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
-                if self._inode:  # else this is the first read
-                    self.generation += 1
-                self.records, self._offset, self._inode = [], 0, status.st_ino
+                self.series, self.last_step, self._offset, self._inode = {}, 0, 0, status.st_ino
             file.seek(self._offset)
             complete_lines, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete_lines + newline)
-        self.records += [record for line in complete_lines.split(b"\n") if (record := _parse_record(line))]
+        for line in complete_lines.split(b"\n"):
+            self.add(_parse_record(line))
+
+    def add(self, record: Mapping[str, float]) -> None:
+        """Add a record: its "step", and metrics by name; one without a step is ignored."""
+        metrics = dict(record)
+        if (step := metrics.pop("step", None)) is None:
+            return
+        self.last_step = step
+        for name, value in metrics.items():
+            steps, values = self.series.setdefault(name, Series([], []))
+            steps.append(step)
+            values.append(value)
 
     def __getitem__(self, name: str) -> Series:
         """Return the series of a metric, empty if it was never recorded."""
-        records = [record for record in self.records if name in record]
-        return Series([record["step"] for record in records], [record[name] for record in records])
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all recorded metrics, in order of appearance."""
-        return list(dict.fromkeys(name for record in self.records for name in record if name != "step"))
+        return self.series.get(name, Series([], []))
 
     @property
     def steps_per_epoch(self) -> float | None:
         """Steps of an epoch, by the newest record that has an epoch; None without one."""
-        ratios = (record["step"] / record["epoch"] for record in reversed(self.records) if record.get("epoch"))
-        return next(ratios, None)
+        steps, epochs = self["epoch"]
+        return steps[-1] / epochs[-1] if epochs and epochs[-1] else None
 
     def last(self, name: str) -> float:
         """Return the last value of a recorded metric."""
@@ -112,14 +112,13 @@ class History:
         return fmean(values, weights) if any(weights) else values[-1]
 
 
-def _parse_record(line: bytes) -> Record | None:
-    """Return the finite numbers of a line by name; None for a line without a step, or cut short by a crash."""
+def _parse_record(line: bytes) -> dict[str, float]:
+    """Return the finite numbers of a line by name; {} for a line that a crash cut short."""
     try:
         values = json.loads(line).items()
-        record = {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
+        return {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
     except (ValueError, AttributeError, OverflowError, RecursionError):
-        return None
-    return record if "step" in record else None
+        return {}
 
 
 def downsample(series: Series, max_points: int) -> Series:
@@ -152,9 +151,11 @@ METRIC_LABELS: dict[str, tuple[str, Callable[[History, str], float], Callable[[f
 
 def summarize_metrics(history: History) -> dict[str, str]:
     """Return label -> formatted final value (the value so far while the run trains) of each metric that was recorded."""
-    recorded = set(history.names)
-    rows = [(name, row) for name, row in METRIC_LABELS.items() if name in recorded]
-    return {label: format_value(reduce(history, name)) for name, (label, reduce, format_value) in rows}
+    return {
+        label: format_value(reduce(history, name))
+        for name, (label, reduce, format_value) in METRIC_LABELS.items()
+        if name in history.series
+    }
 
 
 # ---- warnings

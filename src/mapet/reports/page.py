@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -30,8 +29,6 @@ MAX_BYTES = 4_800_000
 """Size of a report, however many runs and figures it shows: under 5 MB."""
 MAX_POINTS = 8_000
 """Points of one metric's curves, of all runs together."""
-MAX_RECORDS = 20_000
-"""Records of one answer to a live page, which requests the rest at once."""
 IMAGE_MARKUP_BYTES = 1500
 """Upper bound of the HTML around an image, with its caption twice."""
 REPORT_FILE = "report.html"
@@ -136,7 +133,7 @@ class RunView:
 
 
 def render_page(runs: Sequence[RunView], live: bool = False) -> str:
-    """Render the HTML page of runs, of at most `MAX_BYTES`; a live page requests the curves from its server."""
+    """Render the HTML page of runs, of at most `MAX_BYTES`; a live page requests itself from its server every two seconds."""
     return render("run.html", **page_content(runs, live))
 
 
@@ -148,16 +145,19 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
 
     Returns:
         "runs": of each the "name", "files", "notes", "images" (embedded) and "data" for the scripts; "comparison": see
-        `compare_runs`, None for one run; "live".
+        `compare_runs`, None for one run; "live"; "status": a line at the top of the page.
     """
     views: list[dict[str, Any]] = []
     for run, name in zip(runs, make_unique([run.files.name for run in runs]), strict=True):
         history = run.files.history
-        curves = {} if live else downsample_curves(history, max(50, MAX_POINTS // len(runs)))
+        curves = downsample_curves(history, max(50, MAX_POINTS // len(runs)))
         data = {"name": name, "steps": run.step_through, "steps_per_epoch": history.steps_per_epoch, "curves": curves}
         views.append({"name": name, "files": run.files, "notes": [*run.notes], "images": [], "data": data})
     comparison = compare_runs([run.files for run in runs]) if len(runs) > 1 else None
-    content = {"runs": views, "comparison": comparison, "live": live}
+    status = runs[0].files.status if len(runs) == 1 else ", ".join(view["name"] for view in views)
+    if live:
+        status = render_macro("diagnostics.md", "status", runs[0].files)
+    content = {"runs": views, "comparison": comparison, "live": live, "status": status}
     bytes_left = MAX_BYTES - len(render("run.html", **content))
     for view in views:
         if bytes_left < 0 and view["data"]["steps"]:
@@ -178,7 +178,7 @@ def downsample_curves(history: History, max_points: int) -> dict[str, list[list[
     def shorten(number: float) -> float:
         return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
 
-    curves = {name: downsample(history[name], max_points) for name in history.names}
+    curves = {name: downsample(series, max_points) for name, series in history.series.items()}
     return {name: [[*map(shorten, column)] for column in curve] for name, curve in curves.items()}
 
 
@@ -234,62 +234,18 @@ def write_run_report(folder: Path) -> None:
 # ---- the live page
 
 
-class RunFollower:
-    """Renders the page of a run's folder, which need not exist yet, and what is new in it; for several threads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._lock = threading.Lock()
-        self._run = RunFiles(folder)
-        self._rendered_state: tuple[object, ...] = ()
-        self._sections: dict[str, str] = {}
-
-    def page(self) -> str:
-        """Render the live page, without curves."""
-        with self._lock:
-            self._run.refresh()
-            return render_page([RunView.from_files(self._run)], live=True)
-
-    def updates(self, generation: int | None, num_known: int) -> dict[str, Any]:
-        """Return what a page that knows `num_known` records of a generation of the history lacks.
-
-        Returns:
-            "generation": the current one; "records": up to `MAX_RECORDS` of them, from index "first" on (0 if the page's
-            generation is outdated); "more": whether others follow; "status": a line of text; "started": whether the run has a
-            config; "steps_per_epoch"; "sections": id of a section of the page -> its HTML.
-        """
-        with self._lock:
-            run, history = self._run, self._run.history
-            run.refresh()
-            is_current = generation == history.generation and 0 <= num_known <= len(history.records)
-            first = num_known if is_current else 0
-            records = history.records[first : first + MAX_RECORDS]
-            state = history.generation, len(history.records), run.state, run.config, run.status, run.probe
-            if state != self._rendered_state:
-                self._rendered_state, names = state, ("facts", "warnings", "metrics")
-                self._sections = {name: render_macro("macros.html", f"{name}_section", run) for name in names}
-            return {
-                "generation": history.generation,
-                "first": first,
-                "records": records,
-                "more": first + len(records) < len(history.records),
-                "status": render_macro("diagnostics.md", "status", run),
-                "started": bool(run.config),
-                "steps_per_epoch": history.steps_per_epoch,
-                "sections": self._sections,
-            }
-
-
 class LiveServer(ThreadingMixIn, WSGIServer):
-    """Serves the live page of one run on 127.0.0.1.
+    """Serves the live page of one run on 127.0.0.1; the page requests itself again to show what is new.
 
     Args:
+        folder: that of the run, which need not exist yet.
         port: the port to listen at; a free one is chosen where it is in use.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int = PORT) -> None:
-        self.follower = RunFollower(folder)
+        self._run, self._lock = RunFiles(folder), threading.Lock()
         try:
             super().__init__((ADDRESS, port), _RequestHandler)
         except OSError:
@@ -301,19 +257,16 @@ class LiveServer(ThreadingMixIn, WSGIServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        """Answer a request (WSGI): `/` is the page, `/updates?generation=G&have=N` its updates as JSON."""
-        host, path = environ.get("HTTP_HOST", "").rpartition("@")[2].partition(":")[0], environ["PATH_INFO"]
-        status, kind = "200 OK", "text/html"
-        if host not in HOSTS:
+        """Answer a request (WSGI) for `/` with the page, as the run's files are now."""
+        host, status, kind = environ.get("HTTP_HOST", ""), "200 OK", "text/html"
+        if host.rpartition("@")[2].partition(":")[0] not in HOSTS:
             status, kind, text = "403 Forbidden", "text/plain", f"Use {self.url}: other host names are refused.\n"
-        elif path == "/":
-            text = self.follower.page()
-        elif path == "/updates":
-            query = parse_qs(environ["QUERY_STRING"])
-            updates = self.follower.updates(_parse_count(query, "generation"), _parse_count(query, "have") or 0)
-            kind, text = "application/json", json.dumps(updates)
+        elif environ["PATH_INFO"] != "/":
+            status, kind, text = "404 Not Found", "text/plain", f"There is only {self.url}.\n"
         else:
-            status, kind, text = "404 Not Found", "text/plain", "There is only / and /updates.\n"
+            with self._lock:
+                self._run.refresh()
+                text = render_page([RunView.from_files(self._run)], live=True)
         start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), *HEADERS])
         return [text.encode()]
 
@@ -326,9 +279,3 @@ class _RequestHandler(WSGIRequestHandler):
 
     def log_message(self, format: str, *values: object) -> None:
         """Log nothing: the terminal is the user's."""
-
-
-def _parse_count(query: Mapping[str, list[str]], name: str) -> int | None:
-    """Return a whole number of a URL's query; None if it is missing or no such number."""
-    text = query.get(name, [""])[0]
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None

@@ -117,8 +117,7 @@ class RunFiles:
     @property
     def steps(self) -> float:
         """Return the steps so far: those of the last record, or of a checkpoint after it."""
-        records = self.history.records
-        return max(self.state.counts.get("steps", 0), records[-1]["step"] if records else 0)
+        return max(self.state.counts.get("steps", 0), self.history.last_step)
 
     @property
     def seconds_left(self) -> float | None:

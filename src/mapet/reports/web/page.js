@@ -1,7 +1,9 @@
 // The page of a run, or of several: color scheme, charts, step-through, figures at full size, updates of a live page.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+/** Return the runs, charts and line styles of a page. */
+const readData = (page) => JSON.parse(page.getElementById("data").textContent);
+const DATA = readData(document);
 
 /** Links to all sections. */
 function navigation() {
@@ -24,46 +26,30 @@ function colorScheme(redraw) {
   show();
 }
 
-/** Ask the server every two seconds for what is new; the zoom stays as it is. */
+/** Show what is new in the live page of a run, which its server renders anew every two seconds; the zoom stays as it is. */
 async function follow(run, charts) {
-  let generation = null, have = 0;
-  for (;;) {
-    let more = false;
+  while (DATA.stage !== "complete") {
+    await new Promise((resolve) => setTimeout(resolve, 2000));
     try {
-      const answer = await fetch(`updates?generation=${generation}&have=${have}`, { cache: "no-store" });
-      if (!answer.ok) throw new Error(answer.statusText);
-      const news = await answer.json();
-      if (news.started && !DATA.started) return location.reload();
-      if (news.first === 0) run.curves = {};
-      for (const { step, ...metrics } of news.records) {
-        for (const [name, value] of Object.entries(metrics)) {
-          const [steps, values] = (run.curves[name] ||= [[], []]);
-          steps.push(step);
-          values.push(value);
-        }
-      }
-      [generation, have, more, run.steps_per_epoch] = [news.generation, news.first + news.records.length, news.more, news.steps_per_epoch];
-      say(news.status);
-      for (const [id, html] of Object.entries(news.sections)) renew(byId(id), html);
-      if (news.records.length) charts.draw();
+      const response = await fetch("/", { cache: "no-store" });
+      if (!response.ok) throw new Error(response.statusText);
+      const newest = new DOMParser().parseFromString(await response.text(), "text/html"), data = readData(newest);
+      if (data.stage !== DATA.stage) return location.reload(); // it has other sections
+      for (const id of ["status", "facts", "warnings", "metrics"]) replaceContent(byId(id), newest.getElementById(id));
+      navigation();
+      Object.assign(run, data.runs[0]);
+      charts.draw();
     } catch (error) {
-      say("The server does not answer; trying again.");
+      byId("status").textContent = "The server does not answer; trying again.";
     }
-    if (!more) await new Promise((resolve) => setTimeout(resolve, 2000));
   }
 }
 
-function say(text) {
-  if (byId("status").textContent !== text) byId("status").textContent = text;
-}
-
-/** Replace what has changed; what is folded out stays so. */
-function renew(place, html) {
-  if (place.dataset.html === html) return;
-  const open = [...place.querySelectorAll("details")].map((part) => part.open);
-  place.innerHTML = place.dataset.html = html;
-  place.querySelectorAll("details").forEach((part, i) => { part.open = Boolean(open[i]); });
-  navigation();
+/** Replace an element's content where it has changed; what is folded out stays so. */
+function replaceContent(element, newest) {
+  const open = [...element.querySelectorAll("details")].map((details) => details.open);
+  newest.querySelectorAll("details").forEach((details, i) => { details.open = Boolean(open[i]); });
+  if (element.innerHTML !== newest.innerHTML) element.innerHTML = newest.innerHTML;
 }
 
 navigation();
