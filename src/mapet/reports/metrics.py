@@ -23,6 +23,7 @@ NEAR_BASELINE = 0.01
 NUM_RECENT = 5
 """Records whose mean is a metric's recent value."""
 
+
 class Series(NamedTuple):
     """One metric over the steps at which it was recorded."""
 
@@ -70,18 +71,17 @@ class History:
             complete_lines, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete_lines + newline)
         for line in complete_lines.split(b"\n"):
-            self.add(_parse_record(line))
+            if record := _parse_record(line):
+                self.add(record)
 
     def add(self, record: Mapping[str, float]) -> None:
-        """Add a record: its "step", and metrics by name; one without a step is ignored."""
-        metrics = dict(record)
-        if (step := metrics.pop("step", None)) is None:
-            return
-        self.last_step = step
-        for name, value in metrics.items():
-            steps, values = self.series.setdefault(name, Series([], []))
-            steps.append(step)
-            values.append(value)
+        """Add a record: its "step", and metrics by name."""
+        self.last_step = record["step"]
+        for name, value in record.items():
+            if name != "step":
+                steps, values = self.series.setdefault(name, Series([], []))
+                steps.append(record["step"])
+                values.append(value)
 
     def __getitem__(self, name: str) -> Series:
         """Return the series of a metric, empty if it was never recorded."""
@@ -113,12 +113,13 @@ class History:
 
 
 def _parse_record(line: bytes) -> dict[str, float]:
-    """Return the finite numbers of a line by name; {} for a line that a crash cut short."""
+    """Return the finite numbers of a line by name; {} for a line without a step, or cut short by a crash."""
     try:
         values = json.loads(line).items()
-        return {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
+        record = {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return {}
+    return record if "step" in record else {}
 
 
 def downsample(series: Series, max_points: int) -> Series:

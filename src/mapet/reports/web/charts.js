@@ -1,175 +1,203 @@
 // Line charts, drawn by uPlot: they share their x axis, zoom and cursor.
 
-const HEIGHT = 210;
+const HEIGHT = 210; // pixels of a chart
+const MAX_ZOOM = 5000; // the narrowest range is this fraction of the whole
 
-/** As many digits as tell. */
-function number(value) {
-  if (value === 0) return "0";
+/** Return a number with four significant digits, or as an integer from 1,000 on; very small and large ones with an exponent. */
+function formatNumber(value) {
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e7) return value.toExponential(2).replace(/\.?0+e/, "e");
+  if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 
-/** Listen to controls; `action` gets the one that was used. */
+/** Call `action` with each control of `root` that matches `selector` when it has an event. */
 function on(root, selector, event, action) {
   root.querySelectorAll(selector).forEach((control) => control.addEventListener(event, () => action(control)));
 }
 
-/** All charts of a page: the unit of the x axis, the part of it that is shown, the runs that are switched off. */
+/**
+ * All charts of a page.
+ * axis: "step" or "epoch"; log: whether y axes are logarithmic, where all values are positive.
+ * domain: the range of x that is shown, [low, high], or null for all of it.
+ */
 class Charts {
+  /** root: the section of the charts and their controls; data: the page's (runs, charts, line_styles). */
   constructor(root, data) {
-    Object.assign(this, { runs: data.runs, axis: "step", log: false, domain: null, hidden: new Set(), charts: [] });
-    const sections = [...root.querySelectorAll(".chart")];
-    this.charts = data.charts.map((chart, i) => new Chart(this, chart, data.line_styles, sections[i]));
+    Object.assign(this, { root, runs: data.runs, axis: "step", log: false, domain: null, charts: [] });
+    const elements = [...root.querySelectorAll(".chart")];
+    this.charts = data.charts.map((spec, i) => new Chart(this, spec, data.line_styles, elements[i]));
     on(root, "[data-zoom]", "click", (button) => this.zoom(Number(button.dataset.zoom)));
     on(root, "[data-axis]", "change", (select) => this.rebuild({ axis: select.value, domain: null }));
     on(root, "[data-log]", "change", (box) => this.rebuild({ log: box.checked }));
-    on(root, "[data-run]", "change", (box) => {
-      this.hidden[box.checked ? "delete" : "add"](this.runs[box.dataset.run]);
-      this.toggled();
-    });
+    on(root, "[data-run], [data-key]", "change", () => this.show(this.domain));
     this.draw();
     new ResizeObserver(() => this.charts.forEach((chart) => chart.resize())).observe(root);
   }
 
-  /** From a step to the unit of the axis. */
-  x(run, step) { return this.axis === "step" ? step : step / (run.steps_per_epoch || 1); }
+  /** Return the x of a run's step: the step, or the epoch. */
+  toX(run, step) { return this.axis === "step" ? step : step / (run.steps_per_epoch || 1); }
 
-  /** The range of all visible lines. */
+  /** The range of x of all visible lines; one around a single x. */
   get full() {
-    const ends = this.charts.flatMap((chart) => chart.visible).flatMap(({ run, steps }) => [this.x(run, steps[0]), this.x(run, steps.at(-1))]);
+    const lines = this.charts.flatMap((chart) => chart.visible);
+    const ends = lines.flatMap(({ run, steps }) => [this.toX(run, steps[0]), this.toX(run, steps.at(-1))]);
     const [low, high] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
     return low === high ? [low - 0.5, high + 0.5] : [low, high];
   }
+
+  /** The range of x that is shown. */
   get shown() { return this.domain || this.full; }
 
+  /** Show a range of x, moved and clipped into the whole one; null shows all. */
   show(domain) {
     const [low, high] = this.full;
     if (domain) {
-      const width = Math.max((high - low) / 5000, domain[1] - domain[0]);
-      const from = Math.min(Math.max(domain[0], low), high - width);
-      domain = width >= high - low ? null : [from, from + width];
+      const width = Math.max((high - low) / MAX_ZOOM, domain[1] - domain[0]);
+      const start = Math.min(Math.max(domain[0], low), high - width);
+      domain = width < high - low ? [start, start + width] : null;
     }
     this.domain = domain;
-    this.charts.forEach((chart) => chart.rescale());
+    this.draw();
   }
-  /** Show `factor` times as much, leaving `center` where it is; a factor of 0 shows all. */
-  zoom(factor, center = null) {
-    const [low, high] = this.shown, middle = center ?? (low + high) / 2;
-    this.show(factor ? [middle - (middle - low) * factor, middle + (high - middle) * factor] : null);
+
+  /** Show `factor` times as much, with `center` (by default the middle) staying where it is; a factor of 0 shows all. */
+  zoom(factor, center) {
+    const [low, high] = this.shown, fixed = center ?? (low + high) / 2;
+    this.show(factor ? [fixed - (fixed - low) * factor, fixed + (high - fixed) * factor] : null);
   }
-  rebuild(changed) {
-    Object.assign(this, changed);
+
+  /** Make all charts anew with other axes; `changes` are attributes of this object. */
+  rebuild(changes) {
+    Object.assign(this, changes);
     this.charts.forEach((chart) => chart.build());
     this.draw();
   }
-  toggled() {
-    this.charts.forEach((chart) => chart.toggle());
-    this.show(this.domain);
-  }
+
+  /** Draw what the runs hold now. */
   draw() { this.charts.forEach((chart) => chart.draw()); }
-  redraw() { this.charts.forEach((chart) => chart.plot.redraw(false)); }
+
+  /** Draw the same in new colors. */
+  recolor() { this.charts.forEach((chart) => chart.plot.redraw(false)); }
 }
 
+/** One chart: a plot, and the text below it with the values at the cursor. */
 class Chart {
-  constructor(charts, spec, looks, root) {
-    Object.assign(this, { charts, spec, root, off: new Set(), place: root.querySelector(".plot"), readout: root.querySelector(".readout") });
-    this.text = spec.percent ? (value) => `${number(100 * value)}%` : number;
-    const several = charts.runs.length > 1;
-    this.lines = charts.runs.flatMap((run, i) => Object.entries(spec.lines).map(([key, name], j) => ({
-      run, key, name: several ? `${run.name}, ${name}` : name, look: looks[(several ? i : j) % looks.length], thin: j > 0,
-      get steps() { return run.curves[key]?.[0] ?? []; }, // the run's own arrays, which a live run appends to
-      get values() { return run.curves[key]?.[1] ?? []; },
+  /**
+   * spec: title, lines (metric -> name) and percent (whether values are fractions) of the chart, see run_texts.html.
+   * lineStyles: [color, dashes] of each line.
+   */
+  constructor(charts, spec, lineStyles, element) {
+    Object.assign(this, { charts, spec, element, plotElement: element.querySelector(".plot"), readout: element.querySelector(".readout") });
+    this.format = spec.percent ? (value) => `${formatNumber(100 * value)}%` : formatNumber;
+    const isComparison = charts.runs.length > 1;
+    this.lines = charts.runs.flatMap((run, runIndex) => Object.entries(spec.lines).map(([metric, name], i) => ({
+      run,
+      name: isComparison ? `${run.name}, ${name}` : name,
+      style: lineStyles[(isComparison ? runIndex : i) % lineStyles.length],
+      width: i > 0 ? 1.2 : 2, // baselines are thinner
+      boxes: [charts.root.querySelector(`[data-run="${runIndex}"]`), element.querySelector(`[data-key="${metric}"]`)].filter(Boolean),
+      get steps() { return run.curves[metric]?.[0] ?? []; }, // a live page replaces the curves
+      get values() { return run.curves[metric]?.[1] ?? []; },
+      get isChecked() { return this.boxes.every((box) => box.checked); },
     })));
-    on(root, "[data-key]", "change", (box) => {
-      this.off[box.checked ? "delete" : "add"](box.dataset.key);
-      charts.toggled();
-    });
-    this.place.addEventListener("keydown", (event) => this.key(event));
-    this.place.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+    this.plotElement.addEventListener("keydown", (event) => this.handleKey(event));
+    this.plotElement.addEventListener("wheel", (event) => this.handleWheel(event), { passive: false });
     this.build();
   }
 
-  get visible() { return this.lines.filter((line) => line.steps.length && this.shows(line)); }
-  shows(line) { return !this.off.has(line.key) && !this.charts.hidden.has(line.run); }
+  /** The lines that have values and are not switched off. */
+  get visible() { return this.lines.filter((line) => line.steps.length && line.isChecked); }
 
+  get width() { return Math.max(120, this.plotElement.clientWidth || 320); }
+
+  /** Make the plot, without data, for the current axes. */
   build() {
     this.plot?.destroy();
-    const style = getComputedStyle(this.root), ink = () => style.color, grid = { stroke: () => style.borderTopColor, width: 1 };
-    const axis = { stroke: ink, grid, ticks: grid, font: "11px system-ui, sans-serif" };
-    const positive = this.lines.every((line) => line.values.every((value) => value > 0));
-    const toText = (format) => (plot, splits) => splits.map((value) => (value === null ? "" : format(value)));
+    const css = getComputedStyle(this.element), grid = { stroke: () => css.borderTopColor, width: 1 };
+    const axis = (format, size) => ({
+      size, grid, ticks: grid, stroke: () => css.color, font: "11px system-ui, sans-serif",
+      values: (plot, splits) => splits.map((value) => (value === null ? "" : format(value))),
+    });
+    const isPositive = this.lines.every((line) => line.values.every((value) => value > 0));
     this.plot = new uPlot({
       width: this.width, height: HEIGHT, legend: { show: false }, padding: [10, 20, 0, 0],
-      scales: { x: { time: false, range: () => this.charts.shown }, y: { distr: this.charts.log && positive ? 3 : 1 } },
-      axes: [{ ...axis, values: toText(number), size: 26 }, { ...axis, values: toText(this.text), size: 56 }],
-      series: [{}, ...this.lines.map(({ look: [stroke, dash], thin }) => ({ stroke, dash, width: thin ? 1.2 : 2 }))],
+      scales: { x: { time: false, range: () => this.charts.shown }, y: { distr: this.charts.log && isPositive ? 3 : 1 } }, // 3: logarithmic
+      axes: [axis(formatNumber, 26), axis(this.format, 56)],
+      series: [{}, ...this.lines.map(({ style: [stroke, dash], width }) => ({ stroke, dash, width }))],
       cursor: {
         y: false, drag: { dist: 6, setScale: false }, hover: { skip: [undefined, null] }, bind: { dblclick: () => () => this.charts.show(null) },
         sync: { key: "charts", setSeries: false, scales: ["x", null], filters: { pub: (type) => ["mousemove", "mouseleave"].includes(type) } },
       },
-      hooks: { setCursor: [() => this.read()], setSelect: [() => this.select()] },
-    }, [[]], this.place);
-    this.toggle();
+      hooks: { setCursor: [() => this.read()], setSelect: [() => this.zoomToSelection()] },
+    }, [[]], this.plotElement);
   }
 
-  get width() { return Math.max(120, this.place.clientWidth || 320); }
   resize() {
     if (this.plot.width !== this.width) this.plot.setSize({ width: this.width, height: HEIGHT });
   }
-  /** Take up what the lines hold now; the zoom stays. */
+
+  /** Draw the lines that are switched on, in the range that is shown; a chart without values is hidden. */
   draw() {
-    this.root.hidden = !this.lines.some((line) => line.steps.length);
-    this.plot.setData(uPlot.join(this.lines.map(({ run, steps, values }) => [steps.map((step) => this.charts.x(run, step)), values])));
+    this.element.hidden = !this.lines.some((line) => line.steps.length);
+    const data = this.lines.map(({ run, steps, values }) => [steps.map((step) => this.charts.toX(run, step)), values]);
+    this.plot.batch(() => {
+      this.plot.setData(uPlot.join(data));
+      this.lines.forEach((line, i) => this.plot.setSeries(i + 1, { show: line.isChecked }));
+    });
     this.read();
-  }
-  rescale() {
-    const [min, max] = this.charts.shown;
-    this.plot.setScale("x", { min, max });
-    this.read();
-  }
-  toggle() {
-    this.plot.batch(() => this.lines.forEach((line, i) => this.plot.setSeries(i + 1, { show: this.shows(line) })));
   }
 
-  /** Say the values under the cursor, else the last ones. */
+  /** Write the values at the cursor, or the last ones, below the chart, and describe the chart to screen readers. */
   read() {
-    const { data, cursor } = this.plot, at = cursor.left >= 0 && cursor.idx !== null ? cursor.idxs : [];
-    const values = this.lines.map((line, i) => (at[i + 1] == null ? line.values.at(-1) : data[i + 1][at[i + 1]]));
-    const said = this.visible.map((line) => `${line.name} ${this.text(values[this.lines.indexOf(line)])}`).join("; ");
-    const unit = this.charts.axis, [low, high] = this.charts.shown.map(number);
-    const where = at.length ? `${unit[0].toUpperCase()}${unit.slice(1)} ${number(data[0][at[this.lines.indexOf(this.visible[0]) + 1] ?? cursor.idx])}` : "Last";
-    this.readout.textContent = said && `${where}: ${said}`;
-    this.place.setAttribute("aria-label", `${this.spec.title}, ${unit}s ${low} to ${high}. ${this.readout.textContent}`);
+    const { data, cursor } = this.plot, isHovered = cursor.left >= 0 && cursor.idx !== null;
+    const indexOf = (line) => (isHovered ? cursor.idxs[this.lines.indexOf(line) + 1] : null);
+    const texts = this.visible.map((line) => {
+      const index = indexOf(line) ?? null; // null: its value nearest to the cursor is far away
+      return `${line.name} ${this.format(index === null ? line.values.at(-1) : data[this.lines.indexOf(line) + 1][index])}`;
+    });
+    const unit = this.charts.axis, [low, high] = this.charts.shown.map(formatNumber);
+    const place = isHovered ? `${unit[0].toUpperCase()}${unit.slice(1)} ${formatNumber(data[0][indexOf(this.visible[0]) ?? cursor.idx])}` : "Last";
+    this.readout.textContent = texts.length ? `${place}: ${texts.join("; ")}` : "";
+    this.plotElement.setAttribute("aria-label", `${this.spec.title}, ${unit}s ${low} to ${high}. ${this.readout.textContent}`);
   }
-  select() {
+
+  /** Zoom to the range that was dragged over. */
+  zoomToSelection() {
     const { left, width } = this.plot.select;
     if (!width) return;
     this.plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
     this.charts.show([this.plot.posToVal(left, "x"), this.plot.posToVal(left + width, "x")]);
   }
-  wheel(event) {
-    if (document.activeElement !== this.place && !event.ctrlKey) return; // else the page scrolls
+
+  /** Zoom around the pointer, if the chart has the focus or Ctrl is held; else the page scrolls. */
+  handleWheel(event) {
+    if (document.activeElement !== this.plotElement && !event.ctrlKey) return;
     event.preventDefault();
-    this.charts.zoom(event.deltaY < 0 ? 0.8 : 1.25, this.plot.posToVal(event.clientX - this.plot.over.getBoundingClientRect().left, "x"));
+    const left = event.clientX - this.plot.over.getBoundingClientRect().left;
+    this.charts.zoom(event.deltaY < 0 ? 0.8 : 1.25, this.plot.posToVal(left, "x"));
   }
-  key(event) {
-    const { charts } = this, by = event.shiftKey ? 10 : 1;
+
+  /** Move the cursor (by ten points with Shift), zoom, or reset the zoom with a key. */
+  handleKey(event) {
+    const { charts } = this, count = event.shiftKey ? 10 : 1;
     const actions = {
-      ArrowRight: () => this.move(by), ArrowLeft: () => this.move(-by), Home: () => this.move(-Infinity), End: () => this.move(Infinity),
+      ArrowRight: () => this.moveCursor(count), ArrowLeft: () => this.moveCursor(-count),
+      Home: () => this.moveCursor(-Infinity), End: () => this.moveCursor(Infinity),
       "+": () => charts.zoom(0.5), "=": () => charts.zoom(0.5), "-": () => charts.zoom(2), 0: () => charts.show(null),
-      Escape: () => { this.plot.setCursor({ left: -10, top: -10 }); charts.show(null); },
+      Escape: () => { this.plot.setCursor({ left: -10, top: -10 }); charts.show(null); }, // outside: no cursor
     };
     if (!actions[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     actions[event.key]();
   }
-  /** Move the cursor by so many points, from where it is or from the edge that is left behind. */
-  move(count) {
+
+  /** Move the cursor by `count` points (Infinity: to the end); without a cursor it starts at the edge of what is shown. */
+  moveCursor(count) {
     const xs = this.plot.data[0], [low, high] = this.charts.shown, { left, idx } = this.plot.cursor;
-    const from = left >= 0 && idx !== null ? idx + count : count > 0 ? xs.findIndex((x) => x >= low) : xs.findLastIndex((x) => x <= high);
-    const x = xs[Math.min(xs.length - 1, Math.max(0, Number.isFinite(count) ? from : count))];
-    if (x === undefined) return;
+    const start = count > 0 ? xs.findIndex((x) => x >= low) : xs.findLastIndex((x) => x <= high);
+    const target = Math.abs(count) < Infinity && !(left >= 0 && idx !== null) ? start : (idx ?? 0) + count;
+    const x = xs[Math.min(xs.length - 1, Math.max(0, target))];
+    if (x === undefined) return; // no points
     if (x < low || x > high) this.charts.show([x - (high - low) / 2, x + (high - low) / 2]);
     this.plot.setCursor({ left: this.plot.valToPos(x, "x"), top: HEIGHT / 2 }, true, true);
     this.readout.setAttribute("aria-live", "polite");
