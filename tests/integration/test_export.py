@@ -132,9 +132,8 @@ def mapet_view(picture, size, tmp_path):
     (tmp_path / "one").mkdir()
     picture.save(tmp_path / "one" / "one.png")
     channels = 1 if picture.mode == "L" else 3
-    return ViewDataset(list_images(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)[
-        0, 0
-    ].images[0]
+    dataset = ViewDataset(list_images(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)
+    return dataset.batch([(0, 0)]).images[0]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_classifiers_for_transformers(options, name, crops, tmp_path):
 def test_what_transformers_can_t_be(options, reason, crops, tmp_path):
     pytest.importorskip("transformers")
     save_vit(tmp_path / "vit", **options)
-    with pytest.raises(MapetError, match=rf"transformers' ViT can't be this one, for it has {reason}.*other formats"):
+    with pytest.raises(MapetError, match=rf"transformers has no ViT with {reason}.*other formats"):
         mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 

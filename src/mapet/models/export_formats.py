@@ -1,4 +1,4 @@
-"""A ViT in the formats of other libraries: each writer beside the reader that shows what those libraries make of it."""
+"""A ViT in the file formats of other libraries: for each a writer, and a reader that computes with that library what it reads."""
 
 import importlib
 import io
@@ -23,65 +23,77 @@ from mapet.files import write_json, write_tensors
 from mapet.models.backbone import save_backbone
 from mapet.models.checkpoint_conversion import fold_layer_scale
 
-OPSET = 20
-"""Of ONNX: the first that has GELU."""
+ONNX_OPSET = 20
+"""The first version of ONNX's operators that has GELU."""
+BICUBIC = 3
+"""Of `resample` in image processors of transformers, as in PIL."""
 OUTPUT_NAMES = ("features", "logits")
 Outputs = dict[str, Tensor]
-Reader = Callable[[Float[Tensor, "B C H W"]], Outputs]
-"""Normalized images -> 'features' (B, prefix + N, D), after the last norm, and 'logits' (B, K) if there is a classifier."""
+"""'features' (B, prefix + N, D), after the last norm, and 'logits' (B, K) if there is a classifier."""
+Forward = Callable[[Float[Tensor, "B C H W"]], Outputs]
+"""Computes the outputs for normalized images."""
 Architecture = Literal["vit", "dinov2"]
-"""Prefix of the weights in transformers' models with a classifier."""
+"""Models of transformers, ViT and Dinov2, by the prefix of their weights where they have a classifier."""
 
 
 class Format(NamedTuple):
     """A file format of another library.
 
     Attributes:
-        write: write into a new folder, with the names of the classes.
-        read: load as the library itself does: name of the way -> function.
+        write: writes a ViT into a new folder; the list has the names of its classes, or is empty.
+        read: loads that folder as the library's users do. Returns, for each way to load it, the way's name and the function
+            that computes with what was loaded.
         requires: modules that an installation without the extra 'export' lacks.
     """
 
     write: Callable[[VisionTransformer, Path, list[str]], None]
-    read: Callable[[Path], dict[str, Reader]]
+    read: Callable[[Path], dict[str, Forward]]
     requires: tuple[str, ...] = ()
 
 
 class ExportWrapper(nn.Module):
-    """A ViT that returns (features,) or, with a classifier, (features, logits)."""
+    """A ViT whose forward pass returns (features,) or, with a classifier, (features, logits); see `Outputs`."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
 
     def forward(self, pixel_values: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of `OUTPUT_NAMES`."""
         features = self.vit.forward_features(pixel_values)
         return (features, self.vit.forward_head(features)) if self.vit.num_classes else (features,)
 
 
 def compute_outputs(model: nn.Module, pixels: Float[Tensor, "B C H W"]) -> Outputs:
-    """Compute the outputs that every format must give, of an `ExportWrapper` or a program made of one."""
+    """Compute the outputs of an `ExportWrapper`, or of a program exported from one, without gradient.
+
+    Args:
+        model: returns a tuple in the order of `OUTPUT_NAMES`.
+        pixels: normalized.
+    """
     with torch.inference_mode():
         return dict(zip(OUTPUT_NAMES, model(pixels), strict=False))
 
 
 def require_packages(name: str) -> None:
-    """Check that the libraries of a format are installed.
+    """Check that the libraries of a format can be imported.
+
+    Args:
+        name: key of `FORMATS`.
 
     Raises:
-        MapetError: one is not.
+        MapetError: one cannot; the message says how to install it.
     """
     for module in FORMATS[name].requires:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            hint = install_hint("export")
-            raise MapetError(f"{option('format')} {name} needs {module} ({error}): {hint}") from None
+            raise MapetError(f"{option('format')} {name} needs {module} ({error}): {install_hint('export')}") from None
 
 
 @contextmanager
 def _suppress_output() -> Iterator[None]:
-    """Silence exporters, which print and warn about their own insides."""
+    """Discard warnings and what is printed to stdout until the context ends: exporters report about their own internals."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -91,14 +103,15 @@ def _suppress_output() -> Iterator[None]:
 
 
 def write_timm(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write config.json and model.safetensors."""
+    """Write config.json, with the names of the classes if there are any, and model.safetensors; see `Format.write`."""
     save_backbone(vit, folder)
     if classes:
         path = folder / "config.json"
         write_json(path, json.loads(path.read_text()) | {"label_names": classes})
 
 
-def read_timm(folder: Path) -> dict[str, Reader]:
+def read_timm(folder: Path) -> dict[str, Forward]:
+    """Load the folder by `timm.create_model`, as a local folder and as a checkpoint of its architecture; see `Format.read`."""
     config = json.loads((folder / "config.json").read_text())
     weights, args = str(folder / "model.safetensors"), config["model_args"]
     models = {
@@ -128,27 +141,27 @@ HUGGING_FACE_KEYS: dict[Architecture, dict[str, str]] = {
     },
     "dinov2": COMMON_KEYS | {r"\.ls([12])\.gamma$": r".layer_scale\1.lambda1"},
 }  # fmt: skip
-"""Patterns of timm's names -> names in the files of ViTModel and of Dinov2Model."""
+"""Patterns of timm's names -> names in the files of ViTModel and of Dinov2Model, applied in this order."""
 
 
 def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write config.json, model.safetensors and preprocessor_config.json.
+    """Write config.json, model.safetensors and, for gray or RGB input, preprocessor_config.json; see `Format.write`.
 
-    A ViTModel, whose `pooler_output` is the class token's feature (a pooler of identities) and into whose linear layers
-    LayerScale is multiplied; with a classifier of the class token, ViTForImageClassification. A classifier of the mean of the
-    patches, as `finetune` trains it, is one of Dinov2ForImageClassification, which is the same network but for its classifier.
+    Without a classifier it is a ViTModel, whose `pooler_output` is the class token's feature (its pooler is the identity);
+    with a classifier of the class token, ViTForImageClassification. In both LayerScale is multiplied into the linear layers
+    before it. A classifier of the mean of the patches, as `finetune` trains it, needs Dinov2ForImageClassification.
 
     Raises:
-        MapetError: neither can be this ViT.
+        MapetError: transformers has no model that computes the same as this ViT.
     """
     import transformers
 
     kind: Architecture = "dinov2" if vit.num_classes and vit.global_pool == "avg" else "vit"
     if reasons := _list_unsupported(vit, kind):
-        hint = "Choose other formats: timm, onnx, torch-export"
-        raise MapetError(f"transformers' ViT can't be this one, for it has {'; '.join(reasons)}. {hint}")
+        hint = f"Choose other formats: {option('format')} timm, onnx or torch-export"
+        raise MapetError(f"transformers has no ViT with {'; '.join(reasons)}. {hint}")
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
-    hidden = first.mlp.fc1.out_features
+    mlp_width = first.mlp.fc1.out_features
     options: dict[str, Any] = {
         "hidden_size": vit.embed_dim, "num_hidden_layers": len(vit.blocks), "num_attention_heads": first.attn.num_heads,
         "qkv_bias": first.attn.qkv.bias is not None, "layer_norm_eps": vit.norm.eps, "num_channels": vit.in_chans,
@@ -159,10 +172,10 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if kind == "vit":
         options["architectures"] = ["ViTForImageClassification" if vit.num_classes else "ViTModel"]
-        config = transformers.ViTConfig(**options, intermediate_size=hidden, pooler_act="linear")
+        config = transformers.ViTConfig(**options, intermediate_size=mlp_width, pooler_act="linear")
     else:
         options["architectures"] = ["Dinov2ForImageClassification"]
-        config = transformers.Dinov2Config(**options, mlp_ratio=hidden // vit.embed_dim, use_mask_token=False)
+        config = transformers.Dinov2Config(**options, mlp_ratio=mlp_width // vit.embed_dim, use_mask_token=False)
     config.save_pretrained(folder)
     write_tensors(folder / "model.safetensors", _to_transformers(vit, kind), {"format": "pt"})
     if vit.in_chans in (1, 3):
@@ -170,55 +183,66 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
 
 
 def _write_processor(vit: VisionTransformer, folder: Path) -> None:
-    """Write the image processor that prepares pictures as mapet does; for a size that isn't square it squeezes them."""
+    """Write the image processor that prepares images as mapet does.
+
+    For square input it resizes the shorter side and crops the center; for other sizes, which transformers cannot crop to
+    after such a resize, it squeezes the whole image.
+    """
     import transformers
 
     mean, std = map(list, input_mean_std(vit.in_chans))
-    common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
+    common = {"resample": BICUBIC, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
     height, width = vit.patch_embed.img_size
     size = {"height": height, "width": width}
+    processor = transformers.ViTImageProcessor(size=size, **common)
     if height == width:
-        square = {"size": {"shortest_edge": height}, "do_center_crop": True, "crop_size": size}
-        transformers.BitImageProcessor(**square, **common).save_pretrained(folder)
-    else:
-        transformers.ViTImageProcessor(size=size, **common).save_pretrained(folder)
+        processor = transformers.BitImageProcessor(
+            size={"shortest_edge": height}, do_center_crop=True, crop_size=size, **common
+        )
+    processor.save_pretrained(folder)
 
 
 def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
-    """List what this ViT has and transformers' models have not."""
+    """List what this ViT has and a model of transformers cannot have, as texts for a message."""
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
     plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
     gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
-    odd = kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim)
+    # Dinov2 takes one image size, and the width of its MLP as a whole multiple of its own.
+    unfit_for_dinov2 = kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim)
     checks = {
         "no class token": not vit.has_class_token,
         "register tokens": vit.num_reg_tokens,
-        "no learned positions": vit.pos_embed is None,
+        "no position embeddings": vit.pos_embed is None,
         "a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
         "its last norm after the pooling": type(vit.norm) is nn.Identity,
-        f"norms that are {type(first.norm1).__name__}": not isinstance(first.norm1, nn.LayerNorm),
+        f"norms of the kind {type(first.norm1).__name__}": not isinstance(first.norm1, nn.LayerNorm),
         "another attention (norms of queries and keys, or more)": not plain_attention,
         f"the activation {type(first.mlp.act).__name__}": not gelu,
         f"a classifier of the pooling '{vit.global_pool}'": vit.num_classes and vit.global_pool not in ("token", "avg"),
-        "a classifier of the mean of the patches, with images that aren't square or an MLP of an odd width": odd,
+        "a classifier of the mean of the patches, with images that aren't square or an MLP whose width is no multiple of the ViT's": unfit_for_dinov2,
     }
     return [reason for reason, holds in checks.items() if holds]
 
 
 def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Tensor]:
-    """Return the weights under the names of transformers' model, which has positions of the class token too."""
+    """Return the ViT's weights under the names of transformers' model, in its shape.
+
+    The class token gets a position of zeros where the ViT has none. LayerScale is multiplied into other weights for a ViT,
+    and for Dinov2, which always has it, is 1 where the ViT has none. Queries, keys and values are split. Without a classifier
+    there is a pooler, which is the identity.
+    """
     weights = dict(vit.state_dict())
     if vit.no_embed_class:
         weights["pos_embed"] = torch.cat([torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1)
     if kind == "vit":
         weights = fold_layer_scale(weights)
     else:
-        names = (f"blocks.{index}.ls{part}.gamma" for index in range(len(vit.blocks)) for part in (1, 2))
+        names = [f"blocks.{index}.ls{branch}.gamma" for index in range(len(vit.blocks)) for branch in (1, 2)]
         weights = {name: torch.ones(vit.embed_dim) for name in names} | weights
     out: dict[str, Tensor] = {}
     if vit.num_classes:
         head = weights.pop("head.weight")
-        # theirs reads class token and mean of the patches, side by side
+        # Dinov2's classifier takes the class token and the mean of the patches, concatenated.
         out["classifier.weight"] = torch.cat([torch.zeros_like(head), head], dim=1) if kind == "dinov2" else head
         out["classifier.bias"] = weights.pop("head.bias")
     else:
@@ -233,29 +257,44 @@ def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Te
     return out
 
 
-def read_transformers(folder: Path) -> dict[str, Reader]:
+def read_transformers(folder: Path) -> dict[str, Forward]:
+    """Load the folder by `from_pretrained` of the class that its config.json names; see `Format.read`.
+
+    Raises:
+        MapetError: names or shapes of the weights are not those of the class.
+    """
     import transformers
 
-    [name] = json.loads((folder / "config.json").read_text())["architectures"]
+    [class_name] = json.loads((folder / "config.json").read_text())["architectures"]
     transformers.utils.logging.disable_progress_bar()
     with _suppress_output():
-        model, loading = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+        model, loading = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
     if any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise MapetError(f"transformers did not take all weights: {loading}")
+        raise MapetError(f"transformers did not load all weights of {folder}: {loading}")
 
     @torch.inference_mode()
-    def read(pixels: Tensor) -> Outputs:
+    def forward(pixels: Tensor) -> Outputs:
         outputs = {"features": model.eval().base_model(pixels).last_hidden_state}
-        return outputs if name == "ViTModel" else outputs | {"logits": model(pixels).logits}
+        return outputs if class_name == "ViTModel" else outputs | {"logits": model(pixels).logits}
 
-    return {f"transformers, {name}": read}
+    return {f"transformers, {class_name}": forward}
 
 
 # ---- ONNX and torch.export
 
 
 def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **options: Any) -> Any:
-    """Let an exporter follow the ViT's computation; the number of images is free."""
+    """Call an exporter of torch on an `ExportWrapper` of the ViT, for any batch size and the ViT's own image size.
+
+    Args:
+        vit: is put into evaluation mode.
+        export: `torch.export.export` or `torch.onnx.export`.
+        files: its positional arguments after model and example input.
+        options: its further keywords.
+
+    Returns:
+        what the exporter returns.
+    """
     example = torch.zeros(2, vit.in_chans, *vit.patch_embed.img_size)
     with _suppress_output():
         return export(
@@ -264,33 +303,35 @@ def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **o
 
 
 def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write model.onnx: `pixel_values` (batch, C, H, W), normalized -> `features`, `logits`; any batch, one image size."""
+    """Write model.onnx, of any batch size: `pixel_values` (batch, C, H, W), normalized -> `features` and, if any, `logits`."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"input_names": ["pixel_values"], "output_names": OUTPUT_NAMES[: 2 if vit.num_classes else 1]}
-    options = {"dynamo": True, "external_data": False, "opset_version": OPSET, "verbose": False}
-    _trace(vit, torch.onnx.export, folder / "model.onnx", **names, **options)
+    options = {"dynamo": True, "external_data": False, "opset_version": ONNX_OPSET, "verbose": False}
+    outputs = OUTPUT_NAMES[: 2 if vit.num_classes else 1]
+    _trace(vit, torch.onnx.export, folder / "model.onnx", input_names=["pixel_values"], output_names=outputs, **options)
 
 
-def read_onnx(folder: Path) -> dict[str, Reader]:
+def read_onnx(folder: Path) -> dict[str, Forward]:
+    """Load model.onnx into onnxruntime, on the CPU; see `Format.read`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
 
-    def read(pixels: Tensor) -> Outputs:
+    def forward(pixels: Tensor) -> Outputs:
         values = session.run(None, {"pixel_values": pixels.numpy()})
         return dict(zip(OUTPUT_NAMES, map(torch.from_numpy, values), strict=False))
 
-    return {"onnxruntime": read}
+    return {"onnxruntime": forward}
 
 
 def write_torch_export(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write model.pt2: the program of `torch.export`, for any batch size; no Python class of ours or timm's is needed."""
+    """Write model.pt2: the program of `torch.export`, of any batch size; no Python class of mapet or timm is needed to load it."""
     folder.mkdir(parents=True, exist_ok=True)
     with _suppress_output():
         torch.export.save(_trace(vit, torch.export.export), folder / "model.pt2")
 
 
-def read_torch_export(folder: Path) -> dict[str, Reader]:
+def read_torch_export(folder: Path) -> dict[str, Forward]:
+    """Load model.pt2 by `torch.export.load`; see `Format.read`."""
     with _suppress_output():
         module = torch.export.load(folder / "model.pt2").module()
     return {"torch.export": partial(compute_outputs, module)}
