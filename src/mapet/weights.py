@@ -1,4 +1,4 @@
-"""Published weights files -> named tensors. No code that a file names or carries is imported or run."""
+"""Read weights files as named tensors, safely: no code that a file contains or refers to is imported or executed."""
 
 import hashlib
 import io
@@ -23,34 +23,46 @@ from mapet.errors import MapetError
 STATE_DICT_KEYS = ("state_dict", "model", "module", "ema", "params", "teacher")
 """Keys of a training checkpoint that may hold its weights, in the order in which they are tried."""
 EXPORTED_GRAPHS = (".onnx", ".pt2")
+"""Suffixes of graphs for inference, whose weights have no names that match a ViT's."""
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
-"""Bytes near the beginning of what torch.save wrote before version 1.6."""
+"""Bytes near the beginning of files that torch.save wrote before version 1.6."""
+NUM_HEAD_BYTES = 64
+"""Bytes at the beginning of a file from which its format is recognized."""
+MAX_ENTRIES_CHARS, MAX_REASON_CHARS = 200, 300
+"""Characters of a file's entries and of another library's error that are quoted."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Read the tensors of a file by their names, on the CPU, in the file's own precision.
 
-    Reads safetensors, what torch.save writes (zip and legacy; state dicts and whole modules) and TorchScript archives. The
-    tensors of a module have the names that its `state_dict()` gives them; of a TorchScript archive, whose pickle doesn't tell
-    them from buffers, plain tensor attributes come too. Of a training checkpoint it is the first of `STATE_DICT_KEYS` that
-    holds tensors. A prefix 'module.' that all names share (DistributedDataParallel) is taken off.
+    Supported are safetensors, the files of torch.save (zip and legacy; state dicts and whole modules) and TorchScript archives.
+    The tensors of a module have the names of its `state_dict()`; those of a TorchScript archive include plain tensor
+    attributes, which its pickle doesn't distinguish from buffers. From a training checkpoint the first of `STATE_DICT_KEYS`
+    that holds tensors is taken. A prefix 'module.' that all names share (DistributedDataParallel) is removed.
+
+    Args:
+        path: of a file; its format is recognized by its content.
 
     Raises:
-        MapetError: no such file, damaged, of another kind, without named tensors, or one that would run code.
+        MapetError: no such file, damaged, of another format, without named tensors, or one that would execute code.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(NUM_HEAD_BYTES)
         if not head:
             raise EOFError("it is empty")
         if path.suffix in EXPORTED_GRAPHS:
             raise ValueError("it is a graph for inference: give the run or the model folder that it was exported from")
-        is_safetensors = head[8:9] == b"{"  # after the length of its header
+        is_safetensors = head[8:9] == b"{"  # a JSON header, after 8 bytes that tell its length
         content = load_file(path) if is_safetensors else _read_torch(path, head)
         weights = _find_state_dict(content)
         if not weights:
-            entries = f" but {', '.join(map(str, content))[:200]}" if isinstance(content, dict) and content else ""
+            entries = (
+                f" but {', '.join(map(str, content))[:MAX_ENTRIES_CHARS]}"
+                if isinstance(content, dict) and content
+                else ""
+            )
             raise ValueError(f"it holds no tensors under their names{entries}; write those you want as safetensors")
     except IsADirectoryError:
         inside = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
@@ -59,29 +71,35 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     except OSError as error:
         raise MapetError(f"cannot read weights from {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).strip().partition("\n")[0][:300] or "it is damaged or cut off"
+        reason = str(error).strip().partition("\n")[0][:MAX_REASON_CHARS] or "it is damaged or cut off"
         raise MapetError(f"cannot read weights from {path}: {reason}") from None
     return weights
 
 
 def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Name what `load_state_dict` would refuse, three names of each kind; '' if nothing."""
-    has, wanted = ({name: "x".join(map(str, t.shape)) for name, t in weights.items()} for weights in (found, expected))
+    """Describe for a message what `load_state_dict` would refuse, by three names of each kind; '' if nothing.
+
+    Args:
+        found: tensors that would be loaded.
+        expected: the module's state dict.
+    """
+    shapes, expected_shapes = ({name: "x".join(map(str, t.shape)) for name, t in w.items()} for w in (found, expected))
+    differing = [name for name, shape in expected_shapes.items() if shapes.get(name, shape) != shape]
     problems = {
-        "missing": [name for name in wanted if name not in has],
-        "unexpected": [name for name in has if name not in wanted],
-        "of another shape": [f"{k} ({has[k]}, not {wanted[k]})" for k in wanted if k in has and has[k] != wanted[k]],
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [f"{name} ({shapes[name]}, not {expected_shapes[name]})" for name in differing],
     }
     return "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
 
 
 def first_names(names: Sequence[str], count: int = 3) -> str:
-    """Join the first names: 'a, b, c and 4 more'."""
+    """Join the first `count` names for a message: 'a, b, c and 4 more'."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names, shapes, types and bytes, in the order of names; '' of no tensors."""
+    """Return the sha256, in hexadecimal, of names, shapes, dtypes and bytes, in the order of names; '' if there are no tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -90,10 +108,14 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _find_state_dict(content: object) -> dict[str, Tensor]:
-    """Return the named tensors of a checkpoint or module, {} if there are none."""
+    """Return the named tensors of a state dict, module or training checkpoint; {} if there are none.
+
+    Args:
+        content: what a file holds; modules are `_Stub`s of their attributes.
+    """
     if not isinstance(content, dict):
         return {}
-    if not isinstance(content, _Stub):  # a module may well have a part named 'model'
+    if not isinstance(content, _Stub):  # in a module 'model' may be the name of a submodule
         for key in STATE_DICT_KEYS:
             if nested := _find_state_dict(content.get(key)):
                 return nested
@@ -104,6 +126,12 @@ def _find_state_dict(content: object) -> dict[str, Tensor]:
 
 
 def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a state dict, or of a module and its submodules, as the module's `state_dict()` names them.
+
+    Args:
+        content: a dict of tensors, or the attributes of a module.
+        prefix: of all names; ends in a dot, or ''.
+    """
     if "_parameters" in content and "_modules" in content:  # an nn.Module
         excluded = content.get("_non_persistent_buffers_set", ())
         buffers = {name: buffer for name, buffer in content["_buffers"].items() if name not in excluded}
@@ -116,20 +144,24 @@ def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def _read_torch(path: Path, head: bytes) -> object:
-    """Read what torch.save or torch.jit.save wrote.
+    """Read a file of torch.save or torch.jit.save; objects in it that are no tensors become stubs.
 
-    `weights_only=True` reads state dicts, but neither whole modules (DALL-E's encoder), nor TorchScript (CLIP), nor what
-    training runs leave beside the weights. For those torch.load gets an unpickler that makes stubs of all classes, and a copy
-    of the file that holds nothing else which torch would run.
+    `weights_only=True` reads state dicts, but neither whole modules (DALL-E's encoder), nor TorchScript (CLIP), nor objects
+    that training runs save beside the weights. For those torch.load gets an unpickler that replaces all classes by stubs, and
+    a copy of the file without anything else that torch would execute.
 
     Args:
-        head: the first bytes of the file, which tell its kind.
+        path: of the file.
+        head: its first bytes.
+
+    Raises:
+        Exception: of any type, where the file is damaged, of another format or would execute code.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols and of the source code of modules
+        warnings.simplefilter("ignore")  # about pickle protocols and the source code of modules
         with suppress(Exception):
             return torch.load(path, map_location="cpu", weights_only=True)
-        if LEGACY_MAGIC in head:  # given as a file, torch would try to unpack it as a tar archive too
+        if LEGACY_MAGIC in head:  # from a path, torch would try to unpack it as a tar archive too
             return torch.load(io.BytesIO(path.read_bytes()), "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
         if head[:2] != b"PK":
             raise ValueError("it is neither a safetensors nor a torch file")
@@ -139,7 +171,16 @@ def _read_torch(path: Path, head: bytes) -> object:
 
 
 def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
-    """Copy the pickle and the storages of an archive, without the code that would make it TorchScript."""
+    """Copy the pickle and the storages of torch's zip archive, without the code by which torch.load recognizes TorchScript.
+
+    Args:
+        path: of the archive.
+        copy: an empty file open for writing; it is left at its beginning.
+
+    Raises:
+        EOFError: the archive is damaged.
+        ValueError: it is not one of torch, or its tensors are compressed: few bytes could become very many.
+    """
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as target:
             pickles = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
@@ -159,21 +200,30 @@ def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
 
 
 class _StubType(type):
-    """Class of what each global of a pickle becomes. Called, it does something harmless or refuses."""
+    """Metaclass of the stubs for a pickle's globals (its functions and classes).
+
+    Attributes:
+        path: of the global, 'module.name'.
+    """
 
     path: str
 
     def __call__(cls, *args: Any) -> Any:
+        """Return what replaces a call of the global: see `REPLACED_CALLS` and `IGNORED_CALLS`.
+
+        Raises:
+            UnpicklingError: it is neither of them.
+        """
         if cls.path in IGNORED_CALLS:
             return _Stub.__new__(_Stub)
         if cls.path not in REPLACED_CALLS:
-            refused = f"it would run {cls.path}, which may do anything and was not done"
-            raise pickle.UnpicklingError(f"{refused}; convert it to safetensors where you trust it")
+            reason = f"its pickle calls {cls.path}, which was refused, as it may execute any code"
+            raise pickle.UnpicklingError(f"{reason}; convert it to safetensors where you trust it")
         return REPLACED_CALLS[cls.path](*args)
 
 
 class _Stub(dict[Any, Any], metaclass=_StubType):
-    """Attributes of an object whose class is neither imported nor run."""
+    """Attributes of an object whose class is neither imported nor called."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -181,15 +231,17 @@ class _Stub(dict[Any, Any], metaclass=_StubType):
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
+        """Take the attributes; classes with slots pickle theirs as a pair (dict or None, dict)."""
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.update(part)
 
 
-class _StubUnpickler(pickle._Unpickler):  # C's would take memory for as many memo entries as a file claims
-    """Makes stubs of all globals, so that a pickle has nothing to run."""
+class _StubUnpickler(pickle._Unpickler):  # the one in C would allocate as many memo entries as a file claims to have
+    """Unpickler that replaces all globals by stubs, so that nothing of the pickle is executed."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return torch's dtype of that name, or else a stub class whose `path` is 'module.name'."""
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         module = {"__builtin__": "builtins"}.get(module, module)  # Python 2's, which protocol 2 writes
@@ -199,12 +251,17 @@ class _StubUnpickler(pickle._Unpickler):  # C's would take memory for as many me
 STUB_PICKLE = SimpleNamespace(
     __name__="stubs", Unpickler=_StubUnpickler, load=lambda file, **o: _StubUnpickler(file, **o).load()
 )
-"""Stands in for the module `pickle` in torch.load."""
+"""Replaces the module `pickle` in torch.load."""
 
 
 def _rebuild_tensor(storage: torch.TypedStorage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    """Return the view of a storage that torch's function of this name makes; offset and strides are in elements.
+
+    Raises:
+        RuntimeError: the view exceeds the storage.
+    """
     whole = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
-    return whole.as_strided(size, stride, offset)  # raises where that leaves the storage
+    return whole.as_strided(size, stride, offset)
 
 
 REPLACED_CALLS: dict[str, Callable[..., Any]] = {
@@ -227,4 +284,4 @@ IGNORED_CALLS = frozenset((
     "torch.jit._pickle.build_intlist", "torch.jit._pickle.build_doublelist", "torch.jit._pickle.build_boollist",
     "torch.jit._pickle.build_tensorlist", "torch.jit._pickle.restore_type_tag",
 ))  # fmt: skip
-"""Functions that make values beside the tensors, in a module or the options of a training run: a stub takes their place."""
+"""Functions that make values beside the tensors, in a module or the options of a training run: an empty stub replaces the value."""

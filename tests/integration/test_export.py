@@ -326,7 +326,7 @@ def test_a_wrong_export_is_not_left(change, run_dir, tmp_path, monkeypatch):
 
     original = FORMATS["timm"].write
     monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(write=damaged))
-    with refused("timm", 1e-04):
+    with refused("timm", "1e-04"):
         mapet.export(backbone=run_dir, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -202,10 +202,9 @@ def test_nothing_is_run(name, nest, zipped, tmp_path, capfd):
     path = save(content, tmp_path / "weights.pth", zipped)
     with pytest.raises(MapetError) as error:
         read_weights(path)
-    assert str(error.value) == (
-        f"cannot read weights from {path}: it would run {name}, which may do anything and was not done; "
-        "convert it to safetensors where you trust it"
-    )
+    message = str(error.value)
+    assert message.startswith(f"cannot read weights from {path}: ") and f" {name}," in message
+    assert message.endswith("convert it to safetensors where you trust it")
     assert not mark.exists() and not capfd.readouterr().out
 
 
