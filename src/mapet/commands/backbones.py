@@ -47,6 +47,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 
     All options are checked, and every backbone is loaded once, before the first protocol runs. With `out` the results so far are
     written after each protocol, so that an interruption loses only the protocol that was running.
+
+    Raises:
+        MapetError: options do not fit the images, or a backbone cannot be loaded.
+        Interrupted: by Ctrl-C, after a protocol has written its results to `out`.
     """
     compute = ComputeContext.from_options(config.device, config.precision)
     for name in config.protocols or ():

@@ -107,6 +107,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         """
 
         def losses() -> Iterator[Tensor]:
+            """Yield the finite losses, each computed when the optimizer has taken the step before."""
             for epoch in range(self.options.dense_epochs):
                 seed = self.options.seed * 100_003 + epoch  # epochs of two values of `seed` share none
                 torch.manual_seed(seed)  # for the detector's samples of anchors and boxes
@@ -200,13 +201,19 @@ def pixel_counts(predicted: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], class
 
 
 def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.ModuleDict:
-    """Train both heads of `make_heads` on the same batches, with masks resized to the backbone's size; return them in eval mode."""
+    """Train both heads of `make_heads` on the same batches of frozen features, and return them in eval mode.
+
+    Args:
+        backbone: gives the features; its input size is the size to which logits and masks are resized for the loss.
+        images: training images and masks; their options `seed` and `dense_epochs` are used.
+    """
     size, compute = backbone.image_size, backbone.compute
     torch.manual_seed(images.options.seed)
     heads = make_heads(backbone.map_shape[0], len(images.data.classes)).to(compute.device).train()
     groups = [{"params": [*head.parameters()], "lr": HEAD_LEARNING_RATES[name]} for name, head in heads.items()]
 
     def compute_loss(batch: list[Scene]) -> Tensor:
+        """Return the sum of both heads' mean cross-entropies over the pixels that are not ignored."""
         features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch])).clone()  # out of inference mode
         resized = [F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0] for _, mask in batch]
         masks = compute.to(torch.stack(resized).long())
@@ -222,7 +229,7 @@ def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.Mo
 def _count_pixels(
     backbone: BackboneWrapper, heads: nn.ModuleDict, images: SegmentationImages
 ) -> dict[str, Float[np.ndarray, "n 3 K"]]:
-    """Return the `pixel_counts` of every readable image for each head, predicted at the mask's own size."""
+    """Return for each head, by name, the `pixel_counts` of the n readable images, with logits resized to the mask's own size."""
     counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
     for batch in images.batches():
         features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch]))
@@ -240,6 +247,7 @@ class SimpleFeaturePyramid(nn.Module):
     """Four maps, 4, 2, 1 and 1/2 times as fine as the backbone's last one, all computed from that (ViTDet, arXiv 2203.16527)."""
 
     def __init__(self, backbone: BackboneWrapper, trained: bool) -> None:
+        """Build the layers of the four scales on `backbone`, whose weights get gradients if `trained`, else stay frozen."""
         super().__init__()
         self.backbone, self.model, self.trained = backbone, backbone.model.requires_grad_(trained), trained
         self.out_channels, width = WIDTH, backbone.map_shape[0]
@@ -338,6 +346,7 @@ def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: Dete
     detector.train()
 
     def compute_loss(batch: list[IndexedImage]) -> Tensor:
+        """Return the sum of the detector's losses; it takes images in [0, 1] and, for each, corners of boxes and labels from 1."""
         targets = [
             {"boxes": to(torch.from_numpy(data.boxes[i]).float()), "labels": to(torch.from_numpy(data.labels[i]) + 1)}
             for i, _ in batch
@@ -351,7 +360,7 @@ def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: Dete
 
 @torch.inference_mode()
 def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> list[CocoBox]:
-    """Detect boxes in all readable images."""
+    """Detect boxes in all readable images, with the ids of their annotation file."""
     data = images.data
     detector.eval()
     detections = []
@@ -366,9 +375,11 @@ def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionIma
 
 
 def coco_metrics(data: DetectionSet, boxes: list[CocoBox]) -> dict[str, float]:
-    """Return COCO's metrics, in [0, 1] by their names, of boxes that were detected in the images of `data`.
+    """Return COCO's metrics, in [0, 1] by their names, of detected boxes; those of a size that no annotated box has are left out.
 
-    Metrics of a size of boxes that the annotations do not have are left out.
+    Args:
+        data: the images in which boxes were detected, with the annotation file's content; only these images count.
+        boxes: all detected boxes; without any, AP, AP50 and AP75 are 0.
     """
     if not boxes:
         return dict.fromkeys(COCO_METRICS[:3], 0.0)

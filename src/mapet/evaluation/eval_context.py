@@ -160,7 +160,7 @@ class EvalData:
         """List the images of `config` with their annotations, else masks, else labels, else nothing.
 
         Raises:
-            MetapetError: options do not fit these images.
+            MapetError: options do not fit these images.
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
@@ -264,6 +264,18 @@ class EvalContext:
             hint = f"remove its folder from {option('images')} and {option('test_images')}, or fine-tune with it"
             raise MapetError(f"{backbone.name} was fine-tuned without the class '{min(unknown)}': {hint}")
         return backbone.logits(images)[:, [backbone.classes.index(name) for name in self.classes]].cpu()
+
+    def is_correct(self, backbone: BackboneWrapper, data: LabeledSet, **dataset: Any) -> Float[Tensor, " m"]:
+        """Return 1 for each readable image that `classify` classifies correctly, else 0, in an order that is always the same.
+
+        Args:
+            backbone: `self.backbone`, perhaps for another input size.
+            data: images with labels that are indices into `classes`.
+            dataset: further arguments of `ViewDataset`: `augment`, `seed`.
+        """
+        labels = torch.from_numpy(data.labels)
+        batches = backbone.batches(data.images, self.cache, **dataset)
+        return torch.cat([(self.classify(backbone, x).argmax(1) == labels[rows]).double() for rows, x in batches])
 
     def close(self) -> None:
         """Free the features' memory and scratch files; `train` and `test` cannot be used after it."""

@@ -5,7 +5,6 @@ A protocol is a function from an `EvalContext` to a `ProtocolResult`; the decora
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from mapet.evaluation import dense, eval_context, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
-from mapet.evaluation.features import BackboneWrapper, PatchTokenCache
+from mapet.evaluation.features import PatchTokenCache
 
 __all__ = ["PROTOCOLS", "Protocol", "dense"]
 
@@ -43,7 +42,7 @@ SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Concatenate the first tensors of all batches, then the second ones, and so on."""
+    """Transpose batches and concatenate: yield the concatenation of the first tensors of all batches, then of the second ones, ..."""
     return map(torch.cat, zip(*batches, strict=True))
 
 
@@ -67,7 +66,10 @@ def knn(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def linear_sgd(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes trained by SGD, plain and with batch norm, over layers and learning rates."""
+    """Evaluate linear probes trained by SGD, 'linear_sgd' without and 'linear_sgd_bn' with batch norm.
+
+    The layer and learning rate of each are selected on held-out training images; `details` has the best accuracy there of each layer.
+    """
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
     for name, (probe, by_layer) in fitted.items():
@@ -80,7 +82,7 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def attentive(context: EvalContext) -> ProtocolResult:
-    """Evaluate the attentive probe on the last layer's patch tokens."""
+    """Evaluate the attentive probe on the last layer's patch tokens: train it, then classify the test images batch by batch."""
     backbone, compute, test = context.backbone, context.backbone.compute, context.data.test
     train_tokens = PatchTokenCache(backbone, context.data.train, context.cache)
     probe, lr = probes.fit_attentive(train_tokens, len(context.classes), compute, context.options.seed)
@@ -93,7 +95,13 @@ def attentive(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def few_shot(context: EvalContext) -> ProtocolResult:
-    """Evaluate the linear probe with few labels, over several fixed splits, standardized with all training images."""
+    """Evaluate the linear probe with few labels: mean top-1 over `num_seeds` fixed splits for each amount in the option `few_shot`.
+
+    Features are standardized with all training images; only the split's labels are used. Unreadable images of a split are left out.
+
+    Returns:
+        Metrics 'few_shot_10pct' for the amount 0.1, 'few_shot_5' for 5 images per class; `details` has the accuracy of each seed.
+    """
     result = ProtocolResult()
     train, test_features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
     row_of_image = torch.full((len(context.data.train),), -1)  # -1: unreadable
@@ -131,7 +139,12 @@ def average_precisions(
 
 @protocol("annotations")
 def multi_label(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes by mean average precision, one logistic regression for each class."""
+    """Evaluate linear probes by mean average precision: one logistic regression per class tells whether an image shows the class.
+
+    Returns:
+        'multi_label_map' with a bootstrap interval over test images; `details['ap']` has the average precision of each class, None
+        for a class that no test image shows.
+    """
     assert context.data.boxes is not None
     train, test = context.data.boxes
     train_targets = torch.from_numpy(train.image_labels)[context.train.index]
@@ -253,8 +266,9 @@ def cluster(context: EvalContext) -> ProtocolResult:
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
     """Find the training images nearest to some test images, for a figure.
 
-    Its details are 'queries', indices of test images; 'nearest', indices of the training images nearest to each, nearest first;
-    and 'similarity', their cosine similarities.
+    Returns:
+        No metrics. `details` has 'queries', indices of test images; 'nearest', for each query the indices of its nearest training
+        images, nearest first; and 'similarity', their cosine similarities.
     """
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
     chosen = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
@@ -272,6 +286,10 @@ def ood(context: EvalContext) -> ProtocolResult:
     """Measure accuracy on each further labeled folder, for its images of classes that training has too.
 
     Predictions are among the shared classes alone, as is usual for ImageNet-A and -R, which have 200 of the 1,000 classes.
+
+    Returns:
+        For each folder NAME the metrics 'ood_NAME_knn' and 'ood_NAME_own_classifier' (if the backbone has a classifier with class
+        names, else 'ood_NAME_logistic'); `details[NAME]` counts the shared 'classes' and the readable 'images'.
     """
     result, classes, backbone = ProtocolResult(), context.classes, context.backbone
     for name, labeled_set in context.data.ood.items():
@@ -320,27 +338,26 @@ def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[B
 def corruptions(context: EvalContext) -> ProtocolResult:
     """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE.
 
-    Its details are 'errors', by corruption the error rate at each severity.
+    Returns:
+        'corruption_clean', the accuracy without corruption, and 'corruption_mean', the mean over all 75; `details['errors']` has for
+        each corruption the error rate at each severity.
+
+    Raises:
+        MapetError: the backbone takes neither gray nor RGB images.
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
         raise MapetError(
             f"{backbone.name} takes {backbone.channels} channels, corruptions need 1 or 3: leave 'corruptions' out of {option('protocols')}"
         )
-    clean = _is_correct(context, data, backbone)
+    clean = context.is_correct(backbone, data)
     correct: dict[str, Float[Tensor, "5 n"]] = {}
     for kind, name in enumerate(CORRUPTIONS):
         options = [{"augment": Corruption(name, severity), "seed": kind * 10 + severity} for severity in SEVERITIES]
-        correct[name] = torch.stack([_is_correct(context, data, backbone, **each) for each in options])
-    image_accuracy = torch.cat(list(correct.values())).mean(0).numpy()
-
-    def accuracy(weights: Float[np.ndarray, " n"]) -> float:
-        return float(np.average(image_accuracy, weights=weights))
-
-    metrics = {
-        "corruption_clean": eval_context.accuracy_with_ci(clean, context.classifier),
-        "corruption_mean": eval_context.bootstrap_ci(accuracy, len(clean), selected=context.classifier),
-    }
+        correct[name] = torch.stack([context.is_correct(backbone, data, **each) for each in options])
+    selected, per_image = context.classifier, torch.cat(list(correct.values())).mean(0).numpy()
+    mean = eval_context.bootstrap_ci(lambda w: float(np.average(per_image, weights=w)), len(clean), selected=selected)
+    metrics = {"corruption_clean": eval_context.accuracy_with_ci(clean, selected), "corruption_mean": mean}
     return ProtocolResult(metrics, details={"errors": {k: (1 - each.mean(1)).tolist() for k, each in correct.items()}})
 
 
@@ -370,21 +387,8 @@ def resolution(context: EvalContext) -> ProtocolResult:
     scaled = [tuple(max(1, round(side * f / step)) * step for side in trained) for f in SIZE_FACTORS]
     squares = [(side, side) for side in context.options.eval_image_sizes or ()]
     for height, width in dict.fromkeys(squares or scaled):
-        correct = _is_correct(context, context.data.test, backbone.with_image_size((height, width)))
+        correct = context.is_correct(backbone.with_image_size((height, width)), context.data.test)
         name = f"resolution_{height}" if height == width else f"resolution_{height}x{width}"
         selected = context.classifier + (" (trained size)" if (height, width) == trained else "")
         result.metrics[name] = eval_context.accuracy_with_ci(correct, selected)
     return result
-
-
-def _is_correct(
-    context: EvalContext, data: LabeledSet, backbone: BackboneWrapper, **dataset: Any
-) -> Float[Tensor, " m"]:
-    """Return 1 for each readable image that `context.classify` classifies correctly, else 0, in an order that is always the same.
-
-    Args:
-        dataset: further arguments of `ViewDataset`: `augment`, `seed`.
-    """
-    labels = torch.from_numpy(data.labels)
-    batches = backbone.batches(data.images, context.cache, **dataset)
-    return torch.cat([(context.classify(backbone, x).argmax(1) == labels[rows]).double() for rows, x in batches])
