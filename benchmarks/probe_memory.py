@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> Result:
         training, probes = timed(lambda: fit_linear_sgd(cache, args.classes, compute, epochs=1))
         predicting, scores = timed(lambda: probes["linear_sgd"][0].predict(cache))
         row = {
-            "features_GB": args.num_images * centers.shape[1] * 2 / 1e9, "in_memory": store.in_memory,
+            "features_GB": args.num_images * centers.shape[1] * 2 / 1e9, "in_memory": store.scratch_file is None,
             "added_GB": (peak_memory() - before) / 1e9, "write_s": writing, "train_s": training, "predict_s": predicting,
             "accuracy": float((scores.argmax(1) == labels).float().mean()),
         }  # fmt: skip

@@ -25,6 +25,7 @@ import torch
 from benchmarks.core import Result, Row, in_new_process, in_turns, median_ratio, median_seconds, peak_memory, timed
 from benchmarks.data import write_photos
 from benchmarks.tables import Table
+from mapet.config.tokenizers import TeacherOptions
 from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, readable_batches
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> Result:
 def patch_features(name: str, images: Path, compute: ComputeContext, most: int) -> torch.Tensor:
     """Up to `most` patch features of a teacher."""
     listed = list_images(images)
-    teacher = make_teacher(name, SIZE, 16, precision=compute.precision).to(compute.device)
+    options = TeacherOptions(teacher=name, image_size=SIZE)
+    teacher = make_teacher(options, compute.precision).to(compute.device)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     store = FeatureStore(min(most, 196 * len(listed)), 1 << 40, Path(), compute.device)
     for batch in readable_batches(
@@ -214,11 +216,12 @@ def teacher_rates(images: Path, compute: ComputeContext) -> list[Row]:
 def random_teacher(name: str, precision: str) -> Teacher:
     """A teacher whose weights, if they are timm's, are random."""
     if name == PROXY:
-        return make_teacher(name, SIZE, 16, precision=precision)
+        return make_teacher(TeacherOptions(teacher=name, image_size=SIZE), precision)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
         torch.save(timm.create_model(name).state_dict(), weights)
-        return make_teacher(name, SIZE, 16, checkpoint=str(weights), precision=precision)
+        options = TeacherOptions(teacher=name, image_size=SIZE, teacher_checkpoint=str(weights))
+        return make_teacher(options, precision)
 
 
 SMOKE = ["--features", "pixels", "--max-patches", "2000", "--vocab-size", "64", "--iterations", "2", "--rounds", "1"]

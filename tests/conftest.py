@@ -12,9 +12,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import mapet
+from mapet.config.tokenizers import TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.digits import write_digits
 from mapet.data.token_store import TokenStore
+from mapet.tokenizers.tokenizer import Teacher, make_teacher
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 PRETRAIN: dict[str, Any] = {
@@ -107,3 +109,12 @@ def run_dir(few_digits: Path, tokenizer_dir: Path, tokens_dir: Path, tmp_path_fa
     out = tmp_path_factory.mktemp("pretrained") / "run"
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=out, **PRETRAIN)
     return out
+
+
+def teacher_of(
+    name: str, image_size: tuple[int, int], patch_size: int, precision: str = "float32", **options: Any
+) -> Teacher:
+    """Return the teacher of a name, for views of `image_size` in patches; `options` as `TeacherOptions` names them."""
+    return make_teacher(
+        TeacherOptions(teacher=name, image_size=image_size, patch_size=patch_size, **options), precision
+    )

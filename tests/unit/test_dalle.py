@@ -12,7 +12,7 @@ from torch import nn
 from mapet.errors import MapetError
 from mapet.tokenizers.teachers import dalle
 from mapet.tokenizers.teachers.dalle import DalleEncoder, build
-from mapet.tokenizers.tokenizer import make_teacher
+from tests.conftest import teacher_of
 from tests.refused import refused
 
 
@@ -136,7 +136,7 @@ def test_plain_weights(save, smaller, tmp_path):
 
 def test_as_a_teacher(smaller, tmp_path):
     torch.save(small().state_dict(), tmp_path / "encoder.pkl")
-    teacher = make_teacher("dalle", (224, 224), 16, checkpoint=str(tmp_path / "encoder.pkl"))
+    teacher = teacher_of("dalle", (224, 224), 16, teacher_checkpoint=str(tmp_path / "encoder.pkl"))
     assert teacher.image_size == (112, 112)
     assert teacher.builtin_quantizer is not None and teacher.builtin_quantizer.vocab_size == 12
     images = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)

@@ -127,7 +127,7 @@ def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(300, 6, generator=generator), torch.randint(2, (300,), generator=generator)
     banks = [cache_of(features, labels, {1: slice(0, 6)}, memory, tmp_path) for memory in (1 << 30, 100)]
-    assert [bank.store.in_memory for bank in banks] == [True, False]
+    assert [bank.store.scratch_file is None for bank in banks] == [True, False]
     logits = [fit_linear_sgd(bank, 2, CPU, epochs=2)["linear_sgd"][0].predict(bank) for bank in banks]
     assert torch.equal(*logits)
     banks[1].close()

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mapet.tokenizers.tokenizer import make_teacher
+from tests.conftest import teacher_of
 from tests.refused import refused
 
 MODELS = {
@@ -75,7 +75,7 @@ def test_features_are_those_of_open_clip(name, kind, tmp_path):
     path = save(model.state_dict(), kind, tmp_path)
     images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
     grid = (14, 14) if name.startswith("vit") else (7, 7)
-    ours = make_teacher(name, (224, 224), 224 // grid[0], checkpoint=str(path))(images)
+    ours = teacher_of(name, (224, 224), 224 // grid[0], teacher_checkpoint=str(path))(images)
     mean, std = (
         torch.tensor(values).view(-1, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
@@ -94,4 +94,4 @@ def test_weights_of_another_model_are_refused(tmp_path):
     state = open_clip.create_model("RN50", pretrained=None).state_dict()
     path = save(state, "safetensors", tmp_path)
     with refused("open_clip_model.safetensors"):
-        make_teacher("vit_base_patch16_clip_224.openai", (224, 224), 16, checkpoint=str(path))
+        teacher_of("vit_base_patch16_clip_224.openai", (224, 224), 16, teacher_checkpoint=str(path))

@@ -17,7 +17,8 @@ from mapet.data.sources import list_images
 from mapet.data.views import View, render_view
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.kmeans import KMeans, assign, default_vocab_size
-from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer, make_teacher
+from mapet.tokenizers.tokenizer import CodebookStats, load_tokenizer
+from tests.conftest import teacher_of
 from tests.refused import refused
 
 
@@ -95,7 +96,7 @@ def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
         with FeatureStore(6000, memory, tmp_path) as store:
             for part in points.split(999):
                 store.append(part)
-            assert store.in_memory == (memory > 0)
+            assert (store.scratch_file is None) == (memory > 0)
             assert not list(tmp_path.iterdir())  # the scratch file has no name
             found.append(KMeans(100, 5, restarts, dtype=torch.bfloat16).fit(store))
     assert torch.equal(found[0].centroids, found[1].centroids) and torch.equal(found[0].counts, found[1].counts)
@@ -164,7 +165,7 @@ def test_health_of_even_and_collapsed_codebooks():
 
 def test_pixels_are_the_patches_own_values():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    features = make_teacher("pixels", (8, 12), 4)(images)
+    features = teacher_of("pixels", (8, 12), 4)(images)
     assert features.shape == (2, 48, 2, 3)
     patch = images[1, :, 4:8, 8:12].float() / 255
     assert torch.allclose(features[1, :, 1, 2], patch.flatten())
@@ -185,7 +186,9 @@ def test_timm_teachers_from_a_local_file(name, size, features, tmp_path):
     resized = {"img_size": size} if name.startswith("vit_small") else {}
     model = timm.create_model(name, pretrained=False, **resized).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    teacher = make_teacher(name, (224, 224), 16, checkpoint=str(tmp_path / "weights.safetensors"), teacher_size=size)
+    teacher = teacher_of(
+        name, (224, 224), 16, teacher_checkpoint=str(tmp_path / "weights.safetensors"), teacher_image_size=size
+    )
     images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
     found = teacher(images)
     assert found.shape == (1, features, 14, 14)
@@ -214,8 +217,14 @@ def small_teacher(folder, name="test_vit.r160_in1k"):
 def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
     """Blocks are run one after the other here; class and register tokens are dropped."""
     model, path = small_teacher(tmp_path)
-    teacher = make_teacher(
-        "test_vit.r160_in1k", (160, 160), 16, checkpoint=path, layer=layer, final_norm=final_norm, channels=3
+    teacher = teacher_of(
+        "test_vit.r160_in1k",
+        (160, 160),
+        16,
+        teacher_checkpoint=path,
+        teacher_layer=layer,
+        teacher_final_norm=final_norm,
+        channels=3,
     )
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -231,7 +240,7 @@ def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
 @pytest.mark.parametrize("layer", [1, 3])
 def test_layer_of_a_network_of_stages(layer, tmp_path):
     model, path = small_teacher(tmp_path, "test_resnet.r160_in1k")
-    teacher = make_teacher("test_resnet.r160_in1k", (160, 160), 16, checkpoint=path, layer=layer)
+    teacher = teacher_of("test_resnet.r160_in1k", (160, 160), 16, teacher_checkpoint=path, teacher_layer=layer)
     images = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
@@ -245,7 +254,7 @@ def test_layer_of_a_network_of_stages(layer, tmp_path):
 def test_a_teacher_of_other_channels(name, channels, tmp_path):
     """timm sums the filters of RGB for gray pictures, and goes round them for more channels, at three quarters for four."""
     model, path = small_teacher(tmp_path, name)
-    teacher = make_teacher(name, (160, 160), 16, checkpoint=path, channels=channels)
+    teacher = teacher_of(name, (160, 160), 16, teacher_checkpoint=path, channels=channels)
     images = torch.randint(0, 256, (2, channels, 160, 160), dtype=torch.uint8)
     mean, std = (sum(model.pretrained_cfg[key]) / 3 for key in ("mean", "std"))
     normal = (images / 255 - mean) / std
@@ -265,7 +274,15 @@ def test_options_of_the_teacher_reach_it(crops, tmp_path):
         images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, kmeans_iters=1,
         teacher="test_vit.r160_in1k", teacher_checkpoint=path, teacher_layer=2, teacher_final_norm=True, channels=1, precision="float32",
     )  # fmt: skip
-    expected = make_teacher("test_vit.r160_in1k", (160, 160), 16, channels=1, checkpoint=path, layer=2, final_norm=True)
+    expected = teacher_of(
+        "test_vit.r160_in1k",
+        (160, 160),
+        16,
+        channels=1,
+        teacher_checkpoint=path,
+        teacher_layer=2,
+        teacher_final_norm=True,
+    )
     images = torch.randint(0, 256, (1, 1, 160, 160), dtype=torch.uint8)
     assert torch.equal(tokenizer.teacher(images), expected(images))
 
@@ -275,7 +292,9 @@ def test_the_paper_s_teacher(tmp_path):
     """k-CLIP's encoder: RN50x64 at 448 px gives 14 x 14 x 4096 before its attention pool."""
     model = timm.create_model("resnet50x64_clip.openai", pretrained=False)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    teacher = make_teacher("resnet50x64_clip.openai", (224, 224), 16, checkpoint=str(tmp_path / "weights.safetensors"))
+    teacher = teacher_of(
+        "resnet50x64_clip.openai", (224, 224), 16, teacher_checkpoint=str(tmp_path / "weights.safetensors")
+    )
     assert teacher.image_size == (448, 448)
     assert teacher(torch.zeros(1, 3, 448, 448, dtype=torch.uint8)).shape == (1, 4096, 14, 14)
 
@@ -373,16 +392,18 @@ def saved_vit(tmp_path):
 def test_layers_are_counted_from_either_end(saved_vit):
     name, model = saved_vit
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    first, also_first = (make_teacher(name, (32, 32), 8, layer=layer, teacher_size=(32, 32)) for layer in (0, -12))
+    first, also_first = (
+        teacher_of(name, (32, 32), 8, teacher_layer=layer, teacher_image_size=(32, 32)) for layer in (0, -12)
+    )
     assert torch.equal(first(images), also_first(images))
     for layer in (12, 99, -13, -14):
         with refused(layer, "-12 to 11"):
-            make_teacher(name, (32, 32), 8, layer=layer)
+            teacher_of(name, (32, 32), 8, teacher_layer=layer)
 
 
 def test_a_folder_s_vit_at_another_size(saved_vit):
     name, model = saved_vit
-    teacher = make_teacher(name, (48, 32), 8, teacher_size=(48, 32))
+    teacher = teacher_of(name, (48, 32), 8, teacher_image_size=(48, 32))
     images = torch.randint(0, 256, (2, 3, 48, 32), dtype=torch.uint8)
     found = teacher(images)
     model.set_input_size(img_size=(48, 32))
@@ -395,14 +416,14 @@ def test_a_folder_s_vit_at_another_size(saved_vit):
 
 
 def test_views_that_timm_refuses(monkeypatch, saved_vit):
-    teacher = make_teacher(saved_vit[0], (32, 32), 8)
+    teacher = teacher_of(saved_vit[0], (32, 32), 8)
     with refused("40 x 40", "teacher_image_size"):
         teacher.encoder(torch.zeros(1, 3, 40, 40))
 
 
 def test_every_batch_s_grid_is_looked_at(monkeypatch):
     """Not the first one's alone."""
-    teacher = make_teacher("pixels", (16, 16), 4)
+    teacher = teacher_of("pixels", (16, 16), 4)
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     teacher(images)
     monkeypatch.setattr(teacher.encoder, "forward", lambda images: images.mean((2, 3), keepdim=True))

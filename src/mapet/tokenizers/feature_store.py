@@ -44,6 +44,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         num_rows: n, rows appended so far.
         num_features: F; 0 before the first rows.
         scale: the power of two that stored rows are multiplied by.
+        scratch_file: None if the rows are in memory.
     """
 
     def __init__(self, max_rows: int, memory_limit: int, scratch_dir: Path, device: torch.device | str = "cpu") -> None:
@@ -52,7 +53,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         self.num_rows = self.num_features = 0
         self.scale = 1.0
         self._rows: Tensor | None = None
-        self._file: io.FileIO | None = None
+        self.scratch_file: io.FileIO | None = None
 
     @classmethod
     def from_tensor(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
@@ -64,17 +65,12 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
     def __exit__(self, *_: object) -> None:
         """Free the memory, and close the scratch file, which removes it."""
         self._rows = None
-        if self._file is not None:
-            self._file.close()
+        if self.scratch_file is not None:
+            self.scratch_file.close()
 
     def __len__(self) -> int:
         """Return n, the rows appended so far."""
         return self.num_rows
-
-    @property
-    def in_memory(self) -> bool:
-        """Return whether the rows are in memory, not in the scratch file."""
-        return self._file is None
 
     def append(self, features: Float[Tensor, "m F"]) -> None:
         """Add rows; those beyond `max_rows` are ignored. The first call decides the scale and where the rows are held.
@@ -91,12 +87,12 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
                 f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalize the encoder's output"
             )
-        if self._file is None:
+        if self.scratch_file is None:
             assert self._rows is not None
             self._rows[self.num_rows : self.num_rows + len(scaled)] = scaled
         else:
-            self._file.seek(self.num_rows * self.num_features * BYTES_PER_VALUE)
-            scaled.half().cpu().numpy().tofile(self._file)
+            self.scratch_file.seek(self.num_rows * self.num_features * BYTES_PER_VALUE)
+            scaled.half().cpu().numpy().tofile(self.scratch_file)
         self.num_rows += len(scaled)
 
     def _allocate(self, first_rows: Float[Tensor, "m F"]) -> None:
@@ -110,12 +106,10 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             return
         try:
             self.scratch_dir.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
+            self.scratch_file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
-            raise MapetError(
-                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror}; give another {option('out')} "
-                f"or more {option('memory_gb')}"
-            ) from None
+            fix = f"give another {option('out')} or more {option('memory_gb')}"
+            raise MapetError(f"no scratch file in {self.scratch_dir}: {error.strerror}; {fix}") from None
         free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
             raise MapetError(
@@ -123,7 +117,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
                 f"{self.memory_limit / 1e9:.3g} and than the {free / 1e9:.3g} GB free in {self.scratch_dir}: give {option('out')} on "
                 f"another disk, more {option('memory_gb')} or fewer {option('patches_per_code')}"
             )
-        preallocate(self._file, size, self.scratch_dir)
+        preallocate(self.scratch_file, size, self.scratch_dir)
         log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch_dir)
 
     def blocks(self, block_size: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
@@ -152,11 +146,11 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
 
         The file is read and not memory-mapped: a map of the whole file would count as this process's memory.
         """
-        if self._file is None:
+        if self.scratch_file is None:
             assert self._rows is not None
             return self._rows[start : start + count]
-        self._file.seek(start * self.num_features * BYTES_PER_VALUE)
-        values = np.fromfile(self._file, np.float16, count * self.num_features)
+        self.scratch_file.seek(start * self.num_features * BYTES_PER_VALUE)
+        values = np.fromfile(self.scratch_file, np.float16, count * self.num_features)
         return torch.from_numpy(values).view(count, self.num_features)
 
 
@@ -179,11 +173,18 @@ class DistributedPoints:
         store: this rank's features, unscaled.
         first: index of this rank's first point.
         total: number of points on all ranks.
+
+    Raises:
+        MapetError: a rank has no points.
     """
 
     def __init__(self, store: FeatureStore, metric: Metric = "l2") -> None:
         self.store, self.metric, self.device = store, metric, store.device
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
+        if 0 in counts:
+            raise MapetError(
+                "k-means needs at least one patch in each process, but one has none: start fewer processes"
+            )
         self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
     def __len__(self) -> int:

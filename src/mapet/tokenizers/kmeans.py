@@ -232,10 +232,6 @@ class KMeans:
             MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
             Interrupted: Ctrl-C, after the state was saved.
         """
-        if not int(distributed.all_gather(torch.tensor(len(points))).min()):
-            raise MapetError(
-                "k-means needs at least one point in each process, but one has none: start fewer processes"
-            )
         if not isinstance(points, FeatureStore):
             points = FeatureStore.from_tensor(points)
         data = DistributedPoints(points, self.metric)
@@ -243,8 +239,7 @@ class KMeans:
             raise MapetError(
                 f"V = {self.vocab_size:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
             )
-        config = asdict(self) | {"world_size": distributed.world_size(), "precision": str(self.dtype)}
-        del config["dtype"]
+        config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
         counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
         state = KMeansState(0, torch.inf, torch.inf, centroids, centroids, counts, counts)

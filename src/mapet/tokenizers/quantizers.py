@@ -147,7 +147,5 @@ def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:
         return (2,) * (vocab_size.bit_length() - 1)
     possible = [size for size in LEVELS if size <= vocab_size]
     if not possible:
-        raise MapetError(
-            f"{vocab_size} codes are too few for FSQ: {option('vocab_size')} must be at least {min(LEVELS)}"
-        )
+        raise MapetError(f"FSQ makes at least {min(LEVELS)} codes: raise {option('vocab_size')}, now {vocab_size}")
     return LEVELS[max(possible)]

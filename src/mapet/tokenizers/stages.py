@@ -28,7 +28,7 @@ from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
 from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, save_tokenizer, teacher_from_config
+from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_teacher, save_tokenizer
 
 log = logging.getLogger("mapet")
 RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
@@ -64,15 +64,13 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     create_output_dir(config.out, create=False)
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
-        raise MapetError(
-            f"{checkpoint} holds an interrupted fit: give {option('resume', True)}, or delete it to restart"
-        )
+        raise MapetError(f"{checkpoint} holds an interrupted fit: {option('resume', True)} resumes it, or delete it")
     distributed.barrier()  # every rank has checked before one writes
     compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
     if distributed.rank() == 0:
         warn_from_sample(images, config.channels, config.image_size)
-    teacher = teacher_from_config(config, compute)
+    teacher = make_teacher(config, compute.precision).to(compute.device)
     num_patches = len(images) * math.prod(teacher.grid)
     vocab_size, levels = _choose_codes(config, teacher, num_patches)
     log.info(
@@ -92,9 +90,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         with FeatureStore(max_patches, memory, config.out.parent, compute.device) as points:
             for rows in features:
                 points.append(rows)
-            result = (
-                fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute.dtype, checkpoint)
-            )
+            result = fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute, checkpoint)
     fit_config |= {
         "images_hash": images.hash, "num_images": len(images), "num_patches": int(result.usage.sum()),
         "mean_squared_distance": result.error,
@@ -108,17 +104,17 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
 
 
 def fit_kmeans(
-    points: FeatureStore, vocab_size: int, config: FitTokenizerConfig, dtype: torch.dtype, checkpoint: Path
+    points: FeatureStore, vocab_size: int, config: FitTokenizerConfig, compute: ComputeContext, checkpoint: Path
 ) -> FitResult:
     """Fit k-means centroids to the features, or to their first `config.pca_dim` principal components.
 
     Args:
         points: this rank's features.
-        dtype: type of the matrix products, float32 or bfloat16.
+        compute: its `dtype` is that of the matrix products, float32 or bfloat16.
         checkpoint: file that k-means saves its state to and resumes from.
     """
     kmeans = KMeans(
-        vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, dtype, config.kmeans_init, config.kmeans_batch_size,
+        vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, compute.dtype, config.kmeans_init, config.kmeans_batch_size,
         config.kmeans_metric,
     )  # fmt: skip
     projection = {}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet import distributed, files
-from mapet.config.shared import HUB_PREFIXES, Size, is_custom_teacher
+from mapet.config.shared import HUB_PREFIXES, is_custom_teacher, non_default_options
 from mapet.config.tokenizers import TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
@@ -32,17 +32,18 @@ log = logging.getLogger("mapet")
 CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
-OPTIONAL_SETTINGS = {
-    "checkpoint": "teacher_checkpoint", "teacher_size": "teacher_image_size", "layer": "teacher_layer", "final_norm": "teacher_final_norm",
+SETTINGS = {
+    "teacher": "teacher", "student_size": "image_size", "patch_size": "patch_size", "channels": "channels", "checkpoint": "teacher_checkpoint",
+    "teacher_size": "teacher_image_size", "layer": "teacher_layer", "final_norm": "teacher_final_norm",
 }  # fmt: skip
-"""Setting of `make_teacher` that only some teachers use -> the option that sets it."""
+"""Key of `Teacher.settings` -> the option that sets it."""
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "dalle": dalle.build, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd,
 }  # fmt: skip
 """Name of a teacher -> the function that makes its encoder.
 
-The parameters of such a function, by name, are some of the arguments of `make_teacher` and `grid`, the student's (rows, columns); an
-option of a teacher that the function has no parameter for is refused. The encoder maps (B, C, h, w) floats in [0, 1] to features
+The parameters of such a function, by name, are some of the keys of `SETTINGS` and `grid`, the student's (rows, columns); an option of a
+teacher that the function has no parameter for is refused. The encoder maps (B, C, h, w) floats in [0, 1] to features
 (B, F, rows, columns), and may have these attributes:
 
     image_size   (h, w) of its input, pixels; without it, the student's
@@ -60,9 +61,9 @@ class Teacher(nn.Module):
         image_size: (h, w) of the views it takes, pixels.
         grid: (rows, columns) of the student's patches; a feature map of another size is interpolated to it.
         native_grid: (rows, columns) of the encoder's feature map; None before it has run.
-        settings: the arguments of `make_teacher` that make it again, as JSON values. They are written to the tokenizer's JSON and, but
-            for the checkpoint's path, enter its hash. One of them is the precision: in another one about 1 % of the patches get other
-            tokens, so tokens are always computed in this one.
+        settings: JSON values that `make_teacher` makes it of: those of `SETTINGS`, and the precision of its matrix products. They are
+            written to the tokenizer's JSON and, but for the checkpoint's path, enter its hash. In another precision about 1 % of the
+            patches get other tokens, so tokens are always computed in this one.
         weights_hash: sha256 of the encoder's parameters; '' if it has none.
         builtin_quantizer: maps its features to tokens if the encoder has a codebook or logits; else None.
         metadata: further facts for the tokenizer's JSON: mean and std of the input in [0, 1], number of prefix tokens dropped and, of a
@@ -104,13 +105,11 @@ class Teacher(nn.Module):
         bfloat16 = self.settings["precision"] == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.encoder((images.float() / 255).contiguous(memory_format=torch.channels_last))
-        if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[0] != images.shape[0]:
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise MapetError(
-                f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {found} for {len(images)} images: "
-                "change the function that returns it"
-            )
-        self.native_grid = rows, columns = features.shape[2], features.shape[3]
+        shape = tuple(features.shape) if isinstance(features, Tensor) else (type(features).__name__,)
+        if len(shape) != 4 or shape[0] != len(images):
+            found = f"got {shape} for {len(images)} images: change the function that returns it"
+            raise MapetError(f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), {found}")
+        self.native_grid = rows, columns = shape[2:]
         height, width = self.image_size
         # A single feature for the whole image, or swapped rows and columns, would be interpolated without any error.
         is_single = min(rows, columns) < 2 <= min(self.grid)
@@ -146,48 +145,29 @@ class Teacher(nn.Module):
         return features
 
 
-def teacher_from_config(config: TeacherOptions, compute: ComputeContext) -> Teacher:
-    """Return the teacher that a command's options choose, on the device and in the precision of `compute`; see `make_teacher`."""
-    teacher = make_teacher(
-        config.teacher, config.image_size, config.patch_size, config.channels, config.teacher_checkpoint, config.teacher_image_size,
-        config.teacher_layer, compute.precision, config.teacher_final_norm,
-    )  # fmt: skip
-    return teacher.to(compute.device)
-
-
-def make_teacher(
-    teacher: str, student_size: Size, patch_size: int, channels: int = 3, checkpoint: str | None = None,
-    teacher_size: Size | None = None, layer: int = -1, precision: str = "float32", final_norm: bool = False,
-) -> Teacher:  # fmt: skip
-    """Create a teacher by name.
+def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
+    """Create the teacher that options choose, on the CPU.
 
     Args:
-        teacher: 'pixels', the patch's own pixels, which needs no weights; 'vqkd' or 'dalle', which have a built-in codebook; any timm
-            model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
+        config: `teacher` is 'pixels', the patch's own pixels, which needs no weights; 'vqkd' or 'dalle', which have a built-in codebook;
+            any timm model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
             encoder: a callable that maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
-        student_size: (H, W) of the student's input, pixels; with `patch_size` it fixes the grid.
-        checkpoint: a local weights file; None: timm downloads its own.
-        teacher_size: (h, w) of the views it takes, pixels; None: timm's own for that model, else the student's.
-        layer: index of timm's intermediate feature map; -1 is the last.
         precision: of its matrix products, 'float32' or 'bfloat16'.
-        final_norm: apply timm's last normalization to the features (k-CLIP does not). Prefix tokens are always dropped.
 
     Raises:
         MapetError: unknown name, an option that this teacher does not use, or weights that are missing, unsafe or of another model.
     """
-    settings: dict[str, Any] = {
-        "teacher": teacher, "student_size": list(student_size), "patch_size": patch_size, "channels": channels, "checkpoint": checkpoint,
-        "teacher_size": list(teacher_size) if teacher_size else None, "layer": layer, "precision": precision, "final_norm": final_norm,
-    }  # fmt: skip
-    build = _find_builder(teacher)
+    values = config.model_dump(mode="json")
+    settings = {key: values[name] for key, name in SETTINGS.items()} | {"precision": precision}
+    (height, width), patch_size = config.image_size, config.patch_size
+    arguments = {key: getattr(config, name) for key, name in SETTINGS.items()}
+    arguments["grid"] = height // patch_size, width // patch_size
+    build = _find_builder(config.teacher)
     parameters = inspect.signature(build).parameters
-    defaults = inspect.signature(make_teacher).parameters
-    for name, option_name in OPTIONAL_SETTINGS.items():
-        if name not in parameters and settings[name] != defaults[name].default:
-            raise MapetError(f"teacher '{teacher}' does not use {option(option_name)}: leave it out")
-    grid = student_size[0] // patch_size, student_size[1] // patch_size
-    arguments = settings | {"grid": grid, "teacher_size": teacher_size and tuple(teacher_size)}
-    return Teacher(build(**{name: arguments[name] for name in parameters}), settings)
+    for key in ("checkpoint", "teacher_size", "layer", "final_norm"):
+        if key not in parameters and non_default_options(config, [SETTINGS[key]]):
+            raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: leave it out")
+    return Teacher(build(**{key: arguments[key] for key in parameters}), settings)
 
 
 def _find_builder(teacher: str) -> Callable[..., nn.Module]:
@@ -297,11 +277,9 @@ def save_tokenizer(
     log.info("codebook: %s", stats)
     # The hash covers what determines the tokens.
     identity = {
-        "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"},
-        "weights_hash": teacher.weights_hash,
-        "quantizer": quantizer.settings,
-        "quantizer_hash": hash_weights(quantizer.state_dict()),
-    }
+        "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"}, "weights_hash": teacher.weights_hash,
+        "quantizer": quantizer.settings, "quantizer_hash": hash_weights(quantizer.state_dict()),
+    }  # fmt: skip
     interpolated = teacher.native_grid not in (None, teacher.grid)
     description = identity | {
         "format_version": FORMAT, "hash": files.canonical_hash(identity), "teacher": teacher.settings,
@@ -319,7 +297,7 @@ def save_tokenizer(
 
 
 def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None) -> Tokenizer:
-    """Read a tokenizer that `save_tokenizer` wrote.
+    """Read a tokenizer that `save_tokenizer` wrote. A weights file of its teacher is taken from where it was, else from `folder`.
 
     Args:
         with_teacher: also make the teacher, which `forward` needs.
@@ -338,38 +316,27 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         if hash_weights(tensors) != description["quantizer_hash"]:
             raise ValueError(f"the codebook is not the one that {DESCRIPTION} describes")
         tokenizer = Tokenizer(None, Quantizer(description["quantizer"], tensors), description)
-        settings, weights_hash = dict(description["teacher"]), description["weights_hash"]
-        name = settings["teacher"]
+        settings, weights_hash = description["teacher"], description["weights_hash"]
+        config = TeacherOptions(**{name: settings[key] for key, name in SETTINGS.items()})
+        precision = settings["precision"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MapetError(f"{folder}: damaged tokenizer ({error}); run `mapet fit-tokenizer` again") from None
     if not with_teacher:
         return tokenizer
+    name, checkpoint = config.teacher, config.teacher_checkpoint
     if is_custom_teacher(name) and name != trusted_teacher:
-        raise MapetError(
-            f"tokenizer {folder} runs your own code '{name}'; to allow it, give {option('trust_teacher', name)}"
-        )
-    tokenizer.teacher = _load_teacher(folder, settings, weights_hash)
-    return tokenizer
-
-
-def _load_teacher(folder: Path, settings: dict[str, Any], weights_hash: str) -> Teacher:
-    """Make the teacher of the tokenizer in `folder`, and check its weights.
-
-    Args:
-        settings: its `Teacher.settings`. A checkpoint that is no longer at its path is looked for in `folder`.
-        weights_hash: that of the teacher that the quantizer was fitted with.
-    """
-    name, checkpoint = settings["teacher"], settings["checkpoint"]
+        raise MapetError(f"{folder} runs your own code '{name}'; to allow it, give {option('trust_teacher', name)}")
     if checkpoint and not Path(checkpoint).exists():
-        settings["checkpoint"] = str(folder / Path(checkpoint).name)
-        if not Path(settings["checkpoint"]).exists():
+        local = folder / Path(checkpoint).name
+        if not local.exists():
             raise MapetError(
                 f"the weights file of teacher '{name}' in {folder}, {checkpoint}, is not there: put it, or a link to it, into {folder}"
             )
-    teacher = make_teacher(**settings)
+        config = config.model_copy(update={"teacher_checkpoint": str(local)})
+    teacher = tokenizer.teacher = make_teacher(config, precision)
     if teacher.weights_hash != weights_hash:
         raise MapetError(
             f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted with "
             f"({weights_hash[:12]}): its tokens would be wrong. Put the right weights file there or fit again"
         )
-    return teacher
+    return tokenizer

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mapet.config.data import CheckConfig
 from mapet.config.pretraining import PretrainConfig
-from mapet.config.tokenizers import FitTokenizerConfig
+from mapet.config.tokenizers import FitTokenizerConfig, TeacherOptions
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, normalize
@@ -48,8 +48,8 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     num_patches, grid = vit.patch_embed.num_patches, tuple(vit.patch_embed.grid_size)
     total_patches = num_images * num_patches
     vocab_size = default_vocab_size(total_patches)
-    teacher = make_teacher(config.teacher, *sizes, config.teacher_checkpoint, precision=compute.precision)
-    teacher = teacher.to(compute.device)
+    options = TeacherOptions(**config.model_dump(include=set(TeacherOptions.model_fields)))
+    teacher = make_teacher(options, compute.precision).to(compute.device)
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
     spec = ViewSpec(image_size=config.image_size)

@@ -1,7 +1,7 @@
 """The user's own encoder, as 'package.module:function'."""
 
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -22,17 +22,14 @@ def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn
     Raises:
         MapetError: there is no such function, it does not take one argument, or it returns something that is not callable.
     """
-    module_name, _, function_name = teacher.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(teacher)
     except ImportError as error:
-        raise MapetError(
-            f"teacher '{teacher}': cannot import {module_name} ({error}); is it installed or on PYTHONPATH?"
-        ) from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        suggestion = did_you_mean(function_name, vars(module)) or ": check its name"
-        raise MapetError(f"teacher '{teacher}': {module_name} has no '{function_name}'{suggestion}")
+        fix = "is its package installed, or on PYTHONPATH?"
+        raise MapetError(f"teacher '{teacher}': cannot import {teacher.partition(':')[0]} ({error}); {fix}") from None
+    except (AttributeError, ValueError) as error:  # ValueError: not of the form package.module:function
+        suggestion = did_you_mean(getattr(error, "name", ""), dir(getattr(error, "obj", None))) or "; check its name"
+        raise MapetError(f"teacher '{teacher}': {error}{suggestion}") from None
     try:
         inspect.signature(function).bind(checkpoint)
     except TypeError:

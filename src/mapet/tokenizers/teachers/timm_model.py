@@ -72,9 +72,9 @@ class TimmFeatures(nn.Module):
                 normalized, indices=[self.layer], norm=self.final_norm, intermediates_only=True, output_fmt="NCHW"
             )
         except AssertionError as error:  # timm's check of the image size
+            wrong = f"takes no views of {format_size(images.shape[2:])} px: {error}"
             raise MapetError(
-                f"teacher '{self.name}' takes no views of {format_size(images.shape[2:])} px: {error}; choose another "
-                f"{option('teacher_image_size')}, or leave it out"
+                f"teacher '{self.name}' {wrong}; change {option('teacher_image_size')} or leave it out"
             ) from None
         return features
 

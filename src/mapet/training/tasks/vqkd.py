@@ -20,7 +20,7 @@ from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.tokenizers.kmeans import default_vocab_size
-from mapet.tokenizers.tokenizer import CodebookStats, Teacher, teacher_from_config
+from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
 
@@ -49,7 +49,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
             MapetError: there are fewer patches than codes, or images, teacher or model can't be had as the options say.
         """
         self.compute, images = compute, list_images(config.images)
-        self.teacher = teacher_from_config(config, compute)
+        self.teacher = make_teacher(config, compute.precision).to(compute.device)
         spec = ViewSpec.from_config(config, config.image_size, config.seed)
         sizes = config.image_size, self.teacher.image_size
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
