@@ -78,11 +78,13 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         Raises:
             MapetError: there is too little disk for the scratch file, or a value does not fit float16.
         """
+        features = features[: self.max_rows - self.num_rows]
+        if not len(features):
+            return
         if self.num_rows == 0:
             self._allocate(features)
-        features = features[: self.max_rows - self.num_rows]
         scaled = features.float() * self.scale
-        if scaled.numel() and float(scaled.abs().max()) > FLOAT16_MAX:
+        if float(scaled.abs().max()) > FLOAT16_MAX:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
                 f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalize the encoder's output"
