@@ -46,7 +46,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     layer_scale_init: PositiveFloat | None = 0.1
     """Initial value of LayerScale; none: no LayerScale."""
     color_jitter: NonNegativeFloat = 0.4
-    """Strength of brightness, contrast and saturation jitter (the student's view only)."""
+    """Strength of brightness, contrast and saturation jitter of the student's view; the teacher's has none."""
 
     log_interval: PositiveInt | None = None
     """Largest number of steps between lines of metrics (an epoch is divided evenly); auto: 5 lines per epoch, at most 50 steps."""
@@ -57,14 +57,14 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
 
     @property
     def varies_context(self) -> bool:
-        """Whether the share of predicted patches is drawn anew for each step."""
+        """Whether the number of context patches is drawn in each step."""
         return self.mask_ratio[0] < self.mask_ratio[1]
 
     def problems(self) -> Iterator[str]:
-        """Say what contradicts itself or each other."""
+        """Yield a message for each option that is invalid or contradicts another one."""
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
-            given = " ".join(f"{share:g}" for share in dict.fromkeys(self.mask_ratio))
-            yield f"{option('mask_ratio')} {given}: above 0 to 1, the smaller first, e.g. 0.5 0.9"
+            given = " ".join(f"{ratio:g}" for ratio in dict.fromkeys(self.mask_ratio))
+            yield f"{option('mask_ratio')} {given}: must be above 0 and at most 1, the smaller one first, e.g. 0.5 0.9"
 
 
 class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions):  # fmt: skip
@@ -78,10 +78,10 @@ class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, s
     """Token store written by `tokenize`, whose views are used; none: tokens are computed online, on fresh views."""
 
     def problems(self) -> Iterator[str]:
-        """Say what contradicts itself or each other."""
+        """Yield a message for each option that is invalid or contradicts another one."""
         yield from super().problems()
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
-            yield f"{option('views')} is for tokens made in the loop; with {option('tokens')} the store says which views there are"
+            yield f"{option('views')} is for tokens that are computed online; with {option('tokens')} the store has its views: leave it out"
 
 
 class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
@@ -92,7 +92,7 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     run: list[Path] = Field(min_length=1, max_length=40)
     """Run folders of `pretrain` or `run`; several are compared, with shared axes."""
     out: Path | None = None
-    """New HTML file, under 5 MB; it opens from disk and connects to nothing."""
+    """New HTML file, under 5 MB, that opens from disk and loads nothing from the network."""
     figures_dir: Path | None = None
     """New folder for the figures (PNG) and the step-through (JSON)."""
     serve: bool = False
@@ -104,7 +104,7 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     """Images for the figures; auto: those the run was trained on."""
 
     def problems(self) -> Iterator[str]:
-        """Say what contradicts itself or each other."""
+        """Yield a message for each option that is invalid or contradicts another one."""
         if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
             yield f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
         if not self.serve and not self.out and not self.figures_dir:
