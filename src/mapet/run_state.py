@@ -35,7 +35,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     system = {"python": platform.python_version(), "platform": platform.platform()}
     return {package: version(package) for package in PACKAGES} | system
 
@@ -69,7 +69,7 @@ class RunState(BaseModel):
     description: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     argv: list[str] = Field(default_factory=lambda: list(sys.argv))
-    versions: dict[str, str] = Field(default_factory=_versions)
+    versions: dict[str, str] = Field(default_factory=package_versions)
     device: str = ""
     started: datetime = Field(default_factory=_now)
     updated: datetime = Field(default_factory=_now)

@@ -7,7 +7,6 @@ import errno
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,10 @@ BUNDLE, BUNDLE_FORMAT = "bundle.json", 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What reading a damaged file, or loading its tensors into another model, raises."""
+
+
+class OtherInputsError(MapetError):
+    """A checkpoint was made from another tokenizer, or other images, than there are now."""
 
 
 def save_checkpoint(
@@ -111,36 +114,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
-def check_fingerprints(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Raise MapetError if the newest readable checkpoint in `folder` was made from other inputs.
-
-    Args:
-        hashes: sha256 of the present inputs by name, e.g. `tokenizer_hash`; a name that the checkpoint hasn't is not checked.
-    """
-    state: dict[str, Any] = {}
-    for path in checkpoints(folder):
-        with suppress(MapetError):
-            state = state or files.read_checksummed_json(path / STATE, "checkpoint")
-    for name, digest in hashes.items():
-        if state.get(name, digest) != digest:
-            raise MapetError(
-                f"{folder.parent} was trained with other {name.removesuffix('_hash')}: expected hash {state[name][:12]}, found "
-                f"{digest[:12]}. Restore the files that were moved or changed, or start a new run with a new {option('out')}"
-            )
-
-
 def checkpoint_step(path: Path) -> int:
     """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer | None = None, **stateful: Any
+    folder: Path, model: nn.Module, optimizer: Optimizer | None = None, hashes: Mapping[str, str] = {}, **stateful: Any
 ) -> dict[str, Any]:
     """Load the newest intact checkpoint of a run; skip damaged ones with a warning.
 
     Args:
         folder: of checkpoints, or one checkpoint.
+        hashes: sha256 of the present inputs by name, e.g. `tokenizer_hash`, that must be those of the checkpoint; a name that it
+            doesn't have is not checked.
         stateful: further objects to load, by the names that `checkpoint_tensors` had for them.
 
     Returns:
@@ -148,12 +135,13 @@ def load_checkpoint(
 
     Raises:
         NewerFormatError: a newer version of mapet wrote it. An older checkpoint would silently lose that version's work.
+        OtherInputsError: it was made from other inputs.
         MapetError: none is intact.
     """
     candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in candidates:
         try:
-            state, parts = _read(path)
+            state, parts = _read(path, hashes)
             load_full_state_dict(model, parts["model"])
             if optimizer is not None:
                 _load_optimizer(optimizer, parts["optimizer"])
@@ -164,7 +152,7 @@ def load_checkpoint(
                         {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
                     )
             return state
-        except NewerFormatError:
+        except (NewerFormatError, OtherInputsError):
             raise
         except (MapetError, *READ_ERRORS) as error:
             log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
@@ -173,17 +161,23 @@ def load_checkpoint(
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Return a checkpoint's state and its tensors by file name without suffix.
 
     Raises:
-        NewerFormatError: a newer version of mapet wrote it.
+        NewerFormatError, OtherInputsError: see `load_checkpoint`.
         MapetError, ValueError, KeyError, OSError: a file is missing or damaged.
     """
     state = files.read_checksummed_json(path / STATE, "checkpoint")
     files.check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
         raise ValueError(f"{STATE} says step {state['step']}")
+    for name, digest in hashes.items():
+        if state.get(name, digest) != digest:
+            raise OtherInputsError(
+                f"{path.parent.parent} was trained with other {name.removesuffix('_hash')}: expected hash {state[name][:12]}, "
+                f"found {digest[:12]}. Restore the files that were moved or changed, or start a new run with a new {option('out')}"
+            )
     for name, digest in state["sha256"].items():
         if files.file_hash(path / name) != digest:
             raise ValueError(f"{name} is damaged (its sha256 differs)")

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -20,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -34,7 +32,7 @@ from mapet.config.shared import TrainerConfig
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, install_hint, option, pluralize, shell_command
 from mapet.files import create_output_dir, is_empty_dir, read_json, write_json, write_text
-from mapet.run_state import CONFIG_FILE, PACKAGES, parent_run, pretrain_folder, record
+from mapet.run_state import CONFIG_FILE, package_versions, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
 
 log = logging.getLogger("mapet")
@@ -80,10 +78,10 @@ class RunFolder:
         self._handler = _LogFile(path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
-        versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        system = f"{versions}, Python {platform.python_version()}, {platform.platform()}, {pluralize(torch.get_num_threads(), 'thread')}"
+        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        system = f"{compute}; {versions}; {pluralize(torch.get_num_threads(), 'thread')}; {shlex.join(sys.argv)}"
         start = f"{'resumed' if config.resume else 'started'} with\n{to_yaml(config)}"
-        self._log_to_file(f"{start}system: {compute}; {system}; {shlex.join(sys.argv)}")
+        self._log_to_file(f"{start}system: {system}")
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard: Any = None  # a SummaryWriter from the first metrics on
         options = config.model_dump(mode="json")

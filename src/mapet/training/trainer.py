@@ -134,8 +134,7 @@ class Trainer(Generic[M, R]):
         """
         task, folder = self.task, self.checkpoints
         if checkpoint.checkpoints(folder):
-            checkpoint.check_fingerprints(folder, task.hashes)
-            state = checkpoint.load_checkpoint(folder, task.model, self.optimizer, **self.stateful)
+            state = checkpoint.load_checkpoint(folder, task.model, self.optimizer, task.hashes, **self.stateful)
             self.step = self.sampler.first_step = state["step"]
             self.num_rollbacks = state.get("num_rollbacks", 0)
             distributed.check_same(self.step, folder)

@@ -29,7 +29,7 @@ from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining, normalized_patches
 from mapet.run_state import CONFIG_FILE, check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from mapet.training.checkpoint import check_fingerprints, load_checkpoint
+from mapet.training.checkpoint import load_checkpoint
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
@@ -106,9 +106,8 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     present_paths = {name: resolve_run_path(folder, options, name) for name in ("images", "tokenizer")}
     config = build_config(PretrainConfig, options | present_paths, folder / CONFIG_FILE)
     tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
-    check_fingerprints(folder / "checkpoints", {"tokenizer_hash": tokenizer.hash})
     model = build_model(config, tokenizer)
-    load_checkpoint(folder / "checkpoints", model)
+    load_checkpoint(folder / "checkpoints", model, hashes={"tokenizer_hash": tokenizer.hash})
     return LoadedRun(config, tokenizer, model.eval())
 
 
