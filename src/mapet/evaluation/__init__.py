@@ -1,1 +1,1 @@
-"""Frozen features and what they are worth: probes, k-NN, few-shot, robustness, segmentation, detection."""
+"""Evaluation of frozen features: probes, k-NN, few-shot, robustness, segmentation, detection; and of visual tokens."""

@@ -1,7 +1,8 @@
-"""Features of many images on disk, written in shards, so that an interrupted job can be resumed.
+"""Features of many images on disk, written shard by shard, so that an interrupted job can be resumed.
 
-npy: `features.npy` (n, ...), rows of unreadable images are NaN; `ids.json` the ids. parquet: `features.parquet/part-*` with the columns `id` and
-`features`, without the unreadable. `manifest.json` says what made them, how many are done, and which could not be read.
+npy: `features.npy` (n, ...), in which rows of unreadable images are NaN, and `ids.json` with the ids. parquet:
+`features.parquet/part-*` with the columns `id` and `features`, without unreadable images. `manifest.json` says what made them,
+how many images are done, and which are unreadable.
 """
 
 import importlib.util
@@ -35,34 +36,43 @@ log = logging.getLogger("mapet")
 KIND, FORMAT = "folder of features", 1
 ROWS, IDS, SHARDS = "features.npy", "ids.json", "features.parquet"
 SHARD_BYTES = 32 << 20
+"""Size of a shard's features, which are written together."""
+NUM_TRIAL_IMAGES = 8
+"""Images whose features are computed before anything is written."""
 
 
 def embed(config: EmbedConfig) -> Path:
-    """Write the features of every image into `config.out`, a new folder or one that was interrupted; return the folder.
+    """Write the features of every image into `config.out`, a new folder or an interrupted one; return the folder.
+
+    In order: load the backbone; try it on a few images; create or resume the folder; then compute the features batch by batch and
+    write them whenever a shard is full, or a signal stops the job.
 
     Raises:
-        Interrupted: a signal came; whole batches are saved.
-        MapetError: the folder is of other images or options; features are not finite, or too large for `config.dtype`.
+        Interrupted: a signal came; the features so far are saved.
+        MapetError: the folder is of other images or options, pyarrow is missing, features are NaN or infinite, or too large for
+            `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
     compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
-    options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
-    vit = prepare_for_device(load_backbone(config.backbone, **options), compute).eval()
+    model_options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
+    vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
     backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
     dataset = ViewDataset(images, ViewSpec(image_size=backbone.image_size), vit.in_chans, backbone.image_size)
-    first = dataset.batch([(0, index) for index in range(min(len(images), 8))])
-    if first.images is not None:
-        _compute_features(config, backbone, first.images)  # what cannot be written is refused before anything is
+    trial = dataset.batch([(0, index) for index in range(min(len(images), NUM_TRIAL_IMAGES))])
+    if trial.images is not None:
+        _compute_features(config, backbone, trial.images)
     manifest = _open_manifest(config, images, backbone)
-    unreadable = UnreadableImages(
-        images, config.max_unreadable, {int(i): why for i, why in manifest["unreadable"].items()}
-    )
-    size, num_done, batch_size = manifest["shard_size"], manifest["num_done"], inference_batch_size(backbone.image_size)
-    edges = [num_done, *range((num_done // size + 1) * size, len(images), size), len(images)]
-    batches = [batch for start, end in pairwise(edges) for batch in position_batches(range(start, end), batch_size)]
-    rows, index = [], []  # of the batches that are not yet on disk
+    reasons = {int(index): reason for index, reason in manifest["unreadable"].items()}
+    unreadable = UnreadableImages(images, config.max_unreadable, reasons)
+    shard_size, num_done = manifest["shard_size"], manifest["num_done"]
+    # No batch crosses the end of a shard; the first shard may be partly done.
+    ends = [*range((num_done // shard_size + 1) * shard_size, len(images), shard_size), len(images)]
+    size = inference_batch_size(backbone.image_size)
+    shards = pairwise([num_done, *ends])
+    batches = [batch for start, end in shards for batch in position_batches(range(start, end), size)]
+    rows, index = [], []  # features and image indices of the batches that are not on disk yet
     with (
         stop_signals("stopping after this batch") as stop,
         tqdm(total=len(images), initial=num_done, desc="embed", unit="img", disable=None) as bar,
@@ -74,16 +84,18 @@ def embed(config: EmbedConfig) -> Path:
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
             end = positions[-1][1] + 1
-            if stop.signal_name or end in edges:
+            if stop.signal_name or end in ends:
                 manifest["unreadable"] = {str(i): reason for i, reason in unreadable.reasons.items()}
                 _write(config.out, images, manifest, rows, index, end)
                 rows, index = [], []
             if stop.signal_name and end < len(images):
                 saved = f"features of {end:,} of {len(images):,} images are saved"
                 raise Interrupted(f"stopped by {stop.signal_name}: {saved}")
-    shape, left_out = " x ".join(map(str, manifest["shape"])), len(unreadable.reasons)
-    about = f"{len(images) - left_out:,} images in {config.out} ({left_out} unreadable left out)"
-    log.info("features of %s, %s numbers each", about, shape)
+    num_unreadable = len(unreadable.reasons)
+    log.info(
+        "features of %s images in %s (%d unreadable left out), %s values per image",
+        f"{len(images) - num_unreadable:,}", config.out, num_unreadable, " x ".join(map(str, manifest["shape"])),
+    )  # fmt: skip
     return config.out
 
 
@@ -91,10 +103,13 @@ def embed(config: EmbedConfig) -> Path:
 def _compute_features(
     config: EmbedConfig, backbone: BackboneWrapper, pixels: UInt8[Tensor, "B C H W"]
 ) -> Float[np.ndarray, "B ..."]:
-    """Compute the features of a batch in the type that is stored.
+    """Compute the features of uint8 views as they are stored: pooled by `config.pool`, and of type `config.dtype`.
+
+    Returns:
+        (B, D), or (B, N, D), the features of all patches, where `config.pool` is 'none'.
 
     Raises:
-        MapetError: a feature is not finite, or beyond float16's range.
+        MapetError: a feature is NaN or infinite, or beyond float16's range.
     """
     if config.pool == "none":
         features = backbone.last_layer(pixels).flatten(2).transpose(1, 2)
@@ -107,10 +122,14 @@ def _compute_features(
 
 
 def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWrapper) -> dict[str, Any]:
-    """Read the manifest of the interrupted folder, or create a folder with room for the features.
+    """Read the manifest of an interrupted folder, or create a folder with room for the features and its first manifest.
+
+    Returns:
+        file_format, settings (what made the features, to be the same when resumed), num_images, images_hash, shape (of one
+        image's features), dtype, shard_size (in images), num_done (images that are written), unreadable (index, as text -> reason).
 
     Raises:
-        MapetError: the folder is of other images, another backbone or other options.
+        MapetError: the folder is of other images, another backbone or other options, or the disk is too full.
     """
     out = config.out
     settings = {
@@ -119,8 +138,8 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
     }  # fmt: skip
     if config.resume and (out / files.MANIFEST).exists():
         manifest = files.read_manifest(out, KIND, FORMAT)
-        now = {"images_hash": images.hash, "file_format": config.format, **settings}
-        files.check_same_options(out, {key: manifest.get(key) for key in now} | manifest["settings"], now)
+        current = {"images_hash": images.hash, "file_format": config.format, **settings}
+        files.check_same_options(out, {key: manifest.get(key) for key in current} | manifest["settings"], current)
         return manifest
     if config.resume:  # stopped before its first manifest: nothing to keep
         for name in (ROWS, IDS):
@@ -143,18 +162,22 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
 def _write(
     folder: Path, images: ImageList, manifest: dict[str, Any], rows: list[np.ndarray], index: list[np.ndarray], end: int
 ) -> None:
-    """Write the next images, up to `end`, of a shard.
+    """Write the features of the images from `num_done` to `end` - 1, and then the manifest, in which `end` images are done.
+
+    Parquet gets a new part, whose name sorts after the parts before: its shard, and the position in the shard where a resumed job
+    began.
 
     Args:
-        rows: (m, ...) features, batch by batch.
-        index: (m,) which images those are; the others are unreadable.
+        manifest: see `_open_manifest`; its `num_done` is updated.
+        rows: features of the readable images among them, batch by batch.
+        index: of each batch, the indices of its images.
     """
     start = manifest["num_done"]
     if manifest["file_format"] == "npy":
         stored = files.read_array(folder / ROWS, "r+")
         stored[start:end] = np.nan
-        for images_of_batch, features in zip(index, rows, strict=True):
-            stored[images_of_batch] = features
+        for batch_index, features in zip(index, rows, strict=True):
+            stored[batch_index] = features
         stored.flush()
     elif rows:
         import pyarrow
@@ -165,8 +188,8 @@ def _write(
             column = pyarrow.FixedSizeListArray.from_arrays(column, length)
         ids = [images.ids[i].decode("utf-8", "backslashreplace") for i in np.concatenate(index).tolist()]
         table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "features": column})
-        number, within = divmod(start, manifest["shard_size"])
-        name = f"part-{number:05d}{f'_{within:09d}' if within else ''}.parquet"  # in this order by name, too
+        shard, offset = divmod(start, manifest["shard_size"])
+        name = f"part-{shard:05d}_{offset:09d}.parquet" if offset else f"part-{shard:05d}.parquet"
         with files.atomic_write(folder / SHARDS / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
     manifest["num_done"] = end
@@ -174,23 +197,23 @@ def _write(
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]]:
-    """(ids, features) of a finished folder of either format, without the unreadable images.
+    """Read the ids and features of a finished folder of either format, without the unreadable images.
 
     Raises:
-        MapetError: not such a folder, or an unfinished one.
+        MapetError: the folder is not one that `mapet embed` made, or is unfinished.
     """
     manifest = files.read_manifest(folder, KIND, FORMAT)
     if manifest["num_done"] < manifest["num_images"]:
         done = f"{manifest['num_done']} of {manifest['num_images']} images"
-        raise MapetError(f"{folder} is unfinished ({done}): `mapet embed --resume`")
+        raise MapetError(f"{folder} is unfinished ({done}): finish it by the same command and {option('resume', True)}")
     if manifest["file_format"] == "npy":
-        good = [i for i in range(manifest["num_images"]) if str(i) not in manifest["unreadable"]]
+        readable = [i for i in range(manifest["num_images"]) if str(i) not in manifest["unreadable"]]
         ids = json.loads((folder / IDS).read_text())
-        return [ids[i] for i in good], files.read_array(folder / ROWS)[good]
+        return [ids[i] for i in readable], files.read_array(folder / ROWS)[readable]
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(folder / SHARDS, columns=["id", "features"])
     column = table["features"].combine_chunks()
-    for _ in manifest["shape"]:
+    for _ in manifest["shape"]:  # lists of lists, one for each dimension
         column = column.flatten()
     return table["id"].to_pylist(), column.to_numpy(zero_copy_only=False).reshape(-1, *manifest["shape"])
