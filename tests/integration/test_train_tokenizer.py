@@ -92,8 +92,8 @@ def test_bfloat16(few_digits, tmp_path):
     assert load_vqkd(file).image_size == (8, 8)
 
 
-def test_its_words_are_stored_and_made_online_alike(few_digits, tmp_path):
-    """The teacher brings its own words: nothing is clustered, and they are what the encoder and its codes say."""
+def test_stored_and_online_tokens_are_the_same(few_digits, tmp_path):
+    """The teacher has a built-in codebook: nothing is clustered, and tokens are its nearest codes."""
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **OPTIONS)
     common = {"images": few_digits}
     given = {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "vqkd", "teacher_checkpoint": str(file)}

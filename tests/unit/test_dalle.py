@@ -39,9 +39,9 @@ def test_against_the_library_of_origin():
     assert (float(logits.std()), float(logits.mean())) == pytest.approx((2.6336, 0.7184), abs=1e-3)
 
 
-def small(width=8, words=12):
+def small(width=8, vocab_size=12):
     torch.manual_seed(0)
-    encoder = DalleEncoder(width, words)
+    encoder = DalleEncoder(width, vocab_size)
     for weight in encoder.parameters():
         nn.init.normal_(weight, std=0.2)
     return encoder

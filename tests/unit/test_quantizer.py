@@ -1,4 +1,4 @@
-"""How features are named: centroids behind a projection, rounded components, logits; the same in any batch."""
+"""How features become tokens: centroids behind a projection, rounded components, logits; the same in any batch."""
 
 import re
 from pathlib import Path
@@ -48,18 +48,18 @@ def test_too_many_components_are_refused():
 
 
 @pytest.mark.parametrize("levels", [(8, 8), (2,) * 6, (3, 5, 2)])
-def test_scalar_words_are_levels_of_a_normal_distribution(levels):
+def test_scalar_tokens_are_levels_of_a_normal_distribution(levels):
     points = cloud()
     fitted = fit_fsq(FeatureStore.from_tensor(points), levels)
     quantizer = fitted.quantizer
     ids = quantizer(points)
     coordinates = project(points, quantizer.mean, quantizer.components).double().numpy()
-    for row, word in zip(coordinates, ids.tolist(), strict=True):
+    for row, token in zip(coordinates, ids.tolist(), strict=True):
         digits = [min(int(norm.cdf(value) * count), count - 1) for value, count in zip(row, levels, strict=True)]
         expected = 0
         for digit, count in zip(digits, levels, strict=True):
             expected = expected * count + digit
-        assert word == expected
+        assert token == expected
     assert fitted.usage.sum() == len(points) and len(fitted.usage) == np.prod(levels) == quantizer.vocab_size
     if set(levels) == {2}:
         assert torch.equal(ids, torch.from_numpy((coordinates >= 0) @ (2 ** np.arange(len(levels))[::-1])))
@@ -72,7 +72,7 @@ def test_scalar_words_are_levels_of_a_normal_distribution(levels):
 @pytest.mark.parametrize("kind", ["nearest l2", "nearest cosine", "projected", "projected cosine", "scalar", "argmax"])
 @settings(deadline=None, max_examples=10)
 @given(batch=st.integers(1, 60))
-def test_a_word_does_not_depend_on_the_batch(kind, batch):
+def test_a_token_does_not_depend_on_the_batch(kind, batch):
     points = cloud(200)
     projection = principal_components(FeatureStore.from_tensor(points), 3, whiten=False)
     if kind == "argmax":
@@ -96,7 +96,7 @@ def test_nearest_by_cosine():
     assert torch.equal(ids, expected)
 
 
-def test_levels_make_the_words_they_promise():
+def test_levels_make_the_codes_they_promise():
     assert all(np.prod(levels) == number for number, levels in LEVELS.items())
     assert levels_for(8192, signs=True) == (2,) * 13 and levels_for(512, signs=False) == (8, 8, 8)
     assert np.prod(levels_for(700, signs=False)) == 512
@@ -107,7 +107,7 @@ def test_levels_make_the_words_they_promise():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "num_codes"),
     [
         ({"quantizer": "fsq", "vocab_size": 64}, 64),
         ({"quantizer": "fsq", "fsq_levels": [3, 4]}, 12),
@@ -116,13 +116,13 @@ def test_levels_make_the_words_they_promise():
     ],
     ids=str,
 )
-def test_stored_and_online_words_are_the_same(options, words, few_digits, tmp_path):
+def test_stored_and_online_tokens_are_the_same(options, num_codes, few_digits, tmp_path):
     """Fitted, saved, loaded, stored; and again from the images."""
     common = {"images": few_digits}
     mapet.fit_tokenizer(out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **common, **options)
     store = mapet.tokenize(tokenizer=tmp_path / "t", out=tmp_path / "s", **common)
     tokenizer = load_tokenizer(tmp_path / "t")
-    assert tokenizer.vocab_size == words == store.vocab_size
+    assert tokenizer.vocab_size == num_codes == store.vocab_size
     settings = tokenizer.description["quantizer"]
     assert settings["kind"] == ("nearest" if "pca_dim" in options else "scalar")
     from mapet.data.dataset import ViewDataset

@@ -141,19 +141,19 @@ def test_features_too_uneven_for_float16():
         store.append(torch.full((5, 3), 1e4))
 
 
-def test_more_words_than_patches():
+def test_more_codes_than_patches():
     with refused(500, 400, "vocab_size"):
         KMeans(500).fit(blobs())
 
 
 @pytest.mark.parametrize(
-    ("patches", "words"), [(1, 1), (2, 2), (64, 2), (128, 2), (256, 4), (64 * 1000, 512), (10**9, 8192)]
+    ("patches", "vocab_size"), [(1, 1), (2, 2), (64, 2), (128, 2), (256, 4), (64 * 1000, 512), (10**9, 8192)]
 )
-def test_automatic_vocabulary(patches, words):
-    assert default_vocab_size(patches) == words
+def test_default_vocabulary(patches, vocab_size):
+    assert default_vocab_size(patches) == vocab_size
 
 
-def test_health_of_even_and_collapsed_codebooks():
+def test_stats_of_even_and_collapsed_codebooks():
     even = CodebookStats.from_counts(torch.full((8,), 10), quantization_error=0.25)
     assert (even.num_used_codes, even.num_dead_codes) == (8, 0)
     assert even.perplexity == pytest.approx(8)
@@ -370,7 +370,7 @@ def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
 
 
 def test_flipped_pixels_are_other_words(crops, tmp_path):
-    """Why a mirrored view is stored, not derived by mirroring the grid: the words are not the same."""
+    """Why a mirrored view is stored, not derived by mirroring the grid: the tokens are not the same."""
     tokenizer = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     images = torch.stack(
         [render_view(open_image(path), View(0, 0, 48, 48, False), (32, 32)) for path in list_images(crops)]

@@ -314,16 +314,16 @@ def test_codes_follow_by_the_moving_average():
 
 
 def test_dead_codes_come_back():
-    """A code nobody has becomes a current feature, gets an even share, and is used from then on."""
+    """A dead code becomes a current feature, gets the average usage, and is used from then on."""
     model = training(codes=30)
     features = F.normalize(torch.randn(200, 8) + 3 * torch.randn(8), dim=1)
     model.tokenizer.codebook[10:] = -features.mean(0) / features.mean(0).norm()  # on the far side
     model.tokenizer.codebook[:10] = features[:10]
-    reborn = []
+    replaced = []
     for _ in range(100):
-        reborn.append(int(model.ema_update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
+        replaced.append(int(model.ema_update_codebook(features, nearest_code(features, model.tokenizer.codebook))))
     patience = int(math.log(0.05) / math.log(1 - 1 / max(10, USAGE_PATCHES_PER_CODE * 30 / 200))) + 1
-    assert sum(reborn[: patience - 1]) == 0 and reborn[patience - 1] == 20
+    assert sum(replaced[: patience - 1]) == 0 and replaced[patience - 1] == 20
     assert torch.bincount(nearest_code(features, model.tokenizer.codebook), minlength=30).count_nonzero() >= 29
     assert torch.allclose(model.tokenizer.codebook.norm(dim=1), torch.ones(30))
 

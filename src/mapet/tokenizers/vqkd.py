@@ -158,31 +158,25 @@ def num_heads_for(width: int) -> int:
 def to_beit2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the entries of a state dict of `VQKD` and of the decoder as BEiT v2's code does.
 
-    The bias of q, k and v is split, and that of the keys left out, as it does not change the output.
+    The last norm of encoder and decoder is renamed, and the bias of q, k and v split; that of the keys is left out, as it does not
+    change the output.
     """
-    weights: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name.endswith("attn.qkv.bias"):
-            q, _, v = tensor.chunk(3)
-            weights |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
-        elif name == "codebook":
-            weights[CODES] = tensor
-        else:  # the last norm of encoder and decoder
-            weights[re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name)] = tensor
+    weights = {re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}
+    weights[CODES] = weights.pop("codebook")
+    for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
+        prefix = name.removesuffix("qkv.bias")
+        weights[prefix + "q_bias"], _, weights[prefix + "v_bias"] = weights.pop(name).chunk(3)
     return weights
 
 
 def from_beit2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Invert `to_beit2_state_dict`; the bias of the keys is zero."""
-    state = {}
-    for name, tensor in weights.items():
-        if name.endswith("attn.q_bias"):
-            v = weights[name.replace("q_bias", "v_bias")]
-            state[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros_like(v), v])
-        elif name == CODES:
-            state["codebook"] = tensor
-        elif not name.endswith("attn.v_bias"):
-            state[re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name)] = tensor
+    state = {re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name): tensor for name, tensor in weights.items()}
+    state["codebook"] = state.pop(CODES)
+    for name in [name for name in state if name.endswith("attn.q_bias")]:
+        prefix = name.removesuffix("q_bias")
+        q, v = state.pop(name), state.pop(prefix + "v_bias")
+        state[prefix + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
     return state
 
 
