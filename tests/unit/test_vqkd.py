@@ -234,9 +234,8 @@ def test_damaged_and_harmful_files(tmp_path, capsys):
     torch.save({"model": checkpoint(), "hook": Harmful()}, tmp_path / "harmful.pth")
     (tmp_path / "harmful.pkl").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("harmful.pth", "harmful.pkl"):
-        with pytest.raises(MapetError, match=r"would run|neither a safetensors nor a torch") as error:
+        with refused(tmp_path / name):
             load_vqkd(tmp_path / name)
-        assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 
