@@ -270,12 +270,10 @@ def _init_worker(_worker_id: int) -> None:
     """Set up a loader process: one thread, and signals and the end of the job are left to the main process."""
     torch.set_num_threads(1)
     ignore_signals_in_worker()
-    sys.excepthook = _report_unless_disconnected
+    sys.excepthook = _report_error
 
 
-def _report_unless_disconnected(
-    error_type: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def _report_error(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an uncaught error of a worker, unless the main process is gone, to which a thread was handing over memory."""
     if not issubclass(error_type, (EOFError, ConnectionError)):
         sys.__excepthook__(error_type, error, trace)

@@ -155,7 +155,7 @@ class DecodedImage(LazyImage):
         self.windowed = window is not None and self.is_deep
         if window is None and self.is_deep and (array.dtype.kind, array.dtype.itemsize) != ("u", 2):
             values = array[np.isfinite(array)]
-            found = f"{values.min():g} to {values.max():g}" if values.size else "none of them finite"
+            found = f"{values.min():g} to {values.max():g}" if values.size else "all NaN or Inf"
             raise ImageDecodeError(
                 f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` maps them to 8 bits"
             )

@@ -33,7 +33,7 @@ from mapet.errors import MapetError
 from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
-INDEX_FORMAT = 2
+FORMAT = 2
 """Version of the cached indices: another version is not found in the cache, and the headers are read again."""
 NUM_INDEX_THREADS = 16
 """Distant shards whose headers are read at a time; near ones keep one thread busy, and more would scatter memory."""
@@ -187,7 +187,7 @@ def _index_shard(source: str, path: str) -> ShardIndex:
     try:
         fs = _file_system(source, os.getpid())
         path = path if is_url(source) else os.path.realpath(path)
-        version = json.dumps([INDEX_FORMAT, fs.protocol, path, fs.info(path)], default=str)  # with its time or ETag
+        version = json.dumps([FORMAT, fs.protocol, path, fs.info(path)], default=str)  # with its time or ETag
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapet" / "shards"
         cached = cache / f"{hashlib.sha256(version.encode()).hexdigest()}.safetensors"
         with suppress(OSError, SafetensorError, TypeError):  # there is none, or it is damaged

@@ -63,9 +63,8 @@ class TokenShard:
         return ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name != "ids"
-        }  # loader workers map the file again
+        # Loader workers map the file again.
+        return {name: value for name, value in self.__dict__.items() if name != "ids"}
 
     def read_progress(self) -> None:
         """Read num_done, unreadable and sha256 from disk; raise ValueError if they name rows that the shard does not have."""
