@@ -42,13 +42,13 @@ def list_images(source: str | Path) -> ImageList:
         if b'"format_version"' in (path / MANIFEST).read_bytes() or (path / IDS).is_file():
             return PreparedDataset(path)
     if path.is_dir():
-        images = _scan_folder(path)
-        if not len(images) and any(path.glob("*.tar")):
+        files = _scan_folder(path)
+        if not len(files) and any(path.glob("*.tar")):
             return TarImageList(str(path / "*.tar"))
-        if not len(images):
-            searched = f"no images in {path} ({images.ignored} other files)"
-            raise MapetError(f"{searched}; looked for names ending in {' '.join(sorted(EXTENSIONS))}")
-        return images
+        if not len(files):
+            endings = " ".join(sorted(EXTENSIONS))
+            raise MapetError(f"no images in {path} ({files.ignored} other files); looked for names ending in {endings}")
+        return files
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
