@@ -173,13 +173,12 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
 
 
 def downsample_curves(history: History, max_points: int) -> dict[str, list[list[float]]]:
-    """Return metric -> [steps, values] of at most `max_points` points, rounded to six digits, more than a screen shows."""
-
-    def shorten(number: float) -> float:
-        return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
-
+    """Return metric -> [steps, values] of at most `max_points` points, values with six digits, more than a screen shows."""
     curves = {name: downsample(series, max_points) for name, series in history.series.items()}
-    return {name: [[*map(shorten, column)] for column in curve] for name, curve in curves.items()}
+    return {
+        name: [[*map(round, steps)], [float(f"{value:.6g}") for value in values]]
+        for name, (steps, values) in curves.items()
+    }
 
 
 def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:

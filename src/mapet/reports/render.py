@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from mapet.errors import option
+from mapet.studies.statistics import format_condition, format_p_value
 from mapet.training.metrics import format_duration
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -87,6 +88,7 @@ def _environment() -> Environment:
     environment.globals |= {"table": markdown_table, "version": version("mapet"), "now": datetime.now, "option": option}
     environment.filters |= {"md": escape_markdown, "quote": quote, "value": format_value}
     environment.filters |= {"number": format_number, "percent": format_percent, "duration": format_duration}
+    environment.filters |= {"condition": format_condition, "p_value": format_p_value}
     environment.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     environment.tests["bold"] = lambda text: isinstance(text, Bold)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

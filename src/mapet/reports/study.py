@@ -36,7 +36,7 @@ def write_report(study: Study, folder: Path) -> None:
         "scores_head": [*study.other_factors, study.compared_factor, *study.metrics, *COSTS],
         "scores": {budget: _score_rows(study, budget) for budget in study.budgets},
         "curves": _plot_curves(study),
-        "differences": [_difference_row(difference) for difference in differences],
+        "differences": [render_macro(SENTENCES, "difference_cells", row).split("\t") for row in differences],
         "missing": [[trial.name, trial.status, trial.reason] for trial in study.trials if not trial.finished],
         "tested": not statistics.has_single_seed(differences),
     }
@@ -68,9 +68,7 @@ def describe_findings(study: Study, differences: list[Difference]) -> list[str]:
 
 def describe_difference(difference: Difference) -> str:
     """Return a sentence about a difference, with its interval and corrected p where it was tested."""
-    condition = statistics.format_condition(difference.conditions[0])
-    p_value = statistics.format_p_value(difference.p_holm, "= ")
-    return render_macro(SENTENCES, "difference", difference, condition, p_value).strip()
+    return render_macro(SENTENCES, "difference", difference).strip()
 
 
 def _score_rows(study: Study, budget: str) -> list[list[str]]:
@@ -112,19 +110,6 @@ def _format_cost(trials: Sequence[Trial], attribute: str, unit: float) -> str:
         return "-"
     mean = fmean(known) / unit
     return f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
-
-
-def _difference_row(difference: Difference) -> list[str]:
-    """Return a row of the table of differences, in percentage points; its columns are in study_texts.html."""
-    conditions, mean, half_width = difference.conditions, 100 * difference.mean, difference.half_width
-    pooled = len(conditions) > 1
-    interval = "-" if half_width is None else f"{mean - 100 * half_width:z.1f} to {mean + 100 * half_width:z.1f}"
-    return [
-        difference.budget, difference.metric, f"{difference.first} - {difference.second}",
-        f"mean of {len(conditions)} conditions" if pooled else statistics.format_condition(conditions[0]),
-        f"{mean:z.1f}", interval, str(difference.seeds), statistics.format_p_value(difference.p),
-        statistics.format_p_value(difference.p_holm), difference.verdict,
-    ]  # fmt: skip
 
 
 def _plot_curves(study: Study) -> dict[str, dict[str, Markup]]:
