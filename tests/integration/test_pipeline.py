@@ -502,7 +502,7 @@ def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, cap
     from mapet.commands import pipeline
 
     quick = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "batch_size": 256}
-    monkeypatch.setitem(pipeline.DEMO_RECIPE, "pretrain", quick)
+    monkeypatch.setitem(pipeline.DEMO_CONFIG, "pretrain", quick)
     monkeypatch.setattr(commands, "finetune", lambda **_: 0.5)
     argv = ["demo", "--out", str(tmp_path / "demo")]
     with monkeypatch.context() as patch:

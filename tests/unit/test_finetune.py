@@ -265,7 +265,7 @@ def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monke
             f"Resume with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
         )
     assert main(["finetune", "--backbone", str(vit), "--images", str(grays), "--resume"]) == 2
-    assert "give it" in capsys.readouterr().err
+    assert "give --out" in capsys.readouterr().err
     with refused("lr"):
         tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN | {"lr": 0.5}, resume=True)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0

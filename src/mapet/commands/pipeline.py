@@ -1,4 +1,4 @@
-"""Stages together: the whole pipeline, the demo, and a study, a grid of pre-training runs that are evaluated alike and compared."""
+"""Commands made of others: the whole pipeline (`run`), the demo, and a study, a grid of pre-training runs that are compared."""
 
 import logging
 import time
@@ -27,11 +27,11 @@ from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed
 from mapet.training.tasks.pretraining import check_model_config
 
 log = logging.getLogger("mapet")
-SHARED = ("images", "seed", "device", "max_unreadable")
+SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable")
 """Options of `run` that it hands to every stage which has them."""
 NUM_DEMO_TRAIN = 1437
-"""The first 1,437 of the 1,797 digits; the others were written by other people."""
-DEMO_RECIPE: dict[str, Any] = {
+"""The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
+DEMO_CONFIG: dict[str, Any] = {
     "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 64},
     "pretrain": {
         "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4}, "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
@@ -41,29 +41,34 @@ DEMO_RECIPE: dict[str, Any] = {
 
 
 class Stage(NamedTuple):
-    """A command with its config.
+    """A command of the pipeline with its config.
 
     Attributes:
-        begun: whether it has written something; until then its options may change.
-        done: whether it is finished.
+        started: whether it has written something; until then its options may change.
+        done: whether it is finished, or has nothing to do.
     """
 
     command: AnyCommand
     config: Config
-    begun: bool
+    started: bool
     done: bool
 
 
 def run(config: RunConfig) -> Path:
-    """Run all stages that are not done; return the backbone's folder."""
+    """Run all stages that are not done, then write the run's report; return the folder of the exported backbone.
+
+    Raises:
+        Interrupted: a signal stopped a stage; the message has the command that resumes.
+        MapetError: a stage cannot run. What can be checked is checked before the first stage starts.
+    """
     with spell_in_section("pretrain", RunConfig.model_fields):
-        check_trackers_installed(config.pretrain.track)  # before hours of tokenizing
+        check_trackers_installed(config.pretrain.track)
     stages = _plan(config)
     if distributed.rank() == 0:
         _check_later_stages(config, stages)
-        _begin(config, stages)
-    distributed.barrier()  # all have looked before one writes
-    RESUME_HINT[0] = again = shell_command("run", config.out / CONFIG_FILE, "--resume")
+        _write_or_check_config(config, stages)
+    distributed.barrier()  # no rank writes before all have planned from what is there
+    RESUME_HINT[0] = resume = shell_command("run", config.out / CONFIG_FILE, "--resume")
     for stage in stages:
         if stage.done:
             continue
@@ -72,15 +77,15 @@ def run(config: RunConfig) -> Path:
             with spell_in_section(stage.command.__name__, RunConfig.model_fields):
                 result = stage.command(stage.config)
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
-            raise Interrupted(getattr(error, "what", "interrupted"), again) from None
-        if stage.command is commands.evaluate:
+            raise Interrupted(getattr(error, "what", "interrupted"), resume) from None
+        if stage.command is commands.evaluate and result:  # None on other ranks
             _, test = load_train_test(config.images, config.test_images)
             data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
-            found = dict(zip(("untrained", "pretrained"), (result or {}).values(), strict=False))
-            record(config.out, results={"evaluation": found | {"data": data}})
+            untrained, pretrained = result.values()
+            record(config.out, results={"evaluation": {"untrained": untrained, "pretrained": pretrained, "data": data}})
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
-    log.info("what came out of it, in one page: %s", config.out / REPORT_FILE)
+    log.info("report in one page: %s", config.out / REPORT_FILE)
     log.info(
         "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone, str(config.out), backbone,
@@ -89,52 +94,55 @@ def run(config: RunConfig) -> Path:
 
 
 def _plan(config: RunConfig) -> list[Stage]:
-    """Build the config of every stage before anything is written: contradicting options are refused now."""
+    """Return the stages in their order, with what is done of each; building all configs first refuses contradicting options early."""
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
     backbone, figures = pretrained / "backbone", config.out / "figures"
     trusted = get_custom_teacher(config.fit_tokenizer.teacher)
-    begun = (pretrained / CONFIG_FILE).exists()
-
-    def stage(of: AnyCommand, begun: bool, done: bool, **given: Any) -> Stage:
-        shared = {name: getattr(config, name) for name in SHARED if name in of.config_type.model_fields}
-        options = getattr(config, of.__name__, None)  # `evaluate` and `report` have none
-        section = options.model_dump(exclude_unset=True) if options else {}
-        with spell_in_section(of.__name__, RunConfig.model_fields):
-            return Stage(of, build_config(of.config_type, section | shared | given), begun, done)
-
-    made = {path: not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)}
+    is_fitted, is_tokenized, is_trained, has_figures = (
+        not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)
+    )
+    is_training = (pretrained / CONFIG_FILE).exists()
     state = try_read_state(config.out)
-    evaluated = state is not None and "evaluation" in state.results
+    is_evaluated = state is not None and "evaluation" in state.results
     has_labels = config.test_images is not None or list_images(config.images).classes() is not None
     if not has_labels:
-        why = f"no labels (two class folders or more), and there are no {option('test_images')}"
-        log.info("--- not evaluated: %s has %s", config.images, why)
+        reason = f"no labels (two class folders or more), and there are no {option('test_images')}"
+        log.info("--- not evaluated: %s has %s", config.images, reason)
+
+    def stage(command: AnyCommand, started: bool, done: bool, **options: Any) -> Stage:
+        """Add to a stage's own options those that all stages share and those of its section; `evaluate` and `report` have none."""
+        shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in command.config_type.model_fields}
+        section = getattr(config, command.__name__, None)
+        in_section = section.model_dump(exclude_unset=True) if section else {}
+        with spell_in_section(command.__name__, RunConfig.model_fields):
+            return Stage(command, build_config(command.config_type, in_section | shared | options), started, done)
+
     return [
-        stage(commands.fit_tokenizer, made[tokenizer], made[tokenizer], out=tokenizer, resume=True),
-        stage(commands.tokenize, made[tokens], False, out=tokens, tokenizer=tokenizer, trust_teacher=trusted, resume=True),
-        stage(commands.pretrain, begun, made[backbone], out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=begun),
+        stage(commands.fit_tokenizer, is_fitted, is_fitted, out=tokenizer, resume=True),
+        stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, trust_teacher=trusted, resume=True),
+        stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training),
         stage(
-            commands.evaluate, evaluated, evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
+            commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
             test_images=config.test_images, protocols=["logistic", "knn"],
         ),
-        stage(commands.report, made[figures], made[figures], run=[pretrained], figures_dir=figures, trust_teacher=trusted),
+        stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures, trust_teacher=trusted),
     ]  # fmt: skip
 
 
 def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
-    """Refuse now what a later stage would refuse, perhaps after hours.
+    """Check what a later stage would refuse, perhaps after hours.
 
     Raises:
-        MapetError: no such model or objective, sizes that don't fit together, labeled images that have no labels, no tracker.
+        MapetError: no such model or objective, sizes that don't fit together, labeled images that have no labels.
     """
     fitting, _, pretraining, evaluation, _ = stages
     assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
-    if not pretraining.begun:
+    if not pretraining.started:
         with spell_in_section("pretrain", RunConfig.model_fields):
             check_model_config(pretraining.config, fitting.config)
         if config.pretrain.probe_images is not None:
             LabeledSet.from_images(list_images(config.pretrain.probe_images))
-    if config.test_images is not None and not evaluation.begun:
+    if config.test_images is not None and not evaluation.started:
         try:
             load_train_test(config.images, config.test_images)
         except MapetError as error:
@@ -144,44 +152,56 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
             ) from None
 
 
-def _begin(config: RunConfig, stages: list[Stage]) -> None:
-    """Write the config into a new folder, or check that it is the old one's, but for stages that have made nothing yet."""
-    recipe = config.out / CONFIG_FILE
+def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
+    """Write the config into the run's folder; if the run has started, first check that its options are the same.
+
+    Options of stages that have not started may differ, and so may the path of `images` while its content is the same.
+
+    Raises:
+        MapetError: other options, or a folder that is in use.
+    """
+    path = config.out / CONFIG_FILE
     if can_start_in(config.out, "run"):
-        images = list_images(config.images)  # fail before anything is written
+        images = list_images(config.images)  # fails before anything is written
         if config.resume:
             log.warning(STARTING_NEW_RUN, config.out)
         log.info("%s images in %s", f"{len(images):,}", config.images)
-        return write_config(config, recipe)
-    if not recipe.exists():
-        create_output_dir(config.out)  # refuses it
-    old = build_config(RunConfig, read_config(recipe), recipe)
-    may_change = {"resume", "device", "max_unreadable", "out"}
-    may_change |= {stage.command.__name__ for stage in stages if not stage.begun}
-    may_change |= set() if stages[3].begun else {"test_images"}
+        return write_config(config, path)
+    if not path.exists():
+        create_output_dir(config.out)  # raises: the folder holds something else
+    old = build_config(RunConfig, read_config(path), path)
+    mutable = {"resume", "device", "max_unreadable", "out"}
+    mutable |= {stage.command.__name__ for stage in stages if not stage.started}
+    if "evaluate" in mutable:
+        mutable.add("test_images")
     fitted = config.out / "tokenizer" / "visual_tokenizer.json"
-    if old.images != config.images and fitted.is_file():  # the same ones may lie elsewhere now
-        same = read_json(fitted, "tokenizer")["fit_config"].get("images_hash") == list_images(config.images).hash
-        may_change |= {"images"} if same else set()
-    if changed := diff_configs(old, config, frozenset(may_change)):
+    if old.images != config.images and fitted.is_file():
+        old_hash = read_json(fitted, "tokenizer")["fit_config"].get("images_hash")
+        if old_hash == list_images(config.images).hash:
+            mutable.add("images")
+    if changed := diff_configs(old, config, frozenset(mutable)):
         with spell_in_section("pretrain", RunConfig.model_fields):
             restart = restart_hint(config.out)
         raise MapetError(
             f"{config.out} was started with another config ({'; '.join(changed)}). To resume it as it was: "
-            f"{shell_command('run', recipe, '--resume')}; to start {restart}"
+            f"{shell_command('run', path, '--resume')}; to start {restart}"
         )
-    write_config(config, recipe)
+    write_config(config, path)
 
 
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
-    """Run the pipeline on scikit-learn's digits, and compare its backbone with random weights; return metrics of both."""
+    """Run the pipeline on scikit-learn's digits, and compare its backbone with random weights.
+
+    Returns:
+        "untrained" and "pretrained" -> "logistic", "knn" and "finetune" -> accuracy (0..1) on 360 digits.
+    """
     if not (config.resume and config.out.exists()):
         create_output_dir(config.out)
     started = time.monotonic()
     train, test = write_digits(config.out / "digits", NUM_DEMO_TRAIN)
     shared = {"images": train, "test_images": test, "seed": config.seed}
     try:
-        backbone = commands.run(**shared, out=config.out / "run", resume=config.resume, **DEMO_RECIPE)
+        backbone = commands.run(**shared, out=config.out / "run", resume=config.resume, **DEMO_CONFIG)
     except Interrupted as error:
         raise Interrupted(error.what, shell_command("demo", "--out", config.out, "--resume")) from None
     results = RunState.read(config.out / "run").results["evaluation"]
@@ -194,41 +214,47 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     record(config.out, results=results)
     rows = {"logistic": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
     log.info("\n%-32s%10s%12s", "accuracy on 360 unseen digits", "untrained", "pretrained")
-    for key, title in rows.items():
-        log.info("%-32s%10.3f%12.3f", title, results["untrained"][key], results["pretrained"][key])
+    for metric, title in rows.items():
+        log.info("%-32s%10.3f%12.3f", title, results["untrained"][metric], results["pretrained"][metric])
     log.info("%-32s%10.3f\n", "(always guessing one digit)", results["data"]["majority_accuracy"])
     log.info("figures in %s; %.0f s in all", config.out / "run" / "figures", time.monotonic() - started)
     return {name: results[name] for name in ("untrained", "pretrained")}
 
 
 def study(config: StudyConfig) -> Path:
-    """Fit tokenizers, run and evaluate each trial, and report; return the report's folder."""
+    """Fit tokenizers, run and evaluate each trial that is not finished, and write the report; return the report's folder.
+
+    Raises:
+        Interrupted: a signal stopped it; the report has what is finished.
+        MapetError: options that a trial would refuse. A trial that fails later does not stop the others.
+    """
     trials = trial_runs.grid_trials(config)
     num_images = len(list_images(config.images))
     _check_study(config, trials, num_images)
     write_config(config, config.out / CONFIG_FILE)
-    names = {trial.tokenizer for trial in trials}
-    broken = {} if config.report_only else trial_runs.make_tokenizers(config, names)
-    trials = trial_runs.add_equal_compute(config, trials)
-    stopped = "" if config.report_only else trial_runs.run_trials(config, trials, broken, num_images)
+    broken, stop_signal = {}, ""
+    if not config.report_only:
+        broken = trial_runs.make_tokenizers(config, {trial.tokenizer for trial in trials})
+    trials = trial_runs.add_equal_compute(config, trials)  # the tokenizers are there now, so that all costs are known
+    if not config.report_only:
+        stop_signal = trial_runs.run_trials(config, trials, broken, num_images)
+    evaluate_baselines = not config.report_only and not stop_signal
     report = config.out / "report"
-    write_report(
-        trial_runs.collect_results(config, trials, evaluate_baselines=not config.report_only and not stopped), report
-    )
+    write_report(trial_runs.collect_results(config, trials, evaluate_baselines), report)
     num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
     finished = f"{num_finished} of {len(trials)} trials are finished"
     log.info("%s; report in %s", finished, report / "report.html")
-    if stopped:
-        raise Interrupted(f"stopped by {stopped}: {finished}, the others saved", "the same command")
+    if stop_signal:
+        raise Interrupted(f"stopped by {stop_signal}: {finished}, the others saved", "the same command")
     return report
 
 
 def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> None:
-    """Refuse now, before anything is written, what a trial would refuse after hours.
+    """Check, before anything is written, what a trial would refuse after hours.
 
     Raises:
-        MapetError: a tokenizer or a trial that was begun with other options; no such model or objective, sizes that don't fit, other
-            classes in a test set, fewer labels than are asked for.
+        MapetError: a tokenizer or a trial that was started with other options; no such model or objective, sizes that don't fit,
+            other classes in a test set, fewer labels than `labels_per_class`.
     """
     fitting = {name: trial_runs.tokenizer_configs(config, name)[0] for name in config.tokenizers}
     train, _ = load_train_test(config.images, config.test_images)
@@ -240,10 +266,11 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
         except MapetError as error:
             raise MapetError(f"{option('labels_per_class')}: {error}", field="labels_per_class", value=amount) from None
     for trial in trial_runs.add_equal_compute(config, trials):
-        trial_runs.check_same_trial(
-            trial_runs.trial_folder(config, trial), trial_runs.trial_config(config, trial, num_images)
-        )
-    for trial in trials if not config.report_only else ():
+        trial_folder = trial_runs.trial_folder(config, trial)
+        trial_runs.check_same_trial(trial_folder, trial_runs.trial_config(config, trial, num_images))
+    if config.report_only:
+        return
+    for trial in trials:  # those of one seed: the others differ in nothing that is checked
         if trial.seed == config.seeds[0] and not (trial_runs.trial_folder(config, trial) / "pretrain").exists():
             try:
                 check_model_config(trial_runs.pretrain_config(config, trial), fitting[trial.tokenizer])

@@ -1,4 +1,4 @@
-"""Pre-training with its report, fine-tuning once or with several seeds, and a step whose numbers went wrong, once more."""
+"""Pre-training with its report, tokenizer training, fine-tuning with one seed or several, and debugging of NaN or Inf."""
 
 import json
 import logging
@@ -36,11 +36,16 @@ TASKS: dict[str, tuple[type[Task[Any, Any, Any]], type[TrainerConfig]]] = {
     "finetune": (FinetuningTask, FinetuneConfig),
     "train-tokenizer": (VQKDTask, TrainTokenizerConfig),
 }
-"""Command -> what it trains, and its options."""
+"""Command -> the task that it trains, and its config class."""
+NUM_SHOWN = 5
+"""Images and parameters that the log of `debug_step` names."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Pre-train, and write the run's report however it ends; return the folder of the backbone."""
+    """Pre-train, and write the run's report; return the folder of the exported backbone.
+
+    The report is also written when a signal or too many NaN or Inf steps stop the run, before the error is raised again.
+    """
     try:
         backbone = Trainer(PretrainingTask(), config).fit()
     except (Interrupted, checkpoint.NonFiniteError) as error:
@@ -57,81 +62,98 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
 
 
 def finetune(config: FinetuneConfig) -> float:
-    """Fine-tune with one seed or several; return the (mean) accuracy."""
-    return _tune(config)[0] if config.num_seeds == 1 else _tune_each(config)
+    """Fine-tune with one seed or several; return the (mean) accuracy (0..1) on the test images."""
+    return _finetune_once(config)[0] if config.num_seeds == 1 else _finetune_seeds(config)
 
 
-def _tune(config: FinetuneConfig) -> tuple[float, str]:
-    """Fine-tune with one seed; also return the signal that asked to stop as it ended, or ''."""
+def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
+    """Fine-tune with one seed, log the accuracy and record it in run.json, if there is an `out` folder.
+
+    Returns:
+        Accuracy (0..1), and the name of a signal that asked to stop when nothing was left to do, or ''.
+    """
     if config.resume:
         config = resolve_resume_config(config, "finetune")
-    if config.resume and config.out and "accuracy" in (done := RunState.read(config.out).results):
-        accuracy = float(done["accuracy"])
-        log.info("%s is finished: accuracy %.3f", config.out, accuracy)
-        return accuracy, ""
+    if config.resume and config.out:
+        results = RunState.read(config.out).results
+        if "accuracy" in results:
+            log.info("%s is finished: accuracy %.3f", config.out, results["accuracy"])
+            return float(results["accuracy"]), ""
     trainer = Trainer(FinetuningTask(), config)
-    right, seen, train, guess = trainer.fit()
-    score, (low, high) = right / seen, wilson_interval(right, seen)
+    num_correct, num_test, train, majority_accuracy = trainer.fit()
+    accuracy, (low, high) = num_correct / num_test, wilson_interval(num_correct, num_test)
     log.info(
-        "accuracy %.3f (%.3f to %.3f on %s images; always guessing one class %.3f), trained on %s images of %d classes",
-        score, low, high, f"{seen:,}", guess, f"{len(train.labels):,}", len(train.classes),
+        "accuracy %.3f (%.3f to %.3f on %s images; majority baseline %.3f), trained on %s images of %d classes",
+        accuracy, low, high, f"{num_test:,}", majority_accuracy, f"{len(train.labels):,}", len(train.classes),
     )  # fmt: skip
-    if low <= guess:
-        log.warning(f"that is not clearly better than guessing: try a higher {option('lr')} or more {option('epochs')}")
+    if low <= majority_accuracy:
+        hint = f"try a higher {option('lr')} or more {option('epochs')}"
+        log.warning("the accuracy is not significantly above the majority baseline: %s", hint)
     if config.out:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(plot_learning_curve(rows), config.out / "curve.png")
-        results = {"accuracy": score, "ci95_low": low, "ci95_high": high, "classes": train.classes}
-        counts, hashes = {"images": len(train.labels), "test_images": seen}, {"images": train.images.hash}
+        results = {"accuracy": accuracy, "ci95_low": low, "ci95_high": high, "classes": train.classes}
+        counts, hashes = {"images": len(train.labels), "test_images": num_test}, {"images": train.images.hash}
         record(config.out, counts=counts, hashes=hashes, results=results)
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         record(config.out, results={"provenance": asdict(finetuning_provenance(config.out, images))})
-        shutil.rmtree(config.out / "checkpoints")  # all is done: there is nothing to go on with
-    return score, trainer.stop.signal_name
+        shutil.rmtree(config.out / "checkpoints")  # a finished run is not resumed
+    return accuracy, trainer.stop.signal_name
 
 
-def _tune_each(config: FinetuneConfig) -> float:
-    """Fine-tune with each seed, in a folder of its own; return the mean accuracy."""
-    asked, out = config.resume, config.out
-    if asked:
+def _finetune_seeds(config: FinetuneConfig) -> float:
+    """Fine-tune with `num_seeds` seeds from `seed` on, each in OUT/seed-*; record and return the mean accuracy (0..1).
+
+    Raises:
+        Interrupted: a signal asked to stop; finished seeds are kept, and the running one's checkpoint.
+    """
+    resume, out = config.resume, config.out
+    if resume:  # a new run in an empty folder has no config to resume from: `resume` is then False in the result
         config = resolve_resume_config(config, "finetune", MUTABLE_ON_RESUME | {"num_seeds"})
-    again = command_to_resume(out, "finetune") if out else ""
     if out:
         if not config.resume:
             create_output_dir(out)
         write_config(config, out / CONFIG_FILE)
+    resume_command = command_to_resume(out, "finetune") if out else ""
     scores: dict[str, float] = {}
     last = config.seed + config.num_seeds - 1
     for seed in range(config.seed, last + 1):
         log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.num_seeds)
-        place = out and out / f"seed-{seed}"
-        one = config.model_copy(update={"seed": seed, "num_seeds": 1, "out": place, "resume": asked})
+        folder = out and out / f"seed-{seed}"
+        seed_config = config.model_copy(update={"seed": seed, "num_seeds": 1, "out": folder, "resume": resume})
         try:
-            with run_state(place, "finetune", one) if place else nullcontext():
-                score, stopped = _tune(one)
+            with run_state(folder, "finetune", seed_config) if folder else nullcontext():
+                scores[f"seed-{seed}"], stop_signal = _finetune_once(seed_config)
         except Interrupted as error:
-            raise Interrupted(error.what, again) from None
-        if stopped and seed < last:
-            raise Interrupted(f"stopped by {stopped} after seed {seed}, saved", again)
-        scores[f"seed-{seed}"] = score
+            raise Interrupted(error.what, resume_command) from None
+        if stop_signal and seed < last:
+            raise Interrupted(f"stopped by {stop_signal} after seed {seed}, saved", resume_command)
     mean = mean_over_seeds(list(scores.values()))
-    few = "; two seeds tell little" if config.num_seeds == 2 else ""
-    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", mean.value, mean.ci_low, mean.ci_high, mean.over, few)
+    caution = "; an interval from two seeds is unreliable" if config.num_seeds == 2 else ""
+    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", mean.value, mean.ci_low, mean.ci_high, mean.over, caution)
     interval = {"ci95_low": mean.ci_low, "ci95_high": mean.ci_high}
     record(out, results={"accuracy": mean.value, **interval, "seeds": scores})
     return mean.value
 
 
 def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
-    """Compute the steps of a debug bundle again, and report each."""
+    """Recompute the steps of a debug bundle without updating weights; log and return the loss and gradient of each.
+
+    Raises:
+        MapetError: not a debug bundle, or not in the folder of its run; images that are not those of the run.
+    """
     folder = config.bundle.absolute().parent.parent
-    recipe = folder / CONFIG_FILE
-    if not (recipe.is_file() and (config.bundle / checkpoint.BUNDLE).is_file()):
-        kept = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
-        hint = f"did you mean {kept[0]}?" if kept else "a run whose numbers were not finite has them, as debug/step-*"
-        raise MapetError(f"{config.bundle} is not the debug bundle of a run: {hint}")
+    path = folder / CONFIG_FILE
+    if not (path.is_file() and (config.bundle / checkpoint.BUNDLE).is_file()):
+        bundles = sorted((pretrain_folder(config.bundle) / "debug").glob("step-*"))
+        hint = (
+            f"did you mean {bundles[0]}?" if bundles else "give RUN/debug/step-* of a run that stopped for NaN or Inf"
+        )
+        raise MapetError(
+            f"{config.bundle} is not the debug bundle of a run: {hint}", field="bundle", value=config.bundle
+        )
     task_type, config_type = TASKS.get(read_command(folder), TASKS["pretrain"])
-    task, run = task_type(), build_config(config_type, read_config(recipe), recipe)
+    task, run = task_type(), build_config(config_type, read_config(path), path)
     given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
     task.build(run, ComputeContext.from_options(run.device, run.precision))
@@ -141,9 +163,10 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
         report = checkpoint.debug_step(task, sampler, step)
         reports.append(report)
         log.info("step %d, %s: loss %.4g, gradient norm %.4g", step, task.compute, report.loss, report.norm)
-        log.info("  largest losses: %s", ", ".join(f"{name!r} {loss:.4g}" for name, loss in report.losses[:5]))
+        largest = report.losses[:NUM_SHOWN]
+        log.info("  largest losses: %s", ", ".join(f"{image_id!r} {loss:.4g}" for image_id, loss in largest))
         if report.module:
-            log.info("  not finite first in: %s", report.module)
+            log.info("  first module with NaN or Inf outputs: %s", report.module)
         if report.parameters:
-            log.info("  gradients not finite: %s", ", ".join(report.parameters[:5]))
+            log.info("  parameters with NaN or Inf gradients: %s", ", ".join(report.parameters[:NUM_SHOWN]))
     return reports
