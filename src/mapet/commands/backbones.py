@@ -53,10 +53,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         Interrupted: by Ctrl-C, after a protocol has written its results to `out`.
     """
     compute = ComputeContext.from_options(config.device, config.precision)
-    for name in config.protocols or ():
-        if name not in PROTOCOLS:
-            known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
-            raise MapetError(f"unknown protocol '{name}'{known}", field="protocols", value=name)
+    for name in set(config.protocols or ()) - PROTOCOLS.keys():
+        known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
+        raise MapetError(f"unknown protocol '{name}'{known}", field="protocols", value=name)
     data = EvalData.load(config)
     names = _choose_protocols(config, data)
     if "few-shot" in names:
@@ -166,7 +165,7 @@ def _run_protocols(
             figure = plot_neighbors(rows, labeled=bool(context.classes))
             save_figure(figure, out / "figures" / f"nearest-neighbors-{len(results)}.png")
         write_evaluation(out, results, info)
-        as_json = {source: {k: each.to_json() for k, each in found.items()} for source, found in results.items()}
+        as_json = {source: {k: each.to_json() for k, each in own.items()} for source, own in results.items()}
         record(out, results={"backbones": as_json})
 
 
@@ -232,7 +231,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
     source = config.images or (states[0].config.get("images") if states else None)
     try:
         if not source:
-            raise MapetError("nothing beside the backbone says what images it was trained on")
+            raise MapetError("no run.json beside the backbone names its training images")
         images = list_images(source)
         chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
         dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
@@ -246,7 +245,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
         if config.images is not None:
             raise
         description = f"{NUM_CHECK_IMAGES} generated images"
-        log.warning("checking on %s: %s; give some with %s", description, error, option("images"))
+        log.warning("checking on %s, because %s; give real ones with %s", description, error, option("images"))
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_CHECK_IMAGES, vit.in_chans, *size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), description

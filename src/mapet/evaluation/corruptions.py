@@ -274,10 +274,9 @@ def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth:
     points = np.array([height, width]) // 2 + np.array([[1, 1], [1, -1], [-1, -1]]) * (side // 3)  # the authors' three
     moved = points + rng.uniform(-affine, affine, (3, 2)) * side
     matrix = np.linalg.lstsq(np.c_[points, np.ones(3)], moved, rcond=None)[0]  # (row, column, 1) -> (row, column)
-    rows, columns = np.mgrid[:height, :width].astype(float)
     noise, std = rng.uniform(-1, 1, (2, height, width)), side * smooth
     flow = side * shift * ndimage.gaussian_filter(noise, (0, std, std), mode="reflect", truncate=3)
-    positions = np.tensordot(matrix.T, [rows, columns, np.ones_like(rows)], 1) + flow
+    positions = np.tensordot(matrix[:2].T, np.mgrid[:height, :width], 1) + matrix[2][:, None, None] + flow
     channels = x.transpose(2, 0, 1)
     return np.dstack([ndimage.map_coordinates(channel, positions, order=1, mode="reflect") for channel in channels])
 
@@ -289,7 +288,7 @@ def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
     small = max(1, int(width * fraction)), max(1, int(height * fraction))
     channels = (Image.fromarray(channel) for channel in x.astype(np.float32).transpose(2, 0, 1))
     coarse = (channel.resize(small, Image.Resampling.BOX) for channel in channels)
-    return np.dstack([np.asarray(one.resize((width, height), Image.Resampling.NEAREST)) for one in coarse])
+    return np.dstack([one.resize((width, height), Image.Resampling.NEAREST) for one in coarse])
 
 
 @corruption(quality=SeverityRange((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)))

@@ -90,7 +90,9 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         batches = filter(None, loader)  # without batches of unreadable images alone
         first = next(batches, None)
         if first is None:
-            raise MapetError(f"none of the {len(self.data)} annotated images in {self.data.images.root} is readable")
+            raise MapetError(
+                f"none of the {len(self.data)} annotated images in {self.data.images.root} is readable: run `mapet check`"
+            )
         yield first
         yield from batches
 
@@ -109,7 +111,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         def losses() -> Iterator[Tensor]:
             """Yield the finite losses, each computed when the optimizer has taken the step before."""
             for epoch in range(self.options.dense_epochs):
-                seed = self.options.seed * 100_003 + epoch  # epochs of two values of `seed` share none
+                seed = self.options.seed * 100_003 + epoch  # epochs of different seeds differ
                 torch.manual_seed(seed)  # for the detector's samples of anchors and boxes
                 yield from filter(torch.isfinite, map(compute_loss, self.batches(seed)))
 

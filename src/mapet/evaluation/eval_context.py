@@ -164,7 +164,9 @@ class EvalData:
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
-            raise MapetError(f"{option('ood_images')} are matched by class folders, which {root} has not")
+            raise MapetError(
+                f"{option('ood_images')} are matched by class folders, but {root} has none: put images into CLASS/image.jpg"
+            )
         if config.annotations is not None:
             boxes = datasets.load_detection_sets(root, config.annotations, test_root, config.test_annotations)
             train, test = (LabeledSet.without_labels(part.images) for part in boxes)
@@ -177,7 +179,7 @@ class EvalData:
             return cls(train, test, masks=masks)
         if config.test_seg_masks is not None or config.ignore_labels:
             names = f"{option('test_seg_masks')} and {option('ignore_labels')}"
-            raise MapetError(f"{names} need masks: {option('seg_masks')}")
+            raise MapetError(f"{names} need masks of the training images: give {option('seg_masks')}")
         images = list_images(config.images)
         if images.classes():
             ood = {name: LabeledSet.from_images(list_images(source)) for name, source in config.ood_images.items()}

@@ -34,8 +34,8 @@ MAX_PAIRED = 4096
 """Images, at most, of which all pairs are compared for the uniformity."""
 NUM_QUERIES = 10
 """Test images in the figure of neighbors."""
-BETTER = dict.fromkeys(("rankme", "effective_rank"), ", higher is better")
-BETTER |= dict.fromkeys(("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better")
+BETTER_DIRECTION = dict.fromkeys(("rankme", "effective_rank"), ", higher is better")
+BETTER_DIRECTION |= dict.fromkeys(("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better")
 """Which values of label-free metrics are better; the spread is best near 1. They show collapse, not what features are good for."""
 SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Default input sizes of `resolution`, as factors of the trained one."""
@@ -224,7 +224,7 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
     rows, views = _concatenate((rows, context.pooled(backbone, pixels)) for rows, pixels in batches)
     stats = feature_stats(features) | {"alignment": measure_alignment(features[rows], views)}
     over = f"{len(features):,} images"
-    values = {k: eval_context.MetricValue(value, over=over + BETTER.get(k, "")) for k, value in stats.items()}
+    values = {k: eval_context.MetricValue(value, over=over + BETTER_DIRECTION.get(k, "")) for k, value in stats.items()}
     return ProtocolResult(values)
 
 
