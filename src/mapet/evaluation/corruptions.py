@@ -288,7 +288,7 @@ def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
     small = max(1, int(width * fraction)), max(1, int(height * fraction))
     channels = (Image.fromarray(channel) for channel in x.astype(np.float32).transpose(2, 0, 1))
     coarse = (channel.resize(small, Image.Resampling.BOX) for channel in channels)
-    return np.dstack([one.resize((width, height), Image.Resampling.NEAREST) for one in coarse])
+    return np.dstack([np.asarray(one.resize((width, height), Image.Resampling.NEAREST)) for one in coarse])
 
 
 @corruption(quality=SeverityRange((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)))

@@ -90,9 +90,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         batches = filter(None, loader)  # without batches of unreadable images alone
         first = next(batches, None)
         if first is None:
-            raise MapetError(
-                f"none of the {len(self.data)} annotated images in {self.data.images.root} is readable: run `mapet check`"
-            )
+            raise MapetError(f"no annotated image in {self.data.images.root} is readable: `mapet check` says why")
         yield first
         yield from batches
 

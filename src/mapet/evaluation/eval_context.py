@@ -164,9 +164,7 @@ class EvalData:
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
-            raise MapetError(
-                f"{option('ood_images')} are matched by class folders, but {root} has none: put images into CLASS/image.jpg"
-            )
+            raise MapetError(f"{option('ood_images')} are matched by class folders, CLASS/image.jpg: {root} has none")
         if config.annotations is not None:
             boxes = datasets.load_detection_sets(root, config.annotations, test_root, config.test_annotations)
             train, test = (LabeledSet.without_labels(part.images) for part in boxes)
