@@ -15,15 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, first_line, option
 
 T = TypeVar("T")
 log = logging.getLogger("mapet")
 _collectives_disabled = False
 TIMEOUT = timedelta(hours=2)
 """Longest wait for the other ranks: rank 0 may be evaluating, or writing to a slow disk."""
-MAX_REASON_CHARS = 200
-"""Characters of torch's own error that are quoted."""
 
 
 @contextmanager
@@ -159,8 +157,7 @@ def translate_comm_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS]
         raise MapetError(
-            f"rank {rank()} of {world_size()}: lost another rank ({reason}); see that rank's own message. The last checkpoint is "
+            f"rank {rank()} of {world_size()}: lost another rank ({first_line(error)}); see that rank's own message. The last checkpoint is "
             f"intact: restart all ranks with {option('resume', True)}"
         ) from None

@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+MAX_REASON_CHARS = 300
+"""Characters of another library's error that are quoted."""
+
 
 class _Spelling(NamedTuple):
     """How messages write options.
@@ -140,6 +143,14 @@ def os_error_hint(number: int | None) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return ": make room, or give a folder on another disk; what was saved before is intact"
     return ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text for a message, at most `MAX_REASON_CHARS` and without a final period.
+
+    Where an error has no text it is the name of its type.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS].rstrip(".")
 
 
 def install_hint(extra: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MAX_REASON_CHARS, MapetError
 
 STATE_DICT_KEYS = ("state_dict", "model", "module", "ema", "params", "teacher")
 """Keys of a training checkpoint that may hold its weights, in the order in which they are tried."""
@@ -28,8 +28,8 @@ LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
 """Bytes near the beginning of files that torch.save wrote before version 1.6."""
 NUM_HEAD_BYTES = 64
 """Bytes at the beginning of a file from which its format is recognized."""
-MAX_ENTRIES_CHARS, MAX_REASON_CHARS = 200, 300
-"""Characters of a file's entries and of another library's error that are quoted."""
+MAX_ENTRIES_CHARS = 200
+"""Characters of the names of a file's entries that are quoted."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         ({"image_size": (8, 16)}, "8 x 16: a VQ-KD tokenizer takes squares"),
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "give model_args num_heads=1 for embed_dim=64"),
-        ({"model": "resnet18"}, "timm makes no VisionTransformer of 'resnet18'"),
+        ({"model": "resnet18"}, "'resnet18' as a ViT"),
         ({"teacher_final_norm": True}, "teacher 'pixels' does not use teacher_final_norm"),
         ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower vocab_size"),
     ],

@@ -200,7 +200,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
             timm.models.save_for_hf(beit, source, safe_serialization=True)
         else:
             source = "timm:beit_base_patch16_224"
-            monkeypatch.setattr("mapet.models.backbone.timm_model", lambda *_: beit)
+            monkeypatch.setattr("mapet.models.backbone.create_timm_model", lambda *_: beit)
         block = beit.blocks[1]
         scale, linear, projection = block.gamma_2, block.mlp.fc1.weight, block.attn.qkv.weight[32:64]
         patches = beit.patch_embed.proj

@@ -23,7 +23,7 @@ from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, format_size, option
 from mapet.evaluation.datasets import LabeledSet
-from mapet.models.backbone import HUB_PREFIXES, load_backbone, prepare_for_device, timm_model
+from mapet.models.backbone import HUB_PREFIXES, create_timm_model, load_backbone, prepare_for_device
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
@@ -105,9 +105,9 @@ class BackboneWrapper:
         torch.manual_seed(seed)
         model: nn.Module
         if source.startswith(HUB_PREFIXES):
-            model = timm_model(source, True)
+            model = create_timm_model(source, True)
         elif source.startswith(RANDOM_PREFIX):
-            model = load_backbone(name, pretrained=False) if Path(name).exists() else timm_model(name, False)
+            model = load_backbone(name, pretrained=False) if Path(name).exists() else create_timm_model(name, False)
         else:
             folder = Path(source)
             if (folder / "model").is_dir():  # a folder of `finetune`

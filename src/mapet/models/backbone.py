@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.data.views import input_mean_std
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, check_divisible, did_you_mean, format_size, option, shell_command
+from mapet.errors import MapetError, check_divisible, did_you_mean, first_line, format_size, option, shell_command
 from mapet.files import atomic_write, read_json, translate_write_errors
 from mapet.models.checkpoint_conversion import NUM_HEADS, PretrainedViT, adapt_state_dict, from_state_dict
 from mapet.run_state import find_config
@@ -33,8 +33,8 @@ SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME
 """What a backbone may be loaded from, for messages."""
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa", "beit")
 """Values of `model_type` in a config.json of transformers that can be loaded."""
-MAX_REASON_CHARS = 300
-"""Characters of another library's error that are quoted."""
+DEFAULT_EPS = 1e-12
+"""Of the norms of transformers' ViTs, where their config.json has no `layer_norm_eps`."""
 Model = TypeVar("Model", bound=torch.nn.Module)
 DROPPED_CFG_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """Entries of timm's `pretrained_cfg` about the published weights of an architecture, which aren't true of other weights."""
@@ -77,9 +77,8 @@ def create_vit(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **args
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if not model.startswith(("vit_", "deit")):
-            raise MapetError(f"timm makes no VisionTransformer of '{model}'; {PLAIN_HINT}") from None
-        raise MapetError(f"timm cannot create '{model}' with {option('model_args')} {args}: {error}") from None
+        hint = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN_HINT}"
+        raise MapetError(f"timm cannot create '{model}' as a ViT with {args}: {error}{hint}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
@@ -113,16 +112,25 @@ def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
     return model.to(compute.device)
 
 
-def save_backbone(vit: VisionTransformer, folder: Path) -> None:
+def save_backbone(vit: VisionTransformer, folder: Path, classes: Sequence[str] = ()) -> None:
     """Save a ViT as a timm model folder (config.json and model.safetensors), atomically.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`. The ViT's `pretrained_cfg`
     loses `DROPPED_CFG_KEYS`.
+
+    Args:
+        vit: with or without a classifier.
+        folder: is created.
+        classes: names of the classifier's classes, in the order of its logits, if they are known.
     """
     vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key not in DROPPED_CFG_KEYS}
-    data = _data_config(vit)
+    config, args = (
+        {"label_names": list(classes)},
+        {"drop_path_rate": 0.0},
+    )  # the rate is not the backbone's, but a run's
+    options = {"model_config": config, "model_args": args, "data_config": _data_config(vit)}
     with atomic_write(folder) as temporary, translate_write_errors(folder):
-        save_for_hf(vit, str(temporary), model_args={"drop_path_rate": 0.0}, data_config=data, safe_serialization=True)
+        save_for_hf(vit, str(temporary), safe_serialization=True, **options)
 
 
 def _data_config(vit: VisionTransformer) -> dict[str, Any]:
@@ -162,9 +170,8 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     try:
         vit = timm.create_model(checkpoint.model, pretrained=False, **args)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise MapetError(f"cannot load the backbone {source} with {args}: {str(error).splitlines()[0]}") from None
-    if not isinstance(vit, VisionTransformer):
-        raise MapetError(f"{source} holds a {type(vit).__name__}, not a VisionTransformer")
+        raise MapetError(f"cannot load the backbone {source} with {args}: {first_line(error)}") from None
+    assert isinstance(vit, VisionTransformer)  # `resolve_backbone` accepts nothing else
     check_divisible(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     for module in vit.modules():
         if isinstance(module, torch.nn.LayerNorm) and checkpoint.eps is not None:
@@ -257,7 +264,7 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
     """
     name = str(source)
     if name.startswith(HUB_PREFIXES):
-        vit = timm_model(name, pretrained)
+        vit = create_timm_model(name, pretrained)
         return _from_timm(name.removeprefix("timm:"), vit, vit.state_dict(), {"num_classes": 0})
     path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
@@ -303,7 +310,7 @@ def _suggest_model(name: str, known: list[str], prefix: str = "") -> str:
     return did_you_mean(name, [prefix + candidate for candidate in exact or known])
 
 
-def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
+def create_timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     """Create any timm model, not only ViTs, without a classifier.
 
     Args:
@@ -321,10 +328,8 @@ def timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS].rstrip(".")
-        raise MapetError(
-            f"cannot load timm's weights of '{name}': {reason}. Without a network, give a file or folder that holds them"
-        ) from None
+        hint = "Without a network, give a file or folder that holds them"
+        raise MapetError(f"cannot load timm's weights of '{name}': {first_line(error)}. {hint}") from None
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
@@ -368,7 +373,7 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
     size = config.get("image_size", 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     known = {"num_heads": config["num_attention_heads"], "img_size": size}
-    vit = from_state_dict(weights, folder, known)._replace(eps=float(config.get("layer_norm_eps", 1e-12)))
+    vit = from_state_dict(weights, folder, known)._replace(eps=float(config.get("layer_norm_eps", DEFAULT_EPS)))
     if config.get("hidden_act", "gelu") != "gelu":
         vit = vit._replace(unsupported=(*vit.unsupported, f"activation '{config['hidden_act']}'"))
     processor, channels = folder / "preprocessor_config.json", config.get("num_channels", 3)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mapet.data.views import input_mean_std
 from mapet.errors import MapetError, install_hint, option
-from mapet.files import write_json, write_tensors
+from mapet.files import write_tensors
 from mapet.models.backbone import save_backbone
 from mapet.models.checkpoint_conversion import fold_layer_scale
 
@@ -100,14 +100,6 @@ def _suppress_output() -> Iterator[None]:
 
 
 # ---- timm
-
-
-def write_timm(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write config.json, with the names of the classes if there are any, and model.safetensors; see `Format.write`."""
-    save_backbone(vit, folder)
-    if classes:
-        path = folder / "config.json"
-        write_json(path, json.loads(path.read_text()) | {"label_names": classes})
 
 
 def read_timm(folder: Path) -> dict[str, Forward]:
@@ -338,7 +330,7 @@ def read_torch_export(folder: Path) -> dict[str, Forward]:
 
 
 FORMATS = {
-    "timm": Format(write_timm, read_timm),
+    "timm": Format(save_backbone, read_timm),
     "transformers": Format(write_transformers, read_transformers, ("transformers",)),
     "onnx": Format(write_onnx, read_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": Format(write_torch_export, read_torch_export),

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapet.config.shared import HUB_PREFIXES, Size
-from mapet.errors import MapetError, format_size, option
+from mapet.errors import MapetError, first_line, format_size, option
 from mapet.weights import read_weights
 
 log = logging.getLogger("mapet")
@@ -102,9 +102,8 @@ def _create(teacher: str, checkpoint: str | None, channels: int, size: Size | No
         # The classifier is kept: without it timm loads non-strictly, and a file of another model would pass unnoticed.
         model = timm.create_model(teacher, pretrained=True, **options)
     except Exception as error:  # hub, network, file and shape errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         fix = f"is {checkpoint} a checkpoint of it?" if checkpoint else f"give {option('teacher_checkpoint')} FILE"
-        raise MapetError(f"cannot load the weights of teacher '{teacher}': {reason}; {fix}") from None
+        raise MapetError(f"cannot load the weights of teacher '{teacher}': {first_line(error)}; {fix}") from None
     if not hasattr(model, "forward_intermediates"):
         raise MapetError(f"timm gives no intermediate features of teacher '{teacher}': choose another model")
     if (
