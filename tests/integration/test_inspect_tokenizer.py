@@ -73,7 +73,7 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     assert "the store belongs to other images" in caplog.text
 
 
-def test_words_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
+def test_tokens_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
     mapet.fit_tokenizer(
         images=few_digits, out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=16, quantizer="lfq"
     )
@@ -84,8 +84,8 @@ def test_words_without_centroids_have_no_nearest_codes(few_digits, tmp_path):
     }
 
 
-def test_words_that_are_poor_are_said_to_be(digits, tmp_path, caplog, capsys):
-    """Two words, of which one takes nearly all patches of white digits on black: in words, and not as an error."""
+def test_poor_tokens_are_warned_of(digits, tmp_path, caplog, capsys):
+    """Two codes, of which one takes nearly all patches of white digits on black: a warning, not an error."""
     mapet.fit_tokenizer(images=digits / "train", out=tmp_path / "t", image_size=28, patch_size=7, vocab_size=2)
     mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=digits / "train", out=tmp_path / "a", sample=300)
     warned = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["warnings"]

@@ -1,4 +1,4 @@
-"""Measures of visual words against cases whose answer is known, and the warnings they give rise to."""
+"""Metrics of visual tokens against cases whose answer is known, and the warnings they give rise to."""
 
 from math import log2
 from types import SimpleNamespace
@@ -39,20 +39,20 @@ def checkerboard(images=50, size=6):
 
 
 def textures(images=400, size=4, classes=4, seed=0):
-    """Words fit to learn from: 16 a class, mostly of the image's class, and those of neighboring rows alike."""
+    """Tokens fit to learn from: 16 a class, mostly of the image's class, and those of neighboring rows alike."""
     labels = draw(images, below=classes, seed=seed)
-    words = draw(images, 1, size, below=16, seed=seed + 1).expand(-1, size, -1)
+    tokens = draw(images, 1, size, below=16, seed=seed + 1).expand(-1, size, -1)
     noise = draw(images, size, size, below=16 * classes, seed=seed + 2)
     odd = draw(images, size, size, below=10, seed=seed + 3) < 3
-    return torch.where(odd, noise, words + 16 * labels[:, None, None]), labels, torch.arange(images) % 5 == 0
+    return torch.where(odd, noise, tokens + 16 * labels[:, None, None]), labels, torch.arange(images) % 5 == 0
 
 
-def test_usage_of_even_words_and_of_one_word():
+def test_usage_of_even_tokens_and_of_one_token():
     even = code_usage(torch.arange(64).repeat(25).view(100, 4, 4), 64)
     assert (even.used_codes, even.dead_codes, even.patches) == (64, 0, 1600)
     assert even.perplexity == pytest.approx(64) and even.entropy == pytest.approx(6)
     assert even.top_code_fraction == 1 / 64 and even.codes_for_half == 0.5
-    assert even.codes_for_most == 58 / 64  # the first number of words with 9/10 of the patches
+    assert even.codes_for_most == 58 / 64  # the first number of tokens with 9/10 of the patches
     one = code_usage(torch.full((10, 4, 4), 3), 64)
     assert (one.used_codes, one.dead_codes, one.top_code_fraction) == (1, 63, 1.0)
     assert one.perplexity == 1 and one.codes_for_half == one.codes_for_most == 1 / 64
@@ -60,7 +60,7 @@ def test_usage_of_even_words_and_of_one_word():
 
 
 def test_codes_that_a_small_sample_can_reach():
-    """The expectation of used codes is what evenly drawn words show."""
+    """The expectation of used codes is what evenly drawn tokens show."""
     seen = [code_usage(draw(500, below=300, seed=seed), 300) for seed in range(50)]
     mean = sum(one.used_codes for one in seen) / 50
     assert mean == pytest.approx(seen[0].reachable_codes, abs=3 * 7 / 50**0.5)  # one draw spreads by about 7
@@ -92,7 +92,7 @@ def test_position():
     assert abs(nothing.bits) < 3 * nothing.error
 
 
-def test_words_that_are_the_class_say_all_of_it():
+def test_tokens_that_are_the_class_say_all_of_it():
     labels = draw(500, below=5)
     found = label_information(labels[:, None, None].expand(-1, 4, 4), labels)
     p = torch.bincount(labels) / 500
@@ -101,18 +101,18 @@ def test_words_that_are_the_class_say_all_of_it():
 
 
 @pytest.mark.parametrize("vocab_size", [4, 64, 4096])
-@pytest.mark.parametrize("alike", [False, True], ids=["patches differ", "an image has one word"])
-def test_words_independent_of_the_class_say_nothing(vocab_size, alike):
+@pytest.mark.parametrize("alike", [False, True], ids=["patches differ", "an image has one token"])
+def test_tokens_independent_of_the_class_say_nothing(vocab_size, alike):
     """Also where the patches of an image are alike, which the usual correction (Miller and Madow's) does not allow for."""
-    labels, words = draw(400, below=10), draw(400, 4, 4, below=vocab_size, seed=1)
-    found = label_information(words[:, :1, :1].expand(-1, 4, 4) if alike else words, labels)
+    labels, tokens = draw(400, below=10), draw(400, 4, 4, below=vocab_size, seed=1)
+    found = label_information(tokens[:, :1, :1].expand(-1, 4, 4) if alike else tokens, labels)
     assert abs(found.bits) < 3 * found.error
     if not alike and vocab_size == 64:
         assert found.chance == pytest.approx(63 * 9 / (2 * 6400) / 0.6931, rel=0.1)  # Miller 1955
 
 
 def test_half_a_bit():
-    """A word that names one of two classes in half of the patches and else says nothing."""
+    """A token that names one of two classes in half of the patches and else says nothing."""
     labels = torch.arange(1000) % 2
     blank = draw(1000, 4, 4, below=2).bool()
     found = label_information(torch.where(blank, 2, labels[:, None, None]), labels)
@@ -122,15 +122,15 @@ def test_half_a_bit():
 def test_bags():
     bags = bags_of_tokens(torch.tensor([[[0, 0], [0, 2]]]), 4)
     assert torch.allclose(bags, torch.tensor([[0.75, 0, 0.25, 0]]).sqrt())
-    words, labels, test = textures()
-    good = bag_of_tokens_probe(words, labels, test, 64)
+    tokens, labels, test = textures()
+    good = bag_of_tokens_probe(tokens, labels, test, 64)
     assert good.accuracy > 0.9 and good.test_images == 80
-    poor = bag_of_tokens_probe(words[torch.randperm(400)], labels, test, 64)
+    poor = bag_of_tokens_probe(tokens[torch.randperm(400)], labels, test, 64)
     assert abs(poor.accuracy - 0.25) < 0.2
-    # Words of their own in each image leave nothing to train on; words new in the test set are left out.
+    # Tokens of their own in each image leave nothing to train on; tokens new in the test set are left out.
     own = bag_of_tokens_probe(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
     assert own.accuracy == own.chance
-    new = torch.where(test[:, None, None] & (words == 5), 64, words)
+    new = torch.where(test[:, None, None] & (tokens == 5), 64, tokens)
     assert bag_of_tokens_probe(new, labels, test, 65).accuracy > 0.85
 
 
@@ -143,8 +143,8 @@ def test_nearest_codes():
 @given(seed=st.integers(0, 2**20), vocab_size=st.integers(1, 40), size=st.integers(2, 5))
 @settings(max_examples=25, deadline=None)
 def test_numbers_of_the_codes_do_not_matter(seed, vocab_size, size):
-    words, labels = draw(30, size, size, below=vocab_size, seed=seed), draw(30, below=3, seed=seed)
-    renamed = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[words]
+    tokens, labels = draw(30, size, size, below=vocab_size, seed=seed), draw(30, below=3, seed=seed)
+    renamed = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[tokens]
     for function in (
         lambda ids: code_usage(ids, vocab_size),
         lambda ids: agreement(ids, ids.flip(-1)),
@@ -152,39 +152,39 @@ def test_numbers_of_the_codes_do_not_matter(seed, vocab_size, size):
         lambda ids: position_information(ids),
         lambda ids: neighbor_information(ids),
     ):
-        assert vars(function(words)) == pytest.approx(vars(function(renamed)), abs=1e-9)
+        assert vars(function(tokens)) == pytest.approx(vars(function(renamed)), abs=1e-9)
 
 
-def steady(words):
-    return dict.fromkeys(("flip", "shift", "jitter", "noise", "jpeg"), (words, words))
+def steady(tokens):
+    return dict.fromkeys(("flip", "shift", "jitter", "noise", "jpeg"), (tokens, tokens))
 
 
-def test_no_warning_for_good_words():
-    words, labels, test = textures()
-    found = compute_token_metrics(words, 64, steady(words), labels, test)
+def test_no_warning_for_good_tokens():
+    tokens, labels, test = textures()
+    found = compute_token_metrics(tokens, 64, steady(tokens), labels, test)
     assert list(token_warnings(found)) == []
     assert "No warnings" in render_tokenizer_report(found, [], "t") and found.label.share > 0.2
 
 
 def poor():
-    """name -> (words, vocabulary size, views, labels, test), and what must be said of it."""
-    words, labels, test = textures()
-    other = words[draw(400, below=400, seed=9)]
-    mixed = words.flatten()[torch.randperm(words.numel(), generator=torch.Generator().manual_seed(3))].view_as(words)
+    """name -> (tokens, vocabulary size, views, labels, test), and what must be said of it."""
+    tokens, labels, test = textures()
+    other = tokens[draw(400, below=400, seed=9)]
+    mixed = tokens.flatten()[torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(3))].view_as(tokens)
     board = torch.arange(16).view(1, 4, 4).expand(400, -1, -1)
-    rare = torch.where(draw(400, 4, 4, below=100) < 85, 0, words)
+    rare = torch.where(draw(400, 4, 4, below=100) < 85, 0, tokens)
     return {
-        "dead": ((words, 1024), "960 of 1,024 codes are dead"),
-        "small sample": ((words, 2048), "only 6,400 patches for 2,048 codes"),
-        "one word": ((torch.zeros_like(words), 64), "one token takes 100%"),
-        "one word of one": ((torch.zeros_like(words), 1), "one token takes 100%"),
+        "dead": ((tokens, 1024), "960 of 1,024 codes are dead"),
+        "small sample": ((tokens, 2048), "only 6,400 patches for 2,048 codes"),
+        "one token": ((torch.zeros_like(tokens), 64), "one token takes 100%"),
+        "one token of one": ((torch.zeros_like(tokens), 1), "one token takes 100%"),
         "uneven": ((rare, 64), "a few tokens take most patches"),
-        "commonest": ((rare, 64), "one token takes 8"),
-        "jitter": ((words, 64, {"jitter": (words, other)}), "of the tokens change under a slight change of colors"),
-        "shift": ((words, 64, {"shift": (words, other)}), "they tell the position"),
-        "wrong store": ((words, 64, {"stored": (words, other)}), "the store belongs to other images"),
-        "wrong images": ((words, 64, {}, labels.roll(1), test), "are labels paired with the wrong images?"),
-        "no class from the bag": ((words, 64, {}, labels.roll(1), test), "no better than chance"),
+        "most frequent token": ((rare, 64), "one token takes 8"),
+        "jitter": ((tokens, 64, {"jitter": (tokens, other)}), "of the tokens change under a slight change of colors"),
+        "shift": ((tokens, 64, {"shift": (tokens, other)}), "they tell the position"),
+        "wrong store": ((tokens, 64, {"stored": (tokens, other)}), "the store belongs to other images"),
+        "wrong images": ((tokens, 64, {}, labels.roll(1), test), "are labels paired with the wrong images?"),
+        "no class from the bag": ((tokens, 64, {}, labels.roll(1), test), "no better than chance"),
         "mixed up": ((mixed, 64), "are tokens mixed up?"),
         "place": ((board, 16), "position alone tells"),
         "copying": ((labels[:, None, None].expand(-1, 4, 4), 4), "copying nearly solves the task"),
@@ -192,9 +192,9 @@ def poor():
 
 
 @pytest.mark.parametrize("name", poor())
-def test_poor_words_are_called_so(name):
-    (words, vocab_size, *more), sentence = poor()[name]
-    lines = list(token_warnings(compute_token_metrics(words, vocab_size, *more)))
+def test_poor_tokens_are_called_so(name):
+    (tokens, vocab_size, *more), sentence = poor()[name]
+    lines = list(token_warnings(compute_token_metrics(tokens, vocab_size, *more)))
     assert any(sentence in line for line in lines), lines
 
 
@@ -214,7 +214,7 @@ class MeanColor(nn.Module):
 
 @pytest.mark.parametrize(("size", "grid"), [((32, 48), (4, 6)), ((36, 36), (8, 8))], ids=str)
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
-    """Nothing but noise, jitter and JPEG changes the words of a tokenizer that sees each patch alone."""
+    """Nothing but noise, jitter and JPEG changes the tokens of a tokenizer that sees each patch alone."""
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
     sampler = TokenSampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
     images = list_images(crops)
@@ -223,8 +223,8 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     assert found["shift"].share == 1 and found["flip"].share == 1
     assert all(found[name].share > 0.6 for name in found)
     assert found["jitter"].share < 1
-    words = sampler.sample(images, range(12), num_pixels=7)
-    assert words.images.shape == (7, 3, *size) and words.ids.shape == (12, *grid)
+    tokens = sampler.sample(images, range(12), num_pixels=7)
+    assert tokens.images.shape == (7, 3, *size) and tokens.ids.shape == (12, *grid)
     in_fives = sampler.sample_perturbed(images, range(12))
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 12)
     assert all(
@@ -237,7 +237,7 @@ def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
     assert set(sampler.sample_perturbed(list_images(crops), range(12))) == {"flip", "jitter", "noise", "jpeg"}
 
 
-def test_pixel_words_of_digits_survive_a_shift(tokenizer_dir, digits):
+def test_pixel_tokens_of_digits_survive_a_shift(tokenizer_dir, digits):
     sampler = TokenSampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
     found = sampler.sample_perturbed(list_images(digits / "test"), range(0, 360, 4))
     assert torch.equal(*found["shift"])

@@ -409,9 +409,8 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
         values |= set(np.unique(read_mask(path)).tolist())
     ids = sorted(values - ignored)
     if len(ids) < 2:
-        raise MapetError(
-            f"the masks hold {pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}: segmentation needs at least two classes"
-        )
+        found = f"{pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}"
+        raise MapetError(f"the masks hold {found}: segmentation needs at least two classes")
     class_of = {value: index for index, value in enumerate(ids)}
     names = [str(value) for value in ids]
     return [SegmentationSet(listed, names, paths, [class_of] * len(paths)) for listed, paths in matched]

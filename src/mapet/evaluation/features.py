@@ -183,9 +183,8 @@ class BackboneWrapper:
         """
         extract = getattr(self.model, "forward_intermediates", None)
         if extract is None:
-            raise MapetError(
-                f"{self.name}: timm gives no features of the layers of a {type(self.model).__name__}: use another model"
-            )
+            kind = type(self.model).__name__
+            raise MapetError(f"{self.name}: timm gives no features of the layers of a {kind}: use another model")
         options = {"indices": [layer - 1 for layer in layers], "norm": not isinstance(self.model, (Hiera, HieraDet))}
         has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
         if has_prefix and "return_prefix_tokens" in inspect.signature(extract).parameters:
@@ -361,24 +360,24 @@ class PatchTokenCache:
     """Patch tokens of the last layer of each image: kept as float16 if they fit the memory, else recomputed in each epoch.
 
     Attributes:
-        kept: (indices of images, their tokens) of each batch, once an epoch has run; empty if they don't fit.
+        cached: (indices of images, their tokens) of each batch, once an epoch has run; empty if they don't fit.
     """
 
     backbone: BackboneWrapper
     data: LabeledSet
     config: CacheConfig
-    kept: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
+    cached: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
 
     def epoch(self) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b N D"]]]:
         """Yield (indices of images, their tokens) of each batch once, in a random order that is always the same."""
         depth, height, width = self.backbone.map_shape
-        if self.kept:
-            for index, store in self.kept:
+        if self.cached:
+            for index, store in self.cached:
                 yield index, store.take(torch.arange(len(store))).unflatten(1, (height * width, depth))
             return
         fits = 2 * len(self.data) * depth * height * width <= self.config.memory  # float16 has two bytes
         for index, images in self.backbone.batches(self.data.images, self.config, "tokens"):
             tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
             if fits:
-                self.kept.append((index, FeatureStore.from_tensor(tokens.flatten(1))))
+                self.cached.append((index, FeatureStore.from_tensor(tokens.flatten(1))))
             yield index, tokens

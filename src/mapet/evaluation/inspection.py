@@ -318,6 +318,5 @@ def render_neighbors(
         assert views.images is not None
         return [(image, data.title(index)) for image, index in zip(views.images, indices, strict=True)]
 
-    return [
-        render_titled(test, [query]) + render_titled(train, row) for query, row in zip(queries, nearest, strict=True)
-    ]
+    pairs = zip(queries, nearest, strict=True)
+    return [render_titled(test, [query]) + render_titled(train, row) for query, row in pairs]

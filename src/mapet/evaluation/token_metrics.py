@@ -156,16 +156,10 @@ def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
     half, most = (torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - 1e-12) + 1).tolist()
     bits = float(entropy(counts, base=2))
     return CodeUsage(
-        used_codes=num_used,
-        dead_codes=vocab_size - num_used,
-        reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** num_patches),
-        entropy=bits,
-        perplexity=2**bits,
-        top_code_fraction=float(covered[0]),
-        codes_for_half=half / vocab_size,
-        codes_for_most=most / vocab_size,
-        patches=num_patches,
-    )
+        num_used, vocab_size - num_used, reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** num_patches), entropy=bits,
+        perplexity=2**bits, top_code_fraction=float(covered[0]), codes_for_half=half / vocab_size,
+        codes_for_most=most / vocab_size, patches=num_patches,
+    )  # fmt: skip
 
 
 def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreement:
@@ -301,31 +295,23 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or to more varied images"
     if usage.perplexity < MIN_PERPLEXITY_FRACTION * usage.reachable_codes:
         yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or to more varied images"
-    # Halfway between even use, 1 / K, and 1.
-    if usage.top_code_fraction > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:
-        yield (
-            f"one token takes {usage.top_code_fraction:.0%} of the patches: always predicting it scores well; crop even borders, or "
-            "use more varied images"
-        )
+    top = usage.top_code_fraction
+    if top > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:  # halfway between even use, 1 / K, and 1
+        yield f"one token takes {top:.0%} of the patches: always predicting it scores well; crop even borders, or use more varied images"
     for name, pair in metrics.stability.items():
-        changed = f"{1 - pair.share:.0%}"
+        changed, change = f"{1 - pair.share:.0%}", PERTURBATIONS[name]
         if name == "stored" and pair.share < 1:
             yield (
                 f"{1 - pair.share:.1%} of the stored tokens differ from those of their images (chance: {1 - pair.chance:.1%}): the "
                 "store belongs to other images or another tokenizer; run `mapet tokenize` again"
             )
         elif name in ("jitter", "noise", "jpeg") and pair.kappa < MIN_KAPPA_SMALL_CHANGE:
-            yield (
-                f"{changed} of the tokens change under {PERTURBATIONS[name]}, hardly visible: targets are mostly noise; try fewer "
-                "codes or another teacher"
-            )
+            yield f"{changed} of the tokens change under {change}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and pair.kappa < MIN_KAPPA_SHIFT:
-            yield f"{changed} of the tokens change under {PERTURBATIONS[name]}: they tell the position rather than the content; try another teacher"
-    if metrics.position.share > MAX_POSITION_FRACTION:
-        yield (
-            f"position alone tells {metrics.position.share:.0%} of a token: much of the task can be solved without the image; "
-            "tokenize random crops, or try another teacher"
-        )
+            yield f"{changed} of the tokens change under {change}: they tell the position rather than the content; try another teacher"
+    position = metrics.position.share
+    if position > MAX_POSITION_FRACTION:
+        yield f"position alone tells {position:.0%} of a token: much of the task needs no image; tokenize random crops, or try another teacher"
     neighbors_agree = min((pair.share for pair in metrics.coherence.values()), default=0.0)
     if neighbors_agree > MAX_NEIGHBOR_AGREEMENT:
         yield f"{neighbors_agree:.0%} of neighboring patches share their token: copying nearly solves the task; fit more codes, or use larger patches"
