@@ -132,10 +132,8 @@ def _drop_large_few_shot_splits(config: EvaluateConfig, train: LabeledSet) -> Ev
     smallest = int(np.bincount(train.labels).min())
     too_large = [amount for amount in config.few_shot if amount > max(1, smallest)]
     if too_large and (config.protocols or "few_shot" in config.model_fields_set):
-        raise MapetError(
-            f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(too_large):g} asked for; "
-            "give smaller splits", field="few_shot", value=config.few_shot,
-        )  # fmt: skip
+        wrong = f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(too_large):g} asked for"
+        raise MapetError(f"{wrong}; give smaller splits", field="few_shot", value=config.few_shot)
     if too_large:
         log.warning("few-shot splits %s are skipped: the smallest class has %d images", too_large, smallest)
     return config.model_copy(update={"few_shot": tuple(n for n in config.few_shot if n not in too_large)})
@@ -237,9 +235,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
         dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
         views = dataset.batch([(0, index) for index in chosen]).images
         if views is None:
-            raise MapetError(
-                f"none of {len(chosen)} images of {source} is readable: give others with {option('images')}"
-            )
+            raise MapetError(f"no image that was tried of {source} is readable: give others with {option('images')}")
         return views, f"{len(views)} images of {Path(source).name}"
     except (MapetError, OSError) as error:
         if config.images is not None:

@@ -187,12 +187,9 @@ class EvalData:
         return cls(LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images)))
 
     def has(self, requirement: Requirement) -> bool:
-        """Return whether the data is there that a protocol requires; 'ood' requires labels, too."""
-        is_labeled = bool(self.train.classes)
-        return {
-            "images": True, "labels": is_labeled, "ood": is_labeled and bool(self.ood),
-            "masks": self.masks is not None, "annotations": self.boxes is not None,
-        }[requirement]  # fmt: skip
+        """Return whether the data is there that a protocol requires; `load` reads `ood` only beside labels."""
+        data = {"labels": self.train.classes, "ood": self.ood, "masks": self.masks, "annotations": self.boxes}
+        return requirement == "images" or bool(data[requirement])
 
 
 @dataclass

@@ -347,9 +347,8 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        raise MapetError(
-            f"{backbone.name} takes {backbone.channels} channels, corruptions need 1 or 3: leave 'corruptions' out of {option('protocols')}"
-        )
+        needed = f"corruptions need 1 or 3: leave 'corruptions' out of {option('protocols')}"
+        raise MapetError(f"{backbone.name} takes {backbone.channels} channels, {needed}")
     clean = context.is_correct(backbone, data)
     correct: dict[str, Float[Tensor, "5 n"]] = {}
     for kind, name in enumerate(CORRUPTIONS):
