@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -23,11 +22,11 @@ from mapet.errors import MapetError, option
 from mapet.evaluation import inspection
 from mapet.evaluation.datasets import LabeledSet, heldout_mask
 from mapet.evaluation.inspection import TokenSample
-from mapet.evaluation.token_metrics import TokenMetrics, compute_token_metrics, nearest_codes, token_warnings
+from mapet.evaluation.token_metrics import TokenMetrics, compute_token_metrics, token_warnings
 from mapet.files import atomic_write, create_output_dir, is_empty_dir, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import format_token_metrics, render_tokenizer_report
-from mapet.reports.figures import patches_and_tokens, plot_run, plot_tokens, step_through
+from mapet.reports.figures import plot_run, plot_tokenizer, step_through
 from mapet.reports.page import LiveServer, RunView, rasterize, render_page
 from mapet.reports.run import STEP_THROUGH, TOKENIZER_METRICS, TOKENIZER_REPORT, RunFiles
 from mapet.run_state import check_is_pretraining, pretrain_folder, read_command
@@ -42,8 +41,6 @@ NUM_STABILITY_IMAGES = 250
 to better than 1 %."""
 MIN_IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
-NUM_NEAREST = 8
-"""Codes in a row of the figure of nearest codes."""
 
 
 def report(config: ReportConfig) -> Path | None:
@@ -90,9 +87,8 @@ def _check_paths(config: ReportConfig) -> None:
         create_output_dir(config.figures_dir, create=False)
     duplicates = [str(run) for run, folder in zip(config.run, folders, strict=True) if folders.count(folder) > 1]
     if duplicates:
-        raise MapetError(
-            f"{' and '.join(duplicates)} are the same run: give each run once", field="run", value=config.run
-        )
+        message = f"{' and '.join(duplicates)} are the same run: give each run once"
+        raise MapetError(message, field="run", value=config.run)
 
 
 def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image], dict[str, Any]]:
@@ -107,10 +103,8 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
     inspected = inspection.inspect_model(model, tokenizer, images, compute, NUM_SHOWN, run.config.patch_order)
     names = [images.id(index) for index in inspected.sample.image_index[:NUM_SHOWN].tolist()]
-    figures = plot_run(inspected, model, images, compute)
-    return {name: rasterize(figure) for name, figure in figures.items()}, step_through(
-        inspected, names, model.objective
-    )
+    figures = {name: rasterize(figure) for name, figure in plot_run(inspected, model, images, compute).items()}
+    return figures, step_through(inspected, names, model.objective)
 
 
 def _write_figures(view: RunView, folder: Path) -> None:
@@ -146,7 +140,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     sample, metrics = _measure(config, tokenizer, compute)
-    figures = _plot_tokenizer(sample, tokenizer)
+    figures = plot_tokenizer(sample, tokenizer.quantizer.centroids, NUM_SHOWN)
     for name, value in format_token_metrics(metrics).items():
         log.info("%-28s %s", name, value)
     warnings = list(token_warnings(metrics))
@@ -214,19 +208,3 @@ def _labels(
     is_test = np.zeros(len(images), dtype=bool)
     is_test[drawn] = heldout_mask(LabeledSet(images, classes, labels).subset(drawn))
     return torch.from_numpy(labels)[readable], torch.from_numpy(is_test)[readable]
-
-
-def _plot_tokenizer(sample: TokenSample, tokenizer: Tokenizer) -> dict[str, Figure]:
-    """Draw the use of codes, token maps, patches by code and, where codes have centroids, the nearest codes; by name."""
-    vocab_size = tokenizer.vocab_size
-    figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
-    figures |= plot_tokens(sample, NUM_SHOWN)
-    centroids = tokenizer.quantizer.centroids  # None for FSQ and LFQ
-    if centroids is not None and vocab_size > 1:
-        patches, tokens = patches_and_tokens(sample)
-        counts = torch.bincount(tokens, minlength=vocab_size)
-        codes = plots.sample_codes_by_frequency(counts)
-        distances, nearest = nearest_codes(centroids.cpu(), codes, NUM_NEAREST)
-        prototypes = plots.mean_patches(patches, tokens, vocab_size)
-        figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
-    return figures

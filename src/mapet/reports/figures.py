@@ -15,6 +15,7 @@ from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
 from mapet.errors import MapetError
 from mapet.evaluation.inspection import ModelInspection, TokenSample, pca_colors, retrieve_images
+from mapet.evaluation.token_metrics import nearest_codes
 from mapet.models.objectives import Objective
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.reports import plots
@@ -25,6 +26,8 @@ MAX_SIDE = 384
 """Pixels of the larger side of the step-through's images."""
 MAX_HEADS = 6
 """Attention heads that are drawn."""
+NUM_NEAREST = 8
+"""Codes in a row of the figure of nearest codes."""
 
 
 def patches_and_tokens(sample: TokenSample) -> tuple[UInt8[Tensor, "n C h w"], Int[Tensor, " n"]]:
@@ -40,6 +43,25 @@ def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
         "token_maps": plots.plot_token_maps(sample.images[:num_shown], tokens, sample.grid, sample.vocab_size),
         "patches_by_code": plots.plot_patches_by_code(*patches_and_tokens(sample), sample.vocab_size),
     }
+
+
+def plot_tokenizer(sample: TokenSample, centroids: Float[Tensor, "V F"] | None, num_shown: int) -> dict[str, Figure]:
+    """Draw the figures of a tokenizer, by name: the use of codes, and those of `plot_tokens`.
+
+    Args:
+        centroids: of the codes, for a figure of the nearest codes; None for quantizers without centroids (FSQ, LFQ).
+    """
+    vocab_size = sample.vocab_size
+    figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
+    figures |= plot_tokens(sample, num_shown)
+    if centroids is not None and vocab_size > 1:
+        patches, tokens = patches_and_tokens(sample)
+        counts = torch.bincount(tokens, minlength=vocab_size)
+        codes = plots.sample_codes_by_frequency(counts)
+        distances, nearest = nearest_codes(centroids.cpu(), codes, NUM_NEAREST)
+        prototypes = plots.mean_patches(patches, tokens, vocab_size)
+        figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)
+    return figures
 
 
 def plot_run(

@@ -98,15 +98,9 @@ def _strip_paths(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_model_card(
-    config: ExportConfig,
-    folders: Mapping[str, Path],
-    vit: VisionTransformer,
-    provenance: Provenance,
-    checks: Mapping[str, float],
-    checked_on: str,
-    tolerance: float,
-    library: str = "timm",
-) -> str:
+    config: ExportConfig, folders: Mapping[str, Path], vit: VisionTransformer, provenance: Provenance, checks: Mapping[str, float],
+    checked_on: str, tolerance: float, library: str = "timm",
+) -> str:  # fmt: skip
     """Render the Markdown of a model card, with the front matter of the Hugging Face hub.
 
     Args:

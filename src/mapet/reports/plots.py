@@ -159,12 +159,9 @@ def plot_patches_by_code(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, 
 
 
 def plot_nearest_codes(
-    prototypes: Float[Tensor, "V C h w"],
-    counts: Int[Tensor, " V"],
-    codes: Int[Tensor, " n"],
-    neighbors: Int[Tensor, "n k"],
+    prototypes: Float[Tensor, "V C h w"], counts: Int[Tensor, " V"], codes: Int[Tensor, " n"], neighbors: Int[Tensor, "n k"],
     distances: Float[Tensor, "n k"],
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Draw a row for each of `codes`: its mean patch, then those of the codes with the nearest centroids.
 
     Args:
@@ -245,13 +242,9 @@ def plot_attention_mask(mask: Bool[Tensor, "R R"], lengths: Mapping[Segment, int
 
 
 def plot_predictions(
-    images: UInt8[Tensor, "B C H W"],
-    tokens: Int[Tensor, "B N"],
-    permutation: Int[Tensor, "B N"],
-    logits: Float[Tensor, "B p V"],
-    prototypes: Float[Tensor, "V C h w"],
-    grid: tuple[int, int],
-) -> Figure:
+    images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], permutation: Int[Tensor, "B N"], logits: Float[Tensor, "B p V"],
+    prototypes: Float[Tensor, "V C h w"], grid: tuple[int, int],
+) -> Figure:  # fmt: skip
     """Draw a column for each image: what the model predicts for its masked patches, tokens as their mean patch.
 
     Rows: the image; the context patches alone; the order of prediction; the true tokens; the likeliest tokens; the probability of
@@ -298,15 +291,12 @@ def plot_neighbors(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]],
         labeled: names are classes: images of the test image's class get a green frame, others a dashed red one.
     """
 
-    def frame(name: str, test_name: str) -> tuple[str, str] | None:
-        if not labeled:
-            return None
-        return ("tab:green", "-") if name == test_name else ("tab:red", "--")
-
-    tiles = [
-        [Tile(test, test_name[:14]), *(Tile(image, name[:14], frame(name, test_name)) for image, name in nearest)]
-        for (test, test_name), *nearest in rows
-    ]
+    frames = {True: ("tab:green", "-"), False: ("tab:red", "--")}
+    tiles = []
+    for (test, test_name), *nearest in rows:
+        tiles.append([Tile(test, test_name[:14])])
+        for image, name in nearest:
+            tiles[-1].append(Tile(image, name[:14], frames[name == test_name] if labeled else None))
     title = "Test images (left) and their nearest training images by cosine similarity"
     return plot_tiles(tiles, [""] * len(rows), 0.9, title)
 
