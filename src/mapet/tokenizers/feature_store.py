@@ -38,9 +38,6 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
     operating system removes it when the process ends, however that happens.
 
     Attributes:
-        max_rows: rows for which space is reserved; `append` ignores rows beyond it.
-        memory_limit: bytes of `device` memory that the rows may take; a store of more bytes uses the scratch file.
-        scratch_dir: folder for the scratch file.
         num_rows: n, rows appended so far.
         num_features: F; 0 before the first rows.
         scale: the power of two that stored rows are multiplied by.
@@ -48,6 +45,14 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
     """
 
     def __init__(self, max_rows: int, memory_limit: int, scratch_dir: Path, device: torch.device | str = "cpu") -> None:
+        """Create an empty store; the first `append` allocates its space.
+
+        Args:
+            max_rows: rows for which space is allocated; `append` ignores rows beyond it.
+            memory_limit: bytes of memory that the rows may take; a store of more bytes uses the scratch file.
+            scratch_dir: folder for the scratch file.
+            device: whose memory holds the rows, and where rows are returned.
+        """
         self.max_rows, self.memory_limit, self.scratch_dir = max_rows, memory_limit, scratch_dir
         self.device = torch.device(device)
         self.num_rows = self.num_features = 0
@@ -175,12 +180,14 @@ class DistributedPoints:
         store: this rank's features, unscaled.
         first: index of this rank's first point.
         total: number of points on all ranks.
-
-    Raises:
-        MapetError: a rank has no points.
     """
 
     def __init__(self, store: FeatureStore, metric: Metric = "l2") -> None:
+        """Count the points of all ranks; every rank calls it with its shard.
+
+        Raises:
+            MapetError: a rank has no points.
+        """
         self.store, self.metric, self.device = store, metric, store.device
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
         if 0 in counts:

@@ -44,13 +44,14 @@ class HalfSquaredDistances:
 
     |x - c|^2 / 2 = [x, |x|^2 / 2, 1] . [-c, 1, |c|^2 / 2]: with the norms as columns of the product the sum is rounded once,
     relative to the distance itself. Each norm takes three columns, whose sum holds it to float32 precision even in bfloat16.
-
-    Args:
-        centroids: (K, F).
-        dtype: float32 or bfloat16, the type of the product and of its result.
     """
 
     def __init__(self, centroids: Float[Tensor, "K F"], dtype: torch.dtype) -> None:
+        """Build the centroids' factor of the product, [-c, 1, |c|^2 / 2], and allocate the points' factor and the result.
+
+        Args:
+            dtype: float32 or bfloat16, the type of the product and of its result.
+        """
         norms = _split_in_three(_half_sq_norms(centroids), dtype)
         right = torch.cat([-centroids.to(dtype), torch.ones_like(norms), norms], 1)
         self.right = pad(right, (0, 0, 0, -len(right) % COLUMNS))
@@ -116,6 +117,7 @@ class NearestCentroid:
     """
 
     def __init__(self, centroids: Float[Tensor, "K F"]) -> None:
+        """Precompute what assigning points to these centroids needs, and allocate its buffers."""
         self.mean = centroids.mean(0)
         self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
         self.max_sq_norm = 2 * _half_sq_norms(self.centroids).max()
@@ -236,9 +238,7 @@ class KMeans:
             points = FeatureStore.from_tensor(points)
         data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
-            raise MapetError(
-                f"V = {self.vocab_size:,} visual tokens need at least as many patches, but there are {len(data):,}: lower {option('vocab_size')}"
-            )
+            raise MapetError(f"V = {self.vocab_size:,} exceeds the {len(data):,} patches: lower {option('vocab_size')}")
         config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
         counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)

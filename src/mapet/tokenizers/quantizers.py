@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,21 @@ LEVELS = {
 """Vocabulary size -> levels of each dimension: FSQ's (arXiv 2309.15505, section 4.1), and those of 64, 512 and 8192."""
 
 
+class FitResult(NamedTuple):
+    """A quantizer, and how it fits the patches that it was fitted to.
+
+    Attributes:
+        usage: number of patches, of all ranks, that have each code.
+        error: mean squared distance to the nearest centroid; None without centroids.
+        relative_error: `error` divided by the mean squared distance to the mean of all features.
+    """
+
+    quantizer: "Quantizer"
+    usage: Int[Tensor, " K"]
+    error: float | None = None
+    relative_error: float | None = None
+
+
 class Quantizer(nn.Module):
     """Maps features to token ids. There are three kinds, the first two optionally behind a projection to fewer dimensions:
 
@@ -36,11 +51,6 @@ class Quantizer(nn.Module):
     Attributes:
         vocab_size: V, number of codes.
         num_features: F, width of the features it takes.
-
-    Args:
-        settings: 'kind' and, for nearest, 'metric' ('l2' or 'cosine'); for scalar, 'levels' (a list); for argmax, 'vocab_size'. They
-            are written to visual_tokenizer.json and enter the tokenizer's hash.
-        tensors: 'centroids' (K, d) for nearest; 'mean' (F,) and 'components' (F, d) if there is a projection.
     """
 
     centroids: Tensor | None
@@ -48,6 +58,13 @@ class Quantizer(nn.Module):
     components: Tensor | None
 
     def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Make a quantizer of one of the kinds 'nearest', 'scalar' and 'argmax'.
+
+        Args:
+            settings: 'kind' and, for nearest, 'metric' ('l2' or 'cosine'); for scalar, 'levels' (a list); for argmax, 'vocab_size'. They
+                are written to visual_tokenizer.json and enter the tokenizer's hash.
+            tensors: 'centroids' (K, d) for nearest; 'mean' (F,) and 'components' (F, d) if there is a projection. They become buffers.
+        """
         super().__init__()
         self.settings = dict(settings)
         for name in ("centroids", "mean", "components"):

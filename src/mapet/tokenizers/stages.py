@@ -4,11 +4,10 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from mapet.files import MANIFEST, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
-from mapet.tokenizers.quantizers import Quantizer, levels_for, principal_components, project
+from mapet.tokenizers.quantizers import FitResult, Quantizer, levels_for, principal_components, project
 from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_teacher, save_tokenizer
 
 log = logging.getLogger("mapet")
@@ -35,21 +34,6 @@ RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OP
 """Options that are stored with the tokenizer."""
 NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 """Option `views` -> default number of stored views."""
-
-
-class FitResult(NamedTuple):
-    """A quantizer, and how it fits the patches that it was fitted to.
-
-    Attributes:
-        usage: number of patches, of all ranks, that have each code.
-        error: mean squared distance to the nearest centroid; None without centroids.
-        relative_error: `error` divided by the mean squared distance to the mean of all features.
-    """
-
-    quantizer: Quantizer
-    usage: Int[Tensor, " K"]
-    error: float | None = None
-    relative_error: float | None = None
 
 
 def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
@@ -91,11 +75,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             for rows in features:
                 points.append(rows)
             result = fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute, checkpoint)
-    fit_config |= {
-        "images_hash": images.hash, "num_images": len(images), "num_patches": int(result.usage.sum()),
-        "mean_squared_distance": result.error,
-    }  # fmt: skip
-    tokenizer = save_tokenizer(config.out, teacher, result.quantizer, result.usage, result.relative_error, fit_config)
+    fit_config |= {"num_images": len(images), "num_patches": int(result.usage.sum())}
+    fit_config |= {"images_hash": images.hash, "mean_squared_distance": result.error}
+    tokenizer = save_tokenizer(config.out, teacher, result, fit_config)
     if distributed.rank() == 0:
         checkpoint.unlink(missing_ok=True)
     _warn_if_interpolated(teacher)

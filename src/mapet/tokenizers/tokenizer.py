@@ -22,7 +22,7 @@ from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, did_you_mean, format_size, option
-from mapet.tokenizers.quantizers import Quantizer
+from mapet.tokenizers.quantizers import FitResult, Quantizer
 from mapet.tokenizers.teachers import custom, dalle
 from mapet.tokenizers.teachers.timm_model import TimmFeatures
 from mapet.tokenizers.vqkd import load_vqkd
@@ -68,12 +68,16 @@ class Teacher(nn.Module):
         builtin_quantizer: maps its features to tokens if the encoder has a codebook or logits; else None.
         metadata: further facts for the tokenizer's JSON: mean and std of the input in [0, 1], number of prefix tokens dropped and, of a
             VQ-KD tokenizer, the teacher and images it was learned from. Empty for custom code.
-
-    Args:
-        encoder: maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns); `BUILDERS` lists its optional attributes.
     """
 
     def __init__(self, encoder: nn.Module, settings: dict[str, Any]) -> None:
+        """Freeze the encoder, hash its weights and, if it has a codebook or logits, make its quantizer.
+
+        Args:
+            encoder: maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns). Its attributes image_size (h, w), metadata, num_logits
+                and codebook, a (K, F) tensor, are optional; see `BUILDERS`.
+            settings: teacher (its name), student_size (H, W), patch_size, teacher_size (h, w) or None, precision, ...: see `SETTINGS`.
+        """
         super().__init__()
         self.settings, self.name = settings, settings["teacher"]
         rows, columns = (side // settings["patch_size"] for side in settings["student_size"])
@@ -244,6 +248,7 @@ class Tokenizer(nn.Module):
     student_size: tuple[int, int]
 
     def __init__(self, teacher: Teacher | None, quantizer: Quantizer, description: dict[str, Any]) -> None:
+        """Combine a teacher (None: only its description is needed), its quantizer and the content of `visual_tokenizer.json`."""
         super().__init__()
         self.teacher, self.quantizer, self.description = teacher, quantizer, description
         self.hash: str = description["hash"]
@@ -263,17 +268,13 @@ class Tokenizer(nn.Module):
         return self.quantizer(channels_last.flatten(0, 2)).view(channels_last.shape[:3])
 
 
-def save_tokenizer(
-    folder: Path, teacher: Teacher, quantizer: Quantizer, usage: Int[Tensor, " K"], error: float | None, fit_config: dict[str, Any]
-) -> Tokenizer:  # fmt: skip
+def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: dict[str, Any]) -> Tokenizer:
     """Write the codebook and `visual_tokenizer.json` into a new folder, all or nothing, and return the tokenizer. Only rank 0 writes.
 
     Args:
-        usage: number of patches that have each code.
-        error: see `CodebookStats.quantization_error`.
         fit_config: JSON values that record how the quantizer was fitted; outside the hash.
     """
-    stats = CodebookStats.from_counts(usage, error)
+    quantizer, stats = fit.quantizer, CodebookStats.from_counts(fit.usage, fit.relative_error)
     log.info("codebook: %s", stats)
     # The hash covers what determines the tokens.
     identity = {
@@ -291,7 +292,7 @@ def save_tokenizer(
     if distributed.rank() == 0:
         with files.atomic_write(folder) as temporary:
             temporary.mkdir()
-            files.write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": usage})
+            files.write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": fit.usage})
             files.write_checksummed_json(temporary / DESCRIPTION, description)
     return Tokenizer(teacher, quantizer, description)
 

@@ -61,6 +61,7 @@ class VQKD(nn.Module):
     codebook: Tensor
 
     def __init__(self, encoder: VisionTransformer, codebook: Float[Tensor, "K d"]) -> None:
+        """Add a task layer, with random weights, and a codebook, scaled to unit vectors, to an encoder."""
         super().__init__()
         self.encoder = encoder
         self.encode_task_layer = _make_task_layer(encoder.embed_dim, codebook.shape[1])
@@ -237,19 +238,21 @@ class VQKDForTraining(nn.Module):
         tokenizer: encoder and codebook.
         decoder: a ViT as wide as the encoder, whose input is the grid of codes.
         usage: (K,) moving average of the fraction of patches that have each code.
-
-    Args:
-        encoder: a ViT of the published kind: class token, learned positions, `HEAD_DIM` dimensions per attention head.
-        feature_size: F, width of the teacher's features.
-        config: vocab_size (not None), codebook_dim, decoder_depth, ema_decay and dead_code_threshold are used.
-
-    Raises:
-        MapetError: the encoder is another kind of ViT, which the published layout cannot hold.
     """
 
     usage: Tensor
 
     def __init__(self, encoder: VisionTransformer, feature_size: int, config: TrainTokenizerConfig) -> None:
+        """Build decoder and codebook, with random weights, around an encoder.
+
+        Args:
+            encoder: a ViT of the published kind: class token, learned positions, `HEAD_DIM` dimensions per attention head.
+            feature_size: F, width of the teacher's features.
+            config: vocab_size (not None), codebook_dim, decoder_depth, ema_decay and dead_code_threshold are used.
+
+        Raises:
+            MapetError: the encoder is another kind of ViT, which the published layout cannot hold.
+        """
         super().__init__()
         assert config.vocab_size is not None
         self.config = config

@@ -27,14 +27,16 @@ class DalleEncoder(nn.Module):
         num_logits: V, size of the vocabulary.
         image_size: (h, w) of its images, pixels; `build` sets it.
         metadata: mean and std that are equivalent to the scaling in `forward`.
-
-    Args:
-        width: channels of the first group; each further group has twice as many.
     """
 
     image_size: tuple[int, int]
 
     def __init__(self, width: int = 256, vocab_size: int = 8192) -> None:
+        """Build the encoder, with the published names of its parts: blocks.input, blocks.group_1.block_1, ..., blocks.output.
+
+        Args:
+            width: channels of the first group; each further group has twice as many.
+        """
         super().__init__()
         self.num_logits = vocab_size
         self.metadata = {"mean": [-0.125] * 3, "std": [1.25] * 3}  # (x + 0.125) / 1.25 = 0.8 x + 0.1
@@ -61,6 +63,7 @@ class _Block(nn.Module):
     """A pre-activation bottleneck block, whose residual branch is divided by the square of the number of blocks."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
+        """Build the identity path and the four convolutions of the residual path, with their published names."""
         super().__init__()
         self.id_path = _Conv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         inner = out_channels // 4
@@ -99,7 +102,7 @@ def build(checkpoint: str | None, teacher_size: Size | None, grid: tuple[int, in
     """
     if checkpoint is None:
         raise MapetError(
-            f"the dVAE teacher needs the encoder that OpenAI published with DALL-E: {option('teacher_checkpoint')} encoder.pkl"
+            f"teacher 'dalle' needs OpenAI's published weights: give {option('teacher_checkpoint')} encoder.pkl"
         )
     weights, encoder = read_weights(checkpoint), DalleEncoder()
     if mismatch := describe_mismatch(weights, encoder.state_dict()):

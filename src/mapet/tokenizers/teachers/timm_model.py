@@ -23,17 +23,6 @@ class TimmFeatures(nn.Module):
     Attributes:
         image_size: (h, w) of the images it takes, pixels.
         metadata: the mean and std that images in [0, 1] are normalized with, and the number of prefix tokens that are dropped.
-
-    Args:
-        teacher: name of the model.
-        checkpoint: a local weights file; None: timm's pre-trained weights.
-        channels: channels of the images. If the model has mean and std for another number, their average is taken for every channel.
-        teacher_size: (h, w) of the images; None: the model's own.
-        layer: index of the feature map; negative ones count from the last.
-        final_norm: apply the model's last normalization (k-CLIP does not: it takes the last stage before the attention pool).
-
-    Raises:
-        MapetError: the weights cannot be had or are another model's, or the model has no such features.
     """
 
     mean: Tensor
@@ -42,6 +31,19 @@ class TimmFeatures(nn.Module):
     def __init__(
         self, teacher: str, checkpoint: str | None, channels: int, teacher_size: Size | None, layer: int, final_norm: bool
     ) -> None:  # fmt: skip
+        """Create the model with its weights, and look up how it takes images.
+
+        Args:
+            teacher: name of the model.
+            checkpoint: a local weights file; None: timm's pre-trained weights.
+            channels: channels of the images. If the model has mean and std for another number, their average is taken for every channel.
+            teacher_size: (h, w) of the images; None: the model's own.
+            layer: index of the feature map; negative ones count from the last.
+            final_norm: apply the model's last normalization (k-CLIP does not: it takes the last stage before the attention pool).
+
+        Raises:
+            MapetError: the weights cannot be had or are another model's, or the model has no such features.
+        """
         super().__init__()
         self.name, self.final_norm = teacher, final_norm
         self.model = _create(teacher, checkpoint, channels, teacher_size)
