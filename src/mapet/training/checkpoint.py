@@ -148,9 +148,8 @@ def load_checkpoint(
             if "metrics_state" in parts:  # absent in what version 0.1 wrote
                 for name, stateful_object in stateful.items():
                     tensors, prefix = parts["metrics_state"].items(), f"{name}."
-                    stateful_object.load_state_dict(
-                        {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
-                    )
+                    own = {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
+                    stateful_object.load_state_dict(own)
             return state
         except (NewerFormatError, OtherInputsError):
             raise

@@ -71,15 +71,13 @@ class MetricLogger:
             yield batch
             before = time.monotonic()
 
-    def add(
-        self, output: StepOutput, norm: Tensor, image_index: Tensor, num_images: int, sums: dict[str, Tensor]
-    ) -> None:
+    def add(self, output: StepOutput, norm: Tensor, index: Tensor, num_images: int, sums: dict[str, Tensor]) -> None:
         """Add a step.
 
         Args:
             output: of this rank's images; loss and means are weighted by their fraction of the step's images.
             norm: of the gradient, the same on all ranks.
-            image_index: of each image in the list of images.
+            index: of each image in the list of images.
             num_images: images of this rank. If it is 0, the output is that of a placeholder, of weight 0.
             sums: what `Task.after_step` returned, the same on all ranks; {} if it was not called.
         """
@@ -90,7 +88,7 @@ class MetricLogger:
         self._steps.append(torch.stack([values.get(name, zero).detach().float() for name in self._columns]))
         if output.counts is not None and num_images:
             self._counts += output.counts
-        self._images.append((image_index[:num_images], output.loss_per_image[:num_images]))
+        self._images.append((index[:num_images], output.loss_per_image[:num_images]))
 
     def compute_and_reset(self) -> MetricWindow:
         """Return the metrics of all ranks since the last call; a collective call.

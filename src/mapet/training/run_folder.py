@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
@@ -93,9 +92,7 @@ class RunFolder:
         self._hook, threading.excepthook = threading.excepthook, lambda failure: log.warning(text, failure.exc_value)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Log the error, if there is one, and close all files."""
         threading.excepthook = self._hook
         if error is not None:
@@ -289,7 +286,8 @@ def check_trackers_installed(trackers: Iterable[str]) -> None:
     """Raise MapetError if a tracker's library is not installed."""
     for tracker in trackers:
         if not _is_installed(tracker):
-            raise MapetError(f"{option('track')} {tracker} needs the library {tracker}: {install_hint('track')}")
+            problem = f"{option('track')} {tracker} needs the library {tracker}: {install_hint('track')}"
+            raise MapetError(problem, field="track", value=tracker)
 
 
 def _is_installed(module: str) -> bool:
@@ -334,11 +332,9 @@ def _open_mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> Track
         mlflow.log_params(config, run_id=run_id)
     client.update_run(run_id, status="RUNNING")
 
-    def finish(failed: bool) -> None:
-        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
-
-    location = f"run {run_id} in {client.tracking_uri}"
-    return TrackerRun(run_id, location, partial(mlflow.log_metrics, run_id=run_id), finish)
+    status, location = {False: "FINISHED", True: "FAILED"}, f"run {run_id} in {client.tracking_uri}"
+    send = partial(mlflow.log_metrics, run_id=run_id)
+    return TrackerRun(run_id, location, send, lambda failed: client.set_terminated(run_id, status[failed]))
 
 
 def _open_trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:

@@ -77,9 +77,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of full tensors, which all ranks have, into a module that may be sharded."""
     own = module.state_dict()
-    module.load_state_dict(
-        {name: distribute_like(value, own[name]) if name in own else value for name, value in state.items()}
-    )
+    module.load_state_dict({name: distribute_like(value, own.get(name, value)) for name, value in state.items()})
 
 
 def distribute_like(value: Tensor, other: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from mapet import distributed
 from mapet.data.dataset import Batch
@@ -155,9 +156,7 @@ def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, sa
     return worth and importlib.util.find_spec("triton") is not None
 
 
-def create_optimizer(
-    model: nn.Module, opt: str, lr: float, weight_decay: float, **options: Any
-) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float, **options: Any) -> Optimizer:
     """Create any of timm's optimizers, without weight decay on biases, norms, position embeddings and tokens.
 
     PyTorch's own are fused: with their `found_inf` they skip a step without the CPU having to wait for the device.
@@ -173,11 +172,8 @@ def create_optimizer(
     try:
         parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
     except ValueError:
-        raise MapetError(
-            f"timm has no optimizer '{opt}' ({option('opt')}): e.g. adamw, lion, muon, lamb, sgd",
-            field="opt",
-            value=opt,
-        ) from None
+        problem = f"timm has no optimizer '{opt}' ({option('opt')}): give e.g. adamw, lion, muon, lamb or sgd"
+        raise MapetError(problem, field="opt", value=opt) from None
     if opt not in ("adam", "adamw"):
         options.pop("betas", None)
     if "fused" in parameters:
@@ -185,9 +181,7 @@ def create_optimizer(
     return create_optimizer_v2(model, opt, lr=lr, weight_decay=weight_decay, **options)
 
 
-def create_scheduler(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, min_lr: float
-) -> CosineLRScheduler:
+def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> CosineLRScheduler:
     """Create a schedule of a linear warm-up to the optimizer's rate, its peak, then one cosine down to `min_lr`.
 
     Call `step_update(step)` before each step: the rate depends on the step alone.

@@ -267,10 +267,9 @@ class Trainer(Generic[M, R]):
             self._save()
             self._saved_at = time.monotonic()
         if stopping and self.step < self.total_steps:
-            raise Interrupted(
-                f"stopped by {self.stop.signal_name or 'another process'} at step {self.step} of {self.total_steps}, saved",
-                command_to_resume(self.task.config.out, self.task.command),
-            )
+            cause = self.stop.signal_name or "another process"
+            what = f"stopped by {cause} at step {self.step} of {self.total_steps}, saved"
+            raise Interrupted(what, command_to_resume(self.task.config.out, self.task.command))
 
     def _save(self) -> None:
         """Save a checkpoint; a collective call."""

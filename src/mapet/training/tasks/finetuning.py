@@ -70,23 +70,19 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         self.model_ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.stateful = {"model_ema": self.model_ema} if self.model_ema is not None else {}
         size: tuple[int, int] = self.model.patch_embed.img_size
-        channels, augment = self.model.in_chans, None
+        images, channels, augment = self.train.images, self.model.in_chans, None
         if config.rand_augment is not None:
             if channels != 3:
-                raise MapetError(
-                    f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: leave it out"
-                )
+                problem = f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: leave it out"
+                raise MapetError(problem, field="rand_augment", value=config.rand_augment)
             augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
         spec = ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
-            self.train.images, spec, channels, size, jitter=config.color_jitter, augment=augment, seed=config.seed
+            images, spec, channels, size, jitter=config.color_jitter, augment=augment, seed=config.seed
         )
-        self.labels, num_images, num_classes = (
-            torch.from_numpy(self.train.labels),
-            len(self.train.labels),
-            len(self.train.classes),
-        )
-        self.indices, self.hashes = np.arange(num_images), {"images_hash": self.train.images.hash}
+        num_images, num_classes = len(self.train.labels), len(self.train.classes)
+        self.labels = torch.from_numpy(self.train.labels)
+        self.indices, self.hashes = np.arange(num_images), {"images_hash": images.hash}
         limit = MAX_CPU_BATCH_SIZE if compute.device.type == "cpu" else self.base_batch_size
         auto = min(max(MIN_BATCH_SIZE, min(limit, num_images // MIN_STEPS_PER_EPOCH)), num_images)
         self.config = config.model_copy(update={"batch_size": config.batch_size or auto})
