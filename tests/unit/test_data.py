@@ -77,11 +77,11 @@ def test_two_flip_views_are_an_image_and_its_mirror():
 
 
 def test_a_view_of_its_own_size_is_untouched_and_mirrored():
-    image = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
-    picture = DecodedImage(image.permute(1, 2, 0).numpy(), "test")
-    assert torch.equal(render_view(picture, View(2, 1, 8, 8, False), (8, 8)), image[:, 2:10, 1:9])
-    assert torch.equal(render_view(picture, View(2, 1, 8, 8, True), (8, 8)), image[:, 2:10, 1:9].flip(-1))
-    assert render_view(picture, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
+    pixels = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
+    image = DecodedImage(pixels.permute(1, 2, 0).numpy(), "test")
+    assert torch.equal(render_view(image, View(2, 1, 8, 8, False), (8, 8)), pixels[:, 2:10, 1:9])
+    assert torch.equal(render_view(image, View(2, 1, 8, 8, True), (8, 8)), pixels[:, 2:10, 1:9].flip(-1))
+    assert render_view(image, View(0, 0, 10, 12, False), (5, 6)).shape == (3, 5, 6)
 
 
 @given(
@@ -122,14 +122,14 @@ def save_jpeg(photo, path, size, orientation=1, **options):
 @pytest.mark.parametrize("size", [(427, 640), (333, 501), (1024, 768), (9, 7), (1, 1)])
 def test_jpegs_equal_pillows_to_the_byte(photos, tmp_path, size, orientation):
     upright = save_jpeg(photos[0], tmp_path / "a.jpg", size, orientation)
-    picture = open_image(tmp_path / "a.jpg")
-    assert isinstance(picture, LazyJpeg) and picture.size == upright.shape[:2]
-    assert np.array_equal(picture.read().permute(1, 2, 0), upright)
+    image = open_image(tmp_path / "a.jpg")
+    assert isinstance(image, LazyJpeg) and image.size == upright.shape[:2]
+    assert np.array_equal(image.read().permute(1, 2, 0), upright)
     rng = np.random.default_rng(orientation)
     for _ in range(5):
-        height, width = (int(rng.integers(side)) + 1 for side in picture.size)
-        top, left = (int(rng.integers(a - b + 1)) for a, b in zip(picture.size, (height, width), strict=True))
-        part = picture.read(Box(top, left, height, width), min_size=(height, width))
+        height, width = (int(rng.integers(side)) + 1 for side in image.size)
+        top, left = (int(rng.integers(a - b + 1)) for a, b in zip(image.size, (height, width), strict=True))
+        part = image.read(Box(top, left, height, width), min_size=(height, width))
         assert np.array_equal(part.permute(1, 2, 0), upright[top : top + height, left : left + width])
 
 
@@ -139,11 +139,11 @@ def test_reduced_decoding_shows_the_same_view(photos, tmp_path, size, orientatio
     """Student and teacher, at their own sizes, show the full decode's box: 2.5 of 255 gray levels apart
     on average at most, and less than for a box that is off by one pixel of the result."""
     upright = DecodedImage(save_jpeg(photos[1], tmp_path / "a.jpg", size, orientation, subsampling=0), "test")
-    picture = open_image(tmp_path / "a.jpg")
+    image = open_image(tmp_path / "a.jpg")
     for kind, number in (("center", 0), ("random-crop", 0), ("random-crop", 1)):
-        view = sample_view(ViewSpec(kind=kind, image_size=(64, 64)), picture.size, 11, number)
+        view = sample_view(ViewSpec(kind=kind, image_size=(64, 64)), image.size, 11, number)
         for side in (32, 64, 96):
-            seen, expected = (render_view(p, view, (side, side)).float() for p in (picture, upright))
+            seen, expected = (render_view(p, view, (side, side)).float() for p in (image, upright))
             assert (seen - expected).abs().mean() < 2.5
             inner = seen[:, 1:-1, 1:-1]
             errors = {
@@ -198,10 +198,10 @@ def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epoc
         assert max(map(len, part)) <= batch_size and max(map(len, part)) - min(map(len, part)) <= 1
     middle = len(batches) // 2
     assert list(EpochBatchSampler(np.arange(count), batch_size, epochs, seed, first_step=middle)) == batches[middle:]
-    shares = [list(EpochBatchSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
-    for whole, *parts in zip(batches, *shares, strict=True):  # dealt out in turn
-        dealt = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-        assert dealt == whole
+    per_rank = [list(EpochBatchSampler(np.arange(count), batch_size, epochs, seed, 0, rank, 3)) for rank in range(3)]
+    for whole, *parts in zip(batches, *per_rank, strict=True):  # split image by image
+        merged = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+        assert merged == whole
 
 
 def test_batches_do_not_depend_on_workers(crops, monkeypatch):
@@ -224,8 +224,8 @@ def test_batches_do_not_depend_on_workers(crops, monkeypatch):
         assert torch.equal(a.jitter, b.jitter) and a.jitter.shape == (len(a.images), 3)
 
 
-def test_teacher_and_student_see_the_same_view(crops):
-    """At the same size both renderings are one picture: crop and mirror agree."""
+def test_teacher_and_student_get_the_same_view(crops):
+    """At the same size both renderings are one image: crop and mirror agree."""
     dataset = ViewDataset(
         list_images(crops),
         ViewSpec(kind="random-crop", image_size=(16, 16)),
@@ -244,13 +244,13 @@ def store_of(folder, images, views=2, vocab=100):
     return store, ids
 
 
-def finish(store, ids, bad=None):
-    """Write these rows, and the bad ones among them, into the first part."""
-    store.shards[0].write(ids, bad or {})
+def finish(store, ids, unreadable=None):
+    """Write these rows, and the unreadable ones among them, into the first shard."""
+    store.shards[0].write(ids, unreadable or {})
     store.shards[0].save_progress()
 
 
-def test_parts_are_written_in_any_order(crops, tmp_path, monkeypatch):
+def test_shards_are_written_in_any_order(crops, tmp_path, monkeypatch):
     """By whichever process, interrupted in the middle of any."""
     monkeypatch.setattr("mapet.data.token_store.SHARD_SIZE", 5)
     images = list_images(crops)
@@ -286,7 +286,7 @@ def test_store_round_trip(crops, tmp_path, vocab, dtype):
     assert np.array_equal(again.read(5, 1), ids[5, 1])
 
 
-def test_unfinished_store_is_refused_and_goes_on(crops, tmp_path):
+def test_unfinished_store_is_refused_and_resumes(crops, tmp_path):
     images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
     finish(store, ids[:5])
@@ -333,7 +333,7 @@ def test_images_are_read_as_files_have_them(crops, photos):
 
 
 @given(st.sampled_from(["random", "raster", "blockwise"]), st.integers(1, 15), st.integers(1, 15), st.integers(0, 9))
-def test_every_patch_comes_once_in_an_order(kind, rows, columns, seed):
+def test_every_patch_comes_once_in_a_permutation(kind, rows, columns, seed):
     order = sample_permutation(kind, (rows, columns), np.random.default_rng(seed))
     assert sorted(order) == list(range(rows * columns))
     assert np.array_equal(order, sample_permutation(kind, (rows, columns), np.random.default_rng(seed)))

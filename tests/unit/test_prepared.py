@@ -32,7 +32,7 @@ def folder(photos, tmp_path, monkeypatch):
     return tmp_path / "photos"
 
 
-def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
+def test_it_has_the_same_ids_classes_and_images(folder, tmp_path):
     images, made = list_images(folder), list_images(mapet.prepare(images=folder, out=tmp_path / "made", short_side=64))
     assert [made.id(i) for i in range(7)] == [images.id(i) for i in range(7)]
     assert np.array_equal(made.keys(), images.keys())
@@ -43,20 +43,20 @@ def test_it_has_the_same_ids_classes_and_pictures(folder, tmp_path):
             with pytest.raises(ImageDecodeError):
                 made.open(index, 3)
             continue
-        picture = made.open(index, 3).read()
+        pixels = made.open(index, 3).read()
         if images.id(index) == "a/small.png":  # kept as it was
-            assert torch.equal(picture, open_image(images[index]).read())
+            assert torch.equal(pixels, open_image(images[index]).read())
             continue
-        assert picture.shape == (3, 64, 85)
+        assert pixels.shape == (3, 64, 85)
         full = torch.nn.functional.interpolate(
             open_image(images[index]).read()[None].float(), (64, 85), mode="bicubic", antialias=True
         )[0]
-        assert (picture - full.clamp(0, 255)).abs().mean() < 6  # JPEG, of very detailed 64 x 85 px
+        assert (pixels - full.clamp(0, 255)).abs().mean() < 6  # JPEG, of very detailed 64 x 85 px
     part = made.subset([4, 2])
     assert torch.equal(pickle.loads(pickle.dumps(part)).open(1, 3).read(), made.open(2, 3).read())
 
 
-def test_loader_and_stages_take_it(folder, tmp_path, monkeypatch):
+def test_loader_and_commands_take_it(folder, tmp_path, monkeypatch):
     made = mapet.prepare(images=folder, out=tmp_path / "made", short_side=64)
     dataset = ViewDataset(
         list_images(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
@@ -70,7 +70,7 @@ def test_loader_and_stages_take_it(folder, tmp_path, monkeypatch):
     assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s").unreadable) == [6]
 
 
-def test_an_interrupted_one_is_refused_and_goes_on(folder, tmp_path, monkeypatch):
+def test_an_interrupted_one_is_refused_and_resumes(folder, tmp_path, monkeypatch):
     whole = mapet.prepare(images=folder, out=tmp_path / "whole", short_side=64)
     resize_and_encode, calls = prepared.resize_and_encode, []
 
@@ -126,7 +126,7 @@ def scans(photos, tmp_path):
     return tmp_path
 
 
-def test_a_window_is_linear_and_cuts_off():
+def test_a_window_is_linear_and_clips():
     values = np.array([-7, 0, 10, 25, 50, 51, 900], np.int16)
     assert IntensityWindow(0, 50).apply(values).tolist() == [0, 0, 51, 128, 255, 255, 255]
     values = np.array([np.nan, -np.inf, -1000, -300, 400, np.inf], np.float32)
@@ -142,16 +142,19 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
     gray = torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     assert [made.id(i) for i in range(3)] == ["large.png", "small.tif", "swapped.npy"]
     for index, rows in enumerate((slice(None), slice(40), slice(40))):
-        wanted = gray if index == 0 else gray[rows, :48]
-        found = made.open(index, 1).read()[0].float()
-        assert found.shape == wanted.shape and (found - wanted).abs().mean() < 3  # JPEG's loss
+        expected = gray if index == 0 else gray[rows, :48]
+        result = made.open(index, 1).read()[0].float()
+        assert result.shape == expected.shape and (result - expected).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
     assert open_image(scans / "scans" / "large.png", 3, IntensityWindow(0, 4095)).read().unique().numel() > 200
     small = list_images(
         mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
     )
-    found, wanted = small.open(0, 1).read()[0].float(), torch.nn.functional.adaptive_avg_pool2d(gray[None], (30, 32))[0]
-    assert found.shape == (30, 32) and (found - wanted).abs().mean() < 8
+    result, expected = (
+        small.open(0, 1).read()[0].float(),
+        torch.nn.functional.adaptive_avg_pool2d(gray[None], (30, 32))[0],
+    )
+    assert result.shape == (30, 32) and (result - expected).abs().mean() < 8
 
 
 def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
@@ -186,48 +189,48 @@ def test_eight_bits_stay_as_they_are(folder, tmp_path):
     )
 
 
-def test_who_takes_no_census_is_warned(scans, photos, caplog):
-    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "channels": 1}
-    mapet.fit_tokenizer(images=scans / "scans", out=scans / "dark", **words)
+def test_a_sample_is_enough_to_warn_about_dark_images(scans, photos, caplog):
+    options = {"image_size": 32, "patch_size": 8, "vocab_size": 4, "channels": 1}
+    mapet.fit_tokenizer(images=scans / "scans", out=scans / "dark", **options)
     assert "16-bit images hold values of about" in caplog.text and "16 of 256 levels" in caplog.text
     caplog.clear()
     wide = (photos[0].mean(-1) * 257).astype(np.uint16)
     (scans / "wide").mkdir()
     Image.fromarray(wide).save(scans / "wide" / "a.png")
-    mapet.fit_tokenizer(images=scans / "wide", out=scans / "light", **words)
+    mapet.fit_tokenizer(images=scans / "wide", out=scans / "light", **options)
     made = mapet.prepare(images=scans / "scans", out=scans / "made", channels=1, value_range=(0, 4095))
-    mapet.fit_tokenizer(images=made, out=scans / "eight", **words)
+    mapet.fit_tokenizer(images=made, out=scans / "eight", **options)
     assert "16-bit" not in caplog.text and "gray" not in caplog.text
 
 
-def test_small_images_and_the_unreadable_are_told(folder, photos, tmp_path, caplog):
+def test_small_and_unreadable_images_are_reported(folder, photos, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     mapet.prepare(images=folder, out=tmp_path / "made", short_side=64, max_unreadable=0.5)
     assert "6 images in" in caplog.text and "1 unreadable" in caplog.text
-    words = {"patch_size": 8, "vocab_size": 4, "max_unreadable": 0.5}
-    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **words)
+    options = {"patch_size": 8, "vocab_size": 4, "max_unreadable": 0.5}
+    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "fits", image_size=32, **options)
     assert "would be enlarged" not in caplog.text
-    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "small", image_size=96, **words)
+    mapet.fit_tokenizer(images=tmp_path / "made", out=tmp_path / "small", image_size=96, **options)
     assert "100% of 6 images looked at are smaller than the input, 96 x 96 px, and would be enlarged" in caplog.text
 
 
-def test_gray_images_read_as_color_are_told(photos, tmp_path, caplog):
+def test_gray_images_read_as_color_are_reported(photos, tmp_path, caplog):
     """Where all are; one in color among them, and three channels are for something."""
-    words = {"image_size": 32, "patch_size": 8, "vocab_size": 4}
-    told = "gray, and read as three equal channels: 1 channel would do"
+    options = {"image_size": 32, "patch_size": 8, "vocab_size": 4}
+    note = "gray, and read as three equal channels: 1 channel would do"
     for i in range(4):
         Image.fromarray(photos[0][32 * i :, :, 1]).save(tmp_path / f"{i}.png")
-    assert f"note: all are {told}" in mapet.check(images=tmp_path, image_size=32).lines()
-    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "gray-words", **words)
-    assert f"all 4 images looked at are {told}" in caplog.text
+    assert f"note: all are {note}" in mapet.check(images=tmp_path, image_size=32).lines()
+    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "gray-tokenizer", **options)
+    assert f"all 4 images looked at are {note}" in caplog.text
     caplog.clear()
     Image.fromarray(photos[0]).save(tmp_path / "4.png")
-    assert told not in "".join(mapet.check(images=tmp_path, image_size=32).lines())
-    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "words", **words)
+    assert note not in "".join(mapet.check(images=tmp_path, image_size=32).lines())
+    mapet.fit_tokenizer(images=tmp_path, out=tmp_path.parent / "color-tokenizer", **options)
     assert "gray" not in caplog.text
 
 
-def test_check_tells_the_range(scans):
+def test_check_reports_the_range(scans):
     lines = "\n".join(mapet.check(images=scans / "scans", image_size=64, channels=1).lines())
     command = re.search(r"16 of 256 levels. `mapet prepare --value-range (\d+) (\d+)` makes use of all", lines)
     assert command and int(command[1]) < 200 and 3900 < int(command[2]) <= 4095

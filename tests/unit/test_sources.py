@@ -84,9 +84,9 @@ def assert_same(images, others) -> None:
     assert images.classes()[0] == others.classes()[0] and np.array_equal(images.classes()[1], others.classes()[1])
     spec = ViewSpec(kind="random-crop", image_size=(16, 16))
     for i in range(len(images)):
-        picture, other = images.open(i, 3), others.open(i, 3)
-        assert torch.equal(picture.read(), other.read()) and images.data(i) == others.data(i)
-        assert sample_view(spec, picture.size, images.key(i), 3) == sample_view(spec, other.size, others.key(i), 3)
+        image, other = images.open(i, 3), others.open(i, 3)
+        assert torch.equal(image.read(), other.read()) and images.data(i) == others.data(i)
+        assert sample_view(spec, image.size, images.key(i), 3) == sample_view(spec, other.size, others.key(i), 3)
 
 
 @pytest.mark.parametrize("spelling", ["{000..002}.tar", "*.tar", ""])
@@ -119,7 +119,7 @@ def test_shards_by_url(folder, shards, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(alone, forked, strict=True))
         images = list_images("memory://bucket/*.tar")
         memory.rm("/bucket/000.tar")
-        with refused("/bucket/000.tar"):  # not a bad image: it would be left out for good
+        with refused("/bucket/000.tar"):  # no ImageDecodeError, which would exclude the image for good
             images.open(0, 3)
     finally:
         memory.store.clear()
@@ -197,7 +197,7 @@ def test_prepared_from_shards_keeps_ids_and_labels(tmp_path):
     assert part.classes()[1].tolist() == [1, 2]
 
 
-def test_names_that_come_in_several_shards_are_told_apart(tmp_path):
+def test_names_that_come_in_several_shards_get_its_name_as_suffix(tmp_path):
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", {"a/0.png": png(number), "b/1.png": png(9)})
     images = list_images(tmp_path / "*.tar")
@@ -288,7 +288,7 @@ def test_members_are_only_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
-def test_compressed_shards_are_refused_with_a_way_out(name, tmp_path):
+def test_compressed_shards_are_refused_with_a_hint(name, tmp_path):
     write_tar(tmp_path / name, {"0.png": png()})
     with refused("gunzip"):
         list_images(tmp_path / name)
@@ -315,7 +315,7 @@ def bomb(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_bombs_and_giants_are_bad_images_wherever_they_are(tmp_path, monkeypatch):
+def test_bombs_and_giants_are_unreadable_wherever_they_are(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     bad = {"bomb.png": bomb(14_000), "array.npy": b""}
     with io.BytesIO() as buffer:
@@ -484,7 +484,7 @@ def test_what_was_streamed_is_what_was_downloaded(streams, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stream_that_broke_off_goes_on_where_it_was(streams, tmp_path, monkeypatch, caplog):
+def test_an_interrupted_stream_resumes(streams, tmp_path, monkeypatch, caplog):
     for number, source in enumerate(streams):
         whole = mapet.prepare(images=source, out=tmp_path / f"whole{number}", short_side=48, streaming=True)
         taken = []

@@ -189,7 +189,7 @@ def _fit(images: Path, out: Path) -> Path:
     return out
 
 
-def test_bad_images_are_left_out_until_they_are_too_many(crops, tmp_path, caplog):
+def test_unreadable_images_are_excluded_until_they_are_too_many(crops, tmp_path, caplog):
     for name in ("a.png", "b.png", "c.png"):
         (crops / name).write_bytes(b"broken")
     tokenizer = _fit(crops, tmp_path / "tokenizer")
@@ -237,7 +237,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     )
     assert list(stats.unreadable) == ["bad.jpg"]
     assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
-    for words in (
+    for text in (
         "13 images",
         "labels: none (they are taken from class folders",
         "smallest 48 x 64",
@@ -246,7 +246,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
         "pretrain",
         "tokenize",
     ):
-        assert words in caplog.text
+        assert text in caplog.text
     assert "12 images are very few" in caplog.text
     assert "other stages refuse" not in caplog.text  # one is always allowed
     assert "enlarged" not in caplog.text
@@ -257,7 +257,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     assert "unreadable: 1" in caplog.text and "modes" not in caplog.text
 
 
-def test_check_says_what_later_stages_will_refuse_or_enlarge(crops, caplog):
+def test_check_warns_about_what_later_commands_will_refuse_or_enlarge(crops, caplog):
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
     (crops / "worse.jpg").write_bytes(b"no image")
     mapet.check(images=crops, image_size=224, benchmark=False)
