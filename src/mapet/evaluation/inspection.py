@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 from jaxtyping import Float, Int, UInt8
 from sklearn.decomposition import PCA
+from sklearn.metrics import confusion_matrix
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -83,7 +84,11 @@ class TokenSampler:
         self.view_spec = ViewSpec(image_size=tokenizer.student_size)
 
     def sample(self, images: ImageList, indices: Sequence[int], num_pixels: int) -> TokenSample:
-        """Compute the tokens of some images, and keep the pixels of the first `num_pixels` readable ones.
+        """Compute the tokens of the center views of some images, and keep the pixels of the first readable ones.
+
+        Args:
+            indices: of the images, in the list `images`.
+            num_pixels: number of images whose pixels are kept.
 
         Raises:
             MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
@@ -100,11 +105,15 @@ class TokenSampler:
         return TokenSample(torch.cat(image_index), torch.cat(ids), torch.cat(pixels), self.tokenizer.vocab_size)
 
     def sample_perturbed(self, images: ImageList, indices: Sequence[int]) -> dict[str, TokenPair]:
-        """Compute the tokens of some images without and with each perturbation.
+        """Compute the tokens of the center views of some images, without and with each perturbation.
 
+        Flip, jitter, noise and JPEG change the teacher's view; the tokens of the flipped view are compared with the flipped tokens.
         The shift is diagonal, between two windows of one larger rendering, so that nothing is padded, by as few patches as are a
         whole number of the teacher's pixels. It is left out where only the whole grid is; JPEG is left out where images have
         neither 1 nor 3 channels.
+
+        Args:
+            indices: of the images, in the list `images`.
 
         Returns:
             Key of `token_metrics.PERTURBATIONS`, all but 'stored' -> tokens of the same content without and with it.
@@ -282,16 +291,14 @@ def retrieve_images(
     Raises:
         MapetError: too few images to hold some out, too many unreadable ones, or features that are NaN or infinite.
     """
-    train, test = sample_for_probe(
-        LabeledSet.from_images(images) if images.classes() else LabeledSet.without_labels(images)
-    )
-    train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
+    data = LabeledSet.from_images(images) if images.classes() else LabeledSet.without_labels(images)
+    train, test = sample_for_probe(data)
+    train_cache, test_cache = (extract_features(vit, part, compute) for part in (train, test))
     features, confusion = test_cache.layer_features(), None
     if train.classes:
         num_classes = len(train.classes)
         probe = fit_logistic(train_cache.layer_features(), train_cache.labels, num_classes, C=ONLINE_C)
-        cells = test_cache.labels * num_classes + probe(features).argmax(1)
-        confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes).numpy()
+        confusion = confusion_matrix(test_cache.labels, probe(features).argmax(1), labels=range(num_classes))
     by_index = test_cache.index.argsort()  # rows are in random order; queries are spread over the list of images
     spread = np.linspace(0, len(by_index) - 1, min(NUM_QUERIES, len(by_index))).round().astype(int)
     queries = by_index[spread]

@@ -188,8 +188,8 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], block_length:
 
     The plain estimate is biased upwards, by about (K - 1)(C - 1) / 2n nats if n patches are independent (Miller 1955); those of
     one image are not. The mean over shuffled pairings measures the bias without that assumption, as in adjusted mutual
-    information (Vinh et al. 2010, JMLR 11). Where x tells much of y and pairs are few it is too large, so that `bits` is a
-    lower estimate.
+    information (Vinh et al. 2010, JMLR 11). Where x tells much of y and pairs are few, the measured bias is too large, and
+    `bits` a lower estimate.
 
     Args:
         block_length: length of the blocks of consecutive y that are shuffled as wholes; n is a multiple of it.
