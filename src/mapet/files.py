@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: atomic, synced, never over something else."""
+"""Reading and writing files: atomically, synced to disk, with checksums, never over other files."""
 
 import hashlib
 import json
@@ -15,52 +15,72 @@ from safetensors import SafetensorError
 
 from mapet.errors import MapetError, NewerFormatError, option, os_error_hint
 
+CHECKSUM_KEY = "checksum"
+MANIFEST = "manifest.json"
+"""Description of a folder of data: a token store, a prepared data set, features."""
+RUN_FILE = "run.json"
+"""State of a command and its folder (`mapet.run_state`)."""
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names that `atomic_write` gives to unfinished files."""
+MAX_SUGGESTIONS = 3
+
 
 def canonical_hash(value: Any) -> str:
-    """sha256 of a JSON value, independent of key order."""
+    """Return the sha256 (hexadecimal) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 (hexadecimal) of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Parse a JSON file of ours. `what` names it in errors, e.g. 'token store'."""
+    """Parse a JSON file that describes the folder it is in.
+
+    Args:
+        what: names the folder in errors, e.g. 'token store'.
+
+    Raises:
+        MapetError: it is missing (subfolders that have such a file are suggested), or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = sorted(path.parent.glob(f"*/{path.name}"))
-        hint = f"; did you mean {' or '.join(str(file.parent) for file in inside[:3])}?" if inside else ""
+        inside = [str(file.parent) for file in sorted(path.parent.glob(f"*/{path.name}"))[:MAX_SUGGESTIONS]]
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
         raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
     except (ValueError, OSError) as error:
         raise MapetError(f"{path}: not a readable {what} ({error})") from None
 
 
 def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:
-    """What `write_checksummed_json` wrote.
+    """Return what `write_checksummed_json` wrote; `what` names its folder in errors, e.g. 'token store'.
 
     Raises:
-        MapetError: it is missing, or not as it was written.
+        MapetError: it is missing, or was changed since.
     """
     content = read_json(path, what)
     if not isinstance(content, dict) or content.pop(CHECKSUM_KEY, None) != canonical_hash(content):
-        raise MapetError(f"{path}: not a readable {what} (it was changed after it was written: its seal does not fit)")
+        raise MapetError(
+            f"{path}: not a readable {what} (it was changed after it was written: its checksum does not match). Restore it, or make the {what} again"
+        )
     return content
 
 
 def check_format(found: Any, known: int, what: str, place: Path) -> None:
-    """That this version reads a format: all up to its own (docs/formats.md).
+    """Check that this version of mapet can read a file's format: it reads all up to its own (docs/formats.md).
 
     Args:
-        found: the number in the file.
-        known: the newest that this version writes.
+        found: the format number in the file.
+        known: the format number that this version writes.
+        what: what is read, e.g. 'token store'.
+        place: its path, for the error message.
 
     Raises:
-        NewerFormatError: it is newer.
-        ValueError: it is no such number.
+        NewerFormatError: the file's format is newer.
+        ValueError: `found` is no positive integer.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ValueError(f"its format is {found!r}, not a number")
@@ -71,21 +91,12 @@ def check_format(found: Any, known: int, what: str, place: Path) -> None:
         )
 
 
-CHECKSUM_KEY = "checksum"
-MANIFEST = "manifest.json"
-"""What a folder of data holds: a token store, a prepared data set, features."""
-RUN_FILE = "run.json"
-"""What a command did to its folder (`mapet.run_state`)."""
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names that `atomic_write` gives."""
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
 
-    Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder takes the place of
-    one that holds no more than the run.json of the command that is writing it, and keeps that.
+    Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder replaces one that is
+    empty (`is_empty_dir`), and takes over its run.json, that of the command that is writing it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +119,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,33 +129,40 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
-    """safetensors wraps the system's error (disk full, ...) in one of its own: give it the file's name."""
+    """Turn an error of safetensors into a MapetError that names the file and, for one of the system (disk full, ...), what to do."""
     try:
         yield
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise MapetError(f"cannot write {path}: {error}{os_error_hint(int(number[1]) if number else None)}") from None
+        errno = re.search(r"os error (\d+)", str(error))
+        raise MapetError(f"cannot write {path}: {error}{os_error_hint(int(errno[1]) if errno else None)}") from None
 
 
 def preallocate(file: IO[bytes], size: int, path: Path) -> None:
-    """Give `file` its disk space now: a hole in it would fail when the disk is full, and end the process (SIGBUS) if mapped.
+    """Allocate the disk space of a file of `size` bytes now: writing to a mapped file on a full disk would kill the process (SIGBUS).
 
     Args:
-        path: what the error names.
+        file: open for writing.
+        path: names it in the error.
+
+    Raises:
+        MapetError: the disk is too full.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        raise MapetError(f"cannot reserve {size:,} bytes for {path}: {error.strerror}") from None
+        raise MapetError(
+            f"cannot reserve {size:,} bytes for {path}: {error.strerror}{os_error_hint(error.errno)}"
+        ) from None
 
 
 def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) -> Any:
-    """`np.load` of a file of ours.
+    """Load an .npy file, with `mmap_mode` as a memory map; no pickles.
 
     Raises:
-        ValueError: whatever is wrong with it; numpy lets out what its parser of headers raises.
+        OSError: it cannot be opened.
+        ValueError: it is no array, whatever exception of its header parser numpy lets out.
     """
     import numpy as np
 
@@ -156,7 +175,7 @@ def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) ->
 
 
 def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
-    """Create an .npy file of zeros that has its disk space; `read_array` maps it.
+    """Create an .npy file of zeros whose disk space is allocated; `read_array` maps it.
 
     Raises:
         MapetError: the disk is too full; the file is removed.
@@ -181,17 +200,23 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 
 
 def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises MapetError: work in `folder` was begun with other options; those that differ are named."""
+    """Check that work in a folder is resumed with the options that it was started with; both are JSON values.
 
-    def shown(value: Any) -> str:  # of a hash its first digits
-        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
-
-    pairs = {key: (before.get(key), now.get(key)) for key in {**now, **before}}
-    changed = [f"{key}: {shown(a)} -> {shown(b)}" for key, (a, b) in pairs.items() if json.dumps(a) != json.dumps(b)]
+    Raises:
+        MapetError: options differ; it lists them as 'name: before -> now'.
+    """
+    changed = []
+    for key in {**now, **before}:
+        if json.dumps(before.get(key)) != json.dumps(now.get(key)):
+            changed.append(f"{key}: {_abbreviate_hash(before.get(key))} -> {_abbreviate_hash(now.get(key))}")
     if changed:
-        raise MapetError(
-            f"{folder} was begun with other images or options ({'; '.join(changed)}): use the same, or a new {option('out')}"
-        )
+        wrong = f"{folder} was started with other images or options ({'; '.join(changed)})"
+        raise MapetError(f"{wrong}: use the same, or a new {option('out')}")
+
+
+def _abbreviate_hash(value: Any) -> str:
+    """Return a sha256 as its first 12 digits, anything else as text."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def write_manifest(folder: Path, kind: str, version: int, content: dict[str, Any]) -> None:
@@ -217,38 +242,43 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 atomically."""
+    """Write a UTF-8 text file atomically, without translating line ends."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
+    """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def is_empty_dir(path: Path, but: str | None = None) -> bool:
-    """Whether nothing is there, or nothing but a run.json, what a killed process left half-written, and a file named `but`."""
+    """Return whether a path is missing, or a folder without files other than run.json, temporaries of a killed process, and `but`."""
     if not path.is_dir():
         return not path.exists()
     return all(TEMPORARY.fullmatch(file.name) or file.name in (RUN_FILE, but) for file in path.iterdir())
 
 
 def write_checksummed_json(path: Path, content: dict[str, Any]) -> None:
-    """`write_json` with a hash of all of it, for files whose damage would go unnoticed."""
-    content = json.loads(json.dumps(content))  # keys become text
+    """Write a JSON file atomically with a checksum of its content, for files whose damage would otherwise go unnoticed."""
+    content = json.loads(json.dumps(content))  # keys become text, as they are when it is read
     write_json(path, {**content, CHECKSUM_KEY: canonical_hash(content)})
 
 
 def create_output_dir(path: Path, resume_hint: str = "", create: bool = True) -> None:
-    """Create the output folder of a stage; refuse one that already holds something.
+    """Create a command's output folder.
 
     Args:
-        create: False only checks, for a stage that writes its folder `atomic_write`ally at its end.
+        resume_hint: how to resume, appended to the error message.
+        create: False only checks, for a command that writes its folder by `atomic_write` at its end.
+
+    Raises:
+        MapetError: it is a file, or a folder that is not empty (`is_empty_dir`).
     """
     if not is_empty_dir(path):
-        found = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
-        other = f"{path} is not a folder. Choose another {option('out')}"
-        raise MapetError(found if path.is_dir() else other, field="out", value=path)
+        wrong = f"{path} is not a folder. Choose another {option('out')}"
+        if path.is_dir():
+            wrong = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
+        raise MapetError(wrong, field="out", value=path)
     if create:
         path.mkdir(parents=True, exist_ok=True)

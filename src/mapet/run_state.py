@@ -1,4 +1,4 @@
-"""run.json: what a command did to its folder, for people and programs.
+"""run.json: the state of a command and its folder, for readers and programs; and which folder belongs to which command.
 
 The decorator of commands opens a `run_state` around every command whose config has an `out` folder, so that no command writes
 run.json itself. Code below a command adds facts with `record(folder, ...)`, wherever in the package it is.
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.yaml"
 """Resolved options, in folders that can be resumed: `mapet COMMAND OUT/config.yaml --resume`."""
 PACKAGES = ("mapet", "torch", "torchvision", "timm")
 MAX_WARNINGS = 12
-"""Warnings that are kept, the last ones; `counts["warnings"]` has their number."""
+"""How many warnings are kept, the last ones; `counts["warnings"]` counts all."""
 
 
 def _now() -> datetime:
@@ -41,24 +41,26 @@ def package_versions() -> dict[str, str]:
 
 
 class RunState(BaseModel):
-    """Content of run.json.
+    """Content of run.json. A session is one process; resuming starts another.
 
     Attributes:
-        command: as it is typed, 'fit-tokenizer'.
-        config: the command's options as JSON; automatic values are resolved once the command has called `record`.
-        argv: the words that started the process of the last session.
-        started: of the first session, UTC.
-        updated: of this file; seconds count up to it.
-        ended: None while it runs.
-        seconds: time at work, over all sessions.
-        resumes: how often it was resumed.
-        status: `interrupted`: its process is gone and said nothing (`read` finds out, the file says `running`).
+        command: its name on the command line, e.g. 'fit-tokenizer'.
+        status: `interrupted` means that the process is gone without having written its end (`read` detects it; the file says
+            `running`).
         reason: why it stopped or failed, on one line; empty otherwise.
         description: the run in one line.
-        device: what it computes on, in words.
+        config: the command's options as JSON; automatic values are resolved once the command has called `record`.
+        argv: command line of the last session's process.
+        versions: package, 'python' or 'platform' -> version.
+        device: name and precision of the device that it computes on.
+        started: when the first session started, UTC.
+        updated: when this file was written, UTC.
+        ended: when the last session ended, UTC; None while it runs.
+        seconds: duration of all sessions, up to `updated`.
+        resumes: how often it was resumed.
         counts: whole numbers, e.g. images, steps, unreadable.
-        hashes: sha256 of what it was made of, e.g. images, tokenizer.
-        results: what came out of it, e.g. accuracy; JSON.
+        hashes: sha256 of its inputs, e.g. images, tokenizer.
+        results: its results, e.g. accuracy; JSON.
         warnings: the last `MAX_WARNINGS`.
     """
 
@@ -103,25 +105,33 @@ class RunState(BaseModel):
         return state
 
     def _is_alive(self) -> bool:
-        """Whether its process is there; taken to be where that can't be found out: on another host, on Windows."""
+        """Return whether its process exists; True where that cannot be determined: on another host, on Windows."""
         try:
             if self.host == socket.gethostname() and os.name != "nt":
-                os.kill(self.pid, 0)
-        except OSError as error:
-            return not isinstance(error, ProcessLookupError)  # else it is another user's
+                os.kill(self.pid, 0)  # signal 0 only checks
+        except OSError as error:  # of permission, if the process is another user's
+            return not isinstance(error, ProcessLookupError)
         return True
 
     def end(self, error: BaseException | None) -> None:
-        """Set how the command ends: well, or by an error."""
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        self.status = "finished" if error is None else "stopped" if stopped else "failed"
-        text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(getattr(error, "what", error or ""))
-        named = error is None or stopped or isinstance(error, MapetError)
-        self.reason = " ".join((text if named else f"{type(error).__name__}: {text}").split())
+        """Set `status`, `reason` and `ended`: finished without an error, stopped by a signal or Ctrl-C, failed by any other error.
+
+        The reason is the error's message, after its type unless it is a `MapetError`.
+        """
+        self.status, reason = "failed", f"{type(error).__name__}: {error}"
+        if error is None:
+            self.status, reason = "finished", ""
+        elif isinstance(error, KeyboardInterrupt):
+            self.status, reason = "stopped", "interrupted"
+        elif isinstance(error, Interrupted):
+            self.status, reason = "stopped", error.what
+        elif isinstance(error, MapetError):
+            reason = str(error)
+        self.reason = " ".join(reason.split())
         self.ended = _now()
 
     def write(self, folder: Path) -> None:
-        """Write run.json atomically; of several processes the first does."""
+        """Write run.json atomically, on rank 0 only; `seconds` grow by the time since the last update."""
         now = _now()
         self.seconds = round(self.seconds + (now - self.updated).total_seconds(), 3)
         self.updated = now
@@ -130,27 +140,22 @@ class RunState(BaseModel):
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first of several processes of `torchrun`, or the only one."""
+    """Return whether this process is rank 0 of `torchrun`, or not started by it."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 _active_states: dict[Path, RunState] = {}
-"""Folders that commands of this process are writing now."""
+"""Folder -> state, of the commands that are running in this process."""
 
 
 def record(
-    folder: Path | None,
-    config: Config | None = None,
-    description: str = "",
-    device: str = "",
-    **facts: Mapping[str, Any],
-) -> None:
-    """Add facts to the run.json of a folder that a command of this process is writing.
-
-    Nothing happens outside a command: a function that is called by itself leaves no state.
+    folder: Path | None, config: Config | None = None, description: str = "", device: str = "", **facts: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Add facts to the run.json of a folder, if a command of this process is writing it; else do nothing.
 
     Args:
-        facts: `counts`, `hashes` and `results`; others of the same name are replaced.
+        config: the resolved config, which replaces the recorded one; None leaves it, as '' does the other texts.
+        facts: mappings of the names `counts`, `hashes` and `results`, which are merged into the recorded ones.
     """
     if folder is None or (state := _active_states.get(folder.absolute())) is None:
         return
@@ -165,32 +170,35 @@ def record(
 def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     """Keep the run.json of a command's folder: `running` now, at the end `finished`, `stopped` or `failed` with the reason.
 
-    A folder that holds something and is not to be resumed is refused, and stays as it is. A command that is resumed
-    keeps the earlier facts; if it was finished and the command fails (other options, say), it stays finished. A command that
-    fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options.
+    A resumed command keeps the earlier facts; if it had finished and now fails (other options, say), it stays finished. A command
+    that fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options. Within
+    another `run_state` of the same folder nothing is done.
+
+    Raises:
+        MapetError: the folder holds something and `config.resume` is not set; the folder stays as it is.
     """
-    key, free, existed = folder.absolute(), can_start_in(folder, command), folder.exists()
-    resumed = getattr(config, "resume", False)
-    if key not in _active_states and not (free or resumed) and is_first_rank():
-        hint = f", or go on with {option('resume', True)}" if "resume" in type(config).model_fields else ""
-        create_output_dir(folder, hint, create=False)  # refuses it
-    if key in _active_states or not (free or resumed):
+    key, can_start, existed = folder.absolute(), can_start_in(folder, command), folder.exists()
+    is_nested, can_write = key in _active_states, can_start or getattr(config, "resume", False)
+    if not can_write and not is_nested and is_first_rank():
+        hint = f", or resume with {option('resume', True)}" if "resume" in type(config).model_fields else ""
+        create_output_dir(folder, hint, create=False)  # raises
+    if is_nested or not can_write:
         yield
         return
-    state, before = RunState(command=command, config=config.model_dump(mode="json")), try_read_state(folder)
-    if not free and before is not None and before.command == command:
-        kept = before.model_dump(include={"started", "seconds", "counts", "hashes", "results", "description", "device"})
-        state = state.model_copy(update={**kept, "resumes": before.resumes + 1})
+    state, previous = RunState(command=command, config=config.model_dump(mode="json")), try_read_state(folder)
+    was_finished = not can_start and previous is not None and previous.status == "finished"
+    if not can_start and previous is not None and previous.command == command:
+        facts = {"started", "seconds", "counts", "hashes", "results", "description", "device"}
+        state = state.model_copy(update={**previous.model_dump(include=facts), "resumes": previous.resumes + 1})
     state.write(folder)
     _active_states[key] = state
-    warnings = _Warnings(state)
+    warnings = _WarningRecorder(state)
     log.addHandler(warnings)
     try:
         yield
         state.end(None)
     except BaseException as error:
-        refused = not free and before is not None and before.status == "finished" and isinstance(error, MapetError)
-        state.end(None if refused else error)
+        state.end(None if was_finished and isinstance(error, MapetError) else error)
         raise
     finally:
         log.removeHandler(warnings)
@@ -204,30 +212,30 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
 
 
 def record_end(folder: Path, error: BaseException | None = None) -> None:
-    """Say now how a command ends, for a report that it writes as its last act."""
+    """Record the end of a running command early, for a report that it writes before it returns or raises `error`."""
     if state := _active_states.get(folder.absolute()):
         state.end(error)
         state.write(folder)
 
 
-class _Warnings(logging.Handler):
-    """Keeps what is logged as a warning in a state, which is written with its next facts."""
+class _WarningRecorder(logging.Handler):
+    """Adds warnings that are logged to a state, which is written with its next facts."""
 
     def __init__(self, state: RunState) -> None:
         super().__init__(logging.WARNING)
         self.state = state
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add one."""
+        """Add a warning or error; only the last `MAX_WARNINGS` are kept."""
         self.state.warnings = [*self.state.warnings, record.getMessage()][-MAX_WARNINGS:]
         self.state.counts["warnings"] = self.state.counts.get("warnings", 0) + 1
 
 
-# ---- which folder is what
+# ---- which folder belongs to which command
 
 
 def try_read_state(folder: Path) -> RunState | None:
-    """The state of a folder, None where it is missing, damaged or newer."""
+    """Return the state of a folder, None if its run.json is missing, damaged or newer."""
     try:
         return RunState.read(folder)
     except MapetError:
@@ -235,28 +243,35 @@ def try_read_state(folder: Path) -> RunState | None:
 
 
 def read_command(folder: Path) -> str:
-    """The command that wrote a folder, '' if no readable run.json tells."""
+    """Return the name of the command that wrote a folder, '' without a readable run.json."""
     state = try_read_state(folder)
     return state.command if state else ""
 
 
 def can_start_in(folder: Path, command: str) -> bool:
-    """Whether `command` may begin in a folder: it holds nothing, or the options of one that failed before it made anything."""
+    """Return whether `command` may start in a folder: it is missing or empty, or holds only what this command's failed start left."""
     return is_empty_dir(folder) or (is_empty_dir(folder, but=CONFIG_FILE) and read_command(folder) == command)
 
 
 def pretrain_folder(folder: Path) -> Path:
-    """The folder of `mapet pretrain` in that of a `mapet run` or `mapet demo`, or the folder itself."""
+    """Return the folder of `mapet pretrain` inside that of a `mapet run` or `mapet demo`; any other folder itself."""
     return folder / {"run": "pretrain", "demo": "run/pretrain"}.get(read_command(folder), "")
 
 
 def parent_run(folder: Path) -> Path | None:
-    """The folder of the `mapet run` that a command's folder is part of: the one to resume."""
+    """Return the folder of the `mapet run` that a command's folder is part of, which is the one to resume; None without one."""
     return folder.parent if read_command(folder.parent) == "run" else None
 
 
 def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | None:
-    """The first of `commands` that wrote a folder, or one in it, and the config.yaml that resumes it."""
+    """Find the config.yaml that resumes a folder or the pre-training run in it.
+
+    Args:
+        commands: commands that are looked for.
+
+    Returns:
+        The command that wrote it and its path; None if none of `commands` did.
+    """
     for path in (folder, pretrain_folder(folder)):
         if (command := read_command(path)) in commands and (path / CONFIG_FILE).is_file():
             return command, path / CONFIG_FILE
@@ -264,7 +279,7 @@ def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | N
 
 
 def check_is_pretraining(folder: Path) -> None:
-    """Raises MapetError: it is no folder of `mapet run` or `mapet pretrain`, finished or not."""
+    """Raise MapetError if this is no folder of `mapet run` or `mapet pretrain`, finished or not."""
     if not folder.exists():
         raise MapetError(f"{folder} does not exist: give the folder of a run")
     if (written_by := RunState.read(pretrain_folder(folder)).command) != "pretrain":
@@ -272,18 +287,27 @@ def check_is_pretraining(folder: Path) -> None:
 
 
 def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str | None:
-    """The path that an option of a `pretrain` run names, as it is found from here.
+    """Return the path that an option of a pre-training run names, valid in the present working directory.
 
-    The tokenizer and tokens in the folder of its `run` move with it, and another run may lie where they were. Other paths are
-    relative to where the run was started, which the folder tells while it has not moved.
+    The tokenizer and tokens in the folder of its `mapet run` move with it, even if another run lies where they were. Other paths
+    are relative to the directory that the run was started in, which `out` tells while the folder has not been moved.
+
+    Args:
+        folder: of the pre-training run.
+        options: its config.yaml.
+        name: the option, e.g. 'tokenizer'.
+
+    Returns:
+        The path as it is written if it exists or cannot be found; None if the option is not set.
     """
-    if (named := options.get(name)) is None:
+    if (value := options.get(name)) is None:
         return None
-    own, out, here = folder.parent / name, Path(str(options.get("out", ""))), folder.resolve()
-    if name in ("tokenizer", "tokens") and parent_run(folder) and own.exists():
-        return str(own)
+    moved_along = folder.parent / name
+    if name in ("tokenizer", "tokens") and parent_run(folder) and moved_along.exists():
+        return str(moved_along)
+    out, here = Path(str(options.get("out", ""))), folder.resolve()
     if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
-        from_start = here.parents[len(out.parts) - 1] / str(named)
-        if not Path(str(named)).exists() and from_start.exists():
+        from_start = here.parents[len(out.parts) - 1] / str(value)
+        if not Path(str(value)).exists() and from_start.exists():
             return str(from_start)
-    return str(named)
+    return str(value)

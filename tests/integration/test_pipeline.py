@@ -509,7 +509,7 @@ def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, cap
         StopAt(patch, 2)
         assert main(argv) == 130
     assert f"Resume with: mapet {' '.join(argv)} --resume" in capsys.readouterr().err
-    assert main(argv) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert main(argv) == 2 and "resume with --resume" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     results = RunState.read(tmp_path / "demo").results
     assert results["pretrained"]["finetune"] == 0.5 and results["pretrained"]["logistic"] > 0.2
