@@ -300,12 +300,11 @@ def ood(context: EvalContext) -> ProtocolResult:
         labels = torch.from_numpy(data.labels)[index]
         neighbors = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
         votes = probes.knn_scores(context.train, len(classes), *neighbors)
-        for metric, scores, selected in (
-            ("own_classifier" if backbone.classes else "logistic", logits, context.classifier),
-            ("knn", votes, f"k {neighbors[1].shape[1]}"),
-        ):
-            scores[:, ~torch.from_numpy(is_shared)] = -torch.inf
-            result.add_accuracy(f"ood_{name}_{metric}", scores.argmax(1), labels, classes, selected)
+        is_missing = ~torch.from_numpy(is_shared)
+        logits[:, is_missing] = votes[:, is_missing] = -torch.inf
+        classifier = "own_classifier" if backbone.classes else "logistic"
+        result.add_accuracy(f"ood_{name}_{classifier}", logits.argmax(1), labels, classes, context.classifier)
+        result.add_accuracy(f"ood_{name}_knn", votes.argmax(1), labels, classes, f"k {neighbors[1].shape[1]}")
         result.details[name] = {"classes": int(is_shared.sum()), "images": len(labels)}
     return result
 
