@@ -19,17 +19,10 @@ from mapet.errors import MapetError, option
 log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
-MAX_MMAP_THRESHOLD = 32 << 20
-"""Bytes: the largest allocation that glibc can serve from its heap."""
-NEVER_TRIM = 2**31 - 1
-"""Bytes at the end of glibc's heap that may be free before they are returned to the system: the largest value there is."""
 MEMINFO = Path("/proc/meminfo")
 """Linux's file about its memory."""
-DEFAULT_FREE_MEMORY = 4 << 30
-"""Bytes assumed to be free where the system doesn't say."""
 WORKERS = "MAPET_WORKERS"
 """Environment variable: number of data-loading workers, in every command."""
-MAX_AUTO_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -107,8 +100,8 @@ def _tune_malloc() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes; larger allocations are never taken from the heap: glibc's maximum
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # free bytes at the end of the heap before they are returned: never
 
 
 @functools.cache
@@ -132,7 +125,7 @@ def usable_cores() -> int:
 
 
 def num_workers() -> int:
-    """Return the number of data-loading workers: MAPET_WORKERS if set, else usable cores - 1, from 1 to `MAX_AUTO_WORKERS`.
+    """Return the number of data-loading workers: MAPET_WORKERS if set, else usable cores - 1, from 1 to 8.
 
     0 means that images are read by the process that computes.
 
@@ -144,7 +137,7 @@ def num_workers() -> int:
         raise MapetError(
             f"{WORKERS}={value}: must be the number of processes that read images, a whole number from 0; set it so, or unset it"
         )
-    return int(value) if value else max(1, min(MAX_AUTO_WORKERS, usable_cores() - 1))
+    return int(value) if value else max(1, min(8, usable_cores() - 1))
 
 
 def free_memory(device: torch.device) -> int:
@@ -159,4 +152,4 @@ def free_memory(device: torch.device) -> int:
             return int(available[1]) * 1024
     with suppress(ValueError, OSError):
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return DEFAULT_FREE_MEMORY
+    return 4 << 30  # 4 GiB, a guess: the system doesn't say

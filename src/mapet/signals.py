@@ -18,8 +18,6 @@ REPEAT_GRACE_S = 2.0
 """Seconds in which a repeated signal is ignored: torchrun forwards a signal that the terminal has sent to all processes already."""
 RESUME_HINT = [""]
 """One item, which commands replace: the command that resumes, printed if Ctrl-C comes while libraries are imported."""
-EXIT_CODE = 130
-"""What shells report for a program that Ctrl-C has ended: 128 + SIGINT."""
 
 
 @dataclass
@@ -78,7 +76,7 @@ def exit_on_sigint_during_import() -> None:
             if caller.f_code.co_filename.startswith("<frozen importlib"):
                 hint = f". Resume with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
                 os.write(2, f"mapet: interrupted while loading libraries{hint}\n".encode())
-                os._exit(EXIT_CODE)
+                os._exit(130)  # 128 + SIGINT, as shells report it
             caller = caller.f_back
         signal.default_int_handler(number, frame)
 

@@ -26,10 +26,6 @@ EXPORTED_GRAPHS = (".onnx", ".pt2")
 """Suffixes of graphs for inference, whose weights have no names that match a ViT's."""
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
 """Bytes near the beginning of files that torch.save wrote before version 1.6."""
-NUM_HEAD_BYTES = 64
-"""Bytes at the beginning of a file from which its format is recognized."""
-MAX_ENTRIES_CHARS = 200
-"""Characters of the names of a file's entries that are quoted."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -49,7 +45,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(NUM_HEAD_BYTES)
+            head = file.read(64)  # bytes: enough to recognize each format
         if not head:
             raise EOFError("it is empty")
         if path.suffix in EXPORTED_GRAPHS:
@@ -59,7 +55,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         weights = _find_state_dict(content)
         if not weights:
             entries = (
-                f" but {', '.join(map(str, content))[:MAX_ENTRIES_CHARS]}"
+                f" but {', '.join(map(str, content))[:MAX_REASON_CHARS]}"
                 if isinstance(content, dict) and content
                 else ""
             )

@@ -33,8 +33,6 @@ SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME
 """What a backbone may be loaded from, for messages."""
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa", "beit")
 """Values of `model_type` in a config.json of transformers that can be loaded."""
-DEFAULT_EPS = 1e-12
-"""Of the norms of transformers' ViTs, where their config.json has no `layer_norm_eps`."""
 Model = TypeVar("Model", bound=torch.nn.Module)
 DROPPED_CFG_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """Entries of timm's `pretrained_cfg` about the published weights of an architecture, which aren't true of other weights."""
@@ -373,7 +371,8 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
     size = config.get("image_size", 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     known = {"num_heads": config["num_attention_heads"], "img_size": size}
-    vit = from_state_dict(weights, folder, known)._replace(eps=float(config.get("layer_norm_eps", DEFAULT_EPS)))
+    eps = float(config.get("layer_norm_eps", 1e-12))  # the default of transformers' ViTs
+    vit = from_state_dict(weights, folder, known)._replace(eps=eps)
     if config.get("hidden_act", "gelu") != "gelu":
         vit = vit._replace(unsupported=(*vit.unsupported, f"activation '{config['hidden_act']}'"))
     processor, channels = folder / "preprocessor_config.json", config.get("num_channels", 3)

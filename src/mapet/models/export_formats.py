@@ -25,8 +25,6 @@ from mapet.models.checkpoint_conversion import fold_layer_scale
 
 ONNX_OPSET = 20
 """The first version of ONNX's operators that has GELU."""
-BICUBIC = 3
-"""Of `resample` in image processors of transformers, as in PIL."""
 OUTPUT_NAMES = ("features", "logits")
 Outputs = dict[str, Tensor]
 """'features' (B, prefix + N, D), after the last norm, and 'logits' (B, K) if there is a classifier."""
@@ -183,7 +181,8 @@ def _write_processor(vit: VisionTransformer, folder: Path) -> None:
     import transformers
 
     mean, std = map(list, input_mean_std(vit.in_chans))
-    common = {"resample": BICUBIC, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
+    # 3: bicubic, as PIL numbers it
+    common = {"resample": 3, "image_mean": mean, "image_std": std, "do_convert_rgb": vit.in_chans == 3}
     height, width = vit.patch_embed.img_size
     size = {"height": height, "width": width}
     processor = transformers.ViTImageProcessor(size=size, **common)
@@ -197,8 +196,8 @@ def _write_processor(vit: VisionTransformer, folder: Path) -> None:
 def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
     """List what this ViT has and a model of transformers cannot have, as texts for a message."""
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
-    plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
-    gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
+    has_plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
+    has_gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
     # Dinov2 takes one image size, and the width of its MLP as a whole multiple of its own.
     unfit_for_dinov2 = kind == "dinov2" and (height != width or first.mlp.fc1.out_features % vit.embed_dim)
     checks = {
@@ -208,8 +207,8 @@ def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
         "a norm before its blocks": not isinstance(vit.norm_pre, nn.Identity),
         "its last norm after the pooling": type(vit.norm) is nn.Identity,
         f"norms of the kind {type(first.norm1).__name__}": not isinstance(first.norm1, nn.LayerNorm),
-        "another attention (norms of queries and keys, or more)": not plain_attention,
-        f"the activation {type(first.mlp.act).__name__}": not gelu,
+        "another attention (norms of queries and keys, or more)": not has_plain_attention,
+        f"the activation {type(first.mlp.act).__name__}": not has_gelu,
         f"a classifier of the pooling '{vit.global_pool}'": vit.num_classes and vit.global_pool not in ("token", "avg"),
         "a classifier of the mean of the patches, with images that aren't square or an MLP whose width is no multiple of the ViT's": unfit_for_dinov2,
     }

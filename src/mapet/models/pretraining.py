@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from mapet.data.dataset import Batch, DropPathRand, Targets
 from mapet.errors import MapetError, option
 from mapet.models.objectives import CAE, Objective
-from mapet.models.packing import (
-    PackedLayout,
-    QueryBlock,
-    TargetIndices,
-    gather_patches,
-    pack,
-    two_stream_attention,
-)
+from mapet.models.packing import PackedLayout, QueryBlock, TargetIndices, gather_patches, pack, two_stream_attention
 
 REGRESSOR_DEPTH = 4
 """Blocks of CAE's regressor, and of its decoder (the paper's for ViT-B)."""
@@ -34,8 +27,6 @@ ALIGNMENT_WEIGHT = 2.0
 """Weight of CAE's alignment loss (the paper's)."""
 INIT_STD = 0.02
 """Standard deviation of the first mask token and head weights (BEiT's)."""
-VARIANCE_EPS = 1e-6
-"""Added to a patch's variance before pixels are divided by its root (MAE's)."""
 TargetKind = Literal["tokens", "pixels", "features"]
 CHUNK_ROWS = {"cpu": 512, "gpu": 8192}
 """Maximum rows of logits in memory at once: few enough for a CPU's cache, enough to fill a GPU; not so few that summing the
@@ -177,7 +168,7 @@ def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) 
     """
     blocks = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, C, rows, height, columns, width)
     patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + VARIANCE_EPS).sqrt()
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()  # epsilon: MAE's
 
 
 def at_least_float32(values: Tensor) -> Tensor:
