@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,13 +72,10 @@ def exit_on_sigint_during_import() -> None:
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        caller = frame
-        while caller is not None:  # importing is a frame of the import system somewhere up the stack
-            if caller.f_code.co_filename.startswith("<frozen importlib"):
-                hint = f". Resume with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
-                os.write(2, f"mapet: interrupted while loading libraries{hint}\n".encode())
-                os._exit(130)  # 128 + SIGINT, as shells report it
-            caller = caller.f_back
+        if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+            hint = f". Resume with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
+            os.write(2, f"mapet: interrupted while loading libraries{hint}\n".encode())
+            os._exit(130)  # 128 + SIGINT, as shells report it
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -200,12 +200,11 @@ def init_from(vit: VisionTransformer, source: str | Path) -> None:
     checkpoint = resolve_backbone(source, True, {"num_heads": first.attn.num_heads})
     with torch.device("meta"):
         source_first = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args).blocks[0]
-    for label, found, expected in (
-        ("attention heads", source_first.attn.num_heads, first.attn.num_heads),
-        ("activation", type(source_first.mlp.act).__name__, type(first.mlp.act).__name__),
-    ):
-        if found != expected:
-            raise MapetError(f"the weights of {source} don't fit this ViT: {label}: expected {expected}, found {found}")
+    expected, found = (
+        f"{block.attn.num_heads} attention heads, {type(block.mlp.act).__name__}" for block in (first, source_first)
+    )
+    if found != expected:
+        raise MapetError(f"the weights of {source} don't fit this ViT: expected {expected}; found {found}")
     if checkpoint.unsupported:
         parts = " and ".join(checkpoint.unsupported)
         log.warning(

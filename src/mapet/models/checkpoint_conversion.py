@@ -262,6 +262,9 @@ def adapt_state_dict(
     """
     weights = {name: tensor.detach().float() for name, tensor in checkpoint.state_dict.items()}
     target, notes = vit.state_dict(), list[str]()
+    for name, tensor in target.items():
+        if name.endswith(("attn.qkv.bias", "patch_embed.proj.bias")):
+            weights.setdefault(name, torch.zeros_like(tensor))
     _adapt_patch_embed(weights, checkpoint, vit, notes)
     _adapt_pos_embed(weights, checkpoint, vit, notes)
     layer_scales = [name for name in target if LAYER_SCALE.fullmatch(name)]
@@ -271,9 +274,6 @@ def adapt_state_dict(
     if missing := [name for name in layer_scales if name not in weights]:
         notes.append("LayerScale starts at 1, as the file has none: the same function")
         weights |= {name: torch.ones_like(target[name]) for name in missing}
-    for name, tensor in target.items():
-        if name.endswith("attn.qkv.bias"):
-            weights.setdefault(name, torch.zeros_like(tensor))
     for new, old, change in (("norm", "fc_norm", "after it to before"), ("fc_norm", "norm", "before it to after")):
         if f"{new}.weight" in target and f"{old}.weight" in weights.keys() - target.keys():
             weights |= {f"{new}.{part}": weights.pop(f"{old}.{part}") for part in ("weight", "bias")}
@@ -296,7 +296,7 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
     taken out of weight and bias, then `vit`'s is put in. Where `vit` has no bias, the positions of patches take the offset.
 
     Args:
-        weights: changed in place.
+        weights: changed in place; they have a bias if `vit` has one.
         checkpoint: where the weights are from.
         vit: which the weights are for.
         notes: a note about each change is appended.
@@ -311,8 +311,6 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
     old_mean, old_std = map(torch.tensor, checkpoint.mean_std or input_mean_std(old_channels))
     mean, std = map(torch.tensor, input_mean_std(channels))
     has_bias = vit.patch_embed.proj.bias is not None
-    if has_bias:
-        weights.setdefault("patch_embed.proj.bias", torch.zeros(len(weight)))
     if old_channels != channels or not (torch.allclose(old_mean, mean) and torch.allclose(old_std, std)):
         pixel_weight = weight / old_std.view(-1, 1, 1)  # for pixels that are not normalized
         offset = -(pixel_weight.sum(dim=(2, 3)) * old_mean).sum(1)
