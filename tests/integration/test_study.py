@@ -190,7 +190,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ),
         (
             {"labels_per_class": [5, 1000]},
-            "labels_per_class: class '.' has .* to learn from, fewer than the 1,000 asked for",
+            "labels_per_class: class '.' has .*, fewer than the 1,000 asked for",
         ),
         ({"grid": {"lr": [1, 2], "objective_": {}}}, "objective_' has no values"),
         (
