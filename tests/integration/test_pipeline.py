@@ -25,7 +25,7 @@ from mapet.cli import main, run_command
 from mapet.config.pipeline import RunConfig
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import list_images
-from mapet.data.token_store import TokenStore
+from mapet.data.token_store import TokenShard, TokenStore
 from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
@@ -194,15 +194,15 @@ def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
     options = {"images": crops, "tokenizer": tmp_path / "t"}
     monkeypatch.setattr("mapet.tokenizers.stages.inference_batch_size", lambda _: 3)
     whole = mapet.tokenize(out=tmp_path / "whole", **options)
-    original = TokenStore.write
+    original = TokenShard.write
 
-    def stop_at_six(self, part, ids, bad):
-        if part.num_done == 6:
+    def stop_at_six(shard, ids, unreadable):
+        if shard.num_done == 6:
             raise KeyboardInterrupt
-        original(self, part, ids, bad)
+        original(shard, ids, unreadable)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenStore, "write", stop_at_six)
+        patch.setattr(TokenShard, "write", stop_at_six)
         with pytest.raises(KeyboardInterrupt):
             mapet.tokenize(out=tmp_path / "parts", **options)
     assert json.loads((tmp_path / "parts" / "shards" / "00000.json").read_text())["num_done"] == 6

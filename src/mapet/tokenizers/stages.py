@@ -234,18 +234,22 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         stop_signals("saving after this batch") as stop,
         tqdm(total=sum(len(rows) for _, rows in work), desc=title, unit="img", disable=hidden) as bar,
     ):
-        for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
-            unreadable.add(batch.unreadable)
-            tokens = torch.zeros(len(rows), store.num_views, math.prod(store.grid), dtype=torch.int64)
-            if len(batch):  # without the unreadable images, whose ids stay 0
-                ids = tokenizer.quantize(teacher.batch_features(batch, images, compute)).flatten(1).cpu()
-                for index in batch.image_index.unique():
-                    tokens[index - rows.start] = ids[batch.image_index == index]
-            shard.write(tokens.numpy(), dict(batch.unreadable))
-            bar.update(len(rows))
-            if stop.signal_name:
+        shard = work[0][0] if work else None
+        try:
+            for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
+                unreadable.add(batch.unreadable)
+                tokens = torch.zeros(len(rows), store.num_views, math.prod(store.grid), dtype=torch.int64)
+                if len(batch):  # without the unreadable images, whose ids stay 0
+                    ids = tokenizer.quantize(teacher.batch_features(batch, images, compute)).flatten(1).cpu()
+                    for index in batch.image_index.unique():
+                        tokens[index - rows.start] = ids[batch.image_index == index]
+                shard.write(tokens.numpy(), dict(batch.unreadable))
+                bar.update(len(rows))
+                if stop.signal_name:
+                    raise Interrupted(f"stopped by {stop.signal_name}, saved")
+        finally:  # also after an error
+            if shard is not None and 0 < shard.num_done < shard.count:
                 shard.save_progress()
-                raise Interrupted(f"stopped by {stop.signal_name}, saved")
     distributed.barrier()
     store = TokenStore.open(config.out, images, tokenizer.hash)
     UnreadableImages(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
