@@ -185,7 +185,7 @@ class RunSummary(NamedTuple):
 
 
 Finding = tuple[str, tuple[Any, ...]]
-"""A macro of diagnostics.md that words a warning, and its arguments."""
+"""The macro of diagnostics.md with the text of a warning, and its arguments."""
 
 
 def diagnose(run: RunSummary) -> list[str]:

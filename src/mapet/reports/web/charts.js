@@ -66,7 +66,7 @@ class Charts {
     this.show(factor ? [fixed - (fixed - low) * factor, fixed + (high - fixed) * factor] : null);
   }
 
-  /** Make all charts anew with other axes; `changes` are attributes of this object. */
+  /** Rebuild all charts with other axes; `changes` are attributes of this object. */
   rebuild(changes) {
     Object.assign(this, changes);
     this.charts.forEach((chart) => chart.build());

@@ -26,7 +26,7 @@ function colorScheme(redraw) {
   show();
 }
 
-/** Show what is new in the live page of a run, which its server renders anew every two seconds; the zoom stays as it is. */
+/** Show what is new in the live page of a run, requested from its server every two seconds; the zoom stays as it is. */
 async function follow(run, charts) {
   while (DATA.stage !== "complete") {
     await new Promise((resolve) => setTimeout(resolve, 2000));
