@@ -135,7 +135,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizers.stages.teacher_from_config", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
     assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
     assert (
         f"mapet run: interrupted. Resume with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err

@@ -207,14 +207,10 @@ def init_from(vit: VisionTransformer, source: str | Path) -> None:
         raise MapetError(f"the weights of {source} don't fit this ViT: expected {expected}; found {found}")
     if checkpoint.unsupported:
         parts = " and ".join(checkpoint.unsupported)
-        log.warning(
-            "%s has %s, not supported by a plain ViT: training starts without, from another function", source, parts
-        )
+        log.warning("%s has %s, not supported by a plain ViT: training starts without it", source, parts)
     _load_adapted(vit, checkpoint, source)
     if checkpoint.eps not in (None, vit.norm.eps):
-        log.info(
-            "weights of %s: they were trained with norms of eps %g, here it is %g", source, checkpoint.eps, vit.norm.eps
-        )
+        log.info("weights of %s: trained with norms of eps %g, here %g", source, checkpoint.eps, vit.norm.eps)
 
 
 def _load_adapted(vit: VisionTransformer, checkpoint: PretrainedViT, source: str | Path) -> None:

@@ -63,13 +63,13 @@ MIM = Objective("mim", output_segment="mask", attends_to={
     "context": {"mask": "all", "context": "all"},
 })
 # Ablation: of context, target and query tokens, only query tokens attend to the positions of patches not yet predicted.
-BLIND_CONTENT = Objective("mapet_content_ignores_masks", output_segment="query", attends_to={
+MAPET_CONTENT_IGNORES_MASKS = Objective("mapet_content_ignores_masks", output_segment="query", attends_to={
     "mask":    {"mask": "all", "context": "all"},
     "context": {"context": "all"},
     "target":  {"context": "all", "target": "up to"},
     "query":   {"mask": "from", "context": "all", "target": "before"},
 })
-SINGLE_STREAM = Objective("mapet_single_stream", output_segment="next", attends_to={
+MAPET_SINGLE_STREAM = Objective("mapet_single_stream", output_segment="next", attends_to={
     "mask":    {"mask": "all", "context": "all"},
     "context": {"mask": "all", "context": "all"},
     "next":    {"mask": "after", "context": "all", "next": "up to"},
@@ -85,7 +85,7 @@ CAE = Objective("cae", output_segment="mask", attends_to={
     "mask":    {"mask": "all", "context": "all"},
 })
 # fmt: on
-OBJECTIVES = {objective.name: objective for objective in (MAPET, PIM, MIM, BLIND_CONTENT, SINGLE_STREAM, CAUSAL, CAE)}
+OBJECTIVES = {o.name: o for o in (MAPET, PIM, MIM, MAPET_CONTENT_IGNORES_MASKS, MAPET_SINGLE_STREAM, CAUSAL, CAE)}
 
 
 def get_objective(name: str) -> Objective:
