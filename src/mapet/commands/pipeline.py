@@ -18,6 +18,7 @@ from mapet.errors import Interrupted, MapetError, option, shell_command, spell_i
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
 from mapet.files import create_output_dir, is_empty_dir, read_json
 from mapet.reports.page import REPORT_FILE, write_run_report
+from mapet.reports.render import render_macro
 from mapet.reports.study import write_report
 from mapet.run_state import CONFIG_FILE, RunState, can_start_in, record, try_read_state
 from mapet.signals import RESUME_HINT
@@ -239,8 +240,11 @@ def study(config: StudyConfig) -> Path:
     if not config.report_only:
         stop_signal = trial_runs.run_trials(config, trials, broken, num_images)
     evaluate_baselines = not config.report_only and not stop_signal
+    sections = {"pretrain": config.pretrain, "finetune": config.finetune}
+    given = {name: section.model_dump(mode="json", exclude_unset=True) for name, section in sections.items()}
+    notes = render_macro("study_notes.md", "notes", trial_runs.read_tokenizers(config), given).strip().splitlines()
     report = config.out / "report"
-    write_report(trial_runs.collect_results(config, trials, evaluate_baselines), report)
+    write_report(trial_runs.collect_results(config, trials, notes, evaluate_baselines), report)
     num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
     finished = f"{num_finished} of {len(trials)} trials are finished"
     log.info("%s; report in %s", finished, report / "report.html")

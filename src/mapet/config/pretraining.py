@@ -68,7 +68,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
 
 
 class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions):  # fmt: skip
-    """Options of `pretrain`. Defaults are the released recipe's (arXiv 2306.07346) unless they say otherwise."""
+    """Options of `pretrain`. Defaults are those of the released config (arXiv 2306.07346) unless the help says otherwise."""
 
     out: Path
     """New run folder."""

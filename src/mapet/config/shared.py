@@ -12,6 +12,7 @@ from mapet.config.base import Config
 
 
 def _as_pair(value: Any) -> Any:
+    """Return a list of two equal values for a single one, in a list or not; anything else as a list."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * 2 if len(values) == 1 else values
 
@@ -19,38 +20,44 @@ def _as_pair(value: Any) -> Any:
 Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_as_pair)]
 """Height and width, pixels; one number means a square."""
 Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
-"""A range of fractions; one number means just that."""
+"""Smallest and largest fraction; one number means both."""
 VocabSize = Annotated[int, Field(ge=2)]
-"""V, visual tokens: of one there is nothing to predict."""
+"""V, number of visual tokens, at least 2: with one there is nothing to predict."""
 Precision = Literal["auto", "float32", "bfloat16"]
 HF_PREFIX = "hf:"
-"""How names of Hugging Face's data sets begin."""
+"""Prefix of sources that are data sets of Hugging Face."""
 
 
 def is_url(source: str) -> bool:
-    """Whether a source of images is a URL, perhaps of several parts, rather than a path."""
+    """Return whether a source of images is a URL, perhaps with a pattern of several shards, rather than a path."""
     return "://" in source
 
 
 def _as_source(value: Any) -> Any:
+    """Return a path in its normal form, as text; URLs, hf:NAME, and what is no path at all unchanged."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     return text if not isinstance(text, str) or text.startswith(HF_PREFIX) or is_url(text) else str(Path(text))
 
 
 Source = Annotated[str, BeforeValidator(_as_source)]
-"""Where images are: a path, a URL (of whose slashes a `Path` would lose one), or hf:NAME."""
+"""Source of images: a path, a URL (`Path` would drop one of its slashes), or hf:NAME."""
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
 
 
 def _fraction_or_count(amount: float) -> float:
+    """Return `amount` if it is below 1 (a fraction) or whole (a count).
+
+    Raises:
+        ValueError: it is neither.
+    """
     if amount >= 1 and amount != int(amount):
         raise ValueError(f"{amount} is neither a fraction below 1 nor a number of images")
     return amount
 
 
 Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_count)]
-"""How many labeled images of each class: below 1 a fraction of them, else so many."""
+"""Labeled images of each class: a fraction of them if below 1, else their number."""
 
 
 class ImageOptions(Config):
@@ -136,7 +143,7 @@ LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split())
 
 
 class TrainerOptions(Config):
-    """How the trainer trains, whatever is learned."""
+    """Options of the training loop, the same for all tasks."""
 
     epochs: PositiveInt = 100
     """Passes over the training images."""
@@ -175,18 +182,18 @@ class TrainerOptions(Config):
 
 
 class TrainerConfig(TrainerOptions, JobOptions):
-    """What the trainer reads of a command's config."""
+    """Options of every command that trains, as the trainer reads them."""
 
     out: Path | None = None
     """New run folder."""
 
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
-"""How names of timm models that are not in timm begin."""
+"""Prefixes of timm model names that timm loads from a hub or a local folder."""
 
 
 def is_custom_teacher(teacher: str) -> bool:
-    """Whether the name is a person's own 'package.module:function'."""
+    """Return whether a teacher's name is the user's own 'package.module:function'."""
     return ":" in teacher and not teacher.startswith(HUB_PREFIXES)
 
 
@@ -196,5 +203,5 @@ def get_custom_teacher(teacher: str) -> str | None:
 
 
 def non_default_options(config: Config, options: Iterable[str]) -> list[str]:
-    """Those that have another value than the default."""
+    """Return those of `options` (field names) whose value differs from the default."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]

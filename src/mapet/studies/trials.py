@@ -25,7 +25,7 @@ from mapet.config.pretraining import PretrainConfig, PretrainOptions
 from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
-from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
+from mapet.errors import Interrupted, MapetError, did_you_mean, option
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.probes import probe_accuracy
@@ -434,24 +434,13 @@ def learning_curve(config: TrialConfig) -> dict[str, Any]:
 # ---- results
 
 
-def collect_results(config: StudyConfig, trials: list[Trial], evaluate_baselines: bool) -> Study:
+def collect_results(config: StudyConfig, trials: list[Trial], notes: list[str], evaluate_baselines: bool) -> Study:
     """Return all trials with their results, finished or not, and what the report prints with them.
 
     Args:
+        notes: sentences for the top of the report.
         evaluate_baselines: whether to evaluate untrained models that are not evaluated yet.
     """
-    notes = [_describe_tokenizer(config, name) for name in config.tokenizers]
-    for name, options in config.tokenizers.items():
-        if options.teacher != "pixels":
-            inherits = "tokens inherit what it was trained on, labels perhaps"
-            notes.append(f"The tokenizer '{name}' uses a pre-trained teacher ({options.teacher}): its {inherits}.")
-    notes += [
-        "'untrained ViT': the same ViT with random weights, frozen; where it is fine-tuned, trained from scratch.",
-        "FLOPs are the student's, forward and backward; minutes are of training alone, on this machine.",
-    ]
-    for name, section in {"pretrain": config.pretrain, "finetune": config.finetune}.items():
-        shared = section.model_dump(mode="json", exclude_unset=True)
-        notes.append(f"{name}: " + (", ".join(f"{key} {value}" for key, value in shared.items()) or "all defaults"))
     completed = []
     for trial in trials:
         if state := try_read_state(trial_folder(config, trial)):
@@ -485,9 +474,11 @@ def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool)
     return baselines
 
 
-def _describe_tokenizer(config: StudyConfig, name: str) -> str:
-    """Write a tokenizer's teacher, image and patch size and number of tokens ('no' before it is fitted) in a sentence."""
-    fitting, _ = tokenizer_configs(config, name)
-    tokens = "no" if is_empty_dir(fitting.out) else f"{load_tokenizer(fitting.out, with_teacher=False).vocab_size:,}"
-    size = f"{format_size(fitting.image_size)} px in patches of {fitting.patch_size}"
-    return f"Tokenizer '{name}': teacher {fitting.teacher}, {size}, {tokens} tokens."
+def read_tokenizers(config: StudyConfig) -> dict[str, tuple[FitTokenizerConfig, int | None]]:
+    """Return name -> (config, number of tokens) of each tokenizer; None tokens until it is fitted."""
+    tokenizers: dict[str, tuple[FitTokenizerConfig, int | None]] = {}
+    for name in config.tokenizers:
+        fitting, _ = tokenizer_configs(config, name)
+        is_fitted = not is_empty_dir(fitting.out)
+        tokenizers[name] = fitting, load_tokenizer(fitting.out, with_teacher=False).vocab_size if is_fitted else None
+    return tokenizers
