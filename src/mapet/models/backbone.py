@@ -321,8 +321,9 @@ def create_timm_model(name: str, pretrained: bool) -> torch.nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # hub, network and file errors of many kinds
-        hint = "Without a network, give a file or folder that holds them"
-        raise MapetError(f"cannot load timm's weights of '{name}': {first_line(error)}. {hint}") from None
+        raise MapetError(
+            f"cannot load timm's weights of '{name}': {first_line(error)}. Without a network, give a file or folder that holds them"
+        ) from None
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
