@@ -218,7 +218,7 @@ def create_parser(function: AnyCommand, hide: bool = False) -> argparse.Argument
     """Create the parser of a command, with an option for each field of its config and its sections, under headings.
 
     Args:
-        hide: leave out of the help the options of sections and, where a command has many, those that are not in `BASIC_OPTIONS`.
+        hide: omit from the help the options of sections and, where a command has many, those that are not in `BASIC_OPTIONS`.
     """
     config_type, name = function.config_type, command_name(function)
     description, _, example = (inspect.getdoc(function) or "").partition("Example:")

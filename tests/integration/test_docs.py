@@ -75,7 +75,7 @@ SMALL = {
 
 
 def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog):
-    """Every command of the list, one after the other, on what those before it made; the page in a browser is left out."""
+    """Every command of the list, one after the other, on what those before it made; the page in a browser is omitted."""
     (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
     monkeypatch.chdir(tmp_path)
     Path("PHOTOS").symlink_to(digits / "test")

@@ -309,7 +309,7 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
 
 
 def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
-    """Nothing of the optimizer moves in a step that is left out: the step after is Adam's first."""
+    """Nothing of the optimizer moves in a step that is omitted: the step after is Adam's first."""
     poisoned(monkeypatch, {0, 1, 2, 3, 4})
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 6)
     mapet.pretrain(**options)

@@ -19,7 +19,7 @@ MAPET = f'mapet() {{ "{sys.executable}" -m mapet "$@"; }}\n'
 
 
 def without_numbers(text: str) -> str:
-    """A line as it is on every machine: numbers, units of time and precision left out."""
+    """A line as it is on every machine: numbers, units of time and precision omitted."""
     return re.sub(r"\d[\d,.]*( s| min| h| days)?\b|float32|bfloat16", "#", re.sub(r" +", " ", text)).strip()
 
 

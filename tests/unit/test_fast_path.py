@@ -145,7 +145,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
 )
 @settings(max_examples=60, deadline=None)
 def test_blocks_cover_the_table(prefix, c, p, name, seed):
-    """Blocks are consecutive, leave out only what nobody sees, and claim to need no mask only where that is so."""
+    """Blocks are consecutive, omit only what nobody sees, and claim to need no mask only where that is so."""
     if name == "pim" and prefix + c == 0:
         return
     table = attention_mask(OBJECTIVES[name], prefix, c, p)

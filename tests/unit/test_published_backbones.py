@@ -303,7 +303,7 @@ def test_tokens_come_and_go(tmp_path, caplog):
     assert torch.equal(registers.pos_embed[:, 3:], vit.pos_embed[:, 1:])
     pooled = vit_of(class_token=False, global_pool="avg", fc_norm=False)
     init_from(pooled, tmp_path / "vit.pth")
-    assert torch.equal(pooled.pos_embed, vit.pos_embed[:, 1:]) and "class token left out" in caplog.text
+    assert torch.equal(pooled.pos_embed, vit.pos_embed[:, 1:]) and "class token omitted" in caplog.text
 
 
 @pytest.mark.parametrize(

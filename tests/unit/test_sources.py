@@ -263,7 +263,7 @@ def test_hostile_shards_are_refused_by_name(data, why, tmp_path):
 
 
 def test_members_are_only_names(tmp_path):
-    """Paths out of the shard are ids, links and devices are left out; nothing is written but the index."""
+    """Paths out of the shard are ids, links and devices are omitted; nothing is written but the index."""
     inside = tmp_path / "inside"
     inside.mkdir()
     odd = ["../../escape.png", str(tmp_path / "absolute.png"), "ünïcødé 图.png", "a" * 300 + ".png", "new\nline.png"]

@@ -127,7 +127,7 @@ def test_bags():
     assert good.accuracy > 0.9 and good.test_images == 80
     poor = bag_of_tokens_probe(tokens[torch.randperm(400)], labels, test, 64)
     assert abs(poor.accuracy - 0.25) < 0.2
-    # Tokens of their own in each image leave nothing to train on; tokens new in the test set are left out.
+    # Tokens of their own in each image leave nothing to train on; tokens new in the test set are omitted.
     own = bag_of_tokens_probe(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
     assert own.accuracy == own.chance
     new = torch.where(test[:, None, None] & (tokens == 5), 64, tokens)

@@ -146,7 +146,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 @command(ReportConfig)
 def report(config: ReportConfig) -> Path | None:
-    """One HTML page of a run (curves, warnings in words, tokenizer, predictions step by step, figures), or of several.
+    """One HTML page of a run (curves, warnings, tokenizer, predictions step by step, figures), or of several.
 
     Example:
       mapet report runs/photos --out report.html
@@ -207,7 +207,7 @@ def export(config: ExportConfig) -> Path:
 
 @command(DebugStepConfig)
 def debug_step(config: DebugStepConfig) -> "list[StepReport]":
-    """Compute again the steps that stopped a run: which images, which module, which gradients are not finite.
+    """Compute again the steps that stopped a run: which images, which module, which gradients are NaN or Inf.
 
     Example:
       mapet debug-step runs/vit/debug/step-00001200

@@ -109,7 +109,7 @@ def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
             log.warning("%s has no class folders, CLASS/image.jpg: skipped %s", config.images, ", ".join(skipped))
         return [name for name, requirement in cheap.items() if data.has(requirement)]
     hints = {
-        "labels": f"labels, which {option('annotations')} or {option('seg_masks')} take the place of: leave those out",
+        "labels": f"labels, which {option('annotations')} or {option('seg_masks')} take the place of: omit those",
         "masks": f"masks: {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
         "annotations": f"COCO annotations: {option('annotations')} instances.json",
         "ood": f"another labeled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
@@ -267,7 +267,7 @@ def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, 
     if not difference <= TOLERANCE:
         raise MapetError(
             f"the export is not the backbone: loaded by {loader} it differs by {difference:.1e} of the outputs' size, more than "
-            f"{TOLERANCE:.0e}; nothing was written. Leave out that {option('format')}"
+            f"{TOLERANCE:.0e}; nothing was written. Omit that {option('format')}"
         )
     return difference
 

@@ -149,7 +149,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
         except MapetError as error:
             raise MapetError(
                 f"{error}. {option('test_images')} are to test a probe on, which is trained on the labels of {option('images')}: "
-                "leave them out if there are none"
+                "omit them if there are none"
             ) from None
 
 

@@ -179,7 +179,7 @@ def _measure(
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
         except MapetError as error:
-            hint = f"Or leave out {option('tokens')}: the tokenizer is measured all the same"
+            hint = f"Or omit {option('tokens')}: the tokenizer is measured all the same"
             raise MapetError(f"{error}. {hint}") from None
         pairs["stored"] = sampler.compare_stored(images, store, perturbed)
     labels, is_test = _labels(images, drawn, sample.image_index)

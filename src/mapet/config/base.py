@@ -122,7 +122,7 @@ EXPECTED = {
 
 
 def _expected(problem: ErrorDetails) -> str:
-    """Return what an option should have been: the message of a validator of mapet's, or `EXPECTED`, or pydantic's own words."""
+    """Return what an option should have been: the message of a validator of mapet's, or `EXPECTED`, or pydantic's own text."""
     context = problem.get("ctx", {})
     return EXPECTED.get(problem["type"], problem["msg"]).format(**context)
 

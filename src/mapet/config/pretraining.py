@@ -31,7 +31,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     timm:NAME, adapted to this grid, patch and channels (for a new run; --resume continues one); none: random weights."""
 
     epochs: PositiveInt = 300
-    """Passes over the training images."""
+    """Number of training epochs."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup; auto: a thirtieth of `epochs` (10 of 300)."""
     batch_size: PositiveInt | None = None
@@ -81,7 +81,7 @@ class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, s
         """Yield a message for each option that is invalid or contradicts another one."""
         yield from super().problems()
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
-            yield f"{option('views')} is for tokens that are computed online; with {option('tokens')} the store has its views: leave it out"
+            yield f"{option('views')} is for tokens that are computed online; with {option('tokens')} the store has its views: omit it"
 
 
 class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
@@ -106,11 +106,11 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     def problems(self) -> Iterator[str]:
         """Yield a message for each option that is invalid or contradicts another one."""
         if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
-            yield f"{option('serve', True)} shows one run and writes nothing: leave out {option('out')} and {option('figures_dir')}"
+            yield f"{option('serve', True)} shows one run and writes nothing: omit {option('out')} and {option('figures_dir')}"
         if not self.serve and not self.out and not self.figures_dir:
             yield f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
         if self.figures_dir and (not self.figures or len(self.run) > 1):
-            yield f"{option('figures_dir')} takes the figures of one run: leave out {option('figures', False)} and other runs"
+            yield f"{option('figures_dir')} takes the figures of one run: omit {option('figures', False)} and other runs"
 
 
 class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):

@@ -146,7 +146,7 @@ class TrainerOptions(Config):
     """Options of the training loop, the same for all tasks."""
 
     epochs: PositiveInt = 100
-    """Passes over the training images."""
+    """Number of training epochs."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup; auto: a tenth of `epochs`."""
     batch_size: PositiveInt | None = None

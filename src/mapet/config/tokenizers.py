@@ -71,7 +71,7 @@ class FitTokenizerOptions(TeacherOptions):
         for name in shared.non_default_options(self, QUANTIZER_OPTIONS):
             user = QUANTIZER_OPTIONS[name]
             if user != self.quantizer:
-                yield f"{option(name)} is for {user}; {self.quantizer} does not use it: leave it out or give {option('quantizer', user)}"
+                yield f"{option(name)} is for {user}; {self.quantizer} does not use it: omit it or give {option('quantizer', user)}"
 
 
 class FitTokenizerConfig(FitTokenizerOptions, shared.ImageOptions, shared.JobOptions):

@@ -370,7 +370,7 @@ def load_segmentation_sets(
     if masks is None and all(folder.is_dir() for folder in ade20k):
         if test_images is not None or test_masks is not None:
             own = f"{images} is ADE20K's folder, tested on its own validation images"
-            raise MapetError(f"{own}: leave out {option('test_images')} and {option('test_seg_masks')}")
+            raise MapetError(f"{own}: omit {option('test_images')} and {option('test_seg_masks')}")
         images, masks, test_images, test_masks = ade20k
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
@@ -391,7 +391,7 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
     """Pair images and masks by name, and read all masks once, to find the classes: the values that occur in any of them.
 
     Args:
-        pairs: folders of (images, masks); images without a mask are left out.
+        pairs: folders of (images, masks); images without a mask are excluded.
         ignored: values that are no class.
 
     Raises:

@@ -375,7 +375,7 @@ def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionIma
 
 
 def coco_metrics(data: DetectionSet, boxes: list[CocoBox]) -> dict[str, float]:
-    """Return COCO's metrics, in [0, 1] by their names, of detected boxes; those of a size that no annotated box has are left out.
+    """Return COCO's metrics, in [0, 1] by their names, of detected boxes; those of a size that no annotated box has are omitted.
 
     Args:
         data: the images in which boxes were detected, with the annotation file's content; only these images count.

@@ -93,7 +93,7 @@ def embed(config: EmbedConfig) -> Path:
                 raise Interrupted(f"stopped by {stop.signal_name}: {saved}")
     num_unreadable = len(unreadable.reasons)
     log.info(
-        "features of %s images in %s (%d unreadable left out), %s values per image",
+        "features of %s images in %s (%d unreadable, excluded), %s values per image",
         f"{len(images) - num_unreadable:,}", config.out, num_unreadable, " x ".join(map(str, manifest["shape"])),
     )  # fmt: skip
     return config.out

@@ -327,7 +327,7 @@ class FeatureCache:
 
         Args:
             seed: of the order within each block of rows that is read; None keeps the rows in order. With a seed a batch of a single row,
-                which batch norm cannot take, is left out, unless its block has no other.
+                which batch norm cannot take, is omitted, unless its block has no other.
         """
         generator = torch.Generator().manual_seed(seed or 0)
         for start, block in self.blocks():

@@ -109,7 +109,7 @@ class TokenSampler:
 
         Flip, jitter, noise and JPEG change the teacher's view; the tokens of the flipped view are compared with the flipped tokens.
         The shift is diagonal, between two windows of one larger rendering, so that nothing is padded, by as few patches as are a
-        whole number of the teacher's pixels. It is left out where only the whole grid is; JPEG is left out where images have
+        whole number of the teacher's pixels. It is omitted where only the whole grid is; JPEG is omitted where images have
         neither 1 nor 3 channels.
 
         Args:

@@ -244,7 +244,7 @@ def _check_enough_images(count: int, probe: str) -> None:
     """Raise MapetError if a fifth of the images is too few to choose a learning rate by; `probe` names it in the message."""
     if count < MIN_IMAGES:
         raise MapetError(
-            f"{count} training images are too few for {probe}, which needs {MIN_IMAGES}: add images, or leave it out"
+            f"{count} training images are too few for {probe}, which needs {MIN_IMAGES}: add images, or omit it"
         )
 
 
@@ -291,7 +291,7 @@ def fit_linear_sgd(
 
     Args:
         cache: features of training images; rows are in random order.
-        epochs: passes over the rows.
+        epochs: number of epochs.
         seed: of the order of the rows.
 
     Returns:

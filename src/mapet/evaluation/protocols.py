@@ -97,7 +97,7 @@ def attentive(context: EvalContext) -> ProtocolResult:
 def few_shot(context: EvalContext) -> ProtocolResult:
     """Evaluate the linear probe with few labels: mean top-1 over `num_seeds` fixed splits for each amount in the option `few_shot`.
 
-    Features are standardized with all training images; only the split's labels are used. Unreadable images of a split are left out.
+    Features are standardized with all training images; only the split's labels are used. Unreadable images of a split are excluded.
 
     Returns:
         Metrics 'few_shot_10pct' for the amount 0.1, 'few_shot_5' for 5 images per class; `details` has the accuracy of each seed.
@@ -171,7 +171,7 @@ def feature_stats(features: Float[Tensor, "n D"]) -> dict[str, float]:
     """Measure rank, spread and collapse of features.
 
     Returns:
-        Metrics by name, without those that are not finite for so few images:
+        Metrics by name, without those that are NaN or Inf for so few images:
         rankme: exp of the entropy of the normalized singular values (Garrido et al. 2023, arXiv 2210.02885), of the features as
             they are; at most min(n, D).
         effective_rank: the same of the centered features (Roy & Vetterli 2007), which a common offset does not lower.
@@ -346,7 +346,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        needed = f"corruptions need 1 or 3: leave 'corruptions' out of {option('protocols')}"
+        needed = f"corruptions need 1 or 3: omit 'corruptions' from {option('protocols')}"
         raise MapetError(f"{backbone.name} takes {backbone.channels} channels, {needed}")
     clean = context.is_correct(backbone, data)
     correct: dict[str, Float[Tensor, "5 n"]] = {}

@@ -187,7 +187,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
 def init_from(vit: VisionTransformer, source: str | Path) -> None:
     """Initialize a ViT with pre-trained weights, adapted to its sizes; the log says what was changed.
 
-    Parts of the pre-trained network that a plain ViT doesn't support are left out, with a warning.
+    Parts of the pre-trained network that a plain ViT doesn't support are omitted, with a warning.
 
     Args:
         vit: changed in place.

@@ -357,7 +357,7 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
         count = 0 if token is None else token.shape[1]
         if new_token is None:
             if count:
-                notes.append(f"{label} left out: this ViT has none")
+                notes.append(f"{label} omitted: this ViT has none")
         elif token is None or count != new_token.shape[1]:
             notes.append(f"{label} new: the file has {count or 'none'}")
             weights[name] = new_token

@@ -43,7 +43,7 @@ class PackedLayout(NamedTuple):
         num_kv: C: the first C rows are attended to, and are the columns of attention; the others are queries only.
         output_rows: the p rows that predict.
         attn_bias: 0 where a row attends to a column, -inf elsewhere.
-        blocks: calls of attention that compute all R rows. They hold also if the last query rows are left out.
+        blocks: calls of attention that compute all R rows. They hold also if the last query rows are omitted.
         output_blocks: the same for the output rows alone, numbered from 0.
     """
 
@@ -82,7 +82,7 @@ class PackedLayout(NamedTuple):
 
     @property
     def queries_only(self) -> bool:
-        """Whether nothing attends to the output rows, so that those of patches that aren't predicted may be left out."""
+        """Whether nothing attends to the output rows, so that those of patches that aren't predicted may be omitted."""
         return self.output_rows.start >= self.num_kv
 
 

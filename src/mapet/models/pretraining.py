@@ -234,7 +234,7 @@ class ViTForPreTraining(nn.Module):
             )
         if separate_query_token and "query" not in objective.attends_to:
             raise MapetError(
-                f"objective '{objective.name}' has no query tokens: leave out {option('separate_query_token', True)}"
+                f"objective '{objective.name}' has no query tokens: omit {option('separate_query_token', True)}"
             )
         self.vit, self.objective = vit, objective
         self.num_patches, self.num_context, self.num_predict = num_patches, num_context, num_predict
@@ -443,7 +443,7 @@ class ContextAutoencoder(ViTForPreTraining):
     ) -> None:  # fmt: skip
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
-            raise MapetError(f"objective 'cae' predicts all hidden patches at once: leave out {option('num_predict')}")
+            raise MapetError(f"objective 'cae' predicts all hidden patches at once: omit {option('num_predict')}")
         self.regressor, self.decoder = _make_blocks(vit), _make_blocks(vit)
         self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
 

@@ -57,7 +57,7 @@ def format_table(results: Results, format_cell: Callable[[MetricValue], str]) ->
     """Return a Markdown table of metrics (rows) and backbones (columns); '' without rows.
 
     Args:
-        format_cell: returns the text of a metric; a row in which all texts are '' is left out.
+        format_cell: returns the text of a metric; a row in which all texts are '' is omitted.
     """
     columns = [
         {name: metric for result in protocols.values() for name, metric in result.metrics.items()}
@@ -84,7 +84,7 @@ def _worst_classes(counts: ClassCounts) -> list[str]:
 
 
 def format_token_metrics(metrics: TokenMetrics) -> dict[str, str]:
-    """Return the metrics of a tokenizer as text, by name; those that were not measured are left out."""
+    """Return the metrics of a tokenizer as text, by name; those that were not measured are omitted."""
     return dict(line.split("\t") for line in render("token_metrics.txt", m=metrics).splitlines())
 
 

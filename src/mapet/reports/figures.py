@@ -94,7 +94,7 @@ def plot_run(
     try:
         rows, classes, confusion = retrieve_images(model.vit, images, compute)
     except MapetError as error:
-        log.warning("the figure of nearest images is left out: %s", error)
+        log.warning("skipped the figure of nearest images: %s", error)
         return figures
     figures["neighbors"] = plots.plot_neighbors(rows, labeled=bool(classes))
     if confusion is not None:

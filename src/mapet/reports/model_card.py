@@ -106,7 +106,7 @@ def render_model_card(
     Args:
         folders: format -> its folder; that of "timm" holds the others, and the card lists its files with their hashes.
         checks: way of loading -> largest difference of its outputs from the original's, relative to their RMS.
-        checked_on: what the outputs were computed of, in words.
+        checked_on: what the outputs were computed on, as text.
         tolerance: largest difference allowed.
         library: `library_name` of the front matter.
     """

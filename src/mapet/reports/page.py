@@ -83,7 +83,7 @@ def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
 
 
 def embed_images(images: Mapping[str, Image.Image], max_bytes: int) -> list[EmbeddedImage]:
-    """Encode images by name at the best of `ENCODINGS` that fits into `max_bytes`; without one, leave out the last images."""
+    """Encode images by name at the best of `ENCODINGS` that fits into `max_bytes`; without one, omit the last images."""
 
     def embed(name: str, image: Image.Image, scale: float, quality: int) -> EmbeddedImage:
         size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
@@ -140,8 +140,8 @@ def render_page(runs: Sequence[RunView], live: bool = False) -> str:
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
     """Return the variables of run.html.
 
-    A page larger than `MAX_BYTES` first loses its step-throughs, then its figures shrink, then the last figures are left out;
-    notes say what is left out.
+    A page larger than `MAX_BYTES` first loses its step-throughs, then its figures shrink, then the last figures are omitted;
+    notes say what is omitted.
 
     Returns:
         "runs": of each the "name", "files", "notes", "images" (embedded) and "data" for the scripts; "comparison": see
@@ -163,12 +163,12 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
         if bytes_left < 0 and view["data"]["steps"]:
             bytes_left += len(json.dumps(view["data"]["steps"]))
             view["data"]["steps"] = None
-            view["notes"].append("The step-through of this run is left out to keep the page small.")
+            view["notes"].append("The step-through of this run is omitted to keep the page small.")
     for index, (run, view) in enumerate(zip(runs, views, strict=True)):
         view["images"] = embed_images(run.images, max(0, bytes_left) // (len(views) - index))
         bytes_left -= sum(len(image.src) + IMAGE_MARKUP_BYTES for image in view["images"])
         if left_out := [*run.images][len(view["images"]) :]:
-            view["notes"].append(f"Figures left out to keep the page small: {', '.join(left_out)}.")
+            view["notes"].append(f"Figures omitted to keep the page small: {', '.join(left_out)}.")
     return content
 
 

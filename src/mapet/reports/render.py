@@ -48,7 +48,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def escape_markdown(text: str) -> str:
     """Put text on one line with Markdown's special characters escaped; a `Bold` text is set in bold.
 
-    Underscores within words, as in option names, have no meaning in Markdown and stay as they are.
+    Underscores within names, as in option names, have no meaning in Markdown and stay as they are.
     """
     escaped = re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]<>|&]", r"\\\g<0>", " ".join(text.split()))
     return f"**{escaped}**" if isinstance(text, Bold) else escaped

@@ -274,7 +274,7 @@ def find_best_levels(study: Study, budget: str, metric: str, factor: str) -> lis
     """Find the levels of `factor` at which each compared value is best.
 
     Levels are compared on the seeds and remaining factors that all of them have, averaged as in `_compare_pair`; a value with
-    fewer than two levels, or with nothing in common between them, is left out.
+    fewer than two levels, or with nothing in common between them, is omitted.
     """
     best = []
     for value in study.values:

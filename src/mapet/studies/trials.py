@@ -101,7 +101,7 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
         except MapetError as error:
             raise MapetError(f"grid, {factors}: {error}") from None
         if resolved in trials:
-            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial: leave one out")
+            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial: omit one")
         trials[resolved] = Trial(factors, 0, tokenizer, options)
     return [replace(trial, seed=seed) for seed in config.seeds for trial in trials.values()]
 

@@ -139,7 +139,7 @@ def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int
         num_codes = teacher.builtin_quantizer.vocab_size
         if unused := non_default_options(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
             names = " and ".join(option(name) for name in unused)
-            raise MapetError(f"teacher '{config.teacher}' has {num_codes} built-in codes: leave out {names}")
+            raise MapetError(f"teacher '{config.teacher}' has {num_codes} built-in codes: omit {names}")
         return num_codes, None
     vocab_size = config.vocab_size or default_vocab_size(num_patches)
     if config.quantizer == "kmeans":
@@ -182,7 +182,7 @@ def _patch_features(
 ) -> Iterator[Float[Tensor, "n F"]]:
     """Yield the teacher's features of all patches of the images at `indices`, a batch of images at a time.
 
-    Unreadable images are left out; too many of them raise MapetError.
+    Unreadable images are excluded; too many of them raise MapetError.
     """
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
@@ -254,7 +254,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     store = TokenStore.open(config.out, images, tokenizer.hash)
     UnreadableImages(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
     log.info(
-        "tokens of %s x %s in %s (%d unreadable left out)",
+        "tokens of %s x %s in %s (%d unreadable, excluded)",
         pluralize(len(images) - len(store.unreadable), "image"), pluralize(store.num_views, "view"), config.out, len(store.unreadable),
     )  # fmt: skip
     return store

@@ -170,7 +170,7 @@ def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
     parameters = inspect.signature(build).parameters
     for key in ("checkpoint", "teacher_size", "layer", "final_norm"):
         if key not in parameters and non_default_options(config, [SETTINGS[key]]):
-            raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: leave it out")
+            raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: omit it")
     return Teacher(build(**{key: arguments[key] for key in parameters}), settings)
 
 

@@ -159,7 +159,7 @@ def num_heads_for(width: int) -> int:
 def to_beit2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the entries of a state dict of `VQKD` and of the decoder as BEiT v2's code does.
 
-    The last norm of encoder and decoder is renamed, and the bias of q, k and v split; that of the keys is left out, as it does not
+    The last norm of encoder and decoder is renamed, and the bias of q, k and v split; that of the keys is omitted, as it does not
     change the output.
     """
     weights = {re.sub(r"(?<=coder\.)norm\.", "fc_norm.", name): tensor for name, tensor in state.items()}

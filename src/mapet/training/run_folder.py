@@ -155,7 +155,7 @@ def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUT
         return config.model_copy(update={"resume": False})
     if not path.is_file():
         raise MapetError(
-            f"nothing to resume in {run}: it has no {CONFIG_FILE}. Leave out {option('resume', True)} to start a new run"
+            f"nothing to resume in {run}: it has no {CONFIG_FILE}. Omit {option('resume', True)} to start a new run"
         )
     old = build_config(type(config), read_config(path), path)
     not_given = {name for name, value in config if value is None}

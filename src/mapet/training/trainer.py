@@ -78,7 +78,7 @@ class Trainer(Generic[M, R]):
         if batch_size > num_images:
             log.warning(
                 f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} there are: every step takes all of "
-                "them, and the automatic learning rate is for that many. Leave it out, or lower it, for more steps per epoch"
+                "them, and the automatic learning rate is for that many. Omit it, or lower it, for more steps per epoch"
             )
         local_batch_size = -(-batch_size // distributed.world_size())
         lr = max(task.min_auto_lr, task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size))
@@ -223,10 +223,10 @@ class Trainer(Generic[M, R]):
         """
         num_skipped, task = self.monitor.consecutive_skipped, self.task
         saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []
-        finite = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - num_skipped]
-        if self.num_rollbacks == task.config.max_rollbacks or not finite:
-            self._raise_nonfinite(f"NaN or infinite loss or gradient in {num_skipped} steps in a row", bool(finite))
-        state = checkpoint.load_checkpoint(finite[0], task.model, self.optimizer, **task.stateful)
+        intact = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - num_skipped]
+        if self.num_rollbacks == task.config.max_rollbacks or not intact:
+            self._raise_nonfinite(f"NaN or infinite loss or gradient in {num_skipped} steps in a row", bool(intact))
+        state = checkpoint.load_checkpoint(intact[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
         log.warning("rolled back to the weights of step %d, with the images from step %d on", state["step"], self.step)
         self._save()

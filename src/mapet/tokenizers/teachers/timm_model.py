@@ -76,7 +76,7 @@ class TimmFeatures(nn.Module):
         except AssertionError as error:  # timm's check of the image size
             wrong = f"takes no views of {format_size(images.shape[2:])} px: {error}"
             raise MapetError(
-                f"teacher '{self.name}' {wrong}; change {option('teacher_image_size')} or leave it out"
+                f"teacher '{self.name}' {wrong}; change {option('teacher_image_size')} or omit it"
             ) from None
         return features
 

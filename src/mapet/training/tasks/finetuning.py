@@ -73,7 +73,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         images, channels, augment = self.train.images, self.model.in_chans, None
         if config.rand_augment is not None:
             if channels != 3:
-                problem = f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: leave it out"
+                problem = f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: omit it"
                 raise MapetError(problem, field="rand_augment", value=config.rand_augment)
             augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
         spec = ViewSpec.from_config(config, size, config.seed)
@@ -103,7 +103,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Normalize and augment images; targets are class indices (B,), or class probabilities (B, classes) with Mixup or CutMix.
 
-        Mixup takes images in pairs: of an odd number the last one is left out. Draws depend on the run's seed and `step` alone.
+        Mixup takes images in pairs: of an odd number the last one is omitted. Draws depend on the run's seed and `step` alone.
         """
         config, labels = self.config, self.labels[batch.image_index]
         batch = batch.to(self.compute.device)
