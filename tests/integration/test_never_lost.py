@@ -23,8 +23,8 @@ from mapet.run_state import RunState
 from mapet.training import trainer
 from mapet.training.metrics import MIN_HISTORY, LossMonitor, MetricWindow
 from mapet.training.tasks.pretraining import PretrainingTask
+from tests.commands.test_pipeline import StopAt
 from tests.conftest import PRETRAIN, all_rows
-from tests.integration.test_pipeline import StopAt
 from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def assert_identical(a, b):
 def killed(argv, seed, kills, seconds):
     """Run a command to its end through so many kills at random moments of up to so many seconds."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.killing", *map(str, (seed, kills, seconds)), *argv], capture_output=True,
+        [sys.executable, "-m", "tests.crash", *map(str, (seed, kills, seconds)), *argv], capture_output=True,
         text=True, cwd=ROOT, timeout=550, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

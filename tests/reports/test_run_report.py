@@ -413,8 +413,7 @@ def test_page_stays_below_its_size(tmp_path, monkeypatch):
     assert 200_000 < len(html.encode()) <= 400_000
     runs = data_of(html)["runs"]
     assert (
-        runs[0]["steps"] is None
-        and "step-through of this run is omitted" in page_content(shown)["runs"][0]["notes"][0]
+        runs[0]["steps"] is None and "step-through of this run is omitted" in page_content(shown)["runs"][0]["notes"][0]
     )
     assert runs[0]["curves"]["loss"][0][-1] == 30000
 

@@ -1,6 +1,6 @@
 """Start a command again and again and kill it at random moments; print how often it was killed and how it ended.
 
-    python -m tests.killing SEED KILLS SECONDS STAGE --OPTION ...
+    python -m tests.crash SEED KILLS SECONDS STAGE --OPTION ...
 
 Each attempt is a fork of this process, which has imported all there is to import and has computed nothing, so that nearly
 all of an attempt is the command's own work. `--resume` is part of the command. After KILLS kills it may run to its end.

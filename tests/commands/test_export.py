@@ -23,8 +23,8 @@ from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs
 from mapet.run_state import RunState
 from tests.conftest import TINY
+from tests.models.test_checkpoint_conversion import released, same, vit_of
 from tests.refused import refused
-from tests.unit.test_published_backbones import released, same, vit_of
 
 FINETUNE = {
     "labels_per_class": 2, "epochs": 1, "batch_size": 10, "device": "cpu", "precision": "float32",

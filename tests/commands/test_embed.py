@@ -18,7 +18,7 @@ from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.embeddings import read_embeddings
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.models.backbone import load_backbone, save_backbone
-from tests.integration.test_export import mapet_view, save_vit
+from tests.commands.test_export import mapet_view, save_vit
 from tests.refused import refused
 
 COMMON = {"device": "cpu", "precision": "float32"}

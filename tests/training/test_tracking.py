@@ -15,8 +15,8 @@ from mapet.cli import main
 from mapet.errors import Interrupted
 from mapet.training import run_folder as tracking
 from mapet.training.run_folder import Tracker, TrackerRun, finish_trackers
+from tests.commands.test_pipeline import StopAt
 from tests.conftest import PRETRAIN
-from tests.integration.test_pipeline import StopAt
 from tests.refused import refused
 
 ROWS = [{"step": 5, "loss": 2.5, "lr": 0.1}, {"step": 10, "loss": None}, {"step": 10, "probe/knn": 0.25}]
