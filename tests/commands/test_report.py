@@ -41,7 +41,7 @@ def longer(run, folder):
     lines = [
         {
             "step": 10 * i, "epoch": i, "loss": 3.5 - i / 60, "unigram_entropy": 3.4, "token_accuracy": i / 200, "majority_token_accuracy": 0.1,
-            "gradient_norm": 1.0, "skipped_steps": 0, "images_per_second": 400.0, "data_time_fraction": 0.05, "lr": 1e-3 * (1 - i / 100),
+            "grad_norm": 1.0, "skipped_steps": 0, "images_per_second": 400.0, "data_time_fraction": 0.05, "lr": 1e-3 * (1 - i / 100),
         }
         for i in range(1, 101)
     ]  # fmt: skip

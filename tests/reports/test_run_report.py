@@ -265,7 +265,7 @@ def test_warnings_of_a_run_have_its_options(tmp_path):
     write_state(tmp_path / "whole", "run")
     for folder, option in (("whole/pretrain", "--pretrain.clip-grad 0.01"), ("alone", "--clip-grad 0.01")):
         run = write_run(tmp_path / folder, clip_grad=0.01)
-        (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), gradient_norm=1.0) for i in range(20)))
+        (run / "metrics.jsonl").write_text("".join(record(10 * (i + 1), grad_norm=1.0) for i in range(20)))
         told = RunFiles(run).warnings
         assert any(f"larger than {option} in 100%" in sentence for sentence in told), told
 

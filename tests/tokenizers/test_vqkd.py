@@ -381,13 +381,13 @@ def test_training_lowers_the_loss_and_uses_the_codes(trained):
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     description = json.loads((folder / "run" / "vqkd" / "vqkd.json").read_text())
     assert len(metrics) == 20 and description["vocab_size"] == 32
-    assert metrics[-1]["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
+    assert metrics[-1]["reconstruction_loss"] < 0.6 * metrics[0]["reconstruction_loss"]
     assert metrics[-1]["code_usage"] > 0.8
     assert (
         description["codebook_stats"]["num_used_codes"] > 0.8 * 32 and description["codebook_stats"]["perplexity"] > 10
     )
     assert description["codebook_stats"]["num_patches"] == 200 * 16
-    assert description["reconstruction"] < 0.6 * metrics[0]["reconstruction"]
+    assert description["reconstruction_loss"] < 0.6 * metrics[0]["reconstruction_loss"]
 
 
 def test_what_was_trained_is_a_teacher(trained, tmp_path):

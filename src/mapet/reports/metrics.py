@@ -222,7 +222,7 @@ def _check_baselines(run: RunSummary) -> Iterator[Finding]:
 
 def _check_stability(run: RunSummary) -> Iterator[Finding]:
     """Find a loss that rises again, skipped steps, and gradients that are mostly clipped."""
-    losses, norms = run.history["loss"].values, run.history["gradient_norm"].values
+    losses, norms = run.history["loss"].values, run.history["grad_norm"].values
     skipped, max_norm = run.history["skipped_steps"], run.config.get("clip_grad")
     if len(losses) >= 2 * MIN_RECORDS:  # compare means of tenths of the run: single records are noisy
         width = max(1, len(losses) // 10)

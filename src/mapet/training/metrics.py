@@ -55,7 +55,7 @@ class MetricLogger:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._columns = ("loss", "images", *task.mean_names, "gradient_norm", *task.sum_names)
+        self._columns = ("loss", "images", *task.mean_names, "grad_norm", *task.sum_names)
         self._num_skipped = 0  # since the start of the run
         self._total_counts = torch.zeros(task.num_counts, dtype=torch.int64)  # since then, up to the last window
         self._counts = torch.zeros(task.num_counts, dtype=torch.int64, device=task.compute.device)
@@ -84,7 +84,7 @@ class MetricLogger:
         zero = torch.zeros_like(output.loss)
         values = {"loss": output.loss, "images": zero + num_images, **output.means}
         if distributed.rank() == 0:  # values are added up over ranks
-            values |= {"gradient_norm": norm, **sums}
+            values |= {"grad_norm": norm, **sums}
         self._steps.append(torch.stack([values.get(name, zero).detach().float() for name in self._columns]))
         if output.counts is not None and num_images:
             self._counts += output.counts
@@ -94,7 +94,7 @@ class MetricLogger:
         """Return the metrics of all ranks since the last call; a collective call.
 
         They are: loss and the task's means, over steps with a finite loss and gradient; what `Task.summarize` makes of its counts;
-        its sums; gradient_norm, the mean; skipped_steps, since the start of the run; images_per_second; data_time_fraction, the
+        its sums; grad_norm, the mean; skipped_steps, since the start of the run; images_per_second; data_time_fraction, the
         fraction of time spent waiting for images.
         """
         task, steps, counts = self._task, self._all_steps(), distributed.all_reduce(self._counts).cpu()
@@ -107,7 +107,7 @@ class MetricLogger:
             **{name: mean[name] for name in ("loss", *task.mean_names)},
             **task.summarize(counts, self._total_counts),
             **{name: total[name] for name in task.sum_names},
-            "gradient_norm": mean["gradient_norm"],
+            "grad_norm": mean["grad_norm"],
             "skipped_steps": self._num_skipped,
             "images_per_second": float(steps[:, 1].sum()) / elapsed,
             "data_time_fraction": self._waited / elapsed,

@@ -37,8 +37,8 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     command = "train-tokenizer"
     base_lr, base_batch_size = 2e-4, 512
     betas = (0.9, 0.99)
-    mean_names = ("reconstruction", "commitment")
-    sum_names = ("reborn",)
+    mean_names = ("reconstruction_loss", "commitment_loss")
+    sum_names = ("reset_codes",)
     model: VQKDForTraining
     teacher: Teacher
 
@@ -106,7 +106,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def loss(self, batch: Batch, step: int) -> StepOutput:
         """Compute the sum of the losses of reconstruction (1 - cosine) and commitment; count codes, keep rows for their update."""
         output: VQKDOutput = self.model(batch.images, batch.targets)
-        means = {"reconstruction": output.reconstruction.detach(), "commitment": output.commitment.detach()}
+        means = {"reconstruction_loss": output.reconstruction.detach(), "commitment_loss": output.commitment.detach()}
         counts = torch.bincount(output.codes.flatten(), minlength=self.num_counts)
         rows = {"features": output.features, "codes": output.codes}
         return StepOutput(output.loss, output.loss_per_image, means, counts, rows)
@@ -114,7 +114,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
         """Move the codes towards the encoder's outputs by an EMA, and reset dead ones; return how many were reset."""
         features, codes = output.rows["features"].flatten(0, 1), output.rows["codes"].flatten()
-        return {"reborn": self.model.ema_update_codebook(features, codes)}
+        return {"reset_codes": self.model.ema_update_codebook(features, codes)}
 
     def summarize(self, counts: Int[Tensor, " K"], total_counts: Int[Tensor, " K"]) -> dict[str, float]:
         """Return code statistics since the last log line.
@@ -127,9 +127,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
         """Format loss, reconstruction and code statistics."""
-        text = (
-            "loss {loss:.3f}, 1 - cosine {reconstruction:.3f}, codes used {code_usage:.0%}, perplexity {perplexity:.0f}"
-        )
+        text = "loss {loss:.3f}, reconstruction loss {reconstruction_loss:.3f}, codes used {code_usage:.0%}, perplexity {perplexity:.0f}"
         return text.format(**metrics)
 
     @torch.no_grad()
@@ -166,7 +164,9 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def finish(self, module: VQKDForTraining) -> Path:
         """Evaluate the tokenizer and save it as OUT/vqkd, its weights and a JSON description; return the safetensors file."""
         reconstruction, stats = self._evaluate_codebook(module)
-        log.info("VQ-KD tokenizer: 1 - cosine %.3f; %s", reconstruction, stats)
+        log.info(
+            "VQ-KD tokenizer: reconstruction loss %.3f (1 - cosine, on training images); %s", reconstruction, stats
+        )
         config, teacher, images, folder = self.config, self.teacher, self.dataset.images, self.config.out / "vqkd"
         training = config.model_dump(mode="json", exclude={"images", "out", "resume", "device"})
         metadata = {
@@ -176,7 +176,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
             "teacher": teacher.settings,
             "teacher_weights_hash": teacher.weights_hash,
             "teacher_metadata": teacher.metadata,
-            "reconstruction": reconstruction,
+            "reconstruction_loss": reconstruction,
             "codebook_stats": asdict(stats),
             "training": training | {"images_hash": images.hash, "num_images": len(images)},
         }
