@@ -361,7 +361,8 @@ def test_roll_back(options, monkeypatch, caplog):
     poisoned(monkeypatch, {3, 4})
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
     mapet.pretrain(**(options | {"log_interval": 1, "max_rollbacks": 1, "checkpoint_interval_min": 1e-9}))
-    assert "rolled back to the weights of step 3, with the images from step 5 on" in caplog.text
+    (message,) = (text for text in caplog.messages if text.startswith("rolled back"))
+    assert "step 3" in message and "step 6" in message
     state = json.loads((options["out"] / "checkpoints" / "step-00000006" / "trainer_state.json").read_text())
     assert state["num_rollbacks"] == 1 and (options["out"] / "backbone").exists()
 

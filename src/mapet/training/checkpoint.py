@@ -27,7 +27,9 @@ from mapet.training.task import LossModule, Task
 
 log = logging.getLogger("mapet")
 STATE, FORMAT = "trainer_state.json", 1
+"""Name of a checkpoint's JSON file, which is written last, and version of the checkpoint's format."""
 BUNDLE, BUNDLE_FORMAT = "bundle.json", 1
+"""The same of a debug bundle: the weights and image ids of skipped steps, for `mapet debug-step`."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What reading a damaged file, or loading its tensors into another model, raises."""
@@ -40,17 +42,21 @@ class OtherInputsError(MapetError):
 def save_checkpoint(
     folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> None:
-    """Write FOLDER/step-00000000 atomically, read it back, and only then remove all but the newest `keep` checkpoints.
+    """Write a checkpoint atomically, read it back, and only then remove all but the newest `keep` checkpoints.
 
-    A checkpoint of this step that is there already is kept as it is.
+    It is the folder FOLDER/step-NNNNNNNN with one safetensors file for each of `parts` and trainer_state.json, which has the sha256 of
+    these files. If there is a checkpoint of this step already, nothing is done.
 
     Args:
-        step: steps that are done.
-        parts: named tensors of each file, see `checkpoint_tensors`.
-        state: further values that a resumed run needs, JSON.
+        folder: of all checkpoints of the run; is created.
+        step: number of steps that are done, in the checkpoint's name with 8 digits.
+        parts: file name without suffix -> name -> tensor, as `checkpoint_tensors` returns them.
+        state: further entries of trainer_state.json that a resumed run needs, JSON.
+        keep: at least 1; the new checkpoint counts.
 
     Raises:
         MapetError: the disk is full, or does not hold the bytes that were written; earlier checkpoints are intact.
+        OSError: another error of the system, e.g. no permission.
     """
     target, earlier = folder / f"step-{step:08d}", checkpoints(folder)
     if target.exists():
@@ -80,23 +86,36 @@ def save_checkpoint(
 
 
 def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise MapetError if a safetensors file does not hold these tensors, bit for bit (NaN equals itself)."""
+    """Check that a safetensors file holds the tensors that were written to it, bit for bit (so that NaN equals itself).
+
+    Args:
+        path: of the file.
+        tensors: by name, on any device.
+
+    Raises:
+        MapetError: the bytes of a tensor differ.
+    """
     written = load_file(path)
     for name, tensor in tensors.items():
         found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
         if not found.equal(expected):
-            raise MapetError(f"{path.name} differs from what was written, in '{name}': is the disk failing?")
+            raise MapetError(
+                f"{path.name}, read back, differs from what was written in tensor '{name}': check the disk for errors"
+            )
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) -> dict[str, dict[str, Tensor]]:
     """Gather the tensors of a checkpoint for rank 0 to save; a collective call.
 
     Args:
-        stateful: further objects with a flat state dict of tensors.
+        model: may be sharded over ranks; its tensors are gathered.
+        optimizer: of the model.
+        stateful: further objects whose `state_dict()` is flat, name -> tensor; the keyword is their name in the checkpoint.
 
     Returns:
         File name without suffix -> name -> tensor. 'model': its state dict. 'optimizer': 'INDEX.NAME' for each state of the
-        parameter with that index. 'metrics_state': 'OBJECT.NAME' for the states of `stateful`, if there are any.
+        parameter with that index in the optimizer's groups, e.g. '0.exp_avg'. 'metrics_state': 'OBJECT.NAME' for the states of
+        `stateful`; this file is omitted if they have none. With sharding 'model' is empty on ranks other than 0.
     """
     optimizer_state: dict[str, Tensor] = {}
     other_state: dict[str, Tensor] = {}
@@ -122,21 +141,24 @@ def checkpoint_step(path: Path) -> int:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: Optimizer | None = None, hashes: Mapping[str, str] = {}, **stateful: Any
 ) -> dict[str, Any]:
-    """Load the newest intact checkpoint of a run; skip damaged ones with a warning.
+    """Load the newest intact checkpoint of a run into model and optimizer; skip damaged ones with a warning.
 
     Args:
-        folder: of checkpoints, or one checkpoint.
-        hashes: sha256 of the present inputs by name, e.g. `tokenizer_hash`, that must be those of the checkpoint; a name that it
-            doesn't have is not checked.
-        stateful: further objects to load, by the names that `checkpoint_tensors` had for them.
+        folder: of all checkpoints of a run, or of a single checkpoint.
+        model: changed in place; it may be sharded over ranks.
+        optimizer: changed in place; None: its state is not loaded.
+        hashes: sha256 of the present inputs by name, e.g. {'tokenizer_hash': ...}, which must equal those in the checkpoint; a name
+            that the checkpoint lacks is not checked.
+        stateful: further objects to load by `load_state_dict`, by the names that they were saved under with `checkpoint_tensors`.
 
     Returns:
-        The `state` that was saved with it, and its `step`.
+        The content of trainer_state.json: `step` (number of steps that are done), what `save_checkpoint` got as `state`, and
+        `format_version` and `sha256` of the files.
 
     Raises:
-        NewerFormatError: a newer version of mapet wrote it. An older checkpoint would silently lose that version's work.
+        NewerFormatError: a newer version of mapet wrote the newest one; loading an older one would lose the newer work unnoticed.
         OtherInputsError: it was made from other inputs.
-        MapetError: none is intact.
+        MapetError: there is no checkpoint, or none is intact.
     """
     candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in candidates:
@@ -161,7 +183,14 @@ def load_checkpoint(
 
 
 def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Return a checkpoint's state and its tensors by file name without suffix.
+    """Read and check the files of one checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+        hashes: see `load_checkpoint`.
+
+    Returns:
+        (content of trainer_state.json; file name without suffix -> name -> tensor)
 
     Raises:
         NewerFormatError, OtherInputsError: see `load_checkpoint`.
@@ -170,7 +199,7 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
     state = files.read_checksummed_json(path / STATE, "checkpoint")
     files.check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
-        raise ValueError(f"{STATE} says step {state['step']}")
+        raise ValueError(f"{STATE} is of step {state['step']}, the folder of step {checkpoint_step(path)}")
     for name, digest in hashes.items():
         if state.get(name, digest) != digest:
             raise OtherInputsError(
@@ -178,13 +207,18 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
                 f"found {digest[:12]}. Restore the files that were moved or changed, or start a new run with a new {option('out')}"
             )
     for name, digest in state["sha256"].items():
-        if files.file_hash(path / name) != digest:
-            raise ValueError(f"{name} is damaged (its sha256 differs)")
+        if (found := files.file_hash(path / name)) != digest:
+            raise ValueError(f"{name} is damaged: expected sha256 {digest[:12]}, found {found[:12]}")
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load the 'INDEX.NAME' tensors of `checkpoint_tensors`, sharded as their parameters are; learning rates stay as they are."""
+    """Load an optimizer's state from a checkpoint; the options of its parameter groups (learning rate, ...) stay as they are.
+
+    Args:
+        optimizer: changed in place.
+        tensors: 'INDEX.NAME' -> full tensor, as `checkpoint_tensors` names them. Each is sharded as the parameter with this index is.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
@@ -200,12 +234,13 @@ class NonFiniteError(MapetError):
     """Too many steps in a row had a NaN or infinite loss or gradient, or the trained model has such outputs."""
 
     def __init__(self, problem: str, bundle: Path | None, config: TrainerConfig, has_finite_checkpoint: bool) -> None:
-        """Append the next steps to the problem.
+        """Make the message: the problem, then the commands and options that find its cause and avoid it.
 
         Args:
-            problem: a sentence without its full stop.
-            bundle: folder of the debug bundle, if there is one.
-            has_finite_checkpoint: the newest checkpoint is from before the problem.
+            problem: what has happened; a sentence without its full stop.
+            bundle: folder of the debug bundle (weights and image ids of the skipped steps) that `mapet debug-step` reads; None: none.
+            config: of the run: its `out`, and the learning rate that was too high.
+            has_finite_checkpoint: whether the newest checkpoint is from before the problem, so that its weights can be exported.
         """
         debug = f" Find the cause with: {shell_command('debug-step', bundle)}." if bundle else ""
         export = shell_command("export", "--backbone", config.out, "--out", "NEW")
@@ -217,17 +252,23 @@ class NonFiniteError(MapetError):
 
 
 def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, num_steps: int) -> Path:
-    """Write OUT/debug/step-*, the weights and image ids of the last `num_steps` steps, all skipped; a collective call.
+    """Write a debug bundle of the last steps, with which `mapet debug-step` computes them again; a collective call.
+
+    It is the folder OUT/debug/step-NNNNNNNN, named after the first of the steps, with the model's weights, which skipped steps have not
+    changed, and bundle.json: seed, and for each step the ids of its images. One that is there already is kept.
 
     Args:
+        task: its model has the weights; its config has OUT (`out`, not None).
+        sampler: gives the images of each step.
         last_step: counted from 1, as in the log.
+        num_steps: number of steps in the bundle, which end with `last_step`.
 
     Returns:
-        Its folder, which is named after the first of the steps.
+        The bundle's folder, on every rank; rank 0 alone writes it.
     """
     first = last_step - num_steps + 1
     folder: Path = task.config.out / "debug" / f"step-{first:08d}"
-    weights = full_state_dict(task.model)  # skipped steps have not changed them
+    weights = full_state_dict(task.model)
     if distributed.rank() == 0 and not folder.exists():
         with files.atomic_write(folder) as temporary:
             temporary.mkdir()
@@ -244,7 +285,15 @@ def _image_ids(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
 
 
 def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> list[int]:
-    """Load a bundle's weights into the task's model; return its steps, counted from 1.
+    """Load the weights of a debug bundle, see `save_debug_bundle`, into the task's model.
+
+    Args:
+        bundle: its folder.
+        task: built as in the run; its model is changed in place.
+        sampler: of the run, to check that its steps still have the images of the bundle.
+
+    Returns:
+        The numbers of the bundle's steps, counted from 1, ascending.
 
     Raises:
         MapetError: it is not a bundle, damaged, or belongs to other images or another model.
@@ -255,7 +304,9 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, image_ids in content["images"].items():
             if _image_ids(task, sampler, int(step)) != image_ids:
-                raise ValueError(f"step {step} has other images now; restore those that the run was trained on")
+                raise ValueError(
+                    f"step {step} of the run has other images now than in {BUNDLE}; restore those that the run was trained on"
+                )
         return [int(step) for step in content["images"]]
     except READ_ERRORS as error:
         raise MapetError(f"cannot use the debug bundle {bundle}: {str(error).splitlines()[0]}") from None
@@ -282,20 +333,25 @@ class StepReport(NamedTuple):
 
 
 def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
-    """Compute a step's loss and gradient as the run did, without an update; `step` counts from 1.
+    """Compute the loss and gradient of a step as the run did, without an update, and find where NaN and Inf come from.
+
+    Args:
+        task: built as in the run, with the weights from before the step.
+        sampler: of the run, in one process: gives the images of the whole batch.
+        step: counted from 1.
 
     Raises:
-        MapetError: none of its images can be read.
+        MapetError: none of the step's images can be read.
     """
     model, images = task.model, task.dataset.images
     batch = task.dataset.batch(sampler.batch(step - 1))
     if not len(batch):
         raise MapetError(
-            f"none of the {len(batch.unreadable)} images of step {step} can be read: are they where the run had them?"
+            f"none of the {len(batch.unreadable)} images of step {step} can be read, the first: {batch.unreadable[0][1]}. Restore them"
         )
     forward_backward = ForwardBackward(LossModule(task), task.compute, task.config.micro_batch_size or len(batch))
-    names = {module: name for name, module in model.named_modules() if name}
-    nonfinite_modules = []
+    names = {module: name for name, module in model.named_modules() if name}  # all but the model itself
+    nonfinite_modules = []  # names of modules with NaN or Inf in their output, in the order of the forward pass
 
     def record_nonfinite(module: nn.Module, _inputs: Any, output: Any) -> None:
         if module in names and isinstance(output, Tensor) and not output.isfinite().all():

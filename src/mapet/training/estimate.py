@@ -27,20 +27,31 @@ from mapet.training.step import ForwardBackward
 from mapet.training.tasks.pretraining import activation_bytes_per_image, auto_batch_size, auto_micro_batch, build_model
 
 NUM_BENCHMARK_IMAGES = 16
+"""Images of the batch that is timed."""
 EPOCHS = PretrainConfig.model_fields["epochs"].default
+"""Epochs of a pre-training run unless the user gives another number."""
 PATCHES_PER_CODE = FitTokenizerConfig.model_fields["patches_per_code"].default
+"""Patches per code that `fit-tokenizer` fits k-means to unless the user gives another number."""
 
 
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
-    """Run one batch through reading, teacher and student, and yield the lines of a report on what the next commands will cost.
+    """Estimate the cost of `fit-tokenizer`, `tokenize` and `pretrain` on these images and this machine by timing one batch.
 
-    In order: build teacher and student; time the batch; derive the costs of all images from it.
+    In order: build teacher (frozen encoder whose features become tokens) and student (ViT) with random head; time reading the batch, the
+    teacher's forward pass and the student's training step; multiply by the number of images or patches of each command. Reading
+    is done by other processes at the same time, so an image takes the longer of reading and computing.
 
     Args:
+        config: image size, patch size, channels, and the options of student and teacher; others are not used.
+        images: the list that `usable` indexes.
         usable: indices of the readable images, at least one.
 
+    Yields:
+        Five lines for the console: the setting (device, model, patches, codes), then reading, fit-tokenizer, tokenize and pretrain.
+        All work is done before the first.
+
     Raises:
-        MapetError: none of the batch's images can be read, or an option of model or teacher is wrong.
+        MapetError: none of the batch's images can be read any more, or an option of model or teacher is wrong.
     """
     compute, num_images = ComputeContext.from_options(), len(usable)
     sizes = config.image_size, config.patch_size, config.channels
@@ -50,15 +61,20 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     vocab_size = default_vocab_size(total_patches)
     options = TeacherOptions(**config.model_dump(include=set(TeacherOptions.model_fields)))
     teacher = make_teacher(options, compute.precision).to(compute.device)
+    # A quarter of the patches is context, as the other three quarters are masked by default.
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, config.image_size, teacher.image_size, grid=grid)
     started = time.monotonic()
     batch = dataset.batch([(0, index) for index in islice(cycle(usable), NUM_BENCHMARK_IMAGES)])
-    reading = (time.monotonic() - started) / NUM_BENCHMARK_IMAGES
-    if batch.images is None or batch.teacher_images is None:
-        raise MapetError("the images of the benchmark could be read before, but not again: are they being changed?")
+    reading = (
+        time.monotonic() - started
+    ) / NUM_BENCHMARK_IMAGES  # seconds per image, as `teaching` and `training` below
+    if batch.images is None or batch.teacher_images is None:  # no image could be read
+        raise MapetError(
+            f"{option('images', config.images)}: no image of the benchmark can be read any more. Restore them and check again"
+        )
     views, pixels = compute.to(batch.teacher_images), normalize(compute.to(batch.images), config.channels)
     targets = torch.zeros(len(batch), num_patches, dtype=torch.int64)
     batch = replace(batch, images=pixels, targets=targets).to(compute.device)
@@ -69,6 +85,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         feature_size = teacher(views[:1]).shape[1]
 
     fit_patches = min(PATCHES_PER_CODE * vocab_size, total_patches)
+    # Seconds for the features of `fit-tokenizer`, for all tokens, and for an epoch of pre-training.
     fitting = min(num_images, fit_patches / num_patches) * max(teaching, reading)
     tokenizing, epoch = num_images * max(teaching, reading), num_images * max(training, reading)
     feature_gb, token_mb = 2 * fit_patches * feature_size / 1e9, 2 * total_patches / 1e6  # float16 and uint16: 2 bytes
@@ -86,9 +103,13 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
 
 
 def flops_per_image(config: PretrainConfig) -> float:
-    """Return the FLOPs of the student's forward and backward pass for one image, counted by PyTorch on the meta device.
+    """Return the FLOPs of forward and backward pass of the model for one image, counted by PyTorch on the meta device.
 
-    If the mask ratio is a range, it is the mean over 8 evenly spaced ratios.
+    The teacher, which computes tokens, is not counted. If the mask ratio is a range, the result is the mean over 8 evenly spaced
+    ratios.
+
+    Args:
+        config: of a pre-training run; its `tokenizer` folder must exist, as it tells image size and number of tokens.
     """
     model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
     contexts = [model.num_context]
@@ -99,10 +120,14 @@ def flops_per_image(config: PretrainConfig) -> float:
 
 
 def training_flops(model: ViTForPreTraining, contexts: list[int]) -> float:
-    """Return the FLOPs of a forward and backward pass for one image, the mean over these numbers of context patches.
+    """Count the FLOPs of a forward and backward pass for one image.
 
     Args:
-        model: on the meta device, in training mode.
+        model: on the meta device, in training mode, so that no memory and time are spent.
+        contexts: numbers of context patches (those that are not masked) of one pass each, at least one.
+
+    Returns:
+        The mean over these passes.
     """
     images = torch.empty(1, model.vit.in_chans, *model.vit.patch_embed.img_size)
     permutation = torch.zeros(1, model.num_patches, dtype=torch.int64)
@@ -116,6 +141,6 @@ def training_flops(model: ViTForPreTraining, contexts: list[int]) -> float:
 
 
 def _time_call(function: Callable[[], object]) -> float:
-    """Return the seconds of a call, after warm-up calls and with the device synchronized."""
+    """Return the seconds of one call of a function without arguments; `Timer` first makes warm-up calls, and waits for the device."""
     threads = torch.get_num_threads()  # the timer's own default is one
     return Timer("function()", globals={"function": function}, num_threads=threads).timeit(1).mean

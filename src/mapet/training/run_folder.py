@@ -64,9 +64,20 @@ class RunFolder:
         return cls(config.out, config, compute) if config.out and distributed.rank() == 0 else None
 
     def __init__(self, path: Path, config: TrainerConfig, compute: ComputeContext) -> None:
-        """Create the folder, or reopen it if `resume` is set; write config.yaml and the start of train.log."""
+        """Create the folder, or reopen it if `resume` is set; write config.yaml, and open train.log, metrics.jsonl and trackers.
+
+        config.yaml of a resumed run is written again if the path of an input or output has changed.
+
+        Args:
+            path: of the run; must be empty or missing unless `config.resume`.
+            config: final options, without automatic values; `track` names the trackers that the metrics are sent to.
+            compute: device and precision, for run.json and train.log.
+
+        Raises:
+            MapetError: the folder is not empty, or cannot be written.
+        """
         self.path, config_file = path, path / CONFIG_FILE
-        not_paths = frozenset(type(config).model_fields) - PATH_OPTIONS
+        not_paths = frozenset(type(config).model_fields) - PATH_OPTIONS  # `diff_configs` ignores these
         if not config.resume:
             create_output_dir(path)
         if not config.resume or diff_configs(build_config(type(config), read_config(config_file)), config, not_paths):
@@ -87,14 +98,18 @@ class RunFolder:
         self._trackers = [Tracker(name, path, options) for name in dict.fromkeys(config.track)]
 
     def __enter__(self) -> "RunFolder":
-        """Let errors in the threads of TensorBoard's writer and of trackers be warnings: training continues without them."""
-        text = "TensorBoard's files, or a tracker's, are incomplete: %s. All metrics are in metrics.jsonl"
+        """Log an uncaught error of another thread (TensorBoard's writer, a tracker) as a warning, so that training continues."""
+        text = "TensorBoard's or a tracker's metrics are incomplete: %s. All metrics are in metrics.jsonl of the run's folder"
         self._hook, threading.excepthook = threading.excepthook, lambda failure: log.warning(text, failure.exc_value)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Log the error, if there is one, and close all files."""
-        threading.excepthook = self._hook
+        """Log the error that ends the run, if there is one, to train.log; wait for trackers to receive the last metrics; close all files.
+
+        Args:
+            kind, error, trace: see `object.__exit__`; they are None if the run has ended without an error. An error is raised further.
+        """
+        threading.excepthook = self._hook  # the one before `__enter__`
         if error is not None:
             self._log_to_file(f"stopped: {type(error).__name__}: {error}")
         finish_trackers(self._trackers, failed=error is not None)
@@ -104,11 +119,15 @@ class RunFolder:
                 file.close()
 
     def _log_to_file(self, text: str) -> None:
-        """Write a line to train.log that the console does not get."""
+        """Write a text to train.log that the console does not get."""
         self._handler.emit(logging.LogRecord("mapet", logging.INFO, "", 0, text, None, None))
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove from metrics.jsonl the rows after `step`, from where the run is resumed, and a row that a crash has cut off."""
+        """Remove the rows after a step from metrics.jsonl, and an incomplete row that a crash has left.
+
+        Args:
+            step: number of steps that are done in the checkpoint that the run is resumed from; rows up to it are kept.
+        """
         self._metrics.close()
         path = self.path / "metrics.jsonl"
         rows = re.finditer(r'{"step": (\d+)\b.*}\n', path.read_text(encoding="utf-8"))
@@ -116,8 +135,15 @@ class RunFolder:
         self._metrics = path.open("a", encoding="utf-8")
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics after a step to metrics.jsonl (null for NaN and Inf), TensorBoard and the trackers."""
-        if self._tensorboard is None:
+        """Write metrics to metrics.jsonl (as null if NaN or Inf) and TensorBoard, and notify the trackers, which read metrics.jsonl.
+
+        Args:
+            step: number of steps that are done.
+            metrics: by name.
+        """
+        if (
+            self._tensorboard is None
+        ):  # the first call: TensorBoard ignores what an earlier process wrote from this step on
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
@@ -136,17 +162,21 @@ class _LogFile(logging.FileHandler):
 
 
 def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUTABLE_ON_RESUME) -> C:
-    """Return the config that the run in `config.out` was started with, updated by present options that may differ.
+    """Return the config with which a run resumes: that of OUT/config.yaml, updated by present options that may differ.
 
-    Options that are None now keep the run's values. If the folder is empty or missing, return `config` without `resume`: a new
-    run starts there.
+    Options that may differ are those of `mutable`, and `PATH_OPTIONS` that are set both now and in config.yaml, as inputs and
+    outputs may have moved. Every other option must be None now, or as in config.yaml.
 
     Args:
-        command: that resumes the run, for error messages.
-        mutable: options that may differ.
+        config: as the user gave it, with `resume` and `out` set.
+        command: name of the command that resumes the run, e.g. 'pretrain', for error messages.
+        mutable: names of options that may differ, and whose present values are taken, None included.
+
+    Returns:
+        The updated config. If the run's folder is empty or missing, `config` itself without `resume`: a new run starts there.
 
     Raises:
-        MapetError: the folder holds something else, or another option differs from the run's.
+        MapetError: the folder has no config.yaml, or an option differs that may not.
     """
     assert config.out is not None
     run, path = config.out, config.out / CONFIG_FILE
@@ -158,7 +188,9 @@ def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUT
             f"nothing to resume in {run}: it has no {CONFIG_FILE}. Omit {option('resume', True)} to start a new run"
         )
     old = build_config(type(config), read_config(path), path)
-    not_given = {name for name, value in config if value is None}
+    not_given = {
+        name for name, value in config if value is None
+    }  # they keep the run's values, which may be automatic ones
     moved = {name for name in PATH_OPTIONS - not_given if getattr(old, name, None) is not None}
     if changed := diff_configs(old, config, mutable | not_given | moved):
         hint = restart_hint(run) if command == "pretrain" else f"with new options: a new {option('out')}"
@@ -170,7 +202,14 @@ def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUT
 
 
 def restart_hint(run: Path) -> str:
-    """Return how to start a new run with other options, from this run's weights if it has any; continues 'to start'."""
+    """Return how to start a new run with other options, from this run's weights if it has any, for a message.
+
+    Args:
+        run: folder of a pre-training run, or of the `mapet run` that it is part of.
+
+    Returns:
+        The end of a sentence that begins 'to start', e.g. 'with new options: a new --out'.
+    """
     folder, new_out = pretrain_folder(run), f"a new {option('out')}"
     if (folder / "backbone").is_dir():
         return f"from its weights with new options: {option('init_from', str(run))}, and {new_out}"
@@ -181,7 +220,12 @@ def restart_hint(run: Path) -> str:
 
 
 def command_to_resume(folder: Path, command: str) -> str:
-    """Return the shell command that resumes what `command` wrote to a folder, or the `mapet run` that the folder is part of."""
+    """Return the shell command that resumes a command.
+
+    Args:
+        folder: that the command writes to. If it is part of a `mapet run`, that is resumed instead.
+        command: its name, e.g. 'pretrain'.
+    """
     if parent := parent_run(folder):
         command, folder = "run", parent
     return shell_command(command, folder / CONFIG_FILE, "--resume")
@@ -209,31 +253,40 @@ class TrackerRun(NamedTuple):
 class Tracker(threading.Thread):
     """Sends the rows of a run's `metrics.jsonl` to one tracker; an error of it is a warning.
 
-    `tracking/NAME.json` in the run's folder has the run's id at the tracker and the last row sent. Rows are numbered by
-    [step, index among the rows of this step]: a resumed run writes rows again that were sent before.
-
-    Args:
-        name: a key of `TRACKERS`.
-        run: the run's folder.
-        config: the run's options, JSON.
+    `tracking/NAME.json` in the run's folder has the run's id at the tracker and the number of the last row sent. A row's number is
+    [step, index among the rows of this step]: a resumed run writes rows again that were sent before, with the same numbers.
     """
 
     def __init__(self, name: str, run: Path, config: dict[str, Any]) -> None:
+        """Set up the thread; the first `notify` starts it.
+
+        Args:
+            name: a key of `TRACKERS`, e.g. 'wandb'.
+            run: the run's folder.
+            config: the run's options, JSON, which the tracker shows.
+        """
         super().__init__(name=name, daemon=True)
         self._run_folder, self._config, self._state_file = run, config, run / "tracking" / f"{name}.json"
-        self._events: SimpleQueue[bool | None] = SimpleQueue()
+        self._events: SimpleQueue[bool | None] = SimpleQueue()  # the arguments of `notify`
 
     def notify(self, failed: bool | None = None) -> None:
-        """Tell the thread that there is a new row (None), or that the run has ended and whether it failed.
+        """Tell the thread that metrics.jsonl has a new row, or that the run has ended.
 
-        The first call starts the thread: by then a resumed run has truncated its metrics.
+        The first call starts the thread, as a resumed run has removed rows from metrics.jsonl by then.
+
+        Args:
+            failed: None: there is a new row; else the run has ended, with an error (True) or without (False).
         """
         self._events.put(failed)
         if self.ident is None:
             self.start()
 
     def run(self) -> None:
-        """Open the run at the tracker and send rows until the run ends; log a warning if that fails."""
+        """Open the run at the tracker and send the rows of metrics.jsonl until the run ends; this is the thread's body.
+
+        `state`, kept in tracking/NAME.json, has the run's `id` at the tracker (None: a new run is created there), and `sent`, the number
+        [step, index among the rows of this step] of the last row that was sent. Any error ends the thread with a warning.
+        """
         try:
             state: dict[str, Any] = {"id": None, "sent": [-1, 0]}
             if self._state_file.exists():
@@ -246,14 +299,22 @@ class Tracker(threading.Thread):
                 self._send_rows(file, tracker_run, state)
         except BaseException as error:  # libraries of trackers raise anything, also SystemExit
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            text = (
-                f"%s receives no more metrics: %s. They are in metrics.jsonl, and {option('resume', True)} sends them"
-            )
+            text = f"%s receives no more metrics: %s. They are in metrics.jsonl; resuming the run with {option('resume', True)} sends the rest"
             log.warning(text, self.name, reason)
 
     def _send_rows(self, file: IO[str], tracker_run: TrackerRun, state: dict[str, Any]) -> None:
-        """Send the rows after `state["sent"]` as they are written, and keep that up to date, until the run has ended."""
-        number, line, failed = [-1, 0], "", None
+        """Send the rows of metrics.jsonl as they are written, until the run has ended, then finish the run at the tracker.
+
+        Args:
+            file: metrics.jsonl, from its start.
+            tracker_run: where the rows are sent.
+            state: see `run`. Rows up to number `state["sent"]` are skipped; after each row sent it is updated and saved.
+        """
+        number, line, failed = (
+            [-1, 0],
+            "",
+            None,
+        )  # `number`: [step, index among the rows of this step]; `line`: its text so far
         while failed is None:
             failed = self._events.get()  # before reading: the last row of an ended run is in the file by now
             for part in file:
@@ -271,19 +332,33 @@ class Tracker(threading.Thread):
 
 
 def finish_trackers(trackers: Collection[Tracker], failed: bool) -> None:
-    """Tell trackers that the run has ended, and wait up to `TRACKER_TIMEOUT_S` until they have sent all rows."""
+    """Tell trackers that the run has ended, and wait until they have sent all rows, `TRACKER_TIMEOUT_S` seconds at most in all.
+
+    A tracker that takes longer gets a warning; its thread ends with the process.
+
+    Args:
+        trackers: of the run.
+        failed: whether the run has ended with an error.
+    """
     deadline = time.monotonic() + TRACKER_TIMEOUT_S
     for tracker in trackers:
         tracker.notify(failed)
     for tracker in trackers:
         tracker.join(max(0.0, deadline - time.monotonic()))
         if tracker.is_alive():
-            text = f"%s did not receive all metrics within %.0f s: {option('resume', True)} sends the rest"
+            text = f"%s did not receive all metrics within %.0f s: resuming the run with {option('resume', True)} sends the rest"
             log.warning(text, tracker.name, TRACKER_TIMEOUT_S)
 
 
 def check_trackers_installed(trackers: Iterable[str]) -> None:
-    """Raise MapetError if a tracker's library is not installed."""
+    """Check that the libraries of trackers are installed.
+
+    Args:
+        trackers: values of the option `track`: 'wandb', 'mlflow' or 'trackio', which are also the names of their libraries.
+
+    Raises:
+        MapetError: one is not installed; the message says how to install it.
+    """
     for tracker in trackers:
         if not _is_installed(tracker):
             problem = f"{option('track')} {tracker} needs the library {tracker}: {install_hint('track')}"
@@ -302,7 +377,13 @@ def _run_name(run: Path) -> str:
 
 
 def _open_wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
-    """Create a run of Weights & Biases, or reopen the one with this id."""
+    """Create a run of Weights & Biases, or reopen it. Its environment variables WANDB_PROJECT, WANDB_NAME and WANDB_DIR are heeded.
+
+    Args:
+        run: the run's folder; wandb's own files go to its subfolder `tracking`.
+        run_id: of the run at the tracker to reopen; None: a new one.
+        config: the run's options, JSON.
+    """
     import wandb
 
     (run / "tracking").mkdir(exist_ok=True)
@@ -320,7 +401,13 @@ def _open_wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> Tracke
 
 
 def _open_mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
-    """Create a run of MLflow, or reopen the one with this id; the program's own active run stays as it is."""
+    """Create a run of MLflow, or reopen it; the active run of the user's own program stays as it is.
+
+    Args:
+        run: the run's folder, which gives the run's name.
+        run_id: of the run at the tracker to reopen; None: a new one, in the experiment that MLFLOW_EXPERIMENT_NAME names.
+        config: the run's options, JSON, which become the parameters of a new run.
+    """
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -338,7 +425,13 @@ def _open_mlflow(run: Path, run_id: str | None, config: dict[str, Any]) -> Track
 
 
 def _open_trackio(run: Path, run_id: str | None, config: dict[str, Any]) -> TrackerRun:
-    """Create a run of Trackio, or reopen the one with this id, which is its name."""
+    """Create a run of Trackio, or reopen it.
+
+    Args:
+        run: the run's folder, which gives the name of a new run.
+        run_id: of the run at the tracker to reopen, which is its name; None: a new one with a random suffix.
+        config: the run's options, JSON.
+    """
     import trackio
 
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)

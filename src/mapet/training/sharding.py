@@ -17,17 +17,22 @@ from mapet.errors import MapetError, option
 
 
 def apply_fsdp(model: nn.Module, compute: ComputeContext) -> None:
-    """Shard parameters, gradients and optimizer state across ranks, in place.
+    """Shard a model's parameters, gradients and optimizer state across all ranks (FSDP2), in place; a collective call.
 
     Each transformer block is a group of its own: its weights are gathered, in the precision of matrix products, while the block
-    before computes, and its gradients are reduced, in float32, while the backward pass continues.
+    before computes, and its gradients are summed over ranks, in float32, while the backward pass continues. Each block gets a method
+    `run(function, *args)`, which calls `function(block, *args)` with the gathered weights.
+
+    Args:
+        model: float32; its timm Blocks are the groups, all other parameters are one more group.
+        compute: device that the ranks communicate from, and dtype of matrix products: float32 or bfloat16.
 
     Raises:
-        MapetError: there is one rank.
+        MapetError: there is only one rank.
     """
     if distributed.world_size() == 1:
         raise MapetError(
-            f"{option('fsdp', True)} needs several processes: start them with torchrun --nproc-per-node N -m mapet ..."
+            f"{option('fsdp', True)} needs two or more processes, found one: start them with torchrun --nproc-per-node N -m mapet ..."
         )
     mesh = init_device_mesh(compute.device.type, (distributed.world_size(),))
     low_precision = None if compute.dtype == torch.float32 else compute.dtype
@@ -64,9 +69,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a module that may be sharded; a collective call.
+    """Return the state dict of a module, with full tensors also where it is sharded (FSDP); a collective call.
 
-    A sharded one is gathered tensor by tensor into rank 0's CPU memory; other ranks get {}.
+    If the module is sharded, rank 0 gets tensors on the CPU, gathered one by one to save memory, and the other ranks get {}. If it is
+    not sharded, every rank gets its own state dict, whose tensors share memory with the module.
     """
     if not is_sharded(module):
         return module.state_dict()
@@ -75,7 +81,11 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict of full tensors, which all ranks have, into a module that may be sharded."""
+    """Load a state dict of full tensors into a module that may be sharded; all ranks call this with the same state dict.
+
+    Raises:
+        RuntimeError: names or shapes differ from the module's, see `load_state_dict` of torch.
+    """
     own = module.state_dict()
     module.load_state_dict({name: distribute_like(value, own.get(name, value)) for name, value in state.items()})
 

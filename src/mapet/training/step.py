@@ -40,7 +40,11 @@ class LowPrecision(nn.Module):
         self.module, self.dtype = module, dtype
 
     def forward(self, *args: Any) -> Any:
-        """Call the float32 module with the low-precision weights; return what it returns."""
+        """Call the float32 module with its parameters cast to `dtype`; return what it returns.
+
+        Args:
+            args: passed on to the module as they are; it casts its inputs itself.
+        """
         weights = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, args)
 
@@ -58,28 +62,45 @@ class ForwardBackward:
     """
 
     def __init__(self, module: nn.Module, compute: ComputeContext, micro_batch: int, same_shapes: bool = True) -> None:
+        """Choose how the module is computed: itself, as a low-precision copy, or sharded (FSDP), which casts by itself.
+
+        Args:
+            module: float32, on the device of `compute`; see the class for what it returns.
+            compute: device and dtype of matrix products, float32 or bfloat16.
+            micro_batch: images per forward pass.
+            same_shapes: whether all steps compute with tensors of one shape.
+        """
         self.module, self.micro_batch, self._same_shapes = module, micro_batch, same_shapes
         self._sharded = is_sharded(module)
         low = compute.dtype != torch.float32 and not self._sharded  # FSDP makes the low-precision copy itself
         self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
-        self._num_replicas = 1 if self._sharded else distributed.world_size()
-        self._rehearsed = self._num_replicas == 1
+        self._num_replicas = (
+            1 if self._sharded else distributed.world_size()
+        )  # whose gradients DistributedDataParallel averages
+        self._rehearsed = (
+            self._num_replicas == 1
+        )  # whether the first step, which `_rehearse` tries alone, is behind or not needed
 
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
-        """Add the batch's gradient, weighted by `fraction`, to the module's; retry with half the micro-batch if memory runs out.
+        """Compute forward and backward pass of a batch in micro-batches, and add the gradient, summed over ranks, to `module`'s.
+
+        If memory runs out, the batch is computed again with half the micro-batch size. That is not possible while other ranks wait
+        for this one's gradient: with several ranks in their first step alone, which is tried without communication, and with
+        sharded weights never. With several ranks this is a collective call.
 
         Args:
-            batch: of at least one image.
+            batch: of this rank, at least one image.
             args: passed on to the module after the batch.
-            fraction: of the step's images over all ranks that are in this rank's batch.
+            fraction: number of this rank's images over the number of the step's images on all ranks; 0 for a placeholder image. The
+                gradient is weighted by it, so that the sum over ranks is that of the mean loss of all images.
 
         Returns:
-            What the module returned for each micro-batch, with `loss` detached and weighted: the losses add up to `fraction`
-            times the batch's loss.
+            What the module returned for each micro-batch (a named tuple), but with `loss` detached and weighted, so that the losses add
+            up to `fraction` times the mean loss of the batch.
 
         Raises:
-            MapetError: memory does not suffice for one image.
-            torch.OutOfMemoryError: memory does not suffice, and other ranks wait for this one's gradient.
+            MapetError: memory does not suffice for one image, or another rank is lost.
+            RuntimeError: memory does not suffice, and the batch cannot be computed again; or any other error of the module.
         """
         self.module.train()
         while True:
@@ -95,41 +116,56 @@ class ForwardBackward:
             self._halve_micro_batch(len(batch))  # outside `except`, where the failed pass no longer holds its memory
 
     def _rehearse(self, batch: Batch, args: tuple[Any, ...]) -> None:
-        """Compute the first step without communication, discard its gradient, then wrap the module in DistributedDataParallel.
+        """Try a step without communication, discard its gradient, then wrap the module in DistributedDataParallel.
 
-        The rehearsal finds a micro-batch that fits this rank's memory, and which parameters a pass uses. From here on gradients
-        are summed over ranks during the backward pass; weights become those of rank 0 now, buffers before every pass.
+        The trial shows whether the micro-batch fits this rank's memory, before other ranks wait for this one, and whether a
+        pass uses all parameters. From here on gradients are summed over ranks during the backward pass. DistributedDataParallel
+        copies rank 0's weights to all ranks now, and its buffers before every pass.
+
+        Args:
+            batch, args: see `__call__`.
+
+        Raises:
+            RuntimeError: memory does not suffice; nothing is wrapped.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # so that the step itself draws the same random numbers
             self._accumulate(batch, args, 0.0)
         unused = any(parameter.grad is None for parameter in self.module.parameters())
         self.module.zero_grad(set_to_none=True)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1 x 1 convolution
-        unused = unused or not self._same_shapes
+        unused = unused or not self._same_shapes  # with other shapes a later step may use other parameters
         self.compute_module = DistributedDataParallel(self.compute_module, find_unused_parameters=unused)
         self._rehearsed = True
 
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
-        """Run the forward and backward pass of each micro-batch; see `__call__` for arguments and result.
+        """Run the forward and backward pass of each micro-batch, and add the gradients; see `__call__` for arguments and result.
 
-        Gradients are summed over ranks in the last backward pass, and not at all in the rehearsal.
+        Ranks sum their gradients once, in the backward pass of the last micro-batch; before `_rehearse` has ended not at all.
         """
         outputs = []
         for start in range(0, len(batch), self.micro_batch):
             part = batch[start : start + self.micro_batch]
             sync = self._rehearsed and start + self.micro_batch >= len(batch)
-            set_gradient_sync(self.module, sync)
+            set_gradient_sync(self.module, sync)  # of FSDP
             ddp = self.compute_module
             with ddp.no_sync() if isinstance(ddp, DistributedDataParallel) and not sync else nullcontext():
                 output = self.compute_module(part, *args)
                 weight = fraction * len(part) / len(batch)
-                (output.loss * weight * self._num_replicas).backward()  # DistributedDataParallel takes means, not sums
+                # DistributedDataParallel divides the sum over ranks by their number.
+                (output.loss * weight * self._num_replicas).backward()
             outputs.append(output._replace(loss=output.loss.detach() * weight))
         return outputs
 
     def _halve_micro_batch(self, batch_size: int) -> None:
-        """Halve the micro-batch that was too large in a batch of this size; raise MapetError if it was one image."""
-        failed = min(self.micro_batch, batch_size)
+        """Halve the micro-batch after memory has run out, clear the gradient and free the device's cached memory.
+
+        Args:
+            batch_size: images of the batch that failed. If it is below `micro_batch`, half of it is tried next.
+
+        Raises:
+            MapetError: one image at a time was too much already.
+        """
+        failed = min(self.micro_batch, batch_size)  # images of the pass for which memory did not suffice
         if failed == 1:
             raise MapetError(
                 f"out of memory with one image at a time: take a smaller {option('model')} or {option('image_size')}, or "
@@ -144,11 +180,14 @@ class ForwardBackward:
 
 
 def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, same_shapes: bool = True) -> bool:
-    """Return whether to compile: as requested, else on CUDA in runs of `MIN_COMPILE_STEPS` if Triton is there.
+    """Return whether to compile the model by torch.compile.
 
     Args:
-        requested: the option `compile`; None decides by the other arguments (measured: docs/performance.md).
-        same_shapes: all steps have as many rows; otherwise each new number of rows would be compiled for itself.
+        requested: the option `compile`. None: compile on CUDA, if Triton is installed, in runs of at least `MIN_COMPILE_STEPS` steps
+            of one shape, which win back the time that compiling takes (measured: docs/performance.md).
+        compute: its device decides.
+        steps: total steps of the run.
+        same_shapes: whether all steps compute with tensors of one shape; each further shape would be compiled again.
     """
     if requested is not None:
         return requested
@@ -159,12 +198,16 @@ def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, sa
 def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float, **options: Any) -> Optimizer:
     """Create any of timm's optimizers, without weight decay on biases, norms, position embeddings and tokens.
 
-    PyTorch's own are fused: with their `found_inf` they skip a step without the CPU having to wait for the device.
+    PyTorch's own optimizers are made with `fused=True`: if their attribute `found_inf` is 1, they skip a step without the CPU having
+    to wait for the device.
 
     Args:
-        opt: timm's name.
+        model: its parameters are optimized; its method `no_weight_decay`, if any, names those without weight decay.
+        opt: timm's name, e.g. 'adamw'.
         lr: peak learning rate.
-        options: further keywords of timm's `create_optimizer_v2`, e.g. `layer_decay`; `betas` are used for adam and adamw only.
+        weight_decay: of the other parameters.
+        options: further keywords of timm's `create_optimizer_v2`, e.g. `layer_decay=0.75`; `betas` are dropped unless `opt` is 'adam' or
+            'adamw', as other optimizers have none or others.
 
     Raises:
         MapetError: timm has no optimizer of this name.
@@ -172,7 +215,7 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
     try:
         parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
     except ValueError:
-        problem = f"timm has no optimizer '{opt}' ({option('opt')}): give e.g. adamw, lion, muon, lamb or sgd"
+        problem = f"timm has no optimizer '{opt}': give {option('opt')} adamw, lion, muon, lamb, sgd or another of timm's names"
         raise MapetError(problem, field="opt", value=opt) from None
     if opt not in ("adam", "adamw"):
         options.pop("betas", None)
@@ -182,13 +225,15 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
 
 
 def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> CosineLRScheduler:
-    """Create a schedule of a linear warm-up to the optimizer's rate, its peak, then one cosine down to `min_lr`.
+    """Create a learning-rate schedule: a linear warm-up from `MAX_WARMUP_START_LR` to the peak, then one cosine down to `min_lr`.
 
-    Call `step_update(step)` before each step: the rate depends on the step alone.
+    It sets the rate of step 0. Call `step_update(step)` before each step, counted from 0: the rate depends on the step alone.
 
     Args:
-        warmup_steps: at most `total_steps` of them are used.
-        min_lr: at most the peak is used.
+        optimizer: its present learning rate is the peak.
+        total_steps: of the run, warm-up included.
+        warmup_steps: 0 or more; if it exceeds `total_steps`, that is used.
+        min_lr: final rate; if it exceeds the peak, the peak is used.
     """
     warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
     cosine_steps = max(2, total_steps - warmup_steps)  # of 1 timm warns; the rate of its only step is the same

@@ -96,7 +96,7 @@ class Task(Generic[C, M, R]):
         self.facts: dict[str, Any] = {}
 
     def build(self, config: C, compute: ComputeContext) -> None:
-        """Open the data and build the model from its seed; a collective call."""
+        """Open the data, build the model from the config's seed, and set the attributes that the class lists; a collective call."""
         raise NotImplementedError
 
     def build_model(self) -> M:
@@ -124,19 +124,26 @@ class Task(Generic[C, M, R]):
         raise NotImplementedError
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
-        """Update, after the optimizer, what follows the model (an EMA, a codebook).
+        """Update what changes without a gradient (a moving average of the weights, a codebook), after the optimizer.
+
+        It is called without gradient, after steps with a finite gradient alone, on every rank.
 
         Args:
-            output: of the whole batch; `rows` are those of all ranks, in the order of the batch.
+            output: of this rank's batch, but `rows` are those of all ranks, in the order of the step's whole batch.
             step: counts from 0.
 
         Returns:
-            Metrics, scalars by name, that a log line has the sum of over its steps; their names are `sum_names`.
+            Scalar metrics by the names in `sum_names`, the same on all ranks; a log line has their sums over its steps.
         """
         return {}
 
     def summarize(self, counts: Int[Tensor, " K"], total_counts: Int[Tensor, " K"]) -> dict[str, float]:
-        """Return metrics of `StepOutput.counts`, added up since the last log line and since the start of the run."""
+        """Return metrics, by name, of how often each token, class or code occurred (`StepOutput.counts`), over all ranks.
+
+        Args:
+            counts: since the last log line.
+            total_counts: since the start of the run.
+        """
         return {}
 
     @staticmethod
@@ -155,10 +162,14 @@ class Task(Generic[C, M, R]):
 
     @torch.inference_mode()
     def is_usable(self, module: M) -> bool:
-        """Return whether the trained weights, and the outputs of `infer` for the first 8 training images, are finite."""
-        batch = self.dataset.batch([(0, int(index)) for index in self.indices[:8]])
+        """Return whether the trained weights, and the outputs of `infer` for the first 8 training images, have no NaN or Inf.
+
+        Args:
+            module: the product module (the part of the model that is evaluated and saved); it is put into evaluation mode.
+        """
+        batch = self.dataset.batch([(0, int(index)) for index in self.indices[:8]])  # (epoch, image index) pairs
         outputs: list[Tensor] = list(module.parameters())
-        if len(batch):
+        if len(batch):  # 0 if none of these images can be read
             outputs += self.infer(module.eval(), batch.to(self.compute.device))
         return all(bool(output.isfinite().all()) for output in outputs)
 
@@ -180,21 +191,25 @@ class LossModule(nn.Module):
         self._loss = task.loss
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
+        """Return `task.loss` of a prepared micro-batch."""
         return self._loss(batch, step)
 
 
 def merge_outputs(outputs: list[StepOutput], fraction: float) -> StepOutput:
-    """Merge the outputs of micro-batches, whose losses are weighted already, into that of this rank's batch.
+    """Merge the outputs of micro-batches into one output of this rank's batch.
 
     Args:
-        fraction: of the step's images over all ranks that are in this rank's batch.
+        outputs: of the micro-batches in the order of the batch, at least one, as `ForwardBackward` returns them: each `loss` is
+            multiplied already by the fraction of the step's images that the micro-batch has; `means` are not.
+        fraction: number of this rank's images over the number of the step's images on all ranks.
 
     Returns:
-        Its loss and means are `fraction` times those of the batch: over all ranks they add up to the step's.
+        `loss` and `means` are `fraction` times the means over this rank's images, so that their sums over ranks are the means
+        over the step's images. `counts` are summed; `loss_per_image` and `rows` have one row per image of the batch.
     """
-    losses, per_image, means, counts, rows = zip(*outputs, strict=True)
+    losses, per_image, means, counts, rows = zip(*outputs, strict=True)  # the fields of `StepOutput`
     batch_size = sum(len(part) for part in per_image)
-    weights = [fraction * len(part) / batch_size for part in per_image]
+    weights = [fraction * len(part) / batch_size for part in per_image]  # of each micro-batch
     merged_means = {}
     for name in means[0]:
         weighted = [weight * part[name] for weight, part in zip(weights, means, strict=True)]

@@ -44,10 +44,19 @@ class Trainer(Generic[M, R]):
     """
 
     def __init__(self, task: Task[Any, M, R], config: TrainerConfig) -> None:
-        """Build the task, its optimizer and schedule; a collective call."""
+        """Build the task, its optimizer and schedule; a collective call.
+
+        Args:
+            task: not built yet: `task.build` opens its data and builds its model here.
+            config: as the user gave it. With `resume` the values of the run's config.yaml replace it, except for options that may
+                change. Afterwards `task.config` holds the final config, in which no automatic value (None) is left.
+
+        Raises:
+            MapetError: an option does not fit the data or this machine, or the run cannot be resumed with this config.
+        """
         check_trackers_installed(config.track)
         self.task, self.step, self.num_rollbacks = task, 0, 0
-        self.auto_micro_batch = config.micro_batch_size is None
+        self.auto_micro_batch = config.micro_batch_size is None  # a resumed run may then take that of its checkpoint
         if config.resume and config.out:
             config = resolve_resume_config(config, task.command)
             distributed.barrier()  # all ranks have read the folder before rank 0 writes to it
@@ -64,21 +73,30 @@ class Trainer(Generic[M, R]):
         warmup_steps = round(task.config.warmup_epochs * self.steps_per_epoch)
         self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
+        # Objects with a state dict that checkpoints hold beside model and optimizer, by the names of their entries.
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
-        self.checkpoints = task.config.out and task.config.out / "checkpoints"
+        self.checkpoints = task.config.out and task.config.out / "checkpoints"  # None: nothing is saved
         task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
-        """Return values for the task's options that are None and depend on task and data.
+        """Return values for those of four options that are None: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval`.
 
-        The learning rate grows with the square root of the batch: Adam's step does not grow with the gradient, so that its
-        rule is not SGD's linear one (Malladi et al., arXiv 2205.10287), which would starve small batches.
+        The learning rate is the task's `base_lr` at a batch of `base_batch_size`, and grows with the square root of the batch,
+        which is Adam's rule (Malladi et al., arXiv 2205.10287); SGD's linear one would make small batches learn too slowly. It is at
+        least `min_auto_lr`. The warm-up is the fraction `warmup_fraction` of the epochs. A log line has at most
+        `MAX_AUTO_LOG_INTERVAL` steps, and an epoch has at least `logs_per_epoch` lines if it has that many steps.
+
+        Args:
+            config: of the task, with a resolved `batch_size`: images per step, of all ranks together.
+
+        Returns:
+            Option name -> value, for the options that are None.
         """
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
         if batch_size > num_images:
             log.warning(
-                f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} there are: every step takes all of "
-                "them, and the automatic learning rate is for that many. Omit it, or lower it, for more steps per epoch"
+                f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} to train on: every step takes all "
+                f"{num_images:,}, and the automatic learning rate is computed for {num_images:,}. For more steps per epoch omit or lower it"
             )
         local_batch_size = -(-batch_size // distributed.world_size())
         lr = max(task.min_auto_lr, task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size))
@@ -91,11 +109,19 @@ class Trainer(Generic[M, R]):
         return {name: value for name, value in auto.items() if getattr(config, name) is None}
 
     def fit(self) -> R:
-        """Train from the first step, or from the last checkpoint if `resume` is set; return the task's result (None on ranks > 0).
+        """Train from the first step, or from the newest checkpoint if `resume` is set; a collective call.
+
+        In order: open the run folder, resume, initialize the task (`start`) in a new run, compile, run all steps, check that the trained
+        model is finite, evaluate and save it (`finish`).
+
+        Returns:
+            What `task.finish` returns; None on ranks other than 0.
 
         Raises:
-            Interrupted: a signal asked to stop; a checkpoint is saved.
-            NonFiniteError: too many steps in a row had a NaN or infinite loss or gradient, or the trained model has such outputs.
+            Interrupted: a signal asked to stop; a checkpoint is saved. Only in runs with the option `out`, which catch signals.
+            NonFiniteError: too many steps in a row had a NaN or infinite loss or gradient, or the trained model has NaN or infinite
+                weights or outputs, and is therefore not saved.
+            MapetError: the folder, the checkpoint, the images or an option are not as needed.
         """
         task, config = self.task, self.task.config
         self.folder = RunFolder.open(config, self.compute)
@@ -110,15 +136,15 @@ class Trainer(Generic[M, R]):
             micro_batch = task.config.micro_batch_size  # `_resume` may have lowered it
             self.forward_backward = ForwardBackward(LossModule(task), self.compute, micro_batch, task.same_shapes)
             self._loop()
+            # Rank 0 decides, as the others get None; all of them must raise.
             (unusable,) = any_rank(self._call_with_product(lambda module: not task.is_usable(module)) or False)
             if unusable:
-                self._raise_nonfinite(
-                    "the trained model has NaN or infinite weights or outputs: it is not saved", False
-                )
+                problem = "the trained model has NaN or infinite weights or outputs: it is not saved"
+                self._raise_nonfinite(problem, has_finite_checkpoint=False)
             return self._call_with_product(task.finish)  # type: ignore[return-value]  # None on other ranks
 
     def _log_start(self) -> None:
-        """Log the run in one line, and record it with its inputs in run.json."""
+        """Log the run in one line, and record this line, counts and hashes of its inputs, and the task's `facts` in OUT/run.json."""
         task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
         text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
@@ -130,7 +156,11 @@ class Trainer(Generic[M, R]):
     def _resume(self) -> None:
         """Load the newest intact checkpoint, if there is one, and drop the metrics after it; a collective call.
 
-        An automatic micro-batch size becomes the one of the checkpoint, which memory sufficed for.
+        It sets `step`, the first step of the sampler, `num_rollbacks`, and the state of model, optimizer and `stateful`. An automatic
+        micro-batch size becomes that of the checkpoint, which the run may have lowered to fit its memory.
+
+        Raises:
+            MapetError: there are checkpoints but none is intact, it is of other inputs, or ranks have read different ones.
         """
         task, folder = self.task, self.checkpoints
         if checkpoint.checkpoints(folder):
@@ -145,7 +175,11 @@ class Trainer(Generic[M, R]):
         log.info("resumed at step %d of %d", self.step, self.total_steps)
 
     def _loop(self) -> None:
-        """Train from `step` to `total_steps`; log, evaluate and save checkpoints when they are due."""
+        """Train from `step` to `total_steps`; after each step log, evaluate and save a checkpoint if they are due; a collective call.
+
+        Metrics are logged in equal parts of an epoch of at most `log_interval` steps, the task may evaluate at the end of each epoch, and
+        checkpoints are due by time. `step` is the number of steps that are done.
+        """
         self._saved_at = time.monotonic()
         loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
         with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
@@ -161,21 +195,29 @@ class Trainer(Generic[M, R]):
                     self._save_if_due()
 
     def _train_step(self, batch: Batch) -> None:
-        """Make a step with this rank's part of the batch; do nothing if no rank can read any of its images.
+        """Make step `self.step` (from 0) with this rank's part of the batch; a collective call.
 
-        In order: exchange unreadable images; seed; forward and backward pass; optimizer, unless the gradient is NaN or infinite;
-        the task's `after_step`; metrics.
+        In order: exchange unreadable images; set the seed and the learning rate; forward and backward pass; optimizer, unless the
+        gradient is NaN or infinite; the task's `after_step`; metrics. If no rank could read any of its images, only the first is done.
+
+        Args:
+            batch: as `ViewDataset` made it: the images of this rank that could be read (perhaps none), and in `unreadable` the
+                (image index, reason) pairs of the others.
+
+        Raises:
+            MapetError: more images are unreadable than `max_unreadable` allows, or memory does not suffice for one image.
         """
         task, step, local_images = self.task, self.step, len(batch)
+        # For each rank: the number of its images that could be read, and that could not.
         counts, num_unreadable = distributed.all_gather(torch.tensor([local_images, len(batch.unreadable)])).T.tolist()
         for unreadable in distributed.all_gather_object(batch.unreadable) if any(num_unreadable) else []:
             task.unreadable.add(unreadable)
         if not sum(counts):
             return
-        torch.manual_seed(step_seed(task.config.seed, step))  # so that random draws depend on the step alone
+        torch.manual_seed(step_seed(task.config.seed, step))  # so that random draws depend on run seed and step alone
         self.schedule.step_update(step)
-        fraction = local_images / sum(counts)
-        if not local_images:  # takes part in all communication, with weight 0
+        fraction = local_images / sum(counts)  # of the step's images that this rank has: the weight of its loss
+        if not local_images:  # this rank computes a black image with weight 0, as others wait for its gradient
             batch = task.dataset.placeholder(int(task.indices[0]))
         outputs = self.forward_backward(task.prepare(batch, step), step, fraction=fraction)
         max_norm = task.config.clip_grad or math.inf
@@ -183,8 +225,9 @@ class Trainer(Generic[M, R]):
         self._update(norm)
         output = merge_outputs(outputs, fraction)
         sums: dict[str, Tensor] = {}
-        if type(task).after_step is not Task.after_step and bool(norm.isfinite()):  # which waits for the device
-            rows = {name: gather_rows(value, counts) for name, value in output.rows.items()}
+        # Reading `norm` makes the CPU wait for the device, so it is read only if the task's class has an `after_step` of its own.
+        if type(task).after_step is not Task.after_step and bool(norm.isfinite()):
+            rows = {name: gather_rows(value, counts) for name, value in output.rows.items()}  # of all ranks
             with torch.no_grad():
                 sums = task.after_step(output._replace(rows=rows), step)
         self.metrics.add(output, norm, batch.image_index, local_images, sums)
@@ -192,7 +235,11 @@ class Trainer(Generic[M, R]):
     def _update(self, norm: Tensor) -> None:
         """Make an optimizer step unless the gradient's norm is NaN or infinite, and clear the gradient.
 
-        Fused optimizers skip it by themselves (`found_inf`), without the CPU waiting for the device; for others it waits.
+        Fused optimizers of PyTorch skip a step on the device if their attribute `found_inf` is 1; for other optimizers the CPU waits
+        for the norm.
+
+        Args:
+            norm: norm of the whole gradient, a scalar on the device, the same on all ranks.
         """
         fused = self.optimizer.defaults.get("fused")
         if fused:
@@ -202,10 +249,14 @@ class Trainer(Generic[M, R]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _log_metrics(self) -> None:
-        """Log the metrics since the last call, and roll back or stop after too many skipped steps; a collective call."""
+        """Log the metrics of the steps since the last call, and warn about skipped steps and loss spikes; a collective call.
+
+        After `MAX_SKIPPED_STEPS` skipped steps in a row the run goes back to an earlier checkpoint or stops: see `_roll_back_or_stop`.
+        """
         window = self.metrics.compute_and_reset()
         if not window.losses:  # no image could be read
             return
+        # With layer decay the last parameter group has the full learning rate.
         epoch, lr = self.step / self.steps_per_epoch, self.optimizer.param_groups[-1]["lr"]
         metrics = window.metrics | {"epoch": epoch, "lr": lr}
         if self.folder:
@@ -216,29 +267,45 @@ class Trainer(Generic[M, R]):
             self._roll_back_or_stop()
 
     def _roll_back_or_stop(self) -> None:
-        """Load the newest checkpoint from before the skipped steps and continue with the next images.
+        """Load weights and optimizer from before the skipped steps, and continue with the next images; a collective call.
+
+        `step` and the schedule continue as they are. The rolled-back state is saved as the checkpoint of this step.
 
         Raises:
-            NonFiniteError: there is none, or `max_rollbacks` is reached.
+            NonFiniteError: there is no such checkpoint, or the option `max_rollbacks` allows no further one.
         """
         num_skipped, task = self.monitor.consecutive_skipped, self.task
-        saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []
+        saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []  # newest first
         intact = [path for path in saved if checkpoint.checkpoint_step(path) <= self.step - num_skipped]
         if self.num_rollbacks == task.config.max_rollbacks or not intact:
             self._raise_nonfinite(f"NaN or infinite loss or gradient in {num_skipped} steps in a row", bool(intact))
         state = checkpoint.load_checkpoint(intact[0], task.model, self.optimizer, **task.stateful)
         self.num_rollbacks, self.monitor.consecutive_skipped = self.num_rollbacks + 1, 0
-        log.warning("rolled back to the weights of step %d, with the images from step %d on", state["step"], self.step)
+        text = "rolled back to the weights of step %d after %d skipped steps in a row; training continues with the images of step %d"
+        log.warning(text, state["step"], num_skipped, self.step + 1)
         self._save()
 
     def _raise_nonfinite(self, problem: str, has_finite_checkpoint: bool) -> NoReturn:
-        """Save a debug bundle of the skipped steps, or of the last one, and raise NonFiniteError; a collective call."""
+        """Save a debug bundle (weights and image ids, for `mapet debug-step`) and raise NonFiniteError; a collective call.
+
+        The bundle is of the steps skipped last, or of the last step if it was not skipped; there is none in a run without `out`.
+
+        Args:
+            problem: first sentence of the message, without its full stop.
+            has_finite_checkpoint: whether the newest checkpoint is from before the problem, so that the message may suggest its weights.
+        """
         count = max(1, self.monitor.consecutive_skipped)
         bundle = checkpoint.save_debug_bundle(self.task, self.sampler, self.step, count) if self.checkpoints else None
         raise checkpoint.NonFiniteError(problem, bundle, self.task.config, has_finite_checkpoint)
 
     def _evaluate(self, epoch: int) -> None:
-        """Evaluate the product module if the task does so after this epoch; an error of it is a warning. A collective call."""
+        """Call `task.evaluate` with the product module, and log the scores; a collective call.
+
+        A MapetError of the evaluation becomes a warning, as training can continue without scores.
+
+        Args:
+            epoch: that has ended, counted from 1. The task returns {} if this epoch is not evaluated.
+        """
 
         def evaluate(module: M) -> dict[str, float]:
             try:
@@ -249,7 +316,7 @@ class Trainer(Generic[M, R]):
 
         before = time.monotonic()
         scores = self._call_with_product(evaluate)
-        self.metrics.started += time.monotonic() - before  # evaluation does not count as training time
+        self.metrics.started += time.monotonic() - before  # so that images_per_second does not count this time
         if scores:
             if self.folder:
                 self.folder.log_metrics(self.step, scores)
@@ -259,20 +326,24 @@ class Trainer(Generic[M, R]):
         """Save a checkpoint after the last step, on a signal, and every `checkpoint_interval_min`; a collective call.
 
         Raises:
-            Interrupted: a signal asked a rank to stop.
+            Interrupted: a signal asked a rank to stop; the checkpoint is saved. If the last step is done, the run ends as usual.
         """
-        due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min
+        due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min  # seconds
         stopping, due = any_rank(bool(self.stop.signal_name), due)
         if stopping or due or self.step == self.total_steps:
             self._save()
             self._saved_at = time.monotonic()
         if stopping and self.step < self.total_steps:
             cause = self.stop.signal_name or "another process"
-            what = f"stopped by {cause} at step {self.step} of {self.total_steps}, saved"
+            what = f"stopped by {cause} at step {self.step} of {self.total_steps}; a checkpoint is saved"
             raise Interrupted(what, command_to_resume(self.task.config.out, self.task.command))
 
     def _save(self) -> None:
-        """Save a checkpoint; a collective call."""
+        """Save the checkpoint of `step` in OUT/checkpoints, keep the `KEEP_CHECKPOINTS` newest; a collective call.
+
+        It holds what `_resume` reads: the tensors of model, optimizer and `stateful`, and as JSON epochs, number of rollbacks, micro-batch
+        size and the hashes of the inputs.
+        """
         config, micro_batch = self.task.config, self.forward_backward.micro_batch
         tensors = checkpoint.checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
         state = {"epochs": config.epochs, "num_rollbacks": self.num_rollbacks, "micro_batch": micro_batch}
@@ -282,9 +353,14 @@ class Trainer(Generic[M, R]):
         distributed.barrier()
 
     def _call_with_product(self, function: Callable[[M], T]) -> T | None:
-        """Call a function of the trained product module on rank 0, and return its result there; a collective call.
+        """Call a function of the product module (the part of the model that is evaluated and saved) on rank 0; a collective call.
 
-        With FSDP the module is a copy with the gathered weights.
+        Args:
+            function: gets the trained module, which it may move, set to evaluation mode or change otherwise. With FSDP, which shards the
+                weights across ranks, the module is a new one with the gathered weights.
+
+        Returns:
+            The function's result on rank 0; None on the other ranks, which wait.
         """
         task, module = self.task, self.task.product_module
         if task.config.fsdp:
@@ -296,7 +372,10 @@ class Trainer(Generic[M, R]):
 
 
 def on_rank_zero(function: Callable[[], T]) -> T | None:
-    """Call a function on rank 0, where its collectives do nothing, and return its result; other ranks wait and get None."""
+    """Call a function on rank 0, and return its result; the other ranks wait and get None. A collective call.
+
+    Within the function the collectives of `mapet.distributed` behave as in a single process, because the other ranks don't take part.
+    """
     result = None
     if distributed.rank() == 0:
         with distributed.disable_collectives():
@@ -306,28 +385,36 @@ def on_rank_zero(function: Callable[[], T]) -> T | None:
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """All-gather one row per image into the order of the whole batch, of which rank r has every world_size-th image from r on.
+    """All-gather one row per image, in the order of the step's whole batch; a collective call.
+
+    The images of a batch are dealt out to the ranks in turn: the first to rank 0, the second to rank 1, and so on.
 
     Args:
-        rows: of this rank, (counts[rank], ...); more rows are ignored.
-        counts: images of each rank.
+        rows: of this rank, (counts[rank], ...); further rows (that of a placeholder) are ignored.
+        counts: number of images of each rank, 0 or more.
 
     Returns:
         (sum(counts), ...), the same on all ranks.
     """
     if len(counts) == 1:
         return rows
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])  # the collective needs equal shapes
     local = counts[distributed.rank()]
     padded[:local] = rows[:local]
-    is_image = torch.arange(max(counts))[:, None] < torch.tensor(counts)
+    is_image = torch.arange(max(counts))[:, None] < torch.tensor(counts)  # (rows, ranks); False for padding
     return distributed.all_gather(padded).transpose(0, 1)[is_image.to(rows.device)]
 
 
 def is_log_step(step: int, steps_per_epoch: int, log_interval: int) -> bool:
-    """Return whether metrics are due after a step, counted from 1.
+    """Return whether metrics are logged after a step.
 
-    They are due at the ends of the fewest equal parts of an epoch that have at most `log_interval` steps.
+    Every epoch is divided into as few parts of (about) equal length as have at most `log_interval` steps each, and metrics are logged
+    at the end of each part, so also at the end of every epoch.
+
+    Args:
+        step: counted from 1, over all epochs.
+        steps_per_epoch: at least 1.
+        log_interval: largest number of steps between two log lines.
     """
     in_epoch, parts = (step - 1) % steps_per_epoch + 1, -(-steps_per_epoch // log_interval)
     return in_epoch * parts // steps_per_epoch > (in_epoch - 1) * parts // steps_per_epoch
