@@ -129,7 +129,8 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
         source: what they were read from, named by errors.
 
     Returns:
-        (the encoder's tensors; `unexpected_keys` and `unsupported` of a `PretrainedViT`)
+        (the encoder's tensors, under timm's names; sorted names of tensors that are no part of the encoder; sorted names of the
+        encoder's parts that timm's VisionTransformer lacks, keys of `UNSUPPORTED` or names of tensors)
 
     Raises:
         MapetError: there is no patch embedding, so no ViT.
@@ -139,7 +140,7 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
     if not prefixes:
         found = f"it has no patch_embed.proj.weight, but {first_names(list(weights))}"
         raise MapetError(f"{source}: not a ViT in a supported layout: {found}. `docs/export.md` lists the layouts")
-    prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])
+    prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])  # of the names of one ViT
     unexpected, unsupported = [name for name in weights if not name.startswith(prefix)], set()
     renamed = {}
     for name, tensor in weights.items():
@@ -154,6 +155,7 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
             renamed[key] = tensor
     merged = _merge_qkv(renamed)
     encoder = {name: tensor for name, tensor in merged.items() if VIT_KEYS.fullmatch(name)}
+    # What the ViT lacks in a block changes the encoder's output; other tensors (heads, decoders) do not.
     others = merged.keys() - encoder.keys()
     unsupported.update(name for name in others if name.startswith("blocks."))
     unexpected += [name for name in others if not name.startswith("blocks.")]
@@ -161,9 +163,18 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
 
 
 def _merge_qkv(weights: Weights) -> Weights:
-    """Return the weights with queries, keys and values concatenated to timm's `qkv`; they may be q, k, v or q, kv.
+    """Concatenate the projections of queries, keys and values to timm's `qkv`.
 
     BEiT's keys have no bias, which would cancel in the softmax: it is set to zero.
+
+    Args:
+        weights: under timm's names, but with `attn.q`, `attn.k` and `attn.v`, or `attn.q` and `attn.kv`; other tensors are kept as they are.
+
+    Returns:
+        The merged weights; `weights` is not changed.
+
+    Raises:
+        KeyError: there are queries without keys or values.
     """
     merged = dict(weights)
     for name, query in weights.items():
@@ -177,9 +188,12 @@ def _merge_qkv(weights: Weights) -> Weights:
 
 
 def _infer_model_args(weights: Weights) -> dict[str, Any]:
-    """Infer the keywords of timm's VisionTransformer from its weights; `num_heads` is None for widths not in `NUM_HEADS`.
+    """Infer the keywords of timm's VisionTransformer from its weights, but for the image size, which `_infer_grid` infers.
 
-    Position embeddings are left to `_infer_grid`.
+    `num_heads` is that of published ViTs of this width; None for widths not in `NUM_HEADS`.
+
+    Args:
+        weights: of the encoder, under timm's names.
 
     Raises:
         KeyError: there are no blocks.
@@ -207,12 +221,16 @@ def _infer_model_args(weights: Weights) -> dict[str, Any]:
 
 
 def _infer_grid(weights: Weights, args: dict[str, Any], img_size: tuple[int, int] | None) -> tuple[int, int]:
-    """Infer the (rows, columns) of patches, and complete `args` by `img_size`, `no_embed_class` or `pos_embed`.
+    """Infer the (rows, columns) of patches from the number of position embeddings.
+
+    Not all prefix tokens (class and register tokens) need have a position: all, the class token alone, and none are tried in this order,
+    first with a square grid, unless `args` has an `img_size`.
 
     Args:
         weights: of the encoder, under timm's names.
-        args: keywords of the VisionTransformer; an `img_size` among them must fit. It is changed.
-        img_size: (H, W) pixels, tried where the position embeddings fit no square.
+        args: keywords of timm's VisionTransformer; an `img_size` among them must fit. Changed in place: `img_size` and `no_embed_class` (whether
+            prefix tokens lack positions) are set, or `pos_embed` 'none' and an `img_size` if there are no position embeddings.
+        img_size: (H, W) pixels, tried where the position embeddings fit no square; None: only squares.
 
     Raises:
         ValueError: the number of position embeddings fits no such grid.
@@ -234,8 +252,8 @@ def _infer_grid(weights: Weights, args: dict[str, Any], img_size: tuple[int, int
     fitting = [(grid, count) for grid, count in candidates if math.prod(grid) + count == num_positions]
     if not fitting:
         expected = f"grid of {format_size(candidates[-1][0])}" if size else "square of patches"
-        hint = "give the size in pixels that they are for: img_size"
-        raise ValueError(f"it has {num_positions} positions, which fit no {expected}; {hint}")
+        hint = "give the image size (H, W) in pixels that they are for as img_size"
+        raise ValueError(f"it has {num_positions} position embeddings, which fit no {expected}; {hint}")
     grid, num_embedded = fitting[0]
     args |= {"img_size": (grid[0] * patch, grid[1] * patch), "no_embed_class": num_embedded < num_prefix}
     return grid
@@ -293,13 +311,14 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
     """Adapt the patch embedding to `vit`'s input normalization, channels and patch size.
 
     For pixels x, mean m and standard deviation s of a channel, w (x - m) / s = (w / s) x - w m / s: the old normalization is
-    taken out of weight and bias, then `vit`'s is put in. Where `vit` has no bias, the positions of patches take the offset.
+    taken out of weight and bias, then that of mapet for `vit`'s channels (`input_mean_std`) is put in. Where `vit` has no bias, the offset
+    is added to the positions of patches.
 
     Args:
-        weights: changed in place; they have a bias if `vit` has one.
-        checkpoint: where the weights are from.
-        vit: which the weights are for.
-        notes: a note about each change is appended.
+        weights: of the encoder, under timm's names, changed in place; they have a bias if `vit` has one.
+        checkpoint: where the weights are from; its `mean_std` (None: mapet's) and `grid` of patches are used.
+        vit: which the weights are for; it is not changed.
+        notes: a note for the log about each change is appended.
 
     Raises:
         MapetError: the normalization changes, and there is neither a bias nor position embeddings.
@@ -318,7 +337,7 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         offset += (pixel_weight.sum(dim=(2, 3)) * mean).sum(1)
         weight = pixel_weight * std.view(-1, 1, 1)
         if not has_bias and "pos_embed" not in weights:
-            raise MapetError("its patch embedding has no bias, and it no positions, to take another normalization into")
+            raise MapetError("other normalization or channels need a patch embedding with bias, or position embeddings")
         if has_bias:
             weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
         else:
@@ -338,20 +357,24 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
 def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTransformer, notes: list[str]) -> None:
     """Adapt class token, register tokens and position embeddings to those that `vit` has, and to its grid.
 
-    Where `vit` has no positions for prefix tokens, their positions are added to the tokens.
+    A checkpoint's `pos_embed` may begin with positions of the prefix tokens: of the class token, of class and register tokens, or of
+    none. Where `vit` has no positions for prefix tokens (timm's `no_embed_class`), they are added to the tokens instead, so that the
+    function stays the same; where `vit` has some that the checkpoint lacks, they are zeros. Patch positions are interpolated if the grids differ.
 
     Args:
-        weights: changed in place.
-        checkpoint: where the weights are from.
-        vit: which the weights are for; what the checkpoint lacks is taken from its own weights.
-        notes: a note about each change is appended.
+        weights: of the encoder, under timm's names; changed in place: `cls_token`, `reg_token` and `pos_embed` as `vit` needs them.
+        checkpoint: where the weights are from; only its `grid`, (rows, columns) of patches, is used.
+        vit: which the weights are for; tokens and positions that the checkpoint lacks are taken from its own weights. It is not changed.
+        notes: a note for the log about each change is appended.
 
     Raises:
         MapetError: the checkpoint has position embeddings, and `vit` none.
     """
     target, positions = vit.state_dict(), weights.pop("pos_embed", None)
+    # Number of prefix tokens that have a position in the checkpoint.
     num_embedded = 0 if positions is None else positions.shape[1] - math.prod(checkpoint.grid)
-    start, prefix_positions = 0, list[Tensor]()  # `start`: where the token's positions are, if it has any
+    # `start`: where the token's positions begin in the checkpoint, if it has any; `prefix_positions`: those for `vit`.
+    start, prefix_positions = 0, list[Tensor]()
     for name, label in (("cls_token", "class token"), ("reg_token", "register tokens")):
         token, new_token = weights.pop(name, None), target.get(name)
         count = 0 if token is None else token.shape[1]
@@ -371,7 +394,7 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
         start += count
     if vit.pos_embed is None:
         if positions is not None:
-            raise MapetError("the weights have position embeddings, and this ViT has none")
+            raise MapetError(f"the weights have {positions.shape[1]} position embeddings, but this ViT has none")
     elif positions is None:
         weights["pos_embed"] = target["pos_embed"]
         notes.append("positions are new: the file has none")
@@ -384,7 +407,14 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
 
 
 def fold_layer_scale(weights: Weights) -> Weights:
-    """Return weights of the same function without LayerScale: its gamma is multiplied into the linear layer before it."""
+    """Remove LayerScale without changing the function: multiply its gammas into the linear layers before them.
+
+    Args:
+        weights: of a ViT, under timm's names; not changed.
+
+    Returns:
+        New weights without `ls1.gamma` and `ls2.gamma`; `attn.proj` and `mlp.fc2` of these blocks are scaled.
+    """
     folded = dict(weights)
     for name in weights:
         if match := LAYER_SCALE.fullmatch(name):

@@ -57,13 +57,15 @@ class PackedLayout(NamedTuple):
 
     @classmethod
     def from_counts(cls, objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> "PackedLayout":
-        """Lay out an objective's segments.
+        """Lay out the packed sequence of an objective: its segments (context, mask tokens, ...) one after another.
+
+        Segments that something attends to come first; their num_kv rows have keys and values, the rows behind them queries alone.
 
         Args:
-            objective: its segments are packed.
-            num_prefix: class and register tokens of the ViT.
-            num_context: c.
-            num_hidden: p.
+            objective: says which segments are packed, in which order, and which attends to which.
+            num_prefix: number of class and register tokens of the ViT, which are in the context segment.
+            num_context: c, number of context patches.
+            num_hidden: p, number of patches to predict.
 
         Raises:
             MapetError: see `attention_mask`.
@@ -92,9 +94,11 @@ def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num
 
 
 def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
-    """Return the attention mask: True where the row's token attends to the column's.
+    """Return the attention mask of a packed sequence: True where the row's token attends to the column's.
 
-    Rows and columns are the packed segments in order, so there are columns also of tokens that nothing attends to.
+    Rows and columns are the objective's segments in packing order (the context segment of num_prefix + c tokens, any other of p), so
+    there are columns also of tokens that nothing attends to. Between segments of p tokens a rule compares the positions i of the row
+    and j of the column in the permutation.
 
     Args:
         objective, num_prefix, num_context, num_hidden: see `PackedLayout.from_counts`.
@@ -125,6 +129,12 @@ def split_query_blocks(mask: Bool[Tensor, "R C"]) -> list[QueryBlock]:
     Consecutive rows that attend to the same keys are a block of their own; rows that each differ from the row before are
     merged into one block. For MaPeT there are two: mask and context rows over mask and context columns, without a mask;
     target and query rows over all columns, with one.
+
+    Args:
+        mask: True where a row attends to a column; every row attends to at least one.
+
+    Returns:
+        The blocks in the order of their rows, together all rows.
     """
     row_changes = (mask[1:] != mask[:-1]).any(dim=1).nonzero().flatten() + 1
     blocks: list[QueryBlock] = []
@@ -145,25 +155,37 @@ def pack(
     images: Float[Tensor, "B C H W"], permutation: Int[Tensor, "B N"], segment_lengths: dict[Segment, int],
     target_indices: TargetIndices | None,
 ) -> Float[Tensor, "B R D"]:  # fmt: skip
-    """Embed the images and assemble the packed sequence: the ViT's `norm_pre` of all segments, in packing order.
+    """Embed images and assemble the packed sequence of a pre-training objective, the input of the ViT's first block.
+
+    The permutation of an image is the order in which its patches are predicted: the first c patches are context, the other p = N - c
+    are hidden. The sequence is the concatenation of these segments, those in `segment_lengths`, R tokens in all:
+
+        context  prefix tokens (class, registers) and the c context patches: content + position
+        target   the hidden patches: content + position
+        mask     for each hidden patch the mask token + its position
+        query    for each hidden patch the query token + its position
+        next     for each hidden patch the content + position of the patch before it in the permutation, + its own position
 
     Args:
-        vit: its patch embedding, prefix tokens and position embeddings are used, as in fine-tuning.
-        mask_token: its vector is at all mask tokens, to which positions are added.
+        vit: its patch embedding, prefix tokens, position embeddings and `norm_pre` are used, as in fine-tuning.
+        mask_token: vector of all mask tokens, before positions are added.
         query_token: the same for query tokens; None: `mask_token`.
         images: normalized.
-        permutation: patch indices of each image; the first c are context.
-        segment_lengths: the segments, in packing order; that of 'context' tells c.
-        target_indices: query tokens of these hidden patches only are packed, m instead of p; None: of all.
+        permutation: row-major patch indices of each image.
+        segment_lengths: segment -> number of tokens, in packing order; that of 'context' (prefix tokens + c) tells c.
+        target_indices: which m of the p hidden patches are predicted, as ascending indices from 0 in the order of the permutation: the
+            query segment has only these. None: all.
     """
     num_patches = permutation.shape[1]
     c = segment_lengths["context"] - vit.num_prefix_tokens
-    embedded = vit._pos_embed(vit.patch_embed(images))
+    embedded = vit._pos_embed(vit.patch_embed(images))  # with positions and prefix tokens
     prefix, patches = embedded.split([vit.num_prefix_tokens, num_patches], dim=1)
+    # Prefix tokens may have positions, too, which come first.
     hidden_positions = gather_patches(vit.pos_embed[:, -num_patches:].expand_as(patches), permutation[:, c:])
-    content = gather_patches(patches, permutation)
+    content = gather_patches(patches, permutation)  # (B, N, D), all patches in the order of the permutation
 
     def add_hidden_positions(tokens: Float[Tensor, "#B #p D"]) -> Float[Tensor, "B p D"]:
+        """Add the positions of the hidden patches, with the ViT's dropout of embeddings."""
         return vit.pos_drop(tokens + hidden_positions).to(content.dtype)
 
     segments: dict[Segment, Tensor] = {}
@@ -173,6 +195,7 @@ def pack(
         elif name == "target":
             rows = content[:, c:]
         elif name == "next":
+            # Before the first hidden patch is the last context patch, or a mask token if there is no context.
             start = content[:, c - 1 : c] if c else mask_token.expand(len(content), -1, -1)
             rows = add_hidden_positions(torch.cat([start, content[:, c:-1]], dim=1))
         elif name == "query" and query_token is not None:
@@ -192,17 +215,22 @@ def two_stream_attention(
     attn: Attention, kv: Float[Tensor, "B C D"], q: Float[Tensor, "B R D"], attn_bias: Float[Tensor, "R C"],
     blocks: list[QueryBlock],
 ) -> Float[Tensor, "B R D"]:  # fmt: skip
-    """Compute a timm Attention in which not all rows that have a query have a key (XLNet's two streams, arXiv 1906.08237).
+    """Compute a timm Attention of queries over keys and values from other rows (XLNet's two streams, arXiv 1906.08237).
 
-    Queries that attend to one contiguous key range run without a mask; the rest share one masked call.
+    In pre-training some tokens have a query but no key: nothing attends to them. The calls of attention are made block by block,
+    so that queries which attend to one contiguous range of keys need no mask.
 
     Args:
         attn: with its qkv projection, norms, dropout, gate and output projection; `fused_attn` chooses PyTorch's fused
             attention or `eager_attention`.
-        kv: normalized rows that keys and values are projected from.
-        q: normalized rows that queries are projected from.
-        attn_bias: 0 where a row of `q` attends to a row of `kv`, -inf elsewhere.
-        blocks: consecutive, for at least the rows of `q`: the last one may be for more.
+        kv: rows, normalized by the block's norm, that keys and values are projected from.
+        q: rows, normalized by the block's norm, that queries are projected from.
+        attn_bias: 0 where a row of `q` attends to a row of `kv`, -inf elsewhere; used in blocks with `masked` alone.
+        blocks: each is (slice of rows of `q`, slice of rows of `kv` that they attend to, whether some attend to a part of these only).
+            They are in the order of the rows of `q` and cover them; the last one may exceed them.
+
+    Returns:
+        Outputs of the attention's projection for the rows of `q`, without residual connection.
     """
 
     def project(rows: Float[Tensor, "B n D"], part: int) -> Float[Tensor, "B h n d"]:
@@ -233,8 +261,9 @@ def eager_attention(
     """Compute `F.scaled_dot_product_attention` as matmul, softmax, matmul: on CPUs in bfloat16 that is faster than fused.
 
     Args:
+        q, k, v: queries, keys and values of B images in h heads of d dimensions.
         attn_mask: added to the scores: 0 or -inf; None: every query attends to every key.
-        dropout_p: dropout probability of attention weights.
+        dropout_p: dropout probability of attention weights; 0 in evaluation mode.
         scale: factor of the scores.
     """
     scores = (q * scale) @ k.transpose(-2, -1)

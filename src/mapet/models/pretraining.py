@@ -91,11 +91,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cross_entropy: CrossEntropyFn
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (mean loss, number of correct rows, loss of each row), and save the gradients of the summed loss.
+        """Compute the cross-entropy of `F.linear(x, weight, bias)` in chunks of rows, and already its gradients, for `backward`.
+
+        A chunk of at most `CHUNK_ROWS` rows is few enough for its (rows, V) logits to stay in a cache or small memory.
 
         Args:
-            ctx: autograd's context.
-            x, weight, bias, targets, cross_entropy: see `linear_cross_entropy`.
+            ctx: autograd's context; it keeps the gradients of the loss summed over rows by x, weight and bias, and the number of rows.
+            x: (n, D), inputs of the linear layer.
+            weight: (V, D).
+            bias: (V,).
+            targets: (n,), token id of each row, 0 to V - 1.
+            cross_entropy: `cross_entropy_with_grad`, or that function compiled. For a chunk it gets `x @ weight.T`, the bias and the
+                targets as (rows, 1), and returns the gradient of each row's loss by its logits, the losses as (rows, 1) in nats, and
+                the number of correct rows.
+
+        Returns:
+            (mean loss in nats; number of rows whose most likely token is the target; (n,) loss of each row). Only the mean loss has a
+            gradient. Losses are float32, or wider if `x` is.
         """
         num_rows = len(x)
         wide = torch.promote_types(x.dtype, torch.float32)  # the softmax and all sums are never in half precision
@@ -120,7 +132,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _num_correct: None, _losses: None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, weight and bias, which are saved, times that of the mean loss; targets have none."""
+        """Return the gradients of the inputs of `forward`: of x, weight and bias those saved there, of the mean; the others have none.
+
+        Args:
+            ctx: holds the gradients of the summed loss and the number of rows.
+            gradient: of the mean loss, scalar.
+        """
         return *(saved * (gradient / ctx.num_rows).to(saved.dtype) for saved in ctx.saved_tensors), None, None
 
 
@@ -138,6 +155,9 @@ def linear_cross_entropy(
         bias: of the linear layer.
         targets: token id of each row, 0 to V - 1.
         cross_entropy: `cross_entropy_with_grad`, or that function compiled.
+
+    Returns:
+        Mean loss, with a gradient; number of rows whose most likely token is the target; loss of each row, without a gradient.
     """
     return LossOutput(*_LinearCrossEntropy.apply(x, weight, bias, targets, cross_entropy))
 
@@ -219,15 +239,21 @@ class ViTForPreTraining(nn.Module):
         self, vit: VisionTransformer, vocab_size: int, objective: Objective, num_context: int, num_predict: int | None = None,
         target: TargetKind = "tokens", separate_query_token: bool = False,
     ) -> None:  # fmt: skip
+        """Add a mask token and a head to a ViT; see the class for the arguments. The objective says which segments of tokens are packed.
+
+        Raises:
+            MapetError: `num_context` or `num_predict` is out of range, the ViT has no position embeddings, the objective has no query
+                tokens for `separate_query_token`, or without context and class token a query would attend to nothing.
+        """
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
             expected = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
-            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) out of range: {expected}")
+            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) are out of range: {expected}")
         num_hidden = num_patches - num_context
         if num_predict is not None and not 1 <= num_predict <= num_hidden:
             expected = f"{num_hidden} patches are hidden, so 1 to {num_hidden}"
-            raise MapetError(f"{num_predict} targets ({option('num_predict')}) out of range: {expected}")
+            raise MapetError(f"{option('num_predict', num_predict)} is out of range: {expected}")
         if vit.pos_embed is None:
             raise MapetError(
                 f"the ViT has no learned position embedding, which mask tokens need: choose another {option('model')}"
@@ -273,8 +299,10 @@ class ViTForPreTraining(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            batch: normalized `images`, `targets` and `permutation`; the first c patches of a permutation are context, the
-                others are predicted in this order. Optional: `num_context`, `target_indices`, `drop_path_rand`.
+            batch: normalized `images`; `targets`, for each patch in row-major order its token id or regression vector; and `permutation`,
+                patch indices, of which the first c are context and the others are predicted in this order. Optional: `num_context` (c;
+                None: the model's own), `target_indices` (which of the hidden patches are predicted; None: all), `drop_path_rand` (random
+                numbers of stochastic depth; None: drawn by the blocks).
         """
         return self.compute_loss(self.encode(batch), self.hidden_targets(batch))
 
@@ -286,11 +314,15 @@ class ViTForPreTraining(nn.Module):
         return targets if batch.target_indices is None else targets[:, batch.target_indices]
 
     def compute_loss(self, rows: Float[Tensor, "B m D"], targets: Targets) -> PreTrainingOutput:
-        """Compute the loss of the head's predictions from final rows, as `encode` returns them.
+        """Apply the prediction head to the ViT's final outputs, and compute the loss.
 
         Args:
-            rows: of the m predicted patches.
-            targets: of the same patches, as `hidden_targets` returns them.
+            rows: outputs of the m predicted patches, as `encode` returns them.
+            targets: of the same patches, as `hidden_targets` returns them: token ids (B, m), for which the loss is the cross-entropy, or
+                pixels or teacher features (B, m, F), for which it is that of `REGRESSION_LOSSES`.
+
+        Returns:
+            Mean loss with gradient; number of correct predictions (None unless the targets are tokens); `targets`; loss of each image.
         """
         if self.target == "tokens":
             layer = self.head.weight, self.head.bias
@@ -325,9 +357,15 @@ class ViTForPreTraining(nn.Module):
     def encode(self, batch: Batch) -> Float[Tensor, "B m D"]:
         """Return the ViT's final output of the m predicted patches, in permutation order.
 
-        All rows go through all blocks but the last, of which only the outputs of these patches are computed.
+        The images and the mask and query tokens of the objective are packed into one sequence of R rows. All rows go through all
+        blocks but the last, of which only the outputs of the predicted patches are computed.
+
+        Args:
+            batch: see `forward`; its targets are not used.
         """
         assert batch.images is not None and batch.permutation is not None
+        # `layout` says where the segments are, which rows predict (`output_rows`), and which rows attend to which; `indices`: which
+        # m of the p hidden patches are predicted, None for all.
         layout, indices = self.layout(batch.num_context), batch.target_indices
         images, tokens = batch.images.to(self.mask_token.dtype), (self.mask_token, self.query_token)
         rows = self._pack(self.vit, *tokens, images, batch.permutation, layout.segment_lengths, indices)
@@ -335,7 +373,7 @@ class ViTForPreTraining(nn.Module):
         output_rows: slice | Tensor = layout.output_rows
         if indices is not None:
             output_bias = output_bias[indices]
-            if layout.queries_only:  # behind the first C rows only these m are packed
+            if layout.queries_only:  # nothing attends to the output rows: `pack` has omitted those not predicted
                 attn_bias = torch.cat([attn_bias[: layout.num_kv], output_bias])
             else:
                 output_rows = layout.output_rows.start + indices
@@ -364,11 +402,11 @@ def block_forward(
     Args:
         block: of the ViT.
         rows: inputs of the block.
-        num_kv: C: keys and values are those of the first C rows.
+        num_kv: C: keys and values are those of the first C rows; nothing attends to the others.
         query_rows: the r rows whose queries and outputs are computed; `slice(None)`: all.
-        attn_bias: 0 where a row of `query_rows` attends to a column, -inf elsewhere.
-        query_blocks: how attention is split up; of the r rows.
-        scale: see `residual_update`.
+        attn_bias: 0 where a row of `query_rows` attends to one of the first C rows, -inf elsewhere.
+        query_blocks: calls of attention that together compute the r rows, see `two_stream_attention`.
+        scale: factors of stochastic depth of the two residual branches, see `residual_update`; None: the block draws.
     """
     normalized = block.norm1(rows)
     kv = normalized[:, :num_kv].contiguous()  # once, as both its projections need it
@@ -385,7 +423,8 @@ def residual_update(
         block: with its LayerScale, DropPath, norm and MLP.
         rows: inputs of the block.
         attended: outputs of its attention.
-        scale: factors of the two branches, in place of the block's DropPath, which draws if they are None.
+        scale: (2, B, 1, 1), for each image the factors of the attention and of the MLP branch, 0 (dropped) or 1 / keep probability, in
+            place of the block's DropPath. None: the block's DropPath draws.
     """
     branch = block.ls1(attended)
     rows = rows + (block.drop_path1(branch) if scale is None else branch * scale[0])
@@ -403,8 +442,9 @@ def drop_path_scales(
 
     Args:
         vit: its blocks' DropPath says the probability; no DropPath, as in the first block, is probability 1.
-        drop_path_rand: uniform random numbers, two per block; None: every block draws for itself.
-        rows: any tensor of the right dtype.
+        drop_path_rand: (B, 2 x blocks), uniform in [0, 1): of each block the attention's and the MLP's number; None: every block draws
+            for itself.
+        rows: a tensor whose dtype the factors get.
 
     Returns:
         for each block its factors; None where it draws for itself, or drops nothing because it is in evaluation mode.
@@ -497,7 +537,13 @@ def encoder_block_forward(block: Block, rows: Float[Tensor, "B T D"], scale: Dro
 def regressor_block_forward(
     block: Block, rows: Float[Tensor, "B p D"], context_latents: Float[Tensor, "B T D"]
 ) -> Float[Tensor, "B p D"]:
-    """Run a timm Block in which the mask queries `rows` attend to the context's latents and to each other."""
+    """Run a timm Block of CAE's regressor, in which the mask queries attend to the latents of the context and to each other.
+
+    Args:
+        block: of the regressor.
+        rows: of the p hidden patches, which are masked.
+        context_latents: the encoder's outputs of the T prefix tokens and visible patches.
+    """
     q = block.norm1(rows)
     kv = torch.cat([block.norm1(context_latents), q], dim=1)
     unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
@@ -505,7 +551,7 @@ def regressor_block_forward(
 
 
 def _make_blocks(vit: VisionTransformer) -> nn.Sequential:
-    """Make `REGRESSOR_DEPTH` newly initialized blocks of the same sizes as the ViT's, without stochastic depth."""
+    """Make `REGRESSOR_DEPTH` timm Blocks with random weights, of the sizes and options of the ViT's, without stochastic depth."""
     first = vit.blocks[0]
     options = {
         "num_heads": first.attn.num_heads, "mlp_ratio": first.mlp.fc1.out_features / vit.embed_dim,

@@ -99,9 +99,7 @@ def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
         if not found.equal(expected):
-            raise MapetError(
-                f"{path.name}, read back, differs from what was written in tensor '{name}': check the disk for errors"
-            )
+            raise MapetError(f"tensor '{name}' in {path.name} differs from what was written: check the disk for errors")
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) -> dict[str, dict[str, Tensor]]:
@@ -304,9 +302,7 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, image_ids in content["images"].items():
             if _image_ids(task, sampler, int(step)) != image_ids:
-                raise ValueError(
-                    f"step {step} of the run has other images now than in {BUNDLE}; restore those that the run was trained on"
-                )
+                raise ValueError(f"step {step} has other images now than in {BUNDLE}; restore those of the run")
         return [int(step) for step in content["images"]]
     except READ_ERRORS as error:
         raise MapetError(f"cannot use the debug bundle {bundle}: {str(error).splitlines()[0]}") from None

@@ -68,13 +68,10 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     dataset = ViewDataset(images, spec, config.channels, config.image_size, teacher.image_size, grid=grid)
     started = time.monotonic()
     batch = dataset.batch([(0, index) for index in islice(cycle(usable), NUM_BENCHMARK_IMAGES)])
-    reading = (
-        time.monotonic() - started
-    ) / NUM_BENCHMARK_IMAGES  # seconds per image, as `teaching` and `training` below
+    # Seconds per image, as `teaching` and `training` below.
+    reading = (time.monotonic() - started) / NUM_BENCHMARK_IMAGES
     if batch.images is None or batch.teacher_images is None:  # no image could be read
-        raise MapetError(
-            f"{option('images', config.images)}: no image of the benchmark can be read any more. Restore them and check again"
-        )
+        raise MapetError(f"{option('images', config.images)}: no benchmark image can be read any more. Restore them")
     views, pixels = compute.to(batch.teacher_images), normalize(compute.to(batch.images), config.channels)
     targets = torch.zeros(len(batch), num_patches, dtype=torch.int64)
     batch = replace(batch, images=pixels, targets=targets).to(compute.device)

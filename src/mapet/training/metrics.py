@@ -269,9 +269,8 @@ class ProgressDisplay:
         self._bar = tqdm(total=total, initial=done, desc=task.command, unit="step", smoothing=0.05, **common)
         positions = () if self._bar.disable else (1, 2)
         self.lines = [tqdm(bar_format="{desc}", position=i, leave=False, **common) for i in positions]
-        self._windows: list[
-            dict[str, float]
-        ] = []  # for each `log_metrics` of this epoch its metrics, and the number of "steps"
+        # For each `log_metrics` of this epoch its metrics, and the number of "steps".
+        self._windows: list[dict[str, float]] = []
         self._started, self._scores = time.monotonic(), ""  # `_scores`: text of the scores logged last
 
     def __enter__(self) -> "ProgressDisplay":

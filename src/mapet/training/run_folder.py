@@ -141,9 +141,8 @@ class RunFolder:
             step: number of steps that are done.
             metrics: by name.
         """
-        if (
-            self._tensorboard is None
-        ):  # the first call: TensorBoard ignores what an earlier process wrote from this step on
+        # In the first call. TensorBoard then ignores what an earlier process wrote from this step on.
+        if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
@@ -188,9 +187,8 @@ def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUT
             f"nothing to resume in {run}: it has no {CONFIG_FILE}. Omit {option('resume', True)} to start a new run"
         )
     old = build_config(type(config), read_config(path), path)
-    not_given = {
-        name for name, value in config if value is None
-    }  # they keep the run's values, which may be automatic ones
+    # They keep the run's values, which may be automatic ones.
+    not_given = {name for name, value in config if value is None}
     moved = {name for name in PATH_OPTIONS - not_given if getattr(old, name, None) is not None}
     if changed := diff_configs(old, config, mutable | not_given | moved):
         hint = restart_hint(run) if command == "pretrain" else f"with new options: a new {option('out')}"
@@ -310,11 +308,8 @@ class Tracker(threading.Thread):
             tracker_run: where the rows are sent.
             state: see `run`. Rows up to number `state["sent"]` are skipped; after each row sent it is updated and saved.
         """
-        number, line, failed = (
-            [-1, 0],
-            "",
-            None,
-        )  # `number`: [step, index among the rows of this step]; `line`: its text so far
+        # `number`: [step, index among the rows of this step]; `line`: the row's text so far.
+        number, line, failed = [-1, 0], "", None
         while failed is None:
             failed = self._events.get()  # before reading: the last row of an ended run is in the file by now
             for part in file:

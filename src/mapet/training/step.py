@@ -74,12 +74,9 @@ class ForwardBackward:
         self._sharded = is_sharded(module)
         low = compute.dtype != torch.float32 and not self._sharded  # FSDP makes the low-precision copy itself
         self.compute_module: nn.Module = LowPrecision(module, compute.dtype) if low else module
-        self._num_replicas = (
-            1 if self._sharded else distributed.world_size()
-        )  # whose gradients DistributedDataParallel averages
-        self._rehearsed = (
-            self._num_replicas == 1
-        )  # whether the first step, which `_rehearse` tries alone, is behind or not needed
+        # Number of ranks whose gradients DistributedDataParallel averages, and whether `_rehearse` is done or not needed.
+        self._num_replicas = 1 if self._sharded else distributed.world_size()
+        self._rehearsed = self._num_replicas == 1
 
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
         """Compute forward and backward pass of a batch in micro-batches, and add the gradient, summed over ranks, to `module`'s.

@@ -62,12 +62,25 @@ def check_model_config(config: PretrainConfig, fitting: FitTokenizerConfig) -> N
 def _build_model(
     config: PretrainConfig, image_size: tuple[int, int], patch_size: int, channels: int, vocab_size: int, feature_size: int
 ) -> ViTForPreTraining:  # fmt: skip
-    """Build the model of `build_model`; `feature_size` is the number of the teacher's feature channels."""
+    """Build the ViT and its prediction head, with the weights that `seed` or `init_from` of the config give.
+
+    Args:
+        config: its model, objective, target and mask ratio are used.
+        image_size: (H, W) pixels.
+        patch_size: pixels.
+        channels: of the images.
+        vocab_size: number of tokens, outputs of the head for the target 'tokens'.
+        feature_size: channels of the teacher's features, outputs of the head for the target 'features'.
+
+    Raises:
+        MapetError: see `build_model`.
+    """
     torch.manual_seed(config.seed)
     args = {"init_values": config.layer_scale_init} if config.layer_scale_init else {}
     vit = create_vit(config.model, image_size, patch_size, channels, args | config.model_args, config.drop_path)
     objective = get_objective(config.objective)
     num_outputs = {"tokens": vocab_size, "pixels": channels * patch_size**2, "features": feature_size}[config.target]
+    # For a range of mask ratios the model's own number of context patches is the smallest, that of the largest ratio.
     fewest_context = num_context_from_ratio(config.mask_ratio[1], vit.patch_embed.num_patches)
     options: dict[str, Any] = {
         "num_context": fewest_context, "num_predict": config.num_predict, "target": config.target,
@@ -112,8 +125,9 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
 
 
 def activation_bytes_per_image(model: ViTForPreTraining, compute: ComputeContext) -> int:
-    """Estimate the bytes of activations kept for the backward pass of one image.
+    """Estimate the bytes of activations kept for the backward pass of one image, in all blocks.
 
+    Rows are the tokens of the packed sequence (prefix, context, target, mask and query tokens that the objective uses).
     With eager attention about 34 values of width D per row and block (norms, qkv, attention output, MLP with GELU) and 3 per
     attention score; with a GPU's fused one none per score, and 17 to 18 values (measured on ViT-T, S and B:
     docs/performance.md), to which LayerScale adds two.
@@ -135,9 +149,16 @@ def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: Compute
 
 
 def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: ComputeContext) -> int:
-    """Return the automatic batch size of all ranks together: the largest power of two within the limits of this module.
+    """Return the automatic batch size of all ranks together: the largest power of two within its limits.
 
-    On GPUs, each rank's part must also fit the free memory of this rank's device.
+    It leaves `MIN_STEPS_PER_EPOCH` steps per epoch if that allows `MIN_AUTO_BATCH_SIZE`, and is at most `MAX_AUTO_BATCH_SIZE` (on a CPU
+    `MAX_AUTO_CPU_BATCH_SIZE`) and the number of images. On GPUs, each rank's part must also fit the fraction `MAX_MEMORY_FRACTION` of
+    the free memory of this rank's device.
+
+    Args:
+        model: on the device.
+        num_images: images to train on.
+        compute: device and dtype of matrix products.
     """
     limit = min(MAX_AUTO_BATCH_SIZE, max(MIN_AUTO_BATCH_SIZE, num_images // MIN_STEPS_PER_EPOCH), num_images)
     if compute.device.type == "cpu":
@@ -255,7 +276,9 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return StepOutput(output.loss, output.loss_per_image, means, counts)
 
     def summarize(self, counts: Int[Tensor, " V"], total_counts: Int[Tensor, " V"]) -> dict[str, float]:
-        """Return the baselines of loss and accuracy over all target tokens since the start of the run.
+        """Return the baselines of loss and accuracy over all target tokens since the start of the run; {} if there was none.
+
+        `total_counts` has the number of occurrences of each token; `counts`, since the last log line, are not used.
 
         majority_token_accuracy: accuracy of always predicting the most frequent token. unigram_entropy: loss, in nats, of always
         predicting the frequencies of the tokens.
