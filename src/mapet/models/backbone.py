@@ -100,8 +100,11 @@ def _check_keywords(args: Iterable[str]) -> None:
 def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
     """Move a ViT, or a model that contains one, to a device, and choose the implementation of attention that is fastest there.
 
-    On CPUs in bfloat16, PyTorch's fused attention is up to 3x slower than matmul-softmax-matmul for sequences as short as
-    those here.
+    On CPUs in bfloat16, PyTorch's fused attention is up to 3x slower than matmul-softmax-matmul for sequences of some hundred tokens.
+
+    Args:
+        model: changed in place and returned; its parameters keep their dtype.
+        compute: device, and dtype of the matrix products that the model will be run with.
     """
     if compute.device.type == "cpu" and compute.dtype == torch.bfloat16:
         for module in model.modules():
@@ -288,16 +291,19 @@ def check_model_name(name: str, suggested: list[str]) -> None:
     """
     if name.split(".")[0] not in timm.list_models():
         hint = _suggest_model(name, suggested) or "."
-        raise MapetError(f"unknown model '{name}'{hint} `timm.list_models('vit_*')` lists them")
+        raise MapetError(f"timm has no model '{name}'{hint} `timm.list_models('vit_*')` lists its ViTs")
 
 
 def _suggest_model(name: str, known: list[str], prefix: str = "") -> str:
-    """Return `did_you_mean` for a model name; for one without sizes, 'vit_tiny', it is the model of 16 px patches at 224 px.
+    """Suggest a model name for one that is unknown.
 
     Args:
-        name: unknown.
+        name: as the user wrote it. For one without sizes, e.g. 'vit_tiny', it is the model of 16 px patches at 224 px.
         known: names that may be suggested.
-        prefix: put before them, e.g. 'timm:'.
+        prefix: put before the suggested name, e.g. 'timm:'.
+
+    Returns:
+        "; did you mean 'vit_tiny_patch16_224'?", or '' if no known name is similar.
     """
     exact = [candidate for candidate in (name, f"{name}_patch16_224") if candidate in known][:1]
     return did_you_mean(name, [prefix + candidate for candidate in exact or known])
@@ -327,14 +333,14 @@ def create_timm_model(name: str, pretrained: bool) -> torch.nn.Module:
 
 
 def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args: dict[str, Any]) -> PretrainedViT:
-    """Return the description of a timm model.
+    """Return the weights, sizes and input normalization of a timm model as a `PretrainedViT`.
 
     Args:
         name: for timm's `create_model`.
         vit: the model that timm creates from `name`, which may be on the meta device: only its sizes and `pretrained_cfg` are
             read.
         weights: its state dict.
-        args: keywords for timm's `create_model`.
+        args: keywords for timm's `create_model` with which the ViT is made again later.
 
     Raises:
         MapetError: it is neither a VisionTransformer nor a Beit.
@@ -351,7 +357,7 @@ def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args
 
 
 def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[str, Any]) -> PretrainedViT:
-    """Return the description of a model folder of transformers.
+    """Return the weights, sizes and input normalization of a model folder of transformers as a `PretrainedViT`.
 
     Args:
         weights: of its weights file, by transformers' names.
@@ -363,7 +369,7 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
     """
     if config["model_type"] not in HUGGING_FACE_TYPES:
         supported = ", ".join(HUGGING_FACE_TYPES)
-        raise MapetError(f"{folder} holds a '{config['model_type']}' of transformers; supported are {supported}")
+        raise MapetError(f"{folder} holds a transformers model '{config['model_type']}'; supported are {supported}")
     size = config.get("image_size", 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     known = {"num_heads": config["num_attention_heads"], "img_size": size}
@@ -377,12 +383,12 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
         return vit._replace(mean_std=((0.0,) * channels, (1.0,) * channels))
     if "image_mean" in pixels:
         return vit._replace(mean_std=(tuple(pixels["image_mean"]), tuple(pixels["image_std"])))
-    log.info("%s doesn't say how its input is normalized: taken to be mapet's normalization", folder)
+    log.info("%s has no preprocessor_config.json with image_mean: mapet's normalization is assumed", folder)
     return vit
 
 
 def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
-    """Return the description of a weights file.
+    """Return the weights and sizes of a weights file as a `PretrainedViT`; the layout is recognized by the names of its tensors.
 
     Args:
         path: of safetensors or of PyTorch.

@@ -91,7 +91,7 @@ def require_packages(name: str) -> None:
 
 @contextmanager
 def _suppress_output() -> Iterator[None]:
-    """Discard warnings and what is printed to stdout until the context ends: exporters report about their own internals."""
+    """Discard warnings and what is printed to stdout until the context ends, as exporters report on their own internals there."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -101,7 +101,12 @@ def _suppress_output() -> Iterator[None]:
 
 
 def read_timm(folder: Path) -> dict[str, Forward]:
-    """Load the folder by `timm.create_model`, as a local folder and as a checkpoint of its architecture; see `Format.read`."""
+    """Load an exported timm folder as timm's users do: as a local folder, and as a weights file of its architecture.
+
+    Returns:
+        Name of the way to load it -> function that computes the outputs ('features', and 'logits' with a classifier) of
+        normalized images (B, C, H, W) with what was loaded.
+    """
     config = json.loads((folder / "config.json").read_text())
     weights, args = str(folder / "model.safetensors"), config["model_args"]
     models = {
@@ -141,6 +146,11 @@ def write_transformers(vit: VisionTransformer, folder: Path, classes: list[str])
     with a classifier of the class token, ViTForImageClassification. In both LayerScale is multiplied into the linear layers
     before it. A classifier of the mean of the patches, as `finetune` trains it, needs Dinov2ForImageClassification.
 
+    Args:
+        vit: with or without a classifier.
+        folder: is created.
+        classes: names of the classifier's classes, in the order of its logits; []: they are called LABEL_0, LABEL_1, ...
+
     Raises:
         MapetError: transformers has no model that computes the same as this ViT.
     """
@@ -176,7 +186,11 @@ def _write_processor(vit: VisionTransformer, folder: Path) -> None:
     """Write the image processor that prepares images as mapet does.
 
     For square input it resizes the shorter side and crops the center; for other sizes, which transformers cannot crop to
-    after such a resize, it squeezes the whole image.
+    after such a resize, it resizes the whole image, which changes its aspect ratio.
+
+    Args:
+        vit: its image size and channels (1 or 3) are used.
+        folder: of the exported model; gets preprocessor_config.json.
     """
     import transformers
 
@@ -194,7 +208,15 @@ def _write_processor(vit: VisionTransformer, folder: Path) -> None:
 
 
 def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
-    """List what this ViT has and a model of transformers cannot have, as texts for a message."""
+    """List what prevents a ViT from being computed by transformers, as texts for a message.
+
+    Args:
+        vit: with or without a classifier.
+        kind: model of transformers that is to compute it: 'vit' or 'dinov2'.
+
+    Returns:
+        Noun phrases that continue 'transformers has no ViT with'; [] if the ViT is supported.
+    """
     first, (height, width) = vit.blocks[0], vit.patch_embed.img_size
     has_plain_attention = type(first.attn) is Attention and isinstance(first.attn.q_norm, nn.Identity)
     has_gelu = isinstance(first.mlp.act, nn.GELU) and first.mlp.act.approximate == "none"
@@ -216,7 +238,7 @@ def _list_unsupported(vit: VisionTransformer, kind: Architecture) -> list[str]:
 
 
 def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Tensor]:
-    """Return the ViT's weights under the names of transformers' model, in its shape.
+    """Return the ViT's weights with the names and shapes of a model of transformers: ViT ('vit') or Dinov2 ('dinov2').
 
     The class token gets a position of zeros where the ViT has none. LayerScale is multiplied into other weights for a ViT,
     and for Dinov2, which always has it, is 1 where the ViT has none. Queries, keys and values are split. Without a classifier
@@ -249,7 +271,11 @@ def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Te
 
 
 def read_transformers(folder: Path) -> dict[str, Forward]:
-    """Load the folder by `from_pretrained` of the class that its config.json names; see `Format.read`.
+    """Load an exported folder by `from_pretrained` of the transformers class that its config.json names.
+
+    Returns:
+        'transformers, CLASS' -> function that computes the outputs ('features', and 'logits' with a classifier) of normalized
+        images (B, C, H, W).
 
     Raises:
         MapetError: names or shapes of the weights are not those of the class.
@@ -261,7 +287,7 @@ def read_transformers(folder: Path) -> dict[str, Forward]:
     with _suppress_output():
         model, loading = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
     if any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise MapetError(f"transformers did not load all weights of {folder}: {loading}")
+        raise MapetError(f"transformers did not load the weights of {folder} as {class_name} expects them: {loading}")
 
     @torch.inference_mode()
     def forward(pixels: Tensor) -> Outputs:
@@ -294,7 +320,13 @@ def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **o
 
 
 def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write model.onnx, of any batch size: `pixel_values` (batch, C, H, W), normalized -> `features` and, if any, `logits`."""
+    """Write model.onnx, which takes any batch size: `pixel_values` (batch, C, H, W), normalized -> `features` and, if any, `logits`.
+
+    Args:
+        vit: with or without a classifier; it is put into evaluation mode.
+        folder: is created.
+        classes: not used, as ONNX has no place for their names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     options = {"dynamo": True, "external_data": False, "opset_version": ONNX_OPSET, "verbose": False}
     outputs = OUTPUT_NAMES[: 2 if vit.num_classes else 1]
@@ -302,7 +334,11 @@ def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None
 
 
 def read_onnx(folder: Path) -> dict[str, Forward]:
-    """Load model.onnx into onnxruntime, on the CPU; see `Format.read`."""
+    """Load model.onnx of an exported folder into onnxruntime, on the CPU.
+
+    Returns:
+        'onnxruntime' -> function that computes the outputs ('features', and 'logits' with a classifier) of normalized images (B, C, H, W).
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -315,14 +351,24 @@ def read_onnx(folder: Path) -> dict[str, Forward]:
 
 
 def write_torch_export(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
-    """Write model.pt2: the program of `torch.export`, of any batch size; no Python class of mapet or timm is needed to load it."""
+    """Write model.pt2, the program of `torch.export`, which takes any batch size and is loaded without classes of mapet or timm.
+
+    Args:
+        vit: with or without a classifier; it is put into evaluation mode.
+        folder: is created.
+        classes: not used.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with _suppress_output():
         torch.export.save(_trace(vit, torch.export.export), folder / "model.pt2")
 
 
 def read_torch_export(folder: Path) -> dict[str, Forward]:
-    """Load model.pt2 by `torch.export.load`; see `Format.read`."""
+    """Load model.pt2 of an exported folder by `torch.export.load`.
+
+    Returns:
+        'torch.export' -> function that computes the outputs ('features', and 'logits' with a classifier) of normalized images.
+    """
     with _suppress_output():
         module = torch.export.load(folder / "model.pt2").module()
     return {"torch.export": partial(compute_outputs, module)}

@@ -101,9 +101,16 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         return prepare_for_device(vit, self.compute)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Normalize and augment images; targets are class indices (B,), or class probabilities (B, classes) with Mixup or CutMix.
+        """Move a batch to the device, normalize and augment its images, and set its targets.
 
-        Mixup takes images in pairs: of an odd number the last one is omitted. Draws depend on the run's seed and `step` alone.
+        Mixup takes images in pairs: of an odd number the last one is omitted. Random draws depend on the run's seed and `step` alone.
+
+        Args:
+            batch: as `ViewDataset` makes it, with uint8 images; `image_index` finds the labels.
+            step: counts from 0.
+
+        Returns:
+            The batch with float images, and as targets class indices (B,), or class probabilities (B, classes) with Mixup or CutMix.
         """
         config, labels = self.config, self.labels[batch.image_index]
         batch = batch.to(self.compute.device)
@@ -136,7 +143,15 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         return module if self.model_ema is None else cast(VisionTransformer, self.model_ema.module)
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
-        """Measure the accuracy on the test images after the last epoch and, if the run has a folder, about ten times before."""
+        """Measure the accuracy on the test images after the last epoch and, if the run has a folder, about ten times before.
+
+        Args:
+            module: the trained ViT, in training mode afterwards; if there is a moving average of its weights, that is measured instead.
+            epoch: counted from 1.
+
+        Returns:
+            'epoch' and 'accuracy' (0 to 1); {} after epochs that are not measured.
+        """
         last = epoch == self.config.epochs
         if not last and (self.config.out is None or epoch % self.epochs_per_test):
             return {}
@@ -151,7 +166,11 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         return f"test accuracy {scores['accuracy']:.3f}"
 
     def finish(self, module: VisionTransformer) -> FinetuneResult:
-        """Save the model, or its moving average, and return its accuracy, measured now unless the last epoch did so."""
+        """Save the ViT, or the moving average of its weights, in OUT/model, and return its accuracy on the test images.
+
+        The accuracy is that of the last epoch's `evaluate`; it is measured now in a run that was resumed after this. A run without `out`
+        saves nothing.
+        """
         config, vit = self.config, self._ema_or_module(module)
         num_correct, num_test = self._final or compute_accuracy(vit, self.test, self.compute)
         if config.out is not None:
@@ -162,7 +181,11 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
 
 
 def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
-    """Return training and test images; of the training images those that `labels_per_class` selects.
+    """Return (training images, test images) with their labels; of the training images those that `labels_per_class` selects.
+
+    Args:
+        config: `images`; `test_images` (None: a fifth of `images` is held out); `labels_per_class` (None: all, below 1 a fraction of each
+            class, else a number); `seed`, which selects them.
 
     Raises:
         MapetError: there are no labels, or a class has too few images.
@@ -179,7 +202,16 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
 
 @torch.inference_mode()
 def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
-    """Classify the center crops of labeled images; return how many are classified correctly, and how many there are."""
+    """Classify the center crops of labeled images.
+
+    Args:
+        vit: with a classifier; it is put into evaluation mode.
+        data: images and the class index of each.
+        compute: device and precision.
+
+    Returns:
+        (number of images that are classified correctly, number of images that could be read)
+    """
     vit.eval()
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)
     batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))

@@ -112,7 +112,15 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         return StepOutput(output.loss, output.loss_per_image, means, counts, rows)
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
-        """Move the codes towards the encoder's outputs by an EMA, and reset dead ones; return how many were reset."""
+        """Move the codes towards the encoder's outputs by an exponential moving average, and reset dead codes.
+
+        Args:
+            output: its `rows` are of the whole batch: 'features' (B, N, d), the encoder's outputs, and 'codes' (B, N), their codes' indices.
+            step: not used.
+
+        Returns:
+            The number of codes that were reset, by the name of its metric.
+        """
         features, codes = output.rows["features"].flatten(0, 1), output.rows["codes"].flatten()
         return {"reset_codes": self.model.ema_update_codebook(features, codes)}
 
@@ -132,11 +140,14 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     @torch.no_grad()
     def _evaluate_codebook(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
-        """Evaluate on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed.
+        """Evaluate the tokenizer on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed.
+
+        Args:
+            model: the trained encoder, codebook and decoder; it is put into evaluation mode.
 
         Returns:
-            1 - cosine of the decoder's output and the teacher's features, mean over patches; and statistics of the codes, whose
-            quantization error is the mean squared distance of the encoder's outputs to their codes, over their variance.
+            (1 - cosine of the decoder's output and the teacher's features, mean over patches; statistics of the codes, whose
+            quantization error is the mean squared distance of the encoder's outputs to their codes, divided by the outputs' variance)
         """
         config, model = self.config, model.eval()
         centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
@@ -162,7 +173,11 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         return [module.tokenizer(self._pixels(batch))]
 
     def finish(self, module: VQKDForTraining) -> Path:
-        """Evaluate the tokenizer and save it as OUT/vqkd, its weights and a JSON description; return the safetensors file."""
+        """Evaluate the trained tokenizer, and save its weights and a JSON description in OUT/vqkd, unless that exists already.
+
+        Returns:
+            The weights file OUT/vqkd/vqkd.safetensors, which other commands take as `teacher_checkpoint`.
+        """
         reconstruction, stats = self._evaluate_codebook(module)
         log.info(
             "VQ-KD tokenizer: reconstruction loss %.3f (1 - cosine, on training images); %s", reconstruction, stats
