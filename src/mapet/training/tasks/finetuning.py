@@ -210,7 +210,7 @@ def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeC
         compute: device and precision.
 
     Returns:
-        (number of images that are classified correctly, number of images that could be read)
+        (number of images that are classified correctly, number of images that were classified)
     """
     vit.eval()
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)

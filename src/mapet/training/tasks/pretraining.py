@@ -107,8 +107,9 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     """Load a run from the folder of `pretrain`, or of the `run` or `demo` that it is part of.
 
     Args:
-        with_teacher: also load the tokenizer's teacher.
-        allow: name of the user's own teacher code that may run, see `load_tokenizer`.
+        folder: of the run; images and tokenizer may have moved with it.
+        with_teacher: also load the tokenizer's teacher, which computes features of new images.
+        allow: name 'package.module:function' of the user's own teacher code that may run; None: no such code may.
 
     Raises:
         MapetError: it isn't one, its tokenizer is missing or another one, or it has no usable checkpoint.
@@ -244,8 +245,13 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         """Compute the inputs of the loss, on the device: images, targets, and a drawn number of context and target patches.
 
         Args:
-            batch: as `ViewDataset` makes it; token ids from a store are in `targets`.
-            step: from 0; what is drawn here depends on it and the run's seed alone.
+            batch: as `ViewDataset` makes it: uint8 images, and in `targets` the token ids that `mapet tokenize` stored. Without stored
+                tokens it has `teacher_images` instead, from which they are computed here.
+            step: counts from 0; what is drawn here depends on it and the run's seed alone.
+
+        Returns:
+            The batch with normalized images; targets of all N patches in row-major order: token ids (B, N), or pixels or teacher
+            features (B, N, F); `num_context`; and `target_indices`, which of the other patches are predicted (None: all).
         """
         model, batch = self.model, batch.to(self.compute.device)
         assert batch.images is not None
@@ -298,7 +304,15 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return text.format(**metrics)
 
     def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
-        """Probe the frozen backbone with labeled images, by default five times a run; {} in other epochs or without labels."""
+        """Probe the frozen backbone with labeled images, every `probe_every` epochs (None: five times a run) and after the last epoch.
+
+        Args:
+            module: the backbone.
+            epoch: counted from 1.
+
+        Returns:
+            Accuracies, 0 to 1, by name, e.g. 'probe/knn'; {} in other epochs, or without labeled images.
+        """
         every = self.config.probe_every or max(1, self.config.epochs // 5)
         if self.probe_sets is None or (epoch % every and epoch != self.config.epochs):
             return {}
