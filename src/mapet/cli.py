@@ -47,19 +47,20 @@ HEADING_BY_OPTION = {name: heading for heading, names in HEADINGS.items() for na
 OPTION_ORDER = list(HEADING_BY_OPTION)
 BASIC_OPTIONS = """images test_images backbone run tokenizer tokens teacher model image_size patch_size objective target mask_ratio quantizer
 vocab_size views protocols labels_per_class tokenizers grid epochs batch_size lr device out resume"""
-"""Options in the short `--help` of a command that has more than `MAX_BASIC_OPTIONS`."""
+"""Options that the short `--help` shows, beside required ones, if a command has more than `MAX_BASIC_OPTIONS` of its own."""
 MAX_BASIC_OPTIONS = 15
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command of the command line, and print its error, if any, on one line.
+    """Run one command of the command line; print an error that the user can correct on one line of stderr, without a traceback.
 
     Args:
-        argv: arguments without the program's name; None means those of the process.
+        argv: the command's name and its arguments, e.g. ['check', '--images', 'photos']; None: the arguments of this process. No
+            argument at all prints the overview of all commands.
 
     Returns:
-        The exit code: 0, that of a `MapetError` (2, or 130 after a signal to stop), 130 for Ctrl-C, 141 for a closed pipe, 2 for an
-        error of the operating system. Other exceptions are bugs and leave with their traceback.
+        The exit code: 0 for success; 2 for a `MapetError` or an error of the operating system; 130 if Ctrl-C or another signal
+        stopped the command; 141 if the reader of stdout has closed the pipe. Other exceptions are bugs, and are not caught.
     """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files; in Python, its user chooses the backend
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """Return the text of `mapet --help`: every command under its heading, with its summary."""
+    """Return the text of `mapet --help`: usage, what mapet is, each command under its heading with its summary, and examples."""
     about = (mapet.__doc__ or "").split("\n")[0].removeprefix("mapet: ")
     lines = ["usage: mapet COMMAND [config.yaml] [--option value ...]", "", about, ""]
     for heading, functions in GROUPS.items():
@@ -101,7 +102,10 @@ def overview() -> str:
 
 
 def completion(shell: str) -> str:
-    """Return the script that completes commands and options in a shell, e.g. 'bash'.
+    """Return the script that makes a shell complete mapet's commands and options when the user presses Tab.
+
+    Args:
+        shell: a shell that the library shtab supports, e.g. 'bash'.
 
     Raises:
         MapetError: unknown shell.
@@ -116,10 +120,18 @@ def completion(shell: str) -> str:
 
 
 def run_command(name: str, argv: list[str]) -> Any:
-    """Call a command with the arguments after its name, and return its result; with `--help` only print its options.
+    """Call a command with its arguments and return its result; with `--help` or `--help-all` only print its options, return None.
+
+    Options are read from the config file, if one is given, and replaced by options of the command line. A file of the name
+    config.yaml is one that a run wrote into its own folder.
+
+    Args:
+        name: the command's name, e.g. 'fit-tokenizer'.
+        argv: the arguments after the name, e.g. ['runs/a/config.yaml', '--resume'].
 
     Raises:
-        MapetError: an unknown command, or arguments that make no config; whatever the command raises.
+        MapetError: an unknown command; unknown, missing or wrong options; the config of another command; or a run to resume that
+            is not in the folder that `out` names. Errors of the command itself pass unchanged.
     """
     if name not in COMMANDS:
         raise MapetError(
@@ -137,44 +149,55 @@ def run_command(name: str, argv: list[str]) -> Any:
         if written_by not in ("", name):
             raise MapetError(f"{path} is a config of `mapet {written_by}`, not of `mapet {name}`") from None
         raise
+    # for Ctrl-C while the command imports its libraries, when it has saved nothing
     RESUME_HINT[0] = "the same command, with --resume if it had started" if "resume" in config_type.model_fields else ""
     out = getattr(config, "out", None) if getattr(config, "resume", False) else None
+    # a relative `out` is wrong in another working directory than the run's, and so is any `out` once the run's folder has been moved
     if path and out and written_by and path.parent.resolve() != out.resolve():
-        where = (
-            f"{path} is the config of the run in its own folder, but {option('out')} is {out}, seen from {Path.cwd()}"
-        )
-        moved = f"if it was moved, give {option('out')} {quote(str(path.parent))}"
-        raise MapetError(f"{where}: go to the folder that the run was started in, or, {moved}")
+        wrong = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}, relative to {Path.cwd()}"
+        moved = f"if the run was moved, give {option('out')} {quote(str(path.parent))}"
+        raise MapetError(f"{wrong}: change to the directory that the run was started in, or, {moved}")
     return function(config)
 
 
 def _parse_arguments(function: AnyCommand, argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
     """Split a command's arguments into the config file, if one is given, and the options.
 
-    The first argument without an option name is the config file if it ends like one, or if the command takes no other such
-    argument; the rest are values of the command's positional option.
+    An unnamed argument is one that no option name precedes: `mapet report report.yaml runs/a runs/b` has three. The first is the
+    config file if it has a suffix of `CONFIG_SUFFIXES`, or if the command's config has no `positional` option; the others are
+    the values of that option, here `run`.
+
+    Args:
+        function: the command.
+        argv: its arguments, after its name.
 
     Returns:
-        The file, and name -> text or texts of each option that was given; those of sections nested in mappings.
+        The path of the config file or None; and field name -> value of each option that was given. Values are as the parser
+        leaves them, before pydantic converts them: text, a list of texts, a bool of a flag such as `--resume`, or a dict of
+        KEY=VALUE pairs. Options of a section, e.g. `--pretrain.lr 1`, are a dict under its name: {'pretrain': {'lr': '1'}}.
+
+    Raises:
+        MapetError: an unknown option; too many unnamed arguments, or some beside the same option by name; a value that the parser
+            refuses; a config file that is a folder or has none of those suffixes.
     """
     name, config_type = command_name(function), function.config_type
     namespace, unknown = create_parser(function).parse_known_args(argv)
     options = vars(namespace)
     unnamed, positional, path = options.pop("unnamed", []), config_type.positional, None
-    several = positional is not None and is_multi_valued(config_type.model_fields[positional].annotation)
+    takes_several = positional is not None and is_multi_valued(config_type.model_fields[positional].annotation)
     if unnamed and (positional is None or Path(unnamed[0]).suffix in CONFIG_SUFFIXES):
         path = Path(unnamed.pop(0))
-    max_unnamed = len(unnamed) if several else int(positional is not None)
+    max_unnamed = len(unnamed) if takes_several else int(positional is not None)
     if unknown := [*unknown, *unnamed[max_unnamed:]]:
         raise MapetError(_explain_unknown(name, unknown[0]))
     if unnamed and positional in options:
         raise MapetError(f"'{' '.join(unnamed)}' and {option(positional)} are mutually exclusive: give one of them")
     if unnamed and positional:
-        options[positional] = unnamed if several else unnamed[0]
+        options[positional] = unnamed if takes_several else unnamed[0]
     typed: dict[str, Any] = {}
     for dotted, value in options.items():
-        section, _, last = dotted.rpartition(".")
-        value = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value  # of KEY=VALUE pairs
+        section, _, last = dotted.rpartition(".")  # section is '' for an option of the command itself
+        value = dict(value) if isinstance(value, list) and isinstance(value[0], tuple) else value  # KEY=VALUE pairs
         (typed.setdefault(section, {}) if section else typed)[last] = value
     if path and path.is_dir():
         raise MapetError(f"{path} is a folder, not a config: {_suggest_option(name, path, 'resume' in typed)}")
@@ -184,41 +207,65 @@ def _parse_arguments(function: AnyCommand, argv: list[str]) -> tuple[Path | None
 
 
 def _explain_unknown(name: str, argument: str) -> str:
-    """Return the error message for an argument that the parser of command `name` does not know."""
+    """Return the error message for an argument that a command does not take; it suggests similar options.
+
+    Args:
+        name: the command's name, e.g. 'fit-tokenizer'.
+        argument: as the user typed it, e.g. '--epoch' or '--epoch=3'.
+    """
     if not argument.startswith("--"):
         return f"unexpected argument '{argument}'; options are written --name value, see `mapet {name} --help`"
     flag, config_type = argument.split("=")[0].replace("_", "-"), COMMANDS[name].config_type
     if (field := flag[2:].replace("-", "_")) in config_type.file_only:
-        return f"{flag} is for config files: `mapet {name} config.yaml` with `{field}: ...` in it"
+        return f"{flag} is for config files only: `mapet {name} config.yaml`, with a line `{field}: VALUE` in it"
     known = [option(known) for known, _ in iter_options(config_type)]
     return f"unknown option '{flag}'{did_you_mean(flag, known) or '.'} See `mapet {name} --help`"
 
 
 def _suggest_option(name: str, folder: Path, resume: bool) -> str:
-    """Return what the user who gave command `name` a folder instead of a config probably meant.
+    """Return the next step for a message about a folder that was given where a config file is expected.
 
-    It is the config in that folder, if the command wrote it, else the option whose value the folder probably is: a tokenizer, the
-    `out` of a run to resume, a run, or images.
+    Args:
+        name: the command's name, e.g. 'fit-tokenizer'.
+        folder: an existing folder.
+        resume: whether `--resume` or `--no-resume` was given.
+
+    Returns:
+        'did you mean FOLDER/config.yaml?' if this command wrote that file; else 'give it as --OPTION FOLDER', with the first of
+        the options `out` (to resume), `tokenizer` (for the folder of a tokenizer), `run`, `backbone`, `bundle`, `images`, `out`
+        that the command has.
     """
     if config := find_config(folder, (name,)):
         return f"did you mean {config[1]}?"
     is_tokenizer = (folder / "visual_tokenizer.json").is_file()
     likely = ["out"] if resume else ["tokenizer"] if is_tokenizer else ["run", "backbone", "bundle"]
-    known = COMMANDS[name].config_type.model_fields
-    first = next(name for name in [*likely, "images", "out"] if name in known)
-    return f"give it as {option(first)} {quote(str(folder))}"
+    fields = COMMANDS[name].config_type.model_fields
+    field = next(field for field in [*likely, "images", "out"] if field in fields)
+    return f"give it as {option(field)} {quote(str(folder))}"
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises MapetError for wrong arguments, where argparse would end the process."""
+
     def error(self, message: str) -> NoReturn:
         raise MapetError(f"{message}. See `{self.prog} --help`")
 
 
 def create_parser(function: AnyCommand, hide: bool = False) -> argparse.ArgumentParser:
-    """Create the parser of a command, with an option for each field of its config and its sections, under headings.
+    """Create the argument parser of a command: an option for each field of its config class, under the headings of `HEADINGS`.
+
+    A field that holds a config itself is a section, e.g. `pretrain` of the command `run`: each of its fields is an option with
+    its name, `--pretrain.lr`. After the command's own options comes the group 'Options of SECTION' of each section.
+
+    The parsed namespace has an attribute for each option that was given, and none for the others: field name, or 'section.field',
+    -> text, list of texts, bool or (KEY=VALUE) list of pairs. Arguments without an option name are the list `unnamed`. Wrong
+    arguments raise MapetError.
 
     Args:
-        hide: omit from the help the options of sections and, where a command has many, those that are not in `BASIC_OPTIONS`.
+        function: the command. Its docstring is the description and, below 'Example:', the example of the help text.
+        hide: omit some options from the help text, as `--help` does; the parser still takes them. Omitted are all options of
+            sections and, if the command has more than `MAX_BASIC_OPTIONS` of its own, those that are neither required nor in
+            `BASIC_OPTIONS`. False: show all, as `--help-all` does.
     """
     config_type, name = function.config_type, command_name(function)
     description, _, example = (inspect.getdoc(function) or "").partition("Example:")
@@ -229,25 +276,34 @@ def create_parser(function: AnyCommand, hide: bool = False) -> argparse.Argument
         argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("unnamed", nargs="*", help=argparse.SUPPRESS)
-    own = {dotted: field for dotted, field in iter_options(config_type) if "." not in dotted}
-    basic = own if len(own) <= MAX_BASIC_OPTIONS else BASIC_OPTIONS.split()
-    groups: dict[str, Any] = {}
+    # (section or '', field name, 'section.field' or field name, field); sorting puts the command's own options, of section '', first
     options = [(*dotted.rpartition(".")[::2], dotted, field) for dotted, field in iter_options(config_type)]
-    for section, last, dotted, field in sorted(options, key=lambda item: (item[0], OPTION_ORDER.index(item[1]))):
-        heading = f"Options of {section.replace('_', '-')}" if section else HEADING_BY_OPTION[last]
+    options.sort(key=lambda item: (item[0], OPTION_ORDER.index(item[1])))
+    has_few = sum(not section for section, *_ in options) <= MAX_BASIC_OPTIONS
+    groups: dict[str, Any] = {}
+    for section, field_name, dotted, field in options:
+        heading = f"Options of {section.replace('_', '-')}" if section else HEADING_BY_OPTION[field_name]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        shown = not hide or (dotted in own and (dotted in basic or field.is_required()))
-        flag, help_text = f"--{dotted.replace('_', '-')}", _help(field) if shown else argparse.SUPPRESS
-        groups[heading].add_argument(flag, dest=dotted, help=help_text, **_arguments(field.annotation))
+        is_basic = not section and (has_few or field_name in BASIC_OPTIONS.split() or field.is_required())
+        keywords = _argparse_keywords(field.annotation)
+        keywords["help"] = _help_text(field) if is_basic or not hide else argparse.SUPPRESS
+        groups[heading].add_argument(f"--{dotted.replace('_', '-')}", dest=dotted, **keywords)
     help_group = parser.add_argument_group("Help")
-    help_group.add_argument("-h", "--help", action="help", help="the usual options")
-    help_group.add_argument("--help-all", action="help", help="all options, those of sections included")
+    help_group.add_argument("-h", "--help", action="help", help="The most used options.")
+    help_group.add_argument("--help-all", action="help", help="All options (of run and study also --STAGE.option).")
     return parser
 
 
-def _help(field: FieldInfo) -> str:
-    """Return an option's help text: its description, and its default or that it is required."""
+def _help_text(field: FieldInfo) -> str:
+    """Return the help text of an option: its description on one line, and '(required)' or '(default: VALUE)'.
+
+    The default is written as on the command line: 'auto' or 'none' for None, 'false', '0.01 0.1 5' for a sequence. An empty one
+    is not shown.
+
+    Args:
+        field: pydantic's field of the option; its description is the docstring below it.
+    """
     description = " ".join((field.description or "").split()).replace("%", "%%")  # argparse formats help texts by %
     if field.is_required():
         return f"{description} (required)"
@@ -258,35 +314,42 @@ def _help(field: FieldInfo) -> str:
     return f"{description} (default: {text.lower() if isinstance(default, bool) else text})" if text else description
 
 
-def _key_value(argument: str) -> tuple[str, Any]:
-    """Parse KEY=VALUE, whose value is YAML, or plain text where it is no valid YAML.
+def _parse_key_value(argument: str) -> tuple[str, Any]:
+    """Parse 'KEY=VALUE' into the key and the value, which is read as YAML ('4' is a number), or is plain text if it is no valid YAML.
 
     Raises:
-        ArgumentTypeError: no '=', or '{a:1}', which YAML reads as the key 'a:1' without a value.
+        ArgumentTypeError: no '='; or a mapping without a space after a colon, '{a:1}', which YAML reads as the key 'a:1' with the
+            value None.
     """
     key, equals, text = argument.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"takes key=value pairs, got {argument}")
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE pairs, got '{argument}'")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # PyYAML raises the others for e.g. 2026-13-01
         return key, text
     if isinstance(value, dict) and any(inner is None and ":" in str(name) for name, inner in value.items()):
-        raise argparse.ArgumentTypeError(f"'{argument}': YAML wants a space after each colon")
+        raise argparse.ArgumentTypeError(f"'{argument}': YAML needs a space after each colon, e.g. {{lr: 0.1}}")
     return key, value
 
 
-def _arguments(annotation: Any) -> dict[str, Any]:
-    """Return the keywords of `add_argument` for an option of this type; values stay text, which pydantic converts."""
+def _argparse_keywords(annotation: Any) -> dict[str, Any]:
+    """Return the keywords of argparse's `add_argument` for an option: choices, metavar, nargs, type, action.
+
+    Values stay text, which pydantic converts later, except for flags (bool) and KEY=VALUE pairs (dict).
+
+    Args:
+        annotation: the field's type, e.g. `int`, `Path | None`, `list[str]`, `Literal["l2", "cosine"]`, `dict[str, Any]`.
+    """
     origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not NoneType]
     if origin is Literal:
         return {"choices": [str(part) for part in parts], "metavar": "{" + ",".join(map(str, parts)) + "}"}
     if origin is dict:
-        return {"metavar": "KEY=VALUE", "nargs": "+", "type": _key_value}
+        return {"metavar": "KEY=VALUE", "nargs": "+", "type": _parse_key_value}
     if origin in (tuple, list):
-        return _arguments(parts[0]) | {"nargs": "+"}
+        return _argparse_keywords(parts[0]) | {"nargs": "+"}
     if bool in (annotation, *parts):
         return {"action": argparse.BooleanOptionalAction}
-    if parts:  # Annotated, or alternatives, of which the first is shown
-        return _arguments(parts[0])
+    if parts:  # Annotated[type, validators], or alternatives, of which the first is shown
+        return _argparse_keywords(parts[0])
     return {"metavar": {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}.get(annotation, "VALUE")}

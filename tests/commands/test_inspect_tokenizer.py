@@ -33,7 +33,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
     assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in FIGURES)
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
     measures = record["measures"]
-    assert record["warnings"] == [] and "no warnings" in caplog.messages
+    assert record["warnings"] == [] and "no warnings" in caplog.text
     assert measures["images"] == 300 and measures["usage"]["patches"] == 4800
     assert measures["stability"]["shift"]["share"] == 1
     assert 0.03 < measures["label"]["bits"] < 0.3

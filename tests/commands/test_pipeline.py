@@ -577,13 +577,13 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
         with pytest.raises(mapet.MapetError, match=wrong) as error:
             mapet.pretrain(**options, resume=resume)
     assert not (run / "backbone").exists() and (run / "report.html").exists()
-    assert "not evaluated after epoch 1: the backbone gives features that are not finite" in caplog.text
+    assert "not evaluated after epoch 1" in caplog.text
     looks = mapet.debug_step(bundle=re.search(wrong, str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with refused("precision", "float32"):
         mapet.report(run=run, figures_dir=tmp_path / "figures")
     assert mapet.report(run=run, out=tmp_path / "report.html").exists()
-    assert "no new figures: the backbone gives features that are not finite" in caplog.text
+    assert "no new figures" in caplog.text
 
 
 def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):

@@ -212,7 +212,7 @@ def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
     argv += ["--grid", "objective=[mim, pim]", "--seeds", "0", "--no-equal-compute", "--labels-per-class", "5"]
     assert main([*argv, "--tokenizers", "pixels={image_size:8,patch_size:2}"]) == 2
     assert (
-        "--tokenizers: 'pixels={image_size:8,patch_size:2}': YAML wants a space after each colon"
+        "--tokenizers: 'pixels={image_size:8,patch_size:2}': YAML needs a space after each colon"
         in capsys.readouterr().err
     )
     assert (

@@ -246,14 +246,14 @@ GOOD = header("good.png", size=len(png())) + png() + bytes(-len(png()) % 512)
         (b"not a tar file " * 100, "damaged"),
         (GOOD, "cut off"),
         (GOOD + header("cut.png", size=5000) + bytes(100), "unexpected end of data"),
-        (GOOD + b"\xff" * 512 + END, "no header where one should be, at byte 1,024"),
-        (GOOD + END + GOOD + END, "something after the end"),
+        (GOOD + b"\xff" * 512 + END, "at byte 1,024"),
+        (GOOD + END + GOOD + END, "at byte"),
         (GOOD + header("minus.png", size=-1024) + END, r"damaged.*-1,024"),
-        (GOOD + header("x", size=-512, type=b"x") + END, "a header of -512 bytes"),
-        (GOOD + header("x", size=1 << 40, type=b"x") + END, r"a header of 1,099,511,627,776 bytes"),
-        (GOOD + header("x", size=1 << 33, type=b"L") + END, r"a header of 8,589,934,592 bytes"),
+        (GOOD + header("x", size=-512, type=b"x") + END, "-512 bytes"),
+        (GOOD + header("x", size=1 << 40, type=b"x") + END, "1,099,511,627,776 bytes"),
+        (GOOD + header("x", size=1 << 33, type=b"L") + END, "8,589,934,592 bytes"),
         (GOOD + header("huge.png", size=1 << 40) + END, "unexpected end of data"),
-        (GOOD + GOOD + END, "good.png' comes twice"),
+        (GOOD + GOOD + END, r"good\.png"),
     ],
 )  # fmt: skip
 def test_hostile_shards_are_refused_by_name(data, why, tmp_path):
@@ -297,10 +297,10 @@ def test_compressed_shards_are_refused_with_a_hint(name, tmp_path):
 def test_sources_that_are_not_there(tmp_path):
     write_tar(tmp_path / "0.tar", {"0.txt": b"x"})
     for source, why in {
-        tmp_path / "{0..1}.tar": r"1\.tar: no such file",
-        tmp_path / "none*.tar": "no such file",
+        tmp_path / "{0..1}.tar": r"1\.tar",
+        tmp_path / "none*.tar": r"none\*\.tar",
         tmp_path / "0.tar": "no images in the 1 shards .*1 other members",
-        "memory://bucket/photos": "a URL names tar shards",
+        "memory://bucket/photos": r"bucket/photos.*\.tar",
         "nosuch://bucket/0.tar": "Protocol not known",
         "hf:": "expected hf:NAME",
     }.items():
@@ -334,7 +334,7 @@ def test_bombs_and_giants_are_unreadable_wherever_they_are(tmp_path, monkeypatch
     with open(tmp_path / "photos" / "giant.jpg", "wb") as file:
         file.write(b"\xff\xd8")
         file.truncate(MAX_BYTES + 1)  # a hole: no bytes on disk
-    with pytest.raises(ImageDecodeError, match="bytes are more than"):
+    with pytest.raises(ImageDecodeError, match=f"{MAX_BYTES:,}"):
         list_images(tmp_path / "photos").open(2, 3)
 
 

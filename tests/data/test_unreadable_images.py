@@ -35,7 +35,7 @@ def test_truncated_corrupt_and_empty(photo, tmp_path):
     (tmp_path / "noise.png").write_bytes(os.urandom(500))
     (tmp_path / "empty.jpg").write_bytes(b"")
     assert "truncated" in reason(tmp_path / "cut.jpg")
-    assert reason(tmp_path / "noise.png") == "not an image Pillow knows"
+    assert "not an image" in reason(tmp_path / "noise.png")
     assert reason(tmp_path / "empty.jpg") == "zero bytes"
     assert "No such file" in reason(tmp_path / "absent.jpg")
 
@@ -198,7 +198,7 @@ def test_unreadable_images_are_excluded_until_they_are_too_many(crops, tmp_path,
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", max_unreadable=0.3)
     images = list_images(crops)
     assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
-    assert "unreadable image 'a.png': not an image Pillow knows" in caplog.text
+    assert "unreadable image 'a.png': not an image" in caplog.text
     mapet.pretrain(
         images=crops, tokenizer=tokenizer, tokens=tmp_path / "tokens2", out=tmp_path / "run", epochs=1, probe_every=0,
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 1}, max_unreadable=0.3,

@@ -23,7 +23,7 @@ from mapet.evaluation import inspection
 from mapet.evaluation.datasets import LabeledSet, heldout_mask
 from mapet.evaluation.inspection import TokenSample
 from mapet.evaluation.token_metrics import TokenMetrics, compute_token_metrics, token_warnings
-from mapet.files import atomic_write, create_output_dir, is_empty_dir, write_json, write_text
+from mapet.files import atomic_write, is_empty_dir, write_json, write_text
 from mapet.reports import plots
 from mapet.reports.evaluation import format_token_metrics, render_tokenizer_report
 from mapet.reports.figures import plot_run, plot_tokenizer, step_through
@@ -35,7 +35,7 @@ from mapet.training.tasks.pretraining import load_run
 
 log = logging.getLogger("mapet")
 NUM_SHOWN = 6
-"""Images of figures and of the step-through."""
+"""Images that the figures and the step-through show."""
 NUM_STABILITY_IMAGES = 250
 """Images of the sample that are perturbed; each goes through the teacher seven times. With 196 patches each, a fraction is known
 to better than 1 %."""
@@ -44,13 +44,19 @@ MIN_IMAGES_PER_CLASS = 5
 
 
 def report(config: ReportConfig) -> Path | None:
-    """Write the page or the figures of runs, or serve the live page of one.
+    """Write an HTML page of pre-training runs or the figures of one run, or serve the live page of one run.
+
+    Figures and the step-through (an image's masked patches, predicted one after the other) are computed from the newest weights of each
+    run. With `config.figures` False, or where they can't be computed, the page shows those in the run's folder, if there are any.
 
     Returns:
-        the page, or the folder of the figures; None after serving.
+        The page `config.out`; without `out` the folder `config.figures_dir`; None after serving.
+
+    Raises:
+        MapetError: an output exists already; a run is given twice or can't be read; the figures for `figures_dir` can't be computed.
     """
     if config.serve:
-        _serve(config.run[0])
+        _serve(config.run[0])  # with `serve` the config has one run
         return None
     out, figures_dir = config.out, config.figures_dir
     _check_paths(config)
@@ -60,39 +66,48 @@ def report(config: ReportConfig) -> Path | None:
             view.images, view.step_through = _draw_run(config, view.files.folder)
         except MapetError as error:
             if figures_dir is not None:
-                raise
-            log.warning("%s: no new figures: %s", view.files.given, error)
+                raise  # the figures are what was asked for; a page is useful without them
+            log.warning("%s: no new figures: %s. Earlier ones are shown, if any", view.files.given, error)
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
-        _write_figures(views[0], figures_dir)
+        _write_figures(views[0], figures_dir)  # with `figures_dir` the config has one run
     if out is not None:
         write_text(out, render_page(views))
-        log.info("%s: %.2g MB", out, out.stat().st_size / 1e6)
+        log.info("wrote %s (%.2g MB)", out, out.stat().st_size / 1e6)
     return out or figures_dir
 
 
 def _check_paths(config: ReportConfig) -> None:
-    """Check that the outputs are new and the runs different ones.
+    """Check the paths of `report` before anything is computed.
 
     Raises:
-        MapetError: they are not, or `out` is no HTML file.
+        MapetError: `out` does not end in .html or exists, `figures_dir` is a file or a folder that is not empty, or two of `run` are
+            the same run (a `mapet run` folder and the `pretrain` folder in it are the same).
     """
-    out, folders = config.out, [pretrain_folder(folder).resolve() for folder in config.run]
+    out, figures_dir = config.out, config.figures_dir
+    folders = [pretrain_folder(folder).resolve() for folder in config.run]
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise MapetError(f"{option('out')} {out} must end in .html", field="out", value=out)
-    if out is not None and out.exists():
-        message = f"{out} already exists, and nothing is overwritten: choose another {option('out')}"
-        raise MapetError(message, field="out", value=out)
-    if config.figures_dir is not None:
-        create_output_dir(config.figures_dir, create=False)
+        raise MapetError(f"{option('out')} {out}: the name of the page must end in .html", field="out", value=out)
+    out_exists = out is not None and out.exists()
+    if out_exists or (figures_dir is not None and not is_empty_dir(figures_dir)):
+        name, path = ("out", out) if out_exists else ("figures_dir", figures_dir)
+        message = f"{option(name)} {path} already exists, and nothing is overwritten: choose another {option(name)}"
+        raise MapetError(message, field=name, value=path)
     duplicates = [str(run) for run, folder in zip(config.run, folders, strict=True) if folders.count(folder) > 1]
     if duplicates:
-        message = f"{' and '.join(duplicates)} are the same run: give each run once"
+        message = f"{option('run')}: {' and '.join(duplicates)} are the same run: give each run once"
         raise MapetError(message, field="run", value=config.run)
 
 
 def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image], dict[str, Any]]:
-    """Draw the figures of a run, by name, and collect its step-through, from its newest weights.
+    """Compute the figures and the step-through of a run from its newest weights, in float32.
+
+    Args:
+        config: `device`, `images` (None: the images that the run was trained on) and `trust_teacher` are used.
+        folder: of the `pretrain` run.
+
+    Returns:
+        Name of a figure ('token_maps', ...) -> image; the step-through's data as JSON (see `figures.step_through`).
 
     Raises:
         MapetError: there are no weights, or the images can't be read.
@@ -108,35 +123,47 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image
 
 
 def _write_figures(view: RunView, folder: Path) -> None:
-    """Write the figures of a run as PNG files, and its step-through as JSON, into a new folder."""
+    """Write the figures of a run, NAME.png, and its step-through, step_through.json, into a new folder, atomically."""
     with atomic_write(folder) as temporary:
         temporary.mkdir()
         (temporary / STEP_THROUGH).write_text(json.dumps(view.step_through) + "\n", encoding="utf-8")
         for name, image in view.images.items():
             image.save(temporary / f"{name}.png")
-    log.info("in %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{name}.png" for name in view.images)]))
+    log.info("wrote into %s: %s", folder, ", ".join([STEP_THROUGH, *(f"{name}.png" for name in view.images)]))
 
 
 def _serve(folder: Path) -> None:
-    """Serve the live page of a run until Ctrl-C.
+    """Serve the live page of a pre-training run until Ctrl-C.
 
-    The folder may be missing or empty, or one of `run` or `demo`, which start to pre-train later.
+    Args:
+        folder: of `mapet pretrain`, `run` or `demo`; it may be missing or empty, and `run` and `demo` may not have started to
+            pre-train: the page then waits for the run.
+
+    Raises:
+        MapetError: the folder is a file or another command's folder.
     """
     if folder.is_file():
-        raise MapetError(f"{folder} is a file: give the run's folder", field="run", value=folder)
+        raise MapetError(f"{option('run')} {folder} is a file: give the run's folder", field="run", value=folder)
     if not (is_empty_dir(folder) or read_command(folder) in ("run", "demo")):
         check_is_pretraining(folder)
     with LiveServer(folder) as server:
-        waiting = "" if RunFiles(folder).config else ", waiting for a run there"
-        log.info("%s shows %s%s; Ctrl-C ends this, not the run", server.url, folder, waiting)
+        waiting = "" if RunFiles(folder).config else " (no run has started there yet: the page waits for it)"
+        log.info("%s shows %s%s; Ctrl-C stops this server, not the run", server.url, folder, waiting)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
-            log.info("ended")
+            log.info("the server has stopped")
 
 
 def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
-    """Measure a tokenizer on a sample of images, and write metrics, warnings and figures; return their paths."""
+    """Measure a tokenizer on a sample of images, and write metrics, warnings and figures into the folder `config.out`.
+
+    Returns:
+        Paths of tokenizer_metrics.json, tokenizer_report.md and the figures (PNG), in that order.
+
+    Raises:
+        MapetError: as for `_measure`, or the tokenizer can't be loaded.
+    """
     compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     sample, metrics = _measure(config, tokenizer, compute)
@@ -147,7 +174,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     for warning in warnings:
         log.warning("%s", warning)
     if not warnings:
-        log.info("no warnings")
+        log.info("no warnings: the metrics show no known problem of these tokens")
     content = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
     write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "measures": asdict(metrics)})
     write_text(config.out / TOKENIZER_REPORT, render_tokenizer_report(metrics, warnings, str(config.tokenizer)))
@@ -155,17 +182,27 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     for name, figure in figures.items():
         paths.append(config.out / f"{name}.png")
         plots.save_figure(figure, paths[-1])
-    log.info("in %s: %s", config.out, ", ".join(path.name for path in paths))
+    log.info("wrote into %s: %s", config.out, ", ".join(path.name for path in paths))
     return paths
 
 
 def _measure(
     config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: ComputeContext
 ) -> tuple[TokenSample, TokenMetrics]:
-    """Tokenize a sample of the images, and a part of it under perturbations; return its tokens and their metrics.
+    """Tokenize a sample of `config.sample` images, always the same ones, and compute the metrics of their tokens.
+
+    The first `NUM_STABILITY_IMAGES` of them are tokenized under perturbations (flip, noise, ...) as well, and, with `config.tokens`,
+    compared with the stored tokens: the fraction of tokens that stay the same is a metric.
+
+    Args:
+        tokenizer: with its teacher, on `compute.device`.
+
+    Returns:
+        The tokens of the sample, with the pixels of as many images as the figures need; the metrics.
 
     Raises:
-        MapetError: more than half of the images cannot be read, or the token store is not of these images and this tokenizer.
+        MapetError: more than half of the images can't be read, or the token store (tokens on disk, written by `mapet tokenize`) was
+            made from other images or by another tokenizer.
     """
     images = list_images(config.images)
     drawn = np.random.default_rng(0).permutation(len(images))[: config.sample]
@@ -174,12 +211,13 @@ def _measure(
     num_pixels = inspection.num_images_for_figures(NUM_SHOWN, tokenizer.vocab_size, num_patches)
     sample = sampler.sample(images, drawn.tolist(), num_pixels)
     perturbed = drawn[:NUM_STABILITY_IMAGES].tolist()
+    # name of a perturbation -> tokens of the same content (without it, with it)
     pairs = sampler.sample_perturbed(images, perturbed)
     if config.tokens is not None:
         try:
             store = TokenStore.open(config.tokens, images, tokenizer.hash)
         except MapetError as error:
-            hint = f"Or omit {option('tokens')}: the tokenizer is measured all the same"
+            hint = f"Or omit {option('tokens')}: stored tokens are then not compared, all else is measured"
             raise MapetError(f"{error}. {hint}") from None
         pairs["stored"] = sampler.compare_stored(images, store, perturbed)
     labels, is_test = _labels(images, drawn, sample.image_index)
@@ -189,10 +227,15 @@ def _measure(
 def _labels(
     images: ImageList, drawn: Int[np.ndarray, " n"], readable: Int[Tensor, " m"]
 ) -> tuple[Int[Tensor, " m"] | None, Bool[Tensor, " m"] | None]:
-    """Return the classes of the readable ones of the images drawn, and which of them are test images.
+    """Return the labels of the tokenized images, and which of these images test the probe of tokens against classes.
+
+    Args:
+        drawn: indices, in `images`, of the sample; a fifth of each class of the sample is held out for the test.
+        readable: indices, in `images`, of the m images of the sample that could be read and were tokenized, in their order.
 
     Returns:
-        (None, None) without labels, or with fewer than `MIN_IMAGES_PER_CLASS` images per class drawn.
+        The class index of each readable image, and whether it is a test image; (None, None) if `images` has no labels, or if the sample
+        has a single class or fewer than `MIN_IMAGES_PER_CLASS` images per class on average.
     """
     if (classes_and_labels := images.classes()) is None:
         return None, None
@@ -201,7 +244,7 @@ def _labels(
     if num_present <= 1 or len(drawn) < MIN_IMAGES_PER_CLASS * num_present:
         enough = option("sample", MIN_IMAGES_PER_CLASS * len(classes))
         log.info(
-            "%d images of %d classes: too few to compare tokens with classes; %s would do",
+            "sample of %d images of %d classes: too few to compare tokens with classes; %s would do",
             len(drawn), num_present, enough,
         )  # fmt: skip
         return None, None

@@ -20,7 +20,11 @@ from mapet.files import write_text
 
 
 class Config(BaseModel):
-    """Base of every command's config. A field's docstring is its `--help` text, gives units and says what None ("auto") means."""
+    """Base class of the configs of commands and of their sections; immutable, and unknown options are refused.
+
+    A section is a field that is a config itself, e.g. `pretrain` of `RunConfig`. The docstring below a field is the option's
+    `--help` text: it gives the unit, and what None means, as "auto: ..." or "none: ...".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
     positional: ClassVar[str | None] = None
@@ -33,16 +37,23 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _normalize(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read 'none', or 'auto' where the help text says what that means, as None; make one value of a list option a list."""
+        """Return the value of any field as pydantic shall validate it.
+
+        Of a field that may be None, 'none' becomes None, and so does 'auto' where the help text has "auto: ...". Of a list or
+        tuple field, a single value becomes a list of it. Other values stay as they are.
+        """
         field = cls.model_fields[str(info.field_name)]
         single = value[0] if isinstance(value, list) and len(value) == 1 else value  # the command line makes lists
         if single in ("none", format_none(field)) and NoneType in get_args(field.annotation):
             return None
-        several = is_multi_valued(field.annotation)
-        return [value] if several and isinstance(value, (str, int, float, os.PathLike)) else value
+        is_single = isinstance(value, (str, int, float, os.PathLike))
+        return [value] if is_single and is_multi_valued(field.annotation) else value
 
     def problems(self) -> Iterator[str]:
-        """Yield a message for each option whose value contradicts itself or another option; the first one is raised."""
+        """Yield an error message for each value that is invalid or contradicts another option's; subclasses override this.
+
+        It is called after pydantic has validated each field by itself. The first message becomes the error.
+        """
         yield from ()
 
     @model_validator(mode="after")
@@ -53,7 +64,10 @@ class Config(BaseModel):
 
 
 def is_multi_valued(annotation: Any) -> bool:
-    """Return whether a type is a list or a tuple of any length, alone or as one of several alternatives."""
+    """Return whether a field's type is a list or a tuple of any length, also as an alternative: `list[str] | None`.
+
+    False for a tuple of fixed length, e.g. height and width.
+    """
     arguments = get_args(annotation)
     if get_origin(annotation) is tuple:
         return Ellipsis in arguments
@@ -66,15 +80,17 @@ Options = Mapping[str, Any]
 
 
 def build_config(config_type: type[C], options: Options, path: Path | None = None, typed: Options = {}) -> C:
-    """Validate options into a config: first each section, so that its errors name its options, then the whole.
+    """Validate options into a config: first each section, so that errors name its options (`--pretrain.lr`), then the whole.
 
     Args:
-        path: the file that `options` were read from, for error messages; None if there is none.
-        typed: options from the command line, which replace those of the same name in `options`.
+        config_type: the class of the config.
+        options: field name -> value, from Python or a config file; the value of a section is such a mapping itself.
+        path: the file that `options` were read from, for error messages; None: from Python or the command line.
+        typed: options from the command line, of the same form; they replace those of the same name in `options`.
 
     Raises:
-        MapetError: options that are unknown, missing or wrong, on one line; it carries the first one's field, value and what was
-            expected.
+        MapetError: options that are unknown, missing or invalid; the message lists all of them on one line. `field`, `value` and
+            `expected` of the error are the first one's.
     """
     merged = merge_options(options, typed)
     for name, section_type, by_name in iter_sections(config_type):
@@ -92,7 +108,17 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
 
 
 def _build_by_name(config_type: type[C], options: Options, path: Path | None, typed: Options) -> dict[str, Any]:
-    """Validate a mapping of names to the options of a config each; what is no mapping is left for pydantic to refuse."""
+    """Validate a section that maps names of the user to configs, e.g. `tokenizers` of `StudyConfig`.
+
+    Args:
+        config_type: the class of each config.
+        options: name -> options of the config of that name. A value that is no mapping is returned unchanged: pydantic refuses it.
+        path: the file that `options` were read from, or None.
+        typed: options from the command line, already merged into `options`; by name, too.
+
+    Returns:
+        Name -> config.
+    """
     built = dict(options)
     for name, section in options.items():
         if isinstance(section, Mapping):
@@ -102,7 +128,7 @@ def _build_by_name(config_type: type[C], options: Options, path: Path | None, ty
 
 
 def merge_options(base: Options, over: Options) -> dict[str, Any]:
-    """Return nested mappings merged into a new one; where both have a value, that of `over` is taken."""
+    """Merge two nested mappings of options into a new one; where both have a value that is no mapping, take the one of `over`."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -118,21 +144,26 @@ EXPECTED = {
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number"), **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"), **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
 }  # fmt: skip
-"""Type of a pydantic error -> what was expected, a template of the error's context."""
+"""Type of a pydantic error -> what the value must be; the fields in braces are keys of the error's `ctx`."""
 
 
 def _expected(problem: ErrorDetails) -> str:
-    """Return what an option should have been: the message of a validator of mapet's, or `EXPECTED`, or pydantic's own text."""
+    """Return what an option's value must be, e.g. 'must be at least 1': from `EXPECTED` by the type of pydantic's error, else pydantic's text.
+
+    The text of a ValueError that mapet's own validators raise is returned as it is.
+    """
     context = problem.get("ctx", {})
     return EXPECTED.get(problem["type"], problem["msg"]).format(**context)
 
 
 def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None, typed: Options) -> str:
-    """Return one message for a pydantic error; it spells the option as the user wrote it and names the file, if it is there.
+    """Return the message for one error of pydantic: the option as the user wrote it, what is expected, the value and its file.
 
     Args:
+        config_type: the config that was validated.
+        problem: pydantic's error: its type, its location (names of nested fields; empty if it is about several options) and value.
         path: the config file, or None.
-        typed: the options of the command line; all others come from the file.
+        typed: the options of the command line; all others come from the file, if there is one.
     """
     location, kind = problem["loc"], problem["type"]
     in_file = path is not None and bool(location) and location[0] not in typed and kind != "missing"
@@ -150,7 +181,10 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
 
 
 def iter_sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:
-    """Yield (name, config type, by_name) of the fields that hold configs; by_name: a mapping of the user's names to such configs."""
+    """Yield (field name, config class, by_name) of the sections of a config, which are its fields that hold configs.
+
+    by_name is False where the field is one config, True where it maps names of the user to configs (`tokenizers` of `study`).
+    """
     for name, field in config_type.model_fields.items():
         by_name = get_origin(field.annotation) is dict
         section_type = get_args(field.annotation)[1] if by_name else field.annotation
@@ -159,7 +193,14 @@ def iter_sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config]
 
 
 def iter_options(config_type: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted name, pydantic field) of every option of the command line, e.g. 'pretrain.lr' for one of a section."""
+    """Yield (name, pydantic field) of every option of the command line; the name of a section's option is dotted, 'pretrain.lr'.
+
+    Fields in `file_only` are excluded. A field that maps names to configs is one option.
+
+    Args:
+        config_type: the config class.
+        prefix: text before each name, e.g. 'pretrain.'.
+    """
     section_types = {name: section_type for name, section_type, by_name in iter_sections(config_type) if not by_name}
     for name, field in config_type.model_fields.items():
         if name in section_types:
@@ -169,34 +210,32 @@ def iter_options(config_type: type[Config], prefix: str = "") -> Iterator[tuple[
 
 
 def format_none(field: FieldInfo) -> str:
-    """Return what None is called for an option: 'auto' where its help text says what is chosen then ("auto: ..."), else 'none'."""
+    """Return how the user writes None for an option: 'auto' if its help text contains "auto:" (what is chosen then), else 'none'."""
     return "auto" if "auto:" in (field.description or "") else "none"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML file of option names and values; dashes in names become underscores.
+    """Read a YAML file of option names and values; an empty file gives {}.
+
+    Dashes in the names of the top level become underscores, as in field names.
 
     Raises:
-        MapetError: it cannot be read, is not valid YAML, or is no mapping.
+        MapetError: the file cannot be read, is not valid YAML, or holds no mapping.
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MapetError(f"cannot read the config {path}: {error.strerror}. Check the path") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # PyYAML lets out those of int() and text
+    # PyYAML raises the others for numbers, dates or nesting that Python cannot represent
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(options, (dict, NoneType)):
-        raise MapetError(f"{path} must hold options as `name: value`, not a {type(options).__name__}")
+        raise MapetError(f"{path} must hold options, one `name: value` a line, but is a {type(options).__name__}")
     return {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write all options as YAML, atomically."""
+    """Write all options, defaults included, to a YAML file, atomically."""
     write_text(path, to_yaml(config))
 
 
@@ -206,17 +245,26 @@ def to_yaml(config: Config) -> str:
 
 
 def diff_configs(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:
-    """Return 'key: old -> new' for every option that differs, those of a section as 'section.key'.
+    """Return 'name: old value -> new value' for every option that differs; an option of a section is named 'section.name'.
+
+    Values are compared and shown as JSON values. An option that one of the configs does not have counts as None there.
 
     Args:
-        ignore: fields, whole sections among them, that are not compared. An option that one config does not have is None there.
+        old, new: the configs.
+        ignore: names of fields of the top level, sections among them, that are not compared.
     """
-    a, b = (dict(_flatten(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new))
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in a | b if a.get(key) != b.get(key)]
+    before, after = (dict(_flatten(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new))
+    differing = [name for name in before | after if before.get(name) != after.get(name)]
+    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing]
 
 
 def _flatten(options: Options, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of all values in nested mappings."""
+    """Yield (dotted name, value), e.g. ('pretrain.lr', 0.1), of all values in nested mappings that are no mappings themselves.
+
+    Args:
+        options: the outer mapping.
+        prefix: text before each name, e.g. 'pretrain.'.
+    """
     for key, value in options.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")

@@ -59,7 +59,7 @@ class IntensityWindow(NamedTuple):
     high: float
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Map an array of any real numeric type to uint8 of the same shape."""
+        """Map an array of any real numeric type linearly to uint8 of the same shape: `low` becomes 0, `high` 255, NaN 0."""
         floats = values.astype(np.promote_types(values.dtype, np.float32))
         scaled = ((floats - self.low) * (255 / (self.high - self.low))).clip(0, 255)
         return np.nan_to_num(scaled).round().astype(np.uint8)
@@ -94,7 +94,11 @@ class LazyImage(ABC):
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn whatever a decoder raises in the context into an `ImageDecodeError` with the reason."""
+    """Turn any Exception that a decoder raises in the context into an `ImageDecodeError` whose message is the reason.
+
+    An `ImageDecodeError` passes unchanged. An OSError's reason is the system's text, e.g. 'No such file or directory'; every
+    other exception counts as damage of the file.
+    """
     try:
         yield
     except ImageDecodeError:
@@ -113,15 +117,22 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
     EXIF rotation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, palette and
     other modes are converted.
 
+    The format is recognized by the file's first bytes; only `.npy` also by the path's extension, so that a damaged array is
+    reported as one.
+
     Args:
         file: its path or its bytes.
-        channels: 1 (gray) or 3 (RGB); `.npy` arrays of shape (H, W) or (H, W, C) may have any number, which must be this.
+        channels: C of the pixels that `LazyImage.read` returns: 1 (gray) or 3 (RGB). Only `.npy` arrays may have other numbers;
+            an array of shape (H, W) has 1 channel, and an array of another number than this is refused.
         window: maps 16-bit, integer and floating-point values to 8 bits; None: the upper 8 of 16 bits, others are refused.
+
+    Returns:
+        An image of known size whose pixels `read` returns, any number of times. A JPEG is decoded then only: `read` can fail.
 
     Raises:
         ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
-            A JPEG's pixels are not decoded yet: reading them can still fail.
     """
+    # Unbuffered: of most formats only the head is read here.
     with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
         head = stream.read(HEAD_BYTES)
         if not head:
@@ -136,7 +147,7 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
 def check_pixel_count(height: int, width: int) -> None:
     """Raise ImageDecodeError if an image has more than `MAX_PIXELS`."""
     if height * width > MAX_PIXELS:
-        raise ImageDecodeError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+        raise ImageDecodeError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} pixels that mapet reads")
 
 
 class DecodedImage(LazyImage):
@@ -144,12 +155,21 @@ class DecodedImage(LazyImage):
 
     Attributes:
         array: (H, W, C) upright pixels.
-        window: maps its values to 8 bits, if they are others; None: the upper 8 of 16 bits are taken.
-        is_deep: whether its values are others than 8 bits.
+        window: maps values of another type than uint8 to 8 bits; None: the upper 8 of 16 bits are taken.
+        is_deep: whether `array` has another type than uint8.
     """
 
     def __init__(self, array: np.ndarray, kind: str, window: IntensityWindow | None = None) -> None:
-        """Keep the pixels; raise ImageDecodeError if they need a window and there is none."""
+        """Keep the pixels, without a copy.
+
+        Args:
+            array: (H, W, C) upright pixels of any real type.
+            kind: format and mode, e.g. 'PNG RGB'.
+            window: maps values that are not uint8 to 8 bits; None: the upper 8 bits of uint16 are taken.
+
+        Raises:
+            ImageDecodeError: the values are neither uint8 nor uint16, and there is no window; it names their range.
+        """
         self.array, self.kind, self.size, self.window = array, kind, (array.shape[0], array.shape[1]), window
         self.is_deep = array.dtype != np.uint8
         self.windowed = window is not None and self.is_deep
@@ -157,11 +177,16 @@ class DecodedImage(LazyImage):
             values = array[np.isfinite(array)]
             found = f"{values.min():g} to {values.max():g}" if values.size else "all NaN or Inf"
             raise ImageDecodeError(
-                f"{array.dtype.name} pixels, {found}: `mapet prepare --value-range LOW HIGH` maps them to 8 bits"
+                f"{array.dtype.name} pixels ({found}), expected uint8 or uint16: `mapet prepare --value-range LOW HIGH` maps them to 8 bits"
             )
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
-        """Return the pixels of a box (None: all) as 8 bits; they are decoded already, so `min_size` does not matter."""
+        """Return the pixels of a box as 8 bits, never reduced.
+
+        Args:
+            box: rectangle of the image, pixels; None: the whole image.
+            min_size: not used, as the pixels are decoded already; see `LazyImage.read`.
+        """
         top, left, height, width = box or Box(0, 0, *self.size)
         pixels = self.array[top : top + height, left : left + width]
         if self.is_deep:
@@ -173,10 +198,19 @@ class DecodedImage(LazyImage):
 
 
 def open_array(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
-    """Open an array (H, W) or (H, W, C); of a file on disk, only the boxes that are asked for are read.
+    """Open an `.npy` array of shape (H, W) or (H, W, C).
+
+    A file on disk is mapped into memory, so only the boxes that `read` is called with are read from it.
+
+    Args:
+        file: its path or its bytes.
+        channels: C that the array must have; (H, W) counts as C = 1.
+        window: see `DecodedImage`.
 
     Raises:
-        ImageDecodeError: it has another shape, another number of channels, too many pixels, or no real numbers.
+        ImageDecodeError: it has another shape, another number of channels, too many pixels, or no real numbers; or its values
+            need a window and there is none.
+        Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
     """
     array = _array_from_bytes(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
     if array.ndim == 2:
@@ -190,9 +224,13 @@ def open_array(file: ImageFile, channels: int, window: IntensityWindow | None) -
 
 
 def _array_from_bytes(data: bytes) -> np.ndarray:
-    """View the bytes of an .npy file as an array, without a copy.
+    """View the bytes of an .npy file as a read-only array, without a copy.
 
-    `np.load` would first take as much memory as the header claims to need.
+    `np.load` would first allocate as much memory as the header says the array needs, however few bytes follow it.
+
+    Raises:
+        ImageDecodeError: its elements are Python objects.
+        ValueError: the header is damaged, or fewer bytes follow it than it says.
     """
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
@@ -208,9 +246,14 @@ def _array_from_bytes(data: bytes) -> np.ndarray:
 
 @translate_errors()
 def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
-    """Decode an image with Pillow; see `open_image` for what becomes of rotation, animation and transparency.
+    """Decode an image in full with Pillow: EXIF rotation applied, first frame of an animation, transparency laid on white.
 
-    Gray images of more than 8 bits keep their values, for `DecodedImage` and its window to map.
+    Gray images of more than 8 bits keep their values, which `DecodedImage` maps to 8 bits; all others become 8-bit gray or RGB.
+
+    Args:
+        file: its path or its bytes.
+        channels: 1 (gray) or 3 (RGB).
+        window: maps values of more than 8 bits to 8 bits; None: the upper 8 of 16 bits are taken.
 
     Raises:
         ImageDecodeError: with the reason: Pillow does not know the format, it is damaged, too large, ...
@@ -226,7 +269,7 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
                 stored.load()
                 image = ImageOps.exif_transpose(stored)
     except UnidentifiedImageError:
-        raise ImageDecodeError("not an image Pillow knows") from None
+        raise ImageDecodeError("not an image, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
         raise ImageDecodeError(str(error)) from None
     if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
@@ -246,7 +289,16 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
 
 
 def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> LazyImage:
-    """Open a JPEG without decoding it, if it is gray or YCbCr; otherwise, and if its header is damaged, decode it with Pillow."""
+    """Open a JPEG without decoding it, if it is gray or YCbCr; otherwise, and if its header is damaged, decode it with Pillow.
+
+    Args:
+        data: the file's bytes.
+        channels: 1 (gray) or 3 (RGB).
+        window: used by Pillow alone; the JPEGs that are opened without decoding have 8 bits.
+
+    Raises:
+        ImageDecodeError: it has too many pixels, or Pillow cannot decode it.
+    """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -260,55 +312,82 @@ def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> Laz
 class LazyJpeg(LazyImage):
     """A JPEG with 8 bits per channel, gray or YCbCr: libjpeg-turbo decodes it when a box is read, reduced as far as possible.
 
-    Pillow reads those that libjpeg-turbo cannot decode without warnings, so one decoder decides what is unreadable and why.
+    A file that libjpeg-turbo refuses or warns about is decoded by Pillow instead, so one decoder alone, Pillow, decides which
+    files are unreadable and why.
 
     Attributes:
         data: the file's bytes.
-        stored_size: height and width before EXIF rotation; `size` is that after it.
+        channels: C of the pixels that `read` returns, 1 (gray) or 3 (RGB), whatever the file holds.
+        stored_size: height and width before EXIF rotation, pixels; `size` is that after it.
+        orientation: what EXIF rotation does to the stored pixels.
     """
 
     def __init__(self, data: bytes, channels: int, height: int, width: int, kind: str) -> None:
-        """Keep the bytes of a JPEG and what its header says: `height` and `width` before EXIF rotation."""
+        """Keep the bytes of a JPEG, and look up its EXIF rotation; nothing is decoded yet.
+
+        Args:
+            data: the file's bytes.
+            channels: C of the pixels to return, 1 (gray) or 3 (RGB).
+            height, width: as the header says, before EXIF rotation, pixels.
+            kind: format and mode, 'JPEG L' or 'JPEG RGB'.
+        """
         self.data, self.channels, self.stored_size, self.kind = data, channels, (height, width), kind
         self.orientation = _read_orientation(data)
         self.size = (width, height) if self.orientation.transpose else (height, width)
-        self._decoded: dict[tuple[int, bool], np.ndarray] = {}  # so that student and teacher share it
+        self._decoded: dict[
+            tuple[int, bool], np.ndarray
+        ] = {}  # (reduction, fast) -> pixels: a view may be read at two sizes
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
-        """Decode the pixels of a box, reduced as far as possible.
+        """Decode the JPEG and return the pixels of a box of the upright image, reduced r = 8, 4, 2 or 1 times.
+
+        While it decodes, libjpeg-turbo can make an image r times smaller on each side, which takes less time than decoding all
+        pixels. The largest r is used for which the reduced box is no smaller than `min_size` and has no edge inside a pixel of
+        the reduced image. The decoded image is kept, so another box, or the same one at another size, may cost no decoding.
 
         Args:
-            box: in the upright image; None: all of it.
-            min_size: height and width that the box will be resized to. The result may be reduced by 8, 4 or 2 times, if it
-                is no smaller than this and shows exactly the same box. None: not reduced.
+            box: rectangle of the upright image, after EXIF rotation, in its full-size pixels; None: the whole image.
+            min_size: height and width, pixels, that the caller will resize the box to. None: r = 1, exact pixels.
+
+        Returns:
+            A copy of the pixels, (C, box.height / r, box.width / r): C is `channels`. Not reduced if Pillow had to decode it.
 
         Raises:
-            ImageDecodeError: the data is damaged, as Pillow finds, too.
+            ImageDecodeError: neither libjpeg-turbo nor Pillow can decode the data.
         """
         box = box or Box(0, 0, *self.size)
         reduction, fast = 1, False
         if min_size is not None:
             max_reduction = min(box.height // min_size[0], box.width // min_size[1])
-            # Pixels of the reduced image are blocks of the stored one, so the box must consist of whole blocks; and so must
-            # a side that is flipped, whose last block would otherwise be a smaller one and come first.
-            flipped = self.size[0] * self.orientation.flip_rows, self.size[1] * self.orientation.flip_columns
-            whole = [r for r in REDUCTIONS if not any(edge % r for edge in (*box, *flipped))]
-            reduction = next((r for r in whole if r <= max_reduction), 1)
-            fast = box.height > min_size[0] and box.width > min_size[1]
+            # A pixel of the reduced image is a block of r x r stored pixels, counted from the stored top left corner. So r must
+            # divide the box's edges and, as a flip makes the last row (column) the first, each side that the rotation flips.
+            flipped_sides = (
+                self.size[0] * self.orientation.flip_rows,
+                self.size[1] * self.orientation.flip_columns,
+            )  # 0: not
+            exact = [r for r in REDUCTIONS if not any(edge % r for edge in (*box, *flipped_sides))]
+            reduction = next((r for r in exact if r <= max_reduction), 1)
+            fast = (
+                box.height > min_size[0] and box.width > min_size[1]
+            )  # the caller reduces it further: errors don't show
         try:
             upright = self.orientation.apply(self._decode(reduction, fast))
-        except ValueError:
+        except ValueError:  # libjpeg-turbo refuses the file: Pillow may still decode it
             return open_with_pillow(self.data, self.channels, None).read(box)
         top, left, height, width = (edge // reduction for edge in box)
         pixels = upright[top : top + height, left : left + width].copy()
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _decode(self, reduction: int, fast: bool) -> UInt8[np.ndarray, "h w C"]:
-        """Decode the whole stored image, or return it if it was decoded the same way before.
+        """Decode the whole image as it is stored, before EXIF rotation, or return it if it was decoded the same way before.
 
         Args:
-            reduction: factor that divides both sides, rounded up; 1 or one of `REDUCTIONS`.
-            fast: interpolate color roughly, which does not show in images that are resized to be smaller.
+            reduction: how many times smaller each side becomes, rounded up to whole pixels; 1 or one of `REDUCTIONS`.
+            fast: use the faster, less exact inverse DCT and color upsampling, whose errors do not show in images that are
+                then resized to be smaller.
+
+        Returns:
+            The pixels, which `_decoded` keeps and the caller must not change; C is `channels`.
 
         Raises:
             ValueError: libjpeg-turbo finds the data damaged.
@@ -344,8 +423,12 @@ ORIENTATIONS = {  # by EXIF's number
 
 
 def _read_orientation(data: bytes) -> Orientation:
-    """Return how a JPEG is to be turned, as its EXIF data says; upright without."""
-    header = data[: data.find(b"\xff\xda")]  # up to the first scan
+    """Return what turns a JPEG's stored pixels upright, by the orientation in its EXIF or XMP data; nothing if it has none.
+
+    Args:
+        data: the file's bytes.
+    """
+    header = data[: data.find(b"\xff\xda")]  # up to the marker of the first scan, where the pixels begin
     if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # most files of a data set have neither
         return Orientation()
     with warnings.catch_warnings():

@@ -73,20 +73,21 @@ class TarImageList(ImageList):
     when a shard's size, time or ETag changes.
 
     Attributes:
-        source: path or URL of the shards, which selects their file system.
-        paths: of the shards, as that file system names them.
+        source: path or URL of the shards, which selects fsspec's file system.
+        paths: path of each shard, as that file system names it.
         first_rows: (shards,) row of each shard's first image.
         offsets: (n,) byte in its shard at which each image begins, by row.
     """
 
     def __init__(self, source: str) -> None:
-        """List the images of shards.
+        """List the images of shards, shard by shard in the order of the members, by their headers or the cached indices.
 
         Args:
             source: path or URL of `.tar` files; `{000..012}` and `*` stand for several.
 
         Raises:
-            MapetError: a shard is missing, compressed, damaged or cut off (naming it), or there are no images.
+            MapetError: a shard is missing, compressed, damaged or cut off (naming it); there are no images; or shards of one
+                name (in several folders) hold members of one name, so that `name@shard.tar` is no unique id.
         """
         self.source, self.paths = source, _expand_pattern(source)
         with ThreadPoolExecutor(NUM_INDEX_THREADS if is_url(source) else 1) as pool:
@@ -102,16 +103,19 @@ class TarImageList(ImageList):
             suffixes = [b"@" + os.fsencode(os.path.basename(path)) for path in self.paths]
             ids = PackedStrings.from_strings(map(operator.add, ids, np.repeat(np.array(suffixes, object), counts)))
             if _has_duplicates(ids):
-                raise MapetError(f"{source}: several shards of one name hold members of one name: rename the shards")
+                raise MapetError(
+                    f"{source}: several shards of the same file name hold members of the same name: rename the shards"
+                )
         self.first_rows = np.cumsum([0, *counts[:-1]])
         self.offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
         texts = PackedStrings.from_terminated(b"".join(shard.labels.tobytes() for shard in shards))
+        # Numbers are sorted as numbers; a length of 0 puts other texts before them.
         labels = labels_from_texts(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
         super().__init__(source, ids, sizes, labels, num_ignored)
 
     def data(self, index: int) -> bytes:
-        """Read the image's range of bytes, if the shard is distant up to `NUM_TRIES` times.
+        """Return the bytes of the image at `index` of this list: a range of its shard, requested up to `NUM_TRIES` times from a URL.
 
         Raises:
             MapetError: it cannot be read, or the shard is shorter now. (An ImageDecodeError would exclude the image for
@@ -120,23 +124,32 @@ class TarImageList(ImageList):
         row = self.rows[index]
         path = self.paths[int(np.searchsorted(self.first_rows, row, "right")) - 1]
         start, size = int(self.offsets[row]), int(self.file_sizes[index])
-        for attempt in range(1, NUM_TRIES + 1):
+        for attempt in range(1, NUM_TRIES + 1):  # a local shard, or a file that is gone, is not tried again
             try:
                 data = _file_system(self.source, os.getpid()).cat_file(path, start, start + size)
                 break
             except Exception as error:  # each file system has errors of its own
                 if attempt == NUM_TRIES or isinstance(error, FileNotFoundError) or not is_url(self.source):
-                    hint = "check the shard and the connection, then run the command again"
-                    raise MapetError(f"cannot read {path}: {error or type(error).__name__}; {hint}") from None
+                    fix = "check the file and, of a URL, the connection, then run the command again"
+                    raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}; {fix}") from None
                 time.sleep(attempt)
         if len(data) != size:
-            found = f"{len(data):,} of the {size:,} bytes of {self.id(index)}"
-            raise MapetError(f"{path} has {found}: it has changed since it was listed; run the command again")
+            found = f"{len(data):,} of the {size:,} bytes of image {self.id(index)!r}"
+            raise MapetError(
+                f"the shard {path} holds {found}: it has changed since its index was read; run the command again"
+            )
         return data
 
 
 def _expand_pattern(source: str) -> list[str]:
-    """Return the paths of the `.tar` files that a pattern stands for, in order, as the file system it selects names them.
+    """Return the paths of the `.tar` files that a pattern stands for.
+
+    Args:
+        source: path or URL; `{000..012}` stands for each number of the range, `*` for any characters of existing names.
+
+    Returns:
+        Paths as fsspec's file system of `source` names them, e.g. without 's3://': the ranges in order, the matches of a `*` sorted.
+        Only a pattern with `*` is looked up; another file may not exist.
 
     Raises:
         MapetError: there is no such file, or one that is no `.tar` file.
@@ -147,39 +160,50 @@ def _expand_pattern(source: str) -> list[str]:
         path = url_to_fs(pattern)[1]
         matches = sorted(map(str, fs.glob(path))) if "*" in path else [path]
         if not matches:
-            raise MapetError(f"{pattern}: no such file")
+            raise MapetError(f"{pattern}: no file matches this pattern")
         paths += matches
     for path in paths:
         if not path.partition("?")[0].endswith(".tar"):  # a URL may have a query
-            hint = "a URL names tar shards, uncompressed, so that any image can be read alone: gunzip, zstd -d others"
-            raise MapetError(f"{path} is no .tar file: {hint}")
+            fix = "any image is read alone, so shards must be uncompressed: decompress others (gunzip, zstd -d)"
+            raise MapetError(f"{path}: expected a name ending in .tar; {fix}")
     return paths
 
 
 def _expand_braces(source: str) -> list[str]:
     """Return the texts that ranges in braces stand for: 'a{08..10}b' -> a08b, a09b, a10b; there may be several ranges."""
-    text, *rest = re.split(r"\{(\d+)\.\.(\d+)\}", source)
+    text, *rest = re.split(r"\{(\d+)\.\.(\d+)\}", source)  # rest: first, last and following text of each range in turn
     choices = [[text]]
     for first, last, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        choices += [[f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)], [text]]
+        width = len(first)  # '08' means two digits
+        choices += [[f"{number:0{width}d}" for number in range(int(first), int(last) + 1)], [text]]
     return list(map("".join, product(*choices)))
 
 
 @lru_cache(64)
 def _file_system(source: str, process_id: int) -> Any:
-    """Return fsspec's file system of a URL or path; one for each process, as connections do not survive a fork."""
+    """Return fsspec's file system of a URL or path.
+
+    Args:
+        source: path or URL.
+        process_id: of this process; a key of the cache alone, so that a forked process opens connections of its own.
+
+    Raises:
+        MapetError: fsspec does not know the protocol, or needs a package for it that is not installed.
+    """
     try:
         return url_to_fs(source)[0]
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
-        raise MapetError(f"{source}: {error}") from None
+        raise MapetError(f"cannot open the URL or path {source}: {error}") from None
 
 
 def _index_shard(source: str, path: str) -> ShardIndex:
-    """Return the index of one shard: from the cache if it is there and intact, else from the shard's headers.
+    """Return the index of one shard: from the cache if it is there and intact, else from the shard's headers, which it then caches.
+
+    The name of the cached file is a hash of path, size, time and ETag: the index of a shard that has changed is not found.
 
     Args:
-        source: path or URL that selects the file system.
-        path: the shard there.
+        source: path or URL that selects fsspec's file system.
+        path: the shard, as that file system names it.
 
     Raises:
         MapetError: the shard is missing, unreadable or damaged.
@@ -197,61 +221,71 @@ def _index_shard(source: str, path: str) -> ShardIndex:
     except MapetError:
         raise
     except FileNotFoundError:
-        raise MapetError(f"{path}: no such file") from None
+        raise MapetError(f"the shard {path} does not exist") from None
     except Exception as error:  # each file system has errors of its own
-        raise MapetError(f"cannot read {path}: {error or type(error).__name__}") from None
+        raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}") from None
     try:
         with atomic_write(cached) as temporary:
             save_file(shard._asdict(), temporary)
     except OSError as error:
-        log.debug("the index of %s is not cached: %s", path, error)
+        log.debug("the index of the shard %s could not be written to the cache %s: %s", path, cache, error)
     return shard
 
 
 def read_headers(file: BinaryIO, path: str) -> ShardIndex:
-    """Index the images of an open tar file by its headers alone; of the contents only `.cls` members are read.
+    """Read the headers of an open tar file, and return where its images are.
 
-    Members that are neither images nor `.cls` files count as ignored, folders do not count at all.
+    Images are regular members with an image's extension, of which no part of the path begins with a dot. A member NAME.cls, the
+    text of a class in at most `MAX_LABEL_BYTES`, labels the image whose path is the same up to the first dot of its file name, as
+    in WebDataset; of the contents only such members are read. Other members count as ignored, folders do not count at all.
 
     Args:
-        file: open for reading, at its beginning.
-        path: what errors name.
+        file: seekable, open for reading, at its beginning.
+        path: of the shard, for errors.
+
+    Returns:
+        The images in the order of their headers; names without a leading './'. See `ShardIndex`.
 
     Raises:
         MapetError: it is no tar file, is damaged or cut off, or one name comes twice.
     """
-    images: dict[bytes, tuple[int, int, bytes]] = {}  # name -> offset, size, key
-    labels: dict[bytes, bytes] = {}  # key -> text
+    images: dict[
+        bytes, tuple[int, int, bytes]
+    ] = {}  # name -> byte at which the content begins, bytes of it, key of the label
+    labels: dict[bytes, bytes] = {}  # key of the label -> text
     num_ignored = 0
     try:
+        # mode "r:" refuses compressed files, of which no member could be read alone
         tar = tarfile.open(fileobj=cast(BinaryIO, _BoundedReads(file)), mode="r:")  # noqa: SIM115
         for member in _iterate_members(tar):
             name = os.fsencode(member.name.removeprefix("./"))
             folder, _, base = name.rpartition(b"/")
-            # WebDataset's key, which an image shares with its label: the path up to the first dot of the file's name.
             key, extension = os.path.join(folder, base.split(b".")[0]), os.path.splitext(base)[1].lower()
             is_hidden = any(part.startswith(b".") and part != b".." for part in name.split(b"/"))
             is_plain = member.isreg() and not member.issparse() and not is_hidden
             if is_plain and extension.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
-                    fault = "comes twice" if name in images else "holds a zero byte"
-                    raise tarfile.ReadError(f"the name {member.name!r} {fault}")
+                    fault = "two members have the name" if name in images else "there is a zero byte in the name"
+                    raise tarfile.ReadError(f"{fault} {member.name!r}")
                 images[name] = member.offset_data, member.size, key
             elif is_plain and extension == b".cls" and member.size <= MAX_LABEL_BYTES:
                 file.seek(member.offset_data)
                 labels[key] = file.read(member.size).replace(b"\0", b"").strip()
             else:
                 num_ignored += not member.isdir()
+        # tarfile takes anything that is no header for the end. A true end is at least one block of zeros, filled up to a record.
         file.seek(tar.offset)
-        end = file.read(tarfile.RECORDSIZE + BLOCK_BYTES)  # of zeros: at least one block, at most filled up to a record
+        end = file.read(tarfile.RECORDSIZE + BLOCK_BYTES)
         if len(end) < BLOCK_BYTES:
-            raise tarfile.ReadError("it ends without an end mark: it is cut off")
+            raise tarfile.ReadError(
+                f"it is cut off: expected {BLOCK_BYTES} zero bytes at its end, found {len(end)} bytes"
+            )
         if end.strip(b"\0"):
-            place = f"at byte {tar.offset:,}"
-            raise tarfile.ReadError(f"no header where one should be, {place}, or something after the end")
+            raise tarfile.ReadError(f"expected a header or zeros at byte {tar.offset:,}, found other data")
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
         found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
         raise MapetError(f"{found}. Make or copy it again") from None
+    # offset and size of every image, as two contiguous arrays
     offsets, sizes = np.array([image[:2] for image in images.values()], np.int64).reshape(-1, 2).T.copy()
     names = np.frombuffer(join_terminated(images), np.uint8)
     texts = np.frombuffer(join_terminated(labels.get(key, b"") for _, _, key in images.values()), np.uint8)
@@ -259,16 +293,19 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
 
 
 def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar file in order and forget them; tarfile itself would keep 1 kB of each.
+    """Yield the members of a tar file in order, in constant memory: tarfile itself would keep 1 kB of each.
 
     Raises:
-        tarfile.ReadError: a member's size is negative, or leads back to one before: reading would never end.
+        tarfile.ReadError: a member has a negative size, or its header is not behind that of the member before, as in a loop
+            that would never end.
     """
     last_offset = -1
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         if member.size < 0 or member.offset <= last_offset:
-            raise tarfile.ReadError(f"the member {member.name!r} says it has {member.size:,} bytes")
+            raise tarfile.ReadError(
+                f"the header of member {member.name!r} gives an impossible size, {member.size:,} bytes"
+            )
         last_offset = member.offset
         yield member
 
@@ -285,11 +322,11 @@ class _BoundedReads:
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
+            raise tarfile.ReadError(f"a header takes {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
         return self.file.read(size)
 
 
 def _has_duplicates(names: PackedStrings) -> bool:
-    """Return whether a name comes twice; hashes, in little memory, rule that out for most lists."""
+    """Return whether a name comes twice; their hashes are compared first, which takes less memory than a set of the names."""
     hashes = np.fromiter(map(hash, names), np.int64, len(names))
     return len(np.unique(hashes)) < len(names) and len(set(names)) < len(names)

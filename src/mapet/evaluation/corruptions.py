@@ -26,21 +26,29 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class SeverityRange(NamedTuple):
-    """A parameter's published values at severities 1 to 5.
+    """A corruption parameter's published values at severities 1 to 5.
 
     Attributes:
-        small: values for 32 px.
-        large: values for 224 px.
-        is_length: the value is in pixels, so that it scales with images above 224 px and below 32.
+        at_32px: the five values for images of 32 px (CIFAR-10-C), severity 1 first.
+        at_224px: the five values for images of 224 px (ImageNet-C).
+        is_length: the value is a length in pixels, so that it scales with images above 224 px and below 32 px.
     """
 
-    small: tuple[float, ...]
-    large: tuple[float, ...]
+    at_32px: tuple[float, ...]
+    at_224px: tuple[float, ...]
     is_length: bool = False
 
     def interpolate(self, side: int, severity: int) -> float:
-        """Return the value for images whose shorter side is `side` pixels: geometric between 32 and 224 px, linear if a value is 0."""
-        small, large = self.small[severity - 1], self.large[severity - 1]
+        """Return the parameter's value for an image size and a severity.
+
+        Between 32 and 224 px the value is interpolated from `at_32px` to `at_224px` on the logarithm of `side`: geometrically, or
+        linearly if one of the two values is 0. Beyond them the nearest published value holds; lengths (`is_length`) scale with `side`.
+
+        Args:
+            side: shorter side of the image, pixels.
+            severity: 1 to 5.
+        """
+        small, large = self.at_32px[severity - 1], self.at_224px[severity - 1]
         position = math.log(side / SMALL_SIDE) / math.log(LARGE_SIDE / SMALL_SIDE)
         if 0 <= position <= 1:
             is_geometric = min(small, large) > 0
@@ -50,7 +58,7 @@ class SeverityRange(NamedTuple):
 
 
 def _scale_from_244(*fractions: float) -> tuple[float, ...]:
-    """Return fractions of 224 px: ImageNet-C gives its elastic lengths as fractions of 244 px."""
+    """Convert fractions of 244 px, as ImageNet-C's code gives the lengths of `elastic_transform` (sic), to fractions of 224 px."""
     return tuple(fraction * 244 / LARGE_SIDE for fraction in fractions)
 
 
@@ -58,8 +66,9 @@ class CorruptionKind(NamedTuple):
     """One of the 15 corruptions.
 
     Attributes:
-        function: takes pixels in [0, 1], a random generator and the parameters by name; returns pixels, which may leave [0, 1].
-        parameters: the published values of each parameter.
+        function: takes (H, W, C) pixels in [0, 1], a random generator and the parameters by name; returns pixels of the same shape,
+            which may leave [0, 1].
+        parameters: name of each parameter -> its published values by severity.
     """
 
     function: Callable[..., Pixels]
@@ -71,7 +80,12 @@ CORRUPTIONS: dict[str, CorruptionKind] = {}
 
 
 def corruption(**parameters: SeverityRange) -> Callable[[Callable[..., Pixels]], Callable[..., Pixels]]:
-    """Return a decorator that adds a function to `CORRUPTIONS` under its name; see `CorruptionKind`."""
+    """Return a decorator that adds a function to the table `CORRUPTIONS` under its own name, and returns it unchanged.
+
+    Args:
+        **parameters: for each keyword that the function takes after the pixels and the random generator, its published values at
+            severities 1 to 5, from which `corrupt` computes the value that it passes.
+    """
 
     def register(function: Callable[..., Pixels]) -> Callable[..., Pixels]:
         CORRUPTIONS[function.__name__] = CorruptionKind(function, parameters)
@@ -81,11 +95,12 @@ def corruption(**parameters: SeverityRange) -> Callable[[Callable[..., Pixels]],
 
 
 def corrupt(image: Bytes, name: str, severity: int, rng: np.random.Generator) -> Bytes:
-    """Return a corrupted copy of a gray or RGB image.
+    """Return a corrupted copy, uint8 and of the same shape, of a gray or RGB image.
 
     Args:
-        name: key of `CORRUPTIONS`.
-        severity: 1 to 5.
+        image: (H, W, 1 or 3), uint8.
+        name: corruption, a key of `CORRUPTIONS`, e.g. 'gaussian_noise'.
+        severity: 1 to 5; with the image's shorter side it determines the parameters of the corruption.
         rng: source of all random draws.
     """
     function, ranges = CORRUPTIONS[name]
@@ -95,45 +110,67 @@ def corrupt(image: Bytes, name: str, severity: int, rng: np.random.Generator) ->
 
 
 class Corruption(NamedTuple):
-    """`corrupt` as the `augment` of a `ViewDataset`, which seeds the global random generators with the image's key."""
+    """`corrupt` with a fixed corruption and severity, as the `augment` of a `ViewDataset`.
+
+    Attributes:
+        name: key of `CORRUPTIONS`.
+        severity: 1 to 5.
+    """
 
     name: str
     severity: int
 
     def __call__(self, image: UInt8[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:
-        rng = np.random.default_rng(np.random.randint(2**31, size=4))  # noqa: NPY002  (the generator that is seeded)
+        """Return a copy of the image with corruption `self.name` at `self.severity`.
+
+        It draws from NumPy's global generator, which `ViewDataset` seeds for each image: an image is always corrupted alike.
+        """
+        rng = np.random.default_rng(np.random.randint(2**31, size=4))  # noqa: NPY002  (the global generator is seeded)
         changed = corrupt(image.movedim(0, -1).numpy(), self.name, self.severity, rng)
         return torch.from_numpy(changed).movedim(-1, 0)
 
 
-@corruption(std=SeverityRange((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)))
+@corruption(std=SeverityRange(at_32px=(0.04, 0.06, 0.08, 0.09, 0.10), at_224px=(0.08, 0.12, 0.18, 0.26, 0.38)))
 def gaussian_noise(x: Pixels, rng: np.random.Generator, std: float) -> Pixels:
-    """Add Gaussian noise of standard deviation `std`."""
+    """Add Gaussian noise of standard deviation `std` to (H, W, C) pixels in [0, 1]; the caller, `corrupt`, clips the result."""
     return x + rng.normal(0, std, x.shape)
 
 
-@corruption(photons=SeverityRange((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)))
+@corruption(photons=SeverityRange(at_32px=(500, 250, 100, 75, 50), at_224px=(60, 25, 12, 5, 3)))
 def shot_noise(x: Pixels, rng: np.random.Generator, photons: float) -> Pixels:
-    """Draw each value from a Poisson distribution, as a sensor does that counts up to `photons` photons."""
+    """Draw each value of (H, W, C) pixels in [0, 1] from a Poisson distribution, as a sensor that counts `photons` photons for white.
+
+    Values above 1 occur; the caller, `corrupt`, clips them.
+    """
     return rng.poisson(x * photons) / photons
 
 
-@corruption(fraction=SeverityRange((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)))
+@corruption(fraction=SeverityRange(at_32px=(0.01, 0.02, 0.03, 0.05, 0.07), at_224px=(0.03, 0.06, 0.09, 0.17, 0.27)))
 def impulse_noise(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
-    """Set a fraction of the values to 0 or 1 at random (salt and pepper)."""
+    """Set a fraction of the values of (H, W, C) pixels to 0 or 1, with equal probability (salt-and-pepper noise).
+
+    Args:
+        fraction: probability that a value is replaced; each channel of a pixel is drawn on its own.
+    """
     is_hit, is_white = rng.random(x.shape) < fraction, rng.random(x.shape) < 0.5
     return np.where(is_hit, is_white.astype(float), x)
 
 
 @corruption(
-    radius=SeverityRange((0.3, 0.4, 0.5, 1, 1.5), (3, 4, 6, 8, 10), is_length=True),
-    soften=SeverityRange((0.4, 0.5, 0.6, 0.2, 0.1), (0.1, 0.5, 0.5, 0.5, 0.5), is_length=True),
+    radius=SeverityRange(at_32px=(0.3, 0.4, 0.5, 1, 1.5), at_224px=(3, 4, 6, 8, 10), is_length=True),
+    soften=SeverityRange(at_32px=(0.4, 0.5, 0.6, 0.2, 0.1), at_224px=(0.1, 0.5, 0.5, 0.5, 0.5), is_length=True),
 )
 def defocus_blur(x: Pixels, rng: np.random.Generator, radius: float, soften: float) -> Pixels:
-    """Convolve with a disk of `radius` pixels that a Gaussian of standard deviation `soften` pixels smooths."""
+    """Convolve (H, W, C) pixels with a disk that is itself blurred, as a lens out of focus does.
+
+    Args:
+        rng: unused; all corruptions take it.
+        radius: of the disk, pixels; below 1 it covers neighboring pixels in part.
+        soften: standard deviation of the Gaussian that blurs the disk, pixels.
+    """
     reach = max(1, math.ceil(radius))
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    # How much of each pixel the disk covers, so that radii below a pixel blur too.
+    # Approximate fraction of each pixel that the disk covers, so that radii below a pixel blur too.
     disk = np.clip(radius + 0.5 - np.hypot(rows, columns), 0, 1)
     disk[reach, reach] = 1
     kernel = ndimage.gaussian_filter(np.pad(disk, 2), soften)
@@ -141,88 +178,103 @@ def defocus_blur(x: Pixels, rng: np.random.Generator, radius: float, soften: flo
 
 
 @corruption(
-    std=SeverityRange((0.05, 0.25, 0.4, 0.25, 0.4), (0.7, 0.9, 1, 1.1, 1.5), is_length=True),
-    reach=SeverityRange((1, 1, 1, 1, 1), (1, 2, 2, 3, 4), is_length=True),
-    rounds=SeverityRange((1, 1, 1, 2, 2), (2, 1, 3, 2, 2)),
+    std=SeverityRange(at_32px=(0.05, 0.25, 0.4, 0.25, 0.4), at_224px=(0.7, 0.9, 1, 1.1, 1.5), is_length=True),
+    reach=SeverityRange(at_32px=(1, 1, 1, 1, 1), at_224px=(1, 2, 2, 3, 4), is_length=True),
+    rounds=SeverityRange(at_32px=(1, 1, 1, 2, 2), at_224px=(2, 1, 3, 2, 2)),
 )
 def glass_blur(x: Pixels, rng: np.random.Generator, std: float, reach: float, rounds: float) -> Pixels:
-    """Blur, let every pixel change places with a random one nearby, and blur again.
+    """Blur (H, W, C) pixels, swap every pixel with a random one nearby, and blur again, as behind frosted glass.
 
     Args:
         std: standard deviation of both Gaussian blurs, pixels.
-        reach: largest distance of the pixels that change places, in rows and in columns.
-        rounds: how often every pixel changes places.
+        reach: largest distance of two swapped pixels, in rows and in columns; rounded to at least 1.
+        rounds: how often every pixel is swapped; rounded to at least 1.
     """
     x = ndimage.gaussian_filter(x, (std, std, 0))
     height, width = x.shape[:2]
     max_offset = max(1, round(reach))
     positions = np.indices((height, width)).reshape(2, -1).T
-    source = list(range(height * width))  # of each pixel, the flat index of the pixel that it shows
+    source = list(range(height * width))  # for each output pixel, the flat index of the input pixel that it shows
     for _ in range(max(1, round(rounds))):
         offsets = rng.integers(-max_offset, max_offset + 1, positions.shape)
         partners = np.clip(positions + offsets, 0, [height - 1, width - 1]) @ [width, 1]
-        for a, b in reversed(list(enumerate(partners.tolist()))):  # from the last pixel to the first, as the authors do
+        for a, b in reversed(
+            list(enumerate(partners.tolist()))
+        ):  # from the last pixel to the first, as in ImageNet-C's code
             source[a], source[b] = source[b], source[a]
     return ndimage.gaussian_filter(x.reshape(height * width, -1)[source].reshape(x.shape), (std, std, 0))
 
 
 @corruption(
-    radius=SeverityRange((6, 6, 6, 8, 9), (10, 15, 15, 15, 20), is_length=True),
-    std=SeverityRange((1, 1.5, 2, 2, 2.5), (3, 5, 8, 12, 15), is_length=True),
+    radius=SeverityRange(at_32px=(6, 6, 6, 8, 9), at_224px=(10, 15, 15, 15, 20), is_length=True),
+    std=SeverityRange(at_32px=(1, 1.5, 2, 2, 2.5), at_224px=(3, 5, 8, 12, 15), is_length=True),
 )
 def motion_blur(x: Pixels, rng: np.random.Generator, radius: float, std: float) -> Pixels:
-    """Blur along a line of `radius` pixels at up to 45 degrees from the horizontal, which fades with `std` pixels."""
+    """Blur (H, W, C) pixels along a line at a random angle of up to 45 degrees from the horizontal.
+
+    Args:
+        radius: length of the line, from the center in one direction, pixels.
+        std: standard deviation of the Gaussian by which weights fall along the line, pixels.
+    """
     return _convolve(x, _motion_kernel(radius, std, rng.uniform(-45, 45)))
 
 
-@corruption(max_zoom=SeverityRange((0.05, 0.1, 0.15, 0.2, 0.25), (0.1, 0.15, 0.2, 0.24, 0.3)))
+@corruption(max_zoom=SeverityRange(at_32px=(0.05, 0.1, 0.15, 0.2, 0.25), at_224px=(0.1, 0.15, 0.2, 0.24, 0.3)))
 def zoom_blur(x: Pixels, rng: np.random.Generator, max_zoom: float) -> Pixels:
-    """Average the image with 12 copies of it that are enlarged by up to 1 + `max_zoom`."""
+    """Average (H, W, C) pixels with 12 copies enlarged about the center, by factors evenly spaced from 1 to 1 + `max_zoom`.
+
+    `rng` is unused; all corruptions take it.
+    """
     factors = 1 + np.linspace(0, max_zoom, 12)
     return (x + sum(_zoom_center(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
 @corruption(
-    mean=SeverityRange((0.1, 0.1, 0.15, 0.25, 0.3), (0.1, 0.2, 0.55, 0.55, 0.55)),
-    std=SeverityRange((0.2, 0.2, 0.3, 0.3, 0.3), (0.3, 0.3, 0.3, 0.3, 0.3)),
-    zoom=SeverityRange((1, 1, 1.75, 2.25, 1.25), (3, 2, 4, 4.5, 2.5), is_length=True),
-    threshold=SeverityRange((0.6, 0.5, 0.55, 0.6, 0.65), (0.5, 0.5, 0.9, 0.85, 0.85)),
-    radius=SeverityRange((8, 10, 10, 12, 14), (10, 12, 12, 12, 12), is_length=True),
-    blur=SeverityRange((3, 4, 4, 6, 12), (4, 4, 8, 8, 12), is_length=True),
-    keep=SeverityRange((0.95, 0.9, 0.9, 0.85, 0.8), (0.8, 0.7, 0.7, 0.65, 0.55)),
+    mean=SeverityRange(at_32px=(0.1, 0.1, 0.15, 0.25, 0.3), at_224px=(0.1, 0.2, 0.55, 0.55, 0.55)),
+    std=SeverityRange(at_32px=(0.2, 0.2, 0.3, 0.3, 0.3), at_224px=(0.3, 0.3, 0.3, 0.3, 0.3)),
+    zoom=SeverityRange(at_32px=(1, 1, 1.75, 2.25, 1.25), at_224px=(3, 2, 4, 4.5, 2.5), is_length=True),
+    threshold=SeverityRange(at_32px=(0.6, 0.5, 0.55, 0.6, 0.65), at_224px=(0.5, 0.5, 0.9, 0.85, 0.85)),
+    radius=SeverityRange(at_32px=(8, 10, 10, 12, 14), at_224px=(10, 12, 12, 12, 12), is_length=True),
+    blur=SeverityRange(at_32px=(3, 4, 4, 6, 12), at_224px=(4, 4, 8, 8, 12), is_length=True),
+    keep=SeverityRange(at_32px=(0.95, 0.9, 0.9, 0.85, 0.8), at_224px=(0.8, 0.7, 0.7, 0.65, 0.55)),
 )
 def snow(
     x: Pixels, rng: np.random.Generator, mean: float, std: float, zoom: float, threshold: float, radius: float,
     blur: float, keep: float,
 ) -> Pixels:  # fmt: skip
-    """Add snowflakes to a paler image.
+    """Add motion-blurred flakes to (H, W, C) pixels blended with their pale version; the caller, `corrupt`, clips the result.
 
     Args:
-        mean: mean of the noise that flakes are made of.
+        mean: mean of the Gaussian noise that flakes are made of, one value per pixel.
         std: standard deviation of that noise.
-        zoom: how much flakes are enlarged.
-        threshold: noise below it is no flake.
-        radius: length of the streak that a falling flake leaves, pixels.
-        blur: standard deviation of the Gaussian along the streak, pixels.
-        keep: weight of the image; 1 - `keep` is that of its pale version.
+        zoom: factor by which the noise is enlarged, at least 1: larger flakes.
+        threshold: noise below it becomes 0, no flake.
+        radius: length of the motion blur of a falling flake, pixels.
+        blur: standard deviation of the Gaussian along that motion blur, pixels.
+        keep: weight of the image; 1 - `keep` is the weight of its pale version.
     """
     flakes = _zoom_center(rng.normal(mean, std, (*x.shape[:2], 1)), max(1.0, zoom))
     flakes[flakes < threshold] = 0
+    # One random direction within 45 degrees of the vertical, of all flakes.
     flakes = _convolve(np.clip(flakes, 0, 1), _motion_kernel(radius, blur, rng.uniform(-135, -45)))
     pale = np.maximum(x, x.mean(-1, keepdims=True) * 1.5 + 0.5)
-    return keep * x + (1 - keep) * pale + flakes + np.rot90(flakes, 2)  # flakes fall from two sides
+    return (
+        keep * x + (1 - keep) * pale + flakes + np.rot90(flakes, 2)
+    )  # as in ImageNet-C, flakes are added twice, rotated by 180 degrees
 
 
 @corruption(
-    keep=SeverityRange((1, 1, 0.9, 0.85, 0.75), (1, 0.8, 0.7, 0.65, 0.6)),
-    ice=SeverityRange((0.2, 0.3, 0.4, 0.4, 0.45), (0.4, 0.6, 0.7, 0.7, 0.75)),
+    keep=SeverityRange(at_32px=(1, 1, 0.9, 0.85, 0.75), at_224px=(1, 0.8, 0.7, 0.65, 0.6)),
+    ice=SeverityRange(at_32px=(0.2, 0.3, 0.4, 0.4, 0.45), at_224px=(0.4, 0.6, 0.7, 0.7, 0.75)),
 )
 def frost(x: Pixels, rng: np.random.Generator, keep: float, ice: float) -> Pixels:
-    """Lay crystals of ice over the image: needles on a sheet, bluish in RGB.
+    """Add crystals of ice to (H, W, C) pixels: needles on a smooth sheet, both of fractal noise, bluish in RGB.
+
+    ImageNet-C adds photographs of ice instead. The caller, `corrupt`, clips the result.
 
     Args:
-        keep: weight of the image.
-        ice: weight of the ice.
+        keep: factor of the image.
+        ice: factor of the crystals that are added.
     """
     ridges = 1 - np.abs(2 * _plasma_fractal(x.shape[:2], 1.6, rng) - 1)  # needles: where a fractal crosses its middle
     sheet = _plasma_fractal(x.shape[:2], 2.2, rng)
@@ -232,58 +284,75 @@ def frost(x: Pixels, rng: np.random.Generator, keep: float, ice: float) -> Pixel
 
 
 @corruption(
-    amount=SeverityRange((0.2, 0.5, 0.75, 1, 1.5), (1.5, 2, 2.5, 2.5, 3)),
-    decay=SeverityRange((3, 3, 2.5, 2, 1.75), (2, 2, 1.7, 1.5, 1.4)),
+    amount=SeverityRange(at_32px=(0.2, 0.5, 0.75, 1, 1.5), at_224px=(1.5, 2, 2.5, 2.5, 3)),
+    decay=SeverityRange(at_32px=(3, 3, 2.5, 2, 1.75), at_224px=(2, 2, 1.7, 1.5, 1.4)),
 )
 def fog(x: Pixels, rng: np.random.Generator, amount: float, decay: float) -> Pixels:
-    """Add a fractal of clouds that is `amount` strong, and scale the image back to its largest value; see `_plasma_fractal`."""
+    """Add a fractal of clouds to (H, W, C) pixels, and scale the sum so that its largest possible value is the image's largest one.
+
+    Args:
+        amount: factor of the fractal, whose values are in [0, 1].
+        decay: how much weaker the fractal is at each scale than at the one twice as coarse: larger is smoother.
+    """
     largest = x.max()
     return (x + amount * _plasma_fractal(x.shape[:2], decay, rng)[..., None]) * largest / (largest + amount)
 
 
-@corruption(add=SeverityRange((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)))
+@corruption(add=SeverityRange(at_32px=(0.05, 0.1, 0.15, 0.2, 0.3), at_224px=(0.1, 0.2, 0.3, 0.4, 0.5)))
 def brightness(x: Pixels, rng: np.random.Generator, add: float) -> Pixels:
-    """Add to the value of HSV, the largest of the channels; hue and saturation stay."""
+    """Add `add` to V of HSV, the largest channel, of (H, W, C) pixels in [0, 1], at most up to 1; hue and saturation stay.
+
+    Black pixels become gray. `rng` is unused; all corruptions take it.
+    """
     value = x.max(-1, keepdims=True)
     brighter = np.clip(value + add, 0, 1)
     return np.where(value > 0, x * brighter / np.maximum(value, 1e-12), brighter)
 
 
-@corruption(factor=SeverityRange((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)))
+@corruption(factor=SeverityRange(at_32px=(0.75, 0.5, 0.4, 0.3, 0.15), at_224px=(0.4, 0.3, 0.2, 0.1, 0.05)))
 def contrast(x: Pixels, rng: np.random.Generator, factor: float) -> Pixels:
-    """Scale the differences from each channel's mean by `factor`."""
+    """Scale the differences of (H, W, C) pixels from each channel's mean over the image by `factor`, below 1: less contrast.
+
+    `rng` is unused; all corruptions take it.
+    """
     mean = x.mean((0, 1), keepdims=True)
     return mean + factor * (x - mean)
 
 
 @corruption(
-    shift=SeverityRange((0, 0.05, 0.08, 0.1, 0.1), _scale_from_244(2, 2, 0.05, 0.07, 0.12)),
-    smooth=SeverityRange((0.1, 0.2, 0.06, 0.04, 0.03), _scale_from_244(0.7, 0.08, 0.01, 0.01, 0.01)),
-    affine=SeverityRange((0.08, 0.07, 0.06, 0.05, 0.03), _scale_from_244(0.1, 0.2, 0.02, 0.02, 0.02)),
+    shift=SeverityRange(at_32px=(0, 0.05, 0.08, 0.1, 0.1), at_224px=_scale_from_244(2, 2, 0.05, 0.07, 0.12)),
+    smooth=SeverityRange(at_32px=(0.1, 0.2, 0.06, 0.04, 0.03), at_224px=_scale_from_244(0.7, 0.08, 0.01, 0.01, 0.01)),
+    affine=SeverityRange(at_32px=(0.08, 0.07, 0.06, 0.05, 0.03), at_224px=_scale_from_244(0.1, 0.2, 0.02, 0.02, 0.02)),
 )
 def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth: float, affine: float) -> Pixels:
-    """Warp the image: a random affine map, then a smooth random flow. All lengths are fractions of the shorter side.
+    """Warp (H, W, C) pixels by a random affine map plus a smooth random flow, with bilinear interpolation and mirrored edges.
+
+    All parameters are fractions of the image's shorter side.
 
     Args:
-        shift: strength of the flow before it is smoothed.
+        shift: largest offset of the flow in rows and in columns, before it is smoothed.
         smooth: standard deviation of the Gaussian that smooths the flow.
-        affine: how far each of three points may move, in rows and in columns.
+        affine: how far each of the three points that define the affine map may move, in rows and in columns.
     """
     height, width = x.shape[:2]
     side = min(height, width)
-    points = np.array([height, width]) // 2 + np.array([[1, 1], [1, -1], [-1, -1]]) * (side // 3)  # the authors' three
+    points = np.array([height, width]) // 2 + np.array([[1, 1], [1, -1], [-1, -1]]) * (side // 3)  # ImageNet-C's three
     moved = points + rng.uniform(-affine, affine, (3, 2)) * side
     matrix = np.linalg.lstsq(np.c_[points, np.ones(3)], moved, rcond=None)[0]  # (row, column, 1) -> (row, column)
     noise, std = rng.uniform(-1, 1, (2, height, width)), side * smooth
     flow = side * shift * ndimage.gaussian_filter(noise, (0, std, std), mode="reflect", truncate=3)
+    # (2, H, W): for each output pixel the row and column of the input that it shows.
     positions = np.tensordot(matrix[:2].T, np.mgrid[:height, :width], 1) + matrix[2][:, None, None] + flow
     channels = x.transpose(2, 0, 1)
     return np.dstack([ndimage.map_coordinates(channel, positions, order=1, mode="reflect") for channel in channels])
 
 
-@corruption(fraction=SeverityRange((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)))
+@corruption(fraction=SeverityRange(at_32px=(0.95, 0.9, 0.85, 0.75, 0.65), at_224px=(0.6, 0.5, 0.4, 0.3, 0.25)))
 def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
-    """Shrink the sides to `fraction` by averaging, and enlarge the image again by repeating pixels."""
+    """Shrink both sides of (H, W, C) pixels to `fraction` of them by averaging, and enlarge them back by repeating pixels.
+
+    `rng` is unused; all corruptions take it.
+    """
     height, width = x.shape[:2]
     small = max(1, int(width * fraction)), max(1, int(height * fraction))
     channels = (Image.fromarray(channel) for channel in x.astype(np.float32).transpose(2, 0, 1))
@@ -291,26 +360,32 @@ def pixelate(x: Pixels, rng: np.random.Generator, fraction: float) -> Pixels:
     return np.dstack([np.asarray(one.resize((width, height), Image.Resampling.NEAREST)) for one in coarse])
 
 
-@corruption(quality=SeverityRange((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)))
+@corruption(quality=SeverityRange(at_32px=(80, 65, 58, 50, 40), at_224px=(25, 18, 15, 10, 7)))
 def jpeg_compression(x: Pixels, rng: np.random.Generator, quality: float) -> Pixels:
-    """Encode and decode the image as JPEG of that quality, 1 to 100."""
+    """Encode (H, W, 1 or 3) pixels in [0, 1] as JPEG, and decode them.
+
+    Args:
+        rng: unused; all corruptions take it.
+        quality: of JPEG, 1 (worst) to 100; rounded.
+    """
     pixels = torch.from_numpy((x * 255).round().astype(np.uint8)).movedim(-1, 0)
     return tvf.jpeg(pixels, round(quality)).movedim(0, -1).numpy() / 255
 
 
 def _convolve(x: Pixels, kernel: Float[np.ndarray, "h w"]) -> Pixels:
-    """Convolve each channel with a kernel of odd sides, edges mirrored; by FFT, because kernels may be wide."""
+    """Convolve each channel of (H, W, C) pixels with a kernel of odd sides: same size, edges mirrored; by FFT, for wide kernels."""
     rows, columns = (side // 2 for side in kernel.shape)
     padded = np.pad(x, ((rows, rows), (columns, columns), (0, 0)), mode="reflect")
     return signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 def _motion_kernel(radius: float, std: float, degrees: float) -> Float[np.ndarray, "h w"]:
-    """Return a kernel of sum 1: a line of `radius` pixels from the center in one direction, which fades as a Gaussian.
+    """Return a motion-blur kernel of sum 1: a line from the center in one direction, with weights that fall as a Gaussian.
 
     Args:
+        radius: length of the line, pixels; the kernel's sides are 2 round(radius) + 1.
         std: standard deviation of the Gaussian, pixels.
-        degrees: the line's angle, clockwise from the row to the right.
+        degrees: angle of the line, clockwise from pointing right.
     """
     reach = max(1, round(radius))
     points, pixels = np.arange(0, reach + 0.25, 0.25), np.arange(-reach, reach + 1)  # points of the line, 1/4 px apart
@@ -324,19 +399,20 @@ def _motion_kernel(radius: float, std: float, degrees: float) -> Float[np.ndarra
 
 
 def _zoom_center(x: Pixels, factor: float) -> Pixels:
-    """Enlarge the center of an image by `factor` >= 1 to the image's size, bilinearly."""
+    """Enlarge (H, W, C) pixels about the center by `factor` >= 1, bilinearly, and crop them to their size before."""
     step, start = [1 / factor, 1 / factor, 1], [(side - 1) / 2 * (1 - 1 / factor) for side in x.shape[:2]]
     return ndimage.affine_transform(x, step, [*start, 0], order=1, mode="nearest")
 
 
 def _plasma_fractal(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> Float[np.ndarray, "H W"]:
-    """Return a fractal surface in [0, 1] with diamond-square's spectrum: a sum of noise at every scale.
+    """Return (H, W) fractal noise, scaled to [0, 1]: a sum of uniform noise at every scale, as the diamond-square algorithm gives.
 
     Args:
-        decay: how much weaker the noise is at each scale than at the one twice as coarse.
+        shape: (H, W).
+        decay: factor by which the noise is weaker at each scale than at the scale twice as coarse: larger is smoother.
     """
     surface = np.zeros(shape)
-    for octave in range((2 * max(shape) - 1).bit_length()):  # up to cells of less than a pixel
+    for octave in range((2 * max(shape) - 1).bit_length()):  # up to noise cells of less than a pixel
         noise = rng.uniform(-1, 1, (2**octave + 1, 2**octave + 1))
         surface += decay**-octave * ndimage.zoom(noise, np.divide(shape, 2**octave + 1), order=1)
     surface -= surface.min()

@@ -46,7 +46,10 @@ class ImageSet:
         return len(self.images)
 
     def subset(self, indices: Int[np.ndarray, " m"]) -> Self:
-        """Return the set of some of the images, in the order of `indices`."""
+        """Return a set of some of the images, with their annotations, in the order of `indices`.
+
+        `PER_IMAGE` names the fields with one value per image, arrays or lists, of which the same indices are taken; others stay.
+        """
         selected: dict[str, Any] = {}
         for name in self.PER_IMAGE:
             values = getattr(self, name)
@@ -63,19 +66,19 @@ class LabeledSet(ImageSet):
 
     @classmethod
     def from_images(cls, images: ImageList) -> "LabeledSet":
-        """Label images as their data set does, or by their class folders.
+        """Label images by the labels of their source (e.g. a Hugging Face data set), or by their class folders.
 
         Raises:
-            MapetError: there are no labels, and the images do not lie in two or more class folders.
+            MapetError: the source has no labels, and its images are not all in one of two or more class folders.
         """
-        if (labels := images.classes()) is not None:
+        if (labels := images.classes()) is not None:  # (class names, class index of each image)
             return cls(images, *labels)
         stray = [index for index in range(len(images)) if b"/" not in images.ids[index]]
         folders = {image_id.split(b"/")[0] for image_id in images.ids if b"/" in image_id}
         outside = f"{pluralize(len(stray), 'image')} outside of them" + (f" ({images.id(stray[0])!r})" if stray else "")
         raise MapetError(
             f"{images.root} has no labels: expected every image in one of two or more class folders, CLASS/image.jpg; found "
-            f"{pluralize(len(folders), 'folder')}, and {outside}"
+            f"{pluralize(len(folders), 'class folder')}, and {outside}: move each image into the folder of its class"
         )
 
     @classmethod
@@ -84,11 +87,17 @@ class LabeledSet(ImageSet):
         return cls(images, [], np.zeros(len(images), np.int64))
 
     def sample(self, count: int) -> "LabeledSet":
-        """Return at most `count` of the images, chosen by a hash of their ids: the same ones every time."""
+        """Return the `count` images with the smallest hashes of their ids, in their order, or all if there are no more.
+
+        The choice is a function of the ids alone: it is the same every time.
+        """
         return self if len(self) <= count else self.subset(np.sort(np.argsort(self.images.keys())[:count]))
 
     def title(self, index: int) -> str:
-        """Return the name of an image in a figure: its class, or without labels the stem of its file."""
+        """Return the caption of an image in a figure: the name of its class, or without labels its file name without extension.
+
+        Characters that cannot be encoded as UTF-8 (of undecodable file names) become '?'.
+        """
         name = self.classes[self.labels[index]] if self.classes else Path(self.images.id(index)).stem
         return name.encode(errors="replace").decode()
 
@@ -103,9 +112,9 @@ class SegmentationSet(ImageSet):
     """Images with a mask of each: a class of every pixel.
 
     Attributes:
-        masks: a PNG of each image.
-        class_of: of each image, value in its mask -> class index; pixels of other values have no class.
-        panoptic: the masks hold segment ids, as COCO's panoptic ones do, not class ids.
+        masks: path of the PNG mask of each image.
+        class_of: for each image, value in its mask -> class index; pixels of other values have no class.
+        panoptic: masks hold segment ids, as COCO's panoptic ones do, not class ids.
     """
 
     PER_IMAGE = ("masks", "class_of")
@@ -114,7 +123,13 @@ class SegmentationSet(ImageSet):
     panoptic: bool = False
 
     def class_map(self, index: int) -> Int[np.ndarray, "H W"]:
-        """Read the class index of each pixel of an image; `IGNORE_INDEX` where it has none."""
+        """Read the mask of the image at `index`, and return the class index of each pixel; `IGNORE_INDEX` (-1) where it has none.
+
+        `self.class_of[index]` maps values of that mask, class ids or panoptic segment ids, to class indices.
+
+        Raises:
+            MapetError: the mask cannot be read.
+        """
         mask = read_mask(self.masks[index], self.panoptic)
         values, inverse = np.unique(mask, return_inverse=True)
         classes = np.array([self.class_of[index].get(value, IGNORE_INDEX) for value in values.tolist()])
@@ -126,12 +141,12 @@ class DetectionSet(ImageSet):
     """Images with the boxes of their objects, as COCO's instances JSON has them. Crowds (`iscrowd`) have labels, but no boxes.
 
     Attributes:
-        category_ids: the file's id of each class.
-        image_ids: the file's id of each image.
-        boxes: of each image, (m, 4) left, top, right, bottom in pixels of the image; none is empty.
-        labels: of each image, (m,) class index of each box.
+        category_ids: COCO category id of each class.
+        image_ids: COCO image id of each image.
+        boxes: for each image, (m, 4) left, top, right, bottom in pixels of the image; none is empty.
+        labels: for each image, (m,) class index of each box.
         image_labels: (n, K), 1 where an image shows a class, else 0.
-        record: the file's whole content, also of other images, for COCO's own evaluation.
+        record: content of the JSON file, for pycocotools.
     """
 
     PER_IMAGE = ("image_ids", "boxes", "labels", "image_labels")
@@ -150,13 +165,23 @@ AnyImageSet = TypeVar("AnyImageSet", bound=ImageSet)
 
 
 def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndarray, " n"]) -> list[np.ndarray]:
-    """Return the indices of the images of each class, in ascending order of their keys."""
+    """Return for each class the indices of its images, sorted by ascending key; an empty array for a class without images.
+
+    Args:
+        labels: class index of each image, below `num_classes`.
+        keys: hash of each image, by which images of a class are ordered.
+    """
     return np.split(np.lexsort((keys, labels)), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
 
 
 def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
-    """Choose the images to hold out: `HELD_OUT` of each class of labeled images, at least one, by a hash of the image id."""
+    """Choose the images of the test set where none is given: for each image whether it is held out.
+
+    Of each class, the fraction `HELD_OUT` (20 %) with the smallest hashes of the image ids is held out, at least one image. Images
+    without a class each, such as those with masks or boxes, count as one class. The choice is the same every time.
+    """
     mask = np.zeros(len(data), dtype=bool)
+    # Without labels all images are of class 0; `_by_class` then returns empty arrays for the other classes.
     labels = data.labels if isinstance(data, LabeledSet) else np.zeros(len(data), np.int64)
     for members in _by_class(labels, len(data.classes), data.images.keys()):
         mask[members[: max(1, round(HELD_OUT * len(members)))]] = True
@@ -164,22 +189,24 @@ def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
 
 
 def split_train_test(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
-    """Split into training and test set, by `heldout_mask`: the same way every time.
+    """Split a set into (training set, test set) by `heldout_mask`, which holds out a fifth: the same way every time.
 
     Raises:
-        MapetError: no class has a second image.
+        MapetError: every class has one image at most, so that none is left to train on.
     """
     held_out = heldout_mask(data)
     if held_out.all():
-        raise MapetError(f"{data.images.root}: no class has a second image to hold out; give {option('test_images')}")
+        root, fix = data.images.root, f"add images or give {option('test_images')}"
+        raise MapetError(f"{root}: no class has a second image, so no test set can be held out: {fix}")
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 
 def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[AnyImageSet, AnyImageSet]:
-    """Return the training and the test set that `sets` holds, or split the only set in it.
+    """Return (training set, test set): the two items of `sets`, or the parts of its only item.
 
     Args:
-        sources: where the sets come from, for the message.
+        sets: the training set and, if the user gave one, the test set.
+        sources: files or folders of the training and the test set, for the error.
 
     Raises:
         MapetError: the two have different classes, or the only one cannot be split.
@@ -189,37 +216,43 @@ def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[
     train, test = sets
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        raise MapetError(
-            f"{sources[0]} and {sources[1]} have different classes: {odd}; give each class in both, or in none"
-        )
+        both = f"{sources[0]} and {sources[1]}"
+        raise MapetError(f"{both} have different classes: only one has {odd}; add these to the other, or remove them")
     return train, test
 
 
 def load_train_test(train: str | Path, test: str | Path | None) -> tuple[LabeledSet, LabeledSet]:
-    """Open a labeled training and test set; without `test` a part of `train` is held out, the same one every time.
+    """List labeled training and test images; see `LabeledSet.from_images` for labels.
+
+    Args:
+        train: source of the training images, e.g. a folder of class folders.
+        test: source of the test images; None: a fifth of the training images is held out, the same one every time.
+
+    Returns:
+        (training set, test set) with the same classes.
 
     Raises:
-        MapetError: there are no labels, the two sets have different classes, or no class has a second image to hold out.
+        MapetError: a source is missing or has no labels, the two have different classes, or there are too few images to split.
     """
-    lists = [
-        list_images(source) for source in (train, test) if source is not None
-    ]  # a missing folder is reported first
+    # Both are listed before labels are read, so that a missing folder is reported first.
+    lists = [list_images(source) for source in (train, test) if source is not None]
     return _pair_or_split([LabeledSet.from_images(images) for images in lists], (train, test))
 
 
 def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
-    """Return the sorted indices of the images of a few-shot split.
+    """Return the sorted indices of the images of a few-shot split: of each class, those with the smallest hashes.
 
-    The split is a function of the images' ids and a seed that any language can compute. An image's hash is the first 8 bytes,
-    little-endian, of the BLAKE2b digest (8 bytes long) of the UTF-8 text `SEED:ID`, the id being its path below the data set's
-    folder with forward slashes (`CLASS/image.jpg`). Of each class the images of smallest hash are taken. So smaller splits are
-    parts of larger ones, and adding or removing an image moves no other one.
+    An image's hash is the 8-byte BLAKE2b digest, read as a little-endian integer, of the text `SEED:ID` (UTF-8); the id is its path
+    below the data set's folder with forward slashes, CLASS/image.jpg. Other programs can compute the same split. Smaller splits of
+    a seed are subsets of its larger ones.
 
     Args:
-        amount: below 1 a fraction of each class (at least one image), else the number of images per class.
+        data: labeled images.
+        amount: below 1 the fraction of each class to take (at least one image), else the number of images per class.
+        seed: splits of different seeds are independent.
 
     Raises:
-        MapetError: a class has fewer images.
+        MapetError: a class has fewer than `amount` images.
     """
     digests = [hashlib.blake2b(b"%d:" % seed + image_id, digest_size=8).digest() for image_id in data.images.ids]
     hashes = np.frombuffer(b"".join(digests), "<u8")
@@ -228,9 +261,8 @@ def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
             found = pluralize(len(members), "training image")
-            raise MapetError(
-                f"class '{name}' has {found}, fewer than the {count:,} asked for: ask for fewer, or add images"
-            )
+            fix = f"ask for fewer, or add images to {data.images.root}"
+            raise MapetError(f"class '{name}' has {found}, fewer than the {count:,} asked for: {fix}")
         chosen.append(members[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -240,35 +272,47 @@ def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray
 
 @contextmanager
 def _read_coco(path: Path, kind: str) -> Iterator[Any]:
-    """Read a JSON file of COCO's for the block, and raise MapetError for what the block does not find in it.
+    """Yield the parsed content of a COCO JSON file; turn KeyError, TypeError and ValueError of the `with` block into MapetError.
 
     Args:
-        kind: what the file should be, for the message.
+        kind: what the file should be, for the message, e.g. 'COCO panoptic annotations'.
+
+    Raises:
+        MapetError: the file is not JSON, or the block finds that it has another layout.
     """
     try:
         yield read_json(path, kind)
     except (KeyError, TypeError, ValueError) as error:
-        raise MapetError(f"{path}: not {kind} ({error!r}); give a file in COCO's layout") from None
+        raise MapetError(f"{path} is not a file of {kind} ({error!r}): give a file in COCO's layout") from None
 
 
 def _read_categories(record: Any) -> tuple[list[str], dict[int, int]]:
-    """Return the names of the classes of a COCO file, sorted by category id, and category id -> class index."""
+    """Read the list `categories` of a parsed COCO file.
+
+    Returns:
+        Names of the classes, sorted by category id; and category id -> class index, the place in these names.
+    """
     categories = sorted(record["categories"], key=lambda category: category["id"])
     names = [str(category["name"]) for category in categories]
     return names, {category["id"]: index for index, category in enumerate(categories)}
 
 
 def _list_named_images(folder: Path, names: Sequence[str], source: Path) -> ImageList:
-    """List the images that an annotation file, `source`, names, in its order.
+    """List the images of an annotation file, in the order of `names`.
+
+    Args:
+        folder: folder of the images.
+        names: paths of the images below `folder`.
+        source: the annotation file, for the errors.
 
     Raises:
-        MapetError: it names none, or one that is not in the folder.
+        MapetError: `names` is empty, or an image is not in the folder.
     """
     if not names:
-        raise MapetError(f"{source} names no images: give annotations of the images in {folder}")
+        raise MapetError(f"{source} lists no images: give annotations of the images in {folder}")
     for name in names:
         if not (folder / name).is_file():
-            raise MapetError(f"{source} names {name}, which is not in {folder}: give the folder of its images")
+            raise MapetError(f"{source} lists {name}, which is not in {folder}: give the folder of its images")
     sizes = [(folder / name).stat().st_size for name in names]
     return ImageFiles(folder, [os.fsencode(name) for name in names], sizes)
 
@@ -276,14 +320,16 @@ def _list_named_images(folder: Path, names: Sequence[str], source: Path) -> Imag
 def load_detection_sets(
     images: Path, annotations: Path, test_images: Path | None, test_annotations: Path | None
 ) -> tuple[DetectionSet, DetectionSet]:
-    """Read training and test images with boxes.
+    """Read (training images, test images) with boxes, in COCO's format.
 
     Args:
+        images: folder of the training images.
+        annotations: their COCO instances JSON.
         test_images: folder of the test images; None: `images`.
-        test_annotations: None: a fifth of the images is held out.
+        test_annotations: COCO instances JSON of the test images; None: a fifth of the training images is held out for the test set.
 
     Raises:
-        MapetError: the files are not COCO's, name missing images, or have different categories.
+        MapetError: a file is not in COCO's layout or lists a missing image, or the two have different categories.
     """
     pairs = (annotations, images), (test_annotations, test_images or images)
     sets = [read_instances(path, folder) for path, folder in pairs if path is not None]
@@ -291,17 +337,22 @@ def load_detection_sets(
 
 
 def read_instances(annotations: Path, images: Path) -> DetectionSet:
-    """Read a file of COCO's `instances_*.json` layout. Images are sorted by file name, classes by category id.
+    """Read a COCO instances JSON. Images are sorted by file name, classes by category id.
+
+    Crowds (`iscrowd`) and boxes without width or height count for `image_labels`, the classes that an image shows, but are not
+    among its boxes.
 
     Args:
+        annotations: the JSON file.
         images: folder of the images.
 
     Raises:
-        MapetError: the file has another layout, or names a missing image.
+        MapetError: the file has another layout, or lists a missing image.
     """
     with _read_coco(annotations, "COCO annotations of instances") as record:
         classes, class_of = _read_categories(record)
         listed = sorted(record["images"], key=lambda image: image["file_name"])
+        # row_of: COCO image id -> index of the image. class_of: COCO category id -> class index.
         row_of = {image["id"]: row for row, image in enumerate(listed)}
         boxes: list[list[list[float]]] = [[] for _ in listed]
         labels: list[list[int]] = [[] for _ in listed]
@@ -324,10 +375,11 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
 
 
 def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
-    """Read a mask's value of each pixel: the class id of a gray or palette PNG, or the segment id of a panoptic one.
+    """Read the value of each pixel of a mask, (H, W) int64: a class id, or the segment id of a panoptic mask.
 
     Args:
-        panoptic: the PNG is RGB, and segment ids are R + 256 G + 256^2 B.
+        path: of a PNG; a mask of class ids is gray or has a palette, whose indices are the class ids.
+        panoptic: the PNG is RGB, as in COCO, and segment ids are R + 256 G + 256^2 B.
 
     Raises:
         MapetError: the file cannot be read, or has another pixel format.
@@ -337,39 +389,40 @@ def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
             if panoptic:
                 return np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1, 256, 256 * 256])
             if image.mode not in MASK_MODES:
-                raise MapetError(
-                    f"{path}: a mask of class ids must be a gray or palette PNG, this one is {image.mode}: convert it"
-                )
+                found = f"its pixels are {image.mode}"
+                raise MapetError(f"{path}: expected a mask of class ids, a gray or palette PNG; {found}: convert it")
             return np.asarray(image).astype(np.int64)
     except OSError as error:
-        raise MapetError(
-            f"cannot read the mask {path}: {error.strerror or error}; replace it, or remove its image"
-        ) from None
+        reason = error.strerror or error
+        raise MapetError(f"cannot read the mask {path}: {reason}; replace it, or remove it and its image") from None
 
 
 def load_segmentation_sets(
     images: Path, masks: Path | None, test_images: Path | None, test_masks: Path | None, ignore: Sequence[int] = ()
 ) -> tuple[SegmentationSet, SegmentationSet] | None:
-    """Read training and test images with masks; return None if there are no masks.
+    """Read (training images, test images) with masks; return None if `masks` is None and `images` has no masks in it.
 
-    Layouts: a folder of masks beside `images`, paired by name (a/b.jpg and a/b.png); one folder that holds images/ and masks/;
-    ADE20K's (images/ and annotations/, each with training/ and validation/; 0 is no class); a COCO panoptic JSON, beside which
-    the folder of its PNGs lies under the same name. Without test masks a fifth of the images is held out.
+    Four layouts are recognized:
+        - a folder `masks` of PNGs that are paired with `images` by name (a/b.jpg and a/b.png);
+        - a folder `images` with the subfolders images/ and masks/, paired likewise;
+        - ADE20K's folder: images/ and annotations/, each with training/ and validation/; value 0 is no class;
+        - a COCO panoptic JSON, with its PNGs in the folder beside it of the same name without '.json'.
 
     Args:
-        masks: folder or panoptic JSON; None: they are looked for in `images`.
+        images: folder of the training images, or one of the folders above.
+        masks: folder of PNGs or panoptic JSON; None: masks are looked for in `images`.
         test_images: folder of the test images; None: `images`.
-        test_masks: folder or panoptic JSON, as `masks`.
-        ignore: mask values without a class, beside `IGNORE_ID`.
+        test_masks: folder or panoptic JSON, as `masks`; None: a fifth of the images is held out.
+        ignore: mask values without a class, beside `IGNORE_ID` (255); panoptic masks ignore neither.
 
     Raises:
-        MapetError: images and masks don't fit together, are of fewer than two classes, or training and test classes differ.
+        MapetError: images and masks don't fit together, have fewer than two classes, or training and test classes differ.
     """
     ignored = {IGNORE_ID, *ignore}
     ade20k = [images / folder for folder in ADE20K]
     if masks is None and all(folder.is_dir() for folder in ade20k):
         if test_images is not None or test_masks is not None:
-            own = f"{images} is ADE20K's folder, tested on its own validation images"
+            own = f"{images} has the layout of ADE20K, whose validation images are the test images"
             raise MapetError(f"{own}: omit {option('test_images')} and {option('test_seg_masks')}")
         images, masks, test_images, test_masks = ade20k
         ignored.add(0)
@@ -378,7 +431,8 @@ def load_segmentation_sets(
     if masks is None:
         return None
     if test_images is not None and test_masks is None:
-        raise MapetError(f"{images} has masks, so {option('test_images')} need {option('test_seg_masks')}")
+        fix = f"give {option('test_seg_masks')}"
+        raise MapetError(f"{images} has masks, but {option('test_images')} {test_images} has none: {fix}")
     pairs = [(images, masks)]
     if test_masks is not None:
         pairs.append((test_images or images, test_masks))
@@ -388,14 +442,19 @@ def load_segmentation_sets(
 
 
 def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[SegmentationSet]:
-    """Pair images and masks by name, and read all masks once, to find the classes: the values that occur in any of them.
+    """Read folders of images and masks of class ids, which are paired by name; images without a mask are excluded.
+
+    All masks are read once to find the classes: the values that occur in any of them, of all pairs, in ascending order.
 
     Args:
-        pairs: folders of (images, masks); images without a mask are excluded.
-        ignored: values that are no class.
+        pairs: (folder of images, folder of PNG masks) of each set.
+        ignored: mask values that are no class.
+
+    Returns:
+        A set for each pair; all have the same classes, named by their values.
 
     Raises:
-        MapetError: a folder's images have no masks, or there are fewer than two classes.
+        MapetError: no image of a folder has a mask, or there are fewer than two classes.
     """
     matched, values = [], set[int]()
     for images, masks in pairs:
@@ -403,24 +462,28 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
         paths = [masks / f"{os.path.splitext(listed.id(index))[0]}.png" for index in range(len(listed))]
         rows = [index for index, path in enumerate(paths) if path.is_file()]
         if not rows:
-            raise MapetError(f"no image of {images} has a mask in {masks}: expected {paths[0]}, and so on")
+            raise MapetError(f"no image in {images} has a mask in {masks}: for the first expected {paths[0]}")
         matched.append((listed.subset(rows), [paths[index] for index in rows]))
     for path in tqdm([path for _, paths in matched for path in paths], desc="masks", disable=None, leave=False):
         values |= set(np.unique(read_mask(path)).tolist())
     ids = sorted(values - ignored)
     if len(ids) < 2:
         found = f"{pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}"
-        raise MapetError(f"the masks hold {found}: segmentation needs at least two classes")
+        raise MapetError(f"the masks in {pairs[0][1]} hold {found}: give masks of two or more class ids")
     class_of = {value: index for index, value in enumerate(ids)}
     names = [str(value) for value in ids]
     return [SegmentationSet(listed, names, paths, [class_of] * len(paths)) for listed, paths in matched]
 
 
 def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
-    """Read a COCO panoptic JSON: classes are the categories of segments, things and stuff alike; images are sorted by name.
+    """Read images with COCO panoptic masks. Classes are all categories, things and stuff, by id; images are sorted by name.
+
+    Args:
+        images: folder of the images.
+        annotations: the panoptic JSON; its PNG masks are in the folder of the same path without '.json'.
 
     Raises:
-        MapetError: the file has another layout, or names a missing image, or its masks are missing.
+        MapetError: the file has another layout, lists a missing image, or its first mask is missing.
     """
     with _read_coco(annotations, "COCO panoptic annotations") as record:
         classes, class_of = _read_categories(record)
@@ -431,6 +494,8 @@ def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
         folder = annotations.with_suffix("")
         masks = [folder / mask for _, mask, _ in rows]
         if masks and not masks[0].is_file():
-            raise MapetError(f"{annotations}: its masks are expected in {folder}; {masks[0].name} is not there")
+            raise MapetError(
+                f"{annotations} lists the mask {masks[0].name}, not found in {folder}: put the masks there"
+            )
         listed = _list_named_images(images, [name for name, _, _ in rows], annotations)
         return SegmentationSet(listed, classes, masks, class_of_segment, panoptic=True)

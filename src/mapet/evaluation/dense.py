@@ -41,20 +41,26 @@ Item = TypeVar("Item")
 
 
 def _resize_backbone(context: EvalContext, copy_weights: bool = False) -> BackboneWrapper:
-    """Return the backbone at the largest of `eval_image_sizes`, or at its own size without that option.
+    """Return the context's backbone with square inputs of the largest side in the option `eval_image_sizes`, or at its own size.
 
     Args:
-        copy_weights: return a copy even if the size is the same, so that it may be trained.
+        context: the backbone, its data and the options of `mapet evaluate`.
+        copy_weights: return a copy even if the size is the same, so that its weights may be trained.
     """
     size = max(context.options.eval_image_sizes or [0])
     return context.backbone.with_image_size((size, size) if size else context.backbone.image_size, copy_weights)
 
 
 class AnnotatedImages(Generic[AnyImageSet, Item]):
-    """Batches of images with their annotations, read in worker processes for one backbone.
+    """Batches of annotated images (masks or boxes), read in worker processes, and training on them. Subclasses implement `read`.
 
     Attributes:
-        max_batch_size: largest batch; the backbone's inference batch size may be smaller.
+        max_batch_size: largest batch, set by the subclass.
+        data: the images and their annotations.
+        size: (height, width) of the backbone's input, pixels.
+        channels: number of the backbone's input channels.
+        options: of `mapet evaluate`; `seed` and `dense_epochs` are used.
+        batch_size: images per batch: the smaller of the inference batch size and `max_batch_size`.
     """
 
     max_batch_size: int
@@ -64,7 +70,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         self.options, self.batch_size = context.options, min(context.cache.batch_size, self.max_batch_size)
 
     def read(self, index: int) -> Item:
-        """Read an image and its annotations. Raises ImageDecodeError if it is unreadable."""
+        """Read the item of one image, what a batch holds of it: see the subclass. Raises ImageDecodeError if it is unreadable."""
         raise NotImplementedError
 
     def _read_readable(self, indices: list[int]) -> list[Item]:
@@ -76,21 +82,24 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         return items
 
     def batches(self, seed: int | None = None) -> Iterator[list[Item]]:
-        """Yield the items of the readable images of each batch, once through all images.
+        """Yield batches for one epoch: lists of what `read` returns, without unreadable images.
+
+        A batch has at most `self.batch_size` images, fewer where some are unreadable; batches without a readable image are skipped.
 
         Args:
-            seed: shuffles the images; None keeps their order.
+            seed: of the order of the images; None keeps the order of the data set.
 
         Raises:
             MapetError: no image is readable.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
+        # The loader's data set is the image indices; workers read the images in `collate_fn`.
         loader = DataLoader(range(len(self.data)), self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore
-        batches = filter(None, loader)  # without batches of unreadable images alone
+        batches = filter(None, loader)  # without empty batches
         first = next(batches, None)
         if first is None:
-            raise MapetError(f"no annotated image in {self.data.images.root} is readable: `mapet check` says why")
+            raise MapetError(f"no annotated image in {self.data.images.root} is readable: `mapet check` lists reasons")
         yield first
         yield from batches
 
@@ -98,19 +107,23 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         self, optimizer: torch.optim.Optimizer, compute_loss: Callable[[list[Item]], Tensor],
         warmup_fraction: float = 0.0, clip_grad: float | None = None,
     ) -> None:  # fmt: skip
-        """Take an optimizer step for each batch of `dense_epochs` epochs; a batch with a non-finite loss is skipped.
+        """Train for `dense_epochs` epochs over shuffled images: an optimizer step per batch, with a cosine learning-rate schedule.
+
+        A batch whose loss is NaN or Inf is skipped.
 
         Args:
-            compute_loss: takes the items of a batch and returns the scalar loss.
-            warmup_fraction: fraction of the steps in which the learning rate rises.
+            optimizer: of the parameters to train; its learning rates are the peak of the schedule.
+            compute_loss: takes the items of a batch, as `read` returns them, and returns the scalar loss.
+            warmup_fraction: fraction of the steps in which the learning rate rises linearly.
             clip_grad: gradient-norm clipping threshold; None: no clipping.
         """
 
         def losses() -> Iterator[Tensor]:
-            """Yield the finite losses, each computed when the optimizer has taken the step before."""
+            """Yield the finite losses, lazily: each is computed after the optimizer step of the one before."""
             for epoch in range(self.options.dense_epochs):
-                seed = self.options.seed * 100_003 + epoch  # epochs of different seeds differ
-                torch.manual_seed(seed)  # for the detector's samples of anchors and boxes
+                # Epochs of different seeds have different orders, up to 100,003 epochs.
+                seed = self.options.seed * 100_003 + epoch
+                torch.manual_seed(seed)  # torchvision's detector samples anchors and boxes with the global generator
                 yield from filter(torch.isfinite, map(compute_loss, self.batches(seed)))
 
         num_steps = self.options.dense_epochs * math.ceil(len(self.data) / self.batch_size)
@@ -129,18 +142,24 @@ class SegmentationImages(AnnotatedImages[SegmentationSet, Scene]):
     max_batch_size = 16
 
     def read(self, index: int) -> Scene:
-        """Read an image and its mask."""
+        """Read an image, whole and stretched to the backbone's input size, and its class map, (h, w) at the mask's own size."""
         image = self.data.images.open(index, self.channels)
         whole = View(0, 0, *image.size, flip=False)
         return render_view(image, whole, self.size), torch.from_numpy(self.data.class_map(index))
 
 
 def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
-    """Make the two segmentation heads, which map features (B, width, h, w) to logits.
+    """Make the two segmentation heads, which map feature maps (B, width, h, w) to logits.
+
+    Both standardize features first, by a batch norm without scale and shift.
+
+    Args:
+        width: channels of the feature map.
+        num_classes: number of classes.
 
     Returns:
-        'linear': a linear classifier of standardized patches, logits (B, num_classes, h, w). 'decoder': two 3 x 3 convolutions,
-        each at twice the size before, logits (B, num_classes, 4 h, 4 w).
+        'linear': a linear classifier of each patch, logits (B, num_classes, h, w). 'decoder': a projection to `WIDTH` channels, then
+        twice an upsampling by 2 and a 3 x 3 convolution, logits (B, num_classes, 4 h, 4 w).
     """
 
     def project(channels: int) -> list[nn.Module]:
@@ -157,14 +176,20 @@ def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
 
 @protocol("masks")
 def segmentation(context: EvalContext) -> ProtocolResult:
-    """Measure mIoU and pixel accuracy, at the masks' own size, of a linear head and a decoder trained on frozen features."""
+    """Measure semantic segmentation by a linear head and a convolutional decoder, both trained on frozen features.
+
+    Returns:
+        Metrics 'segmentation_HEAD_miou' and 'segmentation_HEAD_pixel_accuracy' for the heads 'linear' and 'decoder', at the masks' own
+        size, with bootstrap intervals over test images; `per_class` has the pixels of (intersection, union) of each class; `details`
+        counts the images and has the input 'size', [height, width].
+    """
     assert context.data.masks is not None
     backbone = _resize_backbone(context)
     train, test = (SegmentationImages(context, backbone, data) for data in context.data.masks)
     heads = _train_heads(backbone, train)
     details = {"train_images": len(train.data), "test_images": len(test.data), "size": list(backbone.image_size)}
     result = ProtocolResult(details=details)
-    for name, counts in _count_pixels(backbone, heads, test).items():
+    for name, counts in _count_pixels(backbone, heads, test).items():  # counts: (images, 3, classes)
         for metric, compute in (("miou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
             result.metrics[f"segmentation_{name}_{metric}"] = bootstrap_ci(partial(compute, counts), len(counts))
         intersections, unions, _ = counts.sum(0).astype(int).tolist()
@@ -174,26 +199,40 @@ def segmentation(context: EvalContext) -> ProtocolResult:
 
 
 def mean_iou(counts: Float[np.ndarray, "n 3 K"], weights: Float[np.ndarray, " n"]) -> float:
-    """Return the mean over classes of intersection over union, in [0, 1], each summed over all images first.
+    """Return mIoU in [0, 1]: the mean over classes of intersection over union, both summed over all images first.
 
-    Classes that neither the masks nor the predictions contain do not count; 0 if none does.
+    Classes that neither the masks nor the predictions contain are excluded; 0 if no class is left.
 
     Args:
-        counts: pixels of intersection, union and truth of each image and class, as `pixel_counts` returns them.
-        weights: how often each image counts.
+        counts: for each image and class, pixels of intersection, union and truth, as `pixel_counts` returns them.
+        weights: how often each image counts: all ones, or the counts of a bootstrap resample.
     """
     intersection, union, _ = np.tensordot(weights, counts, 1)
     return float((intersection[union > 0] / union[union > 0]).mean()) if union.any() else 0.0
 
 
 def pixel_accuracy(counts: Float[np.ndarray, "n 3 K"], weights: Float[np.ndarray, " n"]) -> float:
-    """Return the fraction of pixels that are classified correctly, without ignored ones; arguments as in `mean_iou`."""
+    """Return the fraction, in [0, 1], of the pixels with a class that are classified correctly.
+
+    Args:
+        counts: for each image and class, pixels of intersection, union and truth, as `pixel_counts` returns them.
+        weights: how often each image counts: all ones, or the counts of a bootstrap resample.
+    """
     intersection, _, truth = np.tensordot(weights, counts, 1)
     return float(intersection.sum() / max(truth.sum(), 1))
 
 
 def pixel_counts(predicted: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], classes: int) -> Float[np.ndarray, "3 K"]:
-    """Return pixels of intersection, union and truth of each class, without pixels whose truth is `IGNORE_INDEX`."""
+    """Count one image's pixels for each class, without pixels whose true class is `IGNORE_INDEX` (-1).
+
+    Args:
+        predicted: predicted class index of each pixel.
+        truth: true class index of each pixel.
+        classes: number of classes, K.
+
+    Returns:
+        Rows: pixels of the intersection of prediction and truth, of their union, and of the truth.
+    """
     predicted, truth = predicted[truth != IGNORE_INDEX], truth[truth != IGNORE_INDEX]
     parts = truth[truth == predicted], predicted, truth
     hits, guesses, truths = (torch.bincount(part, minlength=classes).double().numpy() for part in parts)
@@ -201,11 +240,14 @@ def pixel_counts(predicted: Int[Tensor, "H W"], truth: Int[Tensor, "H W"], class
 
 
 def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.ModuleDict:
-    """Train both heads of `make_heads` on the same batches of frozen features, and return them in eval mode.
+    """Train the heads 'linear' and 'decoder' of `make_heads` on the same batches of frozen features.
 
     Args:
-        backbone: gives the features; its input size is the size to which logits and masks are resized for the loss.
-        images: training images and masks; their options `seed` and `dense_epochs` are used.
+        backbone: gives the features; logits and masks are resized to its input size for the loss.
+        images: training images and masks; `images.options` has `seed` and `dense_epochs`.
+
+    Returns:
+        The heads by name, in eval mode, on the backbone's device.
     """
     size, compute = backbone.image_size, backbone.compute
     torch.manual_seed(images.options.seed)
@@ -214,7 +256,8 @@ def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.Mo
 
     def compute_loss(batch: list[Scene]) -> Tensor:
         """Return the sum of both heads' mean cross-entropies over the pixels that are not ignored."""
-        features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch])).clone()  # out of inference mode
+        # Autograd cannot save tensors made in inference mode; a clone made outside of it is a normal tensor.
+        features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch])).clone()
         resized = [F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0] for _, mask in batch]
         masks = compute.to(torch.stack(resized).long())
         logits = [F.interpolate(head(features), size, mode="bilinear") for head in heads.values()]
@@ -229,7 +272,16 @@ def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.Mo
 def _count_pixels(
     backbone: BackboneWrapper, heads: nn.ModuleDict, images: SegmentationImages
 ) -> dict[str, Float[np.ndarray, "n 3 K"]]:
-    """Return for each head, by name, the `pixel_counts` of the n readable images, with logits resized to the mask's own size."""
+    """Segment the images with each head, and count pixels of intersection, union and truth by class; see `pixel_counts`.
+
+    Args:
+        backbone: gives the features.
+        heads: by name; map a feature map to logits, which are resized to each mask's own size.
+        images: images and masks to segment.
+
+    Returns:
+        For each head, by name, the counts of the n readable images.
+    """
     counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
     for batch in images.batches():
         features = backbone.last_layer(torch.stack([pixels for pixels, _ in batch]))
@@ -244,10 +296,19 @@ def _count_pixels(
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Four maps, 4, 2, 1 and 1/2 times as fine as the backbone's last one, all computed from that (ViTDet, arXiv 2203.16527)."""
+    """Four feature maps of 4, 2, 1 and 1/2 times the resolution of the backbone's last one, computed from it (ViTDet, arXiv 2203.16527).
+
+    Attributes:
+        out_channels: of each map; torchvision's FasterRCNN reads it.
+    """
 
     def __init__(self, backbone: BackboneWrapper, trained: bool) -> None:
-        """Build the layers of the four scales on `backbone`, whose weights get gradients if `trained`, else stay frozen."""
+        """Build the layers of the four scales.
+
+        Args:
+            backbone: gives the last feature map; `requires_grad` of its weights is set to `trained`.
+            trained: whether the backbone is trained with the pyramid; else it stays frozen and in eval mode.
+        """
         super().__init__()
         self.backbone, self.model, self.trained = backbone, backbone.model.requires_grad_(trained), trained
         self.out_channels, width = WIDTH, backbone.map_shape[0]
@@ -259,28 +320,39 @@ class SimpleFeaturePyramid(nn.Module):
             convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
             return nn.Sequential(nn.GroupNorm(1, WIDTH), convolution, nn.GroupNorm(1, WIDTH))
 
+        # Of 4, 2, 1 and 1/2 times the backbone's resolution, WIDTH channels each.
         finest = nn.Sequential(upsample(width), nn.GroupNorm(1, WIDTH), nn.GELU(), upsample(WIDTH))
         fine, same = upsample(width), nn.Conv2d(width, WIDTH, 1)
         coarse = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(width, WIDTH, 1))
         self.scales = nn.ModuleList(nn.Sequential(scale, smooth()) for scale in (finest, fine, same, coarse))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> "OrderedDict[str, Tensor]":
-        """Return the maps (B, WIDTH, h, w) of normalized images under the names '0' (the finest) to '3', as FasterRCNN takes them."""
+        """Compute the four feature maps of normalized images.
+
+        Returns:
+            '0' (4 times the backbone's resolution), '1' (2 times), '2' (the same) and '3' (half) -> (B, WIDTH, h, w), as torchvision's
+            FasterRCNN takes them.
+        """
         self.model.train(self.training and self.trained)  # a frozen backbone stays in eval mode
         features = self.backbone.forward_intermediates(images, [self.backbone.num_layers])[0][0].float()
         return OrderedDict((str(index), scale(features)) for index, scale in enumerate(self.scales))
 
 
 def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) -> FasterRCNN:
-    """Build a Faster R-CNN on the pyramid, whose anchors are 8 cells of each map wide, as usual.
+    """Build torchvision's Faster R-CNN on the `SimpleFeaturePyramid` of a backbone, on the backbone's device.
+
+    The detector normalizes images and stretches them to the backbone's input size itself. The anchors of each map have a side of 8
+    of its cells, as in FPN, and aspect ratios 0.5, 1 and 2. Initial weights are always the same.
 
     Args:
-        num_classes: classes of the data; the detector's class 0 is the background, its class i + 1 the data's class i.
-        trained: gradients reach the backbone too.
+        backbone: gives the feature maps; `requires_grad` of its weights is set to `trained`.
+        num_classes: classes of the data; the detector's label 0 is the background, its label i + 1 the data's class i.
+        trained: whether the backbone is trained, too.
     """
     height, width = backbone.image_size
     patch_height = height / backbone.map_shape[1]
     torch.manual_seed(0)
+    # Sides of the anchors of each map, pixels; a map's cell is `scale` patches high.
     sizes = tuple((max(1, round(8 * patch_height * scale)),) for scale in (0.25, 0.5, 1, 2))
     return FasterRCNN(
         SimpleFeaturePyramid(backbone, trained), num_classes + 1,
@@ -294,10 +366,16 @@ def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) ->
 
 @protocol("annotations", is_expensive=True)
 def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
-    """Measure COCO's AP of boxes after a short training of the detector on the frozen backbone.
+    """Measure COCO's box AP of a Faster R-CNN that is trained for a few epochs on the backbone.
 
     Args:
-        trained: train a copy of the backbone, too.
+        context: the backbone, images with boxes and the options.
+        trained: train a copy of the backbone, too; else it stays frozen.
+
+    Returns:
+        Metrics 'detection_AP', 'detection_AP50', 'detection_AP75', 'detection_APs', 'detection_APm' and 'detection_APl' in [0, 1],
+        without intervals ('detection_finetune_AP', ... if `trained`); `details` counts images and detected boxes and has the input
+        'size', [height, width].
 
     Raises:
         MapetError: pycocotools is not installed.
@@ -317,7 +395,7 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
 
 @protocol("annotations", is_expensive=True)
 def detection_finetune(context: EvalContext) -> ProtocolResult:
-    """Measure COCO's AP of boxes where the backbone is trained with the detector."""
+    """Measure COCO's box AP as `detection` does, but with the backbone trained together with the detector."""
     return detection(context, trained=True)
 
 
@@ -336,17 +414,27 @@ class DetectionImages(AnnotatedImages[DetectionSet, IndexedImage]):
     max_batch_size = 8
 
     def read(self, index: int) -> IndexedImage:
-        """Read an image."""
+        """Return (index, pixels) of the whole image at its own size; `_train_detector` looks up its boxes by the index."""
         return index, self.data.images.open(index, self.channels).read()
 
 
 def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> None:
-    """Train the parameters of the detector that require gradients on the boxes of the images, with a warmup of 5 % of the steps."""
+    """Train a detector in place, by AdamW, for `images.options.dense_epochs` epochs; the first 5 % of the steps are warmup.
+
+    Args:
+        detector: torchvision's Faster R-CNN; parameters that require no gradient stay as they are.
+        backbone: whose device the detector is on.
+        images: training images; `images.data` has their boxes.
+    """
     data, to = images.data, backbone.compute.to
     detector.train()
 
     def compute_loss(batch: list[IndexedImage]) -> Tensor:
-        """Return the sum of the detector's losses; it takes images in [0, 1] and, for each, corners of boxes and labels from 1."""
+        """Return the sum of the detector's four losses: objectness, proposals, classes and boxes.
+
+        The detector takes images in [0, 1] and for each image its boxes (left, top, right, bottom, pixels) and labels; label 0 is the
+        background, so that class i is label i + 1.
+        """
         targets = [
             {"boxes": to(torch.from_numpy(data.boxes[i]).float()), "labels": to(torch.from_numpy(data.labels[i]) + 1)}
             for i, _ in batch
@@ -360,7 +448,13 @@ def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: Dete
 
 @torch.inference_mode()
 def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> list[CocoBox]:
-    """Detect boxes in all readable images, with the ids of their annotation file."""
+    """Detect boxes in all readable images, and return all of them in COCO's format of results.
+
+    Args:
+        detector: torchvision's Faster R-CNN; it is set to eval mode.
+        backbone: whose device the detector is on.
+        images: the images; `images.data` has the annotation file's ids of images and categories.
+    """
     data = images.data
     detector.eval()
     detections = []
@@ -375,24 +469,29 @@ def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionIma
 
 
 def coco_metrics(data: DetectionSet, boxes: list[CocoBox]) -> dict[str, float]:
-    """Return COCO's metrics, in [0, 1] by their names, of detected boxes; those of a size that no annotated box has are omitted.
+    """Compute COCO's box metrics with pycocotools.
 
     Args:
-        data: the images in which boxes were detected, with the annotation file's content; only these images count.
-        boxes: all detected boxes; without any, AP, AP50 and AP75 are 0.
+        data: the images in which boxes were detected, with their annotations.
+        boxes: all detected boxes, in COCO's format of results.
+
+    Returns:
+        'AP', 'AP50', 'AP75', 'APs', 'APm' and 'APl' (small, medium and large boxes) -> average precision in [0, 1]; a metric for which
+        there are no annotated boxes is omitted. Without detected boxes, only the first three, all 0.
     """
     if not boxes:
         return dict.fromkeys(COCO_METRICS[:3], 0.0)
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with contextlib.redirect_stdout(io.StringIO()):  # hide what pycocotools prints
         truth = COCO()
         truth.dataset = {"info": {}} | data.record
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(boxes), "bbox")
-        evaluation.params.imgIds = data.image_ids
+        evaluation.params.imgIds = data.image_ids  # the JSON file may list other images, too: of the training set
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    # A value of -1 means that there are no annotated boxes of that size.
     return {name: float(value) for name, value in zip(COCO_METRICS, evaluation.stats, strict=False) if value >= 0}

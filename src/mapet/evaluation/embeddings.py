@@ -42,15 +42,20 @@ NUM_TRIAL_IMAGES = 8
 
 
 def embed(config: EmbedConfig) -> Path:
-    """Write the features of every image into `config.out`, a new folder or an interrupted one; return the folder.
+    """Compute the features of every image by a frozen backbone, and write them into the folder `config.out`; return that folder.
 
-    In order: load the backbone; try it on a few images; create or resume the folder; then compute the features batch by batch and
-    write them whenever a shard is full, or a signal stops the job.
+    In order: load the backbone; try it on a few images, before anything is written; create the folder, or with the option `resume`
+    open an interrupted one, whose manifest has the number of images done; then compute features batch by batch, and write them
+    whenever a shard (`SHARD_BYTES` of features) is full, after the last image, or when a signal such as Ctrl-C stops the job.
+    Unreadable images are recorded in the manifest; the command fails if they are more than the fraction `config.max_unreadable`.
+
+    Args:
+        config: options of `mapet embed`.
 
     Raises:
         Interrupted: a signal came; the features so far are saved.
-        MapetError: the folder is of other images or options, pyarrow is missing, features are NaN or infinite, or too large for
-            `config.dtype`.
+        MapetError: pyarrow is missing for parquet, the folder has features of other images or options, too many images are
+            unreadable, or features are NaN, infinite or too large for `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
@@ -60,6 +65,7 @@ def embed(config: EmbedConfig) -> Path:
     vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
     backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
     dataset = ViewDataset(images, ViewSpec(image_size=backbone.image_size), vit.in_chans, backbone.image_size)
+    # A position is (view index, image index); there is one view per image, the center view.
     trial = dataset.batch([(0, index) for index in range(min(len(images), NUM_TRIAL_IMAGES))])
     if trial.images is not None:
         _compute_features(config, backbone, trial.images)
@@ -67,7 +73,7 @@ def embed(config: EmbedConfig) -> Path:
     reasons = {int(index): reason for index, reason in manifest["unreadable"].items()}
     unreadable = UnreadableImages(images, config.max_unreadable, reasons)
     shard_size, num_done = manifest["shard_size"], manifest["num_done"]
-    # No batch crosses the end of a shard; the first shard may be partly done.
+    # Indices one past the last image of each shard; no batch crosses them. The first shard may be partly done.
     ends = [*range((num_done // shard_size + 1) * shard_size, len(images), shard_size), len(images)]
     size = inference_batch_size(backbone.image_size)
     shards = pairwise([num_done, *ends])
@@ -83,7 +89,7 @@ def embed(config: EmbedConfig) -> Path:
                 rows.append(_compute_features(config, backbone, batch.images))
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
-            end = positions[-1][1] + 1
+            end = positions[-1][1] + 1  # images before this index are done
             if stop.signal_name or end in ends:
                 manifest["unreadable"] = {str(i): reason for i, reason in unreadable.reasons.items()}
                 _write(config.out, images, manifest, rows, index, end)
@@ -103,10 +109,15 @@ def embed(config: EmbedConfig) -> Path:
 def _compute_features(
     config: EmbedConfig, backbone: BackboneWrapper, pixels: UInt8[Tensor, "B C H W"]
 ) -> Float[np.ndarray, "B ..."]:
-    """Compute the features of uint8 views as they are stored: pooled by `config.pool`, and of type `config.dtype`.
+    """Compute the last layer's features of uint8 images, pooled by `config.pool`, as a NumPy array of type `config.dtype`.
+
+    Args:
+        config: options of `mapet embed`.
+        backbone: the frozen model; its `name` is used in errors.
+        pixels: images at the backbone's input size.
 
     Returns:
-        (B, D), or (B, N, D), the features of all patches, where `config.pool` is 'none'.
+        (B, D): the mean of the patch tokens ('avg') or the class token ('token'); or (B, N, D): all patch tokens ('none').
 
     Raises:
         MapetError: a feature is NaN or infinite, or beyond float16's range.
@@ -122,11 +133,15 @@ def _compute_features(
 
 
 def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWrapper) -> dict[str, Any]:
-    """Read the manifest of an interrupted folder, or create a folder with room for the features and its first manifest.
+    """Return the manifest of the interrupted folder `config.out` if `config.resume`, else create the folder and its first manifest.
+
+    For npy, a new folder gets an array with room for all features, and ids.json. Where `config.resume` is set but the job stopped
+    before its first manifest, the folder is created again.
 
     Returns:
-        file_format, settings (what made the features, to be the same when resumed), num_images, images_hash, shape (of one
-        image's features), dtype, shard_size (in images), num_done (images that are written), unreadable (index, as text -> reason).
+        The manifest, a dict: file_format ('npy' or 'parquet'), settings (what made the features; a resumed job must have the same),
+        num_images, images_hash, shape (of one image's features), dtype, shard_size (images per shard), num_done (images whose features
+        are written), unreadable (index of an image, as text -> reason).
 
     Raises:
         MapetError: the folder is of other images, another backbone or other options, or the disk is too full.
@@ -162,15 +177,18 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
 def _write(
     folder: Path, images: ImageList, manifest: dict[str, Any], rows: list[np.ndarray], index: list[np.ndarray], end: int
 ) -> None:
-    """Write the features of the images from `num_done` to `end` - 1, and then the manifest, in which `end` images are done.
+    """Write the features of the images from `manifest['num_done']` to `end` - 1, and then the manifest, in which `end` images are done.
 
-    Parquet gets a new part, whose name sorts after the parts before: its shard, and the position in the shard where a resumed job
-    began.
+    In an npy file, rows of unreadable images are NaN. Parquet gets a new file, part-SHARD.parquet, or part-SHARD_OFFSET.parquet if an
+    interrupted job has written the first OFFSET images of the shard: names sort in the order of the images.
 
     Args:
+        folder: the output folder.
+        images: the list of all images, for their ids.
         manifest: see `_open_manifest`; its `num_done` is updated.
-        rows: features of the readable images among them, batch by batch.
-        index: of each batch, the indices of its images.
+        rows: features of the readable images, one array per batch.
+        index: for each batch, the indices of its images in the list.
+        end: one past the last image that is done.
     """
     start = manifest["num_done"]
     if manifest["file_format"] == "npy":
@@ -184,7 +202,7 @@ def _write(
         import pyarrow.parquet
 
         column = pyarrow.array(np.concatenate(rows).reshape(-1))
-        for length in reversed(manifest["shape"]):
+        for length in reversed(manifest["shape"]):  # nested lists of fixed size, one level for each dimension
             column = pyarrow.FixedSizeListArray.from_arrays(column, length)
         ids = [images.ids[i].decode("utf-8", "backslashreplace") for i in np.concatenate(index).tolist()]
         table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "features": column})
@@ -197,10 +215,13 @@ def _write(
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]]:
-    """Read the ids and features of a finished folder of either format, without the unreadable images.
+    """Read a finished folder of `mapet embed`, of either format, without the unreadable images.
+
+    Returns:
+        (ids of the images; their features, (n, D) or, of all patch tokens, (n, N, D)).
 
     Raises:
-        MapetError: the folder is not one that `mapet embed` made, or is unfinished.
+        MapetError: the folder is not an output of `mapet embed`, or is unfinished.
     """
     manifest = files.read_manifest(folder, KIND, FORMAT)
     if manifest["num_done"] < manifest["num_images"]:
@@ -214,6 +235,6 @@ def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]
 
     table = pyarrow.parquet.read_table(folder / SHARDS, columns=["id", "features"])
     column = table["features"].combine_chunks()
-    for _ in manifest["shape"]:  # lists of lists, one for each dimension
+    for _ in manifest["shape"]:  # nested lists, one level for each dimension
         column = column.flatten()
     return table["id"].to_pylist(), column.to_numpy(zero_copy_only=False).reshape(-1, *manifest["shape"])

@@ -84,11 +84,14 @@ class TokenSampler:
         self.view_spec = ViewSpec(image_size=tokenizer.student_size)
 
     def sample(self, images: ImageList, indices: Sequence[int], num_pixels: int) -> TokenSample:
-        """Compute the tokens of the center views of some images, and keep the pixels of the first readable ones.
+        """Compute the visual tokens of the center views of some images, and keep the pixels of the first readable ones.
+
+        Unreadable images are excluded from the result.
 
         Args:
-            indices: of the images, in the list `images`.
-            num_pixels: number of images whose pixels are kept.
+            images: the list of images.
+            indices: indices in `images` of the images to tokenize.
+            num_pixels: number of images whose pixels are kept, at the student's input size.
 
         Raises:
             MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
@@ -105,26 +108,30 @@ class TokenSampler:
         return TokenSample(torch.cat(image_index), torch.cat(ids), torch.cat(pixels), self.tokenizer.vocab_size)
 
     def sample_perturbed(self, images: ImageList, indices: Sequence[int]) -> dict[str, TokenPair]:
-        """Compute the tokens of the center views of some images, without and with each perturbation.
+        """Compute the visual tokens of the center views of some images without and with each perturbation, to measure their stability.
 
-        Flip, jitter, noise and JPEG change the teacher's view; the tokens of the flipped view are compared with the flipped tokens.
-        The shift is diagonal, between two windows of one larger rendering, so that nothing is padded, by as few patches as are a
-        whole number of the teacher's pixels. It is omitted where only the whole grid is; JPEG is omitted where images have
-        neither 1 nor 3 channels.
+        'flip' mirrors the teacher's input, and its tokens are compared with mirrored tokens. 'jitter' changes its colors, 'noise' adds
+        Gaussian noise, and 'jpeg' compresses it; 'jpeg' is omitted for images of other than 1 or 3 channels. 'shift' compares two
+        windows of the teacher's size in a larger rendering of the view, without padding: the lower right one is moved by the smallest
+        number of whole patches that is a whole number of pixels. Tokens of the patches in both windows are compared. 'shift' is omitted
+        if that number is the whole grid.
 
         Args:
-            indices: of the images, in the list `images`.
+            images: the list of images.
+            indices: indices in `images` of the images to tokenize; unreadable ones are skipped.
 
         Returns:
-            Key of `token_metrics.PERTURBATIONS`, all but 'stored' -> tokens of the same content without and with it.
+            'flip', 'jitter', 'noise', 'jpeg', 'shift' -> (token ids without the perturbation, with it): (n, rows, columns) tensors in
+            which the same position is the same content; for 'shift' with fewer rows and columns.
 
         Raises:
             MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
         """
         (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
-        # The shift: so many patches down and right, and so many pixels.
+        # The shift, in patches and in pixels: the teacher's patches may be a fractional number of pixels, as the grid is the student's.
         down, right = rows // gcd(rows, height), columns // gcd(columns, width)
         down_px, right_px = height // gcd(rows, height), width // gcd(columns, width)
+        # Size of the larger rendering, pixels, which `ViewDataset` returns as `Batch.images`; None: no rendering, and no shift.
         larger = (height + down_px, width + right_px) if down < rows and right < columns else None
         dataset = ViewDataset(images, self.view_spec, self.channels, larger, self.teacher_size, jitter=JITTER)
         batches: list[dict[str, TokenPair]] = []
@@ -132,7 +139,7 @@ class TokenSampler:
             assert batch.teacher_images is not None and batch.jitter is not None
             view = batch.teacher_images.contiguous()
             tokens = self._tokenize(view)
-            jittered = color_jitter(view.float(), batch.jitter)
+            jittered = color_jitter(view.float(), batch.jitter)  # by factors drawn from each image's id
             pairs = {
                 "flip": (tokens.flip(-1), self._tokenize(view.flip(-1))),
                 "jitter": (tokens, self._tokenize(_to_uint8(jittered))),
@@ -148,7 +155,16 @@ class TokenSampler:
         return {name: _concatenate([pairs[name] for pairs in batches]) for name in batches[0]}
 
     def compare_stored(self, images: ImageList, store: TokenStore, indices: Sequence[int]) -> TokenPair:
-        """Return the tokens of some images' first views, flattened: those in the store, and those computed now."""
+        """Compare a token store, the token ids on disk that pre-training reads, with tokens computed now from the same images.
+
+        Args:
+            images: the list of images.
+            store: of these images; its `view_spec` says which views it has, of which view 0 is compared.
+            indices: indices in `images` of the images to compare; unreadable ones are skipped.
+
+        Returns:
+            (token ids in the store, token ids computed now), each (n, N); equal if the store belongs to these images and tokenizer.
+        """
         dataset = ViewDataset(images, store.view_spec, self.channels, teacher_size=self.teacher_size)
         pairs = []
         for batch in self._batches(dataset, indices, "stored tokens"):
@@ -157,18 +173,22 @@ class TokenSampler:
         return _concatenate(pairs)
 
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
-        """Yield batches of view 0 of the images at `indices` that can be read, under a progress bar of that title."""
+        """Yield batches of view 0 of the readable images at `indices`, with a progress bar `title`.
+
+        Raises:
+            MapetError: more than `MAX_UNREADABLE` of all images cannot be read.
+        """
         batches = position_batches(indices, inference_batch_size(self.teacher_size))
         return readable_batches(dataset, batches, UnreadableImages(dataset.images, MAX_UNREADABLE), title)
 
     @torch.inference_mode()
     def _tokenize(self, images: UInt8[Tensor, "B C h w"] | None) -> Int[Tensor, "B rows columns"]:
-        """Compute token ids, on the CPU, of views at the teacher's size."""
+        """Compute the token ids, on the CPU, of uint8 images at the teacher's size; None is not allowed, only typed so in `Batch`."""
         assert images is not None
         return self.tokenizer(self.compute.to(images)).cpu()
 
     def _noise(self, images: ImageList, batch: Batch) -> Float[Tensor, "B C h w"]:
-        """Draw noise that depends on each image's id alone, not on its batch."""
+        """Draw Gaussian noise of `NOISE_STD` gray levels (of 255) for each image of a batch, seeded by the image's id alone."""
         generators = [np.random.default_rng([0, images.key(index)]) for index in batch.image_index.tolist()]
         shape = (self.channels, *self.teacher_size)
         return torch.from_numpy(np.stack([rng.normal(0, NOISE_STD, shape).astype(np.float32) for rng in generators]))
@@ -184,7 +204,16 @@ def _concatenate(pairs: Sequence[TokenPair]) -> TokenPair:
 
 
 def num_images_for_figures(num_shown: int, vocab_size: int, num_patches: int) -> int:
-    """Count images, at least `num_shown`, that have `PATCHES_PER_CODE_SHOWN` patches of each code on average."""
+    """Return how many images to tokenize for figures: enough for `PATCHES_PER_CODE_SHOWN` patches of each code on average.
+
+    Args:
+        num_shown: the least number of images.
+        vocab_size: number of codes.
+        num_patches: patches per image.
+
+    Returns:
+        The number, at most `MAX_IMAGES_SHOWN`.
+    """
     return min(MAX_IMAGES_SHOWN, max(num_shown, ceil(PATCHES_PER_CODE_SHOWN * vocab_size / num_patches)))
 
 
@@ -224,13 +253,18 @@ def inspect_model(
     model: ViTForPreTraining, tokenizer: Tokenizer, images: ImageList, compute: ComputeContext, num_shown: int,
     order: PermutationKind,
 ) -> ModelInspection:  # fmt: skip
-    """Draw images at random, the same ones every time; tokenize them, and run the model on the first ones.
+    """Draw images at random, the same ones every time; tokenize them, and run a pre-trained model on the first ones, for figures.
 
     Args:
-        model: on `compute.device`.
+        model: the pre-trained model, on `compute.device`.
         tokenizer: with its teacher, on `compute.device`.
-        num_shown: images that the model is run on; more are tokenized, for figures of what the codes show.
-        order: how the permutation of each image's patches is drawn.
+        images: the list to draw from.
+        compute: device and precision.
+        num_shown: number of images that the model is run on; more are tokenized, for figures of what each code shows.
+        order: how the permutation, in which an image's patches are predicted, is drawn, e.g. 'random'.
+
+    Returns:
+        Tokens of all drawn images; and of the first `num_shown` readable ones permutation, logits, attention and patch features.
 
     Raises:
         MapetError: more than `MAX_UNREADABLE` of the images cannot be read, or features are NaN or infinite.
@@ -252,7 +286,14 @@ def inspect_model(
 
 
 def cls_attention(vit: VisionTransformer, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads N"]:
-    """Compute the attention weights from the class token to the patches in the last block, of normalized images."""
+    """Compute the attention weights from the class token to the patches in the last block, for each head.
+
+    Weights are of a softmax over all tokens, of which the class token and registers are cut off: they sum to less than 1.
+
+    Args:
+        vit: timm's ViT with a class token.
+        images: normalized, on the ViT's device.
+    """
     inputs: list[Tensor] = []
     attention = vit.blocks[-1].attn
     with attention.register_forward_hook(lambda module, args, output: inputs.append(args[0])):
@@ -265,9 +306,10 @@ def cls_attention(vit: VisionTransformer, images: Float[Tensor, "B C H W"]) -> F
 
 
 def pca_colors(features: Float[Tensor, "B N D"]) -> Float[np.ndarray, "B N 3"]:
-    """Compute a color for each patch: the first three principal components of all patches, each scaled to [0, 1].
+    """Compute an RGB color in [0, 1] for each patch: the first three principal components of the features of all patches of all images.
 
-    The scale runs from a component's 1 % quantile to its 99 % quantile. With fewer than three components the others are 0.
+    A component's 1 % quantile becomes 0, its 99 % quantile 1, and values beyond are clipped. If there are fewer than three
+    components, the others are 0.
     """
     flat = features.flatten(0, 1).numpy()
     num_components = min(3, *flat.shape)
@@ -281,12 +323,17 @@ def pca_colors(features: Float[Tensor, "B N D"]) -> Float[np.ndarray, "B N 3"]:
 def retrieve_images(
     vit: VisionTransformer, images: ImageList, compute: ComputeContext
 ) -> tuple[list[list[TitledImage]], list[str], Int[np.ndarray, "K K"] | None]:
-    """Find the training images nearest to some held-out images, by a ViT's features of a fixed sample of each.
+    """Find the training images nearest to some held-out images by a ViT's features, for a figure; and test a linear probe on them.
+
+    Args:
+        vit: on `compute.device`.
+        images: with or without labels; a fifth is held out, and a fixed sample of both parts is used (`sample_for_probe`).
+        compute: device and precision.
 
     Returns:
-        Rows of a held-out image and the training images nearest to it, nearest first; the names of the classes, none without
-        labels; and the confusion matrix of a linear probe on the held-out images, counts of true classes (rows) by predicted
-        ones (columns), None without labels.
+        Three items. Rows of (pixels, title): a held-out image, then the `NUM_NEAREST` training images nearest to it, nearest first.
+        The class names; empty without labels. The confusion matrix of logistic regression on all held-out images, counts of true
+        classes (rows) by predicted classes (columns); None without labels.
 
     Raises:
         MapetError: too few images to hold some out, too many unreadable ones, or features that are NaN or infinite.
@@ -299,7 +346,8 @@ def retrieve_images(
         num_classes = len(train.classes)
         probe = fit_logistic(train_cache.layer_features(), train_cache.labels, num_classes, C=ONLINE_C)
         confusion = confusion_matrix(test_cache.labels, probe(features).argmax(1), labels=range(num_classes))
-    by_index = test_cache.index.argsort()  # rows are in random order; queries are spread over the list of images
+    # Rows of the cache are in random order; sorted by image, the queries are spread evenly over the list of images.
+    by_index = test_cache.index.argsort()
     spread = np.linspace(0, len(by_index) - 1, min(NUM_QUERIES, len(by_index))).round().astype(int)
     queries = by_index[spread]
     _, nearest = nearest_neighbors(train_cache.layer_blocks(), features[queries], NUM_NEAREST)
@@ -312,15 +360,22 @@ def render_neighbors(
     size: tuple[int, int], channels: int, train: LabeledSet, test: LabeledSet, queries: Sequence[int],
     nearest: Sequence[Sequence[int]],
 ) -> list[list[TitledImage]]:  # fmt: skip
-    """Render rows of a query and its nearest training images, as center views.
+    """Render the center views of some test images and of the training images nearest to each, for a figure.
 
     Args:
         size: (height, width) of the views, pixels.
+        channels: of the views, e.g. 3.
+        train: training images.
+        test: test images.
         queries: indices of test images.
-        nearest: of each query, indices of training images.
+        nearest: for each query, indices of training images, nearest first.
+
+    Returns:
+        A row for each query: (pixels, title) of the query, then of its nearest images. A title is a class, or without labels a file name.
     """
 
     def render_titled(data: LabeledSet, indices: Sequence[int]) -> list[TitledImage]:
+        """Read the center views of some images of `data`, which are known to be readable, with titles."""
         views = ViewDataset(data.images, ViewSpec(image_size=size), channels, size).batch([(0, i) for i in indices])
         assert views.images is not None
         return [(image, data.title(index)) for image, index in zip(views.images, indices, strict=True)]

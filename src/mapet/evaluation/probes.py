@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.device import ComputeContext
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 
@@ -41,10 +41,12 @@ MAX_TRAIN, MAX_TEST, ONLINE_C = 2000, 1000, 0.1
 
 
 def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = None) -> dict[str, float]:
-    """Measure the top-1 accuracy of the linear probe and of weighted k-NN on the deepest layer's features.
+    """Measure the top-1 accuracy of logistic regression and of weighted k-NN on the deepest layer's features.
 
     Args:
-        C: of the linear probe; see `fit_logistic`.
+        train: features and labels of training images.
+        test: features and labels of test images.
+        C: inverse strength of the L2 penalty of logistic regression; None: it is chosen on held-out training images.
 
     Returns:
         'logistic' and 'knn' -> accuracy, 0 to 1.
@@ -88,17 +90,21 @@ def fit_logistic(
     """Fit the linear probe: multinomial logistic regression on standardized features.
 
     Args:
-        C: inverse strength of the L2 penalty, as in scikit-learn; None chooses the best of `C_CANDIDATES` by accuracy on a fifth of the
-            rows, which is held out for that, or takes `C_FEW` below `FEW_PER_CLASS` rows per class.
-        scaler: fitted on other features, as all training images where only some have labels; None fits one on these.
+        features: of the training images.
+        labels: class index of each.
+        num_classes: number of classes, K; classes without training images are never predicted.
+        C: inverse strength of the L2 penalty, as in scikit-learn. None: the best of `C_CANDIDATES` by accuracy on a held-out fifth of the
+            rows; with fewer than `FEW_PER_CLASS` rows per class, on average, `C_FEW`.
+        scaler: standardizes features; None: one is fitted on `features`. In few-shot evaluation it is fitted on all training images.
 
     Returns:
-        The probe fitted on all rows.
+        The probe, fitted on all rows, with the C that was used.
     """
     scaler = scaler or StandardScaler().fit(features.numpy())
     mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
 
     def fit(rows: Int[Tensor, " m"] | slice, C: float, max_iter: int = LOGISTIC_ITERATIONS) -> LogisticProbe:
+        """Fit on some rows. A class without rows gets the logit -inf; a single class gets the logit 0."""
         x, y = (features[rows] - mean) / scale, labels[rows]
         weight, bias = torch.zeros(num_classes, x.shape[1]), torch.full((num_classes,), -torch.inf)
         classes = y.unique()
@@ -123,7 +129,7 @@ def fit_logistic(
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
-    """Measure mean and standard deviation of the deepest layer's features, block by block."""
+    """Fit scikit-learn's StandardScaler, mean and standard deviation, on the deepest layer's features of all rows, block by block."""
     scaler = StandardScaler()
     for _, block in cache.layer_blocks():
         scaler.partial_fit(block.numpy())
@@ -136,22 +142,25 @@ def fit_scaler(cache: FeatureCache) -> StandardScaler:
 def nearest_neighbors(
     blocks: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Find the `k` rows nearest to each query by cosine similarity, among rows that may be more than memory holds.
+    """Find the `k` rows nearest to each query by cosine similarity, among rows that may be too many for memory.
 
     Args:
-        blocks: (index of the block's first row, its rows).
+        blocks: consecutive blocks of rows, each (index of the block's first row, its rows); they need not be normalized.
+        queries: feature vectors to find neighbors of.
+        k: number of neighbors; with fewer rows, all of them are returned.
 
     Returns:
-        Similarities and row indices, nearest first; fewer than `k` where there are fewer rows.
+        Similarities and row indices, nearest first.
     """
     queries = F.normalize(queries, dim=1)
     similarity, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     for first_row, block in blocks:
         block = F.normalize(block, dim=1)
-        # In parts, for the similarities of all queries and rows may be more than memory holds.
+        # 1024 queries at a time, which bounds the memory of the similarities.
         nearest = [(part @ block.T).topk(min(k, len(block)), dim=1) for part in queries.split(1024)]
         similarity = torch.cat([similarity, torch.cat([part.values for part in nearest])], 1)
         index = torch.cat([index, torch.cat([part.indices for part in nearest]) + first_row], 1)
+        # Keep the nearest of this block and all blocks before.
         similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
         index = index.gather(1, best)
     return similarity, index
@@ -160,12 +169,16 @@ def nearest_neighbors(
 def knn_scores(
     train: FeatureCache, num_classes: int, similarity: Float[Tensor, "m k"], rows: Int[Tensor, "m k"]
 ) -> Float[Tensor, "m K"]:
-    """Sum the neighbors' votes for each class, weighted by exp(similarity / `KNN_TEMPERATURE`).
+    """Compute the class scores of weighted k-NN: the neighbors' votes, weighted by exp(similarity / `KNN_TEMPERATURE`), as in DINO.
 
     Args:
-        train: has the label of each row.
-        similarity: cosine similarities to the neighbors, as `nearest_neighbors` returns them.
+        train: cache of the training images, whose `labels` has the class of each row.
+        num_classes: number of classes, K.
+        similarity: cosine similarities of m queries to their k neighbors, as `nearest_neighbors` returns them.
         rows: rows of the neighbors in `train`.
+
+    Returns:
+        (m, K) sums of weights, not normalized.
     """
     votes = torch.zeros(len(similarity), num_classes)
     return votes.scatter_add_(1, train.labels[rows], (similarity / KNN_TEMPERATURE).exp())
@@ -182,17 +195,21 @@ def minimize(
     optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], num_steps: int, warmup_steps: int = 0,
     clip_grad: float | None = None,
 ) -> None:  # fmt: skip
-    """Take an optimizer step for each loss.
+    """Run a training loop: backward pass and optimizer step for each loss.
 
     The learning rate of each parameter group rises linearly over the warmup, and falls on a half cosine to 0 over all steps.
 
     Args:
-        losses: scalars with a gradient; each is computed when the iterator is asked for it, after the step before.
-        num_steps: number of losses, or a little more.
-        clip_grad: largest norm of the gradient of all parameters; None does not clip.
+        optimizer: its learning rates are the peak of the schedule.
+        losses: scalar losses with a gradient. It must be lazy, such as a generator: each loss is computed after the optimizer step of
+            the one before.
+        num_steps: length of the schedule: the number of losses, or a little more.
+        warmup_steps: steps over which the learning rate rises; 0: none.
+        clip_grad: gradient-norm clipping threshold over all parameters; None: no clipping.
     """
 
     def lr_factor(step: int) -> float:
+        """Return the factor of the learning rate at a step, counted from 0."""
         warmup = min(1.0, (step + 1) / max(1, warmup_steps))
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
 
@@ -209,13 +226,15 @@ def minimize(
 def _logits_and_losses(
     probes: Sequence[nn.Module], x: Tensor, y: Int[Tensor, " B"]
 ) -> tuple[list[Float[Tensor, "r B K"]], Float[Tensor, " R"]]:
-    """Compute the logits and mean cross-entropies of probes on one batch.
+    """Compute the logits and mean cross-entropies of several probes on one batch.
 
     Args:
-        probes: their logits are (B, K), or (r, B, K) of r classifiers side by side.
+        probes: modules that map `x` to logits (B, K), of one classifier, or (r, B, K), of r classifiers.
+        x: features of a batch, as the probes take them.
+        y: class index of each image.
 
     Returns:
-        The logits of each probe, and the losses of the R classifiers of all probes.
+        The logits of each probe, (r, B, K) with r = 1 for one classifier; and the losses of all R classifiers, in the same order.
     """
     logits = [output.view(-1, *output.shape[-2:]) for output in (probe(x) for probe in probes)]
     losses = [F.cross_entropy(part.flatten(0, 1), y.repeat(len(part)), reduction="none") for part in logits]
@@ -224,9 +243,15 @@ def _logits_and_losses(
 
 @torch.inference_mode()
 def _val_scores(probes: Sequence[nn.Module], batches: Batches) -> list[tuple[float, float]]:
-    """Measure (accuracy, negative loss) of each classifier of all probes; both are -inf where training has diverged.
+    """Score the classifiers of all probes on held-out images; the better one has the larger pair.
 
-    The better classifier has the larger pair: the accuracy decides, and of equal ones the loss.
+    Args:
+        probes: as `_logits_and_losses` takes them; they are set to eval mode.
+        batches: features and class indices of the held-out images, on the device.
+
+    Returns:
+        For each classifier (accuracy in [0, 1], negative mean cross-entropy), so that the loss decides between equal accuracies; both
+        are -inf if its training has diverged.
     """
     nn.ModuleList(probes).eval()
     sums, count = torch.zeros(1, 2, dtype=torch.float64), 0
@@ -241,11 +266,15 @@ def _val_scores(probes: Sequence[nn.Module], batches: Batches) -> list[tuple[flo
 
 
 def _check_enough_images(count: int, probe: str) -> None:
-    """Raise MapetError if a fifth of the images is too few to choose a learning rate by; `probe` names it in the message."""
+    """Raise MapetError if there are fewer training images than `MIN_IMAGES`, of which a fifth is held out to choose a learning rate.
+
+    Args:
+        count: number of training images.
+        probe: name of the protocol that trains the probe, for the message.
+    """
     if count < MIN_IMAGES:
-        raise MapetError(
-            f"{count} training images are too few for {probe}, which needs {MIN_IMAGES}: add images, or omit it"
-        )
+        fix = f"add images, or omit it from {option('protocols')}"
+        raise MapetError(f"found {count} training images, but protocol '{probe}' needs {MIN_IMAGES}: {fix}")
 
 
 class LinearClassifiers(nn.Module):
@@ -271,50 +300,56 @@ class LinearClassifiers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(rates), 1, num_classes))
 
     def forward(self, features: Float[Tensor, "B W"]) -> Float[Tensor, "R B K"]:
-        """Compute each classifier's logits from the features of all layers."""
+        """Compute the logits of each of the R classifiers, from the features of all layers side by side, of which one is used."""
         x = self.norm(features[:, self.columns])
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
-        """Compute the first classifier's logits of every row, on the CPU."""
+        """Compute the logits of the first classifier, of learning rate `rates[0]`, for every row of the cache, on the CPU."""
         return torch.cat([self(block.to(self.weight.device))[0].cpu() for _, block in cache.blocks()])
 
 
 def fit_linear_sgd(
     cache: FeatureCache, num_classes: int, compute: ComputeContext, epochs: int, seed: int = 0
 ) -> dict[str, tuple[LinearClassifiers, dict[int, float]]]:
-    """Train linear probes by SGD, as published methods do: without batch norm ('linear_sgd') and with it ('linear_sgd_bn').
+    """Train linear probes on cached features by SGD: without batch norm ('linear_sgd') and with it ('linear_sgd_bn', as in MAE).
 
-    Probes of all layers and learning rates are trained on four fifths of the rows and compared on the last fifth. Then the best
-    layer and learning rate of each kind is trained on all rows. SGD with momentum 0.9, cosine decay, no weight decay.
+    First, a probe for each layer, each of `SGD_LEARNING_RATES` and both kinds is trained on the first four fifths of the rows, all at
+    once on the same batches, and compared on the last fifth. Then a probe of each kind with its best layer and learning rate is
+    trained on all rows. SGD has momentum 0.9, cosine decay to 0 and no weight decay.
 
     Args:
-        cache: features of training images; rows are in random order.
-        epochs: number of epochs.
-        seed: of the order of the rows.
+        cache: features of some layers and labels of the training images; rows are in random order.
+        num_classes: number of classes.
+        compute: device on which probes are trained.
+        epochs: epochs of both trainings.
+        seed: of the order of the rows within blocks.
 
     Returns:
-        'linear_sgd' and 'linear_sgd_bn' -> the probe, of one learning rate, and the accuracy on the last fifth of each layer's
-        best learning rate.
+        'linear_sgd' and 'linear_sgd_bn' -> (the probe, in eval mode, with one learning rate; layer -> accuracy on the last fifth with
+        the best learning rate of that layer).
 
     Raises:
-        MapetError: too few rows.
+        MapetError: there are fewer than `MIN_IMAGES` rows.
     """
-    _check_enough_images(len(cache), "a linear probe")
+    _check_enough_images(len(cache), "linear-sgd")
 
     def batches(first: int, last: int, size: int, seeds: Iterable[int | None]) -> Batches:
+        """Yield (features, labels) of rows `first` to `last` - 1, at most `size` at once: an epoch per seed; None keeps the order."""
         for order_seed in seeds:
             for rows, features in cache.batches(first, last, size, order_seed):
                 yield compute.to(features), compute.to(cache.labels[rows])
 
     def train(probes: list[LinearClassifiers], num_rows: int) -> None:
+        """Train probes in place on the first `num_rows` rows of the cache."""
         size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, num_rows // MIN_STEPS_PER_EPOCH))
         optimizer = torch.optim.SGD(nn.ModuleList(probes).to(compute.device).train().parameters(), lr=1.0, momentum=0.9)
-        # SGD's step is linear in the loss: a factor of a classifier's loss is its learning rate.
+        # All classifiers share one optimizer of lr 1. An SGD step is linear in the loss, so that scaling a classifier's loss is the
+        # same as scaling its learning rate.
         rates = [rate for probe in probes for rate in probe.rates]
         scales = torch.tensor(rates, device=compute.device) * size / SGD_BASE_BATCH_SIZE
-        first_seed = seed * 100_003  # so that no two seeds share an epoch's order
+        first_seed = seed * 100_003  # so that epochs of different seeds have different orders
         steps = batches(0, num_rows, size, range(first_seed, first_seed + epochs))
         losses = ((_logits_and_losses(probes, x, y)[1] * scales).sum() for x, y in steps)
         minimize(optimizer, losses, epochs * math.ceil(num_rows / size))
@@ -326,6 +361,7 @@ def fit_linear_sgd(
         for (layer, columns), batch_norm in product(cache.columns.items(), kinds.values())
     ]
     train(candidates, first_val)
+    # One score per classifier, in the order of `candidates` (layers, then kinds) and of the learning rates within each.
     scores = _val_scores(candidates, batches(first_val, len(cache), MAX_BATCH_SIZE, [None]))
     by_choice = dict(zip(product(cache.columns, kinds.values(), SGD_LEARNING_RATES), scores, strict=True))
     probes = {}
@@ -359,9 +395,9 @@ class AttentivePool(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
-        """Compute logits from patch tokens."""
+        """Compute logits from the N patch tokens of each image: attention pooling with a query per head, then a linear classifier."""
         x = self.norm(tokens.flatten(0, 1)).view_as(tokens)
-        attention = (x @ self.query.T).softmax(dim=1)  # (B, N, heads)
+        attention = (x @ self.query.T).softmax(dim=1)  # (B, N, heads), over patches
         pooled = torch.einsum("bnh,bnd->bhd", attention, x)
         return self.head(torch.einsum("bhd,hde->bhe", pooled, self.value).flatten(1))
 
@@ -369,32 +405,35 @@ class AttentivePool(nn.Module):
 def fit_attentive(
     cache: PatchTokenCache, num_classes: int, compute: ComputeContext, seed: int = 0
 ) -> tuple[AttentivePool, float]:
-    """Train the attentive probe on patch tokens, by AdamW with cosine decay.
+    """Train the attentive probe (`AttentivePool`) on patch tokens for `ATTENTIVE_EPOCHS` epochs, by AdamW with cosine decay.
 
-    Each of `ATTENTIVE_LEARNING_RATES` is trained on about four fifths of the images, and compared on the others; the best one is trained
-    on all images.
+    First, a probe for each of `ATTENTIVE_LEARNING_RATES` is trained on a random four fifths of the images, and compared on the others.
+    Then a probe with the best learning rate is trained on all images.
 
     Args:
+        cache: patch tokens of the training images; `cache.data` has their labels.
+        num_classes: number of classes.
+        compute: device on which probes are trained.
         seed: of the initial weights and of the split.
 
     Returns:
-        The probe and its learning rate.
+        (the probe, in eval mode; its learning rate).
 
     Raises:
-        MapetError: too few images.
+        MapetError: there are fewer than `MIN_IMAGES` images.
     """
     labels = torch.from_numpy(cache.data.labels)
-    _check_enough_images(len(labels), "an attentive probe")
+    _check_enough_images(len(labels), "attentive")
 
     def batches(used: Bool[Tensor, " n"], epochs: int = 1, min_images: int = 1) -> Batches:
-        """Yield the tokens and classes of used images, without batches of fewer than `min_images` of them."""
+        """Yield (tokens, labels) of the images where `used` is True, without batches of fewer than `min_images` of them."""
         for _ in range(epochs):
             for index, tokens in cache.epoch():
                 if int((keep := used[index]).sum()) >= min_images:
                     yield compute.to(tokens[keep]), compute.to(labels[index[keep]])
 
     def train(used: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
-        """Train a probe for each learning rate on the used images, all on the same batches."""
+        """Train a probe for each learning rate on the images where `used` is True, all on the same batches."""
         width = cache.backbone.map_shape[0]
         probes = [AttentivePool(width, num_classes, seed).to(compute.device) for _ in rates]
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
@@ -414,23 +453,29 @@ def fit_attentive(
 
 
 def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
-    """Choose at most `MAX_TRAIN` training and `MAX_TEST` test images, by their ids: the same ones every time.
+    """Choose (training images, test images) for the probe during pre-training, at most `MAX_TRAIN` and `MAX_TEST`.
+
+    A fifth of the images is the test set. All choices are by hashes of the image ids: the same ones every time.
 
     Raises:
-        MapetError: no class has a second image.
+        MapetError: no class has a second image, so that no test set can be held out.
     """
     train, test = split_train_test(data)
     return train.sample(MAX_TRAIN), test.sample(MAX_TEST)
 
 
 def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
-    """Compute a ViT's features of the images, in evaluation mode, without a progress bar."""
+    """Compute the last layer's features of the images by a ViT on `compute.device`, in evaluation mode, without a progress bar."""
     return FeatureCache.extract(BackboneWrapper.from_vit(vit, compute), data, CacheConfig(progress=False))
 
 
 def online_probe(
     vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext
 ) -> dict[str, float]:
-    """Measure a ViT's frozen features while it is trained: 'probe/logistic' and 'probe/knn' -> accuracy, 0 to 1."""
+    """Measure a ViT's frozen features during pre-training by logistic regression and k-NN on them.
+
+    Returns:
+        'probe/logistic' and 'probe/knn' -> top-1 accuracy on `test`, 0 to 1.
+    """
     train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
     return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache, ONLINE_C).items()}

@@ -42,7 +42,7 @@ SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Transpose batches and concatenate: yield the concatenation of the first tensors of all batches, then of the second ones, ..."""
+    """Transpose and concatenate batches of several tensors each: yield all first tensors as one, then all second tensors as one, ..."""
     return map(torch.cat, zip(*batches, strict=True))
 
 
@@ -51,14 +51,23 @@ def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
 
 @protocol("labels")
 def logistic(context: EvalContext) -> ProtocolResult:
-    """Evaluate the linear probe: logistic regression on the last layer's standardized features."""
+    """Evaluate the linear probe: logistic regression on the last layer's standardized features of the training images.
+
+    Returns:
+        Metric 'logistic': top-1 accuracy on the test images, with its interval and the selected C; and the counts of each class.
+    """
     predicted, selected = context.logistic(context.test.layer_features()).argmax(1), f"C {context.logistic.C:g}"
     return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
 
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
-    """Evaluate weighted k-NN on the last layer's features."""
+    """Evaluate weighted k-NN by cosine similarity on the last layer's features.
+
+    Returns:
+        Metric 'knn': top-1 accuracy on the test images, with its interval and k (fewer than `KNN_K` if training images are fewer); and
+        the counts of each class.
+    """
     predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
     selected = f"k {context.test_neighbors[1].shape[1]}"
     return ProtocolResult().add_accuracy("knn", predicted, context.test.labels, context.classes, selected)
@@ -66,9 +75,11 @@ def knn(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def linear_sgd(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes trained by SGD, 'linear_sgd' without and 'linear_sgd_bn' with batch norm.
+    """Evaluate linear probes trained by SGD, whose layer and learning rate are selected on held-out training images.
 
-    The layer and learning rate of each are selected on held-out training images; `details` has the best accuracy there of each layer.
+    Returns:
+        Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy on the test images, and counts of each
+        class. `details[NAME]['val_accuracy_by_layer']`: layer, as text -> accuracy on the held-out training images.
     """
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
@@ -82,7 +93,12 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def attentive(context: EvalContext) -> ProtocolResult:
-    """Evaluate the attentive probe on the last layer's patch tokens: train it, then classify the test images batch by batch."""
+    """Evaluate the attentive probe, attention pooling and a linear classifier, on the last layer's patch tokens.
+
+    Returns:
+        Metric 'attentive': top-1 accuracy on the test images, with its interval and the selected learning rate; and the counts of each
+        class.
+    """
     backbone, compute, test = context.backbone, context.backbone.compute, context.data.test
     train_tokens = PatchTokenCache(backbone, context.data.train, context.cache)
     probe, lr = probes.fit_attentive(train_tokens, len(context.classes), compute, context.options.seed)
@@ -95,16 +111,20 @@ def attentive(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def few_shot(context: EvalContext) -> ProtocolResult:
-    """Evaluate the linear probe with few labels: mean top-1 over `num_seeds` fixed splits for each amount in the option `few_shot`.
+    """Evaluate the linear probe with few labels: fit it on a few training images of each class, and test it on all test images.
 
-    Features are standardized with all training images; only the split's labels are used. Unreadable images of a split are excluded.
+    The option `few_shot` lists amounts: below 1 a fraction of each class, else images per class. For each amount `num_seeds` splits
+    are drawn, always the same ones (`few_shot_split`). Features are standardized with mean and standard deviation of all training
+    images, which needs no labels. Unreadable images of a split are excluded.
 
     Returns:
-        Metrics 'few_shot_10pct' for the amount 0.1, 'few_shot_5' for 5 images per class; `details` has the accuracy of each seed.
+        For each amount a metric, mean top-1 accuracy over seeds with its interval: 'few_shot_10pct' for 0.1, 'few_shot_5' for 5 images
+        per class. `details` has, by the same name, the list of the accuracies of all seeds.
     """
     result = ProtocolResult()
     train, test_features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
-    row_of_image = torch.full((len(context.data.train),), -1)  # -1: unreadable
+    # Features of readable images are in random order, `train.index[row]` being the image of a row: the inverse, -1 for unreadable ones.
+    row_of_image = torch.full((len(context.data.train),), -1)
     row_of_image[train.index] = torch.arange(len(train))
     for amount in context.options.few_shot:
         accuracies = []
@@ -122,15 +142,15 @@ def few_shot(context: EvalContext) -> ProtocolResult:
 def average_precisions(
     scores: Float[Tensor, "n K"], targets: Float[Tensor, "n K"], weights: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " K"]:
-    """Return the average precision of each class, in [0, 1]: the area under its precision-recall curve, without interpolation.
+    """Compute the average precision of each class, in [0, 1]: the area under its precision-recall curve, without interpolation.
 
     Args:
-        scores: higher is more likely.
+        scores: of each image (row) and class (column); higher is more likely.
         targets: 1 where an image shows a class, else 0.
-        weights: how often each image counts.
+        weights: how often each image counts: all ones, or the counts of a bootstrap resample.
 
     Returns:
-        NaN for classes that no image shows.
+        (K,); NaN for classes that no image of positive weight shows.
     """
     columns = zip(scores.T.numpy(), targets.T.numpy(), strict=True)
     each = [average_precision_score(y, s, sample_weight=weights) if weights @ y > 0 else np.nan for s, y in columns]
@@ -139,11 +159,11 @@ def average_precisions(
 
 @protocol("annotations")
 def multi_label(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes by mean average precision: one logistic regression per class tells whether an image shows the class.
+    """Evaluate multi-label classification of images with boxes: one logistic regression per class tells whether an image shows it.
 
     Returns:
-        'multi_label_map' with a bootstrap interval over test images; `details['ap']` has the average precision of each class, None
-        for a class that no test image shows.
+        Metric 'multi_label_map', the mean average precision over classes, with a bootstrap interval over test images;
+        `details['ap']` has the average precision of each class, None for a class that no test image shows.
     """
     assert context.data.boxes is not None
     train, test = context.data.boxes
@@ -151,10 +171,11 @@ def multi_label(context: EvalContext) -> ProtocolResult:
     targets = torch.from_numpy(test.image_labels)[context.test.index]
     x, test_x, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
     logits = [probes.fit_logistic(x, target, 2, scaler=scaler)(test_x) for target in train_targets.T]
-    # Infinite for a class that all training images show, or none.
+    # Logit that the class is shown. It is infinite if all training images show the class, or none; `nan_to_num` makes it finite.
     scores = torch.stack([pair[:, 1] - pair[:, 0] for pair in logits], 1).nan_to_num()
 
     def mean_average_precision(weights: Float[np.ndarray, " n"]) -> float:
+        """Return the mean over classes that an image shows; `weights` is how often each test image counts."""
         precisions = average_precisions(scores, targets, weights)
         return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else 0.0
 
@@ -175,7 +196,8 @@ def feature_stats(features: Float[Tensor, "n D"]) -> dict[str, float]:
         rankme: exp of the entropy of the normalized singular values (Garrido et al. 2023, arXiv 2210.02885), of the features as
             they are; at most min(n, D).
         effective_rank: the same of the centered features (Roy & Vetterli 2007), which a common offset does not lower.
-        dimensions: D. dead_dimensions: the fraction of them that is nearly constant, see `DEAD_FRACTION`.
+        dimensions: D.
+        dead_dimensions: fraction of the dimensions whose standard deviation is at most `DEAD_FRACTION` (0.1 %) of the mean one.
         spread: mean standard deviation of the dimensions of length-1 features times sqrt(D): near 1 if directions are used
             evenly, 0 if all features point one way (SimSiam, arXiv 2011.10566, section 4.1).
         mean_cosine: mean cosine similarity of two different images.
@@ -199,14 +221,20 @@ def feature_stats(features: Float[Tensor, "n D"]) -> dict[str, float]:
 
 
 def measure_alignment(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"]) -> float:
-    """Return the mean squared distance on the unit sphere of features of two views of each image (Wang & Isola 2020), 0 to 4."""
+    """Return the alignment of two views of each image: the mean squared distance of their features at length 1, 0 to 4.
+
+    Args:
+        features: of one view of each image.
+        views: of another view of the same images, in the same order (Wang & Isola 2020, arXiv 2005.10242).
+    """
     units = F.normalize(features.double(), dim=1), F.normalize(views.double(), dim=1)
     return float((units[0] - units[1]).square().sum(1).mean())
 
 
 def entropy_rank(x: Float[Tensor, "n D"]) -> float:
-    """Return exp of the entropy of the singular values, normalized to sum 1: how many directions are used evenly."""
-    x = x.double()  # squares lose half of the digits
+    """Return the effective rank: exp of the entropy of the singular values, normalized to sum 1; at most min(n, D), 1 if all are 0."""
+    # Singular values are square roots of the eigenvalues of the smaller Gram matrix, which has half the digits: hence double.
+    x = x.double()
     values = torch.linalg.eigvalsh(x.T @ x if x.shape[1] <= len(x) else x @ x.T).clamp_min(0).sqrt()
     if float(values.sum()) == 0:
         return 1.0
@@ -215,12 +243,18 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
 
 @protocol("images")
 def feature_rank(context: EvalContext) -> ProtocolResult:
-    """Measure rank, spread and collapse of the last layer's features without labels, and their alignment with random crops."""
+    """Measure rank, spread and collapse of the last layer's features of training images, without labels.
+
+    Returns:
+        The metrics of `feature_stats`, and 'alignment', how far features of center views and of random crops of the same images are
+        apart; without intervals.
+    """
     train, backbone = context.train, context.backbone
     features = train.layer_features(torch.arange(min(MAX_RANK_IMAGES, len(train))))
     images = context.data.train.images.subset(train.index[:MAX_VIEW_IMAGES].numpy())
     spec = ViewSpec(kind="random-crop", image_size=backbone.image_size)
     batches = backbone.batches(images, context.cache, "views", spec=spec)
+    # `rows` are indices in `images`, which are the first rows of `features`, so that `features[rows]` are of the same images.
     rows, views = _concatenate((rows, context.pooled(backbone, pixels)) for rows, pixels in batches)
     stats = feature_stats(features) | {"alignment": measure_alignment(features[rows], views)}
     over = f"{len(features):,} images"
@@ -229,13 +263,25 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
 
 
 def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Return a cluster index for each row, by k-means++ on the centered features' directions, the best of 3 starts."""
+    """Cluster features by k-means on their directions: centered, then scaled to length 1.
+
+    Args:
+        num_clusters: number of clusters.
+        seed: of k-means++; the best of 3 starts is taken.
+
+    Returns:
+        The cluster index of each row.
+    """
     unit = F.normalize(features - features.mean(0), dim=1)
     return KMeans(num_clusters, n_init=3, max_iter=30, random_state=seed).fit_predict(unit.numpy())
 
 
 def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
     """Compare clusters with classes.
+
+    Args:
+        clusters: cluster index of each image.
+        labels: class index of each image.
 
     Returns:
         accuracy: of the best one-to-one matching of clusters and classes (Hungarian method), 0 to 1.
@@ -253,10 +299,16 @@ def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, "
 
 @protocol("labels")
 def cluster(context: EvalContext) -> ProtocolResult:
-    """Cluster the test features into as many clusters as classes, with each seed: accuracy after matching, NMI, ARI."""
+    """Compare k-means clusters of the test images' features, as many as there are classes, with their classes.
+
+    Returns:
+        Metrics 'cluster_accuracy' (clusters matched one-to-one to classes), 'cluster_nmi' and 'cluster_ari': means over the option
+        `num_seeds` starts of k-means, with intervals; see `clustering_scores`.
+    """
     features, labels = (part[:MAX_CLUSTER_IMAGES] for part in (context.test.layer_features(), context.test.labels))
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
     scores = [clustering_scores(each, labels.numpy()) for each in clusters]
+    # The lowest possible values, at which intervals are cut off.
     minima = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
     means = {name: eval_context.mean_over_seeds([each[name] for each in scores], low) for name, low in minima.items()}
     return ProtocolResult({f"cluster_{name}": mean for name, mean in means.items()})
@@ -283,9 +335,9 @@ def nearest_neighbors(context: EvalContext) -> ProtocolResult:
 
 @protocol("ood")
 def ood(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy on each further labeled folder, for its images of classes that training has too.
+    """Measure accuracy on each folder of the option `ood_images` (out of distribution), on its images of classes that training has too.
 
-    Predictions are among the shared classes alone, as is usual for ImageNet-A and -R, which have 200 of the 1,000 classes.
+    Only the shared classes can be predicted, as is usual for ImageNet-A and -R, which have 200 of the 1,000 classes.
 
     Returns:
         For each folder NAME the metrics 'ood_NAME_knn' and 'ood_NAME_own_classifier' (if the backbone has a classifier with class
@@ -310,20 +362,21 @@ def ood(context: EvalContext) -> ProtocolResult:
 
 
 def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[Bool[np.ndarray, " K"], LabeledSet]:
-    """Select the images of classes that are among `names`.
+    """Select the images of classes that are among `names`, the K classes of the training images.
 
     Args:
-        names: the K classes of the training images.
-        set_name: name of `data` in the error.
+        data: labeled images with other classes, in another order.
+        names: class names, in the order of the training labels.
+        set_name: name that the user gave `data`, for the error.
 
     Returns:
-        Whether `data` has each of `names`, and the selected images with labels that are indices into `names`.
+        (whether `data` has each of `names`; the selected images, with labels that are indices into `names`).
 
     Raises:
         MapetError: `data` has none of `names`.
     """
     index_of = {name: index for index, name in enumerate(names)}
-    labels = np.array([index_of.get(name, -1) for name in data.classes])[data.labels]
+    labels = np.array([index_of.get(name, -1) for name in data.classes])[data.labels]  # -1: not among `names`
     images = data.images.subset(np.flatnonzero(labels >= 0))
     if not len(images):
         raise MapetError(
@@ -335,22 +388,22 @@ def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[B
 
 @protocol("labels", is_expensive=True)
 def corruptions(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy under 15 corruptions in 5 severities; `add_mce` adds mCE.
+    """Measure accuracy of `context.classify` under 15 corruptions at 5 severities; `add_mce` adds the mCE when all backbones are done.
 
     Returns:
-        'corruption_clean', the accuracy without corruption, and 'corruption_mean', the mean over all 75; `details['errors']` has for
-        each corruption the error rate at each severity.
+        Metrics 'corruption_clean', the accuracy without corruption, and 'corruption_mean', the mean over all 75, with a bootstrap
+        interval over images; `details['errors']`: corruption -> list of the error rates at severities 1 to 5.
 
     Raises:
         MapetError: the backbone takes neither gray nor RGB images.
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        needed = f"corruptions need 1 or 3: omit 'corruptions' from {option('protocols')}"
-        raise MapetError(f"{backbone.name} takes {backbone.channels} channels, {needed}")
+        needed = f"protocol 'corruptions' needs 1 or 3: omit it from {option('protocols')}"
+        raise MapetError(f"{backbone.name} takes images of {backbone.channels} channels, {needed}")
     clean = context.is_correct(backbone, data)
     correct: dict[str, Float[Tensor, "5 n"]] = {}
-    for kind, name in enumerate(CORRUPTIONS):
+    for kind, name in enumerate(CORRUPTIONS):  # the seed differs for each corruption and severity
         options = [{"augment": Corruption(name, severity), "seed": kind * 10 + severity} for severity in SEVERITIES]
         correct[name] = torch.stack([context.is_correct(backbone, data, **each) for each in options])
     selected, per_image = context.classifier, torch.cat(list(correct.values())).mean(0).numpy()
@@ -360,13 +413,14 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
 
 def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
-    """Add mCE (Hendrycks & Dietterich, section 4.1) to each backbone's result of `corruptions`, as a fraction.
+    """Add mCE, the mean corruption error (Hendrycks & Dietterich, section 4.1), to each backbone's result of `corruptions`, in place.
 
-    The CE of a corruption is the sum of errors over severities, divided by the same sum of the first backbone, which has
-    AlexNet's place in the paper, so that 1 is as bad as the first backbone; a corruption under which that makes no error has none.
+    The error of a corruption (CE) is the sum of error rates over severities, divided by the same sum of the first backbone, where the
+    paper has AlexNet: 1 is as bad as the first backbone. A corruption under which the first backbone makes no error has no CE. mCE is
+    the mean of the CEs, NaN without any. Results get the metric 'mce' and `details['corruption_errors']`: corruption -> CE.
 
     Args:
-        results: backbone -> protocol -> result, the first backbone first; those without `corruptions` are skipped.
+        results: backbone -> protocol -> result, in the order of the option `backbone`; backbones without `corruptions` are skipped.
     """
     measured = [protocols["corruptions"] for protocols in results.values() if "corruptions" in protocols]
     for result in measured:
@@ -379,7 +433,14 @@ def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
 
 @protocol("labels", is_expensive=True)
 def resolution(context: EvalContext) -> ProtocolResult:
-    """Measure accuracy at other input sizes, with interpolated positions: `eval_image_sizes`, or multiples of the trained size."""
+    """Measure accuracy of `context.classify` at other input sizes, with interpolated position embeddings.
+
+    The sizes are squares of the sides in the option `eval_image_sizes`, else `SIZE_FACTORS` times the trained size, rounded to whole
+    patches.
+
+    Returns:
+        Metrics 'resolution_SIDE' or, if the trained size is not square, 'resolution_HEIGHTxWIDTH': top-1 accuracy on the test images.
+    """
     result, backbone = ProtocolResult(), context.backbone
     step, trained = backbone.patch_size, backbone.image_size
     scaled = [tuple(max(1, round(side * f / step)) * step for side in trained) for f in SIZE_FACTORS]

@@ -148,11 +148,11 @@ class TokenMetrics:
 
 
 def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
-    """Measure how evenly token ids use the `vocab_size` codes."""
+    """Measure how evenly the token ids of all patches of a sample, of any shape, use the `vocab_size` codes of the codebook."""
     counts = torch.bincount(ids.flatten(), minlength=vocab_size)
     num_patches, num_used = int(counts.sum()), int((counts > 0).sum())
     covered = counts.sort(descending=True).values.double().cumsum(0) / num_patches
-    # Codes, most frequent first, until half and nine tenths of the patches are covered; sums of fractions round.
+    # Number of codes, most frequent first, that cover 50 % and 90 % of the patches; 1e-12 allows for the rounding of sums.
     half, most = (torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - 1e-12) + 1).tolist()
     bits = float(entropy(counts, base=2))
     return CodeUsage(
@@ -163,21 +163,21 @@ def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
 
 
 def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreement:
-    """Measure how often the tokens of corresponding patches are the same."""
+    """Measure how often corresponding patches have the same token, and compare it with chance; two tensors of token ids of one shape."""
     num_codes = int(max(first.max(), second.max())) + 1
     p, q = (torch.bincount(ids.flatten(), minlength=num_codes).double() / ids.numel() for ids in (first, second))
     share, chance = float((first == second).double().mean()), float(p @ q)
-    # Both tensors may hold one and the same code: chance is then 1 (up to rounding), and kappa 1 by definition.
+    # If both tensors hold one and the same code alone, chance is 1 (up to rounding), and kappa is defined as 1.
     kappa = 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0
     return Agreement(share, chance, kappa)
 
 
 def neighbor_pairs(ids: Int[Tensor, "B rows columns"]) -> dict[str, TokenPair]:
-    """Pair the tokens of neighboring patches.
+    """Pair the tokens of patches that are neighbors in the grid of an image.
 
     Returns:
-        'horizontal' -> left and right tokens, 'vertical' -> upper and lower tokens; without the direction in which the grid is
-        one patch long.
+        'horizontal' -> (left, right) tokens, 'vertical' -> (upper, lower) tokens, each two tensors of one shape. A direction in which
+        the grid is one patch long is omitted.
     """
     pairs = {"horizontal": (ids[:, :, :-1], ids[:, :, 1:]), "vertical": (ids[:, :-1], ids[:, 1:])}
     return {name: pair for name, pair in pairs.items() if pair[0].numel()}
@@ -192,11 +192,16 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], block_length:
     `bits` a lower estimate.
 
     Args:
-        block_length: length of the blocks of consecutive y that are shuffled as wholes; n is a multiple of it.
+        x, y: integers of n patches, e.g. token ids and class indices.
+        block_length: values of y that belong together, as the class of all patches of an image: blocks of so many consecutive ones are
+            shuffled as wholes. n is a multiple of it.
+
+    Returns:
+        Information, its measured bias and standard error, in bits; and the information as a fraction of the entropy of y.
     """
     generator, blocks = torch.Generator().manual_seed(0), y.view(-1, block_length)
     shuffles = (blocks[torch.randperm(len(blocks), generator=generator)].flatten() for _ in range(NUM_SHUFFLES))
-    plain = mutual_info_score(x, y) / log(2)  # scikit-learn's are nats
+    plain = mutual_info_score(x, y) / log(2)  # scikit-learn returns nats
     shuffled = torch.tensor([mutual_info_score(x, other) for other in shuffles], dtype=torch.float64) / log(2)
     chance = float(shuffled.mean())
     error = float(shuffled.std()) * sqrt(1 + 1 / NUM_SHUFFLES)  # of the estimate itself, and of the mean subtracted
@@ -206,7 +211,10 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], block_length:
 
 
 def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"]) -> MutualInformation:
-    """Measure what a token tells of the class of its image. Labels are shuffled over whole images."""
+    """Estimate the mutual information of the token of a patch and the class of its image, `labels`.
+
+    For the bias, labels are shuffled between images: all patches of an image keep one label.
+    """
     num_patches = ids[0].numel()
     return mutual_information(ids.flatten(), labels.repeat_interleave(num_patches), block_length=num_patches)
 
@@ -217,7 +225,7 @@ def position_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformatio
 
 
 def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformation | None:
-    """Measure what a token tells of the token to the right or below; None for a grid of one patch."""
+    """Estimate the mutual information of the token of a patch and the token to its right or below it; None for a grid of one patch."""
     pairs = neighbor_pairs(ids).values()
     if not pairs:
         return None
@@ -226,10 +234,10 @@ def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformatio
 
 
 def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float[Tensor, "B K"]:
-    """Compute the square root of the fraction of each image's patches that each token takes.
+    """Compute a bag-of-tokens histogram of each image: the square root of the fraction of its patches that have each of the K tokens.
 
-    The root keeps tokens that fill half an image (sky, black) from dominating: distances are then Hellinger's (Arandjelovic and
-    Zisserman 2012, doi 10.1109/CVPR.2012.6248018).
+    The root keeps tokens that fill half an image (sky, black) from dominating: Euclidean distances are then Hellinger distances
+    (Arandjelovic and Zisserman 2012, doi 10.1109/CVPR.2012.6248018).
     """
     counts = torch.stack([torch.bincount(tokens, minlength=vocab_size) for tokens in ids.flatten(1)])
     return (counts / ids[0].numel()).sqrt()
@@ -238,9 +246,20 @@ def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float
 def bag_of_tokens_probe(
     ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"], is_test: Bool[Tensor, " B"], vocab_size: int
 ) -> BagOfTokens:
-    """Train a linear probe on the bags of tokens of the images that are not test images, and test it on the others."""
+    """Train logistic regression on the histograms of tokens (`bags_of_tokens`) of some images, and test it on the others.
+
+    Args:
+        ids: token ids of each image.
+        labels: class index of each image.
+        is_test: True for test images; the probe is trained on the other images.
+        vocab_size: number of codes.
+
+    Returns:
+        Accuracy on the test images, the majority baseline and the number of test images. If no token occurs in two training images,
+        nothing is fitted, and the accuracy is the majority baseline.
+    """
     bags = bags_of_tokens(ids, vocab_size)
-    # A token of a single training image identifies that image, not its class; one of no training image has no variance.
+    # Keep tokens that occur in two or more training images: a token of a single one identifies that image, not its class.
     bags = bags[:, (bags[~is_test] > 0).sum(0) > 1]
     test_labels, num_test = labels[is_test], int(is_test.sum())
     majority = float(torch.bincount(test_labels).max() / num_test)
@@ -254,10 +273,15 @@ def bag_of_tokens_probe(
 def nearest_codes(
     centroids: Float[Tensor, "K F"], codes: Int[Tensor, " n"], num_nearest: int
 ) -> tuple[Float[Tensor, "n count"], Int[Tensor, "n count"]]:
-    """Find the other codes whose centroids are nearest to those of some codes.
+    """Find for some codes the other codes of the codebook whose centroids are nearest.
+
+    Args:
+        centroids: feature vector of each of the K codes.
+        codes: the n codes to find neighbors of.
+        num_nearest: number of neighbors of each; at most K - 1 are returned.
 
     Returns:
-        Euclidean distances and codes, nearest first; K - 1 of them if `num_nearest` is larger.
+        Euclidean distances and codes, nearest first, each (n, min(num_nearest, K - 1)).
     """
     distances = torch.cdist(centroids[codes].double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distances.scatter_(1, codes[:, None], torch.inf)
@@ -269,12 +293,14 @@ def compute_token_metrics(
     ids: Int[Tensor, "B rows columns"], vocab_size: int, perturbed: Mapping[str, TokenPair] = {},
     labels: Int[Tensor, " B"] | None = None, is_test: Bool[Tensor, " B"] | None = None,
 ) -> TokenMetrics:  # fmt: skip
-    """Compute all metrics of the tokens of a sample.
+    """Compute all metrics of the visual tokens of a sample of images.
 
     Args:
-        perturbed: key of `PERTURBATIONS` -> tokens of the same content without the perturbation and with it.
-        labels: class of each image; None leaves out what needs labels.
-        is_test: the images that the bag-of-tokens probe is tested on; given with labels.
+        ids: token ids of each image's grid of patches.
+        vocab_size: number of codes.
+        perturbed: perturbation, a key of `PERTURBATIONS` -> (token ids of the same content without the perturbation, with it).
+        labels: class index of each image; None: the fields `label` and `bag_of_tokens` of the result are None.
+        is_test: True for the images that the bag-of-tokens probe is tested on, the others train it; None: `bag_of_tokens` is None.
     """
     label = None if labels is None else label_information(ids, labels)
     bag = None if labels is None or is_test is None else bag_of_tokens_probe(ids, labels, is_test, vocab_size)
@@ -285,9 +311,18 @@ def compute_token_metrics(
 
 
 def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
-    """Yield a warning for each poor metric, with its value and what to change; none for tokens fit to learn from."""
+    """Yield a warning for each metric of a tokenizer that makes its tokens poor targets, with the value and what to change.
+
+    In order: too few patches to judge, dead codes, perplexity, most frequent code, stability under perturbations, information on the
+    position, agreement of neighbors, information on neighbors and on the class. Thresholds are the constants of this module, such as
+    `MAX_DEAD_FRACTION`, each explained there. Nothing is yielded if all metrics are good.
+
+    Args:
+        metrics: of the tokens of a sample of images, as `compute_token_metrics` returns them.
+    """
     usage, K, bag = metrics.usage, metrics.vocab_size, metrics.bag_of_tokens
     if usage.patches < PATCHES_PER_CODE * K:
+        # Number of images that have PATCHES_PER_CODE patches for each code.
         enough = option("sample", ceil(PATCHES_PER_CODE * K * metrics.images / usage.patches))
         yield f"only {usage.patches:,} patches for {K:,} codes: dead codes and perplexity are rough estimates; measure more images with {enough}"
     if usage.used_codes < (1 - MAX_DEAD_FRACTION) * usage.reachable_codes:

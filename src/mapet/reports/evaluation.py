@@ -12,17 +12,21 @@ from mapet.files import write_text
 from mapet.reports.render import markdown_table, render
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
-"""Backbone -> protocol -> result."""
+"""Backbone (path or name of the model) -> protocol ('logistic', 'knn', ...) -> result."""
 ClassCounts = Mapping[tuple[str, str], Mapping[str, tuple[int, int]]]
 """(backbone, metric) -> class -> (correct, all) images; of segmentation, pixels of (intersection, union)."""
 NUM_WORST_CLASSES = 12
+"""Classes in the table of the classes of lowest accuracy."""
 
 
 def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> None:
-    """Write evaluation.md and, where there are classes, per_class.csv.
+    """Write evaluation.md (backbones side by side) and, if any result counts images by class, per_class.csv into a folder.
 
     Args:
-        info: name -> text, about the data and the machine.
+        out: the folder; earlier files are replaced.
+        results: backbone -> protocol -> result; the details of the protocol 'corruptions' have "errors": corruption -> error rates
+            (0..1), one for each severity.
+        info: name -> text, about the data and the machine, listed at the top.
     """
     counts = {
         (source, name): classes
@@ -31,6 +35,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
         for name, classes in result.per_class.items()
     }
     errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
+    # errors: backbone -> corruption -> error rates; counts: (backbone, metric) -> class -> counts
     text = render(
         "evaluation.md", info=info, results=results, metrics=format_table(results, format_metric), counts=counts,
         corruption_errors=errors, selected=format_table(results, lambda metric: metric.selected), worst_classes=_worst_classes(counts),
@@ -47,7 +52,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
 
 
 def format_metric(metric: MetricValue) -> str:
-    """Format a metric and its 95 % interval, if that is known: '0.543 (0.512 to 0.573)'."""
+    """Format a metric and its 95 % interval, '0.543 (0.512 to 0.573)', without an unknown interval '0.543'; '1,437.0' from 10 on."""
     numbers = [number for number in (metric.value, metric.ci_low, metric.ci_high) if number is not None]
     value, *interval = [f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}" for number in numbers]
     return f"{value} ({' to '.join(interval)})" if interval else value
@@ -56,7 +61,10 @@ def format_metric(metric: MetricValue) -> str:
 def format_table(results: Results, format_cell: Callable[[MetricValue], str]) -> str:
     """Return a Markdown table of metrics (rows) and backbones (columns); '' without rows.
 
+    Its columns are the metric, what its interval counts over ('1,000 images'), then each backbone; '-' where a backbone lacks a metric.
+
     Args:
+        results: backbone -> protocol -> result.
         format_cell: returns the text of a metric; a row in which all texts are '' is omitted.
     """
     columns = [
@@ -73,7 +81,11 @@ def format_table(results: Results, format_cell: Callable[[MetricValue], str]) ->
 
 
 def _worst_classes(counts: ClassCounts) -> list[str]:
-    """Return the classes of lowest accuracy over all backbones and metrics, the lowest first."""
+    """Return up to `NUM_WORST_CLASSES` names of the classes of lowest accuracy over all backbones and metrics, the lowest first.
+
+    Args:
+        counts: (backbone, metric) -> class -> (correct, all) images, or pixels of (intersection, union); classes without any are skipped.
+    """
     correct, total = Counter[str](), Counter[str]()
     for classes in counts.values():
         for name, (part, whole) in classes.items():
@@ -84,12 +96,20 @@ def _worst_classes(counts: ClassCounts) -> list[str]:
 
 
 def format_token_metrics(metrics: TokenMetrics) -> dict[str, str]:
-    """Return the metrics of a tokenizer as text, by name; those that were not measured are omitted."""
+    """Return the metrics of a tokenizer, label -> formatted value ('perplexity' -> '301.2'); metrics that are None are omitted.
+
+    The template token_metrics.txt renders each metric as a line of label, tab and value.
+    """
     return dict(line.split("\t") for line in render("token_metrics.txt", m=metrics).splitlines())
 
 
 def render_tokenizer_report(metrics: TokenMetrics, warnings: Sequence[str], name: str) -> str:
-    """Render the metrics of a tokenizer, by the name it has for the user: warnings, then each metric and what it means."""
+    """Render the Markdown report of a tokenizer: warnings, then a table of each metric, its value and its meaning.
+
+    Args:
+        warnings: sentences without a final period.
+        name: the tokenizer's name for the user, in the title.
+    """
     values = format_token_metrics(metrics)
     return render(
         "tokenizer_report.md", m=metrics, warnings=warnings, name=name, values=values, perturbations=PERTURBATIONS

@@ -31,13 +31,20 @@ NUM_NEAREST = 8
 
 
 def patches_and_tokens(sample: TokenSample) -> tuple[UInt8[Tensor, "n C h w"], Int[Tensor, " n"]]:
-    """Return all patches whose pixels a sample keeps, and their tokens."""
+    """Return all patches of the images whose pixels a sample keeps, image by image in row-major order, and their token ids.
+
+    A sample has the tokens of all its images, but the pixels of the first ones alone.
+    """
     patches = plots.patchify(sample.images, sample.grid).flatten(0, 1)
     return patches, sample.ids[: len(sample.images)].flatten()
 
 
 def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
-    """Draw the token maps of the first `num_shown` images, and patches that share a token; figures by name."""
+    """Draw the token maps of the first `num_shown` images, and patches that share a token.
+
+    Returns:
+        "token_maps" and "patches_by_code" (patches of all images whose pixels the sample keeps) -> figure.
+    """
     tokens = sample.ids[:num_shown].flatten(1)
     return {
         "token_maps": plots.plot_token_maps(sample.images[:num_shown], tokens, sample.grid, sample.vocab_size),
@@ -46,10 +53,14 @@ def plot_tokens(sample: TokenSample, num_shown: int) -> dict[str, Figure]:
 
 
 def plot_tokenizer(sample: TokenSample, centroids: Float[Tensor, "V F"] | None, num_shown: int) -> dict[str, Figure]:
-    """Draw the figures of a tokenizer, by name: the use of codes, and those of `plot_tokens`.
+    """Draw the figures of a tokenizer from the tokens of a sample of images.
 
     Args:
-        centroids: of the codes, for a figure of the nearest codes; None for quantizers without centroids (FSQ, LFQ).
+        centroids: of the V codes in the feature space of F dimensions; None for quantizers without centroids (FSQ, LFQ).
+        num_shown: images of the token maps.
+
+    Returns:
+        "code_usage", "token_maps", "patches_by_code" and, with centroids of several codes, "nearest_codes" -> figure.
     """
     vocab_size = sample.vocab_size
     figures = {"code_usage": plots.plot_code_usage(torch.bincount(sample.ids.flatten(), minlength=vocab_size))}
@@ -67,12 +78,17 @@ def plot_tokenizer(sample: TokenSample, centroids: Float[Tensor, "V F"] | None, 
 def plot_run(
     inspected: ModelInspection, model: ViTForPreTraining, images: ImageList, compute: ComputeContext
 ) -> dict[str, Figure]:
-    """Draw a run's figures, by name: what tokenizer and model make of a sample, and the nearest images of some images.
+    """Draw a run's figures: tokens of a sample of images, outputs of the model for them, and retrieval among all images.
 
     Args:
-        inspected: the sample's tokens, and the model's predictions, attention and features.
-        images: all images, among which the nearest ones are retrieved.
-        compute: where the model is.
+        inspected: tokens of the sample, and the model's predictions, attention and features of its first images.
+        model: on `compute.device`.
+        images: all images: for a fixed sample of them, held-out images, their nearest training images and a linear probe are computed.
+
+    Returns:
+        Name -> figure: "token_maps", "patches_by_code", "attention_mask", "features"; "predictions" if the model predicts tokens;
+        "cls_attention" if it has a class token; "neighbors" unless the images can't be retrieved (a warning says why); "confusion" if
+        the images have labels.
     """
     sample, shown, layout = inspected.sample, inspected.images, model.layout()
     mask, lengths = layout.attn_mask, layout.segment_lengths
@@ -94,7 +110,7 @@ def plot_run(
     try:
         rows, classes, confusion = retrieve_images(model.vit, images, compute)
     except MapetError as error:
-        log.warning("skipped the figure of nearest images: %s", error)
+        log.warning("the figures of nearest images and of the linear probe are skipped: %s", error)
         return figures
     figures["neighbors"] = plots.plot_neighbors(rows, labeled=bool(classes))
     if confusion is not None:
@@ -103,15 +119,18 @@ def plot_run(
 
 
 def step_through(inspected: ModelInspection, names: Sequence[str], objective: Objective) -> dict[str, Any]:
-    """Return the data of step_through.js, as JSON.
+    """Return, as JSON, the data of the step-through: a viewer (step_through.js) of an image's masked patches, predicted one by one.
 
     Args:
-        names: of the shown images.
+        inspected: tokens of a sample of images, and the model's predictions for its first images.
+        names: of the first images of `inspected`, one for each image that is shown.
+        objective: of the model; its `attends_to` maps each segment of the packed sequence to the segments that it attends to.
 
     Returns:
-        "grid": rows, columns; "size": height, width in pixels; "hidden": number of masked patches, 0 if no tokens are
-        predicted; "sees_targets", "sees_positions": whether predictions attend to earlier targets, and to the positions of
-        patches not yet predicted; "images": see `_image_data`.
+        "grid": rows, columns of patches; "size": height, width in pixels; "hidden": number of masked patches, 0 if no tokens are
+        predicted; "sees_targets": whether predictions attend to the true patches predicted before them (segments "target" and "next"
+        hold these); "sees_positions": whether they attend to mask tokens, which hold the positions of patches not yet predicted;
+        "images": see `_image_data`.
     """
     prototypes = plots.mean_patches(*patches_and_tokens(inspected.sample), inspected.sample.vocab_size)
     return {
@@ -127,20 +146,25 @@ def step_through(inspected: ModelInspection, names: Sequence[str], objective: Ob
 def _image_data(
     inspected: ModelInspection, index: int, name: str, prototypes: Float[Tensor, "V C h w"]
 ) -> dict[str, Any]:
-    """Return the data of one image of a step-through.
+    """Return the data of one image of a step-through, as JSON.
 
     Args:
-        index: of the image among those shown.
+        inspected: tokens and predictions of the shown images.
+        index: of the image in `inspected`.
+        name: of the image, for the user.
         prototypes: mean patch of each code, 0..255.
 
     Returns:
-        "name"; "order" of the patch indices; "tokens" of the patches; data URIs: "src" the image, "true_src" its tokens as mean
-        patches, "colors_src" a pixel of each token's color. If tokens are predicted, for the masked patches in order: "predicted"
-        tokens, their probability "sure", that of the true token "chance"; and "predicted_src", the predicted tokens as mean patches.
+        "name"; "order": patch indices, in the order of the permutation (context patches, then masked ones); "tokens": token id of each
+        patch, row-major; and images as data URIs: "src": the image; "true_src": the mean patch of each patch's token; "colors_src":
+        rows x columns pixels, each of its token's color. If the model predicts tokens, also lists over the masked patches, in the order
+        of prediction: "predicted": likeliest token id, "sure": its probability, "chance": the true token's probability; and
+        "predicted_src": as "true_src", with the predicted tokens at the masked patches.
     """
     grid, tokens, order = inspected.sample.grid, inspected.tokens[index], inspected.permutation[index]
 
     def draw_tokens(tokens: Int[Tensor, " N"]) -> str:
+        """Return the data URI of an image that has the mean patch of each token."""
         return image_uri(plots.to_image(plots.unpatchify(prototypes[tokens], grid).round().to(torch.uint8)))
 
     image = plots.to_image(inspected.images[index])
@@ -151,7 +175,7 @@ def _image_data(
         "colors_src": image_uri(Image.fromarray((255 * colors).round().astype(np.uint8))),
     }  # fmt: skip
     if inspected.logits is not None:
-        masked = order[-inspected.logits.shape[1] :]
+        masked = order[-inspected.logits.shape[1] :]  # the last p patches are predicted
         probabilities = inspected.logits[index].float().softmax(-1)
         sure, predicted = probabilities.max(-1)
         chance = probabilities.gather(1, tokens[masked, None]).flatten()

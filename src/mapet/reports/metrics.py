@@ -36,8 +36,11 @@ class History:
     """The metrics that a run has recorded so far in its metrics.jsonl.
 
     Attributes:
-        series: the recorded metrics by name, in order of appearance.
+        path: of metrics.jsonl, whose lines are JSON objects (records) with "step" and metrics by name, e.g. "epoch", "loss".
+        series: name of a metric -> steps and values, in order of appearance; "step" is none of them.
         last_step: step of the newest record; 0 without records.
+        _offset: bytes of the file that have been read.
+        _inode: the file's, by which a replaced file is recognized.
     """
 
     path: Path
@@ -54,10 +57,10 @@ class History:
         return history
 
     def update(self) -> None:
-        """Read the lines added since the last call.
+        """Read the lines added to metrics.jsonl since the last call, and add their records; without the file do nothing.
 
         A last line without a newline is still being written, and is left for the next call. A file that was replaced (it has
-        another inode) or truncated is read from its start: a run that resumes drops what came after its checkpoint.
+        another inode) or truncated is read again from its start: a run that resumes drops the records after its checkpoint.
         """
         try:
             file = self.path.open("rb")
@@ -98,22 +101,26 @@ class History:
         return self[name].values[-1]
 
     def median(self, name: str) -> float:
-        """Return the median of a recorded metric (the upper one of an even number of values)."""
+        """Return the median of all values of a recorded metric (the upper of the two middle ones of an even number)."""
         return median_high(self[name].values)
 
     def mean_of_last_epoch(self, name: str) -> float:
-        """Return the mean of a recorded metric over the last epoch's steps.
+        """Return the mean of a recorded metric over the last epoch's steps; the last value while the length of an epoch is unknown.
 
-        Each record stands for the steps since the one before it, and is weighted by how many of them are in the last epoch.
+        Each record is a mean over the steps since the record before it, and is weighted by how many of them are in the last epoch.
         """
         steps, values = self[name]
-        epoch_start = steps[-1] - (self.steps_per_epoch or 0)
+        epoch_start = steps[-1] - (self.steps_per_epoch or 0)  # of the epoch that ends with the last record
         weights = [max(0.0, end - max(begin, epoch_start)) for begin, end in pairwise([0.0, *steps])]
         return fmean(values, weights) if any(weights) else values[-1]
 
 
 def _parse_record(line: bytes) -> dict[str, float]:
-    """Return the finite numbers of a line by name; {} for a line without a step, or cut short by a crash."""
+    """Return the finite numbers of a line of metrics.jsonl by name, booleans as 0 or 1; texts, lists and NaN are skipped.
+
+    Returns:
+        {} if the line is no JSON object, was cut short by a crash, or has no finite "step".
+    """
     try:
         values = json.loads(line).items()
         record = {name: float(value) for name, value in values if isinstance(value, (int, float)) and isfinite(value)}
@@ -123,7 +130,10 @@ def _parse_record(line: bytes) -> dict[str, float]:
 
 
 def downsample(series: Series, max_points: int) -> Series:
-    """Return a series of at most `max_points` points: the first, means of equally many neighboring ones, and the last."""
+    """Return a series of at most `max_points` (3 or more) points: the first, means of consecutive buckets of points, and the last.
+
+    Buckets have equally many points, give or take one; step and value of a bucket are both means.
+    """
     num_inner, num_buckets = len(series.steps) - 2, max_points - 2
     if num_inner <= num_buckets:
         return series
@@ -147,11 +157,14 @@ METRIC_LABELS: dict[str, tuple[str, Callable[[History, str], float], Callable[[f
     "data_time_fraction": ("fraction of time waiting for images (median)", History.median, format_percent),
     "skipped_steps": ("skipped steps", History.last, format_number),
 }
-"""Key of metrics.jsonl -> (label in reports, how its records are reduced to one value, how that is formatted)."""
+"""Key of metrics.jsonl -> (label in reports, function that reduces its records to one value, function that formats that value)."""
 
 
 def summarize_metrics(history: History) -> dict[str, str]:
-    """Return label -> formatted final value (the value so far while the run trains) of each metric that was recorded."""
+    """Return label -> formatted final value (the value so far while the run trains) of each recorded metric of `METRIC_LABELS`.
+
+    `METRIC_LABELS` has, by key of metrics.jsonl: the label, the reduction of all records to one value, and the format of the value.
+    """
     return {
         label: format_value(reduce(history, name))
         for name, (label, reduce, format_value) in METRIC_LABELS.items()
@@ -166,10 +179,12 @@ class RunSummary(NamedTuple):
     """What a run is diagnosed from.
 
     Attributes:
-        config: resolved options of `pretrain`.
-        codebook_stats: those of visual_tokenizer.json, measured on the patches that the codebook was fitted to.
-        probe: the evaluation of the `mapet run` that the pre-training is part of: "untrained" and "pretrained" (scores by
-            probe), "data"; else {}.
+        history: metrics recorded so far; it is indexed by name and gives (steps, values).
+        config: resolved options of `pretrain` by name, e.g. "epochs", "clip_grad"; {} if its config.yaml can't be read.
+        codebook_stats: "num_used_codes", "num_dead_codes", "top_code_fraction", ... of the tokenizer, measured on the patches that the
+            codebook was fitted to; {} without a tokenizer.
+        probe: evaluation by the `mapet run` that the pre-training is part of: "untrained" and "pretrained" (each probe -> accuracy, 0
+            to 1), "data" ("test_images": their number, ...); else {}.
     """
 
     history: History
@@ -178,24 +193,34 @@ class RunSummary(NamedTuple):
     probe: Mapping[str, Any] = {}
 
     def can_diagnose(self, series: Series) -> bool:
-        """Return whether a metric has enough records, and enough of the planned epochs are over."""
+        """Return whether a metric can be judged: it has `MIN_RECORDS` records, and the fraction `EARLY` of the planned epochs is over.
+
+        Without a recorded epoch, or a planned number of epochs, the records alone decide.
+        """
         epochs = self.history["epoch"].values
         past_early = not epochs or epochs[-1] >= EARLY * float(self.config.get("epochs") or 0)
         return past_early and len(series.values) >= MIN_RECORDS
 
 
 Finding = tuple[str, tuple[Any, ...]]
-"""The macro of diagnostics.md with the text of a warning, and its arguments."""
+"""Name of the macro of the template diagnostics.md that renders the text of a warning, and the macro's arguments."""
 
 
 def diagnose(run: RunSummary) -> list[str]:
-    """Return a sentence for each thing that is wrong or may be; none for a run that goes well."""
+    """Return a warning, one or two sentences with the measured values and what to try, for each problem that a run's metrics show.
+
+    Each check yields (macro of diagnostics.md, its arguments), which are rendered here; [] for a run without a known problem.
+    """
     checks = (_check_baselines, _check_stability, _check_throughput, _check_probes, _check_tokens)
     return [render_macro("diagnostics.md", macro, *values) for check in checks for macro, values in check(run)]
 
 
 def advise_to_evaluate(run: RunSummary) -> str:
-    """Return how to evaluate a finished run that no probe has evaluated, for lack of labels; '' for any other run."""
+    """Return how to evaluate a finished run that no probe has evaluated, because its images have no labels.
+
+    Returns:
+        Sentences with the command; '' if a probe has evaluated the run, if it is not finished, or if it has too few records.
+    """
     epochs = run.history["epoch"].values
     finished = bool(epochs) and epochs[-1] >= float(run.config.get("epochs") or 0)
     probed = run.probe or run.history["probe/logistic"].values
@@ -205,13 +230,21 @@ def advise_to_evaluate(run: RunSummary) -> str:
 
 
 def _check_baselines(run: RunSummary) -> Iterator[Finding]:
-    """Find a token accuracy at the majority baseline, and a loss at the unigram baseline."""
+    """Find a token accuracy at the majority baseline, and a loss at the unigram baseline.
+
+    The majority baseline is the accuracy of always predicting the most frequent token; the unigram baseline is the entropy of the token
+    frequencies, in nats. A run is at a baseline only if both the mean of its last epoch and that of its last `NUM_RECENT` records are.
+
+    Yields:
+        Macro and arguments: config; steps so far, None from `FEW_STEPS` on (the advice is then not to train longer first); mean of the
+        last epoch; baseline.
+    """
     history, accuracy, loss = run.history, run.history["token_accuracy"], run.history["loss"]
     majority, unigram = history["majority_token_accuracy"].values, history["unigram_entropy"].values
     few_steps = loss.steps[-1] if loss.steps and loss.steps[-1] < FEW_STEPS else None
     if majority and run.can_diagnose(accuracy):
         mean, baseline = history.mean_of_last_epoch("token_accuracy"), majority[-1]
-        # of thousands of tokens the most frequent one is so rare that half as much again is learned, too
+        # below the baseline + 1 point; if the most frequent of thousands of tokens is rarer than 2 %, below 1.5 times the baseline
         if max(mean, fmean(accuracy.values[-NUM_RECENT:])) < min(baseline + NEAR_BASELINE, 1.5 * baseline):
             yield "accuracy_at_baseline", (run.config, few_steps, mean, baseline)
     if unigram and run.can_diagnose(loss):
@@ -221,7 +254,12 @@ def _check_baselines(run: RunSummary) -> Iterator[Finding]:
 
 
 def _check_stability(run: RunSummary) -> Iterator[Finding]:
-    """Find a loss that rises again, skipped steps, and gradients that are mostly clipped."""
+    """Find a loss that rises again, skipped steps (their loss or gradient was NaN or Inf), and gradients that are mostly clipped.
+
+    Yields:
+        "loss_rises": mean loss of the last tenth of the records, lowest mean of a tenth; "skipped_steps": their number, steps so far;
+        "mostly_clipped": `clip_grad`, fraction of norms above it, median norm (both of the second half of the records).
+    """
     losses, norms = run.history["loss"].values, run.history["grad_norm"].values
     skipped, max_norm = run.history["skipped_steps"], run.config.get("clip_grad")
     if len(losses) >= 2 * MIN_RECORDS:  # compare means of tenths of the run: single records are noisy
@@ -239,7 +277,12 @@ def _check_stability(run: RunSummary) -> Iterator[Finding]:
 
 
 def _check_throughput(run: RunSummary) -> Iterator[Finding]:
-    """Find training that waits for its images, or whose last quarter is at most half as fast as the two before it."""
+    """Find training that waits for its images a quarter of the time, or whose last quarter has half the speed of the two before it.
+
+    Yields:
+        "slow_data_loading": median fraction of the time, without the first quarter of the records; "slowdown": median images/s of the
+        second and third quarter, and of the last one.
+    """
     wait_fractions, speeds = run.history["data_time_fraction"].values, run.history["images_per_second"].values
     if len(wait_fractions) >= MIN_RECORDS:
         fraction = median(wait_fractions[len(wait_fractions) // 4 :])  # loaders start slowly
@@ -253,7 +296,12 @@ def _check_throughput(run: RunSummary) -> Iterator[Finding]:
 
 
 def _check_probes(run: RunSummary) -> Iterator[Finding]:
-    """Find probe scores that fall, do not rise, or are not significantly better than those of random weights."""
+    """Find accuracies of the linear probe that fall, do not rise, or are not significantly above that of random weights.
+
+    Yields:
+        "probe_falls" (best accuracy during training, its step, latest accuracy); "probe_stands_still" (first and latest accuracy; the
+        best gains less than 1 point); "probe_like_untrained" (untrained, pre-trained, number of test images).
+    """
     steps, scores = run.history["probe/logistic"]
     if len(scores) >= 3:
         best, latest = max(scores), scores[-1]
@@ -270,12 +318,17 @@ def _check_probes(run: RunSummary) -> Iterator[Finding]:
 
 
 def _check_tokens(run: RunSummary) -> Iterator[Finding]:
-    """Find tokens that are too easy to predict, many dead codes, and a code that most patches have."""
+    """Find tokens that are too easy to predict, many dead codes (no patch has them), and a code that most patches have.
+
+    Yields:
+        "too_easy": token accuracy, mean of the last `NUM_RECENT` records; "dead_codes": dead codes, all codes; "dominant_code": fraction
+        of the patches.
+    """
     accuracies, stats = run.history["token_accuracy"].values, run.codebook_stats
     if len(accuracies) >= MIN_RECORDS and (accuracy := fmean(accuracies[-NUM_RECENT:])) >= 0.95:
         yield "too_easy", (accuracy,)
     num_used, num_dead = stats.get("num_used_codes") or 0, stats.get("num_dead_codes") or 0
-    if num_dead > num_used / 4:  # a fifth of the codebook
+    if num_dead > num_used / 4:  # more than a fifth of the codebook
         yield "dead_codes", (num_dead, num_used + num_dead)
     if (fraction := stats.get("top_code_fraction") or 0) >= 0.5:
         yield "dominant_code", (fraction,)

@@ -22,15 +22,15 @@ from mapet.run_state import RunState, parent_run, pretrain_folder, try_read_stat
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of how a backbone was trained; empty where no run.json tells.
+    """How a backbone was trained, as far as the run.json of its training tells; a field is empty where it doesn't.
 
     Attributes:
-        recipe: options of pre-training, with the last part of paths alone.
-        images: of pre-training: their "number", the "hash" of their list, and how many were "unreadable".
-        tokenizer: the tokenizer's description.
-        metrics: metrics by name of "pre-training" (those of its report), "evaluation" and "fine-tuning".
-        tuned: of each fine-tuning in order: the "backbone" that it started from, "scratch" (it took only that one's
-            architecture), "recipe" (its options), "images" ("number", "hash", "classes").
+        recipe: options of pre-training by name; of paths the last part alone.
+        images: of pre-training: "number" of images, "hash" of their list, number of "unreadable" ones.
+        tokenizer: description of the pre-training's tokenizer: "teacher", "vocab_size", "grid", "hash", ...
+        metrics: "pre-training" (as in the run's report), "evaluation" and "fine-tuning", those that exist -> name -> value.
+        tuned: of each fine-tuning, in order: "backbone" that it started from, "scratch" (whether it took only the architecture of that
+            backbone), "recipe" (its options), "images" ("number", "hash", and "classes": how many).
         classes: names of the classes of a fine-tuned model.
     """
 
@@ -43,7 +43,14 @@ class Provenance:
 
 
 def read_provenance(source: str | Path) -> Provenance:
-    """Read the provenance of a backbone (a run's folder, or the backbone folder in it) from the run.json beside it."""
+    """Read how a backbone was trained from the run.json of the run that trained it.
+
+    Args:
+        source: folder of `mapet pretrain`, `run`, `demo` or `finetune`, or the backbone folder in it.
+
+    Returns:
+        An empty `Provenance` if neither folder has a run.json of these commands, as for a model of timm or the Hugging Face hub.
+    """
     path = Path(source)
     for folder in (pretrain_folder(path), path.parent):
         state = try_read_state(folder)
@@ -58,7 +65,12 @@ def read_provenance(source: str | Path) -> Provenance:
 
 
 def _pretraining_provenance(folder: Path, state: RunState) -> Provenance:
-    """Collect the provenance of a pre-training from its folder and from the `mapet run` that it is part of."""
+    """Collect how a backbone was pre-trained.
+
+    Args:
+        folder: of `mapet pretrain`; if it is in a folder of `mapet run`, the metrics include the evaluation by that run.
+        state: content of the folder's run.json.
+    """
     metrics: dict[str, Any] = {"pre-training": summarize_metrics(History.read(folder / "metrics.jsonl"))}
     run = parent_run(folder)
     if run and (evaluation := RunState.read(run).results.get("evaluation")):
@@ -72,10 +84,13 @@ def _pretraining_provenance(folder: Path, state: RunState) -> Provenance:
 
 
 def finetuning_provenance(folder: Path, images: dict[str, Any]) -> Provenance:
-    """Return the provenance of the model that `finetune` trains in a folder: its backbone's, and this fine-tuning.
+    """Return the provenance of the model that `finetune` trains in a folder: that of its backbone, with this fine-tuning in `tuned`.
+
+    Trained from scratch, the model has nothing of the backbone but its architecture, and this fine-tuning alone.
 
     Args:
-        images: "number", "hash" and "classes" (how many) of the training images.
+        folder: of `finetune`; its run.json has the options.
+        images: "number", "hash" of the list and "classes" (how many) of the training images.
     """
     options = RunState.read(folder).config
     source, scratch = options["backbone"], options["from_scratch"]
@@ -85,12 +100,15 @@ def finetuning_provenance(folder: Path, images: dict[str, Any]) -> Provenance:
 
 
 def _short_name(source: str) -> str:
-    """Return the name of a backbone: of a folder its last part, of a model of timm or a hub all of it."""
+    """Return the name of a backbone for a model card: the last part of a folder's path; a 'timm:...' or other hub name unchanged."""
     return source if source.startswith(HUB_PREFIXES) else Path(source).name
 
 
 def _strip_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Shorten every path of the machine to its last part: a published card must not show folders of its author."""
+    """Return options with every text that has a slash or backslash shortened to its last part.
+
+    Such a text is a path of this machine, and a published model card must not show the folders of its author.
+    """
     return {
         name: Path(value).name if isinstance(value, str) and ("/" in value or "\\" in value) else value
         for name, value in options.items()
@@ -101,13 +119,17 @@ def render_model_card(
     config: ExportConfig, folders: Mapping[str, Path], vit: VisionTransformer, provenance: Provenance, checks: Mapping[str, float],
     checked_on: str, tolerance: float, library: str = "timm",
 ) -> str:  # fmt: skip
-    """Render the Markdown of a model card, with the front matter of the Hugging Face hub.
+    """Render the Markdown of the model card of an exported ViT, with the front matter (YAML) of the Hugging Face hub.
 
     Args:
-        folders: format -> its folder; that of "timm" holds the others, and the card lists its files with their hashes.
-        checks: way of loading -> largest difference of its outputs from the original's, relative to their RMS.
-        checked_on: what the outputs were computed on, as text.
-        tolerance: largest difference allowed.
+        config: options of `export`, of which `backbone`, `license` and the name of `out` are shown.
+        folders: format ('timm', 'transformers', 'onnx', 'torch-export') -> its folder; the folder of 'timm' contains the others, and
+            the card lists all its files with their sizes and hashes.
+        vit: the exported model, for its architecture and input size.
+        provenance: how it was trained.
+        checks: way of loading -> largest difference of its outputs from the original's, divided by the root mean square of these.
+        checked_on: images that the outputs were computed for, as text.
+        tolerance: largest difference that the export allows.
         library: `library_name` of the front matter.
     """
     mean, std = input_mean_std(vit.in_chans)
@@ -123,7 +145,12 @@ def render_model_card(
 
 
 def _list_teachers(tokenizer: Mapping[str, Any]) -> list[str]:
-    """List the teacher of a tokenizer; if that is a VQ-KD tokenizer trained by mapet, also its teacher, and so on."""
+    """List the teacher of a tokenizer; if that is itself a VQ-KD tokenizer trained by mapet, its teacher follows, and so on.
+
+    Args:
+        tokenizer: the description of a tokenizer, with "teacher" and, for such a teacher, "teacher_metadata" ("learned_from" describes
+            the teacher's own training); {} gives [].
+    """
     teachers = []
     while tokenizer:
         teachers.append(tokenizer["teacher"]["teacher"])

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mapet")
 MAX_BYTES = 4_800_000
-"""Size of a report, however many runs and figures it shows: under 5 MB."""
+"""Largest size of a report's HTML, however many runs and figures it shows: just under 5 MB."""
 MAX_POINTS = 8_000
-"""Points of one metric's curves, of all runs together."""
+"""Most points of one metric's curves, of all runs of a page together."""
 IMAGE_MARKUP_BYTES = 1500
 """Upper bound of the HTML around an image, with its caption twice."""
 REPORT_FILE = "report.html"
@@ -64,28 +64,40 @@ class EmbeddedImage(NamedTuple):
 
 
 def rasterize(figure: "Figure") -> Image.Image:
-    """Draw a figure as an image, at 120 dpi."""
+    """Render a matplotlib figure as an RGB image, at 120 dpi."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return Image.open(file).convert("RGB")
 
 
 def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
-    """Read PNG files: stem -> image, in the order of the report; warn of each that can't be read."""
+    """Read the figures of a report from PNG files; a file that can't be read is skipped with a warning.
+
+    Returns:
+        Name of the file without .png -> RGB image, in the order of `FIGURE_ORDER`; other names follow.
+    """
     images = {}
     for path in paths:
         try:
             with Image.open(path) as image:
                 images[path.stem] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            log.warning("the report leaves out %s: %s. Run `mapet report` again to redraw it", path, error)
+            log.warning("the report omits %s: %s. Redraw it with `mapet report RUN --out NEW.html`", path, error)
     return {name: images[name] for name in sorted(images, key=lambda name: [*FIGURE_ORDER, name].index(name))}
 
 
 def embed_images(images: Mapping[str, Image.Image], max_bytes: int) -> list[EmbeddedImage]:
-    """Encode images by name at the best of `ENCODINGS` that fits into `max_bytes`; without one, omit the last images."""
+    """Encode images as data URIs at the first (best) scale and quality of `ENCODINGS` at which all fit into `max_bytes` together.
+
+    If they don't fit even at the last one, the last images are omitted, so that fewer are returned.
+
+    Args:
+        images: name -> image; the order is kept.
+        max_bytes: length of all data URIs together.
+    """
 
     def embed(name: str, image: Image.Image, scale: float, quality: int) -> EmbeddedImage:
+        """Resize an image by `scale` and encode it with a WebP quality (0..100)."""
         size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
         scaled = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
         return EmbeddedImage(name, *size, image_uri(scaled, quality))
@@ -101,7 +113,7 @@ def embed_images(images: Mapping[str, Image.Image], max_bytes: int) -> list[Embe
 
 
 def image_uri(image: Image.Image, quality: int = 84) -> str:
-    """Encode an image as a WebP data URI, losslessly if it is small."""
+    """Encode an image as a WebP data URI, losslessly if it has at most `MAX_LOSSLESS_SIDE` squared pixels; quality is 0 to 100."""
     file = io.BytesIO()
     lossless = image.width * image.height <= MAX_LOSSLESS_SIDE**2
     image.save(file, "webp", quality=quality, method=4, lossless=lossless)
@@ -113,12 +125,13 @@ def image_uri(image: Image.Image, quality: int = 84) -> str:
 
 @dataclass
 class RunView:
-    """A run, and what its report shows of it.
+    """A run, and what its report shows of it besides the files.
 
     Attributes:
-        images: figures by name.
-        step_through: see `reports.figures.step_through`; None leaves it out.
-        notes: sentences about the report itself.
+        files: the run's folder.
+        images: name of a figure -> image, in the order in which they are shown.
+        step_through: data of the viewer of single predictions, see `reports.figures.step_through`; None omits the viewer.
+        notes: sentences about the report itself, e.g. what it omits.
     """
 
     files: RunFiles
@@ -128,29 +141,38 @@ class RunView:
 
     @classmethod
     def from_files(cls, files: RunFiles) -> "RunView":
-        """Show the figures and the step-through that `run` left in the folder."""
+        """Make the view of a run, with the figures and step-through in the run's folder, if `mapet run` has written them there."""
         return cls(files, open_images(files.figures()), files.step_through())
 
 
 def render_page(runs: Sequence[RunView], live: bool = False) -> str:
-    """Render the HTML page of runs, of at most `MAX_BYTES`; a live page requests itself from its server every two seconds."""
+    """Render the HTML page of one run, or of several side by side, of at most `MAX_BYTES`.
+
+    Args:
+        live: whether the page is served by `LiveServer`: its script then requests it again every two seconds.
+    """
     return render("run.html", **page_content(runs, live))
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
-    """Return the variables of run.html.
+    """Return the variables of the template run.html, such that the page has at most `MAX_BYTES`.
 
-    A page larger than `MAX_BYTES` first loses its step-throughs, then its figures shrink, then the last figures are omitted;
-    notes say what is omitted.
+    While a page is larger, first its step-throughs (viewers of single predictions) are omitted, run by run; then its figures are encoded
+    smaller, then the last figures of a run are omitted. The notes of a run say what is omitted.
+
+    Args:
+        runs: the runs of the page; they are not changed.
+        live: whether the page is requested again while the run trains.
 
     Returns:
-        "runs": of each the "name", "files", "notes", "images" (embedded) and "data" for the scripts; "comparison": see
-        `compare_runs`, None for one run; "live"; "status": a line at the top of the page.
+        "runs": for each run "name" (unique), "files" (`RunFiles`), "notes" (sentences), "images" (list of `EmbeddedImage`) and "data",
+        which the page's scripts read as JSON: "name", "steps" (the step-through, or None), "steps_per_epoch", "curves" (metric ->
+        [steps, values]); "comparison": see `compare_runs`, None for one run; "live"; "status": the line at the top of the page.
     """
     views: list[dict[str, Any]] = []
     for run, name in zip(runs, make_unique([run.files.name for run in runs]), strict=True):
         history = run.files.history
-        curves = downsample_curves(history, max(50, MAX_POINTS // len(runs)))
+        curves = downsample_curves(history, max(50, MAX_POINTS // len(runs)))  # 50 points show a curve's course
         data = {"name": name, "steps": run.step_through, "steps_per_epoch": history.steps_per_epoch, "curves": curves}
         views.append({"name": name, "files": run.files, "notes": [*run.notes], "images": [], "data": data})
     comparison = compare_runs([run.files for run in runs]) if len(runs) > 1 else None
@@ -158,22 +180,26 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
     if live:
         status = render_macro("diagnostics.md", "status", runs[0].files)
     content = {"runs": views, "comparison": comparison, "live": live, "status": status}
-    bytes_left = MAX_BYTES - len(render("run.html", **content))
+    bytes_left = MAX_BYTES - len(render("run.html", **content))  # for images: so far the page has none
     for view in views:
         if bytes_left < 0 and view["data"]["steps"]:
             bytes_left += len(json.dumps(view["data"]["steps"]))
             view["data"]["steps"] = None
             view["notes"].append("The step-through of this run is omitted to keep the page small.")
     for index, (run, view) in enumerate(zip(runs, views, strict=True)):
+        # what is left is divided equally among this run and those after it
         view["images"] = embed_images(run.images, max(0, bytes_left) // (len(views) - index))
         bytes_left -= sum(len(image.src) + IMAGE_MARKUP_BYTES for image in view["images"])
-        if left_out := [*run.images][len(view["images"]) :]:
-            view["notes"].append(f"Figures omitted to keep the page small: {', '.join(left_out)}.")
+        if omitted := [*run.images][len(view["images"]) :]:
+            view["notes"].append(f"Figures omitted to keep the page small: {', '.join(omitted)}.")
     return content
 
 
 def downsample_curves(history: History, max_points: int) -> dict[str, list[list[float]]]:
-    """Return metric -> [steps, values] of at most `max_points` points, values with six digits, more than a screen shows."""
+    """Return metric -> [steps, values] of a run's recorded metrics, averaged to at most `max_points` points each.
+
+    Steps are rounded to integers and values to six significant digits, more than a screen shows, which keeps the page small.
+    """
     curves = {name: downsample(series, max_points) for name, series in history.series.items()}
     return {
         name: [[*map(round, steps)], [float(f"{value:.6g}") for value in values]]
@@ -182,11 +208,12 @@ def downsample_curves(history: History, max_points: int) -> dict[str, list[list[
 
 
 def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
-    """Compare final metrics and options of runs.
+    """Compare final metrics and options of runs, for tables with a column per run.
 
     Returns:
-        "comparable": whether their losses are; "metrics" and "options" (only those that differ): rows of a name and a text
-        for each run.
+        "comparable": whether losses can be compared, because all runs predict the same tokens from the same patches; "metrics": a row
+        [label, text of each run] for every final metric; "options": such rows for those options, images and tokenizer properties that
+        differ, without paths and options of speed. '-' stands for what a run lacks.
     """
     not_compared = PATH_OPTIONS | SPEED_OPTIONS
     settings = [
@@ -206,16 +233,19 @@ def _align(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def make_unique(names: Sequence[str]) -> list[str]:
-    """Number the repetitions of a name: 'a', 'a (2)', 'a (3)'."""
+    """Return names with the repetitions of a name numbered: ['a', 'b', 'a'] gives ['a', 'b', 'a (2)']."""
     repetitions = [names[:index].count(name) for index, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, repetitions, strict=True)]
 
 
 def write_run_report(folder: Path) -> None:
-    """Write `report.html` from the files of a run's folder, on the first rank, replacing an earlier one.
+    """Write `report.html` from the files in a run's folder, replacing an earlier one; ranks other than 0 do nothing.
 
-    The report of a pre-training that is part of a `mapet run` is written into that one's folder. An error is logged as a warning:
-    the run itself is complete.
+    No error is raised: a failure to write the report is logged as a warning, because the run's results are saved already.
+
+    Args:
+        folder: of `mapet pretrain` or `mapet run`; if the pre-training is part of a `mapet run`, the report goes into the folder of the
+            latter.
     """
     if distributed.rank() > 0:
         return
@@ -226,7 +256,7 @@ def write_run_report(folder: Path) -> None:
         path = files.folders[-1] / REPORT_FILE
         write_text(path, text)
     except Exception as error:
-        hint = f"The run is complete: write it with `mapet report {folder} --out NEW.html`"
+        hint = f"All else of the run is saved; write the report with `mapet report {folder} --out NEW.html`"
         log.warning("%s could not be written: %s. %s", path, error or type(error).__name__, hint)
 
 
@@ -234,11 +264,11 @@ def write_run_report(folder: Path) -> None:
 
 
 class LiveServer(ThreadingMixIn, WSGIServer):
-    """Serves the live page of one run on 127.0.0.1; the page requests itself again to show what is new.
+    """HTTP server, on 127.0.0.1, of the live page of one run: the page's script requests it again to show new metrics.
 
     Args:
-        folder: that of the run, which need not exist yet.
-        port: the port to listen at; a free one is chosen where it is in use.
+        folder: of `mapet pretrain` or `mapet run`; it need not exist yet.
+        port: TCP port to listen at; if it is in use, the system chooses a free one (see `url`).
     """
 
     daemon_threads = True
@@ -256,14 +286,24 @@ class LiveServer(ThreadingMixIn, WSGIServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        """Answer a request (WSGI) for `/` with the page, as the run's files are now."""
+        """Answer a WSGI request: `/` with the page of the run's files as they are now, other paths with 404.
+
+        A request whose Host header (of its environ) is not in `HOSTS` gets 403: it comes from another site whose name resolves to this
+        machine (DNS rebinding).
+
+        Args:
+            environ, start_response: as in PEP 3333.
+
+        Returns:
+            The body, UTF-8.
+        """
         host, status, kind = environ.get("HTTP_HOST", ""), "200 OK", "text/html"
         if host.rpartition("@")[2].partition(":")[0] not in HOSTS:
-            status, kind, text = "403 Forbidden", "text/plain", f"Use {self.url}: other host names are refused.\n"
+            status, kind, text = "403 Forbidden", "text/plain", f"This host name is refused: open {self.url}\n"
         elif environ["PATH_INFO"] != "/":
-            status, kind, text = "404 Not Found", "text/plain", f"There is only {self.url}.\n"
+            status, kind, text = "404 Not Found", "text/plain", f"Not found: the only page is {self.url}\n"
         else:
-            with self._lock:
+            with self._lock:  # requests are answered in threads, and share the files
                 self._run.refresh()
                 text = render_page([RunView.from_files(self._run)], live=True)
         start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), *HEADERS])

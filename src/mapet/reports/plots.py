@@ -20,7 +20,7 @@ from mapet.models.objectives import Segment
 from mapet.reports.render import LINE_STYLES
 
 HIDDEN_GRAY = 0.88
-"""Gray level, 0 to 1, of a patch that is not shown."""
+"""Gray level, 0 (black) to 1, of a masked patch, and of the mean patch of a code without patches."""
 MAX_COUNTED_CLASSES, MAX_NAMED_CLASSES = 20, 60
 """Classes of a confusion matrix up to which counts, and names, are written out."""
 NUM_CODES_SHOWN, NUM_PATCHES_SHOWN = 12, 12
@@ -33,13 +33,13 @@ SVG_INK = "#010203"
 
 
 def to_rgb(image: UInt8[Tensor, "C H W"]) -> Float[np.ndarray, "H W 3"]:
-    """Return the first three channels as values in 0..1; with fewer than three, the first one as gray."""
+    """Return the first three channels of an image (0..255) as values in 0..1; with fewer than three, the first one as gray."""
     channels = image if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     return channels[:3].permute(1, 2, 0).float().numpy() / 255
 
 
 def to_image(pixels: UInt8[Tensor, "C H W"]) -> Image.Image:
-    """Convert pixels to an RGB image."""
+    """Convert pixels, 0..255, to an RGB image: the first three channels; with fewer than three, the first one as gray."""
     return Image.fromarray((255 * to_rgb(pixels)).round().astype(np.uint8))
 
 
@@ -60,7 +60,13 @@ def unpatchify(patches: Float[Tensor, "N C h w"], grid: tuple[int, int]) -> Floa
 def mean_patches(
     patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int
 ) -> Float[Tensor, "V C h w"]:
-    """Return the mean of each code's patches, 0..255; gray for a code without patches."""
+    """Return the mean of the patches that have each code as their token, 0..255; `HIDDEN_GRAY` for a code without patches.
+
+    Args:
+        patches: pixels of n patches.
+        tokens: code of each patch, 0 to V - 1.
+        vocab_size: V.
+    """
     flat = patches.flatten(1).float()
     sums = torch.zeros(vocab_size, flat.shape[1]).index_add_(0, tokens, flat)
     counts = torch.bincount(tokens, minlength=vocab_size)[:, None]
@@ -69,12 +75,16 @@ def mean_patches(
 
 
 def code_colors(vocab_size: int) -> Float[np.ndarray, "V 3"]:
-    """Return a color for each code, 0..1: a random one, the same in every figure."""
+    """Return a random RGB color (0..1) for each code, the same in every figure; none is nearly black."""
     return np.random.default_rng(7).uniform(0.05, 1.0, (vocab_size, 3))
 
 
 def sample_codes_by_frequency(counts: Int[Tensor, " V"]) -> Int[Tensor, " n"]:
-    """Pick up to `NUM_CODES_SHOWN` used codes at equal steps of their frequency rank, the most frequent one first."""
+    """Pick up to `NUM_CODES_SHOWN` used codes, evenly spaced from the most frequent code (first) to the least frequent one.
+
+    Args:
+        counts: patches of each code; a code without patches is not picked.
+    """
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     return used[torch.linspace(0, len(used) - 1, min(NUM_CODES_SHOWN, len(used))).round().long()]
 
@@ -83,13 +93,19 @@ def sample_codes_by_frequency(counts: Int[Tensor, " V"]) -> Int[Tensor, " n"]:
 
 
 def one_axis(width: float, height: float) -> tuple[Figure, Axes]:
-    """Make a figure of one axis; sizes are in inches."""
+    """Return a figure of this width and height, in inches, and its one axis."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 class Tile(NamedTuple):
-    """A small image of a figure, the title above it, and the color and line style of its frame, if it has one."""
+    """A small image in a figure of rows of images.
+
+    Attributes:
+        image: pixels, 0..255.
+        title: text above it; '' for none.
+        frame: matplotlib color and line style of its frame, e.g. ('tab:red', '--'); None for no frame.
+    """
 
     image: UInt8[Tensor, "C h w"]
     title: str = ""
@@ -97,13 +113,23 @@ class Tile(NamedTuple):
 
 
 def plot_tiles(rows: Sequence[Sequence[Tile]], row_labels: Sequence[str], tile_inches: float, title: str) -> Figure:
-    """Draw rows of tiles on one axis (matplotlib takes seconds for an axis per tile); a tile is 1 x 1 in its units."""
+    """Draw rows of small images, left to right, the first row at the top.
+
+    All are drawn on one axis, because matplotlib takes seconds for an axis per tile. In units of this axis a tile is 1 x 1, with its
+    margin; y grows downward.
+
+    Args:
+        rows: tiles of each row; rows may differ in length.
+        row_labels: text to the left of each row.
+        tile_inches: width of a tile.
+        title: of the figure.
+    """
     num_columns, row_height = max(map(len, rows)), 1.2  # with room for the title above a tile
     figure, axis = one_axis(tile_inches * num_columns + 1, tile_inches * row_height * len(rows) + 0.6)
     centers = [row_height * index + 0.7 for index in range(len(rows))]
     for y, row in zip(centers, rows, strict=True):
         for x, tile in enumerate(row):
-            extent = (x + 0.04, x + 0.96, y + 0.46, y - 0.46)
+            extent = (x + 0.04, x + 0.96, y + 0.46, y - 0.46)  # left, right, bottom, top: a square of 0.92
             axis.imshow(to_rgb(tile.image), interpolation="nearest", extent=extent)
             axis.text(x + 0.5, y - 0.49, tile.title, fontsize=7, ha="center", va="bottom", parse_math=False)
             if tile.frame:
@@ -126,12 +152,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_code_usage(counts: Int[Tensor, " V"]) -> Figure:
-    """Draw the fraction of patches of each used code, most frequent first, on log axes, beside uniform use.
+    """Draw the fraction of patches that have each used code, most frequent code first, on log-log axes.
 
-    Vertical lines mark how many codes cover 50 % and 90 % of the patches.
+    A horizontal line marks uniform use, 1 / V; vertical lines mark how many of the most frequent codes cover 50 % and 90 % of the
+    patches; the title counts the dead codes (codes that no patch has).
 
     Args:
-        counts: patches of each code.
+        counts: number of patches of each code.
     """
     fractions = counts.sort(descending=True).values.double() / counts.sum()
     num_used = int((counts > 0).sum())
@@ -140,7 +167,7 @@ def plot_code_usage(counts: Int[Tensor, " V"]) -> Figure:
     axis.axhline(1 / len(counts), color="gray", linestyle="--", label=f"uniform use of {len(counts):,}")
     covered = fractions.cumsum(0)
     for target, style in ((0.5, ":"), (0.9, "-.")):
-        num_codes = int((covered < target - 1e-12).sum()) + 1  # less what the sum may be off by rounding
+        num_codes = int((covered < target - 1e-12).sum()) + 1  # 1e-12: rounding of the cumulative sum
         label = f"{target:.0%} of patches: {num_codes:,}"
         axis.axvline(num_codes, color="black", linewidth=0.8, linestyle=style, label=label)
     dead = f"{len(counts) - num_used:,} of {len(counts):,} dead in {int(counts.sum()):,} patches"
@@ -150,7 +177,13 @@ def plot_code_usage(counts: Int[Tensor, " V"]) -> Figure:
 
 
 def plot_patches_by_code(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, " n"], vocab_size: int) -> Figure:
-    """Draw a row of patches that share a code, for codes from frequent to rare."""
+    """Draw a row of patches that share a code, for `NUM_CODES_SHOWN` codes from frequent to rare.
+
+    Args:
+        patches: pixels of n patches, 0..255; the first `NUM_PATCHES_SHOWN` of a code are drawn.
+        tokens: code of each patch.
+        vocab_size: V.
+    """
     counts = torch.bincount(tokens, minlength=vocab_size)
     codes = sample_codes_by_frequency(counts)
     rows = [[Tile(patch) for patch in patches[tokens == code][:NUM_PATCHES_SHOWN]] for code in codes]
@@ -162,15 +195,18 @@ def plot_nearest_codes(
     prototypes: Float[Tensor, "V C h w"], counts: Int[Tensor, " V"], codes: Int[Tensor, " n"], neighbors: Int[Tensor, "n k"],
     distances: Float[Tensor, "n k"],
 ) -> Figure:  # fmt: skip
-    """Draw a row for each of `codes`: its mean patch, then those of the codes with the nearest centroids.
+    """Draw a row for each of `codes`: its mean patch, then the mean patches of the k other codes with the nearest centroids.
 
     Args:
         prototypes: mean patch of each code, 0..255; gray for a code without patches.
-        counts: patches of each code.
-        neighbors, distances: the codes nearest to each of `codes`, and how far their centroids are.
+        counts: number of patches of each code, for the row labels.
+        codes: codes that get a row.
+        neighbors: the k codes nearest to each of `codes`, nearest first.
+        distances: Euclidean distances of their centroids, in the space of features; they stand above the tiles.
     """
 
     def tile(code: int, title: str = "") -> Tile:
+        """Return the mean patch of a code as a tile."""
         return Tile(prototypes[code].round().to(torch.uint8), title)
 
     rows = []
@@ -182,7 +218,7 @@ def plot_nearest_codes(
 
 
 def _label_codes(codes: Int[Tensor, " n"], counts: Int[Tensor, " V"]) -> list[str]:
-    """Return the row labels of codes: the code above its fraction of patches."""
+    """Return a row label for each of `codes`: the code above its fraction of all patches, '17\\n3.2%'; `counts` are patches per code."""
     return [f"{code}\n{counts[code] / counts.sum():.1%}" for code in codes.tolist()]
 
 
@@ -192,10 +228,13 @@ def _label_codes(codes: Int[Tensor, " n"], counts: Int[Tensor, " V"]) -> list[st
 def plot_maps(
     images: UInt8[Tensor, "B C H W"], maps: Mapping[str, Float[np.ndarray, "B rows columns ..."]], title: str
 ) -> Figure:
-    """Draw a column for each image: the image above its maps.
+    """Draw a column for each of B images: the image above its maps, a row for each kind of map.
 
     Args:
-        maps: row label -> a map of each image: RGB colors (..., 3) in 0..1, or values (dark is low; NaN stays blank).
+        images: pixels, 0..255.
+        maps: row label -> one map per image, of any number of rows and columns: RGB colors (..., 3) in 0..1, or values (dark is low;
+            each map has its own color scale; NaN stays blank).
+        title: of the figure.
     """
     num_rows, num_columns = 1 + len(maps), len(images)
     size = max(5.0, 1.5 * num_columns + 1), 1.5 * num_rows + 0.6
@@ -213,18 +252,25 @@ def plot_maps(
 def plot_token_maps(
     images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], grid: tuple[int, int], vocab_size: int
 ) -> Figure:
-    """Draw each image above its token map, one color per token."""
+    """Draw each image above its token map: a cell per patch, in the color of the patch's token.
+
+    Args:
+        tokens: token ids of the N = rows * columns patches, row-major, less than `vocab_size`.
+        grid: rows and columns of patches.
+    """
     colors = code_colors(vocab_size)[tokens.view(-1, *grid).numpy()]
     return plot_maps(images, {"tokens": colors}, "Images and their visual tokens (one color per token)")
 
 
 def plot_attention_mask(mask: Bool[Tensor, "R R"], lengths: Mapping[Segment, int], name: str) -> Figure:
-    """Draw the attention mask of an objective, with lines between its segments.
+    """Draw the attention mask of a pre-training objective, with lines between the segments of the packed sequence.
+
+    The packed sequence of an objective has the segments context, target, mask, query (or some of them), one after the other.
 
     Args:
-        mask: true (dark) where the row's token attends to the column's.
-        lengths: tokens of each segment, in the order of rows and columns.
-        name: that of the objective.
+        mask: true (dark) where the row's token attends to the column's token.
+        lengths: number of tokens of each segment, in the order of rows and columns; they sum up to R.
+        name: of the objective, for the title.
     """
     figure, axis = one_axis(6, 6)
     axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")  # 1 is blue, not nearly black
@@ -245,38 +291,45 @@ def plot_predictions(
     images: UInt8[Tensor, "B C H W"], tokens: Int[Tensor, "B N"], permutation: Int[Tensor, "B N"], logits: Float[Tensor, "B p V"],
     prototypes: Float[Tensor, "V C h w"], grid: tuple[int, int],
 ) -> Figure:  # fmt: skip
-    """Draw a column for each image: what the model predicts for its masked patches, tokens as their mean patch.
+    """Draw a column for each image: its masked patches and the visual tokens that the model predicts for them.
 
-    Rows: the image; the context patches alone; the order of prediction; the true tokens; the likeliest tokens; the probability of
-    the true token, from 0 (black) to the largest shown.
+    A row each, from the top: the image; its context patches, all others gray; the order in which the masked patches are predicted (dark
+    first); the true tokens, each drawn as its mean patch; context patches with the likeliest tokens at the masked patches; the
+    probability of the true token at each masked patch, from 0 (black) to the largest one in the figure.
 
     Args:
-        permutation: patch indices in order; the last p are masked.
-        logits: of the masked patches, in that order.
+        images: pixels, 0..255.
+        tokens: true token ids of the N patches, row-major.
+        permutation: patch indices: the context, then the p masked patches in the order of prediction.
+        logits: of the masked patches, in the order of prediction.
         prototypes: mean patch of each code, 0..255.
+        grid: rows and columns of patches.
     """
-    num_context, row = permutation.shape[1] - logits.shape[1], torch.arange(len(images))[:, None]
+    num_context, image = permutation.shape[1] - logits.shape[1], torch.arange(len(images))[:, None]
     context, masked = permutation[:, :num_context], permutation[:, num_context:]
-    true_probability = logits.float().softmax(-1).gather(2, tokens[row, masked][..., None])[..., 0]
-    largest = float(true_probability.max())  # of thousands of tokens even a likely one has a small probability
-    context_patches = torch.full_like(prototypes[tokens], HIDDEN_GRAY * 255)
-    context_patches[row, context] = patchify(images, grid)[row, context].float()
+    # [image, masked] selects the masked patches of every image: (B, p, ...)
+    true_probability = logits.float().softmax(-1).gather(2, tokens[image, masked][..., None])[..., 0]
+    # the top of the color scale: of thousands of tokens even a likely one has a small probability
+    max_probability = float(true_probability.max())
+    context_patches = torch.full_like(prototypes[tokens], HIDDEN_GRAY * 255)  # (B, N, C, h, w)
+    context_patches[image, context] = patchify(images, grid)[image, context].float()
     predicted_patches = context_patches.clone()
-    predicted_patches[row, masked] = prototypes[logits.argmax(-1)]
-    order, probability = torch.full((2, *permutation.shape), float("nan"))  # NaN: context, which is left blank
-    order[row, masked], probability[row, masked] = torch.arange(masked.shape[1]).float(), true_probability
+    predicted_patches[image, masked] = prototypes[logits.argmax(-1)]
+    order, probability = torch.full((2, *permutation.shape), float("nan"))  # NaN: context patches stay blank
+    order[image, masked], probability[image, masked] = torch.arange(masked.shape[1]).float(), true_probability
 
     def assemble(patches: Float[Tensor, "B N C h w"]) -> Float[np.ndarray, "B H W 3"]:
-        return np.stack([to_rgb(unpatchify(image, grid).round().to(torch.uint8)) for image in patches])
+        """Assemble images from their patches, as colors in 0..1."""
+        return np.stack([to_rgb(unpatchify(one, grid).round().to(torch.uint8)) for one in patches])
 
     maps = {
         "context": assemble(context_patches), "order": order.view(-1, *grid).numpy(), "true tokens": assemble(prototypes[tokens]),
-        "predicted": assemble(predicted_patches), f"p(true)\n0 to {largest:.2g}": probability.view(-1, *grid).numpy(),
+        "predicted": assemble(predicted_patches), f"p(true)\n0 to {max_probability:.2g}": probability.view(-1, *grid).numpy(),
     }  # fmt: skip
     title = "Masked patches, predicted in the order shown (dark first);\ntokens drawn as their mean patch"
     figure = plot_maps(images, maps, title)
     for axis in figure.axes[-len(images) :]:  # the row of probabilities
-        axis.images[0].set_clim(0, largest)
+        axis.images[0].set_clim(0, max_probability)
     return figure
 
 
@@ -287,10 +340,9 @@ def plot_neighbors(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]],
     """Draw a row for each test image: the image, then the training images nearest to it, nearest first.
 
     Args:
-        rows: (image, name) of each.
-        labeled: names are classes: images of the test image's class get a green frame, others a dashed red one.
+        rows: for each test image, (pixels 0..255, name) of the test image and of its nearest training images.
+        labeled: whether names are classes: training images of the test image's class then get a green frame, others a dashed red one.
     """
-
     frames = {True: ("tab:green", "-"), False: ("tab:red", "--")}
     tiles = []
     for (test, test_name), *nearest in rows:
@@ -302,10 +354,14 @@ def plot_neighbors(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]],
 
 
 def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix; its colors are fractions of the row, its texts counts, where there is room.
+    """Draw the confusion matrix of a linear probe; the title has its accuracy.
+
+    A cell's color is its fraction of the row's images, its text the count. Counts are written for up to `MAX_COUNTED_CLASSES` classes,
+    class names for up to `MAX_NAMED_CLASSES`.
 
     Args:
-        counts: images by true class (row) and predicted class (column).
+        counts: number of images by true class (row) and predicted class (column).
+        classes: names of the K classes.
     """
     fractions = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = min(12.0, max(4.0, 0.45 * len(classes) + 2))  # inches
@@ -315,7 +371,7 @@ def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Fi
         color = "white" if fractions[row, column] > 0.6 else "black"  # readable on dark and light blue
         axis.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=7, color=color)
     if len(classes) <= MAX_NAMED_CLASSES:
-        names = [name[:16].replace("$", r"\$") for name in classes]
+        names = [name[:16].replace("$", r"\$") for name in classes]  # matplotlib reads $ as mathematics
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set(xlabel="predicted class", ylabel="true class")
@@ -325,10 +381,11 @@ def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Fi
 
 
 def plot_learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw the training loss above the accuracy on the test images, over epochs.
+    """Draw two plots over epochs: the training loss, and below it the accuracy on the test images.
 
     Args:
-        rows: records with "epoch" and any of "loss" (mean of the epoch) and "accuracy" (0..1).
+        rows: records of fine-tuning's metrics.jsonl, with "epoch" and "loss" (mean of the epoch), "accuracy" (0..1) or both; other keys
+            are ignored.
     """
     figure = Figure(figsize=(6, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
@@ -344,19 +401,28 @@ def plot_learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 class Curve(NamedTuple):
-    """The curve of one seed: points (x, y) in order of x, and the index of its line style, which its value shares."""
+    """The learning curve of one trial of a study.
+
+    Attributes:
+        style: index, in `LINE_STYLES`, of the color and dashes; the trials of one compared value, which differ in their seed, share it.
+        points: (x, y) in ascending order of x; at least one.
+    """
 
     style: int
     points: Sequence[tuple[float, float]]
 
 
 def plot_seeds(curves: Sequence[Curve], xlabel: str, ylabel: str, ylim: tuple[float, float]) -> str:
-    """Draw the curves of seeds, and for each style their mean over the x that all of its seeds reach; return SVG.
+    """Draw the curves of all seeds thinly, and for each style a thick mean of its curves over the range of x that all of them cover.
 
-    No text of the user's is drawn: matplotlib would read `$` as mathematics and warn about letters that its font lacks.
+    Labels are texts of mapet, not of the user: matplotlib would read `$` as mathematics and warn about letters that its font lacks.
 
     Args:
-        ylim: lowest and highest y, to which a margin is added.
+        curves: one per seed; those of equal `style` are averaged, by linear interpolation at every x of any of them.
+        ylim: lowest and highest y, to which a margin of 5 % is added at both ends.
+
+    Returns:
+        The <svg> element; its axes and texts have the color of the text around it (currentColor), and equal curves give equal SVG.
     """
     colors = dict.fromkeys(["axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], SVG_INK)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mapet", **colors}):
@@ -366,11 +432,11 @@ def plot_seeds(curves: Sequence[Curve], xlabel: str, ylabel: str, ylim: tuple[fl
             seeds = [np.array(curve.points).T for curve in curves if curve.style == style]
             for x, y in seeds:
                 axis.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
-            grid = np.unique(np.concatenate([x for x, _ in seeds]))
-            grid = grid[(grid >= max(x[0] for x, _ in seeds)) & (grid <= min(x[-1] for x, _ in seeds))]
-            mean = np.mean([np.interp(grid, x, y) for x, y in seeds], axis=0)
-            axis.plot(grid, mean, color=color, linewidth=2, linestyle=(0, dashes), marker="." if len(grid) == 1 else "")
-        margin = 0.05 * (ylim[1] - ylim[0]) or 0.05
+            xs = np.unique(np.concatenate([x for x, _ in seeds]))
+            xs = xs[(xs >= max(x[0] for x, _ in seeds)) & (xs <= min(x[-1] for x, _ in seeds))]
+            mean = np.mean([np.interp(xs, x, y) for x, y in seeds], axis=0)
+            axis.plot(xs, mean, color=color, linewidth=2, linestyle=(0, dashes), marker="." if len(xs) == 1 else "")
+        margin = 0.05 * (ylim[1] - ylim[0]) or 0.05  # 0.05 if all y are equal
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(ylim[0] - margin, ylim[1] + margin))
         axis.spines[["top", "right"]].set_visible(False)
         file = io.StringIO()

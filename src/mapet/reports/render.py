@@ -19,7 +19,7 @@ from mapet.studies.statistics import format_condition, format_p_value
 from mapet.training.metrics import format_duration
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's (2008), which the color-blind can tell apart; the dashes help further."""
+"""Okabe and Ito's palette (2008), whose colors differ for the color-blind, too."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 LINE_STYLES = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
 """Color and dashes (lengths in pixels) of the lines of a plot, taken in turn."""
@@ -30,32 +30,35 @@ class Bold(str):
 
 
 def render(template: str, **content: object) -> str:
-    """Render a template of web/ with these variables; the text ends with one newline."""
+    """Render the Jinja template of this file name in reports/web/ with these variables; the text ends with one newline.
+
+    In templates named *.html the values are escaped. A variable that the template uses and `content` lacks raises UndefinedError.
+    """
     return _environment().get_template(template).render(**content).strip() + "\n"
 
 
 def render_macro(template: str, macro: str, *arguments: object) -> str:
-    """Render one macro of a template of web/."""
+    """Render the named macro of the Jinja template of this file name in reports/web/, called with `arguments`."""
     return str(getattr(_environment().get_template(template).module, macro)(*arguments))
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table; its cells are escaped."""
+    """Format a Markdown table of a head and rows of equally many texts, in which Markdown's characters are escaped (`Bold` is kept)."""
     header, *body = ([escape_markdown(cell) for cell in row] for row in (head, *rows))
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
 
 
 def escape_markdown(text: str) -> str:
-    """Put text on one line with Markdown's special characters escaped; a `Bold` text is set in bold.
+    """Put text on one line and escape Markdown's special characters with backslashes; a `Bold` text becomes **text**.
 
-    Underscores within names, as in option names, have no meaning in Markdown and stay as they are.
+    Underscores between letters, as in option names, have no meaning in Markdown and are not escaped.
     """
     escaped = re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]<>|&]", r"\\\g<0>", " ".join(text.split()))
     return f"**{escaped}**" if isinstance(text, Bold) else escaped
 
 
 def format_number(value: float) -> str:
-    """Format a number with four significant digits, or as an integer from 1,000 on: '0.807', '34.2', '1,437'."""
+    """Format a number: whole ones and those from 1,000 on as integers, others with four significant digits: '1,437', '0.807'."""
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -65,7 +68,10 @@ def format_percent(fraction: float) -> str:
 
 
 def format_value(value: object) -> str:
-    """Format a value of a config on one line: '[0.4, 0.8]', 'depth=2, num_heads=2', 'true', 'none'."""
+    """Format the value of an option on one line: '[0.4, 0.8]', 'true', '0.0015'; None is 'none'.
+
+    A mapping is 'depth=2, num_heads=2', or 'none' if it is empty; floats have six significant digits; items are formatted alike.
+    """
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={format_value(part)}" for key, part in value.items()) or "none"
     if isinstance(value, (list, tuple)):
@@ -79,7 +85,10 @@ def format_value(value: object) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Return the Jinja environment of all templates, with the functions, filters and tests that they use."""
+    """Return the Jinja environment of the templates in reports/web/, with the functions, filters and tests that they use.
+
+    Values are escaped in *.html alone; an undefined variable is an error; JSON has no spaces. Its filter `md` escapes Markdown.
+    """
     environment = Environment(
         loader=PackageLoader("mapet.reports", "web"), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
@@ -97,11 +106,17 @@ def _environment() -> Environment:
 
 @cache
 def _inline(*names: str) -> Markup:
-    """Return the concatenated text of files of this package, safe to stand in a <style> or <script> element."""
+    """Return the text of style sheets or scripts, one after the other, for a <style> or <script> element.
+
+    Closing tags within the text are written with a backslash, so that they don't end the element.
+
+    Args:
+        names: paths below mapet/reports, e.g. 'web/style.css'.
+    """
     text = "\n".join(files("mapet.reports").joinpath(name).read_text(encoding="utf-8") for name in names)
     return Markup(text.replace("</script", "<\\/script").replace("</style", "<\\/style"))
 
 
 def _source_hash(text: str) -> Markup:
-    """Return the source by which a content security policy allows an inline script or style: its SHA-256."""
+    """Return the source expression, 'sha256-...', by which a Content-Security-Policy allows the inline script or style `text`."""
     return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")

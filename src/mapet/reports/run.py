@@ -26,18 +26,18 @@ TOKENIZER_REPORT = "tokenizer_report.md"
 
 
 class RunFiles:
-    """The folder of a `pretrain` or `run`, which may still grow or not exist yet.
+    """The files in the folder of a `mapet pretrain` or `run`, which may still grow or not exist yet.
 
     Attributes:
-        given: the folder that the user named.
-        folder: that of `pretrain`, which is `given` or in it.
-        parent: the folder of the `run` that the pre-training is part of, or None.
-        folders: `folder` and `parent`, where there is one.
-        config: the resolved options of `pretrain`; {} before it has started.
-        state: its run.json; one without facts where it is missing or damaged.
-        probe: the evaluation by the parent `run`, else {}.
-        tokenizer: the tokenizer's description; {} where the run has none.
-        history: the metrics recorded so far.
+        given: the folder that the user named: of `pretrain`, `run` or `demo`.
+        folder: of `pretrain`: `given`, or the folder in it.
+        parent: folder of the `run` that the pre-training is part of, or None.
+        folders: `folder`, then `parent` if there is one.
+        config: resolved options of `pretrain` (its config.yaml) by name; {} before it has started, or if the file can't be read.
+        state: content of the run.json of `pretrain`; an empty `RunState` (interrupted, pid 0) if it is missing or damaged.
+        probe: evaluation by the parent `run`: "untrained" and "pretrained" (each probe -> accuracy), "data"; {} without one.
+        tokenizer: the tokenizer's description: "teacher", "vocab_size", "hash", "codebook_stats", ...; {} if run.json has none.
+        history: metrics recorded so far.
     """
 
     def __init__(self, given: Path) -> None:
@@ -46,7 +46,7 @@ class RunFiles:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read all files again, but only the new records of the metrics."""
+        """Read all files again, and set the attributes; of metrics.jsonl only the lines added since the last call are read."""
         self.folder = pretrain_folder(self.given)
         self.parent = parent_run(self.folder)
         self.folders = [self.folder, self.parent] if self.parent else [self.folder]
@@ -66,22 +66,24 @@ class RunFiles:
 
     @classmethod
     def open(cls, folder: Path) -> "RunFiles":
-        """Read the folder of a run that has started.
+        """Read the folder of a pre-training run that has started.
+
+        Args:
+            folder: of `mapet pretrain`, `run` or `demo`.
 
         Raises:
-            MapetError: it is not the folder of a run, or its config can't be read.
+            MapetError: it is another folder, or the config.yaml of the pre-training can't be read.
         """
         check_is_pretraining(folder)
         files = cls(folder)
         if not files.config:
-            raise MapetError(
-                f"{files.folder / CONFIG_FILE} is empty or not readable YAML: restore it, or give another run's folder"
-            )
+            path = files.folder / CONFIG_FILE
+            raise MapetError(f"{path} is missing, empty or not valid YAML: restore it, or give another run's folder")
         return files
 
     @property
     def name(self) -> str:
-        """Return the folder's name, with that of the folder around it if it is one that many runs share."""
+        """Return the name of the run's folder (the parent run's, if any); 'run' and 'pretrain' get the parent folder's name: 'x/run'."""
         folder = self.folders[-1].absolute()
         return "/".join(folder.parts[-2:]) if folder.name in ("run", "pretrain") else folder.name
 
@@ -97,7 +99,11 @@ class RunFiles:
 
     @property
     def status(self) -> str:
-        """Return 'finished', 'not started', 'running', 'not finished' (its process is gone), or the reason why it ended early."""
+        """Return the run's status as text.
+
+        It is 'finished', 'not started', 'running', 'not finished' (its process is gone, or it has written nothing for
+        `STALE_AFTER_S`), the reason why it was stopped, or 'failed: ' and the reason.
+        """
         if self.finished:
             return "finished"
         if self.ended_early:
@@ -108,7 +114,7 @@ class RunFiles:
 
     @property
     def age(self) -> float:
-        """Return the seconds since the run last wrote metrics, or its log if it has no metrics; inf without either."""
+        """Return the seconds since metrics.jsonl was last written, or train.log if there are no metrics; inf without either."""
         for name in ("metrics.jsonl", "train.log"):
             if (self.folder / name).exists():
                 return max(0.0, time.time() - (self.folder / name).stat().st_mtime)
@@ -116,12 +122,15 @@ class RunFiles:
 
     @property
     def steps(self) -> float:
-        """Return the steps so far: those of the last record, or of a checkpoint after it."""
+        """Return the number of steps so far: that of the last record of metrics, or of a checkpoint after it (in run.json)."""
         return max(self.state.counts.get("steps", 0), self.history.last_step)
 
     @property
     def seconds_left(self) -> float | None:
-        """Return the seconds to the end at the median speed of the last five records; None while that is unknown."""
+        """Return the estimated seconds to the planned end, at the median speed of the last five records.
+
+        None without a record of an epoch and a speed (images/s), or without whole numbers of epochs and batch size in the config.
+        """
         steps_per_epoch, speeds = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
         epochs, batch_size = self.config.get("epochs"), self.config.get("batch_size")
         if not (steps_per_epoch and speeds and isinstance(epochs, int) and isinstance(batch_size, int)):
@@ -130,13 +139,18 @@ class RunFiles:
 
     @property
     def options(self) -> dict[str, str]:
-        """Return the resolved options, as text by name."""
+        """Return the resolved options of `pretrain`, name -> text; with the views that it trained on, those of the token store if any."""
         options = with_store_views(self.config, self.state.results.get("views"))
         return {name: _format_option(name, value) for name, value in options.items()}
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Return the images ("images") and the parts of the tokenizer ("tokenizer's ..."), as text by name."""
+        """Return what the run was trained from, name -> text.
+
+        Returns:
+            "images": '1,437 images in FOLDER' (the number, if run.json has it); "tokenizer's NAME": each property of the teacher, the
+            vocab_size, the quantizer and 12 digits of the hash, if the tokenizer's description has them.
+        """
         count, source = self.state.counts.get("images"), format_value(self.config.get("images"))
         tokenizer = {name: self.tokenizer[name] for name in ("vocab_size", "quantizer") if name in self.tokenizer}
         tokenizer = {**self.tokenizer.get("teacher", {}), **tokenizer}
@@ -147,13 +161,16 @@ class RunFiles:
 
     @property
     def prediction_task(self) -> list[object]:
-        """Return what is predicted and from what: runs of equal tasks have comparable losses."""
+        """Return target, objective, patch order, mask ratio and hash of the tokenizer: runs with equal ones have comparable losses."""
         options = ("target", "objective", "patch_order", "mask_ratio")
         return [*map(self.config.get, options), self.tokenizer.get("hash")]
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Return the final metrics of pre-training and the probe scores of the parent `run`: label -> value, both as text."""
+        """Return label -> text of the final metrics of pre-training, and of the accuracies that the parent `run` measured.
+
+        The latter are labeled 'PROBE, untrained' (random weights) and 'PROBE, pretrained'.
+        """
         scores = {
             f"{name}, {state}": format_number(value)
             for state in ("untrained", "pretrained")
@@ -169,7 +186,10 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """Return sentences about what is wrong; they spell options as the command line of the command that was started does."""
+        """Return a warning for each problem that the metrics show.
+
+        They spell options as flags of the command that the user has started: `--lr` for `pretrain`, `--pretrain.lr` for `run`.
+        """
         with spell_as_flags(), spell_in_section("pretrain") if self.parent else nullcontext():
             return diagnose(self.summary)
 
@@ -179,25 +199,32 @@ class RunFiles:
 
     @property
     def inspection(self) -> dict[str, Any]:
-        """Return what `inspect-tokenizer` found ("warnings", "measures"), if it wrote into a subfolder of the run; else {}."""
+        """Return tokenizer_metrics.json: "warnings" and "measures" of `inspect-tokenizer`, if it wrote into a subfolder of the run.
+
+        {} without one; of several subfolders the first by name, those of the pre-training's folder before those of the parent run.
+        """
         paths = [path for folder in self.folders for path in sorted(folder.glob(f"*/{TOKENIZER_METRICS}"))]
         return _read_json_object(paths[0]) if paths else {}
 
     def figures(self) -> list[Path]:
-        """List the PNG files that `report`, as part of `run`, wrote into figures/."""
+        """List the PNG files in figures/ of the pre-training's and of the parent run's folder, which `mapet run` writes; by name."""
         return [path for folder in self.folders for path in sorted((folder / "figures").glob("*.png"))]
 
     def step_through(self) -> dict[str, Any] | None:
-        """Read the data of the step-through that `report` wrote beside the figures; None without it."""
+        """Read figures/step_through.json, the data of the viewer of single predictions that `mapet run` writes; None without it."""
         contents = (_read_json_object(folder / "figures" / STEP_THROUGH) for folder in self.folders)
         return next((content for content in contents if "images" in content), None)
 
 
 def with_store_views(config: Mapping[str, Any], views: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a run's options with the views that it trained on: those of the token store, where it used one.
+    """Return a run's options with "views" and "min_crop_scale" as they were in training.
+
+    A run that reads its tokens from a token store (option `tokens`: tokens on disk) trains on the views that these were computed from,
+    whatever its own options are; of any other run, the options are returned unchanged (as a copy).
 
     Args:
-        views: "kind", "min_scale" and "number" (of each image) of the store's views, as in run.json.
+        config: resolved options of `pretrain`.
+        views: "kind", "min_scale" and "number" (views of each image) of the token store, as in run.json; None if it has none.
     """
     if not config.get("tokens") or not views:
         return dict(config)
@@ -206,7 +233,7 @@ def with_store_views(config: Mapping[str, Any], views: Mapping[str, Any] | None)
 
 
 def _format_option(name: str, value: object) -> str:
-    """Format an option's value; None as what it means for that option of `pretrain`."""
+    """Format the value of an option of `pretrain` as text; None is 'auto' or 'none', according to the option's help."""
     field = PretrainConfig.model_fields.get(name)
     return format_none(field) if value is None and field else format_value(value)
 

@@ -20,15 +20,19 @@ from mapet.studies.statistics import Difference, Study, Trial
 
 SENTENCES = "study_sentences.md"
 COSTS = {"epochs": ("epochs", 1.0), "PFLOP": ("flops", 1e15), "minutes": ("seconds", 60.0)}
-"""Column of the table of scores -> attribute of a trial, and the unit in which that is given."""
+"""Column of the table of scores -> attribute of a trial, and the number by which it is divided for this unit."""
 CURVE_METRICS = {"loss": "Training loss", "logistic": "Linear probe while training", "knn": "k-NN while training"}
 """Metric of a curve's points -> label."""
 CURVE_AXES = {"epoch": ("epochs", 1.0), "flops": ("PFLOP", 1e15)}
-"""x of a curve's points -> label, and the unit in which that is given."""
+"""Key of a curve's points that is x -> label, and the number by which it is divided for this unit."""
 
 
 def write_report(study: Study, folder: Path) -> None:
-    """Write report.md, report.html and report.csv into `folder`, replacing earlier ones."""
+    """Write the report of a study, report.md, report.html and report.csv, into `folder`, replacing earlier ones.
+
+    The first two have findings, tables of scores, costs and paired differences, and unfinished trials; learning curves are drawn in HTML
+    alone. The CSV has a row for each trial.
+    """
     differences = statistics.paired_differences(study)
     content = {
         "study": study,
@@ -46,7 +50,15 @@ def write_report(study: Study, folder: Path) -> None:
 
 
 def describe_findings(study: Study, differences: list[Difference]) -> list[str]:
-    """Return sentences: primary differences, significant ones of single conditions, then the best levels of each factor."""
+    """Return a study's findings as sentences.
+
+    They are the primary differences (those over all conditions), the significant differences in single conditions and how many there
+    are, then the levels of each other factor at which each compared value is best. If no trial is finished, no two can be compared, or
+    all differences have one seed, a sentence says so instead of the differences.
+
+    Args:
+        differences: all of the study's, as `statistics.paired_differences` returns them.
+    """
     if not any(trial.finished for trial in study.trials):
         return ["No run has finished: there is nothing to compare yet."]
     if not differences:
@@ -67,12 +79,17 @@ def describe_findings(study: Study, differences: list[Difference]) -> list[str]:
 
 
 def describe_difference(difference: Difference) -> str:
-    """Return a sentence about a difference, with its interval and corrected p where it was tested."""
+    """Return a sentence about the difference of two compared values, with its 95 % interval and corrected p if it was tested."""
     return render_macro(SENTENCES, "difference", difference).strip()
 
 
 def _score_rows(study: Study, budget: str) -> list[list[str]]:
-    """Return the table of a budget: mean scores and costs of each compared value in each condition, then the baselines."""
+    """Return the rows of a budget's table: one for each compared value in each condition that has trials, then the baselines.
+
+    Returns:
+        Texts of the cells: a level of each factor but the compared one, the compared value, the mean of each metric (the highest of the
+        condition as `Bold`), the mean epochs, PFLOP and minutes. Baselines have empty levels and no costs ('-').
+    """
     rows = []
     for condition, value in product(study.conditions, study.values):
         if trials := study.select(budget, condition, value):
@@ -89,10 +106,13 @@ def _score_rows(study: Study, budget: str) -> list[list[str]]:
 
 
 def _format_scores(scores: Mapping[str, Sequence[float]], value: str) -> str:
-    """Format the scores of a value over seeds: '0.512 ± 0.010 (3)' is mean, half of its 95 % interval and number of seeds.
+    """Format the scores of a compared value over seeds: '0.512 ± 0.010 (3)' is mean, half of its 95 % interval and number of seeds.
+
+    Without seeds it is '-', with one seed there is no interval; the highest mean of several values is `Bold`.
 
     Args:
-        scores: scores of all compared values; the highest mean of several is set in bold.
+        scores: compared value -> accuracy (0..1) of each seed; all values of a condition, to find the highest mean.
+        value: the one that is formatted.
     """
     if not scores[value]:
         return "-"
@@ -103,7 +123,12 @@ def _format_scores(scores: Mapping[str, Sequence[float]], value: str) -> str:
 
 
 def _format_cost(trials: Sequence[Trial], attribute: str, unit: float) -> str:
-    """Format the mean of a trial's attribute over the finished trials where it is known, in a unit; '-' without any."""
+    """Format the mean of an attribute over the finished trials in which it is known, with three digits; '-' if there are none.
+
+    Args:
+        attribute: 'epochs', 'flops' or 'seconds' of a `Trial`.
+        unit: the mean is divided by it, e.g. 60 for seconds in minutes.
+    """
     values = [getattr(trial, attribute) for trial in trials if trial.finished]
     known = [value for value in values if value is not None and isfinite(value)]
     if not known:
@@ -113,9 +138,11 @@ def _format_cost(trials: Sequence[Trial], attribute: str, unit: float) -> str:
 
 
 def _plot_curves(study: Study) -> dict[str, dict[str, Markup]]:
-    """Draw learning curves: title -> condition -> SVG; those of a title have the same y axis.
+    """Draw a study's learning curves, for each budget, metric (loss, probes) and x (epochs, PFLOP) of which any trial has points.
 
-    The ids in an SVG get a prefix, for all of them are in one page.
+    Returns:
+        Title -> condition as text -> SVG with a curve for each finished trial; figures of one title have the same range of y. The ids in
+        an SVG get a prefix of their own, because all of them are in one page.
     """
     figures: dict[str, dict[str, Markup]] = {}
     for budget, metric, axis in product(study.budgets, CURVE_METRICS, CURVE_AXES):
@@ -135,7 +162,13 @@ def _plot_curves(study: Study) -> dict[str, dict[str, Markup]]:
 def _find_curves(
     study: Study, budget: str, condition: statistics.Condition, metric: str, axis: str, unit: float
 ) -> list[Curve]:
-    """Return the curve of each finished trial of a condition that has points of a metric and an axis, in the axis's unit."""
+    """Return the learning curve of each finished trial of a budget and condition that has points with this metric and x.
+
+    Args:
+        condition: (factor, level) of every factor but the compared one.
+        metric: key of the points that is y: 'loss', 'logistic' or 'knn'.
+        axis: key of the points that is x: 'epoch' or 'flops'; it is divided by `unit`.
+    """
     curves = []
     for index, value in enumerate(study.values):
         for trial in study.select(budget, condition, value):
@@ -146,7 +179,10 @@ def _find_curves(
 
 
 def _format_csv(study: Study) -> str:
-    """Return a row for each trial; numbers are not rounded, unknown ones empty."""
+    """Return the CSV of a study, with a row for each trial, finished or not; numbers are not rounded, unknown ones are empty.
+
+    Columns: name, the factors (the compared one first), seed, budgets, status, reason, epochs, flops, seconds, then the metrics (0..1).
+    """
     file, costs = io.StringIO(), [attribute for attribute, _ in COSTS.values()]
     factors = [study.compared_factor, *study.other_factors]
     columns = ["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.metrics]

@@ -62,7 +62,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
 
     @classmethod
     def from_tensor(cls, features: Float[Tensor, "n F"]) -> "FeatureStore":
-        """Return a store that holds a copy of `features` in the memory of their device."""
+        """Return a full store that holds a copy of `features`, as float16, in the memory of their device."""
         store = cls(len(features), features.numel() * BYTES_PER_VALUE, Path(), features.device)
         store.append(features)
         return store
@@ -78,7 +78,12 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         return self.num_rows
 
     def append(self, features: Float[Tensor, "m F"]) -> None:
-        """Add rows; those beyond `max_rows` are ignored. The first call decides the scale and where the rows are held.
+        """Add a copy of these rows at the end; those beyond `max_rows` are ignored.
+
+        The first call with rows chooses the scale and whether rows are held in memory or in the scratch file, and allocates the space.
+
+        Args:
+            features: rows of any float type and device; F is the same in every call.
 
         Raises:
             MapetError: there is too little disk for the scratch file, or a value does not fit float16.
@@ -92,7 +97,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         if float(scaled.abs().max()) > FLOAT16_MAX:
             raise MapetError(
                 f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
-                f"batch: too uneven for k-means. Choose another {option('teacher_layer')} or normalize the encoder's output"
+                f"batch, and cannot be stored as float16. Choose another {option('teacher_layer')} or normalize the encoder's output"
             )
         if self.scratch_file is None:
             assert self._rows is not None
@@ -103,7 +108,13 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         self.num_rows += len(scaled)
 
     def _allocate(self, first_rows: Float[Tensor, "m F"]) -> None:
-        """Choose the scale by the first rows and allocate `max_rows`, in memory or, above `memory_limit`, in the scratch file."""
+        """Choose the scale by the first rows and allocate `max_rows`, in memory or, above `memory_limit`, in the scratch file.
+
+        The scale makes the largest value of the first rows 1 / `HEADROOM` of float16's largest, or up to half of that.
+
+        Raises:
+            MapetError: the scratch file cannot be created in `scratch_dir`, or is larger than the free disk space.
+        """
         self.num_features = first_rows.shape[1]
         largest = float(first_rows.abs().max())
         self.scale = 2.0 ** math.floor(math.log2(FLOAT16_MAX / HEADROOM / largest)) if largest > 0 else 1.0
@@ -115,8 +126,10 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             self.scratch_dir.mkdir(parents=True, exist_ok=True)
             self.scratch_file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
-            fix = f"give another {option('out')} or more {option('memory_gb')}"
-            raise MapetError(f"no scratch file in {self.scratch_dir}: {error.strerror}; {fix}") from None
+            fix = f"give {option('out')} in another folder, or more {option('memory_gb')}"
+            raise MapetError(
+                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror}; {fix}"
+            ) from None
         free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
             raise MapetError(
@@ -125,10 +138,13 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
                 f"another disk, more {option('memory_gb')} or fewer {option('patches_per_code')}"
             )
         preallocate(self.scratch_file, size, self.scratch_dir)
-        log.info("features: %.3g GB in a scratch file in %s, removed at the end", size / 1e9, self.scratch_dir)
+        log.info("features: %.3g GB in a scratch file in %s, which is removed at the end", size / 1e9, self.scratch_dir)
 
     def blocks(self, block_size: int) -> Iterator[tuple[int, Float[Tensor, "m F"]]]:
-        """Yield (index of the block's first row, float32 rows) in order; each block overwrites the one before.
+        """Yield all rows in order, in blocks, each as (index of its first row, its rows).
+
+        The rows are float32 on `device`, with the values that were appended, rounded to float16. Each block overwrites the one before; the
+        caller may change it.
 
         Args:
             block_size: rows of a block; the last one may have fewer.
@@ -139,7 +155,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             yield start, buffer[: len(rows)].copy_(rows).mul_(1 / self.scale)
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
-        """Return the rows at `indices` as a new float32 tensor on `device`."""
+        """Return the rows at `indices`, in their order, as a new float32 tensor on `device`."""
         if self._rows is not None:
             rows = self._rows[indices.to(self.device)]
         else:
@@ -162,7 +178,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
 
 
 def points_per_block(device: torch.device) -> int:
-    """Return how many points k-means processes at a time.
+    """Return how many points k-means processes at a time, 2048 on a CPU, 16384 on a GPU.
 
     On a CPU the bfloat16 distances of a block to 8192 centroids then take 32 MB; a GPU needs larger blocks to be busy.
     """
@@ -192,7 +208,7 @@ class DistributedPoints:
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
         if 0 in counts:
             raise MapetError(
-                "k-means needs at least one patch in each process, but one has none: start fewer processes"
+                f"each of the {len(counts)} processes needs at least one patch to fit to, rank {counts.index(0)} has none: start fewer"
             )
         self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
@@ -202,7 +218,10 @@ class DistributedPoints:
 
     @functools.cached_property
     def moments(self) -> tuple[Float[Tensor, " F"], float]:
-        """Return the mean of all points and their mean squared distance to it; every rank reads its shard once."""
+        """(mean, variance) of the points of all ranks: their mean, and their mean squared distance to it, the same on every rank.
+
+        Every rank must read it for the first time together: it is computed by reading each shard once, then kept.
+        """
         shift = self.take(torch.tensor([0]))[0]  # a point is near the mean: less cancellation in the sums
         total, total_squared = torch.zeros(len(shift), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for _, block in self.blocks():
@@ -214,10 +233,12 @@ class DistributedPoints:
         return distributed.broadcast(shift + mean.to(shift)), max(0.0, float(variance))
 
     def blocks(self, indices: Int[Tensor, " m"] | None = None) -> Iterator[tuple[int, Float[Tensor, "b F"]]]:
-        """Yield (points yielded before, next `points_per_block` points) of this rank, in order; each block may overwrite the last.
+        """Yield points of this rank in order, in blocks of `points_per_block`, each as (number of points yielded before it, its points).
+
+        The points are float32, scaled to unit length for 'cosine'. A block may overwrite the one before; the caller may change it.
 
         Args:
-            indices: points to visit, ascending, of any rank; None: all.
+            indices: ascending indices of the points to visit; indices of other ranks' points are ignored. None: all points of this rank.
         """
         size = points_per_block(self.device)
         if indices is None:
@@ -229,20 +250,28 @@ class DistributedPoints:
             yield start, self.apply_metric(block)
 
     def take(self, indices: Int[Tensor, " m"]) -> Float[Tensor, "m F"]:
-        """Return the points at `indices` on every rank, whichever rank holds them."""
+        """Return the points at `indices`, in their order, float32; all ranks call it with the same indices, and each gets all points.
+
+        Args:
+            indices: on the CPU, of points of any rank, in any order.
+        """
         points = torch.zeros(len(indices), self.store.num_features, device=self.device)
         points[self._is_local(indices).to(self.device)] = self.store.take(self.local_rows(indices))
         return self.apply_metric(distributed.all_reduce(points))
 
     def local_rows(self, indices: Int[Tensor, " m"]) -> Int[Tensor, " l"]:
-        """Return the rows in this rank's store of those points at `indices` that it holds."""
+        """Return the rows of this rank's store at which it holds points of `indices`, in their order; other ranks' points are ignored."""
         return indices[self._is_local(indices)] - self.first
 
     def _is_local(self, indices: Int[Tensor, " m"]) -> Bool[Tensor, " m"]:
         return (indices >= self.first) & (indices < self.first + len(self.store))
 
     def apply_metric(self, vectors: Float[Tensor, "m F"]) -> Float[Tensor, "m F"]:
-        """Scale points or centroids to unit length, in place, for 'cosine'; return them unchanged for 'l2'."""
+        """Scale vectors to unit length, in place, for 'cosine', and return them; for 'l2' return them unchanged.
+
+        Args:
+            vectors: points, or centroids that were computed as means of points.
+        """
         return vectors if self.metric == "l2" else normalize(vectors, dim=1, out=vectors)
 
 

@@ -49,7 +49,10 @@ class HalfSquaredDistances:
     def __init__(self, centroids: Float[Tensor, "K F"], dtype: torch.dtype) -> None:
         """Build the centroids' factor of the product, [-c, 1, |c|^2 / 2], and allocate the points' factor and the result.
 
+        K is padded to a multiple of `COLUMNS` with centroids at an infinite distance.
+
         Args:
+            centroids: float32; later changes of them have no effect.
             dtype: float32 or bfloat16, the type of the product and of its result.
         """
         norms = _split_in_three(_half_sq_norms(centroids), dtype)
@@ -62,7 +65,13 @@ class HalfSquaredDistances:
         self.table = torch.empty(block_size, len(self.right), dtype=dtype, device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> Float[Tensor, "n padded_K"]:
-        """Return the distances of at most `points_per_block` points, padded with inf; the next call overwrites them."""
+        """Return half the squared distance of each point to each centroid, in `dtype`; the next call overwrites the result.
+
+        Rounding can make the distance of nearly equal points slightly negative. Columns K and above, the padding, are inf.
+
+        Args:
+            points: at most `points_per_block` of them.
+        """
         count, width = points.shape
         left = self.left[:count]
         left[:, :width] = points
@@ -84,29 +93,35 @@ def _split_in_three(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Te
 def find_nearest(
     table: Float[Tensor, "n padded_K"],
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return, for each row of a table of distances, the column of the smallest one, that distance, and the second smallest.
+    """Find the nearest centroid of each point in a table of distances; it is `table.argmin(1)`, but several times as fast on a CPU.
 
-    The columns are searched in two steps, as a grid of `COLUMNS` columns: torch finds the smallest value with all SIMD lanes of a
-    CPU, but its index with one.
+    torch finds the smallest value of a vector with all SIMD lanes of a CPU, but the index of that value with one lane. So each row of
+    the table is seen as a grid of padded_K / `COLUMNS` rows and `COLUMNS` columns: `amin` finds the minimum of each column of the grid,
+    and `argmin` searches these few minima, then the entries of the one column that holds the smallest.
 
     Args:
-        table: non-negative distances; K is a multiple of `COLUMNS`.
+        table: distances of n points to padded_K centroids, float32 or bfloat16, non-negative up to rounding, without NaN. padded_K is a
+            multiple of `COLUMNS`; the padding is inf. It is not changed.
+
+    Returns:
+        (index of the nearest centroid, which is a column of the table; its distance; the distance of the second nearest), the distances
+        in the table's dtype. Which of equally near centroids is returned is not defined; the two distances are then equal.
     """
     dtype = table.dtype
     if dtype == torch.bfloat16:
         table = table.view(torch.int16)  # non-negative numbers sort as their bits do; integers are 8 times as fast
     grid = table.view(len(table), table.shape[1] // COLUMNS, COLUMNS)
-    rows = torch.arange(len(table), device=table.device)
-    column_minima = grid.amin(1)
-    column = column_minima.argmin(1)
-    column_values = grid[rows, :, column]
-    row = column_values.argmin(1)
-    smallest = column_minima[rows, column]
-    # The second smallest is the smallest of the other columns, or of the other entries of that column.
+    points = torch.arange(len(table), device=table.device)
+    column_minima = grid.amin(1)  # (n, COLUMNS)
+    grid_column = column_minima.argmin(1)
+    column_values = grid[points, :, grid_column]  # (n, rows of the grid), a copy
+    grid_row = column_values.argmin(1)
+    smallest = column_minima[points, grid_column]
+    # The second smallest is the minimum of another column, or another entry of the same column.
     excluded = torch.iinfo(torch.int16).max if dtype == torch.bfloat16 else torch.inf
-    column_minima[rows, column] = column_values[rows, row] = excluded
+    column_minima[points, grid_column] = column_values[points, grid_row] = excluded
     second = torch.minimum(column_minima.amin(1), column_values.amin(1))
-    return row * COLUMNS + column, smallest.view(dtype), second.view(dtype)
+    return grid_row * COLUMNS + grid_column, smallest.view(dtype), second.view(dtype)
 
 
 class NearestCentroid:
@@ -117,7 +132,7 @@ class NearestCentroid:
     """
 
     def __init__(self, centroids: Float[Tensor, "K F"]) -> None:
-        """Precompute what assigning points to these centroids needs, and allocate its buffers."""
+        """Precompute what the assignment of points to these centroids needs, in float32, and allocate its buffers."""
         self.mean = centroids.mean(0)
         self.centroids = centroids - self.mean  # smaller norms: less cancellation in the distances
         self.max_sq_norm = 2 * _half_sq_norms(self.centroids).max()
@@ -125,12 +140,15 @@ class NearestCentroid:
         self.buffer = torch.empty(points_per_block(centroids.device), centroids.shape[1], device=centroids.device)
 
     def __call__(self, points: Float[Tensor, "n F"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-        """Return the ids of the nearest centroids and the squared distances to them."""
+        """Return the index of each point's nearest centroid and the squared distance to it; any number of points, at least one."""
         ids, sq_dist = zip(*map(self._assign_block, points.split(len(self.buffer))), strict=True)
         return torch.cat(ids), torch.cat(sq_dist)
 
     def _assign_block(self, points: Float[Tensor, "b F"]) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-        """Assign at most `points_per_block` points; see `__call__`."""
+        """Return the ids and squared distances of at most `points_per_block` points; see `__call__`.
+
+        Points and centroids are both moved by the mean of the centroids, which leaves distances as they are.
+        """
         points = torch.sub(points, self.mean, out=self.buffer[: len(points)])
         ids, half_sq_dist, second = find_nearest(self.half_sq_dist_to(points))
         tolerance = TIE_TOLERANCE * (2 * _half_sq_norms(points) + self.max_sq_norm)
@@ -140,12 +158,19 @@ class NearestCentroid:
         return ids, 2 * half_sq_dist.clamp_min(0)
 
     def _assign_float64(self, points: Float[Tensor, "m F"]) -> Int[Tensor, " m"]:
-        """Return the lowest of the ids whose float64 distances are equal up to rounding (1e-12 of the squared norms)."""
+        """Return each point's nearest centroid by float64 distances; among those equal up to rounding, the lowest index.
+
+        Args:
+            points: minus the mean of the centroids, as `self.centroids` are.
+        """
         device = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
         x, c = (tensor.to(device, torch.float64) for tensor in (points, self.centroids))
         table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)  # half squared distances, less |x|^2 / 2
+        # Distances that differ by less than 1e-12 of the squared norms count as equal.
         limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.max_sq_norm))
-        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)
+        return (
+            (table <= limit).to(torch.uint8).argmax(1).to(points.device)
+        )  # argmax: the first that is within the limit
 
 
 def assign(
@@ -171,16 +196,18 @@ class KMeansResult(NamedTuple):
 
 
 class KMeansState(NamedTuple):
-    """The state between two rounds; its fields are the entries of a checkpoint.
+    """The state between two rounds, the iterations of k-means; its fields are the entries of a checkpoint.
+
+    A point is visited by a round that assigns it to its nearest centroid, which wins the point.
 
     Attributes:
-        rounds: rounds done, of all runs.
-        error: mean squared distance in the last round.
-        best_error: that of the best finished run; inf before the first is finished.
-        centroids: centroids minus the mean of the points.
-        best: those of the best finished run.
-        visits: points that have moved each centroid since the run began, in mini-batches.
-        idle: points visited since each centroid last won one, in mini-batches.
+        rounds: rounds done, of all runs together.
+        error: mean squared distance of the points to their centroids, as the last round measured it.
+        best_error: error of the best finished run; inf before the first run is finished.
+        centroids: current centroids, minus the mean of all points.
+        best: centroids of the best finished run, minus the mean of all points.
+        visits: points that each centroid has won in mini-batches since the run began, or since it was re-seeded.
+        idle: points visited by mini-batches since each centroid last won one.
     """
 
     rounds: int
@@ -222,23 +249,26 @@ class KMeans:
     def fit(self, points: FeatureStore | Float[Tensor, "n F"], checkpoint: Path | None = None) -> KMeansResult:
         """Cluster the points and return the clusters of the best run.
 
-        Every rank of a process group calls it with its shard of the points; all return the same clusters, those of all shards together.
+        Every rank of a process group calls it with its shard of the points; all return the same clusters, fitted to all shards together.
         Memory holds a block of points, a few copies of the centroids and one number per point, so the points may be larger than memory.
 
         Args:
-            points: this rank's shard, at least one point.
+            points: this rank's shard, at least one point. A tensor is copied to float16.
             checkpoint: file that rank 0 saves the state to every `SAVE_EVERY_S` seconds and on Ctrl-C, and that the same call resumes
                 from, bit-exactly. All ranks must be able to read it. It is not removed at the end. None: nothing is saved.
 
         Raises:
             MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
             Interrupted: Ctrl-C, after the state was saved.
+            KeyboardInterrupt: Ctrl-C, without a checkpoint or before the first round ended.
         """
         if not isinstance(points, FeatureStore):
             points = FeatureStore.from_tensor(points)
         data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
-            raise MapetError(f"V = {self.vocab_size:,} exceeds the {len(data):,} patches: lower {option('vocab_size')}")
+            raise MapetError(
+                f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches that codes are fitted to: lower it"
+            )
         config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
         counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
@@ -260,49 +290,63 @@ class KMeans:
             if not checkpoint or not state.rounds:
                 raise
             save_state(checkpoint, config, state)
-            raise Interrupted(f"{state.rounds} of {total} rounds of k-means are saved in {checkpoint}") from None
+            done = f"k-means was interrupted after {state.rounds} of {total} rounds, which are saved in {checkpoint}"
+            raise Interrupted(f"{done}: {option('resume', True)} resumes it") from None
         return _evaluate(data, state.best)
 
     def _next_round(self, points: DistributedPoints, state: KMeansState) -> KMeansState:
-        """Return the state after one more round: assign points to centroids, move the centroids, re-seed the dead ones.
+        """Run the next round of k-means, and return the state after it; all ranks call it together and return the same.
 
-        In a round over all points a centroid becomes the mean of its cluster, the error is that of all points to the moved centroids,
-        and a centroid without points is dead. In a mini-batch a centroid becomes the mean of the points that it has won so far in this
-        run (Sculley's learning rate of 1 / number of them), the error is that of the batch to the centroids before, and `DEAD_AFTER`
-        says which are dead. Random draws depend on the seed and the number of the round alone.
+        A round assigns points to their nearest centroids, moves the centroids, and re-seeds the dead ones: a dead centroid is put at one of
+        the visited points that are farthest from their centroids. The first round of a run draws new centroids before; its last round makes
+        the run the best one if its error is the smallest so far.
+
+        A round visits all points if `batch_size` is None or not below their number, and as the last round of a run. This is Lloyd's
+        algorithm: a centroid becomes the mean of its cluster, `error` is the mean squared distance of all points to the moved centroid of
+        their cluster, and a centroid without points is dead. Another round visits a mini-batch of random points: a centroid becomes the mean
+        of all points that it has won in this run (Sculley's learning rate, 1 / their number), `error` is the mean squared distance of the
+        batch to the nearest centroids before they moved, and `DEAD_AFTER` defines which are dead.
+
+        Random draws depend on the seed and the number of the round alone, so a fit that is resumed gives the same centroids.
+
+        Args:
+            points: the points of all ranks.
+            state: state after the round before, which is not changed. Its centroids are minus the mean of all points, for precision.
         """
         run, round_of_run = divmod(state.rounds, self.max_iter)
         is_last_round = round_of_run == self.max_iter - 1
-        mean, variance = points.moments
+        mean, variance = points.moments  # of all points; the variance is the mean squared distance to the mean
         _, _, best_error, centroids, best, visits, idle = state
         if round_of_run == 0:
             choose = random_init if self.init == "random" else kmeans_plusplus_init
             centroids = points.take(choose(points, self.vocab_size, self.seed, run)) - mean
             visits, idle = torch.zeros_like(visits), torch.zeros_like(idle)
-        batch = None
+        batch = None  # indices of the points to visit; None: all
         if not is_last_round and self.batch_size is not None and self.batch_size < len(points):
             rng = np.random.default_rng([self.seed, run, round_of_run])
             batch = stratified_sample(len(points), self.batch_size, rng)
         sums, counts, half_sq_dist = _sum_clusters(points, centroids, batch, self.dtype)
         if batch is None:
+            # `apply_metric` takes vectors with the mean added, as cosine k-means scales those to unit length.
             moved = points.apply_metric(sums / counts.clamp_min(1)[:, None] + mean) - mean
-            # The mean of |x - c|^2 is that of |x|^2, which is the variance, minus that of 2 x.c - |c|^2.
+            # With x and c minus the mean: mean |x - c|^2 = mean |x|^2 - mean (2 x.c - |c|^2) = variance - explained.
             explained = (2 * (sums * moved).sum(1) - counts * moved.square().sum(1)).sum() / len(points)
             error = variance - float(distributed.broadcast(explained))
             dead = counts == 0
         else:
             visits = visits + counts
+            # With the learning rate counts / visits, a centroid stays the mean of all points that it has won.
             moved = centroids + (sums - counts[:, None] * centroids) / visits.clamp_min(1)[:, None]
             moved = points.apply_metric(moved + mean) - mean
             error = 2 * float(distributed.all_reduce(half_sq_dist.float().sum())) / len(batch)
             idle = torch.where(counts > 0, 0, idle + len(batch))
             dead = idle >= DEAD_AFTER * len(centroids)
         if num_dead := int(dead.sum()):
-            farthest = _farthest_points(points, half_sq_dist, num_dead, batch)
+            farthest = _farthest_points(points, half_sq_dist, num_dead, batch)  # fewer than `num_dead` in a small batch
             reseeded = dead.nonzero().flatten()[: len(farthest)]
             moved = moved.index_copy(0, reseeded, points.take(farthest) - mean)
             visits, idle = visits.index_fill(0, reseeded, 0), idle.index_fill(0, reseeded, 0)
-        centroids, error = distributed.broadcast(moved), max(0.0, error)
+        centroids, error = distributed.broadcast(moved), max(0.0, error)  # ranks may round differently
         if is_last_round and error < best_error:
             best_error, best = error, centroids
         return KMeansState(state.rounds + 1, error, best_error, centroids, best, visits, idle)
@@ -311,16 +355,17 @@ class KMeans:
 def _sum_clusters(
     points: DistributedPoints, centroids: Float[Tensor, "K F"], batch: Int[Tensor, " b"] | None, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "K F"], Int[Tensor, " K"], Float[Tensor, " n"]]:
-    """Assign points to their nearest centroids and sum each cluster.
+    """Assign points to their nearest centroids, and return the sum and the number of the points of each cluster.
 
     Args:
-        centroids: minus the mean of the points.
-        batch: indices of the points to visit; None: all.
-        dtype: type of the matrix products.
+        points: the points of all ranks.
+        centroids: minus the mean of all points.
+        batch: ascending indices of the points to visit, of all ranks; None: all.
+        dtype: float32 or bfloat16, type of the matrix products.
 
     Returns:
-        Sum of each cluster's points (minus their mean) and number of them, over all ranks; and half the squared distances of the n
-        visited points of this rank to their nearest centroids.
+        (sum of each cluster's points, each minus the mean of all points; number of points of each cluster), both over all ranks; half the
+        squared distances, in `dtype`, of the n visited points of this rank to their nearest centroids, in the order of the points.
     """
     sums = torch.zeros_like(centroids)
     counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
@@ -343,12 +388,13 @@ def _farthest_points(
     Equally far points come in the order of their indices, so that all ranks return the same.
 
     Args:
-        half_sq_dist: of this rank's visited points.
-        count: indices to return, or fewer if fewer points were visited.
-        batch: indices of the visited points; None: all.
+        points: the points of all ranks.
+        half_sq_dist: half the squared distance of each visited point of this rank to its centroid, in the order of the points.
+        count: m, number of indices to return, or fewer if fewer points were visited.
+        batch: ascending indices of the visited points, of all ranks; None: all points.
     """
     local = half_sq_dist.float().sort(descending=True, stable=True)
-    rows = local.indices[:count].cpu()
+    rows = local.indices[:count].cpu()  # among this rank's visited points
     indices = points.first + (rows if batch is None else points.local_rows(batch)[rows])
     padding = (0, count - len(rows))  # every rank gathers `count` entries; -inf marks those that are none
     distances = distributed.all_gather(pad(local.values[:count], padding, value=-torch.inf)).flatten()
@@ -358,7 +404,12 @@ def _farthest_points(
 
 
 def _evaluate(points: DistributedPoints, best: Float[Tensor, "K F"]) -> KMeansResult:
-    """Return the result for centroids that are given minus the mean of the points, by the exact assignment of all points."""
+    """Assign all points exactly, by `NearestCentroid`, and return the centroids with the size of their clusters and the error.
+
+    Args:
+        points: the points of all ranks.
+        best: centroids minus the mean of all points; the result's have the mean added, and unit length if the metric is cosine.
+    """
     mean, variance = points.moments
     centroids = points.apply_metric(best + mean)
     assign_exactly = NearestCentroid(centroids)
@@ -372,7 +423,10 @@ def _evaluate(points: DistributedPoints, best: Float[Tensor, "K F"]) -> KMeansRe
 
 
 def _hash_points(points: DistributedPoints) -> str:
-    """Return the sha256 of the points' number, moments and `DIGEST_ROWS` of them: other points almost surely have another one."""
+    """Return a sha256 (hexadecimal) that identifies the points of all ranks: of their number, mean, variance and a sample.
+
+    The sample are `DIGEST_ROWS` stratified points, always the same: reading all points again would take too long.
+    """
     mean, variance = points.moments
     rows = points.take(stratified_sample(len(points), DIGEST_ROWS, np.random.default_rng(0)))
     content = [np.array([len(points), variance]), mean.cpu().numpy(), rows.cpu().numpy()]
@@ -380,10 +434,11 @@ def _hash_points(points: DistributedPoints) -> str:
 
 
 def save_state(path: Path, config: dict[str, Any], state: KMeansState) -> None:
-    """Replace the checkpoint `path`, a safetensors file; only rank 0 writes it.
+    """Write the state to `path`, a safetensors file, in place of an older one; only rank 0 writes.
 
     Args:
-        config: JSON values that identify the call; `load_state` compares them.
+        config: JSON values that identify the fit: the fields of `KMeans`, number of ranks, hash of the points. `load_state` compares them.
+        state: each field becomes the tensor of that name.
     """
     if distributed.rank() > 0:
         return
@@ -396,13 +451,14 @@ def save_state(path: Path, config: dict[str, Any], state: KMeansState) -> None:
 
 
 def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMeansState:
-    """Return the state that `path` holds, on the device of `initial`; `initial` if there is no such file.
+    """Return the state that `save_state` wrote to `path`, or `initial` if there is no such file.
 
     Args:
-        config: what the checkpoint must have been saved with.
+        config: JSON values that identify the fit; the checkpoint must have been saved with the same.
+        initial: state before the first round; tensors are loaded to its device.
 
     Raises:
-        MapetError: the checkpoint is damaged, was saved with another config, or is not the same for all ranks.
+        MapetError: the checkpoint is damaged, was saved with another config, or ranks read different ones.
     """
     state = initial
     if path.exists():
@@ -410,7 +466,9 @@ def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMea
             with safe_open(path, "pt") as file:
                 saved_config = dict(json.loads(file.metadata()["config"]))
                 tensors = [file.get_tensor(name).to(initial.centroids.device) for name in KMeansState._fields]
-            state = KMeansState(*(tensor if tensor.ndim else tensor.item() for tensor in tensors))
+            state = KMeansState(
+                *(tensor if tensor.ndim else tensor.item() for tensor in tensors)
+            )  # scalars become numbers
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to restart the fit") from None
         check_same_options(path, saved_config, config)
@@ -419,7 +477,12 @@ def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMea
 
 
 def random_init(points: DistributedPoints, num_clusters: int, seed: int = 0, restart: int = 0) -> Int[Tensor, " K"]:
-    """Return the indices of different random points, to be the first centroids; each restart of a seed draws others."""
+    """Return the indices of `num_clusters` different random points of all ranks, to be the first centroids of a run.
+
+    Args:
+        points: the points of all ranks, at least `num_clusters`.
+        restart: number of the run, from 0; each run of a seed draws other points.
+    """
     generator = torch.Generator().manual_seed(seed * 1009 + restart)  # 1009: more than there are restarts
     return torch.randperm(len(points), generator=generator)[:num_clusters]
 
@@ -439,20 +502,23 @@ def kmeans_plusplus_init(
     If there are fewer different points than centroids, the rest is chosen at random.
 
     Args:
-        restart: number of the run; each run of a seed draws others.
+        points: the points of all ranks, at least `num_clusters`.
+        num_clusters: K, number of indices to return, all different.
+        restart: number of the run, from 0; each run of a seed draws other points.
     """
     rng = np.random.default_rng([seed, restart])
     candidates = stratified_sample(len(points), CANDIDATES_PER_CLUSTER * num_clusters, rng)
     rows = points.take(candidates)
-    sq_dist = torch.full((len(rows),), torch.inf, dtype=torch.float64)
-    chosen = accepted = torch.from_numpy(rng.integers(len(rows), size=1))  # indices into `candidates`
+    sq_dist = torch.full((len(rows),), torch.inf, dtype=torch.float64)  # of each candidate to the nearest chosen point
+    # Indices into `candidates`: all chosen so far, and those accepted in the last pass.
+    chosen = accepted = torch.from_numpy(rng.integers(len(rows), size=1))
     while len(chosen) < num_clusters:
         sq_dist = torch.minimum(sq_dist, assign(rows, rows[accepted])[1].cpu().double()).index_fill_(0, chosen, 0)
         cumulative = sq_dist.cumsum(0)
         if cumulative[-1] == 0:  # every candidate equals a chosen one
             unchosen = torch.ones(len(rows)).index_fill(0, chosen, 0).nonzero().flatten()
             accepted = unchosen[torch.from_numpy(rng.permutation(len(unchosen)))]
-        else:
+        else:  # draw in proportion to `sq_dist`, by the inverse of the cumulative sum
             quantiles = torch.from_numpy(rng.random(DRAWS_PER_PASS)) * cumulative[-1]
             drawn = torch.searchsorted(cumulative, quantiles, right=True).clamp_max(len(rows) - 1)
             accepted = drawn[_accept(rows[drawn], sq_dist[drawn], rng)]
@@ -461,9 +527,18 @@ def kmeans_plusplus_init(
 
 
 def _accept(drawn: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.random.Generator) -> Bool[Tensor, " m"]:
-    """Return which of the points drawn in proportion to `sq_dist` k-means++ accepts, one after the other.
+    """Decide, one after the other, which of the points that k-means++ has drawn are accepted as centroids.
 
-    A point is accepted with probability D^2 / `sq_dist`, where D^2 also counts the points accepted before it in this call.
+    The points were drawn by their distances to the centroids chosen in earlier passes. Each is accepted with probability
+    D^2 / `sq_dist`, where D^2 is its squared distance to the nearest of those centroids and of the points accepted before it in this
+    call: so the accepted points are distributed as if drawn one at a time. A point that is drawn twice is accepted once.
+
+    Args:
+        drawn: the points, in the order in which they were drawn.
+        sq_dist: squared distance of each to the nearest centroid of earlier passes, float64 on the CPU.
+
+    Returns:
+        A mask of the accepted points, on the CPU.
     """
     rows = drawn.cpu().double()
     # Computed from differences, not by a matrix product: the distance of equal points is exactly 0.
@@ -477,7 +552,11 @@ def _accept(drawn: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.r
 
 
 def default_vocab_size(num_patches: int) -> int:
-    """Return the largest power of two, from 2 to 8192, that leaves at least 64 patches per code; 1 for a single patch."""
+    """Return the default V, the largest power of two up to 8192 that leaves at least 64 patches per code, but at least 2.
+
+    Args:
+        num_patches: of all images. For fewer than 2 patches the result is 1, as V may not exceed their number.
+    """
     if num_patches < 2:
         return 1
     exponent = (num_patches // MIN_PATCHES_PER_CODE).bit_length() - 1

@@ -335,7 +335,7 @@ class Trainer(Generic[M, R]):
             self._saved_at = time.monotonic()
         if stopping and self.step < self.total_steps:
             cause = self.stop.signal_name or "another process"
-            what = f"stopped by {cause} at step {self.step} of {self.total_steps}; a checkpoint is saved"
+            what = f"stopped by {cause} at step {self.step} of {self.total_steps}, saved"
             raise Interrupted(what, command_to_resume(self.task.config.out, self.task.command))
 
     def _save(self) -> None:
