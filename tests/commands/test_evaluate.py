@@ -173,16 +173,16 @@ def command(backbone, out, words):
     ("words", "message"),
     [
         ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need --test-annotations"),
-        ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "need --test-seg-masks"),
-        ("--images {0} --test-images {0}", "need --test-seg-masks"),  # masks that are found there
+        ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "--test-seg-masks"),
+        ("--images {0} --test-images {0}", "--test-seg-masks"),  # masks that are found there
         ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
         ("--images {0}/images --test-seg-masks {0}/masks", "--test-seg-masks and --ignore-labels need masks"),
         ("--images {0}/images --ignore-labels 0", "--test-seg-masks and --ignore-labels need masks"),
         ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "evaluate one after the other"),
         ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "evaluate one after the other"),
         ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "evaluate one after the other"),
-        ("--images {0}/ade --test-images {0}/images", "tested on its own validation images"),
-        ("--images {0}/ade --test-seg-masks {0}/masks", "tested on its own validation images"),
+        ("--images {0}/ade --test-images {0}/images", "ADE20K"),
+        ("--images {0}/ade --test-seg-masks {0}/masks", "ADE20K"),
         ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
         ("--images {0}/images --ood-images a={0}", "--ood-images are matched by class folders"),
         ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images are matched by class"),

@@ -126,8 +126,8 @@ def test_enormous_dimensions_are_refused_before_decoding(tmp_path):
 def test_float_and_32_bit_images_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "i.tif")
-    assert reason(tmp_path / "f.tif").startswith("float32 pixels, 1 to 1: `mapet prepare --value-range LOW HIGH`")
-    assert reason(tmp_path / "i.tif").startswith("int32 pixels, 70000 to 70000: ")
+    assert reason(tmp_path / "f.tif").startswith("float32 pixels (1 to 1)")
+    assert reason(tmp_path / "i.tif").startswith("int32 pixels (70000 to 70000)")
 
 
 def test_arrays_of_many_channels(tmp_path):
