@@ -227,6 +227,7 @@ class KMeans:
         vocab_size: K, number of clusters.
         max_iter: rounds of a run, at least one.
         n_init: runs, of which the one with the smallest error is kept.
+        seed: of the first centroids and the mini-batches.
         dtype: float32 or bfloat16, type of the matrix products while centroids move; bfloat16 is faster, at an error up to 0.2 %
             higher. Sums and means are float32 (on CUDA added in no fixed order: repeated fits may differ in the last bits); counts and
             error of the result are those of the exact float32 assignment.
@@ -267,7 +268,7 @@ class KMeans:
         data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
             raise MapetError(
-                f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches that codes are fitted to: lower it"
+                f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches to fit codes to: lower it"
             )
         config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
@@ -290,8 +291,7 @@ class KMeans:
             if not checkpoint or not state.rounds:
                 raise
             save_state(checkpoint, config, state)
-            done = f"k-means was interrupted after {state.rounds} of {total} rounds, which are saved in {checkpoint}"
-            raise Interrupted(f"{done}: {option('resume', True)} resumes it") from None
+            raise Interrupted(f"{state.rounds} of {total} rounds of k-means are saved in {checkpoint}") from None
         return _evaluate(data, state.best)
 
     def _next_round(self, points: DistributedPoints, state: KMeansState) -> KMeansState:
