@@ -130,7 +130,7 @@ def test_serving_ends_cleanly(tmp_path):
             assert data_of(answer.read().decode())["live"] is True
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
-    assert (process.returncode, rest, errors) == (0, "ended\n", "")
+    assert (process.returncode, rest, errors) == (0, "the server has stopped\n", "")
 
 
 # ---- in a browser: pip install selenium; apt-get install chromium chromium-driver
