@@ -3,9 +3,11 @@
 import open_clip
 import pytest
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import save_file
 from torch import nn
 
+from mapet.config.tokenizers import TeacherOptions
 from tests.conftest import teacher_of
 from tests.refused import refused
 
@@ -95,3 +97,34 @@ def test_weights_of_another_model_are_refused(tmp_path):
     path = save(state, "safetensors", tmp_path)
     with refused("open_clip_model.safetensors"):
         teacher_of("vit_base_patch16_clip_224.openai", (224, 224), 16, teacher_checkpoint=str(path))
+
+
+def test_k_clip_stands_for_the_options_of_the_paper():
+    """Those given beside the name hold; the config records the timm model."""
+    preset = TeacherOptions(teacher="k-clip")
+    assert (preset.teacher, preset.teacher_image_size) == ("resnet50x64_clip.openai", (448, 448))
+    assert (preset.teacher_layer, preset.teacher_final_norm) == (-1, False)
+    assert TeacherOptions(**preset.model_dump(mode="json")) == preset
+    other = TeacherOptions(teacher="k-clip", teacher_image_size=224, teacher_layer=2)
+    assert (other.teacher, other.teacher_image_size, other.teacher_layer) == (preset.teacher, (224, 224), 2)
+
+
+@pytest.mark.slow
+def test_k_clip_is_the_last_stage_of_rn50x64_before_the_attention_pool(tmp_path):
+    """The stages run one after the other here, at the widths and depths of the published model, with random weights."""
+    torch.manual_seed(0)
+    visual = ModifiedResNet(layers=[3, 15, 36, 10], output_dim=1024, heads=64, image_size=448, width=128).eval()
+    path = save({f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, "safetensors", tmp_path)
+    teacher = teacher_of("k-clip", (224, 224), 16, teacher_checkpoint=str(path))
+    assert teacher.image_size == (448, 448)
+    images = torch.randint(0, 256, (1, 3, 448, 448), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    with torch.inference_mode():
+        x = visual.stem((images / 255 - mean) / std)
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            x = stage(x)
+        ours = teacher(images)
+    assert ours.shape == x.shape == (1, 4096, 14, 14)
+    assert torch.allclose(ours, x, rtol=1e-4, atol=1e-4 * float(x.abs().max()))

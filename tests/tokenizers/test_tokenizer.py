@@ -287,18 +287,6 @@ def test_options_of_the_teacher_reach_it(crops, tmp_path):
     assert torch.equal(tokenizer.teacher(images), expected(images))
 
 
-@pytest.mark.slow
-def test_the_paper_s_teacher(tmp_path):
-    """k-CLIP's encoder: RN50x64 at 448 px gives 14 x 14 x 4096 before its attention pool."""
-    model = timm.create_model("resnet50x64_clip.openai", pretrained=False)
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    teacher = teacher_of(
-        "resnet50x64_clip.openai", (224, 224), 16, teacher_checkpoint=str(tmp_path / "weights.safetensors")
-    )
-    assert teacher.image_size == (448, 448)
-    assert teacher(torch.zeros(1, 3, 448, 448, dtype=torch.uint8)).shape == (1, 4096, 14, 14)
-
-
 def test_saved_tokenizer_gives_the_same_ids(crops, tmp_path):
     fitted = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=10)
     loaded = load_tokenizer(tmp_path / "t")

@@ -43,7 +43,7 @@ def run(config: RunConfig) -> Path:
 
     Example:
       mapet run --images PHOTOS --out runs/photos
-      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher resnet50x64_clip.openai
+      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher k-clip
       mapet run runs/photos/config.yaml --resume
     """
     return _load("commands.pipeline").run(config)
@@ -68,7 +68,7 @@ def check(config: CheckConfig) -> "DatasetStats":
 
     Example:
       mapet check --images PHOTOS
-      mapet check --images PHOTOS --model vit_base_patch16_224 --teacher resnet50x64_clip.openai
+      mapet check --images PHOTOS --model vit_base_patch16_224 --teacher k-clip
     """
     return _load("commands.data").check(config)
 
@@ -107,7 +107,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
 
     Example:
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
-      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher resnet50x64_clip.openai --kmeans-n-init 5
+      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher k-clip --kmeans-n-init 5
     """
     return _load("tokenizers.stages").fit_tokenizer(config)
 

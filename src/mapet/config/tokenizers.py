@@ -1,10 +1,10 @@
 """Options of `train-tokenizer`, `fit-tokenizer`, `tokenize` and `inspect-tokenizer`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mapet.config import shared
 from mapet.errors import check_divisible, option
@@ -12,13 +12,22 @@ from mapet.errors import check_divisible, option
 KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
 QUANTIZER_OPTIONS = {"fsq_levels": "fsq", **dict.fromkeys(KMEANS_OPTIONS, "kmeans")}
 """Option -> the quantizer that uses it."""
+TEACHER_PRESETS: dict[str, dict[str, Any]] = {
+    "k-clip": {
+        "teacher": "resnet50x64_clip.openai", "teacher_image_size": (448, 448), "teacher_layer": -1, "teacher_final_norm": False,
+    },
+}  # fmt: skip
+"""Name of a published teacher -> the options that make it.
+
+k-clip: the teacher of arXiv 2306.07346, CLIP's RN50x64: the 14 x 14 x 4096 map of its last stage before the attention pool, not normalized.
+"""
 
 
 class TeacherOptions(shared.InputOptions):
     """The frozen encoder whose features become visual tokens, and the patches that it computes them for."""
 
     teacher: str = "pixels"
-    """Frozen encoder: pixels, a timm model, or package.module:function."""
+    """Frozen encoder: pixels, k-clip (the paper's), a timm model, or package.module:function."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; none: timm downloads the weights."""
     teacher_image_size: shared.Size | None = None
@@ -28,13 +37,20 @@ class TeacherOptions(shared.InputOptions):
     teacher_layer: int = -1
     """Index of the timm model's intermediate feature map; -1: the last."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        """Replace the name of a preset as `teacher` by the preset's options; those that are given beside it hold."""
+        preset = TEACHER_PRESETS.get(str(values.get("teacher")), {}) if isinstance(values, Mapping) else {}
+        return {**preset, **values, "teacher": preset["teacher"]} if preset else values
+
 
 class FitTokenizerOptions(TeacherOptions):
     """Options of `fit-tokenizer` that say how to fit, not to which images and where to write; a section of `run` and `study`."""
 
     teacher: str = "pixels"
-    """Frozen encoder: pixels (raw patches, label-free), a timm model (the paper's: resnet50x64_clip.openai), vqkd (codes of
-    `train-tokenizer` or of BEiT v2), or package.module:function."""
+    """Frozen encoder: pixels (raw patches, label-free), k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd
+    (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
     vocab_size: shared.VocabSize | None = None
     """V, number of visual tokens; auto: a power of two up to the paper's 8192, with at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"

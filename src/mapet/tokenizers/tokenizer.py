@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mapet import distributed, files
 from mapet.config.shared import HUB_PREFIXES, is_custom_teacher, non_default_options
-from mapet.config.tokenizers import TeacherOptions
+from mapet.config.tokenizers import TEACHER_PRESETS, TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
@@ -187,8 +187,8 @@ def _find_builder(teacher: str) -> Callable[..., nn.Module]:
         return TimmFeatures
     if teacher not in BUILDERS:
         raise MapetError(
-            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*BUILDERS, *timm_models]) or '.'} "
-            f"Use {', '.join(map(repr, BUILDERS))}, a timm model or package.module:function"
+            f"unknown teacher '{teacher}'{did_you_mean(teacher, [*TEACHER_PRESETS, *BUILDERS, *timm_models]) or '.'} "
+            f"Use {', '.join(map(repr, [*TEACHER_PRESETS, *BUILDERS]))}, a timm model or package.module:function"
         )
     return BUILDERS[teacher]
 
