@@ -245,7 +245,7 @@ def test_views_are_those_of_the_token_store(tmp_path):
     write_state(folder, config=options, results={"views": {"kind": "random-crop", "min_scale": 0.4, "number": 8}})
     told = RunFiles.open(folder).options
     assert (told["views"], told["min_crop_scale"]) == ("random-crop, 8 of each (token store)", "0.4")
-    assert read_provenance(folder).recipe["views"] == "random-crop, 8 of each (token store)"
+    assert read_provenance(folder).config["views"] == "random-crop, 8 of each (token store)"
     alone = write_run(tmp_path / "alone", views="center-flip")
     assert RunFiles.open(alone).options["views"] == "center-flip"
 

@@ -289,7 +289,8 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
     figure = mean_over_seeds(list(scores.values()))
     assert told == {"accuracy": figure.value, "ci95_low": figure.ci_low, "ci95_high": figure.ci_high, "seeds": scores}
     splits = {
-        RunState.read(tmp_path / "out" / name).results["provenance"]["tuned"][0]["images"]["hash"] for name in scores
+        RunState.read(tmp_path / "out" / name).results["provenance"]["finetuned"][0]["images"]["hash"]
+        for name in scores
     }
     assert len(splits) > 1  # which labels are used is each seed's own
     with refused("not empty"):

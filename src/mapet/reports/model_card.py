@@ -25,20 +25,20 @@ class Provenance:
     """How a backbone was trained, as far as the run.json of its training tells; a field is empty where it doesn't.
 
     Attributes:
-        recipe: options of pre-training by name; of paths the last part alone.
+        config: options of pre-training by name; of paths the last part alone.
         images: of pre-training: "number" of images, "hash" of their list, number of "unreadable" ones.
         tokenizer: description of the pre-training's tokenizer: "teacher", "vocab_size", "grid", "hash", ...
         metrics: "pre-training" (as in the run's report), "evaluation" and "fine-tuning", those that exist -> name -> value.
-        tuned: of each fine-tuning, in order: "backbone" that it started from, "scratch" (whether it took only the architecture of that
-            backbone), "recipe" (its options), "images" ("number", "hash", and "classes": how many).
+        finetuned: of each fine-tuning, in order: "backbone" that it started from, "from_scratch" (whether it took only the architecture
+            of that backbone), "config" (its options), "images" ("number", "hash", and "classes": how many).
         classes: names of the classes of a fine-tuned model.
     """
 
-    recipe: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tuned: Sequence[dict[str, Any]] = ()
+    finetuned: Sequence[dict[str, Any]] = ()
     classes: Sequence[str] = ()
 
 
@@ -84,7 +84,7 @@ def _pretraining_provenance(folder: Path, state: RunState) -> Provenance:
 
 
 def finetuning_provenance(folder: Path, images: dict[str, Any]) -> Provenance:
-    """Return the provenance of the model that `finetune` trains in a folder: that of its backbone, with this fine-tuning in `tuned`.
+    """Return the provenance of the model that `finetune` trains in a folder: that of its backbone, with this fine-tuning in `finetuned`.
 
     Trained from scratch, the model has nothing of the backbone but its architecture, and this fine-tuning alone.
 
@@ -93,10 +93,15 @@ def finetuning_provenance(folder: Path, images: dict[str, Any]) -> Provenance:
         images: "number", "hash" of the list and "classes" (how many) of the training images.
     """
     options = RunState.read(folder).config
-    source, scratch = options["backbone"], options["from_scratch"]
-    backbone = Provenance() if scratch else read_provenance(source)
-    step = {"backbone": _short_name(source), "scratch": scratch, "recipe": _strip_paths(options), "images": images}
-    return replace(backbone, tuned=[*backbone.tuned, step])
+    source, from_scratch = options["backbone"], options["from_scratch"]
+    backbone = Provenance() if from_scratch else read_provenance(source)
+    finetuning = {
+        "backbone": _short_name(source),
+        "from_scratch": from_scratch,
+        "config": _strip_paths(options),
+        "images": images,
+    }
+    return replace(backbone, finetuned=[*backbone.finetuned, finetuning])
 
 
 def _short_name(source: str) -> str:
