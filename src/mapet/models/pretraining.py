@@ -275,6 +275,10 @@ class ViTForPreTraining(nn.Module):
         self._layouts: dict[int, PackedLayout] = {}
         self.layout()  # raises now if a row would attend to nothing
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that timm's optimizers do not decay, beside biases and norms: positions and single tokens."""
+        return {"mask_token", "query_token", *(f"vit.{name}" for name in self.vit.no_weight_decay())}
+
     @property
     def num_hidden(self) -> int:
         """p = N - c, for the model's own c."""

@@ -266,8 +266,9 @@ class VQKDForTraining(nn.Module):
         self.register_buffer("usage", torch.full((config.vocab_size,), 1 / config.vocab_size))
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that timm's optimizers do not decay, beside biases and norms."""
-        return {f"{vit}.{name}" for vit in ("tokenizer.encoder", "decoder") for name in ("cls_token", "pos_embed")}
+        """Return the names of parameters that timm's optimizers do not decay, beside biases and norms: positions and single tokens."""
+        vits = {"tokenizer.encoder": self.tokenizer.encoder, "decoder": self.decoder}
+        return {f"{prefix}.{name}" for prefix, vit in vits.items() for name in vit.no_weight_decay()}
 
     def forward(self, images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B F rows columns"]) -> VQKDOutput:
         """Encode images, quantize, decode, and compare with the teacher's features.
