@@ -1,5 +1,7 @@
 """Weight decay and learning rate of a step, against definitions written here."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from mapet.models.backbone import create_vit
 from mapet.models.objectives import get_objective
 from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
 from mapet.tokenizers.vqkd import VQKDForTraining
-from mapet.training.step import create_optimizer
+from mapet.training.step import create_optimizer, create_scheduler
 
 ARGUMENTS = {"embed_dim": 64, "depth": 2, "num_heads": 1, "init_values": 0.1}
 
@@ -54,3 +56,25 @@ def test_only_weight_matrices_decay(build, layer_decay):
     }
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     assert decayed == {f"{name}.weight" for name in layers}
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "peak", "min_lr"),
+    [(300, 10, 1.5e-3, 1e-5), (100, 20, 5e-4, 1e-6), (50, 0, 1e-3, 0.0), (7, 20, 1e-3, 1e-5), (1, 0, 1e-3, 1e-5)],
+)
+def test_the_cosine_runs_from_step_0_with_the_warm_up_laid_over_it(total, warmup, peak, min_lr):
+    """The first two are the released pre-training and fine-tuning of ViT-B, in epochs."""
+    layer = nn.Linear(2, 2)
+    optimizer = create_optimizer(layer, "adamw", lr=peak, weight_decay=0.0)
+    schedule, rates = create_scheduler(optimizer, total, warmup, min_lr), []
+    for step in range(total):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[-1]["lr"])
+    rise = min(warmup, total)
+    expected = [
+        1e-6 + (peak - 1e-6) * step / rise
+        if step < rise
+        else min_lr + (peak - min_lr) * (1 + math.cos(math.pi * step / total)) / 2
+        for step in range(total)
+    ]
+    assert rates == pytest.approx(expected, rel=1e-9)

@@ -33,7 +33,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     epochs: PositiveInt = 300
     """Number of training epochs."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Epochs of linear learning-rate warmup; auto: a thirtieth of `epochs` (10 of 300)."""
+    """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a thirtieth of `epochs` (10 of 300)."""
     batch_size: PositiveInt | None = None
     """Images per step, over all ranks; auto: the largest power of two up to 2048 that fits into memory and leaves 20 steps per epoch, but
     at least 16 if there are as many images."""

@@ -148,7 +148,7 @@ class TrainerOptions(Config):
     epochs: PositiveInt = 100
     """Number of training epochs."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Epochs of linear learning-rate warmup; auto: a tenth of `epochs`."""
+    """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a tenth of `epochs`."""
     batch_size: PositiveInt | None = None
     """Images per step, over all ranks."""
     opt: str = "adamw"

@@ -222,9 +222,11 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
 
 
 def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> CosineLRScheduler:
-    """Create a learning-rate schedule: a linear warm-up from `MAX_WARMUP_START_LR` to the peak, then one cosine down to `min_lr`.
+    """Create a learning-rate schedule: one cosine over all steps, down to `min_lr`, with a linear warm-up laid over its beginning.
 
-    It sets the rate of step 0. Call `step_update(step)` before each step, counted from 0: the rate depends on the step alone.
+    After the warm-up, which rises from `MAX_WARMUP_START_LR` to the peak, the rate is that of the cosine, as in the released code (timm
+    without `warmup_prefix`). It sets the rate of step 0. Call `step_update(step)` before each step, counted from 0: the rate depends on
+    the step alone.
 
     Args:
         optimizer: its present learning rate is the peak.
@@ -232,9 +234,9 @@ def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, 
         warmup_steps: 0 or more; if it exceeds `total_steps`, that is used.
         min_lr: final rate; if it exceeds the peak, the peak is used.
     """
-    warmup_steps, peak = min(warmup_steps, total_steps), optimizer.param_groups[0]["lr"]
-    cosine_steps = max(2, total_steps - warmup_steps)  # of 1 timm warns; the rate of its only step is the same
-    warmup = {"warmup_t": warmup_steps, "warmup_lr_init": min(MAX_WARMUP_START_LR, peak), "warmup_prefix": True}
+    peak = optimizer.param_groups[0]["lr"]
+    warmup = {"warmup_t": min(warmup_steps, total_steps), "warmup_lr_init": min(MAX_WARMUP_START_LR, peak)}
+    cosine_steps = max(2, total_steps)  # of 1 timm warns; the rate of its only step is the same
     schedule = CosineLRScheduler(optimizer, cosine_steps, lr_min=min(min_lr, peak), t_in_epochs=False, **warmup)
     schedule.step_update(0)
     return schedule
