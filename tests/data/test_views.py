@@ -3,9 +3,14 @@
 # ruff: noqa: NPY002 (timm draws from the global generators)
 
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import yaml
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 
 import mapet
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
@@ -15,7 +20,7 @@ from mapet.data.views import ViewSpec, fork_rng, rand_augment
 from mapet.models.backbone import create_vit, save_backbone
 from tests.refused import refused
 
-POLICY = "rand-m9-mstd0.5-inc1"
+POLICY = "rand-m9-mstd0.5"
 RELEASED = {"rand_augment": POLICY, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "layer_decay": 0.65}
 
 
@@ -32,7 +37,7 @@ def test_seeded_leaves_the_generators_as_they_were():
 
 
 def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypatch):
-    augment = rand_augment(POLICY, (32, 32), (0.5, 0.5, 0.5))
+    augment = rand_augment(POLICY, (32, 32), 3)
     dataset = ViewDataset(list_images(crops), ViewSpec(image_size=(32, 32)), image_size=(32, 32), augment=augment)
     batches = []
     for epoch, workers in ((0, "0"), (0, "2"), (1, "0")):
@@ -48,14 +53,31 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
     assert batches[0].dtype == torch.uint8 and batches[0].shape == plain.shape
 
 
-def test_unknown_policy_is_refused(crops):
-    with refused("'random'", "timm"):
-        rand_augment("random", (32, 32), (0.5, 0.5, 0.5))
-    assert rand_augment(POLICY, (48, 64), (0.5, 0.5, 0.5))(open_image(list_images(crops)[0]).read()).shape == (
-        3,
-        48,
-        64,
-    )
+def test_unknown_policies_and_other_channels_are_refused():
+    with refused("timm", field="rand_augment", value="random"):
+        rand_augment("random", (32, 32), 3)
+    with refused("4 ", field="rand_augment", value=POLICY):
+        rand_augment(POLICY, (32, 32), 4)
+
+
+@pytest.mark.parametrize(("channels", "fill"), [(3, (124, 116, 104)), (1, (128, 128, 128))])  # of ImageNet, of 0.5
+def test_rand_augment_is_timms_and_treats_gray_as_rgb_of_equal_channels(crops, channels, fill):
+    image = open_image(list_images(crops)[0]).read()
+    image = image if channels == 3 else image[:1]
+    augment = rand_augment(POLICY, (48, 64), channels)
+    timms = rand_augment_transform(POLICY, {"translate_const": int(0.45 * 48), "img_mean": fill})
+    for seed in range(40):
+        with fork_rng(seed):
+            augmented = augment(image)
+        with fork_rng(seed):
+            expected = np.asarray(timms(Image.fromarray(np.moveaxis(image.expand(3, -1, -1).numpy(), 0, -1))))
+        assert augmented.shape == image.shape
+        assert np.array_equal(np.moveaxis(augmented.expand(3, -1, -1).numpy(), 0, -1), expected)
+
+
+def test_the_recipes_have_the_released_policy():
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("finetune_*.yaml"))
+    assert [yaml.safe_load(path.read_text())["rand_augment"] for path in recipes] == ["rand-m9-mstd0.5"] * 3
 
 
 def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
@@ -80,6 +102,20 @@ def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
     assert not torch.equal(a["head.weight"], c["head.weight"]) and not torch.equal(a["head.weight"], d["head.weight"])
 
 
-def test_rand_augment_needs_rgb(digits, run_dir):
-    with refused("RGB", 1):
-        mapet.finetune(backbone=run_dir, images=digits / "train", rand_augment=POLICY)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_images_of_other_channels_are_augmented(tmp_path, channels):
+    """All but RandAugment, which has no changes for more than three."""
+    for number in range(8):
+        path = tmp_path / "labeled" / "ab"[number % 2] / f"{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.random.default_rng(number).integers(0, 256, (8, 8, channels), dtype=np.uint8))
+    vit = create_vit("vit_tiny_patch16_224", (8, 8), 4, channels, {"embed_dim": 16, "depth": 1, "num_heads": 2})
+    save_backbone(vit, tmp_path / "vit")
+    options = {"backbone": tmp_path / "vit", "images": tmp_path / "labeled", "epochs": 1, "batch_size": 4}
+    options |= RELEASED | {"random_erasing": 1.0, "color_jitter": 0.4, "views": "random-crop"}
+    if channels > 1:
+        with refused(channels, field="rand_augment", value=POLICY):
+            mapet.finetune(**options, out=tmp_path / "refused")
+        options["rand_augment"] = None
+    mapet.finetune(**options, out=tmp_path / "out")
+    assert (tmp_path / "out" / "model").exists()

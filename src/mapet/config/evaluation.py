@@ -88,7 +88,7 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     color_jitter: NonNegativeFloat = 0.0
     """Strength of brightness, contrast and saturation jitter."""
     rand_augment: str | None = None
-    """RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1 (the released config's), for RGB images; none: no RandAugment."""
+    """RandAugment in timm's notation, e.g. rand-m9-mstd0.5 (the released config's), for gray and RGB images; none: no RandAugment."""
     mixup: NonNegativeFloat = 0.0
     """Mixup alpha: pairs of images and labels are blended; 0: off."""
     cutmix: NonNegativeFloat = 0.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from mapet.config.base import Config
 from mapet.config.shared import ViewOptions
 from mapet.data.readers import REDUCTIONS, Box, LazyImage
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 
 PermutationKind = Literal["random", "blockwise", "raster"]
 BLOCK_AREA = 16 / 196, 75 / 196
@@ -207,30 +207,36 @@ def fork_rng(*seed: int) -> Iterator[None]:
 
 
 def rand_augment(
-    policy: str, size: tuple[int, int], mean: tuple[float, ...]
-) -> Callable[[UInt8[Tensor, "3 H W"]], UInt8[Tensor, "3 H W"]]:
-    """Return a function that applies timm's RandAugment (arXiv 1909.13719) to one RGB image.
+    policy: str, size: tuple[int, int], channels: int
+) -> Callable[[UInt8[Tensor, "C H W"]], UInt8[Tensor, "C H W"]]:
+    """Return a function that applies timm's RandAugment (arXiv 1909.13719) to one image.
 
-    The function draws from the global generators of Python and NumPy: seed them with `fork_rng`.
+    The function draws from the global generators of Python and NumPy: seed them with `fork_rng`. A gray image is augmented as an RGB
+    image of three equal channels, which stay equal; the changes of color leave it as it is.
 
     Args:
-        policy: as timm writes it: rand-m9-mstd0.5-inc1.
+        policy: as timm writes it: rand-m9-mstd0.5 (the released config's; with -inc1 all changes grow with the magnitude).
         size: height and width of the image, pixels; translations are a fraction of the shorter side.
-        mean: of the pixels, 0 to 1: fills the corners of a rotated image.
+        channels: C, 1 or 3. The mean of `input_mean_std` fills the corners of a rotated image.
 
     Raises:
-        MapetError: timm does not know the policy.
+        MapetError: timm does not know the policy, or C is another number, for which Pillow has no changes.
     """
     from timm.data.auto_augment import rand_augment_transform
 
+    if channels not in (1, 3):
+        problem = f"{option('rand_augment', policy)} is for 1 or 3 channels, this ViT has {channels} channels: omit it"
+        raise MapetError(problem, field="rand_augment", value=policy)
+    mean = input_mean_std(channels)[0] * (3 // channels)
     fill = tuple(round(255 * value) for value in mean)
     try:
         transform = rand_augment_transform(policy, {"translate_const": int(min(size) * TRANSLATION), "img_mean": fill})
     except (AssertionError, ValueError, KeyError):
-        raise MapetError(f"RandAugment policy '{policy}' is not one of timm's: write rand-m9-mstd0.5-inc1") from None
+        problem = f"{option('rand_augment', policy)} is not one of timm's policies: write rand-m9-mstd0.5"
+        raise MapetError(problem, field="rand_augment", value=policy) from None
 
-    def augment(image: UInt8[Tensor, "3 H W"]) -> UInt8[Tensor, "3 H W"]:
-        pillow_image = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
-        return torch.from_numpy(np.array(transform(pillow_image))).movedim(-1, 0)
+    def augment(image: UInt8[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:
+        pillow_image = Image.fromarray(image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy())
+        return torch.from_numpy(np.array(transform(pillow_image))).movedim(-1, 0)[:channels]
 
     return augment

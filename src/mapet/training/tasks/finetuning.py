@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
-from mapet.data.views import ViewSpec, fork_rng, input_mean_std, normalize, rand_augment
+from mapet.data.views import ViewSpec, fork_rng, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
@@ -72,10 +72,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         size: tuple[int, int] = self.model.patch_embed.img_size
         images, channels, augment = self.train.images, self.model.in_chans, None
         if config.rand_augment is not None:
-            if channels != 3:
-                problem = f"{option('rand_augment')} is for RGB images, this ViT has {channels} channels: omit it"
-                raise MapetError(problem, field="rand_augment", value=config.rand_augment)
-            augment = rand_augment(config.rand_augment, size, input_mean_std(3)[0])
+            augment = rand_augment(config.rand_augment, size, channels)
         spec = ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
             images, spec, channels, size, jitter=config.color_jitter, augment=augment, seed=config.seed
