@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # disk full, permission denied, ...
-        text = f"{error.strerror or error} ({error.filename or 'while writing'}){os_error_hint(error.errno)}"
+        text = f"cannot access {error.filename or 'a file'} ({error.strerror or error}){os_error_hint(error.errno)}"
         print(f"mapet {name}: {text}", file=sys.stderr)
         return 2
     return 0

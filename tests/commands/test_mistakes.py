@@ -175,7 +175,7 @@ def test_errors_of_the_system(number, hint, capsys, monkeypatch):
     fail.config_type = COMMANDS["demo"].config_type
     monkeypatch.setitem(COMMANDS, "demo", fail)
     line = fails(capsys, "demo")
-    assert f"{os.strerror(number)} (some/file): " in line and hint in line
+    assert f"some/file ({os.strerror(number)})" in line and hint in line
     with (
         pytest.raises(mapet.MapetError, match=f"cannot write some/file: .*: .*{hint}"),
         translate_write_errors(Path("some/file")),

@@ -203,7 +203,10 @@ def export(config: ExportConfig) -> Path:
 
 
 def _load_backbone(config: ExportConfig) -> VisionTransformer:
-    """Load the backbone, adapted to the options' sizes, in eval mode; of an unfinished run, that of its newest checkpoint."""
+    """Load the ViT `config.backbone` in eval mode, adapted to `image_size`, `patch_size`, `channels` and `model_args` where given.
+
+    Of a pre-training run that has not exported its backbone yet, it is the ViT of the newest checkpoint.
+    """
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
     run = pretrain_folder(Path(config.backbone))
@@ -266,14 +269,19 @@ def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, 
     difference = float(np.max(differences))  # NaN if one is
     if not difference <= TOLERANCE:
         raise MapetError(
-            f"the export is not the backbone: loaded by {loader} it differs by {difference:.1e} of the outputs' size, more than "
+            f"the export is not the backbone: loaded by {loader} it differs by {difference:.1e} of the outputs' root mean square, more than "
             f"{TOLERANCE:.0e}; nothing was written. Omit that {option('format')}"
         )
     return difference
 
 
 def _process(folder: Path, views: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Prepare views, which have the right size already, as images by the exported image processor of Transformers."""
+    """Return views as pixel values, normalized by the image processor of the Transformers export in `folder`.
+
+    Args:
+        folder: holds preprocessor_config.json.
+        views: 0..255, of the model's input size.
+    """
     from transformers import AutoImageProcessor  # an extra
 
     images = [Image.fromarray(view.movedim(0, -1).squeeze(-1).numpy()) for view in views]

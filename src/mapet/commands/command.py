@@ -102,10 +102,13 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
 
 
 def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
-    """Call a command's function with a run.json in the config's `out` folder, if it has one.
+    """Call a command's function, and keep run.json (status, duration, versions) in the config's `out` folder, if it has one.
 
-    Without `torchrun` it is called here; under `torchrun` on every rank, in a process group, if it is `distributed`, else on rank 0.
-    Returns its result, None on ranks that did not call it.
+    Without `torchrun` the function is called in this process. Under `torchrun` it is called on every rank, in a process group that
+    ends with the call, if `distributed` is true; else on rank 0 alone.
+
+    Returns:
+        The function's result; None on ranks that did not call it.
     """
     out = getattr(config, "out", None)
     state = nullcontext() if out is None or config.out_is_file else run_state(out, command_name(function), config)
@@ -128,8 +131,11 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: Abstract
     The variables of `torchrun` are hidden from it meanwhile. If a distributed command called this one, so that a process group
     exists, all ranks wait until rank 0 is done.
 
+    Args:
+        state: context of `run_state`, entered on rank 0 only; it keeps run.json.
+
     Raises:
-        MapetError: the config asks to serve a page, which the other ranks would wait for.
+        MapetError: the config has `serve=True`: rank 0 would serve the page until Ctrl-C while the other ranks wait.
     """
     if getattr(config, "serve", False):
         hint = f"{option('serve', True)} runs in one process: start it without torchrun"

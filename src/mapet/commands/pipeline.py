@@ -95,7 +95,15 @@ def run(config: RunConfig) -> Path:
 
 
 def _plan(config: RunConfig) -> list[Stage]:
-    """Return the stages in their order, with what is done of each; building all configs first refuses contradicting options early."""
+    """Return the five stages of `run` in their order: fit_tokenizer, tokenize, pretrain, evaluate, report.
+
+    All configs are built before any stage runs, so that contradicting options are refused early. A stage counts as done if the folder
+    that it writes last is not empty: `tokenizer`, `pretrain/backbone`, `figures`. `evaluate` is done if run.json has its results, or
+    if the images have no labels, which is logged. `tokenize` is never done here: it resumes, and checks a finished store by itself.
+
+    Raises:
+        MapetError: an option of a stage is invalid or contradicts another one.
+    """
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
     backbone, figures = pretrained / "backbone", config.out / "figures"
     trusted = get_custom_teacher(config.fit_tokenizer.teacher)
@@ -111,7 +119,10 @@ def _plan(config: RunConfig) -> list[Stage]:
         log.info("--- not evaluated: %s has %s", config.images, reason)
 
     def stage(command: AnyCommand, started: bool, done: bool, **options: Any) -> Stage:
-        """Add to a stage's own options those that all stages share and those of its section; `evaluate` and `report` have none."""
+        """Return a stage whose config has the options of its section of `run`, the shared options, and `options`; later ones win.
+
+        `evaluate` and `report` have no section. `started` and `done` are attributes of the `Stage`.
+        """
         shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in command.config_type.model_fields}
         section = getattr(config, command.__name__, None)
         in_section = section.model_dump(exclude_unset=True) if section else {}
@@ -131,10 +142,15 @@ def _plan(config: RunConfig) -> list[Stage]:
 
 
 def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
-    """Check what a later stage would refuse, perhaps after hours.
+    """Check, before the first stage runs, what `pretrain` and `evaluate` would refuse after hours; skip stages that have started.
+
+    Args:
+        config: of the command `run`.
+        stages: from `_plan`.
 
     Raises:
-        MapetError: no such model or objective, sizes that don't fit together, labeled images that have no labels.
+        MapetError: an unknown model or objective, sizes of tokenizer and model that don't fit, `probe_images` or `test_images`
+            without labels, or classes of `test_images` that are not those of `images`.
     """
     fitting, _, pretraining, evaluation, _ = stages
     assert isinstance(fitting.config, FitTokenizerConfig) and isinstance(pretraining.config, PretrainConfig)
@@ -148,18 +164,24 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
             load_train_test(config.images, config.test_images)
         except MapetError as error:
             raise MapetError(
-                f"{error}. {option('test_images')} are to test a probe on, which is trained on the labels of {option('images')}: "
-                "omit them if there are none"
+                f"{error}. {option('test_images')} test a probe that is trained on the labels of {option('images')}: "
+                "label both sets, or omit the test images"
             ) from None
 
 
 def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
-    """Write the config into the run's folder; if the run has started, first check that its options are the same.
+    """Write config.yaml into the folder `config.out`; if a run has started there, first check that its options are the same.
 
-    Options of stages that have not started may differ, and so may the path of `images` while its content is the same.
+    These options may differ from the earlier config.yaml, which is then replaced: `resume`, `device`, `max_unreadable`, `out` (the folder
+    may have been moved), the sections of stages that have not started, `test_images` until `evaluate` has started, and the path of
+    `images` if the hash of its images is the one that the fitted tokenizer recorded. In a new folder `resume` only logs a warning.
+
+    Args:
+        config: of the command `run`.
+        stages: from `_plan`; only `command` and `started` are used.
 
     Raises:
-        MapetError: other options, or a folder that is in use.
+        MapetError: other options differ; the folder holds something else; or, in a new folder, the images can't be listed.
     """
     path = config.out / CONFIG_FILE
     if can_start_in(config.out, "run"):

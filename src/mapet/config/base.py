@@ -225,12 +225,12 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MapetError(f"cannot read the config {path}: {error.strerror}. Check the path") from None
+        raise MapetError(f"cannot read the config {path} ({error.strerror or error}): check the path") from None
     # PyYAML raises the others for numbers, dates or nesting that Python cannot represent
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(options, (dict, NoneType)):
-        raise MapetError(f"{path} must hold options, one `name: value` a line, but is a {type(options).__name__}")
+        raise MapetError(f"{path} must hold a mapping, one `name: value` a line, but holds a {type(options).__name__}")
     return {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
 
 

@@ -29,7 +29,7 @@ class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.R
     """Options of `prepare`."""
 
     out: Path
-    """New folder for the prepared images; other commands take it as --images."""
+    """New folder for the prepared images; other commands take it as `images`."""
     short_side: PositiveInt = 256
     """Short side of the prepared images, pixels; at least the student's and the teacher's input. Smaller images are kept as they are."""
     channels: PositiveInt = 3
@@ -41,10 +41,10 @@ class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.R
     """Read hf:NAME once as it arrives, in order, so that its originals are never all on this disk."""
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with the options: a text for each."""
+        """Yield a message for each option that is invalid or contradicts another one; `Config` makes the first an error."""
         if self.streaming and not self.images.startswith(shared.HF_PREFIX):
-            yield f"{option('streaming', True)} is for hf:NAME, not {self.images}, which is read in place: omit it (tar shards are read by URL)"
+            yield f"{option('streaming', True)} is for hf:NAME, but {option('images')} is {self.images}, which is read in place: omit it"
         if self.value_range is not None:
             low, high = self.value_range
             if not -inf < low < high < inf:
-                yield f"{option('value_range')} {low:g} {high:g}: write the smaller value first, e.g. 0 4095"
+                yield f"{option('value_range')} {low:g} {high:g}: must be two finite numbers, the smaller one first, e.g. 0 4095"

@@ -31,9 +31,9 @@ class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
     linear_epochs: PositiveInt = 100
     """Epochs of the linear-sgd probe over the features."""
     few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
-    """Few-shot splits: labeled images per class, or below 1 a fraction of each class."""
+    """Sizes of few-shot training splits: a number below 1 is a fraction of the images of each class, one from 1 on a number of images per class."""
     num_seeds: PositiveInt = 5
-    """Seeds of few-shot splits and of clustering."""
+    """Number of seeds (0, 1, ...) over which few-shot splits and clustering are repeated; their metrics are means."""
     ood_images: dict[str, shared.Source] = Field(default_factory=dict)
     """Further labeled folders to test on, NAME=FOLDER (protocol ood); classes are matched by name."""
     eval_image_sizes: list[PositiveInt] | None = None
@@ -43,7 +43,8 @@ class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
     """Masks of `images` (protocol segmentation): a folder of PNGs of class ids, paired by name, or a COCO panoptic JSON; auto: found where
     `images` holds images/ and masks/, or is ADE20K's folder."""
     test_seg_masks: Path | None = None
-    """Masks of `test_images` (of `images`, without those); auto: a 20 % hold-out split of the training images is tested on."""
+    """Masks of `test_images` or, without that option, of `images`; auto: a 20 % hold-out split of the masked images
+    is tested on."""
     ignore_labels: tuple[NonNegativeInt, ...] = ()
     """Class ids in masks that are not counted, beside 255 (and 0 in ADE20K's folder)."""
     annotations: Path | None = None
@@ -86,7 +87,7 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of the target that is spread over all classes."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength s of color jitter: brightness, contrast and saturation are each multiplied by a factor drawn from max(0, 1 - s) to 1 + s."""
     rand_augment: str | None = None
     """RandAugment in timm's notation, e.g. rand-m9-mstd0.5 (the released config's), for gray and RGB images; none: no RandAugment."""
     mixup: NonNegativeFloat = 0.0

@@ -11,11 +11,12 @@ from mapet.errors import option
 
 
 class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
-    """Options of `pretrain` that say how to train, not on what and where to; a section of `run` and `study`."""
+    """Options of `pretrain` but for images, tokenizer, output folder and device; a section of `run` and `study`."""
 
     objective: str = "mapet"
-    """mapet; pim (permuted, no mask columns); mim (masked, all at once); cae (context autoencoder); as ablations
-    mapet_content_ignores_masks (only query tokens attend to the positions to come), mapet_single_stream, causal (pim in one stream)."""
+    """mapet; pim (permuted, as in XLNet: without the mask tokens that show the positions still to come); mim (masked, all at once); cae (context
+    autoencoder); as ablations mapet_content_ignores_masks (only query tokens attend to the positions to come), mapet_single_stream,
+    causal (pim in one stream)."""
     target: Literal["tokens", "pixels", "features"] = "tokens"
     """Prediction target of a patch: tokens; as controls pixels (normalized) or features (the teacher's, by cosine)."""
     mask_ratio: shared.Ratio = (0.75, 0.75)
@@ -25,10 +26,10 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     separate_query_token: bool = False
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_predict: PositiveInt | None = None
-    """Masked patches to predict at each step, drawn at random: faster steps, a noisier loss; auto: all."""
+    """Masked patches of each image that are predicted in a step, drawn at random: faster steps, a noisier loss; auto: all."""
     init_from: shared.BackboneSource | None = None
     """Weights to start from: a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...) or
-    timm:NAME, adapted to this grid, patch and channels (for a new run; --resume continues one); none: random weights."""
+    timm:NAME, adapted to this grid, patch and channels (for a new run; `resume` continues one); none: random weights."""
 
     epochs: PositiveInt = 300
     """Number of training epochs."""
@@ -46,7 +47,8 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     layer_scale_init: PositiveFloat | None = 0.1
     """Initial value of LayerScale; none: no LayerScale."""
     color_jitter: NonNegativeFloat = 0.4
-    """Strength of brightness, contrast and saturation jitter of the student's view; the teacher's has none."""
+    """Strength s of color jitter of the student's view, not the teacher's: brightness, contrast and saturation are each multiplied by a factor
+    drawn from max(0, 1 - s) to 1 + s; 0: off."""
 
     log_interval: PositiveInt | None = None
     """Largest number of steps between lines of metrics (an epoch is divided evenly); auto: 5 lines per epoch, at most 50 steps."""
@@ -57,7 +59,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
 
     @property
     def varies_context(self) -> bool:
-        """Whether the number of context patches is drawn in each step."""
+        """Whether `mask_ratio` is a range, so that the number of context patches is drawn in each step."""
         return self.mask_ratio[0] < self.mask_ratio[1]
 
     def problems(self) -> Iterator[str]:
@@ -81,7 +83,7 @@ class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, s
         """Yield a message for each option that is invalid or contradicts another one."""
         yield from super().problems()
         if self.tokens is not None and "views" in self.model_fields_set and self.views != "center":
-            yield f"{option('views')} is for tokens that are computed online; with {option('tokens')} the store has its views: omit it"
+            yield f"{option('views')} is for tokens that are computed online, but {option('tokens')} has stored views: omit {option('views')}"
 
 
 class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
@@ -106,11 +108,11 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     def problems(self) -> Iterator[str]:
         """Yield a message for each option that is invalid or contradicts another one."""
         if self.serve and (self.out or self.figures_dir or len(self.run) > 1):
-            yield f"{option('serve', True)} shows one run and writes nothing: omit {option('out')} and {option('figures_dir')}"
+            yield f"{option('serve', True)} shows one run and writes nothing: omit {option('out')}, {option('figures_dir')} and other runs"
         if not self.serve and not self.out and not self.figures_dir:
-            yield f"give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
+            yield f"nothing to write: give {option('out')} FILE.html, {option('figures_dir')} FOLDER or {option('serve', True)}"
         if self.figures_dir and (not self.figures or len(self.run) > 1):
-            yield f"{option('figures_dir')} takes the figures of one run: omit {option('figures', False)} and other runs"
+            yield f"{option('figures_dir')} computes the figures of one run, got {len(self.run)}: omit {option('figures', False)} and other runs"
 
 
 class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
@@ -120,6 +122,6 @@ class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     bundle: Path
     """Folder that a run wrote when it stopped: RUN/debug/step-*."""
     images: shared.Source | None = None
-    """Where the images are now; auto: where they were."""
+    """Images of the run, if they have moved; auto: those in the run's config."""
     precision: shared.Precision | None = None
     """Matmul precision; none: the run's."""

@@ -12,7 +12,7 @@ from mapet.config.base import Config
 
 
 def _as_pair(value: Any) -> Any:
-    """Return a list of two equal values for a single one, in a list or not; anything else as a list."""
+    """Return [v, v] for a single value, v or [v], and any other list or tuple as a list; pydantic calls it before validation."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * 2 if len(values) == 1 else values
 
@@ -34,7 +34,7 @@ def is_url(source: str) -> bool:
 
 
 def _as_source(value: Any) -> Any:
-    """Return a path in its normal form, as text; URLs, hf:NAME, and what is no path at all unchanged."""
+    """Return a path as normalized text (no doubled or final slashes); URLs, hf:NAME and values of other types unchanged."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     return text if not isinstance(text, str) or text.startswith(HF_PREFIX) or is_url(text) else str(Path(text))
 
@@ -133,7 +133,7 @@ class ViewOptions(Config):
     """Views of an image: center (largest centered crop, as in the released config), center-flip (that and its mirror image) or random-crop
     (random crops, half of them mirrored)."""
     min_crop_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest random crop, as a fraction of the centered crop's area (random-crop)."""
+    """Smallest area of a random crop, as a fraction of the largest centered crop's area; 1 is the largest. For `views` random-crop only."""
 
 
 _LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval
@@ -203,5 +203,5 @@ def get_custom_teacher(teacher: str) -> str | None:
 
 
 def non_default_options(config: Config, options: Iterable[str]) -> list[str]:
-    """Return those of `options` (field names) whose value differs from the default."""
+    """Return the field names among `options` whose value in `config` differs from the default of its class, in their order."""
     return [name for name in options if getattr(config, name) != type(config).model_fields[name].default]

@@ -40,13 +40,18 @@ class TeacherOptions(shared.InputOptions):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        """Replace the name of a preset as `teacher` by the preset's options; those that are given beside it hold."""
+        """Return the options with a preset's name as `teacher` ('k-clip') replaced by the preset's options, before validation.
+
+        Args:
+            values: field name -> value as given. Options given beside `teacher` win over the preset's. Anything but a mapping,
+                and options whose `teacher` is no preset, are returned unchanged.
+        """
         preset = TEACHER_PRESETS.get(str(values.get("teacher")), {}) if isinstance(values, Mapping) else {}
         return {**preset, **values, "teacher": preset["teacher"]} if preset else values
 
 
 class FitTokenizerOptions(TeacherOptions):
-    """Options of `fit-tokenizer` that say how to fit, not to which images and where to write; a section of `run` and `study`."""
+    """Options of `fit-tokenizer` but for images, output folder and device; `run` has them as a section, `study` one set per tokenizer."""
 
     teacher: str = "pixels"
     """Frozen encoder: pixels (raw patches, label-free), k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd
@@ -59,7 +64,7 @@ class FitTokenizerOptions(TeacherOptions):
     pca_dim: PositiveInt | None = None
     """Principal components that k-means clusters instead of the features; auto: no PCA (fsq and lfq take one component per level)."""
     fsq_levels: list[PositiveInt] | None = None
-    """Levels of each component, for fsq; auto: those the paper recommends for --vocab-size."""
+    """Levels of each component, for fsq; auto: those that the FSQ paper recommends for `vocab_size`."""
     kmeans_iters: PositiveInt = 20
     """Iterations of k-means."""
     kmeans_n_init: PositiveInt = 1
@@ -79,9 +84,13 @@ class FitTokenizerOptions(TeacherOptions):
     is free."""
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with the options: an image size that patches do not fill, or an option of another quantizer.
+        """Yield a message for each option that was changed from its default but that the chosen quantizer does not use.
 
-        An option that is not used would be recorded with the tokenizer as if it had been.
+        Such an option would be recorded with the tokenizer as if it had been used. `Config` calls this after validating each option
+        by itself, and makes the first message an error.
+
+        Raises:
+            MapetError: `patch_size` does not divide `image_size`.
         """
         check_divisible(self.image_size, self.patch_size)
         for name in shared.non_default_options(self, QUANTIZER_OPTIONS):
@@ -151,10 +160,10 @@ class TrainTokenizerConfig(
     """Views of an image: center (largest centered crop), center-flip (that and its mirror image) or random-crop (random crops, half of them
     mirrored)."""
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest random crop, as a fraction of the centered crop's area (random-crop)."""
+    """Smallest area of a random crop, as a fraction of the largest centered crop's area; 1 is the largest. For `views` random-crop only."""
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with the image size: it is not square, or the patch size does not divide it."""
+        """Yield a message if `image_size` is not square or `patch_size` does not divide it; `Config` makes it an error."""
         height, width = self.image_size
         if height != width or height % self.patch_size:
             fix = f"change {option('image_size')} or {option('patch_size')}"

@@ -21,7 +21,10 @@ function on(root, selector, event, action) {
  * domain: the range of x that is shown, [low, high], or null for all of it.
  */
 class Charts {
-  /** root: the section of the charts and their controls; data: the page's (runs, charts, line_styles). */
+  /**
+   * root: the section that holds the elements .chart and their controls.
+   * data: runs (name, steps_per_epoch, curves: metric -> [steps, values]), charts (see Chart) and line_styles ([color, dashes]).
+   */
   constructor(root, data) {
     Object.assign(this, { root, runs: data.runs, axis: "step", log: false, domain: null, charts: [] });
     const elements = [...root.querySelectorAll(".chart")];
@@ -37,7 +40,7 @@ class Charts {
   /** Return the x of a run's step: the step, or the epoch. */
   toX(run, step) { return this.axis === "step" ? step : step / (run.steps_per_epoch || 1); }
 
-  /** The range of x of all visible lines; one around a single x. */
+  /** [low, high]: the range of x of all visible lines; half a unit around a single x; [0, 1] without lines. */
   get full() {
     const lines = this.charts.flatMap((chart) => chart.visible);
     const ends = lines.flatMap(({ run, steps }) => [this.toX(run, steps[0]), this.toX(run, steps.at(-1))]);
@@ -83,6 +86,7 @@ class Charts {
 /** One chart: a plot, and the text below it with the values at the cursor. */
 class Chart {
   /**
+   * charts: the Charts that it belongs to; element: its section .chart, with .plot and .readout.
    * spec: title, lines (metric -> name) and percent (whether values are fractions) of the chart, see run_texts.html.
    * lineStyles: [color, dashes] of each line.
    */
@@ -108,9 +112,13 @@ class Chart {
   /** The lines that have values and are not switched off. */
   get visible() { return this.lines.filter((line) => line.steps.length && line.isChecked); }
 
+  /** Width of the plot, pixels: at least 120; 320 while the element is hidden. */
   get width() { return Math.max(120, this.plotElement.clientWidth || 320); }
 
-  /** Make the plot, without data, for the current axes. */
+  /**
+   * Replace the uPlot plot by a new one without data, for the axes chosen now; draw() fills it.
+   * The y axis is logarithmic if that is switched on and all values are above 0.
+   */
   build() {
     this.plot?.destroy();
     const css = getComputedStyle(this.element), grid = { stroke: () => css.borderTopColor, width: 1 };
@@ -132,6 +140,7 @@ class Chart {
     }, [[]], this.plotElement);
   }
 
+  /** Fit the plot to the width of its element; the page calls it when its size changes. */
   resize() {
     if (this.plot.width !== this.width) this.plot.setSize({ width: this.width, height: HEIGHT });
   }
@@ -177,7 +186,7 @@ class Chart {
     this.charts.zoom(event.deltaY < 0 ? 0.8 : 1.25, this.plot.posToVal(left, "x"));
   }
 
-  /** Move the cursor (by ten points with Shift), zoom, or reset the zoom with a key. */
+  /** Move the cursor with the arrows (ten points with Shift), Home and End; zoom with + and -; show all with 0 or Escape. */
   handleKey(event) {
     const { charts } = this, count = event.shiftKey ? 10 : 1;
     const actions = {

@@ -1,17 +1,20 @@
 // The page of a run, or of several: color scheme, charts, step-through, figures at full size, updates of a live page.
 
 const byId = (id) => document.getElementById(id);
-/** Return the runs, charts and line styles of a page. */
+/** Return the data of a page, the JSON that run.html wrote: runs, charts, line_styles, live, and stage (waiting, running, complete). */
 const readData = (page) => JSON.parse(page.getElementById("data").textContent);
 const DATA = readData(document);
 
-/** Links to all sections. */
+/** Fill the navigation with a link to each section of the page, named after its h2. */
 function navigation() {
   byId("sections").replaceChildren(...[...document.querySelectorAll("main > section")].map((section) =>
     Object.assign(document.createElement("a"), { href: `#${section.id}`, textContent: section.querySelector("h2").textContent })));
 }
 
-/** A button that switches between light and dark; until then the system decides. */
+/**
+ * Let a button switch between light and dark colors; until it is clicked, and when the system changes, the system's choice holds.
+ * redraw: called after each change, since charts are drawn in the page's colors.
+ */
 function colorScheme(redraw) {
   const button = byId("theme"), system = matchMedia("(prefers-color-scheme: dark)");
   let dark = system.matches;
@@ -26,7 +29,10 @@ function colorScheme(redraw) {
   show();
 }
 
-/** Show what is new in the live page of a run, requested from its server every two seconds; the zoom stays as it is. */
+/**
+ * Request a live page from its server every two seconds, and show its new texts and metrics, until the run is complete.
+ * run: the run's data, which is replaced in place; charts: the Charts that draw it; their zoom stays.
+ */
 async function follow(run, charts) {
   while (DATA.stage !== "complete") {
     await new Promise((resolve) => setTimeout(resolve, 2000));
@@ -45,7 +51,7 @@ async function follow(run, charts) {
   }
 }
 
-/** Replace an element's content where it has changed; what is folded out stays so. */
+/** Replace an element's content by that of `newest`, if it has changed; open <details> stay open, by their order. */
 function replaceContent(element, newest) {
   const open = [...element.querySelectorAll("details")].map((details) => details.open);
   newest.querySelectorAll("details").forEach((details, i) => { details.open = Boolean(open[i]); });

@@ -6,7 +6,8 @@ const FRAME_COLORS = ["#ffffff", "#D55E00"]; // a white frame around an orange o
 /** Canvases and controls that show the predictions of an image up to a step. */
 class StepThrough {
   /**
-   * data: what `step_through` of figures.py returns.
+   * data: what `step_through` of figures.py returns: grid ([rows, columns]), size ([height, width]), hidden (number of masked patches, 0 if no
+   *   tokens are predicted), sees_targets, sees_positions, images (order and tokens of patches, predicted, sure, chance, pictures).
    * root: the element that holds the canvases (data-shows) and controls.
    */
   constructor(data, root) {
@@ -61,6 +62,7 @@ class StepThrough {
     }, Math.max(40, Math.min(600, 12000 / this.numSteps)));
   }
 
+  /** Stop playing. */
   stop() {
     clearInterval(this.timer);
     this.timer = null;
@@ -108,9 +110,10 @@ class StepThrough {
   }
 
   /**
-   * Draw a canvas.
-   * layers: [image, patches of it that are drawn, opacity], from the lowest.
-   * framed: a patch that gets a frame.
+   * Draw a canvas of the step-through.
+   * shows: the canvas, by its data-shows; label: its text for screen readers.
+   * layers: lists [image, indices of its patches that are drawn, opacity 0 to 1 (by default 1)], from the lowest.
+   * framed: index of the patch that gets a frame, or undefined.
    */
   paint(shows, label, layers, framed) {
     const canvas = this.root.querySelector(`[data-shows=${shows}]`), brush = canvas.getContext("2d");
