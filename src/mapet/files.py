@@ -52,7 +52,7 @@ def read_json(path: Path, what: str) -> Any:
         hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
         raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
     except (ValueError, OSError) as error:
-        raise MapetError(f"{path}: not a readable {what} ({error})") from None
+        raise MapetError(f"{path}: not a readable {what} ({error}): restore the file, or make the {what} again") from None
 
 
 def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:
@@ -153,12 +153,12 @@ def preallocate(file: IO[bytes], size: int, path: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         raise MapetError(
-            f"cannot reserve {size:,} bytes for {path}: {error.strerror}{os_error_hint(error.errno)}"
+            f"cannot reserve {size:,} bytes for {path}: {error.strerror or error}{os_error_hint(error.errno)}"
         ) from None
 
 
 def read_array(path: str | Path, mmap_mode: Literal["r", "r+"] | None = None) -> Any:
-    """Load an .npy file, with `mmap_mode` as a memory map; no pickles.
+    """Load an .npy file, with `mmap_mode` as a memory map ('r': read-only, 'r+': writable); arrays of Python objects are refused.
 
     Raises:
         OSError: it cannot be opened.
@@ -192,7 +192,16 @@ def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in place; call it inside `atomic_write`."""
+    """Write tensors by name, from any device, to a safetensors file; call it inside `atomic_write`, as it is not atomic itself.
+
+    Args:
+        path: the temporary file that `atomic_write` yields.
+        tensors: name -> tensor.
+        metadata: texts for the file's header; None: without.
+
+    Raises:
+        MapetError: the file cannot be written; see `translate_write_errors`.
+    """
     from safetensors.torch import save_file
 
     with translate_write_errors(path):

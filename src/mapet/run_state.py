@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from mapet.config.base import Config
 from mapet.errors import Interrupted, MapetError, option
@@ -99,7 +99,9 @@ class RunState(BaseModel):
             check_format(dict(content).get("schema_version"), SCHEMA_VERSION, "run state", path)
             state = cls.model_validate(content)
         except (ValueError, TypeError) as error:  # pydantic's is a ValueError
-            raise MapetError(f"{path}: not a readable run state ({' '.join(str(error).split())[:200]})") from None
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+            raise MapetError(f"{path}: damaged run state ({reason}): restore the file, or start in a new folder") from None
         if state.status == "running" and not state._is_alive():
             state.status, state.reason = "interrupted", f"its process {state.pid} is gone"
         return state
@@ -281,13 +283,13 @@ def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | N
 def check_is_pretraining(folder: Path) -> None:
     """Raise MapetError if this is no folder of `mapet run` or `mapet pretrain`, finished or not."""
     if not folder.exists():
-        raise MapetError(f"{folder} does not exist: give the folder of a run")
+        raise MapetError(f"{folder} does not exist: give a folder of `mapet run` or `mapet pretrain`")
     if (written_by := RunState.read(pretrain_folder(folder)).command) != "pretrain":
         raise MapetError(f"{folder} is a folder of `mapet {written_by}`: give one of `mapet run` or `mapet pretrain`")
 
 
 def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str | None:
-    """Return the path that an option of a pre-training run names, valid in the present working directory.
+    """Return the path that an option of a pre-training run holds, changed so that it is valid in the present working directory.
 
     The tokenizer and tokens in the folder of its `mapet run` move with it, even if another run lies where they were. Other paths
     are relative to the directory that the run was started in, which `out` tells while the folder has not been moved.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mapet.errors import MAX_REASON_CHARS, MapetError
+from mapet.errors import MAX_REASON_CHARS, MapetError, first_line
 
 STATE_DICT_KEYS = ("state_dict", "model", "module", "ema", "params", "teacher")
 """Keys of a training checkpoint that may hold its weights, in the order in which they are tried."""
@@ -67,7 +67,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     except OSError as error:
         raise MapetError(f"cannot read weights from {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).strip().partition("\n")[0][:MAX_REASON_CHARS] or "it is damaged or cut off"
+        reason = first_line(error) if str(error).strip() else "it is damaged or cut off"
         raise MapetError(f"cannot read weights from {path}: {reason}") from None
     return weights
 

@@ -442,7 +442,7 @@ def test_hugging_face_mistakes_and_hostile_rows(datasets, tmp_path):
         pq.write_table(pa.table({"n": [1, 2]}), tmp_path / f"{name}.parquet")
     for source, why in {
         f"hf:{tmp_path}/numbers.parquet": r"one column of images.*n \(Value\)",
-        f"hf:{tmp_path}/both": "choose a split; it has train, test",
+        f"hf:{tmp_path}/both": "has the splits train, test: choose one",
         f"hf:{tmp_path}/both:val": 'Unknown split "val"',
         f"hf:{tmp_path}/nowhere": "nowhere",
     }.items():

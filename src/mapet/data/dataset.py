@@ -68,7 +68,8 @@ class Batch:
         return len(self.image_index)
 
     def __getitem__(self, part: slice) -> "Batch":
-        """Return a micro-batch: a part of every per-image tensor; the other fields are those of the whole batch."""
+        """Return a micro-batch: the images `part` of every tensor that has a row per image; the other fields are the whole batch's."""
+        # `target_indices` is a tensor, too, but of patches, the same for all images: it is not sliced.
         return replace(self._map_tensors(lambda tensor: tensor[part]), target_indices=self.target_indices)
 
     def to(self, device: torch.device) -> "Batch":
@@ -80,6 +81,7 @@ class Batch:
         return self._map_tensors(Tensor.pin_memory)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a copy whose tensors are replaced by `function(tensor)`; the other fields, and None, stay."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **mapped)
@@ -119,7 +121,9 @@ class ViewDataset(Dataset[Batch]):
         return len(self.images)
 
     def batch(self, positions: Positions) -> Batch:
-        """Return the batch of the views at these positions; unreadable images are in `Batch.unreadable` instead.
+        """Return the batch of the views at these positions, in their order; unreadable images are in `Batch.unreadable` instead.
+
+        If no image is readable, the batch has no rows, and no fields but `image_index` and `unreadable`.
 
         All draws come before all pixels: alternating with decoders, the same draws take three times as long, as each finds
         its code gone from the processor's caches.
@@ -137,7 +141,13 @@ class ViewDataset(Dataset[Batch]):
     __getitem__ = batch
 
     def placeholder(self, index: int) -> Batch:
-        """Return a batch of one black image with every field that a batch has, for a rank that can read none of its images."""
+        """Return a batch of one black image with every field that a batch has, for a rank that can read none of its images.
+
+        All ranks must compute a forward and a backward pass together; the caller gives this one a weight of 0 in the loss.
+
+        Args:
+            index: of an image in the list, whose targets and random draws the batch has.
+        """
         black = {name: torch.zeros(self.channels, *size, dtype=torch.uint8) for name, size in self._sizes.items()}
         return _collate([self._draw(0, index)[1] | black], [])
 
@@ -150,10 +160,14 @@ class ViewDataset(Dataset[Batch]):
     def _draw(self, view_index: int, image_index: int) -> tuple[int, dict[str, Any]]:
         """Draw everything that is random about a view but its box and its augmentation.
 
-        The order of the draws is fixed: runs must resume to the same weights.
+        The generator is seeded by (seed, image id, view index). The order of the draws is fixed: runs must resume to the same weights.
+
+        Args:
+            view_index: number of the view to draw; in training the epoch.
+            image_index: of the image in the list.
 
         Returns:
-            (index of the view for `sample_view`: a stored one if there is a store, else `view_index`;
+            (index of the view for `sample_view`: if there is a store, a random one of its views; else `view_index`;
             a sample without pixels: fields of `Batch` without the dimension B)
         """
         rng = np.random.default_rng([self.seed, self.images.key(image_index), view_index])
@@ -170,10 +184,11 @@ class ViewDataset(Dataset[Batch]):
         return view_index, sample
 
     def _render(self, image_index: int, view_index: int, epoch: int) -> dict[str, UInt8[Tensor, "C h w"]]:
-        """Return the pixels of a view: the fields of `Batch` in `_sizes`.
+        """Return the pixels of a view, rendered and augmented: the fields of `Batch` in `_sizes`.
 
         Args:
-            view_index: for `sample_view`.
+            image_index: of the image in the list.
+            view_index: for `sample_view`, as `_draw` returned it.
             epoch: seeds the augmentation, together with the image's id.
 
         Raises:
@@ -190,8 +205,14 @@ class ViewDataset(Dataset[Batch]):
 
 
 def _collate(samples: list[dict[str, Any]], unreadable: list[tuple[int, str]]) -> Batch:
-    """Stack samples, which all have the same fields of `Batch`: arrays, or pixels as tensors."""
-    stacked: dict[str, Any] = {"image_index": torch.zeros(0, dtype=torch.int64)}  # there may be no sample
+    """Stack samples to a batch.
+
+    Args:
+        samples: of each readable image, the fields of `Batch` by name, without the dimension B: arrays, or pixels as tensors (C, h, w). All
+            samples have the same fields; there may be no sample.
+        unreadable: (index in the list, reason) of each image that could not be read.
+    """
+    stacked: dict[str, Any] = {"image_index": torch.zeros(0, dtype=torch.int64)}  # replaced if there are samples
     for name in samples[0] if samples else ():
         values = [sample[name] for sample in samples]
         if isinstance(values[0], Tensor):  # pixels lie in memory as rows of RGB, and stay so: one copy of bytes
@@ -235,7 +256,7 @@ class EpochBatchSampler(Sampler[Positions]):
             yield self.batch(step)[self.rank :: self.world_size]
 
     def batch(self, step: int) -> Positions:
-        """Return the batch of a step, counted from 0, of all ranks together."""
+        """Return the (epoch, image index) of the images of a step, counted from 0 over all epochs, of all ranks together."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = self._permutation(epoch)
         start, end = (len(order) * n // self.steps_per_epoch for n in (step_in_epoch, step_in_epoch + 1))
@@ -243,6 +264,7 @@ class EpochBatchSampler(Sampler[Positions]):
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, a sampler lives as long as its run
     def _permutation(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """Return `indices` in the random order of an epoch; the last one is kept, as all steps of an epoch need it."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
 
 
@@ -258,7 +280,13 @@ def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 
 
 
 def create_loader(dataset: ViewDataset, batches: Iterable[Positions], pin_memory: bool = False) -> Iterable[Batch]:
-    """Return a torch DataLoader of these batches, in their order, read by as many workers as `num_workers` says."""
+    """Return a torch DataLoader of these batches, in their order, read by as many worker processes as `num_workers` returns.
+
+    Args:
+        dataset: renders the views.
+        batches: positions of each batch; it may be a sampler without end.
+        pin_memory: copy batches to pinned memory, from which copies to a GPU are asynchronous.
+    """
     workers = num_workers()
     return DataLoader(
         dataset, sampler=batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
@@ -297,11 +325,11 @@ class UnreadableImages:
         """Count images that could not be read, and warn about those that were not known yet.
 
         Args:
-            unreadable: (image index, reason) of each.
-            quiet: without warnings.
+            unreadable: (image index, reason) of each; an image that is counted already does not count again.
+            quiet: without warnings, for images that were reported before.
 
         Raises:
-            MapetError: there are too many now.
+            MapetError: more images than `max_unreadable` allows, or all of them, are unreadable now.
         """
         for index, reason in unreadable:
             if index in self.reasons:
@@ -322,11 +350,16 @@ class UnreadableImages:
 def readable_batches(
     dataset: ViewDataset, batches: Iterable[Positions], unreadable: UnreadableImages, title: str | None
 ) -> Iterator[Batch]:
-    """Yield the batches without their unreadable images, which are counted; batches without any other are skipped.
+    """Yield the batches without their unreadable images, which are counted; a batch without any readable image is skipped.
 
     Args:
-        unreadable: where they are counted; it raises MapetError when there are too many.
+        dataset: renders the views.
+        batches: positions of each batch.
+        unreadable: counts the images that could not be read, over all batches.
         title: of the progress bar; None shows none.
+
+    Raises:
+        MapetError: too many images are unreadable (`UnreadableImages.add`).
     """
     loader = create_loader(dataset, batches)
     for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):

@@ -140,7 +140,13 @@ def count_levels(infos: list[ImageInfo]) -> tuple[int, str]:
 
 
 def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
-    """Warn, from `NUM_SHOWN` images, about upscaled, low-contrast or gray images, for those who do not run `mapet check`."""
+    """Warn, from `NUM_SHOWN` images, about upscaled, low-contrast or gray images, for those who do not run `mapet check`.
+
+    Args:
+        images: the list; the sample are images at equal distances in it. Unreadable ones are ignored: they are reported when they are used.
+        channels: to read the images with.
+        image_size: height and width of the student's input, pixels.
+    """
     indices = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images))).astype(int)
     results = [_read_image_info(images, int(index), channels) for index in indices]
     infos = [result for result in results if isinstance(result, ImageInfo)]
@@ -148,13 +154,16 @@ def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, in
     if num_levels < MIN_LEVELS:
         log.warning("%s", note)
     if infos and all(info.gray for info in infos):
-        log.warning("all %d images looked at are %s", len(infos), ONE_CHANNEL)
+        log.warning(f"all %d images looked at are %s ({option('channels', 1)})", len(infos), ONE_CHANNEL)
     if warning := upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"):
         log.warning("%s", warning)
 
 
 def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> DatasetStats:
-    """Decode every image, in several threads, and return the statistics; a progress bar is shown."""
+    """Decode every image, in this number of threads, and return the statistics; a progress bar is shown.
+
+    An image that cannot be read is not an error: it is listed in `DatasetStats.unreadable`.
+    """
     with ThreadPoolExecutor(threads) as pool:
         reading = pool.map(lambda index: _read_image_info(images, index, channels), range(len(images)))
         results = list(tqdm(reading, total=len(images), desc="check", unit="img", disable=None))
@@ -163,7 +172,7 @@ def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> Dat
 
 
 def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo | str:
-    """Decode an image and return the facts about it, or the reason why it cannot be read."""
+    """Decode image `index` of a list as `channels` channels; return the facts about it, or a text, the reason why it cannot be read."""
     try:
         image = images.open(index, channels)
         pixels = image.read()

@@ -105,14 +105,14 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
             loaded = loaded[split]
         elif split is not None:
             found = f"has {', '.join(loaded)}" if isinstance(loaded, dict) else "has one, without a name"
-            raise MapetError(f"there is no split {split!r}; it {found}")
+            raise MapetError(f"there is no split {split!r}: {name} {found}")
     elif path.is_file() and path.suffix in FORMATS:
         loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split, streaming=streaming)
     else:
         loaded = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
     if isinstance(loaded, dict):
         if len(loaded) > 1:
-            raise MapetError(f"choose a split; it has {', '.join(loaded)}")
+            raise MapetError(f"{name} has the splits {', '.join(loaded)}: choose one, hf:{name}:{next(iter(loaded))}")
         loaded = next(iter(loaded.values()))
     return loaded._resolve_features() if loaded.features is None else loaded  # a stream may not declare its columns
 
@@ -143,7 +143,8 @@ def locate_file(path: str | None, allowed_roots: list[str], where: str) -> tuple
     is_chained = "://" in file and "::" in file  # fsspec would open the URL after the "::", which lies anywhere
     root = next((root for root in allowed_roots if file.startswith(root) and not is_chained), None)
     if root is None:
-        raise MapetError(f"{where} names the file {file}, which is not of the data set: it is not read")
+        hint = "it is not read; copy it into the data set's folder, or store its bytes in the row"
+        raise MapetError(f"{where} names the file {file}, which is not of the data set: {hint}")
     relative = file.removeprefix(root)
     if root.endswith("@"):  # REVISION/path
         return file, relative.partition("/")[2]
@@ -168,7 +169,7 @@ def read_row(image: dict[str, Any] | None, allowed_roots: list[str], where: str)
         return image["bytes"]
     file, path = locate_file(image["path"], allowed_roots, where)
     if file is None:
-        raise ImageDecodeError(f"no bytes in this row, nor a file: {path!r}")
+        raise ImageDecodeError(f"no bytes in this row, and its path {path!r} names no file of the data set")
     try:
         with open(file, "rb") if "://" not in file else fsspec.open(file) as stream:
             return stream.read()
@@ -184,7 +185,12 @@ def ids_from_paths(paths: list[str | None]) -> PackedStrings:
 
 
 def labels_from_column(class_names: list[str], values: np.ndarray) -> Labels | None:
-    """Return labels from a ClassLabel column; None if a row has none (-1), or there are fewer than two classes."""
+    """Return labels from a ClassLabel column; None if a row has none (-1), or there are fewer than two classes.
+
+    Args:
+        class_names: of the column's feature; [] without such a column.
+        values: class index of each row; -1: no label.
+    """
     return None if len(class_names) < 2 or values.min(initial=0) < 0 else (class_names, values)
 
 
@@ -292,11 +298,11 @@ class HFStream(HFTable):
         return f"row {index}"
 
     def read(self, first: int, position: dict[str, Any] | None) -> Iterator[StreamedImage]:
-        """Yield the rows from one on.
+        """Yield the rows from the one with index `first` to the last.
 
         Args:
-            first: index of that row.
-            position: what `rows.state_dict()` returned when it was the next one; None: it is row 0.
+            first: index of the first row, which names rows in errors.
+            position: what `rows.state_dict()` returned when row `first` was the next one, to resume; None: row 0.
 
         Raises:
             MapetError: the stream ended with an error, or a row names a file that is not of the data set.

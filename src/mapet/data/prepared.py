@@ -49,10 +49,10 @@ class PreparedDataset(ImageList):
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open a finished one.
+        """Open the finished data set in a folder: read everything but the images, and check that all parts have the same number of images.
 
         Raises:
-            MapetError: damaged or unfinished.
+            MapetError: the data set is damaged, unfinished, or there is none.
         """
         self.folder, self.manifest = folder, files.read_manifest(folder, KIND, FORMAT)
         try:
@@ -66,13 +66,13 @@ class PreparedDataset(ImageList):
             class_names = self.manifest.get("classes")
             labels = (class_names, files.read_array(folder / LABELS)) if class_names else None
             if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
-                raise ValueError(f"labels of shape {labels[1].shape}")
+                raise ValueError(f"expected the labels of {total} images of {len(labels[0])} classes, found {labels[1].shape}")
             ids = PackedStrings.from_terminated((folder / IDS).read_bytes())
             super().__init__(folder, ids, np.concatenate(sizes), labels)
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)
             if len(self.file_sizes) != total or len(self.ids) != total or packed != self.file_sizes.sum():
-                found = f"{len(self.file_sizes)} of {packed:,}"
-                raise ValueError(f"{total} images of {self.file_sizes.sum():,} bytes, found {found}")
+                found = f"found {len(self.file_sizes)} images and {packed:,} bytes"
+                raise ValueError(f"expected {total} images and {self.file_sizes.sum():,} bytes in all, {found}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
         self._starts = np.concatenate([np.cumsum(part) - part for part in sizes])  # byte in its shard, by row
@@ -99,7 +99,7 @@ class PreparedDataset(ImageList):
 
 
 def resize_and_encode(image: LazyImage, stored: Callable[[], bytes], short_side: int, channels: int) -> bytes:
-    """Reduce an image to a short side, and encode it as JPEG or, if it has not 1 or 3 channels, as .npy array.
+    """Resize an image to a short side, and encode it as JPEG or, if it has not 1 or 3 channels, as .npy array.
 
     Args:
         image: open, with `channels` channels.
@@ -184,10 +184,14 @@ class PreparedDatasetWriter:
 
         Args:
             items: one for each image, at most `SHARD_SIZE`: whatever `encode` takes.
-            encode: returns the image's bytes or raises ImageDecodeError; called in any thread.
+            encode: returns the image's bytes or raises ImageDecodeError; called in any thread. An image that it raises for becomes an
+                unreadable row of no bytes.
 
         Returns:
-            The items.
+            The items, in their order; [] if the iterator was at its end, which writes an empty shard that does not count.
+
+        Raises:
+            MapetError: too many images are unreadable. The shard is not written then; the complete ones before it stay.
         """
         shard, iterator = self.num_done // SHARD_SIZE, iter(items)
         sizes: list[int] = []
@@ -220,6 +224,7 @@ class PreparedDatasetWriter:
         files.write_manifest(self.folder, KIND, FORMAT, self.manifest)
 
     def _write_array(self, name: str, values: np.ndarray) -> None:
+        """Write an .npy file of this name into the folder, atomically."""
         with files.atomic_write(self.folder / name) as temporary, temporary.open("wb") as file:
             np.save(file, values)
 
@@ -260,13 +265,19 @@ def write_prepared_dataset(
 def _write_stream(stream: HFStream, writer: PreparedDatasetWriter) -> None:
     """Write the shards that a stream still has, then the ids, labels and hash of all its rows; originals are never on disk.
 
-    The manifest keeps the position in the stream, and a file per shard (`STREAMED_ROWS`) what is known of its rows.
+    After each shard the manifest is saved with the position in the stream, and a file (`STREAMED_ROWS`) with path, size and class of the
+    shard's rows: a call after an interruption resumes behind the last complete shard.
+
+    Args:
+        stream: rows are read from the writer's position on.
+        writer: of a new or unfinished data set whose `num_images` is not known yet; in the end it has described all images.
 
     Raises:
-        MapetError: the stream was interrupted, or is empty.
+        MapetError: the stream was interrupted or has no rows, or too many images are unreadable.
     """
 
     def encode(row: StreamedImage) -> bytes:
+        """Return the bytes that the data set stores of a row's image."""
         data = row.take()
         return writer.encode(open_image(data, writer.config.channels, writer.window), lambda: data)
 

@@ -106,6 +106,8 @@ def _file_size(entry: "os.DirEntry[bytes]") -> int | None:
 def _read_list(file: Path) -> ImageFiles:
     """List the image files that a text file names, in its order; empty lines do not count.
 
+    The files are not opened, but each must exist: a path that is wrong would otherwise count as an unreadable image.
+
     Raises:
         MapetError: it is no text file, names no image, or names one that does not exist.
     """
@@ -121,5 +123,6 @@ def _read_list(file: Path) -> ImageFiles:
         try:
             sizes.append(os.stat(os.path.join(root, path)).st_size)
         except OSError as error:
-            raise MapetError(f"{file}, entry {number}: {os.fsdecode(path)}: {error.strerror}") from None
+            hint = f"correct or remove entry {number} of {file} (paths are relative to its folder)"
+            raise MapetError(f"cannot read {os.fsdecode(path)}: {error.strerror or error}: {hint}") from None
     return ImageFiles(file.parent, ids, sizes)

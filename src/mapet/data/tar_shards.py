@@ -164,7 +164,7 @@ def _expand_pattern(source: str) -> list[str]:
         paths += matches
     for path in paths:
         if not path.partition("?")[0].endswith(".tar"):  # a URL may have a query
-            fix = "any image is read alone, so shards must be uncompressed: decompress others (gunzip, zstd -d)"
+            fix = "compressed shards cannot be read image by image; decompress them first (`gunzip`, `zstd -d`)"
             raise MapetError(f"{path}: expected a name ending in .tar; {fix}")
     return paths
 

@@ -52,6 +52,7 @@ class TokenShard:
 
     @property
     def is_done(self) -> bool:
+        """Whether all rows are written."""
         return self.num_done == self.count
 
     @cached_property
@@ -59,7 +60,7 @@ class TokenShard:
         """The shard's token ids, mapped into memory; ValueError if the file holds something else."""
         ids = files.read_array(self.path, "r+" if self.writable else "r")
         if ids.shape != self.shape or ids.dtype != self.dtype:
-            raise ValueError(f"{self.path.name} has rows of {ids.shape} {ids.dtype}, not {self.shape} {self.dtype}")
+            raise ValueError(f"{self.path.name}: expected shape {self.shape} of {self.dtype}, found {ids.shape} of {ids.dtype}")
         return ids
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,7 +143,17 @@ class TokenStore:
         cls, folder: Path, images: ImageList, tokenizer_hash: str, vocab_size: int, grid: tuple[int, int],
         view_spec: ViewSpec, num_views: int,
     ) -> "TokenStore":  # fmt: skip
-        """Write the manifest of a store without rows into a folder, which must exist."""
+        """Write the manifest of a store without rows into a folder, which must exist, and return the store, open for writing.
+
+        Args:
+            folder: of the store.
+            images: the list that the rows belong to, in its order.
+            tokenizer_hash: of the tokenizer that makes the tokens.
+            vocab_size: V; token ids are 0 to V - 1, of 16 bits on disk if they fit, else of 32.
+            grid: rows and columns of patches of each view.
+            view_spec: how the views are drawn.
+            num_views: stored views of each image.
+        """
         manifest = {
             "tokenizer_hash": tokenizer_hash, "images_hash": images.hash, "num_images": len(images), "num_views": num_views,
             "view_spec": view_spec.model_dump(mode="json"), "grid": list(grid), "vocab_size": vocab_size,
@@ -159,7 +170,9 @@ class TokenStore:
         """Open a store; check that it is intact, complete, and belongs to these images and this tokenizer.
 
         Args:
-            tokenizer_hash: None: any tokenizer.
+            folder: of the store.
+            images: the list that it must have been made from (the same ids and file sizes, in the same order).
+            tokenizer_hash: of the tokenizer that it must have been made with; None: any tokenizer.
             writable: to write its missing rows; it need not be complete then.
 
         Raises:

@@ -73,6 +73,9 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int
         size: height and width of the upright image, pixels.
         key: of the image (`ImageList.key`).
         view_index: which view of the image.
+
+    Returns:
+        A box that lies in the image. 'center' and 'center-flip' have the largest box of the input's aspect ratio.
     """
     target_height, target_width = spec.image_size
     scale = min(size[0] / target_height, size[1] / target_width)

@@ -331,7 +331,8 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         local = folder / Path(checkpoint).name
         if not local.exists():
             raise MapetError(
-                f"the weights file of teacher '{name}' in {folder}, {checkpoint}, is not there: put it, or a link to it, into {folder}"
+                f"the tokenizer {folder} needs the weights file of its teacher '{name}', and {checkpoint} does not exist: put the file, or a "
+                f"link to it, into {folder}"
             )
         config = config.model_copy(update={"teacher_checkpoint": str(local)})
     teacher = tokenizer.teacher = make_teacher(config, precision)
