@@ -52,7 +52,9 @@ def read_json(path: Path, what: str) -> Any:
         hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
         raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
     except (ValueError, OSError) as error:
-        raise MapetError(f"{path}: not a readable {what} ({error}): restore the file, or make the {what} again") from None
+        raise MapetError(
+            f"{path}: not a readable {what} ({error}): restore the file, or make the {what} again"
+        ) from None
 
 
 def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:

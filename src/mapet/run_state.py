@@ -100,8 +100,10 @@ class RunState(BaseModel):
             state = cls.model_validate(content)
         except (ValueError, TypeError) as error:  # pydantic's is a ValueError
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-            raise MapetError(f"{path}: damaged run state ({reason}): restore the file, or start in a new folder") from None
+            reason = ": ".join(map(str, (*first["loc"], first["msg"])))
+            raise MapetError(
+                f"{path}: damaged run state ({reason}): restore the file, or start in a new folder"
+            ) from None
         if state.status == "running" and not state._is_alive():
             state.status, state.reason = "interrupted", f"its process {state.pid} is gone"
         return state

@@ -66,7 +66,9 @@ class PreparedDataset(ImageList):
             class_names = self.manifest.get("classes")
             labels = (class_names, files.read_array(folder / LABELS)) if class_names else None
             if labels is not None and (labels[1].shape != (total,) or labels[1].max() >= len(labels[0])):
-                raise ValueError(f"expected the labels of {total} images of {len(labels[0])} classes, found {labels[1].shape}")
+                raise ValueError(
+                    f"expected the labels of {total} images of {len(labels[0])} classes, found {labels[1].shape}"
+                )
             ids = PackedStrings.from_terminated((folder / IDS).read_bytes())
             super().__init__(folder, ids, np.concatenate(sizes), labels)
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)

@@ -60,7 +60,9 @@ class TokenShard:
         """The shard's token ids, mapped into memory; ValueError if the file holds something else."""
         ids = files.read_array(self.path, "r+" if self.writable else "r")
         if ids.shape != self.shape or ids.dtype != self.dtype:
-            raise ValueError(f"{self.path.name}: expected shape {self.shape} of {self.dtype}, found {ids.shape} of {ids.dtype}")
+            raise ValueError(
+                f"{self.path.name}: expected shape {self.shape} of {self.dtype}, found {ids.shape} of {ids.dtype}"
+            )
         return ids
 
     def __getstate__(self) -> dict[str, Any]:
