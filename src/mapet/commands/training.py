@@ -67,10 +67,16 @@ def finetune(config: FinetuneConfig) -> float:
 
 
 def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
-    """Fine-tune with one seed, log the accuracy and record it in run.json, if there is an `out` folder.
+    """Fine-tune with one seed; log the accuracy on the test images and, if there is an `out` folder, record it in run.json.
+
+    With `config.resume` a run continues from its newest checkpoint; a finished one is not trained again, its recorded accuracy is returned.
 
     Returns:
         Accuracy (0..1), and the name of a signal that asked to stop when nothing was left to do, or ''.
+
+    Raises:
+        Interrupted: a signal asked to stop before the end; the newest checkpoint is saved.
+        MapetError: see `Trainer`.
     """
     if config.resume:
         config = resolve_resume_config(config, "finetune")
@@ -93,11 +99,12 @@ def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(plot_learning_curve(rows), config.out / "curve.png")
         results = {"accuracy": accuracy, "ci95_low": low, "ci95_high": high, "classes": train.classes}
+        images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
+        results["provenance"] = asdict(finetuning_provenance(config.out, images))
+        # One call: a run whose run.json has the accuracy is finished, and is not completed by resuming.
         counts, hashes = {"images": len(train.labels), "test_images": num_test}, {"images": train.images.hash}
         record(config.out, counts=counts, hashes=hashes, results=results)
-        images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
-        record(config.out, results={"provenance": asdict(finetuning_provenance(config.out, images))})
-        shutil.rmtree(config.out / "checkpoints")  # a finished run is not resumed
+        shutil.rmtree(config.out / "checkpoints")  # no longer needed: a finished run is not resumed
     return accuracy, trainer.stop.signal_name
 
 
@@ -138,6 +145,8 @@ def _finetune_seeds(config: FinetuneConfig) -> float:
 
 def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     """Recompute the steps of a debug bundle without updating weights; log and return the loss and gradient of each.
+
+    A debug bundle is the folder RUN/debug/step-* with weights and image ids that a run saves when NaN or Inf stops it.
 
     Raises:
         MapetError: not a debug bundle, or not in the folder of its run; images that are not those of the run.

@@ -129,15 +129,20 @@ def _parse_levels(name: str, values: list[Any] | Levels) -> Levels:
 
 
 def get_compared_factor(config: StudyConfig) -> str:
-    """Return the factor whose levels are compared: `compare_by`, else the only one of the grid, else 'objective'."""
+    """Return the factor (a key of the grid) whose levels are compared: `compare_by`, else the only one of the grid, else 'objective'."""
     return config.compare_by or (next(iter(config.grid)) if len(config.grid) == 1 else "objective")
 
 
 def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     """Return the trials with their FLOPs per image, and further ones of more epochs for the comparison at equal compute.
 
-    A trial that is compared with more expensive ones is run a second time, for as many epochs as cost what the most expensive
-    one costs. Until its tokenizer is fitted, which decides the size of the model's head, a trial costs 0 and gets no second run.
+    A trial that is compared with more expensive ones (those that differ from it in the compared factor alone) is run a second time, for as
+    many epochs as cost what the most expensive one costs. Until its tokenizer is fitted, which decides the size of the model's head, a
+    trial costs 0 and gets no second run.
+
+    Args:
+        config: of the study; `equal_compute` says whether there are second runs.
+        trials: at equal epochs, as `grid_trials` returns them.
     """
     costs: dict[Condition, float] = {}  # by all factors: building the model of each takes a while, and seeds cost alike
     for trial in trials:
@@ -237,7 +242,19 @@ def _check_unchanged(folder: Path, changed: list[str]) -> None:
 
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
-    """Fit tokenizers and store their tokens, where that is not done; return name -> reason of those that could not be made."""
+    """Fit tokenizers and store their tokens, where that is not done yet.
+
+    Args:
+        config: of the study.
+        names: of the tokenizers that its trials use.
+
+    Returns:
+        Name -> reason, of the tokenizers that could not be made; the others are made all the same.
+
+    Raises:
+        Interrupted: a signal asked to stop; what is done is kept, and the same command resumes.
+        MapetError: a tokenizer exists that was made with other options.
+    """
     broken = {}
     for name in sorted(names):
         fitting, tokenizing = tokenizer_configs(config, name)
@@ -263,16 +280,19 @@ def is_finished(folder: Path) -> bool:
 
 
 def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str], num_images: int) -> str:
-    """Run each unfinished trial in a process of its own, one at a time on each device.
+    """Run each trial that is not finished in a process of its own, one at a time on each device.
 
-    A signal to stop is passed on to the running processes, which save; their trials are resumed by the next call.
+    A trial that was interrupted is resumed, one that failed is run again from its newest checkpoint. A signal to stop is passed on to the
+    running processes, which save a checkpoint; the function waits for them and returns. A trial that fails does not stop the others.
 
     Args:
+        config: of the study; its `devices` are the devices to run on.
+        trials: all trials of the study, in the order in which they are started.
         broken: name of a tokenizer -> why it could not be made; its trials are recorded as failed.
-        num_images: training images.
+        num_images: number of training images.
 
     Returns:
-        The name of the signal that stopped them, or ''.
+        The name of the signal that stopped the trials, or '' if all have ended.
     """
     waiting = []
     for trial in trials:
@@ -385,6 +405,8 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     """Evaluate a trial's frozen features, by logistic regression and k-NN on every test set, and its fine-tuning.
 
     Args:
+        config: of the trial, which is pre-trained.
+        device: to compute on, e.g. 'cpu'.
         seed: of random weights and fine-tuning; None means the trial's.
         pretrained: False for the same ViT with random weights.
 
@@ -415,6 +437,9 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
 def learning_curve(config: TrialConfig) -> dict[str, Any]:
     """Return cost and learning curve of a finished pre-training run, from its metrics.jsonl.
 
+    Args:
+        config: of the trial; it gives the run's folder, the number of images and the FLOPs of an epoch.
+
     Returns:
         "flops" and "seconds" of the run, the latter without start-up and evaluation; "curve", a list of points as in `Trial`.
     """
@@ -438,6 +463,8 @@ def collect_results(config: StudyConfig, trials: list[Trial], notes: list[str], 
     """Return all trials with their results, finished or not, and what the report prints with them.
 
     Args:
+        config: of the study.
+        trials: of the study, without results.
         notes: sentences for the top of the report.
         evaluate_baselines: whether to evaluate untrained models that are not evaluated yet.
     """

@@ -37,6 +37,8 @@ PATCHES_PER_CODE = FitTokenizerConfig.model_fields["patches_per_code"].default
 def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Iterator[str]:
     """Estimate the cost of `fit-tokenizer`, `tokenize` and `pretrain` on these images and this machine by timing one batch.
 
+    What `config` doesn't say has the default of these commands: epochs, vocabulary size, patches per code, mask ratio, automatic batch.
+
     In order: build teacher (frozen encoder whose features become tokens) and student (ViT) with random head; time reading the batch, the
     teacher's forward pass and the student's training step; multiply by the number of images or patches of each command. Reading
     is done by other processes at the same time, so an image takes the longer of reading and computing.

@@ -66,7 +66,8 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainerConfig, compute: ComputeContext) -> None:
         """Create the folder, or reopen it if `resume` is set; write config.yaml, and open train.log, metrics.jsonl and trackers.
 
-        config.yaml of a resumed run is written again if the path of an input or output has changed.
+        In a resumed run, train.log and metrics.jsonl are appended to, and config.yaml is written again if the path of an input or output
+        has changed. The metrics after the checkpoint are removed by `truncate_metrics`, which the trainer calls.
 
         Args:
             path: of the run; must be empty or missing unless `config.resume`.
@@ -74,7 +75,8 @@ class RunFolder:
             compute: device and precision, for run.json and train.log.
 
         Raises:
-            MapetError: the folder is not empty, or cannot be written.
+            MapetError: the folder is not empty, and `resume` is not set.
+            OSError: the folder cannot be written.
         """
         self.path, config_file = path, path / CONFIG_FILE
         not_paths = frozenset(type(config).model_fields) - PATH_OPTIONS  # `diff_configs` ignores these
@@ -98,9 +100,12 @@ class RunFolder:
         self._trackers = [Tracker(name, path, options) for name in dict.fromkeys(config.track)]
 
     def __enter__(self) -> "RunFolder":
-        """Log an uncaught error of another thread (TensorBoard's writer, a tracker) as a warning, so that training continues."""
-        text = "TensorBoard's or a tracker's metrics are incomplete: %s. All metrics are in metrics.jsonl of the run's folder"
-        self._hook, threading.excepthook = threading.excepthook, lambda failure: log.warning(text, failure.exc_value)
+        """Log an uncaught error of another thread, such as TensorBoard's writer, as a warning instead of a traceback."""
+        text = "thread %s failed: %s. Training continues, and all metrics are in metrics.jsonl of the run's folder; TensorBoard may lack some"
+        self._hook = threading.excepthook
+        threading.excepthook = lambda failure: log.warning(
+            text, failure.thread and failure.thread.name, failure.exc_value
+        )
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

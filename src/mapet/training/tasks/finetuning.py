@@ -60,6 +60,13 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     def build(self, config: FinetuneConfig, compute: ComputeContext) -> None:
         """Read the labels, load the backbone with a new head, and set up augmentation and the moving average of the weights.
 
+        Sets the attributes that `Task` lists (model, dataset, indices, hashes, config with a resolved `batch_size`, ...). The automatic batch
+        size leaves `MIN_STEPS_PER_EPOCH` steps per epoch where the images suffice.
+
+        Args:
+            config: options of `finetune`, some of them None.
+            compute: device and precision.
+
         Raises:
             MapetError: backbone or labels can't be read, or an option doesn't fit them.
         """
@@ -91,7 +98,10 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         self.description = f"fine-tuning {source} on {num_images:,} images, {num_classes} classes"
 
     def build_model(self) -> VisionTransformer:
-        """Load the backbone with a new head; the norm that pre-training learned stays, before the pooling."""
+        """Return the backbone with a new head, on the device; the norm that pre-training learned stays, before the mean pooling.
+
+        The weights are random if `from_scratch` is set.
+        """
         config, num_classes = self.config, len(self.train.classes)
         head = {"num_classes": num_classes, "global_pool": "avg", "fc_norm": False, "drop_path_rate": config.drop_path}
         vit = load_backbone(config.backbone, pretrained=not config.from_scratch, **head)
@@ -199,7 +209,7 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
 
 @torch.inference_mode()
 def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
-    """Classify the center crops of labeled images.
+    """Classify the center crops of labeled images; unreadable ones are left out of both counts.
 
     Args:
         vit: with a classifier; it is put into evaluation mode.
@@ -207,7 +217,10 @@ def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeC
         compute: device and precision.
 
     Returns:
-        (number of images that are classified correctly, number of images that were classified)
+        (number of images that are classified correctly, number of images that were read and classified)
+
+    Raises:
+        MapetError: too many images are unreadable; see `BackboneWrapper.batches`.
     """
     vit.eval()
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)

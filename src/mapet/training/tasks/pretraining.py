@@ -141,7 +141,15 @@ def activation_bytes_per_image(model: ViTForPreTraining, compute: ComputeContext
 
 
 def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: ComputeContext) -> int:
-    """Return the automatic number of images per forward pass: all on a GPU; on a CPU the widest activation stays in its cache."""
+    """Return the automatic number of images per forward pass: all of the batch on a GPU; on a CPU as many as its cache holds.
+
+    The widest activation, that between the two layers of an MLP, is then read again from the cache: memory would be slower.
+
+    Args:
+        model: for the length of its packed sequence and the width of its MLPs.
+        batch_size: images of a step on this rank.
+        compute: device and dtype of matrix products.
+    """
     if compute.device.type != "cpu":
         return batch_size
     rows = sum(model.layout().segment_lengths.values())
@@ -182,7 +190,18 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
     probe_sets: tuple[LabeledSet, LabeledSet] | None = None
 
     def build(self, config: PretrainConfig, compute: ComputeContext) -> None:
-        """Open images, tokenizer, tokens and probe, build the model and resolve the batch size; a collective call."""
+        """Open images, tokenizer, tokens and probe, build the model and resolve the batch size; a collective call.
+
+        Sets the attributes that `Task` lists; the images that were unreadable for `tokenize` are left out of training. The teacher is loaded
+        only if its features are needed: without stored tokens, or for the target 'features'. Rank 0 decides an automatic batch size.
+
+        Args:
+            config: options of `pretrain`, some of them None.
+            compute: device and precision.
+
+        Raises:
+            MapetError: images, tokenizer or tokens are missing, damaged or do not belong together, or an option does not fit them.
+        """
         self.compute, images = compute, list_images(config.images)
         needs_teacher = config.tokens is None or config.target == "features"
         tokenizer = load_tokenizer(config.tokenizer, needs_teacher, config.trust_teacher).to(compute.device)
@@ -297,7 +316,11 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
-        """Format loss and accuracy, each beside its baseline if there is one."""
+        """Format the loss and, if the targets are tokens, their accuracy, each beside its baseline.
+
+        Args:
+            metrics: "loss"; and "token_accuracy", "unigram_entropy", "majority_token_accuracy" together, or none of these three.
+        """
         text = "loss {loss:.3f}"
         if "unigram_entropy" in metrics:
             text += " (unigram {unigram_entropy:.3f}), accuracy {token_accuracy:.1%} (majority {majority_token_accuracy:.1%})"
@@ -329,7 +352,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return [module.forward_features(normalize(batch.images, module.in_chans))]
 
     def finish(self, module: VisionTransformer) -> Path:
-        """Save the backbone; return its folder."""
+        """Save the backbone in OUT/backbone, unless it exists already; return this folder."""
         backbone = self.config.out / "backbone"
         if not backbone.exists():
             save_backbone(module.eval().cpu(), backbone)

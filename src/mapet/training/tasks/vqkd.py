@@ -45,6 +45,12 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def build(self, config: TrainTokenizerConfig, compute: ComputeContext) -> None:
         """Open images and teacher, resolve `vocab_size`, and build the untrained model.
 
+        Sets the attributes that `Task` lists; every image is used for training.
+
+        Args:
+            config: options of `train-tokenizer`, some of them None.
+            compute: device and precision.
+
         Raises:
             MapetError: there are fewer patches than codes, or images, teacher or model can't be had as the options say.
         """
