@@ -65,9 +65,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         hint = f": did you mean {inside[0]}?" if inside else ", not a file of weights"
         raise MapetError(f"{path} is a folder{hint}") from None
     except OSError as error:
-        raise MapetError(f"cannot read weights from {path}: {error.strerror or error}") from None
+        hint = "give a file of safetensors or torch.save that exists and may be read"
+        raise MapetError(f"cannot read weights from {path}: {error.strerror or error}: {hint}") from None
     except Exception as error:  # a damaged pickle may raise anything
-        reason = first_line(error) if str(error).strip() else "it is damaged or cut off"
+        reason = first_line(error) if str(error).strip() else "it is damaged or cut off: download or copy it again"
         raise MapetError(f"cannot read weights from {path}: {reason}") from None
     return weights
 

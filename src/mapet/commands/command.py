@@ -132,6 +132,8 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: Abstract
     exists, all ranks wait until rank 0 is done.
 
     Args:
+        function: a command; whatever it raises on rank 0 is raised here, and the other ranks then fail at their next collective.
+        config: the function's argument.
         state: context of `run_state`, entered on rank 0 only; it keeps run.json.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mapet.data.image_list import ImageList, Labels, PackedStrings
 from mapet.data.readers import MAX_BYTES, ImageDecodeError
-from mapet.errors import MapetError, install_hint, option
+from mapet.errors import MapetError, first_line, install_hint, option
 
 SAVED = ("state.json", "dataset_dict.json")
 """A folder made by `save_to_disk` has one of these."""
@@ -63,8 +63,11 @@ class HFTable:
         name = match[1]
         try:
             rows = _load_split(datasets, name, match[2], match[3], streaming)
+        except MapetError:
+            raise
         except Exception as error:  # of many kinds
-            raise MapetError(f"{source}: {first_line(error)}") from None
+            hint = "check its name, configuration and split, or give a folder of its parquet files"
+            raise MapetError(f"the package datasets cannot load {source} ({first_line(error)}): {hint}") from None
         kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
         images, labels = ([column for column in kinds if kinds[column] == kind] for kind in ("Image", "ClassLabel"))
         if len(images) != 1 and "image" not in images:
@@ -105,7 +108,7 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
             loaded = loaded[split]
         elif split is not None:
             found = f"has {', '.join(loaded)}" if isinstance(loaded, dict) else "has one, without a name"
-            raise MapetError(f"there is no split {split!r}: {name} {found}")
+            raise MapetError(f"there is no split {split!r}: {name} {found}; choose that or omit it")
     elif path.is_file() and path.suffix in FORMATS:
         loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split, streaming=streaming)
     else:
@@ -115,11 +118,6 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
             raise MapetError(f"{name} has the splits {', '.join(loaded)}: choose one, hf:{name}:{next(iter(loaded))}")
         loaded = next(iter(loaded.values()))
     return loaded._resolve_features() if loaded.features is None else loaded  # a stream may not declare its columns
-
-
-def first_line(error: Exception) -> str:
-    """Return the reason that an error of any kind gives, without the lines that may follow."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def locate_file(path: str | None, allowed_roots: list[str], where: str) -> tuple[str | None, str | None]:
@@ -174,7 +172,7 @@ def read_row(image: dict[str, Any] | None, allowed_roots: list[str], where: str)
         with open(file, "rb") if "://" not in file else fsspec.open(file) as stream:
             return stream.read()
     except Exception as error:  # of many kinds, by protocol
-        raise ImageDecodeError(first_line(error)) from None
+        raise ImageDecodeError(f"cannot read {file}: {first_line(error)}") from None
 
 
 def ids_from_paths(paths: list[str | None]) -> PackedStrings:

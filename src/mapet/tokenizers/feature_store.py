@@ -128,7 +128,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         except OSError as error:
             fix = f"give {option('out')} in another folder, or more {option('memory_gb')}"
             raise MapetError(
-                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror}; {fix}"
+                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror or error}; {fix}"
             ) from None
         free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
