@@ -45,12 +45,12 @@ def save_checkpoint(
     """Write a checkpoint atomically, read it back, and only then remove all but the newest `keep` checkpoints.
 
     It is the folder FOLDER/step-NNNNNNNN with one safetensors file for each of `parts` and trainer_state.json, which has the sha256 of
-    these files. If there is a checkpoint of this step already, nothing is done.
+    these files. If there is a checkpoint of this step already, nothing is written or removed. Call it on one rank only.
 
     Args:
         folder: of all checkpoints of the run; is created.
         step: number of steps that are done, in the checkpoint's name with 8 digits.
-        parts: file name without suffix -> name -> tensor, as `checkpoint_tensors` returns them.
+        parts: file name without suffix -> name -> tensor, as `checkpoint_tensors` returns them; on any device.
         state: further entries of trainer_state.json that a resumed run needs, JSON.
         keep: at least 1; the new checkpoint counts.
 
@@ -90,10 +90,10 @@ def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Args:
         path: of the file.
-        tensors: by name, on any device.
+        tensors: name -> tensor that was written, on any device; all of them must be in the file.
 
     Raises:
-        MapetError: the bytes of a tensor differ.
+        MapetError: the bytes of a tensor differ. Other damage raises one of `READ_ERRORS`.
     """
     written = load_file(path)
     for name, tensor in tensors.items():
@@ -105,8 +105,11 @@ def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
 def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) -> dict[str, dict[str, Tensor]]:
     """Gather the tensors of a checkpoint for rank 0 to save; a collective call.
 
+    Tensors that are not sharded are not copied: they share memory with the live model, optimizer and `stateful`, so save them before the
+    next step. The optimizer's options (learning rate, betas, ...) and the schedule are not included: they follow from config and step.
+
     Args:
-        model: may be sharded over ranks; its tensors are gathered.
+        model: may be sharded over ranks (FSDP); its tensors are gathered.
         optimizer: of the model.
         stateful: further objects whose `state_dict()` is flat, name -> tensor; the keyword is their name in the checkpoint.
 
@@ -141,13 +144,16 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load the newest intact checkpoint of a run into model and optimizer; skip damaged ones with a warning.
 
+    With several ranks all must call it, and each reads the files. Learning rate and other options of the optimizer stay as they are.
+
     Args:
         folder: of all checkpoints of a run, or of a single checkpoint.
         model: changed in place; it may be sharded over ranks.
         optimizer: changed in place; None: its state is not loaded.
         hashes: sha256 of the present inputs by name, e.g. {'tokenizer_hash': ...}, which must equal those in the checkpoint; a name
             that the checkpoint lacks is not checked.
-        stateful: further objects to load by `load_state_dict`, by the names that they were saved under with `checkpoint_tensors`.
+        stateful: further objects to load by `load_state_dict`, by the names that they were saved under with `checkpoint_tensors`. They
+            stay as they are if the checkpoint has no file of them, as in version 0.1.
 
     Returns:
         The content of trainer_state.json: `step` (number of steps that are done), what `save_checkpoint` got as `state`, and
@@ -155,8 +161,8 @@ def load_checkpoint(
 
     Raises:
         NewerFormatError: a newer version of mapet wrote the newest one; loading an older one would lose the newer work unnoticed.
-        OtherInputsError: it was made from other inputs.
-        MapetError: there is no checkpoint, or none is intact.
+        OtherInputsError: the newest intact one was made from other inputs.
+        MapetError: there is no checkpoint, or none is intact. The model may then hold parts of a damaged one.
     """
     candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in candidates:
@@ -165,7 +171,7 @@ def load_checkpoint(
             load_full_state_dict(model, parts["model"])
             if optimizer is not None:
                 _load_optimizer(optimizer, parts["optimizer"])
-            if "metrics_state" in parts:  # absent in what version 0.1 wrote
+            if "metrics_state" in parts:
                 for name, stateful_object in stateful.items():
                     tensors, prefix = parts["metrics_state"].items(), f"{name}."
                     own = {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
@@ -174,14 +180,14 @@ def load_checkpoint(
         except (NewerFormatError, OtherInputsError):
             raise
         except (MapetError, *READ_ERRORS) as error:
-            log.warning("checkpoint %s cannot be used: %s", path, str(error).splitlines()[0])
+            log.warning("checkpoint %s cannot be used: %s; it is skipped", path, " ".join(str(error).split()))
     raise MapetError(
         f"no usable checkpoint in {folder} ({len(candidates)} found): start a new run with a new {option('out')}"
     )
 
 
 def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Read and check the files of one checkpoint.
+    """Read the files of one checkpoint onto the CPU, and check step, hashes of the inputs, and sha256 of each file.
 
     Args:
         path: folder of the checkpoint.
@@ -192,12 +198,12 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
 
     Raises:
         NewerFormatError, OtherInputsError: see `load_checkpoint`.
-        MapetError, ValueError, KeyError, OSError: a file is missing or damaged.
+        MapetError, other `READ_ERRORS`: a file is missing or damaged.
     """
     state = files.read_checksummed_json(path / STATE, "checkpoint")
     files.check_format(state.get("format_version"), FORMAT, "checkpoint", path)
     if state["step"] != checkpoint_step(path):
-        raise ValueError(f"{STATE} is of step {state['step']}, the folder of step {checkpoint_step(path)}")
+        raise ValueError(f"{STATE} has step {state['step']}, expected {checkpoint_step(path)} as in the folder's name")
     for name, digest in hashes.items():
         if state.get(name, digest) != digest:
             raise OtherInputsError(
@@ -211,11 +217,14 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load an optimizer's state from a checkpoint; the options of its parameter groups (learning rate, ...) stay as they are.
+    """Load an optimizer's state (Adam's moments, ...) from a checkpoint, in place of all that it has.
+
+    The options of its parameter groups (learning rate, ...) stay as they are.
 
     Args:
         optimizer: changed in place.
-        tensors: 'INDEX.NAME' -> full tensor, as `checkpoint_tensors` names them. Each is sharded as the parameter with this index is.
+        tensors: 'INDEX.NAME' -> full tensor, e.g. '0.exp_avg', as `checkpoint_tensors` names them; INDEX counts the parameters of all
+            groups in order. Each tensor is sharded as its parameter is.
     """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -253,11 +262,11 @@ def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, nu
     """Write a debug bundle of the last steps, with which `mapet debug-step` computes them again; a collective call.
 
     It is the folder OUT/debug/step-NNNNNNNN, named after the first of the steps, with the model's weights, which skipped steps have not
-    changed, and bundle.json: seed, and for each step the ids of its images. One that is there already is kept.
+    changed, and bundle.json: seed, and for each step the ids of its images. A bundle that is there already is kept as it is.
 
     Args:
         task: its model has the weights; its config has OUT (`out`, not None).
-        sampler: gives the images of each step.
+        sampler: of the run; gives the images of each step, on all ranks together.
         last_step: counted from 1, as in the log.
         num_steps: number of steps in the bundle, which end with `last_step`.
 
@@ -279,7 +288,7 @@ def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, nu
 
 def _image_ids(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
     """Return the ids of a step's images; `step` counts from 1."""
-    return [task.dataset.images.id(index) for _, index in sampler.batch(step - 1)]
+    return [task.dataset.images.id(index) for _epoch, index in sampler.batch(step - 1)]
 
 
 def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> list[int]:
@@ -294,7 +303,9 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         The numbers of the bundle's steps, counted from 1, ascending.
 
     Raises:
-        MapetError: it is not a bundle, damaged, or belongs to other images or another model.
+        NewerFormatError: a newer version of mapet wrote the bundle.
+        MapetError: the folder is not a bundle, is damaged, or belongs to other images or another model; in these two cases the model
+            may be changed already.
     """
     content = files.read_checksummed_json(bundle / BUNDLE, "debug bundle")
     try:
@@ -302,10 +313,10 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, image_ids in content["images"].items():
             if _image_ids(task, sampler, int(step)) != image_ids:
-                raise ValueError(f"step {step} has other images now than in {BUNDLE}; restore those of the run")
+                raise ValueError(f"step {step} has other images now than in {BUNDLE}; restore the images of the run")
         return [int(step) for step in content["images"]]
     except READ_ERRORS as error:
-        raise MapetError(f"cannot use the debug bundle {bundle}: {str(error).splitlines()[0]}") from None
+        raise MapetError(f"cannot use the debug bundle {bundle}: {' '.join(str(error).split())}") from None
 
 
 class StepReport(NamedTuple):
@@ -313,11 +324,11 @@ class StepReport(NamedTuple):
 
     Attributes:
         step: counted from 1.
-        loss: of the whole batch.
-        norm: of its gradient.
+        loss: mean over the whole batch.
+        norm: L2 norm of the gradient of all parameters.
         losses: (image id, loss) of each image, NaN and largest first.
-        module: name of the first module with a NaN or infinite output, '' if none.
-        parameters: names of those with a NaN or infinite gradient.
+        module: name in `task.model` of the module that computed the first NaN or infinite output; '' if none.
+        parameters: names in `task.model` of the parameters with a NaN or infinite gradient.
     """
 
     step: int
@@ -331,20 +342,25 @@ class StepReport(NamedTuple):
 def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
     """Compute the loss and gradient of a step as the run did, without an update, and find where NaN and Inf come from.
 
+    Images that cannot be read are skipped. The gradient stays in the `grad` of the model's parameters.
+
     Args:
-        task: built as in the run, with the weights from before the step.
+        task: built as in the run, with the weights from before the step; its config's `micro_batch_size` None is the whole batch.
         sampler: of the run, in one process: gives the images of the whole batch.
         step: counted from 1.
 
+    Returns:
+        Loss, gradient norm, losses of the images, and which module and parameters have NaN or Inf; see `StepReport`.
+
     Raises:
-        MapetError: none of the step's images can be read.
+        MapetError: none of the step's images can be read, or memory does not suffice for one image.
     """
     model, images = task.model, task.dataset.images
     batch = task.dataset.batch(sampler.batch(step - 1))
     if not len(batch):
-        raise MapetError(
-            f"none of the {len(batch.unreadable)} images of step {step} can be read, the first: {batch.unreadable[0][1]}. Restore them"
-        )
+        index, reason = batch.unreadable[0]
+        problem = f"none of the {len(batch.unreadable)} images of step {step} can be read"
+        raise MapetError(f"{problem}, the first, {images.id(index)!r}: {reason}. Restore these images")
     forward_backward = ForwardBackward(LossModule(task), task.compute, task.config.micro_batch_size or len(batch))
     names = {module: name for name, module in model.named_modules() if name}  # all but the model itself
     nonfinite_modules = []  # names of modules with NaN or Inf in their output, in the order of the forward pass

@@ -167,7 +167,8 @@ class MetricLogger:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, which holds sums over ranks: rank 0 takes these, other ranks take zeros.
 
-        Which images the steps had is not saved: they have none.
+        The steps' images are not saved, so each of these steps has none; nor is the time that these steps took, so `images_per_second` is
+        too high in the first window after a run was resumed.
         """
         self._num_skipped = int(state["skipped"])
         self._total_counts.copy_(state["total_counts"])
@@ -225,7 +226,8 @@ class LossMonitor:
             losses: of the same images.
 
         Returns:
-            "'a.png' (7.1), 'b.png' (6.9), 'c.png' (6.5)"; NaN is written as inf.
+            "'a.png' (7.1), 'b.png' (6.9), 'c.png' (6.5)", the image ids and losses, largest first; NaN is written as inf. "unknown, from
+            before the run was resumed" if no rank has an image.
         """
         top = losses.float().cpu().nan_to_num(torch.inf).topk(min(NUM_NAMED_IMAGES, len(losses)))
         local = list(zip(top.values.tolist(), index[top.indices].tolist(), strict=True))
@@ -239,7 +241,7 @@ class LossMonitor:
         return {"losses": losses, "consecutive_skipped": torch.tensor(self.consecutive_skipped)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the recent losses and `consecutive_skipped` that `state_dict` returned."""
         self._losses = deque(state["losses"].tolist(), HISTORY)
         self.consecutive_skipped = int(state["consecutive_skipped"])
 
@@ -281,7 +283,7 @@ class ProgressDisplay:
             bar.close()
 
     def update(self) -> None:
-        """Count a step."""
+        """Count one more step as done, and advance the bar."""
         self._done += 1
         self._bar.update()
 

@@ -47,12 +47,12 @@ def apply_fsdp(model: nn.Module, compute: ComputeContext) -> None:
 
 
 def _run(block: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call a function of a block as a method of it, which FSDP gathers the block's weights for."""
+    """Return `function(block, *args)`; as a method of the block, it is a forward method, for which FSDP gathers the block's weights."""
     return function(block, *args)
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward pass reduces the gradients of sharded parts over ranks."""
+    """Set whether backward passes from now on sum the gradients of sharded parts over ranks; nothing is done without sharded parts."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(enabled, recurse=False)
@@ -64,7 +64,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor if it is sharded, else return it; a collective call."""
+    """Gather a sharded tensor (DTensor) on every rank, a collective call; return any other tensor itself, without a copy."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -91,7 +91,10 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
 
 
 def distribute_like(value: Tensor, other: Tensor) -> Tensor:
-    """Shard a full tensor, which all ranks have, as `other` is; return it as it is if `other` isn't sharded or has another shape."""
+    """Shard a full tensor, which all ranks have, over the ranks in the same way as `other`, on the device of `other`.
+
+    It is returned as it is if `other` is not sharded or has another shape (e.g. an optimizer's step count).
+    """
     if not isinstance(other, DTensor) or value.shape != other.shape:
         return value
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

@@ -42,8 +42,10 @@ class LowPrecision(nn.Module):
     def forward(self, *args: Any) -> Any:
         """Call the float32 module with its parameters cast to `dtype`; return what it returns.
 
+        Its buffers are used as they are. Gradients reach the float32 parameters through the cast.
+
         Args:
-            args: passed on to the module as they are; it casts its inputs itself.
+            args: passed on to the module as they are; it casts its inputs itself, to the dtype of its weights.
         """
         weights = {name: parameter.to(self.dtype) for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, args)
@@ -65,10 +67,11 @@ class ForwardBackward:
         """Choose how the module is computed: itself, as a low-precision copy, or sharded (FSDP), which casts by itself.
 
         Args:
-            module: float32, on the device of `compute`; see the class for what it returns.
+            module: float32, on the device of `compute`, perhaps sharded by `apply_fsdp`; see the class for what it returns.
             compute: device and dtype of matrix products, float32 or bfloat16.
-            micro_batch: images per forward pass.
-            same_shapes: whether all steps compute with tensors of one shape.
+            micro_batch: largest number of images per forward pass.
+            same_shapes: whether all steps compute with tensors of one shape, so that the parameters without a gradient in the first
+                step have none in any; otherwise DistributedDataParallel looks for them in every step, which takes time.
         """
         self.module, self.micro_batch, self._same_shapes = module, micro_batch, same_shapes
         self._sharded = is_sharded(module)
@@ -81,12 +84,13 @@ class ForwardBackward:
     def __call__(self, batch: Batch, *args: Any, fraction: float = 1.0) -> list[Any]:
         """Compute forward and backward pass of a batch in micro-batches, and add the gradient, summed over ranks, to `module`'s.
 
+        The module is put into training mode. The gradient must be cleared (`grad` None) before, as it is after memory has run out.
         If memory runs out, the batch is computed again with half the micro-batch size. That is not possible while other ranks wait
         for this one's gradient: with several ranks in their first step alone, which is tried without communication, and with
         sharded weights never. With several ranks this is a collective call.
 
         Args:
-            batch: of this rank, at least one image.
+            batch: of this rank, at least one image, prepared on the device.
             args: passed on to the module after the batch.
             fraction: number of this rank's images over the number of the step's images on all ranks; 0 for a placeholder image. The
                 gradient is weighted by it, so that the sum over ranks is that of the mean loss of all images.
@@ -123,7 +127,7 @@ class ForwardBackward:
             batch, args: see `__call__`.
 
         Raises:
-            RuntimeError: memory does not suffice; nothing is wrapped.
+            RuntimeError: memory does not suffice, or another error of the module; nothing is wrapped.
         """
         with torch.random.fork_rng():  # so that the step itself draws the same random numbers
             self._accumulate(batch, args, 0.0)
@@ -137,7 +141,8 @@ class ForwardBackward:
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
         """Run the forward and backward pass of each micro-batch, and add the gradients; see `__call__` for arguments and result.
 
-        Ranks sum their gradients once, in the backward pass of the last micro-batch; before `_rehearse` has ended not at all.
+        Ranks sum their gradients once, in the backward pass of the last micro-batch; before `_rehearse` has ended not at all. Returned
+        are the module's outputs of each micro-batch, with `loss` detached and weighted by the micro-batch's fraction of the step's images.
         """
         outputs = []
         for start in range(0, len(batch), self.micro_batch):
@@ -157,7 +162,7 @@ class ForwardBackward:
         """Halve the micro-batch after memory has run out, clear the gradient and free the device's cached memory.
 
         Args:
-            batch_size: images of the batch that failed. If it is below `micro_batch`, half of it is tried next.
+            batch_size: images of this rank's batch that failed. If this is below `micro_batch`, half of it is tried next.
 
         Raises:
             MapetError: one image at a time was too much already.
@@ -180,8 +185,9 @@ def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, sa
     """Return whether to compile the model by torch.compile.
 
     Args:
-        requested: the option `compile`. None: compile on CUDA, if Triton is installed, in runs of at least `MIN_COMPILE_STEPS` steps
-            of one shape, which win back the time that compiling takes (measured: docs/performance.md).
+        requested: the option `compile`; True and False are returned as they are, unchecked. None: compile on CUDA, if Triton is installed,
+            in runs of at least `MIN_COMPILE_STEPS` steps of one shape, which win back the time that compiling takes
+            (measured: docs/performance.md).
         compute: its device decides.
         steps: total steps of the run.
         same_shapes: whether all steps compute with tensors of one shape; each further shape would be compiled again.
@@ -199,12 +205,13 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
     to wait for the device.
 
     Args:
-        model: its parameters are optimized; its method `no_weight_decay`, if any, names those without weight decay.
+        model: its parameters are optimized; its method `no_weight_decay`, if any, names those without weight decay, beside biases and
+            norms (parameters with one dimension).
         opt: timm's name, e.g. 'adamw'.
         lr: peak learning rate.
         weight_decay: of the other parameters.
-        options: further keywords of timm's `create_optimizer_v2`, e.g. `layer_decay=0.75`; `betas` are dropped unless `opt` is 'adam' or
-            'adamw', as other optimizers have none or others.
+        options: further keywords of timm's `create_optimizer_v2`, e.g. `layer_decay=0.75` (None: without); `betas` are dropped unless
+            `opt` is 'adam' or 'adamw', as other optimizers have none or others.
 
     Raises:
         MapetError: timm has no optimizer of this name.
@@ -224,12 +231,13 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
 def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> CosineLRScheduler:
     """Create a learning-rate schedule: one cosine over all steps, down to `min_lr`, with a linear warm-up laid over its beginning.
 
-    After the warm-up, which rises from `MAX_WARMUP_START_LR` to the peak, the rate is that of the cosine, as in the released code (timm
-    without `warmup_prefix`). It sets the rate of step 0. Call `step_update(step)` before each step, counted from 0: the rate depends on
-    the step alone.
+    The warm-up rises from `MAX_WARMUP_START_LR` to the peak; from then on the rate is that of the cosine, which began at step 0 and so is
+    somewhat below the peak already, as in the released code (timm without `warmup_prefix`). The rate of step 0 is set here. Call
+    `step_update(step)` before each step, counted from 0: the rate depends on the step alone. The rate of a parameter group is multiplied
+    by its `lr_scale`, if it has one (layer decay).
 
     Args:
-        optimizer: its present learning rate is the peak.
+        optimizer: its present learning rate, before any `lr_scale`, is the peak; it is changed.
         total_steps: of the run, warm-up included.
         warmup_steps: 0 or more; if it exceeds `total_steps`, that is used.
         min_lr: final rate; if it exceeds the peak, the peak is used.

@@ -100,7 +100,7 @@ class Task(Generic[C, M, R]):
         raise NotImplementedError
 
     def build_model(self) -> M:
-        """Build a product module whose weights will be replaced by those of the trained one."""
+        """Build a product module on the device, with any weights: those of the trained one replace them. With FSDP, on rank 0 alone."""
         raise NotImplementedError
 
     @property
@@ -109,24 +109,25 @@ class Task(Generic[C, M, R]):
         return cast(M, self.model)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:
-        """Return the automatic number of images per forward pass, of the `local_batch_size` images of this rank's batch."""
+        """Return the automatic number of images per forward pass, 1 to `local_batch_size`, the largest number of images of a rank's batch."""
         return local_batch_size
 
     def start(self) -> None:
-        """Initialize, before the first step of a new run, what needs the data."""
+        """Initialize, before the first step of a new run, what needs the data; called on rank 0 alone, whose weights all ranks get."""
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Turn views into inputs and targets on the device; `step` counts from 0."""
+        """Turn this rank's views of a step, on the CPU, into inputs and targets on the device; `step` counts from 0."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the loss of a prepared micro-batch; `step` counts from 0."""
+        """Compute the loss of a micro-batch, a slice of what `prepare` returned; `step` counts from 0."""
         raise NotImplementedError
 
     def after_step(self, output: StepOutput, step: int) -> dict[str, Tensor]:
         """Update what changes without a gradient (a moving average of the weights, a codebook), after the optimizer.
 
-        It is called without gradient, after steps with a finite gradient alone, on every rank.
+        It is called under `torch.no_grad`, on every rank, only after steps with a finite gradient, in which the optimizer made its update.
+        Without any update to make, do not override it: it costs a wait for the device.
 
         Args:
             output: of this rank's batch, but `rows` are those of all ranks, in the order of the step's whole batch.
@@ -152,7 +153,10 @@ class Task(Generic[C, M, R]):
         return f"loss {metrics['loss']:.3f}"
 
     def evaluate(self, module: M, epoch: int) -> dict[str, float]:
-        """Return scores of the product module after an epoch (counted from 1); {} where this epoch is not evaluated."""
+        """Return scores, by name, of the product module after an epoch (counted from 1); {} where this epoch is not evaluated.
+
+        It is called after every epoch, on rank 0 alone. A MapetError becomes a warning, and training continues.
+        """
         return {}
 
     @staticmethod
@@ -164,21 +168,26 @@ class Task(Generic[C, M, R]):
     def is_usable(self, module: M) -> bool:
         """Return whether the trained weights, and the outputs of `infer` for the first 8 training images, have no NaN or Inf.
 
+        It is called after the last step, on rank 0 alone. If none of the 8 images can be read, weights alone are checked.
+
         Args:
             module: the product module (the part of the model that is evaluated and saved); it is put into evaluation mode.
         """
         batch = self.dataset.batch([(0, int(index)) for index in self.indices[:8]])  # (epoch, image index) pairs
         outputs: list[Tensor] = list(module.parameters())
-        if len(batch):  # 0 if none of these images can be read
+        if len(batch):
             outputs += self.infer(module.eval(), batch.to(self.compute.device))
         return all(bool(output.isfinite().all()) for output in outputs)
 
     def infer(self, module: M, batch: Batch) -> list[Tensor]:
-        """Return the product's outputs for a batch that is not prepared; [] if finite weights are enough for `is_usable`."""
+        """Return the product's outputs, tensors of any shapes, for a batch of views as `dataset` made it, on the device.
+
+        `is_usable` checks them for NaN and Inf; []: finite weights are enough.
+        """
         return []
 
     def finish(self, module: M) -> R:
-        """Evaluate and save the product; return what the command returns."""
+        """Evaluate and save the trained product; return what the command returns. Called once, after `is_usable`, on rank 0 alone."""
         raise NotImplementedError
 
 

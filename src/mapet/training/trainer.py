@@ -40,7 +40,14 @@ class Trainer(Generic[M, R]):
 
     Attributes:
         step: steps that are done; while a step runs, its index from 0.
-        stop: names the signal that asked to stop.
+        total_steps, steps_per_epoch: of the run; every epoch has as many.
+        checkpoints: OUT/checkpoints, the folder of the run's checkpoints; None in a run without the option `out`, which saves none.
+        num_rollbacks: how often the run went back to an earlier checkpoint's weights because of NaN or Inf.
+        stateful: objects with a state dict that checkpoints hold beside model and optimizer, by name.
+        folder: writes metrics and log of a run; None on ranks other than 0 and without `out`.
+        stop: its `signal_name` names the signal that asked this process to stop; '' while none has.
+        forward_backward: computes losses and gradients in micro-batches; made by `fit`.
+        metrics, monitor, display: add up metrics; warn about NaN, Inf and loss spikes; show progress.
     """
 
     def __init__(self, task: Task[Any, M, R], config: TrainerConfig) -> None:
@@ -73,9 +80,8 @@ class Trainer(Generic[M, R]):
         warmup_steps = round(task.config.warmup_epochs * self.steps_per_epoch)
         self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
-        # Objects with a state dict that checkpoints hold beside model and optimizer, by the names of their entries.
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
-        self.checkpoints = task.config.out and task.config.out / "checkpoints"  # None: nothing is saved
+        self.checkpoints = task.config.out and task.config.out / "checkpoints"
         task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
@@ -90,13 +96,13 @@ class Trainer(Generic[M, R]):
             config: of the task, with a resolved `batch_size`: images per step, of all ranks together.
 
         Returns:
-            Option name -> value, for the options that are None.
+            Option name -> value, for the options that are None. `micro_batch_size` is per rank, `log_interval` is in steps.
         """
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
         if batch_size > num_images:
             log.warning(
                 f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} to train on: every step takes all "
-                f"{num_images:,}, and the automatic learning rate is computed for {num_images:,}. For more steps per epoch omit or lower it"
+                f"{num_images:,}, as the automatic learning rate assumes. For more steps per epoch omit this option or lower its value"
             )
         local_batch_size = -(-batch_size // distributed.world_size())
         lr = max(task.min_auto_lr, task.base_lr * math.sqrt(min(batch_size, num_images) / task.base_batch_size))
@@ -160,7 +166,8 @@ class Trainer(Generic[M, R]):
         micro-batch size becomes that of the checkpoint, which the run may have lowered to fit its memory.
 
         Raises:
-            MapetError: there are checkpoints but none is intact, it is of other inputs, or ranks have read different ones.
+            MapetError: there are checkpoints but none is intact, the newest is of other inputs (OtherInputsError) or of a newer mapet
+                (NewerFormatError), or ranks have read different ones.
         """
         task, folder = self.task, self.checkpoints
         if checkpoint.checkpoints(folder):
@@ -177,8 +184,14 @@ class Trainer(Generic[M, R]):
     def _loop(self) -> None:
         """Train from `step` to `total_steps`; after each step log, evaluate and save a checkpoint if they are due; a collective call.
 
-        Metrics are logged in equal parts of an epoch of at most `log_interval` steps, the task may evaluate at the end of each epoch, and
-        checkpoints are due by time. `step` is the number of steps that are done.
+        Metrics are logged in equal parts of an epoch of at most `log_interval` steps, and the task may evaluate at the end of each epoch.
+        With `out`, a checkpoint is saved every `checkpoint_interval_min` minutes, after the last step, and on a stop signal; see
+        `_save_if_due`. `step` is the number of steps that are done.
+
+        Raises:
+            Interrupted: a signal asked to stop before the last step; a checkpoint is saved.
+            NonFiniteError: too many steps in a row had a NaN or infinite loss or gradient.
+            MapetError: too many images are unreadable, memory does not suffice for one image, or a checkpoint cannot be written.
         """
         self._saved_at = time.monotonic()
         loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
@@ -205,7 +218,8 @@ class Trainer(Generic[M, R]):
                 (image index, reason) pairs of the others.
 
         Raises:
-            MapetError: more images are unreadable than `max_unreadable` allows, or memory does not suffice for one image.
+            MapetError: more images are unreadable than `max_unreadable` allows, memory does not suffice for one image, or a rank is lost.
+            RuntimeError: memory does not suffice, and other ranks wait already; see `ForwardBackward`.
         """
         task, step, local_images = self.task, self.step, len(batch)
         # For each rank: the number of its images that could be read, and that could not.
@@ -233,7 +247,7 @@ class Trainer(Generic[M, R]):
         self.metrics.add(output, norm, batch.image_index, local_images, sums)
 
     def _update(self, norm: Tensor) -> None:
-        """Make an optimizer step unless the gradient's norm is NaN or infinite, and clear the gradient.
+        """Make an optimizer step unless the gradient's norm is NaN or infinite, and clear the gradient (set it to None) in any case.
 
         Fused optimizers of PyTorch skip a step on the device if their attribute `found_inf` is 1; for other optimizers the CPU waits
         for the norm.
@@ -251,10 +265,14 @@ class Trainer(Generic[M, R]):
     def _log_metrics(self) -> None:
         """Log the metrics of the steps since the last call, and warn about skipped steps and loss spikes; a collective call.
 
+        The metrics go to the run folder, if there is one, and to the display. Nothing is logged if none of these steps had a readable image.
         After `MAX_SKIPPED_STEPS` skipped steps in a row the run goes back to an earlier checkpoint or stops: see `_roll_back_or_stop`.
+
+        Raises:
+            NonFiniteError: the run stops.
         """
         window = self.metrics.compute_and_reset()
-        if not window.losses:  # no image could be read
+        if not window.losses:
             return
         # With layer decay the last parameter group has the full learning rate.
         epoch, lr = self.step / self.steps_per_epoch, self.optimizer.param_groups[-1]["lr"]
@@ -269,10 +287,12 @@ class Trainer(Generic[M, R]):
     def _roll_back_or_stop(self) -> None:
         """Load weights and optimizer from before the skipped steps, and continue with the next images; a collective call.
 
-        `step` and the schedule continue as they are. The rolled-back state is saved as the checkpoint of this step.
+        The newest checkpoint from before the skipped steps is loaded into model, optimizer and the task's `stateful`; step, schedule and
+        metrics continue as they are. The rolled-back state is saved as the checkpoint of this step.
 
         Raises:
-            NonFiniteError: there is no such checkpoint, or the option `max_rollbacks` allows no further one.
+            NonFiniteError: there is no such checkpoint, or the option `max_rollbacks` allows no further rollback.
+            MapetError: the checkpoint is damaged, or the new one cannot be written.
         """
         num_skipped, task = self.monitor.consecutive_skipped, self.task
         saved = checkpoint.checkpoints(self.checkpoints) if self.checkpoints else []  # newest first
@@ -301,7 +321,8 @@ class Trainer(Generic[M, R]):
     def _evaluate(self, epoch: int) -> None:
         """Call `task.evaluate` with the product module, and log the scores; a collective call.
 
-        A MapetError of the evaluation becomes a warning, as training can continue without scores.
+        A MapetError of the evaluation becomes a warning, as training can continue without scores. `images_per_second` does not count
+        this time.
 
         Args:
             epoch: that has ended, counted from 1. The task returns {} if this epoch is not evaluated.
@@ -316,17 +337,18 @@ class Trainer(Generic[M, R]):
 
         before = time.monotonic()
         scores = self._call_with_product(evaluate)
-        self.metrics.started += time.monotonic() - before  # so that images_per_second does not count this time
+        self.metrics.started += time.monotonic() - before
         if scores:
             if self.folder:
                 self.folder.log_metrics(self.step, scores)
             self.display.log_scores(epoch, scores)
 
     def _save_if_due(self) -> None:
-        """Save a checkpoint after the last step, on a signal, and every `checkpoint_interval_min`; a collective call.
+        """Save a checkpoint after the last step, on a stop signal to any rank, and every `checkpoint_interval_min` minutes; a collective call.
 
         Raises:
             Interrupted: a signal asked a rank to stop; the checkpoint is saved. If the last step is done, the run ends as usual.
+            MapetError: the checkpoint cannot be written.
         """
         due = time.monotonic() - self._saved_at > 60 * self.task.config.checkpoint_interval_min  # seconds
         stopping, due = any_rank(bool(self.stop.signal_name), due)
@@ -341,8 +363,11 @@ class Trainer(Generic[M, R]):
     def _save(self) -> None:
         """Save the checkpoint of `step` in OUT/checkpoints, keep the `KEEP_CHECKPOINTS` newest; a collective call.
 
-        It holds what `_resume` reads: the tensors of model, optimizer and `stateful`, and as JSON epochs, number of rollbacks, micro-batch
-        size and the hashes of the inputs.
+        It holds the tensors of model, optimizer and `stateful`, and as JSON step, epochs, number of rollbacks, micro-batch size and the
+        hashes of the inputs. Rank 0 writes it, and records the step in OUT/run.json; the other ranks wait.
+
+        Raises:
+            MapetError: see `checkpoint.save_checkpoint`.
         """
         config, micro_batch = self.task.config, self.forward_backward.micro_batch
         tensors = checkpoint.checkpoint_tensors(self.task.model, self.optimizer, **self.stateful)
@@ -374,7 +399,8 @@ class Trainer(Generic[M, R]):
 def on_rank_zero(function: Callable[[], T]) -> T | None:
     """Call a function on rank 0, and return its result; the other ranks wait and get None. A collective call.
 
-    Within the function the collectives of `mapet.distributed` behave as in a single process, because the other ranks don't take part.
+    Within the function the collectives of `mapet.distributed` behave as in a single process, because the other ranks don't take part. An
+    error of the function is raised on rank 0 alone; the other ranks wait until their connection is lost.
     """
     result = None
     if distributed.rank() == 0:
@@ -421,7 +447,7 @@ def is_log_step(step: int, steps_per_epoch: int, log_interval: int) -> bool:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Return, for each flag, whether it is set on any rank; a collective call."""
+    """Return, for each flag in order, whether it is set on any rank, the same on all ranks; a collective call with as many flags."""
     return distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
 
