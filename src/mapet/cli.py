@@ -154,9 +154,15 @@ def run_command(name: str, argv: list[str]) -> Any:
     out = getattr(config, "out", None) if getattr(config, "resume", False) else None
     # a relative `out` is wrong in another working directory than the run's, and so is any `out` once the run's folder has been moved
     if path and out and written_by and path.parent.resolve() != out.resolve():
-        wrong = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}, relative to {Path.cwd()}"
-        moved = f"if the run was moved, give {option('out')} {quote(str(path.parent))}"
-        raise MapetError(f"{wrong}: change to the directory that the run was started in, or, {moved}")
+        wrong = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}"
+        started = (
+            ""
+            if out.is_absolute()
+            else f", relative to {Path.cwd()}: change to the directory that the run was started in, or"
+        )
+        raise MapetError(
+            f"{wrong}{started or ':'} if the run was moved, give {option('out')} {quote(str(path.parent))}"
+        )
     return function(config)
 
 

@@ -49,8 +49,9 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         inside = [str(file.parent) for file in sorted(path.parent.glob(f"*/{path.name}"))[:MAX_SUGGESTIONS]]
-        hint = f"; did you mean {' or '.join(inside)}?" if inside else ""
-        raise MapetError(f"{path.parent} is not a {what}: it has no {path.name}{hint}") from None
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else f"; give the folder of a {what}"
+        found = f"it has no {path.name}" if path.parent.exists() else "it does not exist"
+        raise MapetError(f"{path.parent} is not a {what}: {found}{hint}") from None
     except (ValueError, OSError) as error:
         raise MapetError(
             f"{path}: not a readable {what} ({error}): restore the file, or make the {what} again"

@@ -283,7 +283,11 @@ def find_config(folder: Path, commands: Collection[str]) -> tuple[str, Path] | N
 
 
 def check_is_pretraining(folder: Path) -> None:
-    """Raise MapetError if this is no folder of `mapet run` or `mapet pretrain`, finished or not."""
+    """Check that a folder is one of `mapet pretrain`, or of a `mapet run` or `demo` whose pre-training has started; finished or not.
+
+    Raises:
+        MapetError: it does not exist, has no readable run.json, or is of another command.
+    """
     if not folder.exists():
         raise MapetError(f"{folder} does not exist: give a folder of `mapet run` or `mapet pretrain`")
     if (written_by := RunState.read(pretrain_folder(folder)).command) != "pretrain":

@@ -184,7 +184,7 @@ def command(backbone, out, words):
         ("--images {0}/ade --test-images {0}/images", "ADE20K"),
         ("--images {0}/ade --test-seg-masks {0}/masks", "ADE20K"),
         ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
-        ("--images {0}/images --ood-images a={0}", "--ood-images are matched by class folders"),
+        ("--images {0}/images --ood-images a={0}", "for --ood-images"),
         ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images are matched by class"),
         ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
     ],

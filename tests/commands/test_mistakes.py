@@ -358,7 +358,7 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
         "--out",
         tmp_path / "tokens",
     ]
-    assert "runs your own code" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
+    assert "if you trust it" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
     assert main([*map(str, tokenize), "--trust-teacher", "tests.commands.test_mistakes:good_encoder"]) == 0
 
 
@@ -388,7 +388,7 @@ def test_a_codebook_whose_teacher_is_gone(capsys, crops, tmp_path):
     moved = weights["first"].rename(tmp_path / "moved.safetensors")
     tokenize = ["tokenize", "--images", crops, "--tokenizer", tmp_path / "x", "--out", tmp_path / "t"]
     line = fails(capsys, *tokenize)
-    assert f"{weights['first']}, is not there: put it, or a link to it, into {tmp_path / 'x'}" in line
+    assert f"{weights['first']} does not exist: put the file, or a link to it, into {tmp_path / 'x'}" in line
     here = tmp_path / "x" / "first.safetensors"
     here.symlink_to(weights["second"])
     assert "has other weights" in fails(capsys, *tokenize)
@@ -441,7 +441,7 @@ def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     assert "nope does not exist: expected a run" in fails(
         capsys, "evaluate", "--protocols", "knn", "--backbone", crops / "nope", "--images", digits / "train"
     )
-    assert "nope does not exist: give the folder of a run" in fails(
+    assert "nope does not exist: give a folder of `mapet run`" in fails(
         capsys, "report", crops / "nope", "--out", crops / "r.html"
     )
     assert "fewer than the 5,000" in fails(

@@ -83,8 +83,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     except KeyboardInterrupt:
         if config.out is None or not any(results.values()):
             raise
-        command = f"the other {option('protocols')}, and a new {option('out')}"
-        raise Interrupted(f"interrupted; the results of finished protocols are in {config.out}", command) from None
+        command = f"the same command with the {option('protocols')} that are left and a new {option('out')}"
+        raise Interrupted(f"interrupted; the results of the finished protocols are in {config.out}", command) from None
     if len(results) > 1:
         for line in format_table(results, format_metric).splitlines():
             log.info("%s", line)

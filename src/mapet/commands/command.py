@@ -193,8 +193,8 @@ def _translate_dead_workers() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise MapetError(
-            f"a data-loading worker died: {str(error).splitlines()[0]} If it was killed, memory may have run out: set the environment "
-            f"variable MAPET_WORKERS to fewer workers. The last checkpoint is intact: resume with {option('resume', True)}"
+            f"a data-loading worker died ({str(error).splitlines()[0].rstrip('. ')}). If it was killed, memory may have run out: set the "
+            f"environment variable MAPET_WORKERS to fewer workers. What was saved is intact: resume with {option('resume', True)}"
         ) from None
 
 

@@ -248,7 +248,7 @@ def study(config: StudyConfig) -> Path:
     """Fit tokenizers, run and evaluate each trial that is not finished, and write the report; return the report's folder.
 
     Raises:
-        Interrupted: a signal stopped it; the report has what is finished.
+        Interrupted: a signal stopped it; the report has the finished trials (while tokenizers are made, no report is written).
         MapetError: options that a trial would refuse. A trial that fails later does not stop the others.
     """
     trials = trial_runs.grid_trials(config)
@@ -271,7 +271,7 @@ def study(config: StudyConfig) -> Path:
     finished = f"{num_finished} of {len(trials)} trials are finished"
     log.info("%s; report in %s", finished, report / "report.html")
     if stop_signal:
-        raise Interrupted(f"stopped by {stop_signal}: {finished}, the others saved", "the same command")
+        raise Interrupted(f"stopped by {stop_signal}: {finished}, running ones are saved", "the same command")
     return report
 
 

@@ -89,7 +89,7 @@ def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
     num_correct, num_test, train, majority_accuracy = trainer.fit()
     accuracy, (low, high) = num_correct / num_test, wilson_interval(num_correct, num_test)
     log.info(
-        "accuracy %.3f (%.3f to %.3f on %s images; majority baseline %.3f), trained on %s images of %d classes",
+        "accuracy %.3f (95 %% interval %.3f to %.3f, on %s test images; majority baseline %.3f), trained on %s images of %d classes",
         accuracy, low, high, f"{num_test:,}", majority_accuracy, f"{len(train.labels):,}", len(train.classes),
     )  # fmt: skip
     if low <= majority_accuracy:
@@ -147,6 +147,12 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     """Recompute the steps of a debug bundle without updating weights; log and return the loss and gradient of each.
 
     A debug bundle is the folder RUN/debug/step-* with weights and image ids that a run saves when NaN or Inf stops it.
+
+    Args:
+        config: its `device` replaces the run's option, and so do `images`, `precision` and `trust_teacher` where they are given.
+
+    Returns:
+        A report for each step of the bundle, which are the last ones before the stop, in their order.
 
     Raises:
         MapetError: not a debug bundle, or not in the folder of its run; images that are not those of the run.

@@ -177,7 +177,7 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
             description = config_type.model_fields[str(location[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
         expected = _expected(problem)
-        return f"{name}: {expected}, got {problem['input']!r}{where}" if location else f"{expected}{where}"
+        return f"{name}: {expected}, got {problem['input']!r}{where}" if location else expected
 
 
 def iter_sections(config_type: type[Config]) -> Iterator[tuple[str, type[Config], bool]]:

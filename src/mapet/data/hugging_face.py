@@ -58,8 +58,8 @@ class HFTable:
         except ImportError as error:
             raise MapetError(f"hf:NAME needs the package `datasets`: {install_hint('datasets')} ({error})") from None
         if int(datasets.__version__.split(".")[0]) < 4:
-            hint = f"{install_hint('datasets')} brings 4 or newer"
-            raise MapetError(f"datasets {datasets.__version__} may run a data set's own code: {hint}")
+            problem = f"found {datasets.__version__}, which may run a data set's own code"
+            raise MapetError(f"{source} needs the package datasets 4 or newer, {problem}: {install_hint('datasets')}")
         name = match[1]
         try:
             rows = _load_split(datasets, name, match[2], match[3], streaming)
@@ -90,13 +90,13 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
     Args:
         datasets: the library.
         name: a folder made by `save_to_disk`, a parquet or arrow file, a folder of files, or a name on the Hub.
-        configuration: None: the only or default one.
-        split: name of a split, perhaps with a range: train[:1000]. None: there must be one only.
+        configuration: of a data set on the Hub or a folder; None: the only or default one. Not used for single files and saved folders.
+        split: name of a split; None: there must be one only. A range, train[:1000], is allowed except for saved folders.
         streaming: see `HFTable`.
 
     Raises:
-        MapetError: there is no such split, or several and none is chosen; a saved folder is to be streamed.
-        Exception: of any kind: the library cannot load it.
+        MapetError: a saved folder has no such split, or is to be streamed; there are several splits and none is chosen.
+        Exception: of any kind: the library cannot load it, or knows no such split.
     """
     path = Path(name)
     if any((path / file).exists() for file in SAVED):
@@ -197,7 +197,7 @@ class HFImageList(ImageList):
 
     NAME is a folder of parquet or arrow files, or of images, one such file, a folder made by `save_to_disk`, or a name on
     the Hub, of which `datasets` keeps a copy on disk: a full shuffle that resumes exactly needs any row at any time (for
-    less disk, `HFStream`). SPLIT may be a part: train[:1000]. No code of a data set is run.
+    less disk, `HFStream`). SPLIT may be a part, train[:1000], except of a folder made by `save_to_disk`. No code of a data set is run.
 
     The id of an image is the path its row gives, below NAME if it is a file there, if every row gives a different one; else
     the row's index, which stays as long as the rows before it do. A ClassLabel column gives labels.
@@ -314,5 +314,5 @@ class HFStream(HFTable):
         except MapetError:
             raise
         except Exception as error:  # the library and its file systems have many kinds
-            hint = f"resume with {option('resume', True)}"
-            raise MapetError(f"{self.source} was interrupted ({first_line(error)}): {hint}") from None
+            hint = f"resume with {option('resume', True)}; if it stops at the same row again, the data set is damaged"
+            raise MapetError(f"reading {self.source} stopped ({first_line(error)}): {hint}") from None

@@ -235,7 +235,7 @@ def rand_augment(
     try:
         transform = rand_augment_transform(policy, {"translate_const": int(min(size) * TRANSLATION), "img_mean": fill})
     except (AssertionError, ValueError, KeyError):
-        problem = f"{option('rand_augment', policy)} is not one of timm's policies: write rand-m9-mstd0.5"
+        problem = f"{option('rand_augment', policy)} is not a RandAugment policy of timm: write it like rand-m9-mstd0.5"
         raise MapetError(problem, field="rand_augment", value=policy) from None
 
     def augment(image: UInt8[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:

@@ -164,7 +164,10 @@ class EvalData:
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
-            raise MapetError(f"{option('ood_images')} are matched by class folders, CLASS/image.jpg: {root} has none")
+            classes = f"{option('images')} must have class folders, CLASS/image.jpg, for {option('ood_images')}, which have the same classes"
+            raise MapetError(
+                f"{classes}: {root} has none. Sort its images into such folders, or omit {option('ood_images')}"
+            )
         if config.annotations is not None:
             boxes = datasets.load_detection_sets(root, config.annotations, test_root, config.test_annotations)
             train, test = (LabeledSet.without_labels(part.images) for part in boxes)

@@ -369,7 +369,11 @@ class PatchTokenCache:
     cached: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
 
     def epoch(self) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b N D"]]]:
-        """Yield (indices of images, their tokens) of each batch once, in a random order that is always the same."""
+        """Yield (indices of images, their tokens) of each batch once, in a random order that is always the same.
+
+        If the tokens of all images fit into `config.memory`, the first pass keeps them, as float16, and later passes yield these instead of
+        running the backbone again. So the first pass must not be left before its end.
+        """
         depth, height, width = self.backbone.map_shape
         if self.cached:
             for index, store in self.cached:

@@ -94,7 +94,7 @@ class TokenSampler:
             num_pixels: number of images whose pixels are kept, at the student's input size.
 
         Raises:
-            MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
+            MapetError: more than the fraction `MAX_UNREADABLE` of all `images` cannot be read.
         """
         size = self.tokenizer.student_size
         dataset = ViewDataset(images, self.view_spec, self.channels, size, self.teacher_size)
@@ -125,7 +125,7 @@ class TokenSampler:
             which the same position is the same content; for 'shift' with fewer rows and columns.
 
         Raises:
-            MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
+            MapetError: more than the fraction `MAX_UNREADABLE` of all `images` cannot be read.
         """
         (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
         # The shift, in patches and in pixels: the teacher's patches may be a fractional number of pixels, as the grid is the student's.

@@ -78,8 +78,9 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
     """Evaluate linear probes trained by SGD, whose layer and learning rate are selected on held-out training images.
 
     Returns:
-        Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy on the test images, and counts of each
-        class. `details[NAME]['val_accuracy_by_layer']`: layer, as text -> accuracy on the held-out training images.
+        Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy (0..1) on the test images, with its interval
+        and the selected layer and rate; and, for each class, how many test images it has and how many of them are classified correctly.
+        `details[NAME]['val_accuracy_by_layer']`: layer, as text -> accuracy on the held-out training images.
     """
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)

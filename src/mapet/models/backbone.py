@@ -210,7 +210,7 @@ def init_from(vit: VisionTransformer, source: str | Path) -> None:
         raise MapetError(f"the weights of {source} don't fit this ViT: expected {expected}; found {found}")
     if checkpoint.unsupported:
         parts = " and ".join(checkpoint.unsupported)
-        log.warning("%s has %s, not supported by a plain ViT: training starts without it", source, parts)
+        log.warning("%s has %s, which a plain ViT lacks: training starts from the other weights alone", source, parts)
     _load_adapted(vit, checkpoint, source)
     if checkpoint.eps not in (None, vit.norm.eps):
         log.info("weights of %s: trained with norms of eps %g, here %g", source, checkpoint.eps, vit.norm.eps)
@@ -252,11 +252,13 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
 
     Args:
         source: see `load_backbone`.
-        pretrained: whether timm downloads weights for 'timm:NAME'; False: they are random.
-        overrides: timm keywords of the ViT that is to be made; of a weights file they tell what cannot be inferred from it.
+        pretrained: whether timm loads published weights for a name with one of `HUB_PREFIXES`; False: they are random. Files and folders
+            are always read.
+        overrides: timm keywords of the ViT that is to be made; used for a weights file alone, where they tell what cannot be inferred
+            from it (`num_heads`, `img_size`).
 
     Raises:
-        MapetError: there is nothing of the kind.
+        MapetError: there is no model or file of that name, it is damaged, or it is no ViT.
     """
     name = str(source)
     if name.startswith(HUB_PREFIXES):
@@ -363,6 +365,10 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
         weights: of its weights file, by transformers' names.
         folder: may have a preprocessor_config.json, which says how the input is normalized.
         config: content of its config.json.
+
+    Returns:
+        Its mean and std are of pixels in [0, 1]; None without a preprocessor_config.json. What a plain ViT cannot compute, such as
+        another activation, is in `unsupported`, which callers refuse or warn about.
 
     Raises:
         MapetError: a model that is no ViT, or not one of `HUGGING_FACE_TYPES`.

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.data.views import MeanStd, input_mean_std
-from mapet.errors import MapetError, format_size
+from mapet.errors import MapetError, format_size, option
 from mapet.weights import describe_mismatch, first_names
 
 Weights = dict[str, Tensor]
@@ -230,7 +230,8 @@ def _infer_grid(weights: Weights, args: dict[str, Any], img_size: tuple[int, int
         weights: of the encoder, under timm's names.
         args: keywords of timm's VisionTransformer; an `img_size` among them must fit. Changed in place: `img_size` and `no_embed_class` (whether
             prefix tokens lack positions) are set, or `pos_embed` 'none' and an `img_size` if there are no position embeddings.
-        img_size: (H, W) pixels, tried where the position embeddings fit no square; None: only squares.
+        img_size: (H, W) pixels, tried where the position embeddings fit no square; None: only squares. Not used without position
+            embeddings. A side that is no multiple of the patch size is rounded down to one.
 
     Raises:
         ValueError: the number of position embeddings fits no such grid.
@@ -303,7 +304,8 @@ def adapt_state_dict(
     if mismatch := describe_mismatch(dict(sorted(weights.items())), dict(sorted(target.items()))):
         args = checkpoint.model_args
         size = f"width {args['embed_dim']}, depth {args['depth']}" if args else checkpoint.model
-        raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {mismatch}")
+        hint = f"choose {option('model')} and {option('model_args')} of the same sizes, or other weights"
+        raise MapetError(f"the weights of {source} ({size}) don't fit this ViT: {mismatch}: {hint}")
     return weights, notes
 
 
@@ -337,7 +339,10 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         offset += (pixel_weight.sum(dim=(2, 3)) * mean).sum(1)
         weight = pixel_weight * std.view(-1, 1, 1)
         if not has_bias and "pos_embed" not in weights:
-            raise MapetError("other normalization or channels need a patch embedding with bias, or position embeddings")
+            problem = f"to {channels} channels, or to another mean and std: they have neither a patch embedding bias nor positions"
+            raise MapetError(
+                f"weights for {old_channels} channels cannot be adapted {problem}. Use other weights, or images like theirs"
+            )
         if has_bias:
             weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
         else:

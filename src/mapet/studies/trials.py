@@ -259,7 +259,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
     for name in sorted(names):
         fitting, tokenizing = tokenizer_configs(config, name)
         try:
-            if is_empty_dir(fitting.out):
+            if is_empty_dir(fitting.out):  # k-means saves its state beside the folder: an interrupted fit is resumed
                 log.info("--- tokenizer %s", name)
                 with run_state(fitting.out, "fit-tokenizer", fitting):
                     fit_tokenizer(fitting)
@@ -493,7 +493,7 @@ def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool)
         model = ", ".join(level for factor, level in trial.factors.items() if factor in ("model", "model_args"))
         name = f"untrained ViT {model}".strip()
         if evaluate_missing and name not in baselines and (trial_folder(config, trial) / "pretrain/backbone").exists():
-            log.info("--- %s, frozen and fine-tuned from scratch", name)
+            log.info("--- evaluating the baseline %s: frozen, and trained from scratch", name)
             options = trial_config(config, trial, 0)
             by_seed = [evaluate(options, config.devices[0], seed, pretrained=False) for seed in config.seeds]
             baselines[name] = {metric: fmean(scores[metric] for scores in by_seed) for metric in by_seed[0]}

@@ -110,7 +110,8 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
     def _allocate(self, first_rows: Float[Tensor, "m F"]) -> None:
         """Choose the scale by the first rows and allocate `max_rows`, in memory or, above `memory_limit`, in the scratch file.
 
-        The scale makes the largest value of the first rows 1 / `HEADROOM` of float16's largest, or up to half of that.
+        Rows are multiplied by the scale, a power of two, before they are stored as float16. It brings the largest absolute value of the first
+        rows to between 1/2 and 1 times M / `HEADROOM`, where M is float16's largest number, so that later rows may be larger.
 
         Raises:
             MapetError: the scratch file cannot be created in `scratch_dir`, or is larger than the free disk space.

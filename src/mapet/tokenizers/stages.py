@@ -182,7 +182,10 @@ def _patch_features(
 ) -> Iterator[Float[Tensor, "n F"]]:
     """Yield the teacher's features of all patches of the images at `indices`, a batch of images at a time.
 
-    Unreadable images are excluded; too many of them raise MapetError.
+    Unreadable images are excluded. The rows are on `compute.device`, in the order of the images, and of each image's patches in row-major order.
+
+    Raises:
+        MapetError: more than the fraction `config.max_unreadable` of all `images` are unreadable, or a feature is NaN or infinite.
     """
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)

@@ -326,7 +326,9 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         return tokenizer
     name, checkpoint = config.teacher, config.teacher_checkpoint
     if is_custom_teacher(name) and name != trusted_teacher:
-        raise MapetError(f"{folder} runs your own code '{name}'; to allow it, give {option('trust_teacher', name)}")
+        raise MapetError(
+            f"the tokenizer {folder} runs the code '{name}' as its teacher; if you trust it, give {option('trust_teacher', name)}"
+        )
     if checkpoint and not Path(checkpoint).exists():
         local = folder / Path(checkpoint).name
         if not local.exists():

@@ -383,6 +383,9 @@ def _open_wandb(run: Path, run_id: str | None, config: dict[str, Any]) -> Tracke
         run: the run's folder; wandb's own files go to its subfolder `tracking`.
         run_id: of the run at the tracker to reopen; None: a new one.
         config: the run's options, JSON.
+
+    Raises:
+        Exception: of any kind (no login, time-out, ...); `Tracker.run` turns it into a warning.
     """
     import wandb
 

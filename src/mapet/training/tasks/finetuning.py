@@ -157,7 +157,10 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
             epoch: counted from 1.
 
         Returns:
-            'epoch' and 'accuracy' (0 to 1); {} after epochs that are not measured.
+            'epoch' and 'accuracy' (0 to 1); {} after epochs that are not measured. The counts of the last epoch are kept for `finish`.
+
+        Raises:
+            MapetError: too many test images are unreadable; the trainer logs it as a warning.
         """
         last = epoch == self.config.epochs
         if not last and (self.config.out is None or epoch % self.epochs_per_test):

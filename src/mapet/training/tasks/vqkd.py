@@ -146,7 +146,9 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     @torch.no_grad()
     def _evaluate_codebook(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
-        """Evaluate the tokenizer on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed.
+        """Evaluate the tokenizer on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed; on rank 0.
+
+        Unreadable images are left out.
 
         Args:
             model: the trained encoder, codebook and decoder; it is put into evaluation mode.
@@ -154,6 +156,9 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         Returns:
             (1 - cosine of the decoder's output and the teacher's features, mean over patches; statistics of the codes, whose
             quantization error is the mean squared distance of the encoder's outputs to their codes, divided by the outputs' variance)
+
+        Raises:
+            MapetError: more images are unreadable than the option `max_unreadable` allows.
         """
         config, model = self.config, model.eval()
         centered = replace(self.dataset, spec=ViewSpec(image_size=config.image_size))
