@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.cli import main
+from mapet.commands import training
 from mapet.config.evaluation import FinetuneConfig
 from mapet.errors import Interrupted
 from mapet.evaluation.eval_context import mean_over_seeds
@@ -251,6 +252,17 @@ def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, grays, tmp_p
     assert all(torch.equal(parts[0][name], value) for name, value in whole[0].items())
     assert not (tmp_path / "parts" / "checkpoints").exists()
     assert tune(vit, grays, tmp_path / "parts", **options, resume=True)[1] == whole[1]  # it is finished
+
+
+def test_fine_tuning_records_accuracy_and_provenance_together(vit, grays, tmp_path, monkeypatch):
+    """A run without provenance is not finished: it resumes, and has both."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finetuning_provenance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(vit, grays, tmp_path / "out")
+    assert "accuracy" not in RunState.read(tmp_path / "out").results
+    tune(vit, grays, tmp_path / "out", resume=True)
+    assert {"accuracy", "provenance"} <= RunState.read(tmp_path / "out").results.keys()
 
 
 def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monkeypatch, capsys):

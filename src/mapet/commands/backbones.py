@@ -232,7 +232,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
     source = config.images or (states[0].config.get("images") if states else None)
     try:
         if not source:
-            raise MapetError("no run.json beside the backbone names its training images")
+            raise MapetError(f"no run.json in or above {config.backbone} names its training images")
         images = list_images(source)
         chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
         dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)

@@ -67,16 +67,18 @@ def finetune(config: FinetuneConfig) -> float:
 
 
 def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
-    """Fine-tune with one seed; log the accuracy on the test images and, if there is an `out` folder, record it in run.json.
+    """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/curve.png.
 
-    With `config.resume` a run continues from its newest checkpoint; a finished one is not trained again, its recorded accuracy is returned.
+    With `resume`, a run whose run.json has an accuracy is finished: that accuracy is returned, and nothing is trained. Another run
+    resumes from its newest checkpoint. The checkpoints are deleted when the run has finished.
 
     Returns:
-        Accuracy (0..1), and the name of a signal that asked to stop when nothing was left to do, or ''.
+        Accuracy on the test images (0..1), and the name of the signal that asked to stop during the last step or later, when the run
+        was finished anyway; '' without such a signal.
 
     Raises:
-        Interrupted: a signal asked to stop before the end; the newest checkpoint is saved.
-        MapetError: see `Trainer`.
+        Interrupted: a signal asked to stop before the last step; a checkpoint is saved if there is an `out` folder.
+        MapetError: options, labels, backbone or folder are not as needed; see `Trainer`.
     """
     if config.resume:
         config = resolve_resume_config(config, "finetune")
@@ -111,8 +113,12 @@ def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
 def _finetune_seeds(config: FinetuneConfig) -> float:
     """Fine-tune with `num_seeds` seeds from `seed` on, each in OUT/seed-*; record and return the mean accuracy (0..1).
 
+    Without `out` nothing is written. With `resume`, finished seeds are not trained again, the seed that was stopped resumes from its
+    checkpoint, and `num_seeds` may differ from that of the first call.
+
     Raises:
         Interrupted: a signal asked to stop; finished seeds are kept, and the running one's checkpoint.
+        MapetError: OUT is not empty (without `resume`), or was made with other options (with `resume`); or a seed cannot be trained.
     """
     resume, out = config.resume, config.out
     if resume:  # a new run in an empty folder has no config to resume from: `resume` is then False in the result

@@ -134,8 +134,11 @@ class Difference:
     """Mean accuracy (0..1) of `first` minus that of `second`, over the seeds that both have.
 
     Attributes:
+        budget: `EPOCHS` or `COMPUTE`, what the compared runs have in common.
+        metric: key of `Trial.scores`.
+        first, second: the two compared values (levels of `Study.compared_factor`).
         conditions: the condition that it was measured in, or all those that it is averaged over.
-        seeds: how many seeds.
+        seeds: how many seeds both have.
         half_width: half the width of the 95 % interval of `mean`.
         p: of the paired t-test. It and `half_width` are None without a test: one seed, or no spread between the seeds.
         is_primary: whether it is averaged over all conditions of its pair, or the pair has only this one.
@@ -167,8 +170,12 @@ class Difference:
 def paired_t_test(differences: Sequence[float]) -> float | None:
     """Return the two-sided p of Student's paired t-test that the mean difference is zero.
 
-    None for fewer than two pairs, and where all differences are equal: t is then 0/0 or infinite, and p = 0 would claim more
-    than a few runs that agree to the last digit can show.
+    Args:
+        differences: of accuracies (0..1), one for each seed.
+
+    Returns:
+        p; None for fewer than two pairs, and where all differences are equal (within `MIN_SPREAD`): t is then 0/0 or infinite, and p = 0
+        would claim more than a few runs that agree to the last digit can show.
     """
     if len(differences) < 2 or max(differences) - min(differences) < MIN_SPREAD:
         return None
@@ -192,7 +199,13 @@ def paired_differences(study: Study) -> list[Difference]:
     """Compare every pair of values of the compared factor, for each budget and metric: over all conditions, then in each.
 
     p values are corrected over the tests of a budget and metric: primary ones (the questions a study is made for) among
-    themselves, those of single conditions among themselves.
+    themselves, those of single conditions among themselves. A difference without a test (one seed) is not counted among them.
+
+    Args:
+        study: unfinished trials are ignored; a condition in which the two values share no seed is, too.
+
+    Returns:
+        For each budget, metric and pair of values, in this order, what `_compare_pair` returns, with `p_holm`.
     """
     differences = []
     for budget, metric in product(study.budgets, study.metrics):
@@ -211,7 +224,15 @@ def _compare_pair(study: Study, budget: str, metric: str, first: str, second: st
     """Compare two values seed by seed: one row over all conditions, if there are several, then one for each condition.
 
     Over several conditions the difference is averaged over them first, for each seed, so that the conditions of a seed do not
-    count as independent. `p_holm` is left None.
+    count as independent. A seed that some conditions lack is averaged over those that have it.
+
+    Args:
+        study: its finished trials are compared.
+        budget, metric: of the scores to compare, see `Difference`.
+        first, second: values of the compared factor.
+
+    Returns:
+        The rows, with `p_holm` None; [] if no condition has a seed with both values.
     """
     by_condition: dict[Condition, dict[int, float]] = {}  # -> seed -> difference
     for condition in study.conditions:
@@ -232,7 +253,11 @@ def _compare_pair(study: Study, budget: str, metric: str, first: str, second: st
 
 
 def _mean_by_seed(by_condition: Collection[dict[int, float]]) -> list[float]:
-    """Average seed -> score over conditions, for each seed that any condition has; in ascending order of seeds."""
+    """Average scores over conditions, for each seed that any condition has; in ascending order of seeds.
+
+    Args:
+        by_condition: for each condition, seed -> score (or difference of scores).
+    """
     seeds = sorted({seed for scores in by_condition for seed in scores})
     return [fmean(scores[seed] for scores in by_condition if seed in scores) for seed in seeds]
 
@@ -273,8 +298,16 @@ class BestLevels(NamedTuple):
 def find_best_levels(study: Study, budget: str, metric: str, factor: str) -> list[BestLevels]:
     """Find the levels of `factor` at which each compared value is best.
 
-    Levels are compared on the seeds and remaining factors that all of them have, averaged as in `_compare_pair`; a value with
-    fewer than two levels, or with nothing in common between them, is omitted.
+    Levels are compared on the seeds and remaining factors that all of them have, averaged for each seed over these factors, then over
+    seeds; a value with fewer than two levels, or with nothing in common between them, is omitted.
+
+    Args:
+        study: unfinished trials are ignored.
+        budget, metric: of the scores, see `Difference`.
+        factor: one of `study.other_factors`, i.e. not the compared one.
+
+    Returns:
+        An entry for each compared value, in their order.
     """
     best = []
     for value in study.values:

@@ -53,13 +53,16 @@ Levels = dict[str, dict[str, Any]]
 
 
 class TrialConfig(Config):
-    """All that a trial's process reads.
+    """All that a trial's process reads, from the config.yaml in the trial's folder.
 
     Attributes:
-        ood_images: name -> labeled images of a further test set.
-        labels_per_class: numbers of labels to fine-tune with; None means all.
-        num_images: training images.
-        flops_per_epoch: FLOPs of pre-training.
+        pretrain: of the trial's pre-training run, in the folder `pretrain` of the trial.
+        finetune: options of every fine-tuning; backbone, images, labels, device and seed are set by `evaluate`.
+        test_images: labeled images to test on.
+        ood_images: name -> labeled images of a further (out-of-distribution) test set.
+        labels_per_class: numbers of labels to fine-tune with, one fine-tuning for each; None means all.
+        num_images: number of training images.
+        flops_per_epoch: FLOPs of pre-training for one epoch.
     """
 
     resume: ClassVar[bool] = True
@@ -77,6 +80,9 @@ class TrialConfig(Config):
 
 def grid_trials(config: StudyConfig) -> list[Trial]:
     """Return a trial for every combination of the grid's levels and every seed, at equal epochs, seed by seed.
+
+    A level (a value of a factor) stands for options of `pretrain`, which replace those of `config.pretrain`, or for a tokenizer; without
+    one a trial has the first of `config.tokenizers`.
 
     Raises:
         MapetError: a level or seed that is given twice, an unknown name, options that `pretrain` refuses.
@@ -108,6 +114,13 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
 
 def _parse_levels(name: str, values: list[Any] | Levels) -> Levels:
     """Return the levels of one entry of the grid: those given, or, for a list of values of an option, one level for each value.
+
+    Args:
+        name: of the factor: an option of `pretrain`, or 'tokenizer'; with a mapping any name.
+        values: a list of the option's values, or level -> options.
+
+    Returns:
+        Level -> options. The level of a value is its text; that of a range such as [0.4, 0.6] is '0.4 to 0.6'.
 
     Raises:
         MapetError: an empty entry, a value that is given twice, or a list for something that is no option.
@@ -143,6 +156,13 @@ def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     Args:
         config: of the study; `equal_compute` says whether there are second runs.
         trials: at equal epochs, as `grid_trials` returns them.
+
+    Returns:
+        Trials with `flops_per_image`. A trial that needs no second run counts for both budgets, `EPOCHS` and `COMPUTE`. Of one that does,
+        the trial itself counts for `EPOCHS`, and its second run, which follows it, for `COMPUTE`.
+
+    Raises:
+        MapetError: a model cannot be built for its tokenizer.
     """
     costs: dict[Condition, float] = {}  # by all factors: building the model of each takes a while, and seeds cost alike
     for trial in trials:
@@ -160,6 +180,7 @@ def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
         epochs = trial.options["epochs"]
         if trial.flops_per_image:
             epochs = round(max_flops[trial.condition(compared)] / trial.flops_per_image)
+        # As expensive as the most expensive one, to half an epoch, or of unknown cost.
         if epochs == trial.options["epochs"]:
             result.append(replace(trial, budgets=(EPOCHS, COMPUTE)))
         else:
@@ -176,10 +197,13 @@ def tokenizer_folder(config: StudyConfig, name: str) -> Path:
 
 
 def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfig, TokenizeConfig]:
-    """Return the configs of `fit-tokenizer` and `tokenize` for one tokenizer.
+    """Return the configs of `fit-tokenizer` and `tokenize` for one tokenizer, and check them against what is there already.
+
+    Args:
+        name: key of `config.tokenizers`. Its folder may be missing, or hold what an earlier call of the study has made of it.
 
     Raises:
-        MapetError: options that contradict each other, or that differ from those it was made with.
+        MapetError: options that contradict each other, or that differ from those in the run.json of its folders.
     """
     folder, options = tokenizer_folder(config, name), config.tokenizers[name].model_dump(exclude_unset=True)
     shared = {"images": config.images, "device": config.devices[0], "resume": True}
@@ -220,8 +244,12 @@ def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialCon
 def check_same_trial(folder: Path, new: TrialConfig) -> None:
     """Check that a trial which has been started has the options it was started with; those of its evaluation may change before that.
 
+    Args:
+        folder: of the trial. Without a readable run.json and a pre-training run it has not been started, and nothing is checked.
+        new: what the trial would be run with now.
+
     Raises:
-        MapetError: its options differ.
+        MapetError: its options differ; the message lists them. Paths, devices and trackers may differ (`SAME_TRIAL`).
     """
     state = try_read_state(folder)
     if state is None or not (folder / "pretrain").exists():
@@ -232,10 +260,10 @@ def check_same_trial(folder: Path, new: TrialConfig) -> None:
 
 
 def _check_unchanged(folder: Path, changed: list[str]) -> None:
-    """Raise MapetError if there are changed options; it lists them ('lr: 0.1 -> 0.2')."""
+    """Raise MapetError if there are changed options; it lists them ('lr: 0.1 -> 0.2'). `folder` is that of a trial or tokenizer."""
     if changed:
         wrong = f"{folder} was made with other options ({'; '.join(changed)})"
-        raise MapetError(f"{wrong}: use the same, another name for it, or a new {option('out')}")
+        raise MapetError(f"{wrong}: restore them, rename this trial or tokenizer, or give a new {option('out')}")
 
 
 # ---- running
@@ -243,6 +271,9 @@ def _check_unchanged(folder: Path, changed: list[str]) -> None:
 
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
     """Fit tokenizers and store their tokens, where that is not done yet.
+
+    A fitted tokenizer is kept, and `tokenize` resumes: it computes the tokens that are missing. A tokenizer that fails is logged as a
+    warning, and tried again by the next call.
 
     Args:
         config: of the study.
@@ -283,16 +314,18 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
     """Run each trial that is not finished in a process of its own, one at a time on each device.
 
     A trial that was interrupted is resumed, one that failed is run again from its newest checkpoint. A signal to stop is passed on to the
-    running processes, which save a checkpoint; the function waits for them and returns. A trial that fails does not stop the others.
+    running processes, which save a checkpoint if they train; the function waits for them and returns. A trial that fails is logged as a
+    warning and does not stop the others.
 
     Args:
-        config: of the study; its `devices` are the devices to run on.
-        trials: all trials of the study, in the order in which they are started.
-        broken: name of a tokenizer -> why it could not be made; its trials are recorded as failed.
+        config: of the study; its `devices` are the devices to run on. One that is listed twice runs two trials at a time.
+        trials: all trials of the study, in the order in which they are started. The caller has checked that their options are those they
+            were started with (`check_same_trial`), and has made their tokenizers (`make_tokenizers`).
+        broken: name of a tokenizer -> why it could not be made; its trials are recorded as failed and not run.
         num_images: number of training images.
 
     Returns:
-        The name of the signal that stopped the trials, or '' if all have ended.
+        The name of the signal that stopped the trials, e.g. 'SIGTERM', or '' if all have ended. Results are in each trial's run.json.
     """
     waiting = []
     for trial in trials:
@@ -305,13 +338,10 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
         else:
             write_config(trial_config(config, trial, num_images), folder / CONFIG_FILE)
             waiting.append(folder)
-    log.info(
-        "%d trials, %d of them to run; each logs to trial.log in its folder in %s",
-        len(trials),
-        len(waiting),
-        config.out,
-    )
+    text = "%d trials, %d of them to run; each logs to trial.log in its folder in %s"
+    log.info(text, len(trials), len(waiting), config.out / "trials")
     free_devices, running = list(config.devices), list[tuple[str, Path, subprocess.Popen[bytes]]]()
+    # The processes share the CPU cores equally, on GPUs too, where they need them to read images.
     num_threads = max(1, usable_cores() // len(config.devices))
     with (
         stop_signals("stopping: the running trials are saved") as stop,
@@ -324,7 +354,7 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
                 bar.set_postfix_str("; ".join(folder.name for _, folder, _ in running))
             time.sleep(POLL_INTERVAL_S)
             if stop.signal_name:
-                for _, _, process in running:
+                for _, _, process in running:  # first all of them, so that they save at the same time
                     process.terminate()
                 for _, _, process in running:
                     process.wait()
@@ -338,9 +368,14 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
 
 
 def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Popen[bytes]:
-    """Start `run_trial` in a process of its own, whose output goes to trial.log.
+    """Start `run_trial` in a process of its own, whose output is appended to trial.log.
 
     It gets a session of its own too, so that Ctrl-C reaches only the study, which passes it on once.
+
+    Args:
+        folder: of the trial, with its config.yaml.
+        device: that it trains on, e.g. 'cuda:0'.
+        num_threads: CPU threads of its OpenMP libraries, PyTorch and scikit-learn.
     """
     code = "import sys; from mapet.studies.trials import run_trial; sys.exit(run_trial(*sys.argv[1:]))"
     with (folder / "trial.log").open("ab") as output:
@@ -352,9 +387,12 @@ def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Po
 
 
 def _log_end(folder: Path, exit_status: int) -> None:
-    """Log how a trial ended, from its run.json; one whose process died before it wrote its end is recorded as failed.
+    """Log how a trial ended, from its run.json: the scores of a finished one, a warning for a failed one, nothing for a stopped one.
+
+    One whose process died before it wrote its end is recorded as failed; the next call of `run_trials` resumes it.
 
     Args:
+        folder: of the trial, whose process has ended.
         exit_status: of the process; negative for the signal that killed it.
     """
     state = try_read_state(folder) or RunState(command="trial", status="interrupted")
@@ -370,12 +408,18 @@ def _log_end(folder: Path, exit_status: int) -> None:
 
 
 def run_trial(folder_name: str, device: str) -> int:
-    """Pre-train and evaluate the trial of a folder, as its config.yaml says; what is done already is kept.
+    """Pre-train and evaluate the trial of a folder, as its config.yaml says: the whole work of a trial's process.
 
-    Scores, or the reason of a failure, go to the folder's run.json.
+    A finished trial is kept. A pre-training run that has its backbone is not trained again, one that has started resumes from its newest
+    checkpoint; an evaluation that was stopped is repeated as a whole. Results go to the folder's run.json, with the keys "scores",
+    "epochs", "flops", "seconds" and "curve" of `Trial`, or status and reason of a failure, whose traceback is printed.
+
+    Args:
+        folder_name: path of the trial's folder.
+        device: that it trains and evaluates on; it replaces that of config.yaml.
 
     Returns:
-        The process's exit status: 0 finished, 1 failed, `Interrupted.exit_code` stopped.
+        The process's exit status: 0 finished, 1 failed, `Interrupted.exit_code` stopped by a signal or Ctrl-C.
     """
     folder = Path(folder_name)
     with (folder / "lock").open("w") as lock:
@@ -405,13 +449,17 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     """Evaluate a trial's frozen features, by logistic regression and k-NN on every test set, and its fine-tuning.
 
     Args:
-        config: of the trial, which is pre-trained.
-        device: to compute on, e.g. 'cpu'.
+        config: of the trial, whose pre-training has finished, also for random weights: its backbone gives the architecture.
+        device: e.g. 'cuda:0'.
         seed: of random weights and fine-tuning; None means the trial's.
         pretrained: False for the same ViT with random weights.
 
     Returns:
-        Name of the metric -> accuracy (0..1).
+        Name of the metric -> accuracy (0..1): 'logistic' and 'knn', the same with ' on NAME' for each of `ood_images`, then
+        'finetune, 10 labels a class' or 'finetune, all labels' for each of `labels_per_class`, on `test_images` alone.
+
+    Raises:
+        MapetError: backbone, images or labels cannot be read.
     """
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
@@ -436,6 +484,9 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
 
 def learning_curve(config: TrialConfig) -> dict[str, Any]:
     """Return cost and learning curve of a finished pre-training run, from its metrics.jsonl.
+
+    Seconds of a line of training are those of its images at its images_per_second, which counts neither evaluation nor start-up; so a
+    run that was stopped and resumed counts as if it had been run in one go.
 
     Args:
         config: of the trial; it gives the run's folder, the number of images and the FLOPs of an epoch.
@@ -462,9 +513,12 @@ def learning_curve(config: TrialConfig) -> dict[str, Any]:
 def collect_results(config: StudyConfig, trials: list[Trial], notes: list[str], evaluate_baselines: bool) -> Study:
     """Return all trials with their results, finished or not, and what the report prints with them.
 
+    Results of a trial are read from its run.json; a trial that is not finished has status and reason alone, one without a readable
+    run.json is 'not run'.
+
     Args:
         config: of the study.
-        trials: of the study, without results.
+        trials: of the study, without results, in the order of the report.
         notes: sentences for the top of the report.
         evaluate_baselines: whether to evaluate untrained models that are not evaluated yet.
     """
@@ -482,10 +536,16 @@ def collect_results(config: StudyConfig, trials: list[Trial], notes: list[str], 
 def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool) -> dict[str, dict[str, float]]:
     """Return the scores of each model of the grid untrained (frozen, and fine-tuned from scratch), averaged over the seeds.
 
-    They are kept in the study's run.json. A model is evaluated once one of its trials is pre-trained, if `evaluate_missing`.
+    They are kept in the study's run.json, after each model, so that a study that is stopped does not evaluate them again.
+
+    Args:
+        config: of the study.
+        trials: their levels of the factors 'model' and 'model_args' tell the models; if neither is varied there is a single one.
+        evaluate_missing: whether to evaluate models that have no scores yet, if one of their trials is pre-trained: its backbone gives
+            the architecture. Others have no entry.
 
     Returns:
-        'untrained ViT MODEL' -> metric -> accuracy (0..1).
+        'untrained ViT MODEL' -> metric -> accuracy (0..1), metrics as in `evaluate`.
     """
     state = try_read_state(config.out)
     baselines: dict[str, dict[str, float]] = dict(state.results.get("baselines", {})) if state else {}
@@ -494,7 +554,7 @@ def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool)
         name = f"untrained ViT {model}".strip()
         if evaluate_missing and name not in baselines and (trial_folder(config, trial) / "pretrain/backbone").exists():
             log.info("--- evaluating the baseline %s: frozen, and trained from scratch", name)
-            options = trial_config(config, trial, 0)
+            options = trial_config(config, trial, 0)  # the number of images is used for costs alone
             by_seed = [evaluate(options, config.devices[0], seed, pretrained=False) for seed in config.seeds]
             baselines[name] = {metric: fmean(scores[metric] for scores in by_seed) for metric in by_seed[0]}
             record(config.out, results={"baselines": baselines})
@@ -502,7 +562,11 @@ def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool)
 
 
 def read_tokenizers(config: StudyConfig) -> dict[str, tuple[FitTokenizerConfig, int | None]]:
-    """Return name -> (config, number of tokens) of each tokenizer; None tokens until it is fitted."""
+    """Return name -> (config of `fit-tokenizer`, number of codes V) of each tokenizer; V is None until it is fitted.
+
+    Raises:
+        MapetError: see `tokenizer_configs`; or a fitted tokenizer cannot be read.
+    """
     tokenizers: dict[str, tuple[FitTokenizerConfig, int | None]] = {}
     for name in config.tokenizers:
         fitting, _ = tokenizer_configs(config, name)

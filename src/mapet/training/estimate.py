@@ -40,17 +40,22 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     What `config` doesn't say has the default of these commands: epochs, vocabulary size, patches per code, mask ratio, automatic batch.
 
     In order: build teacher (frozen encoder whose features become tokens) and student (ViT) with random head; time reading the batch, the
-    teacher's forward pass and the student's training step; multiply by the number of images or patches of each command. Reading
-    is done by other processes at the same time, so an image takes the longer of reading and computing.
+    teacher's forward pass and the student's training step; multiply by the number of images of each command. Another process reads at
+    the same time, so an image takes the longer of reading and computing. Reading is counted as by one process; a command may have more.
+
+    The student is that of `pretrain` with default options: objective MaPeT, targets tokens, three quarters of the patches masked, automatic
+    batch and micro-batch size, `EPOCHS` epochs. The number of codes is the default of `fit-tokenizer` for this number of patches.
 
     Args:
         config: image size, patch size, channels, and the options of student and teacher; others are not used.
         images: the list that `usable` indexes.
-        usable: indices of the readable images, at least one.
+        usable: indices of the readable images, at least one. If they are fewer than the batch has, they are repeated in it.
 
     Yields:
-        Five lines for the console: the setting (device, model, patches, codes), then reading, fit-tokenizer, tokenize and pretrain.
-        All work is done before the first.
+        Five lines for the console. Setting: device, model, patches of an image, codes V. Reading: images/s of one process. fit-tokenizer:
+        time and GB (float16) of the features that k-means is fitted to, without the time of k-means. tokenize: images/s of the teacher
+        alone, time, and MB of the tokens. pretrain: images/s of the training step alone, time, batch size, and GB of activations of a
+        micro-batch, weights, gradients and Adam's state. All work is done before the first line.
 
     Raises:
         MapetError: none of the batch's images can be read any more, or an option of model or teacher is wrong.
@@ -66,6 +71,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     # A quarter of the patches is context, as the other three quarters are masked by default.
     model = prepare_for_device(ViTForPreTraining(vit, vocab_size, MAPET, round(num_patches / 4)), compute)
 
+    # Center crops: of the views of training only their number counts, not which pixels they show.
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, config.image_size, teacher.image_size, grid=grid)
     started = time.monotonic()
@@ -74,6 +80,7 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
     reading = (time.monotonic() - started) / NUM_BENCHMARK_IMAGES
     if batch.images is None or batch.teacher_images is None:  # no image could be read
         raise MapetError(f"{option('images', config.images)}: no benchmark image can be read any more. Restore them")
+    # Any targets will do: the time does not depend on which tokens they are.
     views, pixels = compute.to(batch.teacher_images), normalize(compute.to(batch.images), config.channels)
     targets = torch.zeros(len(batch), num_patches, dtype=torch.int64)
     batch = replace(batch, images=pixels, targets=targets).to(compute.device)
@@ -104,11 +111,14 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
 def flops_per_image(config: PretrainConfig) -> float:
     """Return the FLOPs of forward and backward pass of the model for one image, counted by PyTorch on the meta device.
 
-    The teacher, which computes tokens, is not counted. If the mask ratio is a range, the result is the mean over 8 evenly spaced
-    ratios.
+    Matrix products, convolutions and attention count, each multiplication with its addition as two. The teacher, which computes tokens,
+    and the optimizer are not counted. If the mask ratio is a range, the result is the mean over 8 evenly spaced ratios.
 
     Args:
         config: of a pre-training run; its `tokenizer` folder must exist, as it tells image size and number of tokens.
+
+    Raises:
+        MapetError: the tokenizer cannot be read, or the model cannot be built for it.
     """
     model = build_model(config, load_tokenizer(config.tokenizer, with_teacher=False)).to("meta").train()
     contexts = [model.num_context]
@@ -141,5 +151,5 @@ def training_flops(model: ViTForPreTraining, contexts: list[int]) -> float:
 
 def _time_call(function: Callable[[], object]) -> float:
     """Return the seconds of one call of a function without arguments; `Timer` first makes warm-up calls, and waits for the device."""
-    threads = torch.get_num_threads()  # the timer's own default is one
-    return Timer("function()", globals={"function": function}, num_threads=threads).timeit(1).mean
+    # The timer's own default is one thread.
+    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(1).mean

@@ -64,24 +64,28 @@ class RunFolder:
         return cls(config.out, config, compute) if config.out and distributed.rank() == 0 else None
 
     def __init__(self, path: Path, config: TrainerConfig, compute: ComputeContext) -> None:
-        """Create the folder, or reopen it if `resume` is set; write config.yaml, and open train.log, metrics.jsonl and trackers.
+        """Create the folder, or reopen it if `config.resume` is set; write config.yaml, and open train.log and metrics.jsonl.
 
-        In a resumed run, train.log and metrics.jsonl are appended to, and config.yaml is written again if the path of an input or output
-        has changed. The metrics after the checkpoint are removed by `truncate_metrics`, which the trainer calls.
+        Options and device are recorded in run.json, and they, the versions of packages and the command line in train.log. In a resumed run,
+        train.log and metrics.jsonl are appended to, and config.yaml is written again if the path of an input or output has changed. The
+        metrics after the checkpoint are removed by `truncate_metrics`, which the trainer calls. TensorBoard's writer and the threads of the
+        trackers start with the first metrics.
 
         Args:
-            path: of the run; must be empty or missing unless `config.resume`.
-            config: final options, without automatic values; `track` names the trackers that the metrics are sent to.
+            path: of the run; must be empty or missing unless `config.resume`. With `config.resume` it has a config.yaml, which the caller
+                has compared with `config` (`resolve_resume_config`).
+            config: final options, with automatic values resolved; `track` names the trackers that the metrics are sent to.
             compute: device and precision, for run.json and train.log.
 
         Raises:
-            MapetError: the folder is not empty, and `resume` is not set.
-            OSError: the folder cannot be written.
+            MapetError: without `config.resume`, `path` is a file or a folder that is not empty.
+            OSError: the folder or a file in it cannot be written.
         """
         self.path, config_file = path, path / CONFIG_FILE
         not_paths = frozenset(type(config).model_fields) - PATH_OPTIONS  # `diff_configs` ignores these
         if not config.resume:
             create_output_dir(path)
+        # If other options alone differ (`device`, `log_interval`, ...), config.yaml stays as the run was started.
         if not config.resume or diff_configs(build_config(type(config), read_config(config_file)), config, not_paths):
             write_config(config, config_file)
         for leftover in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it wrote

@@ -109,7 +109,11 @@ class Task(Generic[C, M, R]):
         return cast(M, self.model)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:
-        """Return the automatic number of images per forward pass, 1 to `local_batch_size`, the largest number of images of a rank's batch."""
+        """Return the automatic `micro_batch_size`: images per forward pass. By default all of this rank's part of the batch at once.
+
+        Args:
+            local_batch_size: images of a step that this rank gets, at least one.
+        """
         return local_batch_size
 
     def start(self) -> None:

@@ -60,11 +60,13 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     def build(self, config: FinetuneConfig, compute: ComputeContext) -> None:
         """Read the labels, load the backbone with a new head, and set up augmentation and the moving average of the weights.
 
-        Sets the attributes that `Task` lists (model, dataset, indices, hashes, config with a resolved `batch_size`, ...). The automatic batch
-        size leaves `MIN_STEPS_PER_EPOCH` steps per epoch where the images suffice.
+        Sets the attributes that `Task` lists (model, dataset, indices, hashes, config with a resolved `batch_size`, ...); `train` and `test`,
+        the labeled images; `labels`, the class index of each training image; `model_ema` (None without `ema_decay`); and `mixup`, `erase` and
+        `epochs_per_test` for the methods below.
 
         Args:
-            config: options of `finetune`, some of them None.
+            config: options of `finetune`, some of them None. An automatic `batch_size` leaves `MIN_STEPS_PER_EPOCH` steps per epoch if that
+                allows `MIN_BATCH_SIZE`, and is at most `base_batch_size` (on a CPU `MAX_CPU_BATCH_SIZE`) and the number of images.
             compute: device and precision.
 
         Raises:
@@ -92,6 +94,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         self.config = config.model_copy(update={"batch_size": config.batch_size or auto})
         self.layer_decay = config.layer_decay
         self.epochs_per_line = self.epochs_per_test = max(1, config.epochs // NUM_TESTS)
+        # Mixup smooths labels itself; `loss` does so in runs without Mixup and CutMix, and where a batch has a single image.
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
         self.erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device)
         source = "from scratch" if config.from_scratch else config.backbone
@@ -212,7 +215,7 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
 
 @torch.inference_mode()
 def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
-    """Classify the center crops of labeled images; unreadable ones are left out of both counts.
+    """Classify the center crops of labeled images; unreadable ones are excluded from both counts.
 
     Args:
         vit: with a classifier; it is put into evaluation mode.

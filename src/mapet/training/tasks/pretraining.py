@@ -192,11 +192,12 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
     def build(self, config: PretrainConfig, compute: ComputeContext) -> None:
         """Open images, tokenizer, tokens and probe, build the model and resolve the batch size; a collective call.
 
-        Sets the attributes that `Task` lists; the images that were unreadable for `tokenize` are left out of training. The teacher is loaded
-        only if its features are needed: without stored tokens, or for the target 'features'. Rank 0 decides an automatic batch size.
+        Sets the attributes that `Task` lists, and `tokenizer` and `probe_sets`: (training images, test images) of the probe that `evaluate`
+        makes, or None with `probe_every` 0 or without labels. Images that were unreadable for `tokenize` are excluded from training. The
+        teacher is loaded only if its features are needed: without stored tokens, or for the target 'features'.
 
         Args:
-            config: options of `pretrain`, some of them None.
+            config: options of `pretrain`, some of them None. Rank 0 decides an automatic `batch_size`.
             compute: device and precision.
 
         Raises:
@@ -205,15 +206,18 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         self.compute, images = compute, list_images(config.images)
         needs_teacher = config.tokens is None or config.target == "features"
         tokenizer = load_tokenizer(config.tokenizer, needs_teacher, config.trust_teacher).to(compute.device)
+        # A token store holds the token ids of one or more views of each image, which `mapet tokenize` has computed.
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         self.bad = dict(store.unreadable) if store else {}
         self.tokenizer, self.model = tokenizer, prepare_for_device(build_model(config, tokenizer), compute)
         self.indices = np.setdiff1d(np.arange(len(images)), list(self.bad))
+        # Rank 0's number is used by all: each rank has computed it from the free memory of its own device.
         auto = auto_batch_size(self.model, len(self.indices), compute)
         batch_size = config.batch_size or int(distributed.broadcast(torch.tensor(auto)))
         self.config = config = config.model_copy(update={"batch_size": batch_size})
         vit, teacher = self.model.vit, tokenizer.teacher
         size: tuple[int, int] = tuple(vit.patch_embed.img_size)
+        # Stored tokens are of certain views, so that these are drawn again, whatever `config` says of views.
         spec = store.view_spec if store else ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
             images, spec, vit.in_chans, size, None if teacher is None else teacher.image_size, store, tuple(vit.patch_embed.grid_size),
@@ -232,7 +236,11 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         self._describe(size)
 
     def _describe(self, image_size: tuple[int, int]) -> None:
-        """Set `description`, and warn about few images and a teacher that runs in every step."""
+        """Set `description`, the run in one line; warn about few images, and log that the teacher runs in every step if it does.
+
+        Args:
+            image_size: (H, W) pixels of the ViT's input.
+        """
         config, model, num_images = self.config, self.model, len(self.indices)
         most = "up to " if config.varies_context else ""
         num_outputs = model.head.out_features
@@ -257,7 +265,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return prepare_for_device(build_model(self.config, self.tokenizer).vit, self.compute)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:
-        """Return as many images as a CPU's cache holds; on a GPU all."""
+        """Return the automatic `micro_batch_size`, see the function of this name: on a CPU what its cache holds, on a GPU all."""
         return auto_micro_batch(self.model, local_batch_size, self.compute)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
@@ -316,10 +324,11 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
-        """Format the loss and, if the targets are tokens, their accuracy, each beside its baseline.
+        """Format the loss and, if the targets are tokens, their accuracy, each beside its baseline: 'loss 3.504 (unigram 3.475), ...'.
 
         Args:
-            metrics: "loss"; and "token_accuracy", "unigram_entropy", "majority_token_accuracy" together, or none of these three.
+            metrics: 'loss' (in nats if the targets are tokens); and 'token_accuracy' (0 to 1) and its baselines of `summarize`,
+                'unigram_entropy' (nats) and 'majority_token_accuracy' (0 to 1), together, or none of these three.
         """
         text = "loss {loss:.3f}"
         if "unigram_entropy" in metrics:
@@ -347,7 +356,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return f"linear probe {scores['probe/logistic']:.3f}, k-NN {scores['probe/knn']:.3f}"
 
     def infer(self, module: VisionTransformer, batch: Batch) -> list[Tensor]:
-        """Return the backbone's features."""
+        """Return one tensor in a list: the backbone's features (B, tokens, D) of the images without color jitter."""
         assert batch.images is not None
         return [module.forward_features(normalize(batch.images, module.in_chans))]
 

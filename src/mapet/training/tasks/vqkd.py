@@ -45,10 +45,11 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def build(self, config: TrainTokenizerConfig, compute: ComputeContext) -> None:
         """Open images and teacher, resolve `vocab_size`, and build the untrained model.
 
-        Sets the attributes that `Task` lists; every image is used for training.
+        Sets the attributes that `Task` lists; `teacher`, the frozen encoder whose features the decoder regresses, on the device; and
+        `num_patches`, patches of one image. Every image is used for training.
 
         Args:
-            config: options of `train-tokenizer`, some of them None.
+            config: options of `train-tokenizer`, some of them None. `vocab_size` (number of codes V) None: `default_vocab_size`.
             compute: device and precision.
 
         Raises:
@@ -85,7 +86,14 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Initialize the codebook by k-means on the encoder's outputs for the first batches, `PATCHES_PER_CODE` per code."""
+        """Initialize the codebook by k-means on the untrained encoder's outputs for the run's first images, before the first step.
+
+        So many batches are read that there are `PATCHES_PER_CODE` patches for each code, or all batches of the run if it has fewer. The
+        trainer calls it on rank 0 alone, and not in runs that were resumed from a checkpoint.
+
+        Raises:
+            MapetError: too many images are unreadable, or those that are readable have fewer patches than there are codes.
+        """
         config, model = self.config, self.model.eval()
         num_batches = -(-PATCHES_PER_CODE * self.num_counts // (self.num_patches * config.batch_size))
         batches = list(
@@ -140,7 +148,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     @staticmethod
     def format_metrics(metrics: dict[str, float]) -> str:
-        """Format loss, reconstruction and code statistics."""
+        """Format loss, reconstruction loss (1 - cosine), the fraction of codes used (0 to 1) and their perplexity, by these names."""
         text = "loss {loss:.3f}, reconstruction loss {reconstruction_loss:.3f}, codes used {code_usage:.0%}, perplexity {perplexity:.0f}"
         return text.format(**metrics)
 
@@ -148,7 +156,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
     def _evaluate_codebook(self, model: VQKDForTraining) -> tuple[float, CodebookStats]:
         """Evaluate the tokenizer on the center crops of at most `MAX_EVAL_IMAGES` training images, drawn from the run's seed; on rank 0.
 
-        Unreadable images are left out.
+        Unreadable images are excluded.
 
         Args:
             model: the trained encoder, codebook and decoder; it is put into evaluation mode.
