@@ -85,6 +85,37 @@ def test_parameters_are_the_published_ones_at_their_sizes_and_between():
     assert radius.interpolate(448, 3) == 12 and radius.interpolate(16, 5) == 0.75  # a length goes with the image
 
 
+def clipped_zoom(x, factor):
+    """The central ceil(side / factor) square, its corners put on those of round(crop * factor) pixels, linear between; its center."""
+    side = len(x)
+    crop = int(np.ceil(side / factor))
+    top, size = (side - crop) // 2, round(crop * factor)
+    places, margin = np.linspace(0, crop - 1, size), (size - side) // 2
+    x = x[top : top + crop, top : top + crop]
+    for axis in (0, 1):
+        x = np.apply_along_axis(lambda line: np.interp(places, np.arange(crop), line)[margin : margin + side], axis, x)
+    return x
+
+
+SIDES = [(32, 1), (32, 4), (224, 3)]
+"""Published size and severity."""
+
+
+@pytest.mark.parametrize(("side", "severity"), SIDES)
+def test_zoom_blur_is_the_original(side, severity, photos):
+    published = {
+        (32, 1): np.arange(1, 1.06, 0.01),
+        (32, 4): np.arange(1, 1.21, 0.01),
+        (224, 3): np.arange(1, 1.21, 0.02),
+    }
+    image = resized(photos[0], side)[..., :1]
+    factors = published[side, severity]
+    x = image / 255
+    expected = (x + sum(clipped_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
+    changed = corrupt(image, "zoom_blur", severity, np.random.default_rng(0))
+    assert np.abs(changed - 255 * expected).max() < 0.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

@@ -219,13 +219,19 @@ def motion_blur(x: Pixels, rng: np.random.Generator, radius: float, std: float) 
     return _convolve(x, _motion_kernel(radius, std, rng.uniform(-45, 45)))
 
 
-@corruption(max_zoom=SeverityRange(at_32px=(0.05, 0.1, 0.15, 0.2, 0.25), at_224px=(0.1, 0.15, 0.2, 0.24, 0.3)))
-def zoom_blur(x: Pixels, rng: np.random.Generator, max_zoom: float) -> Pixels:
-    """Average (H, W, C) pixels with 12 copies enlarged about the center, by factors evenly spaced from 1 to 1 + `max_zoom`.
+@corruption(
+    stop=SeverityRange(at_32px=(1.06, 1.11, 1.16, 1.21, 1.26), at_224px=(1.11, 1.16, 1.21, 1.26, 1.31)),
+    step=SeverityRange(at_32px=(0.01, 0.01, 0.01, 0.01, 0.01), at_224px=(0.01, 0.01, 0.02, 0.02, 0.03)),
+)
+def zoom_blur(x: Pixels, rng: np.random.Generator, stop: float, step: float) -> Pixels:
+    """Average (H, W, C) pixels with copies enlarged about the center.
 
-    `rng` is unused; all corruptions take it.
+    Args:
+        rng: unused; all corruptions take it.
+        stop: where the factors end, which begin at 1; rounding decides whether it is one of them, as in ImageNet-C's `np.arange`.
+        step: difference of two factors.
     """
-    factors = 1 + np.linspace(0, max_zoom, 12)
+    factors = np.arange(1, stop, step)
     return (x + sum(_zoom_center(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
@@ -399,9 +405,16 @@ def _motion_kernel(radius: float, std: float, degrees: float) -> Float[np.ndarra
 
 
 def _zoom_center(x: Pixels, factor: float) -> Pixels:
-    """Enlarge (H, W, C) pixels about the center by `factor` >= 1, bilinearly, and crop them to their size before."""
-    step, start = [1 / factor, 1 / factor, 1], [(side - 1) / 2 * (1 - 1 / factor) for side in x.shape[:2]]
-    return ndimage.affine_transform(x, step, [*start, 0], order=1, mode="nearest")
+    """Enlarge a center crop of (H, W, C) pixels by `factor` >= 1, corners onto corners, and crop the result to (H, W, C).
+
+    As `clipped_zoom` of ImageNet-C's code: the crop has ceil(side / factor) pixels a side, so that it is enlarged by a bit less.
+    """
+    sides = np.array(x.shape[:2])
+    crop = np.ceil(sides / factor).astype(int)
+    (top, left), (height, width) = (sides - crop) // 2, crop
+    zoomed = ndimage.zoom(x[top : top + height, left : left + width], (factor, factor, 1), order=1)
+    (top, left), (height, width) = (zoomed.shape[:2] - sides) // 2, sides
+    return zoomed[top : top + height, left : left + width]
 
 
 def _plasma_fractal(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> Float[np.ndarray, "H W"]:
