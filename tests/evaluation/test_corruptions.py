@@ -116,6 +116,34 @@ def test_zoom_blur_is_the_original(side, severity, photos):
     assert np.abs(changed - 255 * expected).max() < 0.501
 
 
+def gaussian_blur(x, std):
+    """Gaussian of 4 standard deviations along rows and columns; pixels beyond the edge are those of the edge."""
+    reach = int(4 * std + 0.5)
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * std**2))
+    for axis in (0, 1):
+        places = np.arange(x.shape[axis])
+        shifted = [np.take(x, np.clip(places + k, 0, len(places) - 1), axis) for k in range(-reach, reach + 1)]
+        x = sum(w * part for w, part in zip(weights / weights.sum(), shifted, strict=True))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("side", "severity", "std", "d", "rounds"), [(32, 1, 0.05, 1, 1), (32, 5, 0.4, 1, 2), (224, 4, 1.1, 3, 2)]
+)
+def test_glass_blur_is_the_original(side, severity, std, d, rounds, photos):
+    """Pixels are copied, not swapped: `x[a], x[b] = x[b], x[a]` of NumPy rows sets both to x[b]."""
+    image, rng = resized(photos[0], side), np.random.default_rng(0)
+    x = np.uint8(gaussian_blur(image / 255, std) * 255)
+    for _ in range(rounds):
+        for row in range(side - d, d, -1):
+            for column in range(side - d, d, -1):
+                right, down = rng.integers(-d, d, 2)
+                x[row, column], x[row + down, column + right] = x[row + down, column + right], x[row, column]
+    expected = 255 * gaussian_blur(x / 255, std)
+    changed = corrupt(image, "glass_blur", severity, np.random.default_rng(0))
+    assert np.abs(changed - expected).max() < 0.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

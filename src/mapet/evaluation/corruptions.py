@@ -183,26 +183,29 @@ def defocus_blur(x: Pixels, rng: np.random.Generator, radius: float, soften: flo
     rounds=SeverityRange(at_32px=(1, 1, 1, 2, 2), at_224px=(2, 1, 3, 2, 2)),
 )
 def glass_blur(x: Pixels, rng: np.random.Generator, std: float, reach: float, rounds: float) -> Pixels:
-    """Blur (H, W, C) pixels, swap every pixel with a random one nearby, and blur again, as behind frosted glass.
+    """Blur (H, W, C) pixels, replace each by a random one nearby, and blur again, as behind frosted glass.
+
+    The authors' code means to swap two pixels, but copies one onto the other (both sides of its assignment are views of one array).
 
     Args:
-        std: standard deviation of both Gaussian blurs, pixels.
-        reach: largest distance of two swapped pixels, in rows and in columns; rounded to at least 1.
-        rounds: how often every pixel is swapped; rounded to at least 1.
+        std: standard deviation of both Gaussian blurs, pixels; the first one's result is truncated to 8 bits.
+        reach: d, rounded to at least 1: offsets are drawn from -d to d - 1; rows and columns before d + 1 and after side - d stay.
+        rounds: how often every pixel is replaced; rounded to at least 1.
     """
-    x = ndimage.gaussian_filter(x, (std, std, 0))
+    x = np.floor(ndimage.gaussian_filter(x, (std, std, 0), mode="nearest") * 255) / 255
     height, width = x.shape[:2]
-    max_offset = max(1, round(reach))
-    positions = np.indices((height, width)).reshape(2, -1).T
+    d = max(1, round(reach))
+    # Flat indices, from the last pixel to the first: a later one may copy what an earlier one has copied.
+    rows, columns = np.mgrid[height - d : d : -1, width - d : d : -1].reshape(2, -1)
     source = list(range(height * width))  # for each output pixel, the flat index of the input pixel that it shows
     for _ in range(max(1, round(rounds))):
-        offsets = rng.integers(-max_offset, max_offset + 1, positions.shape)
-        partners = np.clip(positions + offsets, 0, [height - 1, width - 1]) @ [width, 1]
-        for a, b in reversed(
-            list(enumerate(partners.tolist()))
-        ):  # from the last pixel to the first, as in ImageNet-C's code
-            source[a], source[b] = source[b], source[a]
-    return ndimage.gaussian_filter(x.reshape(height * width, -1)[source].reshape(x.shape), (std, std, 0))
+        right, down = rng.integers(-d, d, (len(rows), 2)).T
+        partners = (rows + down) * width + columns + right
+        for pixel, partner in zip((rows * width + columns).tolist(), partners.tolist(), strict=True):
+            source[pixel] = source[partner]
+    return ndimage.gaussian_filter(
+        x.reshape(height * width, -1)[source].reshape(x.shape), (std, std, 0), mode="nearest"
+    )
 
 
 @corruption(
