@@ -144,6 +144,26 @@ def test_glass_blur_is_the_original(side, severity, std, d, rounds, photos):
     assert np.abs(changed - expected).max() < 0.501
 
 
+def motion_blur(x, radius, std, degrees):
+    """ImageMagick: the pixel itself and 2 radius more along the angle, each at the nearest pixel; beyond the edge, the edge's; 8 bits."""
+    rows, columns = (np.arange(side) for side in x.shape[:2])
+    result, total = np.zeros_like(x), 0.0
+    for distance in range(2 * radius + 1):
+        weight = np.exp(-(distance**2) / (2 * std**2))
+        right, down = (int(np.ceil(distance * f(np.radians(degrees)) - 0.5)) for f in (np.cos, np.sin))
+        total += weight
+        result += weight * x[np.clip(rows + down, 0, rows[-1])][:, np.clip(columns + right, 0, columns[-1])]
+    return np.round(result / total * 255) / 255
+
+
+@pytest.mark.parametrize(("side", "severity", "radius", "std"), [(32, 1, 6, 1), (32, 5, 9, 2.5), (224, 5, 20, 15)])
+def test_motion_blur_is_the_original(side, severity, radius, std, photos):
+    image = resized(photos[0], side)[..., :1]
+    expected = 255 * motion_blur(image / 255, radius, std, np.random.default_rng(1).uniform(-45, 45))
+    changed = corrupt(image, "motion_blur", severity, np.random.default_rng(1))
+    assert np.abs(changed - expected).max() < 1.001
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)
