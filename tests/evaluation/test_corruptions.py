@@ -164,6 +164,29 @@ def test_motion_blur_is_the_original(side, severity, radius, std, photos):
     assert np.abs(changed - expected).max() < 1.001
 
 
+SNOW = {
+    (32, 3): (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+    (32, 5): (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    (224, 4): (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+}
+"""(side, severity) -> mean, std, zoom, threshold, radius, blur, keep of the authors' scripts."""
+
+
+@pytest.mark.parametrize(("side", "severity"), SNOW)
+def test_snow_is_the_original(side, severity, photos):
+    mean, std, zoom, threshold, radius, blur, keep = SNOW[side, severity]
+    image, rng = resized(photos[0], side), np.random.default_rng(2)
+    x = image / 255
+    layer = clipped_zoom(rng.normal(mean, std, (side, side, 1)), zoom)
+    layer = np.where(layer < threshold, 0, np.clip(layer, 0, 1))
+    layer = motion_blur((layer * 255).astype(np.uint8) / 255, radius, blur, rng.uniform(-135, -45))
+    gray = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
+    pale = keep * x + (1 - keep) * np.maximum(x, gray * 1.5 + 0.5)
+    expected = 255 * np.clip(pale + layer + layer[::-1, ::-1], 0, 1)
+    changed = corrupt(image, "snow", severity, np.random.default_rng(2))
+    assert np.abs(changed - expected).max() < 1.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

@@ -265,8 +265,9 @@ def snow(
     flakes = _zoom_center(rng.normal(mean, std, (*x.shape[:2], 1)), max(1.0, zoom))
     flakes[flakes < threshold] = 0
     # One random direction within 45 degrees of the vertical, of all flakes.
-    flakes = _motion_blur(np.clip(flakes, 0, 1), radius, blur, rng.uniform(-135, -45))
-    pale = np.maximum(x, x.mean(-1, keepdims=True) * 1.5 + 0.5)
+    flakes = _motion_blur(np.floor(np.clip(flakes, 0, 1) * 255) / 255, radius, blur, rng.uniform(-135, -45))
+    gray = x @ [[0.299], [0.587], [0.114]] if x.shape[-1] == 3 else x
+    pale = np.maximum(x, gray * 1.5 + 0.5)
     return (
         keep * x + (1 - keep) * pale + flakes + np.rot90(flakes, 2)
     )  # as in ImageNet-C, flakes are added twice, rotated by 180 degrees
