@@ -63,14 +63,14 @@ def join_terminated(strings: Iterable[bytes]) -> bytes:
 
 
 def labels_from_texts(texts: PackedStrings, sort_key: Callable[[bytes], Any] | None = None) -> Labels | None:
-    """Turn one text an image, the name of its class, into labels.
+    """Turn the class name of each image into labels.
 
     Args:
-        texts: the class name of each image; empty: the image has none.
-        sort_key: order of the classes, as `sorted` takes it; None: by their bytes.
+        texts: the class name of each image, bytes in the file system's encoding; empty: the image has none.
+        sort_key: key function that orders the classes, as `sorted` takes it; None: by their bytes.
 
     Returns:
-        The labels; None if an image has no class name, or all have the same.
+        (sorted names of the classes, class index of each image); None if an image has no class name, or all have the same.
     """
     classes = sorted(set(texts), key=sort_key)
     if len(classes) < 2 or b"" in classes:
@@ -98,7 +98,15 @@ class ImageList(Sequence[Path]):
     def __init__(
         self, root: Path | str, ids: Iterable[bytes], sizes: ArrayLike, labels: Labels | None = None, ignored: int = 0
     ) -> None:
-        """Keep what a subclass has listed: the attributes, `sizes` being `file_sizes`; any iterable of ids is packed."""
+        """Keep what a subclass has listed; see the class.
+
+        Args:
+            root: where the images are: a folder, shards, or the name of a data set.
+            ids: of the n images, in order, each unique; any iterable is packed.
+            sizes: (n,) bytes of each image; -1: unknown.
+            labels: (names of the classes, class index of each image); None: the folders in the ids are the classes.
+            ignored: number of files of the source that are not images by their extension.
+        """
         self.root, self.labels, self.ignored = root, labels, ignored
         self.ids = ids if isinstance(ids, PackedStrings) else PackedStrings.from_strings(ids)
         self.file_sizes = np.asarray(sizes, np.int64)
@@ -117,13 +125,19 @@ class ImageList(Sequence[Path]):
         return self.data(index)
 
     def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
-        """Open an image; see `open_image`.
+        """Open an image, to read 8-bit pixels of any box of it; see `open_image`.
+
+        Args:
+            index: of the image in this list.
+            channels: C of the pixels: 1 (gray) or 3 (RGB), of .npy arrays any number that they have.
+            window: maps values that are not uint8 to 8 bits; None: of uint16 the upper 8 bits are taken, other types are refused.
 
         Raises:
             ImageDecodeError: with the reason why the image cannot be read.
+            MapetError: the source fails as a whole, e.g. a shard cannot be read.
         """
         if self.file_sizes[index] > MAX_BYTES:
-            raise ImageDecodeError(f"{self.file_sizes[index]:,} bytes are more than {MAX_BYTES:,}")
+            raise ImageDecodeError(f"{self.file_sizes[index]:,} bytes, more than the {MAX_BYTES:,} that mapet reads")
         return open_image(self.file(index), channels, window)
 
     def __len__(self) -> int:
@@ -153,7 +167,7 @@ class ImageList(Sequence[Path]):
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int]) -> Self:
-        """Return a list of the images at these indices of this list, in their order."""
+        """Return a list of the images at these indices of this list, in their order; with labels, it has the same classes."""
         chosen = np.fromiter(indices, np.int64)
         part = copy.copy(self)
         part.__dict__.pop("hash", None)  # that of the whole list
@@ -163,7 +177,10 @@ class ImageList(Sequence[Path]):
         return part
 
     def classes(self) -> Labels | None:
-        """Return the source's labels; without, the first folder of each id is its class; None without 2 classes or more."""
+        """Return the source's labels; if it has none, those of the folders: the first folder in an image's id is the image's class.
+
+        None if an image is in no folder, or all are in the same.
+        """
         if self.labels is not None:
             return self.labels
         return labels_from_texts(PackedStrings.from_strings(name[: max(0, name.find(b"/"))] for name in self.ids))

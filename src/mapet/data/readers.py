@@ -59,7 +59,7 @@ class IntensityWindow(NamedTuple):
     high: float
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Map an array of any real numeric type linearly to uint8 of the same shape: `low` becomes 0, `high` 255, NaN 0."""
+        """Map an array of any real numeric type linearly to uint8 of the same shape: up to `low` and NaN become 0, from `high` on 255."""
         floats = values.astype(np.promote_types(values.dtype, np.float32))
         scaled = ((floats - self.low) * (255 / (self.high - self.low))).clip(0, 255)
         return np.nan_to_num(scaled).round().astype(np.uint8)
@@ -83,9 +83,12 @@ class LazyImage(ABC):
         """Read the pixels of a box.
 
         Args:
-            box: None: the whole image.
+            box: rectangle inside the upright image, in its full-size pixels; None: the whole image.
             min_size: height and width that the caller will resize the box to. The pixels may then come reduced by a
                 factor of `REDUCTIONS`, but no smaller than this; they show exactly the same box. None: not reduced.
+
+        Returns:
+            The pixels, which the caller may change; C is the `channels` that the image was opened with.
 
         Raises:
             ImageDecodeError: with the reason why the image cannot be read.
@@ -124,13 +127,15 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
         file: its path or its bytes.
         channels: C of the pixels that `LazyImage.read` returns: 1 (gray) or 3 (RGB). Only `.npy` arrays may have other numbers;
             an array of shape (H, W) has 1 channel, and an array of another number than this is refused.
-        window: maps 16-bit, integer and floating-point values to 8 bits; None: the upper 8 of 16 bits, others are refused.
+        window: maps all values but uint8 linearly to 8 bits. None: of uint16 the upper 8 bits are taken; all other types need a window
+            and are refused.
 
     Returns:
         An image of known size whose pixels `read` returns, any number of times. A JPEG is decoded then only: `read` can fail.
 
     Raises:
-        ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, ...
+        ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, values that
+            need a window, ...
     """
     # Unbuffered: of most formats only the head is read here.
     with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
@@ -181,10 +186,12 @@ class DecodedImage(LazyImage):
             )
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
-        """Return the pixels of a box as 8 bits, never reduced.
+        """Return a copy of the pixels of a box as 8 bits, never reduced.
+
+        Values of another type than uint8 are mapped by the window; without one they are uint16, whose upper 8 bits are taken.
 
         Args:
-            box: rectangle of the image, pixels; None: the whole image.
+            box: rectangle inside the image, pixels; None: the whole image.
             min_size: not used, as the pixels are decoded already; see `LazyImage.read`.
         """
         top, left, height, width = box or Box(0, 0, *self.size)
@@ -205,11 +212,14 @@ def open_array(file: ImageFile, channels: int, window: IntensityWindow | None) -
     Args:
         file: its path or its bytes.
         channels: C that the array must have; (H, W) counts as C = 1.
-        window: see `DecodedImage`.
+        window: maps values that are not uint8 linearly to 8 bits; None: of uint16 the upper 8 bits are taken.
+
+    Returns:
+        An image whose values `read` maps to 8 bits.
 
     Raises:
-        ImageDecodeError: it has another shape, another number of channels, too many pixels, or no real numbers; or its values
-            need a window and there is none.
+        ImageDecodeError: the array has another shape, another number of channels, no pixels or too many, or no real numbers; or its
+            values are neither uint8 nor uint16, and there is no window.
         Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
     """
     array = _array_from_bytes(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
@@ -228,16 +238,19 @@ def _array_from_bytes(data: bytes) -> np.ndarray:
 
     `np.load` would first allocate as much memory as the header says the array needs, however few bytes follow it.
 
+    Args:
+        data: content of the file, header included. Bytes after the array are ignored.
+
     Raises:
         ImageDecodeError: its elements are Python objects.
-        ValueError: the header is damaged, or fewer bytes follow it than it says.
+        ValueError: the header is damaged, or fewer bytes follow the header than the array needs.
     """
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(stream)
     if dtype.hasobject:
-        raise ImageDecodeError("array of Python objects")
+        raise ImageDecodeError("array of Python objects, expected integers or floating-point numbers")
     return np.frombuffer(data, dtype, math.prod(shape), stream.tell()).reshape(shape, order="F" if fortran else "C")
 
 
@@ -248,15 +261,18 @@ def _array_from_bytes(data: bytes) -> np.ndarray:
 def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
     """Decode an image in full with Pillow: EXIF rotation applied, first frame of an animation, transparency laid on white.
 
-    Gray images of more than 8 bits keep their values, which `DecodedImage` maps to 8 bits; all others become 8-bit gray or RGB.
+    Gray images of more than 8 bits (16 or 32, integers or floating point) keep their values, which `DecodedImage.read` maps to 8 bits;
+    all others become 8-bit gray or RGB.
 
     Args:
         file: its path or its bytes.
-        channels: 1 (gray) or 3 (RGB).
-        window: maps values of more than 8 bits to 8 bits; None: the upper 8 of 16 bits are taken.
+        channels: C of the pixels, 1 (gray) or 3 (RGB): gray is repeated 3 times, colors are converted to gray.
+        window: maps gray values of more than 8 bits to 8 bits. None: integers from 0 to 65535 count as uint16, of which the upper 8 bits
+            are taken; other values need a window.
 
     Raises:
-        ImageDecodeError: with the reason: Pillow does not know the format, it is damaged, too large, ...
+        ImageDecodeError: with the reason: other `channels`, Pillow does not know the format, the file is damaged or too large, its
+            values need a window, ...
     """
     if channels not in (1, 3):
         raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; other formats give 1 or 3")
@@ -271,7 +287,7 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
     except UnidentifiedImageError:
         raise ImageDecodeError("not an image, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
-        raise ImageDecodeError(str(error)) from None
+        raise ImageDecodeError(f"too many pixels: {error}") from None
     if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
         values = np.asarray(image)
         # Pillow widens 16 bits to 32 in some formats and modes: without a window their upper 8 bits are taken, too.
@@ -289,15 +305,18 @@ def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | N
 
 
 def open_jpeg(data: bytes, channels: int, window: IntensityWindow | None) -> LazyImage:
-    """Open a JPEG without decoding it, if it is gray or YCbCr; otherwise, and if its header is damaged, decode it with Pillow.
+    """Open a JPEG without decoding it, if it is gray or YCbCr; otherwise (e.g. CMYK), and if its header is damaged, decode it with Pillow.
 
     Args:
         data: the file's bytes.
-        channels: 1 (gray) or 3 (RGB).
-        window: used by Pillow alone; the JPEGs that are opened without decoding have 8 bits.
+        channels: C of the pixels to return, 1 (gray) or 3 (RGB), whatever the file holds.
+        window: passed on to `open_with_pillow`; the JPEGs that are opened without decoding have 8 bits and need none.
+
+    Returns:
+        A `LazyJpeg`, whose `read` decodes and may fail, or an image that Pillow has decoded.
 
     Raises:
-        ImageDecodeError: it has too many pixels, or Pillow cannot decode it.
+        ImageDecodeError: the JPEG has too many pixels, Pillow cannot decode it, or `channels` is neither 1 nor 3.
     """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -328,15 +347,14 @@ class LazyJpeg(LazyImage):
         Args:
             data: the file's bytes.
             channels: C of the pixels to return, 1 (gray) or 3 (RGB).
-            height, width: as the header says, before EXIF rotation, pixels.
+            height, width: size in the header, before EXIF rotation, pixels.
             kind: format and mode, 'JPEG L' or 'JPEG RGB'.
         """
         self.data, self.channels, self.stored_size, self.kind = data, channels, (height, width), kind
         self.orientation = _read_orientation(data)
         self.size = (width, height) if self.orientation.transpose else (height, width)
-        self._decoded: dict[
-            tuple[int, bool], np.ndarray
-        ] = {}  # (reduction, fast) -> pixels: a view may be read at two sizes
+        # (reduction, fast) -> pixels: a view may be read at two sizes
+        self._decoded: dict[tuple[int, bool], np.ndarray] = {}
 
     def read(self, box: Box | None = None, min_size: tuple[int, int] | None = None) -> UInt8[Tensor, "C h w"]:
         """Decode the JPEG and return the pixels of a box of the upright image, reduced r = 8, 4, 2 or 1 times.
@@ -346,11 +364,12 @@ class LazyJpeg(LazyImage):
         the reduced image. The decoded image is kept, so another box, or the same one at another size, may cost no decoding.
 
         Args:
-            box: rectangle of the upright image, after EXIF rotation, in its full-size pixels; None: the whole image.
+            box: rectangle inside the upright image (after EXIF rotation), in its full-size pixels; None: the whole image.
             min_size: height and width, pixels, that the caller will resize the box to. None: r = 1, exact pixels.
 
         Returns:
-            A copy of the pixels, (C, box.height / r, box.width / r): C is `channels`. Not reduced if Pillow had to decode it.
+            A copy of the pixels, (C, box.height / r, box.width / r): C is `channels`. If libjpeg-turbo refuses the data, Pillow decodes
+            them, and r = 1.
 
         Raises:
             ImageDecodeError: neither libjpeg-turbo nor Pillow can decode the data.
@@ -361,15 +380,12 @@ class LazyJpeg(LazyImage):
             max_reduction = min(box.height // min_size[0], box.width // min_size[1])
             # A pixel of the reduced image is a block of r x r stored pixels, counted from the stored top left corner. So r must
             # divide the box's edges and, as a flip makes the last row (column) the first, each side that the rotation flips.
-            flipped_sides = (
-                self.size[0] * self.orientation.flip_rows,
-                self.size[1] * self.orientation.flip_columns,
-            )  # 0: not
+            flips = self.orientation.flip_rows, self.orientation.flip_columns
+            flipped_sides = [side * flip for side, flip in zip(self.size, flips, strict=True)]  # 0: not flipped
             exact = [r for r in REDUCTIONS if not any(edge % r for edge in (*box, *flipped_sides))]
             reduction = next((r for r in exact if r <= max_reduction), 1)
-            fast = (
-                box.height > min_size[0] and box.width > min_size[1]
-            )  # the caller reduces it further: errors don't show
+            # The caller reduces the pixels further, so that the errors of the fast decoder don't show.
+            fast = box.height > min_size[0] and box.width > min_size[1]
         try:
             upright = self.orientation.apply(self._decode(reduction, fast))
         except ValueError:  # libjpeg-turbo refuses the file: Pillow may still decode it
@@ -410,7 +426,7 @@ class Orientation(NamedTuple):
     flip_columns: bool = False
 
     def apply(self, stored: UInt8[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W C"]:
-        """Return an upright view of stored pixels, without a copy."""
+        """Return an upright view of stored pixels, without a copy; height and width are exchanged if `transpose` is set."""
         upright = stored.transpose(1, 0, 2) if self.transpose else stored
         return upright[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
@@ -427,6 +443,9 @@ def _read_orientation(data: bytes) -> Orientation:
 
     Args:
         data: the file's bytes.
+
+    Raises:
+        Exception: of any kind, from Pillow on a damaged file; `translate_errors` around `open_image` makes it an ImageDecodeError.
     """
     header = data[: data.find(b"\xff\xda")]  # up to the marker of the first scan, where the pixels begin
     if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:  # most files of a data set have neither

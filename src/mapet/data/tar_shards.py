@@ -118,7 +118,7 @@ class TarImageList(ImageList):
         """Return the bytes of the image at `index` of this list: a range of its shard, requested up to `NUM_TRIES` times from a URL.
 
         Raises:
-            MapetError: it cannot be read, or the shard is shorter now. (An ImageDecodeError would exclude the image for
+            MapetError: the shard cannot be read, or is shorter now than its index says. (An ImageDecodeError would exclude the image for
                 good because of a network failure.)
         """
         row = self.rows[index]
@@ -152,7 +152,7 @@ def _expand_pattern(source: str) -> list[str]:
         Only a pattern with `*` is looked up; another file may not exist.
 
     Raises:
-        MapetError: there is no such file, or one that is no `.tar` file.
+        MapetError: no file matches a `*`, or a name does not end in `.tar` (the query of a URL aside).
     """
     fs = _file_system(source, os.getpid())
     paths: list[str] = []
@@ -160,7 +160,7 @@ def _expand_pattern(source: str) -> list[str]:
         path = url_to_fs(pattern)[1]
         matches = sorted(map(str, fs.glob(path))) if "*" in path else [path]
         if not matches:
-            raise MapetError(f"{pattern}: no file matches this pattern")
+            raise MapetError(f"{pattern}: no file matches this pattern; check the folder and the names in it")
         paths += matches
     for path in paths:
         if not path.partition("?")[0].endswith(".tar"):  # a URL may have a query
@@ -193,7 +193,8 @@ def _file_system(source: str, process_id: int) -> Any:
     try:
         return url_to_fs(source)[0]
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
-        raise MapetError(f"cannot open the URL or path {source}: {error}") from None
+        fix = "give a local path, or a URL whose protocol fsspec has an installed package for"
+        raise MapetError(f"cannot open the URL or path {source}: {error}; {fix}") from None
 
 
 def _index_shard(source: str, path: str) -> ShardIndex:
@@ -206,7 +207,7 @@ def _index_shard(source: str, path: str) -> ShardIndex:
         path: the shard, as that file system names it.
 
     Raises:
-        MapetError: the shard is missing, unreadable or damaged.
+        MapetError: the shard is missing, unreadable or damaged. (A cache that cannot be written is no error.)
     """
     try:
         fs = _file_system(source, os.getpid())
@@ -221,9 +222,10 @@ def _index_shard(source: str, path: str) -> ShardIndex:
     except MapetError:
         raise
     except FileNotFoundError:
-        raise MapetError(f"the shard {path} does not exist") from None
+        raise MapetError(f"the shard {path} does not exist; check its name, or the range in {source}") from None
     except Exception as error:  # each file system has errors of its own
-        raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}") from None
+        fix = "check its permissions and, of a URL, the connection"
+        raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}; {fix}") from None
     try:
         with atomic_write(cached) as temporary:
             save_file(shard._asdict(), temporary)
@@ -240,18 +242,17 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
     in WebDataset; of the contents only such members are read. Other members count as ignored, folders do not count at all.
 
     Args:
-        file: seekable, open for reading, at its beginning.
+        file: seekable, open for reading bytes, at its beginning; it stays open.
         path: of the shard, for errors.
 
     Returns:
         The images in the order of their headers; names without a leading './'. See `ShardIndex`.
 
     Raises:
-        MapetError: it is no tar file, is damaged or cut off, or one name comes twice.
+        MapetError: the file is no uncompressed tar file, is damaged or cut off, or two images have the same name.
     """
-    images: dict[
-        bytes, tuple[int, int, bytes]
-    ] = {}  # name -> byte at which the content begins, bytes of it, key of the label
+    # name -> byte at which the content begins, bytes of it, key of the label
+    images: dict[bytes, tuple[int, int, bytes]] = {}
     labels: dict[bytes, bytes] = {}  # key of the label -> text
     num_ignored = 0
     try:
@@ -284,7 +285,7 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
             raise tarfile.ReadError(f"expected a header or zeros at byte {tar.offset:,}, found other data")
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
         found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
-        raise MapetError(f"{found}. Make or copy it again") from None
+        raise MapetError(f"{found}. Make or copy the shard again") from None
     # offset and size of every image, as two contiguous arrays
     offsets, sizes = np.array([image[:2] for image in images.values()], np.int64).reshape(-1, 2).T.copy()
     names = np.frombuffer(join_terminated(images), np.uint8)
@@ -303,9 +304,7 @@ def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         if member.size < 0 or member.offset <= last_offset:
-            raise tarfile.ReadError(
-                f"the header of member {member.name!r} gives an impossible size, {member.size:,} bytes"
-            )
+            raise tarfile.ReadError(f"the header of {member.name!r} gives an impossible size, {member.size:,} bytes")
         last_offset = member.offset
         yield member
 
@@ -321,6 +320,7 @@ class _BoundedReads:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
+        """Read `size` bytes; raise tarfile.ReadError if that is negative (all the rest) or more than `MAX_HEADER_BYTES`."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header takes {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
         return self.file.read(size)

@@ -100,11 +100,16 @@ def from_state_dict(
     Args:
         weights: tensors by the file's own names.
         source: what they were read from, named by errors.
-        overrides: timm keywords known from elsewhere, e.g. {'num_heads': 6, 'img_size': (16, 24)}.
-        img_size: (H, W) pixels that the position embeddings may be for, tried where their number is no square.
+        overrides: timm keywords known from elsewhere, e.g. {'num_heads': 6, 'img_size': (16, 24)}; they replace what is inferred.
+        img_size: (H, W) pixels that the position embeddings may be for, tried where their number is no square. None: only squares.
+
+    Returns:
+        The encoder's weights under timm's names, without a classifier, and the keywords of timm's `vit_base_patch16_224` that make their
+        ViT. `mean_std` and `eps` are None, as weights do not tell them; `model_args['num_heads']` is None where neither BEiT's table, nor
+        the width, nor `overrides` tells it.
 
     Raises:
-        MapetError: not a ViT's weights, or sizes that contradict each other.
+        MapetError: the weights are not those of a whole ViT, or sizes contradict each other.
     """
     try:
         encoder, unexpected, unsupported = remap_keys(weights, source)
@@ -115,7 +120,8 @@ def from_state_dict(
         args |= overrides
         grid = _infer_grid(encoder, args, img_size)
     except KeyError as error:
-        raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}") from None
+        hint = "give the file with all weights of the encoder"
+        raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}; {hint}") from None
     except ValueError as error:
         raise MapetError(f"{source}: {error}") from None
     return PretrainedViT(encoder, "vit_base_patch16_224", args, grid, None, None, unexpected, unsupported)
@@ -125,7 +131,7 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
     """Rename the encoder's tensors to timm's names; of several ViTs in a file (student and teacher) take the teacher.
 
     Args:
-        weights: tensors by the file's own names.
+        weights: tensors by the file's own names; they are renamed, not copied.
         source: what they were read from, named by errors.
 
     Returns:
@@ -134,7 +140,7 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
 
     Raises:
         MapetError: there is no patch embedding, so no ViT.
-        KeyError: queries without keys or values.
+        KeyError: a block has queries without keys or values; the error's argument is the missing name.
     """
     prefixes = [match[1] for name in weights if (match := PATCH_EMBED.fullmatch(name))]
     if not prefixes:
@@ -174,7 +180,7 @@ def _merge_qkv(weights: Weights) -> Weights:
         The merged weights; `weights` is not changed.
 
     Raises:
-        KeyError: there are queries without keys or values.
+        KeyError: a block has queries without keys or values; the error's argument is the missing name.
     """
     merged = dict(weights)
     for name, query in weights.items():
@@ -195,8 +201,11 @@ def _infer_model_args(weights: Weights) -> dict[str, Any]:
     Args:
         weights: of the encoder, under timm's names.
 
+    Returns:
+        Keyword -> value, for a ViT without classifier; `img_size` is not among them.
+
     Raises:
-        KeyError: there are no blocks.
+        KeyError: there are no blocks, no patch embedding or no MLP; the error's argument is the missing name.
         ValueError: the patch embedding is not of square patches.
     """
     patches = weights["patch_embed.proj.weight"]
@@ -274,10 +283,12 @@ def adapt_state_dict(
         source: what the checkpoint was read from, named by errors.
 
     Returns:
-        (state dict of `vit`, one note for the log about each change)
+        (state dict of `vit`, which `load_state_dict` takes; one note for the log about each change). Tensors are float32, but what
+        the checkpoint lacks shares memory with the weights of `vit`, and unchanged float32 tensors with those of the checkpoint.
 
     Raises:
-        MapetError: another network: width, depth, MLP or norms differ.
+        MapetError: another network: width, depth, MLP or norms differ; or position embeddings or another normalization have no place
+            in `vit`.
     """
     weights = {name: tensor.detach().float() for name, tensor in checkpoint.state_dict.items()}
     target, notes = vit.state_dict(), list[str]()
@@ -338,19 +349,17 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         pixel_weight = adapt_input_conv(channels, pixel_weight, base_chans=old_channels)
         offset += (pixel_weight.sum(dim=(2, 3)) * mean).sum(1)
         weight = pixel_weight * std.view(-1, 1, 1)
+        changed = old_channels != channels
+        adapted = f"from {old_channels} to {channels} channels" if changed else "to mapet's normalization"
         if not has_bias and "pos_embed" not in weights:
-            problem = f"to {channels} channels, or to another mean and std: they have neither a patch embedding bias nor positions"
-            raise MapetError(
-                f"weights for {old_channels} channels cannot be adapted {problem}. Use other weights, or images like theirs"
-            )
+            found = "the ViT's patch embedding has no bias, and the weights have no position embeddings"
+            fix = "Use other weights, or images with the weights' channels and normalization"
+            raise MapetError(f"the weights cannot be adapted {adapted}: {found}. {fix}")
         if has_bias:
             weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
         else:
             prefix, patches = weights["pos_embed"].tensor_split([-math.prod(checkpoint.grid)], dim=1)
             weights["pos_embed"] = torch.cat([prefix, patches + offset], dim=1)
-        adapted = (
-            f"from {old_channels} to {channels} channels" if old_channels != channels else "to mapet's normalization"
-        )
         notes.append(f"patch embedding adapted {adapted}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
@@ -399,7 +408,8 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
         start += count
     if vit.pos_embed is None:
         if positions is not None:
-            raise MapetError(f"the weights have {positions.shape[1]} position embeddings, but this ViT has none")
+            found = f"the weights have {positions.shape[1]} position embeddings, but this ViT has none"
+            raise MapetError(f"{found}. Choose a ViT with learned position embeddings")
     elif positions is None:
         weights["pos_embed"] = target["pos_embed"]
         notes.append("positions are new: the file has none")

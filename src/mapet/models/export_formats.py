@@ -66,8 +66,11 @@ def compute_outputs(model: nn.Module, pixels: Float[Tensor, "B C H W"]) -> Outpu
     """Compute the outputs of an `ExportWrapper`, or of a program exported from one, without gradient.
 
     Args:
-        model: returns a tuple in the order of `OUTPUT_NAMES`.
-        pixels: normalized.
+        model: returns a tuple of 1 or 2 tensors in the order of `OUTPUT_NAMES`.
+        pixels: normalized, of the model's image size.
+
+    Returns:
+        'features' -> (B, prefix + N, D), after the last norm; with a classifier also 'logits' -> (B, K).
     """
     with torch.inference_mode():
         return dict(zip(OUTPUT_NAMES, model(pixels), strict=False))
@@ -102,6 +105,9 @@ def _suppress_output() -> Iterator[None]:
 
 def read_timm(folder: Path) -> dict[str, Forward]:
     """Load an exported timm folder as timm's users do: as a local folder, and as a weights file of its architecture.
+
+    Args:
+        folder: with config.json and model.safetensors.
 
     Returns:
         Name of the way to load it -> function that computes the outputs ('features', and 'logits' with a classifier) of
@@ -243,6 +249,13 @@ def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Te
     The class token gets a position of zeros where the ViT has none. LayerScale is multiplied into other weights for a ViT,
     and for Dinov2, which always has it, is 1 where the ViT has none. Queries, keys and values are split. Without a classifier
     there is a pooler, which is the identity.
+
+    Args:
+        vit: that `_list_unsupported` has found nothing against; it is not changed.
+        kind: 'vit' or 'dinov2'; 'dinov2' only for a classifier of the mean of the patches.
+
+    Returns:
+        Name -> tensor; some share memory with `vit`. With a classifier, names of the encoder begin with `kind` and a dot.
     """
     weights = dict(vit.state_dict())
     if vit.no_embed_class:
@@ -286,8 +299,9 @@ def read_transformers(folder: Path) -> dict[str, Forward]:
     transformers.utils.logging.disable_progress_bar()
     with _suppress_output():
         model, loading = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
-    if any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise MapetError(f"transformers did not load the weights of {folder} as {class_name} expects them: {loading}")
+    if different := {key: loading[key] for key in loading if key.endswith("_keys") and loading[key]}:
+        found = f"the weights in {folder} are not those that {class_name} of transformers expects: {different}"
+        raise MapetError(f"{found}. Update transformers and export again, or choose another {option('format')}")
 
     @torch.inference_mode()
     def forward(pixels: Tensor) -> Outputs:
@@ -304,13 +318,13 @@ def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **o
     """Call an exporter of torch on an `ExportWrapper` of the ViT, for any batch size and the ViT's own image size.
 
     Args:
-        vit: is put into evaluation mode.
+        vit: is put into evaluation mode; on the CPU, as the example input of 2 images is.
         export: `torch.export.export` or `torch.onnx.export`.
-        files: its positional arguments after model and example input.
-        options: its further keywords.
+        files: positional arguments of the exporter after model and example input.
+        options: further keywords of the exporter.
 
     Returns:
-        what the exporter returns.
+        What the exporter returns.
     """
     example = torch.zeros(2, vit.in_chans, *vit.patch_embed.img_size)
     with _suppress_output():

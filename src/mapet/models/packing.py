@@ -67,8 +67,11 @@ class PackedLayout(NamedTuple):
             num_context: c, number of context patches.
             num_hidden: p, number of patches to predict.
 
+        Returns:
+            The layout, with tensors on the CPU.
+
         Raises:
-            MapetError: see `attention_mask`.
+            MapetError: a row would attend to nothing at all, see `attention_mask`.
         """
         lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
         mask = attention_mask(objective, num_prefix, num_context, num_hidden)
@@ -89,7 +92,7 @@ class PackedLayout(NamedTuple):
 
 
 def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> dict[Segment, int]:
-    """Return the number of rows of each packed segment, in packing order; see `PackedLayout.from_counts`."""
+    """Return the number of rows of each packed segment, in packing order: num_prefix + num_context for 'context', else num_hidden."""
     return {name: num_prefix + num_context if name == "context" else num_hidden for name in objective.attends_to}
 
 
@@ -101,10 +104,13 @@ def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_
     and j of the column in the permutation.
 
     Args:
-        objective, num_prefix, num_context, num_hidden: see `PackedLayout.from_counts`.
+        objective: which segments are packed, in which order, and which attends to which by what rule.
+        num_prefix: number of class and register tokens, which are in the context segment.
+        num_context: c, number of context patches.
+        num_hidden: p, number of patches to predict.
 
     Raises:
-        MapetError: a row attends to nothing at all (PIM's first query when there is no context and no prefix token).
+        MapetError: a row attends to nothing at all (the first query of objective 'pim' when there is no context and no prefix token).
     """
     lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
     i, j = torch.arange(num_hidden)[:, None], torch.arange(num_hidden)[None, :]
@@ -170,11 +176,14 @@ def pack(
         vit: its patch embedding, prefix tokens, position embeddings and `norm_pre` are used, as in fine-tuning.
         mask_token: vector of all mask tokens, before positions are added.
         query_token: the same for query tokens; None: `mask_token`.
-        images: normalized.
-        permutation: row-major patch indices of each image.
+        images: normalized, in the dtype of the ViT.
+        permutation: row-major patch indices of each image, on the device of `images`.
         segment_lengths: segment -> number of tokens, in packing order; that of 'context' (prefix tokens + c) tells c.
         target_indices: which m of the p hidden patches are predicted, as ascending indices from 0 in the order of the permutation: the
             query segment has only these. None: all.
+
+    Returns:
+        The segments in packing order, after `norm_pre`.
     """
     num_patches = permutation.shape[1]
     c = segment_lengths["context"] - vit.num_prefix_tokens
@@ -265,6 +274,9 @@ def eager_attention(
         attn_mask: added to the scores: 0 or -inf; None: every query attends to every key.
         dropout_p: dropout probability of attention weights; 0 in evaluation mode.
         scale: factor of the scores.
+
+    Returns:
+        Weighted means of the values for each query, without the output projection.
     """
     scores = (q * scale) @ k.transpose(-2, -1)
     if attn_mask is not None:

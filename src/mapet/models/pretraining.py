@@ -62,9 +62,10 @@ def cross_entropy_with_grad(
     torch.compile fuses it into one pass over the logits; uncompiled, each operation reads and writes them.
 
     Args:
-        product: rows times weight, in any floating dtype; softmax and losses are computed in float32 at least.
+        product: input rows times the layer's weight, without bias, in any floating dtype; softmax and losses are computed in float32
+            at least. If it is float32 or wider, its memory is overwritten.
         bias: of the linear layer.
-        target: token id of each row.
+        target: token id of each row, 0 to V - 1.
 
     Returns:
         (gradient of each row's loss by its logits, in the dtype of `product`; loss of each row, nats; number of rows whose
@@ -97,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         Args:
             ctx: autograd's context; it keeps the gradients of the loss summed over rows by x, weight and bias, and the number of rows.
-            x: (n, D), inputs of the linear layer.
+            x: (n, D), inputs of the linear layer, in the dtype of `weight`; n is at least 1.
             weight: (V, D).
             bias: (V,).
             targets: (n,), token id of each row, 0 to V - 1.
@@ -117,9 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
         losses, num_correct = x.new_empty(num_rows, dtype=wide), targets.new_zeros(())
         chunks = (tensor.split(chunk_size) for tensor in (x, dx, targets[:, None], losses[:, None]))
-        for x_chunk, dx_chunk, target, loss in zip(
-            *chunks, strict=True
-        ):  # dx_chunk and loss are views, written in place
+        # `dx_chunk` and `loss` are views, written in place
+        for x_chunk, dx_chunk, target, loss in zip(*chunks, strict=True):
             gradient, loss[:], correct = cross_entropy(x_chunk @ weight.T, bias, target)
             num_correct += correct
             torch.mm(gradient, weight, out=dx_chunk)
@@ -153,7 +153,7 @@ def linear_cross_entropy(
         x: inputs of the linear layer.
         weight: of the linear layer.
         bias: of the linear layer.
-        targets: token id of each row, 0 to V - 1.
+        targets: token id of each row, 0 to V - 1; n is at least 1.
         cross_entropy: `cross_entropy_with_grad`, or that function compiled.
 
     Returns:
@@ -180,11 +180,12 @@ def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) 
     """Return the pixels of each patch, normalized to mean 0 and variance 1 within the patch (MAE).
 
     Args:
-        images: of any normalization.
+        images: of any normalization; H and W are multiples of the grid's rows and columns.
         grid: (rows, columns) of patches, N in all.
 
     Returns:
-        patches in row-major order, each with its values in (channel, row, column) order.
+        Patches in row-major order, each with its F = C x height x width values in (channel, row, column) order. The variance is the
+        unbiased one, with F - 1.
     """
     blocks = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, C, rows, height, columns, width)
     patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -221,25 +222,31 @@ class ViTForPreTraining(nn.Module):
     The ViT itself is not modified and owns all that fine-tuning needs, so the backbone is exported by saving
     `vit.state_dict()`.
 
-    Args:
-        vit: with learned absolute positions; any prefix tokens, norms, LayerScale, stochastic depth.
-        vocab_size: number of outputs of the head: V for tokens, F for the other targets.
-        objective: see `mapet.models.objectives`.
-        num_context: c, from 0 to N - 1, of batches whose `num_context` is None.
-        num_predict: m: `sample_target_indices` draws so many of the p hidden patches for a training step, an unbiased
-            estimate of the same loss from fewer rows. None: all are predicted.
-        target: what is predicted of a patch.
-        separate_query_token: give query tokens a parameter of their own, which starts as a copy of the mask token.
-
-    Raises:
-        MapetError: c or m is out of range, or the ViT or the objective lacks what another argument needs.
+    Attributes:
+        vit: the ViT, unchanged.
+        objective: which segments of tokens are packed, and which attends to which.
+        num_patches, num_context, num_predict: N, c and m, see `__init__`.
+        target: what is predicted of a patch: 'tokens', 'pixels' or 'features'.
+        mask_token: (1, 1, D), vector of mask tokens before positions are added.
+        query_token: the same for query tokens; None: the mask token is used.
+        head: linear layer from D to the outputs of a patch.
     """
 
     def __init__(
         self, vit: VisionTransformer, vocab_size: int, objective: Objective, num_context: int, num_predict: int | None = None,
         target: TargetKind = "tokens", separate_query_token: bool = False,
     ) -> None:  # fmt: skip
-        """Add a mask token and a head to a ViT; see the class for the arguments. The objective says which segments of tokens are packed.
+        """Add a mask token and a prediction head, with random weights, to a ViT.
+
+        Args:
+            vit: with learned absolute positions; any prefix tokens, norms, LayerScale, stochastic depth. It is kept, not copied.
+            vocab_size: number of outputs of the head for a patch: V for tokens, F for the other targets.
+            objective: which segments (context, mask tokens, ...) are packed into one sequence, and which attends to which.
+            num_context: c, number of patches in the context, from 0 to N - 1, of batches whose `num_context` is None.
+            num_predict: m: `sample_target_indices` draws so many of the p = N - c hidden patches for a training step, an unbiased
+                estimate of the same loss from fewer rows. None: all are predicted.
+            target: what is predicted of a patch: 'tokens' (ids), 'pixels' (normalized within the patch) or 'features' (the teacher's).
+            separate_query_token: give query tokens a parameter of their own, which starts as a copy of the mask token.
 
         Raises:
             MapetError: `num_context` or `num_predict` is out of range, the ViT has no position embeddings, the objective has no query
@@ -285,10 +292,15 @@ class ViTForPreTraining(nn.Module):
         return self.num_patches - self.num_context
 
     def layout(self, num_context: int | None = None) -> PackedLayout:
-        """Return the packed layout for c context patches, on the model's device and in its dtype; layouts are cached by c.
+        """Return the packed layout (which row of the sequence is what, and attends to which) for c context patches; cached by c.
+
+        Its `attn_bias` is on the model's device and in its dtype. The caller must not change the layout.
 
         Args:
-            num_context: c; None: the model's own.
+            num_context: c, 0 to N - 1; None: the model's own.
+
+        Raises:
+            MapetError: without context and class token a row would attend to nothing.
         """
         c = self.num_context if num_context is None else num_context
         if c not in self._layouts:
@@ -303,15 +315,23 @@ class ViTForPreTraining(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            batch: normalized `images`; `targets`, for each patch in row-major order its token id or regression vector; and `permutation`,
-                patch indices, of which the first c are context and the others are predicted in this order. Optional: `num_context` (c;
-                None: the model's own), `target_indices` (which of the hidden patches are predicted; None: all), `drop_path_rand` (random
-                numbers of stochastic depth; None: drawn by the blocks).
+            batch: normalized `images` (B, C, H, W); `targets`, for each patch in row-major order its token id (B, N) or regression vector
+                (B, N, F); and `permutation` (B, N), patch indices, of which the first c are context and the others are predicted in this
+                order. Optional: `num_context` (c; None: the model's own), `target_indices` (m indices, which of the hidden patches are
+                predicted; None: all), `drop_path_rand` (random numbers of stochastic depth; None: drawn by the blocks).
+
+        Returns:
+            Mean loss with gradient; number of correct predictions (None unless the targets are tokens); targets of the predicted patches,
+            in permutation order; loss of each image, without gradient.
         """
         return self.compute_loss(self.encode(batch), self.hidden_targets(batch))
 
     def hidden_targets(self, batch: Batch) -> Targets:
-        """Return the targets of the m predicted patches, in permutation order."""
+        """Return the targets of the m predicted patches, in permutation order: token ids (B, m) or vectors (B, m, F).
+
+        Args:
+            batch: its `targets`, `permutation`, `num_context` and `target_indices` are used; see `forward`.
+        """
         assert batch.targets is not None and batch.permutation is not None
         c = self.num_context if batch.num_context is None else batch.num_context
         targets = gather_patches(batch.targets, batch.permutation[:, c:])
@@ -337,7 +357,10 @@ class ViTForPreTraining(nn.Module):
         return PreTrainingOutput(losses.mean(), None, targets, losses.detach().mean(dim=1))
 
     def compile(self) -> None:
-        """Make the first step compile what takes a step's time: packing, a block (once for all of them), the cross-entropy."""
+        """Let torch.compile compile what takes a step's time, when it runs first: packing, a block (once for all), the cross-entropy.
+
+        Shapes are static: a new batch size or number of context patches is compiled again. `state_dict` stays as it is.
+        """
         self._pack = torch.compile(pack, dynamic=False)
         self._block_forward = torch.compile(block_forward, dynamic=False)
         self._cross_entropy = torch.compile(cross_entropy_with_grad, dynamic=False)
@@ -346,8 +369,8 @@ class ViTForPreTraining(nn.Module):
         """Draw which m of the p hidden patches a step predicts, on the CPU; None where all are predicted.
 
         Args:
-            num_context: c of the step.
-            seed: of NumPy's generator; equal seeds draw equal indices.
+            num_context: c of the step; m must be at most N - c.
+            seed: integers for NumPy's generator; equal seeds draw equal indices.
         """
         if self.num_predict is None:
             return None
@@ -355,17 +378,17 @@ class ViTForPreTraining(nn.Module):
         return torch.from_numpy(np.sort(order[: self.num_predict]))
 
     def predict(self, batch: Batch) -> Float[Tensor, "B m V"]:
-        """Return the logits of the predicted patches, in permutation order."""
+        """Return the head's outputs for the m predicted patches, in permutation order: logits of V tokens, or F predicted values."""
         return self.head(self.encode(batch))
 
     def encode(self, batch: Batch) -> Float[Tensor, "B m D"]:
         """Return the ViT's final output of the m predicted patches, in permutation order.
 
         The images and the mask and query tokens of the objective are packed into one sequence of R rows. All rows go through all
-        blocks but the last, of which only the outputs of the predicted patches are computed.
+        blocks but the last, of which only the outputs of the predicted patches are computed. The ViT's last norm is applied.
 
         Args:
-            batch: see `forward`; its targets are not used.
+            batch: normalized images, permutation and optional fields, see `forward`; its targets are not used.
         """
         assert batch.images is not None and batch.permutation is not None
         # `layout` says where the segments are, which rows predict (`output_rows`), and which rows attend to which; `indices`: which
@@ -392,7 +415,7 @@ class ViTForPreTraining(nn.Module):
 def run_block(function: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
     """Return `function(block, *args)`, called through the block's method `run` if `apply_fsdp` has added one.
 
-    FSDP2 gathers a block's sharded weights only while a method of the block runs.
+    FSDP2 gathers a block's sharded weights only while a forward method of the block runs.
     """
     return block.run(function, *args) if hasattr(block, "run") else function(block, *args)  # type: ignore[operator]
 
@@ -445,13 +468,14 @@ def drop_path_scales(
     probability. As the numbers come with the images, the result doesn't depend on which images are computed together.
 
     Args:
-        vit: its blocks' DropPath says the probability; no DropPath, as in the first block, is probability 1.
+        vit: its blocks' DropPath modules have the drop probability; a block without one, as the first, keeps all (factors of 1).
         drop_path_rand: (B, 2 x blocks), uniform in [0, 1): of each block the attention's and the MLP's number; None: every block draws
             for itself.
         rows: a tensor whose dtype the factors get.
 
     Returns:
-        for each block its factors; None where it draws for itself, or drops nothing because it is in evaluation mode.
+        For each block its (2, B, 1, 1) factors of the attention and of the MLP branch. All are None if `drop_path_rand` is None, where the
+        blocks draw, or in evaluation mode, where nothing is dropped.
     """
     if drop_path_rand is None or not vit.training:
         return [None] * len(vit.blocks)
@@ -485,6 +509,12 @@ class ContextAutoencoder(ViTForPreTraining):
         self, vit: VisionTransformer, vocab_size: int, num_context: int, num_predict: int | None = None,
         target: TargetKind = "tokens", separate_query_token: bool = False,
     ) -> None:  # fmt: skip
+        """Add mask token, head, regressor and decoder, with random weights, to a ViT; arguments as of `ViTForPreTraining`.
+
+        Raises:
+            MapetError: `num_predict` is not None, `separate_query_token` is set, which CAE has no use for, `num_context` is out of range,
+                or the ViT has no position embeddings.
+        """
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
             raise MapetError(f"objective 'cae' predicts all hidden patches at once: omit {option('num_predict')}")
@@ -492,7 +522,14 @@ class ContextAutoencoder(ViTForPreTraining):
         self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
 
     def forward(self, batch: Batch) -> PreTrainingOutput:
-        """Compute the loss of the targets plus `ALIGNMENT_WEIGHT` times the alignment loss; see `ViTForPreTraining.forward`."""
+        """Compute the loss of the targets plus `ALIGNMENT_WEIGHT` times the alignment loss, of regressor and encoder.
+
+        Args:
+            batch: see `ViTForPreTraining.forward`; `target_indices` must be None, as all hidden patches are predicted.
+
+        Returns:
+            As `ViTForPreTraining.forward`; only `loss` has the alignment loss, `loss_per_image` does not.
+        """
         rows, alignment_loss = self.forward_latents(batch)
         output = self.compute_loss(rows, self.hidden_targets(batch))
         return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment_loss)
@@ -502,7 +539,15 @@ class ContextAutoencoder(ViTForPreTraining):
         return self.forward_latents(batch)[0]
 
     def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
-        """Return (the decoder's normalized output of the p hidden patches, in permutation order; the alignment loss)."""
+        """Encode the c context patches, predict the latents of the p hidden ones by the regressor, and decode these.
+
+        Args:
+            batch: normalized `images`, `permutation`, and optionally `num_context` and `drop_path_rand`; see `ViTForPreTraining.forward`.
+
+        Returns:
+            (the decoder's normalized output of the hidden patches, in permutation order; the alignment loss: mean squared difference of
+            the regressor's output from the encoder's latents of the hidden patches, which have no gradient)
+        """
         assert batch.permutation is not None
         c = self.num_context if batch.num_context is None else batch.num_context
         context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
@@ -520,8 +565,8 @@ class ContextAutoencoder(ViTForPreTraining):
         """Return the ViT's final output of its prefix tokens and some patches, which attend to nothing else.
 
         Args:
-            batch: its `images`, and `drop_path_rand` if given.
-            indices: of each image's patches, row-major.
+            batch: its normalized `images`, and `drop_path_rand` if given.
+            indices: row-major indices of n patches of each image.
         """
         vit = self.vit
         assert batch.images is not None
@@ -534,7 +579,7 @@ class ContextAutoencoder(ViTForPreTraining):
 
 
 def encoder_block_forward(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
-    """Run a timm Block in which all rows attend to all; `scale`: see `residual_update`."""
+    """Run a timm Block in which all T rows attend to each other; `scale` has its factors of stochastic depth, see `residual_update`."""
     return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
 
 
