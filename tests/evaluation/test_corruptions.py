@@ -187,6 +187,35 @@ def test_snow_is_the_original(side, severity, photos):
     assert np.abs(changed - expected).max() < 1.501
 
 
+def diamond_square(size, decay, rng):
+    """Heights of a periodic square, point by point: middles of squares, then of edges, as the mean of their 4 neighbors plus noise."""
+    heights, step, wibble = np.zeros((size, size)), size, 100.0
+    while step >= 2:
+        half = step // 2
+        straight, diagonal = [(0, half), (half, 0)], [(half, half), (half, -half)]
+        for (top, left), neighbors in (((half, half), diagonal), ((0, half), straight), ((half, 0), straight)):
+            for row in range(top, size, step):
+                for column in range(left, size, step):
+                    around = [(sign * down, sign * right) for down, right in neighbors for sign in (1, -1)]
+                    mean = sum(heights[(row + down) % size, (column + right) % size] for down, right in around) / 4
+                    heights[row, column] = mean + wibble * rng.uniform(-wibble, wibble)
+        step, wibble = half, wibble / decay
+    heights -= heights.min()
+    return heights / heights.max()
+
+
+@pytest.mark.parametrize(
+    ("side", "severity", "amount", "decay"), [(32, 1, 0.2, 3), (32, 5, 1.5, 1.75), (224, 3, 2.5, 1.7)]
+)
+def test_fog_is_the_original(side, severity, amount, decay, photos):
+    image = resized(photos[0], side)
+    x = image / 255
+    clouds = diamond_square({32: 32, 224: 256}[side], decay, np.random.default_rng(4))[:side, :side, None]
+    expected = 255 * (x + amount * clouds) * x.max() / (x.max() + amount)
+    changed = corrupt(image, "fog", severity, np.random.default_rng(4))
+    assert np.abs(changed - expected).max() < 0.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

@@ -286,8 +286,8 @@ def frost(x: Pixels, rng: np.random.Generator, keep: float, ice: float) -> Pixel
         keep: factor of the image.
         ice: factor of the crystals that are added.
     """
-    ridges = 1 - np.abs(2 * _plasma_fractal(x.shape[:2], 1.6, rng) - 1)  # needles: where a fractal crosses its middle
-    sheet = _plasma_fractal(x.shape[:2], 2.2, rng)
+    ridges = 1 - np.abs(2 * _plasma_fractal(x.shape[:2], 1.25, rng) - 1)  # needles: where a fractal crosses its middle
+    sheet = _plasma_fractal(x.shape[:2], 1.5, rng)
     crystals = np.clip(ridges**4 + 0.5 * sheet, 0, 1)[..., None]
     tint = np.array([0.82, 0.92, 1.0]) if x.shape[-1] == 3 else np.ones(x.shape[-1])
     return keep * x + ice * crystals * tint
@@ -302,7 +302,7 @@ def fog(x: Pixels, rng: np.random.Generator, amount: float, decay: float) -> Pix
 
     Args:
         amount: factor of the fractal, whose values are in [0, 1].
-        decay: how much weaker the fractal is at each scale than at the one twice as coarse: larger is smoother.
+        decay: larger is smoother; the fractal is weaker by its square at each scale than at the one twice as coarse.
     """
     largest = x.max()
     return (x + amount * _plasma_fractal(x.shape[:2], decay, rng)[..., None]) * largest / (largest + amount)
@@ -424,15 +424,23 @@ def _zoom_center(x: Pixels, factor: float) -> Pixels:
 
 
 def _plasma_fractal(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> Float[np.ndarray, "H W"]:
-    """Return (H, W) fractal noise, scaled to [0, 1]: a sum of uniform noise at every scale, as the diamond-square algorithm gives.
+    """Return (H, W) fractal noise by the diamond-square algorithm: a corner of a periodic square of 2^n pixels scaled to [0, 1].
 
     Args:
         shape: (H, W).
-        decay: factor by which the noise is weaker at each scale than at the scale twice as coarse: larger is smoother.
+        decay: the noise is weaker by its square at each scale than at the scale twice as coarse, as in ImageNet-C's code.
     """
-    surface = np.zeros(shape)
-    for octave in range((2 * max(shape) - 1).bit_length()):  # up to noise cells of less than a pixel
-        noise = rng.uniform(-1, 1, (2**octave + 1, 2**octave + 1))
-        surface += decay**-octave * ndimage.zoom(noise, np.divide(shape, 2**octave + 1), order=1)
+    surface, amplitude = np.zeros((1, 1)), 1.0
+    while (side := len(surface)) < max(shape):  # each round doubles the resolution
+        noise = amplitude * rng.uniform(-1, 1, (3, side, side))
+        pairs = (
+            surface + np.roll(surface, -1, 0),
+            surface + np.roll(surface, -1, 1),
+        )  # with the point below, on the right
+        centers = (pairs[0] + np.roll(pairs[0], -1, 1)) / 4 + noise[0]
+        horizontal = (pairs[1] + centers + np.roll(centers, 1, 0)) / 4 + noise[1]
+        vertical = (pairs[0] + centers + np.roll(centers, 1, 1)) / 4 + noise[2]
+        rows = np.stack([surface, horizontal], -1), np.stack([vertical, centers], -1)  # even and odd rows
+        surface, amplitude = np.stack(rows, 1).reshape(2 * side, 2 * side), amplitude / decay**2
     surface -= surface.min()
-    return surface / max(surface.max(), 1e-12)
+    return surface[: shape[0], : shape[1]] / max(surface.max(), 1e-12)
