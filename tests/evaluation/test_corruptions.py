@@ -216,6 +216,30 @@ def test_fog_is_the_original(side, severity, amount, decay, photos):
     assert np.abs(changed - expected).max() < 0.501
 
 
+@pytest.mark.parametrize(
+    ("side", "severity", "radius", "std", "ksize"),
+    [(32, 1, 0.3, 0.4, 3), (32, 4, 1, 0.2, 3), (32, 5, 1.5, 0.1, 3), (224, 4, 8, 0.5, 3), (224, 5, 10, 0.5, 5)],
+)
+def test_defocus_blur_is_the_original(side, severity, radius, std, ksize, photos):
+    """A disk of whole pixels in a square of at least 17 of them, blurred by OpenCV's Gaussian; edges mirrored, the edge pixel once."""
+    image = resized(photos[0], side)[..., :1]
+    reach, half = max(8, int(radius)), ksize // 2
+    line = np.arange(-reach, reach + 1)
+    disk = np.array([[float(row**2 + column**2 <= radius**2) for column in line] for row in line])
+    taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * std**2))
+    around = np.pad(disk / disk.sum(), half, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(around, (ksize, ksize))
+    kernel = (windows * np.outer(taps, taps) / taps.sum() ** 2).sum((2, 3))
+    padded = np.pad(image / 255, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    expected = 255 * sum(
+        kernel[row, column] * padded[row : row + side, column : column + side]
+        for row in range(len(line))
+        for column in range(len(line))
+    )
+    changed = corrupt(image, "defocus_blur", severity, np.random.default_rng(0))
+    assert np.abs(changed - expected).max() < 0.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

@@ -165,16 +165,15 @@ def defocus_blur(x: Pixels, rng: np.random.Generator, radius: float, soften: flo
 
     Args:
         rng: unused; all corruptions take it.
-        radius: of the disk, pixels; below 1 it covers neighboring pixels in part.
-        soften: standard deviation of the Gaussian that blurs the disk, pixels.
+        radius: of the disk, pixels: it has the pixels whose centers are within, below 1 the middle one alone.
+        soften: standard deviation of the Gaussian that blurs the disk, pixels; 3 pixels wide, or 5 for a radius above 8.
     """
-    reach = max(1, math.ceil(radius))
+    reach = max(8, math.ceil(radius))
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    # Approximate fraction of each pixel that the disk covers, so that radii below a pixel blur too.
-    disk = np.clip(radius + 0.5 - np.hypot(rows, columns), 0, 1)
-    disk[reach, reach] = 1
-    kernel = ndimage.gaussian_filter(np.pad(disk, 2), soften)
-    return _convolve(x, kernel / kernel.sum())
+    disk = (rows**2 + columns**2 <= radius**2).astype(float)
+    kernel = ndimage.gaussian_filter(disk / disk.sum(), soften, mode="mirror", radius=1 if radius <= 8 else 2)
+    padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    return signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 @corruption(
@@ -380,13 +379,6 @@ def jpeg_compression(x: Pixels, rng: np.random.Generator, quality: float) -> Pix
     """
     pixels = torch.from_numpy((x * 255).round().astype(np.uint8)).movedim(-1, 0)
     return tvf.jpeg(pixels, round(quality)).movedim(0, -1).numpy() / 255
-
-
-def _convolve(x: Pixels, kernel: Float[np.ndarray, "h w"]) -> Pixels:
-    """Convolve each channel of (H, W, C) pixels with a kernel of odd sides: same size, edges mirrored; by FFT, for wide kernels."""
-    rows, columns = (side // 2 for side in kernel.shape)
-    padded = np.pad(x, ((rows, rows), (columns, columns), (0, 0)), mode="reflect")
-    return signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 def _motion_blur(x: Pixels, radius: float, std: float, degrees: float) -> Pixels:
