@@ -59,7 +59,10 @@ class IntensityWindow(NamedTuple):
     high: float
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Map an array of any real numeric type linearly to uint8 of the same shape: up to `low` and NaN become 0, from `high` on 255."""
+        """Map an array of any real numeric type to a new uint8 array of the same shape.
+
+        Values up to `low`, and NaN, become 0; values from `high` on become 255; between, they are scaled linearly and rounded.
+        """
         floats = values.astype(np.promote_types(values.dtype, np.float32))
         scaled = ((floats - self.low) * (255 / (self.high - self.low))).clip(0, 255)
         return np.nan_to_num(scaled).round().astype(np.uint8)

@@ -242,6 +242,9 @@ def _infer_grid(weights: Weights, args: dict[str, Any], img_size: tuple[int, int
         img_size: (H, W) pixels, tried where the position embeddings fit no square; None: only squares. Not used without position
             embeddings. A side that is no multiple of the patch size is rounded down to one.
 
+    Returns:
+        (rows, columns) of patches; without position embeddings those of `img_size`, or `DEFAULT_GRID` x `DEFAULT_GRID`.
+
     Raises:
         ValueError: the number of position embeddings fits no such grid.
     """

@@ -136,7 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         Args:
             ctx: holds the gradients of the summed loss and the number of rows.
-            gradient: of the mean loss, scalar.
+            gradient: derivative of the final loss by the mean loss, scalar.
+            _num_correct, _losses: the same of the other outputs, which have no gradient: None, not used.
         """
         return *(saved * (gradient / ctx.num_rows).to(saved.dtype) for saved in ctx.saved_tensors), None, None
 
@@ -452,6 +453,9 @@ def residual_update(
         attended: outputs of its attention.
         scale: (2, B, 1, 1), for each image the factors of the attention and of the MLP branch, 0 (dropped) or 1 / keep probability, in
             place of the block's DropPath. None: the block's DropPath draws.
+
+    Returns:
+        Outputs of the block; `rows` is not changed.
     """
     branch = block.ls1(attended)
     rows = rows + (block.drop_path1(branch) if scale is None else branch * scale[0])
@@ -509,11 +513,19 @@ class ContextAutoencoder(ViTForPreTraining):
         self, vit: VisionTransformer, vocab_size: int, num_context: int, num_predict: int | None = None,
         target: TargetKind = "tokens", separate_query_token: bool = False,
     ) -> None:  # fmt: skip
-        """Add mask token, head, regressor and decoder, with random weights, to a ViT; arguments as of `ViTForPreTraining`.
+        """Add mask token, prediction head, latent regressor and decoder, all with random weights, to a ViT.
+
+        Args:
+            vit: with learned absolute positions; it is kept, not copied.
+            vocab_size: number of outputs of the head for a patch: V for tokens, F values for the other targets.
+            num_context: c, number of visible patches, 0 to N - 1, of batches whose `num_context` is None.
+            num_predict: must be None, as all hidden patches are predicted.
+            target: what is predicted of a patch: 'tokens', 'pixels' or 'features'.
+            separate_query_token: must be False, as CAE has no query tokens.
 
         Raises:
-            MapetError: `num_predict` is not None, `separate_query_token` is set, which CAE has no use for, `num_context` is out of range,
-                or the ViT has no position embeddings.
+            MapetError: `num_predict` or `separate_query_token` is set, `num_context` is out of range, or the ViT has no position
+                embeddings.
         """
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
@@ -590,8 +602,11 @@ def regressor_block_forward(
 
     Args:
         block: of the regressor.
-        rows: of the p hidden patches, which are masked.
-        context_latents: the encoder's outputs of the T prefix tokens and visible patches.
+        rows: of the mask queries of the p hidden patches: in the first block mask token + position, then the output of the block before.
+        context_latents: the encoder's outputs of the T prefix tokens and visible patches, the same in all blocks.
+
+    Returns:
+        Outputs of the block for the mask queries; those of the context are not computed.
     """
     q = block.norm1(rows)
     kv = torch.cat([block.norm1(context_latents), q], dim=1)

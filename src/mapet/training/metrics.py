@@ -207,14 +207,14 @@ class LossMonitor:
         for step, loss, images in zip(range(first, last_step + 1), window.losses, window.images, strict=True):
             if math.isnan(loss):  # the step was skipped
                 self.consecutive_skipped += 1
-                text = "step %d skipped: NaN or infinite loss or gradient; largest losses: %s"
+                text = "step %d skipped, weights unchanged: NaN or infinite loss or gradient; images with the largest losses: %s"
                 log.warning(text, step, self._format_largest(*images))
                 continue
             self.consecutive_skipped = 0
             median = statistics.median(self._losses) if len(self._losses) >= MIN_HISTORY else math.inf
             std = MAD_TO_STD * statistics.median([abs(past - median) for past in self._losses] or [0.0])
             if loss > median + NUM_DEVIATIONS * max(std, MIN_RELATIVE_DEVIATION * abs(median)):
-                text = "loss spike at step %d: %.3f, median %.3f; largest losses: %s"
+                text = "loss spike at step %d: %.3f, median %.3f before; images with the largest losses: %s"
                 log.warning(text, step, loss, median, self._format_largest(*images))
             self._losses.append(loss)
 

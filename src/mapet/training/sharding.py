@@ -52,7 +52,10 @@ def _run(block: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tenso
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Set whether backward passes from now on sum the gradients of sharded parts over ranks; nothing is done without sharded parts."""
+    """Set whether backward passes from now on sum the gradients of a module's sharded parts (FSDP) over ranks.
+
+    With `enabled` False each rank adds up its own gradients, as for all micro-batches but the last. Without sharded parts nothing is done.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(enabled, recurse=False)

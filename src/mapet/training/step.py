@@ -139,10 +139,18 @@ class ForwardBackward:
         self._rehearsed = True
 
     def _accumulate(self, batch: Batch, args: tuple[Any, ...], fraction: float) -> list[Any]:
-        """Run the forward and backward pass of each micro-batch, and add the gradients; see `__call__` for arguments and result.
+        """Run the forward and backward pass of each micro-batch, and add the gradients to those of `module`.
 
-        Ranks sum their gradients once, in the backward pass of the last micro-batch; before `_rehearse` has ended not at all. Returned
-        are the module's outputs of each micro-batch, with `loss` detached and weighted by the micro-batch's fraction of the step's images.
+        Ranks sum their gradients once, in the backward pass of the last micro-batch; before `_rehearse` has ended not at all.
+
+        Args:
+            batch: of this rank, at least one image; slices of at most `micro_batch` images are micro-batches.
+            args: passed on to the module after the micro-batch.
+            fraction: number of this rank's images over the number of the step's images on all ranks.
+
+        Returns:
+            The module's output of each micro-batch, with `loss` detached and multiplied by the fraction of the step's images that the
+            micro-batch has.
         """
         outputs = []
         for start in range(0, len(batch), self.micro_batch):

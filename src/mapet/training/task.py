@@ -187,6 +187,10 @@ class Task(Generic[C, M, R]):
         """Return the product's outputs, tensors of any shapes, for a batch of views as `dataset` made it, on the device.
 
         `is_usable` checks them for NaN and Inf; []: finite weights are enough.
+
+        Args:
+            module: the product module, in evaluation mode.
+            batch: pixels and other fields, to be normalized first; at least one image.
         """
         return []
 

@@ -329,6 +329,7 @@ class Trainer(Generic[M, R]):
         """
 
         def evaluate(module: M) -> dict[str, float]:
+            """Return the task's scores after `epoch`; {} with a warning if the evaluation fails."""
             try:
                 return self.task.evaluate(module, epoch)
             except MapetError as error:
