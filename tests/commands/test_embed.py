@@ -149,7 +149,7 @@ def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
 def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
     vit = load_backbone(vit_folder)
     options = {"images": crops, "out": tmp_path / "out", "dtype": "float16"} | COMMON
-    for value, message in ((1e6, "beyond float16's range: dtype float32 holds them"), (torch.nan, "NaN or infinite")):
+    for value, message in ((1e6, "give dtype float32"), (torch.nan, "NaN or infinite")):
         with torch.no_grad():
             vit.norm.bias.fill_(value)
         save_backbone(vit, tmp_path / str(value))

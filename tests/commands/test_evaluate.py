@@ -116,8 +116,8 @@ def test_unlabeled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     [
         (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
         (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
-        (["--few-shot", "30", "--protocols", "few-shot"], "fewer than the 30 asked for"),
-        (["--protocols", "ood"], "needs another labeled folder, --ood-images"),
+        (["--few-shot", "30", "--protocols", "few-shot"], "asks for 30 images per class"),
+        (["--protocols", "ood"], "needs another labeled folder: give --ood-images"),
         (
             ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
             "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",

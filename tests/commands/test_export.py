@@ -347,7 +347,7 @@ def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
 def test_without_images_it_says_so(tmp_path, caplog):
     save_vit(tmp_path / "vit")
     out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out")
-    assert "checking on 8 generated images" in caplog.text
+    assert "checked on 8 generated images" in caplog.text
     assert "8 generated images" in (out / "README.md").read_text()
     with refused("missing"):
         mapet.export(backbone=tmp_path / "vit", out=tmp_path / "other", images=tmp_path / "missing")

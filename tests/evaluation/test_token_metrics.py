@@ -183,9 +183,9 @@ def poor():
         "jitter": ((tokens, 64, {"jitter": (tokens, other)}), "of the tokens change under a slight change of colors"),
         "shift": ((tokens, 64, {"shift": (tokens, other)}), "they tell the position"),
         "wrong store": ((tokens, 64, {"stored": (tokens, other)}), "the store belongs to other images"),
-        "wrong images": ((tokens, 64, {}, labels.roll(1), test), "are labels paired with the wrong images?"),
+        "wrong images": ((tokens, 64, {}, labels.roll(1), test), "check that labels fit the images"),
         "no class from the bag": ((tokens, 64, {}, labels.roll(1), test), "no better than chance"),
-        "mixed up": ((mixed, 64), "are tokens mixed up?"),
+        "mixed up": ((mixed, 64), "check the order of tokens"),
         "place": ((board, 16), "position alone tells"),
         "copying": ((labels[:, None, None].expand(-1, 4, 4), 4), "copying nearly solves the task"),
     }

@@ -18,7 +18,7 @@ from mapet.data.dataset import ViewDataset, inference_batch_size
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import Interrupted, MapetError, did_you_mean, option
+from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
@@ -43,14 +43,21 @@ MEMORY_FRACTION = 1 / 4
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
-    """Run each protocol on each backbone; return backbone -> metric -> value.
+    """Run each protocol (a way to evaluate, such as 'knn') on each backbone, and log metrics and a table of them.
 
-    All options are checked, and every backbone is loaded once, before the first protocol runs. With `out` the results so far are
-    written after each protocol, so that an interruption loses only the protocol that was running.
+    Options are checked, and every backbone is loaded once, before the first protocol runs. With the option `out` the results so far
+    are written there after each protocol, so that an interruption loses only the protocol that was running.
+
+    Args:
+        config: options of `mapet evaluate`.
+
+    Returns:
+        Backbone, as in the option `backbone` -> metric -> value, without intervals; accuracies are fractions, 0 to 1.
 
     Raises:
-        MapetError: options do not fit the images, or a backbone cannot be loaded.
-        Interrupted: by Ctrl-C, after a protocol has written its results to `out`.
+        MapetError: a protocol is unknown, options do not fit the images, a backbone cannot be loaded, more than half of the images of a
+            set are unreadable, or features are NaN or infinite.
+        Interrupted: by Ctrl-C, after a protocol has written its results to `out`; before that, KeyboardInterrupt is raised on.
     """
     compute = ComputeContext.from_options(config.device, config.precision)
     for name in set(config.protocols or ()) - PROTOCOLS.keys():
@@ -77,7 +84,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         for source in config.backbone:
             backbone = BackboneWrapper.load(source, compute, config.seed)
             cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
-            log.info("--- %s: %s, %d x %d px", source, type(backbone.model).__name__, *backbone.image_size)
+            size = format_size(backbone.image_size)
+            log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", source, type(backbone.model).__name__, size)
             with closing(EvalContext(backbone, data, cache, config)) as context:
                 _run_protocols(names, context, results, info)
     except KeyboardInterrupt:
@@ -99,20 +107,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
 def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
     """Return the names of `config.protocols`, without repetitions; without that option, all inexpensive protocols whose data is there.
 
+    Without the option and without any annotation of the images, a warning lists the protocols that are skipped.
+
+    Args:
+        config: options of `mapet evaluate`; its `protocols` are known ones.
+        data: images with what annotations there are.
+
     Raises:
-        MapetError: the data of a named protocol is missing.
+        MapetError: the data of a named protocol is missing; for missing labels, with the first image that has no class.
     """
     if not config.protocols:
         cheap = {name: protocol.requires for name, protocol in PROTOCOLS.items() if not protocol.is_expensive}
         if not (data.has("labels") or data.has("masks") or data.has("annotations")):
-            skipped = [name for name, requirement in cheap.items() if requirement == "labels"]
-            log.warning("%s has no class folders, CLASS/image.jpg: skipped %s", config.images, ", ".join(skipped))
+            skipped = ", ".join(name for name, requirement in cheap.items() if requirement == "labels")
+            log.warning("%s has no class folders, CLASS/image.jpg: skipped protocols %s", config.images, skipped)
         return [name for name, requirement in cheap.items() if data.has(requirement)]
     hints = {
-        "labels": f"labels, which {option('annotations')} or {option('seg_masks')} take the place of: omit those",
-        "masks": f"masks: {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
-        "annotations": f"COCO annotations: {option('annotations')} instances.json",
-        "ood": f"another labeled folder, {option('ood_images')} NAME=FOLDER, beside labels of {option('images')}",
+        "labels": f"labels, which are not read beside masks or annotations: omit {option('annotations')} and {option('seg_masks')}",
+        "masks": f"masks: give {option('seg_masks')}, or a folder {option('images')} that holds images/ and masks/",
+        "annotations": f"COCO annotations: give {option('annotations')} instances.json",
+        "ood": f"another labeled folder: give {option('ood_images')} NAME=FOLDER, and {option('images')} with labels",
     }
     for name in config.protocols:
         requirement = PROTOCOLS[name].requires
@@ -124,29 +138,40 @@ def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
 
 
 def _drop_large_few_shot_splits(config: EvaluateConfig, train: LabeledSet) -> EvaluateConfig:
-    """Return the options without default `few_shot` splits that the smallest class has too few images for, with a warning.
+    """Return the options without the `few_shot` amounts above the number of training images of the smallest class, with a warning.
+
+    Amounts of 1 and more are images per class; amounts below 1 are fractions of each class, which always fit.
+
+    Args:
+        config: options of `mapet evaluate`.
+        train: labeled training images, before any is found unreadable.
 
     Raises:
-        MapetError: the user asked for such a split, or for the protocol.
+        MapetError: an amount is too large, and the user has given the option `few_shot` or `protocols`.
     """
     smallest = int(np.bincount(train.labels).min())
     too_large = [amount for amount in config.few_shot if amount > max(1, smallest)]
     if too_large and (config.protocols or "few_shot" in config.model_fields_set):
-        wrong = f"{option('few_shot')}: the smallest class has {smallest} images to learn from, fewer than the {max(too_large):g} asked for"
-        raise MapetError(f"{wrong}; give smaller splits", field="few_shot", value=config.few_shot)
+        wrong = f"{option('few_shot')} asks for {max(too_large):g} images per class, but the smallest class has {smallest} training images"
+        raise MapetError(f"{wrong}: give smaller values", field="few_shot", value=config.few_shot)
     if too_large:
-        log.warning("few-shot splits %s are skipped: the smallest class has %d images", too_large, smallest)
+        log.warning("few-shot splits %s are skipped: the smallest class has %d training images", too_large, smallest)
     return config.model_copy(update={"few_shot": tuple(n for n in config.few_shot if n not in too_large)})
 
 
 def _run_protocols(
     names: list[str], context: EvalContext, results: dict[str, dict[str, ProtocolResult]], info: dict[str, str]
 ) -> None:
-    """Run protocols on one backbone, and write the results so far after each, if there is `out`.
+    """Run protocols on one backbone, log their metrics, and write the results so far after each, if the option `out` is given.
+
+    Written are evaluation.md with its tables and figures, the figure of 'nearest-neighbors', and `results` in run.json.
 
     Args:
-        results: backbone -> protocol -> result; this backbone's are added.
-        info: facts for the head of evaluation.md.
+        names: protocols to run, in this order.
+        context: the backbone, its data and the options of `mapet evaluate`.
+        results: backbone -> protocol -> result, of all backbones so far; this backbone's results are added in place, and mCE, which
+            compares corruption errors with those of the first backbone, to all.
+        info: facts for the head of evaluation.md: name -> text.
     """
     out, by_protocol = context.options.out, results.setdefault(context.backbone.name, {})
     for name in names:
@@ -168,10 +193,18 @@ def _run_protocols(
 
 
 def export(config: ExportConfig) -> Path:
-    """Write a backbone in each format with model cards, load it again and compare its outputs; return the folder.
+    """Write a backbone in each format with model cards, load it again and compare its outputs; return the folder `config.out`.
+
+    The format 'timm' is always written, into `config.out` itself, each other format into a subfolder of its name. The outputs that
+    are compared are those of the backbone and of each export on a few images, see `_make_sample`, for each library that can load the
+    export. The folder appears whole or not at all.
+
+    Args:
+        config: options of `mapet export`.
 
     Raises:
-        MapetError: a library is missing, the model does not fit a format, or outputs differ; then nothing is written.
+        MapetError: a library is missing, the backbone cannot be loaded or does not fit a format, its outputs are NaN or infinite, an
+            export's outputs differ by more than `TOLERANCE`, or `config.images` are unreadable; then nothing is written.
     """
     formats: list[str] = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
@@ -197,7 +230,7 @@ def export(config: ExportConfig) -> Path:
             card = render_model_card(config, folders, vit, provenance, differences, description, TOLERANCE, name)
             (folders[name] / "README.md").write_text(card, encoding="utf-8")
     for loader, difference in differences.items():
-        log.info("%-40s largest relative difference %.1e", loader, difference)
+        log.info("%-40s largest relative difference from the backbone %.1e", loader, difference)
     log.info("exported to %s, checked on %s", config.out, description)
     return config.out
 
@@ -206,6 +239,9 @@ def _load_backbone(config: ExportConfig) -> VisionTransformer:
     """Load the ViT `config.backbone` in eval mode, adapted to `image_size`, `patch_size`, `channels` and `model_args` where given.
 
     Of a pre-training run that has not exported its backbone yet, it is the ViT of the newest checkpoint.
+
+    Raises:
+        MapetError: there is no such backbone, or the options do not fit it.
     """
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.channels}
     options = {key: value for key, value in sizes.items() if value is not None} | config.model_args
@@ -218,13 +254,18 @@ def _load_backbone(config: ExportConfig) -> VisionTransformer:
 
 
 def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Tensor, "B C H W"], str]:
-    """Read a few images as the ViT takes them, spread over `images` or, without that option, over those of the backbone's run.
+    """Read up to `NUM_CHECK_IMAGES` center views, spread over the option `images`, else over the training images of the backbone's run.
+
+    Args:
+        config: options of `mapet export`; `backbone` and `images` are used.
+        vit: the backbone, whose input size and channels the views have.
 
     Returns:
-        Views and a description of them. Without the option, where no image can be read, they are random pixels, with a warning.
+        Views, 0..255, without unreadable images, and a description of them, e.g. '8 images of train'. Without the option, where no
+        training image is known or can be read, they are random pixels, with a warning.
 
     Raises:
-        MapetError: no image of the option `images` that was tried is readable.
+        MapetError, OSError: the option `images` is given, and its images cannot be listed, or none that was tried is readable.
     """
     size: tuple[int, int] = vit.patch_embed.img_size
     folders = (pretrain_folder(Path(config.backbone)), Path(config.backbone).parent)  # of pre-training, of fine-tuning
@@ -244,18 +285,19 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
         if config.images is not None:
             raise
         description = f"{NUM_CHECK_IMAGES} generated images"
-        log.warning("checking on %s, because %s; give real ones with %s", description, error, option("images"))
+        log.warning("export checked on %s, because %s; give real images with %s", description, error, option("images"))
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_CHECK_IMAGES, vit.in_chans, *size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), description
 
 
 def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest difference between outputs, each as a fraction of the root mean square of the expected one.
+    """Return the largest absolute difference between outputs, as a fraction of the root mean square of the expected output.
 
     Args:
-        loader: how the export was loaded, for the error.
-        outputs, expected: outputs by name, of the export and of the backbone.
+        loader: how the export was loaded, for the error, e.g. 'timm'.
+        outputs: outputs of the export, tensors by name; names that are not expected are ignored.
+        expected: outputs of the backbone on the same images, by the same names.
 
     Raises:
         MapetError: the difference is above `TOLERANCE` or NaN, or an output is missing or of another shape.
@@ -269,18 +311,18 @@ def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, 
     difference = float(np.max(differences))  # NaN if one is
     if not difference <= TOLERANCE:
         raise MapetError(
-            f"the export is not the backbone: loaded by {loader} it differs by {difference:.1e} of the outputs' root mean square, more than "
-            f"{TOLERANCE:.0e}; nothing was written. Omit that {option('format')}"
+            f"the export is not the backbone: loaded by {loader}, its outputs differ by {difference:.1e} of the backbone's root mean square, "
+            f"more than {TOLERANCE:.0e}; nothing was written. Omit the format from {option('format')}"
         )
     return difference
 
 
 def _process(folder: Path, views: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Return views as pixel values, normalized by the image processor of the Transformers export in `folder`.
+    """Normalize views by the image processor of a Transformers export, to compare the result with mapet's own normalization.
 
     Args:
-        folder: holds preprocessor_config.json.
-        views: 0..255, of the model's input size.
+        folder: of the export; holds preprocessor_config.json.
+        views: 0..255, of the model's input size, gray or RGB.
     """
     from transformers import AutoImageProcessor  # an extra
 

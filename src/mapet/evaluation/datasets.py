@@ -46,9 +46,10 @@ class ImageSet:
         return len(self.images)
 
     def subset(self, indices: Int[np.ndarray, " m"]) -> Self:
-        """Return a set of some of the images, with their annotations, in the order of `indices`.
+        """Return a set of the images at `indices` with their annotations, in this order; `self` is not changed.
 
-        `PER_IMAGE` names the fields with one value per image, arrays or lists, of which the same indices are taken; others stay.
+        `PER_IMAGE` names the fields with one value per image, NumPy arrays or lists, of which the values at the same indices are taken;
+        other fields, such as `classes`, stay as they are.
         """
         selected: dict[str, Any] = {}
         for name in self.PER_IMAGE:
@@ -83,7 +84,7 @@ class LabeledSet(ImageSet):
 
     @classmethod
     def without_labels(cls, images: ImageList) -> "LabeledSet":
-        """Return images without classes."""
+        """Return a set of these images without classes: `classes` is empty, and all labels are 0."""
         return cls(images, [], np.zeros(len(images), np.int64))
 
     def sample(self, count: int) -> "LabeledSet":
@@ -103,7 +104,7 @@ class LabeledSet(ImageSet):
 
     @property
     def majority_accuracy(self) -> float:
-        """Return the accuracy of always predicting the most frequent class."""
+        """Return the accuracy, in [0, 1], of always predicting the most frequent class of this set."""
         return float(np.bincount(self.labels).max() / len(self))
 
 
@@ -209,15 +210,15 @@ def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[
         sources: files or folders of the training and the test set, for the error.
 
     Raises:
-        MapetError: the two have different classes, or the only one cannot be split.
+        MapetError: the two have different classes, or the only one has no class with a second image.
     """
     if len(sets) == 1:
         return split_train_test(sets[0])
     train, test = sets
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        both = f"{sources[0]} and {sources[1]}"
-        raise MapetError(f"{both} have different classes: only one has {odd}; add these to the other, or remove them")
+        wrong = f"{sources[0]} and {sources[1]} have different classes: only one of them has {odd}"
+        raise MapetError(f"{wrong}; add these classes to the other, or remove them")
     return train, test
 
 
@@ -260,9 +261,10 @@ def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray
     for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), hashes), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            found = pluralize(len(members), "training image")
-            fix = f"ask for fewer, or add images to {data.images.root}"
-            raise MapetError(f"class '{name}' has {found}, fewer than the {count:,} asked for: {fix}")
+            wrong = (
+                f"class '{name}' has {pluralize(len(members), 'training image')}, fewer than the {count:,} asked for"
+            )
+            raise MapetError(f"{wrong}: ask for fewer, or add images to {data.images.root}")
         chosen.append(members[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -302,8 +304,11 @@ def _list_named_images(folder: Path, names: Sequence[str], source: Path) -> Imag
 
     Args:
         folder: folder of the images.
-        names: paths of the images below `folder`.
+        names: paths of the images below `folder`, which are their ids.
         source: the annotation file, for the errors.
+
+    Returns:
+        The list, with the size of each file in bytes; no image is opened.
 
     Raises:
         MapetError: `names` is empty, or an image is not in the folder.
@@ -328,8 +333,12 @@ def load_detection_sets(
         test_images: folder of the test images; None: `images`.
         test_annotations: COCO instances JSON of the test images; None: a fifth of the training images is held out for the test set.
 
+    Returns:
+        (training set, test set), with the same classes.
+
     Raises:
-        MapetError: a file is not in COCO's layout or lists a missing image, or the two have different categories.
+        MapetError: a file is not in COCO's layout or lists a missing image, the two have different categories, or there is only one image
+            to split.
     """
     pairs = (annotations, images), (test_annotations, test_images or images)
     sets = [read_instances(path, folder) for path, folder in pairs if path is not None]
@@ -347,7 +356,7 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
         images: folder of the images.
 
     Raises:
-        MapetError: the file has another layout, or lists a missing image.
+        MapetError: the file has another layout, lists no image, or lists a missing one.
     """
     with _read_coco(annotations, "COCO annotations of instances") as record:
         classes, class_of = _read_categories(record)
@@ -415,6 +424,9 @@ def load_segmentation_sets(
         test_masks: folder or panoptic JSON, as `masks`; None: a fifth of the images is held out.
         ignore: mask values without a class, beside `IGNORE_ID` (255); panoptic masks ignore neither.
 
+    Returns:
+        (training set, test set), with the same classes, or None. Images without a mask are excluded.
+
     Raises:
         MapetError: images and masks don't fit together, have fewer than two classes, or training and test classes differ.
     """
@@ -436,8 +448,7 @@ def load_segmentation_sets(
     pairs = [(images, masks)]
     if test_masks is not None:
         pairs.append((test_images or images, test_masks))
-    panoptic = masks.suffix == ".json"
-    sets = [_read_panoptic(*pair) for pair in pairs] if panoptic else _read_masks(pairs, ignored)
+    sets = [_read_panoptic(*pair) for pair in pairs] if masks.suffix == ".json" else _read_masks(pairs, ignored)
     return _pair_or_split(sets, (masks, test_masks))
 
 
@@ -471,8 +482,7 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
         found = f"{pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}"
         raise MapetError(f"the masks in {pairs[0][1]} hold {found}: give masks of two or more class ids")
     class_of = {value: index for index, value in enumerate(ids)}
-    names = [str(value) for value in ids]
-    return [SegmentationSet(listed, names, paths, [class_of] * len(paths)) for listed, paths in matched]
+    return [SegmentationSet(listed, list(map(str, ids)), paths, [class_of] * len(paths)) for listed, paths in matched]
 
 
 def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
@@ -494,8 +504,7 @@ def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
         folder = annotations.with_suffix("")
         masks = [folder / mask for _, mask, _ in rows]
         if masks and not masks[0].is_file():
-            raise MapetError(
-                f"{annotations} lists the mask {masks[0].name}, not found in {folder}: put the masks there"
-            )
+            found = f"lists the mask {masks[0].name}, which is not in {folder}"
+            raise MapetError(f"{annotations} {found}: put the masks of all images there")
         listed = _list_named_images(images, [name for name, _, _ in rows], annotations)
         return SegmentationSet(listed, classes, masks, class_of_segment, panoptic=True)

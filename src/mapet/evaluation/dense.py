@@ -46,6 +46,9 @@ def _resize_backbone(context: EvalContext, copy_weights: bool = False) -> Backbo
     Args:
         context: the backbone, its data and the options of `mapet evaluate`.
         copy_weights: return a copy even if the size is the same, so that its weights may be trained.
+
+    Raises:
+        MapetError: the backbone cannot take that size.
     """
     size = max(context.options.eval_image_sizes or [0])
     return context.backbone.with_image_size((size, size) if size else context.backbone.image_size, copy_weights)
@@ -70,7 +73,15 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         self.options, self.batch_size = context.options, min(context.cache.batch_size, self.max_batch_size)
 
     def read(self, index: int) -> Item:
-        """Read the item of one image, what a batch holds of it: see the subclass. Raises ImageDecodeError if it is unreadable."""
+        """Read the item of one image, what a batch holds of it: see the subclass.
+
+        Args:
+            index: of the image in `self.data`.
+
+        Raises:
+            ImageDecodeError: the image is unreadable; it is skipped then.
+            MapetError: an annotation, such as the mask, is unreadable; this ends the command.
+        """
         raise NotImplementedError
 
     def _read_readable(self, indices: list[int]) -> list[Item]:
@@ -85,12 +96,13 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         """Yield batches for one epoch: lists of what `read` returns, without unreadable images.
 
         A batch has at most `self.batch_size` images, fewer where some are unreadable; batches without a readable image are skipped.
+        Unreadable images are skipped without a warning, however many they are, unless all are.
 
         Args:
             seed: of the order of the images; None keeps the order of the data set.
 
         Raises:
-            MapetError: no image is readable.
+            MapetError: no image is readable, or an annotation, such as a mask, is not.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         options: dict[str, Any] = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
@@ -116,6 +128,9 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
             compute_loss: takes the items of a batch, as `read` returns them, and returns the scalar loss.
             warmup_fraction: fraction of the steps in which the learning rate rises linearly.
             clip_grad: gradient-norm clipping threshold; None: no clipping.
+
+        Raises:
+            MapetError: no image is readable, or an annotation is not.
         """
 
         def losses() -> Iterator[Tensor]:
@@ -142,7 +157,14 @@ class SegmentationImages(AnnotatedImages[SegmentationSet, Scene]):
     max_batch_size = 16
 
     def read(self, index: int) -> Scene:
-        """Read an image, whole and stretched to the backbone's input size, and its class map, (h, w) at the mask's own size."""
+        """Read an image, whole and stretched to the backbone's input size, and its class map, (h, w) at the mask's own size.
+
+        In the class map, pixels without a class are `IGNORE_INDEX` (-1).
+
+        Raises:
+            ImageDecodeError: the image is unreadable.
+            MapetError: the mask is unreadable.
+        """
         image = self.data.images.open(index, self.channels)
         whole = View(0, 0, *image.size, flip=False)
         return render_view(image, whole, self.size), torch.from_numpy(self.data.class_map(index))
@@ -158,8 +180,8 @@ def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
         num_classes: number of classes.
 
     Returns:
-        'linear': a linear classifier of each patch, logits (B, num_classes, h, w). 'decoder': a projection to `WIDTH` channels, then
-        twice an upsampling by 2 and a 3 x 3 convolution, logits (B, num_classes, 4 h, 4 w).
+        Heads by name. 'linear': a linear classifier of each patch, logits (B, num_classes, h, w). 'decoder': a projection to `WIDTH`
+        channels, then twice an upsampling by 2 and a 3 x 3 convolution, logits (B, num_classes, 4 h, 4 w).
     """
 
     def project(channels: int) -> list[nn.Module]:
@@ -176,12 +198,18 @@ def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
 
 @protocol("masks")
 def segmentation(context: EvalContext) -> ProtocolResult:
-    """Measure semantic segmentation by a linear head and a convolutional decoder, both trained on frozen features.
+    """Measure semantic segmentation by a linear head and a convolutional decoder, both trained on the frozen last layer's feature map.
+
+    Unreadable images are skipped. The input is square with the largest side in the option `eval_image_sizes`, else the backbone's own.
 
     Returns:
-        Metrics 'segmentation_HEAD_miou' and 'segmentation_HEAD_pixel_accuracy' for the heads 'linear' and 'decoder', at the masks' own
-        size, with bootstrap intervals over test images; `per_class` has the pixels of (intersection, union) of each class; `details`
-        counts the images and has the input 'size', [height, width].
+        Metrics 'segmentation_HEAD_miou' and 'segmentation_HEAD_pixel_accuracy' for the heads 'linear' and 'decoder', 0 to 1, at the
+        masks' own size, with 95 % bootstrap intervals over test images. `per_class['segmentation_HEAD']`: class -> pixels of
+        (intersection, union), summed over test images. `details`: 'train_images' and 'test_images', counted with unreadable ones, and
+        the input 'size', [height, width] in pixels.
+
+    Raises:
+        MapetError: the backbone cannot take the size, no image of a set is readable, or a mask is unreadable.
     """
     assert context.data.masks is not None
     backbone = _resize_backbone(context)
@@ -247,7 +275,7 @@ def _train_heads(backbone: BackboneWrapper, images: SegmentationImages) -> nn.Mo
         images: training images and masks; `images.options` has `seed` and `dense_epochs`.
 
     Returns:
-        The heads by name, in eval mode, on the backbone's device.
+        The heads by name, in eval mode, on the backbone's device; the backbone is not changed.
     """
     size, compute = backbone.image_size, backbone.compute
     torch.manual_seed(images.options.seed)
@@ -280,7 +308,7 @@ def _count_pixels(
         images: images and masks to segment.
 
     Returns:
-        For each head, by name, the counts of the n readable images.
+        For each head, by name, the counts of the n readable images, in the order of the data set.
     """
     counts: dict[str, list[np.ndarray]] = {name: [] for name in heads}
     for batch in images.batches():
@@ -303,7 +331,7 @@ class SimpleFeaturePyramid(nn.Module):
     """
 
     def __init__(self, backbone: BackboneWrapper, trained: bool) -> None:
-        """Build the layers of the four scales.
+        """Build the layers of the four scales, in `self.scales`; `self.model` is the backbone's model, not a copy.
 
         Args:
             backbone: gives the last feature map; `requires_grad` of its weights is set to `trained`.
@@ -317,8 +345,7 @@ class SimpleFeaturePyramid(nn.Module):
             return nn.ConvTranspose2d(depth, WIDTH, 2, stride=2)
 
         def smooth() -> nn.Module:
-            convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-            return nn.Sequential(nn.GroupNorm(1, WIDTH), convolution, nn.GroupNorm(1, WIDTH))
+            return nn.Sequential(nn.GroupNorm(1, WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(1, WIDTH))
 
         # Of 4, 2, 1 and 1/2 times the backbone's resolution, WIDTH channels each.
         finest = nn.Sequential(upsample(width), nn.GroupNorm(1, WIDTH), nn.GELU(), upsample(WIDTH))
@@ -327,13 +354,15 @@ class SimpleFeaturePyramid(nn.Module):
         self.scales = nn.ModuleList(nn.Sequential(scale, smooth()) for scale in (finest, fine, same, coarse))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> "OrderedDict[str, Tensor]":
-        """Compute the four feature maps of normalized images.
+        """Compute the four feature maps of normalized images at the backbone's input size.
+
+        The backbone is set to training mode if it is trained and the pyramid is in training mode, else to eval mode.
 
         Returns:
             '0' (4 times the backbone's resolution), '1' (2 times), '2' (the same) and '3' (half) -> (B, WIDTH, h, w), as torchvision's
             FasterRCNN takes them.
         """
-        self.model.train(self.training and self.trained)  # a frozen backbone stays in eval mode
+        self.model.train(self.training and self.trained)
         features = self.backbone.forward_intermediates(images, [self.backbone.num_layers])[0][0].float()
         return OrderedDict((str(index), scale(features)) for index, scale in enumerate(self.scales))
 
@@ -370,15 +399,17 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
 
     Args:
         context: the backbone, images with boxes and the options.
-        trained: train a copy of the backbone, too; else it stays frozen.
+        trained: train the weights of a copy of the backbone, too; else they stay frozen. The context's backbone never changes.
 
     Returns:
         Metrics 'detection_AP', 'detection_AP50', 'detection_AP75', 'detection_APs', 'detection_APm' and 'detection_APl' in [0, 1],
-        without intervals ('detection_finetune_AP', ... if `trained`); `details` counts images and detected boxes and has the input
-        'size', [height, width].
+        without intervals ('detection_finetune_AP', ... if `trained`); see `coco_metrics`. `details`: 'train_images', 'boxes_found' in
+        the test images, and the input 'size', [height, width] in pixels. Unreadable training images are skipped; an unreadable test
+        image counts as one without detected boxes.
 
     Raises:
-        MapetError: pycocotools is not installed.
+        MapetError: pycocotools is not installed, the backbone cannot take the size of the option `eval_image_sizes`, or no image of a set
+            is readable.
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise MapetError(f"protocol 'detection' needs pycocotools: {install_hint('detection')}")
@@ -395,7 +426,11 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
 
 @protocol("annotations", is_expensive=True)
 def detection_finetune(context: EvalContext) -> ProtocolResult:
-    """Measure COCO's box AP as `detection` does, but with the backbone trained together with the detector."""
+    """Measure COCO's box AP as `detection` does, but with a copy of the backbone trained together with the detector.
+
+    Returns:
+        Metrics 'detection_finetune_AP', 'detection_finetune_AP50', ...; `details` as those of `detection`.
+    """
     return detection(context, trained=True)
 
 
@@ -414,7 +449,11 @@ class DetectionImages(AnnotatedImages[DetectionSet, IndexedImage]):
     max_batch_size = 8
 
     def read(self, index: int) -> IndexedImage:
-        """Return (index, pixels) of the whole image at its own size; `_train_detector` looks up its boxes by the index."""
+        """Return (index, uint8 pixels) of the whole image at its own size; `_train_detector` looks up its boxes by the index.
+
+        Raises:
+            ImageDecodeError: the image is unreadable.
+        """
         return index, self.data.images.open(index, self.channels).read()
 
 
@@ -448,7 +487,7 @@ def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: Dete
 
 @torch.inference_mode()
 def _detect(detector: nn.Module, backbone: BackboneWrapper, images: DetectionImages) -> list[CocoBox]:
-    """Detect boxes in all readable images, and return all of them in COCO's format of results.
+    """Detect boxes in all readable images, and return the boxes of all images in one list, in COCO's format of results (`CocoBox`).
 
     Args:
         detector: torchvision's Faster R-CNN; it is set to eval mode.
@@ -472,7 +511,7 @@ def coco_metrics(data: DetectionSet, boxes: list[CocoBox]) -> dict[str, float]:
     """Compute COCO's box metrics with pycocotools.
 
     Args:
-        data: the images in which boxes were detected, with their annotations.
+        data: the images in which boxes were detected, with their annotations; an image without boxes counts as one without detections.
         boxes: all detected boxes, in COCO's format of results.
 
     Returns:

@@ -53,9 +53,10 @@ def embed(config: EmbedConfig) -> Path:
         config: options of `mapet embed`.
 
     Raises:
-        Interrupted: a signal came; the features so far are saved.
-        MapetError: pyarrow is missing for parquet, the folder has features of other images or options, too many images are
-            unreadable, or features are NaN, infinite or too large for `config.dtype`.
+        Interrupted: a signal such as Ctrl-C came before the last image; the features so far are saved.
+        MapetError: pyarrow is missing for parquet, the backbone or the images cannot be loaded, the folder exists (without `resume`) or
+            has features of other images or options (with it), the disk is too full, more than the fraction `config.max_unreadable` of
+            the images is unreadable, or features are NaN, infinite or too large for `config.dtype`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
@@ -120,7 +121,8 @@ def _compute_features(
         (B, D): the mean of the patch tokens ('avg') or the class token ('token'); or (B, N, D): all patch tokens ('none').
 
     Raises:
-        MapetError: a feature is NaN or infinite, or beyond float16's range.
+        MapetError: a feature is NaN or infinite, or beyond the range of `config.dtype` float16; or `config.pool` is 'token' and the
+            backbone has no class token.
     """
     if config.pool == "none":
         features = backbone.last_layer(pixels).flatten(2).transpose(1, 2)
@@ -128,7 +130,8 @@ def _compute_features(
         features = backbone.pooled_features(pixels, [backbone.num_layers], config.pool)[0]
     check_finite_features(features, backbone.name)
     if config.dtype == "float16" and float(features.abs().max()) > torch.finfo(torch.float16).max:
-        raise MapetError(f"{backbone.name} gives features beyond float16's range: {option('dtype')} float32 holds them")
+        largest = f"{float(features.abs().max()):.3g}, beyond float16's range (65504)"
+        raise MapetError(f"{backbone.name} gives features up to {largest}: give {option('dtype')} float32")
     return features.cpu().numpy().astype(config.dtype)
 
 
@@ -139,12 +142,13 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
     before its first manifest, the folder is created again.
 
     Returns:
-        The manifest, a dict: file_format ('npy' or 'parquet'), settings (what made the features; a resumed job must have the same),
+        The manifest, a dict with the keys file_format ('npy' or 'parquet'), settings (what made the features; a resumed job must have the same),
         num_images, images_hash, shape (of one image's features), dtype, shard_size (images per shard), num_done (images whose features
         are written), unreadable (index of an image, as text -> reason).
 
     Raises:
-        MapetError: the folder is of other images, another backbone or other options, or the disk is too full.
+        MapetError: the folder to resume is of other images, another backbone or other options; without `config.resume` the folder exists
+            already and is not empty; or the disk is too full.
     """
     out = config.out
     settings = {
@@ -218,7 +222,8 @@ def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]
     """Read a finished folder of `mapet embed`, of either format, without the unreadable images.
 
     Returns:
-        (ids of the images; their features, (n, D) or, of all patch tokens, (n, N, D)).
+        (ids of the n readable images, e.g. their paths below the data set's folder; their features in the same order, float16 or
+        float32: (n, D), or (n, N, D) if all patch tokens were written).
 
     Raises:
         MapetError: the folder is not an output of `mapet embed`, or is unfinished.

@@ -33,6 +33,7 @@ class MetricValue(NamedTuple):
     """A metric and its 95 % interval.
 
     Attributes:
+        value: the metric, e.g. an accuracy in [0, 1].
         ci_low, ci_high: ends of the interval; None where none is known.
         over: what the interval counts over, e.g. '1,000 images', '5 seeds'.
         selected: hyperparameters that were selected for the metric, e.g. 'layer 12, lr 0.1'.
@@ -46,7 +47,10 @@ class MetricValue(NamedTuple):
 
 
 def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval (1927) of an accuracy; it stays in [0, 1] and is not empty at 0 and 1."""
+    """Return the ends of Wilson's 95 % interval (1927) of the accuracy num_correct / num_images, a binomial proportion.
+
+    The interval stays in [0, 1], and has a width above 0 even if no image or every image is correct.
+    """
     from scipy import stats  # takes a second to import
 
     low, high = stats.binomtest(num_correct, num_images).proportion_ci(1 - ALPHA, method="wilson")
@@ -54,7 +58,12 @@ def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
 
 
 def accuracy_with_ci(correct: Tensor, selected: str = "") -> MetricValue:
-    """Return the accuracy with Wilson's interval; `correct` is 1 or True for each test image that was classified correctly, else 0."""
+    """Return the accuracy, in [0, 1], with Wilson's 95 % interval over the test images.
+
+    Args:
+        correct: (n,), 1 or True for each test image that was classified correctly, else 0.
+        selected: hyperparameters that were selected, for the table.
+    """
     count, interval = len(correct), wilson_interval(int(correct.sum()), len(correct))
     return MetricValue(float(correct.double().mean()), *interval, f"{count:,} images", selected)
 
@@ -72,7 +81,12 @@ def mean_and_margin(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def mean_over_seeds(values: Sequence[float], minimum: float = 0.0) -> MetricValue:
-    """Return the mean over seeds with Student's interval, cut off at the metric's range, `minimum` to 1; one seed has no interval."""
+    """Return the mean over seeds with Student's 95 % interval, cut off at the range of the metric.
+
+    Args:
+        values: value of the metric for each seed; a single one has no interval.
+        minimum: lowest possible value of the metric; the highest is 1.
+    """
     mean, margin = mean_and_margin(values)
     if margin is None:
         return MetricValue(mean, over="1 seed")
@@ -82,11 +96,14 @@ def mean_over_seeds(values: Sequence[float], minimum: float = 0.0) -> MetricValu
 def bootstrap_ci(
     statistic: Callable[[Float[np.ndarray, " n"]], float], num_images: int, draws: int = 200, selected: str = ""
 ) -> MetricValue:
-    """Return a statistic of all test images with the percentile interval over resampled images (Efron, 1979).
+    """Return a statistic of all test images with the 95 % percentile interval over bootstrap resamples of the images (Efron, 1979).
 
     Args:
-        statistic: takes how often each of the `num_images` images counts and returns the metric; all ones give its value.
-        draws: number of resampled sets of images.
+        statistic: takes the (n,) weights of the images, how often each image counts, and returns the metric. All ones give its value; a
+            resample has whole numbers that sum to n. Resamples for which it returns NaN are ignored.
+        num_images: number of test images, n.
+        draws: number of resamples, the same ones every time.
+        selected: hyperparameters that were selected, for the table.
     """
     rng = np.random.default_rng(0)
     uniform = np.full(num_images, 1 / num_images)
@@ -105,7 +122,7 @@ class ProtocolResult:
     Attributes:
         metrics: rows of the table of all backbones; names have no spaces.
         per_class: for some metrics, (correct, all) images of each class; for segmentation, pixels of (intersection, union).
-        details: further results, as JSON.
+        details: further results, JSON values by name; see the protocol.
     """
 
     metrics: dict[str, MetricValue] = field(default_factory=dict)
@@ -115,10 +132,12 @@ class ProtocolResult:
     def add_accuracy(
         self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str
     ) -> "ProtocolResult":
-        """Add top-1 accuracy with its interval, and the counts of each class; return self.
+        """Add top-1 accuracy with its interval to `metrics`, and each class's (correct, all) images to `per_class`; return self.
 
         Args:
-            predicted: class indices; `labels` are the true ones.
+            name: of the metric, the key in both.
+            predicted: predicted class index of each readable test image.
+            labels: true class index of each.
             classes: names by class index.
             selected: hyperparameters that were selected, for the table.
         """
@@ -129,7 +148,7 @@ class ProtocolResult:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Return metrics and details as JSON; per_class.csv has the classes."""
+        """Return {'metrics': name -> fields of its `MetricValue`, 'details': `details`}, without `per_class`, which per_class.csv has."""
         return {"metrics": {row: metric._asdict() for row, metric in self.metrics.items()}, "details": self.details}
 
 
@@ -141,9 +160,11 @@ Requirement = Literal["images", "labels", "ood", "masks", "annotations"]
 
 @dataclass
 class EvalData:
-    """Training and test images. Without class folders `classes` is empty and all labels are 0.
+    """Training and test images, with what annotations there are.
 
     Attributes:
+        train, test: all images, with a class each; if `load` read masks, boxes or images without labels, `classes` is empty and all
+            labels are 0.
         ood: further labeled test sets by name.
         masks: training and test images with a class for every pixel.
         boxes: training and test images with COCO annotations.
@@ -157,10 +178,17 @@ class EvalData:
 
     @classmethod
     def load(cls, config: EvaluateConfig) -> "EvalData":
-        """List the images of `config` with their annotations, else masks, else labels, else nothing.
+        """List the images of `config` with one kind of annotation: COCO annotations if given, else masks, else labels, else none.
+
+        Without test images a fifth of the images is held out as the test set, the same images every time.
+
+        Args:
+            config: its options `images`, `test_images`, `annotations`, `seg_masks`, their counterparts for test images, `ignore_labels`
+                and `ood_images` are used. `ood_images` are read only beside labels.
 
         Raises:
-            MapetError: options do not fit these images.
+            MapetError: a file or folder is missing or of another layout, options do not fit the images, training and test images have
+                different classes, or images are too few to hold some out.
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
         if config.ood_images and not list_images(config.images).classes():
@@ -190,7 +218,7 @@ class EvalData:
         return cls(LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images)))
 
     def has(self, requirement: Requirement) -> bool:
-        """Return whether the data is there that a protocol requires; `load` reads `ood` only beside labels."""
+        """Return whether the data is there that a protocol requires: 'images' always, the others if `load` has read them."""
         data = {"labels": self.train.classes, "ood": self.ood, "masks": self.masks, "annotations": self.boxes}
         return requirement == "images" or bool(data[requirement])
 
@@ -202,8 +230,8 @@ class EvalContext:
     Attributes:
         backbone: the frozen backbone at its own input size.
         data: training and test images.
-        cache: where features are kept, and the inference batch size.
-        options: of the command `evaluate`.
+        cache: where features are kept, how much memory they may take, and the inference batch size.
+        options: of the command `evaluate`; its `pool` pools the features.
     """
 
     backbone: BackboneWrapper
@@ -218,12 +246,12 @@ class EvalContext:
 
     @cached_property
     def train(self) -> FeatureCache:
-        """Features of the training images from up to four layers; the last layer's are its `layer_features`."""
+        """Features of the readable training images from up to four evenly spaced layers; `layer_features` returns the last layer's."""
         return self._extract(self.data.train)
 
     @cached_property
     def test(self) -> FeatureCache:
-        """Features of the test images from the same layers."""
+        """Features of the readable test images from the same layers as `train`."""
         return self._extract(self.data.test)
 
     def _extract(self, data: LabeledSet) -> FeatureCache:
@@ -237,7 +265,7 @@ class EvalContext:
 
     @cached_property
     def logistic(self) -> LogisticProbe:
-        """The linear probe, fitted on the training images."""
+        """The linear probe, fitted on the last layer's features of the readable training images; its C is selected, see `fit_logistic`."""
         return fit_logistic(self.train.layer_features(), self.train.labels, len(self.classes))
 
     @property
@@ -246,7 +274,15 @@ class EvalContext:
         return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
 
     def pooled(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """Return the last layer's features on the CPU; `backbone` may be `self.backbone` for another input size."""
+        """Return the last layer's features of uint8 images, pooled by the option `pool`, float32 on the CPU.
+
+        Args:
+            backbone: `self.backbone`, perhaps for another input size.
+            images: pixels at its input size.
+
+        Raises:
+            MapetError: the last layer has no class token, and the option `pool` needs one.
+        """
         return backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0].cpu()
 
     def classify(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
@@ -254,6 +290,10 @@ class EvalContext:
 
         Args:
             backbone: `self.backbone`, perhaps for another input size.
+            images: pixels at its input size, uint8.
+
+        Returns:
+            (B, K), for the K `classes` in their order, which the model's own classifier may have in another order.
 
         Raises:
             MapetError: the model's own classifier lacks a class of the training images.
@@ -261,7 +301,7 @@ class EvalContext:
         if not backbone.classes:
             return self.logistic(self.pooled(backbone, images))
         if unknown := set(self.classes) - set(backbone.classes):
-            hint = f"remove its folder from {option('images')} and {option('test_images')}, or fine-tune with it"
+            hint = f"remove this class from {option('images')} and {option('test_images')}, or fine-tune with it"
             raise MapetError(f"{backbone.name} was fine-tuned without the class '{min(unknown)}': {hint}")
         return backbone.logits(images)[:, [backbone.classes.index(name) for name in self.classes]].cpu()
 
@@ -271,17 +311,19 @@ class EvalContext:
         Args:
             backbone: `self.backbone`, perhaps for another input size.
             data: images with labels that are indices into `classes`.
-            dataset: further arguments of `ViewDataset`: `augment`, `seed`.
+            dataset: further arguments of `ViewDataset`, for changed images: `augment`, which changes an image's pixels, and `seed`.
+
+        Raises:
+            MapetError: more than the fraction `MAX_UNREADABLE` of the images is unreadable, or the model's own classifier lacks a class.
         """
         labels = torch.from_numpy(data.labels)
         batches = backbone.batches(data.images, self.cache, **dataset)
         return torch.cat([(self.classify(backbone, x).argmax(1) == labels[rows]).double() for rows, x in batches])
 
     def close(self) -> None:
-        """Free the features' memory and scratch files; `train` and `test` cannot be used after it."""
-        for name in ("train", "test"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
+        """Free memory and scratch files of `train` and `test`, if they have been computed; they cannot be used any more."""
+        for name in {"train", "test"} & self.__dict__.keys():  # `cached_property` keeps what it has computed there
+            self.__dict__[name].close()
 
 
 # ---- the table of protocols
@@ -295,8 +337,8 @@ class Protocol(NamedTuple):
     """A row of the table of protocols.
 
     Attributes:
-        run: measures a backbone.
-        requires: data that it cannot do without.
+        run: the function that measures a backbone.
+        requires: data that it cannot do without; 'images' is always there.
         is_expensive: it only runs if `protocols` names it.
     """
 
@@ -310,7 +352,14 @@ PROTOCOLS: dict[str, Protocol] = {}
 
 
 def protocol(requires: Requirement, is_expensive: bool = False) -> Callable[[AnyRun], AnyRun]:
-    """Return a decorator that adds a function to `PROTOCOLS`, `few_shot` as 'few-shot'; see `Protocol` for the arguments."""
+    """Return a decorator that adds a protocol to the table `PROTOCOLS`, by its function's name with hyphens ('few-shot' for `few_shot`).
+
+    The decorated function, from an `EvalContext` to a `ProtocolResult`, is returned unchanged.
+
+    Args:
+        requires: data that the protocol cannot do without; 'images' is always there.
+        is_expensive: the protocol only runs if the option `protocols` names it.
+    """
 
     def register(run: AnyRun) -> AnyRun:
         PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, is_expensive)

@@ -39,11 +39,16 @@ DEFAULT_PATCH_SIZE = 32
 
 
 def check_finite_features(features: Tensor, source: str = "the backbone") -> None:
-    """Raise MapetError if a feature is NaN or infinite, which no classifier takes; `source` names the model in the message."""
+    """Raise MapetError if a feature is NaN or infinite, which no classifier takes.
+
+    Args:
+        features: of any shape.
+        source: name of the model that gave the features, for the message.
+    """
     if not bool(features.isfinite().all()):
         raise MapetError(
-            f"{source} gives NaN or infinite features: try {option('precision')} float32. If that does not help its weights are "
-            "broken, perhaps by training that diverged: train again with a lower learning rate"
+            f"{source} gives NaN or infinite features: try {option('precision')} float32. If that does not help, the weights of the model "
+            "are broken, perhaps by training that diverged: train again with a lower learning rate"
         )
 
 
@@ -54,6 +59,7 @@ class CacheConfig:
     Attributes:
         memory: bytes that the features of one set of images may take; more go to a file in `scratch_dir`.
         scratch_dir: folder of that file, which is removed at the end.
+        batch_size: images that go through the model together.
         progress: show a progress bar.
     """
 
@@ -95,10 +101,15 @@ class BackboneWrapper:
         Args:
             source: a run, a backbone's folder, an exported folder, a folder of `finetune`, a weights file, `timm:NAME`; or `random:NAME`,
                 timm's model of that name, or the model in that folder, with random weights: a baseline for its architecture.
-            seed: of random weights.
+            compute: device that the model is moved to, and precision of its matrix products.
+            seed: of random weights; torch's global generator is seeded with it.
+
+        Returns:
+            The wrapper of the model in eval mode, whose parameters require no gradient. Input size, channels, mean and std are timm's data
+            config of the model; `classes` are the class names in run.json of a folder of `finetune`, else empty.
 
         Raises:
-            MapetError: there is no such backbone.
+            MapetError: there is no such backbone, or it cannot be loaded.
         """
         classes: tuple[str, ...] = ()
         name = source.removeprefix(RANDOM_PREFIX)
@@ -124,7 +135,13 @@ class BackboneWrapper:
 
     @classmethod
     def from_vit(cls, vit: VisionTransformer, compute: ComputeContext, name: str = "the backbone") -> "BackboneWrapper":
-        """Wrap one of mapet's own ViTs, which is on the device already; it is neither copied nor changed."""
+        """Wrap one of mapet's own ViTs, which is neither copied nor changed; the wrapper has no `classes`.
+
+        Args:
+            vit: on the device of `compute`; pixels are normalized by `input_mean_std` of its channels, as in pre-training.
+            compute: device and precision.
+            name: of the model, for errors.
+        """
         size: tuple[int, int] = vit.patch_embed.img_size
         return cls(name, vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
 
@@ -134,12 +151,15 @@ class BackboneWrapper:
         return len(self.model.feature_info)  # type: ignore[arg-type]
 
     def evenly_spaced_layers(self, count: int = 4) -> list[int]:
-        """Return the numbers, from 1, of `count` layers spread over the depth, with the last; fewer if there are fewer."""
+        """Return the numbers, from 1 and ascending, of `count` layers spread evenly over the depth, the last layer among them.
+
+        A 12-layer ViT gives [3, 6, 9, 12]. A model of fewer layers than `count` gives fewer numbers.
+        """
         return sorted({round(self.num_layers * (i + 1) / count) or 1 for i in range(count)})
 
     @property
     def patch_size(self) -> int:
-        """Pixels that image sizes must be multiples of."""
+        """Pixels that image sizes must be multiples of: the larger side of a patch; `DEFAULT_PATCH_SIZE` for models without patches."""
         size = getattr(getattr(self.model, "patch_embed", None), "patch_size", DEFAULT_PATCH_SIZE)
         return size if isinstance(size, int) else int(max(size))
 
@@ -148,12 +168,16 @@ class BackboneWrapper:
     ) -> Iterator[tuple[Int[Tensor, " b"], UInt8[Tensor, "b C H W"]]]:
         """Yield (indices in the list, pixels) of the center views of readable images, in a random order that is always the same.
 
+        The center view is the center crop, resized to the model's input size. Unreadable images are skipped with a warning.
+
         Args:
+            images: the list of images, each of which is visited once.
+            config: its `batch_size` is the largest batch; without `config.progress` there is no progress bar.
             title: of the progress bar; None shows none.
             dataset: further arguments of `ViewDataset`, such as `augment`, or another `spec` of the views.
 
         Raises:
-            MapetError: more than `MAX_UNREADABLE` of the images cannot be read.
+            MapetError: all images, or more than the fraction `MAX_UNREADABLE` (a half), cannot be read.
         """
         batches = position_batches(np.random.default_rng(0).permutation(len(images)), config.batch_size)
         arguments = {"spec": ViewSpec(image_size=self.image_size)} | dataset
@@ -170,13 +194,17 @@ class BackboneWrapper:
     def forward_intermediates(
         self, images: Float[Tensor, "B C H W"], layers: list[int]
     ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
-        """Compute (feature map, class and register tokens) of some layers, from normalized pixels.
+        """Compute the features of some layers with timm's `forward_intermediates`, in the precision of `compute`.
 
-        Both have passed the model's last norm, but for Hiera, whose norm comes after the pooling. Tokens are None where timm gives
-        none: the model has none, or gets its class token after the layers (XCiT, CaiT).
+        Both kinds of features have passed the model's last norm, except in Hiera, whose norm comes after the pooling.
 
         Args:
-            layers: numbers from 1.
+            images: normalized pixels on the device.
+            layers: numbers of the layers, from 1, ascending.
+
+        Returns:
+            For each layer, in the order of `layers`: (feature map, prefix tokens: the P class and register tokens, class token first).
+            Prefix tokens are None where timm gives none: the model has none, or gets its class token after the layers (XCiT, CaiT).
 
         Raises:
             MapetError: timm gives no features of this model's layers.
@@ -184,7 +212,7 @@ class BackboneWrapper:
         extract = getattr(self.model, "forward_intermediates", None)
         if extract is None:
             kind = type(self.model).__name__
-            raise MapetError(f"{self.name}: timm gives no features of the layers of a {kind}: use another model")
+            raise MapetError(f"{self.name} is a {kind}, of whose layers timm gives no features: use another model")
         options = {"indices": [layer - 1 for layer in layers], "norm": not isinstance(self.model, (Hiera, HieraDet))}
         has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
         if has_prefix and "return_prefix_tokens" in inspect.signature(extract).parameters:
@@ -200,10 +228,15 @@ class BackboneWrapper:
         """Compute one float32 vector per image for each layer.
 
         Args:
+            images: uint8 pixels at the model's input size.
+            layers: numbers of the layers, from 1, ascending.
             pool: the mean of the patches ('avg'), the class token ('token'), or the class token and then the mean ('both').
 
+        Returns:
+            For each layer, in the order of `layers`, (B, F) on the device; F is the layer's width D, or 2 D for 'both'.
+
         Raises:
-            MapetError: the layers have no class token.
+            MapetError: the layers have no class token and `pool` needs one, or timm gives no features of this model's layers.
         """
         pooled = []
         for grid, prefix in self.forward_intermediates(self.normalize(images), layers):
@@ -212,35 +245,39 @@ class BackboneWrapper:
                 pooled.append(average)
                 continue
             if prefix is None or not getattr(self.model, "has_class_token", True):
-                raise MapetError(f"{self.name} has no class token in its layers: use {option('pool', 'avg')}")
+                needed = f"which {option('pool', pool)} needs: use {option('pool', 'avg')}"
+                raise MapetError(f"{self.name} has no class token in its layers, {needed}")
             token = prefix[:, 0].float()
             pooled.append(token if pool == "token" else torch.cat([token, average], 1))
         return pooled
 
     @torch.inference_mode()
     def last_layer(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Compute the last layer's feature map, float32."""
+        """Compute the last layer's feature map from uint8 pixels, after the model's last norm, float32 on the device."""
         return self.forward_intermediates(self.normalize(images), [self.num_layers])[0][0].float()
 
     @cached_property
     def map_shape(self) -> tuple[int, int, int]:
-        """(D, h, w) of the last layer's feature map."""
+        """(D, h, w): width, rows and columns of the last layer's feature map, found by running the model once on a black image."""
         black = torch.zeros(1, self.channels, *self.image_size, dtype=torch.uint8)
         depth, height, width = self.last_layer(black)[0].shape
         return depth, height, width
 
     @torch.inference_mode()
     def logits(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Compute the logits of the model's own classifier."""
+        """Compute the logits of the model's own classifier from uint8 pixels, float32 on the device, in the order of `classes`."""
         with self.compute.autocast():
             return self.model(self.normalize(images)).float()
 
     def with_image_size(self, size: tuple[int, int], copy_weights: bool = False) -> "BackboneWrapper":
-        """Return the model for another input size: position embeddings are interpolated, if it has any.
+        """Return a wrapper of a copy of the model for another input size, or `self` if the size is the same.
+
+        timm's `set_input_size` of the copy, where the model has it, interpolates position embeddings; other models stay as they are.
+        The copy is run once on zeros, as whether it takes the size shows only then.
 
         Args:
             size: (height, width), pixels.
-            copy_weights: return a copy even if the size is the same, so that it may be trained.
+            copy_weights: return a copy even if the size is the same, so that it may be trained without changing `self`.
 
         Raises:
             MapetError: the model cannot take that size.
@@ -252,10 +289,11 @@ class BackboneWrapper:
         try:
             if resize is not None and size != self.image_size:
                 resize(img_size=size)
-            with torch.inference_mode(), self.compute.autocast():  # whether the model takes it shows only as it runs
+            with torch.inference_mode(), self.compute.autocast():
                 model(torch.zeros(1, self.channels, *size, device=self.compute.device))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            raise MapetError(f"{self.name} cannot take {format_size(size)} px: {str(error).splitlines()[0]}") from None
+            wrong = f"{self.name} cannot take images of {format_size(size)} px ({str(error).splitlines()[0]})"
+            raise MapetError(f"{wrong}: give other sizes by {option('eval_image_sizes')}") from None
         return replace(self, model=model, image_size=size)
 
 
@@ -264,15 +302,15 @@ class BackboneWrapper:
 
 @dataclass
 class FeatureCache:
-    """Features of some layers of each image of a set: one row per image, layers side by side.
+    """Features of some layers of each readable image of a set: one row per image, layers side by side.
 
     Rows are in a random order (the same for every backbone), so that consecutive ones are a random sample.
 
     Attributes:
-        store: (n, sum of the layers' widths).
-        index: index in the set of each row's image.
-        labels: class of each row.
-        columns: number of a layer, from 1 -> its columns.
+        store: (n, W), float16, in memory or in a scratch file; W is the sum of the layers' widths.
+        index: index in the set of each row's image; n is smaller than the set if images are unreadable.
+        labels: class index of each row's image.
+        columns: number of a layer, from 1 -> its columns in a row.
     """
 
     store: FeatureStore
@@ -285,31 +323,36 @@ class FeatureCache:
         cls, backbone: BackboneWrapper, data: LabeledSet, config: CacheConfig, layers: list[int] | None = None,
         pool: Pool = "avg",
     ) -> "FeatureCache":  # fmt: skip
-        """Compute the features of the center views, with the model in evaluation mode; it is left in the mode it was in.
+        """Compute the features of the center views of all readable images, with a progress bar if `config.progress`.
+
+        The model is in eval mode meanwhile, and afterwards in the mode that it was in. Unreadable images get no row.
 
         Args:
-            layers: numbers from 1; None takes the last.
-            pool: see `BackboneWrapper.pooled_features`.
+            backbone: the model, on its device.
+            data: images with labels, which `labels` of the result takes over.
+            config: memory, scratch folder and batch size.
+            layers: numbers of the layers, from 1, ascending; None: only the last layer.
+            pool: the mean of the patches ('avg'), the class token ('token'), or the class token and then the mean ('both').
 
         Raises:
-            MapetError: features are NaN or infinite, memory and disk have no room for them, or too many images are unreadable.
+            MapetError: a feature is NaN or infinite, memory and disk have no room for the features, more than the fraction
+                `MAX_UNREADABLE` of the images is unreadable, or the layers have no class token and `pool` needs one.
         """
         layers = layers or [backbone.num_layers]
         was_training = backbone.model.training
         backbone.model.eval()
         store = FeatureStore(len(data), config.memory, config.scratch_dir)
-        indices, widths = [], [0]
+        indices, ends = [], [0]
         for index, images in backbone.batches(data.images, config, "features"):
             parts = backbone.pooled_features(images, layers, pool)
             features = torch.cat(parts, 1).cpu()
             check_finite_features(features, backbone.name)
             store.append(features)
             indices.append(index)
-            widths = [part.shape[1] for part in parts]
+            ends = np.cumsum([0, *(part.shape[1] for part in parts)]).tolist()
         backbone.model.train(was_training)
         index = torch.cat(indices)
-        edges = pairwise(np.cumsum([0, *widths]).tolist())
-        columns = {layer: slice(*ends) for layer, ends in zip(layers, edges, strict=True)}
+        columns = {layer: slice(*bounds) for layer, bounds in zip(layers, pairwise(ends), strict=True)}
         return cls(store, index, torch.from_numpy(data.labels)[index], columns)
 
     def __len__(self) -> int:
@@ -317,17 +360,23 @@ class FeatureCache:
         return len(self.store)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "m W"]]]:
-        """Yield (number of the first row, float32 rows of all layers) in order; each block overwrites the one before."""
+        """Yield all rows in order, in blocks, each as (index of its first row, its rows with the features of all layers, float32).
+
+        A block has about `BLOCK_BYTES` (256 MiB), and at least `MIN_BLOCK_ROWS` rows. Each block overwrites the one before.
+        """
         yield from self.store.blocks(max(MIN_BLOCK_ROWS, BLOCK_BYTES // (4 * self.store.num_features)))
 
     def batches(
         self, first: int, last: int, size: int, seed: int | None = None
     ) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b W"]]]:
-        """Yield (numbers, features of all layers) of at most `size` rows at a time, once each row from `first` to `last` - 1.
+        """Yield (row indices, float32 features of all layers) of each row from `first` to `last` - 1 once, in batches.
 
         Args:
-            seed: of the order within each block of rows that is read; None keeps the rows in order. With a seed a batch of a single row,
-                which batch norm cannot take, is omitted, unless its block has no other.
+            first: index of the first row.
+            last: one past the index of the last row.
+            size: rows of a batch, at most; no batch crosses the blocks of `blocks`.
+            seed: of the order within each block; None keeps the rows in order. With a seed a batch of a single row, which batch norm cannot
+                take, is omitted, unless its block has no other.
         """
         generator = torch.Generator().manual_seed(seed or 0)
         for start, block in self.blocks():
@@ -340,27 +389,27 @@ class FeatureCache:
                     yield start + part, block[part]
 
     def layer_blocks(self) -> Iterator[tuple[int, Float[Tensor, "m D"]]]:
-        """Yield the `blocks` of the deepest layer."""
+        """Yield (index of the block's first row, float32 rows of the deepest layer alone); each block overwrites the one before."""
         for start, block in self.blocks():
             yield start, block[:, self.columns[max(self.columns)]]
 
     def layer_features(self, rows: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m D"]:
-        """Read the deepest layer's features of some rows, or of all, into memory."""
+        """Return the deepest layer's features of the rows at these indices, in their order, as float32 in memory; None: of all rows."""
         if rows is not None:
             return self.store.take(rows)[:, self.columns[max(self.columns)]]
         return torch.cat([block.clone() for _, block in self.layer_blocks()])
 
     def close(self) -> None:
-        """Free the memory, and remove the scratch file."""
+        """Free the memory, and remove the scratch file; features cannot be read any more."""
         self.store.__exit__(None, None, None)
 
 
 @dataclass
 class PatchTokenCache:
-    """Patch tokens of the last layer of each image: kept as float16 if they fit the memory, else recomputed in each epoch.
+    """Patch tokens of the last layer of each image: kept as float16 if they fit `config.memory`, else recomputed in each epoch.
 
     Attributes:
-        cached: (indices of images, their tokens) of each batch, once an epoch has run; empty if they don't fit.
+        cached: (indices of images, their tokens, (b, N D)) of each batch, once a whole epoch has run; empty if they don't fit.
     """
 
     backbone: BackboneWrapper
@@ -369,10 +418,13 @@ class PatchTokenCache:
     cached: list[tuple[Int[Tensor, " b"], FeatureStore]] = field(default_factory=list)
 
     def epoch(self) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b N D"]]]:
-        """Yield (indices of images, their tokens) of each batch once, in a random order that is always the same.
+        """Yield (indices in `data`, float32 patch tokens on the CPU) of the readable images, once each, in batches.
 
-        If the tokens of all images fit into `config.memory`, the first pass keeps them, as float16, and later passes yield these instead of
-        running the backbone again. So the first pass must not be left before its end.
+        Patch tokens have passed the model's last norm. The random order is the same in every epoch. The first epoch computes the
+        tokens and, if they fit `config.memory`, sets `cached` when it has run to its end; later epochs then read `cached`.
+
+        Raises:
+            MapetError: more than the fraction `MAX_UNREADABLE` of the images is unreadable.
         """
         depth, height, width = self.backbone.map_shape
         if self.cached:
@@ -380,8 +432,10 @@ class PatchTokenCache:
                 yield index, store.take(torch.arange(len(store))).unflatten(1, (height * width, depth))
             return
         fits = 2 * len(self.data) * depth * height * width <= self.config.memory  # float16 has two bytes
+        computed = []
         for index, images in self.backbone.batches(self.data.images, self.config, "tokens"):
             tokens = self.backbone.last_layer(images).flatten(2).transpose(1, 2).cpu()
             if fits:
-                self.cached.append((index, FeatureStore.from_tensor(tokens.flatten(1))))
+                computed.append((index, FeatureStore.from_tensor(tokens.flatten(1))))
             yield index, tokens
+        self.cached = computed

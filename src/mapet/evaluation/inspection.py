@@ -53,8 +53,8 @@ class TokenSample(NamedTuple):
 
     Attributes:
         image_index: index of each image in the list of images.
-        ids: token ids.
-        images: pixels of the first m of the images, at the student's size.
+        ids: token ids, on the CPU; codes from 0 to `vocab_size` - 1.
+        images: pixels of the first m of the images, at the student's input size (the student is the ViT that is pre-trained).
         vocab_size: number of codes.
     """
 
@@ -73,7 +73,8 @@ class TokenSampler:
     """Computes token ids of a sample of images, as they are and under perturbations.
 
     Args:
-        tokenizer: with its teacher, on `compute.device`.
+        tokenizer: with its teacher, the frozen encoder whose features it quantizes, on `compute.device`.
+        compute: device and precision.
     """
 
     def __init__(self, tokenizer: Tokenizer, compute: ComputeContext) -> None:
@@ -86,15 +87,15 @@ class TokenSampler:
     def sample(self, images: ImageList, indices: Sequence[int], num_pixels: int) -> TokenSample:
         """Compute the visual tokens of the center views of some images, and keep the pixels of the first readable ones.
 
-        Unreadable images are excluded from the result.
+        Unreadable images are excluded from the result, with a warning; readable ones are in the order of `indices`.
 
         Args:
             images: the list of images.
             indices: indices in `images` of the images to tokenize.
-            num_pixels: number of images whose pixels are kept, at the student's input size.
+            num_pixels: number of readable images whose pixels are kept, at the student's input size.
 
         Raises:
-            MapetError: more than the fraction `MAX_UNREADABLE` of all `images` cannot be read.
+            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
         """
         size = self.tokenizer.student_size
         dataset = ViewDataset(images, self.view_spec, self.channels, size, self.teacher_size)
@@ -122,10 +123,10 @@ class TokenSampler:
 
         Returns:
             'flip', 'jitter', 'noise', 'jpeg', 'shift' -> (token ids without the perturbation, with it): (n, rows, columns) tensors in
-            which the same position is the same content; for 'shift' with fewer rows and columns.
+            which the same position is the same content; for 'shift' with fewer rows and columns. n counts readable images.
 
         Raises:
-            MapetError: more than the fraction `MAX_UNREADABLE` of all `images` cannot be read.
+            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
         """
         (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
         # The shift, in patches and in pixels: the teacher's patches may be a fractional number of pixels, as the grid is the student's.
@@ -164,6 +165,9 @@ class TokenSampler:
 
         Returns:
             (token ids in the store, token ids computed now), each (n, N); equal if the store belongs to these images and tokenizer.
+
+        Raises:
+            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
         """
         dataset = ViewDataset(images, store.view_spec, self.channels, teacher_size=self.teacher_size)
         pairs = []
@@ -173,22 +177,38 @@ class TokenSampler:
         return _concatenate(pairs)
 
     def _batches(self, dataset: ViewDataset, indices: Sequence[int], title: str) -> Iterator[Batch]:
-        """Yield batches of view 0 of the readable images at `indices`, with a progress bar `title`.
+        """Yield batches of view 0 of the readable images at `indices`, in this order.
+
+        Args:
+            dataset: renders the views, at the student's and the teacher's size.
+            indices: indices of images in `dataset.images`.
+            title: of the progress bar.
 
         Raises:
-            MapetError: more than `MAX_UNREADABLE` of all images cannot be read.
+            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
         """
         batches = position_batches(indices, inference_batch_size(self.teacher_size))
         return readable_batches(dataset, batches, UnreadableImages(dataset.images, MAX_UNREADABLE), title)
 
     @torch.inference_mode()
     def _tokenize(self, images: UInt8[Tensor, "B C h w"] | None) -> Int[Tensor, "B rows columns"]:
-        """Compute the token ids, on the CPU, of uint8 images at the teacher's size; None is not allowed, only typed so in `Batch`."""
+        """Compute the token ids, on the CPU, of uint8 images at the teacher's input size.
+
+        `images` may not be None; the type allows it because `Batch.teacher_images` is None in batches without teacher images.
+        """
         assert images is not None
         return self.tokenizer(self.compute.to(images)).cpu()
 
     def _noise(self, images: ImageList, batch: Batch) -> Float[Tensor, "B C h w"]:
-        """Draw Gaussian noise of `NOISE_STD` gray levels (of 255) for each image of a batch, seeded by the image's id alone."""
+        """Draw Gaussian noise of standard deviation `NOISE_STD` (of 255 gray levels) for each image of a batch, seeded by its id alone.
+
+        Args:
+            images: the list that has the ids.
+            batch: of B images, whose `image_index` are indices in `images`.
+
+        Returns:
+            Noise for images at the teacher's input size, float32, to be added to pixels of 0..255.
+        """
         generators = [np.random.default_rng([0, images.key(index)]) for index in batch.image_index.tolist()]
         shape = (self.channels, *self.teacher_size)
         return torch.from_numpy(np.stack([rng.normal(0, NOISE_STD, shape).astype(np.float32) for rng in generators]))
@@ -224,7 +244,7 @@ class ModelInspection(NamedTuple):
     """Tokens of a sample of images, and a model's outputs for the first s images, of N patches each.
 
     Attributes:
-        sample: tokens of all images, and pixels of all.
+        sample: tokens and pixels of all n readable images; the model was run on the first s of them.
         permutation: patch indices in the order in which they are revealed and predicted.
         logits: of the last p patches of the permutation, in that order; None if the model doesn't predict tokens.
         attention: weights from the class token to the patches in the last block; None without a class token.
@@ -264,10 +284,11 @@ def inspect_model(
         order: how the permutation, in which an image's patches are predicted, is drawn, e.g. 'random'.
 
     Returns:
-        Tokens of all drawn images; and of the first `num_shown` readable ones permutation, logits, attention and patch features.
+        Tokens of all readable drawn images; and of the first `num_shown` of them permutation, logits (None if the model does not predict
+        tokens), attention (None without a class token) and patch features, all on the CPU.
 
     Raises:
-        MapetError: more than `MAX_UNREADABLE` of the images cannot be read, or features are NaN or infinite.
+        MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list, or features are NaN or infinite.
     """
     vit = model.vit
     num_images = num_images_for_figures(num_shown, tokenizer.vocab_size, model.num_patches)
@@ -310,6 +331,9 @@ def pca_colors(features: Float[Tensor, "B N D"]) -> Float[np.ndarray, "B N 3"]:
 
     A component's 1 % quantile becomes 0, its 99 % quantile 1, and values beyond are clipped. If there are fewer than three
     components, the others are 0.
+
+    Args:
+        features: finite patch features of B images, on the CPU.
     """
     flat = features.flatten(0, 1).numpy()
     num_components = min(3, *flat.shape)
@@ -331,12 +355,14 @@ def retrieve_images(
         compute: device and precision.
 
     Returns:
-        Three items. Rows of (pixels, title): a held-out image, then the `NUM_NEAREST` training images nearest to it, nearest first.
-        The class names; empty without labels. The confusion matrix of logistic regression on all held-out images, counts of true
-        classes (rows) by predicted classes (columns); None without labels.
+        Three items. Rows of (pixels, title), up to `NUM_QUERIES`: a held-out image, then the `NUM_NEAREST` training images nearest to it
+        by cosine similarity of the last layer's mean patch tokens, nearest first. The class names; empty without labels. The confusion
+        matrix of logistic regression on all readable held-out images, counts of true classes (rows) by predicted classes (columns); None
+        without labels.
 
     Raises:
-        MapetError: too few images to hold some out, too many unreadable ones, or features that are NaN or infinite.
+        MapetError: there are too few images to hold some out, more than half of the images of a part are unreadable, or features are NaN
+            or infinite.
     """
     data = LabeledSet.from_images(images) if images.classes() else LabeledSet.without_labels(images)
     train, test = sample_for_probe(data)
@@ -347,9 +373,8 @@ def retrieve_images(
         probe = fit_logistic(train_cache.layer_features(), train_cache.labels, num_classes, C=ONLINE_C)
         confusion = confusion_matrix(test_cache.labels, probe(features).argmax(1), labels=range(num_classes))
     # Rows of the cache are in random order; sorted by image, the queries are spread evenly over the list of images.
-    by_index = test_cache.index.argsort()
-    spread = np.linspace(0, len(by_index) - 1, min(NUM_QUERIES, len(by_index))).round().astype(int)
-    queries = by_index[spread]
+    spread = np.linspace(0, len(test_cache) - 1, min(NUM_QUERIES, len(test_cache))).round().astype(int)
+    queries = test_cache.index.argsort()[spread]
     _, nearest = nearest_neighbors(train_cache.layer_blocks(), features[queries], NUM_NEAREST)
     indices = test_cache.index[queries].tolist(), train_cache.index[nearest].tolist()
     rows = render_neighbors(vit.patch_embed.img_size, vit.in_chans, train, test, *indices)
@@ -367,8 +392,8 @@ def render_neighbors(
         channels: of the views, e.g. 3.
         train: training images.
         test: test images.
-        queries: indices of test images.
-        nearest: for each query, indices of training images, nearest first.
+        queries: indices in `test` of readable images.
+        nearest: for each query, indices in `train` of readable images, nearest first.
 
     Returns:
         A row for each query: (pixels, title) of the query, then of its nearest images. A title is a class, or without labels a file name.

@@ -45,11 +45,11 @@ def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = No
 
     Args:
         train: features and labels of training images.
-        test: features and labels of test images.
-        C: inverse strength of the L2 penalty of logistic regression; None: it is chosen on held-out training images.
+        test: features and labels of test images, of the same layers.
+        C: inverse strength of the L2 penalty of logistic regression; None: it is chosen on held-out training images, see `fit_logistic`.
 
     Returns:
-        'logistic' and 'knn' -> accuracy, 0 to 1.
+        'logistic' and 'knn' (of `KNN_K` neighbors) -> accuracy on the readable test images, 0 to 1.
     """
     features, num_classes = test.layer_features(), int(train.labels.max()) + 1
     scores = {
@@ -67,8 +67,9 @@ class LogisticProbe:
     """Multinomial logistic regression on standardized features, as one linear map to K classes.
 
     Attributes:
-        mean, scale: mean and standard deviation that features are standardized with.
-        weight: (K, D); zero for classes without training images, whose bias is -inf.
+        mean, scale: mean and standard deviation of each feature, that features are standardized with.
+        weight: (K, D), for standardized features; zero for classes without training images.
+        bias: -inf for classes without training images, which are never predicted.
         C: inverse strength of the L2 penalty.
     """
 
@@ -79,7 +80,7 @@ class LogisticProbe:
     C: float
 
     def __call__(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
-        """Compute logits, on the CPU."""
+        """Compute the logits of the K classes, on the CPU, from features on any device that are not standardized yet."""
         return (features.cpu() - self.mean) / self.scale @ self.weight.T + self.bias
 
 
@@ -90,8 +91,8 @@ def fit_logistic(
     """Fit the linear probe: multinomial logistic regression on standardized features.
 
     Args:
-        features: of the training images.
-        labels: class index of each.
+        features: of the training images, on the CPU.
+        labels: class index of each row.
         num_classes: number of classes, K; classes without training images are never predicted.
         C: inverse strength of the L2 penalty, as in scikit-learn. None: the best of `C_CANDIDATES` by accuracy on a held-out fifth of the
             rows; with fewer than `FEW_PER_CLASS` rows per class, on average, `C_FEW`.
@@ -104,7 +105,10 @@ def fit_logistic(
     mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
 
     def fit(rows: Int[Tensor, " m"] | slice, C: float, max_iter: int = LOGISTIC_ITERATIONS) -> LogisticProbe:
-        """Fit on some rows. A class without rows gets the logit -inf; a single class gets the logit 0."""
+        """Fit on some rows, in at most `max_iter` iterations of L-BFGS; that it has not converged by then is no error.
+
+        A class without rows gets the logit -inf; the only class of all rows gets the logit 0.
+        """
         x, y = (features[rows] - mean) / scale, labels[rows]
         weight, bias = torch.zeros(num_classes, x.shape[1]), torch.full((num_classes,), -torch.inf)
         classes = y.unique()
@@ -146,11 +150,11 @@ def nearest_neighbors(
 
     Args:
         blocks: consecutive blocks of rows, each (index of the block's first row, its rows); they need not be normalized.
-        queries: feature vectors to find neighbors of.
+        queries: feature vectors to find neighbors of; they need not be normalized.
         k: number of neighbors; with fewer rows, all of them are returned.
 
     Returns:
-        Similarities and row indices, nearest first.
+        (cosine similarities, row indices) of the nearest rows of each query, nearest first; with fewer than `k` rows, (m, rows).
     """
     queries = F.normalize(queries, dim=1)
     similarity, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
@@ -197,7 +201,8 @@ def minimize(
 ) -> None:  # fmt: skip
     """Run a training loop: backward pass and optimizer step for each loss.
 
-    The learning rate of each parameter group rises linearly over the warmup, and falls on a half cosine to 0 over all steps.
+    The learning rate of each parameter group is its peak times a half cosine, which falls from 1 to 0 over all steps, and times a
+    factor that rises linearly to 1 during the warmup.
 
     Args:
         optimizer: its learning rates are the peak of the schedule.
@@ -209,7 +214,7 @@ def minimize(
     """
 
     def lr_factor(step: int) -> float:
-        """Return the factor of the learning rate at a step, counted from 0."""
+        """Return the fraction of the peak learning rate at a step, counted from 0."""
         warmup = min(1.0, (step + 1) / max(1, warmup_steps))
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
 
@@ -266,14 +271,14 @@ def _val_scores(probes: Sequence[nn.Module], batches: Batches) -> list[tuple[flo
 
 
 def _check_enough_images(count: int, probe: str) -> None:
-    """Raise MapetError if there are fewer training images than `MIN_IMAGES`, of which a fifth is held out to choose a learning rate.
+    """Raise MapetError if there are fewer training images than `MIN_IMAGES`: a fifth of them is held out to choose a learning rate.
 
     Args:
         count: number of training images.
         probe: name of the protocol that trains the probe, for the message.
     """
     if count < MIN_IMAGES:
-        fix = f"add images, or omit it from {option('protocols')}"
+        fix = f"add images, or omit '{probe}' from {option('protocols')}"
         raise MapetError(f"found {count} training images, but protocol '{probe}' needs {MIN_IMAGES}: {fix}")
 
 
@@ -283,9 +288,11 @@ class LinearClassifiers(nn.Module):
     With `batch_norm` features are standardized first, without scale and shift, as in MAE (arXiv 2111.06377, appendix A.1).
 
     Args:
-        layer: number of the layer, from 1.
+        layer: number of the layer, from 1, as `FeatureCache.columns` has it.
         columns: the layer's columns in a row of features of all layers.
-        rates: learning rates, for a batch of `SGD_BASE_BATCH_SIZE`.
+        num_classes: number of classes, K.
+        rates: R learning rates, for a batch of `SGD_BASE_BATCH_SIZE`; the caller scales the loss of each classifier by its rate.
+        batch_norm: standardize features first.
     """
 
     def __init__(
@@ -300,13 +307,16 @@ class LinearClassifiers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(rates), 1, num_classes))
 
     def forward(self, features: Float[Tensor, "B W"]) -> Float[Tensor, "R B K"]:
-        """Compute the logits of each of the R classifiers, from the features of all layers side by side, of which one is used."""
+        """Compute the logits of each of the R classifiers, from rows of the features of all layers; only the columns of `layer` are used."""
         x = self.norm(features[:, self.columns])
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
-        """Compute the logits of the first classifier, of learning rate `rates[0]`, for every row of the cache, on the CPU."""
+        """Compute the logits of the first classifier, of learning rate `rates[0]`, for every row of the cache in order, on the CPU.
+
+        Batch norm uses its running mean and variance if the module is in eval mode, as `fit_linear_sgd` returns it.
+        """
         return torch.cat([self(block.to(self.weight.device))[0].cpu() for _, block in cache.blocks()])
 
 
@@ -320,7 +330,7 @@ def fit_linear_sgd(
     trained on all rows. SGD has momentum 0.9, cosine decay to 0 and no weight decay.
 
     Args:
-        cache: features of some layers and labels of the training images; rows are in random order.
+        cache: features of some layers and labels of the readable training images; rows are in random order.
         num_classes: number of classes.
         compute: device on which probes are trained.
         epochs: epochs of both trainings.
@@ -342,7 +352,7 @@ def fit_linear_sgd(
                 yield compute.to(features), compute.to(cache.labels[rows])
 
     def train(probes: list[LinearClassifiers], num_rows: int) -> None:
-        """Train probes in place on the first `num_rows` rows of the cache."""
+        """Train probes in place on the first `num_rows` rows of the cache, all on the same batches, for `epochs` epochs."""
         size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, num_rows // MIN_STEPS_PER_EPOCH))
         optimizer = torch.optim.SGD(nn.ModuleList(probes).to(compute.device).train().parameters(), lr=1.0, momentum=0.9)
         # All classifiers share one optimizer of lr 1. An SGD step is linear in the loss, so that scaling a classifier's loss is the
@@ -380,11 +390,15 @@ class AttentivePool(nn.Module):
 
     Tokens are standardized; keys and values are linear maps of them. With a single query the key map is redundant
     (q . W x = (W'q) . x), and values may be mapped after pooling: the same functions, at the cost of one product per token.
+
+    Args:
+        width: of a token, D. The number of heads is the largest divisor of it up to `width // HEAD_DIM`, at least 1.
+        num_classes: number of classes, K.
+        seed: of the initial weights.
     """
 
     def __init__(self, width: int, num_classes: int, seed: int = 0) -> None:
         super().__init__()
-        # As many heads of about HEAD_DIM as divide the width.
         heads = next(h for h in range(max(1, width // HEAD_DIM), 0, -1) if width % h == 0)
         generator = torch.Generator().manual_seed(seed)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
@@ -411,7 +425,7 @@ def fit_attentive(
     Then a probe with the best learning rate is trained on all images.
 
     Args:
-        cache: patch tokens of the training images; `cache.data` has their labels.
+        cache: patch tokens of the last layer of the readable training images; `cache.data` has their labels.
         num_classes: number of classes.
         compute: device on which probes are trained.
         seed: of the initial weights and of the split.
@@ -420,20 +434,23 @@ def fit_attentive(
         (the probe, in eval mode; its learning rate).
 
     Raises:
-        MapetError: there are fewer than `MIN_IMAGES` images.
+        MapetError: there are fewer than `MIN_IMAGES` images, or more than half of them are unreadable.
     """
     labels = torch.from_numpy(cache.data.labels)
     _check_enough_images(len(labels), "attentive")
 
     def batches(used: Bool[Tensor, " n"], epochs: int = 1, min_images: int = 1) -> Batches:
-        """Yield (tokens, labels) of the images where `used` is True, without batches of fewer than `min_images` of them."""
+        """Yield (tokens, labels) on the device, of the images where `used` is True, `epochs` times.
+
+        Batches with fewer than `min_images` of these images are skipped.
+        """
         for _ in range(epochs):
             for index, tokens in cache.epoch():
                 if int((keep := used[index]).sum()) >= min_images:
                     yield compute.to(tokens[keep]), compute.to(labels[index[keep]])
 
     def train(used: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
-        """Train a probe for each learning rate on the images where `used` is True, all on the same batches."""
+        """Train a probe for each learning rate on the images where `used` is True, all on the same batches; return them in eval mode."""
         width = cache.backbone.map_shape[0]
         probes = [AttentivePool(width, num_classes, seed).to(compute.device) for _ in rates]
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
@@ -465,17 +482,37 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
 
 
 def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
-    """Compute the last layer's features of the images by a ViT on `compute.device`, in evaluation mode, without a progress bar."""
+    """Compute the last layer's features of the images, the means of their patch tokens, by a ViT; unreadable images are excluded.
+
+    Args:
+        vit: on `compute.device`; it is in eval mode meanwhile, and afterwards in the mode that it was in.
+        data: images with labels; without labels all are 0.
+        compute: device and precision.
+
+    Raises:
+        MapetError: a feature is NaN or infinite, or more than half of the images are unreadable.
+    """
     return FeatureCache.extract(BackboneWrapper.from_vit(vit, compute), data, CacheConfig(progress=False))
 
 
 def online_probe(
     vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext
 ) -> dict[str, float]:
-    """Measure a ViT's frozen features during pre-training by logistic regression and k-NN on them.
+    """Measure a ViT's frozen features during pre-training by logistic regression, with C = `ONLINE_C`, and k-NN on them.
+
+    The features are the means of the last layer's patch tokens; the ViT is in eval mode meanwhile, and not changed.
+
+    Args:
+        vit: on `compute.device`.
+        train: labeled images that the probes are fitted on.
+        test: labeled images of the same classes.
+        compute: device and precision.
 
     Returns:
-        'probe/logistic' and 'probe/knn' -> top-1 accuracy on `test`, 0 to 1.
+        'probe/logistic' and 'probe/knn' -> top-1 accuracy on the readable images of `test`, 0 to 1.
+
+    Raises:
+        MapetError: a feature is NaN or infinite, or more than half of the images of a set are unreadable.
     """
     train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
     return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache, ONLINE_C).items()}

@@ -42,7 +42,7 @@ SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Transpose and concatenate batches of several tensors each: yield all first tensors as one, then all second tensors as one, ..."""
+    """Concatenate batches, tuples of k tensors each, by position in the tuple: yield k tensors, the first of all batches, the second, ..."""
     return map(torch.cat, zip(*batches, strict=True))
 
 
@@ -53,8 +53,11 @@ def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
 def logistic(context: EvalContext) -> ProtocolResult:
     """Evaluate the linear probe: logistic regression on the last layer's standardized features of the training images.
 
+    Unreadable training and test images are excluded.
+
     Returns:
-        Metric 'logistic': top-1 accuracy on the test images, with its interval and the selected C; and the counts of each class.
+        Metric 'logistic': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and the selected C; `per_class` has
+        (correct, all) test images of each class.
     """
     predicted, selected = context.logistic(context.test.layer_features()).argmax(1), f"C {context.logistic.C:g}"
     return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
@@ -62,11 +65,13 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
-    """Evaluate weighted k-NN by cosine similarity on the last layer's features.
+    """Evaluate weighted k-NN by cosine similarity on the last layer's features, as in DINO.
+
+    Unreadable training and test images are excluded.
 
     Returns:
-        Metric 'knn': top-1 accuracy on the test images, with its interval and k (fewer than `KNN_K` if training images are fewer); and
-        the counts of each class.
+        Metric 'knn': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and k (fewer than `KNN_K` if training images are
+        fewer); `per_class` has (correct, all) test images of each class.
     """
     predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
     selected = f"k {context.test_neighbors[1].shape[1]}"
@@ -78,9 +83,12 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
     """Evaluate linear probes trained by SGD, whose layer and learning rate are selected on held-out training images.
 
     Returns:
-        Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy (0..1) on the test images, with its interval
-        and the selected layer and rate; and, for each class, how many test images it has and how many of them are classified correctly.
-        `details[NAME]['val_accuracy_by_layer']`: layer, as text -> accuracy on the held-out training images.
+        Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy on the test images, 0 to 1, with its 95 %
+        interval and the selected layer and learning rate; `per_class` has (correct, all) test images of each class.
+        `details[METRIC]['val_accuracy_by_layer']`: number of a layer, as text -> accuracy on the held-out training images.
+
+    Raises:
+        MapetError: there are fewer than `probes.MIN_IMAGES` readable training images.
     """
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
@@ -97,8 +105,11 @@ def attentive(context: EvalContext) -> ProtocolResult:
     """Evaluate the attentive probe, attention pooling and a linear classifier, on the last layer's patch tokens.
 
     Returns:
-        Metric 'attentive': top-1 accuracy on the test images, with its interval and the selected learning rate; and the counts of each
-        class.
+        Metric 'attentive': top-1 accuracy on the readable test images, 0 to 1, with its 95 % interval and the selected learning rate;
+        `per_class` has (correct, all) test images of each class.
+
+    Raises:
+        MapetError: there are fewer than `probes.MIN_IMAGES` training images.
     """
     backbone, compute, test = context.backbone, context.backbone.compute, context.data.test
     train_tokens = PatchTokenCache(backbone, context.data.train, context.cache)
@@ -119,8 +130,11 @@ def few_shot(context: EvalContext) -> ProtocolResult:
     images, which needs no labels. Unreadable images of a split are excluded.
 
     Returns:
-        For each amount a metric, mean top-1 accuracy over seeds with its interval: 'few_shot_10pct' for 0.1, 'few_shot_5' for 5 images
-        per class. `details` has, by the same name, the list of the accuracies of all seeds.
+        For each amount a metric, mean top-1 accuracy over seeds, 0 to 1, with its 95 % interval: 'few_shot_10pct' for 0.1, 'few_shot_5'
+        for 5 images per class. `details` has, by the same name, the list of the accuracies of all seeds.
+
+    Raises:
+        MapetError: a class has fewer training images than an amount.
     """
     result = ProtocolResult()
     train, test_features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
@@ -146,7 +160,7 @@ def average_precisions(
     """Compute the average precision of each class, in [0, 1]: the area under its precision-recall curve, without interpolation.
 
     Args:
-        scores: of each image (row) and class (column); higher is more likely.
+        scores: of each image (row) and class (column), on the CPU; higher is more likely.
         targets: 1 where an image shows a class, else 0.
         weights: how often each image counts: all ones, or the counts of a bootstrap resample.
 
@@ -160,11 +174,14 @@ def average_precisions(
 
 @protocol("annotations")
 def multi_label(context: EvalContext) -> ProtocolResult:
-    """Evaluate multi-label classification of images with boxes: one logistic regression per class tells whether an image shows it.
+    """Evaluate multi-label classification of images with boxes: one logistic regression per class predicts whether an image shows it.
+
+    The regressions are fitted on the last layer's features of the training images, standardized by mean and standard deviation of all
+    training images. Unreadable images are excluded.
 
     Returns:
-        Metric 'multi_label_map', the mean average precision over classes, with a bootstrap interval over test images;
-        `details['ap']` has the average precision of each class, None for a class that no test image shows.
+        Metric 'multi_label_map', the average precision, 0 to 1, averaged over the classes that test images show, with a 95 % bootstrap
+        interval over test images; `details['ap']`: class -> its average precision, None for a class that no test image shows.
     """
     assert context.data.boxes is not None
     train, test = context.data.boxes
@@ -191,6 +208,9 @@ def multi_label(context: EvalContext) -> ProtocolResult:
 
 def feature_stats(features: Float[Tensor, "n D"]) -> dict[str, float]:
     """Measure rank, spread and collapse of features.
+
+    Args:
+        features: a feature vector of width D for each of n images; for the uniformity, the pairs of the first `MAX_PAIRED` are used.
 
     Returns:
         Metrics by name, without those that are NaN or Inf for so few images:
@@ -233,7 +253,10 @@ def measure_alignment(features: Float[Tensor, "n D"], views: Float[Tensor, "n D"
 
 
 def entropy_rank(x: Float[Tensor, "n D"]) -> float:
-    """Return the effective rank: exp of the entropy of the singular values, normalized to sum 1; at most min(n, D), 1 if all are 0."""
+    """Return the effective rank: exp of the entropy of the singular values, normalized to sum 1; at most min(n, D), 1 if all are 0.
+
+    The rows are not centered. Roy & Vetterli 2007; RankMe (arXiv 2210.02885).
+    """
     # Singular values are square roots of the eigenvalues of the smaller Gram matrix, which has half the digits: hence double.
     x = x.double()
     values = torch.linalg.eigvalsh(x.T @ x if x.shape[1] <= len(x) else x @ x.T).clamp_min(0).sqrt()
@@ -246,9 +269,11 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
 def feature_rank(context: EvalContext) -> ProtocolResult:
     """Measure rank, spread and collapse of the last layer's features of training images, without labels.
 
+    Up to `MAX_RANK_IMAGES` readable training images are used, a random sample of them that is the same for every backbone.
+
     Returns:
-        The metrics of `feature_stats`, and 'alignment', how far features of center views and of random crops of the same images are
-        apart; without intervals.
+        The metrics of `feature_stats`, and 'alignment' (`measure_alignment`), 0 to 4: how far apart the features of center views and of
+        random crops of up to `MAX_VIEW_IMAGES` of the images are; all without intervals.
     """
     train, backbone = context.train, context.backbone
     features = train.layer_features(torch.arange(min(MAX_RANK_IMAGES, len(train))))
@@ -267,8 +292,9 @@ def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: in
     """Cluster features by k-means on their directions: centered, then scaled to length 1.
 
     Args:
+        features: of all images, on the CPU.
         num_clusters: number of clusters.
-        seed: of k-means++; the best of 3 starts is taken.
+        seed: of k-means++; the best of 3 starts, of at most 30 iterations each, is taken.
 
     Returns:
         The cluster index of each row.
@@ -300,11 +326,13 @@ def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, "
 
 @protocol("labels")
 def cluster(context: EvalContext) -> ProtocolResult:
-    """Compare k-means clusters of the test images' features, as many as there are classes, with their classes.
+    """Compare k-means clusters of the test images' last-layer features, as many as there are classes, with the classes.
+
+    Up to `MAX_CLUSTER_IMAGES` readable test images are used, a random sample of them.
 
     Returns:
-        Metrics 'cluster_accuracy' (clusters matched one-to-one to classes), 'cluster_nmi' and 'cluster_ari': means over the option
-        `num_seeds` starts of k-means, with intervals; see `clustering_scores`.
+        Metrics 'cluster_accuracy' (clusters matched one-to-one to classes, 0 to 1), 'cluster_nmi' (0 to 1) and 'cluster_ari' (-0.5 to 1):
+        means over k-means with the seeds 0 to `num_seeds` - 1, with 95 % intervals; see `clustering_scores`.
     """
     features, labels = (part[:MAX_CLUSTER_IMAGES] for part in (context.test.layer_features(), context.test.labels))
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
@@ -317,11 +345,11 @@ def cluster(context: EvalContext) -> ProtocolResult:
 
 @protocol("images")
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
-    """Find the training images nearest to some test images, for a figure.
+    """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of the last layer's features, for a figure.
 
     Returns:
-        No metrics. `details` has 'queries', indices of test images; 'nearest', for each query the indices of its nearest training
-        images, nearest first; and 'similarity', their cosine similarities.
+        No metrics. `details` has 'queries', indices of readable test images; 'nearest', for each query the indices of its nearest
+        readable training images, up to `NUM_SHOWN`, nearest first; and 'similarity', their cosine similarities.
     """
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
     chosen = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
@@ -342,7 +370,11 @@ def ood(context: EvalContext) -> ProtocolResult:
 
     Returns:
         For each folder NAME the metrics 'ood_NAME_knn' and 'ood_NAME_own_classifier' (if the backbone has a classifier with class
-        names, else 'ood_NAME_logistic'); `details[NAME]` counts the shared 'classes' and the readable 'images'.
+        names, else 'ood_NAME_logistic'): top-1 accuracy on its readable images, 0 to 1, with its 95 % interval. `per_class` has
+        (correct, all) images of each class; `details[NAME]` counts the shared 'classes' and the readable 'images'.
+
+    Raises:
+        MapetError: a folder shares no class with the training images, or more than half of its images are unreadable.
     """
     result, classes, backbone = ProtocolResult(), context.classes, context.backbone
     for name, labeled_set in context.data.ood.items():
@@ -392,15 +424,16 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     """Measure accuracy of `context.classify` under 15 corruptions at 5 severities; `add_mce` adds the mCE when all backbones are done.
 
     Returns:
-        Metrics 'corruption_clean', the accuracy without corruption, and 'corruption_mean', the mean over all 75, with a bootstrap
-        interval over images; `details['errors']`: corruption -> list of the error rates at severities 1 to 5.
+        Metrics 'corruption_clean', top-1 accuracy without corruption, with Wilson's 95 % interval, and 'corruption_mean', the mean
+        accuracy over all 75, with a 95 % bootstrap interval over images; both 0 to 1, on the same readable test images, up to
+        `MAX_CORRUPTED_IMAGES`. `details['errors']`: corruption -> list of the error rates, 0 to 1, at severities 1 to 5.
 
     Raises:
-        MapetError: the backbone takes neither gray nor RGB images.
+        MapetError: the backbone takes neither gray nor RGB images, or more than half of the images are unreadable.
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        needed = f"protocol 'corruptions' needs 1 or 3: omit it from {option('protocols')}"
+        needed = f"but protocol 'corruptions' needs 1 or 3: omit this protocol from {option('protocols')}"
         raise MapetError(f"{backbone.name} takes images of {backbone.channels} channels, {needed}")
     clean = context.is_correct(backbone, data)
     correct: dict[str, Float[Tensor, "5 n"]] = {}
@@ -414,7 +447,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
 
 def add_mce(results: Mapping[str, Mapping[str, ProtocolResult]]) -> None:
-    """Add mCE, the mean corruption error (Hendrycks & Dietterich, section 4.1), to each backbone's result of `corruptions`, in place.
+    """Add mCE, the mean corruption error (Hendrycks & Dietterich 2019, section 4.1), to each backbone's result of `corruptions`, in place.
 
     The error of a corruption (CE) is the sum of error rates over severities, divided by the same sum of the first backbone, where the
     paper has AlexNet: 1 is as bad as the first backbone. A corruption under which the first backbone makes no error has no CE. mCE is
@@ -440,7 +473,11 @@ def resolution(context: EvalContext) -> ProtocolResult:
     patches.
 
     Returns:
-        Metrics 'resolution_SIDE' or, if the trained size is not square, 'resolution_HEIGHTxWIDTH': top-1 accuracy on the test images.
+        Metrics 'resolution_SIDE' or, if the size is not square, 'resolution_HEIGHTxWIDTH', in pixels: top-1 accuracy on the readable test
+        images, 0 to 1, with its 95 % interval.
+
+    Raises:
+        MapetError: the backbone cannot take a size.
     """
     result, backbone = ProtocolResult(), context.backbone
     step, trained = backbone.patch_size, backbone.image_size

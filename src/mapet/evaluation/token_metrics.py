@@ -91,7 +91,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """What x tells of y, in bits per patch.
+    """Mutual information of two properties x and y of a patch, e.g. its token and the class of its image, in bits per patch.
 
     Attributes:
         bits: mutual information minus `chance`: about 0, or a little below, where x and y are independent.
@@ -111,7 +111,7 @@ class BagOfTokens:
     """Result of a linear probe on how often each token occurs in an image.
 
     Attributes:
-        accuracy: on the test images.
+        accuracy: top-1 accuracy on the test images, 0 to 1.
         chance: majority baseline: accuracy of always predicting the most frequent class of the test images.
         test_images: number of test images.
     """
@@ -148,7 +148,12 @@ class TokenMetrics:
 
 
 def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
-    """Measure how evenly the token ids of all patches of a sample, of any shape, use the `vocab_size` codes of the codebook."""
+    """Measure how evenly the patches of a sample use the codes of the codebook.
+
+    Args:
+        ids: token ids of all patches, of any shape.
+        vocab_size: number of codes, K.
+    """
     counts = torch.bincount(ids.flatten(), minlength=vocab_size)
     num_patches, num_used = int(counts.sum()), int((counts > 0).sum())
     covered = counts.sort(descending=True).values.double().cumsum(0) / num_patches
@@ -163,11 +168,19 @@ def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
 
 
 def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreement:
-    """Measure how often corresponding patches have the same token, and compare it with chance; two tensors of token ids of one shape."""
+    """Measure how often corresponding patches have the same token, and compare it with chance.
+
+    Args:
+        first: token ids of patches, of any shape.
+        second: token ids of the corresponding patches, of the same shape.
+
+    Returns:
+        Fractions, 0 to 1, and kappa; kappa is 1 if both tensors hold one and the same code alone.
+    """
     num_codes = int(max(first.max(), second.max())) + 1
     p, q = (torch.bincount(ids.flatten(), minlength=num_codes).double() / ids.numel() for ids in (first, second))
     share, chance = float((first == second).double().mean()), float(p @ q)
-    # If both tensors hold one and the same code alone, chance is 1 (up to rounding), and kappa is defined as 1.
+    # If both tensors hold one and the same code alone, chance is 1 up to rounding, and the formula divides by zero.
     kappa = 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0
     return Agreement(share, chance, kappa)
 
@@ -211,21 +224,33 @@ def mutual_information(x: Int[Tensor, " n"], y: Int[Tensor, " n"], block_length:
 
 
 def label_information(ids: Int[Tensor, "B rows columns"], labels: Int[Tensor, " B"]) -> MutualInformation:
-    """Estimate the mutual information of the token of a patch and the class of its image, `labels`.
+    """Estimate the mutual information of the token of a patch and the class of its image, as a fraction of the entropy of the class, too.
 
-    For the bias, labels are shuffled between images: all patches of an image keep one label.
+    To measure the bias of the estimate, labels are shuffled between images, so that all patches of an image keep one label.
+
+    Args:
+        ids: token ids of each image's grid of patches.
+        labels: class index of each image.
     """
     num_patches = ids[0].numel()
     return mutual_information(ids.flatten(), labels.repeat_interleave(num_patches), block_length=num_patches)
 
 
 def position_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformation:
-    """Measure what the position of a patch in the image tells of its token."""
+    """Estimate the mutual information of the position of a patch in its image and its token, as a fraction of the token's entropy, too.
+
+    Args:
+        ids: token ids of each image's grid of patches; a position is an index in the grid.
+    """
     return mutual_information(torch.arange(ids[0].numel()).repeat(len(ids)), ids.flatten())
 
 
 def neighbor_information(ids: Int[Tensor, "B rows columns"]) -> MutualInformation | None:
-    """Estimate the mutual information of the token of a patch and the token to its right or below it; None for a grid of one patch."""
+    """Estimate the mutual information of the token of a patch and the token to its right or below it; None for a grid of one patch.
+
+    Args:
+        ids: token ids of each image's grid of patches. Pairs in both directions are pooled.
+    """
     pairs = neighbor_pairs(ids).values()
     if not pairs:
         return None
@@ -238,6 +263,10 @@ def bags_of_tokens(ids: Int[Tensor, "B rows columns"], vocab_size: int) -> Float
 
     The root keeps tokens that fill half an image (sky, black) from dominating: Euclidean distances are then Hellinger distances
     (Arandjelovic and Zisserman 2012, doi 10.1109/CVPR.2012.6248018).
+
+    Args:
+        ids: token ids of each image's grid of patches.
+        vocab_size: number of codes, K.
     """
     counts = torch.stack([torch.bincount(tokens, minlength=vocab_size) for tokens in ids.flatten(1)])
     return (counts / ids[0].numel()).sqrt()
@@ -255,8 +284,8 @@ def bag_of_tokens_probe(
         vocab_size: number of codes.
 
     Returns:
-        Accuracy on the test images, the majority baseline and the number of test images. If no token occurs in two training images,
-        nothing is fitted, and the accuracy is the majority baseline.
+        Accuracy on the test images, the majority baseline and the number of test images; accuracies are fractions, 0 to 1. If no token
+        occurs in two training images, nothing is fitted, and the accuracy is the majority baseline.
     """
     bags = bags_of_tokens(ids, vocab_size)
     # Keep tokens that occur in two or more training images: a token of a single one identifies that image, not its class.
@@ -277,7 +306,7 @@ def nearest_codes(
 
     Args:
         centroids: feature vector of each of the K codes.
-        codes: the n codes to find neighbors of.
+        codes: the n codes, rows of `centroids`, to find neighbors of; a code is not a neighbor of its own.
         num_nearest: number of neighbors of each; at most K - 1 are returned.
 
     Returns:
@@ -327,10 +356,10 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"only {usage.patches:,} patches for {K:,} codes: dead codes and perplexity are rough estimates; measure more images with {enough}"
     if usage.used_codes < (1 - MAX_DEAD_FRACTION) * usage.reachable_codes:
         expected = f"{K - usage.reachable_codes:,.0f}"
-        yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or to more varied images"
+        yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or use more varied images"
     if usage.perplexity < MIN_PERPLEXITY_FRACTION * usage.reachable_codes:
-        yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or to more varied images"
-    top = usage.top_code_fraction
+        yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or use more varied images"
+    top, position = usage.top_code_fraction, metrics.position.share
     if top > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:  # halfway between even use, 1 / K, and 1
         yield f"one token takes {top:.0%} of the patches: always predicting it scores well; crop even borders, or use more varied images"
     for name, pair in metrics.stability.items():
@@ -344,7 +373,6 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
             yield f"{changed} of the tokens change under {change}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and pair.kappa < MIN_KAPPA_SHIFT:
             yield f"{changed} of the tokens change under {change}: they tell the position rather than the content; try another teacher"
-    position = metrics.position.share
     if position > MAX_POSITION_FRACTION:
         yield f"position alone tells {position:.0%} of a token: much of the task needs no image; tokenize random crops, or try another teacher"
     neighbors_agree = min((pair.share for pair in metrics.coherence.values()), default=0.0)
@@ -352,9 +380,9 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"{neighbors_agree:.0%} of neighboring patches share their token: copying nearly solves the task; fit more codes, or use larger patches"
     neighbor, label = metrics.neighbor, metrics.label
     if neighbor is not None and usage.used_codes > 1 and neighbor.bits <= MIN_STANDARD_ERRORS * neighbor.error:
-        yield "a token tells nothing of the tokens beside it, so that context predicts nothing: are tokens mixed up? Try another teacher"
+        yield f"a token tells {neighbor.bits:.2f} bits of its neighbor, not above chance: check the order of tokens, or try another teacher"
     if label is not None and label.bits <= MIN_STANDARD_ERRORS * label.error:
-        yield "a token tells nothing of the class of its image: are labels paired with the wrong images? Try another teacher"
+        yield f"a token tells {label.bits:.2f} bits of its image's class, not above chance: check that labels fit the images, or try another teacher"
     if bag is not None:
         standard_error = sqrt(bag.chance * (1 - bag.chance) / bag.test_images)
         if bag.accuracy < bag.chance + MIN_STANDARD_ERRORS * standard_error:
