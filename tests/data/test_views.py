@@ -10,13 +10,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy.stats import ks_2samp
 from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import RandomResizedCrop
 
 import mapet
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
-from mapet.data.views import ViewSpec, fork_rng, rand_augment
+from mapet.data.views import ViewSpec, fork_rng, rand_augment, sample_view
 from mapet.models.backbone import create_vit, save_backbone
 from tests.refused import refused
 
@@ -34,6 +36,42 @@ def test_seeded_leaves_the_generators_as_they_were():
     with fork_rng(1, 2):
         assert np.random.rand() == a
     assert [first, np.random.rand()] == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "min_scale"), [((150, 150), 0.08), ((120, 190), 0.3), ((199, 110), 0.2), ((400, 100), 0.08)]
+)
+def test_random_crops_are_distributed_as_torchvisions(size, min_scale):
+    """By torchvision's own draws: fraction of the image's area, aspect, place, for images of several aspects."""
+    spec = ViewSpec(kind="random-crop", image_size=(100, 100), min_scale=min_scale)
+    torch.manual_seed(0)
+    image = torch.empty(1, *size)
+    expected = [RandomResizedCrop.get_params(image, (min_scale, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+    views = [sample_view(spec, size, key, 0) for key in range(4000)]
+    ours, theirs = np.array([view[:4] for view in views]), np.array(expected)
+    area, aspect = ours[:, 2] * ours[:, 3] / np.prod(size), ours[:, 3] / ours[:, 2]
+    assert 0.98 * min_scale < area.min() and aspect.min() > 0.73 and aspect.max() < 1.37
+    for values in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        lambda box: box[:, 0],
+        lambda box: box[:, 1],
+    ):
+        assert ks_2samp(values(ours), values(theirs)).pvalue > 1e-3
+    assert 0.45 < np.mean([view.flip for view in views]) < 0.55
+
+
+@pytest.mark.parametrize("size", [(20, 500), (500, 20), (100, 134)])
+def test_a_random_crop_that_never_fits_is_torchvisions_centered_one(size):
+    spec = ViewSpec(kind="random-crop", image_size=(100, 100), min_scale=1.0)
+    expected = RandomResizedCrop.get_params(torch.empty(1, *size), (1, 1), (3 / 4, 4 / 3))
+    assert sample_view(spec, size, 0, 0)[:4] == expected
+
+
+def test_aspects_of_random_crops_are_relative_to_the_input():
+    spec = ViewSpec(kind="random-crop", image_size=(40, 160))
+    aspect = [view.width / view.height / 4 for view in (sample_view(spec, (200, 300), key, 0) for key in range(500))]
+    assert 0.73 < min(aspect) < 0.8 and 1.25 < max(aspect) < 1.37
 
 
 def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypatch):

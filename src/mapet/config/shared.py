@@ -133,7 +133,7 @@ class ViewOptions(Config):
     """Views of an image: center (largest centered crop, as in the released config), center-flip (that and its mirror image) or random-crop
     (random crops, half of them mirrored)."""
     min_crop_scale: float = Field(default=0.2, gt=0, le=1)
-    """Smallest area of a random crop, as a fraction of the largest centered crop's area; 1 is the largest. For `views` random-crop only."""
+    """Smallest area of a random crop, as a fraction of the image's area; 1 is the largest. For `views` random-crop only."""
 
 
 _LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval

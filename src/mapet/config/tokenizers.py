@@ -160,7 +160,7 @@ class TrainTokenizerConfig(
     """Views of an image: center (largest centered crop), center-flip (that and its mirror image) or random-crop (random crops, half of them
     mirrored)."""
     min_crop_scale: float = Field(default=0.08, gt=0, le=1)
-    """Smallest area of a random crop, as a fraction of the largest centered crop's area; 1 is the largest. For `views` random-crop only."""
+    """Smallest area of a random crop, as a fraction of the image's area; 1 is the largest. For `views` random-crop only."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message if `image_size` is not square or `patch_size` does not divide it; `Config` makes it an error."""

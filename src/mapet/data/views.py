@@ -27,6 +27,10 @@ BLOCK_AREA = 16 / 196, 75 / 196
 """Smallest and largest area of a block of BEiT's, as a fraction of the image."""
 MIN_BLOCK_ASPECT = 0.3
 """Smallest height over width of a block of BEiT's; the largest is one over it."""
+MAX_CROP_ASPECT = 4 / 3
+"""Largest width over height of a random crop, relative to the student's input; the smallest is one over it (torchvision's)."""
+MAX_CROP_DRAWS = 10
+"""Draws of a random crop until one fits into the image; after them it is the largest centered one (torchvision's)."""
 TRANSLATION = 0.45
 """Largest translation of RandAugment, as a fraction of the image's shorter side, as in timm's training."""
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
@@ -47,12 +51,12 @@ class ViewSpec(Config):
     """How views are drawn. Stored with the tokens, so that student and teacher cannot disagree."""
 
     kind: Literal["center", "center-flip", "random-crop"] = "center"
-    """center: largest centered box (the released recipe); center-flip: that, mirrored every other time; random-crop: a random
-    box, mirrored half the time."""
+    """center: largest centered box (the released recipe); center-flip: that, mirrored every other time; random-crop: the box of
+    torchvision's RandomResizedCrop, mirrored half the time."""
     image_size: tuple[int, int]
-    """Height and width of the student's input, pixels; fixes the box's aspect ratio."""
+    """Height and width of the student's input, pixels; their ratio is the box's, a random one is up to a third wider or higher."""
     min_scale: float = 0.2
-    """Smallest random box, as a fraction of the centered box's area (for random-crop)."""
+    """Smallest random box, as a fraction of the image's area (for random-crop)."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -78,22 +82,46 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int
         A box that lies in the image. 'center' and 'center-flip' have the largest box of the input's aspect ratio.
     """
     target_height, target_width = spec.image_size
-    scale = min(size[0] / target_height, size[1] / target_width)
-    box = max(1, round(target_height * scale)), max(1, round(target_width * scale))
+    flip = spec.kind == "center-flip" and (key + view_index) % 2 == 1  # alternating: two views are both
     if spec.kind == "random-crop":
         rng = np.random.default_rng([spec.seed, key, view_index])
         flip = bool(rng.integers(2))
-        shrink = float(np.sqrt(rng.uniform(spec.min_scale, 1.0)))
-        height, width = max(1, round(box[0] * shrink)), max(1, round(box[1] * shrink))
-        top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+        box = _random_box(spec, size, rng)
     else:
-        height, width = box
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        flip = spec.kind == "center-flip" and (key + view_index) % 2 == 1  # alternating: two views are both
-    max_reduction = min(height // target_height, width // target_width)
+        box = _centered_box(spec.image_size, size)
+    max_reduction = min(box.height // target_height, box.width // target_width)
     unit = next((r for r in REDUCTIONS if r <= max_reduction), 1)
-    top, left, height, width = (edge // unit * unit for edge in (top, left, height, width))
+    top, left, height, width = (edge // unit * unit for edge in box)
     return View(top, left, height, width, flip)
+
+
+def _centered_box(shape: tuple[float, float], size: tuple[int, int]) -> Box:
+    """Return the largest centered box whose height and width have the ratio of `shape`, in an image of `size` (height, width) pixels."""
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    height, width = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+    return Box((size[0] - height) // 2, (size[1] - width) // 2, height, width)
+
+
+def _random_box(spec: ViewSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Draw a box as torchvision's RandomResizedCrop does, whose aspect ratios are meant for a square input.
+
+    Its area is a uniform fraction of the image's, its width over height relative to the student's input log-uniform, its place
+    uniform. If no draw fits, it is the centered box of the aspect nearest to the image's.
+
+    Args:
+        spec: gives the student's input and the smallest fraction.
+        size: height and width of the image, pixels.
+    """
+    max_log, (target_height, target_width) = math.log(MAX_CROP_ASPECT), spec.image_size
+    for _ in range(MAX_CROP_DRAWS):
+        area = size[0] * size[1] * rng.uniform(spec.min_scale, 1)
+        aspect = target_width / target_height * math.exp(rng.uniform(-max_log, max_log))
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < height <= size[0] and 0 < width <= size[1]:
+            return Box(int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1)), height, width)
+    stretch = size[1] / size[0] * target_height / target_width  # the image's aspect relative to the input's
+    stretch = min(max(stretch, 1 / MAX_CROP_ASPECT), MAX_CROP_ASPECT)
+    return _centered_box((target_height, target_width * stretch), size)
 
 
 def render_view(image: LazyImage, view: View, size: tuple[int, int]) -> UInt8[Tensor, "C h w"]:
