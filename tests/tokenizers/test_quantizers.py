@@ -157,8 +157,8 @@ def test_stored_and_online_tokens_are_the_same(options, num_codes, few_digits, t
         ({"teacher": "my:code", "teacher_layer": 2}, "teacher 'my:code' does not use teacher_layer"),
         ({"teacher_checkpoint": "x"}, "teacher 'pixels' does not use teacher_checkpoint"),
         ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
-        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "5 principal components of features that are 4 wide"),
-        ({"pca_dim": 5}, "5 principal components of features that are 4 wide"),
+        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "width 4, under 5 components"),
+        ({"pca_dim": 5}, "width 4, under 5 components"),
     ],
     ids=str,
 )

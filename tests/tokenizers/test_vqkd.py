@@ -194,12 +194,12 @@ def change(**changes):
     ("make", "message"),
     [
         (change(encode_task_layer__0__bias=None), "missing: encode_task_layer.0.bias$"),
-        (change(encoder__patch_embed__proj__weight=None), "it has no 'encoder.patch_embed.proj.weight'"),
+        (change(encoder__patch_embed__proj__weight=None), "expected a weight 'encoder.patch_embed.proj.weight'"),
         (change(encoder__blocks__0__gamma_1=torch.ones(128)), "unexpected: encoder.blocks.0.gamma_1$"),
         (change(encoder__norm__bias=torch.ones(128)), "unexpected: encoder.norm.bias$"),
         (change(encoder__pos_embed=torch.ones(1, 12, 128)), r"of another shape: encoder.pos_embed \(1x12x128, not 1x10x128\)$"),
-        (change(encoder__pos_embed=torch.ones(3)), "sizes don't fit together"),
-        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"but blocks.* more$"),
+        (change(encoder__pos_embed=torch.ones(3)), "its shapes contradict each other"),
+        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"found blocks.* more$"),
         (lambda weights: {}, "no tensors under their names"),
     ],
 )  # fmt: skip

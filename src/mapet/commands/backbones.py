@@ -311,8 +311,8 @@ def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, 
     difference = float(np.max(differences))  # NaN if one is
     if not difference <= TOLERANCE:
         raise MapetError(
-            f"the export is not the backbone: loaded by {loader}, its outputs differ by {difference:.1e} of the backbone's root mean square, "
-            f"more than {TOLERANCE:.0e}; nothing was written. Omit the format from {option('format')}"
+            f"the export, loaded by {loader}, does not compute the backbone's outputs: the difference is {difference:.1e} of their root "
+            f"mean square, at most {TOLERANCE:.0e} is allowed; nothing was written. Omit that {option('format')}"
         )
     return difference
 

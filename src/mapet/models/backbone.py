@@ -157,8 +157,9 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
             For a weights file also what cannot be inferred from it, e.g. `num_heads=6`.
 
     Raises:
-        MapetError: an unknown keyword, nothing of the kind at `source`, weights that don't fit, or that a plain ViT doesn't
-            support.
+        MapetError: an unknown keyword; no model at `source`, or one that is damaged or cannot be downloaded; weights whose number of
+            attention heads must be given; an image size that is no multiple of the patch size; or, with `pretrained`, weights of
+            another network, or with parts that a plain ViT doesn't support.
     """
     _check_keywords(overrides)
     checkpoint = resolve_backbone(source, pretrained, overrides)
@@ -167,6 +168,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
             f"{source} has {' and '.join(checkpoint.unsupported)}, not supported by a plain ViT: without it the features would "
             "differ. `mapet pretrain --init-from` can start from the rest of it"
         )
+    # Lists, as YAML has them, become the tuples that timm expects.
     args = checkpoint.model_args | {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}
     try:
         vit = timm.create_model(checkpoint.model, pretrained=False, **args)

@@ -89,10 +89,10 @@ OBJECTIVES = {o.name: o for o in (MAPET, PIM, MIM, MAPET_CONTENT_IGNORES_MASKS, 
 
 
 def get_objective(name: str) -> Objective:
-    """Return the objective of a name.
+    """Return the objective that the option `objective` names.
 
     Raises:
-        MapetError: unknown; the message suggests a similar name and lists all.
+        MapetError: there is none of that name; the message suggests a similar one and lists all.
     """
     if name not in OBJECTIVES:
         hint = did_you_mean(name, OBJECTIVES) or "."
@@ -101,10 +101,13 @@ def get_objective(name: str) -> Objective:
 
 
 def num_context_from_ratio(mask_ratio: float, num_patches: int) -> int:
-    """Return the number of context patches, c.
+    """Return c, the number of context patches: those of an image that are given, not predicted.
 
     Args:
-        mask_ratio: fraction of the patches that is predicted, rounded to whole patches and at least one.
-        num_patches: N.
+        mask_ratio: fraction of the patches that is predicted, 0 to 1; rounded to whole patches, and at least one patch is predicted.
+        num_patches: N, patches of an image.
+
+    Returns:
+        0 (all are predicted) to N - 1.
     """
     return min(num_patches - 1, num_patches - round(mask_ratio * num_patches))

@@ -466,9 +466,8 @@ def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMea
             with safe_open(path, "pt") as file:
                 saved_config = dict(json.loads(file.metadata()["config"]))
                 tensors = [file.get_tensor(name).to(initial.centroids.device) for name in KMeansState._fields]
-            state = KMeansState(
-                *(tensor if tensor.ndim else tensor.item() for tensor in tensors)
-            )  # scalars become numbers
+            # Scalars become numbers.
+            state = KMeansState(*(tensor if tensor.ndim else tensor.item() for tensor in tensors))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to restart the fit") from None
         check_same_options(path, saved_config, config)

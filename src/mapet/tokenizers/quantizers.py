@@ -109,7 +109,11 @@ def project(
 ) -> Float[Tensor, "n d"]:
     """Return (features - mean) @ components in the features' dtype.
 
-    It is computed in float64, so that the result of a row does not depend on the number of rows.
+    The product is computed in float64, so that the result of a row does not depend on the number of rows.
+
+    Args:
+        features: a row for each patch.
+        mean, components: what `principal_components` returns, on the features' device.
     """
     return ((features.double() - mean.double()) @ components.double()).to(features.dtype)
 
@@ -132,7 +136,7 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
     width = store.num_features
     if dimensions > width:
         raise MapetError(
-            f"{dimensions} principal components of features that are {width} wide: give fewer by {option('pca_dim')} or {option('fsq_levels')}"
+            f"the teacher's features have width {width}, under {dimensions} components: lower {option('pca_dim')} or shorten {option('fsq_levels')}"
         )
     points = DistributedPoints(store)
     mean = points.moments[0]
@@ -142,6 +146,7 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
         products += centered.T @ centered
     variances, vectors = torch.linalg.eigh(distributed.all_reduce(products) / len(points))  # ascending
     variances, vectors = variances.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
+    # The coefficient of largest magnitude of each column becomes positive.
     components = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     if whiten:
         smallest = variances[0] * 1e-12 + 1e-300  # a component without variance is not divided by zero
@@ -153,16 +158,20 @@ def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:
     """Return the number of levels of each dimension, whose product is the largest possible vocabulary of at most `vocab_size` codes.
 
     Args:
-        signs: two levels each (LFQ); their number must make exactly `vocab_size`. Otherwise those of FSQ's table `LEVELS`.
+        vocab_size: largest number of codes, at least 1.
+        signs: True (LFQ): two levels in each dimension, which make exactly `vocab_size` codes. False (FSQ): the entry of the table `LEVELS`
+            with the most codes, e.g. (8, 6, 5), 240 codes, for 300.
 
     Raises:
-        MapetError: there are no such levels.
+        MapetError: LFQ with a number of codes that is no power of two, or FSQ with fewer codes than the table's first entry.
     """
     if signs:
         if vocab_size < 2 or vocab_size & (vocab_size - 1):
-            raise MapetError(f"{vocab_size} codes of signs alone: {option('vocab_size')} must be a power of two")
+            raise MapetError(
+                f"'lfq' makes a power of two of codes: {option('vocab_size')} must be one, got {vocab_size}"
+            )
         return (2,) * (vocab_size.bit_length() - 1)
     possible = [size for size in LEVELS if size <= vocab_size]
     if not possible:
-        raise MapetError(f"FSQ makes at least {min(LEVELS)} codes: raise {option('vocab_size')}, now {vocab_size}")
+        raise MapetError(f"'fsq' makes at least {min(LEVELS)} codes: raise {option('vocab_size')}, got {vocab_size}")
     return LEVELS[max(possible)]

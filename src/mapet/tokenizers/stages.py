@@ -39,16 +39,25 @@ NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     """Fit a quantizer to patch features of a sample of the images, and save the tokenizer in `config.out`.
 
-    All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves. K-means saves its state
-    beside `config.out`; after an interrupted fit `config.resume` resumes from it.
+    All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves.
+
+    The folder appears at the end, complete. Until then only k-means saves its state, in OUT.kmeans.safetensors beside `config.out`. With
+    `config.resume` and the same options, a fit that was stopped computes the features again and resumes at the last saved round of
+    k-means; a fit stopped before that restarts. The file is deleted once the tokenizer is saved.
+
+    Returns:
+        The tokenizer, with its teacher, on the device of `config`.
 
     Raises:
-        MapetError: options that contradict each other, an output folder in use, unreadable images, or weights that cannot be had.
+        Interrupted: Ctrl-C during k-means, after its state was saved. Ctrl-C before that raises KeyboardInterrupt and nothing is kept.
+        MapetError: options that contradict each other or the teacher; `config.out` is not empty; the state of an earlier fit exists
+            without `config.resume`, is damaged, or is of other options; too many unreadable images; fewer patches than codes or fewer
+            images than ranks; the teacher's weights cannot be read or downloaded; or its features do not fit memory and disk.
     """
     create_output_dir(config.out, create=False)
     checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
     if checkpoint.exists() and not config.resume:
-        raise MapetError(f"{checkpoint} holds an interrupted fit: {option('resume', True)} resumes it, or delete it")
+        raise MapetError(f"{checkpoint} holds an interrupted fit: give {option('resume', True)} or delete the file")
     distributed.barrier()  # every rank has checked before one writes
     compute = ComputeContext.from_options(config.device, config.precision)
     images = list_images(config.images)
@@ -63,12 +72,12 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     )  # fmt: skip
     indices, max_patches = _local_sample(config, teacher, len(images), vocab_size)
     features = _patch_features(config, teacher, images, indices, compute)
-    if teacher.builtin_quantizer is not None:
+    if teacher.builtin_quantizer is not None:  # nothing is fitted: only the usage of its codes is counted
         fit_config = {}
         result = count_tokens(teacher.builtin_quantizer, features)
     else:
         fit_config = config.model_dump(mode="json", include=RECORDED)
-        # By default half of the free memory; a CPU's is divided among the ranks.
+        # By default half of the free memory; a CPU's is divided among the ranks, a GPU belongs to one rank.
         divisor = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
         memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // divisor
         with FeatureStore(max_patches, memory, config.out.parent, compute.device) as points:
@@ -90,16 +99,33 @@ def fit_kmeans(
 ) -> FitResult:
     """Fit k-means centroids to the features, or to their first `config.pca_dim` principal components.
 
+    All ranks of a process group call it, and all return the same.
+
     Args:
-        points: this rank's features.
+        points: this rank's features, already limited to `config.patches_per_code` patches per code over all ranks.
+        vocab_size: K, number of centroids.
+        config: its kmeans_* options, `seed` and `pca_dim` are used; `pca_dim` None: no projection.
         compute: its `dtype` is that of the matrix products, float32 or bfloat16.
-        checkpoint: file that k-means saves its state to and resumes from.
+        checkpoint: file that k-means saves its state to, every minute and on Ctrl-C. If it exists, k-means resumes from it: the caller has
+            checked that `config.resume` allows this. It is not deleted here.
+
+    Returns:
+        The quantizer (nearest centroid, behind the projection if there is one), the number of patches of each centroid, and the mean
+        squared distance to the nearest centroid, in the projected space. Divided by the mean squared distance to the mean of all
+        points it is the relative error; 0 where all points are equal.
+
+    Raises:
+        Interrupted: Ctrl-C, after the state was saved in `checkpoint`.
+        KeyboardInterrupt: Ctrl-C before the first round ended; nothing is saved.
+        MapetError: more codes than patches, `config.pca_dim` exceeds the features' width, or `checkpoint` is damaged or of other
+            options, features or number of ranks.
     """
     kmeans = KMeans(
         vocab_size, config.kmeans_iters, config.kmeans_n_init, config.seed, compute.dtype, config.kmeans_init, config.kmeans_batch_size,
         config.kmeans_metric,
     )  # fmt: skip
     projection = {}
+    # Without a projection this store stays empty, which takes no memory.
     with FeatureStore(len(points), points.memory_limit, points.scratch_dir, points.device) as projected:
         if config.pca_dim:
             projection = principal_components(points, config.pca_dim, whiten=False)
@@ -112,14 +138,35 @@ def fit_kmeans(
 
 
 def fit_fsq(points: FeatureStore, levels: Sequence[int]) -> FitResult:
-    """Fit whitened principal components to this rank's features, one for each number of levels (FSQ; LFQ if all are 2)."""
+    """Fit a quantizer that rounds whitened principal components to levels (FSQ; LFQ if all levels are 2).
+
+    All ranks of a process group call it, and all return the same.
+
+    Args:
+        points: this rank's features.
+        levels: number of levels of each component, the component of largest variance first; V is their product.
+
+    Returns:
+        The quantizer and how many patches have each code; the errors are None, as there are no centroids.
+
+    Raises:
+        MapetError: more levels than the features' width.
+    """
     projection = principal_components(points, len(levels), whiten=True)
     quantizer = Quantizer({"kind": "scalar", "levels": list(levels)}, projection)
     return count_tokens(quantizer, (block for _, block in points.blocks(points_per_block(points.device))))
 
 
 def count_tokens(quantizer: Quantizer, blocks: Iterable[Float[Tensor, "n F"]]) -> FitResult:
-    """Return a fitted quantizer with the number of patches, over the blocks of all ranks, that have each code."""
+    """Quantize features and count the patches that have each code, over all ranks.
+
+    Args:
+        quantizer: already fitted, on the device of `blocks`; returned unchanged in the result.
+        blocks: this rank's features; each block is used before the next is requested, so blocks may share memory.
+
+    Returns:
+        `quantizer` and the counts (V,), on the CPU; its errors are None.
+    """
     usage = torch.zeros(quantizer.vocab_size, dtype=torch.int64)
     for block in blocks:
         usage += torch.bincount(quantizer(block), minlength=len(usage)).cpu()
@@ -129,11 +176,16 @@ def count_tokens(quantizer: Quantizer, blocks: Iterable[Float[Tensor, "n F"]]) -
 def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int) -> tuple[int, list[int] | None]:
     """Return V, and the levels of FSQ or LFQ (None for k-means or a built-in codebook).
 
+    For FSQ and LFQ, V is the product of the levels. `config.fsq_levels`, or FSQ's table, may make another number of codes than
+    `config.vocab_size`: this is logged as a warning.
+
     Args:
+        config: `vocab_size`, `quantizer` and `fsq_levels` are used; with a built-in codebook no option of quantizers may be given.
         num_patches: of all images; the default V depends on it.
 
     Raises:
-        MapetError: options for a codebook, but the teacher has one built in; or LFQ and FSQ cannot make so few or so many codes.
+        MapetError: options for a codebook, but the teacher has one built in; or `vocab_size` is too small for FSQ, or no power of two
+            for LFQ.
     """
     if teacher.builtin_quantizer is not None:
         num_codes = teacher.builtin_quantizer.vocab_size
@@ -160,8 +212,14 @@ def _local_sample(
 
     Ranks have consecutive parts, so that all patches together are in the order that one process would give them.
 
+    Args:
+        config: `patches_per_code` and `seed` are used; every rank draws the same sample from the seed.
+        num_images: of the whole list.
+        vocab_size: V.
+
     Returns:
-        Indices of this rank's images, and how many of their patches to use: of the last rank perhaps not all.
+        Indices of this rank's images, in random order, and how many of their patches to use: of the last rank perhaps not all.
+        Unreadable images are not known yet, and are not replaced later.
 
     Raises:
         MapetError: there are more ranks than images in the sample.
@@ -182,10 +240,17 @@ def _patch_features(
 ) -> Iterator[Float[Tensor, "n F"]]:
     """Yield the teacher's features of all patches of the images at `indices`, a batch of images at a time.
 
-    Unreadable images are excluded. The rows are on `compute.device`, in the order of the images, and of each image's patches in row-major order.
+    Args:
+        config: `image_size` (of the center crop), `channels` and `max_unreadable` are used.
+        teacher: on the device of `compute`, as are the features.
+        images: the whole list.
+        indices: of this rank's images; features come in this order, patches of an image row by row.
+
+    Yields:
+        float32, n = images in the batch x patches per image. Unreadable images are excluded, with a warning each.
 
     Raises:
-        MapetError: more than the fraction `config.max_unreadable` of all `images` are unreadable, or a feature is NaN or infinite.
+        MapetError: more unreadable images than the fraction `config.max_unreadable` of `images`; or a feature that is NaN or infinite.
     """
     spec = ViewSpec(image_size=config.image_size)
     dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
@@ -200,7 +265,10 @@ def _patch_features(
 def _warn_if_interpolated(teacher: Teacher) -> None:
     """Warn if the teacher's feature map is interpolated to the student's grid, and name the view size that would avoid it.
 
-    There is such a size if the teacher's patch size, the view's side divided by the map's, is a whole number.
+    That size is the student's grid times the teacher's patch size (the view's side divided by the map's), if that is whole pixels.
+
+    Args:
+        teacher: if it has not run yet, its `native_grid` is None and nothing is logged.
     """
     if teacher.native_grid is None or teacher.native_grid == teacher.grid:
         return
@@ -212,23 +280,29 @@ def _warn_if_interpolated(teacher: Teacher) -> None:
 
 
 def tokenize(config: TokenizeConfig) -> TokenStore:
-    """Write the token ids of every image into `config.out`, a new store or one that was interrupted, and return it.
+    """Write the token ids of every image into `config.out`, a new token store or one that was interrupted, and return it.
 
-    All ranks of a process group call it; each writes some of the unfinished shards.
+    All ranks of a process group call it. A store has shards, files of consecutive images; each rank writes some of the unfinished ones. A
+    shard records how many of its rows are written, also on a signal or an error: with `config.resume` the next call resumes after them.
+
+    Returns:
+        The complete store, opened for reading. Unreadable images have a row of zeros and are listed in `store.unreadable`.
 
     Raises:
-        Interrupted: a signal stopped it; what was written is saved.
-        MapetError: the store is of other images, another tokenizer or other views; too many images are unreadable.
+        Interrupted: one of `signals.STOP_SIGNALS` (Ctrl-C, kill, ...) stopped it after a batch; what was written is saved.
+        MapetError: `config.out` is not empty and not to be resumed; the store is of other images, another tokenizer or other views; the
+            tokenizer cannot be loaded (see `load_tokenizer`); too many images are unreadable; a feature is NaN or infinite.
     """
     compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
     images = list_images(config.images)
     tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
     teacher = tokenizer.teacher
-    assert teacher is not None
+    assert teacher is not None  # `load_tokenizer` makes it unless told not to
     store = _open_store(config, images, tokenizer)
     dataset = ViewDataset(images, store.view_spec, teacher.settings["channels"], teacher_size=teacher.image_size)
-    unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))
+    unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))  # an earlier call's count, too
     work = _unfinished_batches(store, max(1, inference_batch_size(teacher.image_size) // store.num_views))
+    # All views of an image are in one batch.
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     rank, world_size = distributed.rank(), distributed.world_size()
     title = f"tokenize (rank {rank} of {world_size})" if world_size > 1 else "tokenize"
@@ -266,8 +340,13 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
 def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer) -> TokenStore:
     """Open the token store `config.out` for writing; rank 0 creates it first, unless `config.resume` and it exists.
 
+    Args:
+        config: `out`, `resume`, `seed`, `views` and `num_views` (None: the default of `views`) are used.
+        images: the store has a row for each, and records their hash.
+        tokenizer: gives the hash, V, grid and view size that the store records.
+
     Raises:
-        MapetError: the folder is in use, or the store is of other images, another tokenizer or other views.
+        MapetError: the folder is not empty and not to be resumed, or the store is of other images, another tokenizer or other views.
     """
     size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
     spec = ViewSpec.from_config(config, size, config.seed)
@@ -287,6 +366,8 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
 
 def _unfinished_batches(store: TokenStore, batch_size: int) -> list[tuple[TokenShard, range]]:
     """Return the batches that this rank has to write, as (shard, rows of the store); every world_size-th unfinished shard is its own.
+
+    Batches are in order of rows, begin after the rows that a shard has already, and never span two shards.
 
     Args:
         batch_size: rows of a batch; the last one of a shard may have fewer.

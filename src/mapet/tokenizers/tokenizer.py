@@ -133,7 +133,9 @@ class Teacher(nn.Module):
         """Return the features of `batch.teacher_images`.
 
         Args:
+            batch: with `teacher_images`, uint8, at `image_size`; B images, without the unreadable ones.
             images: the list that the batch is from, to name an image in an error.
+            compute: moves the pixels to the teacher's device.
 
         Raises:
             MapetError: a feature is NaN or infinite.
@@ -175,7 +177,9 @@ def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
 
 
 def _find_builder(teacher: str) -> Callable[..., nn.Module]:
-    """Return the function that makes the encoder of the teacher of this name.
+    """Return the function or class that makes the encoder of the teacher of this name.
+
+    Its parameters, a subset of the keys of `SETTINGS` and 'grid', tell which options the teacher uses (see `BUILDERS`).
 
     Raises:
         MapetError: the name is neither in `BUILDERS`, nor a timm model, nor 'package.module:function'.
@@ -216,7 +220,12 @@ class CodebookStats:
 
     @classmethod
     def from_counts(cls, counts: Int[Tensor, " K"], quantization_error: float | None = None) -> "CodebookStats":
-        """Compute the statistics from the number of patches that have each code."""
+        """Compute the statistics of a codebook.
+
+        Args:
+            counts: number of patches that have each code, at least one in all.
+            quantization_error: recorded as it is; see the class.
+        """
         fractions, num_used = counts.double() / counts.sum(), int((counts > 0).sum())
         perplexity = float(torch.special.entr(fractions).sum().exp())
         num_dead, top_fraction = len(counts) - num_used, float(fractions.max())
@@ -263,7 +272,14 @@ class Tokenizer(nn.Module):
         return self.quantize(self.teacher(images))
 
     def quantize(self, features: Float[Tensor, "B F rows columns"]) -> Int[Tensor, "B rows columns"]:
-        """Return the token id of each of the teacher's features."""
+        """Return the token id, 0 to V - 1, of each patch's feature, on the features' device.
+
+        Args:
+            features: of the teacher, on its grid; the quantizer must be on the same device.
+
+        Raises:
+            MapetError: F is not the width that the quantizer was fitted to.
+        """
         channels_last = features.permute(0, 2, 3, 1)
         return self.quantizer(channels_last.flatten(0, 2)).view(channels_last.shape[:3])
 
@@ -272,6 +288,9 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
     """Write the codebook and `visual_tokenizer.json` into a new folder, all or nothing, and return the tokenizer. Only rank 0 writes.
 
     Args:
+        folder: new or empty, which the caller has checked; it appears complete.
+        teacher: has run, so that its `native_grid` is known. Its weights are not copied: their hash and the path are recorded.
+        fit: the quantizer, and the number of patches of each code, which is saved beside it.
         fit_config: JSON values that record how the quantizer was fitted; outside the hash.
     """
     quantizer, stats = fit.quantizer, CodebookStats.from_counts(fit.usage, fit.relative_error)
@@ -301,7 +320,8 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
     """Read a tokenizer that `save_tokenizer` wrote. A weights file of its teacher is taken from where it was, else from `folder`.
 
     Args:
-        with_teacher: also make the teacher, which `forward` needs.
+        folder: with the two files of `save_tokenizer`; their hashes are checked.
+        with_teacher: also make the teacher, which `forward` needs. False: `teacher` is None, and no weights are read.
         trusted_teacher: the 'package.module:function' that may be imported and run. A tokenizer from elsewhere could name any
             function, so a custom teacher is made only if its name is repeated here.
 
@@ -315,7 +335,7 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         tensors = load_file(folder / CODEBOOK)
         del tensors["usage"]
         if hash_weights(tensors) != description["quantizer_hash"]:
-            raise ValueError(f"the codebook is not the one that {DESCRIPTION} describes")
+            raise ValueError(f"{CODEBOOK} has another hash than {DESCRIPTION} records")
         tokenizer = Tokenizer(None, Quantizer(description["quantizer"], tensors), description)
         settings, weights_hash = description["teacher"], description["weights_hash"]
         config = TeacherOptions(**{name: settings[key] for key, name in SETTINGS.items()})

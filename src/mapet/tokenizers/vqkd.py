@@ -121,7 +121,7 @@ def load_vqkd(checkpoint: str | Path | None) -> VQKD:
         MapetError: there is no such file, it is damaged, carries code, or is not a VQ-KD tokenizer.
     """
     if checkpoint is None:
-        raise MapetError(f"a VQ-KD tokenizer comes from a file: give {option('teacher_checkpoint')} FILE")
+        raise MapetError(f"teacher 'vqkd' needs a VQ-KD tokenizer's weights: give {option('teacher_checkpoint')} FILE")
     description, learned_from = Path(checkpoint).with_name(DESCRIPTION), None
     if description.exists():
         try:
@@ -137,7 +137,12 @@ def load_vqkd(checkpoint: str | Path | None) -> VQKD:
 
 
 def nearest_code(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
-    """Return the code with the largest cosine of each unit vector, computed in the vectors' dtype, also within autocast."""
+    """Return the index of the code with the largest cosine to each vector, computed in the vectors' dtype, also within autocast.
+
+    Args:
+        features: unit vectors, of the same dtype and device as the codebook.
+        codebook: unit vectors, so that a dot product is a cosine.
+    """
     with torch.autocast(features.device.type, enabled=False):
         return torch.cat([(block @ codebook.T).argmax(1) for block in features.split(BLOCK_SIZE)])
 
@@ -171,7 +176,14 @@ def to_beit2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_beit2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Invert `to_beit2_state_dict`; the bias of the keys is zero."""
+    """Rename weights in BEiT v2's layout to the names of `VQKD` and of the decoder: the inverse of `to_beit2_state_dict`.
+
+    Args:
+        weights: with 'quantize.embedding.weight', and with a `v_bias` for each `q_bias`; not changed.
+
+    Returns:
+        A new dict. The bias of the keys, which the layout lacks, is zero.
+    """
     state = {re.sub(r"(?<=coder\.)fc_norm\.", "norm.", name): tensor for name, tensor in weights.items()}
     state["codebook"] = state.pop(CODES)
     for name in [name for name in state if name.endswith("attn.q_bias")]:
@@ -196,16 +208,16 @@ def _make_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransf
         blocks = [match for name in weights if (match := re.match(r"encoder\.blocks\.(\d+)\.", name))]
         depth = 1 + max(int(block[1]) for block in blocks)
         mlp_width, _ = weights["encoder.blocks.0.mlp.fc1.weight"].shape
-        _num_codes, _codebook_dim = weights[CODES].shape
+        _num_codes, _codebook_dim = weights[CODES].shape  # ValueError unless it is a matrix
         return VisionTransformer(
             grid_side * patch_size, patch_size, channels, num_classes=0, embed_dim=width, depth=depth,
             num_heads=num_heads_for(width), mlp_ratio=(mlp_width + 0.5) / width,  # timm rounds down
         )  # fmt: skip
     except KeyError as error:
         names = first_names(sorted(weights)) or "nothing"
-        raise MapetError(f"{source}: {NOT_VQKD}: it has no {error.args[0]!r}, but {names}") from None
+        raise MapetError(f"{source}: {NOT_VQKD}: expected a weight {error.args[0]!r}, found {names}") from None
     except (ValueError, IndexError, ZeroDivisionError, AssertionError):
-        raise MapetError(f"{source}: {NOT_VQKD}: its sizes don't fit together; is it damaged?") from None
+        raise MapetError(f"{source}: {NOT_VQKD}: its shapes contradict each other; is the file damaged?") from None
 
 
 class VQKDOutput(NamedTuple):
@@ -293,13 +305,24 @@ class VQKDForTraining(nn.Module):
         return VQKDOutput(loss, reconstruction, commitment, loss_per_image, vectors, codes)
 
     def decode(self, quantized: Float[Tensor, "B d rows columns"]) -> Float[Tensor, "B F rows columns"]:
-        """Predict the teacher's features from the codes of patches; only their direction matters to the loss."""
+        """Predict the teacher's features from the codes of patches.
+
+        Args:
+            quantized: the code, a unit vector, of each patch, in the decoder's dtype.
+
+        Returns:
+            A feature of any length for each patch: the loss compares only directions, by cosine.
+        """
         tokens = self.decoder.forward_features(quantized)[:, self.decoder.num_prefix_tokens :]
         return self.decode_task_layer(tokens).transpose(1, 2).unflatten(2, quantized.shape[2:])
 
     @torch.no_grad()
     def init_codebook_kmeans(self, features: Float[Tensor, "n d"], seed: int = 0) -> None:
-        """Set the codes to the directions of k-means centroids of the encoder's outputs, and `usage` to their clusters' sizes.
+        """Set the codes to the directions of k-means centroids of the encoder's outputs, and `usage` to the fraction of each cluster.
+
+        Args:
+            features: unit vectors.
+            seed: of the draw of the first centroids.
 
         Raises:
             MapetError: there are fewer features than codes.

@@ -75,9 +75,7 @@ class TimmFeatures(nn.Module):
             )
         except AssertionError as error:  # timm's check of the image size
             wrong = f"takes no views of {format_size(images.shape[2:])} px: {error}"
-            raise MapetError(
-                f"teacher '{self.name}' {wrong}; change {option('teacher_image_size')} or omit it"
-            ) from None
+            raise MapetError(f"teacher '{self.name}' {wrong}; change or omit {option('teacher_image_size')}") from None
         return features
 
 
@@ -108,8 +106,7 @@ def _create(teacher: str, checkpoint: str | None, channels: int, size: Size | No
         raise MapetError(f"cannot load the weights of teacher '{teacher}': {first_line(error)}; {fix}") from None
     if not hasattr(model, "forward_intermediates"):
         raise MapetError(f"timm gives no intermediate features of teacher '{teacher}': choose another model")
-    if (
-        size and on_hub and hasattr(model, "set_input_size")
-    ):  # a hub model's default size is known only after its creation
+    # A hub model's default size is known only after its creation.
+    if size and on_hub and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
     return model
