@@ -146,6 +146,15 @@ def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
         mapet.embed(**(options | {"format": "parquet", "out": tmp_path / "new"}))
 
 
+def test_resuming_keeps_the_files_of_a_folder_that_is_not_its_own(vit_folder, crops, tmp_path):
+    for name in ("features.npy", "ids.json"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / name).write_text("mine")
+    with refused("not empty", field="out"):
+        mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "mine", format="npy", resume=True)
+    assert (tmp_path / "mine" / "features.npy").read_text() == (tmp_path / "mine" / "ids.json").read_text() == "mine"
+
+
 def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
     vit = load_backbone(vit_folder)
     options = {"images": crops, "out": tmp_path / "out", "dtype": "float16"} | COMMON

@@ -138,8 +138,7 @@ def _compute_features(
 def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWrapper) -> dict[str, Any]:
     """Return the manifest of the interrupted folder `config.out` if `config.resume`, else create the folder and its first manifest.
 
-    For npy, a new folder gets an array with room for all features, and ids.json. Where `config.resume` is set but the job stopped
-    before its first manifest, the folder is created again.
+    For npy, a folder without features yet gets an array with room for all of them, and ids.json.
 
     Returns:
         The manifest, a dict with the keys file_format ('npy' or 'parquet'), settings (what made the features; a resumed job must have the same),
@@ -159,22 +158,23 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
         manifest = files.read_manifest(out, KIND, FORMAT)
         current = {"images_hash": images.hash, "file_format": config.format, **settings}
         files.check_same_options(out, {key: manifest.get(key) for key in current} | manifest["settings"], current)
-        return manifest
-    if config.resume:  # stopped before its first manifest: nothing to keep
-        for name in (ROWS, IDS):
-            (out / name).unlink(missing_ok=True)
-    files.create_output_dir(out)
-    depth, height, width = backbone.map_shape
-    shape = [height * width, depth] if config.pool == "none" else [depth]
-    if config.format == "npy":
-        files.create_array(out / ROWS, config.dtype, (len(images), *shape))
+    else:
+        files.create_output_dir(out)
+        depth, height, width = backbone.map_shape
+        shape = [height * width, depth] if config.pool == "none" else [depth]
+        row_bytes = int(np.prod(shape)) * np.dtype(config.dtype).itemsize
+        manifest = {
+            "file_format": config.format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": shape,
+            "dtype": config.dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
+        }  # fmt: skip
+        files.write_manifest(out, KIND, FORMAT, manifest)
+    if config.format == "npy" and not manifest["num_done"]:  # after the manifest: files that it does not vouch for are never replaced
+        try:
+            files.create_array(out / ROWS, config.dtype, (len(images), *manifest["shape"]))
+        except MapetError:
+            (out / files.MANIFEST).unlink()  # so that the folder is empty again
+            raise
         files.write_json(out / IDS, [images.id(index) for index in range(len(images))])
-    row_bytes = int(np.prod(shape)) * np.dtype(config.dtype).itemsize
-    manifest = {
-        "file_format": config.format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": shape,
-        "dtype": config.dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
-    }  # fmt: skip
-    files.write_manifest(out, KIND, FORMAT, manifest)
     return manifest
 
 
