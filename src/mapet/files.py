@@ -245,7 +245,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     """
     manifest = read_checksummed_json(folder / MANIFEST, kind)
     if manifest.get("kind") != kind:
-        raise MapetError(f"{folder} is not a {kind} but a {manifest.get('kind')}")
+        raise MapetError(f"{folder} is not a {kind} but holds '{manifest.get('kind')}': give the folder of a {kind}")
     try:
         check_format(manifest.get("format_version"), version, kind, folder)
     except ValueError as error:

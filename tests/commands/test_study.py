@@ -168,7 +168,7 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
         ({"grid": {}}, r"grid: must have at least 1, got \{\}"),
         ({"grid": {"objective": []}}, "'objective' has no values"),
         ({"grid": {"objective": ["mim", "mim"]}}, "'objective' has a value twice"),
-        ({"grid": {"objektive": ["mim"]}}, "'objektive' is no option of `pretrain`; did you mean 'objective'"),
+        ({"grid": {"objektive": ["mim"]}}, "'objektive' is not an option of `pretrain`; did you mean 'objective'"),
         ({"grid": {"m": {"a": {"lr": 1}, "b": {"lr": 1}}}, "compare_by": "m"}, "are the same trial"),
         ({"grid": {"m": {"a": {"epocs": 1}}}, "compare_by": "m"}, "unknown option 'epocs'; did you mean 'epochs'"),
         ({"grid": {"m": {"a": {"lr": -1}}}, "compare_by": "m"}, "grid, .*lr: must be greater than 0"),

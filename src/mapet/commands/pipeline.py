@@ -301,4 +301,4 @@ def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> N
             try:
                 check_model_config(trial_runs.pretrain_config(config, trial), fitting[trial.tokenizer])
             except MapetError as error:
-                raise MapetError(f"grid, {trial.factors}: {error}") from None
+                raise MapetError(f"grid, trial {trial.name}: {error}") from None

@@ -168,7 +168,9 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
             "dtype": config.dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
         }  # fmt: skip
         files.write_manifest(out, KIND, FORMAT, manifest)
-    if config.format == "npy" and not manifest["num_done"]:  # after the manifest: files that it does not vouch for are never replaced
+    if (
+        config.format == "npy" and not manifest["num_done"]
+    ):  # after the manifest: files that it does not vouch for are never replaced
         try:
             files.create_array(out / ROWS, config.dtype, (len(images), *manifest["shape"]))
         except MapetError:

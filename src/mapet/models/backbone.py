@@ -416,7 +416,7 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
             "what that writes, in Python load_backbone(..., num_heads=N)"
         )
     log.info(
-        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; its input is taken to have mapet's normalization",
+        "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; assumed: input normalized as by mapet (RGB: ImageNet's)",
         path, args["embed_dim"], args["depth"], args["num_heads"], format_size(args["img_size"]), args["patch_size"],
     )  # fmt: skip
     return vit

@@ -32,7 +32,7 @@ from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
 from mapet.signals import stop_signals
-from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial
+from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, format_condition
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.estimate import flops_per_image
@@ -105,7 +105,7 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
         try:
             resolved = build_config(PretrainOptions, options).model_dump_json() + tokenizer
         except MapetError as error:
-            raise MapetError(f"grid, {factors}: {error}") from None
+            raise MapetError(f"grid, trial {format_condition(tuple(factors.items()))}: {error}") from None
         if resolved in trials:
             raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial: omit one")
         trials[resolved] = Trial(factors, 0, tokenizer, options)
@@ -133,8 +133,8 @@ def _parse_levels(name: str, values: list[Any] | Levels) -> Levels:
         levels = {text: {name: value} for text, value in zip(texts, values, strict=True)}
     else:
         raise MapetError(
-            f"grid: '{name}' is no option of `pretrain`{did_you_mean(name, known)}; options that vary together are "
-            f"written {name}: {{NAME: {{option: value}}}}"
+            f"grid: '{name}' is not an option of `pretrain`{did_you_mean(name, known) or '.'} Options that vary together are written "
+            f"{name}: {{LEVEL: {{option: value}}}}, where LEVEL is any name for them"
         )
     if not values or len(levels) < len(values):
         raise MapetError(f"grid: '{name}' has {f'a value twice: {values}' if values else 'no values: give a list'}")
@@ -291,7 +291,7 @@ def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
         fitting, tokenizing = tokenizer_configs(config, name)
         try:
             if is_empty_dir(fitting.out):  # k-means saves its state beside the folder: an interrupted fit is resumed
-                log.info("--- tokenizer %s", name)
+                log.info("--- fitting tokenizer %s", name)
                 with run_state(fitting.out, "fit-tokenizer", fitting):
                     fit_tokenizer(fitting)
             with run_state(tokenizing.out, "tokenize", tokenizing):

@@ -221,5 +221,5 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
                 write_json(temporary / DESCRIPTION, metadata)
         file = folder / "vqkd.safetensors"
         next_command = shell_command("fit-tokenizer", "--teacher", "vqkd", "--teacher-checkpoint", file)
-        log.info("saved %s. Next: %s", folder, next_command)
+        log.info("the tokenizer is in %s. Next: %s --images ... --out ...", folder, next_command)
         return file
