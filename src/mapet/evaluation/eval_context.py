@@ -260,7 +260,10 @@ class EvalContext:
 
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-        """Cosine similarities and rows in `train` of the `KNN_K` training images nearest to each row of `test`, nearest first."""
+        """(cosine similarities, rows in `train`) of the `KNN_K` training images nearest to each row of `test`, nearest first.
+
+        They are compared by the last layer's features; with fewer than `KNN_K` readable training images, k is their number.
+        """
         return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), KNN_K)
 
     @cached_property

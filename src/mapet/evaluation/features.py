@@ -147,7 +147,7 @@ class BackboneWrapper:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers to choose from: a ViT's blocks, the stages of other networks."""
+        """Number of layers to choose from, the entries of timm's `feature_info`: a ViT's blocks, the stages of other networks."""
         return len(self.model.feature_info)  # type: ignore[arg-type]
 
     def evenly_spaced_layers(self, count: int = 4) -> list[int]:

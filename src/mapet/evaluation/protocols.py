@@ -58,6 +58,9 @@ def logistic(context: EvalContext) -> ProtocolResult:
     Returns:
         Metric 'logistic': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and the selected C; `per_class` has
         (correct, all) test images of each class.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     predicted, selected = context.logistic(context.test.layer_features()).argmax(1), f"C {context.logistic.C:g}"
     return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
@@ -72,6 +75,9 @@ def knn(context: EvalContext) -> ProtocolResult:
     Returns:
         Metric 'knn': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and k (fewer than `KNN_K` if training images are
         fewer); `per_class` has (correct, all) test images of each class.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
     selected = f"k {context.test_neighbors[1].shape[1]}"
@@ -182,6 +188,9 @@ def multi_label(context: EvalContext) -> ProtocolResult:
     Returns:
         Metric 'multi_label_map', the average precision, 0 to 1, averaged over the classes that test images show, with a 95 % bootstrap
         interval over test images; `details['ap']`: class -> its average precision, None for a class that no test image shows.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     assert context.data.boxes is not None
     train, test = context.data.boxes
@@ -274,6 +283,9 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
     Returns:
         The metrics of `feature_stats`, and 'alignment' (`measure_alignment`), 0 to 4: how far apart the features of center views and of
         random crops of up to `MAX_VIEW_IMAGES` of the images are; all without intervals.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     train, backbone = context.train, context.backbone
     features = train.layer_features(torch.arange(min(MAX_RANK_IMAGES, len(train))))
@@ -333,6 +345,9 @@ def cluster(context: EvalContext) -> ProtocolResult:
     Returns:
         Metrics 'cluster_accuracy' (clusters matched one-to-one to classes, 0 to 1), 'cluster_nmi' (0 to 1) and 'cluster_ari' (-0.5 to 1):
         means over k-means with the seeds 0 to `num_seeds` - 1, with 95 % intervals; see `clustering_scores`.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     features, labels = (part[:MAX_CLUSTER_IMAGES] for part in (context.test.layer_features(), context.test.labels))
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
@@ -350,6 +365,9 @@ def nearest_neighbors(context: EvalContext) -> ProtocolResult:
     Returns:
         No metrics. `details` has 'queries', indices of readable test images; 'nearest', for each query the indices of its nearest
         readable training images, up to `NUM_SHOWN`, nearest first; and 'similarity', their cosine similarities.
+
+    Raises:
+        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
     chosen = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
