@@ -240,6 +240,58 @@ def test_defocus_blur_is_the_original(side, severity, radius, std, ksize, photos
     assert np.abs(changed - expected).max() < 0.501
 
 
+def sample(x, rows, columns, mirror):
+    """Pixels of (H, W, 1) at fractional places, bilinearly; `mirror` gives the index inside that an index outside stands for."""
+    top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    down, right = (rows - top)[..., None], (columns - left)[..., None]
+    pick = lambda r, c: x[mirror(r, x.shape[0]), mirror(c, x.shape[1])]  # noqa: E731
+    upper = (1 - right) * pick(top, left) + right * pick(top, left + 1)
+    return (1 - down) * upper + down * ((1 - right) * pick(top + 1, left) + right * pick(top + 1, left + 1))
+
+
+ELASTIC = {(32, 2): (32, 0.05, 0.2, 0.07), (32, 5): (32, 0.1, 0.03, 0.03), (224, 3): (244, 0.05, 0.01, 0.02)}
+"""(side, severity) -> pixels (244 is a slip that the authors keep), and shift, smooth, affine as fractions of them."""
+
+
+@pytest.mark.parametrize(("side", "severity"), ELASTIC)
+def test_elastic_transform_is_the_original(side, severity, photos):
+    """Two interpolations: an affine map with the edge pixel mirrored once, then a flow with the edge pixel repeated."""
+    image, rng = resized(photos[0], side)[..., :1], np.random.default_rng(5)
+    pixels, *fractions = ELASTIC[side, severity]
+    shift, smooth, affine = (pixels * fraction for fraction in fractions)
+    middle, third = side // 2, side // 3
+    points = np.array(
+        [[middle + third, middle + third], [middle - third, middle + third], [middle - third, middle - third]]
+    )
+    moved = points + rng.uniform(-1, 1, (3, 2)) * affine
+    # row = a * row' + b * column' + c, from the three pairs; the same for the column.
+    solve = [np.linalg.solve(np.c_[moved, np.ones(3)], points[:, axis]) for axis in (0, 1)]
+    rows, columns = np.mgrid[:side, :side].astype(float)
+    from_row, from_column = (a * rows + b * columns + c for a, b, c in solve)
+
+    def edge_once(index, size):
+        index = index % (2 * size - 2)
+        return np.where(index < size, index, 2 * size - 2 - index)
+
+    def edge_twice(index, size):
+        index = index % (2 * size)
+        return np.where(index < size, index, 2 * size - 1 - index)
+
+    x = sample(image / 255, from_row, from_column, edge_once)
+    taps = np.arange(-int(3 * smooth + 0.5), int(3 * smooth + 0.5) + 1)
+    weights = np.exp(-(taps**2) / (2 * smooth**2))
+    flow = []
+    for _ in range(2):
+        noise = rng.uniform(-1, 1, (side, side))
+        for axis in (0, 1):
+            parts = [np.take(noise, edge_twice(np.arange(side) + tap, side), axis) for tap in taps]
+            noise = sum(weight * part for weight, part in zip(weights / weights.sum(), parts, strict=True))
+        flow.append(shift * noise)
+    expected = 255 * sample(x, rows + flow[0], columns + flow[1], edge_twice)
+    changed = corrupt(image, "elastic_transform", severity, np.random.default_rng(5))
+    assert np.abs(changed - expected).max() < 0.501
+
+
 @pytest.mark.parametrize("kind", ["gaussian_noise", "glass_blur"])
 def test_draws_depend_on_the_image_alone(kind, crops):
     images = list_images(crops)

@@ -2,8 +2,8 @@
 
 The paper gives parameters for two sizes: 224 px (ImageNet-C) and 32 px (CIFAR-10-C). Between the two each parameter is
 interpolated on the logarithm of the image's shorter side; beyond them lengths scale with the side and strengths stay.
-Written from the definitions: metrics differ from those on the published image files, which have other random draws and
-photographs of ice where `frost` draws a fractal.
+Written from what the authors' scripts do (hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py and make_cifar_c.py), where
+`frost` draws a fractal instead of photographs of ice; docs/robustness.md lists what differs from the published image files.
 """
 
 import math
@@ -192,15 +192,14 @@ def glass_blur(x: Pixels, rng: np.random.Generator, std: float, reach: float, ro
         rounds: how often every pixel is replaced; rounded to at least 1.
     """
     x = np.floor(ndimage.gaussian_filter(x, (std, std, 0), mode="nearest") * 255) / 255
-    height, width = x.shape[:2]
-    d = max(1, round(reach))
-    # Flat indices, from the last pixel to the first: a later one may copy what an earlier one has copied.
-    rows, columns = np.mgrid[height - d : d : -1, width - d : d : -1].reshape(2, -1)
-    source = list(range(height * width))  # for each output pixel, the flat index of the input pixel that it shows
+    (height, width), d = x.shape[:2], max(1, round(reach))
+    indices = np.arange(height * width)
+    # Visited from the last pixel to the first: a later one may copy what an earlier one has copied.
+    pixels = indices.reshape(height, width)[height - d : d : -1, width - d : d : -1].ravel()
+    source = indices.tolist()  # for each output pixel, the flat index of the input pixel that it shows
     for _ in range(max(1, round(rounds))):
-        right, down = rng.integers(-d, d, (len(rows), 2)).T
-        partners = (rows + down) * width + columns + right
-        for pixel, partner in zip((rows * width + columns).tolist(), partners.tolist(), strict=True):
+        partners = pixels + rng.integers(-d, d, (len(pixels), 2)) @ [1, width]  # offsets to the right and down
+        for pixel, partner in zip(pixels.tolist(), partners.tolist(), strict=True):
             source[pixel] = source[partner]
     return ndimage.gaussian_filter(
         x.reshape(height * width, -1)[source].reshape(x.shape), (std, std, 0), mode="nearest"
@@ -334,7 +333,7 @@ def contrast(x: Pixels, rng: np.random.Generator, factor: float) -> Pixels:
     affine=SeverityRange(at_32px=(0.08, 0.07, 0.06, 0.05, 0.03), at_224px=_scale_from_244(0.1, 0.2, 0.02, 0.02, 0.02)),
 )
 def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth: float, affine: float) -> Pixels:
-    """Warp (H, W, C) pixels by a random affine map plus a smooth random flow, with bilinear interpolation and mirrored edges.
+    """Warp (H, W, C) pixels by a random affine map, and the result by a smooth random flow, bilinearly, with mirrored edges.
 
     All parameters are fractions of the image's shorter side.
 
@@ -343,17 +342,16 @@ def elastic_transform(x: Pixels, rng: np.random.Generator, shift: float, smooth:
         smooth: standard deviation of the Gaussian that smooths the flow.
         affine: how far each of the three points that define the affine map may move, in rows and in columns.
     """
-    height, width = x.shape[:2]
-    side = min(height, width)
-    points = np.array([height, width]) // 2 + np.array([[1, 1], [1, -1], [-1, -1]]) * (side // 3)  # ImageNet-C's three
+    side = min(x.shape[:2])
+    points = np.array(x.shape[:2]) // 2 + np.array([[1, 1], [-1, 1], [-1, -1]]) * (side // 3)  # ImageNet-C's three
     moved = points + rng.uniform(-affine, affine, (3, 2)) * side
-    matrix = np.linalg.lstsq(np.c_[points, np.ones(3)], moved, rcond=None)[0]  # (row, column, 1) -> (row, column)
-    noise, std = rng.uniform(-1, 1, (2, height, width)), side * smooth
-    flow = side * shift * ndimage.gaussian_filter(noise, (0, std, std), mode="reflect", truncate=3)
-    # (2, H, W): for each output pixel the row and column of the input that it shows.
-    positions = np.tensordot(matrix[:2].T, np.mgrid[:height, :width], 1) + matrix[2][:, None, None] + flow
-    channels = x.transpose(2, 0, 1)
-    return np.dstack([ndimage.map_coordinates(channel, positions, order=1, mode="reflect") for channel in channels])
+    # (row, column, 1) of the warped image -> (row, column) of the image: `points` are shown at `moved`.
+    matrix = np.linalg.lstsq(np.c_[moved, np.ones(3)], points, rcond=None)[0].T
+    noise, std = rng.uniform(-1, 1, (2, *x.shape[:2])), side * smooth
+    flow = ndimage.gaussian_filter(noise, (0, std, std), mode="reflect", truncate=3)
+    positions = np.indices(x.shape[:2]) + side * shift * flow  # (2, H, W): row and column that each output pixel shows
+    warped = (ndimage.affine_transform(channel, matrix, order=1, mode="mirror") for channel in x.transpose(2, 0, 1))
+    return np.dstack([ndimage.map_coordinates(channel, positions, order=1, mode="reflect") for channel in warped])
 
 
 @corruption(fraction=SeverityRange(at_32px=(0.95, 0.9, 0.85, 0.75, 0.65), at_224px=(0.6, 0.5, 0.4, 0.3, 0.25)))
@@ -432,7 +430,7 @@ def _plasma_fractal(shape: tuple[int, int], decay: float, rng: np.random.Generat
         centers = (pairs[0] + np.roll(pairs[0], -1, 1)) / 4 + noise[0]
         horizontal = (pairs[1] + centers + np.roll(centers, 1, 0)) / 4 + noise[1]
         vertical = (pairs[0] + centers + np.roll(centers, 1, 1)) / 4 + noise[2]
-        rows = np.stack([surface, horizontal], -1), np.stack([vertical, centers], -1)  # even and odd rows
-        surface, amplitude = np.stack(rows, 1).reshape(2 * side, 2 * side), amplitude / decay**2
+        even, odd = np.dstack([surface, horizontal]), np.dstack([vertical, centers])  # rows
+        surface, amplitude = np.stack([even, odd], 1).reshape(2 * side, 2 * side), amplitude / decay**2
     surface -= surface.min()
     return surface[: shape[0], : shape[1]] / max(surface.max(), 1e-12)
