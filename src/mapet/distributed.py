@@ -49,14 +49,14 @@ def process_group() -> Iterator[None]:
 def disable_collectives() -> Iterator[None]:
     """Make this module behave as in a single process until the context ends, for work that one rank does while the others wait.
 
-    Within the context collectives return their input unchanged, `world_size()` is 1 and `rank()` is 0.
+    Within the context collectives return their input unchanged, `world_size()` is 1 and `rank()` is 0. Contexts may be nested.
     """
     global _collectives_disabled
-    _collectives_disabled = True
+    before, _collectives_disabled = _collectives_disabled, True
     try:
         yield
     finally:
-        _collectives_disabled = False
+        _collectives_disabled = before
 
 
 def is_initialized() -> bool:

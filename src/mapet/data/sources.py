@@ -23,10 +23,11 @@ def list_images(source: str | Path) -> ImageList:
     Args:
         source: one of these, tried in this order:
             hf:NAME: a data set of Hugging Face; see `HFImageList`.
-            .tar files: see `TarImageList`; several by `{000..012}`, `*`, or a folder that holds them; URLs too.
+            .tar files: see `TarImageList`; several by `{000..012}` or `*`. Every URL is taken as one.
             folder made by `mapet prepare`: lists the images that it was made from, under their old ids.
-            folder: searched to any depth; hidden names and what is not a regular file are ignored. Symbolic links are
-                followed, also out of the folder; a folder that several of them lead to comes once, so loops end.
+            folder: searched to any depth; one without images but with .tar files is a folder of shards. Hidden names and what is not a
+                regular file are ignored. Symbolic links are followed, also out of the folder; a folder that several of them lead to
+                comes once, so loops end.
             text file: names one image on each line, relative to the file's own folder or absolute.
 
     Raises:

@@ -119,7 +119,7 @@ def project(
 
 
 def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> dict[str, Tensor]:
-    """Return the mean and the principal components of the features of all ranks, for `project`.
+    """Return the mean and the principal components of the features of all ranks, for `project`; a collective call.
 
     Args:
         store: this rank's features.
@@ -131,7 +131,7 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
         coefficient is positive, as an eigenvector's sign is arbitrary.
 
     Raises:
-        MapetError: more dimensions than the features have.
+        MapetError: more dimensions than the features have, or a rank has no features.
     """
     width = store.num_features
     if dimensions > width:

@@ -113,14 +113,16 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Move a batch to the device, normalize and augment its images, and set its targets.
 
-        Mixup takes images in pairs: of an odd number the last one is omitted. Random draws depend on the run's seed and `step` alone.
+        Mixup takes images in pairs: of an odd number the last one is omitted, but a single image is kept as it is.
+        Random draws depend on the run's seed and `step` alone.
 
         Args:
             batch: as `ViewDataset` makes it, with uint8 images; `image_index` finds the labels.
             step: counts from 0.
 
         Returns:
-            The batch with float images, and as targets class indices (B,), or class probabilities (B, classes) with Mixup or CutMix.
+            The batch with float images, and as targets class indices (B,), or class probabilities (B, classes) if Mixup or CutMix
+            was applied.
         """
         config, labels = self.config, self.labels[batch.image_index]
         batch = batch.to(self.compute.device)

@@ -65,7 +65,8 @@ def _build_model(
     """Build the ViT and its prediction head, with the weights that `seed` or `init_from` of the config give.
 
     Args:
-        config: its model, objective, target and mask ratio are used.
+        config: its options of the model (`model`, `model_args`, `drop_path`, `layer_scale_init`), of the objective (`objective`, `target`,
+            `mask_ratio`, `num_predict`, `separate_query_token`), and `seed` and `init_from`, which give the ViT's weights; the head's are random.
         image_size: (H, W) pixels.
         patch_size: pixels.
         channels: of the images.
@@ -300,7 +301,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         return replace(batch, images=images, targets=targets, num_context=num_context, target_indices=indices)
 
     def loss(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the model's loss; if the targets are tokens also their accuracy, and how often each token occurs."""
+        """Compute the model's loss; for the target 'tokens' also the accuracy, and how often each token occurs among the predicted targets."""
         output = self.model(batch)
         if output.num_correct is None:
             return StepOutput(output.loss, output.loss_per_image)
