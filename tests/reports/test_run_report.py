@@ -296,8 +296,8 @@ def test_no_run(tmp_path):
         ({}, "out FILE.html, figures_dir FOLDER or serve"),
         ({"serve": True, "out": "a.html"}, "serve.* shows one run and writes nothing"),
         ({"serve": True, "run": ["a", "b"]}, "serve.* shows one run and writes nothing"),
-        ({"figures_dir": "a", "figures": False}, "figures_dir takes the figures of one run"),
-        ({"figures_dir": "a", "run": ["a", "b"]}, "figures_dir takes the figures of one run"),
+        ({"figures_dir": "a", "figures": False}, "figures_dir computes the figures of one run"),
+        ({"figures_dir": "a", "run": ["a", "b"]}, "figures_dir computes the figures of one run"),
     ],
 )
 def test_outputs_that_contradict_each_other(options, message):
