@@ -155,13 +155,11 @@ def run_command(name: str, argv: list[str]) -> Any:
     # a relative `out` is wrong in another working directory than the run's, and so is any `out` once the run's folder has been moved
     if path and out and written_by and path.parent.resolve() != out.resolve():
         wrong = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}"
-        started = (
-            ""
-            if out.is_absolute()
-            else f", relative to {Path.cwd()}: change to the directory that the run was started in, or"
-        )
+        moved = f"if the run was moved, give {option('out')} {quote(str(path.parent))}"
+        if out.is_absolute():
+            raise MapetError(f"{wrong}: {moved}")
         raise MapetError(
-            f"{wrong}{started or ':'} if the run was moved, give {option('out')} {quote(str(path.parent))}"
+            f"{wrong}, relative to {Path.cwd()}: change to the directory that the run was started in, or {moved}"
         )
     return function(config)
 

@@ -390,9 +390,8 @@ def _motion_blur(x: Pixels, radius: float, std: float, degrees: float) -> Pixels
     distances = np.arange(2 * math.ceil(radius) + 1)
     weights = np.exp(-(distances**2) / (2 * std**2))
     angle = math.radians(degrees)
-    offsets = np.ceil(np.outer(distances, [math.sin(angle), math.cos(angle)]) - 0.5).astype(
-        int
-    )  # (points, 2): down, right
+    # (points, 2): how far each point is down and to the right.
+    offsets = np.ceil(np.outer(distances, [math.sin(angle), math.cos(angle)]) - 0.5).astype(int)
     (height, width), reach = x.shape[:2], len(distances)
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     starts = zip(weights / weights.sum(), *(reach + offsets).T, strict=True)
@@ -423,13 +422,10 @@ def _plasma_fractal(shape: tuple[int, int], decay: float, rng: np.random.Generat
     surface, amplitude = np.zeros((1, 1)), 1.0
     while (side := len(surface)) < max(shape):  # each round doubles the resolution
         noise = amplitude * rng.uniform(-1, 1, (3, side, side))
-        pairs = (
-            surface + np.roll(surface, -1, 0),
-            surface + np.roll(surface, -1, 1),
-        )  # with the point below, on the right
-        centers = (pairs[0] + np.roll(pairs[0], -1, 1)) / 4 + noise[0]
-        horizontal = (pairs[1] + centers + np.roll(centers, 1, 0)) / 4 + noise[1]
-        vertical = (pairs[0] + centers + np.roll(centers, 1, 1)) / 4 + noise[2]
+        with_below, with_right = surface + np.roll(surface, -1, 0), surface + np.roll(surface, -1, 1)
+        centers = (with_below + np.roll(with_below, -1, 1)) / 4 + noise[0]
+        horizontal = (with_right + centers + np.roll(centers, 1, 0)) / 4 + noise[1]
+        vertical = (with_below + centers + np.roll(centers, 1, 1)) / 4 + noise[2]
         even, odd = np.dstack([surface, horizontal]), np.dstack([vertical, centers])  # rows
         surface, amplitude = np.stack([even, odd], 1).reshape(2 * side, 2 * side), amplitude / decay**2
     surface -= surface.min()

@@ -129,9 +129,9 @@ def _compute_features(
     else:
         features = backbone.pooled_features(pixels, [backbone.num_layers], config.pool)[0]
     check_finite_features(features, backbone.name)
-    if config.dtype == "float16" and float(features.abs().max()) > torch.finfo(torch.float16).max:
-        largest = f"{float(features.abs().max()):.3g}, beyond float16's range (65504)"
-        raise MapetError(f"{backbone.name} gives features up to {largest}: give {option('dtype')} float32")
+    if config.dtype == "float16" and (largest := float(features.abs().max())) > torch.finfo(torch.float16).max:
+        found = f"features up to {largest:.3g}, beyond float16's range (65504)"
+        raise MapetError(f"{backbone.name} gives {found}: give {option('dtype')} float32")
     return features.cpu().numpy().astype(config.dtype)
 
 
@@ -168,9 +168,8 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
             "dtype": config.dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
         }  # fmt: skip
         files.write_manifest(out, KIND, FORMAT, manifest)
-    if (
-        config.format == "npy" and not manifest["num_done"]
-    ):  # after the manifest: files that it does not vouch for are never replaced
+    # The array follows the manifest: without a manifest of `embed`, a file of its name is not from embed and is never replaced.
+    if config.format == "npy" and not manifest["num_done"]:
         try:
             files.create_array(out / ROWS, config.dtype, (len(images), *manifest["shape"]))
         except MapetError:
