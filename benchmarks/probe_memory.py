@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Result:
                 store.append(centers[part] + torch.randn(len(part), centers.shape[1]))
 
         writing, _ = timed(write)
-        columns = {layer: slice(i * WIDTH, (i + 1) * WIDTH) for i, layer in enumerate(LAYERS)}
+        columns = {str(layer): slice(i * WIDTH, (i + 1) * WIDTH) for i, layer in enumerate(LAYERS)}
         cache = FeatureCache(store, torch.arange(args.num_images), labels, columns)
         training, probes = timed(lambda: fit_linear_sgd(cache, args.classes, compute, epochs=1))
         predicting, scores = timed(lambda: probes["linear_sgd"][0].predict(cache))

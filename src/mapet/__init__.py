@@ -7,6 +7,7 @@ Each command of the command line is a function here, which takes its config's fi
     vit = mapet.load_backbone("runs/photos/backbone")     # a plain timm VisionTransformer
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mapet.errors import Interrupted, MapetError
@@ -14,20 +15,22 @@ from mapet.errors import Interrupted, MapetError
 if TYPE_CHECKING:
     from mapet.commands import *  # noqa: F403
     from mapet.models.backbone import load_backbone
+    from mapet.models.pooling import pooled_features
 
 __version__ = "0.1.0"
 __all__ = [
     "Interrupted", "MapetError", "__version__", "check", "debug_step", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",  # noqa: F405
-    "inspect_tokenizer", "load_backbone", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",  # noqa: F405
+    "inspect_tokenizer", "load_backbone", "pooled_features", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",  # noqa: F405
 ]  # fmt: skip
+
+MODEL_FUNCTIONS = {"load_backbone": "backbone", "pooled_features": "pooling"}
+"""Public functions that are no commands -> their module in `models`."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import commands and `load_backbone` on first use, so that `import mapet` and `--help` are quick."""
-    if name == "load_backbone":
-        from mapet.models.backbone import load_backbone
-
-        return load_backbone
+    """Import commands, `load_backbone` and `pooled_features` on first use, so that `import mapet` and `--help` are quick."""
+    if name in MODEL_FUNCTIONS:
+        return getattr(import_module(f"mapet.models.{MODEL_FUNCTIONS[name]}"), name)
     if name in __all__ and not name.startswith("__"):
         from mapet.commands import COMMANDS
 

@@ -49,7 +49,7 @@ def read_back(folder):
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
-@pytest.mark.parametrize("pool", ["avg", "token", "none"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, monkeypatch):
     if format == "parquet":
         pytest.importorskip("pyarrow")
@@ -64,7 +64,7 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
     view = mapet_view(Image.open(images[7]), (32, 32), tmp_path)
     with torch.no_grad():
         tokens = vit.forward_features(normalize(view[None], 3))[0]
-    expected = {"avg": tokens[1:].mean(0), "token": tokens[0], "none": tokens[1:]}[pool]
+    expected = {"mean": tokens[1:].mean(0), "cls": tokens[0], "none": tokens[1:]}[pool]
     assert features.shape == (12, *expected.shape)
     assert np.allclose(features[7], expected.numpy(), atol=1e-5)
     assert len(list(out.glob("features.parquet/part-*"))) == (0 if format == "npy" else 12 if pool == "none" else 3)
@@ -94,7 +94,7 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
 
     def stop_within_the_second_part(*arguments):
         calls.append(len(arguments[-1]))
-        if calls == [8, 3, 1, 3]:  # the trial batch, and three of the 12 images
+        if calls == [8, 1, 3, 1, 3]:  # the trial batch, one for the shape, and three of the 12 images
             os.kill(os.getpid(), signal.SIGINT)
         return compute_features(*arguments)
 
@@ -136,8 +136,10 @@ def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
     options = {"backbone": vit_folder, "images": crops, "out": tmp_path / "out"} | COMMON
     with refused("not empty", "resume=True"):
         mapet.embed(**options)
-    with refused("pool", "avg", "token"):
-        mapet.embed(**(options | {"pool": "token", "resume": True}))
+    with refused("pool", "mean", "cls"):
+        mapet.embed(**(options | {"pool": "cls", "resume": True}))
+    with refused("layers", "[1]", "[0]"):
+        mapet.embed(**(options | {"layers": (0,), "resume": True}))
     save_vit(tmp_path / "other", depth=1)
     with refused("backbone"):
         mapet.embed(**(options | {"backbone": tmp_path / "other", "resume": True}))
@@ -169,6 +171,7 @@ def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
 
 def test_command_line_and_half_precision(vit_folder, crops, tmp_path):
     argv = ["--backbone", str(vit_folder), "--images", str(crops), "--out", str(tmp_path / "out")]
-    assert main(["embed", *argv, "--dtype", "float16", "--image-size", "24", "40", "--pool", "none"]) == 0
+    argv += ["--dtype", "float16", "--image-size", "24", "40", "--pool", "none", "--layers", "-1", "0"]
+    assert main(["embed", *argv]) == 0
     features = np.load(tmp_path / "out" / "features.npy")
-    assert features.dtype == np.float16 and features.shape == (12, 15, 32)
+    assert features.dtype == np.float16 and features.shape == (12, 15, 64)

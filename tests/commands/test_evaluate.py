@@ -57,6 +57,25 @@ def untrained(tmp_path_factory):
     return folder
 
 
+def test_pool_and_layers_hold_for_every_probe(run_dir, small, tmp_path):
+    sets, features = {"images": small / "train", "test_images": small / "test"}, {"pool": "2x2", "layers": (0, -1)}
+    protocols = ["logistic", "knn", "linear-sgd", "feature-rank"]
+    (found,) = mapet.evaluate(
+        backbone=[str(run_dir)], out=tmp_path / "out", **sets, **features, **QUICK | {"protocols": protocols}
+    ).values()
+    backbone = BackboneWrapper.from_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
+    caches = [
+        FeatureCache.extract(backbone, part, CacheConfig(), **features) for part in load_train_test(*sets.values())
+    ]
+    assert probes.probe_accuracy(*caches) == {name: found[name] for name in ("logistic", "knn")}
+    assert found["dimensions"] == 2 * 4 * 32 and found["alignment"] > 0
+    by_layer = results_of(tmp_path / "out")[str(run_dir)]["linear-sgd"]["details"]["linear_sgd"][
+        "val_accuracy_by_layer"
+    ]
+    assert set(by_layer) == {"0", "1", "0+1"}
+    assert "pool 2x2, layers 0 -1" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
 def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     out = tmp_path / "out"
@@ -81,7 +100,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     record = results_of(out)[str(run_dir)]
     accuracy = record["knn"]["metrics"]["knn"]
     assert accuracy["ci_low"] < accuracy["value"] == figures["knn"] < accuracy["ci_high"]
-    assert set(record["linear-sgd"]["details"]["linear_sgd"]["val_accuracy_by_layer"]) == {"1", "2"}
+    assert set(record["linear-sgd"]["details"]["linear_sgd"]["val_accuracy_by_layer"]) == {"1"}
     page = (out / "evaluation.md").read_text()
     row, selected = [line for line in page.splitlines() if line.startswith("| knn | 100 images |")]
     assert row.count(" to ") == 3 and selected.count("k 20") == 3

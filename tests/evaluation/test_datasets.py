@@ -24,7 +24,7 @@ def two_clouds(distance, seed=0):
 
 def accuracy(train, train_labels, test, test_labels):
     parts = ((train, train_labels), (test, test_labels))
-    columns = {1: slice(0, train.shape[1])}
+    columns = {"0": slice(0, train.shape[1])}
     return probe_accuracy(
         *(FeatureCache(FeatureStore.from_tensor(x), torch.arange(len(x)), y, columns) for x, y in parts)
     )

@@ -53,11 +53,11 @@ def layers_of(vit, images, stats):
 
 
 def assert_sees_as(encoder, vit, stats, size=(32, 32), channels=3, eps=1e-5):
-    assert (encoder.image_size, encoder.channels, encoder.num_layers) == (size, channels, 2)
+    assert (encoder.image_size, encoder.channels) == (size, channels)
     images = some_images(size, channels)
     tokens = layers_of(vit, images, stats)
-    for pool, pooled in (("avg", lambda x: x[:, 1:].mean(1)), ("token", lambda x: x[:, 0])):
-        for found, expected in zip(encoder.pooled_features(images, [1, 2], pool), tokens, strict=True):
+    for pool, pooled in (("mean", lambda x: x[:, 1:].mean(1)), ("cls", lambda x: x[:, 0])):
+        for found, expected in zip(encoder.pooled_features(images, [0, 1], pool), tokens, strict=True):
             assert float((found - pooled(expected)).abs().max()) < eps
     patches = encoder.last_layer(images).flatten(2).transpose(1, 2)
     assert float((patches - tokens[1][:, 1:]).abs().max()) < 2 * eps
@@ -147,7 +147,7 @@ def test_a_folder_that_transformers_writes(tmp_path):
     images = some_images()
     with torch.inference_mode():
         expected = model(images / 255).last_hidden_state[:, 0]
-    found = BackboneWrapper.load(str(tmp_path), CPU).pooled_features(images, [2], "token")[0]
+    found = BackboneWrapper.load(str(tmp_path), CPU).pooled_features(images, [1], "cls")[0]
     assert float((found - expected).abs().max()) < 1e-5
 
 
@@ -155,7 +155,7 @@ def test_random_weights_of_a_folder_take_its_size_and_our_pixels(tmp_path):
     save_backbone(original((16, 40)), tmp_path / "vit")
     first, again, other = (BackboneWrapper.load(f"random:{tmp_path / 'vit'}", CPU, seed) for seed in (0, 0, 1))
     assert (first.image_size, first.mean, first.std) == ((16, 40), *IMAGENET)
-    found = [encoder.pooled_features(some_images((16, 40)), [2], "avg")[0] for encoder in (first, again, other)]
+    found = [encoder.pooled_features(some_images((16, 40)), [1], "mean")[0] for encoder in (first, again, other)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=0.01)
 
 
@@ -179,11 +179,10 @@ def test_families_of_timm(name):
     """Layers are timm's own, of pixels normalized as the model's, the last norm taken where timm takes it."""
     layers, first, last = FAMILIES[name]
     encoder = BackboneWrapper.load(f"random:{name}", CPU)
-    assert encoder.num_layers == layers and encoder.evenly_spaced_layers()[-1] == layers
     data = timm.data.resolve_model_data_config(encoder.model)
     assert encoder.image_size == tuple(data["input_size"][1:])
     images = some_images(encoder.image_size)[:1]
-    found = encoder.pooled_features(images, [1, layers], "avg")
+    found = encoder.pooled_features(images, [0, layers - 1], "mean")
     assert [part.shape for part in found] == [(1, first), (1, last)]
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
@@ -197,8 +196,8 @@ def test_families_of_timm(name):
 
 def test_a_class_token_that_timm_does_not_give():
     encoder = BackboneWrapper.load("random:xcit_nano_12_p8_224", CPU)
-    with refused("pool", "avg"):
-        encoder.pooled_features(some_images(encoder.image_size)[:1], [1], "token")
+    with refused("cls", field="pool"):
+        encoder.pooled_features(some_images(encoder.image_size)[:1], [1], "cls")
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def embed(config: EmbedConfig) -> Path:
 
     Example:
       mapet embed --backbone runs/photos --images PHOTOS --out features
-      mapet embed --backbone timm:vit_small_patch16_224.augreg_in21k --images PHOTOS --out features --format parquet --pool token
+      mapet embed --backbone timm:vit_small_patch16_224.augreg_in21k --images PHOTOS --out features --format parquet --pool cls
       mapet embed --backbone runs/photos --images PHOTOS --out features --resume
     """
     return _load("evaluation.embeddings").embed(config)

@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     info = {
         "images": f"{config.images} ({len(data.train):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
-        "pooling": config.pool,
+        "features": f"pool {config.pool}, layers {' '.join(map(str, config.layers))}",
         "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
     }
     if data.train.classes:

@@ -11,7 +11,7 @@ from mapet.config.base import Config
 from mapet.errors import option
 
 
-class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
+class EvaluateConfig(shared.FeatureOptions, shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
@@ -26,8 +26,6 @@ class EvaluateConfig(shared.DeviceOptions, shared.SeedOptions):
     protocols: list[str] | None = None
     """Protocols to run, e.g. logistic knn few-shot (an unknown name lists all); auto: those that have the data they need and are not
     expensive."""
-    pool: Literal["avg", "token", "both"] = "avg"
-    """Feature of an image: avg (mean of its patch tokens), token (the class token) or both (concatenated)."""
     linear_epochs: PositiveInt = 100
     """Epochs of the linear-sgd probe over the features."""
     few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
@@ -127,7 +125,7 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
             yield f"{option('resume', True)} needs the folder to resume: give {option('out')}"
 
 
-class EmbedConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
+class EmbedConfig(shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
     """Options of `embed`."""
 
     backbone: shared.BackboneSource
@@ -136,8 +134,9 @@ class EmbedConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.Re
     """Folder of images, or text file of paths."""
     out: Path
     """New folder for the features."""
-    pool: Literal["avg", "token", "none"] = "avg"
-    """Features of an image: avg (mean of its patch tokens), token (the class token) or none (all patch tokens, row by row)."""
+    pool: Literal[shared.Pool, "none"] = shared.DEFAULT_POOL  # type: ignore[assignment]
+    """Pooling of a layer's feature map: mean (of all patches), cls (the class token), 2x2 or 3x3 (means of that many cells, concatenated)
+    or none (all patch tokens, row by row)."""
     format: Literal["npy", "parquet"] = "npy"
     """File format: npy (features.npy and ids.json) or parquet (features.parquet, a folder of files with the columns id and features)."""
     dtype: Literal["float32", "float16"] = "float32"

@@ -60,6 +60,20 @@ Labels = Annotated[PositiveInt | PositiveFloat, AfterValidator(_fraction_or_coun
 """Labeled images of each class: a fraction of them if below 1, else their number."""
 
 
+Pool = Literal["mean", "cls", "2x2", "3x3"]
+"""Pooling of a feature map to one vector, see `mapet.models.pooling.pool_tokens`."""
+DEFAULT_POOL: Pool = "mean"
+
+
+class FeatureOptions(Config):
+    """Features of an image."""
+
+    pool: Pool = DEFAULT_POOL
+    """Pooling of a layer's feature map: mean (of all patches), cls (the class token), 2x2 or 3x3 (means of that many cells, concatenated)."""
+    layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
+    """Layers whose features are concatenated: a ViT's blocks, another network's stages, from 0; negative ones count from the last, -1."""
+
+
 class ImageOptions(Config):
     """Images, labeled or not."""
 

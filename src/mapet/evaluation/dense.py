@@ -363,7 +363,7 @@ class SimpleFeaturePyramid(nn.Module):
             FasterRCNN takes them.
         """
         self.model.train(self.training and self.trained)
-        features = self.backbone.forward_intermediates(images, [self.backbone.num_layers])[0][0].float()
+        features = self.backbone.forward_intermediates(images, [-1])[0][0].float()
         return OrderedDict((str(index), scale(features)) for index, scale in enumerate(self.scales))
 
 

@@ -28,6 +28,7 @@ from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, install_hint, option
 from mapet.evaluation.features import BackboneWrapper, check_finite_features
 from mapet.models.backbone import load_backbone, prepare_for_device
+from mapet.models.pooling import resolve_layers
 from mapet.signals import stop_signals
 from mapet.weights import hash_weights
 
@@ -110,7 +111,7 @@ def embed(config: EmbedConfig) -> Path:
 def _compute_features(
     config: EmbedConfig, backbone: BackboneWrapper, pixels: UInt8[Tensor, "B C H W"]
 ) -> Float[np.ndarray, "B ..."]:
-    """Compute the last layer's features of uint8 images, pooled by `config.pool`, as a NumPy array of type `config.dtype`.
+    """Compute the features of uint8 images by `config.layers` and `config.pool`, as a NumPy array of type `config.dtype`.
 
     Args:
         config: options of `mapet embed`.
@@ -118,16 +119,17 @@ def _compute_features(
         pixels: images at the backbone's input size.
 
     Returns:
-        (B, D): the mean of the patch tokens ('avg') or the class token ('token'); or (B, N, D): all patch tokens ('none').
+        (B, F), see `pooled_features`; for the pooling 'none' (B, N, D): all patch tokens, those of several layers side by side.
 
     Raises:
-        MapetError: a feature is NaN or infinite, or beyond the range of `config.dtype` float16; or `config.pool` is 'token' and the
-            backbone has no class token.
+        MapetError: a feature is NaN or infinite, or beyond the range of `config.dtype` float16; or the backbone has no such layer, or
+            no class token for the pooling 'cls'.
     """
     if config.pool == "none":
-        features = backbone.last_layer(pixels).flatten(2).transpose(1, 2)
+        maps = backbone.forward_intermediates(backbone.normalize(pixels), config.layers)
+        features = torch.cat([grid.float() for grid, _ in maps], 1).flatten(2).transpose(1, 2)
     else:
-        features = backbone.pooled_features(pixels, [backbone.num_layers], config.pool)[0]
+        features = torch.cat(backbone.pooled_features(pixels, config.layers, config.pool), 1)
     check_finite_features(features, backbone.name)
     if config.dtype == "float16" and (largest := float(features.abs().max())) > torch.finfo(torch.float16).max:
         found = f"features up to {largest:.3g}, beyond float16's range (65504)"
@@ -151,7 +153,8 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
     """
     out = config.out
     settings = {
-        "backbone": hash_weights(backbone.model.state_dict()), "pool": config.pool, "dtype": config.dtype,
+        "backbone": hash_weights(backbone.model.state_dict()), "layers": resolve_layers(backbone.model, config.layers),
+        "pool": config.pool, "dtype": config.dtype,
         "image_size": list(backbone.image_size), "precision": backbone.compute.precision,
     }  # fmt: skip
     if config.resume and (out / files.MANIFEST).exists():
@@ -160,8 +163,8 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
         files.check_same_options(out, {key: manifest.get(key) for key in current} | manifest["settings"], current)
     else:
         files.create_output_dir(out)
-        depth, height, width = backbone.map_shape
-        shape = [height * width, depth] if config.pool == "none" else [depth]
+        black = torch.zeros(1, backbone.channels, *backbone.image_size, dtype=torch.uint8)
+        shape = list(_compute_features(config, backbone, black).shape[1:])
         row_bytes = int(np.prod(shape)) * np.dtype(config.dtype).itemsize
         manifest = {
             "file_format": config.format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": shape,

@@ -231,7 +231,7 @@ class EvalContext:
         backbone: the frozen backbone at its own input size.
         data: training and test images.
         cache: where features are kept, how much memory they may take, and the inference batch size.
-        options: of the command `evaluate`; its `pool` pools the features.
+        options: of the command `evaluate`; its `layers` and `pool` define the features.
     """
 
     backbone: BackboneWrapper
@@ -246,7 +246,7 @@ class EvalContext:
 
     @cached_property
     def train(self) -> FeatureCache:
-        """Features of the readable training images from up to four evenly spaced layers; `layer_features` returns the last layer's."""
+        """Features of the readable training images, from the layers of the option `layers`."""
         return self._extract(self.data.train)
 
     @cached_property
@@ -255,20 +255,19 @@ class EvalContext:
         return self._extract(self.data.test)
 
     def _extract(self, data: LabeledSet) -> FeatureCache:
-        layers = self.backbone.evenly_spaced_layers()
-        return FeatureCache.extract(self.backbone, data, self.cache, layers, self.options.pool)
+        return FeatureCache.extract(self.backbone, data, self.cache, self.options.layers, self.options.pool)
 
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
         """(cosine similarities, rows in `train`) of the `KNN_K` training images nearest to each row of `test`, nearest first.
 
-        They are compared by the last layer's features; with fewer than `KNN_K` readable training images, k is their number.
+        They are compared by the features of all `layers`; with fewer than `KNN_K` readable training images, k is their number.
         """
-        return nearest_neighbors(self.train.layer_blocks(), self.test.layer_features(), KNN_K)
+        return nearest_neighbors(self.train.blocks(), self.test.layer_features(), KNN_K)
 
     @cached_property
     def logistic(self) -> LogisticProbe:
-        """The linear probe, fitted on the last layer's features of the readable training images; its C is selected, see `fit_logistic`."""
+        """The linear probe, fitted on the features of the readable training images; its C is selected, see `fit_logistic`."""
         return fit_logistic(self.train.layer_features(), self.train.labels, len(self.classes))
 
     @property
@@ -277,16 +276,16 @@ class EvalContext:
         return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
 
     def pooled(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        """Return the last layer's features of uint8 images, pooled by the option `pool`, float32 on the CPU.
+        """Return the features of uint8 images by the options `layers` and `pool`, as in `train`, float32 on the CPU.
 
         Args:
             backbone: `self.backbone`, perhaps for another input size.
             images: pixels at its input size.
 
         Raises:
-            MapetError: the last layer has no class token, and the option `pool` needs one.
+            MapetError: the model has no such layer, or no class token for `pool` 'cls'.
         """
-        return backbone.pooled_features(images, [backbone.num_layers], self.options.pool)[0].cpu()
+        return torch.cat(backbone.pooled_features(images, self.options.layers, self.options.pool), 1).cpu()
 
     def classify(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return logits of `classes` on the CPU, by the model's own classifier if it has one with class names, else by the linear probe.

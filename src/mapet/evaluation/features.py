@@ -1,22 +1,21 @@
 """Frozen features: of batches by any timm model, and of whole sets, computed once for all protocols and kept as float16."""
 
 import copy
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from jaxtyping import Float, Int, UInt8
-from timm.models import Hiera, VisionTransformer
-from timm.models.hieradet_sam2 import HieraDet
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from mapet.config.shared import DEFAULT_POOL, Pool
 from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
@@ -24,10 +23,10 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.models.backbone import HUB_PREFIXES, create_timm_model, load_backbone, prepare_for_device
+from mapet.models.pooling import forward_intermediates, pool_tokens, resolve_layers
 from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
-Pool = Literal["avg", "token", "both"]
 RANDOM_PREFIX = "random:"
 """Before the name of a timm model or a folder: that architecture with random weights."""
 MAX_UNREADABLE = 0.5
@@ -146,18 +145,6 @@ class BackboneWrapper:
         return cls(name, vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
 
     @property
-    def num_layers(self) -> int:
-        """Number of layers to choose from, the entries of timm's `feature_info`: a ViT's blocks, the stages of other networks."""
-        return len(self.model.feature_info)  # type: ignore[arg-type]
-
-    def evenly_spaced_layers(self, count: int = 4) -> list[int]:
-        """Return the numbers, from 1 and ascending, of `count` layers spread evenly over the depth, the last layer among them.
-
-        A 12-layer ViT gives [3, 6, 9, 12]. A model of fewer layers than `count` gives fewer numbers.
-        """
-        return sorted({round(self.num_layers * (i + 1) / count) or 1 for i in range(count)})
-
-    @property
     def patch_size(self) -> int:
         """Pixels that image sizes must be multiples of: the larger side of a patch; `DEFAULT_PATCH_SIZE` for models without patches."""
         size = getattr(getattr(self.model, "patch_embed", None), "patch_size", DEFAULT_PATCH_SIZE)
@@ -192,69 +179,35 @@ class BackboneWrapper:
         return normalize(self.compute.to(images), self.channels, mean_std=(self.mean, self.std))
 
     def forward_intermediates(
-        self, images: Float[Tensor, "B C H W"], layers: list[int]
+        self, images: Float[Tensor, "B C H W"], layers: Sequence[int]
     ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
-        """Compute the features of some layers with timm's `forward_intermediates`, in the precision of `compute`.
-
-        Both kinds of features have passed the model's last norm, except in Hiera, whose norm comes after the pooling.
-
-        Args:
-            images: normalized pixels on the device.
-            layers: numbers of the layers, from 1, ascending.
-
-        Returns:
-            For each layer, in the order of `layers`: (feature map, prefix tokens: the P class and register tokens, class token first).
-            Prefix tokens are None where timm gives none: the model has none, or gets its class token after the layers (XCiT, CaiT).
-
-        Raises:
-            MapetError: timm gives no features of this model's layers.
-        """
-        extract = getattr(self.model, "forward_intermediates", None)
-        if extract is None:
-            kind = type(self.model).__name__
-            raise MapetError(f"{self.name} is a {kind}, of whose layers timm gives no features: use another model")
-        options = {"indices": [layer - 1 for layer in layers], "norm": not isinstance(self.model, (Hiera, HieraDet))}
-        has_prefix = getattr(self.model, "num_prefix_tokens", 0) > 0
-        if has_prefix and "return_prefix_tokens" in inspect.signature(extract).parameters:
-            options["return_prefix_tokens"] = True
+        """Compute feature maps of normalized pixels in the precision of `compute`; see `pooling.forward_intermediates`."""
         with self.compute.autocast():
-            outputs = extract(images, intermediates_only=True, **options)
-        return [output if isinstance(output, tuple) else (output, None) for output in outputs]
+            return forward_intermediates(self.model, images, layers)
 
     @torch.inference_mode()
     def pooled_features(
-        self, images: UInt8[Tensor, "B C H W"], layers: list[int], pool: Pool
+        self, images: UInt8[Tensor, "B C H W"], layers: Sequence[int], pool: Pool
     ) -> list[Float[Tensor, "B F"]]:
-        """Compute one float32 vector per image for each layer.
+        """Compute one float32 vector per image for each layer, which `pooling.pooled_features` concatenates.
 
         Args:
             images: uint8 pixels at the model's input size.
-            layers: numbers of the layers, from 1, ascending.
-            pool: the mean of the patches ('avg'), the class token ('token'), or the class token and then the mean ('both').
+            layers: indices of layers, see `resolve_layers`.
+            pool: pooling of each layer's feature map, see `pool_tokens`.
 
         Returns:
-            For each layer, in the order of `layers`, (B, F) on the device; F is the layer's width D, or 2 D for 'both'.
+            For each layer, in the order of `resolve_layers`, (B, F) on the device.
 
         Raises:
-            MapetError: the layers have no class token and `pool` needs one, or timm gives no features of this model's layers.
+            MapetError: the model has no such layer, no class token for `pool` 'cls', or timm gives no features of its layers.
         """
-        pooled = []
-        for grid, prefix in self.forward_intermediates(self.normalize(images), layers):
-            average = grid.float().flatten(2).transpose(1, 2).mean(dim=1)
-            if pool == "avg":
-                pooled.append(average)
-                continue
-            if prefix is None or not getattr(self.model, "has_class_token", True):
-                needed = f"which {option('pool', pool)} needs: use {option('pool', 'avg')}"
-                raise MapetError(f"{self.name} has no class token in its layers, {needed}")
-            token = prefix[:, 0].float()
-            pooled.append(token if pool == "token" else torch.cat([token, average], 1))
-        return pooled
+        return [pool_tokens(*maps, pool) for maps in self.forward_intermediates(self.normalize(images), layers)]
 
     @torch.inference_mode()
     def last_layer(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """Compute the last layer's feature map from uint8 pixels, after the model's last norm, float32 on the device."""
-        return self.forward_intermediates(self.normalize(images), [self.num_layers])[0][0].float()
+        return self.forward_intermediates(self.normalize(images), [-1])[0][0].float()
 
     @cached_property
     def map_shape(self) -> tuple[int, int, int]:
@@ -310,18 +263,18 @@ class FeatureCache:
         store: (n, W), float16, in memory or in a scratch file; W is the sum of the layers' widths.
         index: index in the set of each row's image; n is smaller than the set if images are unreadable.
         labels: class index of each row's image.
-        columns: number of a layer, from 1 -> its columns in a row.
+        columns: index of a layer, from 0, as text -> its columns in a row; of several layers also '0+3', all of them -> all columns.
     """
 
     store: FeatureStore
     index: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
-    columns: dict[int, slice]
+    columns: dict[str, slice]
 
     @classmethod
     def extract(
-        cls, backbone: BackboneWrapper, data: LabeledSet, config: CacheConfig, layers: list[int] | None = None,
-        pool: Pool = "avg",
+        cls, backbone: BackboneWrapper, data: LabeledSet, config: CacheConfig, layers: Sequence[int] = (-1,),
+        pool: Pool = DEFAULT_POOL,
     ) -> "FeatureCache":  # fmt: skip
         """Compute the features of the center views of all readable images, with a progress bar if `config.progress`.
 
@@ -331,14 +284,13 @@ class FeatureCache:
             backbone: the model, on its device.
             data: images with labels, which `labels` of the result takes over.
             config: memory, scratch folder and batch size.
-            layers: numbers of the layers, from 1, ascending; None: only the last layer.
-            pool: the mean of the patches ('avg'), the class token ('token'), or the class token and then the mean ('both').
+            layers: indices of layers, see `resolve_layers`.
+            pool: pooling of each layer's feature map, see `pool_tokens`.
 
         Raises:
             MapetError: a feature is NaN or infinite, memory and disk have no room for the features, more than the fraction
-                `MAX_UNREADABLE` of the images is unreadable, or the layers have no class token and `pool` needs one.
+                `MAX_UNREADABLE` of the images is unreadable, or the model has no such layer, or no class token for `pool` 'cls'.
         """
-        layers = layers or [backbone.num_layers]
         was_training = backbone.model.training
         backbone.model.eval()
         store = FeatureStore(len(data), config.memory, config.scratch_dir)
@@ -352,7 +304,9 @@ class FeatureCache:
             ends = np.cumsum([0, *(part.shape[1] for part in parts)]).tolist()
         backbone.model.train(was_training)
         index = torch.cat(indices)
-        columns = {layer: slice(*bounds) for layer, bounds in zip(layers, pairwise(ends), strict=True)}
+        names = [str(layer) for layer in resolve_layers(backbone.model, layers)]
+        columns = {name: slice(*bounds) for name, bounds in zip(names, pairwise(ends), strict=True)}
+        columns["+".join(names)] = slice(0, ends[-1])
         return cls(store, index, torch.from_numpy(data.labels)[index], columns)
 
     def __len__(self) -> int:
@@ -388,16 +342,11 @@ class FeatureCache:
                 if len(part) and not is_leftover:
                     yield start + part, block[part]
 
-    def layer_blocks(self) -> Iterator[tuple[int, Float[Tensor, "m D"]]]:
-        """Yield (index of the block's first row, float32 rows of the deepest layer alone); each block overwrites the one before."""
-        for start, block in self.blocks():
-            yield start, block[:, self.columns[max(self.columns)]]
-
-    def layer_features(self, rows: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m D"]:
-        """Return the deepest layer's features of the rows at these indices, in their order, as float32 in memory; None: of all rows."""
+    def layer_features(self, rows: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m W"]:
+        """Return the features of all layers of the rows at these indices, in their order, as float32 in memory; None: of all rows."""
         if rows is not None:
-            return self.store.take(rows)[:, self.columns[max(self.columns)]]
-        return torch.cat([block.clone() for _, block in self.layer_blocks()])
+            return self.store.take(rows)
+        return torch.cat([block.clone() for _, block in self.blocks()])
 
     def close(self) -> None:
         """Free the memory, and remove the scratch file; features cannot be read any more."""

@@ -356,7 +356,7 @@ def retrieve_images(
 
     Returns:
         Three items. Rows of (pixels, title), up to `NUM_QUERIES`: a held-out image, then the `NUM_NEAREST` training images nearest to it
-        by cosine similarity of the last layer's mean patch tokens, nearest first. The class names; empty without labels. The confusion
+        by cosine similarity of features (`extract_features`), nearest first. The class names; empty without labels. The confusion
         matrix of logistic regression on all readable held-out images, counts of true classes (rows) by predicted classes (columns); None
         without labels.
 
@@ -375,7 +375,7 @@ def retrieve_images(
     # Rows of the cache are in random order; sorted by image, the queries are spread evenly over the list of images.
     spread = np.linspace(0, len(test_cache) - 1, min(NUM_QUERIES, len(test_cache))).round().astype(int)
     queries = test_cache.index.argsort()[spread]
-    _, nearest = nearest_neighbors(train_cache.layer_blocks(), features[queries], NUM_NEAREST)
+    _, nearest = nearest_neighbors(train_cache.blocks(), features[queries], NUM_NEAREST)
     indices = test_cache.index[queries].tolist(), train_cache.index[nearest].tolist()
     rows = render_neighbors(vit.patch_embed.img_size, vit.in_chans, train, test, *indices)
     return rows, train.classes, confusion

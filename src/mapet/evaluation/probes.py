@@ -41,7 +41,7 @@ MAX_TRAIN, MAX_TEST, ONLINE_C = 2000, 1000, 0.1
 
 
 def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = None) -> dict[str, float]:
-    """Measure the top-1 accuracy of logistic regression and of weighted k-NN on the deepest layer's features.
+    """Measure the top-1 accuracy of logistic regression and of weighted k-NN on features.
 
     Args:
         train: features and labels of training images.
@@ -54,7 +54,7 @@ def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = No
     features, num_classes = test.layer_features(), int(train.labels.max()) + 1
     scores = {
         "logistic": fit_logistic(train.layer_features(), train.labels, num_classes, C)(features),
-        "knn": knn_scores(train, num_classes, *nearest_neighbors(train.layer_blocks(), features, KNN_K)),
+        "knn": knn_scores(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K)),
     }
     return {name: float((score.argmax(1) == test.labels).double().mean()) for name, score in scores.items()}
 
@@ -133,9 +133,9 @@ def fit_logistic(
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
-    """Fit scikit-learn's StandardScaler, mean and standard deviation, on the deepest layer's features of all rows, block by block."""
+    """Fit scikit-learn's StandardScaler, mean and standard deviation, on the features of all rows, block by block."""
     scaler = StandardScaler()
-    for _, block in cache.layer_blocks():
+    for _, block in cache.blocks():
         scaler.partial_fit(block.numpy())
     return scaler
 
@@ -283,12 +283,12 @@ def _check_enough_images(count: int, probe: str) -> None:
 
 
 class LinearClassifiers(nn.Module):
-    """Linear classifiers of one layer's features, side by side: one for each of R learning rates.
+    """Linear classifiers of one layer's features, or of all layers', side by side: one for each of R learning rates.
 
     With `batch_norm` features are standardized first, without scale and shift, as in MAE (arXiv 2111.06377, appendix A.1).
 
     Args:
-        layer: number of the layer, from 1, as `FeatureCache.columns` has it.
+        layer: name of the layer, or of all, in `FeatureCache.columns`.
         columns: the layer's columns in a row of features of all layers.
         num_classes: number of classes, K.
         rates: R learning rates, for a batch of `SGD_BASE_BATCH_SIZE`; the caller scales the loss of each classifier by its rate.
@@ -296,7 +296,7 @@ class LinearClassifiers(nn.Module):
     """
 
     def __init__(
-        self, layer: int, columns: slice, num_classes: int, rates: tuple[float, ...], batch_norm: bool
+        self, layer: str, columns: slice, num_classes: int, rates: tuple[float, ...], batch_norm: bool
     ) -> None:
         super().__init__()
         self.layer, self.columns, self.rates = layer, columns, rates
@@ -322,12 +322,12 @@ class LinearClassifiers(nn.Module):
 
 def fit_linear_sgd(
     cache: FeatureCache, num_classes: int, compute: ComputeContext, epochs: int, seed: int = 0
-) -> dict[str, tuple[LinearClassifiers, dict[int, float]]]:
+) -> dict[str, tuple[LinearClassifiers, dict[str, float]]]:
     """Train linear probes on cached features by SGD: without batch norm ('linear_sgd') and with it ('linear_sgd_bn', as in MAE).
 
-    First, a probe for each layer, each of `SGD_LEARNING_RATES` and both kinds is trained on the first four fifths of the rows, all at
-    once on the same batches, and compared on the last fifth. Then a probe of each kind with its best layer and learning rate is
-    trained on all rows. SGD has momentum 0.9, cosine decay to 0 and no weight decay.
+    First, a probe for each layer, or of several also for all concatenated, each of `SGD_LEARNING_RATES` and both kinds is trained on
+    the first four fifths of the rows, all at once on the same batches, and compared on the last fifth. Then a probe of each kind with
+    its best layer and learning rate is trained on all rows. SGD has momentum 0.9, cosine decay to 0 and no weight decay.
 
     Args:
         cache: features of some layers and labels of the readable training images; rows are in random order.
@@ -482,7 +482,7 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
 
 
 def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
-    """Compute the last layer's features of the images, the means of their patch tokens, by a ViT; unreadable images are excluded.
+    """Compute the features of the images by a ViT, of the last layer and the default pooling; unreadable images are excluded.
 
     Args:
         vit: on `compute.device`; it is in eval mode meanwhile, and afterwards in the mode that it was in.
@@ -500,7 +500,7 @@ def online_probe(
 ) -> dict[str, float]:
     """Measure a ViT's frozen features during pre-training by logistic regression, with C = `ONLINE_C`, and k-NN on them.
 
-    The features are the means of the last layer's patch tokens; the ViT is in eval mode meanwhile, and not changed.
+    Features are those of `extract_features`; the ViT is in eval mode meanwhile, and not changed.
 
     Args:
         vit: on `compute.device`.

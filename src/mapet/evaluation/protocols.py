@@ -51,7 +51,7 @@ def _concatenate(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
 
 @protocol("labels")
 def logistic(context: EvalContext) -> ProtocolResult:
-    """Evaluate the linear probe: logistic regression on the last layer's standardized features of the training images.
+    """Evaluate the linear probe: logistic regression on the standardized features of the training images.
 
     Unreadable training and test images are excluded.
 
@@ -68,7 +68,7 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
-    """Evaluate weighted k-NN by cosine similarity on the last layer's features, as in DINO.
+    """Evaluate weighted k-NN by cosine similarity of features, as in DINO.
 
     Unreadable training and test images are excluded.
 
@@ -86,12 +86,14 @@ def knn(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def linear_sgd(context: EvalContext) -> ProtocolResult:
-    """Evaluate linear probes trained by SGD, whose layer and learning rate are selected on held-out training images.
+    """Evaluate linear probes trained by SGD, whose learning rate is selected on held-out training images, as is the layer.
+
+    Of several `layers`, each alone and all of them concatenated are tried.
 
     Returns:
         Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy on the test images, 0 to 1, with its 95 %
         interval and the selected layer and learning rate; `per_class` has (correct, all) test images of each class.
-        `details[METRIC]['val_accuracy_by_layer']`: number of a layer, as text -> accuracy on the held-out training images.
+        `details[METRIC]['val_accuracy_by_layer']`: index of a layer, '0+3' for several -> accuracy on held-out training images.
 
     Raises:
         MapetError: there are fewer than `probes.MIN_IMAGES` readable training images.
@@ -102,7 +104,7 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
         selected = f"layer {probe.layer}, lr {probe.rates[0]:g}"
         predicted = probe.predict(context.test).argmax(1)
         result.add_accuracy(name, predicted, context.test.labels, context.classes, selected)
-        result.details[name] = {"val_accuracy_by_layer": {str(layer): value for layer, value in by_layer.items()}}
+        result.details[name] = {"val_accuracy_by_layer": by_layer}
     return result
 
 
@@ -182,7 +184,7 @@ def average_precisions(
 def multi_label(context: EvalContext) -> ProtocolResult:
     """Evaluate multi-label classification of images with boxes: one logistic regression per class predicts whether an image shows it.
 
-    The regressions are fitted on the last layer's features of the training images, standardized by mean and standard deviation of all
+    The regressions are fitted on the features of the training images, standardized by mean and standard deviation of all
     training images. Unreadable images are excluded.
 
     Returns:
@@ -276,7 +278,7 @@ def entropy_rank(x: Float[Tensor, "n D"]) -> float:
 
 @protocol("images")
 def feature_rank(context: EvalContext) -> ProtocolResult:
-    """Measure rank, spread and collapse of the last layer's features of training images, without labels.
+    """Measure rank, spread and collapse of the features of training images, without labels.
 
     Up to `MAX_RANK_IMAGES` readable training images are used, a random sample of them that is the same for every backbone.
 
@@ -338,7 +340,7 @@ def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, "
 
 @protocol("labels")
 def cluster(context: EvalContext) -> ProtocolResult:
-    """Compare k-means clusters of the test images' last-layer features, as many as there are classes, with the classes.
+    """Compare k-means clusters of the test images' features, as many as there are classes, with the classes.
 
     Up to `MAX_CLUSTER_IMAGES` readable test images are used, a random sample of them.
 
@@ -360,7 +362,7 @@ def cluster(context: EvalContext) -> ProtocolResult:
 
 @protocol("images")
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
-    """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of the last layer's features, for a figure.
+    """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of features, for a figure.
 
     Returns:
         No metrics. `details` has 'queries', indices of readable test images; 'nearest', for each query the indices of its nearest
@@ -401,7 +403,7 @@ def ood(context: EvalContext) -> ProtocolResult:
         parts = ((rows, context.classify(backbone, x), context.pooled(backbone, x)) for rows, x in batches)
         index, logits, features = _concatenate(parts)
         labels = torch.from_numpy(data.labels)[index]
-        neighbors = probes.nearest_neighbors(context.train.layer_blocks(), features, probes.KNN_K)
+        neighbors = probes.nearest_neighbors(context.train.blocks(), features, probes.KNN_K)
         votes = probes.knn_scores(context.train, len(classes), *neighbors)
         is_missing = ~torch.from_numpy(is_shared)
         logits[:, is_missing] = votes[:, is_missing] = -torch.inf
