@@ -32,7 +32,7 @@ HEADINGS = {
     "test_seg_masks ignore_labels annotations test_annotations short_side streaming labels_per_class num_seeds",
     "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init pool layers "
     "format dtype",
-    "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_final_norm "
+    "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_output "
     "quantizer vocab_size fsq_levels pca_dim patches_per_code codebook_dim dead_code_threshold",
     "K-means": "kmeans_init kmeans_iters kmeans_n_init kmeans_batch_size kmeans_metric",
     "Objective": "objective target mask_ratio patch_order num_predict separate_query_token",

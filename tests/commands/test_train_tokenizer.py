@@ -124,19 +124,20 @@ def test_stored_and_online_tokens_are_the_same(few_digits, tmp_path):
 def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
     """visual_tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
     vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2, num_classes=12
     )
     timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
-    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "teacher_final_norm": True, "epochs": 1}
+    options = OPTIONS | {"teacher": f"local-dir:{tmp_path / 'vit'}", "teacher_output": "projection", "epochs": 1}
     file = mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **options)
     mapet.fit_tokenizer(
         images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, teacher="vqkd",
         teacher_checkpoint=str(file),
     )  # fmt: skip
+    assert load_file(file)["decode_task_layer.2.weight"].shape[0] == 12  # the projection's width
     told = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
     assert told["interpolation"] is None
     first = told["teacher_metadata"]["learned_from"]
-    assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["final_norm"] is True
+    assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["output"] == "projection"
     assert first["teacher_metadata"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
 
 
@@ -147,7 +148,7 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         ({"image_size": 9}, "squares that the patch size 2 divides"),
         ({"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}}, "give model_args num_heads=1 for embed_dim=64"),
         ({"model": "resnet18"}, "'resnet18' as a ViT"),
-        ({"teacher_final_norm": True}, "teacher 'pixels' does not use teacher_final_norm"),
+        ({"teacher_output": "norm"}, "teacher 'pixels' does not use teacher_output"),
         ({"vocab_size": 4609}, "V = 4609 codes .* 4,608 patches: lower vocab_size"),
     ],
 )

@@ -151,8 +151,8 @@ def test_stored_and_online_tokens_are_the_same(options, num_codes, few_digits, t
             "teacher 'vqkd' does not use teacher_image_size",
         ),
         (
-            {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_final_norm": True},
-            "teacher 'dalle' does not use teacher_final_norm",
+            {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_output": "norm"},
+            "teacher 'dalle' does not use teacher_output",
         ),
         ({"teacher": "my:code", "teacher_layer": 2}, "teacher 'my:code' does not use teacher_layer"),
         ({"teacher_checkpoint": "x"}, "teacher 'pixels' does not use teacher_checkpoint"),

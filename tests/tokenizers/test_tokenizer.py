@@ -212,9 +212,9 @@ def small_teacher(folder, name="test_vit.r160_in1k"):
     return model, str(folder / "weights.safetensors")
 
 
-@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("output", ["block", "norm", "projection"])
 @pytest.mark.parametrize(("layer", "block"), [(0, 0), (3, 3), (-1, 5), (-2, 4)])
-def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
+def test_layer_and_output_of_a_teacher(layer, block, output, tmp_path):
     """Blocks are run one after the other here; class and register tokens are dropped."""
     model, path = small_teacher(tmp_path)
     teacher = teacher_of(
@@ -223,7 +223,7 @@ def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
         16,
         teacher_checkpoint=path,
         teacher_layer=layer,
-        teacher_final_norm=final_norm,
+        teacher_output=output,
         channels=3,
     )
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
@@ -232,9 +232,30 @@ def test_layer_and_final_norm_of_a_teacher(layer, block, final_norm, tmp_path):
         x = model.norm_pre(model._pos_embed(model.patch_embed((images / 255 - mean) / std)))
         for one in model.blocks[: block + 1]:
             x = one(x)
-        expected = (model.norm(x) if final_norm else x)[:, model.num_prefix_tokens :]
+        x = x[:, model.num_prefix_tokens :]
+        expected = {
+            "block": x,
+            "norm": model.norm(x),
+            "projection": model.norm(x) @ model.head.weight.T + model.head.bias,
+        }[output]
     found = teacher(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("test_resnet.r160_in1k", "norm"),  # no norm after its last stage
+        ("test_vit.r160_in1k", "projection"),  # created without its head
+        ("test_vit.r160_in1k", "norm"),  # pooled first, then normalized
+    ],
+)
+def test_an_output_that_a_teacher_lacks_is_refused(name, output, tmp_path):
+    """As of DINOv2, which has no head, and of BEiT, which normalizes the mean of its tokens."""
+    without = {"num_classes": 0} if output == "projection" else {"global_pool": "avg"}
+    timm.models.save_for_hf(timm.create_model(name, **without), str(tmp_path / "model"), model_args=without)
+    with refused("teacher_output", field="teacher_output", value=output):
+        teacher_of(f"local-dir:{tmp_path / 'model'}", (160, 160), 16, teacher_output=output)
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -272,7 +293,7 @@ def test_options_of_the_teacher_reach_it(crops, tmp_path):
     _, path = small_teacher(tmp_path)
     tokenizer = mapet.fit_tokenizer(
         images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, kmeans_iters=1,
-        teacher="test_vit.r160_in1k", teacher_checkpoint=path, teacher_layer=2, teacher_final_norm=True, channels=1, precision="float32",
+        teacher="test_vit.r160_in1k", teacher_checkpoint=path, teacher_layer=2, teacher_output="projection", channels=1, precision="float32",
     )  # fmt: skip
     expected = teacher_of(
         "test_vit.r160_in1k",
@@ -281,7 +302,7 @@ def test_options_of_the_teacher_reach_it(crops, tmp_path):
         channels=1,
         teacher_checkpoint=path,
         teacher_layer=2,
-        teacher_final_norm=True,
+        teacher_output="projection",
     )
     images = torch.randint(0, 256, (1, 1, 160, 160), dtype=torch.uint8)
     assert torch.equal(tokenizer.teacher(images), expected(images))

@@ -95,7 +95,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
     """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
 
     Example:
-      mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vit_base_patch16_clip_224.openai
+      mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vqkd-clip
       mapet train-tokenizer runs/vqkd/config.yaml --resume
     """
     return _load("commands.training").train_tokenizer(config)

@@ -14,12 +14,18 @@ QUANTIZER_OPTIONS = {"fsq_levels": "fsq", **dict.fromkeys(KMEANS_OPTIONS, "kmean
 """Option -> the quantizer that uses it."""
 TEACHER_PRESETS: dict[str, dict[str, Any]] = {
     "k-clip": {
-        "teacher": "resnet50x64_clip.openai", "teacher_image_size": (448, 448), "teacher_layer": -1, "teacher_final_norm": False,
+        "teacher": "resnet50x64_clip.openai", "teacher_image_size": (448, 448), "teacher_layer": -1, "teacher_output": "block",
+    },
+    "vqkd-clip": {
+        "teacher": "vit_base_patch16_clip_quickgelu_224.openai", "teacher_image_size": (224, 224), "teacher_layer": -1,
+        "teacher_output": "projection",
     },
 }  # fmt: skip
 """Name of a published teacher -> the options that make it.
 
 k-clip: the teacher of arXiv 2306.07346, CLIP's RN50x64: the 14 x 14 x 4096 map of its last stage before the attention pool, not normalized.
+vqkd-clip: the teacher of BEiT v2's VQ-KD (arXiv 2208.06366; `get_regress_target` of its modeling_vqkd.py), OpenAI's CLIP ViT-B/16 with
+QuickGELU: the 14 x 14 patch tokens after the final norm and CLIP's visual projection, 512 channels.
 """
 
 
@@ -27,20 +33,21 @@ class TeacherOptions(shared.InputOptions):
     """The frozen encoder whose features become visual tokens, and the patches that it computes them for."""
 
     teacher: str = "pixels"
-    """Frozen encoder: pixels, k-clip (the paper's), a timm model, or package.module:function."""
+    """Frozen encoder: pixels, k-clip (the paper's), vqkd-clip (BEiT v2's), a timm model, or package.module:function."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; none: timm downloads the weights."""
     teacher_image_size: shared.Size | None = None
     """Height and width of the teacher's input, pixels; auto: the model's own."""
-    teacher_final_norm: bool = False
-    """Apply the timm model's final norm to the features."""
+    teacher_output: Literal["block", "norm", "projection"] = "block"
+    """Where the timm model's features are taken: block (the feature map as it is), norm (after the model's final norm) or projection (after
+    final norm and head, of CLIP its visual projection)."""
     teacher_layer: int = -1
     """Index of the timm model's intermediate feature map; -1: the last."""
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        """Return the options with a preset's name as `teacher` ('k-clip') replaced by the preset's options, before validation.
+        """Return the options with a preset's name as `teacher` (`TEACHER_PRESETS`) replaced by the preset's options, before validation.
 
         Args:
             values: field name -> value as given. Options given beside `teacher` win over the preset's. Anything but a mapping,
@@ -131,8 +138,8 @@ class TrainTokenizerConfig(
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"
-    """Frozen encoder whose features the codes are trained to reconstruct: pixels (label-free), a timm model (the paper's:
-    vit_base_patch16_clip_224.openai), or package.module:function."""
+    """Frozen encoder whose features the codes are trained to reconstruct: pixels (label-free), vqkd-clip (the released one:
+    CLIP ViT-B/16's patch tokens after its visual projection), a timm model, or package.module:function."""
 
     model: str = "vit_tiny_patch16_224"
     """Encoder of the tokenizer, a plain timm ViT with head dimension 64; the released one is vit_base_patch16_224."""

@@ -34,7 +34,7 @@ DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
 SETTINGS = {
     "teacher": "teacher", "student_size": "image_size", "patch_size": "patch_size", "channels": "channels", "checkpoint": "teacher_checkpoint",
-    "teacher_size": "teacher_image_size", "layer": "teacher_layer", "final_norm": "teacher_final_norm",
+    "teacher_size": "teacher_image_size", "layer": "teacher_layer", "output": "teacher_output",
 }  # fmt: skip
 """Key of `Teacher.settings` -> the option that sets it."""
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -170,7 +170,7 @@ def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
     arguments["grid"] = height // patch_size, width // patch_size
     build = _find_builder(config.teacher)
     parameters = inspect.signature(build).parameters
-    for key in ("checkpoint", "teacher_size", "layer", "final_norm"):
+    for key in ("checkpoint", "teacher_size", "layer", "output"):
         if key not in parameters and non_default_options(config, [SETTINGS[key]]):
             raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: omit it")
     return Teacher(build(**{key: arguments[key] for key in parameters}), settings)

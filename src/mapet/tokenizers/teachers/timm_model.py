@@ -29,7 +29,7 @@ class TimmFeatures(nn.Module):
     std: Tensor
 
     def __init__(
-        self, teacher: str, checkpoint: str | None, channels: int, teacher_size: Size | None, layer: int, final_norm: bool
+        self, teacher: str, checkpoint: str | None, channels: int, teacher_size: Size | None, layer: int, output: str
     ) -> None:  # fmt: skip
         """Create the model with its weights, and look up how it takes images.
 
@@ -39,19 +39,26 @@ class TimmFeatures(nn.Module):
             channels: channels of the images. If the model has mean and std for another number, their average is taken for every channel.
             teacher_size: (h, w) of the images; None: the model's own.
             layer: index of the feature map; negative ones count from the last.
-            final_norm: apply the model's last normalization (k-CLIP does not: it takes the last stage before the attention pool).
+            output: 'block', the feature map as it is (k-CLIP); 'norm', after the model's final norm; 'projection', after final norm and
+                head, of a CLIP its visual projection (BEiT v2's VQ-KD).
 
         Raises:
-            MapetError: the weights cannot be had or are another model's, or the model has no such features.
+            MapetError: the weights cannot be had or are another model's, or the model has no such features, final norm or projection.
         """
         super().__init__()
-        self.name, self.final_norm = teacher, final_norm
+        self.name, self.output = teacher, output
         self.model = _create(teacher, checkpoint, channels, teacher_size)
         count = len(self.model.feature_info)
         if not -count <= layer < count:
             allowed = f"must be from {-count} to {count - 1}, got {layer}"
             raise MapetError(f"teacher '{teacher}' has {count} feature maps: {option('teacher_layer')} {allowed}")
         self.layer = layer % count
+        norm, head = (getattr(self.model, name, None) for name in ("norm", "head"))
+        no_norm = isinstance(norm, nn.Identity | None)  # a ResNet has none, a BEiT normalizes the mean of its tokens
+        if (no_norm and output != "block") or (output == "projection" and not isinstance(head, nn.Linear)):
+            problem = f"teacher '{teacher}' has no {output} that applies to patch tokens"
+            fix = f"give {option('teacher_output', 'block')} or choose another teacher"
+            raise MapetError(f"{problem}: {fix}", field="teacher_output", value=output)
         config = timm.data.resolve_model_data_config(self.model)
         self.image_size: tuple[int, int] = teacher_size or tuple(config["input_size"][1:])
         self.metadata = {"prefix_tokens_dropped": getattr(self.model, "num_prefix_tokens", 0)}
@@ -71,11 +78,17 @@ class TimmFeatures(nn.Module):
         normalized = (images - self.mean) / self.std
         try:
             (features,) = self.model.forward_intermediates(
-                normalized, indices=[self.layer], norm=self.final_norm, intermediates_only=True, output_fmt="NCHW"
+                normalized,
+                indices=[self.layer],
+                norm=self.output != "block",
+                intermediates_only=True,
+                output_fmt="NCHW",
             )
         except AssertionError as error:  # timm's check of the image size
             wrong = f"takes no views of {format_size(images.shape[2:])} px: {error}"
             raise MapetError(f"teacher '{self.name}' {wrong}; change or omit {option('teacher_image_size')}") from None
+        if self.output == "projection":
+            features = self.model.head(features.movedim(1, -1)).movedim(-1, 1)
         return features
 
 
