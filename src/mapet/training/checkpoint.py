@@ -31,12 +31,14 @@ STATE, FORMAT = "trainer_state.json", 1
 BUNDLE, BUNDLE_FORMAT = "bundle.json", 1
 """The same of a debug bundle: the weights and image ids of skipped steps, for `mapet debug-step`."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GROUP_STEP = "group.step"
+"""Name in a checkpoint of the step count that some optimizers (timm's lamb, adan) keep for a parameter group, not for each parameter."""
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What reading a damaged file, or loading its tensors into another model, raises."""
 
 
 class OtherInputsError(MapetError):
-    """A checkpoint was made from another tokenizer, or other images, than there are now."""
+    """A checkpoint was made from another tokenizer, other images or parameters of other names than there are now."""
 
 
 def save_checkpoint(
@@ -110,23 +112,42 @@ def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) 
 
     Args:
         model: may be sharded over ranks (FSDP); its tensors are gathered.
-        optimizer: of the model.
+        optimizer: of parameters of the model.
         stateful: further objects whose `state_dict()` is flat, name -> tensor; the keyword is their name in the checkpoint.
 
     Returns:
-        File name without suffix -> name -> tensor. 'model': its state dict. 'optimizer': 'INDEX.NAME' for each state of the
-        parameter with that index in the optimizer's groups, e.g. '0.exp_avg'. 'metrics_state': 'OBJECT.NAME' for the states of
-        `stateful`; this file is omitted if they have none. With sharding 'model' is empty on ranks other than 0.
+        File name without suffix -> name -> tensor. 'model': its state dict. 'optimizer': see `optimizer_tensors`. 'metrics_state':
+        'OBJECT.NAME' for the states of `stateful`; this file is omitted if they have none. With sharding 'model' is empty on ranks
+        other than 0.
     """
-    optimizer_state: dict[str, Tensor] = {}
     other_state: dict[str, Tensor] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            optimizer_state[f"{index}.{name}"] = full_tensor(torch.as_tensor(value))
     for prefix, stateful_object in stateful.items():
         other_state |= {f"{prefix}.{name}": value for name, value in stateful_object.state_dict().items()}
-    parts = {"model": full_state_dict(model), "optimizer": optimizer_state}
+    parts = {"model": full_state_dict(model), "optimizer": optimizer_tensors(model, optimizer)}
     return parts | {"metrics_state": other_state} if other_state else parts
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state (Adam's moments, ...) by the names of the model's parameters; a collective call.
+
+    Args:
+        model: the optimizer's parameters are among its parameters; sharded ones (FSDP) are gathered.
+        optimizer: read only.
+
+    Returns:
+        'PARAMETER/STATE' -> full tensor, e.g. 'head.weight/exp_avg'. A Python number is a tensor without dimensions of dtype int64,
+        float64 or bool. A step count of the parameter's group is the state `GROUP_STEP`.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        counter = {GROUP_STEP: int(group["step"])} if "step" in group else {}
+        for parameter in group["params"]:
+            for state, value in (counter | optimizer.state.get(parameter, {})).items():
+                exact = torch.float64 if isinstance(value, float) else None
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=exact)
+                tensors[f"{names[parameter]}/{state}"] = full_tensor(tensor)
+    return tensors
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,7 +182,7 @@ def load_checkpoint(
 
     Raises:
         NewerFormatError: a newer version of mapet wrote the newest one; loading an older one would lose the newer work unnoticed.
-        OtherInputsError: the newest intact one was made from other inputs.
+        OtherInputsError: the newest intact one was made from other inputs, or its optimizer's state does not fit the model's parameters.
         MapetError: there is no checkpoint, or none is intact. The model may then hold parts of a damaged one.
     """
     candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
@@ -170,7 +191,7 @@ def load_checkpoint(
             state, parts = _read(path, hashes)
             load_full_state_dict(model, parts["model"])
             if optimizer is not None:
-                _load_optimizer(optimizer, parts["optimizer"])
+                _load_optimizer(model, optimizer, parts["optimizer"], path / "optimizer.safetensors")
             if "metrics_state" in parts:
                 for name, stateful_object in stateful.items():
                     tensors, prefix = parts["metrics_state"].items(), f"{name}."
@@ -216,22 +237,47 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
 
-def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
     """Load an optimizer's state (Adam's moments, ...) from a checkpoint, in place of all that it has.
 
-    The options of its parameter groups (learning rate, ...) stay as they are.
+    The parameter groups, their order and their options (learning rate, ...) stay as they are.
 
     Args:
+        model: the optimizer's parameters are among its parameters.
         optimizer: changed in place.
-        tensors: 'INDEX.NAME' -> full tensor, e.g. '0.exp_avg', as `checkpoint_tensors` names them; INDEX counts the parameters of all
-            groups in order. Each tensor is sharded as its parameter is.
+        tensors: as `optimizer_tensors` returns them. Each is sharded as its parameter is.
+        path: of their file, for the error.
+
+    Raises:
+        OtherInputsError: the optimizer has no parameter of a name among `tensors`, or one of another shape; nothing is changed.
     """
-    state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = {parameter: index for index, parameter in enumerate(parameters)}
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter in indices}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = distribute_like(value, parameters[int(index)])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        name, _, entry = key.rpartition("/")
+        parameter = names.get(name)
+        if parameter is None or not _fits(value, parameter):
+            found = "no such parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
+            raise OtherInputsError(
+                f"{path} has optimizer state '{key}' of shape {tuple(value.shape)}, but the model trains {found}: another model or an "
+                f"earlier version of mapet wrote it. Start a new run with a new {option('out')}"
+            )
+        is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64, torch.bool)
+        loaded = value.item() if is_number else distribute_like(value, parameter)
+        state.setdefault(indices[parameter], {})[entry] = loaded
+    content = optimizer.state_dict() | {"state": state}
+    for group in content["param_groups"]:
+        steps = [state[index].pop(GROUP_STEP) for index in group["params"] if GROUP_STEP in state.get(index, {})]
+        group |= {"step": steps[0]} if steps else {}
+    optimizer.load_state_dict(content)
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Return whether an optimizer's state has the parameter's shape, but for dimensions over which an optimizer averages (Adafactor)."""
+    sizes = zip(value.shape, parameter.shape, strict=False)
+    return value.ndim != parameter.ndim or all(found in (1, expected) for found, expected in sizes)
 
 
 # ---- steps with NaN or Inf

@@ -26,6 +26,11 @@ MIN_COMPILE_STEPS = 1000
 """Steps that a run must have for a GPU to win back the time that compiling takes."""
 MAX_WARMUP_START_LR = 1e-6
 """Learning rate of the first step of a warm-up (or the peak, if that is lower)."""
+UNSUPPORTED = {
+    "Adahessian": "it needs second derivatives, which a training step does not compute",
+    "Kron": "it draws random numbers of its own, so that a resumed run would differ from an uninterrupted one",
+}
+"""Class of a timm optimizer that is refused -> why."""
 
 
 class LowPrecision(nn.Module):
@@ -222,16 +227,19 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
             `opt` is 'adam' or 'adamw', as other optimizers have none or others.
 
     Raises:
-        MapetError: timm has no optimizer of this name.
+        MapetError: timm has no optimizer of this name, or it is one of `UNSUPPORTED`.
     """
     try:
-        parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
+        optimizer_class: Any = get_optimizer_class(opt, bind_defaults=False)
     except ValueError:
         problem = f"timm has no optimizer '{opt}': give {option('opt')} adamw, lion, muon, lamb, sgd or another of timm's names"
         raise MapetError(problem, field="opt", value=opt) from None
+    if optimizer_class.__name__ in UNSUPPORTED:
+        problem = f"{option('opt')} {opt}: {UNSUPPORTED[optimizer_class.__name__]}; take adamw, lion, muon, lamb or sgd"
+        raise MapetError(problem, field="opt", value=opt)
     if opt not in ("adam", "adamw"):
         options.pop("betas", None)
-    if "fused" in parameters:
+    if "fused" in inspect.signature(optimizer_class).parameters:
         options["fused"] = True
     return create_optimizer_v2(model, opt, lr=lr, weight_decay=weight_decay, **options)
 
