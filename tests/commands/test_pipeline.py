@@ -23,16 +23,18 @@ from safetensors.torch import load_file
 import mapet
 from mapet.cli import main, run_command
 from mapet.config.pipeline import RunConfig
+from mapet.config.pretraining import PretrainConfig
 from mapet.data.dataset import ViewDataset
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenShard, TokenStore
+from mapet.device import ComputeContext
 from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.step import ForwardBackward
-from mapet.training.tasks.pretraining import load_run
+from mapet.training.tasks.pretraining import PretrainingTask, load_run
 from tests.conftest import PRETRAIN, TINY, all_rows, save_crops
 from tests.refused import refused
 
@@ -335,6 +337,16 @@ def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir
     figures = mapet.report(run=tmp_path / "run", figures_dir=tmp_path / "figures")
     assert (figures / "predictions.png").exists() == ("target" not in options)
     assert mapet.load_backbone(tmp_path / "run").embed_dim == 32
+
+
+def test_blockwise_masks_are_drawn_for_the_number_of_masked_patches(few_digits, tokenizer_dir, tmp_path):
+    """Blocks fill the mask of the ratio; of two ratios that of the larger one."""
+    for ratio, num_context in (((0.25, 0.25), 12), ((0.25, 0.75), 4)):
+        options = PRETRAIN | {"patch_order": "blockwise", "mask_ratio": ratio}
+        config = PretrainConfig(images=few_digits, tokenizer=tokenizer_dir, out=tmp_path, **options)
+        task = PretrainingTask()
+        task.build(config, ComputeContext.from_options("cpu", "float32"))
+        assert (task.dataset.order, task.dataset.num_context) == ("blockwise", num_context)
 
 
 def test_a_drawn_ratio_resumes_exactly(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):

@@ -7,13 +7,23 @@ import torchvision.transforms.v2.functional as tvf
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from mapet.data.dataset import EpochBatchSampler, ViewDataset, create_loader, position_batches
 from mapet.data.image_list import ImageFiles
 from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
-from mapet.data.views import View, ViewSpec, color_jitter, render_view, sample_jitter, sample_permutation, sample_view
+from mapet.data.views import (
+    View,
+    ViewSpec,
+    color_jitter,
+    render_view,
+    sample_blocks,
+    sample_jitter,
+    sample_permutation,
+    sample_view,
+)
 from tests.conftest import all_rows
 from tests.refused import refused
 
@@ -332,30 +342,72 @@ def test_images_are_read_as_files_have_them(crops, photos):
     assert image.shape == (3, 48, 64) and image.dtype == torch.uint8
 
 
-@given(st.sampled_from(["random", "raster", "blockwise"]), st.integers(1, 15), st.integers(1, 15), st.integers(0, 9))
-def test_every_patch_comes_once_in_a_permutation(kind, rows, columns, seed):
-    order = sample_permutation(kind, (rows, columns), np.random.default_rng(seed))
+@given(st.sampled_from(["random", "raster", "blockwise"]), st.integers(1, 15), st.integers(1, 15), st.data())
+def test_every_patch_comes_once_in_a_permutation(kind, rows, columns, data):
+    seed, num_context = data.draw(st.integers(0, 9)), data.draw(st.integers(0, rows * columns))
+    order = sample_permutation(kind, (rows, columns), num_context, np.random.default_rng(seed))
     assert sorted(order) == list(range(rows * columns))
-    assert np.array_equal(order, sample_permutation(kind, (rows, columns), np.random.default_rng(seed)))
+    again = sample_permutation(kind, (rows, columns), num_context, np.random.default_rng(seed))
+    assert np.array_equal(order, again)
 
 
-def test_blockwise_order_hides_rectangles():
-    """Hidden patches border on visible ones far less often than random ones do, and the first rectangle hides whole."""
+def beit_mask(rng, size=14, num_masked=75, min_area=16, min_aspect=0.3):
+    """Return BEiT's mask and its blocks as (top, left, height, width), by a plain loop over algorithm 1 of arXiv 2106.08254.
 
-    def border(kind, p=98):
-        found = []
-        for seed in range(100):
-            hidden = np.zeros(196, dtype=int)
-            hidden[sample_permutation(kind, (14, 14), np.random.default_rng(seed))[-p:]] = 1
-            hidden = hidden.reshape(14, 14)
-            found.append(np.abs(np.diff(hidden, axis=0)).sum() + np.abs(np.diff(hidden, axis=1)).sum())
-        return np.mean(found)
+    As in BEiT's code, a block is drawn up to 10 times, and the mask is left incomplete if none of the draws fits.
+    """
+    masked, blocks = set(), []
+    while len(masked) < num_masked:
+        missing = num_masked - len(masked)
+        for _ in range(10):
+            area = min_area + (missing - min_area) * rng.random()
+            aspect = min_aspect ** (1 - 2 * rng.random())
+            height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if height >= size or width >= size:
+                continue
+            top, left = int(rng.random() * (size - height + 1)), int(rng.random() * (size - width + 1))
+            block = {(y, x) for y in range(top, top + height) for x in range(left, left + width)}
+            if 0 < len(block - masked) <= missing:
+                masked |= block
+                blocks.append((top, left, height, width))
+                break
+        else:
+            break
+    return masked, blocks
 
-    assert border("random") > 170  # 364 pairs of neighbors, half of them unlike
-    assert border("blockwise") < 0.4 * border("random")
+
+def test_blockwise_masks_are_those_of_beit():
+    """Exactly p patches are masked, in as many connected components, and in a first block of such sizes, as BEiT's."""
+    rng, num_draws = np.random.default_rng(0), 1000
+    expected = [beit_mask(rng) for _ in range(num_draws)]
+    expected_components, components, first_area = [], [], []
+    for masked, _ in expected:
+        image = np.zeros((14, 14))
+        image[tuple(zip(*masked, strict=True))] = 1
+        expected_components.append(ndimage.label(image)[1])  # 4-connected
+    for _ in range(num_draws):
+        order = sample_permutation("blockwise", (14, 14), 196 - 75, rng)
+        image = np.zeros(196)
+        image[order[-75:]] = 1
+        assert image.sum() == 75
+        components.append(ndimage.label(image.reshape(14, 14))[1])
+        first_area.append(len(sample_blocks((14, 14), 75, rng)[0]))
+    # BEiT leaves half a patch an image out, which here a further small block adds.
+    assert 1.35 < np.mean(expected_components) < 1.55
+    assert np.mean(components) == pytest.approx(np.mean(expected_components), abs=0.15)
+    expected_area = [blocks[0][2] * blocks[0][3] for _, blocks in expected]
+    assert np.mean(first_area) == pytest.approx(np.mean(expected_area), abs=2.5)
+
+
+def test_last_patches_of_a_blockwise_order_are_the_first_block():
     for seed in range(50):
-        order = sample_permutation("blockwise", (14, 14), np.random.default_rng(seed))
+        order = sample_permutation("blockwise", (14, 14), 49, np.random.default_rng(seed))
         first = min(  # the smallest number of last patches, 16 at least or nearly so, that is a rectangle
-            (p for p in range(12, 90) if np.prod(np.ptp(np.divmod(order[-p:], 14), axis=1) + 1) == p), default=None
+            (p for p in range(12, 148) if np.prod(np.ptp(np.divmod(order[-p:], 14), axis=1) + 1) == p), default=None
         )
         assert first is not None
+
+
+def test_grid_that_no_block_fits_has_a_random_mask():
+    assert sample_blocks((1, 9), 4, np.random.default_rng(0)) == []
+    assert sample_blocks((14, 14), 0, np.random.default_rng(0)) == []

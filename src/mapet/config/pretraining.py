@@ -22,7 +22,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
     mask_ratio: shared.Ratio = (0.75, 0.75)
     """Fraction of the patches to predict, above 0 to 1 (0.75: 147 of 196); two numbers: drawn between them at each step."""
     patch_order: Literal["random", "blockwise", "raster"] = "random"
-    """Order in which patches are revealed and predicted: random; blockwise (masked patches form rectangles, as in BEiT); raster."""
+    """Order in which patches are revealed and predicted: random; blockwise (masked patches form BEiT's blocks); raster."""
     separate_query_token: bool = False
     """Give query tokens a parameter of their own instead of the mask token's."""
     num_predict: PositiveInt | None = None

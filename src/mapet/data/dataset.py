@@ -96,6 +96,7 @@ class ViewDataset(Dataset[Batch]):
         teacher_size: (h, w) of `Batch.teacher_images`, the same view at the teacher's size; None: without.
         store: token ids, the targets; one of its views is drawn instead of a new one.
         grid: rows and columns of patches to draw a permutation of, in an order of kind `order`; None: without.
+        num_context: c of `views.sample_permutation`.
         jitter: strength of color jitter of `Batch.images` (never of the teacher's). A batch holds its three factors;
             they are applied with normalization, on the device: see `views.normalize`.
         num_branches: residual branches of the student, to draw `Batch.drop_path_rand`; 0: without.
@@ -112,6 +113,7 @@ class ViewDataset(Dataset[Batch]):
     store: TokenStore | None = None
     grid: tuple[int, int] | None = None
     order: PermutationKind = "random"
+    num_context: int = 0
     jitter: float = 0.0
     num_branches: int = 0
     augment: Callable[[Tensor], Tensor] | None = None
@@ -176,7 +178,7 @@ class ViewDataset(Dataset[Batch]):
             view_index = int(rng.integers(self.store.num_views))
             sample["targets"] = self.store.read(image_index, view_index)
         if self.grid is not None:
-            sample["permutation"] = views.sample_permutation(self.order, self.grid, rng)
+            sample["permutation"] = views.sample_permutation(self.order, self.grid, self.num_context, rng)
         if self.jitter:
             sample["jitter"] = views.sample_jitter(self.jitter, rng)
         if self.num_branches:

@@ -23,10 +23,12 @@ from mapet.data.readers import REDUCTIONS, Box, LazyImage
 from mapet.errors import MapetError, option
 
 PermutationKind = Literal["random", "blockwise", "raster"]
-BLOCK_AREA = 16 / 196, 75 / 196
-"""Smallest and largest area of a block of BEiT's, as a fraction of the image."""
+MIN_BLOCK_AREA = 16 / 196
+"""Smallest area of a block of BEiT's, as a fraction of the image."""
 MIN_BLOCK_ASPECT = 0.3
 """Smallest height over width of a block of BEiT's; the largest is one over it."""
+MAX_BLOCK_DRAWS = 1000
+"""Draws of blocks for one mask, after which the patches that are missing are random ones. At 14 x 14 about 20 are needed."""
 MAX_CROP_ASPECT = 4 / 3
 """Largest width over height of a random crop, relative to the student's input; the smallest is one over it (torchvision's)."""
 MAX_CROP_DRAWS = 10
@@ -188,39 +190,66 @@ def normalize(
     return pixels.div_(255).sub_(mean).div_(std)
 
 
-def sample_permutation(kind: PermutationKind, grid: tuple[int, int], rng: np.random.Generator) -> Int[np.ndarray, " N"]:
+def sample_permutation(
+    kind: PermutationKind, grid: tuple[int, int], num_context: int, rng: np.random.Generator
+) -> Int[np.ndarray, " N"]:
     """Draw the order in which an image's patches are revealed and then predicted.
 
     Args:
-        kind: random: each order is as likely. raster: left to right, top to bottom. blockwise: BEiT's rectangles (arXiv
-            2106.08254, algorithm 1) are laid one over the other until they cover the image; the patches that the first
-            rectangle covers are predicted last, in random order, before them those that the second one adds, and so on. So
-            the last p patches are a blockwise mask of exactly p patches.
+        kind: random: each order is as likely. raster: left to right, top to bottom. blockwise: the last N - c patches are a blockwise
+            mask, as `sample_blocks` draws it. The patches of its first block are predicted last, in random order, before them those
+            that the second block adds, and so on.
         grid: rows and columns of patches.
+        num_context: c, number of patches that are not masked, 0 to N; only blockwise orders depend on it.
 
     Returns:
         Row-major indices of the patches, every one once.
     """
-    rows, columns = grid
-    count = rows * columns
+    num_patches = math.prod(grid)
     if kind == "raster":
-        return np.arange(count)
+        return np.arange(num_patches)
     if kind == "random":
-        return rng.permutation(count)
-    free = np.ones(grid, dtype=bool)
-    covered: list[np.ndarray] = []  # by each rectangle, and by none before it
-    while free.any() and len(covered) < count:  # at most so many rectangles, which may leave patches free
-        area = count * rng.uniform(*BLOCK_AREA)
+        return rng.permutation(num_patches)
+    blocks = [rng.permutation(block) for block in sample_blocks(grid, num_patches - num_context, rng)]
+    others = np.setdiff1d(np.arange(num_patches), np.concatenate([[], *blocks]))
+    return np.concatenate([rng.permutation(others), *reversed(blocks)]).astype(np.int64)
+
+
+def sample_blocks(grid: tuple[int, int], num_masked: int, rng: np.random.Generator) -> list[Int[np.ndarray, " n"]]:
+    """Draw the blocks of a blockwise mask of BEiT's (arXiv 2106.08254, algorithm 1; `masking_generator.py` of its code).
+
+    A block's area is uniform between `MIN_BLOCK_AREA` and what the mask still misses, its aspect ratio log-uniform, its place uniform. It
+    is drawn again if it is as high or as wide as the image, masks nothing new, or more than what is missing. BEiT gives up after 10
+    such draws in a row and masks fewer patches than asked for; here draws continue, so that all images of a batch have the same number.
+
+    Args:
+        grid: rows and columns of patches.
+        num_masked: number of patches to mask, 0 to N.
+
+    Returns:
+        Row-major indices of the patches that each block masks and no block before it; `num_masked` in all. They are fewer only after
+        `MAX_BLOCK_DRAWS` draws, as in a grid of a single row, which no block fits.
+    """
+    rows, columns = grid
+    patches, free = np.arange(rows * columns).reshape(grid), np.ones(grid, dtype=bool)
+    blocks: list[np.ndarray] = []
+    min_area, missing = free.size * MIN_BLOCK_AREA, num_masked
+    for _ in range(MAX_BLOCK_DRAWS):
+        if not missing:
+            break
+        area = rng.uniform(min(min_area, missing), max(min_area, missing))
         aspect = math.exp(rng.uniform(math.log(MIN_BLOCK_ASPECT), -math.log(MIN_BLOCK_ASPECT)))
-        height = min(rows, max(1, round(math.sqrt(area * aspect))))
-        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= rows or width >= columns:
+            continue
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-        block = np.zeros(grid, dtype=bool)
-        block[top : top + height, left : left + width] = True
-        covered.append(rng.permutation(np.flatnonzero(block & free)))
-        free &= ~block
-    covered.append(rng.permutation(np.flatnonzero(free)))
-    return np.concatenate(covered)[::-1].copy()
+        inside = slice(top, top + height), slice(left, left + width)
+        new = patches[inside][free[inside]]
+        if 0 < len(new) <= missing:
+            blocks.append(new)
+            free[inside] = False
+            missing -= len(new)
+    return blocks
 
 
 @contextmanager

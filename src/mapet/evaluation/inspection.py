@@ -296,7 +296,8 @@ def inspect_model(
     sample = TokenSampler(tokenizer, compute).sample(images, drawn.tolist(), num_images)
     index = sample.image_index[:num_shown]
     generators = [np.random.default_rng([0, images.key(i), 0]) for i in index.tolist()]
-    permutation = torch.from_numpy(np.stack([sample_permutation(order, sample.grid, rng) for rng in generators]))
+    orders = [sample_permutation(order, sample.grid, model.num_context, rng) for rng in generators]
+    permutation = torch.from_numpy(np.stack(orders))
     inputs = normalize(compute.to(sample.images[:num_shown]), vit.in_chans)
     batch = Batch(index, inputs, permutation=compute.to(permutation))
     logits = model.predict(batch).cpu() if model.target == "tokens" else None

@@ -222,7 +222,8 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         spec = store.view_spec if store else ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
             images, spec, vit.in_chans, size, None if teacher is None else teacher.image_size, store, tuple(vit.patch_embed.grid_size),
-            config.patch_order, config.color_jitter, num_branches=2 * len(vit.blocks) if config.drop_path else 0, seed=config.seed,
+            config.patch_order, self.model.num_context, config.color_jitter,
+            num_branches=2 * len(vit.blocks) if config.drop_path else 0, seed=config.seed,
         )  # fmt: skip
         self.hashes = {"tokenizer_hash": tokenizer.hash, "images_hash": images.hash}
         if config.target == "tokens":
