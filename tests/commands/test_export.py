@@ -331,6 +331,25 @@ def test_a_wrong_export_is_not_left(change, run_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_card_s_features_are_those_of_the_options(tmp_path):
+    vit = save_vit(tmp_path / "vit")
+    out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", pool="2x2", layers=(0, -1))
+    card = (out / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("features = ")]
+    pixels = torch.randn(2, 3, 32, 32)
+    names = {"mapet": mapet, "model": load_backbone(out), "pixels": pixels}
+    exec(line, names)
+    expected = torch.cat(
+        [vit.forward_intermediates(pixels, [i], norm=True, intermediates_only=True)[0] for i in (0, 1)], 1
+    )
+    torch.testing.assert_close(
+        names["features"], expected.unflatten(2, (2, 2)).unflatten(4, (2, 2)).mean((3, 5)).flatten(1)
+    )
+    with refused(2, field="layers", value=2):
+        mapet.export(backbone=tmp_path / "vit", out=tmp_path / "other", layers=(2,))
+    assert not (tmp_path / "other").exists()
+
+
 def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -29,6 +29,8 @@ from mapet.data.sources import list_images
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
+from mapet.evaluation.datasets import LabeledSet
+from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
@@ -411,13 +413,23 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         "num_heads=1",
         "--pretrain.batch-size",
         "100",
+        "--pretrain.pool",
+        "2x2",
     ]
     argv = [str(word) for word in argv]
     with monkeypatch.context() as patch:
         StopAt(patch, 4)
         assert main(argv) == 130
     assert main([*argv, "--resume"]) == 0
-    assert RunState.read(tmp_path / "run").results["evaluation"]["data"]["test_images"] == 360
+    evaluation = RunState.read(tmp_path / "run").results["evaluation"]
+    assert evaluation["data"]["test_images"] == 360 and evaluation["features"] == "pool 2x2, layers -1"
+    sets, compute = (
+        sample_for_probe(LabeledSet.from_images(list_images(few_digits))),
+        ComputeContext.from_options("cpu"),
+    )
+    found = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    online = online_probe(mapet.load_backbone(tmp_path / "run"), *sets, compute, pool="2x2")
+    assert {name: found[-1][name] for name in online} == online
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0

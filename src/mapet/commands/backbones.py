@@ -27,6 +27,7 @@ from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
+from mapet.models.pooling import pooled_features
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
 from mapet.reports.model_card import read_provenance, render_model_card
 from mapet.reports.plots import plot_neighbors, save_figure
@@ -72,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     info = {
         "images": f"{config.images} ({len(data.train):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
-        "features": f"pool {config.pool}, layers {' '.join(map(str, config.layers))}",
+        "features": config.features_description,
         "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
     }
     if data.train.classes:
@@ -203,8 +204,9 @@ def export(config: ExportConfig) -> Path:
         config: options of `mapet export`.
 
     Raises:
-        MapetError: a library is missing, the backbone cannot be loaded or does not fit a format, its outputs are NaN or infinite, an
-            export's outputs differ by more than `TOLERANCE`, or `config.images` are unreadable; then nothing is written.
+        MapetError: a library is missing, the backbone cannot be loaded, lacks features of the options `pool` and `layers` or does not
+            fit a format, its outputs are NaN or infinite, an export's outputs differ by more than `TOLERANCE`, or `config.images` are
+            unreadable; then nothing is written.
     """
     formats: list[str] = list(dict.fromkeys(["timm", *config.format]))
     for name in formats:
@@ -214,7 +216,7 @@ def export(config: ExportConfig) -> Path:
     views, description = _make_sample(config, vit)
     pixels = normalize(views, vit.in_chans)
     expected = compute_outputs(ExportWrapper(vit), pixels)
-    for output in expected.values():
+    for output in [*expected.values(), pooled_features(vit, pixels, config.pool, config.layers)]:
         check_finite_features(output, config.backbone)
     differences: dict[str, float] = {}
     with atomic_write(config.out) as folder:

@@ -83,7 +83,9 @@ def run(config: RunConfig) -> Path:
             _, test = load_train_test(config.images, config.test_images)
             data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
             untrained, pretrained = result.values()
-            record(config.out, results={"evaluation": {"untrained": untrained, "pretrained": pretrained, "data": data}})
+            features = config.pretrain.features_description
+            evaluation = {"untrained": untrained, "pretrained": pretrained, "data": data, "features": features}
+            record(config.out, results={"evaluation": evaluation})
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
     log.info("report in one page: %s", config.out / REPORT_FILE)
@@ -135,7 +137,7 @@ def _plan(config: RunConfig) -> list[Stage]:
         stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training),
         stage(
             commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
-            test_images=config.test_images, protocols=["logistic", "knn"],
+            test_images=config.test_images, protocols=["logistic", "knn"], pool=config.pretrain.pool, layers=config.pretrain.layers,
         ),
         stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures, trust_teacher=trusted),
     ]  # fmt: skip

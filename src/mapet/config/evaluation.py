@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config import shared
-from mapet.config.base import Config
 from mapet.errors import option
 
 
@@ -147,7 +146,7 @@ class EmbedConfig(shared.FeatureOptions, shared.UnreadableImageOptions, shared.D
     """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
-class ExportConfig(Config):
+class ExportConfig(shared.FeatureOptions):
     """Options of `export`."""
 
     backbone: shared.BackboneSource

@@ -10,7 +10,7 @@ from mapet.config import shared
 from mapet.errors import option
 
 
-class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions):
+class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.FeatureOptions):
     """Options of `pretrain` but for images, tokenizer, output folder and device; a section of `run` and `study`."""
 
     objective: str = "mapet"

@@ -66,12 +66,17 @@ DEFAULT_POOL: Pool = "mean"
 
 
 class FeatureOptions(Config):
-    """Features of an image."""
+    """Features of an image, for probes and everything else that takes frozen features."""
 
     pool: Pool = DEFAULT_POOL
     """Pooling of a layer's feature map: mean (of all patches), cls (the class token), 2x2 or 3x3 (means of that many cells, concatenated)."""
     layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
     """Layers whose features are concatenated: a ViT's blocks, another network's stages, from 0; negative ones count from the last, -1."""
+
+    @property
+    def features_description(self) -> str:
+        """Text of both options for reports, e.g. 'pool mean, layers -1'."""
+        return f"pool {self.pool}, layers {' '.join(map(str, self.layers))}"
 
 
 class ImageOptions(Config):

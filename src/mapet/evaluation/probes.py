@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mapet.config.shared import DEFAULT_POOL, Pool
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
@@ -481,32 +482,38 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
     return train.sample(MAX_TRAIN), test.sample(MAX_TEST)
 
 
-def extract_features(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> FeatureCache:
-    """Compute the features of the images by a ViT, of the last layer and the default pooling; unreadable images are excluded.
+def extract_features(
+    vit: VisionTransformer, data: LabeledSet, compute: ComputeContext, layers: Sequence[int] = (-1,), pool: Pool = DEFAULT_POOL
+) -> FeatureCache:  # fmt: skip
+    """Compute the features of the images by a ViT; unreadable images are excluded.
 
     Args:
         vit: on `compute.device`; it is in eval mode meanwhile, and afterwards in the mode that it was in.
         data: images with labels; without labels all are 0.
         compute: device and precision.
+        layers, pool: see `pooled_features`.
 
     Raises:
         MapetError: a feature is NaN or infinite, or more than half of the images are unreadable.
     """
-    return FeatureCache.extract(BackboneWrapper.from_vit(vit, compute), data, CacheConfig(progress=False))
+    backbone = BackboneWrapper.from_vit(vit, compute)
+    return FeatureCache.extract(backbone, data, CacheConfig(progress=False), layers, pool)
 
 
 def online_probe(
-    vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext
-) -> dict[str, float]:
+    vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext, layers: Sequence[int] = (-1,),
+    pool: Pool = DEFAULT_POOL,
+) -> dict[str, float]:  # fmt: skip
     """Measure a ViT's frozen features during pre-training by logistic regression, with C = `ONLINE_C`, and k-NN on them.
 
-    Features are those of `extract_features`; the ViT is in eval mode meanwhile, and not changed.
+    The ViT is in eval mode meanwhile, and not changed.
 
     Args:
         vit: on `compute.device`.
         train: labeled images that the probes are fitted on.
         test: labeled images of the same classes.
         compute: device and precision.
+        layers, pool: of the features, see `pooled_features`.
 
     Returns:
         'probe/logistic' and 'probe/knn' -> top-1 accuracy on the readable images of `test`, 0 to 1.
@@ -514,5 +521,5 @@ def online_probe(
     Raises:
         MapetError: a feature is NaN or infinite, or more than half of the images of a set are unreadable.
     """
-    train_cache, test_cache = (extract_features(vit, data, compute) for data in (train, test))
+    train_cache, test_cache = (extract_features(vit, data, compute, layers, pool) for data in (train, test))
     return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache, ONLINE_C).items()}

@@ -466,10 +466,11 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     wrapper = BackboneWrapper.load(
         f"{'' if pretrained else RANDOM_PREFIX}{run}", ComputeContext.from_options(device), seed
     )
-    train = FeatureCache.extract(wrapper, load_train_test(images, config.test_images)[0], cache)
+    features = config.pretrain.layers, config.pretrain.pool
+    train = FeatureCache.extract(wrapper, load_train_test(images, config.test_images)[0], cache, *features)
     scores: dict[str, float] = {}
     for name, folder in {"": config.test_images, **config.ood_images}.items():
-        test = FeatureCache.extract(wrapper, load_train_test(images, folder)[1], cache)
+        test = FeatureCache.extract(wrapper, load_train_test(images, folder)[1], cache, *features)
         suffix = f" on {name}" if name else ""
         scores |= {metric + suffix: accuracy for metric, accuracy in probe_accuracy(train, test).items()}
     shared = {"backbone": run, "images": images, "test_images": config.test_images, "device": device, "seed": seed}

@@ -350,7 +350,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         every = self.config.probe_every or max(1, self.config.epochs // 5)
         if self.probe_sets is None or (epoch % every and epoch != self.config.epochs):
             return {}
-        return online_probe(module, *self.probe_sets, self.compute)
+        return online_probe(module, *self.probe_sets, self.compute, self.config.layers, self.config.pool)
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
