@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 from mapet.data.sources import list_images
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test, split_train_test
 from mapet.evaluation.features import FeatureCache
-from mapet.evaluation.probes import fit_logistic, probe_accuracy
+from mapet.evaluation.logistic_regression import fit_logistic
+from mapet.evaluation.probes import probe_accuracy
 from mapet.tokenizers.feature_store import FeatureStore
 from tests.refused import refused
 

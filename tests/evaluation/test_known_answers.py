@@ -13,7 +13,7 @@ from torch import nn
 from mapet.config.evaluation import EvaluateConfig
 from mapet.data.sources import list_images
 from mapet.device import ComputeContext
-from mapet.evaluation import probes, protocols
+from mapet.evaluation import logistic_regression, probes, protocols
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import EvalContext, EvalData
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
@@ -134,7 +134,7 @@ def test_neighbors_are_the_nearest_colors(sets, tmp_path):
 
 
 def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
-    """C = 0.1 below 10 images a class; standardized by all training images, of which only the split's labels are read."""
+    """C = 0.1 below 20 images a class; standardized by all training images, of which only the split's labels are read."""
     close = {"a": (150, 110, 110), "b": (110, 150, 110), "c": (110, 110, 150)}
     parts = [
         LabeledSet.from_images(list_images(save(tmp_path / part, close, 40, seed, spread=60)))
@@ -197,7 +197,7 @@ def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(protocols, "CORRUPTIONS", {"brightness": protocols.CORRUPTIONS["brightness"]})
     monkeypatch.setattr(protocols, "SEVERITIES", (1, 5))
-    monkeypatch.setattr(probes, "C_CANDIDATES", (1e3,))  # boundaries in the middle between grays
+    monkeypatch.setattr(logistic_regression, "C_CANDIDATES", (1e3,))  # boundaries in the middle between grays
     context = context_of(EvalData(*parts), tmp_path)
     outcome = PROTOCOLS["corruptions"].run(context)
     assert outcome.details["errors"] == {"brightness": pytest.approx([0, 2 / 3])}

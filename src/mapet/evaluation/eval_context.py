@@ -18,7 +18,8 @@ from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
 from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.probes import KNN_K, LogisticProbe, fit_logistic, nearest_neighbors
+from mapet.evaluation.logistic_regression import LogisticProbe, fit_logistic
+from mapet.evaluation.probes import KNN_K, nearest_neighbors
 
 NUM_SHOWN = 8
 """Neighbors of each image in the figure, at most."""
@@ -273,7 +274,7 @@ class EvalContext:
     @property
     def classifier(self) -> str:
         """Description of what `classify` uses: the model's own classifier if it has one with class names, else the linear probe."""
-        return "own classifier" if self.backbone.classes else f"logistic, C {self.logistic.C:g}"
+        return "own classifier" if self.backbone.classes else f"logistic, {self.logistic.selected}"
 
     def pooled(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         """Return the features of uint8 images by the options `layers` and `pool`, as in `train`, float32 on the CPU.

@@ -28,7 +28,8 @@ from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize,
 from mapet.device import ComputeContext
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
-from mapet.evaluation.probes import ONLINE_C, extract_features, fit_logistic, nearest_neighbors, sample_for_probe
+from mapet.evaluation.logistic_regression import fit_logistic
+from mapet.evaluation.probes import extract_features, nearest_neighbors, sample_for_probe
 from mapet.evaluation.token_metrics import TokenPair
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer
@@ -371,7 +372,7 @@ def retrieve_images(
     features, confusion = test_cache.layer_features(), None
     if train.classes:
         num_classes = len(train.classes)
-        probe = fit_logistic(train_cache.layer_features(), train_cache.labels, num_classes, C=ONLINE_C)
+        probe = fit_logistic(train_cache.layer_features(), train_cache.labels, num_classes)
         confusion = confusion_matrix(test_cache.labels, probe(features).argmax(1), labels=range(num_classes))
     # Rows of the cache are in random order; sorted by image, the queries are spread evenly over the list of images.
     spread = np.linspace(0, len(test_cache) - 1, min(NUM_QUERIES, len(test_cache))).round().astype(int)

@@ -1,16 +1,12 @@
-"""Classifiers on frozen features: logistic regression, weighted k-NN, SGD linear probes, the attentive probe."""
+"""Classifiers on frozen features: weighted k-NN, SGD linear probes, the attentive probe; `logistic_regression` has the linear probe."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,13 +16,10 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
+from mapet.evaluation.logistic_regression import fit_logistic
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
 """Neighbors, and temperature of their votes: DINO's (arXiv 2104.14294, appendix F.1)."""
-C_CANDIDATES, C_FEW, FEW_PER_CLASS = (0.01, 0.1, 1.0), 0.1, 10
-"""Values of C that logistic regression chooses from, and the one it takes below `FEW_PER_CLASS` training images per class."""
-LOGISTIC_ITERATIONS, CHOICE_ITERATIONS = 300, 100
-"""Most iterations of logistic regression, and of one that is fitted only to choose C."""
 SGD_LEARNING_RATES, SGD_BASE_BATCH_SIZE = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0), 256
 """Learning rates that SGD probes choose from, for that batch size; they are scaled in proportion to the batch size."""
 MIN_BATCH_SIZE, MAX_BATCH_SIZE, MIN_STEPS_PER_EPOCH = 64, 1024, 32
@@ -37,100 +30,26 @@ HEAD_DIM = 64
 """Width of an attention head of the attentive probe."""
 MIN_IMAGES = 10
 """Training images that the probes that choose a learning rate need at least."""
-MAX_TRAIN, MAX_TEST, ONLINE_C = 2000, 1000, 0.1
-"""Images of the online probe, at most; C of its linear probe, fixed so that it is fitted once."""
+MAX_TRAIN, MAX_TEST = 2000, 1000
+"""Images of the online probe, at most."""
 
 
-def probe_accuracy(train: FeatureCache, test: FeatureCache, C: float | None = None) -> dict[str, float]:
+def probe_accuracy(train: FeatureCache, test: FeatureCache) -> dict[str, float]:
     """Measure the top-1 accuracy of logistic regression and of weighted k-NN on features.
 
     Args:
         train: features and labels of training images.
         test: features and labels of test images, of the same layers.
-        C: inverse strength of the L2 penalty of logistic regression; None: it is chosen on held-out training images, see `fit_logistic`.
 
     Returns:
         'logistic' and 'knn' (of `KNN_K` neighbors) -> accuracy on the readable test images, 0 to 1.
     """
     features, num_classes = test.layer_features(), int(train.labels.max()) + 1
     scores = {
-        "logistic": fit_logistic(train.layer_features(), train.labels, num_classes, C)(features),
+        "logistic": fit_logistic(train.layer_features(), train.labels, num_classes)(features),
         "knn": knn_scores(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K)),
     }
     return {name: float((score.argmax(1) == test.labels).double().mean()) for name, score in scores.items()}
-
-
-# ---- logistic regression
-
-
-@dataclass(frozen=True)
-class LogisticProbe:
-    """Multinomial logistic regression on standardized features, as one linear map to K classes.
-
-    Attributes:
-        mean, scale: mean and standard deviation of each feature, that features are standardized with.
-        weight: (K, D), for standardized features; zero for classes without training images.
-        bias: -inf for classes without training images, which are never predicted.
-        C: inverse strength of the L2 penalty.
-    """
-
-    mean: Float[Tensor, " D"]
-    scale: Float[Tensor, " D"]
-    weight: Float[Tensor, "K D"]
-    bias: Float[Tensor, " K"]
-    C: float
-
-    def __call__(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
-        """Compute the logits of the K classes, on the CPU, from features on any device that are not standardized yet."""
-        return (features.cpu() - self.mean) / self.scale @ self.weight.T + self.bias
-
-
-def fit_logistic(
-    features: Float[Tensor, "n D"], labels: Int[Tensor, " n"], num_classes: int, C: float | None = None,
-    scaler: StandardScaler | None = None,
-) -> LogisticProbe:  # fmt: skip
-    """Fit the linear probe: multinomial logistic regression on standardized features.
-
-    Args:
-        features: of the training images, on the CPU.
-        labels: class index of each row.
-        num_classes: number of classes, K; classes without training images are never predicted.
-        C: inverse strength of the L2 penalty, as in scikit-learn. None: the best of `C_CANDIDATES` by accuracy on a held-out fifth of the
-            rows; with fewer than `FEW_PER_CLASS` rows per class, on average, `C_FEW`.
-        scaler: standardizes features; None: one is fitted on `features`. In few-shot evaluation it is fitted on all training images.
-
-    Returns:
-        The probe, fitted on all rows, with the C that was used.
-    """
-    scaler = scaler or StandardScaler().fit(features.numpy())
-    mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
-
-    def fit(rows: Int[Tensor, " m"] | slice, C: float, max_iter: int = LOGISTIC_ITERATIONS) -> LogisticProbe:
-        """Fit on some rows, in at most `max_iter` iterations of L-BFGS; that it has not converged by then is no error.
-
-        A class without rows gets the logit -inf; the only class of all rows gets the logit 0.
-        """
-        x, y = (features[rows] - mean) / scale, labels[rows]
-        weight, bias = torch.zeros(num_classes, x.shape[1]), torch.full((num_classes,), -torch.inf)
-        classes = y.unique()
-        bias[classes] = 0.0
-        if len(classes) > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                model = LogisticRegression(C=C, max_iter=max_iter).fit(x.numpy(), y.numpy())
-            fitted = classes[-len(model.coef_) :]  # of two classes scikit-learn gives one logit, that of the second
-            weight[fitted], bias[fitted] = (torch.from_numpy(part).float() for part in (model.coef_, model.intercept_))
-        return LogisticProbe(mean, scale, weight, bias, C)
-
-    if C is None and len(features) < FEW_PER_CLASS * num_classes:
-        C = C_FEW
-    elif C is None:
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        fifth = len(order) // 5
-        val, rest = order[: max(1, fifth)], order[fifth:]
-        candidates = [fit(rest, candidate, CHOICE_ITERATIONS) for candidate in C_CANDIDATES]
-        C = max(candidates, key=lambda probe: int((probe(features[val]).argmax(1) == labels[val]).sum())).C
-    return fit(slice(None), C)
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
@@ -504,7 +423,7 @@ def online_probe(
     vit: VisionTransformer, train: LabeledSet, test: LabeledSet, compute: ComputeContext, layers: Sequence[int] = (-1,),
     pool: Pool = DEFAULT_POOL,
 ) -> dict[str, float]:  # fmt: skip
-    """Measure a ViT's frozen features during pre-training by logistic regression, with C = `ONLINE_C`, and k-NN on them.
+    """Measure a ViT's frozen features during pre-training by logistic regression and k-NN on them.
 
     The ViT is in eval mode meanwhile, and not changed.
 
@@ -522,4 +441,4 @@ def online_probe(
         MapetError: a feature is NaN or infinite, or more than half of the images of a set are unreadable.
     """
     train_cache, test_cache = (extract_features(vit, data, compute, layers, pool) for data in (train, test))
-    return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache, ONLINE_C).items()}
+    return {f"probe/{name}": value for name, value in probe_accuracy(train_cache, test_cache).items()}

@@ -23,6 +23,7 @@ from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import PatchTokenCache
+from mapet.evaluation.logistic_regression import fit_logistic
 
 __all__ = ["PROTOCOLS", "Protocol", "dense"]
 
@@ -62,7 +63,8 @@ def logistic(context: EvalContext) -> ProtocolResult:
     Raises:
         MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
-    predicted, selected = context.logistic(context.test.layer_features()).argmax(1), f"C {context.logistic.C:g}"
+    predicted = context.logistic(context.test.layer_features()).argmax(1)
+    selected = context.logistic.selected
     return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
 
 
@@ -155,7 +157,7 @@ def few_shot(context: EvalContext) -> ProtocolResult:
             rows = row_of_image[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
             rows = rows[rows >= 0]
             x, y = train.layer_features(rows), train.labels[rows]
-            probe = probes.fit_logistic(x, y, len(context.classes), scaler=scaler)
+            probe = fit_logistic(x, y, len(context.classes), scaler=scaler)
             accuracies.append(float((probe(test_features).argmax(1) == context.test.labels).double().mean()))
         name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
         result.metrics[name], result.details[name] = eval_context.mean_over_seeds(accuracies), accuracies
@@ -199,7 +201,7 @@ def multi_label(context: EvalContext) -> ProtocolResult:
     train_targets = torch.from_numpy(train.image_labels)[context.train.index]
     targets = torch.from_numpy(test.image_labels)[context.test.index]
     x, test_x, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
-    logits = [probes.fit_logistic(x, target, 2, scaler=scaler)(test_x) for target in train_targets.T]
+    logits = [fit_logistic(x, target, 2, scaler=scaler)(test_x) for target in train_targets.T]
     # Logit that the class is shown. It is infinite if all training images show the class, or none; `nan_to_num` makes it finite.
     scores = torch.stack([pair[:, 1] - pair[:, 0] for pair in logits], 1).nan_to_num()
 

@@ -15,7 +15,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from mapet.errors import option
-from mapet.evaluation.probes import fit_logistic
+from mapet.evaluation.logistic_regression import fit_logistic
 
 TokenPair = tuple[Int[Tensor, "..."], Int[Tensor, "..."]]
 """Token ids of corresponding patches, two tensors of one shape."""
