@@ -20,8 +20,9 @@ from mapet.config.pipeline import StudyConfig
 from mapet.data.views import normalize
 from mapet.evaluation.protocols import PROTOCOLS
 from mapet.models.backbone import create_vit
+from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import CAE, OBJECTIVES
-from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.studies.trials import grid_trials
 from mapet.training.estimate import training_flops
 

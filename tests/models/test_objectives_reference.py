@@ -10,14 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet.models.backbone import create_vit
+from mapet.models.context_autoencoder import ALIGNMENT_WEIGHT, ContextAutoencoder
 from mapet.models.objectives import OBJECTIVES, num_context_from_ratio
-from mapet.models.pretraining import (
-    ALIGNMENT_WEIGHT,
-    REGRESSOR_DEPTH,
-    ContextAutoencoder,
-    ViTForPreTraining,
-    normalized_patches,
-)
+from mapet.models.pretraining import ViTForPreTraining, normalized_patches
 from tests.conftest import make_batch
 from tests.refused import refused
 
@@ -182,68 +177,6 @@ def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
 @pytest.mark.parametrize(("ratio", "c"), [(0.1, 176), (0.5, 98), (0.75, 49), (0.9, 20), (1.0, 0), (0.001, 195)])
 def test_ratios_of_224_px(ratio, c):
     assert num_context_from_ratio(ratio, 196) == c
-
-
-@pytest.mark.parametrize("c", [0, 5, N - 1])
-def test_context_autoencoder(c):
-    """Encoder on visible patches alone, regressor, alignment and decoder, written out with torch's own attention."""
-    model = make("cae", c, ContextAutoencoder)
-    vit = model.vit
-    batch = draw()
-    images, permutation = batch.images, batch.permutation
-    loss = model(batch).loss
-
-    def attention(module, asking, seen):
-        wq, wk, wv = module.qkv.weight.chunk(3)
-        bq, bk, bv = module.qkv.bias.chunk(3)
-
-        def split(x):
-            return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
-
-        weights = split(asking @ wq.T + bq) @ split(seen @ wk.T + bk).transpose(2, 3) / math.sqrt(16 / HEADS)
-        return module.proj((weights.softmax(3) @ split(seen @ wv.T + bv)).transpose(1, 2).flatten(2))
-
-    def encode(chosen):
-        x = vit._pos_embed(vit.patch_embed(images))
-        x = torch.cat([x[:, :1], torch.stack([x[b, 1 + chosen[b]] for b in range(2)])], dim=1)
-        for block in vit.blocks:
-            x = x + block.ls1(attention(block.attn, block.norm1(x), block.norm1(x)))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        return vit.norm(x)
-
-    hidden = permutation[:, c:]
-    latents, wanted = encode(permutation[:, :c]), encode(hidden)[:, 1:].detach()
-    x = model.mask_token + vit.pos_embed[0, 1 + hidden]
-    assert len(model.regressor) == len(model.decoder) == REGRESSOR_DEPTH
-    for block in model.regressor:
-        normal = block.norm1(x)
-        x = x + block.ls1(attention(block.attn, normal, torch.cat([block.norm1(latents), normal], dim=1)))
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    alignment = (x - wanted).square().mean()
-    for block in model.decoder:
-        x = x + block.ls1(attention(block.attn, block.norm1(x), block.norm1(x)))
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    logits = model.head(model.decoder_norm(x))
-    expected = (
-        F.cross_entropy(logits.flatten(0, 1), batch.targets.gather(1, hidden).flatten()) + ALIGNMENT_WEIGHT * alignment
-    )
-    assert torch.allclose(loss, expected, atol=1e-10)
-    assert torch.allclose(model.predict(batch), logits, atol=1e-10)
-    parameters = list(model.parameters())
-    for got, right in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
-    ):
-        assert torch.allclose(got, right, atol=1e-10)
-
-
-def test_context_autoencoder_does_not_see_hidden_patches():
-    model = make("cae", 5, ContextAutoencoder)
-    batch = draw(1)
-    images, permutation = batch.images, batch.permutation
-    changed = images.clone()
-    row, column = divmod(int(permutation[0, 7]), GRID[1])
-    changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3
-    assert torch.equal(model.predict(batch), model.predict(replace(batch, images=changed)))
 
 
 @pytest.mark.parametrize("name", ["mapet", "mim", "cae"])

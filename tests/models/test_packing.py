@@ -126,7 +126,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
         """The block after its attention, where its two branches have these numbers for the three images."""
         survival = torch.zeros(3, 2 * len(model.vit.blocks), dtype=torch.float64)
         survival[:, 4], survival[:, 5] = map(torch.tensor, numbers)
-        return residual_update(block, rows, attended, drop_path_scales(model.vit, survival, rows)[2])
+        return residual_update(block, rows, attended, drop_path_scales(model.vit.blocks, survival, rows)[2])
 
     nothing, always = [0.61] * 3, [0.59] * 3
     assert torch.equal(through(nothing, nothing), rows)

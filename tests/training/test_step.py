@@ -8,8 +8,9 @@ from torch import nn
 
 from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.models.backbone import create_vit
+from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import get_objective
-from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.vqkd import VQKDForTraining
 from mapet.training.step import create_optimizer, create_scheduler
 

@@ -79,7 +79,7 @@ CAUSAL = Objective("causal", output_segment="next", attends_to={
     "context": {"context": "all"},
     "next":    {"context": "all", "next": "up to"},
 })
-# Of the latent regressor; `pretraining.ContextAutoencoder` has the rest of the model.
+# Of the latent regressor but for the class token; `context_autoencoder.ContextAutoencoder` has the model.
 CAE = Objective("cae", output_segment="mask", attends_to={
     "context": {"context": "all"},
     "mask":    {"mask": "all", "context": "all"},

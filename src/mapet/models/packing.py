@@ -221,8 +221,8 @@ def gather_patches(values: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
 
 
 def two_stream_attention(
-    attn: Attention, kv: Float[Tensor, "B C D"], q: Float[Tensor, "B R D"], attn_bias: Float[Tensor, "R C"],
-    blocks: list[QueryBlock],
+    attn: Attention, k: Float[Tensor, "B C D"], v: Float[Tensor, "B C D"], q: Float[Tensor, "B R D"],
+    attn_bias: Float[Tensor, "R C"], blocks: list[QueryBlock],
 ) -> Float[Tensor, "B R D"]:  # fmt: skip
     """Compute a timm Attention of queries over keys and values from other rows (XLNet's two streams, arXiv 1906.08237).
 
@@ -232,10 +232,10 @@ def two_stream_attention(
     Args:
         attn: with its qkv projection, norms, dropout, gate and output projection; `fused_attn` chooses PyTorch's fused
             attention or `eager_attention`.
-        kv: rows, normalized by the block's norm, that keys and values are projected from.
+        k, v: rows, normalized by the block's norm, that keys and that values are projected from: the same but in CAE's regressor.
         q: rows, normalized by the block's norm, that queries are projected from.
-        attn_bias: 0 where a row of `q` attends to a row of `kv`, -inf elsewhere; used in blocks with `masked` alone.
-        blocks: each is (slice of rows of `q`, slice of rows of `kv` that they attend to, whether some attend to a part of these only).
+        attn_bias: 0 where a row of `q` attends to a row of `k`, -inf elsewhere; used in blocks with `masked` alone.
+        blocks: each is (slice of rows of `q`, slice of rows of `k` and `v` that they attend to, whether some attend to a part of these only).
             They are in the order of the rows of `q` and cover them; the last one may exceed them.
 
     Returns:
@@ -249,7 +249,7 @@ def two_stream_attention(
 
     weights = attn.qkv.weight.chunk(3)
     qkv_bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    query, key, value = attn.q_norm(project(q, 0)), attn.k_norm(project(kv, 1)), project(kv, 2)
+    query, key, value = attn.q_norm(project(q, 0)), attn.k_norm(project(k, 1)), project(v, 2)
     attention = F.scaled_dot_product_attention if attn.fused_attn else eager_attention
     dropout = attn.attn_drop.p if attn.training else 0.0
     outputs = []

@@ -5,7 +5,7 @@ F values of a regression target; R rows in the packed sequence, of which the fir
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,18 +13,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.data.dataset import Batch, DropPathRand, Targets
 from mapet.errors import MapetError, option
-from mapet.models.objectives import CAE, Objective
+from mapet.models.objectives import Objective
 from mapet.models.packing import PackedLayout, QueryBlock, TargetIndices, gather_patches, pack, two_stream_attention
 
-REGRESSOR_DEPTH = 4
-"""Blocks of CAE's regressor, and of its decoder (the paper's for ViT-B)."""
-ALIGNMENT_WEIGHT = 2.0
-"""Weight of CAE's alignment loss (the paper's)."""
 INIT_STD = 0.02
 """Standard deviation of the first mask token and head weights (BEiT's)."""
 TargetKind = Literal["tokens", "pixels", "features"]
@@ -288,6 +284,11 @@ class ViTForPreTraining(nn.Module):
         return {"mask_token", "query_token", *(f"vit.{name}" for name in self.vit.no_weight_decay())}
 
     @property
+    def drop_path_blocks(self) -> Sequence[nn.Module]:
+        """Blocks in the order in which a forward pass runs them: `Batch.drop_path_rand` has two numbers for each."""
+        return list(self.vit.blocks)
+
+    @property
     def num_hidden(self) -> int:
         """p = N - c, for the model's own c."""
         return self.num_patches - self.num_context
@@ -405,7 +406,7 @@ class ViTForPreTraining(nn.Module):
                 attn_bias = torch.cat([attn_bias[: layout.num_kv], output_bias])
             else:
                 output_rows = layout.output_rows.start + indices
-        *scales, last_scale = drop_path_scales(self.vit, batch.drop_path_rand, rows)
+        *scales, last_scale = drop_path_scales(self.drop_path_blocks, batch.drop_path_rand, rows)
         (*blocks, last_block), forward, num_kv = self.vit.blocks, self._block_forward, layout.num_kv
         for block, scale in zip(blocks, scales, strict=True):
             rows = run_block(forward, block, rows, num_kv, slice(None), attn_bias, layout.blocks, scale)
@@ -438,7 +439,7 @@ def block_forward(
     """
     normalized = block.norm1(rows)
     kv = normalized[:, :num_kv].contiguous()  # once, as both its projections need it
-    attended = two_stream_attention(block.attn, kv, normalized[:, query_rows], attn_bias, query_blocks)
+    attended = two_stream_attention(block.attn, kv, kv, normalized[:, query_rows], attn_bias, query_blocks)
     return residual_update(block, rows[:, query_rows], attended, scale)
 
 
@@ -464,7 +465,7 @@ def residual_update(
 
 
 def drop_path_scales(
-    vit: VisionTransformer, drop_path_rand: DropPathRand | None, rows: Float[Tensor, "B R D"]
+    blocks: Sequence[nn.Module], drop_path_rand: DropPathRand | None, rows: Float[Tensor, "B R D"]
 ) -> list[DropPathScale]:
     """Return the factors of the residual branches of each block, in the dtype of `rows`.
 
@@ -472,7 +473,7 @@ def drop_path_scales(
     probability. As the numbers come with the images, the result doesn't depend on which images are computed together.
 
     Args:
-        vit: its blocks' DropPath modules have the drop probability; a block without one, as the first, keeps all (factors of 1).
+        blocks: their DropPath modules have the drop probability; a block without one, as the first, keeps all (factors of 1).
         drop_path_rand: (B, 2 x blocks), uniform in [0, 1): of each block the attention's and the MLP's number; None: every block draws
             for itself.
         rows: a tensor whose dtype the factors get.
@@ -481,151 +482,11 @@ def drop_path_scales(
         For each block its (2, B, 1, 1) factors of the attention and of the MLP branch. All are None if `drop_path_rand` is None, where the
         blocks draw, or in evaluation mode, where nothing is dropped.
     """
-    if drop_path_rand is None or not vit.training:
-        return [None] * len(vit.blocks)
+    if drop_path_rand is None or not blocks[0].training:
+        return [None] * len(blocks)
     scales: list[DropPathScale] = []
-    for block, rand in zip(vit.blocks, drop_path_rand.T.unflatten(0, (-1, 2)), strict=True):
+    for block, rand in zip(blocks, drop_path_rand.T.unflatten(0, (-1, 2)), strict=True):
         # Factors of 1 are multiplied by as well, so that all blocks share one compiled function.
         keep_prob = 1 - block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 1
         scales.append(((rand < keep_prob).to(rows.dtype) / keep_prob)[:, :, None, None])
     return scales
-
-
-# ---- CAE: its encoder runs on visible patches alone; a regressor predicts the latents of hidden ones, a decoder their tokens
-
-
-class ContextAutoencoder(ViTForPreTraining):
-    """Context autoencoder (arXiv 2202.03026, section 3) over an unmodified timm ViT.
-
-    Mask queries (mask token + position) pass through the latent regressor: blocks whose keys and values are the encoder's
-    latents of the visible patches and the queries themselves. The alignment loss is the mean squared difference between the
-    regressor's output and the encoder's latents of the hidden patches, which get no gradient. The decoder, blocks in which the
-    regressor's output rows attend to each other, and the head give the logits. The paper adds positions in every block of
-    regressor and decoder; here they are added once.
-
-    Args: those of `ViTForPreTraining` without `objective`; `num_predict` must be None.
-
-    Raises:
-        MapetError: `num_predict` is given, or see `ViTForPreTraining`.
-    """
-
-    def __init__(
-        self, vit: VisionTransformer, vocab_size: int, num_context: int, num_predict: int | None = None,
-        target: TargetKind = "tokens", separate_query_token: bool = False,
-    ) -> None:  # fmt: skip
-        """Add mask token, prediction head, latent regressor and decoder, all with random weights, to a ViT.
-
-        Args:
-            vit: with learned absolute positions; it is kept, not copied.
-            vocab_size: number of outputs of the head for a patch: V for tokens, F values for the other targets.
-            num_context: c, number of visible patches, 0 to N - 1, of batches whose `num_context` is None.
-            num_predict: must be None, as all hidden patches are predicted.
-            target: what is predicted of a patch: 'tokens', 'pixels' or 'features'.
-            separate_query_token: must be False, as CAE has no query tokens.
-
-        Raises:
-            MapetError: `num_predict` or `separate_query_token` is set, `num_context` is out of range, or the ViT has no position
-                embeddings.
-        """
-        super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
-        if num_predict is not None:
-            raise MapetError(f"objective 'cae' predicts all hidden patches at once: omit {option('num_predict')}")
-        self.regressor, self.decoder = _make_blocks(vit), _make_blocks(vit)
-        self.decoder_norm = type(vit.blocks[0].norm1)(vit.embed_dim)
-
-    def forward(self, batch: Batch) -> PreTrainingOutput:
-        """Compute the loss of the targets plus `ALIGNMENT_WEIGHT` times the alignment loss, of regressor and encoder.
-
-        Args:
-            batch: see `ViTForPreTraining.forward`; `target_indices` must be None, as all hidden patches are predicted.
-
-        Returns:
-            As `ViTForPreTraining.forward`; only `loss` has the alignment loss, `loss_per_image` does not.
-        """
-        rows, alignment_loss = self.forward_latents(batch)
-        output = self.compute_loss(rows, self.hidden_targets(batch))
-        return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment_loss)
-
-    def encode(self, batch: Batch) -> Float[Tensor, "B p D"]:
-        """Return the decoder's normalized output of the p hidden patches, in permutation order."""
-        return self.forward_latents(batch)[0]
-
-    def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
-        """Encode the c context patches, predict the latents of the p hidden ones by the regressor, and decode these.
-
-        Args:
-            batch: normalized `images`, `permutation`, and optionally `num_context` and `drop_path_rand`; see `ViTForPreTraining.forward`.
-
-        Returns:
-            (the decoder's normalized output of the hidden patches, in permutation order; the alignment loss: mean squared difference of
-            the regressor's output from the encoder's latents of the hidden patches, which have no gradient)
-        """
-        assert batch.permutation is not None
-        c = self.num_context if batch.num_context is None else batch.num_context
-        context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
-        context_latents = self.encode_patches(batch, context)
-        with torch.no_grad():
-            target_latents = self.encode_patches(batch, hidden)[:, self.vit.num_prefix_tokens :]
-        positions = self.vit.pos_embed[:, -self.num_patches :].expand(len(hidden), -1, -1)
-        rows = self.mask_token + gather_patches(positions, hidden)
-        for block in self.regressor:
-            rows = run_block(regressor_block_forward, block, rows, context_latents)
-        alignment_loss = F.mse_loss(at_least_float32(rows), at_least_float32(target_latents))
-        return self.decoder_norm(self.decoder(rows)), alignment_loss
-
-    def encode_patches(self, batch: Batch, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B prefix+n D"]:
-        """Return the ViT's final output of its prefix tokens and some patches, which attend to nothing else.
-
-        Args:
-            batch: its normalized `images`, and `drop_path_rand` if given.
-            indices: row-major indices of n patches of each image.
-        """
-        vit = self.vit
-        assert batch.images is not None
-        embedded = vit._pos_embed(vit.patch_embed(batch.images.to(self.mask_token.dtype)))
-        prefix, patches = embedded.split([vit.num_prefix_tokens, self.num_patches], dim=1)
-        rows = vit.norm_pre(torch.cat([prefix, gather_patches(patches, indices)], dim=1))
-        for block, scale in zip(vit.blocks, drop_path_scales(vit, batch.drop_path_rand, rows), strict=True):
-            rows = run_block(encoder_block_forward, block, rows, scale)
-        return vit.norm(rows)
-
-
-def encoder_block_forward(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
-    """Run a timm Block in which all T rows attend to each other; `scale` has its factors of stochastic depth, see `residual_update`."""
-    return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
-
-
-def regressor_block_forward(
-    block: Block, rows: Float[Tensor, "B p D"], context_latents: Float[Tensor, "B T D"]
-) -> Float[Tensor, "B p D"]:
-    """Run a timm Block of CAE's regressor, in which the mask queries attend to the latents of the context and to each other.
-
-    Args:
-        block: of the regressor.
-        rows: of the mask queries of the p hidden patches: in the first block mask token + position, then the output of the block before.
-        context_latents: the encoder's outputs of the T prefix tokens and visible patches, the same in all blocks.
-
-    Returns:
-        Outputs of the block for the mask queries; those of the context are not computed.
-    """
-    q = block.norm1(rows)
-    kv = torch.cat([block.norm1(context_latents), q], dim=1)
-    unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
-    return residual_update(block, rows, two_stream_attention(block.attn, kv, q, rows.new_empty(0), unmasked))
-
-
-def _make_blocks(vit: VisionTransformer) -> nn.Sequential:
-    """Make `REGRESSOR_DEPTH` timm Blocks with random weights, of the sizes and options of the ViT's, without stochastic depth."""
-    first = vit.blocks[0]
-    options = {
-        "num_heads": first.attn.num_heads, "mlp_ratio": first.mlp.fc1.out_features / vit.embed_dim,
-        "qkv_bias": first.attn.qkv.bias is not None, "norm_layer": type(first.norm1),
-        "init_values": float(first.ls1.gamma.detach()[0]) if hasattr(first.ls1, "gamma") else None,
-    }  # fmt: skip
-    blocks = nn.Sequential(*(Block(vit.embed_dim, **options) for _ in range(REGRESSOR_DEPTH)))
-    for module in blocks.modules():
-        if isinstance(module, nn.Linear):
-            init_weights_vit_timm(module)
-        if isinstance(module, Block):
-            module.attn.fused_attn = first.attn.fused_attn
-    return blocks

@@ -25,8 +25,9 @@ from mapet.errors import format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
+from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
-from mapet.models.pretraining import ContextAutoencoder, ViTForPreTraining, normalized_patches
+from mapet.models.pretraining import ViTForPreTraining, normalized_patches
 from mapet.run_state import CONFIG_FILE, check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint
@@ -223,7 +224,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         self.dataset = ViewDataset(
             images, spec, vit.in_chans, size, None if teacher is None else teacher.image_size, store, tuple(vit.patch_embed.grid_size),
             config.patch_order, self.model.num_context, config.color_jitter,
-            num_branches=2 * len(vit.blocks) if config.drop_path else 0, seed=config.seed,
+            num_branches=2 * len(self.model.drop_path_blocks) if config.drop_path else 0, seed=config.seed,
         )  # fmt: skip
         self.hashes = {"tokenizer_hash": tokenizer.hash, "images_hash": images.hash}
         if config.target == "tokens":
