@@ -76,6 +76,12 @@ def test_pool_and_layers_hold_for_every_probe(run_dir, small, tmp_path):
     assert "pool 2x2, layers 0 -1" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
+def test_layers_are_checked_before_anything_is_computed(run_dir, small, tmp_path, caplog):
+    with refused(2, field="layers", value=2):
+        mapet.evaluate(backbone=[str(run_dir)], images=small / "train", layers=(0, 2), **QUICK)
+    assert "nearest" not in caplog.text and "knn" not in caplog.text
+
+
 def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     out = tmp_path / "out"

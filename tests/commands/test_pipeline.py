@@ -469,6 +469,16 @@ def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatc
         run_command("run", ["a/config.yaml", "--resume", "--images", str(digits / "train")])
 
 
+@pytest.mark.parametrize("wrong", [{"layers": (2,)}, {"pool": "cls", "model_args": TINY | {"class_token": False}}])
+def test_features_of_probes_that_the_vit_lacks_are_refused_at_once(
+    wrong, few_digits, tokenizer_dir, tokens_dir, tmp_path
+):
+    options = PRETRAIN | wrong | {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir}
+    with refused(field=next(iter(wrong))):
+        mapet.pretrain(out=tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
     few_digits, digits, tokenizer_dir, tmp_path, monkeypatch
 ):

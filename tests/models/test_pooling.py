@@ -77,6 +77,11 @@ def test_layers_that_there_are_not(layer):
         pooled_features(vit_of(), torch.zeros(1, 3, 32, 32), layers=(-1, layer))
 
 
+def test_networks_without_features_of_layers():
+    with refused("Linear"):
+        resolve_layers(nn.Linear(2, 2), (-1,))
+
+
 def test_registers_alone_are_no_class_token():
     vit = vit_of(class_token=False, global_pool="avg", fc_norm=False, reg_tokens=2)
     with refused("cls", field="pool"):

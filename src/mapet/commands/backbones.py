@@ -27,7 +27,7 @@ from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
-from mapet.models.pooling import pooled_features
+from mapet.models.pooling import pooled_features, resolve_layers
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
 from mapet.reports.model_card import read_provenance, render_model_card
 from mapet.reports.plots import plot_neighbors, save_figure
@@ -56,8 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         Backbone, as in the option `backbone` -> metric -> value, without intervals; accuracies are fractions, 0 to 1.
 
     Raises:
-        MapetError: a protocol is unknown, options do not fit the images, a backbone cannot be loaded, more than half of the images of a
-            set are unreadable, or features are NaN or infinite.
+        MapetError: a protocol is unknown, options do not fit the images, a backbone cannot be loaded or lacks a layer of `layers`, more
+            than half of the images of a set are unreadable, or features are NaN or infinite.
         Interrupted: by Ctrl-C, after a protocol has written its results to `out`; before that, KeyboardInterrupt is raised on.
     """
     compute = ComputeContext.from_options(config.device, config.precision)
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     if "few-shot" in names:
         config = _drop_large_few_shot_splits(config, data.train)
     for source in config.backbone:
-        BackboneWrapper.load(source, compute, config.seed)
+        resolve_layers(BackboneWrapper.load(source, compute, config.seed).model, config.layers)
     info = {
         "images": f"{config.images} ({len(data.train):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",

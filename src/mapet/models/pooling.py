@@ -1,7 +1,8 @@
 """Features of whole images: the feature maps of some layers of a network, pooled and concatenated; the same for every command."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,11 @@ def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
         layers: indices as timm counts them, from 0; negative ones count from the last, -1.
 
     Raises:
-        MapetError: the model has no such layer.
+        MapetError: timm gives no features of this model's layers, or it has no such layer.
     """
+    if not hasattr(model, "forward_intermediates"):
+        kind = type(model).__name__
+        raise MapetError(f"the model is a {kind}, of whose layers timm gives no features: use another model")
     count = len(model.feature_info)  # type: ignore[arg-type]
     for layer in layers:
         if not -count <= layer < count:
@@ -80,11 +84,8 @@ def forward_intermediates(
     Raises:
         MapetError: timm gives no features of this model's layers, or it has no such layer.
     """
-    extract = getattr(model, "forward_intermediates", None)
-    if extract is None:
-        kind = type(model).__name__
-        raise MapetError(f"the model is a {kind}, of whose layers timm gives no features: use another model")
     options = {"indices": resolve_layers(model, layers), "norm": not isinstance(model, (Hiera, HieraDet))}
+    extract: Callable[..., Any] = model.forward_intermediates  # type: ignore[assignment]
     has_class_token = getattr(model, "num_prefix_tokens", 0) > 0 and getattr(model, "has_class_token", True)
     if has_class_token and "return_prefix_tokens" in inspect.signature(extract).parameters:
         options["return_prefix_tokens"] = True

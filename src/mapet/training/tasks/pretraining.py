@@ -27,6 +27,7 @@ from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
+from mapet.models.pooling import pool_tokens, resolve_layers
 from mapet.models.pretraining import ViTForPreTraining, normalized_patches
 from mapet.run_state import CONFIG_FILE, check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +49,8 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> ViTForPreTraini
     """Build the ViT and its prediction head for a tokenizer, with the weights that `seed` or `init_from` give.
 
     Raises:
-        MapetError: unknown model or objective, sizes that don't fit, or weights that can't be loaded.
+        MapetError: unknown model or objective, sizes that don't fit, weights that can't be loaded, or layers or a pooling of the probes
+            that the ViT doesn't have.
     """
     teacher, feature_size = tokenizer.description["teacher"], tokenizer.description["feature_size"]
     sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
@@ -80,6 +82,9 @@ def _build_model(
     torch.manual_seed(config.seed)
     args = {"init_values": config.layer_scale_init} if config.layer_scale_init else {}
     vit = create_vit(config.model, image_size, patch_size, channels, args | config.model_args, config.drop_path)
+    # What the probes would refuse after an epoch.
+    resolve_layers(vit, config.layers)
+    pool_tokens(torch.zeros(1, 1, 1, 1), vit.cls_token, config.pool)
     objective = get_objective(config.objective)
     num_outputs = {"tokens": vocab_size, "pixels": channels * patch_size**2, "features": feature_size}[config.target]
     # For a range of mask ratios the model's own number of context patches is the smallest, that of the largest ratio.
