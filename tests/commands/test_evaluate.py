@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 import mapet
 from mapet.cli import main
@@ -16,6 +17,7 @@ from mapet.errors import Interrupted
 from mapet.evaluation import probes, protocols
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
+from mapet.evaluation.logistic_regression import fit_logistic
 from mapet.run_state import RunState
 from tests.conftest import save_crops
 from tests.refused import refused
@@ -319,6 +321,41 @@ def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path,
         assert 0 <= figures["resolution_12"] <= 1
     assert found[str(run_dir)]["mce"] == pytest.approx(1)
     assert "| contrast |" in (out / "evaluation.md").read_text()
+
+
+def test_balanced_accuracy_and_auroc_lead_on_imbalanced_test_images(untrained, small, tmp_path, monkeypatch, caplog):
+    """Beside every top-1 accuracy; the values are scikit-learn's on the probe's own logits. Training images may be imbalanced."""
+    caplog.set_level("INFO", "mapet")
+    for part, sizes in {"train": (20, 10, 10), "test": (10, 4, 3), "other": (8, 1)}.items():
+        for name, count in enumerate(sizes):
+            (tmp_path / part / str(name)).mkdir(parents=True)
+            paths = sorted((small / ("train" if part == "train" else "test") / str(name)).iterdir())[-count:]
+            for path in paths:
+                (tmp_path / part / str(name) / path.name).symlink_to(path.resolve())
+    monkeypatch.setattr(protocols, "CORRUPTIONS", {"contrast": protocols.CORRUPTIONS["contrast"]})
+    monkeypatch.setattr(protocols, "SEVERITIES", (1,))
+    sets = {"images": tmp_path / "train", "test_images": tmp_path / "test"}
+    names = ["logistic", "knn", "linear-sgd", "attentive", "few-shot", "ood", "corruptions", "resolution"]
+    options = {"protocols": names, "ood_images": {"b": tmp_path / "other"}, "eval_image_sizes": [8], "few_shot": (2,)}
+    (found,) = mapet.evaluate(backbone=[str(untrained)], **sets, out=tmp_path / "out", **options, **QUICK).values()
+    accuracies = [
+        "logistic", "knn", "linear_sgd", "linear_sgd_bn", "attentive", "few_shot_2", "ood_b_logistic", "ood_b_knn", "corruption_clean",
+        "corruption_mean", "resolution_8",
+    ]  # fmt: skip
+    expected = [row for name in accuracies for row in (f"{name}_balanced_accuracy", f"{name}_auroc", name)]
+    expected.remove("corruption_mean_auroc")
+    assert [row for row in found if row != "mce"] == expected
+    backbone = BackboneWrapper.from_vit(mapet.load_backbone(untrained), ComputeContext.from_options("cpu", "float32"))
+    train, test = (FeatureCache.extract(backbone, part, CacheConfig()) for part in load_train_test(*sets.values()))
+    x, labels = test.layer_features(), test.labels.numpy()
+    logits = fit_logistic(train.layer_features(), train.labels, 3)(x)
+    assert found["logistic_auroc"] == pytest.approx(roc_auc_score(labels, logits.softmax(1), multi_class="ovr"))
+    assert found["logistic_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    assert found["logistic"] == pytest.approx(float((logits.argmax(1).numpy() == labels).mean()))
+    page = (tmp_path / "out" / "evaluation.md").read_text()
+    assert page.count("| knn_auroc | 17 images | ") == 2 and "imbalanced" in page and "few_shot_2_auroc " in caplog.text
+    with (tmp_path / "out" / "per_class.csv").open() as file:
+        assert {row["metric"] for row in csv.DictReader(file)} < {*accuracies}
 
 
 def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path, caplog):

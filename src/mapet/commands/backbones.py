@@ -22,6 +22,7 @@ from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, opt
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
+from mapet.evaluation.imbalance import is_imbalanced
 from mapet.evaluation.inspection import render_neighbors
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
@@ -78,6 +79,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     }
     if data.train.classes:
         info["classes"] = f"{len(data.train.classes):,}, majority accuracy {data.test.majority_accuracy:.3f}"
+        if is_imbalanced(data.test.labels):
+            info["classes"] += "; test images are imbalanced: balanced accuracy and AUROC stand before the accuracy"
     memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
     scratch_dir = config.out or Path(tempfile.gettempdir())
     results: dict[str, dict[str, ProtocolResult]] = {}

@@ -18,6 +18,7 @@ from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
 from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
+from mapet.evaluation.imbalance import Statistic, imbalance_statistics, name_rows
 from mapet.evaluation.logistic_regression import LogisticProbe, fit_logistic
 from mapet.evaluation.probes import KNN_K, nearest_neighbors
 
@@ -58,15 +59,23 @@ def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def accuracy_with_ci(correct: Tensor, selected: str = "") -> MetricValue:
-    """Return the accuracy, in [0, 1], with Wilson's 95 % interval over the test images.
+def measure_classifier(
+    logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"], selected: str = ""
+) -> dict[str, MetricValue]:
+    """Return 'accuracy', top-1, of a classifier, 0 to 1, with Wilson's 95 % interval over the test images.
+
+    On imbalanced test images (`is_imbalanced`) 'balanced_accuracy' and 'auroc' stand before it, with bootstrap intervals.
 
     Args:
-        correct: (n,), 1 or True for each test image that was classified correctly, else 0.
+        logits: of each readable test image, on the CPU; -inf excludes a class.
+        labels: class index of each.
         selected: hyperparameters that were selected, for the table.
     """
-    count, interval = len(correct), wilson_interval(int(correct.sum()), len(correct))
-    return MetricValue(float(correct.double().mean()), *interval, f"{count:,} images", selected)
+    count, correct = len(labels), logits.argmax(1) == labels
+    leading = imbalance_statistics(logits, labels)
+    metrics = {kind: bootstrap_ci(statistic, count, selected=selected) for kind, statistic in leading.items()}
+    interval = wilson_interval(int(correct.sum()), count)
+    return metrics | {"accuracy": MetricValue(float(correct.double().mean()), *interval, f"{count:,} images", selected)}
 
 
 def mean_and_margin(values: Sequence[float]) -> tuple[float, float | None]:
@@ -94,9 +103,7 @@ def mean_over_seeds(values: Sequence[float], minimum: float = 0.0) -> MetricValu
     return MetricValue(mean, max(minimum, mean - margin), min(1.0, mean + margin), f"{len(values)} seeds")
 
 
-def bootstrap_ci(
-    statistic: Callable[[Float[np.ndarray, " n"]], float], num_images: int, draws: int = 200, selected: str = ""
-) -> MetricValue:
+def bootstrap_ci(statistic: Statistic, num_images: int, draws: int = 200, selected: str = "") -> MetricValue:
     """Return a statistic of all test images with the 95 % percentile interval over bootstrap resamples of the images (Efron, 1979).
 
     Args:
@@ -131,20 +138,20 @@ class ProtocolResult:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add_accuracy(
-        self, name: str, predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: list[str], selected: str
+        self, name: str, logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"], classes: list[str], selected: str
     ) -> "ProtocolResult":
-        """Add top-1 accuracy with its interval to `metrics`, and each class's (correct, all) images to `per_class`; return self.
+        """Add what `measure_classifier` returns to `metrics`, by `name_rows`, and each class's (correct, all) images to `per_class`; return self.
 
         Args:
-            name: of the metric, the key in both.
-            predicted: predicted class index of each readable test image.
+            name: of the accuracy, the key in both.
+            logits: of each readable test image, on the CPU; -inf excludes a class.
             labels: true class index of each.
             classes: names by class index.
             selected: hyperparameters that were selected, for the table.
         """
-        correct = predicted == labels
-        self.metrics[name] = accuracy_with_ci(correct, selected)
-        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[correct]))
+        self.metrics |= name_rows(name, measure_classifier(logits, labels, selected))
+        correct = labels[logits.argmax(1) == labels]
+        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, correct))
         self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
         return self
 
@@ -308,8 +315,10 @@ class EvalContext:
             raise MapetError(f"{backbone.name} was fine-tuned without the class '{min(unknown)}': {hint}")
         return backbone.logits(images)[:, [backbone.classes.index(name) for name in self.classes]].cpu()
 
-    def is_correct(self, backbone: BackboneWrapper, data: LabeledSet, **dataset: Any) -> Float[Tensor, " m"]:
-        """Return 1 for each readable image that `classify` classifies correctly, else 0, in an order that is always the same.
+    def classify_images(
+        self, backbone: BackboneWrapper, data: LabeledSet, **dataset: Any
+    ) -> tuple[Float[Tensor, "m K"], Int[Tensor, " m"]]:
+        """Return (logits by `classify`, class indices) of the readable images, in an order that is always the same.
 
         Args:
             backbone: `self.backbone`, perhaps for another input size.
@@ -321,7 +330,9 @@ class EvalContext:
         """
         labels = torch.from_numpy(data.labels)
         batches = backbone.batches(data.images, self.cache, **dataset)
-        return torch.cat([(self.classify(backbone, x).argmax(1) == labels[rows]).double() for rows, x in batches])
+        parts = [(self.classify(backbone, pixels), labels[rows]) for rows, pixels in batches]
+        logits, shown = map(torch.cat, zip(*parts, strict=True))
+        return logits, shown
 
     def close(self) -> None:
         """Free memory and scratch files of `train` and `test`, if they have been computed; they cannot be used any more."""

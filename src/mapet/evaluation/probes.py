@@ -16,6 +16,7 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
+from mapet.evaluation.imbalance import name_rows, score_classifier
 from mapet.evaluation.logistic_regression import fit_logistic
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07
@@ -35,21 +36,21 @@ MAX_TRAIN, MAX_TEST = 2000, 1000
 
 
 def probe_accuracy(train: FeatureCache, test: FeatureCache) -> dict[str, float]:
-    """Measure the top-1 accuracy of logistic regression and of weighted k-NN on features.
+    """Measure the accuracy of logistic regression and of weighted k-NN on features.
 
     Args:
         train: features and labels of training images.
         test: features and labels of test images, of the same layers.
 
     Returns:
-        'logistic' and 'knn' (of `KNN_K` neighbors) -> accuracy on the readable test images, 0 to 1.
+        'logistic' and 'knn' (of `KNN_K` neighbors) -> top-1 accuracy on the readable test images, 0 to 1; on imbalanced ones each after
+        'logistic_balanced_accuracy', 'logistic_auroc', ..., see `score_classifier`.
     """
     features, num_classes = test.layer_features(), int(train.labels.max()) + 1
-    scores = {
-        "logistic": fit_logistic(train.layer_features(), train.labels, num_classes)(features),
-        "knn": knn_scores(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K)),
-    }
-    return {name: float((score.argmax(1) == test.labels).double().mean()) for name, score in scores.items()}
+    logits = fit_logistic(train.layer_features(), train.labels, num_classes)(features)
+    votes = knn_logits(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K))
+    scores = {name: score_classifier(each, test.labels) for name, each in (("logistic", logits), ("knn", votes))}
+    return {row: score for name, by_kind in scores.items() for row, score in name_rows(name, by_kind).items()}
 
 
 def fit_scaler(cache: FeatureCache) -> StandardScaler:
@@ -90,10 +91,10 @@ def nearest_neighbors(
     return similarity, index
 
 
-def knn_scores(
+def knn_logits(
     train: FeatureCache, num_classes: int, similarity: Float[Tensor, "m k"], rows: Int[Tensor, "m k"]
 ) -> Float[Tensor, "m K"]:
-    """Compute the class scores of weighted k-NN: the neighbors' votes, weighted by exp(similarity / `KNN_TEMPERATURE`), as in DINO.
+    """Compute the logits of weighted k-NN: logs of the neighbors' votes, weighted by exp(similarity / `KNN_TEMPERATURE`), as in DINO.
 
     Args:
         train: cache of the training images, whose `labels` has the class of each row.
@@ -102,10 +103,12 @@ def knn_scores(
         rows: rows of the neighbors in `train`.
 
     Returns:
-        (m, K) sums of weights, not normalized.
+        (m, K) logs of the sums of weights, float64; their softmax is each class's fraction of the votes. A class without votes has the
+        log of the smallest positive number.
     """
     votes = torch.zeros(len(similarity), num_classes)
-    return votes.scatter_add_(1, train.labels[rows], (similarity / KNN_TEMPERATURE).exp())
+    votes.scatter_add_(1, train.labels[rows], (similarity / KNN_TEMPERATURE).exp())
+    return votes.double().clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 # ---- probes trained by gradient descent
@@ -435,7 +438,7 @@ def online_probe(
         layers, pool: of the features, see `pooled_features`.
 
     Returns:
-        'probe/logistic' and 'probe/knn' -> top-1 accuracy on the readable images of `test`, 0 to 1.
+        Names 'probe/logistic', ... of what `probe_accuracy` returns -> value, 0 to 1.
 
     Raises:
         MapetError: a feature is NaN or infinite, or more than half of the images of a set are unreadable.

@@ -1,9 +1,11 @@
 """The protocols of `mapet evaluate` on features of whole images; `dense` has those on feature maps.
 
-A protocol is a function from an `EvalContext` to a `ProtocolResult`; the decorator `protocol` registers it by name.
+A protocol is a function from an `EvalContext` to a `ProtocolResult`; the decorator `protocol` registers it by name. Where test images are
+imbalanced (`is_imbalanced`), METRIC_balanced_accuracy and METRIC_auroc stand before every METRIC that is a top-1 accuracy.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -23,6 +25,7 @@ from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import PatchTokenCache
+from mapet.evaluation.imbalance import Statistic, balanced_accuracy, is_imbalanced, name_rows, score_classifier
 from mapet.evaluation.logistic_regression import fit_logistic
 
 __all__ = ["PROTOCOLS", "Protocol", "dense"]
@@ -63,9 +66,8 @@ def logistic(context: EvalContext) -> ProtocolResult:
     Raises:
         MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
-    predicted = context.logistic(context.test.layer_features()).argmax(1)
-    selected = context.logistic.selected
-    return ProtocolResult().add_accuracy("logistic", predicted, context.test.labels, context.classes, selected)
+    logits, selected = context.logistic(context.test.layer_features()), context.logistic.selected
+    return ProtocolResult().add_accuracy("logistic", logits, context.test.labels, context.classes, selected)
 
 
 @protocol("labels")
@@ -81,9 +83,9 @@ def knn(context: EvalContext) -> ProtocolResult:
     Raises:
         MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
-    predicted = probes.knn_scores(context.train, len(context.classes), *context.test_neighbors).argmax(1)
+    logits = probes.knn_logits(context.train, len(context.classes), *context.test_neighbors)
     selected = f"k {context.test_neighbors[1].shape[1]}"
-    return ProtocolResult().add_accuracy("knn", predicted, context.test.labels, context.classes, selected)
+    return ProtocolResult().add_accuracy("knn", logits, context.test.labels, context.classes, selected)
 
 
 @protocol("labels")
@@ -104,8 +106,8 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
     for name, (probe, by_layer) in fitted.items():
         selected = f"layer {probe.layer}, lr {probe.rates[0]:g}"
-        predicted = probe.predict(context.test).argmax(1)
-        result.add_accuracy(name, predicted, context.test.labels, context.classes, selected)
+        logits = probe.predict(context.test)
+        result.add_accuracy(name, logits, context.test.labels, context.classes, selected)
         result.details[name] = {"val_accuracy_by_layer": by_layer}
     return result
 
@@ -126,9 +128,9 @@ def attentive(context: EvalContext) -> ProtocolResult:
     probe, lr = probes.fit_attentive(train_tokens, len(context.classes), compute, context.options.seed)
     batches = PatchTokenCache(backbone, test, context.cache).epoch()
     with torch.inference_mode():
-        index, predicted = _concatenate((rows, probe(compute.to(tokens)).argmax(1).cpu()) for rows, tokens in batches)
+        index, logits = _concatenate((rows, probe(compute.to(tokens)).cpu()) for rows, tokens in batches)
     labels = torch.from_numpy(test.labels)[index]
-    return ProtocolResult().add_accuracy("attentive", predicted, labels, context.classes, f"lr {lr:g}")
+    return ProtocolResult().add_accuracy("attentive", logits, labels, context.classes, f"lr {lr:g}")
 
 
 @protocol("labels")
@@ -152,15 +154,16 @@ def few_shot(context: EvalContext) -> ProtocolResult:
     row_of_image = torch.full((len(context.data.train),), -1)
     row_of_image[train.index] = torch.arange(len(train))
     for amount in context.options.few_shot:
-        accuracies = []
+        name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
+        by_seed = []
         for seed in range(context.options.num_seeds):
             rows = row_of_image[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
             rows = rows[rows >= 0]
             x, y = train.layer_features(rows), train.labels[rows]
             probe = fit_logistic(x, y, len(context.classes), scaler=scaler)
-            accuracies.append(float((probe(test_features).argmax(1) == context.test.labels).double().mean()))
-        name = f"few_shot_{100 * amount:g}pct" if amount < 1 else f"few_shot_{amount:g}"
-        result.metrics[name], result.details[name] = eval_context.mean_over_seeds(accuracies), accuracies
+            by_seed.append(name_rows(name, score_classifier(probe(test_features), context.test.labels)))
+        result.details |= {row: [scores[row] for scores in by_seed] for row in by_seed[0]}
+        result.metrics |= {row: eval_context.mean_over_seeds(result.details[row]) for row in by_seed[0]}
     return result
 
 
@@ -406,12 +409,12 @@ def ood(context: EvalContext) -> ProtocolResult:
         index, logits, features = _concatenate(parts)
         labels = torch.from_numpy(data.labels)[index]
         neighbors = probes.nearest_neighbors(context.train.blocks(), features, probes.KNN_K)
-        votes = probes.knn_scores(context.train, len(classes), *neighbors)
+        votes = probes.knn_logits(context.train, len(classes), *neighbors)
         is_missing = ~torch.from_numpy(is_shared)
         logits[:, is_missing] = votes[:, is_missing] = -torch.inf
         classifier = "own_classifier" if backbone.classes else "logistic"
-        result.add_accuracy(f"ood_{name}_{classifier}", logits.argmax(1), labels, classes, context.classifier)
-        result.add_accuracy(f"ood_{name}_knn", votes.argmax(1), labels, classes, f"k {neighbors[1].shape[1]}")
+        result.add_accuracy(f"ood_{name}_{classifier}", logits, labels, classes, context.classifier)
+        result.add_accuracy(f"ood_{name}_knn", votes, labels, classes, f"k {neighbors[1].shape[1]}")
         result.details[name] = {"classes": int(is_shared.sum()), "images": len(labels)}
     return result
 
@@ -447,7 +450,7 @@ def corruptions(context: EvalContext) -> ProtocolResult:
 
     Returns:
         Metrics 'corruption_clean', top-1 accuracy without corruption, with Wilson's 95 % interval, and 'corruption_mean', the mean
-        accuracy over all 75, with a 95 % bootstrap interval over images; both 0 to 1, on the same readable test images, up to
+        accuracy over all 75 (no AUROC), with a 95 % bootstrap interval over images; both 0 to 1, on the same readable test images, up to
         `MAX_CORRUPTED_IMAGES`. `details['errors']`: corruption -> list of the error rates, 0 to 1, at severities 1 to 5.
 
     Raises:
@@ -457,14 +460,18 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     if backbone.channels not in (1, 3):
         needed = f"but protocol 'corruptions' needs 1 or 3: omit this protocol from {option('protocols')}"
         raise MapetError(f"{backbone.name} takes images of {backbone.channels} channels, {needed}")
-    clean = context.is_correct(backbone, data)
+    selected, (logits, labels) = context.classifier, context.classify_images(backbone, data)
+    metrics = name_rows("corruption_clean", eval_context.measure_classifier(logits, labels, selected))
     correct: dict[str, Float[Tensor, "5 n"]] = {}
     for kind, name in enumerate(CORRUPTIONS):  # the seed differs for each corruption and severity
         options = [{"augment": Corruption(name, severity), "seed": kind * 10 + severity} for severity in SEVERITIES]
-        correct[name] = torch.stack([context.is_correct(backbone, data, **each) for each in options])
-    selected, per_image = context.classifier, torch.cat(list(correct.values())).mean(0).numpy()
-    mean = eval_context.bootstrap_ci(lambda w: float(np.average(per_image, weights=w)), len(clean), selected=selected)
-    metrics = {"corruption_clean": eval_context.accuracy_with_ci(clean, selected), "corruption_mean": mean}
+        predicted = [context.classify_images(backbone, data, **each)[0].argmax(1) for each in options]
+        correct[name] = (torch.stack(predicted) == labels).double()
+    per_image, truth = torch.cat(list(correct.values())).mean(0).numpy(), labels.numpy()
+    means: dict[str, Statistic] = {"corruption_mean": lambda weights: float(np.average(per_image, weights=weights))}
+    if is_imbalanced(truth):
+        means = {"corruption_mean_balanced_accuracy": partial(balanced_accuracy, per_image, truth)} | means
+    metrics |= {name: eval_context.bootstrap_ci(mean, len(truth), selected=selected) for name, mean in means.items()}
     return ProtocolResult(metrics, details={"errors": {k: (1 - each.mean(1)).tolist() for k, each in correct.items()}})
 
 
@@ -506,8 +513,8 @@ def resolution(context: EvalContext) -> ProtocolResult:
     scaled = [tuple(max(1, round(side * f / step)) * step for side in trained) for f in SIZE_FACTORS]
     squares = [(side, side) for side in context.options.eval_image_sizes or ()]
     for height, width in dict.fromkeys(squares or scaled):
-        correct = context.is_correct(backbone.with_image_size((height, width)), context.data.test)
+        logits, labels = context.classify_images(backbone.with_image_size((height, width)), context.data.test)
         name = f"resolution_{height}" if height == width else f"resolution_{height}x{width}"
         selected = context.classifier + (" (trained size)" if (height, width) == trained else "")
-        result.metrics[name] = eval_context.accuracy_with_ci(correct, selected)
+        result.metrics |= name_rows(name, eval_context.measure_classifier(logits, labels, selected))
     return result
