@@ -23,7 +23,7 @@ from mapet.files import write_json
 
 NAMES = (
     "training_step", "step_scaling", "flops", "data_loading", "image_lists", "tokenizer", "start_up", "probe_memory", "demo", "cifar10", "study",
-    "comparison", "pooling",
+    "comparison", "pooling", "cae",
 )  # fmt: skip
 SPEED = {
     "training_step": "--device cpu",
