@@ -1,5 +1,7 @@
 """Balanced accuracy and AUROC against scikit-learn's, and when they lead."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from mapet.evaluation.eval_context import bootstrap_ci, measure_classifier
 from mapet.evaluation.imbalance import balanced_accuracy, is_imbalanced, name_rows, one_vs_rest_auroc, score_classifier
+from mapet.reports.metrics import History, summarize_metrics
+from mapet.reports.plots import plot_confusion
+from mapet.training.tasks.pretraining import PretrainingTask
 
 
 def imbalanced(num_classes, seed=0, count=300, decimals=7):
@@ -91,3 +96,20 @@ def test_intervals_are_the_plain_bootstraps(num_classes):
     for kind, expected in plain.items():
         assert metrics[kind][:3] == pytest.approx(expected[:3], abs=1e-12)
         assert metrics[kind].ci_low < metrics[kind].value < metrics[kind].ci_high
+
+
+def test_figures_and_reports_name_balanced_accuracy_first():
+    title = plot_confusion(np.array([[8, 0, 0], [1, 1, 0], [0, 0, 0]]), ["a", "b", "c"]).axes[0].get_title()
+    assert title == "Linear probe: balanced accuracy 75.0%; 90.0% of 10 images"
+    assert (
+        plot_confusion(np.array([[2, 0], [1, 1]]), ["a", "b"]).axes[0].get_title() == "Linear probe: 75.0% of 4 images"
+    )
+    rows = {"logistic_balanced_accuracy": 0.5, "logistic_auroc": 0.6, "logistic": 0.7, "knn": 0.8}
+    scores = {f"probe/{name}": value for name, value in rows.items()}
+    told = "linear probe balanced accuracy 0.500, linear probe AUROC 0.600, linear probe 0.700, k-NN 0.800"
+    assert PretrainingTask.format_scores(scores) == told
+    history = History(Path("metrics.jsonl"))
+    history.add({"step": 1, **scores})
+    assert [label.split(" (")[0] for label in summarize_metrics(history)] == [
+        "linear probe, balanced accuracy", "linear probe, AUROC", "linear probe", "k-NN probe",
+    ]  # fmt: skip

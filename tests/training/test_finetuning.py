@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 import mapet
 from mapet.cli import main
 from mapet.commands import training
 from mapet.config.evaluation import FinetuneConfig
+from mapet.device import ComputeContext
 from mapet.errors import Interrupted
 from mapet.evaluation.eval_context import mean_over_seeds
 from mapet.models.backbone import create_vit, load_backbone, save_backbone
@@ -180,8 +182,8 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, grays, tmp_path):
         weights.append(model.head.weight.detach().clone())
         return original(model, *rest)
 
-    original = finetuning.compute_accuracy
-    monkeypatch.setattr(finetuning, "compute_accuracy", judge)
+    original = finetuning.classify_images
+    monkeypatch.setattr(finetuning, "classify_images", judge)
     tune(vit, grays, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
@@ -288,7 +290,10 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
     options = ONE_STEP | CPU | {"backbone": vit, "images": grays, "test_images": grays}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
     judged = iter([3, 6, 12])
-    monkeypatch.setattr(finetuning, "compute_accuracy", lambda *_: (next(judged), 12))
+    classes = torch.arange(12) % 2
+    monkeypatch.setattr(  # so many of 12 are right
+        finetuning, "classify_images", lambda *_: (torch.eye(2)[classes ^ (torch.arange(12) >= next(judged))], classes)
+    )
     go_on = f"saved. Resume with: mapet finetune {tmp_path}/out/config.yaml --resume"
     for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
         with monkeypatch.context() as patch:
@@ -326,3 +331,29 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
         load_backbone(tmp_path / "out")
     judged = iter([3, 9])
     assert mapet.finetune(**options, num_seeds=2) == 0.5
+
+
+def test_balanced_accuracy_and_auroc_lead_on_imbalanced_test_images(vit, grays, tmp_path, caplog):
+    """Log, run.json, curve and the mean over seeds; the values are scikit-learn's on the saved model's logits."""
+    caplog.set_level("INFO", "mapet")
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 9), ("b", 3)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for number in range(count):
+            gray = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(gray).save(tmp_path / "test" / name / f"{number}.png")
+    options = ONE_STEP | CPU | {"backbone": vit, "images": grays, "test_images": tmp_path / "test"}
+    accuracy = mapet.finetune(**options, num_seeds=2, out=tmp_path / "out")
+    config = FinetuneConfig(**options, out=tmp_path / "out" / "seed-0")
+    _, test = finetuning._load_labeled_images(config)
+    model = load_backbone(tmp_path / "out" / "seed-0" / "model")
+    logits, labels = finetuning.classify_images(model, test, ComputeContext.from_options("cpu", "float32"))
+    results = RunState.read(tmp_path / "out" / "seed-0").results
+    assert list(results)[:3] == ["balanced_accuracy", "balanced_accuracy_ci95_low", "balanced_accuracy_ci95_high"]
+    assert results["auroc"] == pytest.approx(roc_auc_score(labels, logits.softmax(1)[:, 1]))
+    assert results["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    means = RunState.read(tmp_path / "out").results
+    assert next(iter(means)) == "balanced_accuracy" and means["accuracy"] == accuracy and "auroc_ci95_low" in means
+    last = json.loads((tmp_path / "out" / "seed-0" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert list(last) == ["step", "epoch", "balanced_accuracy", "auroc", "accuracy"]
+    assert "test balanced accuracy 0." in caplog.text and ", AUROC 0." in caplog.text

@@ -16,8 +16,10 @@ from mapet.config.tokenizers import TrainTokenizerConfig
 from mapet.data.dataset import EpochBatchSampler
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
-from mapet.evaluation.eval_context import mean_over_seeds, wilson_interval
+from mapet.evaluation.eval_context import MetricValue, mean_over_seeds
+from mapet.evaluation.imbalance import METRIC_NAMES
 from mapet.files import create_output_dir
+from mapet.reports.evaluation import format_metric
 from mapet.reports.model_card import finetuning_provenance
 from mapet.reports.page import write_run_report
 from mapet.reports.plots import plot_learning_curve, save_figure
@@ -63,18 +65,18 @@ def train_tokenizer(config: TrainTokenizerConfig) -> Path:
 
 def finetune(config: FinetuneConfig) -> float:
     """Fine-tune with one seed or several; return the (mean) accuracy (0..1) on the test images."""
-    return _finetune_once(config)[0] if config.num_seeds == 1 else _finetune_seeds(config)
+    return _finetune_once(config)[0]["accuracy"] if config.num_seeds == 1 else _finetune_seeds(config)
 
 
-def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
+def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
     """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/curve.png.
 
-    With `resume`, a run whose run.json has an accuracy is finished: that accuracy is returned, and nothing is trained. Another run
+    With `resume`, a run whose run.json has an accuracy is finished: its metrics are returned, and nothing is trained. Another run
     resumes from its newest checkpoint. The checkpoints are deleted when the run has finished.
 
     Returns:
-        Accuracy on the test images (0..1), and the name of the signal that asked to stop during the last step or later, when the run
-        was finished anyway; '' without such a signal.
+        'accuracy' on the test images (0..1), after 'balanced_accuracy' and 'auroc' if they are imbalanced; and the name of the signal that
+        asked to stop during the last step or later, when the run was finished anyway; '' without such a signal.
 
     Raises:
         Interrupted: a signal asked to stop before the last step; a checkpoint is saved if there is an `out` folder.
@@ -86,28 +88,43 @@ def _finetune_once(config: FinetuneConfig) -> tuple[float, str]:
         results = RunState.read(config.out).results
         if "accuracy" in results:
             log.info("%s is finished: accuracy %.3f", config.out, results["accuracy"])
-            return float(results["accuracy"]), ""
+            return {kind: results[kind] for kind in METRIC_NAMES if kind in results}, ""
     trainer = Trainer(FinetuningTask(), config)
-    num_correct, num_test, train, majority_accuracy = trainer.fit()
-    accuracy, (low, high) = num_correct / num_test, wilson_interval(num_correct, num_test)
+    metrics, num_test, train, majority_accuracy = trainer.fit()
     log.info(
-        "accuracy %.3f (95 %% interval %.3f to %.3f, on %s test images; majority baseline %.3f), trained on %s images of %d classes",
-        accuracy, low, high, f"{num_test:,}", majority_accuracy, f"{len(train.labels):,}", len(train.classes),
+        "%s: 95 %% intervals over %s test images; majority baseline of the accuracy %.3f; trained on %s images of %d classes",
+        _format_metrics(metrics), f"{num_test:,}", majority_accuracy, f"{len(train.labels):,}", len(train.classes),
     )  # fmt: skip
-    if low <= majority_accuracy:
+    leading, low = next((kind, metric.ci_low or 0.0) for kind, metric in metrics.items())
+    if low <= (majority_accuracy if leading == "accuracy" else 1 / len(train.classes)):
         hint = f"try a higher {option('lr')} or more {option('epochs')}"
-        log.warning("the accuracy is not significantly above the majority baseline: %s", hint)
+        name = METRIC_NAMES[leading]
+        log.warning("the %s is not significantly above that of always predicting one class: %s", name, hint)
     if config.out:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(plot_learning_curve(rows), config.out / "curve.png")
-        results = {"accuracy": accuracy, "ci95_low": low, "ci95_high": high, "classes": train.classes}
+        results = {**_results(metrics), "classes": train.classes}
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         results["provenance"] = asdict(finetuning_provenance(config.out, images))
         # One call: a run whose run.json has the accuracy is finished, and is not completed by resuming.
         counts, hashes = {"images": len(train.labels), "test_images": num_test}, {"images": train.images.hash}
         record(config.out, counts=counts, hashes=hashes, results=results)
         shutil.rmtree(config.out / "checkpoints")  # no longer needed: a finished run is not resumed
-    return accuracy, trainer.stop.signal_name
+    return {kind: metric.value for kind, metric in metrics.items()}, trainer.stop.signal_name
+
+
+def _format_metrics(metrics: dict[str, MetricValue]) -> str:
+    """Format metrics by kind with their intervals, those that lead first: 'accuracy 0.543 (0.512 to 0.573)'."""
+    return ", ".join(f"{METRIC_NAMES[kind]} {format_metric(metric)}" for kind, metric in metrics.items())
+
+
+def _results(metrics: dict[str, MetricValue]) -> dict[str, Any]:
+    """Return what run.json has of metrics: 'accuracy', 'ci95_low', 'ci95_high'; of other kinds KIND, 'KIND_ci95_low', ..., before it."""
+    results: dict[str, Any] = {}
+    for kind, metric in metrics.items():
+        prefix = "" if kind == "accuracy" else f"{kind}_"
+        results |= {kind: metric.value, f"{prefix}ci95_low": metric.ci_low, f"{prefix}ci95_high": metric.ci_high}
+    return results
 
 
 def _finetune_seeds(config: FinetuneConfig) -> float:
@@ -128,7 +145,7 @@ def _finetune_seeds(config: FinetuneConfig) -> float:
             create_output_dir(out)
         write_config(config, out / CONFIG_FILE)
     resume_command = command_to_resume(out, "finetune") if out else ""
-    scores: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
     last = config.seed + config.num_seeds - 1
     for seed in range(config.seed, last + 1):
         log.info("--- seed %d (%d of %d)", seed, seed - config.seed + 1, config.num_seeds)
@@ -141,12 +158,13 @@ def _finetune_seeds(config: FinetuneConfig) -> float:
             raise Interrupted(error.what, resume_command) from None
         if stop_signal and seed < last:
             raise Interrupted(f"stopped by {stop_signal} after seed {seed}, saved", resume_command)
-    mean = mean_over_seeds(list(scores.values()))
+    kinds = next(iter(scores.values()))
+    means = {kind: mean_over_seeds([each[kind] for each in scores.values()]) for kind in kinds}
     caution = "; an interval from two seeds is unreliable" if config.num_seeds == 2 else ""
-    log.info("accuracy %.3f (%.3f to %.3f over %s%s)", mean.value, mean.ci_low, mean.ci_high, mean.over, caution)
-    interval = {"ci95_low": mean.ci_low, "ci95_high": mean.ci_high}
-    record(out, results={"accuracy": mean.value, **interval, "seeds": scores})
-    return mean.value
+    log.info("%s: 95 %% intervals over %d seeds%s", _format_metrics(means), config.num_seeds, caution)
+    accuracies = {seed: each["accuracy"] for seed, each in scores.items()}
+    record(out, results={**_results(means), "seeds": accuracies})
+    return means["accuracy"].value
 
 
 def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:

@@ -146,13 +146,18 @@ def downsample(series: Series, max_points: int) -> Series:
 
 # ---- final values
 
+PROBED = "(held-out part of the training images)"
 METRIC_LABELS: dict[str, tuple[str, Callable[[History, str], float], Callable[[float], str]]] = {
     "loss": ("loss, nats if tokens are predicted (mean of the last epoch)", History.mean_of_last_epoch, format_number),
     "unigram_entropy": ("unigram baseline of the loss, nats", History.last, format_number),
     "token_accuracy": ("token accuracy (mean of the last epoch)", History.mean_of_last_epoch, format_percent),
     "majority_token_accuracy": ("majority baseline of the token accuracy", History.last, format_percent),
-    "probe/logistic": ("linear probe (held-out part of the training images)", History.last, format_number),
-    "probe/knn": ("k-NN probe (held-out part of the training images)", History.last, format_number),
+    "probe/logistic_balanced_accuracy": (f"linear probe, balanced accuracy {PROBED}", History.last, format_number),
+    "probe/logistic_auroc": (f"linear probe, AUROC {PROBED}", History.last, format_number),
+    "probe/logistic": (f"linear probe {PROBED}", History.last, format_number),
+    "probe/knn_balanced_accuracy": (f"k-NN probe, balanced accuracy {PROBED}", History.last, format_number),
+    "probe/knn_auroc": (f"k-NN probe, AUROC {PROBED}", History.last, format_number),
+    "probe/knn": (f"k-NN probe {PROBED}", History.last, format_number),
     "images_per_second": ("images/s (median)", History.median, format_number),
     "data_time_fraction": ("fraction of time waiting for images (median)", History.median, format_percent),
     "skipped_steps": ("skipped steps", History.last, format_number),

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from mapet.evaluation.imbalance import is_imbalanced
 from mapet.files import atomic_write
 from mapet.models.objectives import Segment
 from mapet.reports.render import LINE_STYLES
@@ -354,7 +355,7 @@ def plot_neighbors(rows: Sequence[Sequence[tuple[UInt8[Tensor, "C h w"], str]]],
 
 
 def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Figure:
-    """Draw the confusion matrix of a linear probe; the title has its accuracy.
+    """Draw the confusion matrix of a linear probe; the title has its accuracy, on imbalanced images after the balanced accuracy.
 
     A cell's color is its fraction of the row's images, its text the count. Counts are written for up to `MAX_COUNTED_CLASSES` classes,
     class names for up to `MAX_NAMED_CLASSES`.
@@ -375,25 +376,30 @@ def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Fi
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set(xlabel="predicted class", ylabel="true class")
-    accuracy = np.trace(counts) / max(1, counts.sum())
-    axis.set_title(f"Linear probe: {accuracy:.1%} of {counts.sum():,} images", fontsize=10)
+    title, labels = "Linear probe: ", np.repeat(np.arange(len(counts)), counts.sum(1))
+    if len(labels) and is_imbalanced(labels):
+        title += f"balanced accuracy {fractions.diagonal()[np.unique(labels)].mean():.1%}; "
+    axis.set_title(f"{title}{np.trace(counts) / max(1, len(labels)):.1%} of {len(labels):,} images", fontsize=10)
     return figure
 
 
 def plot_learning_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw two plots over epochs: the training loss, and below it the accuracy on the test images.
+    """Draw two plots over epochs: the training loss, and below it the accuracy on the test images, and their balanced accuracy if it is there.
 
     Args:
-        rows: records of fine-tuning's metrics.jsonl, with "epoch" and "loss" (mean of the epoch), "accuracy" (0..1) or both; other keys
-            are ignored.
+        rows: records of fine-tuning's metrics.jsonl, with "epoch" and "loss" (mean of the epoch), "accuracy" (0..1) or both, and perhaps
+            "balanced_accuracy"; other keys are ignored.
     """
     figure = Figure(figsize=(6, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
-    for axis, name, label in ((upper, "loss", "training loss"), (lower, "accuracy", "test accuracy")):
-        points = [(row["epoch"], row[name]) for row in rows if name in row]
-        axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
-        axis.set_ylabel(label)
-    lower.set(xlabel="epoch", ylim=(0, 1))
+    lines = (upper, "loss"), (lower, "balanced_accuracy"), (lower, "accuracy")
+    for axis, name in lines:
+        if points := [(row["epoch"], row[name]) for row in rows if name in row]:
+            axis.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    upper.set_ylabel("training loss")
+    lower.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
+    if len(lower.lines) > 1:
+        lower.legend()
     return figure
 
 

@@ -28,6 +28,7 @@ from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
+from mapet.evaluation.imbalance import name_rows
 from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
@@ -479,7 +480,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
         finetuning = build_config(FinetuneConfig, shared | {"labels_per_class": labels})
         result = Trainer(FinetuningTask(), finetuning).fit()
         name = f"finetune, {labels} labels a class" if labels else "finetune, all labels"
-        scores[name] = result.num_correct / result.num_test
+        scores |= name_rows(name, {kind: metric.value for kind, metric in result.metrics.items()})
     return scores
 
 

@@ -19,7 +19,9 @@ from mapet.data.views import ViewSpec, fork_rng, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
+from mapet.evaluation.eval_context import MetricValue, measure_classifier
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
+from mapet.evaluation.imbalance import METRIC_NAMES, score_classifier
 from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
 from mapet.training.task import StepOutput, Task
 
@@ -36,12 +38,13 @@ class FinetuneResult(NamedTuple):
     """Result of a fine-tuning.
 
     Attributes:
-        num_correct, num_test: test images that are classified correctly, and all test images.
+        metrics: of the readable test images, see `measure_classifier`.
+        num_test: number of these images.
         train: the training images.
         majority_accuracy: accuracy of always predicting the most frequent class of the test images.
     """
 
-    num_correct: int
+    metrics: dict[str, MetricValue]
     num_test: int
     train: LabeledSet
     majority_accuracy: float
@@ -55,7 +58,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
     min_auto_lr = 3e-4
     """With few small batches a lower rate learns too little, a higher one forgets what pre-training learned."""
     model: VisionTransformer
-    _final: tuple[int, int] | None = None
+    _final: tuple[Tensor, Tensor] | None = None
 
     def build(self, config: FinetuneConfig, compute: ComputeContext) -> None:
         """Read the labels, load the backbone with a new head, and set up augmentation and the moving average of the weights.
@@ -162,7 +165,8 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
             epoch: counted from 1.
 
         Returns:
-            'epoch' and 'accuracy' (0 to 1); {} after epochs that are not measured. The counts of the last epoch are kept for `finish`.
+            'epoch' and what `score_classifier` returns (0 to 1); {} after epochs that are not measured. The last epoch's logits are kept
+            for `finish`.
 
         Raises:
             MapetError: too many test images are unreadable; the trainer logs it as a warning.
@@ -170,15 +174,17 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         last = epoch == self.config.epochs
         if not last and (self.config.out is None or epoch % self.epochs_per_test):
             return {}
-        num_correct, num_test = compute_accuracy(self._ema_or_module(module), self.test, self.compute)
+        logits, labels = classify_images(self._ema_or_module(module), self.test, self.compute)
         module.train()
-        self._final = (num_correct, num_test) if last else None
-        return {"epoch": epoch, "accuracy": num_correct / num_test}
+        self._final = (logits, labels) if last else None
+        return {"epoch": epoch, **score_classifier(logits, labels)}
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
-        """Format the accuracy on the test images."""
-        return f"test accuracy {scores['accuracy']:.3f}"
+        """Format the accuracy on the test images, on imbalanced ones balanced accuracy and AUROC first."""
+        return "test " + ", ".join(
+            f"{METRIC_NAMES[kind]} {scores[kind]:.3f}" for kind in METRIC_NAMES if kind in scores
+        )
 
     def finish(self, module: VisionTransformer) -> FinetuneResult:
         """Save the ViT, or the moving average of its weights, in OUT/model, and return its accuracy on the test images.
@@ -187,12 +193,12 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         saves nothing.
         """
         config, vit = self.config, self._ema_or_module(module)
-        num_correct, num_test = self._final or compute_accuracy(vit, self.test, self.compute)
+        logits, labels = self._final or classify_images(vit, self.test, self.compute)
         if config.out is not None:
             if not (config.out / "model").exists():
                 save_backbone(vit.cpu(), config.out / "model")
             log.info("model in %s", config.out / "model")
-        return FinetuneResult(num_correct, num_test, self.train, self.test.majority_accuracy)
+        return FinetuneResult(measure_classifier(logits, labels), len(labels), self.train, self.test.majority_accuracy)
 
 
 def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
@@ -216,8 +222,8 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
 
 
 @torch.inference_mode()
-def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[int, int]:
-    """Classify the center crops of labeled images; unreadable ones are excluded from both counts.
+def classify_images(vit: VisionTransformer, data: LabeledSet, compute: ComputeContext) -> tuple[Tensor, Tensor]:
+    """Classify the center crops of labeled images; unreadable ones are excluded.
 
     Args:
         vit: with a classifier; it is put into evaluation mode.
@@ -225,7 +231,7 @@ def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeC
         compute: device and precision.
 
     Returns:
-        (number of images that are classified correctly, number of images that were read and classified)
+        Logits (n, K), float32, and class indices (n,) of the images that were read, on the CPU.
 
     Raises:
         MapetError: too many images are unreadable; see `BackboneWrapper.batches`.
@@ -233,5 +239,6 @@ def compute_accuracy(vit: VisionTransformer, data: LabeledSet, compute: ComputeC
     vit.eval()
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)
     batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))
-    correct = torch.cat([backbone.logits(images).argmax(1).cpu() == labels[index] for index, images in batches])
-    return int(correct.sum()), len(correct)
+    parts = [(backbone.logits(images).float().cpu(), labels[index]) for index, images in batches]
+    logits, shown = map(torch.cat, zip(*parts, strict=True))
+    return logits, shown

@@ -23,6 +23,7 @@ from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import format_size, option
 from mapet.evaluation.datasets import LabeledSet
+from mapet.evaluation.imbalance import METRIC_NAMES
 from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
 from mapet.models.context_autoencoder import ContextAutoencoder
@@ -360,8 +361,12 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
 
     @staticmethod
     def format_scores(scores: dict[str, float]) -> str:
-        """Format the accuracies of the online probe."""
-        return f"linear probe {scores['probe/logistic']:.3f}, k-NN {scores['probe/knn']:.3f}"
+        """Format the accuracies of the online probe, on imbalanced images balanced accuracy and AUROC first."""
+        titles, texts = {"logistic": "linear probe", "knn": "k-NN"}, []
+        for row, value in scores.items():
+            name, _, kind = row.removeprefix("probe/").partition("_")
+            texts.append(f"{titles[name]} {METRIC_NAMES[kind] + ' ' if kind else ''}{value:.3f}")
+        return ", ".join(texts)
 
     def infer(self, module: VisionTransformer, batch: Batch) -> list[Tensor]:
         """Return one tensor in a list: the backbone's features (B, tokens, D) of the images without color jitter."""
