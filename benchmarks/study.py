@@ -48,12 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="of pre-training; default: the recipe's")
     parser.add_argument("--finetune-epochs", type=int, help="default: the recipe's")
     parser.add_argument("--tokenizers", nargs="+", help="default: all of the recipe")
+    parser.add_argument("--mask-ratios", type=float, nargs="+", help="default: those of the recipe")
 
 
 def run(args: argparse.Namespace) -> Result:
     data, recipe = cifar10(args.data, args.out), read_config(ROOT / "recipes" / f"study_{args.recipe}.yaml")
     recipe["seeds"] = args.seeds or recipe["seeds"]
     recipe["grid"]["tokenizer"] = args.tokenizers or recipe["grid"]["tokenizer"]
+    if args.mask_ratios:
+        recipe["grid"]["mask_ratio"] = args.mask_ratios
     recipe["tokenizers"] = {name: recipe["tokenizers"][name] for name in recipe["grid"]["tokenizer"]}
     for section, epochs in (("pretrain", args.epochs), ("finetune", args.finetune_epochs)):
         recipe[section]["epochs"] = epochs or recipe[section]["epochs"]

@@ -1,0 +1,86 @@
+"""Is a pre-trained ViT ahead of features that need no pre-training? Linear probe and k-NN, on several sets.
+
+    python -m benchmarks controls --data FOLDER --out runs/pooling
+
+The backbones are those of `python -m benchmarks pooling` with the same `--out`, and are trained if they are not there. `mapet evaluate`
+measures them and all controls, with each pooling of `--pools`. What is done in `--out` is not done again.
+"""
+
+import argparse
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mapet
+from benchmarks.core import Result, Row, cached
+from benchmarks.pooling import PROBES, SETS, image_sets, pretrain
+from benchmarks.tables import Table
+from mapet.run_state import RunState
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="folder of the archives; default: digits of 32 px, as a trial")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--pools", nargs="+", default=["mean", "2x2"])
+    parser.add_argument("--out", type=Path, required=True, help="runs; what is done there is not done again")
+
+
+def run(args: argparse.Namespace) -> Result:
+    rows = []
+    for name, spec, train, test in image_sets(args):
+        run_folder = args.out / f"run {name}"
+        pretrain(spec, train, run_folder)
+        for pool in args.pools:
+            out = args.out / f"controls {name} {pool}"
+            images = {"images": train, "test_images": test}
+            found = cached(out.with_suffix(".json"), partial(measure, run_folder / "pretrain", pool, images, out))
+            rows += [{"set": name, "pool": pool, **row} for row in found]
+    return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}; tokens of the `pixels` teacher")
+
+
+def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> list[Row]:
+    """Evaluate a backbone and all controls; what is in `out` is replaced.
+
+    Returns:
+        A row for each: 'features', and for each probe its accuracy, the ends of the 95 % interval ('_low', '_high') and what it selected.
+    """
+    shutil.rmtree(out, ignore_errors=True)  # of an evaluation that was stopped
+    mapet.evaluate(backbone=[str(pretrained)], protocols=list(PROBES), pool=pool, out=out, **images)
+    results: dict[str, Any] = RunState.read(out).results
+    rows: list[Row] = []
+    for source, by_protocol in (results["backbones"] | results["controls"]).items():
+        row: Row = {"features": "pre-trained" if source == str(pretrained) else title(source, pretrained)}
+        for probe in PROBES:
+            metric = by_protocol[probe]["metrics"][probe]
+            row |= {probe: metric["value"], f"{probe}_low": metric["ci_low"], f"{probe}_high": metric["ci_high"]}
+            row[f"{probe}_selected"] = metric["selected"]
+        rows.append(row)
+    return rows
+
+
+def title(control: str, pretrained: Path) -> str:
+    """Return the name of a control without the folder of the run."""
+    return "untrained" if control.startswith("random:") else control.removesuffix(f" of {pretrained}")
+
+
+def by_features(rows: list[Row], pool: str) -> list[Row]:
+    """Return a row for each kind of features by one pooling, sets side by side: linear probe / k-NN, the best of each in bold."""
+    rows = [row for row in rows if row["pool"] == pool]
+    best = {(row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in PROBES}
+    pivot: dict[str, Row] = {}
+    for row in rows:
+        cells = [
+            f"**{row[probe]:.3f}**" if row[probe] == best[row["set"], probe] else f"{row[probe]:.3f}" for probe in PROBES
+        ]
+        pivot.setdefault(row["features"], {"features": row["features"]})[row["set"]] = " / ".join(cells)
+    return list(pivot.values())
+
+
+SMOKE = ["--out", "{scratch}", "--pools", "mean"]
+TABLES = {
+    name: Table(
+        {"linear probe / k-NN": "{features}", **{each: f"{{{each}}}" for each in SETS}}, rows=partial(by_features, pool=pool)
+    )
+    for name, pool in (("main", "2x2"), ("mean", "mean"))
+}
