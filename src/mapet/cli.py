@@ -33,12 +33,12 @@ HEADINGS = {
     "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init pool layers "
     "format dtype",
     "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_output "
-    "quantizer vocab_size fsq_levels pca_dim patches_per_code codebook_dim dead_code_threshold",
-    "K-means": "kmeans_init kmeans_iters kmeans_n_init kmeans_batch_size kmeans_metric",
+    "quantizer vocab_size fsq_levels pca_dim patches_per_code",
+    "K-means": "kmeans_iters",
     "Objective": "objective target mask_ratio patch_order num_predict separate_query_token",
     "Optimization": "opt epochs warmup_epochs batch_size lr min_lr weight_decay clip_grad seed",
     "Regularization": "rand_augment mixup cutmix random_erasing label_smoothing layer_decay ema_decay",
-    "Protocols": "protocols linear_epochs few_shot eval_image_sizes dense_epochs",
+    "Protocols": "protocols few_shot eval_image_sizes",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
     "Output": "out license resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",

@@ -107,7 +107,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
 
     Example:
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
-      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher k-clip --kmeans-n-init 5
+      mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher k-clip
     """
     return _load("tokenizers.stages").fit_tokenizer(config)
 

@@ -13,6 +13,8 @@ from mapet.errors import option
 class EvaluateConfig(shared.FeatureOptions, shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
+    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs"})
+
     backbone: list[shared.BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for
     a timm model or a folder's architecture with random weights. Corruption errors are relative to the first."""

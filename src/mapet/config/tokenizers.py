@@ -60,6 +60,7 @@ class TeacherOptions(shared.InputOptions):
 class FitTokenizerOptions(TeacherOptions):
     """Options of `fit-tokenizer` but for images, output folder and device; `run` has them as a section, `study` one set per tokenizer."""
 
+    file_only: ClassVar[frozenset[str]] = frozenset({"kmeans_init", "kmeans_n_init", "kmeans_batch_size", "kmeans_metric"})
     teacher: str = "pixels"
     """Frozen encoder: pixels (raw patches, label-free), k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd
     (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
@@ -134,7 +135,7 @@ class TrainTokenizerConfig(
 ):
     """Options of `train-tokenizer`. Defaults are those of the released BEiT v2 config (arXiv 2208.06366) unless the help says otherwise."""
 
-    file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS
+    file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS | {"codebook_dim", "dead_code_threshold"}
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"
