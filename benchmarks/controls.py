@@ -67,11 +67,14 @@ def title(control: str, pretrained: Path) -> str:
 def by_features(rows: list[Row], pool: str) -> list[Row]:
     """Return a row for each kind of features by one pooling, sets side by side: linear probe / k-NN, the best of each in bold."""
     rows = [row for row in rows if row["pool"] == pool]
-    best = {(row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in PROBES}
+    best = {
+        (row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in PROBES
+    }
     pivot: dict[str, Row] = {}
     for row in rows:
         cells = [
-            f"**{row[probe]:.3f}**" if row[probe] == best[row["set"], probe] else f"{row[probe]:.3f}" for probe in PROBES
+            f"**{row[probe]:.3f}**" if row[probe] == best[row["set"], probe] else f"{row[probe]:.3f}"
+            for probe in PROBES
         ]
         pivot.setdefault(row["features"], {"features": row["features"]})[row["set"]] = " / ".join(cells)
     return list(pivot.values())
@@ -80,7 +83,8 @@ def by_features(rows: list[Row], pool: str) -> list[Row]:
 SMOKE = ["--out", "{scratch}", "--pools", "mean"]
 TABLES = {
     name: Table(
-        {"linear probe / k-NN": "{features}", **{each: f"{{{each}}}" for each in SETS}}, rows=partial(by_features, pool=pool)
+        {"linear probe / k-NN": "{features}", **{each: f"{{{each}}}" for each in SETS}},
+        rows=partial(by_features, pool=pool),
     )
     for name, pool in (("main", "2x2"), ("mean", "mean"))
 }

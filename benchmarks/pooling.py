@@ -10,6 +10,7 @@ three evenly spaced ones. What is done in `--out` is not done again.
 import argparse
 import shutil
 import statistics
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,18 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    rows, chosen = [], {name: SETS[name] for name in args.sets} if args.data else DIGITS
-    for name, spec in chosen.items():
-        folder = unpack(args.data / spec.archive, args.out) if args.data else cifar10(None, args.out)
-        counts = {"train": spec.per_class, "test": spec.per_class and spec.per_class * 2 // 5}
-        train, test = (first_of_each_class(folder / part, n) if n else folder / part for part, n in counts.items())
+    rows = []
+    for name, spec, train, test in image_sets(args):
         backbone = pretrain(spec, train, args.out / f"run {name}")
         for pool in POOLS:
             for layers in LAYERS:
                 folder = args.out / f"{name} {pool} {layers}"
                 work = partial(measure, backbone, {"images": train, "test_images": test}, pool, layers, folder)
                 rows.append({"set": name, "pool": pool, "layers": layers, **cached(folder.with_suffix(".json"), work)})
-    return Result(rows, f"{', '.join(chosen)}, tokens of the `pixels` teacher")
+    return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}, tokens of the `pixels` teacher")
+
+
+def image_sets(args: argparse.Namespace) -> Iterator[tuple[str, ImageSet, Path, Path]]:
+    """Yield (name, settings, training images, test images) of the chosen sets, unpacked into `--out`."""
+    for name, spec in ({name: SETS[name] for name in args.sets} if args.data else DIGITS).items():
+        folder = unpack(args.data / spec.archive, args.out) if args.data else cifar10(None, args.out)
+        counts = {"train": spec.per_class, "test": spec.per_class and spec.per_class * 2 // 5}
+        train, test = (first_of_each_class(folder / part, n) if n else folder / part for part, n in counts.items())
+        yield name, spec, train, test
 
 
 def pretrain(spec: ImageSet, images: Path, out: Path) -> Path:

@@ -60,7 +60,9 @@ class TeacherOptions(shared.InputOptions):
 class FitTokenizerOptions(TeacherOptions):
     """Options of `fit-tokenizer` but for images, output folder and device; `run` has them as a section, `study` one set per tokenizer."""
 
-    file_only: ClassVar[frozenset[str]] = frozenset({"kmeans_init", "kmeans_n_init", "kmeans_batch_size", "kmeans_metric"})
+    file_only: ClassVar[frozenset[str]] = frozenset(
+        {"kmeans_init", "kmeans_n_init", "kmeans_batch_size", "kmeans_metric"}
+    )
     teacher: str = "pixels"
     """Frozen encoder: pixels (raw patches, label-free), k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd
     (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
