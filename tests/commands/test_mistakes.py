@@ -108,7 +108,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     ):
         (out / "pretrain" / made).mkdir(parents=True, exist_ok=True)
         line = fails(capsys, *same, "--pretrain.epochs", "30", "--max-unreadable", "0.2", "--resume")
-        assert "(pretrain.epochs: 40 -> 30)" in line and way in line
+        assert "(pretrain.epochs: 40.0 -> 30.0)" in line and way in line
 
 
 @pytest.mark.parametrize(

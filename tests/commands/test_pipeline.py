@@ -124,6 +124,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert steps == [3, 6]
 
 
+def test_a_run_that_ends_within_an_epoch(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch, caplog):
+    """5 steps of 3 per epoch: logged, probed and saved at the end, with the learning rate's schedule over 5; resumed exactly."""
+    options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir}
+    options |= PRETRAIN | {"epochs": 1.7, "probe_every": 4, "warmup_epochs": 0, "min_lr": 1e-5}
+    with caplog.at_level("INFO", "mapet"):
+        mapet.pretrain(out=tmp_path / "whole", **options)
+    assert "1.7 epochs" in caplog.text and "epoch 2 (2 of 3 steps): loss" in caplog.text
+    with monkeypatch.context() as patch:
+        StopAt(patch, 4)
+        with pytest.raises(Interrupted):
+            mapet.pretrain(out=tmp_path / "resumed", **options)
+    mapet.pretrain(out=tmp_path / "resumed", resume=True, **options)
+    assert_identical(tmp_path / "whole", tmp_path / "resumed")
+    for run in ("whole", "resumed"):
+        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        assert [(record["step"], "probe/knn" in record) for record in records] == [(3, False), (5, False), (5, True)]
+        assert records[1]["epoch"] == 5 / 3
+        last = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 4 / 5)) / 2
+        assert records[1]["lr"] == pytest.approx(last)
+        assert RunState.read(tmp_path / run).counts["total_steps"] == 5
+
+
 def test_part_of_a_run_names_that_and_has_its_report(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
     """`mapet run` is what goes on, with all that comes after; and there is one report, not an older one inside."""
     (tmp_path / "digits").mkdir()

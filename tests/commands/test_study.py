@@ -1,12 +1,15 @@
 """`mapet study`: which cells there are, real runs of them, failure and Ctrl-C, and what it refuses."""
 
 import csv
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,11 +18,12 @@ from mapet.cli import main
 from mapet.config.base import build_config
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig
+from mapet.data.dataset import EpochBatchSampler
 from mapet.errors import Interrupted, MapetError
 from mapet.run_state import RunState
 from mapet.studies import trials
 from mapet.studies.statistics import COMPUTE, EPOCHS
-from mapet.studies.trials import add_equal_compute, grid_trials
+from mapet.studies.trials import add_equal_compute, grid_trials, pretrain_config
 from mapet.training.estimate import flops_per_image
 from tests.conftest import PRETRAIN
 from tests.refused import refused
@@ -43,9 +47,9 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
     assert main(["study", str(tmp_path / "study.yaml")]) == 0
     trials = {path.name: RunState.read(path) for path in (out / "trials").iterdir()}
-    assert set(trials) == {
-        "mim_seed_3", "mapet_seed_3", "bad_seed_3", "mim_seed_3_4_epochs", "bad_seed_3_4_epochs",
-    }  # fmt: skip
+    equal_epochs = {"mim_seed_3", "mapet_seed_3", "bad_seed_3"}
+    (longer,) = (name for name in trials if re.fullmatch(r"mim_seed_3_\d\.\d+_epochs", name))
+    assert set(trials) == equal_epochs | {longer, longer.replace("mim", "bad")}
     result = trials["mapet_seed_3"].results
     assert set(result["scores"]) == {
         "logistic", "knn", "logistic on other writers", "knn on other writers", "finetune, 10 labels a class",
@@ -53,8 +57,9 @@ def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_
     assert all(0 <= score <= 1 for score in result["scores"].values())
     assert result["epochs"] == 2 and result["seconds"] > 0 and result["curve"][-1]["epoch"] == 2
     assert result["curve"][-1]["flops"] == result["flops"] > 1e8
-    longer = trials["mim_seed_3_4_epochs"].results
-    assert 0.75 < longer["flops"] / result["flops"] < 1.34
+    longer = trials[longer].results
+    per_step = trials["mim_seed_3"].results["flops"] / 6  # 2 epochs of 3 steps
+    assert abs(longer["flops"] - result["flops"]) < 0.51 * per_step
     assert trials["bad_seed_3"].status == "failed" and "NaN or infinite" in trials["bad_seed_3"].reason
     with (out / "report" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -143,10 +148,27 @@ def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tok
     assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
     (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
     (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
-    budgets = {(cell.name, cell.options["epochs"]): cell.budgets for cell in add_equal_compute(config, cells)}
-    assert budgets["0.5, mapet, seed 0", 2] == (EPOCHS, COMPUTE)  # the dearest of its comparison
-    assert budgets["0.5, mim, seed 0", 2] == (EPOCHS,)
-    assert budgets["0.5, mim, seed 0, 3 epochs", 3] == (COMPUTE,)
+    with_compute = add_equal_compute(config, cells)
+    named = {cell.name: cell for cell in with_compute}
+    mapet_trial, mim_trial = named["0.5, mapet, seed 0"], named["0.5, mim, seed 0"]
+    epochs = 2 * mapet_trial.flops_per_image / mim_trial.flops_per_image
+    assert mapet_trial.budgets == (EPOCHS, COMPUTE)  # the most expensive one of its comparison
+    assert mim_trial.budgets == (EPOCHS,) and mim_trial.options["epochs"] == 2
+    assert named[f"0.5, mim, seed 0, {epochs:.6g} epochs"].budgets == (COMPUTE,)
+    # Compute is equal to half a step of the cheaper one, however many steps an epoch has.
+    for steps_per_epoch in (1, 3, 7, 100, 5005):
+        for seed, ratio in itertools.product((0, 1), ("0.5", "0.5 to 0.9")):
+            pair = [
+                c for c in with_compute if (c.seed, c.factors["mask_ratio"]) == (seed, ratio) and COMPUTE in c.budgets
+            ]
+            assert {cell.factors["objective"] for cell in pair} == {"mim", "mapet"} and len(pair) == 2
+            steps = [
+                len(EpochBatchSampler(np.arange(steps_per_epoch), 1, pretrain_config(config, cell).epochs, seed))
+                for cell in pair
+            ]
+            flops = [number * cell.flops_per_image for number, cell in zip(steps, pair, strict=True)]
+            cheaper = min(cell.flops_per_image for cell in pair)
+            assert abs(flops[0] - flops[1]) <= cheaper * 0.500001, (steps_per_epoch, ratio)
 
 
 def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_path):

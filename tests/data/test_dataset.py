@@ -196,6 +196,16 @@ def test_jitter_is_torchvisions_in_any_order(order, seed):
     assert torch.allclose(fused, expected, atol=2e-4)  # torchvision rounds the weights of gray
 
 
+@pytest.mark.parametrize(("epochs", "num_steps"), [(2.5, 8), (2.4, 7), (2.34, 7), (0.7, 2), (0.01, 1), (2.0, 6)])
+def test_last_epoch_ends_early_after_the_nearest_step(epochs, num_steps):
+    """The steps of a part of an epoch are those of the whole one; at least one step is made."""
+    whole = list(EpochBatchSampler(np.arange(25), 10, 3, seed=4))  # 3 steps per epoch
+    sampler = EpochBatchSampler(np.arange(25), 10, epochs, seed=4)
+    assert list(sampler) == whole[:num_steps] and len(sampler) == num_steps
+    sampler.first_step = num_steps - 1
+    assert list(sampler) == whole[num_steps - 1 : num_steps] and len(sampler) == 1
+
+
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 4), st.integers(0, 5))
 def test_every_image_comes_once_an_epoch_in_even_batches(count, batch_size, epochs, seed):
     sampler = EpochBatchSampler(np.arange(count), batch_size, epochs, seed)

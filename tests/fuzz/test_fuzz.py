@@ -315,11 +315,12 @@ def test_any_words(words):
         "images: a\nimages: b\n",
         "epochs: " + "9" * 5000,
         "epochs: .nan\nimages: a",
+        "images: a\nout: b\ntokenizer: c\nepochs: .inf",
         "? {a: b}\n: c",
         "\ufeffimages: a",
         "images: a\nout: b\ntokenizer: c\nlr: 1e400",
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_hostile_recipes(text, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")

@@ -111,6 +111,8 @@ def test_too_few_steps_come_before_the_learning_rate():
 
 def test_without_labels_a_finished_run_is_said_to_be_unjudged():
     assert "There were no labels" in advise_to_evaluate(subject(history()))
+    epochs = 20 + 0.4 / history().steps_per_epoch  # no step more
+    assert "There were no labels" in advise_to_evaluate(RunSummary(history(), {"epochs": epochs}, {}))
     for told in (
         subject(probed(0.4)),
         subject(history(), probe=judged(0.2, 0.4)),

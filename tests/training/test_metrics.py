@@ -36,7 +36,7 @@ def test_on_a_terminal(caplog, monkeypatch):
         assert "5/10" in screen.getvalue() and all(line in screen.getvalue() for line in shown)
     assert caplog.messages == [
         "epoch 3: linear probe 0.500, k-NN 0.250",
-        f"epoch 3 (its last 1 of 2 steps): {LEARNING}, {SPEED}, 50 s left",  # it was resumed within the epoch
+        f"epoch 3 (1 of 2 steps): {LEARNING}, {SPEED}, 50 s left",  # it was resumed within the epoch
     ]
 
 

@@ -57,7 +57,7 @@ class StudyConfig(Config):
     compare_by: str | None = None
     """Varied name whose values are compared in pairs, all else being equal; auto: the only one, else objective."""
     equal_compute: bool = True
-    """Run cheaper values also for more epochs, until they match the FLOPs of the most expensive one."""
+    """Run cheaper values also for more epochs, until they match the FLOPs of the most expensive one to half a step."""
     labels_per_class: list[PositiveInt | Literal["all"]] = Field(default=[10])
     """Labeled images of each class to fine-tune on (a number, or all), one fine-tuning for each."""
     devices: list[str] = Field(default=["auto"])

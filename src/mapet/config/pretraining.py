@@ -31,8 +31,8 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
     """Weights to start from: a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...) or
     timm:NAME, adapted to this grid, patch and channels (for a new run; `resume` continues one); none: random weights."""
 
-    epochs: PositiveInt = 300
-    """Number of training epochs."""
+    epochs: float = Field(default=300, gt=0, allow_inf_nan=False)
+    """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a thirtieth of `epochs` (10 of 300)."""
     batch_size: PositiveInt | None = None

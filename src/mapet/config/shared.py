@@ -164,8 +164,8 @@ LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split())
 class TrainerOptions(Config):
     """Options of the training loop, the same for all tasks."""
 
-    epochs: PositiveInt = 100
-    """Number of training epochs."""
+    epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
+    """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a tenth of `epochs`."""
     batch_size: PositiveInt | None = None

@@ -234,13 +234,14 @@ class EpochBatchSampler(Sampler[Positions]):
     Attributes:
         indices: the images to train on.
         batch_size: largest number of images of a step, of all ranks together.
+        epochs: above 0, rounded to whole steps (at least one); with a fraction the last epoch ends early.
         first_step: step at which iteration starts, from 0; to resume a run.
         rank: index of this process among `world_size`, which split each batch between them, image by image.
     """
 
     indices: Int[np.ndarray, " n"]
     batch_size: int
-    epochs: int
+    epochs: float
     seed: int
     first_step: int = 0
     rank: int = 0
@@ -251,10 +252,10 @@ class EpochBatchSampler(Sampler[Positions]):
         return -(-len(self.indices) // self.batch_size)
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.first_step
+        return max(1, round(self.epochs * self.steps_per_epoch)) - self.first_step
 
     def __iter__(self) -> Iterator[Positions]:
-        for step in range(self.first_step, self.epochs * self.steps_per_epoch):
+        for step in range(self.first_step, self.first_step + len(self)):
             yield self.batch(step)[self.rank :: self.world_size]
 
     def batch(self, step: int) -> Positions:

@@ -226,8 +226,8 @@ def advise_to_evaluate(run: RunSummary) -> str:
     Returns:
         Sentences with the command; '' if a probe has evaluated the run, if it is not finished, or if it has too few records.
     """
-    epochs = run.history["epoch"].values
-    finished = bool(epochs) and epochs[-1] >= float(run.config.get("epochs") or 0)
+    epochs, steps_per_epoch = float(run.config.get("epochs") or 0), run.history.steps_per_epoch
+    finished = steps_per_epoch is not None and run.history.last_step >= round(epochs * steps_per_epoch)
     probed = run.probe or run.history["probe/logistic"].values
     if probed or not finished or not run.can_diagnose(run.history["loss"]):
         return ""

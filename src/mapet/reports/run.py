@@ -129,11 +129,11 @@ class RunFiles:
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the planned end, at the median speed of the last five records.
 
-        None without a record of an epoch and a speed (images/s), or without whole numbers of epochs and batch size in the config.
+        None without a record of an epoch and a speed (images/s), or without a number of epochs and a batch size in the config.
         """
         steps_per_epoch, speeds = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
         epochs, batch_size = self.config.get("epochs"), self.config.get("batch_size")
-        if not (steps_per_epoch and speeds and isinstance(epochs, int) and isinstance(batch_size, int)):
+        if not (steps_per_epoch and speeds and isinstance(epochs, int | float) and isinstance(batch_size, int)):
             return None
         return max(0.0, epochs * steps_per_epoch - self.steps) * batch_size / max(1e-9, median_high(speeds))
 

@@ -48,7 +48,7 @@ class Trial:
     status: str = "not run"
     reason: str = ""
     scores: dict[str, float] = field(default_factory=dict)
-    epochs: int | None = None
+    epochs: float | None = None
     flops: float | None = None
     seconds: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Trial:
     def name(self) -> str:
         """Levels in the order of their factors' names, the seed, and, of a run that was added for equal compute, the epochs."""
         parts = [*(level for _, level in sorted(self.factors.items())), f"seed {self.seed}"]
-        return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']} epochs"])
+        return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']:g} epochs"])
 
     @property
     def finished(self) -> bool:

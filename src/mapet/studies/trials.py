@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -151,8 +152,8 @@ def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     """Return the trials with their FLOPs per image, and further ones of more epochs for the comparison at equal compute.
 
     A trial that is compared with more expensive ones (those that differ from it in the compared factor alone) is run a second time, for as
-    many epochs as cost what the most expensive one costs. Until its tokenizer is fitted, which decides the size of the model's head, a
-    trial costs 0 and gets no second run.
+    many epochs, with a fraction, as cost what the most expensive one costs: training rounds them to whole steps. Until its tokenizer is
+    fitted, which decides the size of the model's head, a trial costs 0 and gets no second run.
 
     Args:
         config: of the study; `equal_compute` says whether there are second runs.
@@ -180,9 +181,8 @@ def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     for trial in trials:
         epochs = trial.options["epochs"]
         if trial.flops_per_image:
-            epochs = round(max_flops[trial.condition(compared)] / trial.flops_per_image)
-        # As expensive as the most expensive one, to half an epoch, or of unknown cost.
-        if epochs == trial.options["epochs"]:
+            epochs = max_flops[trial.condition(compared)] / trial.flops_per_image
+        if math.isclose(epochs, trial.options["epochs"]):  # as expensive as the most expensive one, or of unknown cost
             result.append(replace(trial, budgets=(EPOCHS, COMPUTE)))
         else:
             result += [trial, replace(trial, options=trial.options | {"epochs": epochs}, budgets=(COMPUTE,))]

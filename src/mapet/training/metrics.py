@@ -303,14 +303,14 @@ class ProgressDisplay:
         for line, text in zip(self.lines, texts, strict=False):  # no lines without a terminal
             line.set_description_str(f"  {text}")
         if epoch_ended:
-            if round(metrics["epoch"]) % self._task.epochs_per_line == 0 or self._done == self._total:
+            if math.ceil(metrics["epoch"]) % self._task.epochs_per_line == 0 or self._done == self._total:
                 self._log_epoch(metrics)
             self._windows.clear()
 
     def _log_epoch(self, metrics: dict[str, float]) -> None:
         """Log an epoch's line: the means of `EPOCH_MEANS` over its steps, other metrics as given, and the time left.
 
-        If the run was resumed within the epoch, the line gives the number of steps since, which the means are over.
+        If the means are over a part of the epoch, because the run was resumed or ends within it, the line gives the number of steps.
 
         Args:
             metrics: of the epoch's last steps, see `log_metrics`. `_windows` has those of all its steps since the run was resumed, each
@@ -318,7 +318,7 @@ class ProgressDisplay:
         """
         num_steps = sum(window["steps"] for window in self._windows)
         steps_per_epoch = round(self._done / metrics["epoch"])
-        part = f" (its last {num_steps} of {steps_per_epoch} steps)" if num_steps < steps_per_epoch else ""
+        part = f" ({num_steps} of {steps_per_epoch} steps)" if num_steps < steps_per_epoch else ""
         for name in EPOCH_MEANS:
             finite = [window for window in self._windows if math.isfinite(window.get(name, math.nan))]
             if steps := sum(window["steps"] for window in finite):
@@ -326,7 +326,7 @@ class ProgressDisplay:
         seconds = (time.monotonic() - self._started) / max(1, self._done - self._first) * (self._total - self._done)
         left = f", {format_duration(seconds)} left" if self._done < self._total else ""
         text = f"{self._task.format_metrics(metrics)}, {_format_throughput(metrics)}{left}"
-        log.info("epoch %d%s: %s", round(metrics["epoch"]), part, text)
+        log.info("epoch %d%s: %s", math.ceil(metrics["epoch"]), part, text)
 
     def log_scores(self, epoch: int, scores: dict[str, float]) -> None:
         """Log the scores of `Task.evaluate` after an epoch, counted from 1; on a terminal they stay until the next call."""

@@ -156,10 +156,10 @@ class Task(Generic[C, M, R]):
         """Format the metrics that a progress line shows."""
         return f"loss {metrics['loss']:.3f}"
 
-    def evaluate(self, module: M, epoch: int) -> dict[str, float]:
+    def evaluate(self, module: M, epoch: int, is_last: bool) -> dict[str, float]:
         """Return scores, by name, of the product module after an epoch (counted from 1); {} where this epoch is not evaluated.
 
-        It is called after every epoch, on rank 0 alone. A MapetError becomes a warning, and training continues.
+        It is called after every epoch (`is_last`: of the run), on rank 0 alone. A MapetError becomes a warning, and training continues.
         """
         return {}
 

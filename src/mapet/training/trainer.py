@@ -40,7 +40,7 @@ class Trainer(Generic[M, R]):
 
     Attributes:
         step: steps that are done; while a step runs, its index from 0.
-        total_steps, steps_per_epoch: of the run; every epoch has as many.
+        total_steps, steps_per_epoch: of the run; every epoch has as many, but the last one has fewer if `epochs` has a fraction.
         checkpoints: OUT/checkpoints, the folder of the run's checkpoints; None in a run without the option `out`, which saves none.
         num_rollbacks: how often the run went back to an earlier checkpoint's weights because of NaN or Inf.
         stateful: objects with a state dict that checkpoints hold beside model and optimizer, by name.
@@ -153,7 +153,7 @@ class Trainer(Generic[M, R]):
         """Log the run in one line, and record this line, counts and hashes of its inputs, and the task's `facts` in OUT/run.json."""
         task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
-        text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs} epochs"
+        text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs:g} epochs"
         counts = {"images": len(task.dataset.images), "unreadable": len(task.bad), "total_steps": self.total_steps}
         hashes = {name.removesuffix("_hash"): digest for name, digest in task.hashes.items()}
         record(config.out, description=text, counts=counts, hashes=hashes, results=task.facts)
@@ -200,12 +200,17 @@ class Trainer(Generic[M, R]):
                 self._train_step(batch)
                 self.step += 1
                 self.display.update()
-                if is_log_step(self.step, self.steps_per_epoch, self.task.config.log_interval):
+                if self._epoch_ended or is_log_step(self.step, self.steps_per_epoch, self.task.config.log_interval):
                     self._log_metrics()
-                if self.step % self.steps_per_epoch == 0:
-                    self._evaluate(self.step // self.steps_per_epoch)
+                if self._epoch_ended:
+                    self._evaluate(math.ceil(self.step / self.steps_per_epoch))
                 if self.checkpoints:
                     self._save_if_due()
+
+    @property
+    def _epoch_ended(self) -> bool:
+        """Whether `step` is the last one of an epoch or of the run."""
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
     def _train_step(self, batch: Batch) -> None:
         """Make step `self.step` (from 0) with this rank's part of the batch; a collective call.
@@ -279,7 +284,7 @@ class Trainer(Generic[M, R]):
         metrics = window.metrics | {"epoch": epoch, "lr": lr}
         if self.folder:
             self.folder.log_metrics(self.step, metrics)
-        self.display.log_metrics(metrics, epoch_ended=self.step % self.steps_per_epoch == 0)
+        self.display.log_metrics(metrics, epoch_ended=self._epoch_ended)
         self.monitor.update(window, self.step)
         if self.monitor.consecutive_skipped >= MAX_SKIPPED_STEPS:
             self._roll_back_or_stop()
@@ -331,7 +336,7 @@ class Trainer(Generic[M, R]):
         def evaluate(module: M) -> dict[str, float]:
             """Return the task's scores after `epoch`; {} with a warning if the evaluation fails."""
             try:
-                return self.task.evaluate(module, epoch)
+                return self.task.evaluate(module, epoch, is_last=self.step == self.total_steps)
             except MapetError as error:
                 log.warning("not evaluated after epoch %d: %s", epoch, error)
                 return {}

@@ -96,7 +96,7 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         auto = min(max(MIN_BATCH_SIZE, min(limit, num_images // MIN_STEPS_PER_EPOCH)), num_images)
         self.config = config.model_copy(update={"batch_size": config.batch_size or auto})
         self.layer_decay = config.layer_decay
-        self.epochs_per_line = self.epochs_per_test = max(1, config.epochs // NUM_TESTS)
+        self.epochs_per_line = self.epochs_per_test = max(1, int(config.epochs / NUM_TESTS))
         # Mixup smooths labels itself; `loss` does so in runs without Mixup and CutMix, and where a batch has a single image.
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
         self.erase = RandomErasing(config.random_erasing, mode="pixel", device=compute.device)
@@ -157,12 +157,13 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         """Return the moving average of the weights if there is one, else the module."""
         return module if self.model_ema is None else cast(VisionTransformer, self.model_ema.module)
 
-    def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
+    def evaluate(self, module: VisionTransformer, epoch: int, is_last: bool) -> dict[str, float]:
         """Measure the accuracy on the test images after the last epoch and, if the run has a folder, about ten times before.
 
         Args:
             module: the trained ViT, in training mode afterwards; if there is a moving average of its weights, that is measured instead.
             epoch: counted from 1.
+            is_last: whether it is the run's last one.
 
         Returns:
             'epoch' and what `score_classifier` returns (0 to 1); {} after epochs that are not measured. The last epoch's logits are kept
@@ -171,12 +172,11 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         Raises:
             MapetError: too many test images are unreadable; the trainer logs it as a warning.
         """
-        last = epoch == self.config.epochs
-        if not last and (self.config.out is None or epoch % self.epochs_per_test):
+        if not is_last and (self.config.out is None or epoch % self.epochs_per_test):
             return {}
         logits, labels = classify_images(self._ema_or_module(module), self.test, self.compute)
         module.train()
-        self._final = (logits, labels) if last else None
+        self._final = (logits, labels) if is_last else None
         return {"epoch": epoch, **score_classifier(logits, labels)}
 
     @staticmethod

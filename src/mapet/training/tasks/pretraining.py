@@ -344,18 +344,19 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
             text += " (unigram {unigram_entropy:.3f}), accuracy {token_accuracy:.1%} (majority {majority_token_accuracy:.1%})"
         return text.format(**metrics)
 
-    def evaluate(self, module: VisionTransformer, epoch: int) -> dict[str, float]:
+    def evaluate(self, module: VisionTransformer, epoch: int, is_last: bool) -> dict[str, float]:
         """Probe the frozen backbone with labeled images, every `probe_every` epochs (None: five times a run) and after the last epoch.
 
         Args:
             module: the backbone.
             epoch: counted from 1.
+            is_last: whether it is the run's last one.
 
         Returns:
             Accuracies, 0 to 1, by name, e.g. 'probe/knn'; {} in other epochs, or without labeled images.
         """
         every = self.config.probe_every or max(1, self.config.epochs // 5)
-        if self.probe_sets is None or (epoch % every and epoch != self.config.epochs):
+        if self.probe_sets is None or (epoch % every and not is_last):
             return {}
         return online_probe(module, *self.probe_sets, self.compute, self.config.layers, self.config.pool)
 
