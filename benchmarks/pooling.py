@@ -3,27 +3,35 @@
     python -m benchmarks pooling --data FOLDER --out runs/pooling
 
 On each set, of the archives in FOLDER, a small ViT is pre-trained on its training images without labels (MaPeT on tokens of the
-`pixels` teacher, for a few minutes of one core); then `mapet evaluate` measures it with every `--pool`, on the last layer and on
-three evenly spaced ones. What is done in `--out` is not done again.
+`pixels` teacher, for a few minutes of one core); then the probes of `mapet evaluate` measure it with every `--pool`, on the last
+layer and on three evenly spaced ones. What is done in `--out` is not done again.
 """
 
 import argparse
-import shutil
 import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import mapet
 from benchmarks.core import Result, Row, cached
 from benchmarks.data import cifar10, first_of_each_class, unpack
 from benchmarks.tables import Table
-from mapet.run_state import RunState
+from mapet.config.shared import Pool
+from mapet.device import ComputeContext
+from mapet.evaluation.datasets import LabeledSet, load_train_test
+from mapet.evaluation.eval_context import measure_classifier
+from mapet.evaluation.features import BackboneWrapper, CacheConfig
+from mapet.evaluation.logistic_regression import fit_logistic
+from mapet.evaluation.probes import KNN_K, KNN_TEMPERATURE, nearest_neighbors
+from mapet.models.pooling import pool_tokens
 
-POOLS = ("mean", "cls", "2x2", "3x3")
+POOLS: tuple[Pool, ...] = ("mean", "cls", "2x2", "3x3")
 LAYERS = {"last": (-1,), "three": (1, 2, 3)}
 """Of 4 blocks, three evenly spaced ones: 4/3, 8/3 and 4, counted from 1, rounded up."""
 PROBES = ("logistic", "knn")
@@ -50,10 +58,10 @@ class ImageSet(NamedTuple):
 
 
 SETS = {
-    "CIFAR-10": ImageSet("cifar10.zip", 500, 32, 4, 3, 4),
-    "EuroSAT": ImageSet("eurosat-mini.zip", None, 64, 8, 3, 12),
-    "NEU": ImageSet("neu.zip", None, 64, 8, 1, 20),
-    "pneumonia": ImageSet("pneumonia.zip", None, 28, 4, 1, 5),
+    "CIFAR-10": ImageSet("cifar10.zip", 500, 32, 4, 3, 2),
+    "EuroSAT": ImageSet("eurosat-mini.zip", None, 64, 8, 3, 6),
+    "NEU": ImageSet("neu.zip", None, 64, 8, 1, 10),
+    "pneumonia": ImageSet("pneumonia.zip", 1000, 28, 4, 1, 5),
 }
 DIGITS = {"digits": ImageSet("", 20, 32, 8, 3, 1)}
 
@@ -68,11 +76,8 @@ def run(args: argparse.Namespace) -> Result:
     rows = []
     for name, spec, train, test in image_sets(args):
         backbone = pretrain(spec, train, args.out / f"run {name}")
-        for pool in POOLS:
-            for layers in LAYERS:
-                folder = args.out / f"{name} {pool} {layers}"
-                work = partial(measure, backbone, {"images": train, "test_images": test}, pool, layers, folder)
-                rows.append({"set": name, "pool": pool, "layers": layers, **cached(folder.with_suffix(".json"), work)})
+        found = cached(args.out / f"{name}.json", partial(measure, backbone, train, test))
+        rows += [{"set": name, **row} for row in found]
     return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}, tokens of the `pixels` teacher")
 
 
@@ -96,29 +101,47 @@ def pretrain(spec: ImageSet, images: Path, out: Path) -> Path:
         mapet.pretrain(
             images=images, tokenizer=tokenizer, tokens=tokens, out=trained, resume=(trained / "config.yaml").exists(),
             model_args={"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}, layer_scale_init=None, drop_path=0.0,
-            epochs=spec.epochs, batch_size=64, lr=1.5e-3, probe_every=0,
+            epochs=spec.epochs, batch_size=32, lr=1e-3, probe_every=0,
         )  # fmt: skip
     return trained / "backbone"
 
 
-def measure(backbone: Path, images: dict[str, Path], pool: str, layers: str, out: Path) -> Row:
-    """Evaluate the features of one pooling and some layers; what is in `out` is replaced.
+@torch.inference_mode()
+def extract(backbone: BackboneWrapper, data: LabeledSet) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """Compute all features of a set at once: ((pooling, layers) -> (n, F); the n labels)."""
+    batches: dict[tuple[str, str], list[Tensor]] = {}
+    indices = []
+    for index, pixels in backbone.batches(data.images, CacheConfig(progress=False)):
+        maps = backbone.forward_intermediates(backbone.normalize(pixels), LAYERS["three"])
+        for pool in POOLS:
+            parts = [pool_tokens(*each, pool) for each in maps]
+            for name, layers in LAYERS.items():
+                batches.setdefault((pool, name), []).append(torch.cat(parts[-len(layers) :], 1))
+        indices.append(index)
+    return {key: torch.cat(parts) for key, parts in batches.items()}, torch.from_numpy(data.labels)[torch.cat(indices)]
+
+
+def measure(backbone: Path, train: Path, test: Path) -> list[Row]:
+    """Evaluate every pooling and choice of layers as `mapet evaluate` does, of features that are computed once.
 
     Returns:
-        'width' of the features; for each probe its accuracy, the ends of the 95 % interval ('_low', '_high'), and what it selected.
+        A row for each: width of the features; C; for each probe its accuracy, balanced where the test images are imbalanced, and
+        the ends of its 95 % interval ('_low', '_high').
     """
-    shutil.rmtree(out, ignore_errors=True)  # of an evaluation that was stopped
-    features: dict[str, Any] = {"pool": pool, "layers": LAYERS[layers]}
-    mapet.evaluate(backbone=[str(backbone)], protocols=list(PROBES), out=out, **features, **images)
-    vit = mapet.load_backbone(backbone).eval()
-    black = torch.zeros(1, vit.in_chans, *vit.patch_embed.img_size)
-    row: Row = {"width": mapet.pooled_features(vit, black, **features).shape[1]}
-    results: dict[str, Any] = RunState.read(out).results["backbones"][str(backbone)]
-    for probe in PROBES:
-        metric = results[probe]["metrics"][probe]
-        row |= {probe: metric["value"], f"{probe}_low": metric["ci_low"], f"{probe}_high": metric["ci_high"]}
-        row[f"{probe}_selected"] = metric["selected"]
-    return row
+    wrapper = BackboneWrapper.load(str(backbone), ComputeContext.from_options("cpu"))
+    train_set, test_set = load_train_test(str(train), str(test))
+    (features, labels), (test_features, test_labels) = (extract(wrapper, part) for part in (train_set, test_set))
+    rows, num_classes = [], len(train_set.classes)
+    for (pool, layers), x in features.items():
+        test_x, probe = test_features[pool, layers], fit_logistic(x, labels, num_classes)
+        similarity, nearest = nearest_neighbors([(0, x)], test_x, KNN_K)
+        votes = F.one_hot(labels[nearest], num_classes) * (similarity / KNN_TEMPERATURE).exp()[..., None]
+        row: Row = {"pool": pool, "layers": layers, "width": x.shape[1], "C": probe.C}
+        for name, scores in (("logistic", probe(test_x)), ("knn", votes.sum(1).log())):
+            metric = next(iter(measure_classifier(scores, test_labels).values()))
+            row |= {name: metric.value, f"{name}_low": metric.ci_low, f"{name}_high": metric.ci_high}
+        rows.append(row)
+    return rows
 
 
 def by_features(rows: list[Row]) -> list[Row]:
