@@ -4,6 +4,7 @@ python -m benchmarks --list
 python -m benchmarks start_up --json benchmarks/results/start_up.json
 python -m benchmarks training_step --smoke      # does it run?
 python -m benchmarks all --photos PHOTOS        # every speed benchmark, about half an hour; JSON in benchmark_results/
+python -m benchmarks gpu-data --cifar10 cifar10.zip --photos photos.zip      # a file for gpu and gpu-study
 python -m benchmarks tables [--check]           # the docs' tables from benchmarks/results/*.json
 """
 
@@ -13,17 +14,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import tables
-from benchmarks.core import ROOT, run_info, timed
-from mapet.files import write_json
+from benchmarks import gpu_data, tables
+from benchmarks.core import ROOT, save, timed
 
 NAMES = (
     "training_step", "step_scaling", "flops", "data_loading", "image_lists", "tokenizer", "start_up", "probe_memory", "demo", "cifar10", "study",
-    "comparison", "pooling", "cae",
+    "comparison", "pooling", "cae", "gpu", "gpu_study", "gpu_data",
 )  # fmt: skip
 SPEED = {
     "training_step": "--device cpu",
@@ -40,11 +41,19 @@ SPEED = {
 
 def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    words = sys.argv[1:]
+    words[:1] = [word.replace("-", "_") if word[0] != "-" else word for word in words[:1]]
+    names: Sequence[str] = NAMES
+    if words[:1] in (["gpu"], ["gpu_study"]):  # without the others, and what they import
+        names = words[:1]
+        early = argparse.ArgumentParser(add_help=False)
+        early.add_argument("--data", type=Path, default=gpu_data.FILE)
+        gpu_data.add_packages(early.parse_known_args(words)[0].data)
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=raw)
     parser.add_argument("--list", action="store_true", help="name all benchmarks")
     commands = parser.add_subparsers(dest="name", metavar="NAME")
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in NAMES}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
     for name, module in modules.items():
         command = commands.add_parser(name, description=module.__doc__, formatter_class=raw)
         command.add_argument("--json", type=Path, help="write the result here")
@@ -57,7 +66,6 @@ def main() -> None:
     command = commands.add_parser("tables", description=tables.update.__doc__)
     command.add_argument("--check", action="store_true", help="write nothing, fail if a table differs")
 
-    words = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
         if "--smoke" in words and words[0] in modules:
             words[1:1] = [word.format(scratch=scratch) for word in modules[words[0]].SMOKE]
@@ -82,9 +90,7 @@ def run_one(args: argparse.Namespace) -> None:
     module = importlib.import_module(f"benchmarks.{args.name}")
     result = module.run(args)
     print("\n".join(filter(None, (table.render(result.rows) for table in module.TABLES.values()))))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, run_info(args.name, result))
+    save(args.json, args.name, result)
 
 
 def run_all(args: argparse.Namespace) -> None:

@@ -6,12 +6,14 @@ import os
 import platform
 import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,7 @@ from mapet.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+STARTED = time.monotonic()
 PACKAGES = ("mapet", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "lightly-train")
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -54,6 +57,40 @@ def run_info(name: str, result: Result) -> Row:
         "seeds": result.seeds,
         "rows": result.rows,
     }
+
+
+def save(path: Path | None, name: str, result: Result) -> None:
+    """Write a result's JSON, also one that has not all its rows yet; None: nowhere."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run_info(name, result))
+
+
+class TimeUp(KeyboardInterrupt):
+    """The time limit of a benchmark has passed; no handler of errors takes it for one."""
+
+
+def seconds_left(minutes: float) -> float:
+    """Until so many minutes have passed since the program began."""
+    return 60 * minutes - (time.monotonic() - STARTED)
+
+
+@contextmanager
+def time_limit(minutes: float) -> Iterator[None]:
+    """Leave the block so many minutes after the program began, wherever it is then."""
+
+    def stop(*_: Any) -> None:
+        raise TimeUp
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, seconds_left(minutes)))
+    try:
+        yield
+    except TimeUp:
+        print(f"stopped after {minutes:g} minutes: the rows until then are kept", flush=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def machine() -> Row:

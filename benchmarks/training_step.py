@@ -26,8 +26,7 @@ from mapet.device import ComputeContext
 from mapet.models.backbone import create_vit, prepare_for_device
 from mapet.models.objectives import MAPET
 from mapet.models.pretraining import ViTForPreTraining
-from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile
-from mapet.training.tasks.pretraining import auto_micro_batch
+from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile, auto_micro_batch
 
 VOCAB_SIZE = 8192
 REFERENCE_ROUNDS = 3

@@ -2,14 +2,22 @@
 
 import argparse
 import importlib
+import io
 import json
 import re
+import subprocess
+import sys
+import zipfile
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
-from benchmarks import tables
+from benchmarks import gpu_data, gpu_study, tables
 from benchmarks.__main__ import NAMES
-from benchmarks.core import RESULTS, run_info
+from benchmarks.core import RESULTS, ROOT, run_info
 from benchmarks.tables import Table
 
 FIELDS = {"name", "command", "date", "commit", "source", "machine", "versions", "data", "seeds", "rows"}
@@ -24,7 +32,7 @@ def smoke(name, folder):
     return module.run(parser.parse_args([word.format(scratch=folder) for word in module.SMOKE]))
 
 
-@pytest.mark.parametrize("name", ["flops", "tokenizer"])
+@pytest.mark.parametrize("name", ["flops", "tokenizer", "gpu_data"])
 def test_runs(name, tmp_path):
     result = smoke(name, tmp_path)
     module = importlib.import_module(f"benchmarks.{name}")
@@ -72,6 +80,76 @@ def test_tables_of_measured_numbers_are_generated_or_say_why_not(page):
         if page.stem in MEASURED and len(re.findall(r"\| \**\d+\.\d", found[0])) > 2:
             before = text[: found.start()].rstrip().rpartition("\n")[2]
             assert before.startswith("<!-- no benchmark: "), found[0][:200]
+
+
+# ---- on a GPU machine
+
+BLOCKED = """
+import runpy, sys
+for name in ("sklearn", "scipy", "matplotlib", "tensorboard", "shtab", "datasets", "transformers"):
+    sys.modules[name] = None
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("name", "rows"), [("gpu-study", 4), ("gpu", 4)])
+def test_runs_with_what_a_gpu_machine_has(name, rows, tmp_path):
+    """Without the packages that neither PyTorch and timm nor the file bring; it keeps its rows as it goes."""
+    file = tmp_path / "result.json"
+    command = [sys.executable, "-c", BLOCKED, name, "--smoke", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(file.read_text())["rows"]) >= rows and "| " in done.stdout
+
+
+def test_ends_by_itself(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    gpu_study.add_arguments(parser)
+    result = gpu_study.run(parser.parse_args([*gpu_study.SMOKE, "--seeds", "10000", "--minutes", "0"]))
+    assert len(result.rows) < 4 and "stopped after 0 minutes" in capsys.readouterr().out
+
+
+def test_images_of_the_file(tmp_path):
+    """Each is what a JPEG of it alone would be: none sees its neighbors. Order and labels are those of the archive."""
+
+    def decoded(content):
+        return Image.open(io.BytesIO(content)).convert("RGB")
+
+    rng = np.random.default_rng(1)
+    expected = {}
+    with zipfile.ZipFile(tmp_path / "cifar10.zip", "w") as archive:
+        for part, label, index in [(p, c, i) for p in ("test", "train") for c in ("cat", "dog") for i in range(5)]:
+            content = gpu_data.jpeg(gpu_data.random_image(rng, (32, 32)), 95)
+            archive.writestr(f"cifar10/{part}/{label}/{index}.jpg", content)
+            alone = decoded(gpu_data.jpeg(decoded(content), 75))
+            expected[part, label, index] = np.asarray(alone).transpose(2, 0, 1)
+    gpu_data.write(tmp_path / "gpu.zip", gpu_data.cifar10_mosaics(tmp_path / "cifar10.zip"))
+    for part in ("train", "test"):
+        images, labels = gpu_data.load_cifar10(tmp_path / "gpu.zip", part)
+        assert labels.tolist() == [0] * 5 + [1] * 5
+        wanted = np.stack([expected[part, label, index] for label in ("cat", "dog") for index in range(5)])
+        assert np.array_equal(images, wanted)
+    images, labels = gpu_data.load_cifar10(tmp_path / "gpu.zip", "test", 2)
+    assert labels.tolist() == [0, 0, 1, 1] and np.array_equal(images, wanted[[0, 1, 5, 6]])
+
+
+def test_probes_of_the_study():
+    """Logistic regression is scikit-learn's, k-NN a loop over its definition."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 5, generator=generator), torch.arange(200) % 3
+    x += torch.eye(3, 5)[y]
+    for C in (0.01, 1.0):
+        weight, bias = gpu_study.logistic(x, y, C)
+        expected = LogisticRegression(C=C, tol=1e-8, max_iter=10000).fit(x.numpy(), y.numpy())
+        assert np.allclose(weight.numpy(), expected.coef_, atol=2e-3)
+        assert np.allclose(bias - bias.mean(), expected.intercept_ - expected.intercept_.mean(), atol=2e-3)
+    queries = torch.randn(4, 5, generator=generator)
+    votes = gpu_study.knn_votes(x, y, queries)
+    for row, query in zip(votes, queries, strict=True):
+        cosine = [float(query @ point / query.norm() / point.norm()) for point in x]
+        nearest = sorted(range(200), key=lambda index: -cosine[index])[:20]
+        counts = [sum(np.exp(cosine[i] / 0.07) for i in nearest if y[i] == label) for label in range(3)]
+        assert row.tolist() == pytest.approx(counts, rel=1e-3)
 
 
 def test_table():

@@ -22,9 +22,8 @@ from mapet.models.pretraining import (
     linear_cross_entropy,
     residual_update,
 )
-from mapet.training.step import ForwardBackward
+from mapet.training.step import ForwardBackward, auto_micro_batch
 from mapet.training.tasks import pretraining as sizing
-from mapet.training.tasks.pretraining import auto_micro_batch
 from tests.conftest import make_batch
 from tests.refused import refused
 

@@ -23,8 +23,8 @@ from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.kmeans import default_vocab_size
 from mapet.tokenizers.tokenizer import load_tokenizer, make_teacher
 from mapet.training.metrics import format_duration
-from mapet.training.step import ForwardBackward
-from mapet.training.tasks.pretraining import activation_bytes_per_image, auto_batch_size, auto_micro_batch, build_model
+from mapet.training.step import ForwardBackward, auto_micro_batch
+from mapet.training.tasks.pretraining import activation_bytes_per_image, auto_batch_size, build_model
 
 NUM_BENCHMARK_IMAGES = 16
 """Images of the batch that is timed."""

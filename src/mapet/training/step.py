@@ -19,11 +19,14 @@ from mapet import distributed
 from mapet.data.dataset import Batch
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
+from mapet.models.pretraining import ViTForPreTraining
 from mapet.training.sharding import is_sharded, set_gradient_sync
 
 log = logging.getLogger("mapet")
 MIN_COMPILE_STEPS = 1000
 """Steps that a run must have for a GPU to win back the time that compiling takes."""
+CPU_CACHE_BYTES = 6 << 20
+"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: python -m benchmarks training_step)."""
 MAX_WARMUP_START_LR = 1e-6
 """Learning rate of the first step of a warm-up (or the peak, if that is lower)."""
 UNSUPPORTED = {
@@ -192,6 +195,23 @@ class ForwardBackward:
             torch.cuda.empty_cache()
         text = f"out of memory with %d images at a time: continuing with {option('micro_batch_size')} %d (batch and gradient stay the same)"
         log.warning(text, failed, self.micro_batch)
+
+
+def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: ComputeContext) -> int:
+    """Return the automatic number of images per forward pass: all of the batch on a GPU; on a CPU as many as its cache holds.
+
+    The widest activation, that between the two layers of an MLP, is then read again from the cache: memory would be slower.
+
+    Args:
+        model: for the length of its packed sequence and the width of its MLPs.
+        batch_size: images of a step on this rank.
+        compute: device and dtype of matrix products.
+    """
+    if compute.device.type != "cpu":
+        return batch_size
+    rows = sum(model.layout().segment_lengths.values())
+    widest = rows * model.vit.blocks[0].mlp.fc1.out_features * compute.dtype.itemsize
+    return max(1, min(batch_size, CPU_CACHE_BYTES // widest))
 
 
 def auto_compile(requested: bool | None, compute: ComputeContext, steps: int, same_shapes: bool = True) -> bool:

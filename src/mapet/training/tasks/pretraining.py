@@ -33,11 +33,10 @@ from mapet.models.pretraining import ViTForPreTraining, normalized_patches
 from mapet.run_state import CONFIG_FILE, check_is_pretraining, pretrain_folder, resolve_run_path
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.checkpoint import load_checkpoint
+from mapet.training.step import auto_micro_batch
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
-CPU_CACHE_BYTES = 6 << 20
-"""Bytes of one activation that a CPU's caches hold beside what it is made from (measured: python -m benchmarks training_step)."""
 MAX_AUTO_BATCH_SIZE, MAX_AUTO_CPU_BATCH_SIZE, MIN_AUTO_BATCH_SIZE = 2048, 256, 16
 """Limits of the automatic batch size: the paper's, where a CPU gets no faster, and the least for small data sets."""
 MIN_STEPS_PER_EPOCH = 20
@@ -146,23 +145,6 @@ def activation_bytes_per_image(model: ViTForPreTraining, compute: ComputeContext
     num_scores = vit.blocks[0].attn.num_heads * rows * rows
     per_block = values_per_row * rows * vit.embed_dim + values_per_score * num_scores
     return len(vit.blocks) * compute.dtype.itemsize * per_block
-
-
-def auto_micro_batch(model: ViTForPreTraining, batch_size: int, compute: ComputeContext) -> int:
-    """Return the automatic number of images per forward pass: all of the batch on a GPU; on a CPU as many as its cache holds.
-
-    The widest activation, that between the two layers of an MLP, is then read again from the cache: memory would be slower.
-
-    Args:
-        model: for the length of its packed sequence and the width of its MLPs.
-        batch_size: images of a step on this rank.
-        compute: device and dtype of matrix products.
-    """
-    if compute.device.type != "cpu":
-        return batch_size
-    rows = sum(model.layout().segment_lengths.values())
-    widest = rows * model.vit.blocks[0].mlp.fc1.out_features * compute.dtype.itemsize
-    return max(1, min(batch_size, CPU_CACHE_BYTES // widest))
 
 
 def auto_batch_size(model: ViTForPreTraining, num_images: int, compute: ComputeContext) -> int:
