@@ -1,6 +1,7 @@
 """Probes, splits, intervals and diagnostics against numbers worked out by hand or by other means."""
 
 import hashlib
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from mapet.device import ComputeContext
 from mapet.evaluation.datasets import LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import bootstrap_ci, mean_over_seeds, wilson_interval
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.probes import AttentivePool, fit_linear_sgd, nearest_neighbors
+from mapet.evaluation.probes import (
+    SGD_LEARNING_RATES,
+    AttentivePool,
+    choose_rate,
+    fit_linear_sgd,
+    hold_out,
+    nearest_neighbors,
+)
 from mapet.evaluation.protocols import (
     average_precisions,
     cluster_features,
@@ -121,6 +129,23 @@ def test_linear_probe_finds_the_layer_that_knows():
         logits = probe.predict(check)
         assert float((logits.argmax(1) == check.labels).float().mean()) > 0.9
         assert val_accuracy["1"] > 0.9 > 0.6 > val_accuracy["0"]
+
+
+def test_sgd_holds_out_a_fifth_of_each_class_and_takes_the_smallest_rate_of_equally_good_ones(caplog):
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 10)[
+        torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    ]
+    assert labels[hold_out(labels)].bincount().tolist() == [10, 4, 2]
+    # one standard error of 0.9 on 100 images is 0.03
+    assert choose_rate([0.5, 0.86, 0.875, 0.9, 0.89, -torch.inf], 100) == 2
+    assert choose_rate([0.5, 0.86, 0.875, 0.9, 0.89, -torch.inf], 10_000) == 3
+    assert choose_rate([1.0, 1.0], 10) == 0 and choose_rate([-torch.inf, 0.2], 10) == 1
+    assert all(high / low <= 10 for low, high in pairwise(SGD_LEARNING_RATES))
+    generator = torch.Generator().manual_seed(0)
+    easy = torch.nn.functional.one_hot(labels, 4) + 0.1 * torch.randn(80, 4, generator=generator)
+    (plain, _), _ = fit_linear_sgd(cache_of(1e3 * easy, labels, {"0": slice(0, 4)}), 3, CPU, epochs=15).values()
+    assert plain.selected == "layer 0, lr 0.001 (edge of the grid)"
+    assert "0.001 of the probe linear_sgd is at the edge" in caplog.text
 
 
 def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):

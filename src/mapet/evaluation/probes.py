@@ -1,5 +1,6 @@
 """Classifiers on frozen features: weighted k-NN, SGD linear probes, the attentive probe; `logistic_regression` has the linear probe."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -17,11 +18,12 @@ from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 from mapet.evaluation.imbalance import name_rows, score_classifier
-from mapet.evaluation.logistic_regression import fit_logistic
+from mapet.evaluation.logistic_regression import FEW_PER_CLASS, fit_logistic
 
+log = logging.getLogger("mapet")
 KNN_K, KNN_TEMPERATURE = 20, 0.07
 """Neighbors, and temperature of their votes: DINO's (arXiv 2104.14294, appendix F.1)."""
-SGD_LEARNING_RATES, SGD_BASE_BATCH_SIZE = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0), 256
+SGD_LEARNING_RATES, SGD_BASE_BATCH_SIZE = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), 256
 """Learning rates that SGD probes choose from, for that batch size; they are scaled in proportion to the batch size."""
 MIN_BATCH_SIZE, MAX_BATCH_SIZE, MIN_STEPS_PER_EPOCH = 64, 1024, 32
 """Batches of SGD probes: as large as leaves `MIN_STEPS_PER_EPOCH`, within these bounds."""
@@ -205,6 +207,29 @@ def _check_enough_images(count: int, probe: str) -> None:
         raise MapetError(f"found {count} training images, but protocol '{probe}' needs {MIN_IMAGES}: {fix}")
 
 
+def hold_out(labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Return which rows are held out: every fifth of the rows sorted by class, so that a class has a fifth of its rows, give or take one.
+
+    Within a class rows keep their order, which has to be random.
+    """
+    is_val, every = torch.zeros(len(labels), dtype=torch.bool), round(1 / HELD_OUT)
+    is_val[labels.argsort(stable=True)[every - 1 :: every]] = True
+    return is_val
+
+
+def choose_rate(accuracies: Sequence[float], num_images: int) -> int:
+    """Return the index of the first accuracy that is within one standard error, sqrt(p (1 - p) / n), of the best one, p.
+
+    It is the one-standard-error rule (see `one_standard_error_rule`) for a single held-out set.
+
+    Args:
+        accuracies: by learning rate in ascending order, on the n = `num_images` held-out images; -inf if its training has diverged.
+    """
+    best = max(0.0, *accuracies)
+    threshold = best - math.sqrt(best * (1 - best) / num_images)
+    return next((i for i, accuracy in enumerate(accuracies) if accuracy >= threshold), 0)
+
+
 class LinearClassifiers(nn.Module):
     """Linear classifiers of one layer's features, or of all layers', side by side: one for each of R learning rates.
 
@@ -234,6 +259,16 @@ class LinearClassifiers(nn.Module):
         x = self.norm(features[:, self.columns])
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
+    @property
+    def at_edge(self) -> bool:
+        """Whether the one learning rate is the smallest or largest of `SGD_LEARNING_RATES`."""
+        return self.rates[0] in (SGD_LEARNING_RATES[0], SGD_LEARNING_RATES[-1])
+
+    @property
+    def selected(self) -> str:
+        """Layer and learning rate, for the tables, e.g. 'layer 3, lr 0.1' or 'layer 3, lr 100 (edge of the grid)'."""
+        return f"layer {self.layer}, lr {self.rates[0]:g}" + " (edge of the grid)" * self.at_edge
+
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
         """Compute the logits of the first classifier, of learning rate `rates[0]`, for every row of the cache in order, on the CPU.
@@ -249,8 +284,10 @@ def fit_linear_sgd(
     """Train linear probes on cached features by SGD: without batch norm ('linear_sgd') and with it ('linear_sgd_bn', as in MAE).
 
     First, a probe for each layer, or of several also for all concatenated, each of `SGD_LEARNING_RATES` and both kinds is trained on
-    the first four fifths of the rows, all at once on the same batches, and compared on the last fifth. Then a probe of each kind with
-    its best layer and learning rate is trained on all rows. SGD has momentum 0.9, cosine decay to 0 and no weight decay.
+    four fifths of the rows, all at once on the same batches, and compared on a stratified fifth (`hold_out`). Then a probe of each kind
+    with its best layer and the learning rate of `choose_rate` is trained on all rows; a warning names a rate at an edge of the
+    candidates. With fewer than `FEW_PER_CLASS` rows a class the best rate is taken: the standard error of so few held-out rows is large.
+    SGD has momentum 0.9, cosine decay to 0 and no weight decay.
 
     Args:
         cache: features of some layers and labels of the readable training images; rows are in random order.
@@ -260,49 +297,59 @@ def fit_linear_sgd(
         seed: of the order of the rows within blocks.
 
     Returns:
-        'linear_sgd' and 'linear_sgd_bn' -> (the probe, in eval mode, with one learning rate; layer -> accuracy on the last fifth with
-        the best learning rate of that layer).
+        'linear_sgd' and 'linear_sgd_bn' -> (the probe, in eval mode, with one learning rate; layer -> accuracy on the held-out
+        fifth with the best learning rate of that layer).
 
     Raises:
         MapetError: there are fewer than `MIN_IMAGES` rows.
     """
     _check_enough_images(len(cache), "linear-sgd")
 
-    def batches(first: int, last: int, size: int, seeds: Iterable[int | None]) -> Batches:
-        """Yield (features, labels) of rows `first` to `last` - 1, at most `size` at once: an epoch per seed; None keeps the order."""
-        for order_seed in seeds:
-            for rows, features in cache.batches(first, last, size, order_seed):
-                yield compute.to(features), compute.to(cache.labels[rows])
+    def batches(used: Bool[Tensor, " n"], size: int, seeds: Iterable[int | None]) -> Batches:
+        """Yield (features, labels) of the rows where `used` is True, of at most `size` rows at once: an epoch per seed; None keeps the order.
 
-    def train(probes: list[LinearClassifiers], num_rows: int) -> None:
-        """Train probes in place on the first `num_rows` rows of the cache, all on the same batches, for `epochs` epochs."""
-        size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, num_rows // MIN_STEPS_PER_EPOCH))
+        With a seed a batch of a single row is omitted: batch norm needs two.
+        """
+        for order_seed in seeds:
+            for rows, features in cache.batches(0, len(cache), size, order_seed):
+                if int((keep := used[rows]).sum()) > (order_seed is not None):
+                    yield compute.to(features[keep]), compute.to(cache.labels[rows[keep]])
+
+    def train(probes: list[LinearClassifiers], used: Bool[Tensor, " n"]) -> None:
+        """Train probes in place on the rows where `used` is True, all on the same batches, for `epochs` epochs."""
+        size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, len(cache) // MIN_STEPS_PER_EPOCH))
         optimizer = torch.optim.SGD(nn.ModuleList(probes).to(compute.device).train().parameters(), lr=1.0, momentum=0.9)
         # All classifiers share one optimizer of lr 1. An SGD step is linear in the loss, so that scaling a classifier's loss is the
         # same as scaling its learning rate.
         rates = [rate for probe in probes for rate in probe.rates]
         scales = torch.tensor(rates, device=compute.device) * size / SGD_BASE_BATCH_SIZE
         first_seed = seed * 100_003  # so that epochs of different seeds have different orders
-        steps = batches(0, num_rows, size, range(first_seed, first_seed + epochs))
+        steps = batches(used, size, range(first_seed, first_seed + epochs))
         losses = ((_logits_and_losses(probes, x, y)[1] * scales).sum() for x, y in steps)
-        minimize(optimizer, losses, epochs * math.ceil(num_rows / size))
+        minimize(optimizer, losses, epochs * math.ceil(len(cache) / size))
 
-    first_val = len(cache) - max(1, round(HELD_OUT * len(cache)))
+    is_val = hold_out(cache.labels)
     kinds = {"linear_sgd": False, "linear_sgd_bn": True}
     candidates = [
         LinearClassifiers(layer, columns, num_classes, SGD_LEARNING_RATES, batch_norm)
         for (layer, columns), batch_norm in product(cache.columns.items(), kinds.values())
     ]
-    train(candidates, first_val)
+    train(candidates, ~is_val)
     # One score per classifier, in the order of `candidates` (layers, then kinds) and of the learning rates within each.
-    scores = _val_scores(candidates, batches(first_val, len(cache), MAX_BATCH_SIZE, [None]))
+    scores = _val_scores(candidates, batches(is_val, MAX_BATCH_SIZE, [None]))
     by_choice = dict(zip(product(cache.columns, kinds.values(), SGD_LEARNING_RATES), scores, strict=True))
     probes = {}
     for name, batch_norm in kinds.items():
         own = {(layer, rate): score for (layer, bn, rate), score in by_choice.items() if bn == batch_norm}
         layer, rate = max(own, key=lambda choice: own[choice])
+        if len(cache) >= FEW_PER_CLASS * num_classes:
+            by_rate = [own[layer, each][0] for each in SGD_LEARNING_RATES]
+            rate = SGD_LEARNING_RATES[choose_rate(by_rate, int(is_val.sum()))]
         probe = LinearClassifiers(layer, cache.columns[layer], num_classes, (rate,), batch_norm)
-        train([probe], len(cache))
+        if probe.at_edge:
+            message = "the learning rate %g of the probe %s is at the edge of its candidates, %g to %g: a better one may lie beyond them"
+            log.warning(message, rate, name, SGD_LEARNING_RATES[0], SGD_LEARNING_RATES[-1])
+        train([probe], torch.ones_like(is_val))
         accuracies = {layer: max(own[layer, rate] for rate in SGD_LEARNING_RATES)[0] for layer in cache.columns}
         probes[name] = probe.eval(), accuracies
     return probes

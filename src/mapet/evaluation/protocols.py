@@ -105,9 +105,8 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
     fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
     for name, (probe, by_layer) in fitted.items():
-        selected = f"layer {probe.layer}, lr {probe.rates[0]:g}"
         logits = probe.predict(context.test)
-        result.add_accuracy(name, logits, context.test.labels, context.classes, selected)
+        result.add_accuracy(name, logits, context.test.labels, context.classes, probe.selected)
         result.details[name] = {"val_accuracy_by_layer": by_layer}
     return result
 
