@@ -38,7 +38,7 @@ HEADINGS = {
     "Objective": "objective target mask_ratio patch_order num_predict separate_query_token",
     "Optimization": "opt epochs warmup_epochs batch_size lr min_lr weight_decay clip_grad seed",
     "Regularization": "rand_augment mixup cutmix random_erasing label_smoothing layer_decay ema_decay",
-    "Protocols": "protocols few_shot eval_image_sizes",
+    "Protocols": "protocols controls few_shot eval_image_sizes",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
     "Output": "out license resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",

@@ -22,7 +22,7 @@ from mapet.run_state import RunState
 from tests.conftest import save_crops
 from tests.refused import refused
 
-QUICK = {"device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2}
+QUICK = {"device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2, "controls": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert max(figures["linear_sgd"], figures["linear_sgd_bn"]) >= 0.17  # after 6 steps; chance is 0.1
     assert 1 <= figures["rankme"] <= 32
     assert not any(" " in name for name in figures)
-    columns = f"{run_dir} | {untrained} | random:{run_dir}"
+    columns = f"{run_dir} | {untrained} | random:{run_dir} (control)"
     assert f"| metric | over | {columns} |" in caplog.text and "images, higher is better | " in caplog.text
     record = results_of(out)[str(run_dir)]
     accuracy = record["knn"]["metrics"]["knn"]

@@ -415,6 +415,7 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
 
 
 def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("mapet.evaluation.logistic_regression.C_CANDIDATES", (0.01, 1.0))  # quicker
     argv = ["run", "--images", few_digits, "--test-images", digits / "test", "--out", tmp_path / "run"]
     argv += [
         "--fit-tokenizer.image-size",
@@ -445,6 +446,12 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     assert main([*argv, "--resume"]) == 0
     evaluation = RunState.read(tmp_path / "run").results["evaluation"]
     assert evaluation["data"]["test_images"] == 360 and evaluation["features"] == "pool 2x2, layers -1"
+    assert {*evaluation["controls"]} == {"raw pixels", "HOG features", "k-means patch features", "teacher", "tokens"}
+    everything = {"untrained": evaluation["untrained"], **evaluation["controls"]}
+    best = max(everything, key=lambda name: everything[name]["logistic"])
+    verdict = evaluation["verdicts"][0]
+    assert (verdict["backbone"], verdict["metric"], verdict["control"]) == ("pretrained", "logistic", best)
+    assert verdict["control_value"] == everything[best]["logistic"] and not verdict["is_ahead"]
     sets, compute = (
         sample_for_probe(LabeledSet.from_images(list_images(few_digits))),
         ComputeContext.from_options("cpu"),

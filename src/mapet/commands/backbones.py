@@ -3,7 +3,9 @@
 import logging
 import platform
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,14 @@ from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
+from mapet.evaluation.controls import (
+    CONTROL_PROTOCOLS,
+    Verdict,
+    compare_with_controls,
+    control_options,
+    mark_controls,
+    plan_controls,
+)  # fmt: skip
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
@@ -28,7 +38,7 @@ from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
 from mapet.models.backbone import load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
-from mapet.models.pooling import pooled_features, resolve_layers
+from mapet.models.pooling import pooled_features
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
 from mapet.reports.model_card import read_provenance, render_model_card
 from mapet.reports.plots import plot_neighbors, save_figure
@@ -54,11 +64,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         config: options of `mapet evaluate`.
 
     Returns:
-        Backbone, as in the option `backbone` -> metric -> value, without intervals; accuracies are fractions, 0 to 1.
+        Backbone, as in the option `backbone`, or name of a control -> metric -> value, without intervals; accuracies are fractions.
 
     Raises:
-        MapetError: a protocol is unknown, options do not fit the images, a backbone cannot be loaded or lacks a layer of `layers`, more
-            than half of the images of a set are unreadable, or features are NaN or infinite.
+        MapetError: a protocol is unknown, options do not fit the images, a backbone cannot be loaded or lacks a layer of `layers`, a named
+            control cannot be loaded, more than half of the images of a set are unreadable, or features are NaN or infinite.
         Interrupted: by Ctrl-C, after a protocol has written its results to `out`; before that, KeyboardInterrupt is raised on.
     """
     compute = ComputeContext.from_options(config.device, config.precision)
@@ -69,8 +79,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     names = _choose_protocols(config, data)
     if "few-shot" in names:
         config = _drop_large_few_shot_splits(config, data.train)
-    for source in config.backbone:
-        resolve_layers(BackboneWrapper.load(source, compute, config.seed).model, config.layers)
+    loaders = {source: partial(BackboneWrapper.load, source, compute, config.seed) for source in config.backbone}
+    controls = plan_controls(config, names, data.train, (load() for load in loaders.values()))
     info = {
         "images": f"{config.images} ({len(data.train):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
@@ -85,22 +95,33 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     scratch_dir = config.out or Path(tempfile.gettempdir())
     results: dict[str, dict[str, ProtocolResult]] = {}
     try:
-        for source in config.backbone:
-            backbone = BackboneWrapper.load(source, compute, config.seed)
+        for name, load in (loaders | controls).items():
+            backbone = load()
             cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
-            size = format_size(backbone.image_size)
-            log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", source, type(backbone.model).__name__, size)
+            image_size = format_size(backbone.image_size)
+            log.info(
+                "--- %s: %s, %s px; 95 %% intervals in parentheses", name, type(backbone.model).__name__, image_size
+            )
             with closing(EvalContext(backbone, data, cache, config)) as context:
-                _run_protocols(names, context, results, info)
+                if name not in controls:
+                    _run_protocols(names, context, results, info)
+                    continue
+                context.options = control_options(config)
+                if (num_bytes := 4 * len(data.train) * context.num_features) <= memory:
+                    _run_protocols([each for each in names if each in CONTROL_PROTOCOLS], context, results, info)
+                else:
+                    log.warning("skipped: features of %.1f GB, memory for %.1f GB", num_bytes / 1e9, memory / 1e9)
     except KeyboardInterrupt:
         if config.out is None or not any(results.values()):
             raise
         command = f"the same command with the {option('protocols')} that are left and a new {option('out')}"
         raise Interrupted(f"interrupted; the results of the finished protocols are in {config.out}", command) from None
+    verdicts = compare_with_controls(results, config)
     if len(results) > 1:
-        for line in format_table(results, format_metric).splitlines():
+        for line in [*format_table(mark_controls(results, config), format_metric).splitlines(), *map(str, verdicts)]:
             log.info("%s", line)
     if config.out is not None:
+        _write_results(config, results, info, verdicts)
         log.info("table, metrics and figures in %s", config.out)
     return {
         source: {row: metric.value for result in by_protocol.values() for row, metric in result.metrics.items()}
@@ -191,9 +212,29 @@ def _run_protocols(
             rows = render_neighbors(backbone.image_size, backbone.channels, *sets)
             figure = plot_neighbors(rows, labeled=bool(context.classes))
             save_figure(figure, out / "figures" / f"nearest-neighbors-{len(results)}.png")
-        write_evaluation(out, results, info)
-        as_json = {source: {k: each.to_json() for k, each in own.items()} for source, own in results.items()}
-        record(out, results={"backbones": as_json})
+        _write_results(context.options, results, info)
+
+
+def _write_results(
+    config: EvaluateConfig, results: dict[str, dict[str, ProtocolResult]], info: dict[str, str], verdicts: Sequence[Verdict] = ()
+) -> None:  # fmt: skip
+    """Write evaluation.md and per_class.csv into the folder `config.out`, and `results` into its run.json.
+
+    In run.json "backbones" and "controls" have the results by name and protocol, "verdicts" the fields of each `Verdict`.
+
+    Args:
+        config: options of `mapet evaluate`.
+        results: backbone or control -> protocol -> result.
+        info: facts for the head of evaluation.md: name -> text.
+        verdicts: on the backbones, once all have been evaluated.
+    """
+    assert config.out is not None
+    write_evaluation(config.out, mark_controls(results, config), info, verdicts)
+    as_json: dict[str, dict[str, object]] = {"backbones": {}, "controls": {}}
+    for name, own in results.items():
+        part = as_json["backbones" if name in config.backbone else "controls"]
+        part[name] = {protocol: result.to_json() for protocol, result in own.items()}
+    record(config.out, results={**as_json, "verdicts": [verdict.to_json() for verdict in verdicts]})
 
 
 def export(config: ExportConfig) -> Path:

@@ -1,6 +1,7 @@
 """Commands made of others: the whole pipeline (`run`), the demo, and a study, a grid of pre-training runs that are compared."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,18 +75,17 @@ def run(config: RunConfig) -> Path:
         if stage.done:
             continue
         log.info("--- %s", command_name(stage.command))
+        if stage.command is commands.evaluate and distributed.rank() == 0:
+            shutil.rmtree(
+                config.out / "evaluation", ignore_errors=True
+            )  # of an interrupted evaluation, which is repeated
         try:
             with spell_in_section(stage.command.__name__, RunConfig.model_fields):
                 result = stage.command(stage.config)
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             raise Interrupted(getattr(error, "what", "interrupted"), resume) from None
         if stage.command is commands.evaluate and result:  # None on other ranks
-            _, test = load_train_test(config.images, config.test_images)
-            data = {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)}
-            untrained, pretrained = result.values()
-            features = config.pretrain.features_description
-            evaluation = {"untrained": untrained, "pretrained": pretrained, "data": data, "features": features}
-            record(config.out, results={"evaluation": evaluation})
+            record(config.out, results={"evaluation": _summarize_evaluation(config, result)})
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
     log.info("report in one page: %s", config.out / REPORT_FILE)
@@ -94,6 +94,32 @@ def run(config: RunConfig) -> Path:
         backbone, str(config.out), backbone,
     )  # fmt: skip
     return backbone
+
+
+def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return what run.json of a `run` and its report have of the evaluation, by names without the paths of this machine.
+
+    Args:
+        config: of the command `run`.
+        scores: what `evaluate` returned: of the untrained network, the backbone and the controls, in this order.
+
+    Returns:
+        "untrained" and "pretrained", metric -> value; "controls", name -> metric -> value; "verdicts", the fields of each `Verdict`;
+        "data"; and "features", their pooling and layers.
+    """
+    _, test = load_train_test(config.images, config.test_images)
+    untrained, pretrained, *controls = scores
+    names = {untrained: "untrained", pretrained: "pretrained"}
+    names |= {name: name.removesuffix(f" of {pretrained}") for name in controls}
+    verdicts = RunState.read(config.out / "evaluation").results["verdicts"]
+    return {
+        "untrained": scores[untrained],
+        "pretrained": scores[pretrained],
+        "controls": {names[name]: scores[name] for name in controls},
+        "verdicts": [{**each, **{key: names[each[key]] for key in ("backbone", "control")}} for each in verdicts],
+        "data": {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)},
+        "features": config.pretrain.features_description,
+    }
 
 
 def _plan(config: RunConfig) -> list[Stage]:
@@ -138,6 +164,7 @@ def _plan(config: RunConfig) -> list[Stage]:
         stage(
             commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
             test_images=config.test_images, protocols=["logistic", "knn"], pool=config.pretrain.pool, layers=config.pretrain.layers,
+            trust_teacher=trusted, out=config.out / "evaluation",
         ),
         stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures, trust_teacher=trusted),
     ]  # fmt: skip

@@ -9,11 +9,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mapet.config import shared
 from mapet.errors import option
 
+Control = Literal["auto", "none", "pixels", "untrained", "hog", "kmeans", "teacher", "tokens"]
 
-class EvaluateConfig(shared.FeatureOptions, shared.DeviceOptions, shared.SeedOptions):
+
+class EvaluateConfig(shared.FeatureOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
-    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs"})
+    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs", "trust_teacher"})
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for
@@ -27,6 +29,9 @@ class EvaluateConfig(shared.FeatureOptions, shared.DeviceOptions, shared.SeedOpt
     protocols: list[str] | None = None
     """Protocols to run, e.g. logistic knn few-shot (an unknown name lists all); auto: those that have the data they need and are not
     expensive."""
+    controls: tuple[Control, ...] = Field(default=("auto",), min_length=1)
+    """Controls beside the backbones, by the protocols logistic and knn: pixels (raw), untrained (the same network), hog (features), kmeans
+    (k-means patch features), teacher and tokens (of a run: its teacher's features, the bag of its tokens); none; or auto, all that there are."""
     linear_epochs: PositiveInt = 100
     """Epochs of the linear-sgd probe over the features."""
     few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
@@ -59,6 +64,8 @@ class EvaluateConfig(shared.FeatureOptions, shared.DeviceOptions, shared.SeedOpt
         """Yield a message for each contradiction between options."""
         if len(set(self.backbone)) < len(self.backbone):
             yield f"{option('backbone')}: a backbone is given twice"
+        if len(self.controls) > 1 and {"auto", "none"} & {*self.controls}:
+            yield f"{option('controls')}: auto and none stand alone, got {' '.join(self.controls)}"
         if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
             yield f"{option('annotations')} and {option('seg_masks')} each list their own images: evaluate one after the other"
         if self.ood_images and (self.annotations or self.seg_masks):

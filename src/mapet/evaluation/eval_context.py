@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig
@@ -18,7 +18,7 @@ from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
 from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.imbalance import Statistic, imbalance_statistics, name_rows
+from mapet.evaluation.imbalance import Statistic, balanced_accuracy, imbalance_statistics, name_rows
 from mapet.evaluation.logistic_regression import LogisticProbe, fit_logistic
 from mapet.evaluation.probes import KNN_K, nearest_neighbors
 
@@ -78,6 +78,30 @@ def measure_classifier(
     return metrics | {"accuracy": MetricValue(float(correct.double().mean()), *interval, f"{count:,} images", selected)}
 
 
+def paired_interval(
+    differences: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"] | None = None
+) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two accuracies, or balanced accuracies, on the same test images.
+
+    Of accuracies it is the adjusted Wald interval of Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37, 479-488):
+    one image that only the first classifies correctly, and one that only the second does, are added. Of balanced accuracies it is the
+    bootstrap over test images.
+
+    Args:
+        differences: of each test image, 1 if only the first classifies it correctly, -1 if only the second does, else 0.
+        labels: class index of each, for the balanced accuracy; None: the accuracy.
+    """
+    if labels is not None:
+        metric = bootstrap_ci(partial(balanced_accuracy, differences, labels), len(labels))
+        assert metric.ci_low is not None and metric.ci_high is not None
+        return metric.ci_low, metric.ci_high
+    from scipy import stats  # takes a second to import
+
+    adjusted = np.append(differences, [1.0, -1.0])
+    margin = float(stats.norm.ppf(1 - ALPHA / 2) * adjusted.std()) / len(adjusted) ** 0.5
+    return max(-1.0, float(adjusted.mean()) - margin), min(1.0, float(adjusted.mean()) + margin)
+
+
 def mean_and_margin(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and half the width of its 95 % interval by Student's t, for normal, independent values.
 
@@ -131,11 +155,14 @@ class ProtocolResult:
         metrics: rows of the table of all backbones; names have no spaces.
         per_class: for some metrics, (correct, all) images of each class; for segmentation, pixels of (intersection, union).
         details: further results, JSON values by name; see the protocol.
+        correct: for each accuracy, whether each readable test image was classified correctly, and the class index of each; the order is
+            the same for every backbone.
     """
 
     metrics: dict[str, MetricValue] = field(default_factory=dict)
     per_class: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    correct: dict[str, tuple[Bool[Tensor, " n"], Int[Tensor, " n"]]] = field(default_factory=dict)
 
     def add_accuracy(
         self, name: str, logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"], classes: list[str], selected: str
@@ -150,13 +177,14 @@ class ProtocolResult:
             selected: hyperparameters that were selected, for the table.
         """
         self.metrics |= name_rows(name, measure_classifier(logits, labels, selected))
-        correct = labels[logits.argmax(1) == labels]
-        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, correct))
+        correct = logits.argmax(1) == labels
+        self.correct[name] = correct, labels
+        counts, hits = (torch.bincount(part, minlength=len(classes)).tolist() for part in (labels, labels[correct]))
         self.per_class[name] = dict(zip(classes, zip(hits, counts, strict=True), strict=True))
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Return {'metrics': name -> fields of its `MetricValue`, 'details': `details`}, without `per_class`, which per_class.csv has."""
+        """Return {'metrics': name -> fields of its `MetricValue`, 'details': `details`}, without what has no JSON."""
         return {"metrics": {row: metric._asdict() for row, metric in self.metrics.items()}, "details": self.details}
 
 
@@ -294,6 +322,12 @@ class EvalContext:
             MapetError: the model has no such layer, or no class token for `pool` 'cls'.
         """
         return torch.cat(backbone.pooled_features(images, self.options.layers, self.options.pool), 1).cpu()
+
+    @cached_property
+    def num_features(self) -> int:
+        """F, width of the features, found by running the model once on a black image."""
+        black = torch.zeros(1, self.backbone.channels, *self.backbone.image_size, dtype=torch.uint8)
+        return self.pooled(self.backbone, black).shape[1]
 
     def classify(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return logits of `classes` on the CPU, by the model's own classifier if it has one with class names, else by the linear probe.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mapet.evaluation.controls import Verdict
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
 from mapet.evaluation.token_metrics import PERTURBATIONS, TokenMetrics
 from mapet.files import write_text
@@ -19,7 +20,7 @@ NUM_WORST_CLASSES = 12
 """Classes in the table of the classes of lowest accuracy."""
 
 
-def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> None:
+def write_evaluation(out: Path, results: Results, info: Mapping[str, str], verdicts: Sequence[Verdict] = ()) -> None:
     """Write evaluation.md (backbones side by side) and, if any result counts images by class, per_class.csv into a folder.
 
     Args:
@@ -27,6 +28,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
         results: backbone -> protocol -> result; the details of the protocol 'corruptions' have "errors": corruption -> error rates
             (0..1), one for each severity.
         info: name -> text, about the data and the machine, listed at the top.
+        verdicts: backbones against the best control.
     """
     counts = {
         (source, name): classes
@@ -37,7 +39,7 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str]) -> No
     errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
     # errors: backbone -> corruption -> error rates; counts: (backbone, metric) -> class -> counts
     text = render(
-        "evaluation.md", info=info, results=results, metrics=format_table(results, format_metric), counts=counts,
+        "evaluation.md", info=info, verdicts=verdicts, results=results, metrics=format_table(results, format_metric), counts=counts,
         corruption_errors=errors, selected=format_table(results, lambda metric: metric.selected), worst_classes=_worst_classes(counts),
     )  # fmt: skip
     write_text(out / "evaluation.md", text)

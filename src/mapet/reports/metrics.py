@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, median, median_high
 from typing import Any, NamedTuple
@@ -188,8 +188,7 @@ class RunSummary(NamedTuple):
         config: resolved options of `pretrain` by name, e.g. "epochs", "clip_grad"; {} if its config.yaml can't be read.
         codebook_stats: "num_used_codes", "num_dead_codes", "top_code_fraction", ... of the tokenizer, measured on the patches that the
             codebook was fitted to; {} without a tokenizer.
-        probe: evaluation by the `mapet run` that the pre-training is part of: "untrained" and "pretrained" (each probe -> accuracy, 0
-            to 1), "data" ("test_images": their number, ...); else {}.
+        probe: evaluation by the `mapet run` that the pre-training is part of: "verdicts" (fields of `Verdict`, of each probe), ...; else {}.
     """
 
     history: History
@@ -301,11 +300,11 @@ def _check_throughput(run: RunSummary) -> Iterator[Finding]:
 
 
 def _check_probes(run: RunSummary) -> Iterator[Finding]:
-    """Find accuracies of the linear probe that fall, do not rise, or are not significantly above that of random weights.
+    """Find accuracies of the linear probe that fall or do not rise, and accuracies that are not clearly above the best control's.
 
     Yields:
         "probe_falls" (best accuracy during training, its step, latest accuracy); "probe_stands_still" (first and latest accuracy; the
-        best gains less than 1 point); "probe_like_untrained" (untrained, pre-trained, number of test images).
+        best gains less than 1 point); "not_ahead_of_control" (the verdict's fields, by metric).
     """
     steps, scores = run.history["probe/logistic"]
     if len(scores) >= 3:
@@ -314,12 +313,9 @@ def _check_probes(run: RunSummary) -> Iterator[Finding]:
             yield "probe_falls", (best, steps[scores.index(best)], latest)
         elif max(scores[1:]) - scores[0] < 0.01:
             yield "probe_stands_still", (scores[0], latest)
-    if run.probe.keys() >= {"untrained", "pretrained", "data"}:
-        untrained, pretrained = (run.probe[state]["logistic"] for state in ("untrained", "pretrained"))
-        mean, num_images = (untrained + pretrained) / 2, run.probe["data"]["test_images"]
-        # two standard errors of the difference of two accuracies on so many images
-        if pretrained - untrained < 2 * sqrt(2 * mean * (1 - mean) / num_images):
-            yield "probe_like_untrained", (untrained, pretrained, num_images)
+    for verdict in run.probe.get("verdicts", ()):
+        if not verdict["is_ahead"]:
+            yield "not_ahead_of_control", (verdict,)
 
 
 def _check_tokens(run: RunSummary) -> Iterator[Finding]:

@@ -35,7 +35,8 @@ class RunFiles:
         folders: `folder`, then `parent` if there is one.
         config: resolved options of `pretrain` (its config.yaml) by name; {} before it has started, or if the file can't be read.
         state: content of the run.json of `pretrain`; an empty `RunState` (interrupted, pid 0) if it is missing or damaged.
-        probe: evaluation by the parent `run`: "untrained" and "pretrained" (each probe -> accuracy), "data"; {} without one.
+        probe: evaluation by the parent `run`: "untrained" and "pretrained" (each probe -> accuracy), "controls" (name -> the same),
+            "verdicts" (fields of `Verdict`), "data"; {} without one.
         tokenizer: the tokenizer's description: "teacher", "vocab_size", "hash", "codebook_stats", ...; {} if run.json has none.
         history: metrics recorded so far.
     """
@@ -169,12 +170,14 @@ class RunFiles:
     def metrics(self) -> dict[str, str]:
         """Return label -> text of the final metrics of pre-training, and of the accuracies that the parent `run` measured.
 
-        The latter are labeled 'PROBE, untrained' (random weights) and 'PROBE, pretrained'.
+        The latter are labeled 'PROBE, untrained' (random weights), 'PROBE, pretrained' and 'PROBE, NAME (control)'.
         """
+        by_model = {state: self.probe.get(state, {}) for state in ("untrained", "pretrained")}
+        by_model |= {f"{name} (control)": scores for name, scores in self.probe.get("controls", {}).items()}
         scores = {
-            f"{name}, {state}": format_number(value)
-            for state in ("untrained", "pretrained")
-            for name, value in self.probe.get(state, {}).items()
+            f"{name}, {model}": format_number(value)
+            for model, values in by_model.items()
+            for name, value in values.items()
             if isinstance(value, (int, float))
         }
         return summarize_metrics(self.history) | scores
