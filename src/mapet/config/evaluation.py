@@ -15,7 +15,7 @@ Control = Literal["auto", "none", "pixels", "untrained", "hog", "kmeans", "teach
 class EvaluateConfig(shared.FeatureOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions):
     """Options of `evaluate`."""
 
-    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs", "trust_teacher"})
+    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs"})
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for
