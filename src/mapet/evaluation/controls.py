@@ -43,7 +43,7 @@ NUM_CENTROIDS, PATCH_SIZE, SMALL_PATCH_SIZE = 200, 6, 3
 """Of k-means patch features; images of less than two patches of 6 px a side have patches of 3 px."""
 CONTRAST_OFFSET, ZCA_EPS = 10.0, 0.1
 """Added to the variance of a patch, of pixels from 0 to 255, and to the eigenvalues of the covariance (Coates and Ng 2011)."""
-NUM_FIT_IMAGES, NUM_FIT_PATCHES = 10_000, 50_000
+NUM_FIT_IMAGES, NUM_FIT_PATCHES = 2_000, 50_000
 """Training images, at most, and about so many of their patches that k-means is fitted to."""
 
 
