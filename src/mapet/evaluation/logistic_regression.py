@@ -26,6 +26,8 @@ DAMPING = 0.01
 """Added to the variances that features are scaled by during the fit, as a fraction of the mean variance."""
 MAX_ROTATED = 4096
 """Most dimensions of features that are rotated to their principal axes, which takes time in proportion to the cube."""
+MIN_PARALLEL = 20_000_000
+"""Products of rows and parameters from which several threads are used: below that, they wait for each other longer than they compute."""
 CHUNK_BYTES = 64 << 20
 """Memory of the logits that are computed at once."""
 
@@ -213,5 +215,10 @@ def minimize_loss(
 
     options = {"maxiter": limits[0], "ftol": limits[1], "gtol": 0.0}
     flat = (start / scale).double().flatten().numpy()
-    solution = scipy.optimize.minimize(loss_and_grad, flat, jac=True, method="L-BFGS-B", options=options)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads if len(x) * start.numel() >= MIN_PARALLEL else 1)
+    try:
+        solution = scipy.optimize.minimize(loss_and_grad, flat, jac=True, method="L-BFGS-B", options=options)
+    finally:
+        torch.set_num_threads(num_threads)
     return torch.from_numpy(solution.x).view_as(start).float() * scale
