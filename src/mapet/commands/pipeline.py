@@ -264,14 +264,18 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
             lr=2e-3, drop_path=0.0,
         )  # fmt: skip
     record(config.out, results=results)
-    table = {"raw pixels": results["controls"]["raw pixels"]} | {name: results[name] for name in ("untrained", "pretrained")}
+    table = {"raw pixels": results["controls"]["raw pixels"]} | {
+        name: results[name] for name in ("untrained", "pretrained")
+    }
     rows = {"logistic": "linear probe", "knn": "k-NN", "finetune": "fine-tuned, 10 labels a class"}
     log.info("\n%-32s%12s%12s%12s", "accuracy on 360 unseen digits", *table)
     for metric, title in rows.items():
         cells = [f"{scores[metric]:.3f}" if metric in scores else "" for scores in table.values()]
         log.info("%-32s%12s%12s%12s", title, *cells)
     log.info("%-32s%12.3f", "(always guessing one digit)", results["data"]["majority_accuracy"])
-    log.info("the demo shows that everything works, not that pre-training pays: on digits of 8 px raw pixels are ahead\n")
+    log.info(
+        "the demo shows that everything works, not that pre-training pays: on digits of 8 px raw pixels are ahead\n"
+    )
     log.info("figures in %s; %.0f s in all", config.out / "run" / "figures", time.monotonic() - started)
     return table
 
