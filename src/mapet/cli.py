@@ -3,7 +3,9 @@
 import argparse
 import inspect
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from types import NoneType
@@ -286,30 +288,36 @@ def create_parser(function: AnyCommand, hide: bool = False) -> argparse.Argument
     options.sort(key=lambda item: (item[0], OPTION_ORDER.index(item[1])))
     has_few = sum(not section for section, *_ in options) <= MAX_BASIC_OPTIONS
     groups: dict[str, Any] = {}
+    flags = {dotted: f"--{dotted.replace('_', '-')}" for _, _, dotted, _ in options}
     for section, field_name, dotted, field in options:
         heading = f"Options of {section.replace('_', '-')}" if section else HEADING_BY_OPTION[field_name]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         is_basic = not section and (has_few or field_name in BASIC_OPTIONS.split() or field.is_required())
         keywords = _argparse_keywords(field.annotation)
-        keywords["help"] = _help_text(field) if is_basic or not hide else argparse.SUPPRESS
-        groups[heading].add_argument(f"--{dotted.replace('_', '-')}", dest=dotted, **keywords)
+        names = {name.removeprefix(f"{section}."): flag for name, flag in flags.items()}
+        keywords["help"] = _help_text(field, names) if is_basic or not hide else argparse.SUPPRESS
+        groups[heading].add_argument(flags[dotted], dest=dotted, **keywords)
     help_group = parser.add_argument_group("Help")
     help_group.add_argument("-h", "--help", action="help", help="The most used options.")
     help_group.add_argument("--help-all", action="help", help="All options (of run and study also --STAGE.option).")
     return parser
 
 
-def _help_text(field: FieldInfo) -> str:
+def _help_text(field: FieldInfo, flags: Mapping[str, str]) -> str:
     """Return the help text of an option: its description on one line, and '(required)' or '(default: VALUE)'.
+
+    Names of other options in the description, `lr`, are written as their flags, --pretrain.lr.
 
     The default is written as on the command line: 'auto' or 'none' for None, 'false', '0.01 0.1 5' for a sequence. An empty one
     is not shown.
 
     Args:
         field: pydantic's field of the option; its description is the docstring below it.
+        flags: name of an option, as descriptions have it between backticks, -> its flag; other names stay as they are.
     """
     description = " ".join((field.description or "").split()).replace("%", "%%")  # argparse formats help texts by %
+    description = re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), description)
     if field.is_required():
         return f"{description} (required)"
     default = field.get_default(call_default_factory=True)

@@ -73,6 +73,14 @@ def test_help_is_short_first_and_options_are_few():
     assert total <= MAX_OPTIONS
 
 
+def test_help_names_other_options_by_their_flags():
+    """An option of the same section first, then one of the command; what is no option stays as it is."""
+    options = {name: COMMANDS[name] for name in ("run", "study", "report")}
+    run, study, report = (" ".join(create_parser(each).format_help().split()) for each in options.values())
+    assert "at most --pretrain.lr." in run and "auto: --images, if" in run
+    assert "options of `fit-tokenizer`" in study and "folders of `mapet pretrain`" in report
+
+
 def test_a_page_is_served_by_one_process_only(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TQDM_DISABLE": ""}.items():
         monkeypatch.setenv(name, value)

@@ -255,7 +255,7 @@ def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven
     options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
     found = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
     assert {name for name in found if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
-    assert "few-shot splits [5] are skipped" in caplog.text
+    assert "fewer than few_shot=5, which is skipped" in caplog.text
     assert "knn" in found and "cluster_nmi" in found  # the rest is there
     for asked in (
         {"few_shot": (5,)},

@@ -205,7 +205,11 @@ def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     line = fails(capsys, *common, scratch / "t")
-    assert "192 patches take 1.84e-05 GB" in line and "1e-06 GB free" in line and "give --out on another disk" in line
+    assert (
+        "192 feature vectors take 1.84e-05 GB" in line
+        and "1e-06 GB free" in line
+        and "give --out on another disk" in line
+    )
     assert not list(scratch.iterdir())
 
 
@@ -528,6 +532,8 @@ def test_one_of_several_needs_no_list(run_dir, capsys, tmp_path):
     assert (config.backbone, config.protocols, config.few_shot) == ([str(run_dir)], ["knn"], (5,))
     with refused("run(images='photos'", kind=TypeError):
         mapet.run("photos")
+    with refused("report()", "'run'", kind=TypeError):
+        mapet.report(run_dir, run=run_dir)
     assert mapet.report(run_dir, out=tmp_path / "x.html", figures=False).exists()
 
 

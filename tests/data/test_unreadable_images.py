@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import mapet
+from mapet.data.dataset import UnreadableImages
 from mapet.data.readers import ImageDecodeError, open_image
 from mapet.data.sources import list_images
 from tests.refused import refused
@@ -197,6 +198,11 @@ def test_unreadable_images_are_excluded_until_they_are_too_many(crops, tmp_path,
         mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens")
     store = mapet.tokenize(images=crops, tokenizer=tokenizer, out=tmp_path / "tokens2", max_unreadable=0.3)
     images = list_images(crops)
+    with refused("15 of 15", "mapet check") as error:  # `evaluate` has no such option
+        UnreadableImages(images, 1.0, is_option=False).add(
+            [(index, "broken") for index in range(len(images))], quiet=True
+        )
+    assert "max_unreadable" not in str(error.value)
     assert {images.id(row) for row in store.unreadable} == {"a.png", "b.png", "c.png"}
     assert "unreadable image 'a.png': not an image" in caplog.text
     mapet.pretrain(

@@ -156,6 +156,11 @@ def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
     assert sum(ious) / 2 == pytest.approx(found["segmentation_linear_miou"], abs=1e-6)
 
 
+def test_test_masks_alone_are_refused(crops, tmp_path):
+    with refused("seg_masks", str(crops), field="test_seg_masks", value=tmp_path):
+        load_segmentation_sets(crops, None, None, tmp_path)
+
+
 def test_masks_are_asked_for(crops, tmp_path, capsys):
     argv = [
         "evaluate",

@@ -27,6 +27,7 @@ from mapet.evaluation.token_metrics import (
 )
 from mapet.reports.evaluation import render_tokenizer_report
 from mapet.tokenizers.tokenizer import load_tokenizer
+from tests.refused import refused
 
 
 def draw(*shape, below, seed=0):
@@ -230,6 +231,17 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     assert all(
         torch.equal(in_fives[name][1], pair[1]) for name, pair in sampler.sample_perturbed(images, range(12)).items()
     )
+
+
+def test_a_sample_without_a_readable_image(crops):
+    """Few enough of the whole list that the limit for unreadable images does not apply."""
+    (crops / "a.png").write_bytes(b"no image")
+    images = list_images(crops)
+    sampler = TokenSampler(MeanColor((32, 48), (4, 6)), ComputeContext.from_options("cpu", "float32"))
+    with refused("none of the 1 ", "not an image"):
+        sampler.sample(images, [0], num_pixels=1)
+    with refused("mapet check"):
+        sampler.sample_perturbed(images, [0])
 
 
 def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):

@@ -159,8 +159,8 @@ def _text_of(part: ast.expr) -> str:
 
 
 def texts_of_source() -> list[str]:
-    """Every text in the source, with a blank \\0 for what is put in."""
-    texts = []
+    """Every text in the source and in the templates of warnings, with a blank \\0 for what is put in."""
+    texts = [re.sub("{{.*?}}", "\0", path.read_text()) for path in (ROOT / "src").rglob("web/*.md")]
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):

@@ -115,6 +115,8 @@ def test_too_few_steps_come_before_the_learning_rate():
 
 def test_without_labels_a_finished_run_is_said_to_be_unjudged():
     assert "There were no labels" in advise_to_evaluate(subject(history()))
+    without_probes = RunSummary(history(), {"epochs": 20, "probe_every": 0}, {})
+    assert "probe_every 0" in advise_to_evaluate(without_probes)
     epochs = 20 + 0.4 / history().steps_per_epoch  # no step more
     assert "There were no labels" in advise_to_evaluate(RunSummary(history(), {"epochs": epochs}, {}))
     for told in (

@@ -344,7 +344,7 @@ def test_the_codebook_starts_with_k_means():
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vit_tiny_patch16_224", {"embed_dim": 64, "num_heads": 2}, "num_heads=1 for embed_dim=64"),
+        ("vit_tiny_patch16_224", {"embed_dim": 64, "num_heads": 2}, "num_heads=1"),
         ("vit_tiny_patch16_224", {"class_token": False}, "plain ViT with class token"),
         ("vit_tiny_patch16_224", {"init_values": 0.1}, "plain ViT .* unexpected: encoder.blocks.0.ls1.gamma"),
         ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False, "embed_dim": 64, "num_heads": 1}, "GELU and norms"),

@@ -20,7 +20,7 @@ from mapet.data.dataset import ViewDataset, inference_batch_size
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option
+from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option, pluralize
 from mapet.evaluation.controls import (
     CONTROL_PROTOCOLS,
     Verdict,
@@ -98,10 +98,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         for name, load in (loaders | controls).items():
             backbone = load()
             cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
-            image_size = format_size(backbone.image_size)
-            log.info(
-                "--- %s: %s, %s px; 95 %% intervals in parentheses", name, type(backbone.model).__name__, image_size
-            )
+            kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)
+            log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", name, kind, image_size)
             with closing(EvalContext(backbone, data, cache, config)) as context:
                 if name not in controls:
                     _run_protocols(names, context, results, info)
@@ -110,7 +108,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 if (num_bytes := 4 * len(data.train) * context.num_features) <= memory:
                     _run_protocols([each for each in names if each in CONTROL_PROTOCOLS], context, results, info)
                 else:
-                    log.warning("skipped: features of %.1f GB, memory for %.1f GB", num_bytes / 1e9, memory / 1e9)
+                    found = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
+                    log.warning("control %s is skipped: its features of the training images take %s", name, found)
     except KeyboardInterrupt:
         if config.out is None or not any(results.values()):
             raise
@@ -176,11 +175,11 @@ def _drop_large_few_shot_splits(config: EvaluateConfig, train: LabeledSet) -> Ev
     """
     smallest = int(np.bincount(train.labels).min())
     too_large = [amount for amount in config.few_shot if amount > max(1, smallest)]
-    if too_large and (config.protocols or "few_shot" in config.model_fields_set):
-        wrong = f"{option('few_shot')} asks for {max(too_large):g} images per class, but the smallest class has {smallest} training images"
-        raise MapetError(f"{wrong}: give smaller values", field="few_shot", value=config.few_shot)
     if too_large:
-        log.warning("few-shot splits %s are skipped: the smallest class has %d training images", too_large, smallest)
+        found = f"the smallest class has {pluralize(smallest, 'training image')}, fewer than {option('few_shot', *too_large)}"
+        if config.protocols or "few_shot" in config.model_fields_set:
+            raise MapetError(f"{found}: give smaller values", field="few_shot", value=config.few_shot)
+        log.warning("%s, which is skipped", found)
     return config.model_copy(update={"few_shot": tuple(n for n in config.few_shot if n not in too_large)})
 
 

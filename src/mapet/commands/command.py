@@ -88,6 +88,8 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
                     if kind.positional is None:
                         example = f"{function.__name__}({next(iter(signature.parameters))}={config!r}, ...)"
                         raise TypeError(f"{function.__name__}() takes keywords: {example}")
+                    if kind.positional in options:
+                        raise TypeError(f"{function.__name__}() got multiple values for argument '{kind.positional}'")
                     options[kind.positional] = config
                 config = build_config(kind, options)
             _check_out_is_not_inside_images(config)

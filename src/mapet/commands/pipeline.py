@@ -76,9 +76,8 @@ def run(config: RunConfig) -> Path:
             continue
         log.info("--- %s", command_name(stage.command))
         if stage.command is commands.evaluate and distributed.rank() == 0:
-            shutil.rmtree(
-                config.out / "evaluation", ignore_errors=True
-            )  # of an interrupted evaluation, which is repeated
+            # An interrupted evaluation has left this folder; it is repeated.
+            shutil.rmtree(config.out / "evaluation", ignore_errors=True)
         try:
             with spell_in_section(stage.command.__name__, RunConfig.model_fields):
                 result = stage.command(stage.config)

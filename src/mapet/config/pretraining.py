@@ -92,7 +92,7 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
     positional: ClassVar[str | None] = "run"
     out_is_file: ClassVar[bool] = True
     run: list[Path] = Field(min_length=1, max_length=40)
-    """Run folders of `pretrain` or `run`; several are compared, with shared axes."""
+    """Run folders of `mapet pretrain` or `mapet run`; several are compared, with shared axes."""
     out: Path | None = None
     """New HTML file, under 5 MB, that opens from disk and loads nothing from the network."""
     figures_dir: Path | None = None

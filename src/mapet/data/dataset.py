@@ -316,13 +316,15 @@ class UnreadableImages:
 
     Attributes:
         images: the list, or the stream of them.
-        max_unreadable: largest fraction of the list that may be unreadable; one image is always allowed.
+        max_unreadable: largest fraction of the list that may be unreadable; one image is always allowed, unless the list has no other.
         reasons: image index -> reason.
+        is_option: whether `max_unreadable` is an option of the command, which the error then advises to raise.
     """
 
     images: ImageList | HFStream
     max_unreadable: float
     reasons: dict[int, str] = field(default_factory=dict)
+    is_option: bool = True
 
     def add(self, unreadable: list[tuple[int, str]], quiet: bool = False) -> None:
         """Count images that could not be read, and warn about those that were not known yet.
@@ -343,10 +345,10 @@ class UnreadableImages:
             num_unreadable, total = len(self.reasons), len(self.images)
             if num_unreadable > max(1, self.max_unreadable * total) or num_unreadable == total:
                 examples = "; ".join(f"{self.images.id(i)!r}: {r}" for i, r in list(self.reasons.items())[:3])
+                alternative = f", or raise {option('max_unreadable')}" if self.is_option else ""
                 raise MapetError(
-                    f"{num_unreadable} of {total} images unreadable so far, more than {option('max_unreadable')} "
-                    f"{self.max_unreadable:g} allows ({examples}). `mapet check` lists them all; remove them or raise "
-                    f"{option('max_unreadable')}"
+                    f"{num_unreadable} of {total} images are unreadable so far, expected at most the fraction {self.max_unreadable:g} and not "
+                    f"all of them ({examples}). `mapet check` lists them all: remove them{alternative}"
                 )
 
 

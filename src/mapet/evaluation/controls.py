@@ -38,30 +38,35 @@ CONTROL_PROTOCOLS = ("logistic", "knn")
 MAX_RAW_SIDE, MAX_KMEANS_SIDE = 32, 64
 """Pixels of the longer side that images are shrunk to, if they are larger, for raw pixels and for k-means patch features."""
 HOG_BINS, HOG_CELL, MIN_HOG_CELLS = 9, 8, 4
-"""Orientations, and pixels of a cell's side, as in MaskFeat (arXiv 2112.09133, section 3.2); images have at least so many cells a side."""
+"""Orientations, and pixels of a cell's side, as in MaskFeat (arXiv 2112.09133, section 3.2). Cells are made smaller in an image that would
+have fewer than `MIN_HOG_CELLS` of them along its shorter side."""
 NUM_CENTROIDS, PATCH_SIZE, SMALL_PATCH_SIZE = 200, 6, 3
-"""Of k-means patch features; images of less than two patches of 6 px a side have patches of 3 px."""
+"""Of k-means patch features: number of centroids, K; pixels of a patch's side; and the same for images with a side of less than two patches."""
 CONTRAST_OFFSET, ZCA_EPS = 10.0, 0.1
-"""Added to the variance of a patch, of pixels from 0 to 255, and to the eigenvalues of the covariance (Coates and Ng 2011)."""
+"""Coates and Ng 2011: added to the variance of a patch of pixels from 0 to 255 before pixels are divided by the standard deviation, and to
+the eigenvalues of the patches' covariance before ZCA whitening."""
 NUM_FIT_IMAGES, NUM_FIT_PATCHES = 2_000, 50_000
-"""Training images, at most, and about so many of their patches that k-means is fitted to."""
+"""K-means patch features are fitted to at most so many training images, and to about so many patches of them, equally many of each."""
 
 
 # ---- the controls
 
 
 class Control(nn.Module):
-    """Base of the controls: `forward` maps pixels in [0, 1] to a feature map, which is given as timm gives a network's only layer."""
+    """Base of the controls: a module whose `forward` maps pixels in [0, 1] to a feature map, (B, C, H, W) to (B, D, h, w).
+
+    `pooled_features` takes it as it takes a timm network: as one with a single layer, that feature map.
+    """
 
     feature_info: tuple[dict[str, Any], ...] = ({},)
 
     def forward_intermediates(self, images: Float[Tensor, "B C H W"], **_: Any) -> list[Float[Tensor, "B D h w"]]:
-        """Return the feature map of the one layer there is; timm's other arguments (indices, norm, ...) don't matter."""
+        """Return the feature map of the only layer in a list; timm's other arguments (indices, norm, ...) are ignored."""
         return [self(images)]
 
 
 class RawPixels(Control):
-    """The pixels of the image, shrunk to `MAX_RAW_SIDE`, as a map of one cell, which every pooling leaves as it is."""
+    """All pixels of the image, shrunk to at most `MAX_RAW_SIDE` a side, as the channels of a map of one cell: pooling changes nothing."""
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D 1 1"]:
         return shrink(images, MAX_RAW_SIDE).flatten(1)[:, :, None, None]
@@ -76,7 +81,7 @@ class HOGFeatures(Control):
     """
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Compute the map of D = C x `HOG_BINS` numbers for each cell; pixels beyond the last whole cell are ignored."""
+        """Compute D = C x `HOG_BINS` features of each of the h x w cells; pixels beyond the last whole cell are ignored."""
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
         dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
         dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
@@ -94,6 +99,11 @@ class KMeansPatches(Control):
 
     Each patch, at stride 1, is normalized in brightness and contrast and ZCA-whitened; feature k is max(0, mean(z) - z_k), z_k being
     the distance to centroid k ("triangle"). Images larger than `MAX_KMEANS_SIDE` are shrunk.
+
+    Attributes:
+        mean: (F,) of the patches that the features are fitted to, F = C x patch side squared.
+        whitening: (F, F) symmetric matrix by which a patch minus `mean` is multiplied (ZCA).
+        centroids: (K, F) of the whitened patches; K is `NUM_CENTROIDS`, or the number of patches if that is smaller.
     """
 
     mean: Tensor
@@ -104,17 +114,17 @@ class KMeansPatches(Control):
         """Fit whitening and centroids to random patches of images.
 
         Args:
-            batches: pixels in [0, 1] of training images of one size, at least 3 px a side, on the device that is computed on.
-            patches_per_image: how many different patches are drawn from each image; all, if it has no more.
+            batches: pixels in [0, 1] of training images of one size, at least `SMALL_PATCH_SIZE` a side; their device and dtype are
+                the control's.
+            patches_per_image: number of different patches that are drawn from each image, always the same ones; if an image has fewer,
+                all of them.
         """
         super().__init__()
         generator, drawn = torch.Generator().manual_seed(0), []
         for images in batches:
             patches = self.normalized_patches(images).flatten(1, 2)
-            rows = (
-                torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, :patches_per_image].to(patches.device)
-            )
-            drawn.append(patches.gather(1, rows[:, :, None].expand(-1, -1, patches.shape[2])).flatten(0, 1))
+            rows = torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, :patches_per_image, None]
+            drawn.append(patches.gather(1, rows.to(patches.device).expand(-1, -1, patches.shape[2])).flatten(0, 1))
         points = torch.cat(drawn)
         mean = points.double().cpu().mean(0)
         variances, vectors = torch.linalg.eigh(torch.cov(points.double().cpu().T))
@@ -125,7 +135,14 @@ class KMeansPatches(Control):
         self.register_buffer("centroids", fitted.centroids.to(points))
 
     def normalized_patches(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w F"]:
-        """Return the patches of each image, at stride 1, minus their mean and over their standard deviation."""
+        """Return the patches of each image, at stride 1, each minus its mean and divided by its standard deviation.
+
+        Args:
+            images: pixels in [0, 1]; those larger than `MAX_KMEANS_SIDE` are shrunk.
+
+        Returns:
+            (B, h, w, F): h x w positions of patches, F = C x patch side squared values of each.
+        """
         images = 255 * shrink(images, MAX_KMEANS_SIDE)
         size = PATCH_SIZE if min(images.shape[2:]) >= 2 * PATCH_SIZE else SMALL_PATCH_SIZE
         patches = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)
@@ -133,14 +150,14 @@ class KMeansPatches(Control):
         return (patches - mean) / (variance + CONTRAST_OFFSET).sqrt()
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
-        """Compute K features of each patch."""
+        """Compute the K features of the patch at each of h x w positions: how much nearer than average each centroid is, or 0."""
         patches = (self.normalized_patches(images) - self.mean) @ self.whitening
         z = torch.cdist(patches.flatten(0, 2), self.centroids)
         return F.relu(z.mean(1, keepdim=True) - z).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
 
 class TeacherFeatures(Control):
-    """Features of a frozen teacher, on the student's grid."""
+    """Features of a frozen teacher, the encoder whose features a tokenizer quantizes, on the grid of the student's patches."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -151,7 +168,7 @@ class TeacherFeatures(Control):
 
 
 class TokenBag(Control):
-    """One-hot visual tokens: their mean is the bag of tokens, the frequency of each code in the image."""
+    """One-hot visual tokens, V channels for V codes. With pooling 'mean' they give the bag of tokens: each code's fraction of the patches."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -163,7 +180,7 @@ class TokenBag(Control):
 
 
 def shrink(images: Float[Tensor, "B C H W"], max_side: int) -> Float[Tensor, "B C h w"]:
-    """Resize images whose longer side exceeds `max_side` pixels to that, antialiased; smaller ones are returned as they are."""
+    """Shrink images to a longer side of `max_side` pixels, antialiased, with their aspect ratio; return smaller ones as they are."""
     scale = max_side / max(images.shape[2:])
     if scale >= 1:
         return images
@@ -172,14 +189,14 @@ def shrink(images: Float[Tensor, "B C H W"], max_side: int) -> Float[Tensor, "B 
 
 
 def _to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
-    """Return pixels in [0, 1] as tokenizers take them."""
+    """Convert pixels in [0, 1] to uint8, which teachers and tokenizers take."""
     return (255 * images).round().to(torch.uint8)
 
 
 # ---- which controls an evaluation has
 
 Loader = Callable[[], BackboneWrapper]
-"""Makes a model when it is its turn, so that one is in memory at a time."""
+"""Function that makes or loads a model; it is called when the model is evaluated, so that one is in memory at a time."""
 IMAGE_CONTROLS = {"pixels": "raw pixels", "hog": "HOG features", "kmeans": "k-means patch features"}
 """Controls of the images alone: value of the option `controls` -> name in tables."""
 
@@ -187,30 +204,38 @@ IMAGE_CONTROLS = {"pixels": "raw pixels", "hog": "HOG features", "kmeans": "k-me
 def plan_controls(
     config: EvaluateConfig, protocols: Collection[str], train: LabeledSet, backbones: Iterable[BackboneWrapper]
 ) -> dict[str, Loader]:
-    """Return the controls that the option `controls` asks for, name in tables -> function that makes the control.
+    """Return the controls that the option `controls` asks for: features without pre-training that backbones are compared with.
 
-    Controls of the images alone take the input size and channels of the first backbone. The untrained network and, of a run, its
-    teacher and the bag of its tokens are made for each backbone, once for those of equal architecture or tokenizer.
+    The controls of `IMAGE_CONTROLS`, which depend on the images alone, take the input size and channels of the first backbone; 'kmeans' is
+    omitted for images of a side below `SMALL_PATCH_SIZE`. The untrained network, and of a pre-training run its teacher and its tokens, are
+    made for each backbone, once for backbones of equal architecture, or equal tokenizer. A backbone 'random:...' gets no untrained
+    network, nor does one whose untrained network is in the option `backbone` itself.
 
     Args:
-        config: options of `evaluate`; `controls`, `backbone`, `seed` and `trust_teacher` are used.
-        protocols: names of those that are run.
+        config: options of `evaluate`; `controls`, `backbone`, `layers`, `seed` and `trust_teacher` are used. With `controls` 'auto' a
+            control that cannot be made is omitted; one that is named is an error.
+        protocols: names of the protocols that are run; without one of `CONTROL_PROTOCOLS` there are no controls.
         train: labeled training images, which k-means patch features are fitted to.
-        backbones: those of the option `backbone`, in its order; each is used before the next is requested.
+        backbones: loaded backbones of the option `backbone`, in its order; each is used before the next is requested, so it may be freed.
+
+    Returns:
+        Name in tables ('raw pixels', 'random:NAME', 'teacher of NAME', ...) -> function without arguments that makes the control, in the
+        order in which controls are evaluated.
 
     Raises:
-        MapetError: a backbone lacks a layer of `layers`; controls are named, but none of `CONTROL_PROTOCOLS` is run; or a teacher or
-            tokens are named, but a tokenizer cannot be loaded, or no backbone is a run with one.
+        MapetError: a backbone lacks a layer of `layers`; controls are named, but none of `CONTROL_PROTOCOLS` is run; or 'teacher' or
+            'tokens' is named, but a tokenizer cannot be loaded, or no backbone belongs to a run with one.
     """
     is_auto = config.controls == ("auto",)
     asked = {*IMAGE_CONTROLS, "untrained", "teacher", "tokens"} if is_auto else {*config.controls} - {"none"}
     if not {*protocols} & {*CONTROL_PROTOCOLS}:
         if asked and not is_auto:
-            needed = f"{option('protocols')} {' or '.join(CONTROL_PROTOCOLS)}, which need labels"
-            raise MapetError(f"{option('controls')} need {needed}", field="controls", value=config.controls)
+            wrong = f"{option('controls', *config.controls)} are evaluated by the protocols {' and '.join(CONTROL_PROTOCOLS)} alone"
+            fix = f"add one to {option('protocols')} and give labeled images, or omit {option('controls')}"
+            raise MapetError(f"{wrong}, and neither is run: {fix}", field="controls", value=config.controls)
         asked = set()
     loaders: dict[str, Loader] = {}
-    seen: set[object] = set()  # architectures and hashes of tokenizers
+    seen: set[object] = set()  # architectures (tuples) and hashes of tokenizers (text) of the backbones so far
     for backbone in backbones:
         resolve_layers(backbone.model, config.layers)  # raises where there is no such layer
         compute, size = replace(backbone.compute, dtype=torch.float32), backbone.image_size
@@ -224,9 +249,9 @@ def plan_controls(
         if "untrained" in asked and not is_random and architecture not in seen and untrained not in config.backbone:
             loaders[untrained] = partial(BackboneWrapper.load, untrained, backbone.compute, config.seed)
         seen.add(architecture)
-        tokenizer = (
-            _load_tokenizer(backbone.name, config.trust_teacher, is_auto) if asked & {"teacher", "tokens"} else None
-        )
+        if not asked & {"teacher", "tokens"}:
+            continue
+        tokenizer = _load_tokenizer(backbone.name, config.trust_teacher, is_auto)
         if tokenizer is None or tokenizer.hash in seen:
             continue
         seen.add(tokenizer.hash)
@@ -239,40 +264,50 @@ def plan_controls(
                 title = f"{name} of {backbone.name}"
                 loaders[title] = partial(_wrap, title, model, *arguments)
     if not is_auto and asked & {"teacher", "tokens"} and not any(isinstance(item, str) for item in seen):
-        needed = f"a run with a tokenizer among {option('backbone', *config.backbone)}"
-        raise MapetError(
-            f"{option('controls', *config.controls)} need {needed}", field="controls", value=config.controls
-        )
+        wrong = f"{option('controls', *config.controls)}: none of {option('backbone', *config.backbone)} is a run with a tokenizer"
+        raise MapetError(f"{wrong}: add one, or omit teacher and tokens", field="controls", value=config.controls)
     return loaders
 
 
 def control_options(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the options of `evaluate` for controls, which have one layer and no class token: they are pooled by the mean instead."""
+    """Return the options of `evaluate` for controls, which have one layer and no class token: `pool` 'cls' becomes 'mean'."""
     return config.model_copy(update={"layers": (-1,), "pool": "mean" if config.pool == "cls" else config.pool})
 
 
 def _wrap(
     name: str, model: nn.Module, compute: ComputeContext, size: tuple[int, int], channels: int
 ) -> BackboneWrapper:
-    """Return the wrapper of a control, which takes pixels in [0, 1]."""
+    """Wrap a control for evaluation: its pixels are normalized by mean 0 and standard deviation 1, which leaves them in [0, 1].
+
+    Args:
+        name: of the control in tables.
+        model: a `Control`, on `compute.device`; is set to eval mode.
+        compute: device and precision.
+        size: (height, width) of its input, pixels.
+        channels: of its input.
+    """
     return BackboneWrapper(name, model.eval(), compute, size, channels, (0.0,) * channels, (1.0,) * channels)
 
 
 def _image_control(
     name: str, compute: ComputeContext, size: tuple[int, int], channels: int, train: LabeledSet
 ) -> BackboneWrapper:
-    """Make a control of the images alone.
+    """Make raw pixels, HOG features or k-means patch features, which are fitted here.
 
     Args:
-        name: key of `IMAGE_CONTROLS`.
+        name: key of `IMAGE_CONTROLS`: 'pixels', 'hog' or 'kmeans'.
         compute: device, in float32.
         size: (height, width) of its input, pixels.
         channels: of its input.
-        train: images that k-means patch features are fitted to: up to `NUM_FIT_IMAGES` of them.
+        train: images that k-means patch features are fitted to: at most `NUM_FIT_IMAGES` of them.
+
+    Raises:
+        MapetError: for 'kmeans', more than half of these images are unreadable.
     """
     control = _wrap(IMAGE_CONTROLS[name], RawPixels() if name == "pixels" else HOGFeatures(), compute, size, channels)
     if name == "kmeans":
         sample = train.sample(NUM_FIT_IMAGES)
+        # The wrapper of HOG features reads and normalizes images as that of k-means features does; only its model is replaced.
         views = control.batches(sample.images, CacheConfig(batch_size=inference_batch_size(size)), "patches")
         pixels = (control.normalize(images) for _, images in views)
         control.model = KMeansPatches(pixels, -(-NUM_FIT_PATCHES // len(sample)))
@@ -280,15 +315,19 @@ def _image_control(
 
 
 def _load_tokenizer(source: str, trusted_teacher: str | None, may_fail: bool) -> Tokenizer | None:
-    """Load the tokenizer, with its teacher, that a pre-trained backbone was trained with; None if it is no run with a tokenizer.
+    """Load the tokenizer, with its teacher, that a backbone was pre-trained with.
 
     Args:
-        source: name of a backbone, perhaps the folder of a run, or the backbone folder in it.
-        trusted_teacher: the user's own teacher code that may run.
+        source: a value of the option `backbone`; the folder of `mapet run` or `mapet pretrain`, or the backbone folder in it, has a
+            tokenizer, other values ('timm:NAME', a weights file, ...) have none.
+        trusted_teacher: name (package.module:function) of the user's own teacher code that may run, or None.
         may_fail: log a warning and return None where the tokenizer cannot be loaded.
 
+    Returns:
+        The tokenizer, on the CPU; None if the backbone is not of a run, or its run predicts targets that need no tokenizer.
+
     Raises:
-        MapetError: it cannot be loaded, and `may_fail` is False.
+        MapetError: the tokenizer cannot be loaded, and `may_fail` is False.
     """
     for folder in (pretrain_folder(Path(source)), Path(source).parent):
         if read_command(folder) == "pretrain" and (folder / CONFIG_FILE).is_file():
@@ -298,7 +337,7 @@ def _load_tokenizer(source: str, trusted_teacher: str | None, may_fail: bool) ->
             except MapetError as error:
                 if not may_fail:
                     raise
-                log.warning("controls of the tokenizer of %s are skipped: %s", source, error)
+                log.warning("the controls teacher and tokens of %s are skipped: %s", source, error)
     return None
 
 
@@ -309,10 +348,12 @@ class Verdict(NamedTuple):
     """A backbone against the best control by the same metric, on the same test images.
 
     Attributes:
-        backbone, control: their names in tables.
-        metric: e.g. 'logistic'.
-        value, control_value: of the metric; the control's is the highest of all controls.
-        difference: of the two, with its paired 95 % interval from `ci_low` to `ci_high`.
+        backbone: name in tables, as in the option `backbone`.
+        metric: an accuracy, 'logistic', or on imbalanced test images a balanced accuracy, 'logistic_balanced_accuracy'.
+        control: name in tables of the control with the highest value of this metric.
+        value, control_value: the metric of the backbone and of this control, 0 to 1.
+        difference: `value` - `control_value`.
+        ci_low, ci_high: paired 95 % interval of the difference.
     """
 
     backbone: str
@@ -325,7 +366,7 @@ class Verdict(NamedTuple):
     ci_high: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields, and 'is_ahead'."""
+        """Return all fields and 'is_ahead' by name, for JSON."""
         return {**self._asdict(), "is_ahead": self.is_ahead}
 
     @property
@@ -343,11 +384,11 @@ class Verdict(NamedTuple):
 
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
-"""Backbone or control -> protocol -> result."""
+"""Name in tables of a backbone or control -> protocol -> result."""
 
 
 def is_control(name: str, config: EvaluateConfig) -> bool:
-    """Return whether a name in the results of `evaluate` is a control's: none of the option `backbone`, or random weights."""
+    """Return whether a name in the results of `evaluate` is a control's: not in the option `backbone`, or random weights ('random:...')."""
     return name not in config.backbone or name.startswith(RANDOM_PREFIX)
 
 
@@ -357,11 +398,15 @@ def mark_controls(results: Results, config: EvaluateConfig) -> Results:
 
 
 def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verdict]:
-    """Return a verdict for each backbone and each accuracy that it and a control have; on imbalanced test images balanced accuracy.
+    """Compare each backbone with the best control, by each accuracy that both have; by balanced accuracy on imbalanced test images.
 
     Args:
-        results: of all backbones and controls.
-        config: options of `evaluate`; `backbone` tells which are controls.
+        results: of all backbones and controls. `ProtocolResult.correct` has for each accuracy (whether each test image is classified
+            correctly, its class index), the images in the same order for all.
+        config: options of `evaluate`; its `backbone` tells which names are controls.
+
+    Returns:
+        A verdict for each pair of a backbone and an accuracy; [] without controls.
     """
     all_correct = {
         name: {k: v for each in own.values() for k, v in each.correct.items()} for name, own in results.items()

@@ -261,10 +261,10 @@ def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray
     for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), hashes), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            wrong = (
-                f"class '{name}' has {pluralize(len(members), 'training image')}, fewer than the {count:,} asked for"
+            found = f"class '{name}' has {pluralize(len(members), 'training image')}"
+            raise MapetError(
+                f"{found}, fewer than the {count:,} asked for: add images to {data.images.root}, or ask for fewer"
             )
-            raise MapetError(f"{wrong}: ask for fewer, or add images to {data.images.root}")
         chosen.append(members[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -428,7 +428,9 @@ def load_segmentation_sets(
         (training set, test set), with the same classes, or None. Images without a mask are excluded.
 
     Raises:
-        MapetError: images and masks don't fit together, have fewer than two classes, or training and test classes differ.
+        MapetError: `test_masks` are given, but there are no training masks; `test_images` are given without masks, or either of the two
+            with ADE20K's folder, which brings its own; no image has a mask, or a listed image or mask is missing; a mask or JSON
+            cannot be read; the masks have fewer than two classes; or training and test classes differ.
     """
     ignored = {IGNORE_ID, *ignore}
     ade20k = [images / folder for folder in ADE20K]
@@ -440,6 +442,9 @@ def load_segmentation_sets(
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
         images, masks = images / "images", images / "masks"
+    if masks is None and test_masks is not None:
+        found = f"{option('test_seg_masks')} {test_masks} are the masks of test images, but {images} has no masks to train on"
+        raise MapetError(f"{found}: give {option('seg_masks')}", field="test_seg_masks", value=test_masks)
     if masks is None:
         return None
     if test_images is not None and test_masks is None:

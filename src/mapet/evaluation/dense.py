@@ -371,7 +371,8 @@ def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) ->
     """Build torchvision's Faster R-CNN on the `SimpleFeaturePyramid` of a backbone, on the backbone's device.
 
     The detector normalizes images and stretches them to the backbone's input size itself. The anchors of each map have a side of 8
-    of its cells, as in FPN, and aspect ratios 0.5, 1 and 2. Initial weights are always the same.
+    of its cells, as in FPN, and aspect ratios 0.5, 1 and 2. Initial weights are always the same: torchvision draws them from torch's
+    global random generators, whose seed is set to 0 here.
 
     Args:
         backbone: gives the feature maps; `requires_grad` of its weights is set to `trained`.

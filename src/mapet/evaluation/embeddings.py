@@ -148,8 +148,10 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
         are written), unreadable (index of an image, as text -> reason).
 
     Raises:
-        MapetError: the folder to resume is of other images, another backbone or other options; without `config.resume` the folder exists
-            already and is not empty; or the disk is too full.
+        NewerFormatError: a newer version of mapet wrote the folder to resume.
+        MapetError: the folder to resume is damaged, or is of other images, another backbone or other options; without `config.resume` the
+            folder exists already and is not empty; the backbone has no such layer, no class token for the pooling 'cls', or features of a
+            black image that are NaN, infinite or too large for `config.dtype`; or the disk is too full.
     """
     out = config.out
     settings = {

@@ -170,7 +170,7 @@ class BackboneWrapper:
         arguments = {"spec": ViewSpec(image_size=self.image_size)} | dataset
         views = ViewDataset(images, channels=self.channels, image_size=self.image_size, **arguments)
         title = title if config.progress else None
-        for batch in readable_batches(views, batches, UnreadableImages(images, MAX_UNREADABLE), title):
+        for batch in readable_batches(views, batches, UnreadableImages(images, MAX_UNREADABLE, is_option=False), title):
             assert batch.images is not None
             yield batch.image_index, batch.images
 

@@ -13,18 +13,22 @@ from torch import Tensor
 IMBALANCE = 1.2
 """Images are imbalanced if their largest class has more than this many times its equal part of them."""
 METRIC_NAMES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
-"""Kinds of metrics of a classifier, those first that lead on imbalanced images -> text for the user."""
+"""Metric of a classifier, as in the results -> its name in text. Those for imbalanced images come first, as they do in tables."""
 
 Value = TypeVar("Value")
 Statistic = Callable[[Float[np.ndarray, " n"]], float]
-"""A metric of test images; it takes the weight of each, how often it counts, as `bootstrap_ci` hands it over."""
+"""Function from a weight of each of n test images, how often the image counts, to a metric. `bootstrap_ci` draws the weights of a resample;
+with all weights 1 it is the metric of the images themselves."""
 
 
 def is_imbalanced(labels: Int[np.ndarray, " n"]) -> bool:
     """Return whether the largest class has more than `IMBALANCE` times n / K images, of the K classes that have images.
 
-    Labels of the images that are tested on decide: in the accuracy on them large classes count more than small ones. However many training
-    images a class has, the accuracy on equally many test images of each class is the balanced accuracy.
+    Accuracy on imbalanced test images weighs large classes more; on equally many test images of each class it equals the balanced accuracy,
+    however imbalanced the training images are.
+
+    Args:
+        labels: class index of each test image; at least one image.
     """
     _, counts = np.unique(labels, return_counts=True)
     return bool(counts.max() > IMBALANCE * counts.mean())
@@ -33,33 +37,36 @@ def is_imbalanced(labels: Int[np.ndarray, " n"]) -> bool:
 def balanced_accuracy(
     correct: Shaped[np.ndarray, " n"], labels: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"]
 ) -> float:
-    """Return the mean recall of the classes that have images, scikit-learn's `balanced_accuracy_score`, 0 to 1, in a fraction of its time.
+    """Return the mean recall of the classes that have images, 0 to 1: scikit-learn's `balanced_accuracy_score`, but faster.
 
     Args:
         correct: 1 or True for each image that is classified correctly, else 0; or the fraction of several predictions that are correct.
-        labels: class index of each.
-        weights: how often each counts.
+            With differences of two classifiers, -1 to 1, the result is the difference of their balanced accuracies.
+        labels: class index of each image.
+        weights: how often each image counts, at least 0; a class whose images all have weight 0 does not count.
     """
     counts, hits = np.bincount(labels, weights), np.bincount(labels, weights * correct)
     return float(np.mean(hits[counts > 0] / counts[counts > 0]))
 
 
 def one_vs_rest_auroc(logits: Float[Tensor, "n K"], labels: Int[np.ndarray, " n"]) -> Statistic:
-    """Return the function from weights to the AUROC, the area under the ROC curve, as scikit-learn's `roc_auc_score` defines it.
+    """Return the AUROC, the area under the ROC curve as scikit-learn's `roc_auc_score` defines it, as a function of the images' weights.
 
     Scores are class probabilities, the softmax of the logits. Of two classes it is the AUROC of the second; of more, the mean over the classes
-    that have images, each against all others (macro, one-vs-rest). Scores are compared once, not for each resample of a bootstrap.
+    that have images, each against all others (macro, one-vs-rest). Scores are sorted here, once; the function that is returned is fast
+    enough for the thousands of resamples of a bootstrap.
 
     Args:
-        logits: of each image; -inf excludes a class. Those of a probe that has diverged, NaN or infinite, count as equal.
+        logits: of each image, on the CPU; -inf for a class that is never predicted. Images whose probabilities are NaN, because the
+            classifier has diverged, have score 0.
         labels: class index of each image.
 
     Returns:
-        Function that returns NaN if all images of positive weight have one class.
+        Function from the weight of each image to the AUROC, 0 to 1; NaN if all images of positive weight have one class.
     """
     probabilities = logits.double().softmax(1).nan_to_num(0.0).numpy()
     classes = [1] if logits.shape[1] == 2 else np.unique(labels).tolist()
-    parts = []
+    parts = []  # for each class: rows of its images, bin of the score of every image, number of bins
     for index in classes:
         shown, scores = np.flatnonzero(labels == index), probabilities[:, index]
         values = np.unique(scores[shown])
@@ -81,11 +88,14 @@ def one_vs_rest_auroc(logits: Float[Tensor, "n K"], labels: Int[np.ndarray, " n"
 
 
 def imbalance_statistics(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) -> dict[str, Statistic]:
-    """Return the metrics of a classifier that lead on imbalanced images: 'balanced_accuracy' and 'auroc'; {} on other images.
+    """Return the metrics that are given before the accuracy on imbalanced images, as functions of the images' weights.
 
     Args:
-        logits: of each test image, on the CPU; -inf excludes a class.
-        labels: class index of each.
+        logits: of each test image, on the CPU; -inf for a class that is never predicted.
+        labels: class index of each image.
+
+    Returns:
+        'balanced_accuracy' and 'auroc' -> function, see `Statistic`; {} if the images are not imbalanced.
     """
     truth = labels.numpy()
     if not is_imbalanced(truth):
@@ -98,11 +108,14 @@ def imbalance_statistics(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]
 
 
 def score_classifier(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) -> dict[str, float]:
-    """Return 'accuracy', top-1, of a classifier, 0 to 1; on imbalanced images 'balanced_accuracy' and 'auroc' stand before it.
+    """Return the metrics of a classifier on test images, each 0 to 1.
 
     Args:
-        logits: of each test image, on the CPU; -inf excludes a class.
-        labels: class index of each.
+        logits: of each test image, on the CPU; -inf for a class that is never predicted.
+        labels: class index of each image.
+
+    Returns:
+        'accuracy' (top-1) -> value; on imbalanced images 'balanced_accuracy' and 'auroc' come before it.
     """
     leading = imbalance_statistics(logits, labels)
     scores = {kind: statistic(np.ones(len(labels))) for kind, statistic in leading.items()}
@@ -110,5 +123,13 @@ def score_classifier(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) ->
 
 
 def name_rows(name: str, metrics: Mapping[str, Value]) -> dict[str, Value]:
-    """Return 'NAME_balanced_accuracy', 'NAME_auroc' and, for 'accuracy', NAME itself -> value, from metrics of a classifier by kind."""
+    """Return a classifier's metrics with their names in tables of results.
+
+    Args:
+        name: of the classifier, 'logistic'; it becomes the name of its accuracy.
+        metrics: 'accuracy', 'balanced_accuracy', 'auroc' -> value of any type.
+
+    Returns:
+        'logistic', 'logistic_balanced_accuracy', 'logistic_auroc' -> the same values, in the same order.
+    """
     return {name if kind == "accuracy" else f"{name}_{kind}": value for kind, value in metrics.items()}

@@ -26,6 +26,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.token_store import TokenStore
 from mapet.data.views import PermutationKind, ViewSpec, color_jitter, normalize, sample_permutation
 from mapet.device import ComputeContext
+from mapet.errors import MapetError
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
 from mapet.evaluation.logistic_regression import fit_logistic
@@ -96,7 +97,8 @@ class TokenSampler:
             num_pixels: number of readable images whose pixels are kept, at the student's input size.
 
         Raises:
-            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
+            MapetError: none of the images at `indices` can be read, or more than the fraction `MAX_UNREADABLE` (a half) of the whole list
+                cannot.
         """
         size = self.tokenizer.student_size
         dataset = ViewDataset(images, self.view_spec, self.channels, size, self.teacher_size)
@@ -127,7 +129,8 @@ class TokenSampler:
             which the same position is the same content; for 'shift' with fewer rows and columns. n counts readable images.
 
         Raises:
-            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
+            MapetError: none of the images at `indices` can be read, or more than the fraction `MAX_UNREADABLE` (a half) of the whole list
+                cannot.
         """
         (height, width), (rows, columns) = self.teacher_size, self.tokenizer.grid
         # The shift, in patches and in pixels: the teacher's patches may be a fractional number of pixels, as the grid is the student's.
@@ -168,7 +171,8 @@ class TokenSampler:
             (token ids in the store, token ids computed now), each (n, N); equal if the store belongs to these images and tokenizer.
 
         Raises:
-            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
+            MapetError: none of the images at `indices` can be read, or more than the fraction `MAX_UNREADABLE` (a half) of the whole list
+                cannot.
         """
         dataset = ViewDataset(images, store.view_spec, self.channels, teacher_size=self.teacher_size)
         pairs = []
@@ -186,10 +190,15 @@ class TokenSampler:
             title: of the progress bar.
 
         Raises:
-            MapetError: unreadable images are more than the fraction `MAX_UNREADABLE` (a half) of the whole list.
+            MapetError: none of the images at `indices` can be read, or more than the fraction `MAX_UNREADABLE` (a half) of the whole list
+                cannot.
         """
         batches = position_batches(indices, inference_batch_size(self.teacher_size))
-        return readable_batches(dataset, batches, UnreadableImages(dataset.images, MAX_UNREADABLE), title)
+        unreadable = UnreadableImages(dataset.images, MAX_UNREADABLE, is_option=False)
+        yield from readable_batches(dataset, batches, unreadable, title)
+        if unreadable.reasons.keys() >= {*indices}:
+            found = f"none of the {len(indices)} images of the sample can be read ({next(iter(unreadable.reasons.values()), 'it is empty')})"
+            raise MapetError(f"{found}. `mapet check` lists the unreadable images: remove them, or sample more images")
 
     @torch.inference_mode()
     def _tokenize(self, images: UInt8[Tensor, "B C h w"] | None) -> Int[Tensor, "B rows columns"]:

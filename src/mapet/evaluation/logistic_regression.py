@@ -17,19 +17,21 @@ log = logging.getLogger("mapet")
 C_CANDIDATES = tuple(10.0**exponent for exponent in range(-4, 7))
 """Values of C, the inverse strength of the L2 penalty, that are compared, in rising order."""
 NUM_FOLDS, FEW_PER_CLASS, FEW_C = 5, 20, 0.1
-"""Folds of the cross-validation that chooses C; with fewer than `FEW_PER_CLASS` images a class, on average, C is not chosen but `FEW_C`: so
-few held-out images choose worse than that."""
+"""C is chosen by cross-validation with `NUM_FOLDS` folds. With fewer than `FEW_PER_CLASS` training images per class on average it is `FEW_C`
+instead, which is better than what so few held-out images choose."""
 FIT_LIMITS, CHOICE_LIMITS = (1000, 1e-10), (100, 1e-7)
-"""Where L-BFGS stops, in a fit and in the fits that only choose C: after that many iterations, or once a step decreases the loss by a
-smaller fraction."""
+"""When L-BFGS stops, (iterations, relative decrease of the loss in a step): after so many iterations, or after a step with a smaller decrease.
+`CHOICE_LIMITS` are for the fits of the cross-validation that chooses C, `FIT_LIMITS` for the final fit."""
 DAMPING = 0.01
-"""Added to the variances that features are scaled by during the fit, as a fraction of the mean variance."""
+"""Fraction of the features' mean variance that is added to each variance where `minimize_loss` scales parameters by them: features of
+hardly any variance would be scaled too much."""
 MAX_ROTATED = 4096
-"""Most dimensions of features that are rotated to their principal axes, which takes time in proportion to the cube."""
+"""Features are rotated to their principal axes if the smaller of their number and their dimension is at most this: the time grows with its
+cube."""
 MIN_PARALLEL = 20_000_000
-"""Products of rows and parameters from which several threads are used: below that, they wait for each other longer than they compute."""
+"""Rows times parameters from which L-BFGS uses several threads: below, threads wait for each other longer than they compute."""
 CHUNK_BYTES = 64 << 20
-"""Memory of the logits that are computed at once."""
+"""Bytes of the logits that are computed at once, see `chunks`."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ class LogisticProbe:
     """Multinomial logistic regression on standardized features, as one linear map to K classes.
 
     Attributes:
-        mean, scale: mean and standard deviation of each feature, that features are standardized with.
+        mean, scale: mean and standard deviation of each of the D features, by which features are standardized.
         weight: (K, D), for standardized features; zero for classes without training images.
         bias: -inf for classes without training images, which are never predicted.
         C: inverse strength of the L2 penalty.
-        at_edge: C was chosen and is the smallest or largest of the candidates.
+        at_edge: whether C was chosen by cross-validation and is the smallest or largest of `C_CANDIDATES`.
     """
 
     mean: Float[Tensor, " D"]
@@ -57,7 +59,7 @@ class LogisticProbe:
 
     @property
     def selected(self) -> str:
-        """C, for the tables, e.g. 'C 0.01' or 'C 0.0001 (edge of the grid)'."""
+        """The chosen C for tables of results, e.g. 'C 0.01' or 'C 0.0001 (edge of the grid)'."""
         return f"C {self.C:g}" + " (edge of the grid)" * self.at_edge
 
 
@@ -73,10 +75,11 @@ def fit_logistic(
         num_classes: number of classes, K; classes without training images are never predicted.
         C: inverse strength of the L2 penalty, as in scikit-learn. None: chosen among `C_CANDIDATES` by `choose_c`, with a warning if it
             is the smallest or the largest of them; `FEW_C` with fewer than `FEW_PER_CLASS` rows per class, on average.
-        scaler: standardizes features; None: one is fitted on `features`. In few-shot evaluation it is fitted on all training images.
+        scaler: fitted scaler whose mean and scale standardize features; None: those of `features`. Few-shot evaluation gives that of all
+            training images, of which `features` are a part.
 
     Returns:
-        The probe, fitted on all rows, with the C that was used.
+        The probe, fitted on all rows, with the C that was used. If all rows have one class, it always predicts that class.
     """
     scaler = scaler or StandardScaler().fit(features.numpy())
     mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
@@ -95,7 +98,7 @@ def fit_logistic(
         fitted = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
         weight[classes], bias[classes] = fitted.T, params[-1, 0]
     if at_edge:
-        message = "the linear probe's C %g is the %s of its candidates, %g to %g: a better value may lie beyond them"
+        message = "the linear probe's C %g is the %s of the candidates, %g to %g: a value beyond them may give a higher accuracy"
         log.warning(message, C, "smallest" if C_CANDIDATES[0] == C else "largest", C_CANDIDATES[0], C_CANDIDATES[-1])
     return LogisticProbe(mean, scale, weight, bias, C or FEW_C, at_edge)
 
@@ -103,13 +106,17 @@ def fit_logistic(
 def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float, Float[Tensor, "R1 1 K"]]:
     """Choose C among `C_CANDIDATES` by stratified cross-validation, always with the same `NUM_FOLDS` folds.
 
+    The classifiers of all folds are fitted at once for each C, and start from the parameters of the C before. A progress bar is shown
+    if this takes longer than 5 s.
+
     Args:
-        x: features, standardized and rotated; a progress bar is shown if this takes long.
-        targets: class index of each row, each of the K classes at least once.
+        x: features of all rows, standardized and rotated (`rotate`).
+        targets: class index of each row, 0 to K - 1, each class at least once.
 
     Returns:
-        The smallest C whose mean accuracy over the folds is within one standard error of the best one's, see
-        `one_standard_error_rule`; and the mean of its folds' parameters, from which a fit on all rows starts.
+        (the smallest C whose mean accuracy over the folds is within one standard error of the best one's, see
+        `one_standard_error_rule`; the mean over the folds of the parameters fitted with this C, from which a fit on all rows can start,
+        R + 1 rows as in `minimize_loss`)
     """
     # Shuffled rows, sorted by class and dealt out in turn: the folds' counts of each class differ by at most one.
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
@@ -131,8 +138,8 @@ def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float
 def one_standard_error_rule(scores: Sequence[Sequence[float]]) -> int:
     """Return the index of the first candidate whose mean score is within one standard error of the best candidate's.
 
-    The standard error is the best candidate's, over folds (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section
-    7.10). It keeps noise of the scores from choosing a weak penalty.
+    The standard error is that of the best candidate's mean over folds (Hastie, Tibshirani and Friedman, The Elements of Statistical
+    Learning, section 7.10). Without this rule noise of the scores may choose too weak a penalty.
 
     Args:
         scores: for each candidate, strongest regularization first, the scores of two or more folds.
@@ -144,29 +151,42 @@ def one_standard_error_rule(scores: Sequence[Sequence[float]]) -> int:
 
 
 def rotate(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n R"], Float[Tensor, "D R"] | None]:
-    """Rotate features to their principal axes, where L-BFGS needs tens of iterations in place of thousands.
+    """Rotate features to their principal axes, where L-BFGS needs tens of iterations instead of thousands.
 
-    The L2 penalty and the logits are the same after a rotation, so the result of the fit is, too.
+    The L2 penalty and the logits are the same after a rotation, so the classifier that is fitted is the same, too.
+
+    Args:
+        x: standardized features. With n < D their rows span at most n dimensions; the others, in which all are 0, are dropped.
 
     Returns:
-        The rotated rows, R = min(n, D), and the orthonormal axes; beyond `MAX_ROTATED` dimensions `x` itself and None.
+        (the rotated rows, x @ axes; the axes, orthonormal columns), with R = min(n, D). If R exceeds `MAX_ROTATED`: (`x`, None), R = D.
     """
     if min(x.shape) > MAX_ROTATED:
         return x, None
-    axes = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1])  # of the space that rows span
+    axes = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1])  # a basis of the span of the rows
     x = x @ axes
     rotation = torch.linalg.eigh(x.T @ x).eigenvectors
     return x @ rotation, axes @ rotation
 
 
 def chunks(params: Float[Tensor, "R1 S K"], num_rows: int) -> list[slice]:
-    """Return slices of rows whose logits by the S classifiers take at most `CHUNK_BYTES` each, as float32."""
+    """Divide the row indices 0 to `num_rows` - 1 into slices, whose logits by S classifiers take at most `CHUNK_BYTES` each in float32.
+
+    Args:
+        params: see `minimize_loss`; only its shape is used.
+        num_rows: number of rows of features.
+    """
     size = max(1, CHUNK_BYTES // (4 * params[0].numel()))
     return [slice(first, first + size) for first in range(0, num_rows, size)]
 
 
 def logits(x: Float[Tensor, "m R"], params: Float[Tensor, "R1 S K"]) -> Float[Tensor, "m S K"]:
-    """Compute the logits of some rows by S classifiers; the last row of `params` is their biases."""
+    """Compute the logits of m rows of R features by S classifiers of K classes.
+
+    Args:
+        x: features.
+        params: R rows of weights, then a row of biases.
+    """
     return torch.addmm(params[-1].flatten(), x, params[:-1].flatten(1)).unflatten(1, params.shape[1:])
 
 
@@ -174,20 +194,21 @@ def minimize_loss(
     x: Float[Tensor, "n R"], targets: Int[Tensor, " n"], C: float, is_train: Bool[Tensor, "n S"],
     start: Float[Tensor, "R1 S K"], limits: tuple[int, float],
 ) -> Float[Tensor, "R1 S K"]:  # fmt: skip
-    """Fit logistic regression to S subsets of the rows at once, by L-BFGS.
+    """Fit a logistic regression to each of S subsets of the rows, all at once, by L-BFGS.
 
-    The loss of a subset of m rows is scikit-learn's: mean cross-entropy + ||weight||^2 / (2 C m), without a penalty on the bias.
+    The loss of a subset of m rows is scikit-learn's: mean cross-entropy + ||weight||^2 / (2 C m), without a penalty on the bias. The sum
+    of the S losses is minimized, whose minimum is that of each.
 
     Args:
-        x: features of all rows.
+        x: R features of each of n rows.
         targets: class index of each row, 0 to K - 1.
         C: inverse strength of the L2 penalty.
-        is_train: whether a row is in each subset.
-        start: weights and, in the last row, biases to start from.
-        limits: `FIT_LIMITS` or `CHOICE_LIMITS`.
+        is_train: whether each row is in each subset.
+        start: parameters to start from, for each subset and class: R rows of weights, then a row of biases (R1 = R + 1).
+        limits: when to stop: `FIT_LIMITS` or `CHOICE_LIMITS`.
 
     Returns:
-        Weights and biases, as `start`.
+        The fitted parameters, of the shape of `start`.
     """
     counts, num_classes = is_train.sum(0), start.shape[2]
     row_weights = is_train / counts
@@ -201,6 +222,7 @@ def minimize_loss(
     slices = chunks(start, len(x))
 
     def loss_and_grad(flat: Float[np.ndarray, " p"]) -> tuple[float, Float[np.ndarray, " p"]]:
+        """Return the sum of the losses at the flattened parameters / `scale`, and its gradient, for `scipy.optimize.minimize`."""
         params = torch.from_numpy(flat).view_as(start).float() * scale
         loss, grad = float((params[:-1].square() * penalty).sum()) / 2, torch.zeros_like(params)
         for rows in slices:

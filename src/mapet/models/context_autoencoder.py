@@ -36,10 +36,16 @@ ALIGNMENT_WEIGHT = 2.0
 
 
 class RegressorBlock(Block):
-    """timm Block for cross-attention: `norm1` normalizes queries, `norm_k` keys and `norm_v` values."""
+    """timm Block with a norm each for queries (`norm1`), keys (`norm_k`) and values (`norm_v`), for `regressor_block_forward`."""
 
     def __init__(self, dim: int, *, norm_layer: type[nn.Module], **options: Any) -> None:
-        """Create the block with `options` of timm's Block."""
+        """Create the block.
+
+        Args:
+            dim: D, width of the rows.
+            norm_layer: class of all norms.
+            options: further keywords of timm's Block: `num_heads`, `mlp_ratio`, `drop_path`, ...
+        """
         super().__init__(dim, norm_layer=norm_layer, **options)
         self.norm_k, self.norm_v = norm_layer(dim), norm_layer(dim)
 
@@ -66,8 +72,8 @@ class ContextAutoencoder(ViTForPreTraining):
         """Add mask token, prediction head, latent regressor and decoder, all with random weights, to a ViT.
 
         Args:
-            vit: with learned absolute positions; it is kept, not copied.
-            vocab_size: number of outputs of the head for a patch: V for tokens, F values for the other targets.
+            vit: a ViT with learned absolute positions; it becomes the attribute `vit`, and is not copied.
+            vocab_size: number of outputs of the head for a patch: V for the target 'tokens'; for 'pixels' or 'features' the number of values.
             num_context: c, number of visible patches, 0 to N - 1, of batches whose `num_context` is None.
             num_predict: must be None, as all hidden patches are predicted.
             target: what is predicted of a patch: 'tokens', 'pixels' or 'features'.
@@ -81,10 +87,8 @@ class ContextAutoencoder(ViTForPreTraining):
         if num_predict is not None:
             raise MapetError(f"objective 'cae' predicts all hidden patches at once: omit {option('num_predict')}")
         if vit.embed_dim % 4:
-            expected = "a multiple of 4, for sine-cosine positions"
-            raise MapetError(
-                f"width {vit.embed_dim} does not fit objective 'cae', expected {expected}: choose another {option('model')}"
-            )
+            wrong = f"the ViT's width is {vit.embed_dim}, but objective 'cae' needs a multiple of 4 for its sine-cosine positions"
+            raise MapetError(f"{wrong}: choose another {option('model')}")
         norm = type(vit.blocks[0].norm1)
         self.regressor, self.decoder = _make_blocks(vit, RegressorBlock), _make_blocks(vit, Block)
         self.regressor_norm, self.decoder_norm = norm(vit.embed_dim), norm(vit.embed_dim)
@@ -94,7 +98,10 @@ class ContextAutoencoder(ViTForPreTraining):
 
     @property
     def drop_path_blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order in which a forward pass runs them; the ViT's run twice."""
+        """Blocks in the order in which a forward pass runs them, each with its own factors of stochastic depth.
+
+        The ViT's blocks come twice: they encode the context patches, then the hidden ones.
+        """
         return [*self.vit.blocks, *self.vit.blocks, *self.regressor, *self.decoder]
 
     def forward(self, batch: Batch) -> PreTrainingOutput:
@@ -104,14 +111,19 @@ class ContextAutoencoder(ViTForPreTraining):
             batch: see `ViTForPreTraining.forward`; `target_indices` must be None, as all hidden patches are predicted.
 
         Returns:
-            As `ViTForPreTraining.forward`; only `loss` has the alignment loss, `loss_per_image` does not.
+            As `ViTForPreTraining.forward`: loss, number of correct predictions, ... The alignment loss is in `loss`, not in
+            `loss_per_image`.
         """
         rows, alignment_loss = self.forward_latents(batch)
         output = self.compute_loss(rows, self.hidden_targets(batch))
         return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment_loss)
 
     def encode(self, batch: Batch) -> Float[Tensor, "B p D"]:
-        """Return the decoder's normalized output of the p hidden patches, in permutation order."""
+        """Return the rows from which the head predicts: the decoder's normalized outputs of the p hidden patches, in permutation order.
+
+        Args:
+            batch: see `forward_latents`.
+        """
         return self.forward_latents(batch)[0]
 
     def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
@@ -127,7 +139,7 @@ class ContextAutoencoder(ViTForPreTraining):
         assert batch.permutation is not None
         c = self.num_context if batch.num_context is None else batch.num_context
         context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
-        # An iterator: each of the four networks takes the factors of its own blocks.
+        # An iterator: the ViT (twice), the regressor and the decoder each take the factors of their own blocks, in this order.
         scales = iter(drop_path_scales(self.drop_path_blocks, batch.drop_path_rand, self.mask_token))
         context_latents = self.encode_patches(batch, context, scales)
         with torch.no_grad():
@@ -147,12 +159,16 @@ class ContextAutoencoder(ViTForPreTraining):
     def encode_patches(
         self, batch: Batch, indices: Int[Tensor, "B n"], scales: Iterator[DropPathScale]
     ) -> Float[Tensor, "B n D"]:
-        """Return the ViT's final output of some patches, which with the prefix tokens attend to nothing else.
+        """Run the ViT on its prefix tokens and n patches of each image, which attend to each other and to no other patch.
 
         Args:
-            batch: its normalized `images`.
-            indices: row-major indices of n patches of each image.
-            scales: factors of stochastic depth; those of the ViT's blocks are taken from it.
+            batch: its `images`, normalized, are used; all their patches are embedded.
+            indices: row-major indices of the n patches of each image.
+            scales: factors of stochastic depth, one item for each block of a forward pass (see `DropPathScale`); an item for each of the
+                ViT's blocks is taken from it, so that the iterator continues with the factors of the network that runs next.
+
+        Returns:
+            Outputs of the ViT's final norm for the n patches, in the order of `indices`, without the prefix tokens.
         """
         vit = self.vit
         assert batch.images is not None
@@ -165,7 +181,13 @@ class ContextAutoencoder(ViTForPreTraining):
 
 
 def encoder_block_forward(block: Block, rows: Float[Tensor, "B T D"], scale: DropPathScale) -> Float[Tensor, "B T D"]:
-    """Run a timm Block in which all T rows attend to each other; `scale` has its factors of stochastic depth, see `residual_update`."""
+    """Run a timm Block in which all T rows attend to each other.
+
+    Args:
+        block: of the ViT or the decoder.
+        rows: input of the block.
+        scale: factors of stochastic depth of its attention and MLP branches, see `residual_update`; None: the block draws them.
+    """
     return residual_update(block, rows, block.attn(block.norm1(rows)), scale)
 
 
@@ -175,20 +197,22 @@ def regressor_block_forward(
 ) -> Float[Tensor, "B p D"]:  # fmt: skip
     """Run a block of the regressor, in which the rows of hidden patches attend to the latents of the context and to each other.
 
-    Positions are added to queries and keys, not to values or the rows. The norm before the MLP is on the residual stream.
+    Positions are added before the norms of queries and keys, not to values or the rows. Unlike in timm's Block, the output of `norm2` is
+    not only the MLP's input but also what the MLP branch is added to.
 
     Args:
         block: of the regressor.
         rows: of the p hidden patches: in the first block mask tokens, then the output of the block before.
         context_latents: the encoder's outputs of the c visible patches, without prefix tokens, the same in all blocks.
         positions: of the c visible patches, then of the p hidden ones.
-        scale: (2, B, 1, 1) factors of stochastic depth of the attention and of the MLP branch; None: the block draws.
+        scale: (2, B, 1, 1) factors of stochastic depth of the attention and of the MLP branch; None: the block draws them.
 
     Returns:
         Outputs of the block for the hidden patches; those of the context are not computed.
     """
     values = torch.cat([context_latents, rows], dim=1)
     q, k = block.norm1(rows + positions[:, context_latents.shape[1] :]), block.norm_k(values + positions)
+    # One block of queries: all rows attend to all keys.
     unmasked = [QueryBlock(slice(None), slice(None), masked=False)]
     branch = block.ls1(two_stream_attention(block.attn, k, block.norm_v(values), q, rows.new_empty(0), unmasked))
     rows = block.norm2(rows + (block.drop_path1(branch) if scale is None else branch * scale[0]))
@@ -197,9 +221,13 @@ def regressor_block_forward(
 
 
 def _make_blocks(vit: VisionTransformer, kind: type[Block]) -> nn.ModuleList:
-    """Make `REGRESSOR_DEPTH` blocks with random weights, of the sizes and options of the ViT's.
+    """Make `REGRESSOR_DEPTH` blocks with Xavier-uniform weights and the sizes and options of the ViT's blocks.
 
-    Drop-path rates increase linearly from 0 to that of the ViT's last block.
+    Drop-path rates increase linearly from 0 to that of the ViT's last block. LayerScale starts at the present first factor of the ViT's first block.
+
+    Args:
+        vit: its blocks are alike but for their drop-path rates.
+        kind: `RegressorBlock`, or timm's Block for the decoder.
     """
     first, max_drop_path = vit.blocks[0], getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)
     options = {
@@ -216,8 +244,7 @@ def _make_blocks(vit: VisionTransformer, kind: type[Block]) -> nn.ModuleList:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if (
-            kind is RegressorBlock
-        ):  # the released block has a matrix for each of q, k and v, whose bound is larger than that of one
+        # The released block has a matrix for each of q, k and v; the bound of each is sqrt(2) times that of the one joint matrix.
+        if kind is RegressorBlock:
             nn.init.xavier_uniform_(block.attn.qkv.weight, gain=math.sqrt(2))
     return nn.ModuleList(blocks)

@@ -15,7 +15,7 @@ from mapet.config.shared import DEFAULT_POOL, Pool
 from mapet.errors import MapetError, option
 
 CELLS: dict[str, int] = {"mean": 1, "2x2": 2, "3x3": 3}
-"""Rows and columns of cells that a feature map is averaged over, by the name of the pooling."""
+"""Name of a pooling -> k: the feature map is divided into k x k cells, and averaged over each."""
 
 
 def pool_tokens(
@@ -24,21 +24,22 @@ def pool_tokens(
     """Pool a feature map to one float32 vector per image.
 
     Args:
-        grid: feature map.
-        prefix: class and register tokens, the class token first; None without a class token.
+        grid: feature map, h x w patches.
+        prefix: class and register tokens, the class token first; None if the model has no class token.
         pool: 'mean' of the map; 'cls', the class token; '2x2' or '3x3': means of 2 x 2 or 3 x 3 cells of the map, by
             `F.adaptive_avg_pool2d`, whose cells overlap where they don't divide it. A map of fewer rows or columns has as many cells.
 
     Returns:
-        (B, F) on the device; F is D times the number of cells, the cells of each channel side by side, row by row.
+        (B, F) on the device of `grid`. F is D for 'mean' and 'cls', else D times the number of cells: the values of all cells of the first
+        channel, row by row, then of the next channel.
 
     Raises:
         MapetError: `pool` is 'cls', and there is no class token.
     """
     if pool == "cls":
         if prefix is None:
-            needed = f"{option('pool', pool)} needs a class token, which the layers of this model don't have"
-            raise MapetError(f"{needed}: use {option('pool', 'mean')}", field="pool", value=pool)
+            wrong = f"{option('pool', pool)} takes the class token, but these layers of the model have none"
+            raise MapetError(f"{wrong}: use {option('pool', 'mean')}", field="pool", value=pool)
         return prefix[:, 0].float()
     rows, columns = (min(CELLS[pool], side) for side in grid.shape[2:])
     return F.adaptive_avg_pool2d(grid.float(), (rows, columns)).flatten(1)
@@ -48,15 +49,17 @@ def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
     """Return the indices of a model's layers, from 0, ascending and without repetitions.
 
     Args:
-        model: its layers are the entries of timm's `feature_info`: a ViT's blocks, the stages of other networks.
+        model: its layers are the entries of timm's `feature_info`: a ViT's blocks, another network's stages.
         layers: indices as timm counts them, from 0; negative ones count from the last, -1.
 
     Raises:
-        MapetError: timm gives no features of this model's layers, or it has no such layer.
+        MapetError: the model has no `forward_intermediates`, or no such layer.
     """
     if not hasattr(model, "forward_intermediates"):
         kind = type(model).__name__
-        raise MapetError(f"the model is a {kind}, of whose layers timm gives no features: use another model")
+        raise MapetError(
+            f"timm gives no features of the layers of this {kind} (it has no forward_intermediates): use another model"
+        )
     count = len(model.feature_info)  # type: ignore[arg-type]
     for layer in layers:
         if not -count <= layer < count:
@@ -70,19 +73,19 @@ def forward_intermediates(
 ) -> list[tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]]:
     """Compute the feature maps of some layers with timm's `forward_intermediates`.
 
-    They have passed the model's last norm, except in Hiera, whose norm comes after the pooling.
+    The feature maps have passed the model's last norm, except in Hiera, whose last norm comes after pooling.
 
     Args:
         model: of timm, or any module that has timm's `forward_intermediates` and `feature_info`.
         images: normalized pixels.
-        layers: see `resolve_layers`.
+        layers: indices of layers, negative ones from the last; see `resolve_layers`.
 
     Returns:
-        For each layer, in the order of `resolve_layers`: (feature map, the P class and register tokens, class token first). The tokens
-        are None where there is no class token: the model has none, or gets it after these layers (XCiT, CaiT).
+        For each layer, once and ascending: (feature map, the P class and register tokens, class token first). The tokens are None where
+        there is no class token: the model has none, or adds it after its layers (XCiT, CaiT).
 
     Raises:
-        MapetError: timm gives no features of this model's layers, or it has no such layer.
+        MapetError: the model has no `forward_intermediates`, or no such layer.
     """
     options = {"indices": resolve_layers(model, layers), "norm": not isinstance(model, (Hiera, HieraDet))}
     extract: Callable[..., Any] = model.forward_intermediates  # type: ignore[assignment]
@@ -100,7 +103,7 @@ def pooled_features(
 
     Args:
         model: a ViT of `load_backbone`, or another timm model; call its `.eval()` first, or drop path makes features random.
-        images: pixels, normalized as `load_backbone` says, on the model's device.
+        images: pixels, normalized by the model's own mean and standard deviation (see `load_backbone`), on the model's device.
         pool: pooling of each layer's feature map, see `pool_tokens`.
         layers: indices of layers from 0, as timm counts them; negative ones count from the last, -1. The features of several are
             concatenated in ascending order.

@@ -259,13 +259,10 @@ class ViTForPreTraining(nn.Module):
             expected = f"{num_hidden} patches are hidden, so 1 to {num_hidden}"
             raise MapetError(f"{option('num_predict', num_predict)} is out of range: {expected}")
         if vit.pos_embed is None:
-            raise MapetError(
-                f"the ViT has no learned position embedding, which mask tokens need: choose another {option('model')}"
-            )
+            found = "the ViT has no position embeddings (timm: pos_embed 'none'), which are added to mask tokens"
+            raise MapetError(f"{found}: choose another {option('model')} or {option('model_args')}")
         if separate_query_token and "query" not in objective.attends_to:
-            raise MapetError(
-                f"objective '{objective.name}' has no query tokens: omit {option('separate_query_token', True)}"
-            )
+            raise MapetError(f"objective '{objective.name}' has no query tokens: omit {option('separate_query_token')}")
         self.vit, self.objective = vit, objective
         self.num_patches, self.num_context, self.num_predict = num_patches, num_context, num_predict
         self.target: TargetKind = target

@@ -220,7 +220,7 @@ def diagnose(run: RunSummary) -> list[str]:
 
 
 def advise_to_evaluate(run: RunSummary) -> str:
-    """Return how to evaluate a finished run that no probe has evaluated, because its images have no labels.
+    """Return how to evaluate a finished run that no probe has evaluated: its images have no labels, or its option `probe_every` is 0.
 
     Returns:
         Sentences with the command; '' if a probe has evaluated the run, if it is not finished, or if it has too few records.

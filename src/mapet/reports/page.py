@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mapet")
 MAX_BYTES = 4_800_000
-"""Largest size of a report's HTML, however many runs and figures it shows: just under 5 MB."""
+"""Bytes of a report's HTML, just under 5 MB, that figures and step-throughs are fitted to; text, tables and curves are never omitted."""
 MAX_POINTS = 8_000
 """Most points of one metric's curves, of all runs of a page together."""
 IMAGE_MARKUP_BYTES = 1500
@@ -146,7 +146,7 @@ class RunView:
 
 
 def render_page(runs: Sequence[RunView], live: bool = False) -> str:
-    """Render the HTML page of one run, or of several side by side, of at most `MAX_BYTES`.
+    """Render the HTML page of one run, or of several side by side; see `page_content` for its size.
 
     Args:
         live: whether the page is served by `LiveServer`: its script then requests it again every two seconds.
@@ -155,10 +155,12 @@ def render_page(runs: Sequence[RunView], live: bool = False) -> str:
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
-    """Return the variables of the template run.html, such that the page has at most `MAX_BYTES`.
+    """Return the variables of the template run.html, with as many step-throughs and figures as fit into `MAX_BYTES`.
 
-    While a page is larger, first its step-throughs (viewers of single predictions) are omitted, run by run; then its figures are encoded
-    smaller, then the last figures of a run are omitted. The notes of a run say what is omitted.
+    If the page is larger than that without any figure, step-throughs (viewers of single predictions) are omitted, beginning with the
+    first run, until it fits. The bytes that are left are divided equally among the runs; the figures of a run are encoded smaller, and
+    then its last ones omitted, until they fit into its part. The notes of a run say what is omitted. Text, tables and curves are never
+    omitted, so that a page of very many runs may still be larger than `MAX_BYTES`.
 
     Args:
         runs: the runs of the page; they are not changed.
@@ -187,7 +189,7 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
             view["data"]["steps"] = None
             view["notes"].append("The step-through of this run is omitted to keep the page small.")
     for index, (run, view) in enumerate(zip(runs, views, strict=True)):
-        # what is left is divided equally among this run and those after it
+        # What is left is divided equally among this run and the runs after it.
         view["images"] = embed_images(run.images, max(0, bytes_left) // (len(views) - index))
         bytes_left -= sum(len(image.src) + IMAGE_MARKUP_BYTES for image in view["images"])
         if omitted := [*run.images][len(view["images"]) :]:

@@ -44,7 +44,9 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         scratch_file: None if the rows are in memory.
     """
 
-    def __init__(self, max_rows: int, memory_limit: int, scratch_dir: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, max_rows: int, memory_limit: int, scratch_dir: Path, device: torch.device | str = "cpu", hint: str = ""
+    ) -> None:
         """Create an empty store; the first `append` allocates its space.
 
         Args:
@@ -52,9 +54,10 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             memory_limit: bytes of memory that the rows may take; a store of more bytes uses the scratch file.
             scratch_dir: folder for the scratch file.
             device: whose memory holds the rows, and where rows are returned.
+            hint: what the user can do for more space, beside choosing another folder; the end of an error, ', or ...'.
         """
         self.max_rows, self.memory_limit, self.scratch_dir = max_rows, memory_limit, scratch_dir
-        self.device = torch.device(device)
+        self.device, self.hint = torch.device(device), hint
         self.num_rows = self.num_features = 0
         self.scale = 1.0
         self._rows: Tensor | None = None
@@ -96,8 +99,8 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         scaled = features.float() * self.scale
         if float(scaled.abs().max()) > FLOAT16_MAX:
             raise MapetError(
-                f"the teacher's features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in its first "
-                f"batch, and cannot be stored as float16. Choose another {option('teacher_layer')} or normalize the encoder's output"
+                f"features reach {float(features.abs().max()):.3g}, over {HEADROOM} times more than in the first batch, and cannot be "
+                "stored as float16: use features of another layer, or normalize the model's output"
             )
         if self.scratch_file is None:
             assert self._rows is not None
@@ -127,16 +130,13 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             self.scratch_dir.mkdir(parents=True, exist_ok=True)
             self.scratch_file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
-            fix = f"give {option('out')} in another folder, or more {option('memory_gb')}"
-            raise MapetError(
-                f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror or error}; {fix}"
-            ) from None
+            found = f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror or error}"
+            raise MapetError(f"{found}; give {option('out')} in another folder{self.hint}") from None
         free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
             raise MapetError(
-                f"the features of {self.max_rows:,} patches take {size / 1e9:.3g} GB, more than {option('memory_gb')} "
-                f"{self.memory_limit / 1e9:.3g} and than the {free / 1e9:.3g} GB free in {self.scratch_dir}: give {option('out')} on "
-                f"another disk, more {option('memory_gb')} or fewer {option('patches_per_code')}"
+                f"{self.max_rows:,} feature vectors take {size / 1e9:.3g} GB, more than the {self.memory_limit / 1e9:.3g} GB of memory for "
+                f"them and the {free / 1e9:.3g} GB free in {self.scratch_dir}: give {option('out')} on another disk{self.hint}"
             )
         preallocate(self.scratch_file, size, self.scratch_dir)
         log.info("features: %.3g GB in a scratch file in %s, which is removed at the end", size / 1e9, self.scratch_dir)
@@ -208,9 +208,7 @@ class DistributedPoints:
         self.store, self.metric, self.device = store, metric, store.device
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
         if 0 in counts:
-            raise MapetError(
-                f"each of the {len(counts)} processes needs at least one patch to fit to, rank {counts.index(0)} has none: start fewer"
-            )
+            raise MapetError(f"rank {counts.index(0)} of {len(counts)} has no patch to fit to: start fewer processes")
         self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
     def __len__(self) -> int:

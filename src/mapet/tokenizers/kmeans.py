@@ -168,9 +168,8 @@ class NearestCentroid:
         table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)  # half squared distances, less |x|^2 / 2
         # Distances that differ by less than 1e-12 of the squared norms count as equal.
         limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.max_sq_norm))
-        return (
-            (table <= limit).to(torch.uint8).argmax(1).to(points.device)
-        )  # argmax: the first that is within the limit
+        # `argmax` of 0 and 1 is the first 1, so the first centroid within the limit.
+        return (table <= limit).to(torch.uint8).argmax(1).to(points.device)
 
 
 def assign(
@@ -267,9 +266,8 @@ class KMeans:
             points = FeatureStore.from_tensor(points)
         data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
-            raise MapetError(
-                f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches to fit codes to: lower it"
-            )
+            found = f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches to fit codes to"
+            raise MapetError(f"{found}: lower it, or give more images")
         config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
         counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)

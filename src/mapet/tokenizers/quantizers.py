@@ -167,9 +167,7 @@ def levels_for(vocab_size: int, signs: bool) -> tuple[int, ...]:
     """
     if signs:
         if vocab_size < 2 or vocab_size & (vocab_size - 1):
-            raise MapetError(
-                f"'lfq' makes a power of two of codes: {option('vocab_size')} must be one, got {vocab_size}"
-            )
+            raise MapetError(f"quantizer 'lfq': {option('vocab_size')} must be a power of two, got {vocab_size}")
         return (2,) * (vocab_size.bit_length() - 1)
     possible = [size for size in LEVELS if size <= vocab_size]
     if not possible:

@@ -80,7 +80,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         # By default half of the free memory; a CPU's is divided among the ranks, a GPU belongs to one rank.
         divisor = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
         memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // divisor
-        with FeatureStore(max_patches, memory, config.out.parent, compute.device) as points:
+        hint = f", more {option('memory_gb')} or fewer {option('patches_per_code')}"
+        with FeatureStore(max_patches, memory, config.out.parent, compute.device, hint) as points:
             for rows in features:
                 points.append(rows)
             result = fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute, checkpoint)
@@ -126,7 +127,7 @@ def fit_kmeans(
     )  # fmt: skip
     projection = {}
     # Without a projection this store stays empty, which takes no memory.
-    with FeatureStore(len(points), points.memory_limit, points.scratch_dir, points.device) as projected:
+    with FeatureStore(len(points), points.memory_limit, points.scratch_dir, points.device, points.hint) as projected:
         if config.pca_dim:
             projection = principal_components(points, config.pca_dim, whiten=False)
             for _, block in points.blocks(points_per_block(points.device)):

@@ -370,23 +370,31 @@ class VQKDForTraining(nn.Module):
 
 
 def _check_layout(tokenizer: VQKD) -> None:
-    """Check that the tokenizer can be saved in the published layout and, loaded again, computes the same.
+    """Check that the tokenizer can be saved in BEiT v2's published layout and, loaded again, computes the same.
+
+    The layout has no entry for the number of heads, the activation or the eps of norms: loading assumes heads of `HEAD_DIM` dimensions,
+    GELU and 1e-6. Whether activation and norms are these is tested on a random image.
+
+    Args:
+        tokenizer: is set to eval mode.
 
     Raises:
-        MapetError: its encoder is another kind of ViT.
+        MapetError: its encoder has weights that the layout does not have, lacks some, or differs from what loading assumes.
     """
-    vit, reason = tokenizer.encoder, ""
-    num_heads = num_heads_for(vit.embed_dim)
+    vit, problem = tokenizer.encoder, ""
+    num_heads, found = num_heads_for(vit.embed_dim), vit.blocks[0].attn.num_heads
     image = torch.rand(1, vit.in_chans, *tokenizer.image_size, generator=torch.Generator().manual_seed(0))
     try:
-        loaded = VQKD.from_beit2(to_beit2_state_dict(tokenizer.state_dict()), "the encoder").eval()
+        loaded = VQKD.from_beit2(to_beit2_state_dict(tokenizer.state_dict()), "this one").eval()
         with torch.no_grad():
-            same = torch.allclose(loaded(image), tokenizer.eval()(image), atol=1e-5)
+            if not torch.allclose(loaded(image), tokenizer.eval()(image), atol=1e-5):
+                problem = (
+                    "this one computes other values once saved and loaded, which assumes GELU and norms of eps 1e-6"
+                )
     except MapetError as error:
-        same, reason = False, f" ({error})"
-    if not same or any(block.attn.num_heads != num_heads for block in vit.blocks):
-        raise MapetError(
-            f"the encoder must be a plain ViT with class token, learned positions, heads of {HEAD_DIM} dimensions, GELU and norms of "
-            f"eps 1e-6, as vit_tiny_patch16_224 is: choose another {option('model')}, or give {option('model_args')} "
-            f"num_heads={num_heads} for embed_dim={vit.embed_dim}{reason}"
-        )
+        problem = str(error)
+    if found != num_heads:
+        problem = f"this one has {found} heads of {vit.embed_dim // found} dimensions, expected num_heads={num_heads}"
+    if problem:
+        expected = "the encoder must be a plain ViT with class token and learned positions, like vit_tiny_patch16_224"
+        raise MapetError(f"{expected}, but {problem}: choose another {option('model')} or {option('model_args')}")

@@ -31,14 +31,15 @@ STATE, FORMAT = "trainer_state.json", 1
 BUNDLE, BUNDLE_FORMAT = "bundle.json", 1
 """The same of a debug bundle: the weights and image ids of skipped steps, for `mapet debug-step`."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""`errno` of an OSError: no space on the disk, the user's quota is used up, the file is larger than the file system allows."""
 GROUP_STEP = "group.step"
 """Name in a checkpoint of the step count that some optimizers (timm's lamb, adan) keep for a parameter group, not for each parameter."""
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-"""What reading a damaged file, or loading its tensors into another model, raises."""
+"""Errors that reading a damaged file, or loading its tensors into another model, may raise."""
 
 
 class OtherInputsError(MapetError):
-    """A checkpoint was made from another tokenizer, other images or parameters of other names than there are now."""
+    """A checkpoint is of another tokenizer, other images, or a model with parameters of other names or shapes than there are now."""
 
 
 def save_checkpoint(
@@ -53,8 +54,8 @@ def save_checkpoint(
         folder: of all checkpoints of the run; is created.
         step: number of steps that are done, in the checkpoint's name with 8 digits.
         parts: file name without suffix -> name -> tensor, as `checkpoint_tensors` returns them; on any device.
-        state: further entries of trainer_state.json that a resumed run needs, JSON.
-        keep: at least 1; the new checkpoint counts.
+        state: further entries of trainer_state.json, JSON values by name: what a resumed run needs besides tensors.
+        keep: number of checkpoints that are kept, the new one included; at least 1.
 
     Raises:
         MapetError: the disk is full, or does not hold the bytes that were written; earlier checkpoints are intact.
@@ -88,14 +89,15 @@ def save_checkpoint(
 
 
 def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Check that a safetensors file holds the tensors that were written to it, bit for bit (so that NaN equals itself).
+    """Check that a safetensors file holds the tensors that were written to it; bytes are compared, so that NaN equals itself.
 
     Args:
         path: of the file.
         tensors: name -> tensor that was written, on any device; all of them must be in the file.
 
     Raises:
-        MapetError: the bytes of a tensor differ. Other damage raises one of `READ_ERRORS`.
+        MapetError: the bytes of a tensor differ.
+        One of `READ_ERRORS`: the file cannot be read, or lacks a tensor.
     """
     written = load_file(path)
     for name, tensor in tensors.items():
@@ -116,9 +118,9 @@ def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, **stateful: Any) 
         stateful: further objects whose `state_dict()` is flat, name -> tensor; the keyword is their name in the checkpoint.
 
     Returns:
-        File name without suffix -> name -> tensor. 'model': its state dict. 'optimizer': see `optimizer_tensors`. 'metrics_state':
-        'OBJECT.NAME' for the states of `stateful`; this file is omitted if they have none. With sharding 'model' is empty on ranks
-        other than 0.
+        File name without suffix -> name -> tensor: 'model' has the model's state dict, 'optimizer' what `optimizer_tensors` returns, and
+        'metrics_state' the states of `stateful` by the names 'OBJECT.NAME'; it is omitted if they have none. With sharding 'model' is
+        empty on ranks other than 0.
     """
     other_state: dict[str, Tensor] = {}
     for prefix, stateful_object in stateful.items():
@@ -135,8 +137,9 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         optimizer: read only.
 
     Returns:
-        'PARAMETER/STATE' -> full tensor, e.g. 'head.weight/exp_avg'. A Python number is a tensor without dimensions of dtype int64,
-        float64 or bool. A step count of the parameter's group is the state `GROUP_STEP`.
+        'PARAMETER/STATE' -> full tensor, e.g. 'head.weight/exp_avg'. A state that is a Python number becomes a tensor without dimensions,
+        of dtype int64, float64 or bool. Where the optimizer counts steps per parameter group, the count is in the state `GROUP_STEP` of
+        each of the group's parameters.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
@@ -151,12 +154,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of complete checkpoints in `folder`, newest first."""
+    """Return the folders step-NNNNNNNN in `folder` of checkpoints that were written completely, newest first; they are not read."""
     return [state.parent for state in sorted(folder.glob(f"step-*/{STATE}"), reverse=True)]
 
 
 def checkpoint_step(path: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
+    """Return the number of steps that a checkpoint's folder has in its name: 12 for step-00000012."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -165,25 +168,25 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load the newest intact checkpoint of a run into model and optimizer; skip damaged ones with a warning.
 
-    With several ranks all must call it, and each reads the files. Learning rate and other options of the optimizer stay as they are.
+    All ranks must call it, and each reads the files. Learning rate and other options of the optimizer stay as they are.
 
     Args:
         folder: of all checkpoints of a run, or of a single checkpoint.
         model: changed in place; it may be sharded over ranks.
         optimizer: changed in place; None: its state is not loaded.
-        hashes: sha256 of the present inputs by name, e.g. {'tokenizer_hash': ...}, which must equal those in the checkpoint; a name
-            that the checkpoint lacks is not checked.
-        stateful: further objects to load by `load_state_dict`, by the names that they were saved under with `checkpoint_tensors`. They
-            stay as they are if the checkpoint has no file of them, as in version 0.1.
+        hashes: sha256 of the present inputs by name, e.g. {'tokenizer_hash': ...}, which must equal those that were saved in the
+            checkpoint's `state`; a name that the checkpoint lacks is not checked.
+        stateful: further objects whose `load_state_dict` is called; the keyword is the name that `checkpoint_tensors` got. They are not
+            changed if the checkpoint has no file metrics_state.safetensors, as those of version 0.1.
 
     Returns:
-        The content of trainer_state.json: `step` (number of steps that are done), what `save_checkpoint` got as `state`, and
-        `format_version` and `sha256` of the files.
+        The content of trainer_state.json: 'step' (number of steps that are done), the entries of `state` of `save_checkpoint`,
+        'format_version', and 'sha256' (file name -> hash).
 
     Raises:
         NewerFormatError: a newer version of mapet wrote the newest one; loading an older one would lose the newer work unnoticed.
         OtherInputsError: the newest intact one was made from other inputs, or its optimizer's state does not fit the model's parameters.
-        MapetError: there is no checkpoint, or none is intact. The model may then hold parts of a damaged one.
+        MapetError: there is no checkpoint, or none is intact. The model may then have tensors of a damaged one.
     """
     candidates = [folder] if (folder / STATE).exists() else checkpoints(folder)
     for path in candidates:
@@ -202,24 +205,24 @@ def load_checkpoint(
             raise
         except (MapetError, *READ_ERRORS) as error:
             log.warning("checkpoint %s cannot be used: %s; it is skipped", path, " ".join(str(error).split()))
-    raise MapetError(
-        f"no usable checkpoint in {folder} ({len(candidates)} found): start a new run with a new {option('out')}"
-    )
+    message = f"no usable checkpoint in {folder} ({len(candidates)} found): start a new run with a new {option('out')}"
+    raise MapetError(message)
 
 
 def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Read the files of one checkpoint onto the CPU, and check step, hashes of the inputs, and sha256 of each file.
 
     Args:
-        path: folder of the checkpoint.
+        path: folder of the checkpoint, in OUT/checkpoints.
         hashes: see `load_checkpoint`.
 
     Returns:
-        (content of trainer_state.json; file name without suffix -> name -> tensor)
+        (content of trainer_state.json; 'model', 'optimizer' and perhaps 'metrics_state' -> name -> tensor)
 
     Raises:
-        NewerFormatError, OtherInputsError: see `load_checkpoint`.
-        MapetError, other `READ_ERRORS`: a file is missing or damaged.
+        NewerFormatError: a newer version of mapet wrote the checkpoint.
+        OtherInputsError: it was made from other inputs.
+        MapetError or one of `READ_ERRORS`: a file is missing or damaged.
     """
     state = files.read_checksummed_json(path / STATE, "checkpoint")
     files.check_format(state.get("format_version"), FORMAT, "checkpoint", path)
@@ -238,18 +241,18 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
 
 
 def _load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load an optimizer's state (Adam's moments, ...) from a checkpoint, in place of all that it has.
+    """Replace all state of an optimizer (Adam's moments, ...) by that of a checkpoint.
 
     The parameter groups, their order and their options (learning rate, ...) stay as they are.
 
     Args:
         model: the optimizer's parameters are among its parameters.
         optimizer: changed in place.
-        tensors: as `optimizer_tensors` returns them. Each is sharded as its parameter is.
-        path: of their file, for the error.
+        tensors: 'PARAMETER/STATE' -> full tensor on the CPU, see `optimizer_tensors`. Each is sharded as its parameter is.
+        path: of the file that `tensors` were read from, for the error.
 
     Raises:
-        OtherInputsError: the optimizer has no parameter of a name among `tensors`, or one of another shape; nothing is changed.
+        OtherInputsError: the optimizer has no parameter of a name in `tensors`, or one of another shape; nothing is changed.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = {parameter: index for index, parameter in enumerate(parameters)}
@@ -275,7 +278,11 @@ def _load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, T
 
 
 def _fits(value: Tensor, parameter: Tensor) -> bool:
-    """Return whether an optimizer's state has the parameter's shape, but for dimensions over which an optimizer averages (Adafactor)."""
+    """Return whether an optimizer's state may be of this parameter, by its shape.
+
+    Sides must be equal or, where an optimizer averages over a dimension (Adafactor), 1. State of another number of dimensions, such as a
+    step count, fits any parameter.
+    """
     sizes = zip(value.shape, parameter.shape, strict=False)
     return value.ndim != parameter.ndim or all(found in (1, expected) for found, expected in sizes)
 
@@ -284,16 +291,18 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
 
 
 class NonFiniteError(MapetError):
-    """Too many steps in a row had a NaN or infinite loss or gradient, or the trained model has such outputs."""
+    """Too many steps in a row had a NaN or infinite loss or gradient, or the trained model has NaN or infinite outputs."""
 
     def __init__(self, problem: str, bundle: Path | None, config: TrainerConfig, has_finite_checkpoint: bool) -> None:
         """Make the message: the problem, then the commands and options that find its cause and avoid it.
 
         Args:
             problem: what has happened; a sentence without its full stop.
-            bundle: folder of the debug bundle (weights and image ids of the skipped steps) that `mapet debug-step` reads; None: none.
-            config: of the run: its `out`, and the learning rate that was too high.
-            has_finite_checkpoint: whether the newest checkpoint is from before the problem, so that its weights can be exported.
+            bundle: folder of the debug bundle (weights and image ids of the skipped steps) that `mapet debug-step` reads; None: there
+                is none.
+            config: options of the run, of which the message names `out` and `lr`.
+            has_finite_checkpoint: whether the newest checkpoint has weights from before the problem. The message then tells how to
+                export them and start a new run from them.
         """
         debug = f" Find the cause with: {shell_command('debug-step', bundle)}." if bundle else ""
         export = shell_command("export", "--backbone", config.out, "--out", "NEW")
@@ -307,14 +316,15 @@ class NonFiniteError(MapetError):
 def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, num_steps: int) -> Path:
     """Write a debug bundle of the last steps, with which `mapet debug-step` computes them again; a collective call.
 
-    It is the folder OUT/debug/step-NNNNNNNN, named after the first of the steps, with the model's weights, which skipped steps have not
-    changed, and bundle.json: seed, and for each step the ids of its images. A bundle that is there already is kept as it is.
+    It is the folder OUT/debug/step-NNNNNNNN, named after the first of the steps. It has the model's weights, which are those from before
+    the first of the steps, as all of them were skipped, and bundle.json: the seed, and for each step the ids of its images. If the folder
+    exists already, it is not changed.
 
     Args:
-        task: its model has the weights; its config has OUT (`out`, not None).
-        sampler: of the run; gives the images of each step, on all ranks together.
-        last_step: counted from 1, as in the log.
-        num_steps: number of steps in the bundle, which end with `last_step`.
+        task: its model has the weights; its config has the folder OUT (`out`, not None) and the seed.
+        sampler: of the run; gives the images of each step, those of all ranks.
+        last_step: the last of the skipped steps, counted from 1 as in the log.
+        num_steps: number of skipped steps in a row that end with `last_step`.
 
     Returns:
         The bundle's folder, on every rank; rank 0 alone writes it.
@@ -333,7 +343,7 @@ def save_debug_bundle(task: Task, sampler: EpochBatchSampler, last_step: int, nu
 
 
 def _image_ids(task: Task, sampler: EpochBatchSampler, step: int) -> list[str]:
-    """Return the ids of a step's images; `step` counts from 1."""
+    """Return the ids of the images of a step, those of all ranks, in the order of the batch; `step` counts from 1."""
     return [task.dataset.images.id(index) for _epoch, index in sampler.batch(step - 1)]
 
 
@@ -341,17 +351,17 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
     """Load the weights of a debug bundle, see `save_debug_bundle`, into the task's model.
 
     Args:
-        bundle: its folder.
-        task: built as in the run; its model is changed in place.
-        sampler: of the run, to check that its steps still have the images of the bundle.
+        bundle: the bundle's folder.
+        task: built from the run's config; its model is changed in place.
+        sampler: built from the run's config, to check that its steps still have the images of the bundle.
 
     Returns:
         The numbers of the bundle's steps, counted from 1, ascending.
 
     Raises:
         NewerFormatError: a newer version of mapet wrote the bundle.
-        MapetError: the folder is not a bundle, is damaged, or belongs to other images or another model; in these two cases the model
-            may be changed already.
+        MapetError: the folder is not a bundle, is damaged, or belongs to other images or another model. The model may then have the
+            bundle's weights, or a part of them, already.
     """
     content = files.read_checksummed_json(bundle / BUNDLE, "debug bundle")
     try:
@@ -359,7 +369,7 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         task.model.load_state_dict(load_file(bundle / "model.safetensors"))
         for step, image_ids in content["images"].items():
             if _image_ids(task, sampler, int(step)) != image_ids:
-                raise ValueError(f"step {step} has other images now than in {BUNDLE}; restore the images of the run")
+                raise ValueError(f"step {step} has other images now than in {BUNDLE}: restore the images of the run")
         return [int(step) for step in content["images"]]
     except READ_ERRORS as error:
         raise MapetError(f"cannot use the debug bundle {bundle}: {' '.join(str(error).split())}") from None
@@ -391,15 +401,15 @@ def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
     Images that cannot be read are skipped. The gradient stays in the `grad` of the model's parameters.
 
     Args:
-        task: built as in the run, with the weights from before the step; its config's `micro_batch_size` None is the whole batch.
-        sampler: of the run, in one process: gives the images of the whole batch.
+        task: built from the run's config, with the weights from before the step; `micro_batch_size` of its config None is the whole batch.
+        sampler: built from the run's config for one process, so that it gives the images of all ranks.
         step: counted from 1.
 
     Returns:
         Loss, gradient norm, losses of the images, and which module and parameters have NaN or Inf; see `StepReport`.
 
     Raises:
-        MapetError: none of the step's images can be read, or memory does not suffice for one image.
+        MapetError: none of the step's images can be read, or the memory of the device is too small for one image.
     """
     model, images = task.model, task.dataset.images
     batch = task.dataset.batch(sampler.batch(step - 1))
