@@ -157,8 +157,8 @@ def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
 
 
 def test_test_masks_alone_are_refused(crops, tmp_path):
-    with refused("seg_masks", str(crops), field="test_seg_masks", value=tmp_path):
-        load_segmentation_sets(crops, None, None, tmp_path)
+    with refused("test_seg_masks", "give seg_masks", crops):
+        mapet.evaluate(images=crops, backbone="random:vit_tiny_patch16_224", test_seg_masks=tmp_path)
 
 
 def test_masks_are_asked_for(crops, tmp_path, capsys):

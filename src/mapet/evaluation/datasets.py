@@ -421,16 +421,17 @@ def load_segmentation_sets(
         images: folder of the training images, or one of the folders above.
         masks: folder of PNGs or panoptic JSON; None: masks are looked for in `images`.
         test_images: folder of the test images; None: `images`.
-        test_masks: folder or panoptic JSON, as `masks`; None: a fifth of the images is held out.
+        test_masks: folder or panoptic JSON, as `masks`; None: a fifth of the images is held out. Without training masks these are not
+            read; the caller refuses them (`EvalData.load`).
         ignore: mask values without a class, beside `IGNORE_ID` (255); panoptic masks ignore neither.
 
     Returns:
         (training set, test set), with the same classes, or None. Images without a mask are excluded.
 
     Raises:
-        MapetError: `test_masks` are given, but there are no training masks; `test_images` are given without masks, or either of the two
-            with ADE20K's folder, which brings its own; no image has a mask, or a listed image or mask is missing; a mask or JSON
-            cannot be read; the masks have fewer than two classes; or training and test classes differ.
+        MapetError: `test_images` are given without `test_masks`; either of the two is given with ADE20K's folder, which has both; no image
+            has a mask, or a listed image or mask is missing; a mask or JSON cannot be read; the masks have fewer than two classes; or
+            training and test classes differ.
     """
     ignored = {IGNORE_ID, *ignore}
     ade20k = [images / folder for folder in ADE20K]
@@ -442,9 +443,6 @@ def load_segmentation_sets(
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
         images, masks = images / "images", images / "masks"
-    if masks is None and test_masks is not None:
-        found = f"{option('test_seg_masks')} {test_masks} are the masks of test images, but {images} has no masks to train on"
-        raise MapetError(f"{found}: give {option('seg_masks')}", field="test_seg_masks", value=test_masks)
     if masks is None:
         return None
     if test_images is not None and test_masks is None:

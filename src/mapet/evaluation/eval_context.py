@@ -243,8 +243,8 @@ class EvalData:
             train, test = (LabeledSet.without_labels(part.images) for part in masks)
             return cls(train, test, masks=masks)
         if config.test_seg_masks is not None or config.ignore_labels:
-            names = f"{option('test_seg_masks')} and {option('ignore_labels')}"
-            raise MapetError(f"{names} need masks of the training images: give {option('seg_masks')}")
+            wrong = f"{option('test_seg_masks')} and {option('ignore_labels')} are for masks of the training images, but {root} has no masks"
+            raise MapetError(f"{wrong}: give {option('seg_masks')}")
         images = list_images(config.images)
         if images.classes():
             ood = {name: LabeledSet.from_images(list_images(source)) for name, source in config.ood_images.items()}

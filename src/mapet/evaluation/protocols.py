@@ -438,7 +438,7 @@ def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[B
     if not len(images):
         raise MapetError(
             f"{option('ood_images')} {set_name} ({data.images.root}) shares no class with the training images: it has "
-            f"{data.classes[:3]} ..., they have {names[:3]} ...; give folders of the same class the same name"
+            f"{', '.join(data.classes[:3])}, ..., they have {', '.join(names[:3])}, ...: give folders of the same class the same name"
         )
     return np.isin(names, data.classes), LabeledSet(images, names, labels[labels >= 0])
 
