@@ -98,7 +98,7 @@ def fit_logistic(
         fitted = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
         weight[classes], bias[classes] = fitted.T, params[-1, 0]
     if at_edge:
-        message = "the linear probe's C %g is the %s of the candidates, %g to %g: a value beyond them may give a higher accuracy"
+        message = "the linear probe's C %g is the %s of its candidates, %g to %g: a better value may lie beyond them"
         log.warning(message, C, "smallest" if C_CANDIDATES[0] == C else "largest", C_CANDIDATES[0], C_CANDIDATES[-1])
     return LogisticProbe(mean, scale, weight, bias, C or FEW_C, at_edge)
 
