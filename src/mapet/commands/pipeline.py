@@ -36,7 +36,7 @@ NUM_DEMO_TRAIN = 1437
 DEMO_CONFIG: dict[str, Any] = {
     "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 64},
     "pretrain": {
-        "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4}, "epochs": 40, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
+        "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4}, "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
         "layer_scale_init": None, "color_jitter": 0.0,
     },
 }  # fmt: skip
@@ -259,7 +259,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = commands.finetune(
-            **shared, backbone=backbone, from_scratch=name == "untrained", labels_per_class=10, views="center", epochs=50, batch_size=32,
+            **shared, backbone=backbone, from_scratch=name == "untrained", labels_per_class=10, views="center", epochs=100, batch_size=32,
             lr=2e-3, drop_path=0.0,
         )  # fmt: skip
     record(config.out, results=results)

@@ -398,7 +398,7 @@ def mark_controls(results: Results, config: EvaluateConfig) -> Results:
 
 
 def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verdict]:
-    """Compare each backbone with the best control, by each accuracy that both have; by balanced accuracy on imbalanced test images.
+    """Compare each backbone with the best control by `CONTROL_PROTOCOLS`: by accuracy, on imbalanced test images by balanced accuracy.
 
     Args:
         results: of all backbones and controls. `ProtocolResult.correct` has for each accuracy (whether each test image is classified
@@ -406,13 +406,13 @@ def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verd
         config: options of `evaluate`; its `backbone` tells which names are controls.
 
     Returns:
-        A verdict for each pair of a backbone and an accuracy; [] without controls.
+        A verdict for each backbone and protocol of those that both have; [] without controls.
     """
     all_correct = {
         name: {k: v for each in own.values() for k, v in each.correct.items()} for name, own in results.items()
     }
     verdicts = []
-    for backbone, row in [(name, row) for name, own in all_correct.items() for row in own]:
+    for backbone, row in [(name, row) for name, own in all_correct.items() for row in own if row in CONTROL_PROTOCOLS]:
         correct = {name: own[row][0].double().numpy() for name, own in all_correct.items() if row in own}
         labels = all_correct[backbone][row][1].numpy()
         candidates = [name for name in correct if is_control(name, config)]
