@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -454,18 +455,18 @@ def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
 def extract_features(
     vit: VisionTransformer, data: LabeledSet, compute: ComputeContext, layers: Sequence[int] = (-1,), pool: Pool = DEFAULT_POOL
 ) -> FeatureCache:  # fmt: skip
-    """Compute the features of the images by a ViT; unreadable images are excluded.
+    """Compute the features of the images by a ViT, in float32; unreadable images are excluded.
 
     Args:
         vit: on `compute.device`; it is in eval mode meanwhile, and afterwards in the mode that it was in.
         data: images with labels; without labels all are 0.
-        compute: device and precision.
+        compute: device; its precision is that of training, and not used: bfloat16 would round small differences between images away.
         layers, pool: see `pooled_features`.
 
     Raises:
         MapetError: a feature is NaN or infinite, or more than half of the images are unreadable.
     """
-    backbone = BackboneWrapper.from_vit(vit, compute)
+    backbone = BackboneWrapper.from_vit(vit, replace(compute, dtype=torch.float32))
     return FeatureCache.extract(backbone, data, CacheConfig(progress=False), layers, pool)
 
 

@@ -465,7 +465,7 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
     run, images, cache = config.pretrain.out, config.pretrain.images, CacheConfig(progress=False)
     seed = config.pretrain.seed if seed is None else seed
     wrapper = BackboneWrapper.load(
-        f"{'' if pretrained else RANDOM_PREFIX}{run}", ComputeContext.from_options(device), seed
+        f"{'' if pretrained else RANDOM_PREFIX}{run}", ComputeContext.from_options(device, "float32"), seed
     )
     features = config.pretrain.layers, config.pretrain.pool
     train = FeatureCache.extract(wrapper, load_train_test(images, config.test_images)[0], cache, *features)
