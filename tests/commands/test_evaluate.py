@@ -143,7 +143,7 @@ def test_unlabeled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     [
         (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
         (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
-        (["--few-shot", "30", "--protocols", "few-shot"], "fewer than --few-shot 30"),
+        (["--few-shot", "30", "--protocols", "few-shot"], "has 16 training images, fewer than --few-shot 30"),
         (["--protocols", "ood"], "needs another labeled folder: give --ood-images"),
         (
             ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
@@ -203,8 +203,8 @@ def command(backbone, out, words):
         ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "--test-seg-masks"),
         ("--images {0} --test-images {0}", "--test-seg-masks"),  # masks that are found there
         ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
-        ("--images {0}/images --test-seg-masks {0}/masks", "are for masks of the training images"),
-        ("--images {0}/images --ignore-labels 0", "are for masks of the training images"),
+        ("--images {0}/images --test-seg-masks {0}/masks", "--test-seg-masks and --ignore-labels are for masks of the training images"),
+        ("--images {0}/images --ignore-labels 0", "--test-seg-masks and --ignore-labels are for masks of the training images"),
         ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "evaluate one after the other"),
         ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "evaluate one after the other"),
         ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "evaluate one after the other"),

@@ -381,7 +381,7 @@ def _check_layout(tokenizer: VQKD) -> None:
     Raises:
         MapetError: its encoder has weights that the layout does not have, lacks some, or differs from what loading assumes.
     """
-    vit, problem = tokenizer.encoder, ""
+    vit, problem, fix = tokenizer.encoder, "", f"choose another {option('model')} or {option('model_args')}"
     num_heads, found = num_heads_for(vit.embed_dim), vit.blocks[0].attn.num_heads
     image = torch.rand(1, vit.in_chans, *tokenizer.image_size, generator=torch.Generator().manual_seed(0))
     try:
@@ -394,7 +394,8 @@ def _check_layout(tokenizer: VQKD) -> None:
     except MapetError as error:
         problem = str(error)
     if found != num_heads:
-        problem = f"this one has {found} heads of {vit.embed_dim // found} dimensions, expected num_heads={num_heads}"
+        problem = f"this one has {found} heads of {vit.embed_dim // found} dimensions, expected {HEAD_DIM}"
+        fix = f"give {option('model_args')} num_heads={num_heads} for embed_dim={vit.embed_dim}"
     if problem:
         expected = "the encoder must be a plain ViT with class token and learned positions, like vit_tiny_patch16_224"
-        raise MapetError(f"{expected}, but {problem}: choose another {option('model')} or {option('model_args')}")
+        raise MapetError(f"{expected}, but {problem}: {fix}")
