@@ -92,7 +92,6 @@ class ContextAutoencoder(ViTForPreTraining):
         norm = type(vit.blocks[0].norm1)
         self.regressor, self.decoder = _make_blocks(vit, RegressorBlock), _make_blocks(vit, Block)
         self.regressor_norm, self.decoder_norm = norm(vit.embed_dim), norm(vit.embed_dim)
-        nn.init.xavier_uniform_(self.head.weight)
         positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), vit.embed_dim, interleave_sin_cos=True)
         self.register_buffer("positions", positions, persistent=False)
 
