@@ -208,7 +208,9 @@ class DistributedPoints:
         self.store, self.metric, self.device = store, metric, store.device
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
         if 0 in counts:
-            raise MapetError(f"rank {counts.index(0)} of {len(counts)} has no patch to fit to: start fewer processes")
+            raise MapetError(
+                f"every process needs a patch to fit to, but rank {counts.index(0)} has none: start fewer than {len(counts)} processes"
+            )
         self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
     def __len__(self) -> int:
