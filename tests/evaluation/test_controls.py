@@ -238,3 +238,19 @@ def test_controls_are_in_table_and_run_json(run_dir, tmp_path, caplog):
         ]
         is not None
     )
+
+
+def test_the_untrained_network_has_the_layers_and_the_pooling_of_the_backbone(run_dir, tmp_path):
+    images, test_images = save_images(tmp_path / "train", 12), save_images(tmp_path / "test", 10)
+    options = {
+        "images": images,
+        "test_images": test_images,
+        "device": "cpu",
+        "protocols": ["knn"],
+        "pool": "cls",
+        "layers": (0, -1),
+    }
+    untrained = f"random:{run_dir}"
+    found = mapet.evaluate(backbone=str(run_dir), controls=["untrained"], **options)
+    named = mapet.evaluate(backbone=[str(run_dir), untrained], controls=["none"], out=tmp_path / "out", **options)
+    assert found == named

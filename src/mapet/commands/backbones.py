@@ -25,13 +25,13 @@ from mapet.evaluation.controls import (
     CONTROL_PROTOCOLS,
     Verdict,
     compare_with_controls,
-    control_options,
     mark_controls,
+    options_for,
     plan_controls,
 )  # fmt: skip
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
-from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, check_finite_features
+from mapet.evaluation.features import BackboneWrapper, CacheConfig, check_finite_features
 from mapet.evaluation.imbalance import is_imbalanced
 from mapet.evaluation.inspection import render_neighbors
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                 if name not in controls:
                     _run_protocols(names, context, results, info)
                     continue
-                context.options = config if name.startswith(RANDOM_PREFIX) else control_options(config)
+                context.options = options_for(backbone.model, config)
                 if (num_bytes := 4 * len(data.train) * context.num_features) <= memory:
                     _run_protocols([each for each in names if each in CONTROL_PROTOCOLS], context, results, info)
                 else:

@@ -269,8 +269,10 @@ def plan_controls(
     return loaders
 
 
-def control_options(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the options of `evaluate` for controls, which have one layer and no class token: `pool` 'cls' becomes 'mean'."""
+def options_for(model: nn.Module, config: EvaluateConfig) -> EvaluateConfig:
+    """Return the options of `evaluate` for a model: a `Control` has one layer and no class token, so that `pool` 'cls' becomes 'mean'."""
+    if not isinstance(model, Control):
+        return config
     return config.model_copy(update={"layers": (-1,), "pool": "mean" if config.pool == "cls" else config.pool})
 
 

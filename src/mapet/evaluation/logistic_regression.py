@@ -43,7 +43,6 @@ class LogisticProbe:
         weight: (K, D), for standardized features; zero for classes without training images.
         bias: -inf for classes without training images, which are never predicted.
         C: inverse strength of the L2 penalty.
-        at_edge: whether C was chosen by cross-validation and is the smallest or largest of `C_CANDIDATES`.
     """
 
     mean: Float[Tensor, " D"]
@@ -51,11 +50,15 @@ class LogisticProbe:
     weight: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
     C: float
-    at_edge: bool = False
 
     def __call__(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
         """Compute the logits of the K classes, on the CPU, from features on any device that are not standardized yet."""
         return (features.cpu() - self.mean) / self.scale @ self.weight.T + self.bias
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether C is the smallest or largest of `C_CANDIDATES`."""
+        return self.C in (C_CANDIDATES[0], C_CANDIDATES[-1])
 
     @property
     def selected(self) -> str:
@@ -86,21 +89,20 @@ def fit_logistic(
     classes, targets = labels.unique(return_inverse=True)
     weight, bias = torch.zeros(num_classes, features.shape[1]), torch.full((num_classes,), -torch.inf)
     bias[classes] = 0.0
-    at_edge, is_few = False, len(features) < FEW_PER_CLASS * len(classes)
     if len(classes) > 1:
         x, axes = rotate((features - mean) / scale)
         params = torch.zeros(x.shape[1] + 1, 1, len(classes))
-        if C is None and not is_few:
+        if C is None and len(features) >= FEW_PER_CLASS * len(classes):
             C, params = choose_c(x, targets)
-            at_edge = C in (C_CANDIDATES[0], C_CANDIDATES[-1])
         C = C or FEW_C
         params = minimize_loss(x, targets, C, torch.ones(len(x), 1, dtype=torch.bool), params, FIT_LIMITS)
         fitted = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
         weight[classes], bias[classes] = fitted.T, params[-1, 0]
-    if at_edge:
+    probe = LogisticProbe(mean, scale, weight, bias, C or FEW_C)
+    if probe.at_edge:
         message = "the linear probe's C %g is the %s of its candidates, %g to %g: a better value may lie beyond them"
         log.warning(message, C, "smallest" if C_CANDIDATES[0] == C else "largest", C_CANDIDATES[0], C_CANDIDATES[-1])
-    return LogisticProbe(mean, scale, weight, bias, C or FEW_C, at_edge)
+    return probe
 
 
 def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float, Float[Tensor, "R1 1 K"]]:
