@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Result:
                 started = time.monotonic()
                 if name != "untrained":
                     row |= pretrain(model, train[0], tokens, args, seed, compute)
-                seconds, scores = timed(lambda: evaluate(model, train, test, compute))  # noqa: B023
+                seconds, scores = timed(lambda: evaluate(model, train, test))  # noqa: B023
                 rows.append(row | scores | {"evaluation_seconds": seconds})
                 spent[name] = max(spent.get(name, 0.0), time.monotonic() - started)
                 print(rows[-1], flush=True)
@@ -164,22 +164,19 @@ def pretrain(
 
 
 @torch.no_grad()
-def features(model: ViTForPreTraining, images: Tensor, compute: ComputeContext) -> Tensor:
+def features(model: ViTForPreTraining, images: Tensor) -> Tensor:
     """(n, D) float32: mean of the patches after the final norm."""
     vit = model.vit.eval()
     parts = []
-    with compute.autocast():
-        for part in images.split(2000):
-            parts.append(vit.forward_features(normalize(part, 3))[:, vit.num_prefix_tokens :].mean(1).float())
+    for part in images.split(2000):
+        parts.append(vit.forward_features(normalize(part, 3))[:, vit.num_prefix_tokens :].mean(1))
     return torch.cat(parts)
 
 
-def evaluate(
-    model: ViTForPreTraining, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], compute: ComputeContext
-) -> Row:
+def evaluate(model: ViTForPreTraining, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Row:
     """Accuracies on the test images, and the C that was chosen."""
-    x, y = features(model, train[0], compute), train[1]
-    test_x, test_y = features(model, test[0], compute), test[1]
+    x, y = features(model, train[0]), train[1]
+    test_x, test_y = features(model, test[0]), test[1]
     mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
     scaled, test_scaled = (x - mean) / std, (test_x - mean) / std
     held_out = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device) < -(-len(x) // HELD_OUT)
