@@ -28,7 +28,7 @@ def _load(module: str) -> Any:
 
 @command(DemoConfig)
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
-    """Pre-train a small ViT on 1,437 real handwritten digits in about 2 minutes and test what it learned on 360 others.
+    """Pre-train a small ViT on 1,437 real handwritten digits in a few minutes and test what it learned on 360 others.
 
     Example:
       mapet demo
