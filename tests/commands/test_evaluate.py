@@ -18,6 +18,7 @@ from mapet.evaluation import probes, protocols
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.logistic_regression import fit_logistic
+from mapet.models.backbone import load_backbone
 from mapet.run_state import RunState
 from tests.conftest import save_crops
 from tests.refused import refused
@@ -65,7 +66,7 @@ def test_pool_and_layers_hold_for_every_probe(run_dir, small, tmp_path):
     (found,) = mapet.evaluate(
         backbone=[str(run_dir)], out=tmp_path / "out", **sets, **features, **QUICK | {"protocols": protocols}
     ).values()
-    backbone = BackboneWrapper.from_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
+    backbone = BackboneWrapper.from_vit(load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     caches = [
         FeatureCache.extract(backbone, part, CacheConfig(), **features) for part in load_train_test(*sets.values())
     ]
@@ -97,7 +98,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
     figures = found[str(run_dir)]
     data = load_train_test(small / "train", small / "test")
-    backbone = BackboneWrapper.from_vit(mapet.load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
+    backbone = BackboneWrapper.from_vit(load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
     assert alone == {name: figures[name] for name in ("logistic", "knn")}  # what `run` and studies measure
     assert max(figures["linear_sgd"], figures["linear_sgd_bn"]) >= 0.17  # after 6 steps; chance is 0.1
@@ -345,7 +346,7 @@ def test_balanced_accuracy_and_auroc_lead_on_imbalanced_test_images(untrained, s
     expected = [row for name in accuracies for row in (f"{name}_balanced_accuracy", f"{name}_auroc", name)]
     expected.remove("corruption_mean_auroc")
     assert [row for row in found if row != "mce"] == expected
-    backbone = BackboneWrapper.from_vit(mapet.load_backbone(untrained), ComputeContext.from_options("cpu", "float32"))
+    backbone = BackboneWrapper.from_vit(load_backbone(untrained), ComputeContext.from_options("cpu", "float32"))
     train, test = (FeatureCache.extract(backbone, part, CacheConfig()) for part in load_train_test(*sets.values()))
     x, labels = test.layer_features(), test.labels.numpy()
     logits = fit_logistic(train.layer_features(), train.labels, 3)(x)

@@ -31,6 +31,7 @@ from mapet.device import ComputeContext
 from mapet.errors import Interrupted, option, spell_as_flags, spell_in_section
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.probes import online_probe, sample_for_probe
+from mapet.models.backbone import load_backbone
 from mapet.models.objectives import OBJECTIVES
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
@@ -277,7 +278,7 @@ def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits)
         out=tmp_path / "tuned",
     )  # fmt: skip
     assert accuracy > 0.3
-    tuned = mapet.load_backbone(tmp_path / "tuned" / "model")
+    tuned = load_backbone(tmp_path / "tuned" / "model")
     assert tuned.num_classes == 10
     pyplot.switch_backend("svg")  # a notebook draws into itself
     figures = list(mapet.report(run=run_dir, figures_dir=tmp_path / "figures").iterdir())
@@ -290,7 +291,7 @@ def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits)
 
 def test_finetuning_keeps_the_pretrained_norm(run_dir):
     """Mean pooling must not replace the final norm by a fresh one."""
-    vit = mapet.load_backbone(run_dir, num_classes=10, global_pool="avg", fc_norm=False)
+    vit = load_backbone(run_dir, num_classes=10, global_pool="avg", fc_norm=False)
     saved = load_file(run_dir / "backbone" / "model.safetensors")
     assert torch.equal(vit.norm.weight, saved["norm.weight"])
     assert isinstance(vit.fc_norm, torch.nn.Identity)
@@ -302,7 +303,7 @@ def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_
         mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", **PRETRAIN)
     mapet.export(backbone=tmp_path / "run", out=tmp_path / "export")
     trained = weights(tmp_path / "run")
-    assert torch.equal(mapet.load_backbone(tmp_path / "export").pos_embed, trained["vit.pos_embed"])
+    assert torch.equal(load_backbone(tmp_path / "export").pos_embed, trained["vit.pos_embed"])
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, ratio, num_co
         model_args={"embed_dim": 16, "depth": 1, "num_heads": 2} | args, **ratio, **common,
     )  # fmt: skip
     assert load_run(tmp_path / "r").model.num_context == num_context
-    vit = mapet.load_backbone(tmp_path / "r").eval()
+    vit = load_backbone(tmp_path / "r").eval()
     trained = weights(tmp_path / "r")
     assert torch.equal(vit.blocks[0].attn.qkv.weight, trained["vit.blocks.0.attn.qkv.weight"])
     assert vit.forward_features(torch.zeros(1, channels, *size)).isfinite().all()
@@ -360,7 +361,7 @@ def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir
     assert losses[-1] < losses[0]
     figures = mapet.report(run=tmp_path / "run", figures_dir=tmp_path / "figures")
     assert (figures / "predictions.png").exists() == ("target" not in options)
-    assert mapet.load_backbone(tmp_path / "run").embed_dim == 32
+    assert load_backbone(tmp_path / "run").embed_dim == 32
 
 
 def test_blockwise_masks_are_drawn_for_the_number_of_masked_patches(few_digits, tokenizer_dir, tmp_path):
@@ -460,7 +461,7 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         ComputeContext.from_options("cpu"),
     )
     found = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    online = online_probe(mapet.load_backbone(tmp_path / "run"), *sets, compute, pool="2x2")
+    online = online_probe(load_backbone(tmp_path / "run"), *sets, compute, pool="2x2")
     assert {name: found[-1][name] for name in online} == online
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2

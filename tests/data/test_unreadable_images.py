@@ -15,6 +15,7 @@ import mapet
 from mapet.data.dataset import UnreadableImages
 from mapet.data.readers import ImageDecodeError, open_image
 from mapet.data.sources import list_images
+from mapet.models.backbone import load_backbone
 from tests.refused import refused
 
 
@@ -220,7 +221,7 @@ def test_one_image(photo, tmp_path):
         fit_tokenizer={"image_size": 16, "patch_size": 4},
         pretrain={"epochs": 2, "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
     )  # fmt: skip
-    assert mapet.load_backbone(tmp_path / "run").embed_dim == 16
+    assert load_backbone(tmp_path / "run").embed_dim == 16
 
 
 def test_folder_without_images(tmp_path):

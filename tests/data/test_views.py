@@ -19,7 +19,7 @@ from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.readers import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, fork_rng, rand_augment, sample_view
-from mapet.models.backbone import create_vit, save_backbone
+from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from tests.refused import refused
 
 POLICY = "rand-m9-mstd0.5"
@@ -135,7 +135,7 @@ def test_the_released_augmentations_train_and_repeat(crops, tmp_path):
     }
     for out, more in {"a": RELEASED, "b": RELEASED, "c": RELEASED | {"mixup": 0.0}, "d": {}}.items():
         mapet.finetune(out=tmp_path / out, warmup_epochs=0.5, min_lr=1e-5, **options, **more)
-    a, b, c, d = (mapet.load_backbone(tmp_path / out / "model").state_dict() for out in "abcd")
+    a, b, c, d = (load_backbone(tmp_path / out / "model").state_dict() for out in "abcd")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["head.weight"], c["head.weight"]) and not torch.equal(a["head.weight"], d["head.weight"])
 

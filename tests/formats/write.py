@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 import mapet
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
+from mapet.models.backbone import load_backbone
 from mapet.run_state import RunState
 from mapet.tokenizers.vqkd import load_vqkd
 from mapet.training import trainer
@@ -103,7 +104,7 @@ def images_of(source: str, row: int) -> list[int]:
 def logits(backbone: Path, checkpoint: Path) -> list[float]:
     """The words' logits of the first patch, by the backbone and the checkpoint's head."""
     weights = load_file(checkpoint)
-    patches = mapet.load_backbone(backbone).eval().forward_features(fixed_image())[0, 1:]
+    patches = load_backbone(backbone).eval().forward_features(fixed_image())[0, 1:]
     return (patches[0] @ weights["head.weight"].T + weights["head.bias"]).tolist()
 
 

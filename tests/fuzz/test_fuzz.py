@@ -30,6 +30,7 @@ from mapet.data.readers import ImageDecodeError
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
+from mapet.models.backbone import load_backbone
 from mapet.tokenizers.kmeans import KMeansState, load_state, save_state
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
@@ -174,7 +175,7 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         return [found.ids[i] for i in range(len(found))], [found.open(i, 1).size for i in range(len(found))]
 
     def backbone(folder: Path, _: Any) -> list[str]:
-        return sorted(mapet.load_backbone(folder).state_dict())
+        return sorted(load_backbone(folder).state_dict())
 
     return {
         "recipe": Target(make_recipe, read_recipe, strict=False),

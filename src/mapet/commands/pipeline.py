@@ -89,7 +89,7 @@ def run(config: RunConfig) -> Path:
     backbone = config.out / "pretrain" / "backbone"
     log.info("report in one page: %s", config.out / REPORT_FILE)
     log.info(
-        "done: backbone in %s; load it with mapet.load_backbone(%r) or timm.create_model('local-dir:%s', pretrained=True)",
+        "done: backbone in %s; load it with mapet.load(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone, str(config.out), backbone,
     )  # fmt: skip
     return backbone

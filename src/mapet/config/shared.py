@@ -42,7 +42,7 @@ def _as_source(value: Any) -> Any:
 Source = Annotated[str, BeforeValidator(_as_source)]
 """Source of images: a path, a URL (`Path` would drop one of its slashes), or hf:NAME."""
 BackboneSource = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A backbone, as `mapet.load_backbone` takes it: a path or 'timm:NAME'."""
+"""A backbone, as `mapet.load` takes it: a path or 'timm:NAME'."""
 
 
 def _fraction_or_count(amount: float) -> float:

@@ -117,7 +117,10 @@ def translate_errors() -> Iterator[None]:
         raise ImageDecodeError(f"damaged: {error or type(error).__name__}") from None
 
 
-def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | None = None) -> LazyImage:
+@translate_errors()
+def open_image(
+    file: ImageFile | Image.Image, channels: int = 3, window: IntensityWindow | None = None
+) -> LazyImage:  # fmt: skip
     """Open an image file to read 8-bit channels of the upright image.
 
     EXIF rotation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, palette and
@@ -127,7 +130,7 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
     reported as one.
 
     Args:
-        file: its path or its bytes.
+        file: its path, its bytes, or an image of Pillow of any mode.
         channels: C of the pixels that `LazyImage.read` returns: 1 (gray) or 3 (RGB). Only `.npy` arrays may have other numbers;
             an array of shape (H, W) has 1 channel, and an array of another number than this is refused.
         window: maps all values but uint8 linearly to 8 bits. None: of uint16 the upper 8 bits are taken; all other types need a window
@@ -140,8 +143,10 @@ def open_image(file: ImageFile, channels: int = 3, window: IntensityWindow | Non
         ImageDecodeError: with the reason: truncated, not an image, no permission, too large, wrong number of channels, values that
             need a window, ...
     """
+    if isinstance(file, Image.Image):
+        return convert_pillow_image(file, channels, window)
     # Unbuffered: of most formats only the head is read here.
-    with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
         head = stream.read(HEAD_BYTES)
         if not head:
             raise ImageDecodeError("zero bytes")
@@ -262,35 +267,56 @@ def _array_from_bytes(data: bytes) -> np.ndarray:
 
 @translate_errors()
 def open_with_pillow(file: ImageFile, channels: int, window: IntensityWindow | None) -> DecodedImage:
-    """Decode an image in full with Pillow: EXIF rotation applied, first frame of an animation, transparency laid on white.
-
-    Gray images of more than 8 bits (16 or 32, integers or floating point) keep their values, which `DecodedImage.read` maps to 8 bits;
-    all others become 8-bit gray or RGB.
+    """Decode an image file in full with Pillow; see `convert_pillow_image`.
 
     Args:
         file: its path or its bytes.
-        channels: C of the pixels, 1 (gray) or 3 (RGB): gray is repeated 3 times, colors are converted to gray.
-        window: maps gray values of more than 8 bits to 8 bits. None: integers from 0 to 65535 count as uint16, of which the upper 8 bits
-            are taken; other values need a window.
+        channels: C of the pixels, 1 (gray) or 3 (RGB).
+        window: maps gray values of more than 8 bits to 8 bits.
 
     Raises:
         ImageDecodeError: with the reason: other `channels`, Pillow does not know the format, the file is damaged or too large, its
             values need a window, ...
     """
-    if channels not in (1, 3):
-        raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; other formats give 1 or 3")
+    _check_pillow_channels(channels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns from half the size that it refuses, and about odd EXIF
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as stored:
                 check_pixel_count(stored.height, stored.width)
-                kind = f"{stored.format} {stored.mode}{' animated' if getattr(stored, 'is_animated', False) else ''}"
-                stored.load()
-                image = ImageOps.exif_transpose(stored)
+                return convert_pillow_image(stored, channels, window)
     except UnidentifiedImageError:
         raise ImageDecodeError("not an image, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
         raise ImageDecodeError(f"too many pixels: {error}") from None
+
+
+def _check_pillow_channels(channels: int) -> None:
+    """Raise ImageDecodeError if Pillow's images cannot be converted to this number of channels."""
+    if channels not in (1, 3):
+        raise ImageDecodeError(f"{option('channels')} {channels} needs .npy arrays; other formats give 1 or 3")
+
+
+def convert_pillow_image(stored: Image.Image, channels: int, window: IntensityWindow | None) -> DecodedImage:
+    """Convert an image of Pillow, of any mode: EXIF rotation applied, present frame of an animation, transparency laid on white.
+
+    Gray images of more than 8 bits (16 or 32, integers or floating point) keep their values, which `DecodedImage.read` maps to 8 bits;
+    all others become 8-bit gray or RGB.
+
+    Args:
+        stored: the image, which may still be encoded; it is not changed.
+        channels: C of the pixels, 1 (gray) or 3 (RGB): gray is repeated 3 times, colors are converted to gray.
+        window: maps gray values of more than 8 bits to 8 bits. None: integers from 0 to 65535 count as uint16, of which the upper 8 bits
+            are taken; other values need a window.
+
+    Raises:
+        ImageDecodeError: other `channels`, or values that need a window.
+        Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
+    """
+    _check_pillow_channels(channels)
+    kind = f"{stored.format} {stored.mode}{' animated' if getattr(stored, 'is_animated', False) else ''}"
+    stored.load()
+    image = ImageOps.exif_transpose(stored)
     if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
         values = np.asarray(image)
         # Pillow widens 16 bits to 32 in some formats and modes: without a window their upper 8 bits are taken, too.

@@ -6,8 +6,10 @@ later, and tokens stay aligned with patches.
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from mapet.config.base import Config
 from mapet.config.shared import ViewOptions
-from mapet.data.readers import REDUCTIONS, Box, LazyImage
+from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, LazyImage, open_image
 from mapet.errors import MapetError, option
 
 PermutationKind = Literal["random", "blockwise", "raster"]
@@ -188,6 +190,44 @@ def normalize(
     if jitter is not None:
         pixels = color_jitter(pixels, jitter.to(pixels.device, non_blocking=True))
     return pixels.div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Turns images of any kind into a model's input: read, cropped, resized and normalized as `embed`, `evaluate` and `predict` do.
+
+    It can be the `transform` of a torchvision data set, too.
+
+    Attributes:
+        image_size: (H, W) of the model's input, pixels.
+        channels: C of the model's input.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+
+    def __call__(self, image: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Float[Tensor, "..."]:
+        """Read the largest centered crop of each image, resize it (antialiased bicubic) and normalize it.
+
+        Args:
+            image: an image of Pillow of any mode (gray, palette, transparent, CMYK, 16 bits, ...), the path of an image file, or a
+                sequence of both. A model of other than 1 or 3 channels takes paths of `.npy` arrays.
+
+        Returns:
+            (C, H, W) of one image, (B, C, H, W) of a sequence, float32 on the CPU.
+
+        Raises:
+            MapetError: an image cannot be read; the message names it and the reason.
+        """
+        if not isinstance(image, (Image.Image, str, Path)):
+            return torch.stack([self(each) for each in image])
+        try:
+            opened = open_image(image, self.channels)
+            view = sample_view(ViewSpec(image_size=self.image_size), opened.size, key=0, view_index=0)
+            pixels = render_view(opened, view, self.image_size)
+        except ImageDecodeError as error:
+            raise MapetError(f"cannot read the image {image}: {error}. Give another one") from None
+        return normalize(pixels[None], self.channels)[0]
 
 
 def sample_permutation(

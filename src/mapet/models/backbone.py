@@ -13,7 +13,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 
-from mapet.data.views import input_mean_std
+from mapet.data.views import ImageTransform, input_mean_std
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, check_divisible, did_you_mean, first_line, format_size, option, shell_command
 from mapet.files import atomic_write, read_json, translate_write_errors
@@ -116,7 +116,7 @@ def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
 def save_backbone(vit: VisionTransformer, folder: Path, classes: Sequence[str] = ()) -> None:
     """Save a ViT as a timm model folder (config.json and model.safetensors), atomically.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load_backbone`. The ViT's `pretrained_cfg`
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load`. The ViT's `pretrained_cfg`
     loses `DROPPED_CFG_KEYS`.
 
     Args:
@@ -141,11 +141,33 @@ def _data_config(vit: VisionTransformer) -> dict[str, Any]:
     return {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
 
 
+def load(source: str | Path, pretrained: bool = True, **overrides: Any) -> tuple[VisionTransformer, ImageTransform]:
+    """Load a backbone or a fine-tuned model, and the transform that turns images into its input.
+
+    >>> model, transform = load("runs/photos")      # doctest: +SKIP
+    >>> features = model.forward_features(transform(["a.jpg", Image.open("b.png")]))      # doctest: +SKIP
+
+    Args:
+        source: a run folder, a folder of `mapet finetune`, or anything else that `load_backbone` takes.
+        pretrained: False: the same architecture with random weights.
+        overrides: keywords of timm's VisionTransformer, e.g. `num_classes=10, drop_path_rate=0.1, img_size=256`; see `load_backbone`.
+
+    Returns:
+        The plain timm ViT in evaluation mode, on the CPU; of a fine-tuned model `pretrained_cfg["label_names"]` are the names of its
+        classes in the order of its logits. And the transform: image, path or a sequence of them -> the ViT's input.
+
+    Raises:
+        MapetError: there is no such model, or it cannot be loaded; see `load_backbone`.
+    """
+    vit = load_backbone(source, pretrained, **overrides).eval()
+    return vit, ImageTransform(vit.patch_embed.img_size, vit.in_chans)
+
+
 def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
     """Load a pre-trained ViT as a plain timm model, in training mode as timm creates it: call `.eval()` for features.
 
     It takes images (B, C, H, W) of its own size, normalized by ImageNet's mean and standard deviation (RGB) or by 0.5 and
-    0.25 (other channels), as `timm.data.create_transform(**timm.data.resolve_model_data_config(vit))` makes them from PIL images.
+    0.25 (other channels), as `ImageTransform` makes them.
 
     Args:
         source: a run folder, its `backbone` folder or an export; a timm or Hugging Face model folder, with or without the
@@ -413,7 +435,7 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
         raise MapetError(
             f"{path}: the number of attention heads cannot be inferred from weights of width {args['embed_dim']} (only of "
             f"{', '.join(map(str, NUM_HEADS))}): give it to `mapet export` as {option('model_args')} num_heads=N and use "
-            "what that writes, in Python load_backbone(..., num_heads=N)"
+            "what that writes, in Python mapet.load(..., num_heads=N)"
         )
     log.info(
         "%s: a ViT of width %d, depth %d, %d heads, %s px in patches of %d; assumed: input normalized as by mapet (RGB: ImageNet's)",

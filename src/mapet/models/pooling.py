@@ -102,8 +102,8 @@ def pooled_features(
     """Compute one float32 feature vector per image, as `evaluate`, `embed` and model cards do with the same options.
 
     Args:
-        model: a ViT of `load_backbone`, or another timm model; call its `.eval()` first, or drop path makes features random.
-        images: pixels, normalized by the model's own mean and standard deviation (see `load_backbone`), on the model's device.
+        model: a ViT of `load`, or another timm model; call its `.eval()` first, or drop path makes features random.
+        images: pixels, normalized by the model's own mean and standard deviation (by the transform of `load`), on the model's device.
         pool: pooling of each layer's feature map, see `pool_tokens`.
         layers: indices of layers from 0, as timm counts them; negative ones count from the last, -1. The features of several are
             concatenated in ascending order.
