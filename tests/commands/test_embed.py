@@ -72,6 +72,39 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
     assert again == ids and np.array_equal(same, features)
 
 
+@pytest.mark.parametrize(
+    ("size", "tolerance"),
+    [
+        ((60, 60), 0.005),  # pixels are resized by other code: rounding to bytes
+        ((50, 40), 0.02),  # and beyond the crop's border, where timm's resizing looks at a pixel or two
+        ((200, 200), 0.05),  # a JPEG is decoded at half its size
+        ((150, 128), 0.5),  # timm rounds the resized width down, and crops whole pixels of it: up to a pixel off
+        ((131, 131), 0.5),  # sides become multiples of what a JPEG could be reduced by: 128
+    ],
+)
+def test_features_are_those_of_timms_transform(size, tolerance, vit_folder, tmp_path):
+    """Of real photos, as files, against README's lines, by a ViT of random weights; relative to the features' norm."""
+    import timm
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, pixels in zip("ab", load_sample_images().images, strict=True):
+        photo = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        photo.save(photos / f"{name}.png")
+        photo.save(photos / f"{name}.jpg", quality=90)
+    out = mapet.embed(backbone=vit_folder, images=photos, out=tmp_path / "out", **COMMON)
+    vit = load_backbone(vit_folder).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
+    for name, found in zip(*read_back(out), strict=True):
+        with torch.no_grad():
+            tokens = vit.forward_features(transform(Image.open(photos / name))[None])[0]
+        expected = tokens[1:].mean(0).numpy()
+        limit = 0.005 if size == (200, 200) and name.endswith("png") else tolerance
+        assert np.linalg.norm(found - expected) < limit * np.linalg.norm(expected), name
+
+
 def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
     mapet.embed(backbone=run_dir, images=digits / "test", out=tmp_path / "out", **COMMON)
     from mapet.device import ComputeContext

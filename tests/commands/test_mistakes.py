@@ -189,6 +189,8 @@ def test_wrong_values(capsys, crops, tmp_path):
     assert "not divisible by the patch size 16; the nearest that is: --image-size 32 32" in fails(
         capsys, *common, "--image-size", "30"
     )
+    evaluate = ["evaluate", "--backbone", "x", "--images", crops, "--layers", "1.5"]
+    assert fails(capsys, *evaluate).endswith("--layers: must be a whole number, got '1.5'")
     line = fails(capsys, *common, *TINY_FIT, "--vocab-size", "100000")
     assert "100,000" in line and "192" in line and "--vocab-size" in line
     assert "not available" in fails(capsys, *common, "--device", "tpu7")

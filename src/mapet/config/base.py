@@ -101,9 +101,12 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
     try:
         return config_type.model_validate(merged)
     except ValidationError as error:
-        problems = error.errors()
+        found = error.errors()
+        # A list is too short for pydantic, too, where an invalid item of it does not count.
+        lists = {problem["loc"][:-1] for problem in found if len(problem["loc"]) > 1}
+        problems = [problem for problem in found if problem["loc"] not in lists]
         text = "; ".join(dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems))
-        field, value = ".".join(map(str, problems[0]["loc"])) or None, problems[0]["input"]
+        field, value = _field(problems[0]) or None, problems[0]["input"]
         raise MapetError(text, field=field, value=value, expected=_expected(problems[0])) from None
 
 
@@ -148,6 +151,11 @@ EXPECTED = {
 """Type of a pydantic error -> what the value must be; the fields in braces are keys of the error's `ctx`."""
 
 
+def _field(problem: ErrorDetails) -> str:
+    """Return the option that pydantic's error is about, with dots between nested names and without the index of a list's item; '' for several."""
+    return ".".join(part for part in problem["loc"] if isinstance(part, str))
+
+
 def _expected(problem: ErrorDetails) -> str:
     """Return what an option's value must be, e.g. 'must be at least 1': from `EXPECTED` by the type of pydantic's error, else pydantic's text.
 
@@ -170,7 +178,7 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
     in_file = path is not None and bool(location) and location[0] not in typed and kind != "missing"
     where = f" (in {path})" if in_file else ""
     with spell_as_flags(False) if in_file else nullcontext():
-        name = option(".".join(map(str, location)))
+        name = option(_field(problem))
         if kind == "extra_forbidden":
             known = [option(known) for known, _ in iter_options(config_type)]
             return f"unknown option '{name}'{where}{did_you_mean(name, known)}"

@@ -73,9 +73,9 @@ class ViewSpec(Config):
 def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int) -> View:
     """Draw a view of an image: a pure function of the arguments.
 
-    If the box is at least r = 2, 4 or 8 times `spec.image_size`, its edges are rounded down to multiples of r pixels, so
-    that a JPEG which is reduced r times while it is decoded still shows exactly this box. That moves edges by less than one
-    pixel of the student's input.
+    If the box is at least r = 2, 4 or 8 times `spec.image_size`, its sides are rounded down, and the place of its center is rounded, to
+    multiples of r pixels, so that a JPEG which is reduced r times while it is decoded still shows exactly this box. That moves its center
+    by at most half a pixel of the student's input.
 
     Args:
         size: height and width of the upright image, pixels.
@@ -95,7 +95,11 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int
         box = _centered_box(spec.image_size, size)
     max_reduction = min(box.height // target_height, box.width // target_width)
     unit = next((r for r in REDUCTIONS if r <= max_reduction), 1)
-    top, left, height, width = (edge // unit * unit for edge in box)
+    height, width = box.height // unit * unit, box.width // unit * unit
+    top, left = (
+        min(round((start + (side - rounded) / 2) / unit), (whole - rounded) // unit) * unit
+        for start, side, rounded, whole in zip(box, box[2:], (height, width), size, strict=False)
+    )
     return View(top, left, height, width, flip)
 
 

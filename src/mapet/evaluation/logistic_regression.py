@@ -1,14 +1,15 @@
 """The linear probe: multinomial logistic regression on standardized features, whose C is chosen by cross-validation."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
@@ -99,14 +100,20 @@ def fit_logistic(
         fitted = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
         weight[classes], bias[classes] = fitted.T, params[-1, 0]
     probe = LogisticProbe(mean, scale, weight, bias, C or FEW_C)
-    if probe.at_edge:
-        message = "the linear probe's C %g is the %s of its candidates, %g to %g: a better value may lie beyond them"
-        log.warning(message, C, "smallest" if C_CANDIDATES[0] == C else "largest", C_CANDIDATES[0], C_CANDIDATES[-1])
+    warn_at_edge("the linear probe's C", probe.C, C_CANDIDATES)
     return probe
 
 
+def warn_at_edge(name: str, value: float, candidates: Sequence[float]) -> None:
+    """Log a warning if a hyperparameter, called `name` in it, was chosen at an edge of its candidates, which are in ascending order."""
+    if value in (candidates[0], candidates[-1]):
+        message = "%s %g is the %s of its candidates, %g to %g: a better value may lie beyond them"
+        edge = "smallest" if value == candidates[0] else "largest"
+        log.warning(message, name, value, edge, candidates[0], candidates[-1])
+
+
 def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float, Float[Tensor, "R1 1 K"]]:
-    """Choose C among `C_CANDIDATES` by stratified cross-validation, always with the same `NUM_FOLDS` folds.
+    """Choose C among `C_CANDIDATES` by cross-validation with `NUM_FOLDS` folds of scikit-learn's StratifiedKFold, always the same ones.
 
     The classifiers of all folds are fitted at once for each C, and start from the parameters of the C before. A progress bar is shown
     if this takes longer than 5 s.
@@ -120,11 +127,11 @@ def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float
         `one_standard_error_rule`; the mean over the folds of the parameters fitted with this C, from which a fit on all rows can start,
         R + 1 rows as in `minimize_loss`)
     """
-    # Shuffled rows, sorted by class and dealt out in turn: the folds' counts of each class differ by at most one.
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    fold = torch.empty_like(order)
-    fold[order[targets[order].argsort(stable=True)]] = torch.arange(len(order)) % NUM_FOLDS
-    is_test = F.one_hot(fold, NUM_FOLDS).bool()
+    is_test = torch.zeros(len(targets), NUM_FOLDS, dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class of fewer rows than folds, which some folds then lack
+        for fold, (_, rows) in enumerate(StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=0).split(x, targets)):
+            is_test[rows, fold] = True
     params = torch.zeros(x.shape[1] + 1, NUM_FOLDS, int(targets.max()) + 1)
     accuracies, means = [], []
     for C in tqdm(C_CANDIDATES, desc="linear probe, C", leave=False, delay=5, disable=None):

@@ -19,7 +19,7 @@ from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache, PatchTokenCache
 from mapet.evaluation.imbalance import name_rows, score_classifier
-from mapet.evaluation.logistic_regression import FEW_PER_CLASS, fit_logistic
+from mapet.evaluation.logistic_regression import FEW_PER_CLASS, fit_logistic, warn_at_edge
 
 log = logging.getLogger("mapet")
 KNN_K, KNN_TEMPERATURE = 20, 0.07
@@ -347,9 +347,7 @@ def fit_linear_sgd(
             by_rate = [own[layer, each][0] for each in SGD_LEARNING_RATES]
             rate = SGD_LEARNING_RATES[choose_rate(by_rate, int(is_val.sum()))]
         probe = LinearClassifiers(layer, cache.columns[layer], num_classes, (rate,), batch_norm)
-        if probe.at_edge:
-            message = "the learning rate %g of the probe %s is at the edge of its candidates, %g to %g: a better one may lie beyond them"
-            log.warning(message, rate, name, SGD_LEARNING_RATES[0], SGD_LEARNING_RATES[-1])
+        warn_at_edge(f"the learning rate of the probe {name},", rate, SGD_LEARNING_RATES)
         train([probe], torch.ones_like(is_val))
         accuracies = {layer: max(own[layer, rate] for rate in SGD_LEARNING_RATES)[0] for layer in cache.columns}
         probes[name] = probe.eval(), accuracies
