@@ -299,6 +299,7 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
         for teacher in reversed(teachers[1:]):
             about = {"learned_from": {"teacher": {"teacher": teacher}, "teacher_metadata": about}}
         tokenizer = {
+            "label_free": teachers[-1] == "pixels",
             "teacher": {"teacher": teachers[0]},
             "teacher_metadata": about,
             "vocab_size": 8,

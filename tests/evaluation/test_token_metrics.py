@@ -164,7 +164,8 @@ def test_no_warning_for_good_tokens():
     tokens, labels, test = textures()
     found = compute_token_metrics(tokens, 64, steady(tokens), labels, test)
     assert list(token_warnings(found)) == []
-    assert "No warnings" in render_tokenizer_report(found, [], "t") and found.label.share > 0.2
+    description = {"teacher": {"teacher": "pixels"}, "label_free": True}
+    assert "No warnings" in render_tokenizer_report(found, [], "t", description) and found.label.share > 0.2
 
 
 def poor():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from mapet.config import shared
+from mapet.config.base import Config
 from mapet.errors import check_divisible, option
 
 KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
@@ -29,11 +30,36 @@ QuickGELU: the 14 x 14 patch tokens after the final norm and CLIP's visual proje
 """
 
 
+LABEL_FREE_TEACHERS = ("pixels", "hog")
+"""Teachers that have learned nothing, from labels or otherwise."""
+
+
+class HOGOptions(Config):
+    """The histograms of oriented gradients of the teacher 'hog'."""
+
+    file_only: ClassVar[frozenset[str]] = frozenset({"window", "cells", "bins", "color"})
+    window: PositiveInt | None = None
+    """Side of the square around each patch whose gradients count, pixels; auto: `cells` times the side of a patch."""
+    cells: PositiveInt = 3
+    """Rows and columns of cells in a window, which have a histogram each."""
+    bins: PositiveInt = 9
+    """Orientations of a histogram."""
+    color: NonNegativeFloat = 0.5
+    """Weight of the patch's mean color, from 0 to 1 in each channel, beside the histograms of a window, whose squares sum to 1; 0: without
+    color."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield a message if windows cannot be divided into cells of whole pixels; `Config` makes it an error."""
+        if (self.window or 0) % self.cells:
+            yield f"{option('window')}: must be a multiple of {option('cells')} {self.cells}, got {self.window}"
+
+
 class TeacherOptions(shared.InputOptions):
     """The frozen encoder whose features become visual tokens, and the patches that it computes them for."""
 
     teacher: str = "pixels"
-    """Frozen encoder: pixels, k-clip (the paper's), vqkd-clip (BEiT v2's), a timm model, or package.module:function."""
+    """Frozen encoder: pixels, hog, k-clip (the paper's), vqkd-clip (BEiT v2's), a timm model, or package.module:function."""
+    hog: HOGOptions = HOGOptions()
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; none: timm downloads the weights."""
     teacher_image_size: shared.Size | None = None
@@ -64,8 +90,8 @@ class FitTokenizerOptions(TeacherOptions):
         {"kmeans_init", "kmeans_n_init", "kmeans_batch_size", "kmeans_metric"}
     )
     teacher: str = "pixels"
-    """Frozen encoder: pixels (raw patches, label-free), k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd
-    (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
+    """Frozen encoder: pixels (raw patches) or hog (histograms of oriented gradients), both label-free; k-clip (the paper's:
+    resnet50x64_clip.openai at 448 px), any timm model, vqkd (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
     vocab_size: shared.VocabSize | None = None
     """V, number of visual tokens; auto: a power of two up to the paper's 8192, with at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
@@ -141,7 +167,7 @@ class TrainTokenizerConfig(
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
     teacher: str = "pixels"
-    """Frozen encoder whose features the codes are trained to reconstruct: pixels (label-free), vqkd-clip (the released one:
+    """Frozen encoder whose features the codes are trained to reconstruct: pixels or hog (label-free), vqkd-clip (the released one:
     CLIP ViT-B/16's patch tokens after its visual projection), a timm model, or package.module:function."""
 
     model: str = "vit_tiny_patch16_224"

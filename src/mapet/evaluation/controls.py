@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from math import pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from mapet.evaluation.imbalance import balanced_accuracy, is_imbalanced
 from mapet.models.pooling import resolve_layers
 from mapet.run_state import CONFIG_FILE, pretrain_folder, read_command, resolve_run_path
 from mapet.tokenizers.kmeans import KMeans
+from mapet.tokenizers.teachers.hog import orientation_histograms
 from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer
 
 log = logging.getLogger("mapet")
@@ -75,23 +75,15 @@ class RawPixels(Control):
 class HOGFeatures(Control):
     """Histograms of oriented gradients of each cell and channel, with MaskFeat's parameters (arXiv 2112.09133, section 3.2).
 
-    Each pixel votes with the magnitude of its gradient (differences of its two neighbors, the border replicated) for one of `HOG_BINS`
-    unsigned orientations; the histogram of a cell has length 1. Cells are `HOG_CELL` px, smaller in images of fewer than
-    `MIN_HOG_CELLS` of them a side.
+    They are `orientation_histograms` of `HOG_BINS` orientations; the histogram of a cell has length 1. Cells are `HOG_CELL` px, smaller in
+    images of fewer than `MIN_HOG_CELLS` of them a side.
     """
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """Compute D = C x `HOG_BINS` features of each of the h x w cells; pixels beyond the last whole cell are ignored."""
-        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-        dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-        dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-        # Rounding may make the angle pi, which is in the last bin.
-        bins = (torch.atan2(dy, dx) % pi * (HOG_BINS / pi)).long().clamp_max(HOG_BINS - 1)
-        votes = images.new_zeros(*images.shape[:2], HOG_BINS, *images.shape[2:])
-        votes.scatter_(2, bins[:, :, None], torch.hypot(dx, dy)[:, :, None])
         cell = max(1, min(HOG_CELL, min(images.shape[2:]) // MIN_HOG_CELLS))
-        histograms = F.avg_pool2d(votes.flatten(0, 1), cell)  # (B C, bins, h, w)
-        return F.normalize(histograms, dim=1).unflatten(0, images.shape[:2]).flatten(1, 2)
+        by_channel = orientation_histograms(images.flatten(0, 1)[:, None], cell, 1, cell, HOG_BINS)[:, :, 0]
+        return F.normalize(by_channel, dim=1).unflatten(0, images.shape[:2]).flatten(1, 2)
 
 
 class KMeansPatches(Control):

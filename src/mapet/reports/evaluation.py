@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mapet.evaluation.controls import Verdict
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
@@ -105,14 +106,17 @@ def format_token_metrics(metrics: TokenMetrics) -> dict[str, str]:
     return dict(line.split("\t") for line in render("token_metrics.txt", m=metrics).splitlines())
 
 
-def render_tokenizer_report(metrics: TokenMetrics, warnings: Sequence[str], name: str) -> str:
+def render_tokenizer_report(
+    metrics: TokenMetrics, warnings: Sequence[str], name: str, description: Mapping[str, Any]
+) -> str:
     """Render the Markdown report of a tokenizer: warnings, then a table of each metric, its value and its meaning.
 
     Args:
         warnings: sentences without a final period.
         name: the tokenizer's name for the user, in the title.
+        description: the content of visual_tokenizer.json; "teacher" and "label_free" are shown.
     """
     values = format_token_metrics(metrics)
     return render(
-        "tokenizer_report.md", m=metrics, warnings=warnings, name=name, values=values, perturbations=PERTURBATIONS
-    )
+        "tokenizer_report.md", m=metrics, warnings=warnings, name=name, values=values, perturbations=PERTURBATIONS, tokenizer=description,
+    )  # fmt: skip

@@ -36,7 +36,7 @@ from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_s
 from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, format_condition
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
-from mapet.tokenizers.tokenizer import load_tokenizer
+from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.estimate import flops_per_image
 from mapet.training.tasks.finetuning import FinetuningTask
 from mapet.training.tasks.pretraining import PretrainingTask
@@ -563,15 +563,15 @@ def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool)
     return baselines
 
 
-def read_tokenizers(config: StudyConfig) -> dict[str, tuple[FitTokenizerConfig, int | None]]:
-    """Return name -> (config of `fit-tokenizer`, number of codes V) of each tokenizer; V is None until it is fitted.
+def read_tokenizers(config: StudyConfig) -> dict[str, tuple[FitTokenizerConfig, Tokenizer | None]]:
+    """Return name -> (config of `fit-tokenizer`, tokenizer without its teacher, or None until it is fitted) of each tokenizer.
 
     Raises:
         MapetError: see `tokenizer_configs`; or a fitted tokenizer cannot be read.
     """
-    tokenizers: dict[str, tuple[FitTokenizerConfig, int | None]] = {}
+    tokenizers: dict[str, tuple[FitTokenizerConfig, Tokenizer | None]] = {}
     for name in config.tokenizers:
         fitting, _ = tokenizer_configs(config, name)
         is_fitted = not is_empty_dir(fitting.out)
-        tokenizers[name] = fitting, load_tokenizer(fitting.out, with_teacher=False).vocab_size if is_fitted else None
+        tokenizers[name] = fitting, load_tokenizer(fitting.out, with_teacher=False) if is_fitted else None
     return tokenizers

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from mapet import distributed, files
 from mapet.config.shared import HUB_PREFIXES, is_custom_teacher, non_default_options
-from mapet.config.tokenizers import TEACHER_PRESETS, TeacherOptions
+from mapet.config.tokenizers import LABEL_FREE_TEACHERS, TEACHER_PRESETS, TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, did_you_mean, format_size, option
 from mapet.tokenizers.quantizers import FitResult, Quantizer
 from mapet.tokenizers.teachers import custom, dalle
+from mapet.tokenizers.teachers.hog import HOG
 from mapet.tokenizers.teachers.timm_model import TimmFeatures
 from mapet.tokenizers.vqkd import load_vqkd
 from mapet.weights import hash_weights
@@ -34,11 +35,13 @@ DESCRIPTION = "visual_tokenizer.json"
 FORMAT = 1
 SETTINGS = {
     "teacher": "teacher", "student_size": "image_size", "patch_size": "patch_size", "channels": "channels", "checkpoint": "teacher_checkpoint",
-    "teacher_size": "teacher_image_size", "layer": "teacher_layer", "output": "teacher_output",
+    "teacher_size": "teacher_image_size", "layer": "teacher_layer", "output": "teacher_output", "hog": "hog",
 }  # fmt: skip
 """Key of `Teacher.settings` -> the option that sets it."""
+OWN_SETTINGS = ("checkpoint", "teacher_size", "layer", "output", "hog")
+"""Those that not every teacher uses."""
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "dalle": dalle.build, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd,
+    "dalle": dalle.build, "hog": HOG, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd,
 }  # fmt: skip
 """Name of a teacher -> the function that makes its encoder.
 
@@ -68,6 +71,8 @@ class Teacher(nn.Module):
         builtin_quantizer: maps its features to tokens if the encoder has a codebook or logits; else None.
         metadata: further facts for the tokenizer's JSON: mean and std of the input in [0, 1], number of prefix tokens dropped and, of a
             VQ-KD tokenizer, the teacher and images it was learned from. Empty for custom code.
+        label_free: whether its features are known to depend on no labels and no pre-trained network: it has learned nothing, or it is a
+            VQ-KD tokenizer that learned from such a teacher.
     """
 
     def __init__(self, encoder: nn.Module, settings: dict[str, Any]) -> None:
@@ -82,11 +87,13 @@ class Teacher(nn.Module):
         self.settings, self.name = settings, settings["teacher"]
         rows, columns = (side // settings["patch_size"] for side in settings["student_size"])
         self.grid = rows, columns
-        height, width = settings["teacher_size"] or getattr(encoder, "image_size", None) or settings["student_size"]
+        height, width = settings.get("teacher_size") or getattr(encoder, "image_size", None) or settings["student_size"]
         self.image_size = int(height), int(width)
         self.native_grid: tuple[int, int] | None = None
         self.weights_hash = hash_weights(encoder.state_dict())
         self.metadata: dict[str, Any] = {} if is_custom_teacher(self.name) else getattr(encoder, "metadata", {})
+        learned_from = self.metadata.get("learned_from") or {}
+        self.label_free: bool = self.name in LABEL_FREE_TEACHERS or learned_from.get("label_free", False)
         self.builtin_quantizer: Quantizer | None = None
         if num_logits := getattr(encoder, "num_logits", 0):
             self.builtin_quantizer = Quantizer({"kind": "argmax", "vocab_size": int(num_logits)}, {})
@@ -155,8 +162,8 @@ def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
     """Create the teacher that options choose, on the CPU.
 
     Args:
-        config: `teacher` is 'pixels', the patch's own pixels, which needs no weights; 'vqkd' or 'dalle', which have a built-in codebook;
-            any timm model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
+        config: `teacher` is 'pixels', the patch's own pixels, or 'hog', which need no weights; 'vqkd' or 'dalle', which have a built-in
+            codebook; any timm model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
             encoder: a callable that maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
         precision: of its matrix products, 'float32' or 'bfloat16'.
 
@@ -164,16 +171,16 @@ def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
         MapetError: unknown name, an option that this teacher does not use, or weights that are missing, unsafe or of another model.
     """
     values = config.model_dump(mode="json")
-    settings = {key: values[name] for key, name in SETTINGS.items()} | {"precision": precision}
     (height, width), patch_size = config.image_size, config.patch_size
     arguments = {key: getattr(config, name) for key, name in SETTINGS.items()}
     arguments["grid"] = height // patch_size, width // patch_size
     build = _find_builder(config.teacher)
     parameters = inspect.signature(build).parameters
-    for key in ("checkpoint", "teacher_size", "layer", "output"):
+    for key in OWN_SETTINGS:
         if key not in parameters and non_default_options(config, [SETTINGS[key]]):
             raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: omit it")
-    return Teacher(build(**{key: arguments[key] for key in parameters}), settings)
+    settings = {key: values[name] for key, name in SETTINGS.items() if key in parameters or key != "hog"}
+    return Teacher(build(**{key: arguments[key] for key in parameters}), settings | {"precision": precision})
 
 
 def _find_builder(teacher: str) -> Callable[..., nn.Module]:
@@ -305,7 +312,7 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
         "format_version": FORMAT, "hash": files.canonical_hash(identity), "teacher": teacher.settings,
         "teacher_image_size": list(teacher.image_size), "teacher_grid": list(teacher.native_grid or teacher.grid),
         "interpolation": "bilinear, antialiased" if interpolated else None, "teacher_metadata": teacher.metadata,
-        "grid": list(teacher.grid), "vocab_size": quantizer.vocab_size, "feature_size": quantizer.num_features,
+        "label_free": teacher.label_free, "grid": list(teacher.grid), "vocab_size": quantizer.vocab_size, "feature_size": quantizer.num_features,
         "fit_config": fit_config, "codebook_stats": asdict(stats),
     }  # fmt: skip
     if distributed.rank() == 0:
@@ -338,7 +345,7 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
             raise ValueError(f"{CODEBOOK} has another hash than {DESCRIPTION} records")
         tokenizer = Tokenizer(None, Quantizer(description["quantizer"], tensors), description)
         settings, weights_hash = description["teacher"], description["weights_hash"]
-        config = TeacherOptions(**{name: settings[key] for key, name in SETTINGS.items()})
+        config = TeacherOptions(**{name: settings[key] for key, name in SETTINGS.items() if key in settings})
         precision = settings["precision"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MapetError(f"{folder}: damaged tokenizer ({error}); run `mapet fit-tokenizer` again") from None

@@ -44,6 +44,8 @@ COMMITMENT_WEIGHT = 1.0
 """Weight of the commitment loss: the paper's."""
 KMEANS_ROUNDS = 10
 """Rounds of k-means for the first codes."""
+LEARNED_FROM = ("teacher", "teacher_weights_hash", "teacher_metadata", "label_free")
+"""What the file says of the teacher."""
 NOT_VQKD = "not a VQ-KD tokenizer as BEiT v2 publishes them"
 
 
@@ -111,7 +113,7 @@ class VQKD(nn.Module):
 def load_vqkd(checkpoint: str | Path | None) -> VQKD:
     """Read a VQ-KD tokenizer from a published file, or from one that `train-tokenizer` made.
 
-    `metadata["learned_from"]` of the model is a dict with teacher, teacher_weights_hash, teacher_metadata, images_hash and num_images
+    `metadata["learned_from"]` of the model is a dict with the keys of `LEARNED_FROM`, images_hash and num_images
     if there is a `vqkd.json` beside the file; else None.
 
     Args:
@@ -127,7 +129,7 @@ def load_vqkd(checkpoint: str | Path | None) -> VQKD:
         try:
             content = read_json(description, "VQ-KD tokenizer")
             check_format(content["format_version"], FORMAT, "VQ-KD tokenizer", description)
-            learned_from = {name: content.get(name) for name in ("teacher", "teacher_weights_hash", "teacher_metadata")}
+            learned_from = {name: content.get(name) for name in LEARNED_FROM}
             learned_from |= {name: content["training"][name] for name in ("images_hash", "num_images")}
         except (ValueError, KeyError, TypeError) as error:
             raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error}); restore it or move it away") from None

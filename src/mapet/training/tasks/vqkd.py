@@ -210,6 +210,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
             "teacher": teacher.settings,
             "teacher_weights_hash": teacher.weights_hash,
             "teacher_metadata": teacher.metadata,
+            "label_free": teacher.label_free,
             "reconstruction_loss": reconstruction,
             "codebook_stats": asdict(stats),
             "training": training | {"images_hash": images.hash, "num_images": len(images)},
