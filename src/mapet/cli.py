@@ -12,13 +12,12 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import shtab
-import yaml
 from pydantic.fields import FieldInfo
 
 import mapet
 from mapet.commands import COMMANDS, GROUPS
-from mapet.commands.command import AnyCommand, command_name, summary
-from mapet.config.base import build_config, format_none, is_multi_valued, iter_options, read_config
+from mapet.commands.command import AnyCommand, command_name, silence_stdout, summary
+from mapet.config.base import build_config, format_none, is_multi_valued, iter_options, parse_yaml, read_config
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
 from mapet.run_state import CONFIG_FILE, find_config, is_first_rank, read_command
 from mapet.signals import RESUME_HINT
@@ -66,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         stopped the command; 141 if the reader of stdout has closed the pipe. Other exceptions are bugs, and are not caught.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # started without one: its number would go to the next file that is opened
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
     os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files; in Python, its user chooses the backend
     name = argv[0] if argv else "help"
     try:
@@ -78,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(completion(argv[1] if len(argv) > 1 else Path(os.environ.get("SHELL", "bash")).name), end="")
             else:
                 run_command(name, argv[1:])
+        sys.stdout.flush()
     except MapetError as error:
         if is_first_rank() or not isinstance(error, Interrupted):  # all ranks are interrupted: one of them reports it
             print(f"mapet {name}: {error}", file=sys.stderr)
@@ -85,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mapet {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # e.g. `| head`; Python would fail again when it flushes stdout at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # e.g. `| head`
+        silence_stdout()
         return 141
     except OSError as error:  # disk full, permission denied, ...
         text = f"cannot access {error.filename or 'a file'} ({error.strerror or error}){os_error_hint(error.errno)}"
@@ -338,8 +341,8 @@ def _parse_key_value(argument: str) -> tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"takes KEY=VALUE pairs, got '{argument}'")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):  # PyYAML raises the others for e.g. 2026-13-01
+        value = parse_yaml(text)
+    except ValueError:
         return key, text
     if isinstance(value, dict) and any(inner is None and ":" in str(name) for name, inner in value.items()):
         raise argparse.ArgumentTypeError(f"'{argument}': YAML needs a space after each colon, e.g. {{lr: 0.1}}")

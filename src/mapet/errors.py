@@ -184,16 +184,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     Names may be options with sections, '--pretrain.lr', whose last part is 'lr'. The first rule that finds any decides:
     names with the same last part; the most similar name; the two shortest names that contain the last part; names whose last
-    part is the most similar.
+    part is the most similar; the shortest name that begins similarly.
     """
     last_parts = {candidate: candidate.lstrip("-").rpartition(".")[2] for candidate in known}
     last_part = name.lstrip("-").rpartition(".")[2]
     containing = [candidate for candidate in last_parts if len(last_part) > 2 and last_part in candidate]
     closest_parts = difflib.get_close_matches(last_part, last_parts.values(), n=1, cutoff=0.75)
+    # 4: what shorter names begin with says nothing
+    beginnings = difflib.get_close_matches(name, {known[: len(name)] for known in last_parts if len(name) >= 4}, n=1)
     similar = (
         [candidate for candidate, part in last_parts.items() if part == last_part]
         or difflib.get_close_matches(name, last_parts, n=1, cutoff=0.6)
         or sorted(containing, key=len)[:2]
         or [candidate for candidate, part in last_parts.items() if part in closest_parts]
+        or sorted((candidate for candidate in last_parts if candidate[: len(name)] in beginnings), key=len)[:1]
     )
     return f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -48,6 +49,8 @@ def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_pat
     assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tiny_patch16_22")
     assert "choose one of timm's vit_*" in fails(capsys, *common, "--model", "resnet18")
     assert "did you mean 'embed_dim'" in fails(capsys, *common, "--model-args", "embeddim=8")
+    assert "did you mean 'vit_tiny_patch16_224'" in fails(capsys, *common, "--model", "vit_tinny")
+    assert "--model-args depth=0" in fails(capsys, *common, "--model-args", "depth=0")
     line = fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4")
     assert "'num_heads': 4" in line and "choose one" not in line
     assert "did you mean 'mapet'" in fails(capsys, *common, "--objective", "mapeet")
@@ -591,3 +594,26 @@ def test_why_there_are_no_labels(capsys, crops, tmp_path, tokenizer_dir):
     shutil.copytree(crops, folder / "b")
     shutil.copy(crops / "crop000.png", folder / "stray.png")
     assert "found 2 class folders, and 1 image outside of them ('stray.png')" in fails(capsys, *probe)
+
+
+@pytest.mark.parametrize("stream", ["full", "closed", "none"])
+def test_a_stdout_that_takes_no_more_ends_no_command(stream, crops, tmp_path, monkeypatch):
+    """A full disk of the log, `| head` and a process that is started without stdout and stderr."""
+    logging.getLogger("mapet").handlers.clear()
+    reader, writer = os.pipe()
+    os.close(reader)
+    opens = {
+        "full": lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"),
+        "closed": lambda: os.fdopen(writer, "w"),
+        "none": lambda: None,
+    }
+    stdout = opens[stream]()
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's, with which mapet has none of its own
+        patch.setattr(sys, "stdout", stdout)
+        if stream == "none":
+            patch.setattr(sys, "stderr", None)
+        argv = ["fit-tokenizer", "--images", str(crops), "--out", str(tmp_path / "t"), "--vocab-size", "8", *TINY_FIT]
+        assert main(argv) == 0
+    logging.getLogger("mapet").handlers.clear()
+    assert (tmp_path / "t" / "codebook.safetensors").is_file() and RunState.read(tmp_path / "t").status == "finished"

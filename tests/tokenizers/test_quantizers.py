@@ -47,6 +47,13 @@ def test_too_many_components_are_refused():
         principal_components(FeatureStore.from_tensor(cloud()), 13, whiten=False)
 
 
+def test_features_that_are_all_the_same_cannot_be_scaled():
+    """Of black images, say: FSQ and LFQ divide by the deviation, which is zero."""
+    for points in (torch.zeros(50, 6), torch.full((50, 6), 0.1)):
+        with refused("same", 50):
+            fit_fsq(FeatureStore.from_tensor(points), (2, 2))
+
+
 @pytest.mark.parametrize("levels", [(8, 8), (2,) * 6, (3, 5, 2)])
 def test_scalar_tokens_are_levels_of_a_normal_distribution(levels):
     points = cloud()

@@ -202,10 +202,22 @@ def _translate_dead_workers() -> Iterator[None]:
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a log record to stdout, above a progress bar if one is shown."""
+        """Print a log record to stdout, above a progress bar if one is shown.
+
+        A stdout that takes no more (`| head`, a closed terminal, a full disk) does not end the command: it is silent from then on.
+        """
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            silence_stdout()
+
+
+def silence_stdout() -> None:
+    """Let stdout go nowhere, where writing to it has failed; otherwise Python would fail again when it flushes it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _set_up_logging() -> None:

@@ -4,8 +4,10 @@ All three become one mapping that pydantic validates, so that a value means the 
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
@@ -18,6 +20,11 @@ from pydantic_core import ErrorDetails
 from mapet.errors import MapetError, did_you_mean, option, spell_as_flags, spell_in_section
 from mapet.files import write_text
 
+MAX_INT = 2**63 - 1
+"""Largest whole number of an option: that of 64 bits."""
+MAX_YAML_VALUES = 100_000
+"""Most values of a config file; an alias counts as all that it stands for, so that nested ones cannot fill the memory."""
+
 
 class Config(BaseModel):
     """Base class of the configs of commands and of their sections; immutable, and unknown options are refused.
@@ -26,7 +33,9 @@ class Config(BaseModel):
     `--help` text: it gives the unit, and what None means, as "auto: ..." or "none: ...".
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
     positional: ClassVar[str | None] = None
     """The option that arguments without an option name are values of, on the command line."""
     out_is_file: ClassVar[bool] = False
@@ -41,13 +50,27 @@ class Config(BaseModel):
 
         Of a field that may be None, 'none' becomes None, and so does 'auto' where the help text has "auto: ...". Of a list or
         tuple field, a single value becomes a list of it. Other values stay as they are.
+
+        Raises:
+            ValueError: the value is an empty text, as of a shell variable that is not set: a path would mean the working folder.
         """
+        if value in ("", [""]):
+            raise ValueError("must not be empty")
         field = cls.model_fields[str(info.field_name)]
         single = value[0] if isinstance(value, list) and len(value) == 1 else value  # the command line makes lists
         if single in ("none", format_none(field)) and NoneType in get_args(field.annotation):
             return None
         is_single = isinstance(value, (str, int, float, os.PathLike))
         return [value] if is_single and is_multi_valued(field.annotation) else value
+
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """Return the value of any field; refuse whole numbers that no library can hold, as of 30 digits."""
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, int) and abs(number) > MAX_INT:
+                raise ValueError(f"must be at most {MAX_INT}")
+        return value
 
     def problems(self) -> Iterator[str]:
         """Yield an error message for each value that is invalid or contradicts another option's; subclasses override this.
@@ -141,10 +164,12 @@ def merge_options(base: Options, over: Options) -> dict[str, Any]:
 
 EXPECTED = {
     "greater_than": "must be greater than {gt:g}", "greater_than_equal": "must be at least {ge:g}",
-    "too_short": "must have at least {min_length}", "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:g}",
-    "value_error": "{error}", "literal_error": "must be {expected}",
+    "too_short": "must have at least {min_length}", "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:.15g}",
+    "too_long": "must have at most {max_length}", "value_error": "{error}", "literal_error": "must be {expected}",
+    "string_type": "must be a text", "finite_number": "must be a finite number",
+    "missing": "must have more values",
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "must be a number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"), **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
 }  # fmt: skip
@@ -152,8 +177,9 @@ EXPECTED = {
 
 
 def _field(problem: ErrorDetails) -> str:
-    """Return the option that pydantic's error is about, with dots between nested names and without the index of a list's item; '' for several."""
-    return ".".join(part for part in problem["loc"] if isinstance(part, str))
+    """Return the option that pydantic's error is about, with dots between nested names and without what is behind it, the index of a
+    list's item and the alternative of a type; '' for several options."""
+    return ".".join(str(part) for part in takewhile(lambda part: isinstance(part, str), problem["loc"]))
 
 
 def _expected(problem: ErrorDetails) -> str:
@@ -182,7 +208,7 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
         if kind == "extra_forbidden":
             known = [option(known) for known, _ in iter_options(config_type)]
             return f"unknown option '{name}'{where}{did_you_mean(name, known)}"
-        if kind == "missing":
+        if kind == "missing" and len(location) == 1:
             description = config_type.model_fields[str(location[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
         expected = _expected(problem)
@@ -232,15 +258,70 @@ def read_config(path: Path) -> dict[str, Any]:
         MapetError: the file cannot be read, is not valid YAML, or holds no mapping.
     """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MapetError(f"cannot read the config {path} ({error.strerror or error}): check the path") from None
-    # PyYAML raises the others for numbers, dates or nesting that Python cannot represent
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(options, (dict, NoneType)):
         raise MapetError(f"{path} must hold a mapping, one `name: value` a line, but holds a {type(options).__name__}")
     return {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which makes no Python objects; 1e-5 is a number, as in YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text '1e-5' in quotes."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text; no Python objects are made.
+
+    Raises:
+        ValueError: it is no valid YAML, has numbers, dates or nesting that Python cannot represent, has more than `MAX_YAML_VALUES`
+            values, or a mapping has a key twice.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _check_nodes(node)
+        return None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Check a parsed YAML document before values are made of it, see `parse_yaml`; aliases are followed, also where they never end.
+
+    Raises:
+        ValueError: a key is given twice in one mapping, or there are too many values.
+    """
+    pending, count = [root], 0
+    while pending:
+        node, count = pending.pop(), count + 1
+        if count > MAX_YAML_VALUES:
+            raise ValueError(
+                f"more than {MAX_YAML_VALUES:,} values, of which aliases (*name) count as what they stand for"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise ValueError(f"'{key.value}' is given twice, again in line {key.start_mark.line + 1}")
+                keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+                pending += [key, value]
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -250,7 +331,12 @@ def write_config(config: Config, path: Path) -> None:
 
 def to_yaml(config: Config) -> str:
     """Return the YAML text that `read_config` and `build_config` turn into the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(value: Any) -> str:
+    """Return the YAML text that `parse_yaml` reads as this value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def diff_configs(old: Config, new: Config, ignore: frozenset[str] = frozenset()) -> list[str]:

@@ -124,11 +124,12 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: shared.Labels | None = None
     """Labeled images of each class to use, or below 1 a fraction of them: the split of `seed` that `evaluate` uses too; none: all."""
-    seed: NonNegativeInt = 0
+    seed: shared.Seed = 0
     """Random seed of the head, order of images, views and choice of labels."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each contradiction between options."""
+        yield from super().problems()
         if self.resume and self.out is None:
             yield f"{option('resume', True)} needs the folder to resume: give {option('out')}"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from mapet.config import shared
 from mapet.config.base import Config
@@ -52,7 +52,7 @@ class StudyConfig(Config):
     finetune: FinetuneOptions = FinetuneOptions()
     grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(min_length=1)
     """Varied options: an option of `pretrain`, or `tokenizer`, with a list of values; or any name with NAME -> options."""
-    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[shared.Seed] = Field(default=[0, 1, 2], min_length=1)
     """Seeds that each trial is run with: of weights, order of images, views and permutations."""
     compare_by: str | None = None
     """Varied name whose values are compared in pairs, all else being equal; auto: the only one, else objective."""

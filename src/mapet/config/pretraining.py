@@ -31,7 +31,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
     """Weights to start from: a run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...) or
     timm:NAME, adapted to this grid, patch and channels (for a new run; `resume` continues one); none: random weights."""
 
-    epochs: float = Field(default=300, gt=0, allow_inf_nan=False)
+    epochs: float = Field(default=300, gt=0)
     """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a thirtieth of `epochs` (10 of 300)."""
@@ -64,6 +64,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each option that is invalid or contradicts another one."""
+        yield from super().problems()
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
             given = " ".join(f"{ratio:g}" for ratio in dict.fromkeys(self.mask_ratio))
             yield f"{option('mask_ratio')} {given}: must be above 0 and at most 1, the smaller one first, e.g. 0.5 0.9"

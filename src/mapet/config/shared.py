@@ -1,7 +1,7 @@
 """Types of options, and the options that several commands share."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from mapet.config.base import Config
+from mapet.errors import option
 
 
 def _as_pair(value: Any) -> Any:
@@ -23,6 +24,8 @@ Ratio = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 """Smallest and largest fraction; one number means both."""
 VocabSize = Annotated[int, Field(ge=2)]
 """V, number of visual tokens, at least 2: with one there is nothing to predict."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""Random seed, as large as NumPy and scikit-learn take one."""
 Precision = Literal["auto", "float32", "bfloat16"]
 HF_PREFIX = "hf:"
 """Prefix of sources that are data sets of Hugging Face."""
@@ -109,7 +112,7 @@ class EncoderOptions(Config):
 class SeedOptions(Config):
     """Random draws."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Random seed."""
 
 
@@ -164,7 +167,7 @@ LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split())
 class TrainerOptions(Config):
     """Options of the training loop, the same for all tasks."""
 
-    epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
+    epochs: float = Field(default=100, gt=0)
     """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a tenth of `epochs`."""
@@ -198,6 +201,12 @@ class TrainerOptions(Config):
     track: list[Literal["wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the metrics too, as run PARENT-FOLDER of project mapet; their own environment variables configure them
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield a message if the warmup is longer than the run; `Config` makes it an error."""
+        yield from super().problems()
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            yield f"{option('warmup_epochs')} {self.warmup_epochs:g}: must be at most {option('epochs')}, which is {self.epochs:g}"
 
 
 class TrainerConfig(TrainerOptions, JobOptions):

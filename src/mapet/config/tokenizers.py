@@ -200,6 +200,7 @@ class TrainTokenizerConfig(
 
     def problems(self) -> Iterator[str]:
         """Yield a message if `image_size` is not square or `patch_size` does not divide it; `Config` makes it an error."""
+        yield from super().problems()
         height, width = self.image_size
         if height != width or height % self.patch_size:
             fix = f"change {option('image_size')} or {option('patch_size')}"

@@ -74,11 +74,13 @@ def create_vit(
         vit = timm.create_model(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **args
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
         hint = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN_HINT}"
         raise MapetError(f"timm cannot create '{model}' as a ViT with {args}: {error}{hint}") from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
+    if not len(vit.blocks):
+        raise MapetError(f"{option('model_args')} depth={args.get('depth')}: a ViT must have at least 1 block")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
         raise MapetError(f"the blocks of '{model}' are not plain pre-norm attention and MLP; {PLAIN_HINT}")
     check_divisible(image_size, vit.patch_embed.patch_size[0])

@@ -5,15 +5,15 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from shlex import quote
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from mapet.config.base import dump_yaml
 from mapet.errors import option
 from mapet.studies.statistics import format_condition, format_p_value
 from mapet.training.metrics import format_duration
@@ -98,7 +98,7 @@ def _environment() -> Environment:
     environment.filters |= {"md": escape_markdown, "quote": quote, "value": format_value}
     environment.filters |= {"number": format_number, "percent": format_percent, "duration": format_duration}
     environment.filters |= {"condition": format_condition, "p_value": format_p_value}
-    environment.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    environment.filters["yaml"] = dump_yaml
     environment.tests["bold"] = lambda text: isinstance(text, Bold)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment

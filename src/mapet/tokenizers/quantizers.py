@@ -131,7 +131,7 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
         coefficient is positive, as an eigenvector's sign is arbitrary.
 
     Raises:
-        MapetError: more dimensions than the features have, or a rank has no features.
+        MapetError: more dimensions than the features have, features that are all the same to be whitened, or a rank has no features.
     """
     width = store.num_features
     if dimensions > width:
@@ -149,7 +149,11 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
     # The coefficient of largest magnitude of each column becomes positive.
     components = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     if whiten:
-        smallest = variances[0] * 1e-12 + 1e-300  # a component without variance is not divided by zero
+        if variances[0] <= 1e-10 * mean.double().square().sum().cpu():  # float16 features cannot differ by so little
+            raise MapetError(
+                f"the features of all {len(points):,} patches are the same: give other {option('images')} or teacher"
+            )
+        smallest = variances[0] * 1e-12  # a component without variance is not divided by zero
         components = components / variances.clamp_min(smallest).sqrt()
     return {"mean": mean, "components": distributed.broadcast(components.float()).to(store.device)}
 
