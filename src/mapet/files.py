@@ -259,6 +259,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
+def escape_formula(text: str) -> str:
+    """Return a text as a CSV cell that no spreadsheet runs as a formula: with ' before =, +, -, @, a tab or a carriage return (OWASP)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2) + "\n")

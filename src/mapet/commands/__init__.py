@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import AnyCommand, command, command_name
 from mapet.config.data import CheckConfig, PrepareConfig
-from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig
+from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig, PredictConfig
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig, ReportConfig
 from mapet.config.tokenizers import FitTokenizerConfig, InspectTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
@@ -193,6 +193,19 @@ def embed(config: EmbedConfig) -> Path:
     return _load("evaluation.embeddings").embed(config)
 
 
+@command(PredictConfig)
+def predict(config: PredictConfig) -> Path:
+    """Labels and probabilities of every image by a fine-tuned model, as a CSV or Parquet file; an interrupted job can be resumed.
+
+    Probabilities are calibrated on the held-out images of the fine-tuning; if they were too few, the names of columns say so.
+
+    Example:
+      mapet predict --backbone tuned --images PHOTOS --out predictions.csv
+      mapet predict --backbone tuned --images PHOTOS --out predictions.parquet --resume
+    """
+    return _load("evaluation.predictions").predict(config)
+
+
 @command(ExportConfig)
 def export(config: ExportConfig) -> Path:
     """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
@@ -222,7 +235,7 @@ GROUPS: dict[str, tuple[AnyCommand, ...]] = {
     "Tokenizer": (train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer),
     "Pre-training": (pretrain, report),
     "Evaluation": (evaluate, finetune),
-    "Deployment": (embed, export),
+    "Deployment": (predict, embed, export),
 }
 """Heading -> commands, as `mapet --help` lists them; `debug-step`, for a crash, is not among them."""
 COMMANDS = {command_name(function): function for group in [*GROUPS.values(), (debug_step,)] for function in group}

@@ -90,7 +90,7 @@ def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
             log.info("%s is finished: accuracy %.3f", config.out, results["accuracy"])
             return {kind: results[kind] for kind in METRIC_NAMES if kind in results}, ""
     trainer = Trainer(FinetuningTask(), config)
-    metrics, num_test, train, majority_accuracy = trainer.fit()
+    metrics, num_test, train, majority_accuracy, calibration = trainer.fit()
     log.info(
         "%s: 95 %% intervals over %s test images; majority baseline of the accuracy %.3f; trained on %s images of %d classes",
         _format_metrics(metrics), f"{num_test:,}", majority_accuracy, f"{len(train.labels):,}", len(train.classes),
@@ -104,6 +104,12 @@ def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         save_figure(plot_learning_curve(rows), config.out / "curve.png")
         results = {**_results(metrics), "classes": train.classes}
+        if calibration:
+            results["calibration"] = calibration._asdict()
+            log.info(
+                "probabilities calibrated on %s test images: temperature %.3f, negative log-likelihood %.3f (before %.3f)",
+                f"{calibration.num_images:,}", calibration.temperature, calibration.nll, calibration.nll_before,
+            )  # fmt: skip
         images = {"number": len(train.labels), "hash": train.images.hash, "classes": len(train.classes)}
         results["provenance"] = asdict(finetuning_provenance(config.out, images))
         # One call: a run whose run.json has the accuracy is finished, and is not completed by resuming.

@@ -156,6 +156,25 @@ class EmbedConfig(shared.FeatureOptions, shared.UnreadableImageOptions, shared.D
     """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
+class PredictConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
+    """Options of `predict`."""
+
+    out_is_file: ClassVar[bool] = True
+    backbone: shared.BackboneSource
+    """A folder of `finetune`, or a model folder of timm with a classifier and the names of its classes."""
+    images: shared.Source
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    out: Path
+    """New file for labels and probabilities, .csv or .parquet."""
+    precision: shared.Precision = "auto"
+    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield a message if the file has another format."""
+        if self.out.suffix not in (".csv", ".parquet"):
+            yield f"{option('out')} {self.out} ends neither in .csv nor in .parquet: give a file of one of them"
+
+
 class ExportConfig(shared.FeatureOptions):
     """Options of `export`."""
 

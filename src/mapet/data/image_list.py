@@ -150,6 +150,10 @@ class ImageList(Sequence[Path]):
         """Return the id; bytes that are not UTF-8 are kept as surrogates, as `os.fsdecode` does."""
         return os.fsdecode(self.ids[index])
 
+    def printable_id(self, index: int) -> str:
+        """Return the id as valid UTF-8 for files of other programs; other bytes are written as \\xNN."""
+        return self.ids[index].decode("utf-8", "backslashreplace")
+
     def key(self, index: int) -> int:
         """Return a 64-bit hash of the id, which seeds the image's random draws whatever its place in the list."""
         return int.from_bytes(hashlib.blake2b(self.ids[index], digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Features of many images on disk, written shard by shard, so that an interrupted job can be resumed.
+"""Rows of numbers for many images on disk, features or logits, written shard by shard, so that an interrupted job can be resumed.
 
 npy: `features.npy` (n, ...), in which rows of unreadable images are NaN, and `ids.json` with the ids. parquet:
 `features.parquet/part-*` with the columns `id` and `features`, without unreadable images. `manifest.json` says what made them,
@@ -8,6 +8,7 @@ how many images are done, and which are unreadable.
 import importlib.util
 import json
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ log = logging.getLogger("mapet")
 
 KIND, FORMAT = "folder of features", 1
 ROWS, IDS, SHARDS = "features.npy", "ids.json", "features.parquet"
-SHARD_BYTES = 32 << 20
-"""Size of a shard's features, which are written together."""
+SHARD_BYTES, MAX_SHARD_IMAGES = 32 << 20, 8192
+"""Size of a shard's features, which are written together, and how many images it has at most."""
 NUM_TRIAL_IMAGES = 8
 """Images whose features are computed before anything is written."""
 
@@ -45,19 +46,13 @@ NUM_TRIAL_IMAGES = 8
 def embed(config: EmbedConfig) -> Path:
     """Compute the features of every image by a frozen backbone, and write them into the folder `config.out`; return that folder.
 
-    In order: load the backbone; try it on a few images, before anything is written; create the folder, or with the option `resume`
-    open an interrupted one, whose manifest has the number of images done; then compute features batch by batch, and write them
-    whenever a shard (`SHARD_BYTES` of features) is full, after the last image, or when a signal such as Ctrl-C stops the job.
-    Unreadable images are recorded in the manifest; the command fails if they are more than the fraction `config.max_unreadable`.
-
     Args:
         config: options of `mapet embed`.
 
     Raises:
         Interrupted: a signal such as Ctrl-C came before the last image; the features so far are saved.
-        MapetError: pyarrow is missing for parquet, the backbone or the images cannot be loaded, the folder exists (without `resume`) or
-            has features of other images or options (with it), the disk is too full, more than the fraction `config.max_unreadable` of
-            the images is unreadable, or features are NaN, infinite or too large for `config.dtype`.
+        MapetError: pyarrow is missing for parquet, the backbone or the images cannot be loaded, features are NaN, infinite or too large
+            for `config.dtype`; or see `compute_rows`.
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
@@ -66,12 +61,59 @@ def embed(config: EmbedConfig) -> Path:
     model_options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
     backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
-    dataset = ViewDataset(images, ViewSpec(image_size=backbone.image_size), vit.in_chans, backbone.image_size)
+    settings = {"layers": resolve_layers(vit, config.layers), "pool": config.pool}
+    manifest = compute_rows(
+        config, images, backbone, lambda pixels: _compute_features(config, backbone, pixels), settings, "features"
+    )
+    num_unreadable = len(manifest["unreadable"])
+    log.info(
+        "features of %s images in %s (%d unreadable, excluded), %s values per image",
+        f"{len(images) - num_unreadable:,}", config.out, num_unreadable, " x ".join(map(str, manifest["shape"])),
+    )  # fmt: skip
+    return config.out
+
+
+Compute = Callable[[UInt8[Tensor, "B C H W"]], Float[np.ndarray, "B ..."]]
+"""Uint8 pixels at a model's input size -> a row of numbers for each image."""
+
+
+def compute_rows(
+    config: EmbedConfig,
+    images: ImageList,
+    backbone: BackboneWrapper,
+    compute: Compute,
+    settings: dict[str, Any],
+    what: str,
+) -> dict[str, Any]:
+    """Compute a row of numbers for every image, and write them into the folder `config.out`; return its manifest.
+
+    In order: try a few images, before anything is written; create the folder, or with the option `resume` open an interrupted one,
+    whose manifest has the number of images done; then compute batch by batch, and write whenever a shard (`SHARD_BYTES`, at most
+    `MAX_SHARD_IMAGES`) is full, after the last image, or when a signal such as Ctrl-C stops the job. Unreadable images are recorded in
+    the manifest.
+
+    Args:
+        config: where and how rows are written: `out`, `format`, `dtype`, `resume`, `max_unreadable`.
+        images: the list of images.
+        backbone: the model, for its input and the hash of its weights.
+        compute: by the model.
+        settings: what else a resumed job must have the same.
+        what: name of the rows, for the progress bar and messages, e.g. 'features'.
+
+    Returns:
+        See `_open_manifest`.
+
+    Raises:
+        Interrupted: a signal such as Ctrl-C came before the last image; the rows so far are saved.
+        MapetError: the folder exists (without `resume`) or has rows of other images or options (with it), the disk is too full, or more
+            than the fraction `config.max_unreadable` of the images is unreadable.
+    """
+    dataset = ViewDataset(images, ViewSpec(image_size=backbone.image_size), backbone.channels, backbone.image_size)
     # A position is (view index, image index); there is one view per image, the center view.
     trial = dataset.batch([(0, index) for index in range(min(len(images), NUM_TRIAL_IMAGES))])
     if trial.images is not None:
-        _compute_features(config, backbone, trial.images)
-    manifest = _open_manifest(config, images, backbone)
+        compute(trial.images)
+    manifest = _open_manifest(config, images, backbone, compute, settings)
     reasons = {int(index): reason for index, reason in manifest["unreadable"].items()}
     unreadable = UnreadableImages(images, config.max_unreadable, reasons)
     shard_size, num_done = manifest["shard_size"], manifest["num_done"]
@@ -83,12 +125,12 @@ def embed(config: EmbedConfig) -> Path:
     rows, index = [], []  # features and image indices of the batches that are not on disk yet
     with (
         stop_signals("stopping after this batch") as stop,
-        tqdm(total=len(images), initial=num_done, desc="embed", unit="img", disable=None) as bar,
+        tqdm(total=len(images), initial=num_done, desc=what, unit="img", disable=None) as bar,
     ):
         for batch, positions in zip(create_loader(dataset, batches), batches, strict=True):
             unreadable.add(batch.unreadable)
             if batch.images is not None:
-                rows.append(_compute_features(config, backbone, batch.images))
+                rows.append(compute(batch.images))
                 index.append(batch.image_index.numpy())
             bar.update(len(positions))
             end = positions[-1][1] + 1  # images before this index are done
@@ -97,14 +139,9 @@ def embed(config: EmbedConfig) -> Path:
                 _write(config.out, images, manifest, rows, index, end)
                 rows, index = [], []
             if stop.signal_name and end < len(images):
-                saved = f"features of {end:,} of {len(images):,} images are saved"
+                saved = f"{what} of {end:,} of {len(images):,} images are saved"
                 raise Interrupted(f"stopped by {stop.signal_name}: {saved}")
-    num_unreadable = len(unreadable.reasons)
-    log.info(
-        "features of %s images in %s (%d unreadable, excluded), %s values per image",
-        f"{len(images) - num_unreadable:,}", config.out, num_unreadable, " x ".join(map(str, manifest["shape"])),
-    )  # fmt: skip
-    return config.out
+    return manifest
 
 
 @torch.inference_mode()
@@ -137,7 +174,9 @@ def _compute_features(
     return features.cpu().numpy().astype(config.dtype)
 
 
-def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWrapper) -> dict[str, Any]:
+def _open_manifest(
+    config: EmbedConfig, images: ImageList, backbone: BackboneWrapper, compute: Compute, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Return the manifest of the interrupted folder `config.out` if `config.resume`, else create the folder and its first manifest.
 
     For npy, a folder without features yet gets an array with room for all of them, and ids.json.
@@ -154,9 +193,8 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
             black image that are NaN, infinite or too large for `config.dtype`; or the disk is too full.
     """
     out = config.out
-    settings = {
-        "backbone": hash_weights(backbone.model.state_dict()), "layers": resolve_layers(backbone.model, config.layers),
-        "pool": config.pool, "dtype": config.dtype,
+    settings = settings | {
+        "backbone": hash_weights(backbone.model.state_dict()), "dtype": config.dtype,
         "image_size": list(backbone.image_size), "precision": backbone.compute.precision,
     }  # fmt: skip
     if config.resume and (out / files.MANIFEST).exists():
@@ -164,13 +202,13 @@ def _open_manifest(config: EmbedConfig, images: ImageList, backbone: BackboneWra
         current = {"images_hash": images.hash, "file_format": config.format, **settings}
         files.check_same_options(out, {key: manifest.get(key) for key in current} | manifest["settings"], current)
     else:
-        files.create_output_dir(out)
+        files.create_output_dir(out, "" if config.resume else f", or resume with {option('resume', True)}")
         black = torch.zeros(1, backbone.channels, *backbone.image_size, dtype=torch.uint8)
-        shape = list(_compute_features(config, backbone, black).shape[1:])
+        shape = list(compute(black).shape[1:])
         row_bytes = int(np.prod(shape)) * np.dtype(config.dtype).itemsize
         manifest = {
             "file_format": config.format, "settings": settings, "num_images": len(images), "images_hash": images.hash, "shape": shape,
-            "dtype": config.dtype, "shard_size": max(1, SHARD_BYTES // row_bytes), "num_done": 0, "unreadable": {},
+            "dtype": config.dtype, "shard_size": max(1, min(MAX_SHARD_IMAGES, SHARD_BYTES // row_bytes)), "num_done": 0, "unreadable": {},
         }  # fmt: skip
         files.write_manifest(out, KIND, FORMAT, manifest)
     # The array follows the manifest: without a manifest of `embed`, a file of its name is not from embed and is never replaced.
@@ -214,7 +252,7 @@ def _write(
         column = pyarrow.array(np.concatenate(rows).reshape(-1))
         for length in reversed(manifest["shape"]):  # nested lists of fixed size, one level for each dimension
             column = pyarrow.FixedSizeListArray.from_arrays(column, length)
-        ids = [images.ids[i].decode("utf-8", "backslashreplace") for i in np.concatenate(index).tolist()]
+        ids = [images.printable_id(i) for i in np.concatenate(index).tolist()]
         table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "features": column})
         shard, offset = divmod(start, manifest["shard_size"])
         name = f"part-{shard:05d}_{offset:09d}.parquet" if offset else f"part-{shard:05d}.parquet"

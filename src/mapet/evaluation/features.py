@@ -24,7 +24,6 @@ from mapet.errors import MapetError, format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.models.backbone import HUB_PREFIXES, create_timm_model, load_backbone, prepare_for_device
 from mapet.models.pooling import forward_intermediates, pool_tokens, resolve_layers
-from mapet.run_state import RunState
 from mapet.tokenizers.feature_store import FeatureStore
 
 RANDOM_PREFIX = "random:"
@@ -105,12 +104,11 @@ class BackboneWrapper:
 
         Returns:
             The wrapper of the model in eval mode, whose parameters require no gradient. Input size, channels, mean and std are timm's data
-            config of the model; `classes` are the class names in run.json of a folder of `finetune`, else empty.
+            config of the model; `classes` are the names that come with its classifier, empty without one.
 
         Raises:
             MapetError: there is no such backbone, or it cannot be loaded.
         """
-        classes: tuple[str, ...] = ()
         name = source.removeprefix(RANDOM_PREFIX)
         torch.manual_seed(seed)
         model: nn.Module
@@ -119,11 +117,9 @@ class BackboneWrapper:
         elif source.startswith(RANDOM_PREFIX):
             model = load_backbone(name, pretrained=False) if Path(name).exists() else create_timm_model(name, False)
         else:
-            folder = Path(source)
-            if (folder / "model").is_dir():  # a folder of `finetune`
-                classes = tuple(RunState.read(folder).results["classes"])
-                folder = folder / "model"
-            model = load_backbone(folder)
+            model = load_backbone(source)
+        names = getattr(model, "pretrained_cfg", {}).get("label_names") or ()
+        classes = tuple(names) if len(names) == getattr(model, "num_classes", 0) else ()
         model.eval().requires_grad_(False)
         data_config = timm.data.resolve_model_data_config(model)
         channels, *size = data_config["input_size"]

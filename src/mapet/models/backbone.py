@@ -115,7 +115,9 @@ def prepare_for_device(model: Model, compute: ComputeContext) -> Model:
     return model.to(compute.device)
 
 
-def save_backbone(vit: VisionTransformer, folder: Path, classes: Sequence[str] = ()) -> None:
+def save_backbone(
+    vit: VisionTransformer, folder: Path, classes: Sequence[str] = (), temperature: float | None = None
+) -> None:
     """Save a ViT as a timm model folder (config.json and model.safetensors), atomically.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it, as does `load`. The ViT's `pretrained_cfg`
@@ -125,15 +127,21 @@ def save_backbone(vit: VisionTransformer, folder: Path, classes: Sequence[str] =
         vit: with or without a classifier.
         folder: is created.
         classes: names of the classifier's classes, in the order of its logits, if they are known.
+        temperature: that calibrates the classifier's probabilities (`fit_temperature`); None: they are not calibrated.
     """
     vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key not in DROPPED_CFG_KEYS}
-    config, args = (
-        {"label_names": list(classes)},
-        {"drop_path_rate": 0.0},
-    )  # the rate is not the backbone's, but a run's
+    config: dict[str, Any] = {"label_names": list(classes)}
+    if temperature is not None:
+        config["temperature"] = temperature
+    args = {"drop_path_rate": 0.0}  # the rate is not the backbone's, but a run's
     options = {"model_config": config, "model_args": args, "data_config": _data_config(vit)}
     with atomic_write(folder) as temporary, translate_write_errors(folder):
         save_for_hf(vit, str(temporary), safe_serialization=True, **options)
+
+
+def read_temperature(source: str | Path) -> float | None:
+    """Return the temperature that calibrates the probabilities of a fine-tuned model, see `save_backbone`; None: it has none."""
+    return read_json(find_backbone(Path(source)) / "config.json", "model folder").get("temperature")
 
 
 def _data_config(vit: VisionTransformer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.views import ViewSpec, fork_rng, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
+from mapet.evaluation.calibration import Calibration, fit_temperature
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
 from mapet.evaluation.eval_context import MetricValue, measure_classifier
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
@@ -42,12 +43,14 @@ class FinetuneResult(NamedTuple):
         num_test: number of these images.
         train: the training images.
         majority_accuracy: accuracy of always predicting the most frequent class of the test images.
+        calibration: of the probabilities on the test images, which chose nothing else; None: too few of them.
     """
 
     metrics: dict[str, MetricValue]
     num_test: int
     train: LabeledSet
     majority_accuracy: float
+    calibration: Calibration | None
 
 
 class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
@@ -187,18 +190,21 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         )
 
     def finish(self, module: VisionTransformer) -> FinetuneResult:
-        """Save the ViT, or the moving average of its weights, in OUT/model, and return its accuracy on the test images.
+        """Save the ViT, or the moving average of its weights, in OUT/model, calibrated, and return its accuracy on the test images.
 
         The accuracy is that of the last epoch's `evaluate`; it is measured now in a run that was resumed after this. A run without `out`
         saves nothing.
         """
         config, vit = self.config, self._ema_or_module(module)
         logits, labels = self._final or classify_images(vit, self.test, self.compute)
+        calibration = fit_temperature(logits, labels)
         if config.out is not None:
             if not (config.out / "model").exists():
-                save_backbone(vit.cpu(), config.out / "model")
+                temperature = calibration and calibration.temperature
+                save_backbone(vit.cpu(), config.out / "model", self.train.classes, temperature)
             log.info("model in %s", config.out / "model")
-        return FinetuneResult(measure_classifier(logits, labels), len(labels), self.train, self.test.majority_accuracy)
+        metrics, majority_accuracy = measure_classifier(logits, labels), self.test.majority_accuracy
+        return FinetuneResult(metrics, len(labels), self.train, majority_accuracy, calibration)
 
 
 def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet]:
