@@ -11,7 +11,9 @@ from scipy import ndimage
 
 from mapet.data.dataset import EpochBatchSampler, ViewDataset, create_loader, position_batches
 from mapet.data.image_list import ImageFiles
-from mapet.data.readers import Box, DecodedImage, LazyJpeg, open_image
+from mapet.data.readers.image import Box, DecodedImage
+from mapet.data.readers.jpeg import LazyJpeg
+from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import (

@@ -10,9 +10,11 @@ from PIL import Image
 
 import mapet
 from mapet.cli import main
+from mapet.config.shared import ReadOptions
 from mapet.data import prepared
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
-from mapet.data.readers import ImageDecodeError, IntensityWindow, open_image
+from mapet.data.readers.image import ImageDecodeError
+from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted
@@ -126,13 +128,6 @@ def scans(photos, tmp_path):
     return tmp_path
 
 
-def test_a_window_is_linear_and_clips():
-    values = np.array([-7, 0, 10, 25, 50, 51, 900], np.int16)
-    assert IntensityWindow(0, 50).apply(values).tolist() == [0, 0, 51, 128, 255, 255, 255]
-    values = np.array([np.nan, -np.inf, -1000, -300, 400, np.inf], np.float32)
-    assert IntensityWindow(-1000, 400).apply(values).tolist() == [0, 0, 0, 128, 255, 255]
-
-
 def test_of_twelve_bits_all_levels_are_kept(scans, photos):
     """Without a range an image of 12 bits has 16 levels of gray: its upper 8 bits are nearly all dark."""
     plain = list_images(mapet.prepare(images=scans / "scans", out=scans / "plain", short_side=400, channels=1))
@@ -146,7 +141,9 @@ def test_of_twelve_bits_all_levels_are_kept(scans, photos):
         result = made.open(index, 1).read()[0].float()
         assert result.shape == expected.shape and (result - expected).abs().mean() < 3  # JPEG's loss
         assert plain.open(index, 1).read().max() <= 15
-    assert open_image(scans / "scans" / "large.png", 3, IntensityWindow(0, 4095)).read().unique().numel() > 200
+    assert (
+        open_image(scans / "scans" / "large.png", 3, ReadOptions(value_range=(0, 4095))).read().unique().numel() > 200
+    )
     small = list_images(
         mapet.prepare(images=scans / "scans", out=scans / "small", short_side=30, channels=1, value_range=(0, 4095))
     )
@@ -176,7 +173,7 @@ def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
     for index in range(2):
         assert (made.open(index, 1).read()[0].float() - gray).abs().mean() < 3
     assert main([*argv, "--value-range", "5", "5", "--resume"]) == 2
-    assert "--value-range 5 5" in capsys.readouterr().err
+    assert "--value-range: must be pairs" in capsys.readouterr().err
     assert main([*argv, "--value-range", "-1000", "400", "--resume"]) == 2
     assert "value_range: [-1000.0, 1040.0] -> [-1000.0, 400.0]" in capsys.readouterr().err
 

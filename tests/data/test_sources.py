@@ -23,7 +23,7 @@ from mapet.config.data import CheckConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.hugging_face import locate_file
-from mapet.data.readers import MAX_BYTES, ImageDecodeError
+from mapet.data.readers.image import MAX_BYTES, ImageDecodeError
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, sample_view

@@ -13,7 +13,8 @@ from PIL import Image
 
 import mapet
 from mapet.data.dataset import UnreadableImages
-from mapet.data.readers import ImageDecodeError, open_image
+from mapet.data.readers.image import ImageDecodeError
+from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.models.backbone import load_backbone
 from tests.refused import refused

@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 
 import mapet
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
-from mapet.data.readers import open_image
+from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, fork_rng, rand_augment, sample_view
 from mapet.models.backbone import create_vit, load_backbone, save_backbone

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mapet.data.readers import Box, ImageDecodeError, open_image
+from mapet.data.readers.image import Box, ImageDecodeError
+from mapet.data.readers.open import open_image
 from tests.fuzz.mutate import mutations
 
 FORMATS = ["JPEG", "progressive", "PNG", "palette", "TIFF", "WebP", "GIF", "BMP", "npy"]

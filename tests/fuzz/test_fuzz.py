@@ -26,7 +26,7 @@ import mapet
 from mapet.cli import main
 from mapet.config.base import build_config, read_config
 from mapet.config.pretraining import PretrainConfig
-from mapet.data.readers import ImageDecodeError
+from mapet.data.readers.image import ImageDecodeError
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.cluster import KMeans as PlainKMeans
 
 import mapet
-from mapet.data.readers import open_image
+from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import View, render_view
 from mapet.tokenizers.feature_store import FeatureStore

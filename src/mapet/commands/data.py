@@ -26,7 +26,7 @@ def check(config: CheckConfig) -> DatasetStats:
     In this order: the report and the warnings of `DatasetStats`; the unreadable images, as lines `reason<TAB>id` in
     `config.out` if that is given; time and memory of training, measured on one batch, if `config.benchmark`.
     """
-    images = list_images(config.images)
+    images = list_images(config.images, config)
     stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
     for line in stats.lines():
         log.info("%s", line)
@@ -52,7 +52,7 @@ def prepare(config: PrepareConfig) -> Path:
     """
     if not (config.resume and (config.out / MANIFEST).exists()):
         create_output_dir(config.out)
-    images = HFStream(config.images) if config.streaming else list_images(config.images)
+    images = HFStream(config.images) if config.streaming else list_images(config.images, config)
     total = images.num_rows if isinstance(images, HFStream) else len(images)
     unreadable = UnreadableImages(images, config.max_unreadable)
     try:

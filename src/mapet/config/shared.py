@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from mapet.config.base import Config
-from mapet.errors import option
+from mapet.errors import MapetError, option
 
 
 def _as_pair(value: Any) -> Any:
@@ -82,6 +82,44 @@ class FeatureOptions(Config):
         return f"pool {self.pool}, layers {' '.join(map(str, self.layers))}"
 
 
+def _check_ranges(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return values that are pairs of a lower and a higher number; raise ValueError otherwise."""
+    if len(values) % 2 or any(low >= high for low, high in zip(values[::2], values[1::2], strict=True)):
+        raise ValueError("must be pairs of numbers, the smaller one first, e.g. 0 4095")
+    return values
+
+
+class ReadOptions(Config):
+    """How image files are read. Stored with tokenizers and backbones, so that later images are read the same way."""
+
+    value_range: Annotated[tuple[FiniteFloat, ...], Field(min_length=2), AfterValidator(_check_ranges)] | None = None
+    """Values that become 0 and 255 in images of more than 8 bits, which are clipped beyond: LOW HIGH for all channels or a pair for each,
+    e.g. 0 4095 for 12 bits, -1000 400 for lungs in a CT; auto: the upper 8 of 16 bits, values of other types are unreadable images."""
+    bands: tuple[PositiveInt, ...] | None = None
+    """Bands to read as channels, counted from 1, e.g. 4 3 2; auto: all, which must be as many as channels."""
+    pages: Literal["first", "each", "bands"] | None = None
+    """Of files with several pages, slices or frames: the first, each as an image, or all as the bands of one; auto: they are unreadable."""
+
+    @property
+    def read_options(self) -> "ReadOptions":
+        """These options alone, of a config that has others, too."""
+        return ReadOptions(**{name: getattr(self, name) for name in ReadOptions.model_fields})
+
+    def check_channels(self, channels: int) -> None:
+        """Raise MapetError unless the options give this number of channels."""
+        counts = {"bands": len(self.bands or ()), "value_range": len(self.value_range or ()) // 2}
+        for name, count in counts.items():
+            if count not in (0, channels) and not (name == "value_range" and count == 1):
+                given = option(name, *getattr(self, name))
+                raise MapetError(
+                    f"{given} gives {count} channels, expected {channels}: give {option('channels', count)}", field=name
+                )
+
+
+AS_STORED = ReadOptions()
+"""All bands of the only page, with 8-bit values as they are and the upper 8 of 16 bits."""
+
+
 class ImageOptions(Config):
     """Images, labeled or not."""
 
@@ -97,7 +135,7 @@ class InputOptions(Config):
     patch_size: PositiveInt = 16
     """Side of the student's patches, pixels."""
     channels: PositiveInt = 3
-    """Image channels: 1 gray, 3 RGB, others from .npy arrays."""
+    """Image channels: 1 gray, 3 RGB, or as many bands as the files have."""
 
 
 class EncoderOptions(Config):

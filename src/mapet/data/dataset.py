@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mapet.data import views
 from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
-from mapet.data.readers import ImageDecodeError
+from mapet.data.readers.image import ImageDecodeError
 from mapet.data.token_store import TokenStore
 from mapet.data.views import PermutationKind, ViewSpec
 from mapet.device import num_workers

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mapet.data.image_list import ImageList
-from mapet.data.readers import DecodedImage, ImageDecodeError
+from mapet.data.readers.image import DecodedImage, ImageDecodeError
 from mapet.errors import format_size, option, pluralize
 
 log = logging.getLogger("mapet")
@@ -30,7 +30,7 @@ class ImageInfo(NamedTuple):
     Attributes:
         size: height and width of the upright image, pixels.
         mode: format and mode, e.g. 'JPEG RGB'.
-        value_range: 0.1 % and 99.9 % points of its values if they are of more than 8 bits; None: 8 bits.
+        value_range: 0.1 % and 99.9 % points of its values, without nodata, if the upper 8 of 16 bits are read; None: they are not.
         gray: whether it is read as RGB and its three channels are the same.
     """
 
@@ -179,8 +179,9 @@ def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo 
     except ImageDecodeError as error:
         return str(error)
     value_range = None
-    if isinstance(image, DecodedImage) and image.is_deep:
-        low, high = np.percentile(image.array, (0.1, 99.9))
+    if isinstance(image, DecodedImage) and image.bits == 16 and image.ranges is None:
+        valid = image.array[image.valid(image.array)]
+        low, high = np.percentile(valid, (0.1, 99.9)) if valid.size else (0, 0)
         value_range = int(low), int(high)
     # Every 16th pixel is compared first: that is enough for most images in color.
     gray = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))

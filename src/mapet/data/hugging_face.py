@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 
 from mapet.data.image_list import ImageList, Labels, PackedStrings
-from mapet.data.readers import MAX_BYTES, ImageDecodeError
+from mapet.data.readers.image import MAX_BYTES, ImageDecodeError
 from mapet.errors import MapetError, first_line, install_hint, option
 
 SAVED = ("state.json", "dataset_dict.json")

@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,12 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
-from mapet.data.readers import MAX_BYTES, ImageDecodeError, ImageFile, IntensityWindow, LazyImage, open_image
+from mapet.config.shared import AS_STORED, ReadOptions
+from mapet.data.readers.image import MAX_BYTES, ImageDecodeError, ImageFile, LazyImage
+from mapet.data.readers.open import count_pages, open_image
+from mapet.device import num_workers
 
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
@@ -93,7 +98,10 @@ class ImageList(Sequence[Path]):
         labels: that the source itself gives; None: `classes` looks at the folders in the ids.
         ignored: number of files of the source that are not images by their extension.
         rows: (n,) index of each image in the whole source, of which `subset` takes a part.
+        read_options: how the files are read.
     """
+
+    read_options = AS_STORED
 
     def __init__(
         self, root: Path | str, ids: Iterable[bytes], sizes: ArrayLike, labels: Labels | None = None, ignored: int = 0
@@ -124,21 +132,22 @@ class ImageList(Sequence[Path]):
         """Return what `open_image` is given: the image's bytes, or its path if it is a file."""
         return self.data(index)
 
-    def open(self, index: int, channels: int, window: IntensityWindow | None = None) -> LazyImage:
-        """Open an image, to read 8-bit pixels of any box of it; see `open_image`.
+    def open(self, index: int, channels: int, page: int | None = None) -> LazyImage:
+        """Open an image as `read_options` say, to read 8-bit pixels of any box of it; see `open_image`.
 
         Args:
             index: of the image in this list.
-            channels: C of the pixels: 1 (gray) or 3 (RGB), of .npy arrays any number that they have.
-            window: maps values that are not uint8 to 8 bits; None: of uint16 the upper 8 bits are taken, other types are refused.
+            channels: C of the pixels.
+            page: index of the page of its file; None: `read_options` decide.
 
         Raises:
             ImageDecodeError: with the reason why the image cannot be read.
-            MapetError: the source fails as a whole, e.g. a shard cannot be read.
+            MapetError: `read_options` are of another number of channels; or the source fails as a whole, e.g. a shard cannot be read.
         """
         if self.file_sizes[index] > MAX_BYTES:
             raise ImageDecodeError(f"{self.file_sizes[index]:,} bytes, more than the {MAX_BYTES:,} that mapet reads")
-        return open_image(self.file(index), channels, window)
+        self.read_options.check_channels(channels)
+        return open_image(self.file(index), channels, self.read_options, page)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,6 +179,12 @@ class ImageList(Sequence[Path]):
             digest.update(part)
         return digest.hexdigest()
 
+    def read_as(self, options: ReadOptions) -> Self:
+        """Return the same list, whose images are read as the options say."""
+        images = copy.copy(self)
+        images.read_options = options
+        return images
+
     def subset(self, indices: Iterable[int]) -> Self:
         """Return a list of the images at these indices of this list, in their order; with labels, it has the same classes."""
         chosen = np.fromiter(indices, np.int64)
@@ -200,3 +215,47 @@ class ImageFiles(ImageList):
 
     def data(self, index: int) -> bytes:
         return self[index].read_bytes()
+
+
+class ImagePages(ImageList):
+    """Pages of the images of a list, each an image; ids are ID#PAGE, counted from 1, of files with several.
+
+    Attributes:
+        images: the list.
+        image_rows, pages: (n,) index in the list, and of the page, by row.
+    """
+
+    def __init__(self, images: ImageList, counts: Sequence[int]) -> None:
+        """Keep the list, and the number of pages of each of its images, at least 1."""
+        self.images = images
+        self.image_rows = np.repeat(np.arange(len(images)), counts)
+        self.pages = np.concatenate([np.arange(count) for count in counts])
+        ids = (
+            images.ids[row] + (b"#%d" % (page + 1) if counts[row] > 1 else b"")
+            for row, page in zip(self.image_rows.tolist(), self.pages.tolist(), strict=True)
+        )
+        labels = images.labels and (images.labels[0], images.labels[1][self.image_rows])
+        super().__init__(images.root, ids, images.file_sizes[self.image_rows], labels, images.ignored)
+        self.read_options = images.read_options
+
+    def data(self, index: int) -> bytes:
+        return self.images.data(int(self.image_rows[self.rows[index]]))
+
+    def open(self, index: int, channels: int, page: int | None = None) -> LazyImage:
+        row = self.rows[index]
+        return self.images.open(int(self.image_rows[row]), channels, int(self.pages[row]))
+
+
+def split_pages(images: ImageList) -> ImageList:
+    """Return a list in which each page of a file with several is an image; every file is opened once to count its pages."""
+
+    def count(index: int) -> int:
+        try:
+            return count_pages(images.file(index))
+        except ImageDecodeError:  # reported as unreadable when it is read
+            return 1
+
+    with ThreadPoolExecutor(num_workers() + 1) as pool:
+        counted = pool.map(count, range(len(images)))
+        counts = list(tqdm(counted, total=len(images), desc="pages", unit="file", disable=None, leave=False))
+    return ImagePages(images, counts)

@@ -6,19 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import simplejpeg
 import torchvision.transforms.v2.functional as tvf
+from jaxtyping import UInt8
+from torch import Tensor
 from tqdm import tqdm
 
 from mapet import files
 from mapet.config.data import PrepareConfig
+from mapet.config.shared import ReadOptions
 from mapet.data.dataset import UnreadableImages
 from mapet.data.hugging_face import HFStream, StreamedImage, ids_from_paths, labels_from_column
 from mapet.data.image_list import ImageFiles, ImageList, PackedStrings, join_terminated
-from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, IntensityWindow, LazyImage, open_image
+from mapet.data.readers.image import REDUCTIONS, Box, ImageDecodeError, LazyImage
+from mapet.data.readers.open import open_image
 from mapet.device import num_workers
 from mapet.errors import MapetError
 
@@ -45,7 +49,8 @@ class PreparedDataset(ImageList):
 
     Attributes:
         manifest: images_hash, num_images, short_side, channels, jpeg_quality, num_done, unreadable (index as text -> reason);
-            perhaps classes (names), streamed (the data set's name), value_range (of the `IntensityWindow`).
+            value_range, bands and pages (of `read_options`); perhaps classes (names), streamed (the data set's name).
+        read_options: how the files were read when they were prepared; not applied again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,6 +77,7 @@ class PreparedDataset(ImageList):
             ids = PackedStrings.from_terminated((folder / IDS).read_bytes())
             super().__init__(folder, ids, np.concatenate(sizes), labels)
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)
+            self.read_options = ReadOptions(**{name: self.manifest.get(name) for name in ReadOptions.model_fields})
             if len(self.file_sizes) != total or len(self.ids) != total or packed != self.file_sizes.sum():
                 found = f"found {len(self.file_sizes)} images and {packed:,} bytes"
                 raise ValueError(f"expected {total} images and {self.file_sizes.sum():,} bytes in all, {found}")
@@ -86,6 +92,14 @@ class PreparedDataset(ImageList):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_map_shard"}  # workers map files again
+
+    def read_as(self, options: ReadOptions) -> Self:
+        """Return the list itself: its images are read already."""
+        return self
+
+    def open(self, index: int, channels: int, page: int | None = None) -> LazyImage:
+        """Open a prepared image, which has one page, with the channels that it was prepared with."""
+        return open_image(self.file(index), channels)
 
     def data(self, index: int) -> bytes:
         """Return the bytes of a prepared image.
@@ -103,9 +117,12 @@ class PreparedDataset(ImageList):
 def resize_and_encode(image: LazyImage, stored: Callable[[], bytes], short_side: int, channels: int) -> bytes:
     """Resize an image to a short side, and encode it as JPEG or, if it has not 1 or 3 channels, as .npy array.
 
+    An image that is small enough is not changed: it is stored as it is or, if that has not the 8-bit values that were read of it, as
+    an .npy array of them.
+
     Args:
         image: open, with `channels` channels.
-        stored: returns the image file's bytes, which are kept as they are if the image is small enough and of 8 bits.
+        stored: returns the image file's bytes.
         short_side: pixels; smaller images are not enlarged.
 
     Raises:
@@ -113,19 +130,24 @@ def resize_and_encode(image: LazyImage, stored: Callable[[], bytes], short_side:
     """
     height, width = image.size
     current = min(height, width)
-    if current <= short_side and not image.windowed:
-        image.read()  # an unreadable one is found now
-        return stored()
+    if current <= short_side:
+        pixels = image.read()  # an unreadable one is found now
+        return _encode_array(pixels) if image.windowed else stored()
     target = [max(1, round(side * min(short_side, current) / current)) for side in image.size]
     reduction = next((r for r in REDUCTIONS if min(height // target[0], width // target[1]) >= r), 1)
     box = Box(0, 0, height - height % reduction, width - width % reduction)  # so that a JPEG can be decoded reduced
     pixels = image.read(box, min_size=(target[0], target[1]))
     pixels = tvf.resize(pixels, target, tvf.InterpolationMode.BICUBIC, antialias=True)
+    if channels not in (1, 3):
+        return _encode_array(pixels)
     rows = pixels.movedim(0, -1).contiguous().numpy()
-    if channels in (1, 3):
-        return simplejpeg.encode_jpeg(rows, JPEG_QUALITY, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
+    return simplejpeg.encode_jpeg(rows, JPEG_QUALITY, "GRAY" if channels == 1 else "RGB", "420", fastdct=False)
+
+
+def _encode_array(pixels: UInt8[Tensor, "C h w"]) -> bytes:
+    """Return the bytes of an .npy file of pixels."""
     buffer = io.BytesIO()
-    np.save(buffer, rows)
+    np.save(buffer, pixels.movedim(0, -1).contiguous().numpy())
     return buffer.getvalue()
 
 
@@ -135,7 +157,6 @@ class PreparedDatasetWriter:
     Attributes:
         manifest: of the data set, as far as it is known; `save` writes it.
         is_new: nothing of it has been written yet.
-        window: maps values of more than 8 bits; None: the upper 8 of 16 bits are taken.
     """
 
     def __init__(self, config: PrepareConfig, source: dict[str, Any], unreadable: UnreadableImages, bar: tqdm) -> None:
@@ -151,8 +172,7 @@ class PreparedDatasetWriter:
             MapetError: the folder holds a data set of other images or options; too many images are unreadable.
         """
         self.config, self.folder, self.unreadable, self.bar = config, config.out, unreadable, bar
-        self.window = IntensityWindow(*config.value_range) if config.value_range else None
-        options = config.model_dump(mode="json", include={"short_side", "channels", "value_range"})
+        options = config.model_dump(mode="json", include={"short_side", "channels", *ReadOptions.model_fields})
         expected = source | options | {"jpeg_quality": JPEG_QUALITY}
         self.is_new = not (self.folder / files.MANIFEST).exists()
         self.manifest = expected | {"num_done": 0, "unreadable": {}}
@@ -258,7 +278,7 @@ def write_prepared_dataset(
     while writer.num_done < len(images):
         writer.add_shard(
             range(writer.num_done, min(writer.num_done + SHARD_SIZE, len(images))),
-            lambda index: writer.encode(images.open(index, config.channels, writer.window), lambda: images.data(index)),
+            lambda index: writer.encode(images.open(index, config.channels), lambda: images.data(index)),
         )
         writer.save()
     return PreparedDataset(config.out)
@@ -281,7 +301,7 @@ def _write_stream(stream: HFStream, writer: PreparedDatasetWriter) -> None:
     def encode(row: StreamedImage) -> bytes:
         """Return the bytes that the data set stores of a row's image."""
         data = row.take()
-        return writer.encode(open_image(data, writer.config.channels, writer.window), lambda: data)
+        return writer.encode(open_image(data, writer.config.channels, writer.config), lambda: data)
 
     rows_file = f"{writer.folder}/{STREAMED_ROWS}"
     rows = stream.read(writer.num_done, writer.manifest.get("position"))

@@ -7,18 +7,18 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from mapet.config.shared import HF_PREFIX, is_url
+from mapet.config.shared import AS_STORED, HF_PREFIX, ReadOptions, is_url
 from mapet.data.hugging_face import HFImageList
-from mapet.data.image_list import ImageFiles, ImageList
+from mapet.data.image_list import ImageFiles, ImageList, split_pages
 from mapet.data.prepared import IDS, PreparedDataset
-from mapet.data.readers import EXTENSIONS
+from mapet.data.readers.open import EXTENSIONS
 from mapet.data.tar_shards import TarImageList
 from mapet.errors import MapetError
 from mapet.files import MANIFEST
 
 
-def list_images(source: str | Path) -> ImageList:
-    """List the images of a source, whose kind follows from what it is.
+def list_images(source: str | Path, options: ReadOptions = AS_STORED) -> ImageList:
+    """List the images of a source, whose kind follows from what it is; they will be read as the options say.
 
     Args:
         source: one of these, tried in this order:
@@ -29,10 +29,17 @@ def list_images(source: str | Path) -> ImageList:
                 regular file are ignored. Symbolic links are followed, also out of the folder; a folder that several of them lead to
                 comes once, so loops end.
             text file: names one image on each line, relative to the file's own folder or absolute.
+        options: how the files are read, e.g. the config of a command; prepared images are read already.
 
     Raises:
         MapetError: the source is missing or unreadable, or holds no image.
     """
+    images = _list_source(source).read_as(options.read_options)
+    return split_pages(images) if options.pages == "each" else images
+
+
+def _list_source(source: str | Path) -> ImageList:
+    """List the images of a source; see `list_images`."""
     text = os.fspath(source)
     if text.startswith(HF_PREFIX):
         return HFImageList(text)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mapet.config.shared import is_url
 from mapet.data.image_list import ImageList, PackedStrings, join_terminated, labels_from_texts
-from mapet.data.readers import EXTENSIONS
+from mapet.data.readers.open import EXTENSIONS
 from mapet.errors import MapetError
 from mapet.files import atomic_write
 

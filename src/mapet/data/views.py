@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mapet.config.base import Config
 from mapet.config.shared import ViewOptions
-from mapet.data.readers import REDUCTIONS, Box, ImageDecodeError, LazyImage, open_image
+from mapet.data.readers.image import REDUCTIONS, Box, ImageDecodeError, LazyImage
+from mapet.data.readers.open import open_image
 from mapet.errors import MapetError, option
 
 PermutationKind = Literal["random", "blockwise", "raster"]

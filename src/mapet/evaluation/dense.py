@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, anchor_utils
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_convert
 
-from mapet.data.readers import ImageDecodeError
+from mapet.data.readers.image import ImageDecodeError
 from mapet.data.views import View, render_view
 from mapet.device import num_workers
 from mapet.errors import MapetError, install_hint

@@ -1,0 +1,90 @@
+"""Arrays (H, W) or (H, W, C) of any number of channels, as `numpy.save` and `numpy.savez` write them."""
+
+import io
+import math
+
+import numpy as np
+
+from mapet.config.shared import ReadOptions
+from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_pixel_count
+
+
+def open_array(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
+    """Open an `.npy` array of shape (H, W) or (H, W, C).
+
+    A file on disk is mapped into memory, so only the boxes that `read` is called with are read from it.
+
+    Args:
+        file: its path or its bytes.
+        channels: C that the array must have, unless `options` select bands; (H, W) counts as C = 1.
+        options: bands to select and the range of values that are not of 8 bits.
+
+    Returns:
+        An image whose values `read` maps to 8 bits.
+
+    Raises:
+        ImageDecodeError: the array has another shape, another number of channels, no pixels or too many, or no real numbers; or its
+            values need a range.
+        Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
+    """
+    array = _array_from_bytes(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r", allow_pickle=False)
+    return _from_array(array, "NPY", channels, options)
+
+
+def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
+    """Open an `.npz` archive that holds one array, as `open_array` does an `.npy` file.
+
+    Raises:
+        ImageDecodeError: it holds several arrays, or see `open_array`.
+        Exception: of any kind, from a damaged file.
+    """
+    with np.load(io.BytesIO(file) if isinstance(file, bytes) else file, allow_pickle=False) as archive:
+        if len(archive.files) != 1:
+            names = ", ".join(archive.files[:5]) + (", ..." if len(archive.files) > 5 else "")
+            raise ImageDecodeError(
+                f".npz of {len(archive.files)} arrays ({names}): save each image as an .npy file (`np.save`)"
+            )
+        return _from_array(archive[archive.files[0]], "NPZ", channels, options)
+
+
+def _from_array(array: np.ndarray, kind: str, channels: int, options: ReadOptions) -> DecodedImage:
+    """Make an image of an array; see `open_array`."""
+    if array.dtype.kind not in "buif":
+        raise ImageDecodeError(f"array of {array.dtype}, expected integers or floating-point numbers")
+    found, expected = array.shape, channels if options.bands is None else "C"
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or 0 in array.shape or (options.bands is None and array.shape[2] != channels):
+        is_first = array.ndim == 3 and found[0] == channels
+        fix = "; channels come last: save it after `np.moveaxis(array, 0, -1)`" if is_first else ""
+        raise ImageDecodeError(f"array of shape {found}, expected (H, W, {expected}){fix}")
+    check_pixel_count(*array.shape[:2])
+    is_bool = array.dtype.kind == "b"
+    return DecodedImage(
+        array.view(np.uint8) if is_bool else array,
+        f"{kind} {array.dtype.name}",
+        channels,
+        options,
+        bits=1 if is_bool else None,
+    )
+
+
+def _array_from_bytes(data: bytes) -> np.ndarray:
+    """View the bytes of an .npy file as a read-only array, without a copy.
+
+    `np.load` would first allocate as much memory as the header says the array needs, however few bytes follow it.
+
+    Args:
+        data: content of the file, header included. Bytes after the array are ignored.
+
+    Raises:
+        ImageDecodeError: its elements are Python objects.
+        ValueError: the header is damaged, or fewer bytes follow the header than the array needs.
+    """
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(stream)
+    if dtype.hasobject:
+        raise ImageDecodeError("array of Python objects, expected integers or floating-point numbers")
+    return np.frombuffer(data, dtype, math.prod(shape), stream.tell()).reshape(shape, order="F" if fortran else "C")

@@ -1,0 +1,121 @@
+"""Whatever Pillow knows, decoded in full; and PNG and JPEG 2000 of more than 8 bits, of which Pillow would keep 8."""
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+from jaxtyping import Num
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from mapet.config.shared import ReadOptions
+from mapet.data.readers.image import (
+    ORIENTATIONS,
+    DecodedImage,
+    ImageDecodeError,
+    ImageFile,
+    Orientation,
+    check_pixel_count,
+    translate_errors,
+)  # fmt: skip
+
+PNG_COLORS = (2, 4, 6)
+"""Color types of PNG with more than one channel: RGB, gray and alpha, RGBA."""
+JP2_START = b"\xff\x4f\xff\x51"
+"""Start and size markers of a JPEG 2000 code stream."""
+
+
+@translate_errors()
+def open_with_pillow(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
+    """Decode an image file in full; see `convert_pillow_image`. PNG and JPEG 2000 of more than 8 bits keep all of them.
+
+    Args:
+        file: its path or its bytes.
+        channels: C of the pixels.
+        options: bands to select, and the range of values of more than 8 bits.
+
+    Raises:
+        ImageDecodeError: with the reason: Pillow does not know the format, the file is damaged or too large, other `channels`, values that
+            need a range, ...
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns from half the size that it refuses, and about odd EXIF
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as stored:
+                check_pixel_count(stored.height, stored.width)
+                values = _decode_deep(file, stored)
+                if values is None:
+                    return convert_pillow_image(stored, channels, options)
+                orientation = ORIENTATIONS.get(stored.getexif().get(ExifTags.Base.Orientation, 1), Orientation())
+                num_bands = values.shape[2]
+                return DecodedImage(
+                    orientation.apply(values), f"{stored.format} {values.dtype.name}", channels, options, rgb=num_bands >= 3,
+                    alpha="straight" if num_bands in (2, 4) else None,
+                )  # fmt: skip
+    except UnidentifiedImageError:
+        raise ImageDecodeError("not an image, or of a format that Pillow does not read") from None
+    except Image.DecompressionBombError as error:
+        raise ImageDecodeError(f"too many pixels: {error}") from None
+
+
+def convert_pillow_image(stored: Image.Image, channels: int, options: ReadOptions) -> DecodedImage:
+    """Convert an image of Pillow, of any mode: EXIF rotation applied, present frame of an animation, transparency laid on white.
+
+    Gray images of more than 8 bits (16 or 32, integers or floating point) keep their values, which `DecodedImage.read` maps to 8 bits.
+
+    Args:
+        stored: the image, which may still be encoded; it is not changed.
+        channels: C of the pixels: gray is repeated 3 times, colors are converted to gray, other numbers are those stored.
+        options: bands to select, and the range of values of more than 8 bits. Without a range, integers from 0 to 65535 count as
+            uint16, of which the upper 8 bits are taken; other values need one.
+
+    Raises:
+        ImageDecodeError: other `channels`, or values that need a range.
+        Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
+    """
+    kind = f"{stored.format} {stored.mode}{' animated' if getattr(stored, 'is_animated', False) else ''}"
+    stored.load()
+    image = ImageOps.exif_transpose(stored)
+    if image.mode.startswith(("I", "F")):  # gray, of more than 8 bits
+        values = np.asarray(image)
+        # Pillow widens 16 bits to 32 in some formats and modes: without a range their upper 8 bits are taken, too.
+        if values.dtype.kind != "f" and values.min(initial=0) >= 0 and values.max(initial=0) <= 65535:
+            values = values.astype(np.uint16)
+        return DecodedImage(values[:, :, None], kind, channels, options)
+    if options.bands is None and channels in (1, 3):
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("L" if channels == 1 else "RGB")
+    elif image.mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    pixels = np.asarray(image)
+    return DecodedImage(pixels.reshape(image.height, image.width, -1), kind, channels, options)
+
+
+def _decode_deep(file: ImageFile, image: Image.Image) -> Num[np.ndarray, "H W B"] | None:
+    """Decode an image of more than 8 bits of which Pillow would keep only 8; return None if it is none.
+
+    Args:
+        file: its path or its bytes.
+        image: opened from it, not loaded.
+
+    Raises:
+        ImageDecodeError: the format cannot be read with all its bits.
+        Exception: of any kind, from a damaged file.
+    """
+    if image.format not in ("PNG", "JPEG2000", "PPM"):
+        return None
+    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    values = None
+    if image.format == "PNG" and data[24] == 16 and data[25] in PNG_COLORS:  # depth and color type of IHDR
+        values = imagecodecs.png_decode(data)
+    elif image.format == "JPEG2000" and (start := data.find(JP2_START)) >= 0:
+        num_bands, depth = struct.unpack_from(">HB", data, start + 40)  # Csiz and the first Ssiz: sign and bits - 1
+        if depth > 7 or num_bands > 4:
+            values = imagecodecs.jpeg2k_decode(data)
+    elif image.format == "PPM" and image.mode == "RGB" and data[:2] == b"P6" and int(data.split(maxsplit=4)[3]) > 255:
+        raise ImageDecodeError("PPM of 16 bits, of which 8 would be lost: convert it to PNG or TIFF")
+    return None if values is None else values[:, :, None] if values.ndim == 2 else values
