@@ -112,7 +112,11 @@ def run_dir(few_digits: Path, tokenizer_dir: Path, tokens_dir: Path, tmp_path_fa
 
 
 def teacher_of(
-    name: str, image_size: tuple[int, int], patch_size: int, precision: str = "float32", **options: Any
+    name: str | tuple[str, ...],
+    image_size: tuple[int, int],
+    patch_size: int,
+    precision: str = "float32",
+    **options: Any,
 ) -> Teacher:
     """Return the teacher of a name, for views of `image_size` in patches; `options` as `TeacherOptions` names them."""
     return make_teacher(

@@ -311,9 +311,9 @@ def test_the_teacher_of_a_vqkd_teacher_is_in_the_card(run_dir, tmp_path):
         return render_model_card(config, {"timm": tmp_path}, load_backbone(run_dir), origin, {}, "nothing", 1e-4)
 
     assert "no labels and no pre-trained network" in card("vqkd", "pixels")
-    assert "to keep the features of `vit_clip`" in card("vqkd", "vit_clip") and "is a pre-trained network" in card(
+    assert "itself trained by mapet with the teacher `vit_clip`" in card(
         "vqkd", "vit_clip"
-    )
+    ) and "is a pre-trained network" in card("vqkd", "vit_clip")
     assert "is a pre-trained network" in card("vqkd")  # a published file: nothing is known
 
 

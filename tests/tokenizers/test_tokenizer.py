@@ -427,7 +427,7 @@ def test_a_folder_s_vit_at_another_size(saved_vit):
 def test_views_that_timm_refuses(monkeypatch, saved_vit):
     teacher = teacher_of(saved_vit[0], (32, 32), 8)
     with refused("40 x 40", "teacher_image_size"):
-        teacher.encoder(torch.zeros(1, 3, 40, 40))
+        teacher.encoders[0](torch.zeros(1, 3, 40, 40))
 
 
 def test_every_batch_s_grid_is_looked_at(monkeypatch):
@@ -435,6 +435,6 @@ def test_every_batch_s_grid_is_looked_at(monkeypatch):
     teacher = teacher_of("pixels", (16, 16), 4)
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     teacher(images)
-    monkeypatch.setattr(teacher.encoder, "forward", lambda images: images.mean((2, 3), keepdim=True))
+    monkeypatch.setattr(teacher.encoders[0], "forward", lambda images: images.mean((2, 3), keepdim=True))
     with refused("1 x 1", "16 x 16"):
         teacher(images)

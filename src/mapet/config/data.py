@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import PositiveInt
 
 from mapet.config import shared
+from mapet.config.tokenizers import Teachers
 from mapet.errors import option
 
 
@@ -14,7 +15,7 @@ class CheckConfig(shared.ImageOptions, shared.ReadOptions, shared.InputOptions, 
     """Options of `check`."""
 
     out_is_file: ClassVar[bool] = True
-    teacher: str = "pixels"
+    teacher: Teachers = ("pixels",)
     """Teacher for the one-batch benchmark, as in `fit-tokenizer`."""
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; none: timm downloads the weights."""

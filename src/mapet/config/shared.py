@@ -263,9 +263,14 @@ def is_custom_teacher(teacher: str) -> bool:
     return ":" in teacher and not teacher.startswith(HUB_PREFIXES)
 
 
-def get_custom_teacher(teacher: str) -> str | None:
-    """Return the name of a teacher if it is the user's own code, which `trust_teacher` then allows to run, else None."""
-    return teacher if is_custom_teacher(teacher) else None
+def get_custom_teacher(teachers: Iterable[str]) -> str | None:
+    """Return the first name of a teacher that is the user's own code, which `trust_teacher` then allows to run; None if there is none."""
+    return next(filter(is_custom_teacher, teachers), None)
+
+
+def format_teachers(teachers: str | Iterable[str]) -> str:
+    """Return the name of a teacher, or the names of several joined by ' + '."""
+    return teachers if isinstance(teachers, str) else " + ".join(teachers)
 
 
 def non_default_options(config: Config, options: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -30,8 +30,8 @@ QuickGELU: the 14 x 14 patch tokens after the final norm and CLIP's visual proje
 """
 
 
-LABEL_FREE_TEACHERS = ("pixels", "hog")
-"""Teachers that have learned nothing, from labels or otherwise."""
+LABEL_FREE_TEACHERS = ("pixels", "hog", "whitened")
+"""Teachers that have learned nothing from labels or other images: nothing at all, or a whitening of the images that they are used for."""
 
 
 class HOGOptions(Config):
@@ -54,12 +54,26 @@ class HOGOptions(Config):
             yield f"{option('window')}: must be a multiple of {option('cells')} {self.cells}, got {self.window}"
 
 
+class WhitenedOptions(Config):
+    """The whitened windows of the teacher 'whitened'."""
+
+    file_only: ClassVar[frozenset[str]] = frozenset({"window"})
+    window: PositiveInt | None = None
+    """Side of the square around each patch whose pixels count; auto: twice the side of a patch."""
+
+
+Teachers = Annotated[tuple[str, ...], Field(min_length=1)]
+"""Names of teachers whose features are joined; one text is one name."""
+
+
 class TeacherOptions(shared.InputOptions):
     """The frozen encoder whose features become visual tokens, and the patches that it computes them for."""
 
-    teacher: str = "pixels"
-    """Frozen encoder: pixels, hog, k-clip (the paper's), vqkd-clip (BEiT v2's), a timm model, or package.module:function."""
+    teacher: Teachers = ("pixels",)
+    """Frozen encoder: pixels, hog, whitened, k-clip (the paper's), vqkd-clip (BEiT v2's), a timm model, the folder of a run, or
+    package.module:function; several: their features side by side."""
     hog: HOGOptions = HOGOptions()
+    whitened: WhitenedOptions = WhitenedOptions()
     teacher_checkpoint: str | None = None
     """Local weights file of the teacher; none: timm downloads the weights."""
     teacher_image_size: shared.Size | None = None
@@ -68,19 +82,24 @@ class TeacherOptions(shared.InputOptions):
     """Where the timm model's features are taken: block (the feature map as it is), norm (after the model's final norm) or projection (after
     final norm and head, of CLIP its visual projection)."""
     teacher_layer: int = -1
-    """Index of the timm model's intermediate feature map; -1: the last."""
+    """Index of the intermediate feature map of the timm model or run; -1: the last."""
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        """Return the options with a preset's name as `teacher` (`TEACHER_PRESETS`) replaced by the preset's options, before validation.
+        """Return the options with the name of a preset in `teacher` (`TEACHER_PRESETS`) replaced by the preset's options, before validation.
 
         Args:
             values: field name -> value as given. Options given beside `teacher` win over the preset's. Anything but a mapping,
-                and options whose `teacher` is no preset, are returned unchanged.
+                and options whose `teacher` has no preset, are returned unchanged.
         """
-        preset = TEACHER_PRESETS.get(str(values.get("teacher")), {}) if isinstance(values, Mapping) else {}
-        return {**preset, **values, "teacher": preset["teacher"]} if preset else values
+        names: Any = values.get("teacher") if isinstance(values, Mapping) else None
+        names = [names] if isinstance(names, str) else names
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if preset := TEACHER_PRESETS.get(str(name)):
+                teachers = [preset["teacher"] if other == name else other for other in names]
+                values = {**preset, **values, "teacher": teachers}
+        return values
 
 
 class FitTokenizerOptions(TeacherOptions):
@@ -89,9 +108,10 @@ class FitTokenizerOptions(TeacherOptions):
     file_only: ClassVar[frozenset[str]] = frozenset(
         {"kmeans_init", "kmeans_n_init", "kmeans_batch_size", "kmeans_metric"}
     )
-    teacher: str = "pixels"
-    """Frozen encoder: pixels (raw patches) or hog (histograms of oriented gradients), both label-free; k-clip (the paper's:
-    resnet50x64_clip.openai at 448 px), any timm model, vqkd (codes of `train-tokenizer` or of BEiT v2), or package.module:function."""
+    teacher: Teachers = ("pixels",)
+    """Frozen encoder: pixels (raw patches), hog (histograms of oriented gradients) or whitened (whitened patches), which are label-free;
+    k-clip (the paper's: resnet50x64_clip.openai at 448 px), any timm model, vqkd (codes of `train-tokenizer` or of BEiT v2), the folder of a
+    run (its backbone), or package.module:function. Several, as in hog whitened: their features side by side, each scaled to variance 1."""
     vocab_size: shared.VocabSize | None = None
     """V, number of visual tokens; auto: a power of two up to the paper's 8192, with at least 64 patches for each."""
     quantizer: Literal["kmeans", "fsq", "lfq"] = "kmeans"
@@ -166,8 +186,8 @@ class TrainTokenizerConfig(
     file_only: ClassVar[frozenset[str]] = shared.LOOP_OPTIONS | {"codebook_dim", "dead_code_threshold"}
     out: Path
     """New run folder; the tokenizer is OUT/vqkd/vqkd.safetensors."""
-    teacher: str = "pixels"
-    """Frozen encoder whose features the codes are trained to reconstruct: pixels or hog (label-free), vqkd-clip (the released one:
+    teacher: Teachers = ("pixels",)
+    """Frozen encoder whose features the codes are trained to reconstruct: pixels, hog or whitened (label-free), vqkd-clip (the released one:
     CLIP ViT-B/16's patch tokens after its visual projection), a timm model, or package.module:function."""
 
     model: str = "vit_tiny_patch16_224"

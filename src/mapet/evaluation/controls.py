@@ -29,6 +29,7 @@ from mapet.models.pooling import resolve_layers
 from mapet.run_state import CONFIG_FILE, pretrain_folder, read_command, resolve_run_path
 from mapet.tokenizers.kmeans import KMeans
 from mapet.tokenizers.teachers.hog import orientation_histograms
+from mapet.tokenizers.teachers.whitened import NUM_FIT_PATCHES, draw_patches, fit_zca, normalize_contrast
 from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer
 
 log = logging.getLogger("mapet")
@@ -42,11 +43,8 @@ HOG_BINS, HOG_CELL, MIN_HOG_CELLS = 9, 8, 4
 have fewer than `MIN_HOG_CELLS` of them along its shorter side."""
 NUM_CENTROIDS, PATCH_SIZE, SMALL_PATCH_SIZE = 200, 6, 3
 """Of k-means patch features: number of centroids, K; pixels of a patch's side; and the same for images with a side of less than two patches."""
-CONTRAST_OFFSET, ZCA_EPS = 10.0, 0.1
-"""Coates and Ng 2011: added to the variance of a patch of pixels from 0 to 255 before pixels are divided by the standard deviation, and to
-the eigenvalues of the patches' covariance before ZCA whitening."""
-NUM_FIT_IMAGES, NUM_FIT_PATCHES = 2_000, 50_000
-"""K-means patch features are fitted to at most so many training images, and to about so many patches of them, equally many of each."""
+NUM_FIT_IMAGES = 2_000
+"""K-means patch features are fitted to at most so many training images, and to about `NUM_FIT_PATCHES` patches of them, equally many of each."""
 
 
 # ---- the controls
@@ -112,17 +110,10 @@ class KMeansPatches(Control):
                 all of them.
         """
         super().__init__()
-        generator, drawn = torch.Generator().manual_seed(0), []
-        for images in batches:
-            patches = self.normalized_patches(images).flatten(1, 2)
-            rows = torch.rand(patches.shape[:2], generator=generator).argsort(1)[:, :patches_per_image, None]
-            drawn.append(patches.gather(1, rows.to(patches.device).expand(-1, -1, patches.shape[2])).flatten(0, 1))
-        points = torch.cat(drawn)
-        mean = points.double().cpu().mean(0)
-        variances, vectors = torch.linalg.eigh(torch.cov(points.double().cpu().T))
-        whitening = vectors @ (variances + ZCA_EPS).rsqrt().diag() @ vectors.T
-        self.register_buffer("mean", mean.float().to(points))
-        self.register_buffer("whitening", whitening.float().to(points))
+        points = draw_patches((self.normalized_patches(images).flatten(1, 2) for images in batches), patches_per_image)
+        mean, whitening = fit_zca(points)
+        self.register_buffer("mean", mean)
+        self.register_buffer("whitening", whitening)
         fitted = KMeans(min(NUM_CENTROIDS, len(points))).fit((points - self.mean) @ self.whitening)
         self.register_buffer("centroids", fitted.centroids.to(points))
 
@@ -138,8 +129,7 @@ class KMeansPatches(Control):
         images = 255 * shrink(images, MAX_KMEANS_SIDE)
         size = PATCH_SIZE if min(images.shape[2:]) >= 2 * PATCH_SIZE else SMALL_PATCH_SIZE
         patches = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)
-        variance, mean = torch.var_mean(patches, 3, keepdim=True)
-        return (patches - mean) / (variance + CONTRAST_OFFSET).sqrt()
+        return normalize_contrast(patches)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
         """Compute the K features of the patch at each of h x w positions: how much nearer than average each centroid is, or 0."""

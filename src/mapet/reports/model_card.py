@@ -10,6 +10,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.config.evaluation import ExportConfig
+from mapet.config.shared import format_teachers
 from mapet.data.views import input_mean_std
 from mapet.files import file_hash
 from mapet.models.backbone import HUB_PREFIXES
@@ -150,7 +151,7 @@ def render_model_card(
 
 
 def _list_teachers(tokenizer: Mapping[str, Any]) -> list[str]:
-    """List the teacher of a tokenizer; if that is itself a VQ-KD tokenizer trained by mapet, its teacher follows, and so on.
+    """List the teacher of a tokenizer; if that is itself a VQ-KD tokenizer or a backbone trained by mapet, its teacher follows, and so on.
 
     Args:
         tokenizer: the description of a tokenizer, with "teacher" and, for such a teacher, "teacher_metadata" ("learned_from" describes
@@ -158,6 +159,7 @@ def _list_teachers(tokenizer: Mapping[str, Any]) -> list[str]:
     """
     teachers = []
     while tokenizer:
-        teachers.append(tokenizer["teacher"]["teacher"])
+        names = tokenizer["teacher"]["teacher"]
+        teachers.append(format_teachers(map(_short_name, [names] if isinstance(names, str) else names)))
         tokenizer = (tokenizer.get("teacher_metadata") or {}).get("learned_from") or {}
     return teachers

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from mapet.config.base import dump_yaml
+from mapet.config.shared import format_teachers
 from mapet.errors import option
 from mapet.studies.statistics import format_condition, format_p_value
 from mapet.training.metrics import format_duration
@@ -98,7 +99,7 @@ def _environment() -> Environment:
     environment.filters |= {"md": escape_markdown, "quote": quote, "value": format_value}
     environment.filters |= {"number": format_number, "percent": format_percent, "duration": format_duration}
     environment.filters |= {"condition": format_condition, "p_value": format_p_value}
-    environment.filters["yaml"] = dump_yaml
+    environment.filters |= {"yaml": dump_yaml, "joined": format_teachers}
     environment.tests["bold"] = lambda text: isinstance(text, Bold)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment

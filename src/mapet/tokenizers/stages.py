@@ -13,8 +13,15 @@ from tqdm import tqdm
 
 from mapet import distributed
 from mapet.config.shared import non_default_options
-from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig
-from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, readable_batches
+from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
+from mapet.data.dataset import (
+    Batch,
+    UnreadableImages,
+    ViewDataset,
+    create_loader,
+    inference_batch_size,
+    readable_batches,
+)
 from mapet.data.dataset_stats import warn_from_sample
 from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
@@ -32,6 +39,8 @@ from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_
 log = logging.getLogger("mapet")
 RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
 """Options that are stored with the tokenizer."""
+NUM_FIT_IMAGES = 2_000
+"""A teacher that learns from images is fitted to at most so many."""
 NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
 """Option `views` -> default number of stored views."""
 
@@ -63,7 +72,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     images = list_images(config.images)
     if distributed.rank() == 0:
         warn_from_sample(images, config.channels, config.image_size)
+    unreadable = UnreadableImages(images, config.max_unreadable)
     teacher = make_teacher(config, compute.precision).to(compute.device)
+    fit_teacher(config, teacher, images, unreadable, compute)
     num_patches = len(images) * math.prod(teacher.grid)
     vocab_size, levels = _choose_codes(config, teacher, num_patches)
     log.info(
@@ -71,7 +82,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         f"{len(images):,}", f"{num_patches:,}", teacher.name, format_size(teacher.image_size), compute.precision, f"{vocab_size:,}",
     )  # fmt: skip
     indices, max_patches = _local_sample(config, teacher, len(images), vocab_size)
-    features = _patch_features(config, teacher, images, indices, compute)
+    batches = _read_batches(config, teacher, images, indices, unreadable, "teacher features")
+    features = (teacher.batch_features(batch, images, compute).permute(0, 2, 3, 1).flatten(0, 2) for batch in batches)
     if teacher.builtin_quantizer is not None:  # nothing is fitted: only the usage of its codes is counted
         fit_config = {}
         result = count_tokens(teacher.builtin_quantizer, features)
@@ -192,7 +204,7 @@ def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int
         num_codes = teacher.builtin_quantizer.vocab_size
         if unused := non_default_options(config, ("vocab_size", "quantizer", *QUANTIZER_OPTIONS)):
             names = " and ".join(option(name) for name in unused)
-            raise MapetError(f"teacher '{config.teacher}' has {num_codes} built-in codes: omit {names}")
+            raise MapetError(f"teacher '{teacher.name}' has {num_codes} built-in codes: omit {names}")
         return num_codes, None
     vocab_size = config.vocab_size or default_vocab_size(num_patches)
     if config.quantizer == "kmeans":
@@ -236,31 +248,59 @@ def _local_sample(
     return sample[first:last], min(max_patches, last * patches_per_image) - first * patches_per_image
 
 
-def _patch_features(
-    config: FitTokenizerConfig, teacher: Teacher, images: ImageList, indices: list[int], compute: ComputeContext
-) -> Iterator[Float[Tensor, "n F"]]:
-    """Yield the teacher's features of all patches of the images at `indices`, a batch of images at a time.
+def fit_teacher(
+    config: FitTokenizerConfig | TrainTokenizerConfig, teacher: Teacher, images: ImageList, unreadable: UnreadableImages,
+    compute: ComputeContext,
+) -> None:  # fmt: skip
+    """Fit a new teacher to at most `NUM_FIT_IMAGES` random images; one that learns nothing from images is left as it is.
+
+    All ranks of a process group call it; each reads all these images.
 
     Args:
-        config: `image_size` (of the center crop), `channels` and `max_unreadable` are used.
-        teacher: on the device of `compute`, as are the features.
+        config: `image_size` (of the center crop), `channels` and `seed` are used.
+        teacher: on the device of `compute`.
         images: the whole list.
-        indices: of this rank's images; features come in this order, patches of an image row by row.
-
-    Yields:
-        float32, n = images in the batch x patches per image. Unreadable images are excluded, with a warning each.
+        unreadable: counts the images that can't be read.
 
     Raises:
-        MapetError: more unreadable images than the fraction `config.max_unreadable` of `images`; or a feature that is NaN or infinite.
+        MapetError: too many images are unreadable.
     """
-    spec = ViewSpec(image_size=config.image_size)
-    dataset = ViewDataset(images, spec, config.channels, teacher_size=teacher.image_size)
-    unreadable = UnreadableImages(images, config.max_unreadable)
+    if not teacher.is_fitted_to_images:
+        return
+    indices = np.random.default_rng(config.seed).permutation(len(images))[:NUM_FIT_IMAGES].tolist()
+
+    def read() -> Iterator[Tensor]:
+        for batch in _read_batches(config, teacher, images, indices, unreadable, f"fitting teacher {teacher.name}"):
+            assert batch.teacher_images is not None
+            yield compute.to(batch.teacher_images)
+
+    teacher.fit(read, len(indices))
+
+
+def _read_batches(
+    config: FitTokenizerConfig | TrainTokenizerConfig, teacher: Teacher, images: ImageList, indices: list[int],
+    unreadable: UnreadableImages, title: str,
+) -> Iterator[Batch]:  # fmt: skip
+    """Yield batches of the center crops of the images at `indices`, in this order, at the teacher's size.
+
+    Args:
+        config: `image_size` (of the center crop) and `channels` are used.
+        teacher: gives the size.
+        images: the whole list.
+        indices: of this rank's images.
+        unreadable: counts the images that can't be read; they are excluded, with a warning each.
+        title: of the progress bar.
+
+    Raises:
+        MapetError: too many images are unreadable.
+    """
+    dataset = ViewDataset(
+        images, ViewSpec(image_size=config.image_size), config.channels, teacher_size=teacher.image_size
+    )
     size = inference_batch_size(teacher.image_size)
     positions = [(0, index) for index in indices]  # view 0 of each image
     batches = [positions[start : start + size] for start in range(0, len(positions), size)]
-    for batch in readable_batches(dataset, batches, unreadable, "teacher features"):
-        yield teacher.batch_features(batch, images, compute).permute(0, 2, 3, 1).flatten(0, 2)
+    yield from readable_batches(dataset, batches, unreadable, title)
 
 
 def _warn_if_interpolated(teacher: Teacher) -> None:

@@ -2,8 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet import distributed, files
-from mapet.config.shared import HUB_PREFIXES, is_custom_teacher, non_default_options
+from mapet.config.shared import (
+    HUB_PREFIXES,
+    format_teachers,
+    get_custom_teacher,
+    is_custom_teacher,
+    non_default_options,
+)
 from mapet.config.tokenizers import LABEL_FREE_TEACHERS, TEACHER_PRESETS, TeacherOptions
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
@@ -25,29 +32,34 @@ from mapet.errors import MapetError, did_you_mean, format_size, option
 from mapet.tokenizers.quantizers import FitResult, Quantizer
 from mapet.tokenizers.teachers import custom, dalle
 from mapet.tokenizers.teachers.hog import HOG
+from mapet.tokenizers.teachers.own_run import RunFeatures
 from mapet.tokenizers.teachers.timm_model import TimmFeatures
+from mapet.tokenizers.teachers.whitened import Whitened
 from mapet.tokenizers.vqkd import load_vqkd
 from mapet.weights import hash_weights
 
 log = logging.getLogger("mapet")
 CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "visual_tokenizer.json"
+SAVED = "teacher{}"
+"""Folder, in that of the tokenizer, of what is kept of the teacher of an index."""
 FORMAT = 1
 SETTINGS = {
     "teacher": "teacher", "student_size": "image_size", "patch_size": "patch_size", "channels": "channels", "checkpoint": "teacher_checkpoint",
     "teacher_size": "teacher_image_size", "layer": "teacher_layer", "output": "teacher_output", "hog": "hog",
+    "whitened": "whitened",
 }  # fmt: skip
 """Key of `Teacher.settings` -> the option that sets it."""
-OWN_SETTINGS = ("checkpoint", "teacher_size", "layer", "output", "hog")
+OWN_SETTINGS = ("checkpoint", "teacher_size", "layer", "output", "hog", "whitened")
 """Those that not every teacher uses."""
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "dalle": dalle.build, "hog": HOG, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd,
+    "dalle": dalle.build, "hog": HOG, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd, "whitened": Whitened,
 }  # fmt: skip
 """Name of a teacher -> the function that makes its encoder.
 
-The parameters of such a function, by name, are some of the keys of `SETTINGS` and `grid`, the student's (rows, columns); an option of a
-teacher that the function has no parameter for is refused. The encoder maps (B, C, h, w) floats in [0, 1] to features
-(B, F, rows, columns), and may have these attributes:
+The parameters of such a function, by name, are some of the keys of `SETTINGS`, `grid`, the student's (rows, columns), and `saved`, the folder
+that the encoder's `save` wrote, or None for a new tokenizer; an option that no chosen teacher has a parameter for is refused. The encoder
+maps (B, C, h, w) floats in [0, 1] to features (B, F, rows, columns), and may have these attributes:
 
     image_size   (h, w) of its input, pixels; without it, the student's
     metadata     JSON values to record with the tokenizer; see `Teacher.metadata`
@@ -57,51 +69,98 @@ teacher that the function has no parameter for is refused. The encoder maps (B, 
 
 
 class Teacher(nn.Module):
-    """A frozen encoder that computes a feature for each patch of the student's grid.
+    """One or more frozen encoders that compute a feature for each patch of the student's grid.
+
+    Features of several are side by side, those of each divided by their standard deviation (the square root of the sum of the variances
+    of its channels), so that each counts alike in distances.
 
     Attributes:
-        name: 'pixels', a timm model, 'package.module:function', ...
+        name: 'pixels', a timm model, 'package.module:function', ...; of several joined by ' + '.
         image_size: (h, w) of the views it takes, pixels.
         grid: (rows, columns) of the student's patches; a feature map of another size is interpolated to it.
-        native_grid: (rows, columns) of the encoder's feature map; None before it has run.
+        native_grid: (rows, columns) of the encoder's feature map; None before it has run. Of several, that of the first that is interpolated.
         settings: JSON values that `make_teacher` makes it of: those of `SETTINGS`, and the precision of its matrix products. They are
-            written to the tokenizer's JSON and, but for the checkpoint's path, enter its hash. In another precision about 1 % of the
-            patches get other tokens, so tokens are always computed in this one.
-        weights_hash: sha256 of the encoder's parameters; '' if it has none.
+            written to the tokenizer's JSON and, but for the checkpoint's path, enter its hash. Of several encoders 'scales' are the factors
+            of their features. In another precision about 1 % of the patches get other tokens, so tokens are always computed in this one.
+        weights_hash: sha256 of the encoders' parameters; '' if they have none.
         builtin_quantizer: maps its features to tokens if the encoder has a codebook or logits; else None.
         metadata: further facts for the tokenizer's JSON: mean and std of the input in [0, 1], number of prefix tokens dropped and, of a
             VQ-KD tokenizer, the teacher and images it was learned from. Empty for custom code.
-        label_free: whether its features are known to depend on no labels and no pre-trained network: it has learned nothing, or it is a
-            VQ-KD tokenizer that learned from such a teacher.
+        label_free: whether its features are known to depend on no labels and no pre-trained network: it is one of `LABEL_FREE_TEACHERS`, or a
+            VQ-KD tokenizer or run that learned from such a teacher. Of several, whether all are.
     """
 
-    def __init__(self, encoder: nn.Module, settings: dict[str, Any]) -> None:
-        """Freeze the encoder, hash its weights and, if it has a codebook or logits, make its quantizer.
+    def __init__(self, encoders: Sequence[nn.Module], settings: dict[str, Any]) -> None:
+        """Freeze the encoders, hash their weights and, if there is one that has a codebook or logits, make its quantizer.
 
         Args:
-            encoder: maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns). Its attributes image_size (h, w), metadata, num_logits
+            encoders: map (B, C, h, w) floats in [0, 1] to (B, F, rows, columns). Their attributes image_size (h, w), metadata, num_logits
                 and codebook, a (K, F) tensor, are optional; see `BUILDERS`.
             settings: teacher (its name), student_size (H, W), patch_size, teacher_size (h, w) or None, precision, ...: see `SETTINGS`.
+
+        Raises:
+            MapetError: the encoders take images of different sizes.
         """
         super().__init__()
-        self.settings, self.name = settings, settings["teacher"]
+        names = settings["teacher"]
+        names = [names] if isinstance(names, str) else names
+        self.settings, self.name = settings, format_teachers(names)
         rows, columns = (side // settings["patch_size"] for side in settings["student_size"])
         self.grid = rows, columns
-        height, width = settings.get("teacher_size") or getattr(encoder, "image_size", None) or settings["student_size"]
-        self.image_size = int(height), int(width)
+        student_size = tuple(settings["student_size"])
+        sizes = [tuple(getattr(encoder, "image_size", None) or student_size) for encoder in encoders]
+        if settings.get("teacher_size"):
+            sizes = [tuple(settings["teacher_size"])]
+        if len({*sizes}) > 1:
+            found = ", ".join(f"{name} {format_size(size)}" for name, size in zip(names, sizes, strict=True))
+            raise MapetError(
+                f"teachers must take images of one size, but take {found} px: give {option('teacher_image_size')}"
+            )
+        self.image_size: tuple[int, int] = sizes[0]
         self.native_grid: tuple[int, int] | None = None
-        self.weights_hash = hash_weights(encoder.state_dict())
-        self.metadata: dict[str, Any] = {} if is_custom_teacher(self.name) else getattr(encoder, "metadata", {})
-        learned_from = self.metadata.get("learned_from") or {}
-        self.label_free: bool = self.name in LABEL_FREE_TEACHERS or learned_from.get("label_free", False)
+        all_metadata = {
+            name: {} if is_custom_teacher(name) else getattr(encoder, "metadata", {})
+            for name, encoder in zip(names, encoders, strict=True)
+        }
+        self.metadata: dict[str, Any] = all_metadata if len(names) > 1 else all_metadata[names[0]]
+        self.label_free = all(
+            name in LABEL_FREE_TEACHERS or (own.get("learned_from") or {}).get("label_free", False)
+            for name, own in all_metadata.items()
+        )
         self.builtin_quantizer: Quantizer | None = None
-        if num_logits := getattr(encoder, "num_logits", 0):
-            self.builtin_quantizer = Quantizer({"kind": "argmax", "vocab_size": int(num_logits)}, {})
-        elif isinstance(codebook := getattr(encoder, "codebook", None), Tensor):
-            centroids = codebook.detach().float()
-            self.builtin_quantizer = Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": centroids})
+        if len(encoders) == 1:
+            self.builtin_quantizer = _builtin_quantizer(encoders[0])
         # Convolutions are faster with channels last; other layers are not affected.
-        self.encoder = encoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.weights_hash = self._hash_weights()
+
+    def _hash_weights(self) -> str:
+        return hash_weights((self.encoders if len(self.encoders) > 1 else self.encoders[0]).state_dict())
+
+    @property
+    def is_fitted_to_images(self) -> bool:
+        """Whether `fit` must be called before a new tokenizer is fitted."""
+        return len(self.encoders) > 1 or any(isinstance(encoder, Whitened) for encoder in self.encoders)
+
+    @torch.no_grad()
+    def fit(self, read: Callable[[], Iterable[UInt8[Tensor, "B C h w"]]], num_images: int) -> None:
+        """Fit those encoders that learn from images and, of several, the factors that give their features equal variance.
+
+        All ranks of a process group call it with the same images; afterwards all have rank 0's result.
+
+        Args:
+            read: returns batches of views of `image_size`, the same ones at each call, on the device of the encoders.
+            num_images: number of these views.
+        """
+        for encoder in self.encoders:
+            if isinstance(encoder, Whitened):
+                encoder.fit((images.float() / 255 for images in read()), num_images)
+                for buffer in encoder.buffers():
+                    buffer.copy_(distributed.broadcast(buffer))
+        if len(self.encoders) > 1:
+            scales = torch.stack([self._total_variance(index, read()) for index in range(len(self.encoders))]).rsqrt()
+            self.settings["scales"] = distributed.broadcast(scales).tolist()
+        self.weights_hash = self._hash_weights()
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
@@ -113,14 +172,22 @@ class Teacher(nn.Module):
             MapetError: the encoder returned something that is not a feature map of these images, with at least two rows and columns
                 and about the aspect ratio of the images.
         """
+        features = [self._features(index, images) for index in range(len(self.encoders))]
+        if len(features) == 1:
+            return features[0]
+        scales = self.settings["scales"]
+        return torch.cat([scale * part for scale, part in zip(scales, features, strict=True)], 1)
+
+    def _features(self, index: int, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
+        """Return the float32 features of the encoder of this index, on the student's grid; sets `native_grid`. See `forward`."""
         bfloat16 = self.settings["precision"] == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-            features = self.encoder((images.float() / 255).contiguous(memory_format=torch.channels_last))
+            features = self.encoders[index]((images.float() / 255).contiguous(memory_format=torch.channels_last))
         shape = tuple(features.shape) if isinstance(features, Tensor) else (type(features).__name__,)
         if len(shape) != 4 or shape[0] != len(images):
             found = f"got {shape} for {len(images)} images: change the function that returns it"
             raise MapetError(f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), {found}")
-        self.native_grid = rows, columns = shape[2:]
+        rows, columns = shape[2:]
         height, width = self.image_size
         # A single feature for the whole image, or swapped rows and columns, would be interpolated without any error.
         is_single = min(rows, columns) < 2 <= min(self.grid)
@@ -129,10 +196,28 @@ class Teacher(nn.Module):
                 f"teacher '{self.name}' returned a grid of {rows} x {columns} for views of {height} x {width} px and {format_size(self.grid)} "
                 "patches: it must return a feature map (batch, features, rows, columns) of the whole view"
             )
+        if self.native_grid in (None, self.grid):
+            self.native_grid = rows, columns
         features = features.float()
-        if self.native_grid != self.grid:
+        if (rows, columns) != self.grid:
             features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
         return features
+
+    def _total_variance(self, index: int, batches: Iterable[UInt8[Tensor, "B C h w"]]) -> Float[Tensor, ""]:
+        """Return the sum, in float64, of the variances of the channels of an encoder's features over all patches; at least 1e-12."""
+        sums: Tensor | float = 0.0
+        squares: Tensor | float = 0.0
+        count = 0
+        for images in batches:
+            rows = self._features(index, images).movedim(1, -1).flatten(0, 2).double().cpu()
+            sums, squares, count = sums + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
+        return torch.as_tensor(squares / count - (sums / count) ** 2).sum().clamp_min(1e-12)
+
+    def save(self, folder: Path) -> None:
+        """Write what the tokenizer must keep of the encoders into `folder`, one subfolder each (`SAVED`)."""
+        for index, encoder in enumerate(self.encoders):
+            if isinstance(encoder, Whitened | RunFeatures):
+                encoder.save(folder / SAVED.format(index))
 
     def batch_features(
         self, batch: Batch, images: ImageList, compute: ComputeContext
@@ -158,48 +243,74 @@ class Teacher(nn.Module):
         return features
 
 
-def make_teacher(config: TeacherOptions, precision: str = "float32") -> Teacher:
-    """Create the teacher that options choose, on the CPU.
+def _builtin_quantizer(encoder: nn.Module) -> Quantizer | None:
+    """Return the quantizer of an encoder that has logits or a codebook (see `BUILDERS`); None for others."""
+    if num_logits := getattr(encoder, "num_logits", 0):
+        return Quantizer({"kind": "argmax", "vocab_size": int(num_logits)}, {})
+    if isinstance(codebook := getattr(encoder, "codebook", None), Tensor):
+        return Quantizer({"kind": "nearest", "metric": "cosine"}, {"centroids": codebook.detach().float()})
+    return None
+
+
+def make_teacher(config: TeacherOptions, precision: str = "float32", folder: Path | None = None) -> Teacher:
+    """Create the teacher that options choose, on the CPU; one that `is_fitted_to_images` must be fitted next if `folder` is None.
 
     Args:
-        config: `teacher` is 'pixels', the patch's own pixels, or 'hog', which need no weights; 'vqkd' or 'dalle', which have a built-in
-            codebook; any timm model, e.g. 'resnet50x64_clip.openai'; or 'package.module:function', a function of (checkpoint) that returns an
-            encoder: a callable that maps (B, C, h, w) floats in [0, 1] to (B, F, rows, columns).
+        config: `teacher` is 'pixels', the patch's own pixels, 'hog' or 'whitened', which need no weights; 'vqkd' or 'dalle', which have a
+            built-in codebook; any timm model, e.g. 'resnet50x64_clip.openai'; the folder of a pre-training run; or
+            'package.module:function', a function of (checkpoint) that returns an encoder: a callable that maps (B, C, h, w) floats in
+            [0, 1] to (B, F, rows, columns). Or several of them.
         precision: of its matrix products, 'float32' or 'bfloat16'.
+        folder: of the tokenizer that the teacher was saved in; None: a new one.
 
     Raises:
-        MapetError: unknown name, an option that this teacher does not use, or weights that are missing, unsafe or of another model.
+        MapetError: unknown name, an option that no teacher uses, or weights that are missing, unsafe or of another model.
     """
     values = config.model_dump(mode="json")
     (height, width), patch_size = config.image_size, config.patch_size
     arguments = {key: getattr(config, name) for key, name in SETTINGS.items()}
     arguments["grid"] = height // patch_size, width // patch_size
-    build = _find_builder(config.teacher)
-    parameters = inspect.signature(build).parameters
+    encoders, used = [], set()
+    for index, name in enumerate(config.teacher):
+        saved = folder / SAVED.format(index) if folder else None
+        build = _find_builder(name, saved)
+        parameters = inspect.signature(build).parameters
+        used |= set(parameters)
+        given = arguments | {"teacher": name, "saved": saved}
+        encoders.append(partial(build, **{key: given[key] for key in parameters}))
     for key in OWN_SETTINGS:
-        if key not in parameters and non_default_options(config, [SETTINGS[key]]):
-            raise MapetError(f"teacher '{config.teacher}' does not use {option(SETTINGS[key])}: omit it")
-    settings = {key: values[name] for key, name in SETTINGS.items() if key in parameters or key != "hog"}
-    return Teacher(build(**{key: arguments[key] for key in parameters}), settings | {"precision": precision})
+        if key not in used and non_default_options(config, [SETTINGS[key]]):
+            raise MapetError(
+                f"teacher '{format_teachers(config.teacher)}' does not use {option(SETTINGS[key])}: omit it"
+            )
+    settings = {
+        key: values[name] for key, name in SETTINGS.items() if key in used or not isinstance(values[name], dict)
+    }
+    if len(config.teacher) == 1:
+        settings["teacher"] = config.teacher[0]
+    return Teacher([build() for build in encoders], settings | {"precision": precision})
 
 
-def _find_builder(teacher: str) -> Callable[..., nn.Module]:
+def _find_builder(teacher: str, saved: Path | None) -> Callable[..., nn.Module]:
     """Return the function or class that makes the encoder of the teacher of this name.
 
-    Its parameters, a subset of the keys of `SETTINGS` and 'grid', tell which options the teacher uses (see `BUILDERS`).
+    Its parameters, a subset of the keys of `SETTINGS`, 'grid' and 'saved', tell which options the teacher uses (see `BUILDERS`).
 
     Raises:
-        MapetError: the name is neither in `BUILDERS`, nor a timm model, nor 'package.module:function'.
+        MapetError: the name is neither in `BUILDERS`, nor a timm model, nor a folder, nor 'package.module:function'.
     """
     timm_models = timm.list_models()
     if is_custom_teacher(teacher):
         return custom.build
     if teacher.startswith(HUB_PREFIXES) or teacher.split(".")[0] in timm_models:
         return TimmFeatures
+    # The run itself may be gone once its backbone is saved with the tokenizer.
+    if teacher not in BUILDERS and (Path(teacher).is_dir() or (saved is not None and saved.is_dir())):
+        return RunFeatures
     if teacher not in BUILDERS:
         raise MapetError(
             f"unknown teacher '{teacher}'{did_you_mean(teacher, [*TEACHER_PRESETS, *BUILDERS, *timm_models]) or '.'} "
-            f"Use {', '.join(map(repr, [*TEACHER_PRESETS, *BUILDERS]))}, a timm model or package.module:function"
+            f"Use {', '.join(map(repr, [*TEACHER_PRESETS, *BUILDERS]))}, a timm model, the folder of a run or package.module:function"
         )
     return BUILDERS[teacher]
 
@@ -296,7 +407,8 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
 
     Args:
         folder: new or empty, which the caller has checked; it appears complete.
-        teacher: has run, so that its `native_grid` is known. Its weights are not copied: their hash and the path are recorded.
+        teacher: has run, so that its `native_grid` is known. Weights of a network from elsewhere are not copied: their hash and the path are
+            recorded. Those of a run, and what was fitted to the images, are.
         fit: the quantizer, and the number of patches of each code, which is saved beside it.
         fit_config: JSON values that record how the quantizer was fitted; outside the hash.
     """
@@ -320,6 +432,7 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
             temporary.mkdir()
             files.write_tensors(temporary / CODEBOOK, quantizer.state_dict() | {"usage": fit.usage})
             files.write_checksummed_json(temporary / DESCRIPTION, description)
+            teacher.save(temporary)
     return Tokenizer(teacher, quantizer, description)
 
 
@@ -351,8 +464,9 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         raise MapetError(f"{folder}: damaged tokenizer ({error}); run `mapet fit-tokenizer` again") from None
     if not with_teacher:
         return tokenizer
-    name, checkpoint = config.teacher, config.teacher_checkpoint
-    if is_custom_teacher(name) and name != trusted_teacher:
+    checkpoint = config.teacher_checkpoint
+    name = get_custom_teacher(config.teacher)
+    if name not in (None, trusted_teacher):
         raise MapetError(
             f"the tokenizer {folder} runs the code '{name}' as its teacher; if you trust it, give {option('trust_teacher', name)}"
         )
@@ -360,14 +474,15 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
         local = folder / Path(checkpoint).name
         if not local.exists():
             raise MapetError(
-                f"the tokenizer {folder} needs the weights file of its teacher '{name}', and {checkpoint} does not exist: put the file, or a "
-                f"link to it, into {folder}"
+                f"the tokenizer {folder} needs the weights file of its teacher '{format_teachers(config.teacher)}', and {checkpoint} does not "
+                f"exist: put the file, or a link to it, into {folder}"
             )
         config = config.model_copy(update={"teacher_checkpoint": str(local)})
-    teacher = tokenizer.teacher = make_teacher(config, precision)
+    teacher = tokenizer.teacher = make_teacher(config, precision, folder)
+    teacher.settings |= {key: settings[key] for key in ("scales",) if key in settings}
     if teacher.weights_hash != weights_hash:
         raise MapetError(
-            f"teacher '{name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted with "
+            f"teacher '{teacher.name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted with "
             f"({weights_hash[:12]}): its tokens would be wrong. Put the right weights file there or fit again"
         )
     return tokenizer

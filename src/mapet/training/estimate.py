@@ -82,6 +82,8 @@ def estimate(config: CheckConfig, images: ImageList, usable: list[int]) -> Itera
         raise MapetError(f"{option('images', config.images)}: no benchmark image can be read any more. Restore them")
     # Any targets will do: the time does not depend on which tokens they are.
     views, pixels = compute.to(batch.teacher_images), normalize(compute.to(batch.images), config.channels)
+    if teacher.is_fitted_to_images:
+        teacher.fit(lambda: [views], len(views))
     targets = torch.zeros(len(batch), num_patches, dtype=torch.int64)
     batch = replace(batch, images=pixels, targets=targets).to(compute.device)
     step = ForwardBackward(model, compute, auto_micro_batch(model, NUM_BENCHMARK_IMAGES, compute))

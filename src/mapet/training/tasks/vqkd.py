@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.data.dataset import Batch, EpochBatchSampler, ViewDataset, position_batches, readable_batches
+from mapet.data.dataset import (
+    Batch,
+    EpochBatchSampler,
+    UnreadableImages,
+    ViewDataset,
+    position_batches,
+    readable_batches,
+)
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -20,6 +27,7 @@ from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
 from mapet.tokenizers.kmeans import default_vocab_size
+from mapet.tokenizers.stages import fit_teacher
 from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
@@ -57,6 +65,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         """
         self.compute, images = compute, list_images(config.images)
         self.teacher = make_teacher(config, compute.precision).to(compute.device)
+        fit_teacher(config, self.teacher, images, UnreadableImages(images, config.max_unreadable), compute)
         spec = ViewSpec.from_config(config, config.image_size, config.seed)
         sizes = config.image_size, self.teacher.image_size
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
